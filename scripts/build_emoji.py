@@ -1,0 +1,259 @@
+"""Build the embedded emoji image set: Noto Color Emoji as 64x64 WebP images, one folder per class, in a zip.
+
+Entries are CLASS/FAMILY.webp or CLASS/FAMILY~VARIANT.webp. A family holds the variants of one drawing (skin
+tone, gender, hair, direction, colour), so that a split by family puts no near-duplicates on both sides.
+Needs Pillow with raqm (its wheels have it), the font and Unicode's emoji-test.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+import unicodedata
+import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, features
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
+OUT = Path(__file__).resolve().parents[1] / "src/dit_in_dit/data/emoji.zip"
+STRIKE, CANVAS, SIZE = 109, 136, 64  # the font's only bitmap size, its glyphs' advance, the side of an image
+NEAR = (
+    0.15  # below it (see near_pairs) two images are the same drawing for the eye; chosen by looking at pairs
+)
+
+CLASSES = {
+    "Smileys & Emotion": "smileys",
+    "People & Body": "people",
+    "Animals & Nature": "animals",
+    "Food & Drink": "food",
+    "Travel & Places": "travel",
+    "Activities": "activities",
+    "Objects": "objects",
+    "Symbols": "symbols",
+    "Flags": "flags",
+}
+# These territories fly another country's flag: they come last, so that the image is kept under that country.
+BORROWED = re.compile(
+    "flag: (Ceuta & Melilla|Clipperton Island|Bouvet Island|Svalbard.*|Diego Garcia|U.S. .*)"
+)
+
+# Emoji presentation, skin tone, "joined with a gender sign", hair.
+MODIFIER = re.compile("\ufe0f|[\U0001f3fb-\U0001f3ff]|\u200d[\u2640\u2642]|\u200d?[\U0001f9b0-\U0001f9b3]")
+# Man, woman -> person; boy, girl -> child; old man, old woman -> older person.
+NEUTRAL = str.maketrans("\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475", "🧑🧑🧒🧒🧓🧓")
+COLOUR = "(red|pink|orange|yellow|green|(light )?blue|purple|brown|black|grey|white)"
+# Families that code points do not tell: full names, up to a colon, of the same drawing mirrored, rotated,
+# recoloured or told apart by a detail.
+TWINS = {
+    "person": "person|man|woman",
+    "family": "family",
+    "kiss": "kiss",
+    "couple-with-heart": "couple with heart",
+    "people-holding-hands": "(people|men|women|woman and man) holding hands",
+    "handshake": "handshake",
+    "person-with-crown": "prince|princess|person with crown",
+    "person-dancing": "(man|woman) dancing",
+    "pregnant-person": "pregnant (man|woman|person)",
+    "santa-claus": "(Santa|Mrs.|mx) [Cc]laus",
+    "backhand-index-pointing": "backhand index pointing .*",
+    "thumbs": "thumbs (up|down)",
+    "grinning-face": "grinning face( with big eyes)?",
+    "anguished-face": "(anguished|fearful) face|frowning face with open mouth",
+    "angry-face": "(angry|enraged) face",
+    "heart": f"{COLOUR} heart",
+    "bird": "(black )?bird",
+    "apple": "(red|green) apple",
+    "clock-face": r"\w+(-thirty| o.clock)",
+    "moon": "(new|full) moon",
+    "moon-face": "(new|full) moon face",
+    "cityscape": "cityscape( at dusk)?",
+    "traffic-light": "(horizontal|vertical) traffic light",
+    "medal": r"(sports|\w+ place) medal",
+    "baseball": "baseball|softball",
+    "glasses": "(sun)?glasses",
+    "optical-disk": "optical disk|dvd",
+    "magnifying-glass": "magnifying glass.*",
+    "speaker": r"speaker \w+ volume",
+    "lock": "(un)?locked",
+    "book": "(closed|green|blue|orange) book",
+    "banknote": r"\w+ banknote",
+    "tray": "(inbox|outbox) tray",
+    "circle": f"{COLOUR} circle",
+    "square": f"{COLOUR} ((large|medium|medium-small|small) )?square",
+    "square-button": "(white|black) square button",
+    "diamond": r"\w+ (orange|blue) diamond",
+    "red-triangle": "red triangle pointed .*",
+    "arrow": "((up|down)(-left|-right)?|left|right) arrow",
+    "two-way-arrow": "(up-down|left-right) arrow",
+    "curving-arrow": r"(left|right) arrow curving \w+",
+    "play-button": "(play|reverse|upwards|downwards) button",
+    "fast-button": "fast.(forward|reverse|up|down) button",
+    "track-button": "(next|last) track button",
+    "question-mark": "(red|white) question mark",
+    "exclamation-mark": "(red|white) exclamation mark",
+    "keycap": "keycap",
+    "plain-flag": "(black|white) flag",
+    "flag-indonesia": "flag: (Indonesia|Monaco)",
+    "flag-netherlands": "flag: (Netherlands|Luxembourg|Paraguay)",
+    "flag-ireland": "flag: (Ireland|Côte d.Ivoire)",
+    "flag-mali": "flag: (Mali|Guinea)",
+}
+
+
+class Emoji(NamedTuple):
+    """One sequence of emoji-test.txt: its characters, its full name and its class."""
+
+    text: str
+    name: str
+    label: str
+
+
+def read_emoji_test(path: Path) -> list[Emoji]:
+    """Every fully-qualified sequence of the nine classes, in Unicode's order."""
+    emoji, group = [], ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# group:"):
+            group = line.removeprefix("# group:").strip()
+        match = re.match(r"([0-9A-F ]+?) *; fully-qualified +# \S+ E[\d.]+ (.+)", line)
+        if match and group in CLASSES:
+            text = "".join(chr(int(code, 16)) for code in match[1].split())
+            emoji.append(Emoji(text, match[2], CLASSES[group]))
+    return sorted(emoji, key=lambda e: bool(BORROWED.fullmatch(e.name)))
+
+
+def render(text: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """The glyph in the middle of a white square, at 64x64; None where the font has no single glyph for it."""
+    left, top, right, bottom = font.getbbox(text)
+    if right - left > CANVAS or bottom - top == 0:  # several glyphs side by side; the empty .notdef
+        return None
+    image = Image.new("RGB", (CANVAS, CANVAS), "white")
+    corner = ((CANVAS - left - right) // 2, (CANVAS - top - bottom) // 2)
+    ImageDraw.Draw(image).text(corner, text, font=font, embedded_color=True)
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)  # BOX is uneven at 136/64
+
+
+def slug(name: str) -> str:
+    """The name in lower-case ascii letters, digits and hyphens."""
+    name = name.replace("#", "hash").replace("*", "asterisk").replace("\u2019", "")
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def near_pairs(images: list[Image.Image]) -> list[tuple[float, int, int]]:
+    """(distance, i, j) of pairs that are nearly identical, or are when one is mirrored, nearest first.
+
+    The distance is the Euclidean one between the images' ink (255 - pixel) over the norm of the lighter
+    image, so that pale drawings on white do not all look alike.
+    """
+    ink = 255 - np.stack([np.asarray(image, np.float32) for image in images])
+    flat = ink.reshape(len(ink), -1)
+    norms = np.square(flat).sum(1)
+    pairs = []
+    for other in (flat, ink[:, :, ::-1].reshape(flat.shape)):
+        squares = (norms[:, None] + norms - 2 * (flat @ other.T)) / np.minimum(norms[:, None], norms)
+        rows, columns = np.nonzero(np.triu(squares < NEAR**2, 1))
+        distances = np.sqrt(np.maximum(squares[rows, columns], 0))
+        pairs += zip(distances.tolist(), rows.tolist(), columns.tolist(), strict=True)
+    return sorted(pairs)
+
+
+def families(emoji: list[Emoji], images: list[Image.Image], names: dict[str, str]) -> list[str]:
+    """A family name for each image; `names` gives the name of a bare base sequence."""
+    parent = list(range(len(emoji)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    titles, first = [], {}
+    for i, e in enumerate(emoji):
+        base = MODIFIER.sub("", e.text).translate(NEUTRAL)
+        twin = next((t for t, rule in TWINS.items() if re.fullmatch(f"({rule})(:.*)?", e.name)), None)
+        titles.append(twin or slug(names.get(base, e.name)))
+        for key in filter(None, (base, twin)):
+            parent[root(i)] = root(first.setdefault(key, i))
+    for distance, i, j in near_pairs(images):
+        if root(i) != root(j):
+            print(f"near {distance:.3f}: {emoji[i].name} = {emoji[j].name}")
+            parent[root(j)] = root(i)
+    votes: dict[int, Counter[str]] = {}
+    for i, title in enumerate(titles):
+        votes.setdefault(root(i), Counter())[title] += 1
+    chosen = {r: count.most_common(1)[0][0] for r, count in votes.items()}
+    if clash := [name for name, n in Counter(chosen.values()).items() if n > 1]:
+        raise ValueError(f"two families have one name: {clash}")
+    return [chosen[root(i)] for i in range(len(emoji))]
+
+
+def write_zip(path: Path, files: dict[str, Image.Image]) -> None:
+    """Lossless WebP files, stored in order with fixed dates and permissions: the same bytes every time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            info = zipfile.ZipInfo(name)  # dated 1980-01-01
+            info.create_system, info.external_attr = 3, 0o100644 << 16
+            data = io.BytesIO()  # quality is effort here: 100 takes six minutes more to save 2 %
+            files[name].save(data, "WEBP", lossless=True, quality=80, method=6, exact=True)
+            archive.writestr(info, data.getvalue())
+
+
+def main() -> int:
+    """Parse the command line, build the zip and print what is in it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf with bitmaps")
+    parser.add_argument("--emoji-test", type=Path, default=EMOJI_TEST, help="Unicode's emoji-test.txt")
+    parser.add_argument("--out", type=Path, default=OUT, help="the zip to write")
+    args = parser.parse_args()
+    for path, package in ((args.font, "fonts-noto-color-emoji"), (args.emoji_test, "unicode-data")):
+        if not path.is_file():
+            print(f"{path}: no such file; Debian's package {package} has it", file=sys.stderr)
+            return 2
+    if not features.check("raqm"):
+        print("Pillow without raqm cannot join emoji sequences; Debian's package libraqm0", file=sys.stderr)
+        return 2
+
+    font = ImageFont.truetype(args.font, STRIKE)
+    sequences = read_emoji_test(args.emoji_test)
+    names = {e.text.replace("\ufe0f", ""): e.name for e in sequences}
+    kept: dict[bytes, tuple[Emoji, Image.Image]] = {}
+    missing, same = [], []
+    for e in sequences:
+        image = render(e.text, font)
+        if image is None:
+            missing.append(e.name)
+        elif image.tobytes() in kept:
+            same.append(e.name)
+        else:
+            kept[image.tobytes()] = (e, image)
+    print(f"{len(sequences)} sequences; skipped, no single glyph: {len(missing)} {missing}")
+    print(f"skipped, equal to an earlier image: {len(same)} {same}")
+
+    emoji, images = map(list, zip(*kept.values(), strict=True))
+    files: dict[str, Image.Image] = {}
+    members: dict[str, list[str]] = {label: [] for label in CLASSES.values()}
+    for e, image, family in zip(emoji, images, families(emoji, images, names), strict=True):
+        variant = slug(e.name)
+        name = f"{e.label}/{family}" + (f"~{variant}" if variant != family else "") + ".webp"
+        if name in files:
+            raise ValueError(f"two images have one name: {name}")
+        files[name] = image
+        members[e.label].append(family)
+    write_zip(args.out, files)
+    print(f"{'class':12}{'images':>8}{'families':>10}")
+    for label, used in members.items():
+        print(f"{label:12}{len(used):8}{len(set(used)):10}")
+    print(f"{'total':12}{len(files):8}{len(set().union(*members.values())):10}")
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

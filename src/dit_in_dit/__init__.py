@@ -1,0 +1,40 @@
+"""DiT-in-DiT: nested diffusion transformers, written as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dit_in_dit import presets as presets
+    from dit_in_dit.config import RunConfig as RunConfig
+    from dit_in_dit.config import UserError as UserError
+    from dit_in_dit.model import cost as cost
+    from dit_in_dit.model.inspect import inspect as inspect
+    from dit_in_dit.model.nested import NestedDiT as NestedDiT
+    from dit_in_dit.sampling import sample as sample
+    from dit_in_dit.training.loop import train as train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "presets": ("dit_in_dit.presets", None),
+    "cost": ("dit_in_dit.model.cost", None),
+    "RunConfig": ("dit_in_dit.config", "RunConfig"),
+    "UserError": ("dit_in_dit.config", "UserError"),
+    "inspect": ("dit_in_dit.model.inspect", "inspect"),
+    "NestedDiT": ("dit_in_dit.model.nested", "NestedDiT"),
+    "sample": ("dit_in_dit.sampling", "sample"),
+    "train": ("dit_in_dit.training.loop", "train"),
+}
+__all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", "sample", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: reading a config needs no torch."""
+    from importlib import import_module  # noqa: PLC0415
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dit_in_dit' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    home = import_module(module)
+    return getattr(home, attribute) if attribute else home

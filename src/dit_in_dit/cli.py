@@ -1,0 +1,334 @@
+"""The command `dit-in-dit`: parses, prints, and puts the parts together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dit_in_dit import presets
+from dit_in_dit.config import RunConfig, UserError, from_yaml, nearest, override, to_yaml
+
+if TYPE_CHECKING:
+    from dit_in_dit.training.loop import Fact
+
+DEMO_IMAGES = 64
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+    except UserError as error:
+        print(f"dit-in-dit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dit-in-dit: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `dit-in-dit config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, about: str, *, config: bool) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about)
+        made.set_defaults(run=run)
+        if config:
+            made.add_argument("--preset", help="start from this preset (see `dit-in-dit presets`)")
+            made.add_argument("--config", type=Path, help="start from this YAML file")
+            made.add_argument(
+                "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
+            )
+        return made
+
+    command("presets", _presets, "list the presets", config=False)
+    command("config", _config, "print a resolved config, each key with its meaning", config=True)
+
+    inspect = command(
+        "inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model", config=True
+    )
+    inspect.add_argument("--batch", type=_whole, default=1, help="images in the batch (default 1)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    train = command("train", _train, "train a model into a run folder", config=True)
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+
+    sample = command("sample", _sample, "draw images from a trained run", config=False)
+    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("--num", type=_whole, default=64, help="how many (default 64)")
+    sample.add_argument("--seed", type=_whole_or_zero, default=0, help="sample i is a function of this and i")
+    sample.add_argument("--classes", help="names or numbers, with commas; they take turns (default: all)")
+    sample.add_argument("--steps", type=_whole, help="sampler steps (default: the run's)")
+    sample.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
+    sample.add_argument(
+        "--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)"
+    )
+    sample.add_argument("--batch", type=_whole, default=32, help="images at a time (default 32)")
+    sample.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
+    sample.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+
+    demo = command("demo", _demo, "train a small model on emoji and draw with it, from nothing", config=True)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default runs/demo")
+    demo.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+    return parser
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1: got {text!r}")
+    return int(text)
+
+
+def _whole_or_zero(text: str) -> int:
+    return 0 if text == "0" else _whole(text)
+
+
+def _chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig:
+    """The config that --preset or --config and --set name."""
+    if options.preset and options.config:
+        raise UserError("--preset and --config both name a start: give one of them")
+    if options.config:
+        try:
+            config = from_yaml(options.config.read_text(), str(options.config))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --config {options.config}: {error}") from None
+    elif name := options.preset or default:
+        config = presets.get(name)
+    else:
+        raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
+    return override(config, options.set)
+
+
+def _presets(options: argparse.Namespace) -> None:
+    for name in presets.NAMES:
+        model = presets.get(name).model
+        size = "x".join(map(str, (*model.image_size, model.channels)))
+        stages = " ".join(f"{level}*{count}" for level, count in model.program)
+        print(f"{name:<18} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(to_yaml(_chosen(options), meanings=True), end="")
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from dit_in_dit.model.inspect import inspect
+
+    config = _chosen(options)
+    found = inspect(config.model, options.batch, config.train.recompute)
+    plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+    if options.json:
+        print(json.dumps({**found, "plain": plain}, indent=1))
+        return
+    print(f"flow, batch {options.batch}")
+    for row in found["flow"]:
+        print(f"  {row['name']:<14} {tuple(row['shape'])}")
+    for name, unit, scale in (
+        ("tokens", "per image", 1),
+        ("token_layers", "per image: a token in a block", 1),
+        ("parameters", "millions", 1e6),
+        ("macs", "G per image, forward", 1e9),
+        ("activation_bytes", "MB kept for backward, float32, whole batch", 1e6),
+    ):
+        print(f"\n{name.replace('_', ' ')} ({unit}){'':>8}")
+        print(f"  {'':<14} {'this':>12} {'plain DiT':>12} {'ratio':>7}")
+        for part in dict.fromkeys((*found[name], *plain[name])):
+            here, there = found[name].get(part, 0), plain[name].get(part, 0)
+            if here or there:
+                ratio = f"{here / there:7.3f}" if there else f"{'-':>7}"
+                numbers = [f"{n / scale:>12.3f}" if scale > 1 else f"{n:>12,}" for n in (here, there)]
+                print(f"  {part.replace('_', ' '):<14} {numbers[0]} {numbers[1]} {ratio}")
+
+
+# ------------------------------------------------------------------------------------------- train
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dit_in_dit import checkpoint
+    from dit_in_dit.training.loop import train
+
+    if options.resume:
+        stored = checkpoint.read_config(options.out)
+        config = _chosen(options) if options.preset or options.config else override(stored, options.set)
+    else:
+        config = _chosen(options)
+    _follow(train(config, options.out, resume=options.resume, device=options.device), options.out)
+
+
+def _follow(facts: Iterable[Fact], out: Path) -> None:
+    """Show training facts as a progress bar and lines; draw sample grids when they are due."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dit_in_dit import checkpoint
+    from dit_in_dit.sampling import grid, sample, to_pixels
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+        for fact in facts:
+            values = fact.values
+            if fact.kind == "start":
+                config = checkpoint.read_config(out)
+                bar.update(task, total=config.train.steps, completed=fact.step)
+                console.print(
+                    f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in "
+                    f"{values['precision']}, classes: {', '.join(values['classes'][:12])}"
+                )
+                if values["skipped"]:
+                    console.print(
+                        f"left out {len(values['skipped'])} unreadable files: {values['skipped'][:3]}"
+                    )
+            elif fact.kind == "step":
+                text = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                bar.update(task, completed=fact.step, description=text)
+            elif fact.kind == "held_out":
+                parts = (f"t={t}: {e['whole']:.5f} (high {e['high']:.5f})" for t, e in values.items())
+                console.print(f"step {fact.step}  held-out error  {'  '.join(parts)}")
+            elif fact.kind == "samples" and fact.model is not None:
+                path = out / "samples" / f"{fact.step:07d}.png"
+                path.parent.mkdir(exist_ok=True)
+                grid(to_pixels(sample(fact.model, config, 36))).save(path)
+            elif fact.kind == "checkpoint":
+                console.print(f"step {fact.step}  saved {values['path']}")
+
+
+# ------------------------------------------------------------------------------------------ sample
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from dit_in_dit import checkpoint
+    from dit_in_dit.training.loop import pick_device
+
+    model, config, manifest = checkpoint.load_model(
+        options.run_folder, pick_device(options.device), ema=not options.raw
+    )
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, sample=replace(config.sample, **given))
+    classes = _classes(options.classes, manifest["classes"]) if options.classes else []
+    _draw(model, config, options, classes)
+
+
+def _classes(text: str, known: list[str]) -> list[int]:
+    """Class numbers from names or numbers with commas."""
+    numbers = []
+    for name in text.split(","):
+        if name in known:
+            numbers.append(known.index(name))
+        elif name.isdecimal() and int(name) < len(known):
+            numbers.append(int(name))
+        else:
+            raise UserError(f"unknown class {name!r}{nearest(name, known)}")
+    return numbers
+
+
+def _draw(model: Any, config: RunConfig, options: argparse.Namespace, classes: list[int]) -> None:
+    """Write samples as numbered PNGs (latents: one .npz) and a grid."""
+    import numpy as np
+    from rich.progress import track
+
+    from dit_in_dit.sampling import grid, picture, sample_batches, to_pixels
+
+    out: Path = options.out
+    _make_folder(out)
+    batches = sample_batches(
+        model, config, range(options.num), seed=options.seed, classes=classes, batch_size=options.batch
+    )
+    shown, latents = [], []
+    for indices, images in track(batches, total=-(-options.num // options.batch), description="sampling"):
+        pixels = to_pixels(images)
+        shown.append(pixels)
+        if config.model.channels not in (1, 3):
+            latents.append(images.numpy())
+            continue
+        for index, image in zip(indices, pixels, strict=True):
+            picture(image).save(out / f"{index:06d}.png")
+    if latents:
+        np.savez(out / "samples.npz", images=np.concatenate(latents))
+    grid(np.concatenate(shown)[:1024]).save(out / "grid.png")
+    print(f"{options.num} samples and grid.png in {out}")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+
+
+# -------------------------------------------------------------------------------------------- demo
+
+
+def _demo(options: argparse.Namespace) -> None:
+    """Train (or go on, or find done), sample, and put the samples beside real images."""
+    from dit_in_dit import checkpoint
+    from dit_in_dit.sampling import beside, grid, sample, to_pixels
+    from dit_in_dit.training.loop import pick_device, train
+
+    out: Path = options.out
+    started = (out / "config.yaml").exists()
+    asked = options.preset or options.config or options.set
+    config = checkpoint.read_config(out) if started and not asked else _chosen(options, "emoji")
+    _follow(train(config, out, resume=started, device=options.device), out)
+    model, config, _ = checkpoint.load_model(out, pick_device(options.device))
+    print("drawing samples ...", file=sys.stderr)
+    drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))
+    drawn.save(out / "samples.png")
+    real = grid(_real(config, DEMO_IMAGES))
+    real.save(out / "real.png")
+    beside({"drawn by the model": drawn, "real training images": real}).save(out / "samples-beside-real.png")
+    print("\nThe pictures:")
+    for name, what in (
+        ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),
+        ("samples.png", "the samples alone"),
+        ("samples/", "how they came about during training"),
+    ):
+        print(f"  {out / name}  {what}")
+
+
+def _real(config: RunConfig, count: int) -> Any:
+    """Training images whose classes take turns as those of the samples do; uint8 (count, H, W, C)."""
+    import torch
+
+    from dit_in_dit.data.source import open_source
+    from dit_in_dit.sampling import label, to_pixels
+    from dit_in_dit.training.example import image_number
+
+    source = open_source(config.data, config.model)
+    every = range(config.model.num_classes or 1)
+    images: dict[int, list[Any]] = {number: [] for number in every}
+    index = 0
+    wanted = -(-count // len(every))
+    while min(len(found) for found in images.values()) < wanted and index < 100 * count:
+        image, y = source.train(image_number(config.seed, index, source.train_size))
+        images[y if config.model.num_classes else 0].append(image)
+        index += 1
+    chosen = [images[label(i, every)][i // len(every)] for i in range(count)]
+    return to_pixels(torch.tensor(chosen))

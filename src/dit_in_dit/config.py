@@ -1,0 +1,559 @@
+"""What a run is: frozen dataclasses, checked when they are made, read from and written to strict YAML.
+
+Every rule that a value breaks raises `UserError`: one line with the rule, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Level = Literal["inner", "outer"]
+Program = tuple[tuple[Level, int], ...]
+MOST_BLOCKS = 1000  # per level; far above any published depth, and low enough to stop a slip of the finger
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; its message is the one line they need."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`, or all of them when none is close."""
+    known = sorted(set(names))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
+
+
+def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field with its meaning (printed beside it in YAML) and its closed range."""
+    metadata = {"meaning": meaning, "low": low, "high": high}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+T = TypeVar("T", bound="Section")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of keys; checks types and ranges of its fields, then `check`s the rules between them."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in fields(self):
+            name = f"{self.prefix}.{f.name}" if self.prefix else f.name
+            value = _typed(getattr(self, f.name), hints[f.name], name)
+            low, high = f.metadata["low"], f.metadata["high"]
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not low <= number <= high:
+                    raise UserError(f"{name} must be {_range(low, high)}: got {number}")
+            object.__setattr__(self, f.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Rules between the keys of this section; raises UserError."""
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Build from nested mappings; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                full = f"{cls.prefix}.{name}" if cls.prefix else str(name)
+                raise UserError(f"unknown key {full!r}{nearest(full, _names())}")
+        return cls(**values)
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(high):
+        return f"at least {low:g}"
+    return f"from {low:g} to {high:g}"
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, from what YAML or Python gives; UserError when it is something else."""
+    wrong = UserError(f"{name} must be {_spell(hint)}: got {str(value)[:60]!r}")
+    if is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return hint.from_dict(value)  # type: ignore[union-attr]
+        if not isinstance(value, hint):  # type: ignore[arg-type]
+            raise UserError(f"{name} must be a group of keys: got {str(value)[:60]!r}")
+        return value
+    origin = get_origin(hint)
+    if origin is Literal:
+        choices = get_args(hint)
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}: got {str(value)[:60]!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _typed(value, get_args(hint)[0], name)
+    if origin is tuple:
+        parts = get_args(hint)
+        values = value if isinstance(value, list | tuple) else (value,) * len(parts)
+        if len(values) != len(parts):
+            raise wrong
+        return tuple(_typed(v, part, name) for v, part in zip(values, parts, strict=True))
+    if hint is bool or hint is str:
+        if not isinstance(value, hint):
+            raise wrong
+        return value
+    try:  # YAML reads 1e-4 as text: numbers may come as strings
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        raise wrong
+    if hint is int:
+        return value if isinstance(value, int) else int(number)
+    return number
+
+
+def _spell(hint: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    if get_origin(hint) is tuple:
+        return f"{len(get_args(hint))} values, each {_spell(get_args(hint)[0])}"
+    if get_origin(hint) in (Union, types.UnionType):
+        return f"{_spell(get_args(hint)[0])} or null"
+    return names.get(hint, str(hint))
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+def parse_stages(text: str) -> Program:
+    """A stage program such as `(inner outer*4)*7` as (level, number of blocks) runs, in order.
+
+    Grammar: one or more of `inner`, `outer` or `( ... )`, each with an optional `*N`.
+    """
+    tokens = re.findall(r"inner|outer|[()]|\*\d+|\S", text)
+    blocks, rest = _parse_sequence(text, tokens)
+    if rest:
+        raise UserError(f"stages: unexpected {rest[0]!r} in {text!r}; write for example 'inner*7 outer*28'")
+    return _merge(blocks)
+
+
+def _parse_sequence(text: str, tokens: list[str]) -> tuple[list[tuple[Level, int]], list[str]]:
+    blocks: list[tuple[Level, int]] = []
+    while tokens and tokens[0] != ")":
+        head, tokens = tokens[0], tokens[1:]
+        if head == "(":
+            part, tokens = _parse_sequence(text, tokens)
+            if not tokens:
+                raise UserError(f"stages: '(' is never closed in {text!r}")
+            tokens = tokens[1:]
+        elif head in ("inner", "outer"):
+            part = [("inner" if head == "inner" else "outer", 1)]
+        else:
+            raise UserError(f"stages: unexpected {head!r} in {text!r}; write for example 'inner*7 outer*28'")
+        times = 1
+        if tokens and tokens[0].startswith("*") and len(tokens[0]) > 1:
+            times, tokens = int(tokens[0][1:]), tokens[1:]
+            if not 1 <= times <= MOST_BLOCKS:
+                raise UserError(f"stages: a repeat must be from 1 to {MOST_BLOCKS}: got *{times} in {text!r}")
+        if sum(n for _, n in part) * times > 2 * MOST_BLOCKS:
+            raise UserError(f"stages: more than {MOST_BLOCKS} blocks in {text!r}; use fewer")
+        blocks += _merge(part * times)
+    if not blocks:
+        raise UserError(f"stages: nothing to run in {text!r}; write for example 'inner*7 outer*28'")
+    return blocks, tokens
+
+
+def _merge(blocks: Iterable[tuple[Level, int]]) -> Program:
+    """Join neighbours of one level and drop empty runs."""
+    merged: list[tuple[Level, int]] = []
+    for level, count in blocks:
+        if merged and merged[-1][0] == level:
+            merged[-1] = (level, merged[-1][1] + count)
+        elif count:
+            merged.append((level, count))
+    return tuple(merged)
+
+
+def format_stages(program: Program) -> str:
+    """The program as text that `parse_stages` reads back."""
+    return " ".join(f"{level}*{count}" for level, count in program)
+
+
+def _first(outer: int, inner: int) -> Program:
+    return (("inner", inner), ("outer", outer))
+
+
+def _last(outer: int, inner: int) -> Program:
+    return (("outer", outer), ("inner", inner))
+
+
+def _both(outer: int, inner: int) -> Program:
+    if inner < 2:
+        raise UserError(
+            f"stages 'both' needs at least 2 inner blocks: depth {outer} gives {inner}; raise inner.depth_ratio"
+        )
+    return (("inner", inner - inner // 2), ("outer", outer), ("inner", inner // 2))
+
+
+def _interleaved(outer: int, inner: int) -> Program:
+    """Each inner block before its even share of the outer ones, as TNT (Han et al. 2021)."""
+    cuts = [i * outer // inner for i in range(inner + 1)]
+    pairs = zip(cuts[:-1], cuts[1:], strict=True)
+    return _merge(run for a, b in pairs for run in (("inner", 1), ("outer", b - a)))  # type: ignore[misc]
+
+
+ORDERS = {"first": _first, "interleaved": _interleaved, "last": _last, "both": _both}
+
+# -------------------------------------------------------------------------------------------- keys
+
+
+@dataclass(frozen=True)
+class OuterConfig(Section):
+    prefix: ClassVar[str] = "model.outer"
+    width: int = key(384, "width D of the outer tokens", low=4, high=65536)
+    num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+
+    def check(self) -> None:
+        if self.width % self.num_heads:
+            raise UserError(f"model.outer.num_heads must divide width: got {self.num_heads} for {self.width}")
+        if self.width % 4:
+            raise UserError(f"model.outer.width must be a multiple of 4 (sin-cos position): got {self.width}")
+
+
+@dataclass(frozen=True)
+class InnerConfig(Section):
+    prefix: ClassVar[str] = "model.inner"
+    depth_ratio: float = key(
+        0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100
+    )
+    sub_patch: int = key(1, "sub-patch size s in pixels; divides patch_size", low=1, high=4096)
+    width: int = key(384, "width E of the inner tokens", low=1, high=65536)
+    num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+    embed: Literal["linear", "conv"] = key(
+        "linear", "sub-patch embedding: linear, or conv (reaches across patch borders)"
+    )
+    kernel: int = key(3, "kernel of embed=conv, in sub-patches; odd", low=1, high=31)
+    aggregate: Literal["mean", "weighted", "attention", "concat"] = key(
+        "mean", "inner -> outer: mean, weighted (learned per position), attention (learned query), concat"
+    )
+    mixer: Literal["patch", "window", "image", "conv", "none"] = key(
+        "patch", "who sees whom: own patch, window of patches, image, 3x3 depthwise conv, none (MLP only)"
+    )
+    window: int = key(2, "side of mixer=window, in patches; divides the patch grid", low=1, high=1024)
+    condition: Literal["image", "patch", "sub_patch"] = key(
+        "image", "adaLN input: image (c), patch (c + outer token), sub_patch (a vector per sub-patch)"
+    )
+    fuse: Literal["add", "gate", "replace"] = key(
+        "add", "aggregated -> outer: add, gate (from zero), replace (no residual, no outer head if last)"
+    )
+
+    def check(self) -> None:
+        if self.width % self.num_heads:
+            raise UserError(f"model.inner.num_heads must divide width: got {self.num_heads} for {self.width}")
+        if self.kernel % 2 == 0:
+            raise UserError(f"model.inner.kernel must be odd, so that it has a centre: got {self.kernel}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    prefix: ClassVar[str] = "model"
+    image_size: tuple[int, int] = key((32, 32), "height and width, or one number for both", low=1, high=65536)
+    channels: int = key(3, "channels of the image or latent", low=1, high=4096)
+    patch_size: int = key(8, "patch size p in pixels; divides height and width", low=1, high=4096)
+    num_classes: int = key(0, "classes; 0 for no labels", low=0, high=10_000_000)
+    depth: int | None = key(
+        None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS
+    )
+    stages: str = key(
+        "outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'"
+    )
+    use_inner: bool = key(True, "false: the outer blocks alone, whatever stages says")
+    outer: OuterConfig = key(OuterConfig, "the transformer over patches")
+    inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
+
+    def check(self) -> None:
+        height, width = self.image_size
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(
+                f"model.patch_size must divide image_size: got {self.patch_size} for {height}x{width}"
+            )
+        if self.patch_size % self.inner.sub_patch:
+            raise UserError(
+                "model.inner.sub_patch must divide patch_size: "
+                f"got {self.inner.sub_patch} for {self.patch_size}"
+            )
+        if self.stages in ORDERS and self.depth is None:
+            raise UserError(f"model.depth is needed by the named order {self.stages!r}: set model.depth=N")
+        if self.stages not in ORDERS and self.depth is not None:
+            if re.fullmatch(r"\w+", self.stages) and self.stages not in ("inner", "outer"):
+                raise UserError(f"unknown stages {self.stages!r}{nearest(self.stages, ORDERS)}")
+            raise UserError(
+                f"model.depth={self.depth} clashes with the program {self.stages!r}: set model.depth=null"
+            )
+        for level in ("outer", "inner"):
+            if self.blocks(level) > MOST_BLOCKS:
+                raise UserError(f"at most {MOST_BLOCKS} {level} blocks: got {self.blocks(level)}")
+        if not self.blocks("outer"):
+            raise UserError(f"stages needs at least one outer block: got {self.stages!r}")
+        if self.blocks("inner"):
+            self._check_inner()
+
+    def _check_inner(self) -> None:
+        mixer = self.inner.mixer
+        if mixer in ("window", "image", "conv") and self.inner.width % 4:
+            raise UserError(
+                f"model.inner.width must be a multiple of 4 for mixer {mixer} (sin-cos position): got {self.inner.width}"
+            )
+        if mixer == "window" and any(side % self.inner.window for side in self.grid):
+            raise UserError(
+                f"model.inner.window must divide the patch grid: got {self.inner.window} for {self.grid}"
+            )
+
+    @property
+    def program(self) -> Program:
+        """The stages as (level, number of blocks) runs, after `use_inner`."""
+        if self.depth is None:
+            program = parse_stages(self.stages)
+        else:
+            inner = max(1, int(self.depth * self.inner.depth_ratio))
+            program = ORDERS[self.stages](self.depth, inner)
+        if self.use_inner:
+            return program
+        return _merge((level, count) for level, count in program if level == "outer")
+
+    def blocks(self, level: str) -> int:
+        """Number of blocks of one level."""
+        return sum(count for name, count in self.program if name == level)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """T, patches per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sub_grid(self) -> int:
+        """Sub-patches along one side of a patch."""
+        return self.patch_size // self.inner.sub_patch
+
+    @property
+    def sub_patches(self) -> int:
+        """S, sub-patches per patch."""
+        return self.sub_grid**2
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    prefix: ClassVar[str] = "diffusion"
+    path: Literal["flow", "ddpm"] = key(
+        "flow", "flow: x_t = (1-t) x + t e (rectified flow); ddpm: DiT's linear 1000-step schedule"
+    )
+    predict: Literal["velocity", "image", "noise"] = key("velocity", "what the model's output stands for")
+    weight: Literal["prediction", "velocity", "image", "noise", "min_snr"] = key(
+        "prediction", "the quantity whose squared error is the loss; min_snr: image error x min(SNR, 5)"
+    )
+    time: Literal["uniform", "logit_normal"] = key("uniform", "how training times are drawn")
+    time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0 means more noise", low=-20, high=20)
+    time_std: float = key(1.0, "logit_normal: standard deviation of the logit", low=1e-3, high=20)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    prefix: ClassVar[str] = "data"
+    source: str = key("emoji", "emoji, mosaic, a folder or .zip with a folder per class, a .npz or .npy")
+    flip: bool = key(False, "mirror half of the training examples left to right")
+    held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
+    corrupt: Literal["error", "skip"] = key(
+        "error", "a file that cannot be read: stop, or leave out and count"
+    )
+    workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    prefix: ClassVar[str] = "train"
+    steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
+    batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
+    accumulate: int = key(
+        1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6
+    )
+    learning_rate: float = key(1e-4, "peak learning rate of AdamW", low=0, high=10)
+    weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
+    warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
+    schedule: Literal["constant", "cosine"] = key(
+        "constant", "learning rate after the warm-up; cosine ends at 0"
+    )
+    label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
+    ema: float = key(0.9999, "decay of the averaged weights; ramps up as (1+n)/(10+n)", low=0, high=0.9999999)
+    clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "autocast; auto: bfloat16 where the device computes in it, fixed when the run starts"
+    )
+    compile: bool = key(False, "torch.compile the model")
+    recompute: Literal["none", "inner", "outer", "both"] = key(
+        "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
+    )
+    checkpoint_every: int = key(
+        10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12
+    )
+    sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
+    evaluate_every: int = key(1_000, "steps between held-out errors; 0: never", low=0, high=10**12)
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    prefix: ClassVar[str] = "sample"
+    sampler: Literal["euler", "heun", "ddim", "dpm++", "unipc"] = key(
+        "heun", "scheduler of diffusers; euler and heun need path flow; on flow, ddim is euler"
+    )
+    steps: int = key(50, "sampler steps", low=1, high=1000)
+    guidance: float = key(1.0, "classifier-free guidance; 1: none", low=0, high=100)
+    interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance acts", low=0, high=1)
+
+    def check(self) -> None:
+        if self.interval[0] > self.interval[1]:
+            raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    seed: int = key(0, "the run is a function of this number", low=0, high=2**63 - 1)
+    model: ModelConfig = key(ModelConfig, "the network")
+    diffusion: DiffusionConfig = key(DiffusionConfig, "noise, target and loss")
+    data: DataConfig = key(DataConfig, "the images")
+    train: TrainConfig = key(TrainConfig, "the training loop")
+    sample: SampleConfig = key(SampleConfig, "how images are drawn")
+
+    def check(self) -> None:
+        check_sampler(self.diffusion.path, self.sample.sampler)
+
+    @property
+    def global_batch(self) -> int:
+        """Examples per optimizer step."""
+        return self.train.batch_size * self.train.accumulate
+
+
+def check_sampler(path: str, sampler: str) -> None:
+    """UserError when diffusers has no such scheduler for this path."""
+    if path == "ddpm" and sampler in ("euler", "heun"):
+        raise UserError(
+            f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++ or unipc with path ddpm"
+        )
+
+
+# ---------------------------------------------------------------------------------------- YAML, hash
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice (PyYAML keeps the last in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(k) for k, _ in node.value]  # type: ignore[no-untyped-call]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"key {name!r} is given twice, the second on line {node.end_mark.line}")
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Groups as blocks, one key per line; short lists such as [32, 32] on theirs."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{what} is not valid YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from None
+
+
+def from_yaml(text: str, what: str = "config") -> RunConfig:
+    """A run from YAML; keys left out take their defaults. Raises UserError."""
+    values = _parse_yaml(text, what)
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {str(text)[:40]!r}")
+    return RunConfig.from_dict(values)
+
+
+def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, meaning, value) of every key below a section, groups included."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        yield prefix + f.name, f.metadata["meaning"], value
+        if isinstance(value, Section):
+            yield from keys(value, f"{prefix}{f.name}.")
+
+
+def first_difference(stored: RunConfig, given: RunConfig) -> str:
+    """The first key in which two configs differ, with both values; empty when they are equal."""
+    for (name, _, a), (_, _, b) in zip(keys(stored), keys(given), strict=True):
+        if a != b and not isinstance(a, Section):
+            return f"{name} is {a}, not {b}"
+    return ""
+
+
+def _names() -> list[str]:
+    return [name for name, _, _ in keys(RunConfig())]
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Nested plain values, as JSON and YAML hold them."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain
+
+
+def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
+    """YAML that `from_yaml` reads back to an equal config, each key with its meaning if asked for."""
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=1000)
+    if not meanings:
+        return text
+    lines, path = [], []  # type: ignore[var-annotated]
+    explained = {name: meaning for name, meaning, _ in keys(config)}
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = [*path[:depth], line.split(":")[0].strip()]
+        lines.append(f"{line:<32}  # {explained['.'.join(path)]}")
+    return "\n".join(lines) + "\n"
+
+
+def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """The config with `key.path=value` assignments applied together, values read as YAML."""
+    values = to_dict(config)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set takes key=value: got {assignment!r}")
+        if name not in _names():
+            raise UserError(f"unknown key {name!r}{nearest(name, _names())}")
+        *groups, last = name.split(".")
+        target = values
+        for group in groups:
+            target = target[group]
+        target[last] = _parse_yaml(text, f"--set {name}") if text else ""
+    return RunConfig.from_dict(values)
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of the config's canonical JSON: the identity of a run."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,303 @@
+"""Sources of images: `open_source(data, model)` gives train and held-out images by number."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.data.mosaic import CLASSES, Mosaic
+
+Array = NDArray[np.float32]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
+MOSAIC_HELD_OUT = 512
+
+
+class Source(Protocol):
+    """Images (C, H, W), float32 in [-1, 1] (or latents as stored), with labels."""
+
+    classes: tuple[str, ...]
+    train_size: int | None  # None: endless
+    held_out_size: int
+    skipped: list[str]  # files left out because they cannot be read
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        ...
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        ...
+
+
+def open_source(data: DataConfig, model: ModelConfig) -> Source:
+    """The configured source at the model's size; UserError when it is missing, empty or does not fit."""
+    if data.source == "mosaic":
+        if model.channels != 3:
+            raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
+        source: Source = MosaicSource(model.image_size)
+    else:
+        path = (
+            Path(str(files("dit_in_dit.data") / "emoji.zip")) if data.source == "emoji" else Path(data.source)
+        )
+        if not path.exists():
+            raise UserError(f"data.source: no such file or folder: {data.source}")
+        arrays = path.suffix in (".npz", ".npy")
+        source = ArraySource(path, data, model) if arrays else ImageSource(path, data, model)
+    if model.num_classes and len(source.classes) != model.num_classes:
+        raise UserError(
+            f"model.num_classes must be what the data has: got {model.num_classes}, "
+            f"{data.source} has {len(source.classes)}"
+        )
+    return source
+
+
+class MosaicSource:
+    """The procedural source; its held-out images are the first ones, which no training index reaches."""
+
+    classes = CLASSES
+    train_size = None
+    held_out_size = MOSAIC_HELD_OUT
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.mosaic = Mosaic(size)
+        self.skipped: list[str] = []
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self.mosaic.image(MOSAIC_HELD_OUT + index)
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self.mosaic.image(index)
+
+
+def is_held_out(family: str, share: float) -> bool:
+    """Whether a family of images is kept out of training; depends on its name and the share alone."""
+    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big") < share * 2**64
+
+
+def split(families: list[str], share: float, what: str) -> tuple[list[int], list[int]]:
+    """Positions of the training and the held-out images; UserError when either is missing."""
+    held = [i for i, family in enumerate(families) if is_held_out(family, share)]
+    kept = sorted(set(range(len(families))) - set(held))
+    if not kept or (share and not held):
+        raise UserError(
+            f"data.held_out={share} leaves {len(kept)} training and {len(held)} held-out images of "
+            f"{what}: change it (0: none held out)"
+        )
+    return kept, held
+
+
+class ImageSource:
+    """A folder or .zip of PNG, JPEG and WebP files, one folder per class (none: one class).
+
+    The family of a file, which the split keeps together, is its name up to the first `~`:
+    `waving-hand~light-skin-tone.webp` is of the family `waving-hand`.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
+        self.path, self.size, self.channels = path, model.image_size, model.channels
+        if model.channels not in (1, 3):
+            raise UserError(f"image files have 1 or 3 channels: got model.channels={model.channels}")
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self.names = self._list()
+        if not self.names:
+            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {path}")
+        self.skipped: list[str] = []
+        in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
+        self._pixels: list[NDArray[np.uint8]] | None = None
+        if in_memory or data.corrupt == "skip":
+            self._check(data.corrupt, in_memory)
+        folders = [PurePosixPath(name).parts[0] if "/" in name else "images" for name in self.names]
+        self.classes = tuple(sorted(set(folders)))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self._labels = [numbers[folder] for folder in folders]
+        families = [PurePosixPath(name).stem.split("~")[0] for name in self.names]
+        self._train, self._held = split(families, data.held_out, str(path))
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+
+    def _list(self) -> list[str]:
+        """Names of all images, relative to the source, sorted."""
+        try:
+            if self.path.is_dir():
+                found = (p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
+                names = [p.as_posix() for p in found]
+            else:
+                names = self._open().namelist()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"data.source: {self.path} is neither a folder nor a .zip: {error}") from None
+        return sorted(name for name in names if name.lower().endswith(SUFFIXES))
+
+    def _open(self) -> zipfile.ZipFile:
+        """The archive, opened once per process: a file position must not be shared by workers."""
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._archive[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_archive": None}
+
+    def _check(self, corrupt: str, in_memory: bool) -> None:
+        """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""
+        good, pixels = [], []
+        for name in self.names:
+            try:
+                image = self.read(name)
+            except UserError:
+                if corrupt == "error":
+                    raise
+                self.skipped.append(name)
+                continue
+            good.append(name)
+            if in_memory:
+                pixels.append(image)
+        if not good:
+            raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
+        self.names, self._pixels = good, pixels if in_memory else None
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""
+        try:
+            if self.path.is_dir():
+                content = (self.path / name).read_bytes()
+            else:
+                content = self._open().read(name)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return fit(image, self.size, self.channels)
+        except UnidentifiedImageError:
+            problem = "not a PNG, JPEG or WebP image"
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            EOFError,
+            zipfile.BadZipFile,
+            Image.DecompressionBombError,
+        ) as e:
+            problem = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UserError(
+            f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip"
+        )
+
+    def _image(self, position: int) -> tuple[Array, int]:
+        pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self._image(self._train[index])
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self._image(self._held[index])
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
+    twice too large, then bicubic to cover the target, then crop the centre. Transparency goes on white;
+    16-bit grey is scaled to 8; every other mode goes through Pillow's conversion."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if covering != image.size:
+        image = image.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image).reshape(height, width, channels)
+
+
+class ArraySource:
+    """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
+
+    uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are taken as they are (latents). A family is a row.
+    ADM's names `arr_0` and `arr_1` are understood too.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
+        self.skipped: list[str] = []
+        images, labels = _load_arrays(path)
+        self._pixels = images.dtype == np.uint8
+        image_shape = (
+            (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
+        )
+        if images.shape[1:] != image_shape:
+            raise UserError(
+                f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})"
+            )
+        if labels is None and model.num_classes:
+            raise UserError(f"{path} has no labels: give them, or set model.num_classes=0")
+        count = model.num_classes or 1
+        self._labels = np.zeros(len(images), np.int64) if labels is None or not model.num_classes else labels
+        if self._labels.shape != (len(images),) or self._labels.dtype.kind not in "iu":
+            raise UserError(f"labels of {path} must be {len(images)} whole numbers")
+        if len(images) and not 0 <= self._labels.min() <= self._labels.max() < count:
+            raise UserError(
+                f"labels of {path} must be from 0 to {count - 1} (model.num_classes): "
+                f"got {self._labels.min()} to {self._labels.max()}"
+            )
+        self._images, self.classes = images, tuple(map(str, range(count)))
+        self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+
+    def _image(self, position: int) -> tuple[Array, int]:
+        image = np.asarray(self._images[position], np.float32)
+        if self._pixels:
+            image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
+        return image, int(self._labels[position])
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self._image(self._train[index])
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self._image(self._held[index])
+
+
+def _commas(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+    """Images and labels as they are stored; never runs code from the file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                names = [("images", "labels"), ("arr_0", "arr_1")]
+                for image_name, label_name in names:
+                    if image_name in archive:
+                        return archive[image_name], archive[label_name] if label_name in archive else None
+            raise UserError(
+                f"{path} must hold an array 'images' (and 'labels'): got {', '.join(archive.files)}"
+            )
+        labels = path.with_suffix(".labels.npy")
+        read: Callable[..., NDArray[np.generic]] = np.load
+        return (
+            read(path, mmap_mode="r", allow_pickle=False),
+            read(labels, allow_pickle=False) if labels.exists() else None,
+        )
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read arrays from {path}: {str(error).splitlines()[0][:80]}") from None

@@ -1,0 +1,1 @@
+"""Noise, targets and loss: never sees a network, only `predict(x, t, y)`."""

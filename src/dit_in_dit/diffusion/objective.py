@@ -1,0 +1,86 @@
+"""What training minimises, and the held-out error that tells how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.diffusion.path import Flow, convert, determinant, make_path, quantity
+
+Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+LOSS_FLOOR = 0.05  # weights stop growing where a determinant falls below this (JiT, Li & He 2025, section 4)
+MIN_SNR = 5.0  # gamma of Hang et al. 2023
+EVALUATION_TIMES = (0.2, 0.5, 0.8)
+
+
+def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
+    """Training times in [0, 1] from uniform numbers in [0, 1), by the inverse of their distribution."""
+    if config.time == "logit_normal":  # Esser et al. 2024, section 3.1
+        inside = uniform.double().clamp(1e-12, 1 - 1e-12)
+        uniform = torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(inside))
+    return path.snap(uniform).float()
+
+
+class Objective:
+    """The configured loss. The squared error is that of `predict`, weighted into the space of `weight`."""
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.config, self.path = config, make_path(config)
+
+    def noisy(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (N, C, H, W) from images, noise and times (N,)."""
+        a, b = self.path.coefficients(_as_column(t))
+        return a * x + b * noise
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Factor (N,) on the squared error of the prediction.
+
+        With x_t fixed, an error in one quantity is an error in any other times the ratio of their
+        determinants, so that "the loss is on the velocity" is a weight and needs no conversion.
+        """
+        config = self.config
+        if config.weight == "prediction":
+            return torch.ones_like(t)
+        a, b = self.path.coefficients(t)
+        given = determinant(self.path, config.predict, a, b, LOSS_FLOOR)
+        if config.weight == "min_snr":
+            return (b / given) ** 2 * (a / b.clamp(min=LOSS_FLOOR)).square().clamp(max=MIN_SNR)
+        return (determinant(self.path, config.weight, a, b, 0.0) / given) ** 2
+
+    def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Weighted squared error per example (N,), in float32."""
+        prediction = predict(self.noisy(x, noise, t), t, y).float()
+        u, w = quantity(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
+        error = (prediction - (u * x + w * noise)).square().flatten(1).mean(1)
+        return self.weight(t) * error
+
+    def image(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image (N, C, H, W) that a prediction amounts to."""
+        return convert(self.path, prediction, x_t, t, given=self.config.predict, wanted="image")
+
+    def denoising_error(
+        self, predict: Predict, x: Tensor, noise: Tensor, t: float, y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Squared error of the image estimate per example (N,): whole, and of its high frequencies.
+
+        High frequencies are what 2x2 averaging removes: the finest level of a Haar pyramid.
+        """
+        times = self.path.snap(torch.full((len(x),), t, device=x.device))
+        x_t = self.noisy(x, noise, times)
+        error = self.image(predict(x_t, times, y).float(), x_t, times) - x
+        return error.square().flatten(1).mean(1), high_frequencies(error).square().flatten(1).mean(1)
+
+
+def high_frequencies(x: Tensor) -> Tensor:
+    """x (N, C, H, W) less its 2x2 block means; odd sizes have smaller blocks at the far border."""
+    low = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    low = low.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return x - low[..., : x.shape[-2], : x.shape[-1]]
+
+
+def _as_column(t: Tensor) -> Tensor:
+    return t[:, None, None, None]

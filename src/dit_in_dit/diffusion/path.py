@@ -1,0 +1,91 @@
+"""The path from image x to noise e, x_t = a(t) x + b(t) e, and what a model may predict on it.
+
+Every prediction is a pair of coefficients: velocity, image and noise are all u x + w e. With x_t that
+makes two equations in x and e, so that any prediction turns into any other by one 2x2 solve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_in_dit.config import DiffusionConfig
+
+DDPM_STEPS = 1000
+SMALLEST_DETERMINANT = 1e-3  # keeps conversions finite at the ends, where one unknown drops out
+
+
+class Flow:
+    """Rectified flow (Liu et al. 2022; SiT): a = 1 - t, b = t, velocity = e - x."""
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a(t), b(t), shaped as t."""
+        return 1 - t, t
+
+    def velocity(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity's coefficients of x and e."""
+        return -torch.ones_like(a), torch.ones_like(b)
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The nearest time the path knows: every one."""
+        return t
+
+
+class Ddpm(Flow):
+    """DiT's variance-preserving path (Ho et al. 2020): linear betas 1e-4 to 0.02, step k at t = k/1000.
+
+    Its velocity is a e - b x (Salimans & Ho 2022).
+    """
+
+    def __init__(self) -> None:
+        betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
+        self.alpha_bar = (1 - betas).cumprod(0)
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a(t), b(t), shaped as t."""
+        step = (t.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
+        alpha_bar = self.alpha_bar.to(t.device)[step]
+        return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
+
+    def velocity(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity's coefficients of x and e."""
+        return -b, a
+
+    def snap(self, t: Tensor) -> Tensor:
+        """The step at or before t."""
+        return (t * DDPM_STEPS).floor().clamp(max=DDPM_STEPS - 1) / DDPM_STEPS
+
+
+PATHS = {"flow": Flow, "ddpm": Ddpm}
+
+
+def make_path(config: DiffusionConfig) -> Flow:
+    """The configured path."""
+    return PATHS[config.path]()
+
+
+def quantity(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients (u, w) of the named prediction, u x + w e."""
+    one, zero = torch.ones_like(a), torch.zeros_like(a)
+    return {"image": (one, zero), "noise": (zero, one), "velocity": path.velocity(a, b)}[name]
+
+
+def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:
+    """a w - b u of the 2x2 system, kept `floor` away from zero with its sign."""
+    u, w = quantity(path, name, a, b)
+    det = a * w - b * u
+    return torch.where(det < 0, -1.0, 1.0) * det.abs().clamp(min=floor)
+
+
+def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: str, wanted: str) -> Tensor:
+    """A prediction (N, ...) of `given` at x_t (N, ...) and t (N,), as the `wanted` one."""
+    if given == wanted:
+        return prediction
+    t = t.view(-1, *[1] * (x_t.ndim - 1))
+    a, b = path.coefficients(t)
+    u, w = quantity(path, given, a, b)
+    det = determinant(path, given, a, b, SMALLEST_DETERMINANT)
+    image = (w * x_t - b * prediction) / det
+    noise = (a * prediction - u * x_t) / det
+    u, w = quantity(path, wanted, a, b)
+    return u * image + w * noise

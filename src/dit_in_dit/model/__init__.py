@@ -1,0 +1,1 @@
+"""The network: knows no noise, loss or file."""

@@ -1,0 +1,148 @@
+"""Between the levels: aggregate (inner -> outer), fuse with the outer tokens, spread (outer -> inner)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.config import ModelConfig
+from dit_in_dit.model.layers import attend, norm
+
+
+def _widen(model: ModelConfig) -> nn.Module:
+    """Inner to outer width; nothing where they are equal, as in the reference arrangement."""
+    if model.inner.width == model.outer.width:
+        return nn.Identity()
+    return nn.Linear(model.inner.width, model.outer.width)
+
+
+def _widen_macs(model: ModelConfig) -> int:
+    same = model.inner.width == model.outer.width
+    return 0 if same else model.patches * model.inner.width * model.outer.width
+
+
+class Mean(nn.Module):
+    """The mean over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.proj = _widen(model)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return _widen_macs(model)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return self.proj(inner.mean(dim=2))
+
+
+class Weighted(nn.Module):
+    """A learned weight per sub-patch position, from 1/S: it starts as the mean; (N, T, S, E) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((model.sub_patches,), 1 / model.sub_patches))
+        self.proj = _widen(model)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return self.proj(torch.einsum("ntse,s->nte", inner, self.weight))
+
+
+class AttentionPool(nn.Module):
+    """One learned query per head attends over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        width, heads = model.inner.width, model.inner.num_heads
+        self.query = nn.Parameter(torch.zeros(heads, 1, width // heads))
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, model.outer.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        width = model.inner.width
+        per_patch = model.sub_patches * (2 * width**2 + 2 * width) + width * model.outer.width
+        return model.patches * per_patch
+
+    def forward(self, inner: Tensor) -> Tensor:
+        kv = self.kv(norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # NT heads S d
+        pooled = attend(self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v)  # NT heads 1 d
+        return self.proj(pooled.flatten(1).unflatten(0, inner.shape[:2]))  # N T D
+
+
+class Concat(nn.Module):
+    """All sub-patches side by side and one linear layer, as TNT; (N, T, S, E) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(model.sub_patches * model.inner.width, model.outer.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.sub_patches * model.inner.width * model.outer.width
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return self.proj(inner.flatten(2))
+
+
+AGGREGATORS = {"mean": Mean, "weighted": Weighted, "attention": AttentionPool, "concat": Concat}
+
+
+class Add(nn.Module):
+    """outer + aggregated."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
+        return outer + aggregated
+
+
+class Gate(nn.Module):
+    """outer + gate * aggregated, a learned gate per channel from zero: it starts as the outer model alone."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(model.outer.width))
+
+    def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
+        return torch.addcmul(outer, self.gate, aggregated)
+
+
+class Replace(nn.Module):
+    """aggregated alone: the "no residual" ablation."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+
+    def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
+        return aggregated
+
+
+FUSIONS = {"add": Add, "gate": Gate, "replace": Replace}
+
+
+class Spread(nn.Module):
+    """What each sub-patch is told by its patch's outer token; (N, T, D) -> (N, T, S, E), to be added."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sub_patches = model.sub_patches
+        self.proj = nn.Linear(model.outer.width, model.sub_patches * model.inner.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.outer.width * model.sub_patches * model.inner.width
+
+    def forward(self, outer: Tensor) -> Tensor:
+        return self.proj(norm(outer)).unflatten(-1, (self.sub_patches, -1))

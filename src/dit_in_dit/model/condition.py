@@ -1,0 +1,117 @@
+"""What drives adaLN: time and label, and how the inner level takes them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.config import ModelConfig
+from dit_in_dit.model.layers import norm
+
+FREQUENCIES = 256  # sinusoidal features of time, as in DiT
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoids of 1000 t and an MLP; t (N,) in [0, 1] -> (N, D). The factor keeps DiT's weights usable."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return FREQUENCIES * model.outer.width + model.outer.width**2
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+class LabelEmbed(nn.Module):
+    """A vector per class and, as the last row, one for "no class"; y (N,) int64 or None -> (N, D) or (D,)."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, y: Tensor | None) -> Tensor:
+        return self.table.weight[-1] if y is None else self.table(y)
+
+
+class ImageCondition(nn.Module):
+    """c itself: one row per image; -> (N, 1, 1, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+
+    @staticmethod
+    def width(model: ModelConfig) -> int:
+        """Width of a conditioning row."""
+        return model.outer.width
+
+    @staticmethod
+    def rows(model: ModelConfig) -> int:
+        """Conditioning rows per image."""
+        return 1
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image and inner stage."""
+        return 0
+
+    def forward(self, c: Tensor, outer: Tensor) -> Tensor:
+        return c[:, None, None]
+
+
+class PatchCondition(ImageCondition):
+    """c plus the normalised outer token: one row per patch; -> (N, T, 1, D).
+
+    Normalised, because the outer stream grows with depth while c does not.
+    """
+
+    @staticmethod
+    def rows(model: ModelConfig) -> int:
+        """Conditioning rows per image."""
+        return model.patches
+
+    def forward(self, c: Tensor, outer: Tensor) -> Tensor:
+        return (c[:, None] + norm(outer))[:, :, None]
+
+
+class SubPatchCondition(ImageCondition):
+    """c plus the normalised outer token, spread to a vector per sub-patch; -> (N, T, S, E).
+
+    Narrowed to the inner width first, as PixelDiT has to do: 6 E modulations of a D-wide row for each
+    sub-patch would cost more than the inner blocks.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.sub_patches = model.sub_patches
+        self.proj = nn.Linear(model.outer.width, model.sub_patches * model.inner.width)
+
+    @staticmethod
+    def width(model: ModelConfig) -> int:
+        """Width of a conditioning row."""
+        return model.inner.width
+
+    @staticmethod
+    def rows(model: ModelConfig) -> int:
+        """Conditioning rows per image."""
+        return model.patches * model.sub_patches
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image and inner stage."""
+        return model.patches * model.outer.width * model.sub_patches * model.inner.width
+
+    def forward(self, c: Tensor, outer: Tensor) -> Tensor:
+        return self.proj(c[:, None] + norm(outer)).unflatten(-1, (self.sub_patches, -1))
+
+
+CONDITIONS = {"image": ImageCondition, "patch": PatchCondition, "sub_patch": SubPatchCondition}

@@ -1,0 +1,143 @@
+"""Images to tokens and tokens to images."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_in_dit.config import ModelConfig
+from dit_in_dit.model.layers import sincos
+
+
+class OuterEmbed(nn.Module):
+    """Patches, one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
+
+    The linear layer on a flattened patch (channel, row, column) is DiT's strided convolution, and its
+    weight is that convolution's, flattened.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.patch = model.patch_size
+        self.proj = nn.Linear(model.channels * self.patch**2, model.outer.width)
+        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
+        self.position: Tensor
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.channels * model.patch_size**2 * model.outer.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
+        return self.proj(patches) + self.position
+
+
+class Cut(nn.Module):
+    """Sub-patches grouped by patch, (N, C, H, W) -> (N, T, S, C*s*s)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sizes = {
+            "p": model.inner.sub_patch,
+            "q": model.inner.sub_patch,
+            "i": model.sub_grid,
+            "j": model.sub_grid,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(x, "n c (h i p) (w j q) -> n (h w) (i j) (c p q)", **self.sizes)
+
+
+class LinearEmbed(nn.Sequential):
+    """One linear layer per sub-patch, (N, C, H, W) -> (N, T, S, E)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        size = model.channels * model.inner.sub_patch**2
+        super().__init__(Cut(model), nn.Linear(size, model.inner.width))
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        inner = model.inner
+        return model.patches * model.sub_patches * model.channels * inner.sub_patch**2 * inner.width
+
+
+class ConvEmbed(nn.Module):
+    """A padded convolution of `kernel` sub-patches, so that a token sees its neighbours, also across
+    patch borders; (N, C, H, W) -> (N, T, S, E)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        s, kernel = model.inner.sub_patch, model.inner.kernel
+        self.sub_grid = model.sub_grid
+        self.conv = nn.Conv2d(
+            model.channels, model.inner.width, kernel * s, stride=s, padding=(kernel - 1) // 2 * s
+        )
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return LinearEmbed.macs(model) * model.inner.kernel**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.conv(x), "n e (h i) (w j) -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
+
+
+EMBEDS: dict[str, type[LinearEmbed] | type[ConvEmbed]] = {"linear": LinearEmbed, "conv": ConvEmbed}
+
+
+class InnerEmbed(nn.Module):
+    """Sub-patches of the noisy image as tokens, plus their position; (N, C, H, W) -> (N, T, S, E).
+
+    A learned position tells the place in the patch. When the mixer reaches past the patch (`wide`), a
+    fixed one tells the place in the image.
+    """
+
+    def __init__(self, model: ModelConfig, *, wide: bool) -> None:
+        super().__init__()
+        self.embed = EMBEDS[model.inner.embed](model)
+        self.position = nn.Parameter(torch.zeros(model.sub_patches, model.inner.width))
+        place = torch.zeros(())
+        if wide:
+            i = model.sub_grid
+            place = sincos(model.inner.width, model.grid[0] * i, model.grid[1] * i)
+            place = rearrange(
+                place, "(h i w j) e -> (h w) (i j) e", h=model.grid[0], w=model.grid[1], i=i, j=i
+            )
+        self.register_buffer("place", place, persistent=False)
+        self.place: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(x) + (self.position + self.place)
+
+
+class NoEmbed(nn.Module):
+    """The plain DiT's: no inner tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :0]
+
+
+class OuterUnpatch(nn.Module):
+    """Patches (row, column, channel), in DiT's order, to the image; (N, T, p*p*C) -> (N, C, H, W)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sizes = {"h": model.grid[0], "p": model.patch_size, "q": model.patch_size}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", **self.sizes)
+
+
+class InnerUnpatch(nn.Module):
+    """Sub-patches (row, column, channel) to the image; (N, T, S, s*s*C) -> (N, C, H, W)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        s = model.inner.sub_patch
+        self.sizes = {"h": model.grid[0], "i": model.sub_grid, "j": model.sub_grid, "p": s, "q": s}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(x, "n (h w) (i j) (p q c) -> n c (h i p) (w j q)", **self.sizes)

@@ -1,0 +1,104 @@
+"""The pieces that both levels are made of: attention, MLP, adaLN-Zero block and head, fixed position."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over the last axis but one; q (B, heads, L, d), k and v (B, heads, L', d)."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads L d
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # B L D
+
+
+class Mlp(nn.Sequential):
+    """Two linear layers around a tanh GELU, (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+class Modulation(nn.Module):
+    """adaLN: from a condition (..., K) to `count` vectors of the tokens' width, each (..., D)."""
+
+    def __init__(self, condition: int, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(condition, count * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(c)).chunk(self.count, dim=-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    """LayerNorm over the width without parameters: adaLN brings scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, broadcast over the tokens of a conditioning row."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    """adaLN-Zero block (Peebles & Xie 2023, figure 3): mix the tokens, then the channels.
+
+    Tokens (..., D) and condition (..., K) broadcast against each other, so that one modulation serves
+    all tokens of its row: (N, 1, K) for outer tokens (N, T, D); (N, 1, 1, K), (N, T, 1, K) or
+    (N, T, S, K) for inner tokens (N, T, S, E). Without `mix` the block is its MLP alone.
+    """
+
+    def __init__(self, width: int, condition: int, mix: nn.Module | None, mlp_ratio: float) -> None:
+        super().__init__()
+        mlp = Mlp(width, int(width * mlp_ratio))
+        self.branches = nn.ModuleDict({"mlp": mlp} if mix is None else {"mix": mix, "mlp": mlp})
+        self.modulation = Modulation(condition, width, 3 * len(self.branches))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        vectors = iter(self.modulation(c))
+        for branch, shift, scale, gate in zip(self.branches.values(), vectors, vectors, vectors, strict=True):
+            x = torch.addcmul(x, gate, branch(modulate(norm(x), shift, scale)))
+        return x
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear layer to pixels, both from zero; (..., D) and (..., K) -> (..., out)."""
+
+    def __init__(self, width: int, condition: int, out: int) -> None:
+        super().__init__()
+        self.modulation = Modulation(condition, width, 2)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c)
+        return self.linear(modulate(norm(x), shift, scale))
+
+
+def sincos(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sin-cos position (rows * columns, width), as MAE and DiT have it.
+
+    The first half of the channels tells the column, the second the row; in each half sines precede
+    cosines, at frequencies 10000^(-i / (width/4)).
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    column = torch.outer(torch.arange(columns, dtype=torch.float64), frequency)
+    row = torch.outer(torch.arange(rows, dtype=torch.float64), frequency)
+    column = torch.cat([column.sin(), column.cos()], dim=1).expand(rows, columns, -1)
+    row = torch.cat([row.sin(), row.cos()], dim=1)[:, None].expand(rows, columns, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()

@@ -1,0 +1,94 @@
+"""Named runs, each a literal. `get(name)` gives the config; `NAMES` lists them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dit_in_dit.config import (
+    DataConfig,
+    DiffusionConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    nearest,
+)
+
+# name: depth, width, heads (Peebles & Xie 2023, table 1)
+SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+# SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
+LATENTS = RunConfig(data=DataConfig(source="imagenet-latents.npz"), sample=SampleConfig(steps=50))
+
+# JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
+PIXELS = RunConfig(
+    diffusion=DiffusionConfig(
+        predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8
+    ),
+    data=DataConfig(source="imagenet", flip=True, workers=8),
+    sample=SampleConfig(steps=50),
+)
+
+
+def _official(size: str, patch: int, *, nested: bool) -> RunConfig:
+    """DiT-size/patch, or the arrangement first asked for around it: inner first, mean, add, E = D, S = 4."""
+    depth, width, heads = SIZES[size]
+    pixels = patch == 16
+    base = PIXELS if pixels else LATENTS
+    model = ModelConfig(
+        image_size=(256, 256) if pixels else (32, 32),
+        channels=3 if pixels else 4,
+        patch_size=patch,
+        num_classes=1000,
+        depth=depth,
+        stages="first",
+        use_inner=nested,
+        outer=OuterConfig(width=width, num_heads=heads),
+        inner=InnerConfig(sub_patch=patch // 2, width=width, num_heads=heads),
+    )
+    return replace(base, model=model)
+
+
+_EMOJI = RunConfig(
+    seed=0,
+    model=ModelConfig(
+        image_size=(32, 32),
+        channels=3,
+        patch_size=8,
+        num_classes=9,
+        stages="outer*4 inner*2",
+        outer=OuterConfig(width=192, num_heads=6),
+        inner=InnerConfig(sub_patch=2, width=64, num_heads=4, mixer="patch", condition="image"),
+    ),
+    diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.4),
+    data=DataConfig(source="emoji", flip=False),
+    train=TrainConfig(
+        steps=1200,
+        batch_size=128,
+        learning_rate=1e-3,
+        warmup=50,
+        schedule="cosine",
+        ema=0.995,
+        checkpoint_every=300,
+        sample_every=300,
+        evaluate_every=200,
+    ),
+    sample=SampleConfig(steps=25, guidance=2.0),
+)
+
+PRESETS: dict[str, RunConfig] = {
+    **{f"dit-{s}{p}": _official(s, p, nested=False) for s in SIZES for p in (2, 4, 8, 16)},
+    **{f"dit-in-dit-{s}{p}": _official(s, p, nested=True) for s in SIZES for p in (2, 4, 8, 16)},
+    "emoji": _EMOJI,
+}
+NAMES = tuple(PRESETS)
+
+
+def get(name: str) -> RunConfig:
+    """The named run's config; UserError with the nearest name when there is none."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,185 @@
+"""From a model to images: schedulers of diffusers behind one function, and samples that are numbered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, check_sampler
+from dit_in_dit.diffusion.objective import Predict
+from dit_in_dit.diffusion.path import DDPM_STEPS, convert, make_path
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.randomness import generator
+
+Pixels = NDArray[np.uint8]
+
+
+def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[Any, str]:
+    """A diffusers scheduler set to `steps`, and the prediction it wants."""
+    import diffusers  # here: it takes seconds to import
+
+    check_sampler(diffusion.path, sampler)
+    if diffusion.path == "flow":
+        multistep = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        if sampler in ("euler", "ddim"):  # DDIM's step on this path is Euler's
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+            return scheduler, "velocity"
+        flows = {
+            "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+            "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**multistep),
+            "unipc": lambda: diffusers.UniPCMultistepScheduler(**multistep),
+        }
+        scheduler = flows[sampler]()
+        scheduler.set_timesteps(steps)
+        return scheduler, "velocity"
+    kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
+    common = {
+        "num_train_timesteps": DDPM_STEPS,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": kinds[diffusion.predict],
+        "timestep_spacing": "trailing",  # starts at pure noise (Lin et al. 2024)
+    }
+    scheduler = {
+        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **common),
+        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**common),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**common),
+    }[sampler]()
+    scheduler.set_timesteps(steps)
+    return scheduler, diffusion.predict
+
+
+def denoise(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
+) -> Tensor:
+    """Images (N, C, H, W) from noise of that shape, along the configured path."""
+    path = make_path(diffusion)
+    scheduler, wanted = _scheduler(diffusion, how.sampler, how.steps)
+    x = noise
+    for number, timestep in enumerate(scheduler.timesteps):
+        # Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself.
+        t = float(scheduler.sigmas[number] if diffusion.path == "flow" else timestep / DDPM_STEPS)
+        times = torch.full((len(x),), t, device=x.device)
+        prediction = convert(path, predict(x, times, y), x, times, given=diffusion.predict, wanted=wanted)
+        x = scheduler.step(prediction, timestep, x).prev_sample
+    return x
+
+
+def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t
+    (Kynkaanniemi et al. 2024); class `null` is no class."""
+    if how.guidance == 1 or null == 0:
+        return predict
+    low, high = how.interval
+
+    def with_guidance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if y is None or not low <= float(t[0]) <= high:
+            return predict(x, t, y)
+        both = torch.cat([y, torch.full_like(y, null)])
+        given, none = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return none + how.guidance * (given - none)
+
+    return with_guidance
+
+
+def label(index: int, classes: Sequence[int]) -> int:
+    """The class of sample `index`: the wanted classes take turns."""
+    return classes[index % len(classes)]
+
+
+@torch.inference_mode()
+def sample_batches(
+    model: NestedDiT,
+    config: RunConfig,
+    indices: Sequence[int],
+    *,
+    seed: int = 0,
+    classes: Sequence[int] = (),
+    batch_size: int = 32,
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Numbered samples (indices, images on the CPU), batch by batch.
+
+    Sample i has its noise from (seed, i) and its class from i, whatever the batch size.
+
+    Args:
+        model: where it lies, it computes, in float32.
+        config: whose `diffusion` and `sample` are used.
+        indices: numbers of the samples.
+        classes: class numbers that take turns; empty: all classes.
+    """
+    device = next(model.parameters()).device
+    shape = (model.config.channels, *model.config.image_size)
+    chosen = classes or range(model.config.num_classes or 1)
+    predict = guided(model, model.config.num_classes, config.sample)
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        noise = np.stack([generator(seed, "sample", i).standard_normal(shape, np.float32) for i in part])
+        y = (
+            torch.tensor([label(i, chosen) for i in part], device=device)
+            if model.config.num_classes
+            else None
+        )
+        x = denoise(predict, config.diffusion, config.sample, torch.from_numpy(noise).to(device), y)
+        yield part, x.cpu()
+
+
+def sample(
+    model: NestedDiT,
+    config: RunConfig,
+    num: int,
+    *,
+    seed: int = 0,
+    classes: Sequence[int] = (),
+    batch_size: int = 32,
+) -> Tensor:
+    """Samples 0 to num - 1, (num, C, H, W), about in [-1, 1]; see `sample_batches`."""
+    batches = sample_batches(model, config, range(num), seed=seed, classes=classes, batch_size=batch_size)
+    return torch.cat([images for _, images in batches])
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three."""
+    shown = images if images.shape[1] in (1, 3) else images[:, :3]
+    return (shown.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def picture(pixels: Pixels) -> Image.Image:
+    """One image from uint8 (H, W, 1 or 3)."""
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
+    """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged without smoothing."""
+    count, height, width, _ = pixels.shape
+    columns = columns or round(count**0.5 + 0.49)
+    scale, gap = max(1, 64 // max(height, width)), 2
+    cell_w, cell_h = width * scale + gap, height * scale + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
+    for number, image in enumerate(pixels):
+        tile = picture(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + number % columns * cell_w, gap + number // columns * cell_h))
+    return sheet
+
+
+def beside(pictures: dict[str, Image.Image]) -> Image.Image:
+    """Pictures side by side, each under its caption."""
+    top, gap = 28, 16
+    width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + top + gap), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for caption, image in pictures.items():
+        draw.text((left + 2, 7), caption, fill="black", font_size=14)
+        sheet.paste(image, (left, top))
+        left += image.width + gap
+    return sheet

@@ -1,0 +1,28 @@
+"""Exponentially averaged weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from dit_in_dit.model.nested import NestedDiT
+
+
+def ema_decay(step: int, most: float) -> float:
+    """The decay at a step: ramps up, so that the average forgets the random start."""
+    return min(most, (1 + step) / (10 + step))
+
+
+class Ema:
+    """A copy of the model whose weights follow the trained ones."""
+
+    def __init__(self, model: NestedDiT, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: NestedDiT, step: int) -> None:
+        """Move towards the weights after optimizer step `step`."""
+        averaged, trained = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, self.decay))

@@ -1,0 +1,100 @@
+"""Training example number i is a function of (seed, i): image, flip, noise, time, dropped label."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dit_in_dit.config import RunConfig
+from dit_in_dit.data.source import Source
+from dit_in_dit.diffusion.objective import draw_time
+from dit_in_dit.diffusion.path import make_path
+from dit_in_dit.randomness import generator
+
+
+class Batch(NamedTuple):
+    """Consecutive examples: images and noise (N, C, H, W), times (N,), labels (N,), image numbers (N,)."""
+
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    y: Tensor
+    image: Tensor
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return generator(seed, "order", epoch).permutation(size)
+
+
+def image_number(seed: int, index: int, size: int | None) -> int:
+    """Which training image example `index` shows: each once an epoch, or any of an endless source."""
+    if size is None:
+        return int(generator(seed, "order", index).integers(2**62))
+    epoch, position = divmod(index, size)
+    return int(_order(seed, epoch, size)[position])
+
+
+class Examples(Dataset[Batch]):
+    """Micro-batches by number: number k holds examples k * batch_size and on."""
+
+    def __init__(self, source: Source, config: RunConfig) -> None:
+        self.source, self.config = source, config
+        self.path = make_path(config.diffusion)
+
+    def __getitem__(self, number: int) -> Batch:
+        config = self.config
+        size, drop, flip = config.train.batch_size, config.train.label_drop, config.data.flip
+        images, noises, uniforms, labels, numbers = [], [], [], [], []
+        for index in range(number * size, (number + 1) * size):
+            chosen = image_number(config.seed, index, self.source.train_size)
+            image, label = self.source.train(chosen)
+            u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
+            images.append(image[..., ::-1] if flip and u_flip < 0.5 else image)
+            labels.append(
+                config.model.num_classes if u_drop < drop or not config.model.num_classes else label
+            )
+            uniforms.append(u_time)
+            noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
+            numbers.append(chosen)
+        return Batch(
+            torch.from_numpy(np.stack(images)),
+            torch.from_numpy(np.stack(noises)),
+            draw_time(self.path, torch.tensor(uniforms, dtype=torch.float64), config.diffusion),
+            torch.tensor(labels),
+            torch.tensor(numbers),
+        )
+
+
+def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch]:
+    """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes."""
+    return DataLoader(
+        examples,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its own: iterating must not draw from the global one
+        persistent_workers=False,
+    )
+
+
+def held_out(source: Source, most: int, seed: int = 0) -> Batch:
+    """The first `most` held-out images with fixed noise; times are the evaluation's."""
+    drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
+    noises = [
+        generator(seed, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)
+    ]
+    return Batch(
+        torch.from_numpy(np.stack([image for image, _ in drawn])),
+        torch.from_numpy(np.stack(noises)),
+        torch.zeros(len(drawn)),
+        torch.tensor([label for _, label in drawn]),
+        torch.arange(len(drawn)),
+    )

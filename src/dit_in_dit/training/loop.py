@@ -1,0 +1,289 @@
+"""The training loop, a generator of facts: the caller decides what to show, draw or stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit import checkpoint
+from dit_in_dit.config import RunConfig, TrainConfig, UserError, first_difference
+from dit_in_dit.data.source import Source, open_source
+from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.example import Batch, Examples, held_out, load
+
+FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged: no wait per step
+HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that happened.
+
+    kind: start (what runs on what), step (loss, gradient norm, learning rate), held_out (denoising error
+    by time), checkpoint (its path), samples (due: draw with `model`, the averaged one).
+    """
+
+    kind: str
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+    model: NestedDiT | None = None
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or the best there is; UserError when it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise UserError(
+            f"device {name!r} is not available here: choose from {[k for k, v in available.items() if v]}"
+        )
+    return torch.device(name)
+
+
+def _bfloat16_is_native(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The rate of optimizer step `step` (from 0): a function of the step alone."""
+    if step < train.warmup:
+        return train.learning_rate * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Log:
+    """Append-only JSON lines; a resumed run does not write again what is there already."""
+
+    def __init__(self, path: Path) -> None:
+        whole = path.read_bytes() if path.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may have left half a line
+        self.done = {self._name(json.loads(line)) for line in whole.splitlines()}
+        self.file = path.open("r+b" if path.exists() else "wb")
+        self.file.truncate(len(whole))
+        self.file.seek(len(whole))
+
+    @staticmethod
+    def _name(line: dict[str, Any]) -> tuple[int, bool]:
+        return line["step"], "held_out" in line
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._name(line) not in self.done:
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+
+
+class Trainer:
+    """Everything that changes while a run trains."""
+
+    def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
+        self.config, self.source, self.device = config, source, device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(
+                config.seed
+            )  # the initial weights are drawn on the CPU: the same on every device
+            self.model = NestedDiT(config.model, recompute=config.train.recompute)
+        self.model.to(device)
+        self.ema = Ema(self.model, config.train.ema)
+        self.fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.train.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=config.train.weight_decay,
+            fused=self.fused,
+        )
+        self.objective = Objective(config.diffusion)
+        self.predict = torch.compile(self.model) if config.train.compile else self.model
+        self.step = 0
+        self.held_out = held_out(source, HELD_OUT_IMAGES) if source.held_out_size else None
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the config says so."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16"
+        )
+
+    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """One optimizer step on `accumulate` micro-batches."""
+        train = self.config.train
+        rate = learning_rate(train, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
+            with self.autocast():
+                loss = self.objective.loss(self.predict, x, noise, t, y).mean() / len(batches)
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.model, self.step)
+        return {"loss": total, "grad_norm": norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Held-out denoising error of the averaged model by time: whole image and high frequencies."""
+        assert self.held_out is not None
+        errors = {}
+        x, noise, _, y, _ = self.held_out
+        size = self.config.train.batch_size
+        for t in EVALUATION_TIMES:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for start in range(0, len(x), size):
+                images, noises, labels = (v[start : start + size].to(self.device) for v in (x, noise, y))
+                parts = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
+                sums += torch.stack([part.double().sum() for part in parts]).cpu()
+            whole, high = (sums / len(x)).tolist()
+            errors[str(t)] = {"whole": whole, "high": high}
+        return errors
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that continue the run: weights and optimizer moments by parameter name."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def restore(self, state: dict[str, Tensor], ema: dict[str, Tensor], step: int) -> None:
+        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given."""
+        weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+        self.model.load_state_dict(weights)
+        self.ema.model.load_state_dict(ema)
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": state[f"optimizer.step.{name}"].to(self.device if self.fused else "cpu", copy=True),
+                "exp_avg": state[f"optimizer.exp_avg.{name}"].to(self.device, copy=True),
+                "exp_avg_sq": state[f"optimizer.exp_avg_sq.{name}"].to(self.device, copy=True),
+            }
+        self.step = step
+
+
+def train(
+    config: RunConfig, out: str | Path, *, resume: bool = False, device: str = "auto"
+) -> Iterator[Fact]:
+    """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
+
+    Raises:
+        UserError: the data or the folder cannot be used, the config is not the resumed run's, or the
+            loss is not finite.
+    """
+    run, place = Path(out), pick_device(device)
+    if config.train.precision == "auto":
+        precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(place) else "float32"
+        config = replace(config, train=replace(config.train, precision=precision))
+    source = open_source(config.data, config.model)
+    trainer = Trainer(config, source, place)
+    if resume:
+        _resume(trainer, run)
+    else:
+        checkpoint.create(run, config)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
+    yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+    yield from _loop(trainer, run)
+
+
+def _resume(trainer: Trainer, run: Path) -> None:
+    """Bring the trainer to the run's newest good checkpoint, if it has one yet."""
+    stored = checkpoint.read_config(run)
+    if differing := first_difference(stored, trainer.config):
+        raise UserError(
+            f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
+        )
+    if checkpoint.has_any(run):
+        folder, manifest = checkpoint.newest(run)
+        state = checkpoint.load_state(folder)
+        trainer.restore(state, checkpoint.load_state(folder, "ema.safetensors"), manifest["step"])
+
+
+def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
+    config, train = trainer.config, trainer.config.train
+    micro = train.accumulate
+    examples = Examples(trainer.source, config)
+    batches = iter(
+        load(
+            examples,
+            trainer.step * micro,
+            train.steps * micro,
+            config.data.workers,
+            pin=trainer.device.type == "cuda",
+        )
+    )
+    pending: list[tuple[int, dict[str, Tensor | float]]] = []
+    began = flushed = time.perf_counter()
+    with _Log(run / "log.jsonl") as log, (run / "timing.jsonl").open("a") as timing:
+        while trainer.step < train.steps:
+            values = trainer.update([next(batches) for _ in range(micro)])
+            step = trainer.step
+            pending.append((step, values))
+
+            def due(every: int, step: int = step) -> bool:
+                return every > 0 and (step % every == 0 or step == train.steps)
+
+            evaluate = due(train.evaluate_every) and trainer.held_out is not None
+            save, draw = due(train.checkpoint_every), due(train.sample_every)
+            now = time.perf_counter()
+            if now - flushed > FLUSH_SECONDS or evaluate or save or draw:
+                speed = len(pending) * config.global_batch / (now - flushed)
+                for fact in _read(pending):
+                    log.write({"step": fact.step, **fact.values})
+                    yield replace(fact, values={**fact.values, "images_per_second": speed})
+                timing.write(
+                    json.dumps({"step": step, "seconds": now - began, "images_per_second": speed}) + "\n"
+                )
+                timing.flush()
+                pending.clear()
+            if evaluate:
+                errors = trainer.evaluate()
+                log.write({"step": step, "held_out": errors})
+                yield Fact("held_out", step, errors)
+            if draw:
+                yield Fact("samples", step, model=trainer.ema.model)
+            if save:
+                state, ema = trainer.state(), trainer.ema.model.state_dict()
+                folder = checkpoint.save(run, config, step, state, ema, trainer.source.classes)
+                yield Fact("checkpoint", step, {"path": str(folder)})
+            if evaluate or save or draw:
+                flushed = time.perf_counter()  # the speed is that of training alone
+            elif not pending:
+                flushed = now
+
+
+def _read(pending: list[tuple[int, dict[str, Tensor | float]]]) -> Iterator[Fact]:
+    """Step facts from values still on the device; UserError at the first that is not finite."""
+    for step, values in pending:
+        numbers = {name: float(value) for name, value in values.items()}
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+            raise UserError(
+                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: training diverged; "
+                "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
+            )
+        yield Fact("step", step, numbers)

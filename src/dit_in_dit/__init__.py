@@ -31,7 +31,7 @@ __all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: reading a config needs no torch."""
-    from importlib import import_module  # noqa: PLC0415
+    from importlib import import_module
 
     if name not in _HOMES:
         raise AttributeError(f"module 'dit_in_dit' has no attribute {name!r}")

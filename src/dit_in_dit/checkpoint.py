@@ -154,9 +154,7 @@ def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, T
         raise UserError(f"cannot read {checkpoint / file}: {error}") from None
 
 
-def load_model(
-    run: Path, device: torch.device, *, ema: bool = True
-) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
+def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
     and the checkpoint's manifest."""
     config = read_config(run)
@@ -165,9 +163,7 @@ def load_model(
     if ema:
         weights = load_state(folder, "ema.safetensors")
     else:
-        weights = {
-            k.removeprefix("model."): v for k, v in load_state(folder).items() if k.startswith("model.")
-        }
+        weights = {k.removeprefix("model."): v for k, v in load_state(folder).items() if k.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError:

@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command("presets", _presets, "list the presets", config=False)
     command("config", _config, "print a resolved config, each key with its meaning", config=True)
 
-    inspect = command(
-        "inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model", config=True
-    )
+    inspect = command("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model", config=True)
     inspect.add_argument("--batch", type=_whole, default=1, help="images in the batch (default 1)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
@@ -78,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--classes", help="names or numbers, with commas; they take turns (default: all)")
     sample.add_argument("--steps", type=_whole, help="sampler steps (default: the run's)")
     sample.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
-    sample.add_argument(
-        "--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)"
-    )
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")
     sample.add_argument("--batch", type=_whole, default=32, help="images at a time (default 32)")
     sample.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
     sample.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
@@ -199,9 +195,7 @@ def _follow(facts: Iterable[Fact], out: Path) -> None:
                     f"{values['precision']}, classes: {', '.join(values['classes'][:12])}"
                 )
                 if values["skipped"]:
-                    console.print(
-                        f"left out {len(values['skipped'])} unreadable files: {values['skipped'][:3]}"
-                    )
+                    console.print(f"left out {len(values['skipped'])} unreadable files: {values['skipped'][:3]}")
             elif fact.kind == "step":
                 text = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
                 bar.update(task, completed=fact.step, description=text)

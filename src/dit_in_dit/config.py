@@ -11,8 +11,9 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -91,16 +92,14 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise UserError(f"{name} must be a group of keys: got {str(value)[:60]!r}")
         return value
-    origin = get_origin(hint)
+    origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        choices = get_args(hint)
-        if value not in choices:
-            raise UserError(f"{name} must be one of {', '.join(choices)}: got {str(value)[:60]!r}")
+        if value not in parts:
+            raise UserError(f"{name} must be one of {', '.join(parts)}: got {str(value)[:60]!r}")
         return value
     if origin in (Union, types.UnionType):
-        return None if value is None else _typed(value, get_args(hint)[0], name)
+        return None if value is None else _typed(value, parts[0], name)
     if origin is tuple:
-        parts = get_args(hint)
         values = value if isinstance(value, list | tuple) else (value,) * len(parts)
         if len(values) != len(parts):
             raise wrong
@@ -135,39 +134,21 @@ def _spell(hint: Any) -> str:
 def parse_stages(text: str) -> Program:
     """A stage program such as `(inner outer*4)*7` as (level, number of blocks) runs, in order.
 
-    Grammar: one or more of `inner`, `outer` or `( ... )`, each with an optional `*N`.
+    Grammar: one or more of `inner`, `outer` or `( ... )`, with spaces between, each with an optional `*N`.
     """
-    tokens = re.findall(r"inner|outer|[()]|\*\d+|\S", text)
-    blocks, rest = _parse_sequence(text, tokens)
-    if rest:
-        raise UserError(f"stages: unexpected {rest[0]!r} in {text!r}; write for example 'inner*7 outer*28'")
-    return _merge(blocks)
-
-
-def _parse_sequence(text: str, tokens: list[str]) -> tuple[list[tuple[Level, int]], list[str]]:
-    blocks: list[tuple[Level, int]] = []
-    while tokens and tokens[0] != ")":
-        head, tokens = tokens[0], tokens[1:]
-        if head == "(":
-            part, tokens = _parse_sequence(text, tokens)
-            if not tokens:
-                raise UserError(f"stages: '(' is never closed in {text!r}")
-            tokens = tokens[1:]
-        elif head in ("inner", "outer"):
-            part = [("inner" if head == "inner" else "outer", 1)]
-        else:
-            raise UserError(f"stages: unexpected {head!r} in {text!r}; write for example 'inner*7 outer*28'")
-        times = 1
-        if tokens and tokens[0].startswith("*") and len(tokens[0]) > 1:
-            times, tokens = int(tokens[0][1:]), tokens[1:]
-            if not 1 <= times <= MOST_BLOCKS:
-                raise UserError(f"stages: a repeat must be from 1 to {MOST_BLOCKS}: got *{times} in {text!r}")
-        if sum(n for _, n in part) * times > 2 * MOST_BLOCKS:
-            raise UserError(f"stages: more than {MOST_BLOCKS} blocks in {text!r}; use fewer")
-        blocks += _merge(part * times)
-    if not blocks:
-        raise UserError(f"stages: nothing to run in {text!r}; write for example 'inner*7 outer*28'")
-    return blocks, tokens
+    flat = text
+    while group := re.search(r"\(([^()]*)\)(?:\*(\d{1,4}))?", flat):
+        repeated = f" {group[1]}" * int(group[2] or 1)
+        flat = f"{flat[: group.start()]}{repeated} {flat[group.end() :]}"
+        if len(flat) > 100 * MOST_BLOCKS:
+            raise UserError(f"stages: more than {MOST_BLOCKS} blocks in {text[:60]!r}; use fewer")
+    runs: list[tuple[Level, int]] = []
+    for item in flat.split():
+        match = re.fullmatch(r"(inner|outer)(?:\*(\d{1,4}))?", item)
+        if not match:
+            raise UserError(f"stages: cannot read {item[:40]!r} in {text[:60]!r}; write for example 'inner*7 outer*28'")
+        runs.append(("inner" if match[1] == "inner" else "outer", int(match[2] or 1)))
+    return _merge(runs)
 
 
 def _merge(blocks: Iterable[tuple[Level, int]]) -> Program:
@@ -186,30 +167,27 @@ def format_stages(program: Program) -> str:
     return " ".join(f"{level}*{count}" for level, count in program)
 
 
-def _first(outer: int, inner: int) -> Program:
-    return (("inner", inner), ("outer", outer))
-
-
-def _last(outer: int, inner: int) -> Program:
-    return (("outer", outer), ("inner", inner))
-
-
 def _both(outer: int, inner: int) -> Program:
     if inner < 2:
-        raise UserError(
-            f"stages 'both' needs at least 2 inner blocks: depth {outer} gives {inner}; raise inner.depth_ratio"
-        )
-    return (("inner", inner - inner // 2), ("outer", outer), ("inner", inner // 2))
+        raise UserError(f"stages=both needs 2 inner blocks: depth {outer} gives {inner}; raise model.inner.depth_ratio")
+    return ("inner", inner - inner // 2), ("outer", outer), ("inner", inner // 2)
 
 
 def _interleaved(outer: int, inner: int) -> Program:
     """Each inner block before its even share of the outer ones, as TNT (Han et al. 2021)."""
     cuts = [i * outer // inner for i in range(inner + 1)]
-    pairs = zip(cuts[:-1], cuts[1:], strict=True)
-    return _merge(run for a, b in pairs for run in (("inner", 1), ("outer", b - a)))  # type: ignore[misc]
+    runs: list[tuple[Level, int]] = []
+    for start, end in pairwise(cuts):
+        runs += [("inner", 1), ("outer", end - start)]
+    return _merge(runs)
 
 
-ORDERS = {"first": _first, "interleaved": _interleaved, "last": _last, "both": _both}
+ORDERS: dict[str, Callable[[int, int], Program]] = {  # from outer and inner blocks
+    "first": lambda outer, inner: (("inner", inner), ("outer", outer)),
+    "interleaved": _interleaved,
+    "last": lambda outer, inner: (("outer", outer), ("inner", inner)),
+    "both": _both,
+}
 
 # -------------------------------------------------------------------------------------------- keys
 
@@ -231,9 +209,7 @@ class OuterConfig(Section):
 @dataclass(frozen=True)
 class InnerConfig(Section):
     prefix: ClassVar[str] = "model.inner"
-    depth_ratio: float = key(
-        0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100
-    )
+    depth_ratio: float = key(0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100)
     sub_patch: int = key(1, "sub-patch size s in pixels; divides patch_size", low=1, high=4096)
     width: int = key(384, "width E of the inner tokens", low=1, high=65536)
     num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
@@ -270,12 +246,8 @@ class ModelConfig(Section):
     channels: int = key(3, "channels of the image or latent", low=1, high=4096)
     patch_size: int = key(8, "patch size p in pixels; divides height and width", low=1, high=4096)
     num_classes: int = key(0, "classes; 0 for no labels", low=0, high=10_000_000)
-    depth: int | None = key(
-        None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS
-    )
-    stages: str = key(
-        "outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'"
-    )
+    depth: int | None = key(None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS)
+    stages: str = key("outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'")
     use_inner: bool = key(True, "false: the outer blocks alone, whatever stages says")
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
@@ -283,27 +255,22 @@ class ModelConfig(Section):
     def check(self) -> None:
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
-            raise UserError(
-                f"model.patch_size must divide image_size: got {self.patch_size} for {height}x{width}"
-            )
+            raise UserError(f"model.patch_size must divide image_size: got {self.patch_size} for {height}x{width}")
         if self.patch_size % self.inner.sub_patch:
             raise UserError(
-                "model.inner.sub_patch must divide patch_size: "
-                f"got {self.inner.sub_patch} for {self.patch_size}"
+                f"model.inner.sub_patch must divide patch_size: got {self.inner.sub_patch} for {self.patch_size}"
             )
         if self.stages in ORDERS and self.depth is None:
             raise UserError(f"model.depth is needed by the named order {self.stages!r}: set model.depth=N")
         if self.stages not in ORDERS and self.depth is not None:
             if re.fullmatch(r"\w+", self.stages) and self.stages not in ("inner", "outer"):
                 raise UserError(f"unknown stages {self.stages!r}{nearest(self.stages, ORDERS)}")
-            raise UserError(
-                f"model.depth={self.depth} clashes with the program {self.stages!r}: set model.depth=null"
-            )
+            raise UserError(f"model.depth={self.depth} clashes with the program {self.stages!r}: set model.depth=null")
         for level in ("outer", "inner"):
             if self.blocks(level) > MOST_BLOCKS:
                 raise UserError(f"at most {MOST_BLOCKS} {level} blocks: got {self.blocks(level)}")
         if not self.blocks("outer"):
-            raise UserError(f"stages needs at least one outer block: got {self.stages!r}")
+            raise UserError(f"model.stages needs at least one outer block: got {self.stages!r}")
         if self.blocks("inner"):
             self._check_inner()
 
@@ -311,12 +278,10 @@ class ModelConfig(Section):
         mixer = self.inner.mixer
         if mixer in ("window", "image", "conv") and self.inner.width % 4:
             raise UserError(
-                f"model.inner.width must be a multiple of 4 for mixer {mixer} (sin-cos position): got {self.inner.width}"
+                f"model.inner.width must be a multiple of 4 (position, mixer={mixer}): got {self.inner.width}"
             )
         if mixer == "window" and any(side % self.inner.window for side in self.grid):
-            raise UserError(
-                f"model.inner.window must divide the patch grid: got {self.inner.window} for {self.grid}"
-            )
+            raise UserError(f"model.inner.window must divide the patch grid: got {self.inner.window} for {self.grid}")
 
     @property
     def program(self) -> Program:
@@ -333,6 +298,12 @@ class ModelConfig(Section):
     def blocks(self, level: str) -> int:
         """Number of blocks of one level."""
         return sum(count for name, count in self.program if name == level)
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether any stage reads the embedded patches: not if all are replaced before one does."""
+        replaced = self.program[0][0] == "inner" and self.inner.fuse == "replace"
+        return not (replaced and self.inner.condition == "image")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -376,9 +347,7 @@ class DataConfig(Section):
     source: str = key("emoji", "emoji, mosaic, a folder or .zip with a folder per class, a .npz or .npy")
     flip: bool = key(False, "mirror half of the training examples left to right")
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
-    corrupt: Literal["error", "skip"] = key(
-        "error", "a file that cannot be read: stop, or leave out and count"
-    )
+    corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")
     workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
 
 
@@ -387,15 +356,11 @@ class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
     steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
-    accumulate: int = key(
-        1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6
-    )
+    accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
     learning_rate: float = key(1e-4, "peak learning rate of AdamW", low=0, high=10)
     weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
     warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
-    schedule: Literal["constant", "cosine"] = key(
-        "constant", "learning rate after the warm-up; cosine ends at 0"
-    )
+    schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
     label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
     ema: float = key(0.9999, "decay of the averaged weights; ramps up as (1+n)/(10+n)", low=0, high=0.9999999)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
@@ -406,9 +371,7 @@ class TrainConfig(Section):
     recompute: Literal["none", "inner", "outer", "both"] = key(
         "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
     )
-    checkpoint_every: int = key(
-        10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12
-    )
+    checkpoint_every: int = key(10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12)
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out errors; 0: never", low=0, high=10**12)
 
@@ -449,9 +412,7 @@ class RunConfig(Section):
 def check_sampler(path: str, sampler: str) -> None:
     """UserError when diffusers has no such scheduler for this path."""
     if path == "ddpm" and sampler in ("euler", "heun"):
-        raise UserError(
-            f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++ or unipc with path ddpm"
-        )
+        raise UserError(f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++ or unipc with path ddpm")
 
 
 # ---------------------------------------------------------------------------------------- YAML, hash
@@ -461,7 +422,7 @@ class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice (PyYAML keeps the last in silence)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(k) for k, _ in node.value]  # type: ignore[no-untyped-call]
+        names = [self.construct_object(k) for k, _ in node.value]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"key {name!r} is given twice, the second on line {node.end_mark.line}")
@@ -483,9 +444,7 @@ def _parse_yaml(text: str, what: str) -> Any:
     except (yaml.YAMLError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{what} is not valid YAML{where}: {getattr(error, 'problem', None) or error}"
-        ) from None
+        raise UserError(f"{what} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
 
 
 def from_yaml(text: str, what: str = "config") -> RunConfig:

@@ -25,9 +25,7 @@ LATENTS = RunConfig(data=DataConfig(source="imagenet-latents.npz"), sample=Sampl
 
 # JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
 PIXELS = RunConfig(
-    diffusion=DiffusionConfig(
-        predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8
-    ),
+    diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8),
     data=DataConfig(source="imagenet", flip=True, workers=8),
     sample=SampleConfig(steps=50),
 )
@@ -83,6 +81,8 @@ PRESETS: dict[str, RunConfig] = {
     **{f"dit-{s}{p}": _official(s, p, nested=False) for s in SIZES for p in (2, 4, 8, 16)},
     **{f"dit-in-dit-{s}{p}": _official(s, p, nested=True) for s in SIZES for p in (2, 4, 8, 16)},
     "emoji": _EMOJI,
+    "emoji-reference": replace(_EMOJI, model=replace(_EMOJI.model, stages="inner*2 outer*4")),
+    "emoji-dit": replace(_EMOJI, model=replace(_EMOJI.model, stages="outer*6")),
 }
 NAMES = tuple(PRESETS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,45 +22,35 @@ Pixels = NDArray[np.uint8]
 
 
 def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[Any, str]:
-    """A diffusers scheduler set to `steps`, and the prediction it wants."""
-    import diffusers  # here: it takes seconds to import
-
+    """A scheduler of diffusers set to `steps`, and the prediction it wants."""
+    diffusers: Any = import_module("diffusers")  # here: it takes seconds
     check_sampler(diffusion.path, sampler)
     if diffusion.path == "flow":
-        multistep = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        if sampler in ("euler", "ddim"):  # DDIM's step on this path is Euler's
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-            return scheduler, "velocity"
-        flows = {
-            "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
-            "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**multistep),
-            "unipc": lambda: diffusers.UniPCMultistepScheduler(**multistep),
-        }
-        scheduler = flows[sampler]()
-        scheduler.set_timesteps(steps)
-        return scheduler, "velocity"
-    kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
-    common = {
-        "num_train_timesteps": DDPM_STEPS,
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "beta_schedule": "linear",
-        "prediction_type": kinds[diffusion.predict],
-        "timestep_spacing": "trailing",  # starts at pure noise (Lin et al. 2024)
-    }
-    scheduler = {
-        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **common),
-        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**common),
-        "unipc": lambda: diffusers.UniPCMultistepScheduler(**common),
-    }[sampler]()
+        options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        wanted = "velocity"
+    else:
+        kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
+        options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
+        # Trailing steps start at pure noise (Lin et al. 2024).
+        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing"}
+        wanted = diffusion.predict
+    if sampler == "dpm++":
+        scheduler = diffusers.DPMSolverMultistepScheduler(**options)
+    elif sampler == "unipc":
+        scheduler = diffusers.UniPCMultistepScheduler(**options)
+    elif sampler == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    elif diffusion.path == "ddpm":
+        scheduler = diffusers.DDIMScheduler(clip_sample=False, **options)
+    else:  # euler, and ddim, whose step on this path is Euler's
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+        return scheduler, wanted
     scheduler.set_timesteps(steps)
-    return scheduler, diffusion.predict
+    return scheduler, wanted
 
 
-def denoise(
-    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
-) -> Tensor:
+def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None) -> Tensor:
     """Images (N, C, H, W) from noise of that shape, along the configured path."""
     path = make_path(diffusion)
     scheduler, wanted = _scheduler(diffusion, how.sampler, how.steps)
@@ -122,11 +113,7 @@ def sample_batches(
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         noise = np.stack([generator(seed, "sample", i).standard_normal(shape, np.float32) for i in part])
-        y = (
-            torch.tensor([label(i, chosen) for i in part], device=device)
-            if model.config.num_classes
-            else None
-        )
+        y = torch.tensor([label(i, chosen) for i in part], device=device) if model.config.num_classes else None
         x = denoise(predict, config.diffusion, config.sample, torch.from_numpy(noise).to(device), y)
         yield part, x.cpu()
 
@@ -160,7 +147,7 @@ def picture(pixels: Pixels) -> Image.Image:
 
 
 def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
-    """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged without smoothing."""
+    """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged as they are."""
     count, height, width, _ = pixels.shape
     columns = columns or round(count**0.5 + 0.49)
     scale, gap = max(1, 64 // max(height, width)), 2

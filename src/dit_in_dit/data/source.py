@@ -28,10 +28,22 @@ MOSAIC_HELD_OUT = 512
 class Source(Protocol):
     """Images (C, H, W), float32 in [-1, 1] (or latents as stored), with labels."""
 
-    classes: tuple[str, ...]
-    train_size: int | None  # None: endless
-    held_out_size: int
     skipped: list[str]  # files left out because they cannot be read
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in label order."""
+        ...
+
+    @property
+    def train_size(self) -> int | None:
+        """Number of training images; None: endless."""
+        ...
+
+    @property
+    def held_out_size(self) -> int:
+        """Number of held-out images."""
+        ...
 
     def train(self, index: int) -> tuple[Array, int]:
         """Training image `index`."""
@@ -49,9 +61,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
             raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
         source: Source = MosaicSource(model.image_size)
     else:
-        path = (
-            Path(str(files("dit_in_dit.data") / "emoji.zip")) if data.source == "emoji" else Path(data.source)
-        )
+        path = Path(str(files("dit_in_dit.data") / "emoji.zip")) if data.source == "emoji" else Path(data.source)
         if not path.exists():
             raise UserError(f"data.source: no such file or folder: {data.source}")
         arrays = path.suffix in (".npz", ".npy")
@@ -171,10 +181,7 @@ class ImageSource:
     def read(self, name: str) -> NDArray[np.uint8]:
         """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""
         try:
-            if self.path.is_dir():
-                content = (self.path / name).read_bytes()
-            else:
-                content = self._open().read(name)
+            content = (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 return fit(image, self.size, self.channels)
         except UnidentifiedImageError:
@@ -188,9 +195,7 @@ class ImageSource:
             Image.DecompressionBombError,
         ) as e:
             problem = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(
-            f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip"
-        )
+        raise UserError(f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip")
 
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
@@ -238,13 +243,9 @@ class ArraySource:
         self.skipped: list[str] = []
         images, labels = _load_arrays(path)
         self._pixels = images.dtype == np.uint8
-        image_shape = (
-            (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
-        )
+        image_shape = (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
         if images.shape[1:] != image_shape:
-            raise UserError(
-                f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})"
-            )
+            raise UserError(f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})")
         if labels is None and model.num_classes:
             raise UserError(f"{path} has no labels: give them, or set model.num_classes=0")
         count = model.num_classes or 1
@@ -287,10 +288,8 @@ def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] |
                 names = [("images", "labels"), ("arr_0", "arr_1")]
                 for image_name, label_name in names:
                     if image_name in archive:
-                        return archive[image_name], archive[label_name] if label_name in archive else None
-            raise UserError(
-                f"{path} must hold an array 'images' (and 'labels'): got {', '.join(archive.files)}"
-            )
+                        return archive[image_name], archive.get(label_name)
+            raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {', '.join(archive.files)}")
         labels = path.with_suffix(".labels.npy")
         read: Callable[..., NDArray[np.generic]] = np.load
         return (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config import ModelConfig
-from dit_in_dit.model.layers import attend, norm
+from dit_in_dit.model.layers import attend, norm, sincos
 
 
 def _widen(model: ModelConfig) -> nn.Module:
@@ -75,7 +75,7 @@ class AttentionPool(nn.Module):
         kv = self.kv(norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # NT heads S d
         pooled = attend(self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v)  # NT heads 1 d
-        return self.proj(pooled.flatten(1).unflatten(0, inner.shape[:2]))  # N T D
+        return self.proj(pooled.view(*inner.shape[:2], -1))  # N T D
 
 
 class Concat(nn.Module):
@@ -94,7 +94,13 @@ class Concat(nn.Module):
         return self.proj(inner.flatten(2))
 
 
-AGGREGATORS = {"mean": Mean, "weighted": Weighted, "attention": AttentionPool, "concat": Concat}
+Aggregator = Mean | Weighted | AttentionPool | Concat
+AGGREGATORS: dict[str, type[Aggregator]] = {
+    "mean": Mean,
+    "weighted": Weighted,
+    "attention": AttentionPool,
+    "concat": Concat,
+}
 
 
 class Add(nn.Module):
@@ -119,13 +125,16 @@ class Gate(nn.Module):
 
 
 class Replace(nn.Module):
-    """aggregated alone: the "no residual" ablation."""
+    """aggregated alone, at its patch's position: the "no residual" ablation loses the outer tokens' content,
+    not the place of its patches, without which no arrangement would work."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
+        self.position: Tensor
 
     def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
-        return aggregated
+        return aggregated + self.position
 
 
 FUSIONS = {"add": Add, "gate": Gate, "replace": Replace}

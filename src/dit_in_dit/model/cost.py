@@ -6,6 +6,8 @@ norms and activations are not, as in every published "Gflops" of a DiT (which ar
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from dit_in_dit.config import ModelConfig
@@ -25,7 +27,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
     outer, inner = model.outer, model.inner
     tokens, inner_tokens = model.patches, model.patches * model.sub_patches
     levels = [level for level, _ in model.program]
-    pairs = list(zip(levels[:-1], levels[1:], strict=True))
+    pairs = list(pairwise(levels))
 
     mlp = 2 * outer.width * int(outer.width * outer.mlp_ratio)
     attention = 4 * outer.width**2 + 2 * tokens * outer.width
@@ -39,11 +41,9 @@ def macs(model: ModelConfig) -> dict[str, int]:
 
     ends_inner = levels[-1] == "inner"
     outer_head = tokens * outer.width * model.patch_size**2 * model.channels + 2 * outer.width**2
-    inner_head = (
-        inner_tokens * inner.width * inner.sub_patch**2 * model.channels + 2 * inner.width * outer.width
-    )
+    inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.channels + 2 * inner.width * outer.width
     parts = {
-        "outer_embed": OuterEmbed.macs(model),
+        "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
         "inner_embed": EMBEDS[inner.embed].macs(model) if "inner" in levels else 0,
         "time_embed": TimeEmbed.macs(model),
         "outer_blocks": model.blocks("outer") * outer_block,

@@ -34,6 +34,18 @@ class OuterEmbed(nn.Module):
         return self.proj(patches) + self.position
 
 
+class OuterPosition(nn.Module):
+    """The position alone, where no stage would read the patches; (N, C, H, W) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
+        self.position: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.position.expand(len(x), -1, -1)
+
+
 class Cut(nn.Module):
     """Sub-patches grouped by patch, (N, C, H, W) -> (N, T, S, C*s*s)."""
 
@@ -72,9 +84,7 @@ class ConvEmbed(nn.Module):
         super().__init__()
         s, kernel = model.inner.sub_patch, model.inner.kernel
         self.sub_grid = model.sub_grid
-        self.conv = nn.Conv2d(
-            model.channels, model.inner.width, kernel * s, stride=s, padding=(kernel - 1) // 2 * s
-        )
+        self.conv = nn.Conv2d(model.channels, model.inner.width, kernel * s, stride=s, padding=(kernel - 1) // 2 * s)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
@@ -103,9 +113,7 @@ class InnerEmbed(nn.Module):
         if wide:
             i = model.sub_grid
             place = sincos(model.inner.width, model.grid[0] * i, model.grid[1] * i)
-            place = rearrange(
-                place, "(h i w j) e -> (h w) (i j) e", h=model.grid[0], w=model.grid[1], i=i, j=i
-            )
+            place = rearrange(place, "(h i w j) e -> (h w) (i j) e", h=model.grid[0], w=model.grid[1], i=i, j=i)
         self.register_buffer("place", place, persistent=False)
         self.place: Tensor
 

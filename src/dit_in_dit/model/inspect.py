@@ -79,18 +79,16 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
                 watch(module, "sub-patches")
         if net.inner_blocks:
             watch(net.inner_embed, "inner tokens")
-        for name in ("outer_embed", "inner_embed", "time_embed", "label_embed"):
-            account(getattr(net, name), name)
+        for part_name in ("outer_embed", "inner_embed", "time_embed", "label_embed"):
+            account(getattr(net, part_name), part_name)
         for stage in net.stages:
-            name = stage.name
+            name = str(stage.name)
             if isinstance(stage, AggregateStage):
                 watch(stage.aggregate, name)
             else:
                 level = 0 if name.startswith("outer") else 1
-                stage.register_forward_hook(
-                    lambda _m, _i, out, name=name, level=level: note(name, out[level])
-                )
-            account(stage, f"{name.split('*')[0]}_blocks" if "*" in name else name)
+                stage.register_forward_hook(lambda _m, _i, out, name=name, level=level: note(name, out[level]))
+            account(stage, f"{name.split('*', maxsplit=1)[0]}_blocks" if "*" in name else name)
         for head in net.heads:
             watch(head.final, head.name)
             account(head, head.name.replace(" ", "_"))

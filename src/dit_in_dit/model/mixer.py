@@ -39,7 +39,7 @@ class PatchMixer(Attention):
 
     def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
         """(groups, length, E) -> (N, T, S, E)."""
-        return x.unflatten(0, shape[:2])
+        return x.view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ungroup(super().forward(self.group(x)), x.shape)
@@ -85,7 +85,7 @@ class ImageMixer(PatchMixer):
 
     def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
         """(N, T*S, E) -> (N, T, S, E)."""
-        return x.unflatten(1, shape[1:3])
+        return x.view(shape)
 
 
 class ConvMixer(nn.Module):

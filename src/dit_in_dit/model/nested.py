@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dit_in_dit.config import ModelConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, AttentionPool, Spread
 from dit_in_dit.model.condition import CONDITIONS, LabelEmbed, TimeEmbed
-from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterUnpatch
+from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, Modulation
 from dit_in_dit.model.mixer import MIXERS, ConvMixer
 
@@ -24,7 +24,7 @@ def _plainly(block: Block, x: Tensor, c: Tensor) -> Tensor:
     return block(x, c)
 
 
-_recomputed: Run = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+_recomputed: Run = partial(checkpoint, use_reentrant=False)
 
 
 class OuterStage(nn.Module):
@@ -105,9 +105,7 @@ class InnerHead(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.final = FinalLayer(
-            model.inner.width, model.outer.width, model.inner.sub_patch**2 * model.channels
-        )
+        self.final = FinalLayer(model.inner.width, model.outer.width, model.inner.sub_patch**2 * model.channels)
         self.unpatch = InnerUnpatch(model)
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ class NestedDiT(nn.Module):
     def __init__(self, model: ModelConfig, *, recompute: str = "none") -> None:
         super().__init__()
         self.config = model
-        self.outer_embed = OuterEmbed(model)
+        self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
         self.time_embed = TimeEmbed(model.outer.width)
         self.label_embed = LabelEmbed(model.num_classes, model.outer.width)
         self.outer_blocks = nn.ModuleList(_outer_block(model) for _ in range(model.blocks("outer")))
@@ -224,9 +222,7 @@ def initialise(model: NestedDiT) -> None:
     """DiT's initialisation, and its like for the inner level."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(
-                module.weight.flatten(1)
-            )  # the fused qkv, and a convolution, as one matrix
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # the fused qkv, and a convolution, as one matrix
             nn.init.zeros_(cast(Tensor, module.bias))
     for module in model.modules():
         match module:
@@ -240,9 +236,7 @@ def initialise(model: NestedDiT) -> None:
             case AttentionPool():
                 nn.init.normal_(module.query, std=0.02)  # nearly even weights: it starts near the mean
             case ConvMixer():
-                nn.init.normal_(
-                    module.conv.weight, std=1 / 3
-                )  # nine taps: keeps the variance of what it mixes
+                nn.init.normal_(module.conv.weight, std=1 / 3)  # nine taps: keeps the variance of what it mixes
             case Modulation():
                 nn.init.zeros_(module.linear.weight)  # adaLN-Zero: every block starts as the identity
             case FinalLayer():

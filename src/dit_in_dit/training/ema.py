@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor
 
 from dit_in_dit.model.nested import NestedDiT
 
@@ -24,5 +25,6 @@ class Ema:
     @torch.no_grad()
     def update(self, model: NestedDiT, step: int) -> None:
         """Move towards the weights after optimizer step `step`."""
-        averaged, trained = list(self.model.parameters()), list(model.parameters())
+        averaged: list[Tensor] = list(self.model.parameters())
+        trained: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, self.decay))

@@ -57,9 +57,7 @@ class Examples(Dataset[Batch]):
             image, label = self.source.train(chosen)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             images.append(image[..., ::-1] if flip and u_flip < 0.5 else image)
-            labels.append(
-                config.model.num_classes if u_drop < drop or not config.model.num_classes else label
-            )
+            labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
             noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
             numbers.append(chosen)
@@ -88,9 +86,7 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
 def held_out(source: Source, most: int, seed: int = 0) -> Batch:
     """The first `most` held-out images with fixed noise; times are the evaluation's."""
     drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
-    noises = [
-        generator(seed, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)
-    ]
+    noises = [generator(seed, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
     return Batch(
         torch.from_numpy(np.stack([image for image, _ in drawn])),
         torch.from_numpy(np.stack(noises)),

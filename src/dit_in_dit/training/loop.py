@@ -45,18 +45,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available.get(name.split(":")[0], False):
-        raise UserError(
-            f"device {name!r} is not available here: choose from {[k for k, v in available.items() if v]}"
-        )
+        raise UserError(f"device {name!r} is not available here: choose from {[k for k, v in available.items() if v]}")
     return torch.device(name)
 
 
 def _bfloat16_is_native(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -102,9 +98,7 @@ class Trainer:
     def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
         self.config, self.source, self.device = config, source, device
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                config.seed
-            )  # the initial weights are drawn on the CPU: the same on every device
+            torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
             self.model = NestedDiT(config.model, recompute=config.train.recompute)
         self.model.to(device)
         self.ema = Ema(self.model, config.train.ema)
@@ -123,9 +117,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the config says so."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16"
-        )
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
 
     def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
         """One optimizer step on `accumulate` micro-batches."""
@@ -138,7 +130,7 @@ class Trainer:
             x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
             with self.autocast():
                 loss = self.objective.loss(self.predict, x, noise, t, y).mean() / len(batches)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
         self.optimizer.step()
@@ -186,9 +178,7 @@ class Trainer:
         self.step = step
 
 
-def train(
-    config: RunConfig, out: str | Path, *, resume: bool = False, device: str = "auto"
-) -> Iterator[Fact]:
+def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: str = "auto") -> Iterator[Fact]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
     Raises:
@@ -256,9 +246,7 @@ def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
                 for fact in _read(pending):
                     log.write({"step": fact.step, **fact.values})
                     yield replace(fact, values={**fact.values, "images_per_second": speed})
-                timing.write(
-                    json.dumps({"step": step, "seconds": now - began, "images_per_second": speed}) + "\n"
-                )
+                timing.write(json.dumps({"step": step, "seconds": now - began, "images_per_second": speed}) + "\n")
                 timing.flush()
                 pending.clear()
             if evaluate:

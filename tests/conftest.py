@@ -1,0 +1,85 @@
+"""Shared pieces: small configs and small data in the formats that users have."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_in_dit.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.model.nested import NestedDiT
+
+
+def small_model(stages: str = "inner*2 outer*2", /, *, inner: dict | None = None, **keys) -> ModelConfig:
+    """16x8 images (not square), p=4, s=2, D=32, E=16: T=8 patches of S=4 sub-patches."""
+    defaults = {"image_size": (16, 8), "channels": 3, "patch_size": 4, "num_classes": 5}
+    return ModelConfig(
+        **{**defaults, **keys},
+        stages=stages,
+        outer=OuterConfig(width=32, num_heads=4),
+        inner=InnerConfig(**{"sub_patch": 2, "width": 16, "num_heads": 2, **(inner or {})}),
+    )
+
+
+def perturbed(model: NestedDiT, seed: int = 0) -> NestedDiT:
+    """The model with noise on every weight: zero-initialised parts would hide what is behind them."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def inputs(model: ModelConfig, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Seeded x, t, y for a model; the first label is the null class."""
+    draw = torch.Generator().manual_seed(7)
+    x = torch.randn(batch, model.channels, *model.image_size, generator=draw)
+    y = torch.arange(batch) % (model.num_classes + 1) if model.num_classes else None
+    return x, torch.rand(batch, generator=draw), y
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty small images in three class folders, in the three formats."""
+    root = tmp_path_factory.mktemp("images") / "set"
+    draw = np.random.default_rng(0)
+    for number in range(30):
+        kind = ("png", "webp", "jpg")[number % 3]
+        place = root / ("red", "green", "blue")[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"image{number}.{kind}", lossless=True)
+    return root
+
+
+@pytest.fixture
+def run_config(folder: Path) -> RunConfig:
+    """A run of a few steps on the small folder."""
+    return RunConfig(
+        seed=3,
+        model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
+        data=DataConfig(source=str(folder), held_out=0.2),
+        train=TrainConfig(
+            steps=6,
+            batch_size=4,
+            learning_rate=1e-3,
+            ema=0.9,
+            precision="float32",
+            checkpoint_every=3,
+            sample_every=0,
+            evaluate_every=3,
+        ),
+        sample=SampleConfig(steps=3, guidance=2.0),
+    )
+
+
+def with_train(config: RunConfig, **keys) -> RunConfig:
+    """The config with other `train` values."""
+    return replace(config, train=replace(config.train, **keys))

@@ -1,0 +1,34 @@
+"""The model compiles whole: no graph break in any arrangement, and the same outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import inputs, perturbed, small_model
+from test_model import EVERY_CHOICE, PROGRAMS
+
+from dit_in_dit.model.nested import NestedDiT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "inner"),
+    [(stages, {}) for stages in PROGRAMS] + [("inner outer inner", choice) for choice in EVERY_CHOICE],
+    ids=str,
+)
+def test_no_graph_breaks(stages, inner):
+    torch._dynamo.reset()
+    model = perturbed(NestedDiT(small_model(stages, inner=inner)))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, t, y = inputs(model.config)
+    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+
+
+@pytest.mark.slow
+def test_recomputing_blocks_compile_too():
+    torch._dynamo.reset()
+    model = perturbed(NestedDiT(small_model(), recompute="both"))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, t, y = inputs(model.config)
+    compiled(x, t, y).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,180 @@
+"""What a config accepts, refuses, and means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+from conftest import small_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_in_dit import presets
+from dit_in_dit.config import (
+    RunConfig,
+    SampleConfig,
+    UserError,
+    config_hash,
+    format_stages,
+    from_yaml,
+    override,
+    parse_stages,
+    to_yaml,
+)
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("meanings", [False, True])
+def test_yaml_round_trip_keeps_every_preset(name, meanings):
+    config = presets.get(name)
+    assert from_yaml(to_yaml(config, meanings=meanings)) == config
+
+
+def test_printed_config_explains_every_key():
+    for line in to_yaml(RunConfig(), meanings=True).splitlines():
+        assert len(line.split("#", 1)[1].strip()) > 5, line
+
+
+def test_config_is_read_without_torch():
+    code = "import sys, dit_in_dit.cli, dit_in_dit.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_configs_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        presets.get("emoji").seed = 1
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("inner*7 outer*28", (("inner", 7), ("outer", 28))),
+        ("(inner outer*4)*7", (("inner", 1), ("outer", 4)) * 7),
+        ("outer*26 inner*4", (("outer", 26), ("inner", 4))),
+        ("inner*2 outer*24 inner*2", (("inner", 2), ("outer", 24), ("inner", 2))),
+        ("outer*28", (("outer", 28),)),
+        ("outer outer*2 (outer)*3", (("outer", 6),)),
+        ("((inner outer)*2 outer)*2", (("inner", 1), ("outer", 1), ("inner", 1), ("outer", 2)) * 2),
+    ],
+)
+def test_stage_programs_mean_what_the_design_says(text, program):
+    assert parse_stages(text) == program
+    assert parse_stages(format_stages(program)) == program
+
+
+@given(st.lists(st.tuples(st.sampled_from(["inner", "outer"]), st.integers(1, 9)), min_size=1, max_size=8))
+def test_a_program_survives_its_text(runs):
+    program = parse_stages(" ".join(f"{level}*{count}" for level, count in runs))
+    assert parse_stages(format_stages(program)) == program
+    for level in ("inner", "outer"):
+        assert sum(n for name, n in program if name == level) == sum(n for name, n in runs if name == level)
+
+
+@pytest.mark.parametrize(
+    ("order", "program"),
+    [
+        ("first", "inner*3 outer*12"),
+        ("last", "outer*12 inner*3"),
+        ("interleaved", "(inner outer*4)*3"),
+        ("both", "inner*2 outer*12 inner*1"),
+    ],
+)
+def test_named_orders_are_programs(order, program):
+    named = small_model(order, depth=12)
+    assert named.program == parse_stages(program)  # int(12 * 0.25) = 3 inner blocks
+
+
+def test_interleaving_keeps_every_block_when_the_depths_do_not_divide():
+    model = small_model("interleaved", depth=7, inner={"depth_ratio": 0.45})
+    assert (model.blocks("outer"), model.blocks("inner")) == (7, 3)
+
+
+def test_use_inner_false_leaves_the_outer_blocks_alone():
+    for stages in ("inner*3 outer*2", "(inner outer)*2", "outer*2 inner"):
+        assert small_model(stages, use_inner=False).program == (("outer", 2),)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "part"),
+    [
+        ("model.inner.agregate=mean", "did you mean 'model.inner.aggregate'"),
+        ("modle.depth=3", "did you mean 'model.depth'"),
+        ("model.patch_size=5", "must divide image_size"),
+        ("model.inner.sub_patch=3", "must divide patch_size"),
+        ("model.outer.num_heads=7", "must divide width"),
+        ("model.outer.width=190", "must divide width"),
+        ("model.inner.kernel=2", "must be odd"),
+        ("model.inner.mixer=windows", "one of patch, window"),
+        ("model.depth=3", "set model.depth=null"),
+        ("model.stages=lst", "cannot read 'lst'"),
+        ("model.stages=inner*2", "at least one outer block"),
+        ("model.stages=inner*2)", "cannot read"),
+        ("model.stages=(inner outer*2", "cannot read"),
+        ("model.stages=outer*0", "at least one outer block"),
+        ("model.stages=((outer*999)*999)*999", "blocks"),
+        ("model.stages=outer*5000", "at most 1000"),
+        ("model.stages=first", "set model.depth=N"),
+        ("model.image_size=[32, 32, 3]", "2 values"),
+        ("model.channels=0", "from 1 to"),
+        ("model.use_inner=maybe", "true or false"),
+        ("seed=-1", "from 0"),
+        ("seed=1.5", "whole number"),
+        ("train.steps=nan", "whole number"),
+        ("train.learning_rate=-1", "from 0"),
+        ("train.learning_rate=inf", "finite"),
+        ("train.ema=1", "from 0"),
+        ("data.held_out=1", "from 0"),
+        ("sample.interval=[0.9, 0.1]", "low to high"),
+        ("sample.sampler=ddpm", "one of euler"),
+        ("diffusion.path=ddpm", "needs diffusion.path=flow"),
+        ("train=5", "group of keys"),
+        ("model", "key=value"),
+        ("model.depth=[", "not valid YAML"),
+    ],
+)
+def test_bad_values_get_one_line_with_the_way_out(assignment, part):
+    with pytest.raises(UserError) as error:
+        override(presets.get("emoji"), [assignment])
+    message = str(error.value)
+    assert part in message
+    assert "\n" not in message
+    assert len(message) <= 200
+
+
+def test_bad_values_are_found_in_python_too():
+    with pytest.raises(UserError, match=r"sample\.steps"):
+        SampleConfig(steps="many")
+    with pytest.raises(UserError, match="window must divide"):
+        small_model(image_size=(16, 12), inner={"mixer": "window"})
+    with pytest.raises(UserError, match="2 inner blocks"):
+        small_model("both", depth=4)
+
+
+def test_overrides_apply_together():
+    config = override(presets.get("dit-in-dit-s2"), ["model.depth=null", "model.stages=outer*3 inner", "train.steps=1e3"])
+    assert config.model.program == (("outer", 3), ("inner", 1))
+    assert config.train.steps == 1000
+
+
+def test_yaml_is_strict():
+    with pytest.raises(UserError, match="did you mean 'train'"):
+        from_yaml("trian: {steps: 3}")
+    with pytest.raises(UserError, match="given twice"):
+        from_yaml("seed: 1\nseed: 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        from_yaml("seed: !!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="must hold keys"):
+        from_yaml("just text")
+
+
+def test_unknown_presets_name_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'dit-in-dit-xl2'"):
+        presets.get("dit-in-dit-xl-2")
+
+
+def test_the_hash_is_the_configs_identity():
+    config = presets.get("emoji")
+    assert config_hash(config) == config_hash(from_yaml(to_yaml(config)))
+    assert config_hash(config) != config_hash(replace(config, seed=1))

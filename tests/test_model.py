@@ -1,0 +1,299 @@
+"""The network against outside oracles: DiT itself, convolutions, closed forms, and who may see whom."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import inputs, perturbed, small_model
+
+from dit_in_dit.config import ModelConfig, OuterConfig
+from dit_in_dit.model.aggregate import AttentionPool, Mean, Weighted
+from dit_in_dit.model.embed import ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
+from dit_in_dit.model.layers import sincos
+from dit_in_dit.model.nested import NestedDiT
+
+GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"
+PROGRAMS = ("inner*2 outer*2", "(inner outer*2)*2", "outer*2 inner*2", "inner outer*2 inner", "outer*2")
+CHOICES = {
+    "embed": ("linear", "conv"),
+    "aggregate": ("mean", "weighted", "attention", "concat"),
+    "mixer": ("patch", "window", "image", "conv", "none"),
+    "condition": ("image", "patch", "sub_patch"),
+    "fuse": ("add", "gate", "replace"),
+}
+EVERY_CHOICE = [{key: value} for key, values in CHOICES.items() for value in values]
+
+
+def our_name(official: str) -> str:
+    """The name here of a parameter of facebookresearch/DiT."""
+    name = re.sub(r"^blocks\.(\d+)\.", r"outer_blocks.\1.", official)
+    for old, new in (
+        ("x_embedder.proj", "outer_embed.proj"),
+        ("t_embedder", "time_embed"),
+        ("y_embedder.embedding_table", "label_embed.table"),
+        ("final_layer.adaLN_modulation.1", "outer_head.final.modulation.linear"),
+        ("final_layer.linear", "outer_head.final.linear"),
+        (".adaLN_modulation.1", ".modulation.linear"),
+        (".attn.", ".branches.mix."),
+        (".mlp.fc1", ".branches.mlp.0"),
+        (".mlp.fc2", ".branches.mlp.2"),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+def plain(width: int, depth: int) -> ModelConfig:
+    return ModelConfig(
+        image_size=(8, 8),
+        channels=4,
+        patch_size=2,
+        num_classes=10,
+        stages=f"outer*{depth}",
+        outer=OuterConfig(width=width, num_heads=4),
+    )
+
+
+def test_plain_dit_matches_the_official_one():
+    golden = np.load(GOLDEN)
+    model = NestedDiT(plain(32, 2))
+    position = torch.from_numpy(golden["state/pos_embed"])[0]
+    torch.testing.assert_close(model.outer_embed.position, position, rtol=0, atol=1e-6)
+    names = {k.removeprefix("state/") for k in golden.files if k.startswith("state/")} - {"pos_embed"}
+    state = {our_name(name): torch.from_numpy(golden[f"state/{name}"]) for name in names}
+    state["outer_embed.proj.weight"] = state["outer_embed.proj.weight"].flatten(1)
+    model.load_state_dict(state)  # strict: exactly DiT's parameters, no more and no fewer
+    x, y = torch.from_numpy(golden["x"]), torch.from_numpy(golden["y"])
+    with torch.no_grad():
+        out = model(x, torch.from_numpy(golden["t"]) / 1000, y)
+    torch.testing.assert_close(out, torch.from_numpy(golden["out"]), rtol=0, atol=1e-5)
+
+
+def test_plain_dit_starts_as_the_official_one():
+    golden = np.load(GOLDEN)
+    torch.manual_seed(0)
+    parameters = dict(NestedDiT(plain(128, 2)).named_parameters())
+    for key in golden.files:
+        if key.startswith("init_std/") and "pos_embed" not in key:
+            name = key.removeprefix("init_std/")
+            value = parameters[our_name(name)].double()
+            expected, mean = float(golden[key]), float(golden[f"init_mean/{name}"])
+            assert value.std(correction=0).item() == pytest.approx(expected, rel=0.05), name
+            chance = 4 * (2 / value.numel()) ** 0.5 * expected + 1e-12  # two means of that many draws
+            assert value.mean().item() == pytest.approx(mean, abs=chance), name
+
+
+def test_patch_embedding_is_a_strided_convolution():
+    model = small_model()
+    embed = OuterEmbed(model)
+    x, _, _ = inputs(model)
+    weight = embed.proj.weight.unflatten(1, (3, 4, 4))
+    expected = F.conv2d(x, weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2) + embed.position
+    torch.testing.assert_close(embed(x), expected)
+
+
+def test_kernel_one_convolution_is_the_linear_embedding():
+    model = small_model(inner={"embed": "conv", "kernel": 1})
+    conv, linear = ConvEmbed(model), LinearEmbed(model)
+    with torch.no_grad():
+        linear[1].weight.copy_(conv.conv.weight.flatten(1))
+        linear[1].bias.copy_(conv.conv.bias)
+    x, _, _ = inputs(model)
+    torch.testing.assert_close(conv(x), linear(x))
+
+
+def test_a_wider_convolution_reaches_across_patch_borders_and_the_linear_one_does_not():
+    for kind, reaches in (("conv", True), ("linear", False)):
+        model = NestedDiT(small_model(inner={"embed": kind}))
+        x, _, _ = inputs(model.config)
+        moved = x.clone()
+        moved[:, :, :4, :4] += 1  # patch 0
+        change = (model.inner_embed(moved) - model.inner_embed(x)).abs().amax(dim=(0, 2, 3))
+        assert change[0] > 0
+        assert bool(change[1:].max() > 0) is reaches
+
+
+@pytest.mark.parametrize("size", [(16, 8), (8, 24), (4, 4)])
+def test_unpatchify_inverts_patchify(size):
+    model = small_model(image_size=size)
+    x, _, _ = inputs(model)
+    by_sub_patch = Cut(model)(x).unflatten(-1, (3, 2, 2)).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    assert torch.equal(InnerUnpatch(model)(by_sub_patch), x)
+    patches = F.unfold(x, 4, stride=4).transpose(1, 2).unflatten(-1, (3, 4, 4)).permute(0, 1, 3, 4, 2).flatten(2)
+    assert torch.equal(OuterUnpatch(model)(patches), x)
+
+
+def test_sub_patches_lie_where_their_patch_lies():
+    model = small_model()
+    x = torch.arange(16 * 8, dtype=torch.float32).view(1, 1, 16, 8).expand(1, 3, 16, 8)
+    tokens = Cut(model)(x)  # 1 T=8 S=4 12
+    # patch 3 is the second of the second row: rows 4-7, columns 4-7; its last sub-patch starts at (6, 6)
+    assert tokens[0, 3, 3, 0] == 6 * 8 + 6
+
+
+def test_positions_tell_all_places_apart():
+    table = sincos(32, 5, 7)
+    assert table.shape == (35, 32)
+    assert torch.pdist(table).min() > 0.1
+
+
+@pytest.mark.parametrize(("mixer", "seen"), [("patch", 1), ("none", 1), ("window", 4), ("conv", 4), ("image", 8)])
+def test_mixers_see_what_they_should(mixer, seen):
+    """Change sub-patch 0 of patch 0; count the patches that notice. 16x8 is a grid of 4x2 patches."""
+    model = perturbed(NestedDiT(small_model("inner outer", inner={"mixer": mixer})))
+    block = model.inner_blocks[0]
+    tokens = torch.randn(2, 8, 4, 16)
+    moved = tokens.clone()
+    corner = 3 if mixer == "conv" else 0  # a 3x3 kernel reaches the neighbours from the patch's inner corner
+    moved[:, 0, corner] += torch.randn(16)
+    c = torch.randn(2, 1, 1, 32)
+    change = (block(moved, c) - block(tokens, c)).abs().amax(dim=(0, 3))  # T S
+    assert int((change.amax(1) > 1e-6).sum()) == seen
+    if mixer == "none":
+        assert int((change > 1e-6).sum()) == 1
+    if mixer == "patch":
+        assert bool((change[0] > 1e-6).all())
+
+
+def test_depthwise_mixing_is_the_convolution_of_the_image_of_tokens():
+    model = perturbed(NestedDiT(small_model("inner outer", inner={"mixer": "conv"})))
+    mixer = model.inner_blocks[0].branches["mix"]
+    picture = torch.randn(2, 16, 8, 4)  # N E rows columns: 8x4 sub-patches
+    tokens = picture.view(2, 16, 4, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+    expected = F.conv2d(picture, mixer.conv.weight, mixer.conv.bias, padding=1, groups=16)
+    out = mixer(tokens).unflatten(1, (4, 2)).unflatten(3, (2, 2)).permute(0, 5, 1, 3, 2, 4).reshape(2, 16, 8, 4)
+    torch.testing.assert_close(out, expected)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    model = perturbed(NestedDiT(small_model("inner outer")))
+    mixer = model.inner_blocks[0].branches["mix"].double()
+    x = torch.randn(2, 8, 4, 16, dtype=torch.float64)
+    q, k, v = mixer.qkv(x).unflatten(-1, (3, 2, 8)).unbind(-3)  # N T S heads d
+    scores = torch.einsum("ntihd,ntjhd->nthij", q, k) / 8**0.5
+    out = mixer.proj(torch.einsum("nthij,ntjhd->ntihd", scores.softmax(-1), v).flatten(-2))
+    torch.testing.assert_close(mixer(x), out)
+
+
+def test_weighted_aggregation_starts_as_the_mean():
+    model = small_model()
+    inner = torch.randn(2, 8, 4, 16)
+    mean, weighted = Mean(model), Weighted(model)
+    weighted.proj.load_state_dict(mean.proj.state_dict())
+    torch.testing.assert_close(weighted(inner), mean(inner))
+
+
+def test_attention_pooling_with_equal_tokens_is_their_value():
+    pool = AttentionPool(small_model())
+    torch.nn.init.normal_(pool.query)
+    token = torch.randn(2, 8, 1, 16)
+    value = pool.kv(F.layer_norm(token, (16,), eps=1e-6))[..., 16:]
+    torch.testing.assert_close(pool(token.expand(2, 8, 4, 16)), pool.proj(value[:, :, 0]))
+
+
+def test_mean_needs_no_projection_at_equal_width():
+    model = small_model(inner={"width": 32})
+    assert not list(Mean(model).parameters())
+
+
+@pytest.mark.parametrize("stages", ["inner*2 outer*4", "(inner outer*2)*2", "outer*4 inner*2", "inner outer*4 inner"])
+def test_gate_fusion_starts_as_the_plain_dit_bit_for_bit(stages):
+    trained = perturbed(NestedDiT(small_model("outer*4")))
+    nested = NestedDiT(small_model(stages, inner={"fuse": "gate"}))
+    missing, unexpected = nested.load_state_dict(trained.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith(("inner_", "aggregates", "fuses", "spreads", "conditions")) for name in missing)
+    x, t, y = inputs(trained.config)
+    assert torch.equal(nested(x, t, y), trained(x, t, y))
+
+
+def test_use_inner_false_is_the_plain_dit():
+    ablated = NestedDiT(small_model("inner*2 outer*3", use_inner=False))
+    assert ablated.state_dict().keys() == NestedDiT(small_model("outer*3")).state_dict().keys()
+
+
+@pytest.mark.parametrize("stages", PROGRAMS)
+@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+def test_every_arrangement_trains_a_step(stages, choice):
+    model = perturbed(NestedDiT(small_model(stages, inner=choice)))
+    x, t, y = inputs(model.config, batch=6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss = (model(x, t, y) - x).square().mean()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} takes no part"
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
+    optimizer.step()
+    assert (model(x, t, y) - x).square().mean() < loss
+
+
+@pytest.mark.parametrize("stages", PROGRAMS)
+def test_the_prediction_starts_at_zero(stages):
+    model = NestedDiT(small_model(stages))
+    assert not model(*inputs(model.config)).any()
+
+
+def test_no_residual_has_no_way_around_the_inner_path():
+    model = perturbed(NestedDiT(small_model("outer*2 inner", inner={"fuse": "replace"})))
+    assert not hasattr(model, "outer_head")
+    model = perturbed(NestedDiT(small_model("inner outer*2", inner={"fuse": "replace"})))
+    x, t, y = inputs(model.config)
+    with torch.no_grad():
+        for parameter in model.inner_embed.parameters():
+            parameter.zero_()  # the image is cut off: nothing else may carry it to the output
+    assert torch.equal(model(x, t, y), model(torch.randn_like(x), t, y))
+
+
+def test_no_residual_still_knows_where_a_patch_is():
+    model = perturbed(NestedDiT(small_model("inner outer", inner={"fuse": "replace"})))
+    x = torch.zeros(1, 3, 16, 8)  # every patch alike
+    out = Cut(model.config)(model(x, torch.ones(1)))[0]
+    assert not torch.allclose(out[0], out[5])
+
+
+def test_missing_labels_are_the_null_class():
+    model = perturbed(NestedDiT(small_model()))
+    x, t, _ = inputs(model.config)
+    torch.testing.assert_close(model(x, t), model(x, t, torch.full((3,), 5)))
+
+
+@pytest.mark.parametrize(("channels", "classes", "size"), [(1, 0, (8, 8)), (4, 3, (4, 12)), (7, 0, (16, 4))])
+def test_any_channels_sizes_and_no_labels(channels, classes, size):
+    model = perturbed(NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size)))
+    x, t, y = inputs(model.config)
+    assert model(x, t, y).shape == (3, channels, *size)
+
+
+def test_a_wrong_image_size_is_named():
+    model = NestedDiT(small_model())
+    with pytest.raises(ValueError, match=r"x must be \(N, 3, 16, 8\): got \(2, 3, 8, 16\)"):
+        model(torch.zeros(2, 3, 8, 16), torch.zeros(2))
+
+
+@pytest.mark.parametrize("recompute", ["inner", "outer", "both"])
+def test_recomputing_activations_changes_nothing(recompute):
+    config = small_model("inner outer inner")
+    plainly = perturbed(NestedDiT(config))
+    again = NestedDiT(config, recompute=recompute)
+    again.load_state_dict(plainly.state_dict())
+    for model in (plainly, again):
+        model(*inputs(config)).square().sum().backward()
+    for one, other in zip(plainly.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_copy_of_a_model_is_independent_of_it():
+    model = perturbed(NestedDiT(small_model("(inner outer)*2")))
+    copied = copy.deepcopy(model)
+    x, t, y = inputs(model.config)
+    before = copied(x, t, y)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x, t, y), before)

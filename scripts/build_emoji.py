@@ -38,9 +38,7 @@ CLASSES = {
     "Flags": "flags",
 }
 # These fly another country's flag: they come last, so that the image is kept under that country.
-BORROWED = re.compile(
-    "flag: (Bouvet Island|Ceuta & Melilla|Clipperton Island|Diego Garcia|Svalbard.*|U.S. .*)"
-)
+BORROWED = re.compile("flag: (Bouvet Island|Ceuta & Melilla|Clipperton Island|Diego Garcia|Svalbard.*|U.S. .*)")
 
 # Emoji presentation, skin tone, "joined with a gender sign", hair.
 MODIFIER = re.compile("\ufe0f|[\U0001f3fb-\U0001f3ff]|\u200d[\u2640\u2642]|\u200d?[\U0001f9b0-\U0001f9b3]")

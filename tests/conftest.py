@@ -33,7 +33,7 @@ def perturbed(model: NestedDiT, seed: int = 0) -> NestedDiT:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.1)
     return model
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import inputs, perturbed, small_model
-from test_model import EVERY_CHOICE, PROGRAMS
 
+from conftest import inputs, perturbed, small_model
 from dit_in_dit.model.nested import NestedDiT
+from test_model import EVERY_CHOICE, PROGRAMS
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import sys
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-from conftest import small_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import small_model
 from dit_in_dit import presets
 from dit_in_dit.config import (
     RunConfig,
@@ -153,7 +153,9 @@ def test_bad_values_are_found_in_python_too():
 
 
 def test_overrides_apply_together():
-    config = override(presets.get("dit-in-dit-s2"), ["model.depth=null", "model.stages=outer*3 inner", "train.steps=1e3"])
+    config = override(
+        presets.get("dit-in-dit-s2"), ["model.depth=null", "model.stages=outer*3 inner", "train.steps=1e3"]
+    )
     assert config.model.program == (("outer", 3), ("inner", 1))
     assert config.train.steps == 1000
 

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import inputs, small_model
-from test_model import EVERY_CHOICE, PROGRAMS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import inputs, small_model
 from dit_in_dit import cost, inspect, presets
 from dit_in_dit.model.nested import NestedDiT
+from test_model import EVERY_CHOICE, PROGRAMS
 
 
 def counted(model, device: str = "meta") -> float:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inputs, perturbed, small_model
 
+from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import AttentionPool, Mean, Weighted
 from dit_in_dit.model.embed import ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
@@ -265,7 +265,9 @@ def test_missing_labels_are_the_null_class():
 
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 0, (8, 8)), (4, 3, (4, 12)), (7, 0, (16, 4))])
 def test_any_channels_sizes_and_no_labels(channels, classes, size):
-    model = perturbed(NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size)))
+    model = perturbed(
+        NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size))
+    )
     x, t, y = inputs(model.config)
     assert model(x, t, y).shape == (3, channels, *size)
 

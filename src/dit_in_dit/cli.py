@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dit_in_dit.training.loop import Fact
 
 DEMO_IMAGES = 64
+GRID_IMAGES = 36
 
 
 class _Parser(argparse.ArgumentParser):
@@ -173,7 +174,7 @@ def _train(options: argparse.Namespace) -> None:
     _follow(train(config, options.out, resume=options.resume, device=options.device), options.out)
 
 
-def _follow(facts: Iterable[Fact], out: Path) -> None:
+def _follow(facts: Iterator[Fact], out: Path) -> None:
     """Show training facts as a progress bar and lines; draw sample grids when they are due."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -181,22 +182,21 @@ def _follow(facts: Iterable[Fact], out: Path) -> None:
     from dit_in_dit import checkpoint
     from dit_in_dit.sampling import grid, sample, to_pixels
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    start = next(facts)  # first: a mistake is found here, before there is anything to show
+    config, values = checkpoint.read_config(out), start.values
+    console.print(
+        f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in {values['precision']}, "
+        f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
+    )
+    if values["skipped"]:
+        console.print(f"left out {len(values['skipped'])} unreadable files, such as {values['skipped'][0]}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=None)
+        task = bar.add_task("", total=config.train.steps, completed=start.step)
         for fact in facts:
             values = fact.values
-            if fact.kind == "start":
-                config = checkpoint.read_config(out)
-                bar.update(task, total=config.train.steps, completed=fact.step)
-                console.print(
-                    f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in "
-                    f"{values['precision']}, classes: {', '.join(values['classes'][:12])}"
-                )
-                if values["skipped"]:
-                    console.print(f"left out {len(values['skipped'])} unreadable files: {values['skipped'][:3]}")
-            elif fact.kind == "step":
+            if fact.kind == "step":
                 text = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
                 bar.update(task, completed=fact.step, description=text)
             elif fact.kind == "held_out":
@@ -205,7 +205,7 @@ def _follow(facts: Iterable[Fact], out: Path) -> None:
             elif fact.kind == "samples" and fact.model is not None:
                 path = out / "samples" / f"{fact.step:07d}.png"
                 path.parent.mkdir(exist_ok=True)
-                grid(to_pixels(sample(fact.model, config, 36))).save(path)
+                grid(to_pixels(sample(fact.model, config, GRID_IMAGES))).save(path)
             elif fact.kind == "checkpoint":
                 console.print(f"step {fact.step}  saved {values['path']}")
 
@@ -309,6 +309,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _real(config: RunConfig, count: int) -> Any:
     """Training images whose classes take turns as those of the samples do; uint8 (count, H, W, C)."""
+    import numpy as np
     import torch
 
     from dit_in_dit.data.source import open_source
@@ -325,4 +326,4 @@ def _real(config: RunConfig, count: int) -> Any:
         images[y if config.model.num_classes else 0].append(image)
         index += 1
     chosen = [images[label(i, every)][i // len(every)] for i in range(count)]
-    return to_pixels(torch.tensor(chosen))
+    return to_pixels(torch.from_numpy(np.stack(chosen)))

@@ -83,14 +83,14 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
     )
 
 
-def held_out(source: Source, most: int, seed: int = 0) -> Batch:
-    """The first `most` held-out images with fixed noise; times are the evaluation's."""
+def held_out(source: Source, num_classes: int, most: int) -> Batch:
+    """The first `most` held-out images, with noise that is the same for every run; times are the evaluation's."""
     drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
-    noises = [generator(seed, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
+    noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
     return Batch(
         torch.from_numpy(np.stack([image for image, _ in drawn])),
         torch.from_numpy(np.stack(noises)),
         torch.zeros(len(drawn)),
-        torch.tensor([label for _, label in drawn]),
+        torch.tensor([label if num_classes else 0 for _, label in drawn]),
         torch.arange(len(drawn)),
     )

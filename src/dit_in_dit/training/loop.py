@@ -113,7 +113,7 @@ class Trainer:
         self.objective = Objective(config.diffusion)
         self.predict = torch.compile(self.model) if config.train.compile else self.model
         self.step = 0
-        self.held_out = held_out(source, HELD_OUT_IMAGES) if source.held_out_size else None
+        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if source.held_out_size else None
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the config says so."""

@@ -1,0 +1,197 @@
+"""The command as a person uses it: it works, and a mistake costs one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_in_dit.cli import main
+from dit_in_dit.config import from_yaml, to_yaml
+from dit_in_dit.presets import NAMES, get
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory) -> Path:
+    """A run of four steps."""
+    out = tmp_path_factory.mktemp("runs") / "a run"
+    main(["train", *TINY, "--set", f"data.source={folder}", "--out", str(out), "--device", "cpu"])
+    return out
+
+
+TINY = [
+    "--preset", "emoji",
+    *(
+        word
+        for assignment in (
+            "model.image_size=16", "model.outer.width=32", "model.outer.num_heads=2", "model.inner.width=16",
+            "model.inner.num_heads=2", "model.num_classes=3", "train.steps=4", "train.batch_size=4",
+            "train.checkpoint_every=2", "train.sample_every=4", "train.evaluate_every=2", "sample.steps=2",
+            "data.held_out=0.2",
+        )
+        for word in ("--set", assignment)
+    ),
+]  # fmt: skip
+
+
+def test_a_run_folder_holds_what_the_design_says(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "config.yaml", "log.jsonl", "timing.jsonl", "checkpoints", "samples",
+    }  # fmt: skip
+    assert [p.name for p in (trained / "samples").iterdir()] == ["0000004.png"]
+    assert {p.name for p in (trained / "checkpoints/0000004").iterdir()} == {
+        "state.safetensors", "ema.safetensors", "manifest.json",
+    }  # fmt: skip
+
+
+def test_sampling_draws_numbered_images_and_a_grid(trained, tmp_path):
+    drawn = {}
+    for batch in (1, 3):
+        out = tmp_path / str(batch)
+        main(["sample", str(trained), "--num", "5", "--batch", str(batch), "--classes", "red,0", "--out", str(out)])
+        assert sorted(p.name for p in out.iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "grid.png"]
+        drawn[batch] = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")).astype(int) for i in range(5)])
+    assert drawn[1].shape == (5, 16, 16, 3)
+    assert np.abs(drawn[1] - drawn[3]).max() <= 1
+
+
+def test_sampling_options_are_heard(trained, tmp_path):
+    words = ["sample", str(trained), "--num", "1", "--out"]
+    main([*words, str(tmp_path / "a")])
+    for number, option in enumerate((["--seed", "1"], ["--steps", "4"], ["--sampler", "euler"], ["--raw"])):
+        main([*words, str(tmp_path / str(number)), *option])
+        a, b = (np.asarray(Image.open(tmp_path / n / "000000.png")).astype(int) for n in ("a", str(number)))
+        assert np.abs(a - b).max() > 0, option
+
+
+def test_demo_ends_by_naming_its_pictures_and_runs_twice(folder, tmp_path, capsys):
+    words = ["demo", *TINY, "--set", f"data.source={folder}", "--device", "cpu", "--out", str(tmp_path / "demo")]
+    main(words)
+    first = capsys.readouterr().out
+    assert "samples-beside-real.png" in first
+    picture = Image.open(tmp_path / "demo/samples-beside-real.png")
+    assert picture.width > picture.height
+    main(["demo", "--out", str(tmp_path / "demo")])
+    assert capsys.readouterr().out == first
+
+
+def test_resume_needs_no_other_flag(trained, capsys):
+    main(["train", "--resume", "--out", str(trained)])
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_config_prints_yaml_that_reads_back(capsys):
+    main(["config", "--preset", "dit-in-dit-b4", "--set", "model.inner.aggregate=attention"])
+    config = from_yaml(capsys.readouterr().out)
+    assert config.model.inner.aggregate == "attention"
+    assert config.model.depth == get("dit-in-dit-b4").model.depth
+
+
+def test_a_config_file_is_a_start(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(to_yaml(get("emoji-dit")))
+    main(["config", "--config", str(path), "--set", "seed=9"])
+    assert from_yaml(capsys.readouterr().out).seed == 9
+
+
+def test_presets_are_listed(capsys):
+    main(["presets"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
+
+
+def test_inspect_prints_json_with_the_plain_twin(capsys):
+    main(["inspect", "--preset", "dit-in-dit-xl2", "--batch", "8", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    keys = {"batch", "flow", "tokens", "token_layers", "parameters", "macs", "activation_bytes"}
+    assert found.keys() == keys | {"plain"}
+    assert found["plain"].keys() == keys
+    assert found["macs"]["total"] / found["plain"]["macs"]["total"] == pytest.approx(1.963, abs=0.001)
+
+
+def test_inspect_prints_a_table(capsys):
+    main(["inspect", "--preset", "emoji"])
+    out = capsys.readouterr().out
+    assert "inner head" in out
+    assert "ratio" in out
+
+
+def lines_of(words: list[str], capsys) -> str:
+    """What a refused call prints: one line on stderr, nothing on stdout, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) <= 220
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["inspect"], "--preset NAME"),
+        (["inspect", "--preset", "emojy"], "did you mean 'emoji'"),
+        (["inspect", "--preset", "emoji", "--batch", "0"], "at least 1"),
+        (["inspect", "--preset", "emoji", "--config", "x.yaml"], "give one of them"),
+        (["inspect", "--config", "absent.yaml"], "cannot read --config"),
+        (["inspect", "--preset", "emoji", "--set", "model.patch_size=7"], "must divide image_size"),
+        (["inspect", "--preset", "emoji", "--set", "model.inner.widht=7"], "did you mean 'model.inner.width'"),
+        (["train", "--preset", "emoji"], "--out"),
+        (["train", "--preset", "emoji", "--out", "run", "--set", "data.source=absent"], "no such file"),
+        (["train", "--preset", "emoji", "--out", "run", "--set", "model.num_classes=3"], "has 9"),
+        (["train", "--preset", "emoji", "--out", "run", "--device", "tpu"], "not available"),
+        (["train", "--resume", "--out", "absent"], "no run at absent"),
+        (["sample", "absent", "--out", "drawn"], "no run at absent"),
+        (["paint"], "paint"),
+        (["sample", "absent", "--num", "many", "--out", "drawn"], "whole number"),
+    ],
+)
+def test_a_mistake_costs_one_line_and_leaves_nothing(words, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part in lines_of(words, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_about_a_run_cost_one_line(trained, capsys, tmp_path):
+    for words, part in (
+        (["--classes", "rad"], "did you mean 'red'"),
+        (["--classes", "3"], "unknown class '3'"),
+        (["--sampler", "ddpm"], "one of euler"),
+        (["--guidance", "-1"], "from 0"),
+        (["--steps", "5000"], "from 1 to 1000"),
+    ):
+        assert part in lines_of(["sample", str(trained), *words, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_costs_one_line(capsys, tmp_path):
+    (tmp_path / "data/a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data/a/whole.png")
+    (tmp_path / "data/a/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    words = ["train", *TINY, "--set", f"data.source={tmp_path / 'data'}", "--out", str(tmp_path / "run")]
+    assert "torn.png" in lines_of(words, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_written_costs_one_line(capsys, tmp_path, folder, trained):
+    (tmp_path / "file").write_text("")
+    inside = str(tmp_path / "file/inside")
+    assert "cannot write" in lines_of(["train", *TINY, "--set", f"data.source={folder}", "--out", inside], capsys)
+    assert "cannot write" in lines_of(["sample", str(trained), "--out", inside], capsys)
+
+
+@pytest.mark.slow
+def test_the_module_runs_as_a_command(tmp_path):
+    words = [sys.executable, "-m", "dit_in_dit", "config", "--preset", "emojis"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False, env={**os.environ})
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("dit-in-dit: unknown preset 'emojis'")

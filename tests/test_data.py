@@ -1,0 +1,216 @@
+"""Sources: the same images however they are packed, families that stay together, and nothing silent."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import small_model
+from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.data.mosaic import CLASSES, Mosaic
+from dit_in_dit.data.source import fit, is_held_out, open_source
+
+MODEL = small_model(image_size=(8, 8), num_classes=3)
+
+
+def everything(source) -> list[tuple[bytes, int]]:
+    """All training, then all held-out images with labels."""
+    pairs = [source.train(i) for i in range(source.train_size)]
+    pairs += [source.held_out(i) for i in range(source.held_out_size)]
+    return [(image.tobytes(), label) for image, label in pairs]
+
+
+def opened(path, **keys):
+    return open_source(DataConfig(**{"source": str(path), "held_out": 0.2, **keys}), MODEL)
+
+
+def test_folder_and_zip_hold_the_same_images(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in folder.rglob("*.*"):
+            archive.write(path, path.relative_to(folder))
+    a, b = opened(folder), opened(tmp_path / "set.zip")
+    assert a.classes == b.classes == ("blue", "green", "red")
+    assert (a.train_size + a.held_out_size, a.held_out_size > 0) == (30, True)
+    assert everything(a) == everything(b)
+    assert everything(pickle.loads(pickle.dumps(b))) == everything(b)  # as a worker process gets it
+
+
+def test_arrays_hold_the_same_images(folder, tmp_path):
+    source = opened(folder, held_out=0.0)
+    pairs = [source.train(i) for i in range(30)]
+    pixels = np.stack([np.round((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0) for image, _ in pairs])
+    labels = np.array([label for _, label in pairs])
+    np.savez(tmp_path / "set.npz", images=pixels, labels=labels)
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, arr_1=labels)
+    np.save(tmp_path / "set.npy", pixels)
+    np.save(tmp_path / "set.labels.npy", labels)
+    for name in ("set.npz", "adm.npz", "set.npy"):
+        assert everything(opened(tmp_path / name, held_out=0.0)) == everything(source)
+
+
+def test_latents_are_taken_as_they_are(tmp_path):
+    latents = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float16)
+    np.savez(tmp_path / "latents.npz", images=latents)
+    model = small_model(image_size=(8, 8), channels=4, num_classes=0)
+    source = open_source(DataConfig(source=str(tmp_path / "latents.npz"), held_out=0.0), model)
+    assert np.array_equal(source.train(3)[0], latents[3].astype(np.float32))
+
+
+def test_families_never_sit_on_both_sides():
+    source = open_source(DataConfig(), small_model(image_size=(32, 32), num_classes=9))
+    names = {side: [source.names[i] for i in getattr(source, f"_{side}")] for side in ("train", "held")}
+    train, held = ({Path(n).stem.split("~")[0] for n in side} for side in names.values())
+    assert train.isdisjoint(held)
+    assert 0.05 < len(held) / (len(train) + len(held)) < 0.15
+    assert any("~" in n for n in names["held"])  # variants are there to be kept together
+
+
+def test_the_split_depends_on_the_family_and_the_share_alone():
+    value = int.from_bytes(hashlib.sha256(b"grinning-face").digest()[:8], "big") / 2**64
+    assert is_held_out("grinning-face", value + 1e-6)
+    assert not is_held_out("grinning-face", value - 1e-6)
+
+
+def test_embedded_emoji_are_what_the_notice_says():
+    source = open_source(DataConfig(held_out=0.0), small_model(image_size=(64, 64), num_classes=9))
+    assert source.classes == (
+        "activities", "animals", "flags", "food", "objects", "people", "smileys", "symbols", "travel",
+    )  # fmt: skip
+    assert source.train_size == 3641
+    assert not source.skipped
+    image, _ = source.train(0)
+    assert image.shape == (3, 64, 64)
+    corners = image[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners > 0.99).all()  # drawn on white
+
+
+def test_broken_files_are_named_or_counted(folder, tmp_path):
+    copy = tmp_path / "set"
+    for path in folder.rglob("*.*"):
+        target = copy / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (copy / "red" / "text.png").write_text("not an image")
+    (copy / "red" / "empty.jpg").write_bytes(b"")
+    whole = (copy / "blue" / "image2.jpg").read_bytes()
+    (copy / "blue" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cannot read .*half\.jpg"):
+        opened(copy)
+    source = opened(copy, corrupt="skip")
+    assert sorted(source.skipped) == ["blue/half.jpg", "red/empty.jpg", "red/text.png"]
+    assert source.train_size + source.held_out_size == 30
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.mkdir(), "no .png"),
+        (lambda path: path.write_bytes(b"junk"), "neither a folder nor a .zip"),
+    ],
+)
+def test_missing_and_empty_sources_are_refused(make, part, tmp_path):
+    make(tmp_path / "data")
+    with pytest.raises(UserError, match=part):
+        opened(tmp_path / "data")
+
+
+def test_arrays_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "set.npz"
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    for arrays, part in (
+        ({"images": pixels[:, :7], "labels": np.zeros(4, int)}, r"must be \(N, 8, 8, 3\)"),
+        ({"images": pixels}, "no labels"),
+        ({"images": pixels, "labels": np.full(4, 3)}, "from 0 to 2"),
+        ({"images": pixels, "labels": np.zeros(3, int)}, "4 whole numbers"),
+        ({"pictures": pixels}, "must hold an array 'images'"),
+        ({"images": np.array([{}] * 4, dtype=object)}, "cannot read arrays"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(UserError, match=part):
+            opened(path)
+
+
+def test_a_wrong_number_of_classes_is_refused(folder):
+    with pytest.raises(UserError, match=r"got 5, .* has 3"):
+        open_source(DataConfig(source=str(folder)), small_model(image_size=(8, 8)))
+
+
+def test_too_small_a_source_cannot_be_split(folder):
+    with pytest.raises(UserError, match="0 held-out images"):
+        opened(folder, held_out=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "I;16", "CMYK", "RGBA", "RGB"])
+def test_every_mode_becomes_what_it_looks_like(mode):
+    grey = np.full((6, 6), 128, np.uint16)
+    if mode == "I;16":
+        image = Image.fromarray(grey * 257)
+    elif mode == "1":
+        image = Image.new("1", (6, 6), 1)
+    elif mode == "P":
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB").quantize(4)
+    else:
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert(mode)
+    expected = 255 if mode == "1" else 128
+    assert np.abs(fit(image, (6, 6), 3).astype(int) - expected).max() <= 1
+
+
+def test_transparency_lies_on_white():
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert (fit(image, (4, 4), 3) == 255).all()
+
+
+def test_resizing_covers_and_crops_the_centre():
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255  # only the middle is white
+    assert fit(Image.fromarray(wide), (10, 10), 3).min() == 255
+    halved = fit(Image.fromarray(np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((2, 2), np.uint8))), (4, 4), 1)
+    assert np.array_equal(halved[..., 0], np.eye(4, dtype=np.uint8) * 200)  # an exact half is a 2x2 mean
+    assert fit(Image.new("RGB", (5, 9)), (16, 8), 3).shape == (16, 8, 3)
+
+
+def test_mosaic_images_are_functions_of_their_number():
+    one, other = Mosaic((32, 32)), Mosaic((32, 32))
+    other.image(5)
+    assert np.array_equal(one.image(2**61)[0], other.image(2**61)[0])
+    assert not np.array_equal(one.image(1)[0], one.image(2)[0])
+    assert not np.array_equal(Mosaic((32, 32), seed=1).image(1)[0], one.image(1)[0])
+    assert {one.image(i)[1] for i in range(200)} == set(range(len(CLASSES)))
+    image = one.image(3)[0]
+    assert image.dtype == np.float32
+    assert np.abs(image).max() <= 1
+
+
+def test_mosaic_textures_have_the_period_and_direction_they_claim():
+    """The peak of the spectrum, inside the background, against the truth."""
+    mosaic, checked = Mosaic((64, 64)), 0
+    for index in range(40):
+        truth = mosaic.truth(index)
+        free = 1 - np.max([mosaic.mask(truth, region) for region in truth.regions[1:]], axis=0)
+        if free.mean() < 0.7:
+            continue
+        image = (mosaic.image(index)[0].mean(0) - mosaic.image(index)[0].mean()) * free
+        spectrum = np.abs(np.fft.fft2(image, (512, 512)))
+        fy, fx = np.meshgrid(np.fft.fftfreq(512), np.fft.fftfreq(512), indexing="ij")
+        spectrum[np.hypot(fx, fy) < 0.08] = 0
+        y, x = np.unravel_index(spectrum.argmax(), spectrum.shape)
+        background = truth.regions[0]
+        assert 1 / np.hypot(fx[y, x], fy[y, x]) == pytest.approx(background.period, rel=0.05)
+        turned = np.arctan2(fy[y, x], fx[y, x]) - background.direction
+        assert abs(np.sin(turned)) < 0.1
+        checked += 1
+    assert checked >= 5
+
+
+def test_mosaic_is_endless_and_keeps_its_held_out_images_apart():
+    source = open_source(DataConfig(source="mosaic"), small_model(image_size=(16, 16), num_classes=9))
+    assert source.train_size is None
+    held = {source.held_out(i)[0].tobytes() for i in range(source.held_out_size)}
+    assert held.isdisjoint(source.train(i)[0].tobytes() for i in range(200))

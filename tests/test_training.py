@@ -1,0 +1,230 @@
+"""A run is a function of its config: same seed, same result; stopped and resumed, same result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import small_model, with_train
+from dit_in_dit import checkpoint
+from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
+from dit_in_dit.data.source import open_source
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.randomness import generator
+from dit_in_dit.training.ema import Ema, ema_decay
+from dit_in_dit.training.example import Examples, image_number, load
+from dit_in_dit.training.loop import learning_rate, train
+
+
+def run(config, out: Path, **keys) -> list:
+    return list(train(config, out, device="cpu", **keys))
+
+
+def hashes(out: Path) -> dict[str, str]:
+    return checkpoint.verify(checkpoint.newest(out)[0])["sha256"]
+
+
+def examples(config) -> Examples:
+    return Examples(open_source(config.data, config.model), config)
+
+
+def test_the_same_seed_gives_the_same_lines_twice(run_config, tmp_path):
+    for name in ("a", "b"):
+        run(run_config, tmp_path / name)
+    assert (tmp_path / "a/log.jsonl").read_bytes() == (tmp_path / "b/log.jsonl").read_bytes()
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    run(replace(run_config, seed=4), tmp_path / "c")
+    assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
+
+
+def test_training_draws_nothing_from_the_global_generators(run_config, tmp_path):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    run(run_config, tmp_path / "run")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_resumed_run_equals_unbroken_run(run_config, tmp_path):
+    run(run_config, tmp_path / "unbroken")
+    stopping = train(run_config, tmp_path / "broken", device="cpu")
+    for fact in stopping:
+        if fact.kind == "checkpoint":
+            break
+    stopping.close()
+    facts = run(run_config, tmp_path / "broken", resume=True)
+    assert facts[0].step == 3
+    assert (tmp_path / "broken/log.jsonl").read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
+    assert hashes(tmp_path / "broken") == hashes(tmp_path / "unbroken")
+
+
+def test_a_resumed_log_repeats_no_line_and_mends_half_a_line(run_config, tmp_path):
+    run(run_config, tmp_path / "unbroken")
+    stopped = train(run_config, tmp_path / "killed", device="cpu")
+    list(islice(stopped, 6))
+    stopped.close()
+    log = tmp_path / "killed/log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 6, "lo')
+    run(run_config, tmp_path / "killed", resume=True)
+    assert log.read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
+
+
+def test_a_finished_run_resumes_to_nothing(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    assert [fact.kind for fact in run(run_config, tmp_path / "run", resume=True)] == ["start"]
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    with pytest.raises(UserError, match="--resume"):
+        run(run_config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.learning_rate is 0\.001, not 0\.5"):
+        run(with_train(run_config, learning_rate=0.5), tmp_path / "run", resume=True)
+
+
+def test_accumulation_changes_neither_examples_nor_gradients(run_config, tmp_path):
+    whole = with_train(run_config, batch_size=8, accumulate=1)
+    parts = with_train(run_config, batch_size=2, accumulate=4)
+    a, b = examples(whole), examples(parts)
+    for step in range(5):
+        for field, joined in zip(a[step]._fields, a[step], strict=True):
+            pieces = torch.cat([getattr(b[step * 4 + k], field) for k in range(4)])
+            assert torch.equal(joined, pieces), field
+    losses = [
+        [f.values["loss"] for f in run(c, tmp_path / str(n)) if f.kind == "step"] for n, c in enumerate((whole, parts))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(run_config):
+    reader = examples(run_config)
+    for a, b in zip(load(reader, 2, 6, 0, pin=False), load(reader, 2, 6, 2, pin=False), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 50), epoch=st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_every_image_is_shown_once_an_epoch(seed, size, epoch):
+    shown = [image_number(seed, index, size) for index in range(epoch * size, (epoch + 1) * size)]
+    assert sorted(shown) == list(range(size))
+
+
+def test_example_streams_do_not_depend_on_each_other():
+    first = generator(1, "noise", 5).standard_normal(4)
+    assert np.array_equal(first, generator(1, "noise", 5).standard_normal(4))
+    for other in ((2, "noise", 5), (1, "example", 5), (1, "noise", 6)):
+        assert not np.array_equal(first, generator(*other).standard_normal(4))
+
+
+def test_labels_are_dropped_and_images_flipped_at_their_rates(run_config):
+    config = with_train(run_config, batch_size=400, label_drop=0.25)
+    plain, flipped = examples(config)[0], examples(replace(config, data=replace(config.data, flip=True)))[0]
+    assert (plain.y == 3).float().mean().item() == pytest.approx(0.25, abs=0.07)
+    mirrored = (plain.x != flipped.x).flatten(1).any(1)
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.08)
+    assert torch.equal(plain.x[mirrored].flip(-1), flipped.x[mirrored])
+    assert torch.equal(plain.noise, flipped.noise)
+    assert plain.noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_unlabelled_data_trains(run_config, tmp_path):
+    config = replace(run_config, model=small_model("outer inner", image_size=(8, 8), num_classes=0))
+    assert run(config, tmp_path / "run")[-1].kind == "checkpoint"
+
+
+def test_the_learning_rate_is_a_function_of_the_step(run_config):
+    how = with_train(run_config, steps=100, warmup=10, schedule="cosine", learning_rate=1.0).train
+    rates = [learning_rate(how, step) for step in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert max(rates) == rates[10] == pytest.approx(1)
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[99] < 1e-3
+
+
+def test_averaged_weights_follow_the_closed_form():
+    model = NestedDiT(small_model())
+    ema = Ema(model, decay=0.5)
+    weight = model.outer_embed.proj.bias
+    expected = torch.zeros_like(weight)
+    for step in range(1, 6):
+        with torch.no_grad():
+            weight.fill_(float(step))
+        ema.update(model, step)
+        decay = ema_decay(step, 0.5)
+        expected = decay * expected + (1 - decay) * step
+    torch.testing.assert_close(ema.model.outer_embed.proj.bias, expected)
+
+
+def test_learning_lowers_the_held_out_error(run_config, tmp_path):
+    config = with_train(run_config, steps=120, evaluate_every=10, learning_rate=3e-3, batch_size=16)
+    config = replace(config, data=DataConfig(source="mosaic"), diffusion=DiffusionConfig(predict="image"))
+    config = replace(config, model=small_model("outer*2 inner*1", image_size=(8, 8), num_classes=9))
+    errors = [fact.values for fact in run(config, tmp_path / "run") if fact.kind == "held_out"]
+    assert len(errors) == 12
+    for t in ("0.2", "0.5", "0.8"):
+        assert errors[-1][t]["whole"] < 0.97 * errors[0][t]["whole"]
+        assert 0 < errors[-1][t]["high"] < errors[-1][t]["whole"]
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(run_config, tmp_path):
+    config = with_train(run_config, learning_rate=10, clip=0, steps=200, checkpoint_every=1)
+    config = replace(config, model=replace(config.model, inner=replace(config.model.inner, fuse="replace")))
+    try:
+        run(config, tmp_path / "run")
+    except UserError as error:
+        assert "diverged" in str(error)  # noqa: PT017
+    for tensor in checkpoint.load_state(checkpoint.newest(tmp_path / "run")[0]).values():
+        assert tensor.isfinite().all()
+
+
+def test_bfloat16_trains_close_to_float32(run_config, tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        facts = run(with_train(run_config, precision=precision), tmp_path / precision)
+        losses[precision] = [fact.values["loss"] for fact in facts if fact.kind == "step"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+@pytest.mark.slow
+def test_compiled_training_runs(run_config, tmp_path, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager", fullgraph=True))
+    facts = run(with_train(run_config, compile=True), tmp_path / "compiled")
+    plain = run(run_config, tmp_path / "plain")
+    a, b = ([f.values["loss"] for f in facts if f.kind == "step"] for facts in (facts, plain))
+    assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_log_and_timing_are_json_lines(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "held_out" in line] == [3, 6]
+    timing = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    assert all(line["images_per_second"] > 0 for line in timing)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    folder, manifest = checkpoint.newest(tmp_path / "run")
+    assert manifest["step"] == 6
+    content = bytearray((folder / "ema.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "ema.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
+        checkpoint.verify(folder)
+    assert checkpoint.newest(tmp_path / "run")[1]["step"] == 3
+
+
+def test_only_the_newest_checkpoints_stay(run_config, tmp_path):
+    run(with_train(run_config, checkpoint_every=1), tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["0000005", "0000006"]

@@ -33,7 +33,7 @@ TINY = [
             "model.image_size=16", "model.outer.width=32", "model.outer.num_heads=2", "model.inner.width=16",
             "model.inner.num_heads=2", "model.num_classes=3", "train.steps=4", "train.batch_size=4",
             "train.checkpoint_every=2", "train.sample_every=4", "train.evaluate_every=2", "sample.steps=2",
-            "data.held_out=0.2",
+            "data.held_out=0.2", "train.warmup=0", "train.learning_rate=0.01",
         )
         for word in ("--set", assignment)
     ),

@@ -33,7 +33,8 @@ def opened(path, **keys):
 def test_folder_and_zip_hold_the_same_images(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in folder.rglob("*.*"):
-            archive.write(path, path.relative_to(folder))
+            archive.write(path, Path("wrapper") / path.relative_to(folder))
+        archive.writestr("__MACOSX/wrapper/red/._image0.png", b"left behind by a file manager")
     a, b = opened(folder), opened(tmp_path / "set.zip")
     assert a.classes == b.classes == ("blue", "green", "red")
     assert (a.train_size + a.held_out_size, a.held_out_size > 0) == (30, True)

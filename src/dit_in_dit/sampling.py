@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -34,18 +34,17 @@ def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[An
         # Trailing steps start at pure noise (Lin et al. 2024).
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing"}
         wanted = diffusion.predict
-    if sampler == "dpm++":
-        scheduler = diffusers.DPMSolverMultistepScheduler(**options)
-    elif sampler == "unipc":
-        scheduler = diffusers.UniPCMultistepScheduler(**options)
-    elif sampler == "heun":
-        scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-    elif diffusion.path == "ddpm":
-        scheduler = diffusers.DDIMScheduler(clip_sample=False, **options)
-    else:  # euler, and ddim, whose step on this path is Euler's
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
-        return scheduler, wanted
+    schedulers: dict[str, Callable[[], Any]] = {
+        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**options),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler(**options),
+        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
+        # velocity is 1000 times its error, and Heun's correction with it.
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps),
+        "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps),
+        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **options),
+    }
+    # DDIM's step on a straight path is Euler's.
+    scheduler = schedulers["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]()
     scheduler.set_timesteps(steps)
     return scheduler, wanted
 

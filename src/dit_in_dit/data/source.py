@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from importlib.resources import files
@@ -131,7 +132,7 @@ class ImageSource:
         self._pixels: list[NDArray[np.uint8]] | None = None
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        folders = [PurePosixPath(name).parts[0] if "/" in name else "images" for name in self.names]
+        folders = _class_folders(self.names)
         self.classes = tuple(sorted(set(folders)))
         numbers = {name: number for number, name in enumerate(self.classes)}
         self._labels = [numbers[folder] for folder in folders]
@@ -149,7 +150,7 @@ class ImageSource:
                 names = self._open().namelist()
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"data.source: {self.path} is neither a folder nor a .zip: {error}") from None
-        return sorted(name for name in names if name.lower().endswith(SUFFIXES))
+        return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _HIDDEN.search(name))
 
     def _open(self) -> zipfile.ZipFile:
         """The archive, opened once per process: a file position must not be shared by workers."""
@@ -208,6 +209,17 @@ class ImageSource:
     def held_out(self, index: int) -> tuple[Array, int]:
         """Held-out image `index`."""
         return self._image(self._held[index])
+
+
+_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
+
+
+def _class_folders(names: list[str]) -> list[str]:
+    """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
+    paths = [PurePosixPath(name).parts[:-1] for name in names]
+    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    return [path[0] if path else "images" for path in paths]
 
 
 def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:

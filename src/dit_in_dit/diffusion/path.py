@@ -39,13 +39,14 @@ class Ddpm(Flow):
 
     def __init__(self) -> None:
         betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
-        self.alpha_bar = (1 - betas).cumprod(0)
+        alpha_bar = (1 - betas).cumprod(0)
+        self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a(t), b(t), shaped as t."""
-        step = (t.double() * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
-        alpha_bar = self.alpha_bar.to(t.device)[step]
-        return alpha_bar.sqrt().to(t.dtype), (1 - alpha_bar).sqrt().to(t.dtype)
+        step = (t * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
+        a, b = self.table.to(t)[:, step]
+        return a, b
 
     def velocity(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity's coefficients of x and e."""

@@ -151,7 +151,7 @@ class Trainer:
             for start in range(0, len(x), size):
                 images, noises, labels = (v[start : start + size].to(self.device) for v in (x, noise, y))
                 parts = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
-                sums += torch.stack([part.double().sum() for part in parts]).cpu()
+                sums += torch.stack(parts).cpu().double().sum(1)  # on the CPU: not every device has float64
             whole, high = (sums / len(x)).tolist()
             errors[str(t)] = {"whole": whole, "high": high}
         return errors

@@ -1,0 +1,32 @@
+# make demo   from nothing to a trained small model and its pictures
+# make test   from nothing to all tests passed
+# Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+# glibc gives large freed blocks back at once and asks for them again; keeping them makes a CPU step shorter.
+KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test check
+.DELETE_ON_ERROR:
+
+demo: .venv/core
+	$(KEEP) $(RUN) -m dit_in_dit demo --out runs/demo
+
+test: check
+	$(RUN) -m pytest
+
+check: .venv/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@ .venv/core

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from conftest import small_model
 from dit_in_dit import presets
 from dit_in_dit.config import (
+    ORDERS,
     RunConfig,
     SampleConfig,
     UserError,
@@ -94,6 +95,8 @@ def test_interleaving_keeps_every_block_when_the_depths_do_not_divide():
 def test_use_inner_false_leaves_the_outer_blocks_alone():
     for stages in ("inner*3 outer*2", "(inner outer)*2", "outer*2 inner"):
         assert small_model(stages, use_inner=False).program == (("outer", 2),)
+    for order in ORDERS:  # also where the order itself could not be had
+        assert small_model(order, depth=2, use_inner=False).program == (("outer", 2),)
 
 
 @pytest.mark.parametrize(

@@ -194,26 +194,23 @@ ORDERS: dict[str, Callable[[int, int], Program]] = {  # from outer and inner blo
 
 @dataclass(frozen=True)
 class OuterConfig(Section):
+    """A transformer: what both levels have."""
+
     prefix: ClassVar[str] = "model.outer"
-    width: int = key(384, "width D of the outer tokens", low=4, high=65536)
+    width: int = key(384, "width of the tokens (D of outer, E of inner ones)", low=1, high=65536)
     num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
 
     def check(self) -> None:
         if self.width % self.num_heads:
-            raise UserError(f"model.outer.num_heads must divide width: got {self.num_heads} for {self.width}")
-        if self.width % 4:
-            raise UserError(f"model.outer.width must be a multiple of 4 (sin-cos position): got {self.width}")
+            raise UserError(f"{self.prefix}.num_heads must divide width: got {self.num_heads} for {self.width}")
 
 
 @dataclass(frozen=True)
-class InnerConfig(Section):
+class InnerConfig(OuterConfig):
     prefix: ClassVar[str] = "model.inner"
     depth_ratio: float = key(0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100)
     sub_patch: int = key(1, "sub-patch size s in pixels; divides patch_size", low=1, high=4096)
-    width: int = key(384, "width E of the inner tokens", low=1, high=65536)
-    num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
-    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
     embed: Literal["linear", "conv"] = key(
         "linear", "sub-patch embedding: linear, or conv (reaches across patch borders)"
     )
@@ -233,8 +230,7 @@ class InnerConfig(Section):
     )
 
     def check(self) -> None:
-        if self.width % self.num_heads:
-            raise UserError(f"model.inner.num_heads must divide width: got {self.num_heads} for {self.width}")
+        super().check()
         if self.kernel % 2 == 0:
             raise UserError(f"model.inner.kernel must be odd, so that it has a centre: got {self.kernel}")
 
@@ -256,6 +252,8 @@ class ModelConfig(Section):
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
             raise UserError(f"model.patch_size must divide image_size: got {self.patch_size} for {height}x{width}")
+        if self.outer.width % 4:
+            raise UserError(f"model.outer.width must be a multiple of 4 (sin-cos position): got {self.outer.width}")
         if self.patch_size % self.inner.sub_patch:
             raise UserError(
                 f"model.inner.sub_patch must divide patch_size: got {self.inner.sub_patch} for {self.patch_size}"
@@ -288,12 +286,10 @@ class ModelConfig(Section):
         """The stages as (level, number of blocks) runs, after `use_inner`."""
         if self.depth is None:
             program = parse_stages(self.stages)
-        else:
-            inner = max(1, int(self.depth * self.inner.depth_ratio))
-            program = ORDERS[self.stages](self.depth, inner)
-        if self.use_inner:
-            return program
-        return _merge((level, count) for level, count in program if level == "outer")
+            return program if self.use_inner else _merge(run for run in program if run[0] == "outer")
+        if not self.use_inner:
+            return (("outer", self.depth),)
+        return ORDERS[self.stages](self.depth, max(1, int(self.depth * self.inner.depth_ratio)))
 
     def blocks(self, level: str) -> int:
         """Number of blocks of one level."""

@@ -50,39 +50,48 @@ def _official(size: str, patch: int, *, nested: bool) -> RunConfig:
     return replace(base, model=model)
 
 
+# Three small models of equal MACs (20.7 to 21.1 M an image) for the embedded emoji: a few minutes each on two cores.
+# `emoji`: outer stages first, the inner ones decode detail from the noisy sub-patches. The convolutional embedding
+# shows a sub-patch its neighbours across the patch border; the narrower MLP pays for it.
 _EMOJI = RunConfig(
-    seed=0,
     model=ModelConfig(
         image_size=(32, 32),
         channels=3,
         patch_size=8,
         num_classes=9,
         stages="outer*4 inner*2",
-        outer=OuterConfig(width=192, num_heads=6),
-        inner=InnerConfig(sub_patch=2, width=64, num_heads=4, mixer="patch", condition="image"),
+        outer=OuterConfig(width=128, num_heads=4),
+        inner=InnerConfig(sub_patch=2, width=32, num_heads=2, mlp_ratio=2, embed="conv"),
     ),
     diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.4),
-    data=DataConfig(source="emoji", flip=False),
+    data=DataConfig(source="emoji"),
     train=TrainConfig(
-        steps=1200,
-        batch_size=128,
+        steps=2400,
+        batch_size=64,
         learning_rate=1e-3,
-        warmup=50,
+        warmup=100,
         schedule="cosine",
         ema=0.995,
-        checkpoint_every=300,
-        sample_every=300,
-        evaluate_every=200,
+        precision="float32",  # at this width bfloat16 is slower on a CPU
+        checkpoint_every=600,
+        sample_every=600,
+        evaluate_every=300,
     ),
-    sample=SampleConfig(steps=25, guidance=2.0),
+    sample=SampleConfig(sampler="dpm++", steps=25, guidance=2.0),
 )
+# The arrangement first asked for: inner first, linear embedding, mean, add.
+_EMOJI_REFERENCE = replace(
+    _EMOJI,
+    model=replace(_EMOJI.model, stages="inner*2 outer*4", inner=InnerConfig(sub_patch=2, width=32, num_heads=2)),
+)
+_EMOJI_DIT = replace(_EMOJI, model=replace(_EMOJI.model, stages="outer*6", inner=InnerConfig()))
 
 PRESETS: dict[str, RunConfig] = {
     **{f"dit-{s}{p}": _official(s, p, nested=False) for s in SIZES for p in (2, 4, 8, 16)},
     **{f"dit-in-dit-{s}{p}": _official(s, p, nested=True) for s in SIZES for p in (2, 4, 8, 16)},
     "emoji": _EMOJI,
-    "emoji-reference": replace(_EMOJI, model=replace(_EMOJI.model, stages="inner*2 outer*4")),
-    "emoji-dit": replace(_EMOJI, model=replace(_EMOJI.model, stages="outer*6")),
+    "emoji-reference": _EMOJI_REFERENCE,
+    "emoji-dit": _EMOJI_DIT,
 }
 NAMES = tuple(PRESETS)
 

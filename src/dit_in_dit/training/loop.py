@@ -6,9 +6,10 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,12 @@ class Fact:
 
 def pick_device(name: str = "auto") -> torch.device:
     """The named device, or the best there is; UserError when it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
-        raise UserError(f"device {name!r} is not available here: choose from {[k for k, v in available.items() if v]}")
-    return torch.device(name)
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = [kind for kind, count in counts.items() if count]
+    kind, _, number = (there[0] if name == "auto" else name).partition(":")
+    if kind not in there or (number and not (number.isdecimal() and int(number) < counts[kind])):
+        raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
+    return torch.device(f"{kind}:{number}" if number else kind)
 
 
 def _bfloat16_is_native(device: torch.device) -> bool:
@@ -80,16 +81,44 @@ class _Log:
     def _name(line: dict[str, Any]) -> tuple[int, bool]:
         return line["step"], "held_out" in line
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self.file.close()
 
     def write(self, line: dict[str, Any]) -> None:
         if self._name(line) not in self.done:
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
+
+
+class _Clock:
+    """Training time, appended to a file of JSON lines: seconds spent in steps, over all resumes, and speed."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.seconds = max((json.loads(line)["seconds"] for line in lines if line.endswith("}")), default=0.0)
+        self.file = path.open("a")
+        self.start()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def start(self) -> None:
+        """Time from here."""
+        self.began = time.perf_counter()
+
+    def waited(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.began
+
+    def write(self, step: int, images: int) -> float:
+        """Note the time since the start, and return images per second."""
+        speed = images / self.waited()
+        self.seconds += self.waited()
+        self.file.write(json.dumps({"step": step, "seconds": self.seconds, "images_per_second": speed}) + "\n")
+        self.file.flush()
+        return speed
 
 
 class Trainer:
@@ -216,39 +245,24 @@ def _resume(trainer: Trainer, run: Path) -> None:
 
 def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
     config, train = trainer.config, trainer.config.train
-    micro = train.accumulate
-    examples = Examples(trainer.source, config)
-    batches = iter(
-        load(
-            examples,
-            trainer.step * micro,
-            train.steps * micro,
-            config.data.workers,
-            pin=trainer.device.type == "cuda",
-        )
-    )
+    first, last = trainer.step * train.accumulate, train.steps * train.accumulate
+    examples, on_cuda = Examples(trainer.source, config), trainer.device.type == "cuda"
+    batches = iter(load(examples, first, last, config.data.workers, pin=on_cuda))
     pending: list[tuple[int, dict[str, Tensor | float]]] = []
-    began = flushed = time.perf_counter()
-    with _Log(run / "log.jsonl") as log, (run / "timing.jsonl").open("a") as timing:
+    with closing(_Log(run / "log.jsonl")) as log, closing(_Clock(run / "timing.jsonl")) as clock:
         while trainer.step < train.steps:
-            values = trainer.update([next(batches) for _ in range(micro)])
+            values = trainer.update([next(batches) for _ in range(train.accumulate)])
             step = trainer.step
             pending.append((step, values))
-
-            def due(every: int, step: int = step) -> bool:
-                return every > 0 and (step % every == 0 or step == train.steps)
-
-            evaluate = due(train.evaluate_every) and trainer.held_out is not None
-            save, draw = due(train.checkpoint_every), due(train.sample_every)
-            now = time.perf_counter()
-            if now - flushed > FLUSH_SECONDS or evaluate or save or draw:
-                speed = len(pending) * config.global_batch / (now - flushed)
-                for fact in _read(pending):
+            evaluate = _due(train.evaluate_every, step, train.steps) and trainer.held_out is not None
+            save, draw = (_due(every, step, train.steps) for every in (train.checkpoint_every, train.sample_every))
+            if evaluate or save or draw or clock.waited() > FLUSH_SECONDS:
+                facts = list(_read(pending))
+                speed = clock.write(step, len(pending) * config.global_batch)
+                pending.clear()
+                for fact in facts:
                     log.write({"step": fact.step, **fact.values})
                     yield replace(fact, values={**fact.values, "images_per_second": speed})
-                timing.write(json.dumps({"step": step, "seconds": now - began, "images_per_second": speed}) + "\n")
-                timing.flush()
-                pending.clear()
             if evaluate:
                 errors = trainer.evaluate()
                 log.write({"step": step, "held_out": errors})
@@ -259,10 +273,12 @@ def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
                 state, ema = trainer.state(), trainer.ema.model.state_dict()
                 folder = checkpoint.save(run, config, step, state, ema, trainer.source.classes)
                 yield Fact("checkpoint", step, {"path": str(folder)})
-            if evaluate or save or draw:
-                flushed = time.perf_counter()  # the speed is that of training alone
-            elif not pending:
-                flushed = now
+            if not pending:
+                clock.start()  # only training is timed
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
 
 
 def _read(pending: list[tuple[int, dict[str, Tensor | float]]]) -> Iterator[Fact]:

@@ -131,7 +131,6 @@ def test_use_inner_false_leaves_the_outer_blocks_alone():
         ("data.held_out=1", "from 0"),
         ("sample.interval=[0.9, 0.1]", "low to high"),
         ("sample.sampler=ddpm", "one of euler"),
-        ("diffusion.path=ddpm", "needs diffusion.path=flow"),
         ("train=5", "group of keys"),
         ("model", "key=value"),
         ("model.depth=[", "not valid YAML"),
@@ -153,6 +152,11 @@ def test_bad_values_are_found_in_python_too():
         small_model(image_size=(16, 12), inner={"mixer": "window"})
     with pytest.raises(UserError, match="2 inner blocks"):
         small_model("both", depth=4)
+
+
+def test_a_sampler_must_exist_for_the_path():
+    with pytest.raises(UserError, match="use ddim"):
+        override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.sampler=heun"])
 
 
 def test_overrides_apply_together():

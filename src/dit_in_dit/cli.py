@@ -142,21 +142,22 @@ def _inspect(options: argparse.Namespace) -> None:
     print(f"flow, batch {options.batch}")
     for row in found["flow"]:
         print(f"  {row['name']:<14} {tuple(row['shape'])}")
-    for name, unit, scale in (
-        ("tokens", "per image", 1),
-        ("token_layers", "per image: a token in a block", 1),
-        ("parameters", "millions", 1e6),
-        ("macs", "G per image, forward", 1e9),
-        ("activation_bytes", "MB kept for backward, float32, whole batch", 1e6),
+    for name, what in (
+        ("tokens", "per image"),
+        ("token_layers", "per image: a token in a block"),
+        ("parameters", ""),
+        ("macs", "per image, forward"),
+        ("activation_bytes", "kept for the backward pass, float32, whole batch"),
     ):
-        print(f"\n{name.replace('_', ' ')} ({unit}){'':>8}")
+        large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
+        print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
         print(f"  {'':<14} {'this':>12} {'plain DiT':>12} {'ratio':>7}")
         for part in dict.fromkeys((*found[name], *plain[name])):
             here, there = found[name].get(part, 0), plain[name].get(part, 0)
             if here or there:
                 ratio = f"{here / there:7.3f}" if there else f"{'-':>7}"
-                numbers = [f"{n / scale:>12.3f}" if scale > 1 else f"{n:>12,}" for n in (here, there)]
-                print(f"  {part.replace('_', ' '):<14} {numbers[0]} {numbers[1]} {ratio}")
+                numbers = " ".join(f"{n / scale:>12,.{3 if large else 0}f}" for n in (here, there))
+                print(f"  {part.replace('_', ' '):<14} {numbers} {ratio}")
 
 
 # ------------------------------------------------------------------------------------------- train

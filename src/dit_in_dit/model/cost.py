@@ -64,5 +64,6 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         part = name.split(".")[0]
+        part = part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0: the part "spread"
         parts[part] = parts.get(part, 0) + parameter.numel()
     return {**parts, "total": sum(parts.values())}

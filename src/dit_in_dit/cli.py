@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit import presets
-from dit_in_dit.config import RunConfig, UserError, from_yaml, nearest, override, to_yaml
+from dit_in_dit.config import RunConfig, UserError, format_stages, from_yaml, nearest, override, to_yaml
 
 if TYPE_CHECKING:
     from dit_in_dit.training.loop import Fact
@@ -119,7 +119,7 @@ def _presets(options: argparse.Namespace) -> None:
     for name in presets.NAMES:
         model = presets.get(name).model
         size = "x".join(map(str, (*model.image_size, model.channels)))
-        stages = " ".join(f"{level}*{count}" for level, count in model.program)
+        stages = format_stages(model.program)
         print(f"{name:<18} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
 
 

@@ -1,6 +1,6 @@
 """Put finished runs side by side: `python scripts/emoji_results.py RUN ... --out results/emoji`.
 
-Writes summary.json (costs, last losses and held-out errors, speed, the commands) and grids.png (the same noise
+Writes summary.json (costs, last losses and held-out errors, the commands) and grids.png (the same noise
 and classes for every run, beside real images). Later studies replace it; it claims nothing.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import json
 import platform
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 
@@ -23,14 +23,10 @@ from dit_in_dit.training.example import image_number
 IMAGES = 36
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def summarise(run: Path) -> dict:
     """One run's numbers."""
     config = checkpoint.read_config(run)
-    log, timing = lines(run / "log.jsonl"), lines(run / "timing.jsonl")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if "loss" in line]
     return {
         "command": f"dit-in-dit train --preset {run.name} --out {run}",
@@ -40,7 +36,6 @@ def summarise(run: Path) -> dict:
         "images": len(losses) * config.global_batch,
         "loss_last_200_steps": fmean(losses[-200:]),
         "held_out": [line["held_out"] for line in log if "held_out" in line][-1],
-        "images_per_second_median": median(line["images_per_second"] for line in timing),
         "config": to_dict(config),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from dit_in_dit.cli import main
 from dit_in_dit.config import from_yaml, to_yaml
+from dit_in_dit.data.source import is_held_out
 from dit_in_dit.presets import NAMES, get
 
 
@@ -139,7 +141,7 @@ def lines_of(words: list[str], capsys) -> str:
     [
         (["inspect"], "--preset NAME"),
         (["inspect", "--preset", "emojy"], "did you mean 'emoji'"),
-        (["inspect", "--preset", "emoji", "--batch", "0"], "at least 1"),
+        (["inspect", "--preset", "emoji", "--batch", "0"], "from 1 to"),
         (["inspect", "--preset", "emoji", "--config", "x.yaml"], "give one of them"),
         (["inspect", "--config", "absent.yaml"], "cannot read --config"),
         (["inspect", "--preset", "emoji", "--set", "model.patch_size=7"], "must divide image_size"),
@@ -152,6 +154,12 @@ def lines_of(words: list[str], capsys) -> str:
         (["sample", "absent", "--out", "drawn"], "no run at absent"),
         (["paint"], "paint"),
         (["sample", "absent", "--num", "many", "--out", "drawn"], "whole number"),
+        (["sample", "absent", "--seed", str(2**64), "--out", "drawn"], "2^63"),
+        (["inspect", "--preset", "emoji", "--batch", "9" * 20], "from 1 to"),
+        (["inspect", "--preset", "emoji", "--set", "data.source=2020-13-45"], "not valid YAML"),
+        (["inspect", "--preset", "emoji", "--set", "seed=" + "9" * 400], "whole number"),
+        (["train", "--preset", "emoji", "--out", "run", "--set", "data.source="], "data.source is empty"),
+        (["train", "--preset", "emoji", "--out", "run", "--device", "cpu:1"], "not available"),
     ],
 )
 def test_a_mistake_costs_one_line_and_leaves_nothing(words, part, capsys, tmp_path, monkeypatch):
@@ -179,6 +187,41 @@ def test_a_broken_image_costs_one_line(capsys, tmp_path):
     words = ["train", *TINY, "--set", f"data.source={tmp_path / 'data'}", "--out", str(tmp_path / "run")]
     assert "torn.png" in lines_of(words, capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_found_by_a_worker_costs_one_line(capsys, tmp_path, folder, monkeypatch):
+    monkeypatch.setattr("dit_in_dit.data.source.IN_MEMORY", 0)  # read as large sources are: when needed
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    config = ["data.workers=1", "data.held_out=0", f"data.source={copy}"]
+    words = ["train", *TINY, *(word for value in config for word in ("--set", value)), "--out", str(tmp_path / "run")]
+    for path in copy.rglob("*.png"):
+        path.write_bytes(b"torn")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("dit-in-dit: cannot read")
+    assert "Traceback" not in printed
+
+
+def test_labels_cannot_be_asked_of_an_unlabelled_run(capsys, tmp_path, folder):
+    words = ["train", *TINY, "--set", f"data.source={folder}", "--set", "model.num_classes=0"]
+    main([*words, "--out", str(tmp_path / "[run]")])  # brackets: a path is not markup
+    asked = ["sample", str(tmp_path / "[run]"), "--classes", "red", "--out", str(tmp_path / "drawn")]
+    assert "without labels" in lines_of(asked, capsys)
+
+
+def test_demo_draws_where_a_class_has_no_training_image(tmp_path, folder):
+    copy = tmp_path / "data"
+    shutil.copytree(folder, copy)
+    held = next(name for name in map(str, range(100)) if is_held_out(name, 0.2))
+    (copy / "rare").mkdir()
+    Image.new("RGB", (8, 8)).save(copy / "rare" / f"{held}.png")
+    words = ["demo", *TINY, "--set", f"data.source={copy}", "--set", "model.num_classes=4"]
+    main([*words, "--device", "cpu", "--out", str(tmp_path / "demo")])
+    assert (tmp_path / "demo/samples-beside-real.png").exists()
 
 
 def test_a_place_that_cannot_be_written_costs_one_line(capsys, tmp_path, folder, trained):

@@ -157,6 +157,19 @@ def test_bad_values_are_found_in_python_too():
 def test_a_sampler_must_exist_for_the_path():
     with pytest.raises(UserError, match="use ddim"):
         override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.sampler=heun"])
+    with pytest.raises(UserError, match="must divide 1000"):
+        override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.steps=217"])
+
+
+def test_guidance_needs_a_null_class_that_was_trained():
+    with pytest.raises(UserError, match="label_drop above 0"):
+        override(presets.get("emoji"), ["train.label_drop=0"])
+    override(presets.get("emoji"), ["train.label_drop=0", "sample.guidance=1"])
+
+
+def test_long_programs_print_as_one_line():
+    config = override(presets.get("emoji"), ["model.stages=" + "inner outer " * 90])
+    assert from_yaml(to_yaml(config, meanings=True)) == config
 
 
 def test_overrides_apply_together():
@@ -170,7 +183,7 @@ def test_overrides_apply_together():
 def test_yaml_is_strict():
     with pytest.raises(UserError, match="did you mean 'train'"):
         from_yaml("trian: {steps: 3}")
-    with pytest.raises(UserError, match="given twice"):
+    with pytest.raises(UserError, match="given twice, the second on line 2"):
         from_yaml("seed: 1\nseed: 2")
     with pytest.raises(UserError, match="not valid YAML"):
         from_yaml("seed: !!python/object/apply:os.system ['true']")

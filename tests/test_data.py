@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import resource
 import zipfile
 from pathlib import Path
 
@@ -132,10 +133,35 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
         ({"images": pixels, "labels": np.zeros(3, int)}, "4 whole numbers"),
         ({"pictures": pixels}, "must hold an array 'images'"),
         ({"images": np.array([{}] * 4, dtype=object)}, "cannot read arrays"),
+        ({"images": pixels.astype(np.int64), "labels": np.zeros(4, int)}, "uint8"),
     ):
         np.savez(path, **arrays)
         with pytest.raises(UserError, match=part):
             opened(path)
+
+
+def test_arrays_under_the_wrong_name_are_refused(tmp_path):
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    np.savez(tmp_path / "many.npz", images=np.zeros(3))
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
+    for name in ("one.npz", "many.npy"):
+        with pytest.raises(UserError):
+            opened(tmp_path / name)
+
+
+def test_linked_class_folders_are_read_and_loops_end(folder, tmp_path):
+    for name in ("red", "green", "blue"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "red-again").mkdir()
+    (tmp_path / "red-again" / "loop").symlink_to(tmp_path)
+    assert everything(opened(tmp_path)) == everything(opened(folder))
+
+
+def test_a_long_thin_image_costs_no_more_than_it_shows():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fit(Image.new("L", (60_000, 1)), (64, 64), 3).shape == (64, 64, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB: to cover 64x64 it took 16 GB
 
 
 def test_a_wrong_number_of_classes_is_refused(folder):

@@ -73,6 +73,21 @@ def test_min_snr_weights_are_those_of_the_paper():
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 @pytest.mark.parametrize("predict", KINDS)
+def test_a_loss_on_the_prediction_itself_is_not_weighted(path, predict):
+    t = torch.arange(1000) / 1000
+    weights = Objective(DiffusionConfig(path=path, predict=predict, weight=predict)).weight(t)
+    assert torch.equal(weights, torch.ones(1000))
+
+
+def test_min_snr_holds_at_both_ends_of_the_ddpm_path():
+    t = torch.arange(1000) / 1000
+    for predict, ends in (("noise", (5e-4, 1.0)), ("image", (5.0, 4.036e-5)), ("velocity", (5e-4, 4.036e-5))):
+        weights = Objective(DiffusionConfig(path="ddpm", predict=predict, weight="min_snr")).weight(t)
+        assert weights[[0, -1]].tolist() == pytest.approx(ends, rel=0.02)
+
+
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+@pytest.mark.parametrize("predict", KINDS)
 @pytest.mark.parametrize("weight", ["prediction", *KINDS, "min_snr"])
 def test_loss_weights_are_finite_at_the_ends(path, predict, weight):
     weights = Objective(DiffusionConfig(path=path, predict=predict, weight=weight)).weight(torch.tensor([0.0, 1.0]))
@@ -134,6 +149,15 @@ def test_samplers_solve_the_closed_form_gaussian(name, sampler, steps, predict):
     a, b = path.coefficients(torch.tensor(0.999 if name == "ddpm" else 1.0))
     expected = mean + std * (noise - a * mean) / (a**2 * std**2 + b**2).sqrt()
     assert (images - expected).abs().max() < (0.12 if sampler in {"euler", "ddim"} else 0.03)  # by their order
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+def test_flow_samplers_take_any_number_of_steps(sampler, steps):
+    noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    config, how = DiffusionConfig(predict="image"), SampleConfig(sampler=sampler, steps=steps)
+    out = denoise(lambda x, t, y: torch.full_like(x, 0.3), config, how, noise, None)
+    torch.testing.assert_close(out, torch.full_like(out, 0.3), atol=1e-3, rtol=0)
 
 
 def test_unknown_pairs_of_path_and_sampler_are_refused():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from conftest import small_model, with_train
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
+from dit_in_dit.config import DataConfig, DiffusionConfig, UserError, to_yaml
 from dit_in_dit.data.source import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
@@ -87,6 +87,32 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(run_config, tmp_path):
         run(run_config, tmp_path / "run")
     with pytest.raises(UserError, match=r"train\.learning_rate is 0\.001, not 0\.5"):
         run(with_train(run_config, learning_rate=0.5), tmp_path / "run", resume=True)
+
+
+def test_a_run_is_not_resumed_with_an_edited_config_or_other_classes(run_config, tmp_path):
+    out = tmp_path / "run"
+    run(run_config, out)
+    edited = with_train(run_config, learning_rate=0.5)
+    (out / "config.yaml").write_text(to_yaml(edited))
+    with pytest.raises(UserError, match="was changed since"):
+        run(edited, out, resume=True)
+    (out / "config.yaml").write_text(to_yaml(run_config))
+    folder, manifest = checkpoint.newest(out)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "classes": ["a", "b", "c"]}))
+    with pytest.raises(UserError, match="other classes"):
+        run(run_config, out, resume=True)
+
+
+def test_torn_timing_is_mended_and_strange_logs_are_refused(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    timing = tmp_path / "run/timing.jsonl"
+    before = timing.read_bytes()
+    timing.write_bytes(before + b'{"step": 7, "sec')
+    run(run_config, tmp_path / "run", resume=True)
+    assert timing.read_bytes() == before
+    (tmp_path / "run/log.jsonl").write_text("not JSON\n")
+    with pytest.raises(UserError, match="not a JSON object"):
+        run(run_config, tmp_path / "run", resume=True)
 
 
 def test_accumulation_changes_neither_examples_nor_gradients(run_config, tmp_path):

@@ -47,7 +47,10 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run at {run}: it has no config.yaml")
-    return from_yaml(path.read_text(), str(path))
+    try:
+        return from_yaml(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -112,7 +115,7 @@ def save(
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest step first."""
-    found = [path for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    found = [path for path in (run / "checkpoints").glob("*") if path.name.isascii() and path.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
@@ -125,6 +128,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest, after every file's hash was found right; UserError names what is wrong."""
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
+        int(manifest["step"]), str(manifest["config"]), list(manifest["classes"])  # all are there
         for name, expected in manifest["sha256"].items():
             if _sha256(checkpoint / name) != expected:
                 raise UserError(f"{checkpoint / name} is damaged: its SHA-256 is not the manifest's")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
+GRID_MOST = 1024
+REAL_SEARCHED = 1000  # training images looked at to find real ones of each class
+MOST = 10**7  # images asked for at once
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,6 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `dit-in-dit config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder where a file should go
+        print(f"dit-in-dit: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "draw images from a trained run", config=False)
     sample.add_argument("run_folder", type=Path, metavar="RUN")
     sample.add_argument("--num", type=_whole, default=64, help="how many (default 64)")
-    sample.add_argument("--seed", type=_whole_or_zero, default=0, help="sample i is a function of this and i")
+    sample.add_argument("--seed", type=_seed, default=0, help="sample i is a function of this and i")
     sample.add_argument("--classes", help="names or numbers, with commas; they take turns (default: all)")
     sample.add_argument("--steps", type=_whole, help="sampler steps (default: the run's)")
     sample.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
@@ -90,13 +96,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1: got {text!r}")
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST}: got {text[:40]!r}")
     return int(text)
 
 
-def _whole_or_zero(text: str) -> int:
-    return 0 if text == "0" else _whole(text)
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1: got {text[:40]!r}")
+    return int(text)
 
 
 def _chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig:
@@ -183,7 +191,7 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
     from dit_in_dit import checkpoint
     from dit_in_dit.sampling import grid, sample, to_pixels
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     start = next(facts)  # first: a mistake is found here, before there is anything to show
     config, values = checkpoint.read_config(out), start.values
     console.print(
@@ -224,7 +232,9 @@ def _sample(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, sample=replace(config.sample, **given))
-    classes = _classes(options.classes, manifest["classes"]) if options.classes else []
+    if options.classes is not None and not config.model.num_classes:
+        raise UserError("--classes: this run was trained without labels")
+    classes = [] if options.classes is None else _classes(options.classes, manifest["classes"])
     _draw(model, config, options, classes)
 
 
@@ -253,10 +263,12 @@ def _draw(model: Any, config: RunConfig, options: argparse.Namespace, classes: l
     batches = sample_batches(
         model, config, range(options.num), seed=options.seed, classes=classes, batch_size=options.batch
     )
-    shown, latents = [], []
+    shown: list[Any] = []
+    latents: list[Any] = []
     for indices, images in track(batches, total=-(-options.num // options.batch), description="sampling"):
         pixels = to_pixels(images)
-        shown.append(pixels)
+        if len(shown) * options.batch < GRID_MOST:
+            shown.append(pixels)
         if config.model.channels not in (1, 3):
             latents.append(images.numpy())
             continue
@@ -264,7 +276,7 @@ def _draw(model: Any, config: RunConfig, options: argparse.Namespace, classes: l
             picture(image).save(out / f"{index:06d}.png")
     if latents:
         np.savez(out / "samples.npz", images=np.concatenate(latents))
-    grid(np.concatenate(shown)[:1024]).save(out / "grid.png")
+    grid(np.concatenate(shown)[:GRID_MOST]).save(out / "grid.png")
     print(f"{options.num} samples and grid.png in {out}")
 
 
@@ -318,13 +330,10 @@ def _real(config: RunConfig, count: int) -> Any:
     from dit_in_dit.training.example import image_number
 
     source = open_source(config.data, config.model)
-    every = range(config.model.num_classes or 1)
-    images: dict[int, list[Any]] = {number: [] for number in every}
-    index = 0
-    wanted = -(-count // len(every))
-    while min(len(found) for found in images.values()) < wanted and index < 100 * count:
+    images: dict[int, list[Any]] = {}
+    for index in range(REAL_SEARCHED):
         image, y = source.train(image_number(config.seed, index, source.train_size))
-        images[y if config.model.num_classes else 0].append(image)
-        index += 1
-    chosen = [images[label(i, every)][i // len(every)] for i in range(count)]
+        images.setdefault(y if config.model.num_classes else 0, []).append(image)
+    every = sorted(images)  # a small class may have no training image
+    chosen = [images[label(i, every)][i // len(every) % len(images[label(i, every)])] for i in range(count)]
     return to_pixels(torch.from_numpy(np.stack(chosen)))

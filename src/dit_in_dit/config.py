@@ -105,12 +105,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
             raise wrong
         return tuple(_typed(v, part, name) for v, part in zip(values, parts, strict=True))
     if hint is bool or hint is str:
-        if not isinstance(value, hint):
+        if not isinstance(value, hint) or (hint is str and not str(value).isprintable()):
             raise wrong
         return value
     try:  # YAML reads 1e-4 as text: numbers may come as strings
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if not math.isfinite(number) or (hint is int and not number.is_integer()):
         raise wrong
@@ -346,6 +346,10 @@ class DataConfig(Section):
     corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")
     workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
 
+    def check(self) -> None:
+        if not self.source.strip():
+            raise UserError("data.source is empty: name emoji, mosaic, a folder, a .zip or arrays")
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
@@ -397,7 +401,11 @@ class RunConfig(Section):
     sample: SampleConfig = key(SampleConfig, "how images are drawn")
 
     def check(self) -> None:
-        check_sampler(self.diffusion.path, self.sample.sampler)
+        check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
+        if self.model.num_classes and self.sample.guidance != 1 and not self.train.label_drop:
+            raise UserError(
+                f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
+            )
 
     @property
     def global_batch(self) -> int:
@@ -405,8 +413,10 @@ class RunConfig(Section):
         return self.train.batch_size * self.train.accumulate
 
 
-def check_sampler(path: str, sampler: str) -> None:
-    """UserError when diffusers has no such scheduler for this path."""
+def check_sampler(path: str, sampler: str, steps: int) -> None:
+    """UserError when diffusers has no such scheduler for this path and number of steps."""
+    if path == "ddpm" and 1000 % steps:  # diffusers' steps and times drift apart otherwise
+        raise UserError(f"sample.steps must divide 1000 with diffusion.path=ddpm: got {steps}; use 50, 100 or 250")
     if path == "ddpm" and sampler in ("euler", "heun"):
         raise UserError(f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++ or unipc with path ddpm")
 
@@ -418,10 +428,12 @@ class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice (PyYAML keeps the last in silence)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(k) for k, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"key {name!r} is given twice, the second on line {node.end_mark.line}")
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node)
+            if name in seen:
+                raise UserError(f"key {name!r} is given twice, the second on line {key_node.start_mark.line + 1}")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -437,10 +449,13 @@ _Dumper.add_representer(
 def _parse_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, TypeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{what} is not valid YAML{where}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{what} is not valid YAML{where}: {problem[:100]}") from None
 
 
 def from_yaml(text: str, what: str = "config") -> RunConfig:
@@ -480,7 +495,7 @@ def to_dict(config: Section) -> dict[str, Any]:
 
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
     """YAML that `from_yaml` reads back to an equal config, each key with its meaning if asked for."""
-    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=1000)
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=math.inf)
     if not meanings:
         return text
     lines, path = [], []  # type: ignore[var-annotated]

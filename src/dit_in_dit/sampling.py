@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[Any, str]:
     """A scheduler of diffusers set to `steps`, and the prediction it wants."""
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
-    check_sampler(diffusion.path, sampler)
+    check_sampler(diffusion.path, sampler, steps)
     if diffusion.path == "flow":
         options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
         wanted = "velocity"
@@ -46,6 +46,8 @@ def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[An
     # DDIM's step on a straight path is Euler's.
     scheduler = schedulers["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]()
     scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
     return scheduler, wanted
 
 

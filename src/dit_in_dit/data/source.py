@@ -7,7 +7,8 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -144,11 +145,10 @@ class ImageSource:
         """Names of all images, relative to the source, sorted."""
         try:
             if self.path.is_dir():
-                found = (p.relative_to(self.path) for p in self.path.rglob("*") if p.is_file())
-                names = [p.as_posix() for p in found]
+                names = [path.relative_to(self.path).as_posix() for path in _files(self.path)]
             else:
                 names = self._open().namelist()
-        except (OSError, zipfile.BadZipFile) as error:
+        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise UserError(f"data.source: {self.path} is neither a folder nor a .zip: {error}") from None
         return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _HIDDEN.search(name))
 
@@ -211,7 +211,20 @@ class ImageSource:
         return self._image(self._held[index])
 
 
+_UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error),
+    *(zipfile.BadZipFile, Image.DecompressionBombError),
+)
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, each folder once."""
+    seen: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in sorted(below) if os.path.realpath(Path(folder, name)) not in seen]
+        seen |= {os.path.realpath(Path(folder, name)) for name in below}
+        yield from (Path(folder, name) for name in names)
 
 
 def _class_folders(names: list[str]) -> list[str]:
@@ -236,11 +249,12 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    if covering != image.size:
-        image = image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
+    across, down = min(image.width, width / scale), min(image.height, height / scale)  # what stays in view
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    if (across, down) == size[::-1]:
+        left, top = int(left), int(top)  # no resize: whole pixels
+    box = (left, top, left + across, top + down)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).reshape(height, width, channels)
 
 
@@ -254,6 +268,8 @@ class ArraySource:
     def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
         self.skipped: list[str] = []
         images, labels = _load_arrays(path)
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise UserError(f"images in {path} must be uint8 (pixels) or floats (latents): got {images.dtype}")
         self._pixels = images.dtype == np.uint8
         image_shape = (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
         if images.shape[1:] != image_shape:
@@ -294,21 +310,23 @@ def _commas(shape: tuple[int, ...]) -> str:
 
 def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
     """Images and labels as they are stored; never runs code from the file."""
+    images: object
+    labels: object
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
-                names = [("images", "labels"), ("arr_0", "arr_1")]
-                for image_name, label_name in names:
-                    if image_name in archive:
-                        return archive[image_name], archive.get(label_name)
-            raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {', '.join(archive.files)}")
-        labels = path.with_suffix(".labels.npy")
-        read: Callable[..., NDArray[np.generic]] = np.load
-        return (
-            read(path, mmap_mode="r", allow_pickle=False),
-            read(labels, allow_pickle=False) if labels.exists() else None,
-        )
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
+                found = [pair for pair in (("images", "labels"), ("arr_0", "arr_1")) if pair[0] in archive]
+                if not found:
+                    raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {list(archive)}")
+                images, labels = archive[found[0][0]], archive.get(found[0][1])
+        else:
+            beside = path.with_suffix(".labels.npy")
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            labels = np.load(beside, allow_pickle=False) if beside.exists() else None
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read arrays from {path}: {str(error).splitlines()[0][:80]}") from None
+    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
+        raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")
+    return images, labels

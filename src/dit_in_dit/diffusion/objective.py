@@ -43,13 +43,20 @@ class Objective:
         determinants, so that "the loss is on the velocity" is a weight and needs no conversion.
         """
         config = self.config
-        if config.weight == "prediction":
+        if config.weight in ("prediction", config.predict):
             return torch.ones_like(t)
         a, b = self.path.coefficients(t)
         given = determinant(self.path, config.predict, a, b, LOSS_FLOOR)
-        if config.weight == "min_snr":
-            return (b / given) ** 2 * (a / b.clamp(min=LOSS_FLOOR)).square().clamp(max=MIN_SNR)
-        return (determinant(self.path, config.weight, a, b, 0.0) / given) ** 2
+        if config.weight != "min_snr":
+            return (determinant(self.path, config.weight, a, b, 0.0) / given) ** 2
+        # min(SNR, gamma) on the image's error, SNR = (a/b)^2, written so that neither end divides by zero.
+        match config.predict:
+            case "image":
+                return (a / b.clamp(min=1e-6)).square().clamp(max=MIN_SNR)
+            case "noise":
+                return (MIN_SNR * (b / a.clamp(min=1e-6)).square()).clamp(max=1)
+            case "velocity":
+                return torch.minimum(a**2, MIN_SNR * b**2)
 
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Weighted squared error per example (N,), in float32."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dit_in_dit.config import RunConfig
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
@@ -49,6 +49,7 @@ class Examples(Dataset[Batch]):
         self.path = make_path(config.diffusion)
 
     def __getitem__(self, number: int) -> Batch:
+        """Micro-batch `number`; UserError when an image cannot be read."""
         config = self.config
         size, drop, flip = config.train.batch_size, config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
@@ -70,10 +71,24 @@ class Examples(Dataset[Batch]):
         )
 
 
-def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch]:
-    """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes."""
+class _Messages(Dataset["Batch | str"]):
+    """Examples whose UserError is a value, so that it crosses from a worker process as it is."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __getitem__(self, number: int) -> Batch | str:
+        try:
+            return self.examples[number]
+        except UserError as error:
+            return str(error)
+
+
+def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
+    """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes; where one cannot
+    be had, the message that says why."""
     return DataLoader(
-        examples,
+        _Messages(examples),
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, TrainConfig, UserError, first_difference
+from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, first_difference
 from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT
@@ -66,26 +66,37 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _open_lines(path: Path) -> tuple[BinaryIO, list[dict[str, Any]]]:
+    """A file of JSON lines, open to append, and the lines it holds; half a line of a killed process is cut off."""
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    try:
+        lines = [dict(json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError):
+        raise UserError(f"{path} holds a line that is not a JSON object: mend it, or start another run") from None
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(len(whole))
+    file.seek(len(whole))
+    return file, lines
+
+
 class _Log:
     """Append-only JSON lines; a resumed run does not write again what is there already."""
 
     def __init__(self, path: Path) -> None:
-        whole = path.read_bytes() if path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may have left half a line
-        self.done = {self._name(json.loads(line)) for line in whole.splitlines()}
-        self.file = path.open("r+b" if path.exists() else "wb")
-        self.file.truncate(len(whole))
-        self.file.seek(len(whole))
+        self.file, lines = _open_lines(path)
+        self.done = {self._name(line) for line in lines}
 
     @staticmethod
-    def _name(line: dict[str, Any]) -> tuple[int, bool]:
-        return line["step"], "held_out" in line
+    def _name(line: dict[str, Any]) -> tuple[int | None, bool]:
+        return line.get("step"), "held_out" in line
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append, unless it is there."""
         if self._name(line) not in self.done:
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
@@ -95,9 +106,8 @@ class _Clock:
     """Training time, appended to a file of JSON lines: seconds spent in steps, over all resumes, and speed."""
 
     def __init__(self, path: Path) -> None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.seconds = max((json.loads(line)["seconds"] for line in lines if line.endswith("}")), default=0.0)
-        self.file = path.open("a")
+        self.file, lines = _open_lines(path)
+        self.seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self.start()
 
     def close(self) -> None:
@@ -116,7 +126,8 @@ class _Clock:
         """Note the time since the start, and return images per second."""
         speed = images / self.waited()
         self.seconds += self.waited()
-        self.file.write(json.dumps({"step": step, "seconds": self.seconds, "images_per_second": speed}) + "\n")
+        line = {"step": step, "seconds": self.seconds, "images_per_second": speed}
+        self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
         return speed
 
@@ -142,7 +153,8 @@ class Trainer:
         self.objective = Objective(config.diffusion)
         self.predict = torch.compile(self.model) if config.train.compile else self.model
         self.step = 0
-        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if source.held_out_size else None
+        wanted = config.train.evaluate_every and source.held_out_size
+        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the config says so."""
@@ -239,6 +251,10 @@ def _resume(trainer: Trainer, run: Path) -> None:
         )
     if checkpoint.has_any(run):
         folder, manifest = checkpoint.newest(run)
+        if manifest["config"] != config_hash(stored):
+            raise UserError(f"{run / 'config.yaml'} was changed since {folder.name} was written: put it back")
+        if tuple(manifest["classes"]) != tuple(trainer.source.classes):
+            raise UserError(f"{trainer.config.data.source} has other classes than when {run} was started")
         state = checkpoint.load_state(folder)
         trainer.restore(state, checkpoint.load_state(folder, "ema.safetensors"), manifest["step"])
 
@@ -251,7 +267,7 @@ def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
     pending: list[tuple[int, dict[str, Tensor | float]]] = []
     with closing(_Log(run / "log.jsonl")) as log, closing(_Clock(run / "timing.jsonl")) as clock:
         while trainer.step < train.steps:
-            values = trainer.update([next(batches) for _ in range(train.accumulate)])
+            values = trainer.update([_whole(next(batches)) for _ in range(train.accumulate)])
             step = trainer.step
             pending.append((step, values))
             evaluate = _due(train.evaluate_every, step, train.steps) and trainer.held_out is not None
@@ -275,6 +291,13 @@ def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
                 yield Fact("checkpoint", step, {"path": str(folder)})
             if not pending:
                 clock.start()  # only training is timed
+
+
+def _whole(batch: Batch | str) -> Batch:
+    """The batch, or the UserError that a worker met: raised there, it would arrive as a traceback's text."""
+    if isinstance(batch, str):
+        raise UserError(batch)
+    return batch
 
 
 def _due(every: int, step: int, last: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from statistics import fmean
 
@@ -46,8 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    summary = {"machine": machine, "torch": torch.__version__, "runs": {r.name: summarise(r) for r in options.runs}}
+    summary = {"torch": torch.__version__, "runs": {r.name: summarise(r) for r in options.runs}}
     (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     pictures = {}
     for run in options.runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,22 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.config import ModelConfig, OuterConfig
-from dit_in_dit.model.aggregate import AttentionPool, Mean, Weighted
-from dit_in_dit.model.embed import ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
+from dit_in_dit.config import InnerConfig, ModelConfig, OuterConfig
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, AttentionPool, Mean, Weighted
+from dit_in_dit.model.condition import CONDITIONS
+from dit_in_dit.model.embed import EMBEDS, ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
 from dit_in_dit.model.layers import sincos
+from dit_in_dit.model.mixer import MIXERS
 from dit_in_dit.model.nested import NestedDiT
 
 GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"
 PROGRAMS = ("inner*2 outer*2", "(inner outer*2)*2", "outer*2 inner*2", "inner outer*2 inner", "outer*2")
-CHOICES = {
-    "embed": ("linear", "conv"),
-    "aggregate": ("mean", "weighted", "attention", "concat"),
-    "mixer": ("patch", "window", "image", "conv", "none"),
-    "condition": ("image", "patch", "sub_patch"),
-    "fuse": ("add", "gate", "replace"),
-}
+TABLES = {"embed": EMBEDS, "aggregate": AGGREGATORS, "mixer": MIXERS, "condition": CONDITIONS, "fuse": FUSIONS}
+CHOICES = {key: get_args(get_type_hints(InnerConfig)[key]) for key in TABLES}
 EVERY_CHOICE = [{key: value} for key, values in CHOICES.items() for value in values]
+
+
+@pytest.mark.parametrize("key", TABLES)
+def test_the_config_names_what_the_model_has(key):
+    assert set(CHOICES[key]) == TABLES[key].keys()
 
 
 def our_name(official: str) -> str:

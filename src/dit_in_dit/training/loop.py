@@ -45,7 +45,7 @@ def pick_device(name: str = "auto") -> torch.device:
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
     kind, _, number = (there[0] if name == "auto" else name).partition(":")
-    if kind not in there or (number and not (number.isdecimal() and int(number) < counts[kind])):
+    if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
         raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
     return torch.device(f"{kind}:{number}" if number else kind)
 

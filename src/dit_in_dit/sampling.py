@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -53,6 +54,15 @@ def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[An
 
 def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None) -> Tensor:
     """Images (N, C, H, W) from noise of that shape, along the configured path."""
+    last = deque(trajectory(predict, diffusion, how, noise, y), maxlen=1)
+    return last[0][-1]
+
+
+def trajectory(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
+) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
+    """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
+    to, and the next x, the last of which is the sample; tensors (N, C, H, W)."""
     path = make_path(diffusion)
     scheduler, wanted = _scheduler(diffusion, how.sampler, how.steps)
     x = noise
@@ -60,9 +70,11 @@ def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noi
         # Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself.
         t = float(scheduler.sigmas[number] if diffusion.path == "flow" else timestep / DDPM_STEPS)
         times = torch.full((len(x),), t, device=x.device)
-        prediction = convert(path, predict(x, times, y), x, times, given=diffusion.predict, wanted=wanted)
-        x = scheduler.step(prediction, timestep, x).prev_sample
-    return x
+        prediction = predict(x, times, y)
+        step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
+        after = scheduler.step(step, timestep, x).prev_sample
+        yield t, x, convert(path, prediction, x, times, given=diffusion.predict, wanted="image"), after
+        x = after
 
 
 def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config import ModelConfig
-from dit_in_dit.model.layers import attend, norm, sincos
+from dit_in_dit.model.layers import attend, attention_weights, norm, sincos
 
 
 def _widen(model: ModelConfig) -> nn.Module:
@@ -33,6 +33,10 @@ class Mean(nn.Module):
         """Per image."""
         return _widen_macs(model)
 
+    def weights(self, inner: Tensor) -> Tensor:
+        """What each sub-patch weighs, (N, T, 1, S)."""
+        return torch.full_like(inner[..., 0], 1 / inner.shape[2])[:, :, None]
+
     def forward(self, inner: Tensor) -> Tensor:
         return self.proj(inner.mean(dim=2))
 
@@ -49,6 +53,10 @@ class Weighted(nn.Module):
     def macs(model: ModelConfig) -> int:
         """Per image."""
         return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
+
+    def weights(self, inner: Tensor) -> Tensor:
+        """What each sub-patch weighs, (N, T, 1, S); learned, so they need not sum to one."""
+        return self.weight.expand(*inner.shape[:2], 1, -1)
 
     def forward(self, inner: Tensor) -> Tensor:
         return self.proj(torch.einsum("ntse,s->nte", inner, self.weight))
@@ -71,10 +79,19 @@ class AttentionPool(nn.Module):
         per_patch = model.sub_patches * (2 * width**2 + 2 * width) + width * model.outer.width
         return model.patches * per_patch
 
-    def forward(self, inner: Tensor) -> Tensor:
+    def heads(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (N*T, heads, 1, d), keys and values (N*T, heads, S, d)."""
         kv = self.kv(norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # NT heads S d
-        pooled = attend(self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v)  # NT heads 1 d
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v
+
+    def weights(self, inner: Tensor) -> Tensor:
+        """What each sub-patch weighs, (N, T, heads, S)."""
+        q, k, _ = self.heads(inner)
+        return attention_weights(q, k).view(*inner.shape[:2], -1, inner.shape[2])
+
+    def forward(self, inner: Tensor) -> Tensor:
+        pooled = attend(*self.heads(inner))  # NT heads 1 d
         return self.proj(pooled.view(*inner.shape[:2], -1))  # N T D
 
 
@@ -89,6 +106,12 @@ class Concat(nn.Module):
     def macs(model: ModelConfig) -> int:
         """Per image."""
         return model.patches * model.sub_patches * model.inner.width * model.outer.width
+
+    def weights(self, inner: Tensor) -> Tensor:
+        """Each sub-patch's share of the norms that are added up, (N, T, 1, S): a projection has no weights."""
+        parts = self.proj.weight.view(-1, *inner.shape[2:])  # D S E
+        shares = torch.einsum("ntse,dse->ntsd", inner, parts).norm(dim=-1)
+        return (shares / shares.sum(-1, keepdim=True).clamp(min=1e-12))[:, :, None]
 
     def forward(self, inner: Tensor) -> Tensor:
         return self.proj(inner.flatten(2))

@@ -15,7 +15,7 @@ from dit_in_dit.model.aggregate import AGGREGATORS, Spread
 from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
 from dit_in_dit.model.embed import EMBEDS, OuterEmbed
 from dit_in_dit.model.mixer import MIXERS
-from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.nested import NestedDiT, part_of
 
 
 def macs(model: ModelConfig) -> dict[str, int]:
@@ -63,7 +63,5 @@ def parameters(model: ModelConfig) -> dict[str, int]:
         module = NestedDiT(model)
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
-        part = name.split(".")[0]
-        part = part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0: the part "spread"
-        parts[part] = parts.get(part, 0) + parameter.numel()
+        parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
     return {**parts, "total": sum(parts.values())}

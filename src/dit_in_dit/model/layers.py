@@ -12,6 +12,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """What `attend` weighs its values with, (B, heads, L, L'): rows sum to one. For looking, not for training."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
 
@@ -21,10 +26,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (B, heads, L, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B heads L d
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # B L D
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))  # B L D
 
 
 class Mlp(nn.Sequential):

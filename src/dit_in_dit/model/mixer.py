@@ -41,8 +41,12 @@ class PatchMixer(Attention):
         """(groups, length, E) -> (N, T, S, E)."""
         return x.view(shape)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (groups, heads, length, d)."""
+        return super().heads(self.group(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.ungroup(super().forward(self.group(x)), x.shape)
+        return self.ungroup(super().forward(x), x.shape)
 
 
 class WindowMixer(PatchMixer):

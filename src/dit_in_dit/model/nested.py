@@ -202,6 +202,12 @@ class NestedDiT(nn.Module):
         return reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter's name lies in: outer_blocks, inner_blocks, aggregate, spread ..."""
+    part = name.split(".", maxsplit=1)[0]
+    return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0: the part "spread"
+
+
 def _outer_block(model: ModelConfig) -> Block:
     outer = model.outer
     return Block(outer.width, outer.width, Attention(outer.width, outer.num_heads), outer.mlp_ratio)

@@ -30,8 +30,8 @@ HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 class Fact:
     """Something that happened.
 
-    kind: start (what runs on what), step (loss, gradient norm, learning rate), held_out (denoising error
-    by time), checkpoint (its path), samples (due: draw with `model`, the averaged one).
+    kind: start (what runs on what), step (loss, gradient norm in all and in each part, learning rate), held_out
+    (denoising error by time), checkpoint (its path), samples (due: draw with `model`, the averaged one).
     """
 
     kind: str

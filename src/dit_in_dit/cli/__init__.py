@@ -1,0 +1,37 @@
+"""The command `dit-in-dit`: parses, prints, and puts the parts together."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from dit_in_dit.cli import look, run
+from dit_in_dit.cli.options import Commands, Parser
+from dit_in_dit.config import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        options = parser().parse_args(arguments)
+        options.run(options)
+    except UserError as error:
+        print(f"dit-in-dit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dit-in-dit: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `dit-in-dit config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder where a file should go
+        print(f"dit-in-dit: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser() -> Parser:
+    """The parser of all commands."""
+    made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
+    commands = Commands(made)
+    for room in (look, run):
+        room.add(commands)
+    return made

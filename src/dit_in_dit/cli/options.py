@@ -1,0 +1,117 @@
+"""What several commands share: the parser, types of arguments, and what they amount to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from dit_in_dit import presets
+from dit_in_dit.config import RunConfig, UserError, from_yaml, nearest, override
+
+MOST = 10**7  # images asked for at once
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class Commands:
+    """The parser's commands; each is a name, a function of the parsed options, and one line about it."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(self, name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        """A command; add its arguments to what is returned."""
+        made = self._commands.add_parser(name, help=about, description=about)
+        made.set_defaults(run=run)
+        return made
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """Arguments that name a config, for `chosen`."""
+    command.add_argument("--preset", help="start from this preset (see `dit-in-dit presets`)")
+    command.add_argument("--config", type=Path, help="start from this YAML file")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+
+
+def chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig:
+    """The config that --preset or --config and --set name."""
+    if options.preset and options.config:
+        raise UserError("--preset and --config both name a start: give one of them")
+    if options.config:
+        try:
+            config = from_yaml(options.config.read_text(), str(options.config))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --config {options.config}: {error}") from None
+    elif name := options.preset or default:
+        config = presets.get(name)
+    else:
+        raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
+    return override(config, options.set)
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """--device, for `pick_device`."""
+    command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+
+
+def add_sampling(command: argparse.ArgumentParser) -> None:
+    """Arguments that say how images are drawn, for `sampling`."""
+    command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
+    command.add_argument("--classes", help="names or numbers, with commas; they take turns (default: all)")
+    command.add_argument("--steps", type=whole, help="sampler steps (default: the run's)")
+    command.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
+    command.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")
+    command.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
+
+
+def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> tuple[RunConfig, list[int]]:
+    """The config with what `add_sampling` was given, and the class numbers (empty: all); `names` are the classes'."""
+    given = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = replace(config, sample=replace(config.sample, **given))
+    if options.classes is not None and not config.model.num_classes:
+        raise UserError("--classes: this run was trained without labels")
+    return config, [] if options.classes is None else class_numbers(options.classes, names)
+
+
+def class_numbers(text: str, known: Sequence[str]) -> list[int]:
+    """Class numbers from names or numbers with commas."""
+    numbers = []
+    for name in text.split(","):
+        if name in known:
+            numbers.append(known.index(name))
+        elif name.isdecimal() and int(name) < len(known):
+            numbers.append(int(name))
+        else:
+            raise UserError(f"unknown class {name!r}{nearest(name, known)}")
+    return numbers
+
+
+def whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST}: got {text[:40]!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1: got {text[:40]!r}")
+    return int(text)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None

@@ -1,0 +1,188 @@
+"""`train`, `sample` and `demo`: from a config to a run, and from a run to images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.cli.options import (
+    Commands,
+    add_config,
+    add_device,
+    add_sampling,
+    chosen,
+    make_folder,
+    sampling,
+    whole,
+)
+from dit_in_dit.config import RunConfig, override
+
+if TYPE_CHECKING:
+    from dit_in_dit.training.loop import Fact
+
+DEMO_IMAGES = 64
+GRID_IMAGES = 36
+GRID_MOST = 1024
+REAL_SEARCHED = 1000  # training images looked at to find real ones of each class
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    train = commands.add("train", _train, "train a model into a run folder")
+    add_config(train)
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    add_device(train)
+
+    sample = commands.add("sample", _sample, "draw images from a trained run")
+    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("--num", type=whole, default=64, help="how many (default 64)")
+    add_sampling(sample)
+    sample.add_argument("--batch", type=whole, default=32, help="images at a time (default 32)")
+    add_device(sample)
+    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+
+    demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
+    add_config(demo)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default runs/demo")
+    add_device(demo)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dit_in_dit import checkpoint
+    from dit_in_dit.training.loop import train
+
+    if options.resume:
+        stored = checkpoint.read_config(options.out)
+        config = chosen(options) if options.preset or options.config else override(stored, options.set)
+    else:
+        config = chosen(options)
+    _follow(train(config, options.out, resume=options.resume, device=options.device), options.out)
+
+
+def _follow(facts: Iterator[Fact], out: Path) -> None:
+    """Show training facts as a progress bar and lines; draw sample grids when they are due."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dit_in_dit import checkpoint
+    from dit_in_dit.sampling import grid, sample, to_pixels
+
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    start = next(facts)  # first: a mistake is found here, before there is anything to show
+    config, values = checkpoint.read_config(out), start.values
+    console.print(
+        f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in {values['precision']}, "
+        f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
+    )
+    if values["skipped"]:
+        console.print(f"left out {len(values['skipped'])} unreadable files, such as {values['skipped'][0]}")
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=config.train.steps, completed=start.step)
+        for fact in facts:
+            values = fact.values
+            if fact.kind == "step":
+                text = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                bar.update(task, completed=fact.step, description=text)
+            elif fact.kind == "held_out":
+                parts = (f"t={t}: {e['whole']:.5f} (high {e['high']:.5f})" for t, e in values.items())
+                console.print(f"step {fact.step}  held-out error  {'  '.join(parts)}")
+            elif fact.kind == "samples" and fact.model is not None:
+                path = out / "samples" / f"{fact.step:07d}.png"
+                path.parent.mkdir(exist_ok=True)
+                grid(to_pixels(sample(fact.model, config, GRID_IMAGES))).save(path)
+            elif fact.kind == "checkpoint":
+                console.print(f"step {fact.step}  saved {values['path']}")
+
+
+# ------------------------------------------------------------------------------------------ sample
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from dit_in_dit import checkpoint
+    from dit_in_dit.training.loop import pick_device
+
+    model, config, manifest = checkpoint.load_model(
+        options.run_folder, pick_device(options.device), ema=not options.raw
+    )
+    config, classes = sampling(options, config, manifest["classes"])
+    _draw(model, config, options, classes)
+
+
+def _draw(model: Any, config: RunConfig, options: argparse.Namespace, classes: list[int]) -> None:
+    """Write samples as numbered PNGs (latents: one .npz) and a grid."""
+    import numpy as np
+    from rich.progress import track
+
+    from dit_in_dit.sampling import grid, picture, sample_batches, to_pixels
+
+    out: Path = options.out
+    make_folder(out)
+    batches = sample_batches(
+        model, config, range(options.num), seed=options.seed, classes=classes, batch_size=options.batch
+    )
+    shown: list[Any] = []
+    latents: list[Any] = []
+    for indices, images in track(batches, total=-(-options.num // options.batch), description="sampling"):
+        pixels = to_pixels(images)
+        if len(shown) * options.batch < GRID_MOST:
+            shown.append(pixels)
+        if config.model.channels not in (1, 3):
+            latents.append(images.numpy())
+            continue
+        for index, image in zip(indices, pixels, strict=True):
+            picture(image).save(out / f"{index:06d}.png")
+    if latents:
+        np.savez(out / "samples.npz", images=np.concatenate(latents))
+    grid(np.concatenate(shown)[:GRID_MOST]).save(out / "grid.png")
+    print(f"{options.num} samples and grid.png in {out}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    """Train (or go on, or find done), sample, and put the samples beside real images."""
+    from dit_in_dit import checkpoint
+    from dit_in_dit.sampling import beside, grid, sample, to_pixels
+    from dit_in_dit.training.loop import pick_device, train
+
+    out: Path = options.out
+    started = (out / "config.yaml").exists()
+    asked = options.preset or options.config or options.set
+    config = checkpoint.read_config(out) if started and not asked else chosen(options, "emoji")
+    _follow(train(config, out, resume=started, device=options.device), out)
+    model, config, _ = checkpoint.load_model(out, pick_device(options.device))
+    print("drawing samples ...", file=sys.stderr)
+    drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))
+    drawn.save(out / "samples.png")
+    real = grid(_real(config, DEMO_IMAGES))
+    real.save(out / "real.png")
+    beside({"drawn by the model": drawn, "real training images": real}).save(out / "samples-beside-real.png")
+    print("\nThe pictures:")
+    for name, what in (
+        ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),
+        ("samples.png", "the samples alone"),
+        ("samples/", "how they came about during training"),
+    ):
+        print(f"  {out / name}  {what}")
+
+
+def _real(config: RunConfig, count: int) -> Any:
+    """Training images whose classes take turns as those of the samples do; uint8 (count, H, W, C)."""
+    import numpy as np
+    import torch
+
+    from dit_in_dit.data.source import open_source
+    from dit_in_dit.sampling import label, to_pixels
+    from dit_in_dit.training.example import image_number
+
+    source = open_source(config.data, config.model)
+    images: dict[int, list[Any]] = {}
+    for index in range(REAL_SEARCHED):
+        image, y = source.train(image_number(config.seed, index, source.train_size))
+        images.setdefault(y if config.model.num_classes else 0, []).append(image)
+    every = sorted(images)  # a small class may have no training image
+    chosen = [images[label(i, every)][i // len(every) % len(images[label(i, every)])] for i in range(count)]
+    return to_pixels(torch.from_numpy(np.stack(chosen)))

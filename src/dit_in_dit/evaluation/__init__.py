@@ -1,0 +1,1 @@
+"""From samples and runs to numbers and findings that say how they were made."""

@@ -1,0 +1,129 @@
+"""Looking into a model while it runs, by hooks: the model has no flag for it, and computes what it would.
+
+Each of these is a context; while it is open, every forward pass of the model is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.model.layers import Attention, Block, attention_weights
+from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead
+
+
+def attentions(model: NestedDiT) -> dict[str, Attention]:
+    """Every attention by its block's name (`outer_blocks.0`, `inner_blocks.1`), outer ones first."""
+    named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+    return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
+
+
+@contextmanager
+def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+    """Weights of the last forward pass by block name: (N, groups, heads, L, L), rows sum to one.
+
+    A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for
+    mixer=window. Blocks without attention are not there.
+    """
+    seen: dict[str, Tensor] = {}
+
+    with ExitStack() as stack:
+        for name, module in attentions(model).items():
+
+            def hook(module: Attention, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
+                q, k, _ = module.heads(*arguments)
+                weights = attention_weights(q, k).detach()
+                seen[name] = weights.view(len(arguments[0]), -1, *weights.shape[1:])
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield seen
+
+
+@contextmanager
+def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+    """What each sub-patch weighed in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for number, module in enumerate(model.aggregates):
+
+            def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor, at: int = number) -> None:
+                seen[f"aggregates.{at}"] = module.weights(*arguments).detach()  # type: ignore[operator]
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield seen
+
+
+@contextmanager
+def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+    """The inner path's share of each patch in the last forward pass, (N, T) from 0 (none) to 1 (all).
+
+    By place: `aggregates.0` is |added| / (|added| + |outer token|) where inner tokens join the outer ones;
+    `inner_head` is the same for the pixels of the two heads.
+    """
+    seen: dict[str, Tensor] = {}
+    stages = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
+    images: dict[str, Tensor] = {}
+    p = model.config.patch_size
+
+    def share(part: Tensor, rest: Tensor) -> Tensor:
+        return part / (part + rest).clamp(min=torch.finfo(part.dtype).tiny)
+
+    with ExitStack() as stack:
+        for number, stage in enumerate(stages):
+
+            def fused(
+                module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor], at: int = number
+            ) -> None:
+                kept = torch.zeros_like(output[0]) if model.config.inner.fuse == "replace" else arguments[0]
+                added = output[0] - kept
+                seen[f"aggregates.{at}"] = share(added.norm(dim=-1), kept.norm(dim=-1)).detach()
+
+            stack.callback(stage.register_forward_hook(fused).remove)
+
+        def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            patches = output.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
+            images[module.name] = patches.flatten(2).norm(dim=-1).detach()
+            if module.name == "inner head":  # the last to run
+                inner = images["inner head"]
+                seen["inner_head"] = share(inner, images.get("outer head", torch.zeros_like(inner)))
+
+        for head in model.heads:
+            stack.callback(head.register_forward_hook(drawn).remove)
+        yield seen
+
+
+@contextmanager
+def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+    """Output tokens of every block in the last forward pass, by name, in the order in which they ran."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, Block):
+
+                def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+                    seen.pop(name, None)  # the order is that of the last pass
+                    seen[name] = output.detach()
+
+                stack.callback(module.register_forward_hook(hook).remove)
+        yield seen
+
+
+def can_run_without_inner(model: NestedDiT) -> bool:
+    """Whether anything is left when the inner path adds nothing: not where it replaces the outer tokens."""
+    return bool(model.inner_blocks) and model.config.inner.fuse != "replace"
+
+
+@contextmanager
+def without_inner(model: NestedDiT) -> Iterator[None]:
+    """The inner path adds nothing, as with a gate of zero: to outer tokens, nor to the image."""
+    with ExitStack() as stack:
+        for stage in model.stages:
+            if isinstance(stage, AggregateStage):
+                stack.callback(stage.register_forward_hook(lambda module, given, output: given[:2]).remove)
+        for head in model.heads:
+            if isinstance(head, InnerHead):
+                stack.callback(head.register_forward_hook(lambda module, given, output: output * 0).remove)
+        yield

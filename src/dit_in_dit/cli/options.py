@@ -62,10 +62,10 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
 
 
-def add_sampling(command: argparse.ArgumentParser) -> None:
-    """Arguments that say how images are drawn, for `sampling`."""
+def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
+    """Arguments that say how images are drawn, for `sampling`; without --classes, labels are `classes`."""
     command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
-    command.add_argument("--classes", help="names or numbers, with commas; they take turns (default: all)")
+    command.add_argument("--classes", help=f"names or numbers, with commas; they take turns (default: {classes})")
     command.add_argument("--steps", type=whole, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")

@@ -8,10 +8,10 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.mosaic import CLASSES, Mosaic
 
 Array = NDArray[np.float32]
+Seen = TypeVar("Seen")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
 IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
@@ -45,6 +46,11 @@ class Source(Protocol):
     @property
     def held_out_size(self) -> int:
         """Number of held-out images."""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels of the training images, or one of each class where all are equally common and there is no end."""
         ...
 
     def train(self, index: int) -> tuple[Array, int]:
@@ -82,6 +88,7 @@ class MosaicSource:
     classes = CLASSES
     train_size = None
     held_out_size = MOSAIC_HELD_OUT
+    labels = np.arange(len(CLASSES))
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.mosaic = Mosaic(size)
@@ -113,6 +120,75 @@ def split(families: list[str], share: float, what: str) -> tuple[list[int], list
     return kept, held
 
 
+_UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error),
+    *(zipfile.BadZipFile, Image.DecompressionBombError),
+)
+
+
+class ImageFiles:
+    """The image files of a folder or .zip, by name; UserError when it is neither, or has none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        try:
+            if path.is_dir():
+                names = [found.relative_to(path).as_posix() for found in _files(path)]
+            else:
+                names = self._open().namelist()
+        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise UserError(f"data.source: {path} is neither a folder nor a .zip: {error}") from None
+        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _HIDDEN.search(name))
+        if not self.names:
+            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {path}")
+
+    def _open(self) -> zipfile.ZipFile:
+        """The archive, opened once per process: a file position must not be shared by workers."""
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._archive[1]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_archive": None}
+
+    def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
+        """What `look` makes of one image; UserError with its name when it cannot be decoded."""
+        try:
+            content = (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return look(image)
+        except UnidentifiedImageError:
+            problem = "not a PNG, JPEG or WebP image"
+        except _UNREADABLE as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip")
+
+
+def size_of(path: Path) -> tuple[int, int, int]:
+    """Height, width and channels (1 or 3) that all images of a folder, .zip, .npz or .npy have.
+
+    Raises:
+        UserError: they differ, or the arrays are not pixels.
+    """
+    if path.suffix in (".npz", ".npy"):
+        images, _ = _load_arrays(path)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+            raise UserError(f"images in {path} must be uint8 (N, H, W, 1 or 3): got {images.dtype} {images.shape}")
+        height, width, channels = images.shape[1:]
+        return height, width, channels
+    files = ImageFiles(path)
+    sizes = {name: files.open(name, lambda image: (image.height, image.width)) for name in files.names}
+    first = files.names[0]
+    for name, size in sizes.items():
+        if size != sizes[first]:
+            raise UserError(
+                f"images in {path} must be of one size: {first} is {sizes[first][0]}x{sizes[first][1]}, "
+                f"{name} is {size[0]}x{size[1]}"
+            )
+    return *sizes[first], 3
+
+
 class ImageSource:
     """A folder or .zip of PNG, JPEG and WebP files, one folder per class (none: one class).
 
@@ -124,10 +200,8 @@ class ImageSource:
         self.path, self.size, self.channels = path, model.image_size, model.channels
         if model.channels not in (1, 3):
             raise UserError(f"image files have 1 or 3 channels: got model.channels={model.channels}")
-        self._archive: tuple[int, zipfile.ZipFile] | None = None
-        self.names = self._list()
-        if not self.names:
-            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {path}")
+        self.files = ImageFiles(path)
+        self.names = self.files.names
         self.skipped: list[str] = []
         in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
         self._pixels: list[NDArray[np.uint8]] | None = None
@@ -140,26 +214,7 @@ class ImageSource:
         families = [PurePosixPath(name).stem.split("~")[0] for name in self.names]
         self._train, self._held = split(families, data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
-
-    def _list(self) -> list[str]:
-        """Names of all images, relative to the source, sorted."""
-        try:
-            if self.path.is_dir():
-                names = [path.relative_to(self.path).as_posix() for path in _files(self.path)]
-            else:
-                names = self._open().namelist()
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise UserError(f"data.source: {self.path} is neither a folder nor a .zip: {error}") from None
-        return sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _HIDDEN.search(name))
-
-    def _open(self) -> zipfile.ZipFile:
-        """The archive, opened once per process: a file position must not be shared by workers."""
-        if self._archive is None or self._archive[0] != os.getpid():
-            self._archive = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._archive[1]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_archive": None}
+        self.labels = np.asarray(self._labels, np.int64)[self._train]
 
     def _check(self, corrupt: str, in_memory: bool) -> None:
         """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""
@@ -181,22 +236,7 @@ class ImageSource:
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""
-        try:
-            content = (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return fit(image, self.size, self.channels)
-        except UnidentifiedImageError:
-            problem = "not a PNG, JPEG or WebP image"
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            EOFError,
-            zipfile.BadZipFile,
-            Image.DecompressionBombError,
-        ) as e:
-            problem = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip")
+        return self.files.open(name, lambda image: fit(image, self.size, self.channels))
 
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
@@ -211,10 +251,6 @@ class ImageSource:
         return self._image(self._held[index])
 
 
-_UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
-    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error),
-    *(zipfile.BadZipFile, Image.DecompressionBombError),
-)
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
 
 
@@ -288,6 +324,7 @@ class ArraySource:
         self._images, self.classes = images, tuple(map(str, range(count)))
         self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = np.asarray(self._labels, np.int64)[self._train]
 
     def _image(self, position: int) -> tuple[Array, int]:
         image = np.asarray(self._images[position], np.float32)

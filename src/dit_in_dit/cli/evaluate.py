@@ -1,0 +1,170 @@
+"""`evaluate` and `compare`: how good the images are, and which run's are better."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
+from dit_in_dit.config import UserError, nearest
+
+GROUPS = ("pixels", "inception", "dinov2")
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    evaluate = commands.add(
+        "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real ones"
+    )
+    evaluate.add_argument("subject", type=Path, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
+    evaluate.add_argument("--num", type=whole, default=1000, help="how many images (default 1000)")
+    evaluate.add_argument(
+        "--against",
+        metavar="DATA",
+        help="real images: emoji, mosaic, a folder, .zip or arrays (default: the run's data)",
+    )
+    evaluate.add_argument(
+        "--metrics",
+        default="pixels",
+        help="with commas: pixels (no network; always there), inception (FID, sFID, IS, KID, precision, recall, "
+        "density, coverage), dinov2 (FD-DINOv2)",
+    )
+    evaluate.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
+    evaluate.add_argument("--dinov2", type=Path, metavar="DIR", help="folder of DINOv2 ViT-L/14 for transformers")
+    evaluate.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="FILE",
+        help=".npz of ADM's layout (mu, sigma, mu_s, sigma_s) for FID and sFID",
+    )
+    evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
+    add_sampling(evaluate, classes="as often as in the training data")
+    evaluate.add_argument("--batch", type=whole, default=64, help="images at a time (default 64)")
+    add_device(evaluate)
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default for a run: RUN/evaluation/STEP")
+
+    compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
+    compare.add_argument(
+        "evaluations", type=Path, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
+    )
+    compare.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.png and compare.json")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dit_in_dit.evaluation import distances, report
+    from dit_in_dit.evaluation.chunks import process
+    from dit_in_dit.evaluation.evaluate import evaluate, images_of, write_npz
+    from dit_in_dit.evaluation.features import open_network
+    from dit_in_dit.evaluation.subject import files_subject, reference, run_subject
+
+    groups = [group for group in options.metrics.split(",") if group]
+    for group in groups:
+        if group not in GROUPS:
+            raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
+    device = _device(options.device)
+    weights = {"inception": options.weights, "dinov2": options.dinov2}
+    networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)
+    statistics = distances.read_reference(options.statistics) if options.statistics else None
+    if statistics and "inception" not in groups:
+        raise UserError("--statistics is for FID: give --metrics inception with it")
+    if (options.subject / "config.yaml").is_file():
+        subject = run_subject(
+            options.subject,
+            device,
+            lambda config, names: sampling(options, config, names),
+            seed=options.seed,
+            averaged=not options.raw,
+        )
+        out = options.out or options.subject / "evaluation" / f"{subject.about['step']:07d}"
+    else:
+        subject = files_subject(options.subject)
+        if options.out is None:
+            raise UserError("say where the evaluation goes: --out DIR")
+        out = options.out
+    make_folder(out)
+    num = min(options.num, subject.count or options.num)
+    real = reference(options.against, subject, wanted=2 * num)
+    facts = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
+    evaluation = _follow(facts)
+    if process()[0]:
+        return
+    if options.npz:
+        write_npz(out / "samples.npz", images_of(subject, out, num, options.batch), num)
+    result = evaluation.result
+    print(report.caption(result["subject"], result["protocol"]))
+    _print_table({name: [score] for name, score in result["scores"].items()}, ["value"])
+    files = [(out / "metrics.json", "every number and how it was made")]
+    try:
+        files += report.draw(evaluation, out)
+    except UserError as error:  # no matplotlib: the numbers are there
+        print(f"dit-in-dit: {error}", file=sys.stderr)
+    for path, what in files:
+        print(f"  {path}  {what}")
+    for warning in result["warnings"]:
+        print(f"\n!!! {warning}", file=sys.stderr)
+
+
+def _device(name: str) -> Any:
+    """This process's device: under torchrun each has its own GPU."""
+    import os
+
+    from dit_in_dit.training.loop import pick_device
+
+    local = os.environ.get("LOCAL_RANK")
+    device = pick_device(name)
+    return pick_device(f"cuda:{local}") if device.type == "cuda" and device.index is None and local else device
+
+
+def _follow(facts: Any) -> Any:
+    """Show progress; the evaluation at the end (None for processes that only help)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dit_in_dit.evaluation.evaluate import Evaluation
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        for fact in facts:
+            if isinstance(fact, Evaluation):
+                return fact
+            if fact.part not in tasks:
+                tasks[fact.part] = bar.add_task(fact.part, total=fact.total)
+            bar.update(tasks[fact.part], completed=fact.done)
+    return None
+
+
+def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
+    """A row per score: each value with half its interval, and the floor."""
+    width = max(22, *(len(head) + 2 for head in heads))
+    name_width = max(len(name) for name in scores) + 2
+    print(f"{'':<{name_width}}{''.join(f'{head:>{width}}' for head in heads)}{'real vs real':>14}")
+    for name, found in scores.items():
+        floor = next((s["floor"] for s in found if s and s["floor"] is not None), None)
+        cells = "".join(f"{_cell(score):>{width}}" for score in found)
+        print(f"{name:<{name_width}}{cells}{'' if floor is None else f'{floor:.4g}':>14}")
+
+
+def _cell(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    half = "" if score["low"] is None else f" +- {(score['high'] - score['low']) / 2:<7.2g}"
+    return f"{score['value']:.4g}{half}"
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from dit_in_dit.evaluation.report import compare, draw_compared
+
+    if len(options.evaluations) < 2:
+        raise UserError("compare takes two evaluations or more")
+    labels, scores = compare(options.evaluations)
+    _print_table(scores, labels)
+    if options.out:
+        make_folder(options.out)
+        table = {"evaluations": list(map(str, options.evaluations)), "scores": scores}
+        (options.out / "compare.json").write_text(json.dumps(table, indent=1) + "\n")
+        draw_compared(labels, scores, options.out / "compare.png")
+        print(f"compare.json and compare.png in {options.out}")

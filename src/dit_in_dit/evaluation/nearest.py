@@ -1,0 +1,126 @@
+"""Memorising and repeating: how near samples come to training images, and to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit_in_dit.evaluation.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.randomness import generator
+
+Array = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+
+SIDE = 32  # images are averaged down to this side at most before they are compared
+BLOCK = 2**26  # distances held at once
+NEAR = 0.01  # share of unseen real images that lie as near to a training image: what "too near" means
+LOUD = 0.05  # share of samples too near that is worth a warning
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Of each sample, the distance to the nearest training image and its number, and the distance to the nearest
+    other sample; the same distances of unseen real images, and where "too near" begins.
+
+    Distances are root mean squares over the pixels, of a range of 2.
+    """
+
+    train: Array
+    number: NDArray[np.int64]
+    other: Array
+    unseen_train: Array
+    unseen_other: Array
+
+    @property
+    def too_near_train(self) -> float:
+        """Distance below which one in a hundred unseen real images has a training image."""
+        return float(np.quantile(self.unseen_train, NEAR))
+
+    @property
+    def too_near_other(self) -> float:
+        """Distance below which one in a hundred real images has another real one."""
+        return float(np.quantile(self.unseen_other, NEAR))
+
+    def scores(self) -> dict[str, Score]:
+        """`nearest.train`: median distance to the training images; `memorised` and `repeated`: shares of samples
+        that are too near to a training image, or to another sample. The floor is that of unseen real images."""
+        memorised, repeated = self.train <= self.too_near_train, self.other <= self.too_near_other
+        return {
+            "nearest.train": _score(np.median(self.train), np.median(self.unseen_train), self.train, np.median),
+            "memorised": _score(memorised.mean(), NEAR, memorised, np.mean),
+            "repeated": _score(repeated.mean(), NEAR, repeated, np.mean),
+        }
+
+    def warnings(self) -> list[str]:
+        """Loud lines about memorising and repeating; empty when there is nothing to say."""
+        scores, found = self.scores(), []
+        if _stands_out(scores["memorised"]):
+            found.append(
+                f"MEMORISING: {scores['memorised'].value:.0%} of the samples are nearer to a training image than "
+                f"{1 - NEAR:.0%} of unseen real images are (look at nearest.png): train on more data or for fewer steps"
+            )
+        if _stands_out(scores["repeated"]):
+            found.append(
+                f"REPEATING: {scores['repeated'].value:.0%} of the samples are nearer to another sample than "
+                f"{1 - NEAR:.0%} of real images are to another: less guidance, or more varied data"
+            )
+        return found
+
+
+def _stands_out(score: Score) -> bool:
+    return score.value > LOUD and score.low is not None and score.low > NEAR
+
+
+def _score(value: float, floor: float, each: NDArray[np.generic], summary: object) -> Score:
+    draw = generator(0, "evaluation", DRAWS["resamples"])
+    drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
+    deviation = float(np.std([summary(d) for d in drawn], ddof=1))  # type: ignore[operator]
+    return Score(float(value), float(value) - 1.96 * deviation, float(value) + 1.96 * deviation, float(floor))
+
+
+def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None) -> Neighbours:
+    """Search all training images; each set as `thumbnails` (N, K).
+
+    Args:
+        unseen: real images that are not among the training ones; None: training images stand in, each compared
+            with all others.
+    """
+    distance, number = nearest(samples, train)
+    if unseen is None:
+        unseen_train, _ = nearest(train[: len(samples)], train, itself=True)
+    else:
+        unseen_train, _ = nearest(unseen, train)
+    real = train[: len(samples)]  # as many as there are samples: more would lie closer together
+    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples, real))
+    return Neighbours(distance, number, others, unseen_train, real_others)
+
+
+def thumbnails(images: Pixels) -> Tensor:
+    """uint8 (N, H, W, C) as images of at most SIDE pixels a side in [-1, 1], in rows (N, K)."""
+    shrink = max(1, max(images.shape[1:3]) / SIDE)
+    height, width = (max(1, round(side / shrink)) for side in images.shape[1:3])
+    rows = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.adaptive_avg_pool2d(rows, (height, width)).flatten(1)
+
+
+def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:
+    """Distance (N,) and row (N,) of each query's nearest row of `base`; with `itself`, query i is row i, which
+    does not count."""
+    norms = base.square().sum(1)
+    rows = max(1, BLOCK // len(base))
+    numbers = []
+    for start in range(0, len(queries), rows):
+        block = queries[start : start + rows]
+        squares = norms - 2 * block @ base.T  # less the query's own norm: the same order
+        if itself:
+            squares[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
+        numbers.append(squares.argmin(1))
+    number = torch.cat(numbers)
+    # Again from the difference: the expanded square loses small distances.
+    found = [(q.double() - base[n].double()).square().mean().sqrt() for q, n in zip(queries, number, strict=True)]
+    return torch.stack(found).numpy(), number.numpy()

@@ -1,0 +1,186 @@
+"""What is evaluated and what against: numbered images of a run, a folder or arrays, and of real data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dit_in_dit import checkpoint
+from dit_in_dit.config import DataConfig, ModelConfig, RunConfig, UserError
+from dit_in_dit.data.source import Source, open_source, size_of
+from dit_in_dit.evaluation.pixels import DRAWS
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.randomness import generator
+from dit_in_dit.sampling import sample_batches, to_pixels
+from dit_in_dit.training.example import image_number
+
+Pixels = NDArray[np.uint8]
+Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
+
+NAMED = ("emoji", "mosaic")  # sources that come with a held-out part
+MOST_REAL = 50_000  # real images used of a larger set, drawn at random
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Images that are evaluated, how they are made (part of the protocol) and what they are of (not part of it)."""
+
+    draw: Draw
+    shape: tuple[int, int, int]  # H, W, C
+    samples: dict[str, Any]
+    about: dict[str, Any]
+    count: int | None = None  # how many there are; None: as many as wanted
+    model: NestedDiT | None = None
+    config: RunConfig | None = None
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """Patch and, if there is an inner path, sub-patch size."""
+        if self.config is None:
+            return ()
+        model = self.config.model
+        return (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images: those that samples are compared with, and unseen ones, if there are any."""
+
+    draw: Draw
+    count: int
+    unseen: Draw
+    unseen_count: int
+    about: dict[str, Any]
+
+
+def run_subject(
+    run: Path,
+    device: torch.device,
+    configure: Callable[[RunConfig, Sequence[str]], tuple[RunConfig, list[int]]],
+    *,
+    seed: int,
+    averaged: bool,
+) -> Subject:
+    """Samples of a run's newest checkpoint.
+
+    Args:
+        configure: from the run's config and class names, the config to sample with and the classes that take turns.
+    """
+    model, config, manifest = checkpoint.load_model(run, device, ema=averaged)
+    if config.model.channels not in (1, 3):
+        raise UserError(
+            f"evaluation needs images of 1 or 3 channels: {run} draws latents of {config.model.channels}; "
+            "decode its samples and give their folder"
+        )
+    config, classes = configure(config, manifest["classes"])
+    names: str | list[str] = [manifest["classes"][c] for c in classes]
+    if config.model.num_classes and not classes:
+        classes, names = _common_labels(config), "as often as in the training data"
+    how = config.sample
+
+    def draw(numbers: range) -> Pixels:
+        """One batch: which images are drawn together is fixed by the chunk."""
+        batches = sample_batches(model, config, numbers, seed=seed, classes=classes, batch_size=len(numbers))
+        return np.concatenate([to_pixels(images) for _, images in batches])
+
+    samples = {
+        "made by": "sampling",
+        "labels": names if config.model.num_classes else "none",
+        "sampler": how.sampler,
+        "steps": how.steps,
+        "guidance": how.guidance,
+        "interval": list(how.interval),
+        "weights": "averaged" if averaged else "trained",
+        "precision": "float32",
+        "seed": seed,
+    }
+    file = "ema.safetensors" if averaged else "state.safetensors"
+    about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
+    about["checkpoint"] = manifest["sha256"][file]
+    shape = (*config.model.image_size, config.model.channels)
+    return Subject(draw, shape, samples, about, model=model, config=config)
+
+
+def _common_labels(config: RunConfig) -> list[int]:
+    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes."""
+    labels = open_source(config.data, config.model).labels
+    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+
+
+def files_subject(path: Path) -> Subject:
+    """The images of a folder, .zip, .npz or .npy, in the order of their names, as they are."""
+    if not path.exists():
+        raise UserError(f"no such run, folder or file: {path}")
+    if path.is_file() and path.suffix not in (".zip", ".npz", ".npy"):
+        raise UserError(f"cannot evaluate {path}: give a run, a folder, a .zip, a .npz or a .npy of images")
+    shape = size_of(path)
+    source = _open(DataConfig(source=str(path), held_out=0), shape)
+    samples = {"made by": "files, as they are"}
+    return Subject(_pixels(source.train), shape, samples, {"name": str(path)}, count=source.train_size)
+
+
+def reference(against: str | None, subject: Subject, wanted: int) -> Reference:
+    """Real images for a subject.
+
+    `against` None means the data that the run was trained on. That, and the embedded sources, have a held-out
+    part, which is kept apart; other data is used whole.
+
+    Args:
+        wanted: images needed of an endless source.
+    """
+    if against is None and subject.config is None:
+        raise UserError(
+            "say what the images are compared with: --against DATA (emoji, mosaic, a folder, .zip or arrays)"
+        )
+    data = subject.config.data if subject.config else DataConfig()
+    seed = subject.config.seed if subject.config else 0
+    if against is not None and against != data.source:
+        data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
+    source = _open(data, subject.shape)
+    total = source.train_size
+    if total is None:
+        count = wanted
+        numbers = [image_number(seed, i, None) for i in range(count)]
+    else:
+        count = min(total, MOST_REAL)
+        order = generator(0, "evaluation", DRAWS["order"]).permutation(total)
+        numbers = sorted(map(int, order[:count]))
+    train = _pixels(lambda i: source.train(numbers[i]))
+    whole = "all images" if not source.held_out_size else "the training part"
+    about = {
+        "data": data.source,
+        "part": whole if total == count else f"{count} of {whole}",
+        "images": count,
+        "resize": "box halving, bicubic, centre crop",
+        "sha256": _sha256(train, count),
+    }
+    return Reference(train, count, _pixels(source.held_out), source.held_out_size, about)
+
+
+def _open(data: DataConfig, shape: tuple[int, int, int]) -> Source:
+    """The source at a size, whatever its classes."""
+    size = replace(ModelConfig(image_size=shape[:2], channels=shape[2], patch_size=1), num_classes=0)
+    return open_source(data, size)
+
+
+def _pixels(image: Callable[[int], tuple[NDArray[np.float32], int]]) -> Draw:
+    """Images as uint8, from a function that gives one in [-1, 1]."""
+
+    def draw(numbers: range) -> Pixels:
+        return to_pixels(torch.from_numpy(np.stack([image(i)[0] for i in numbers])))
+
+    return draw
+
+
+def _sha256(draw: Draw, count: int, block: int = 256) -> str:
+    found = hashlib.sha256()
+    for start in range(0, count, block):
+        found.update(draw(range(start, min(start + block, count))).tobytes())
+    return found.hexdigest()

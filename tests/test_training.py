@@ -257,3 +257,14 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
 def test_only_the_newest_checkpoints_stay(run_config, tmp_path):
     run(with_train(run_config, checkpoint_every=1), tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["0000005", "0000006"]
+
+
+def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
+    run(run_config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "grad_norm" in line]
+    assert len(steps) == run_config.train.steps
+    for line in steps:
+        parts = {name: value for name, value in line.items() if name.startswith("grad_norm.")}
+        assert {"grad_norm.outer_blocks", "grad_norm.inner_blocks", "grad_norm.inner_head"} <= parts.keys()
+        assert sum(value**2 for value in parts.values()) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)

@@ -18,7 +18,7 @@ from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, first_difference
 from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
-from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, Examples, held_out, load
 
@@ -173,12 +173,21 @@ class Trainer:
                 loss = self.objective.loss(self.predict, x, noise, t, y).mean() / len(batches)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        parts = self.gradient_norms()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.ema.update(self.model, self.step)
-        return {"loss": total, "grad_norm": norm, "learning_rate": rate}
+        return {"loss": total, "grad_norm": norm, "learning_rate": rate, **parts}
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """The gradient's norm in each part of the model, before clipping."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        parts: dict[str, list[Tensor]] = {}
+        for name, norm in zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True):
+            parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
+        return {part: torch.stack(norms).norm() for part, norms in parts.items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -1,0 +1,160 @@
+"""`curves`: what several runs reached during training, when, and how smoothly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.cli.options import Commands, make_folder
+from dit_in_dit.config import UserError
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    curves = commands.add("curves", _curves, "training curves of runs: loss, held-out error, gradients, speed")
+    curves.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; seeds of one config are a band")
+    curves.add_argument(
+        "--reach",
+        type=_target,
+        action="append",
+        default=[],
+        metavar="T:ERROR",
+        help="tell when the held-out error at time T got to ERROR, such as 0.5:0.04; repeatable "
+        "(default: where the worst run is)",
+    )
+    curves.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default, for one run: in it)")
+
+
+def _target(text: str) -> tuple[float, float]:
+    t, _, error = text.partition(":")
+    try:
+        target = float(t), float(error)
+    except ValueError:
+        target = math.nan, math.nan
+    if not (0 <= target[0] <= 1 and 0 < target[1] < math.inf):
+        raise argparse.ArgumentTypeError(f"must be T:ERROR, such as 0.5:0.04: got {text[:40]!r}")
+    return target
+
+
+def _curves(options: argparse.Namespace) -> None:
+    from dit_in_dit.evaluation.convergence import tables
+    from dit_in_dit.evaluation.curve_plots import draw
+    from dit_in_dit.evaluation.curves import arms, notes, read_run
+
+    if not options.out and len(options.runs) > 1:
+        raise UserError("curves of several runs belong to none of them: name a folder with --out DIR")
+    curves = [read_run(run) for run in options.runs]
+    compared = arms(curves)
+    found = {**tables(compared, options.reach), "notes": notes(curves)}
+    out: Path = options.out or options.runs[0] / "curves"
+    make_folder(out)
+    pictures = draw(compared, out)
+    (out / "curves.json").write_text(json.dumps(found, indent=1) + "\n")
+    _print(found)
+    print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
+
+
+def _print(found: dict[str, Any]) -> None:
+    """The tables as text."""
+    _print_arms(found["arms"])
+    _print_held_out(found["held_out"])
+    _print_reach(found["reach"])
+    _print_stability(found)
+    for note in found["notes"]:
+        print(f"note: {note}")
+
+
+def _print_stability(found: dict[str, Any]) -> None:
+    heads = ["arm", "seed", "steps", "skipped", "non-finite", "loss spikes", "gradient spikes"]
+    counts = ("arm", "seed", "steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
+    rows = [
+        [*(row[name] for name in counts), _number(row["largest_gradient"]), row["largest_at"], _percent(row["clipped"])]
+        for row in found["stability"]
+    ]
+    _table("stability", [*heads, "largest gradient", "at step", "clipped"], rows)
+    for name in ("loss_spikes", "gradient_spikes"):
+        print(f"  {name.replace('_', ' ')}: {found['definitions'][name]}")
+
+
+def _print_arms(arms: list[dict[str, Any]]) -> None:
+    rows = [
+        [
+            arm["arm"],
+            run["seed"],
+            run["steps"],
+            millions,
+            _number(run["hours"]),
+            _number(run["images_per_second"]),
+            run["run"],
+        ]
+        for arm in arms
+        for millions in [f"{arm['forward_macs'] / 1e6:,.2f}"]
+        for run in arm["runs"]
+    ]
+    _table("arms", ["arm", "seed", "steps", "forward MMACs", "hours", "images/s", "run"], rows)
+    differing = list(dict.fromkeys(key for arm in arms for key in arm["differs"]))
+    if differing:
+        table = [[key, *(arm["differs"].get(key, "-") for arm in arms)] for key in differing]
+        _table("they differ in", ["key", *(str(number + 1) for number in range(len(arms)))], table)
+
+
+def _print_held_out(rows: list[dict[str, Any]]) -> None:
+    heads = list(dict.fromkeys(f"t={row['t']:g} {row['frequencies']}" for row in rows))
+    arms: dict[tuple[str, int], dict[str, str]] = {}
+    for row in rows:
+        cells = arms.setdefault((row["arm"], row["step"]), {})
+        cells[f"t={row['t']:g} {row['frequencies']}"] = f"{row['mean']:.5f}{_between(row, '.5f')}"
+    table = [[arm, step, *(cells.get(head, "-") for head in heads)] for (arm, step), cells in arms.items()]
+    _table("last held-out error (mean over seeds)", ["arm", "step", *heads], table)
+
+
+def _print_reach(rows: list[dict[str, Any]]) -> None:
+    table = []
+    for row in rows:
+        target = f"t={row['t']:g}: {row['error']:.5g}"
+        if not row["needed"]:
+            best = "-" if row["best"] is None else f"{row['best']:.5f}"
+            missing = f"by {row['reached']} of {row['seeds']} seeds; best {best}"
+            table.append([target, row["arm"], missing, "-", "-", "-"])
+            continue
+        sign = "<= " if row["bound"] else ""
+        cells = []
+        for name, scale, form in (("steps", 1, ".0f"), ("macs", 1e12, ".4g"), ("hours", 1, ".3g")):
+            cell = "-"
+            if values := row["needed"].get(name):
+                scaled = {key: value / scale for key, value in values.items()}
+                cell = f"{sign}{scaled['mean']:{form}}{_between(scaled, form)}"
+                if name in row["ratio"]:
+                    cell += f"  x{row['ratio'][name]:.2f}"
+            cells.append(cell)
+        table.append([target, row["arm"], f"by {row['reached']} of {row['seeds']} seeds", *cells])
+    heads = ["held-out error", "arm", "reached", "steps", "training TMACs", "hours"]
+    _table("convergence speed (x: ratio to the first arm)", heads, table)
+
+
+def _between(values: dict[str, float], form: str) -> str:
+    if values["low"] == values["high"]:
+        return ""
+    return f" ({values['low']:{form}} to {values['high']:{form}})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _table(title: str, heads: list[str], rows: list[list[Any]]) -> None:
+    """Columns as wide as their widest cell."""
+    if not rows:
+        return
+    cells = [heads, *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for line in cells:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,258 @@
+"""`evaluate` and `compare`: numbers that say how they were made, made once, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_in_dit.cli import main
+from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.evaluation import chunks
+from dit_in_dit.evaluation.evaluate import first_difference
+from dit_in_dit.evaluation.report import compare
+from dit_in_dit.evaluation.subject import files_subject, reference
+from dit_in_dit.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, run_config_of) -> Path:
+    """A run of six steps on 60 small images with grey stripes."""
+    return run_config_of(tmp_path_factory.mktemp("evaluate"), "a run")
+
+
+@pytest.fixture(scope="module")
+def run_config_of(folder):
+    """Makes trained runs."""
+    from conftest import small_model
+    from dit_in_dit.config import RunConfig, SampleConfig, TrainConfig
+
+    def make(root: Path, name: str, seed: int = 0, **data) -> Path:
+        config = RunConfig(
+            seed=seed,
+            model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
+            data=DataConfig(source=str(folder), held_out=0.2, **data),
+            train=TrainConfig(steps=4, batch_size=4, precision="float32", sample_every=0, evaluate_every=0),
+            sample=SampleConfig(steps=2),
+        )
+        for _ in train(config, root / name, device="cpu"):
+            pass
+        return root / name
+
+    return make
+
+
+def evaluate(*arguments: object) -> None:
+    main(["evaluate", *map(str, arguments), "--device", "cpu"])
+
+
+def result_of(path: Path) -> dict:
+    return json.loads((path / "metrics.json").read_text())
+
+
+def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
+    evaluate(run, "--num", 9, "--out", tmp_path / "a", "--npz", "--guidance", 1.5, "--seed", 3)
+    found = result_of(tmp_path / "a")
+    protocol = found["protocol"]
+    assert protocol["images"] == 9
+    assert protocol["size"] == [8, 8, 3]
+    wanted = {"sampler": "heun", "steps": 2, "guidance": 1.5, "weights": "averaged", "seed": 3, "precision": "float32"}
+    assert wanted.items() <= protocol["samples"].items()
+    assert len(protocol["reference"]["sha256"]) == 64
+    assert protocol["reference"]["part"] == "the training part"
+    assert found["subject"]["step"] == 4
+    assert {"swd.8", "spectrum", "moments.mean", "seam.4", "seam.2", "memorised", "repeated"} <= found["scores"].keys()
+    for score in found["scores"].values():
+        assert score["floor"] is not None
+        assert score["low"] <= score["value"] <= score["high"]
+    for name in ("samples.png", "metrics.png", "nearest.png"):
+        assert Image.open(tmp_path / "a" / name).size > (50, 20)
+    with np.load(tmp_path / "a/samples.npz") as archive:
+        assert archive["arr_0"].shape == (9, 8, 8, 3)
+        assert archive["arr_0"].dtype == np.uint8
+        stored = np.concatenate(list(chunks.read(tmp_path / "a/samples", 9, 64, "images")))
+        assert (archive["arr_0"] == stored).all()
+    assert "swd.8" in capsys.readouterr().out
+
+
+def test_labels_are_as_common_as_in_the_data_unless_classes_are_named(run, tmp_path):
+    evaluate(run, "--num", 4, "--out", tmp_path / "a")
+    evaluate(run, "--num", 4, "--out", tmp_path / "b", "--classes", "red,blue")
+    assert result_of(tmp_path / "a")["protocol"]["samples"]["labels"] == "as often as in the training data"
+    assert result_of(tmp_path / "b")["protocol"]["samples"]["labels"] == ["red", "blue"]
+
+
+def test_images_of_a_folder_a_zip_and_arrays_score_alike_in_any_batch(folder_of_samples, folder, tmp_path):
+    images, array, archive = folder_of_samples
+    scores = []
+    for number, (subject, batch) in enumerate(((images, 1), (images, 10), (images, 20), (array, 7), (archive, 3))):
+        evaluate(subject, "--against", folder, "--num", 14, "--out", tmp_path / str(number), "--batch", batch)
+        scores.append(result_of(tmp_path / str(number))["scores"])
+    assert all(found == scores[0] for found in scores)
+
+
+@pytest.fixture(scope="module")
+def folder_of_samples(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """The same 14 images as PNG files, as a .npz and as a .zip."""
+    root = tmp_path_factory.mktemp("samples")
+    pixels = np.random.default_rng(5).integers(0, 256, (14, 8, 8, 3), dtype=np.uint8)
+    (root / "png").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(root / f"png/{number:03d}.png")
+    np.savez(root / "samples.npz", arr_0=pixels)
+    with zipfile.ZipFile(root / "samples.zip", "w") as archive:
+        for path in sorted((root / "png").iterdir()):
+            archive.write(path, path.name)
+    return root / "png", root / "samples.npz", root / "samples.zip"
+
+
+def test_two_processes_find_what_one_finds(run, tmp_path):
+    evaluate(run, "--num", 20, "--batch", 4, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "20", "--batch", "4"]
+    command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=200)
+        assert worker.returncode == 0, errors
+    assert (tmp_path / "two/metrics.json").read_bytes() == (tmp_path / "one/metrics.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_json(run, tmp_path):
+    evaluate(run, "--num", 60, "--batch", 2, "--out", tmp_path / "whole")
+    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "60", "--batch", "2"]
+    command += ["--out", str(tmp_path / "killed"), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path / "killed/samples").glob("*.npz"))) < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/samples").glob("*.npz")}
+    assert 5 <= len(made) < 30
+    assert not (tmp_path / "killed/metrics.json").exists()
+    subprocess.run(command, check=True, timeout=200, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "killed/metrics.json").read_bytes() == (tmp_path / "whole/metrics.json").read_bytes()
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())  # not made again
+
+
+def test_a_folder_holds_one_evaluation_and_says_which_field_is_another(run, tmp_path, capsys):
+    evaluate(run, "--num", 4, "--out", tmp_path / "a")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(run, "--num", 4, "--out", tmp_path / "a", "--guidance", 3)
+    assert stop.value.code == 2
+    assert "samples.guidance: 1.0 / 3.0" in capsys.readouterr().err
+    evaluate(run, "--num", 6, "--batch", 64, "--out", tmp_path / "a")  # more of the same is welcome
+    assert result_of(tmp_path / "a")["protocol"]["images"] == 6
+
+
+def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
+    from conftest import small_model
+    from dit_in_dit.config import RunConfig, SampleConfig, TrainConfig
+
+    config = RunConfig(
+        model=replace(small_model("outer*1 inner*1", image_size=(16, 16)), num_classes=9),
+        data=DataConfig(source="mosaic"),
+        train=TrainConfig(steps=2, batch_size=4, precision="float32", sample_every=0, evaluate_every=0),
+        sample=SampleConfig(steps=2),
+    )
+    for _ in train(config, tmp_path / "run", device="cpu"):
+        pass
+    evaluate(tmp_path / "run", "--num", 4, "--out", tmp_path / "a")
+    scores = result_of(tmp_path / "a")["scores"]
+    assert {f"detail.{n}@{t}" for n in ("period", "direction", "contrast", "layout") for t in (0.5, 0.8)} <= set(scores)
+    assert scores["detail.direction@0.5"]["floor"] > 0.9  # the true images have it
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "no such run, folder or file"),
+        (["{png}"], "--against"),
+        (["{png}", "--against", "{folder}"], "--out"),
+        (["{run}", "--metrics", "fid"], "unknown metrics 'fid'"),
+        (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need 2 images"),
+        (["{run}", "--classes", "purple", "--out", "{tmp}/x"], "unknown class"),
+        (["{run}", "--against", "nowhere", "--out", "{tmp}/x"], "no such file or folder"),
+        (["{mixed}", "--against", "{folder}", "--out", "{tmp}/x"], "must be of one size"),
+        (["{run}", "--statistics", "{png}/000.png", "--out", "{tmp}/x"], "000.png"),
+    ],
+)
+def test_a_mistake_is_one_line(run, folder, folder_of_samples, tmp_path, capsys, arguments, words):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for side in (8, 9):
+        Image.new("RGB", (side, 8)).save(mixed / f"{side}.png")
+    names = {"run": run, "folder": folder, "png": folder_of_samples[0], "tmp": tmp_path, "mixed": mixed}
+    with pytest.raises(SystemExit) as stop:
+        evaluate(*(argument.format(**names) for argument in arguments))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_damaged_chunk_is_named(run, tmp_path, capsys):
+    evaluate(run, "--num", 4, "--batch", 2, "--out", tmp_path / "a")
+    (tmp_path / "a/samples/0000002-0000004.npz").write_bytes(b"half of it")
+    with pytest.raises(SystemExit) as stop:
+        evaluate(run, "--num", 4, "--batch", 2, "--out", tmp_path / "a")
+    assert stop.value.code == 2
+    assert "0000002-0000004.npz is damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+def test_evaluations_made_alike_stand_in_one_table_and_picture(run, run_config_of, tmp_path, capsys):
+    other = run_config_of(tmp_path, "another", seed=1)
+    for subject in (run, other):
+        evaluate(subject, "--num", 6)
+    main(["compare", str(run), str(other), "--out", str(tmp_path / "both")])
+    table = capsys.readouterr().out
+    assert "a run@4" in table
+    assert "another@4" in table
+    assert len(json.loads((tmp_path / "both/compare.json").read_text())["scores"]["spectrum"]) == 2
+    assert Image.open(tmp_path / "both/compare.png").size > (200, 200)
+
+
+def test_different_protocols_are_refused_with_the_field_that_differs(run, tmp_path, capsys):
+    evaluate(run, "--num", 4, "--out", tmp_path / "a")
+    evaluate(run, "--num", 5, "--out", tmp_path / "b")
+    evaluate(run, "--num", 4, "--steps", 3, "--out", tmp_path / "c")
+    for other, words in (("b", "images: 4 / 5"), ("c", "samples.steps: 2 / 3")):
+        with pytest.raises(UserError, match=words):
+            compare([tmp_path / "a", tmp_path / other])
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+
+
+def test_the_first_difference_names_its_path():
+    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c: 2 / 3"
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b: null / 2"
+    assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) == ""
+
+
+def test_real_data_is_used_whole_unless_it_comes_with_a_held_out_part(folder, folder_of_samples):
+    subject = files_subject(folder_of_samples[1])
+    whole = reference(str(folder), subject, 10)
+    assert (whole.count, whole.unseen_count, whole.about["part"]) == (30, 0, "all images")
+    named = reference("emoji", subject, 10)
+    assert named.unseen_count > 0
+    assert named.about["part"] == "the training part"

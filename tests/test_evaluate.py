@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
     ("arguments", "words"),
     [
         (["nowhere"], "no such run, folder or file"),
-        (["{png}"], "--against"),
+        (["{png}", "--out", "{tmp}/x"], "--against"),
         (["{png}", "--against", "{folder}"], "--out"),
         (["{run}", "--metrics", "fid"], "unknown metrics 'fid'"),
         (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need 2 images"),
@@ -256,3 +257,92 @@ def test_real_data_is_used_whole_unless_it_comes_with_a_held_out_part(folder, fo
     named = reference("emoji", subject, 10)
     assert named.unseen_count > 0
     assert named.about["part"] == "the training part"
+
+
+# ---------------------------------------------------------------------------------------- standard metrics
+
+FAKE = """
+import sys, torch
+from dit_in_dit.cli import main
+from dit_in_dit.evaluation import features
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(288, 6)).double()
+
+def compute(pixels):
+    x = net(torch.from_numpy(pixels).permute(0, 3, 1, 2) .double() / 127.5 - 1)
+    return {"pool": x, "spatial": 2 * x[:, :4], "logits": 3 * x}
+
+found = features.Network("inception", {"weights": "none", "sha256": "0" * 64}, compute)
+features.open_network = lambda *arguments: found
+main(sys.argv[1:])
+"""
+
+
+def evaluate_with_fake_inception(*arguments: object, **environment: str) -> None:
+    """`evaluate` in a process of its own, whose Inception is a small random network."""
+    command = [
+        sys.executable,
+        "-c",
+        FAKE,
+        "evaluate",
+        *map(str, arguments),
+        "--metrics",
+        "inception",
+        "--device",
+        "cpu",
+    ]
+    subprocess.run(command, check=True, timeout=200, env={**os.environ, **environment}, capture_output=True)
+
+
+def test_standard_scores_are_those_of_the_features_and_never_called_fid_below_2048(folder_of_samples, folder, tmp_path):
+    images = folder_of_samples[0]
+    evaluate_with_fake_inception(images, "--against", folder, "--out", tmp_path / "a")
+    scores = result_of(tmp_path / "a")["scores"]
+    names = {"Frechet distance (N=14)", "Frechet distance (spatial, N=14)", "IS", "KID (subsets of 14)"}
+    assert names | {"precision", "recall", "density", "coverage"} <= scores.keys()
+    assert not any("FID" in name for name in scores)
+    sides = []
+    for part in sorted((tmp_path / "a/features").iterdir()):
+        sides.append(np.concatenate([np.load(path)["pool"] for path in sorted(part.iterdir())]).astype(float))
+    assert sorted(map(len, sides)) == [14, 30]
+    from scipy.linalg import sqrtm
+
+    (m, s), (n, t) = [(x.mean(0), np.cov(x.T)) for x in sides]
+    expected = np.sum((m - n) ** 2) + np.trace(s + t - 2 * sqrtm(s @ t).real)
+    assert scores["Frechet distance (N=14)"]["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_standard_scores_agree_in_any_batch_and_number_of_processes(folder_of_samples, folder, tmp_path):
+    images, scores = folder_of_samples[0], {}
+    for batch in (1, 10, 20):
+        evaluate_with_fake_inception(images, "--against", folder, "--out", tmp_path / str(batch), "--batch", batch)
+        scores[batch] = result_of(tmp_path / str(batch))["scores"]
+    arguments = (images, "--against", folder, "--out", tmp_path / "two", "--batch", 10)
+    with ThreadPoolExecutor() as pool:
+        ranks = [{"RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+        list(pool.map(lambda rank: evaluate_with_fake_inception(*arguments, **rank), ranks))
+    assert result_of(tmp_path / "two") == result_of(tmp_path / "10")
+    for name in scores[1]:
+        values = [scores[batch][name]["value"] for batch in scores]
+        assert values == pytest.approx([values[0]] * 3, rel=1e-9, abs=1e-12), name
+
+
+def test_reference_statistics_of_adms_layout_stand_in_for_real_features(folder_of_samples, folder, tmp_path):
+    draw = np.random.default_rng(0).normal(size=(50, 6))
+    mean, covariance = draw.mean(0), np.cov(draw.T)
+    statistics = {"mu": mean, "sigma": covariance, "mu_s": mean[:4], "sigma_s": covariance[:4, :4]}
+    np.savez(tmp_path / "reference.npz", **statistics)
+    out = tmp_path / "a"
+    evaluate_with_fake_inception(
+        folder_of_samples[0], "--against", folder, "--out", out, "--statistics", tmp_path / "reference.npz"
+    )
+    result = result_of(out)
+    part = next(path for path in (out / "features").iterdir() if path.name.endswith("samples"))
+    mine = np.concatenate([np.load(path)["pool"] for path in sorted(part.iterdir())]).astype(float)
+    from scipy.linalg import sqrtm
+
+    other = np.cov(mine.T)
+    expected = np.sum((mine.mean(0) - mean) ** 2) + np.trace(other + covariance - 2 * sqrtm(other @ covariance).real)
+    assert result["scores"]["Frechet distance (N=14)"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert len(result["protocol"]["reference"]["statistics"]) == 64

@@ -94,15 +94,18 @@ def evaluate(
         return
     yield Progress("pixel metrics", 0, 1)
     evaluation = _look(subject, draw, real, num)
+    yield Progress("pixel metrics", 1, 1)
     result = evaluation.result
     for network in networks:
         yield Progress(f"{network.name} metrics", 0, 1)
         mine, theirs = (
             standard.Features(folder, count, batch) for folder, _, count, _ in _features(network, draw, num, real, out)
         )
-        scores = standard.scores(network, mine, theirs, statistics if network.name == "inception" else None)
+        used = statistics if network.name == "inception" else None
+        scores = standard.scores(network.name, mine, theirs, used)
         result["scores"] |= {name: asdict(score) for name, score in scores.items()}
         result["protocol"]["metrics"][network.name] = network.identity
+        yield Progress(f"{network.name} metrics", 1, 1)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"]["batch"] = batch

@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.evaluation import chunks, distances
-from dit_in_dit.evaluation.features import Network
 from dit_in_dit.evaluation.pixels import Score
 
+SPLITS = 10  # of the Inception Score
+SUBSET = 1000  # images of a subset of KID
+NEIGHBOURS = 5  # of density and coverage
 MOST_COMPARED = 10_000  # features of each side for precision and recall (as ADM's evaluator), density and coverage
 
 
@@ -29,13 +31,41 @@ class Features:
         """One kind of feature, chunk by chunk in index order."""
         return chunks.read(self.folder, self.count, self.batch, name)
 
-    def first(self, name: str, most: int | None = None) -> NDArray[Any]:
-        """The first rows of one kind."""
-        return np.concatenate(list(self.read(name)))[:most]
+    def whole(self, name: str) -> NDArray[Any]:
+        """All rows of one kind."""
+        return np.concatenate(list(self.read(name)))
 
 
-def scores(
-    network: Network, mine: Features, theirs: Features, statistics: distances.Reference | None
-) -> dict[str, Score]:
-    """Every number that a network's features give, by name."""
-    return {}
+def scores(network: str, mine: Features, theirs: Features, statistics: distances.Reference | None) -> dict[str, Score]:
+    """Every number that the features of samples (`mine`) and of real images give, by name.
+
+    Args:
+        network: inception or dinov2.
+        statistics: Inception statistics in place of the real images' for the Frechet distances.
+    """
+    found: dict[str, Score] = {}
+    for kind in ("pool", "spatial") if network == "inception" else ("pool",):
+        real = statistics.moments[kind] if statistics else distances.moments(theirs.read(kind))
+        smaller = mine.count if statistics else min(mine.count, theirs.count)
+        distance = distances.frechet(distances.moments(mine.read(kind)), real)
+        found[distances.frechet_name(network, kind, smaller)] = Score(distance)
+    if network != "inception":
+        return found
+    if mine.count >= SPLITS:
+        found |= _with_deviation("IS", distances.inception_score(mine.whole("logits"), SPLITS))
+    samples, real_ones = mine.whole("pool"), theirs.whole("pool")
+    size = min(SUBSET, len(samples), len(real_ones))
+    name = "KID" if size == SUBSET else f"KID (subsets of {size})"
+    found |= _with_deviation(name, distances.kernel_distance(real_ones, samples, size=size))
+    samples, real_ones = samples[:MOST_COMPARED], real_ones[:MOST_COMPARED]
+    if min(len(samples), len(real_ones)) > NEIGHBOURS:
+        precision, recall = distances.precision_recall(real_ones, samples)
+        density, coverage = distances.density_coverage(real_ones, samples, NEIGHBOURS)
+        found |= {"precision": Score(precision), "recall": Score(recall)}
+        found |= {"density": Score(density), "coverage": Score(coverage)}
+    return found
+
+
+def _with_deviation(name: str, found: tuple[float, float]) -> dict[str, Score]:
+    """A mean, and under a name of its own the deviation over subsets or splits, which is not its error."""
+    return {name: Score(found[0]), f"{name} deviation": Score(found[1])}

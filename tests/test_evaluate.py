@@ -267,7 +267,8 @@ from dit_in_dit.cli import main
 from dit_in_dit.evaluation import features
 
 torch.manual_seed(0)
-net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(288, 6)).double()
+layers = torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(288, 6)
+net = torch.nn.Sequential(*layers).double()
 
 def compute(pixels):
     x = net(torch.from_numpy(pixels).permute(0, 3, 1, 2) .double() / 127.5 - 1)

@@ -185,5 +185,6 @@ def draw_compared(
         axis.set_yticklabels(labels if axis in axes[:, 0] else [], fontsize=7)
         axis.set_title(name, fontsize=8)
         axis.tick_params(axis="x", labelsize=6)
+        axis.locator_params(axis="x", nbins=4)
     made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
     figures.save(made, path)

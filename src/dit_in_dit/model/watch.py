@@ -5,7 +5,7 @@ Each of these is a context; while it is open, every forward pass of the model is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from dit_in_dit.model.layers import Attention, Block, attention_weights
 from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead
+
+Look = Callable[[str, Tensor, Tensor], None]
 
 
 def attentions(model: NestedDiT) -> dict[str, Attention]:
@@ -22,23 +24,37 @@ def attentions(model: NestedDiT) -> dict[str, Attention]:
 
 
 @contextmanager
-def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Weights of the last forward pass by block name: (N, groups, heads, L, L), rows sum to one.
+def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
+    """Calls `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
     A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for
-    mixer=window. Blocks without attention are not there.
+    mixer=window. `attention_weights` makes weights of them; for long sequences, some queries at a time.
     """
-    seen: dict[str, Tensor] = {}
-
     with ExitStack() as stack:
         for name, module in attentions(model).items():
 
+            @torch.no_grad()
             def hook(module: Attention, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                q, k, _ = module.heads(*arguments)
-                weights = attention_weights(q, k).detach()
-                seen[name] = weights.view(len(arguments[0]), -1, *weights.shape[1:])
+                q, k, _ = (x.reshape(len(arguments[0]), -1, *x.shape[1:]) for x in module.heads(*arguments))
+                look(name, q, k)
 
             stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextmanager
+def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+    """Weights of the last forward pass by block name: (N, groups, heads, L, L), rows sum to one.
+
+    Groups are those of `watch_heads`. Blocks without attention are not there. All weights of all blocks at
+    once: for long sequences use `watch_heads`.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, q: Tensor, k: Tensor) -> None:
+        seen[name] = attention_weights(q, k)
+
+    with watch_heads(model, keep):
         yield seen
 
 
@@ -125,5 +141,7 @@ def without_inner(model: NestedDiT) -> Iterator[None]:
                 stack.callback(stage.register_forward_hook(lambda module, given, output: given[:2]).remove)
         for head in model.heads:
             if isinstance(head, InnerHead):
-                stack.callback(head.register_forward_hook(lambda module, given, output: output * 0).remove)
+                stack.callback(
+                    head.register_forward_hook(lambda module, given, output: torch.zeros_like(output)).remove
+                )
         yield

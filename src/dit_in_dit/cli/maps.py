@@ -1,0 +1,79 @@
+"""`maps`: look inside a trained run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
+
+MOST_TIMES = 99
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    maps = commands.add("maps", _maps, "look inside a trained run: attention, the inner path's part, trajectories")
+    maps.add_argument("run_folder", type=Path, metavar="RUN")
+    maps.add_argument("--num", type=whole, default=6, help="held-out images, and samples (default 6)")
+    maps.add_argument("--times", type=times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9")
+    add_sampling(maps)
+    add_device(maps)
+    maps.add_argument("--out", type=Path, metavar="DIR", help="folder for the page and the pictures (default RUN/maps)")
+
+
+def times(text: str) -> tuple[float, ...]:
+    """Times between 0 and 1, with commas, in order."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not 1 <= len(found) <= MOST_TIMES or not 0 < found[0] <= found[-1] < 1:
+        raise argparse.ArgumentTypeError(f"must be times above 0 and below 1, such as 0.1,0.5,0.9: got {text[:40]!r}")
+    return tuple(found)
+
+
+def _maps(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dit_in_dit import checkpoint
+    from dit_in_dit.data.source import open_source
+    from dit_in_dit.figures import figure, save
+    from dit_in_dit.maps.draw import figures
+    from dit_in_dit.maps.findings import findings, not_shown
+    from dit_in_dit.maps.page import page
+    from dit_in_dit.maps.record import choose, record
+    from dit_in_dit.training.loop import pick_device
+
+    figure()  # first: without matplotlib there is nothing to wait for
+    device = pick_device(options.device)
+    model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
+    names = tuple(manifest["classes"])
+    config, classes = sampling(options, config, names)
+    views = choose(open_source(config.data, config.model), config, options.num, options.times, classes)
+    out: Path = options.out or options.run_folder / "maps"
+    make_folder(out)
+    with Progress(
+        TextColumn("looking"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("", total=len(views.images) * len(views.times) + 2 * config.sample.steps)
+        seen = record(
+            model,
+            config,
+            views,
+            samples=min(options.num, 8),
+            seed=options.seed,
+            classes=classes,
+            advance=lambda: bar.advance(task),
+        )
+    title = options.run_folder.resolve().name
+    written = [("maps.html", "all of it in one page: open it in a browser, move t, click a patch")]
+    (out / "maps.html").write_text(page(seen, names, title, manifest["step"]))
+    for name, what, made in figures(seen, names):
+        save(made, out / name)
+        written.append((name, what))
+    for name, what in written:
+        print(f"{out / name}  {what}")
+    print()
+    for sentence in findings(seen) + not_shown(config.model):
+        print(sentence)

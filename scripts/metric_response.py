@@ -69,7 +69,8 @@ def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.imshow(np.log2(np.maximum(cells, 1)), cmap="YlOrRd", vmin=0, vmax=6, aspect="auto")
         for y, x in np.ndindex(*cells.shape):
             colour = "white" if cells[y, x] > 24 else "black"
-            axis.text(x, y, f"{cells[y, x]:.{0 if cells[y, x] >= 10 else 1}f}", ha="center", va="center", fontsize=7, color=colour)
+            number = f"{cells[y, x]:.{0 if cells[y, x] >= 10 else 1}f}"
+            axis.text(x, y, number, ha="center", va="center", fontsize=7, color=colour)
         axis.set_xticks(range(cells.shape[1]), [f"{s:g}" for s in STRENGTHS[name]])
         axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0, 0] else [""] * len(rows))
         axis.set(title=name, xlabel=UNITS[name])

@@ -134,7 +134,10 @@ def _features(
 def _claim(path: Path, identity: Mapping[str, Any]) -> None:
     """Note whose chunks a folder holds; UserError when they are another's."""
     if path.exists():
-        stored = json.loads(path.read_text())
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: remove {path.parent} or choose another --out") from None
         if field := first_difference(stored, json.loads(json.dumps(identity))):
             raise UserError(f"{path.parent} holds an evaluation of something else: {field}; choose another --out")
     elif not chunks.process()[0]:

@@ -52,8 +52,10 @@ class Neighbours:
         memorised, repeated = self.train <= self.too_near_train, self.other <= self.too_near_other
         return {
             "nearest.train": _score(np.median(self.train), np.median(self.unseen_train), self.train, np.median),
-            "memorised": _score(memorised.mean(), NEAR, memorised, np.mean),
-            "repeated": _score(repeated.mean(), NEAR, repeated, np.mean),
+            "memorised": _score(
+                memorised.mean(), np.mean(self.unseen_train <= self.too_near_train), memorised, np.mean
+            ),
+            "repeated": _score(repeated.mean(), np.mean(self.unseen_other <= self.too_near_other), repeated, np.mean),
         }
 
     def warnings(self) -> list[str]:
@@ -73,7 +75,7 @@ class Neighbours:
 
 
 def _stands_out(score: Score) -> bool:
-    return score.value > LOUD and score.low is not None and score.low > NEAR
+    return score.value > LOUD and score.low is not None and score.floor is not None and score.low > score.floor
 
 
 def _score(value: float, floor: float, each: NDArray[np.generic], summary: object) -> Score:

@@ -112,7 +112,7 @@ def _draw_seams(axis: Any, found: list[tuple[Seams, Any]]) -> None:
 
 def _draw_neighbours(axis: Any, evaluation: Evaluation) -> None:
     near = evaluation.near
-    bins = np.linspace(0, max(near.train.max(), near.unseen_train.max()) * 1.02, 40)
+    bins = np.linspace(0, max(near.train.max(), near.unseen_train.max(), 1e-3) * 1.02, 40)
     for colour, name, values in (
         (figures.COLOURS[0], "evaluated", near.train),
         (figures.COLOURS[1], "unseen real images", near.unseen_train),

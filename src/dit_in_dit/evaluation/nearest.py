@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,13 +51,10 @@ class Neighbours:
     def scores(self) -> dict[str, Score]:
         """`nearest.train`: median distance to the training images; `memorised` and `repeated`: shares of samples
         that are too near to a training image, or to another sample. The floor is that of unseen real images."""
-        memorised, repeated = self.train <= self.too_near_train, self.other <= self.too_near_other
         return {
-            "nearest.train": _score(np.median(self.train), np.median(self.unseen_train), self.train, np.median),
-            "memorised": _score(
-                memorised.mean(), np.mean(self.unseen_train <= self.too_near_train), memorised, np.mean
-            ),
-            "repeated": _score(repeated.mean(), np.mean(self.unseen_other <= self.too_near_other), repeated, np.mean),
+            "nearest.train": _score(self.train, self.unseen_train, np.median),
+            "memorised": _score(self.train <= self.too_near_train, self.unseen_train <= self.too_near_train, np.mean),
+            "repeated": _score(self.other <= self.too_near_other, self.unseen_other <= self.too_near_other, np.mean),
         }
 
     def warnings(self) -> list[str]:
@@ -78,11 +77,12 @@ def _stands_out(score: Score) -> bool:
     return score.value > LOUD and score.low is not None and score.floor is not None and score.low > score.floor
 
 
-def _score(value: float, floor: float, each: NDArray[np.generic], summary: object) -> Score:
+def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[Any]], Any]) -> Score:
+    """The summary over samples with its bootstrap interval, and over real images."""
     draw = generator(0, "evaluation", DRAWS["resamples"])
     drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
-    deviation = float(np.std([summary(d) for d in drawn], ddof=1))  # type: ignore[operator]
-    return Score(float(value), float(value) - 1.96 * deviation, float(value) + 1.96 * deviation, float(floor))
+    value, reach = float(summary(each)), 1.96 * float(np.std([summary(d) for d in drawn], ddof=1))
+    return Score(value, value - reach, value + reach, float(summary(real)))
 
 
 def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None) -> Neighbours:

@@ -1,0 +1,65 @@
+"""`doctor`: what is wrong with a run, or with what one would be."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
+from dit_in_dit.config import UserError
+
+if TYPE_CHECKING:
+    from dit_in_dit.evaluation.doctor import Report
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    about = "examine a run, or what a config would train; exit code 0: healthy or warnings, 1: a fault, 2: cannot look"
+    doctor = commands.add("doctor", _doctor, about)
+    doctor.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="a run's folder, or name a config:")
+    add_config(doctor)
+    add_device(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="write doctor.json and doctor.png there")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from dit_in_dit import checkpoint
+    from dit_in_dit.evaluation.doctor import draw, examine
+    from dit_in_dit.training.loop import pick_device
+
+    run: Path | None = options.run_folder
+    if run and (options.preset or options.config or options.set):
+        raise UserError("RUN has its own config: leave out --preset, --config and --set, or leave out RUN")
+    config = checkpoint.read_config(run) if run else chosen(options)
+    if options.out:
+        make_folder(options.out)
+    report = examine(config, pick_device(options.device), run)
+    if options.json:
+        print(report.to_json())
+    else:
+        _show(report)
+    if options.out:
+        (options.out / "doctor.json").write_text(report.to_json())
+        draw(report, options.out / "doctor.png")
+    if any(finding.severity == "fault" for finding in report.findings):
+        sys.exit(1)
+
+
+def _show(report: Report) -> None:
+    print(f"{report.subject}, step {report.step}")
+    for section in report.sections:
+        if section.rows:
+            print(f"\n{section.title}")
+        heading: tuple[str, ...] = ()
+        width = max((len(name) for name in section.rows), default=0) + 2
+        for name, row in section.rows.items():
+            if tuple(row) != heading:  # rows of one kind share a heading
+                heading = tuple(row)
+                print(f"  {'':<{width}}" + "  ".join(f"{column:>10}" for column in heading))
+            print(f"  {name:<{width}}" + "  ".join(f"{row[c]:>{max(10, len(c))}.4g}" for c in heading))
+    print("\nfindings" if report.findings else "\nno findings")
+    for finding in report.findings:
+        print(f"  {finding.severity}: {finding.check}: {finding.seen}\n    -> {finding.advice}")

@@ -5,17 +5,21 @@
     timing.jsonl           what the clock said
     checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
     samples/0001200.png
+    lock                   who trains it, while somebody does
 
 Nothing that is loaded can run code: YAML (safe), JSON and safetensors.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,31 @@ def create(run: Path, config: RunConfig) -> None:
         _write(run / "config.yaml", to_yaml(config, meanings=True).encode())
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
+
+
+class BusyError(UserError):
+    """Another process trains the run."""
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keep other processes from training the run. The lock dies with its process, and no child inherits it.
+
+    Raises:
+        BusyError: another process has it; named with its machine.
+    """
+    with (run / "lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BusyError(
+                f"{run} is being trained by {file.read().strip() or 'another process'}: wait, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def read_config(run: Path) -> RunConfig:

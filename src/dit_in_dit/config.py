@@ -73,8 +73,13 @@ class Section:
         for name in values:
             if name not in known:
                 full = f"{cls.prefix}.{name}" if cls.prefix else str(name)
-                raise UserError(f"unknown key {full!r}{nearest(full, _names())}")
+                raise UserError(f"unknown key {full!r}{nearest(full, cls.names())}")
         return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Dotted keys that an unknown one may have meant."""
+        return [name for name, _, _ in keys(RunConfig())]
 
 
 def _range(low: float, high: float) -> str:
@@ -99,7 +104,13 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise wrong
+        return dict(value)
     if origin is tuple:
+        if parts[-1] is Ellipsis:
+            parts = (parts[0],) * (len(value) if isinstance(value, list | tuple) else 1)
         values = value if isinstance(value, list | tuple) else (value,) * len(parts)
         if len(values) != len(parts):
             raise wrong
@@ -121,6 +132,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 def _spell(hint: Any) -> str:
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    if get_origin(hint) is dict:
+        return "a group of names and values"
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"a list, each {_spell(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         return f"{len(get_args(hint))} values, each {_spell(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
@@ -446,7 +461,8 @@ _Dumper.add_representer(
 )
 
 
-def _parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str) -> Any:
+    """What safe YAML holds; UserError where it is not YAML or gives a key twice."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except UserError:
@@ -460,7 +476,7 @@ def _parse_yaml(text: str, what: str) -> Any:
 
 def from_yaml(text: str, what: str = "config") -> RunConfig:
     """A run from YAML; keys left out take their defaults. Raises UserError."""
-    values = _parse_yaml(text, what)
+    values = parse_yaml(text, what)
     if not isinstance(values, dict):
         raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {str(text)[:40]!r}")
     return RunConfig.from_dict(values)
@@ -481,10 +497,6 @@ def first_difference(stored: RunConfig, given: RunConfig) -> str:
         if a != b and not isinstance(a, Section):
             return f"{name} is {a}, not {b}"
     return ""
-
-
-def _names() -> list[str]:
-    return [name for name, _, _ in keys(RunConfig())]
 
 
 def to_dict(config: Section) -> dict[str, Any]:
@@ -509,18 +521,28 @@ def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
 
 def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """The config with `key.path=value` assignments applied together, values read as YAML."""
-    values = to_dict(config)
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set takes key=value: got {assignment!r}")
-        if name not in _names():
-            raise UserError(f"unknown key {name!r}{nearest(name, _names())}")
+    return changed(config, dict(assigned(assignment) for assignment in assignments))
+
+
+def assigned(assignment: str) -> tuple[str, Any]:
+    """Key and value of `key.path=value`, the value read as YAML."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set takes key=value: got {assignment!r}")
+    return name, parse_yaml(text, f"--set {name}") if text else ""
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with other values at some dotted keys, set together. Raises UserError."""
+    values, known = to_dict(config), RunConfig.names()
+    for name, value in changes.items():
+        if name not in known:
+            raise UserError(f"unknown key {name!r}{nearest(name, known)}")
         *groups, last = name.split(".")
         target = values
         for group in groups:
             target = target[group]
-        target[last] = _parse_yaml(text, f"--set {name}") if text else ""
+        target[last] = value
     return RunConfig.from_dict(values)
 
 

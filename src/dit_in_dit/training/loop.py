@@ -232,8 +232,8 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: s
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
     Raises:
-        UserError: the data or the folder cannot be used, the config is not the resumed run's, or the
-            loss is not finite.
+        UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
+            trains it, or the loss is not finite.
     """
     run, place = Path(out), pick_device(device)
     if config.train.precision == "auto":
@@ -241,19 +241,20 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: s
         config = replace(config, train=replace(config.train, precision=precision))
     source = open_source(config.data, config.model)
     trainer = Trainer(config, source, place)
-    if resume:
-        _resume(trainer, run)
-    else:
+    if not resume:
         checkpoint.create(run, config)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
-    yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
-    yield from _loop(trainer, run)
+    stored = checkpoint.read_config(run)  # first: where no run is, there is nothing to hold
+    with checkpoint.hold(run):
+        if resume:
+            _resume(trainer, run, stored)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
+        yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+        yield from _loop(trainer, run)
 
 
-def _resume(trainer: Trainer, run: Path) -> None:
+def _resume(trainer: Trainer, run: Path, stored: RunConfig) -> None:
     """Bring the trainer to the run's newest good checkpoint, if it has one yet."""
-    stored = checkpoint.read_config(run)
     if differing := first_difference(stored, trainer.config):
         raise UserError(
             f"{run} was started with another config: {differing}; resume it as it was, or use another --out"

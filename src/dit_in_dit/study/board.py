@@ -1,0 +1,329 @@
+"""The trials of a study in a storage that any number of workers share: each is done once, and none is lost.
+
+Optuna keeps the trials: in a journal file for the workers of one machine, or in a database for those of many. A worker
+asks for a trial, and while it has one it raises a counter in the storage, its *beat*. A trial whose beat stands still
+for the length of a lease, by the clock of whoever looks on, has lost its worker: it is marked as failed, which only one
+of those who look on can do, and put up again, to be continued from its last checkpoint.
+
+Two workers may put up the same trial at once. Of all trials of one key the first that is not lost counts; whoever gets
+another throws it away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.config import UserError
+from dit_in_dit.study.plan import Plan
+
+if TYPE_CHECKING:
+    import optuna
+
+LEASE = 60.0  # seconds
+BEATS = 4  # in a lease
+MOST_LOSSES = 5  # workers that a trial may take with it before it has saved anything further
+OUTCOME = "outcome"  # of a try that Optuna calls failed: failed, surplus or given back; none: its worker was lost
+
+
+class LostError(Exception):
+    """The trial is not this worker's any more."""
+
+
+@dataclass
+class Claim:
+    """A trial that this worker has.
+
+    Attributes:
+        key: the trial's name, the same for every try.
+        losses: workers that it was lost by since it last saved something.
+        step, saved: how far it is, and its last checkpoint, for others to see.
+    """
+
+    key: str
+    trial: optuna.Trial
+    losses: int = 0
+    step: int = 0
+    saved: int = 0
+    lost: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """LostError when the trial was given to somebody else, because this worker's beat stood still."""
+        if self.lost.is_set():
+            raise LostError(self.key)
+
+
+class _Lock:
+    """The journal's lock: it dies with its process, where Optuna's own would be waited for. Mends a half line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = -1
+        self.threads = threading.Lock()
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        self.threads.acquire()
+        self.descriptor = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+        with self.path.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":  # its writer was killed, or its machine went down
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let the others."""
+        os.close(self.descriptor)
+        self.threads.release()
+
+
+def _open_storage(out: Path, url: str | None) -> Any:
+    try:
+        import optuna
+        from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+    except ImportError:
+        raise UserError("studies need optuna: pip install 'dit-in-dit[study]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is None:
+        BaseJournalFileLock.register(_Lock)
+        journal = out / "journal.log"
+        journal.touch()
+        return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock_obj=_Lock(journal)))  # type: ignore[arg-type]
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except Exception as error:  # of SQLAlchemy, a driver or a server: none of them is imported here
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot open --storage {url.split('@')[-1]}: {reason}") from None
+
+
+class Board:
+    """A study's trials, for one worker or for looking on.
+
+    Args:
+        url: SQLAlchemy's, of a database (postgresql+psycopg://...); None: the journal file in `out`.
+        lease: seconds after which a trial whose worker gives no sign is given to another.
+    """
+
+    def __init__(self, plan: Plan, out: Path, url: str | None = None, lease: float = LEASE) -> None:
+        storage = _open_storage(out, url)
+        import optuna
+
+        self.plan, self.lease = plan, lease
+        self.states = optuna.trial.TrialState
+        self.errors = (optuna.exceptions.UpdateFinishedTrialError, ValueError)
+        identity = hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]
+        self.study = optuna.create_study(
+            study_name=f"{plan.name}-{identity}",
+            storage=storage,
+            sampler=optuna.samplers.TPESampler(seed=plan.study.seeds[0], constant_liar=True),
+            pruner=optuna.pruners.MedianPruner() if plan.study.prune else optuna.pruners.NopPruner(),
+            direction="minimize",
+            load_if_exists=True,
+        )
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its beat, and since when it stands still
+        self._mine: Claim | None = None
+
+    # ------------------------------------------------------------------------------------- looking on
+
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """All tries, in the order in which they were put up."""
+        return self.study.get_trials(deepcopy=False)
+
+    def _live(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether nobody need take it up: it waits, runs or is finished, and was neither lost nor thrown away."""
+        return trial.state != self.states.FAIL or trial.user_attrs.get(OUTCOME) == "failed"
+
+    def keys(self) -> dict[str, optuna.trial.FrozenTrial]:
+        """By key the first live try."""
+        found: dict[str, optuna.trial.FrozenTrial] = {}
+        for trial in self.trials():
+            if self._live(trial) and (key := trial.user_attrs.get("key")):
+                found.setdefault(key, trial)
+        return found
+
+    @property
+    def total(self) -> int:
+        """How many trials the study has."""
+        return self.plan.study.trials if self.plan.study.search else len(self.plan.trials)
+
+    def counts(self) -> Counter[str]:
+        """How many trials are done, failed, pruned, running and waiting."""
+        names = {"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned", "RUNNING": "running"}
+        found = Counter(names.get(trial.state.name, "waiting") for trial in self.keys().values())
+        found["waiting"] = self.total - sum(found[name] for name in names.values())
+        return found
+
+    def steps(self) -> int:
+        """Training steps of the trials that run now."""
+        beats = (t.user_attrs.get("beat") for t in self.keys().values() if t.state == self.states.RUNNING)
+        return sum(beat[1] for beat in beats if beat)
+
+    def finished(self) -> bool:
+        """Whether no trial is left."""
+        counts = self.counts()
+        return counts["done"] + counts["failed"] + counts["pruned"] >= self.total
+
+    # ---------------------------------------------------------------------------------------- claiming
+
+    def claim(self) -> Claim | None:
+        """A trial to work on; None when all are done or in other hands."""
+        while True:
+            self._give_up_lost()
+            self._put_up()
+            left = sum(trial.state == self.states.WAITING for trial in self.trials())
+            if not left and not (self.plan.study.search and len(self._searched()) < self.total):
+                return None
+            trial = self.study.ask()
+            key = trial.user_attrs.get("key") or self._suggest(trial)
+            if key is not None and self._is_first(key, trial.number):
+                self._mine = Claim(key, trial, losses=self._losses(key))
+                return self._mine
+            trial.set_user_attr(OUTCOME, "surplus")
+            self.study.tell(trial, state=self.states.FAIL)
+
+    def _suggest(self, trial: optuna.Trial) -> str | None:
+        """Let the sampler choose for a new trial, and name it; None where the study has no more."""
+        for name, values in self.plan.study.search.items():
+            if isinstance(values, list):
+                trial.suggest_categorical(name, values)
+            elif all(isinstance(values[end], int) for end in ("low", "high")):
+                trial.suggest_int(name, values["low"], values["high"], **_spacing(values))
+            else:
+                trial.suggest_float(name, values["low"], values["high"], **_spacing(values))
+        key = f"t{trial.number:04d}"
+        if not self.plan.study.search:
+            return None
+        trial.set_user_attr("key", key)
+        return key
+
+    def _is_first(self, key: str, number: int) -> bool:
+        """Whether this try of a key counts, and the key is one of the study's."""
+        if self.plan.study.search and key not in self._searched()[: self.total]:
+            return False
+        return self.keys()[key].number == number
+
+    def _searched(self) -> list[str]:
+        """Keys that a search has chosen for, in order."""
+        kept = (trial.user_attrs for trial in self.trials() if trial.user_attrs.get(OUTCOME) != "surplus")
+        return sorted({attributes["key"] for attributes in kept if "key" in attributes})
+
+    def _put_up(self) -> None:
+        """Put up what nobody has: all trials at the start, later those that were lost."""
+        there = self.keys()
+        if not self.plan.study.search:
+            for trial in self.plan.trials:
+                if trial.key not in there:
+                    self.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
+            return
+        for lost in self.trials():
+            key = lost.user_attrs.get("key")
+            if key and key not in there and lost.user_attrs.get(OUTCOME) != "surplus":
+                self.study.enqueue_trial(lost.params, user_attrs={"key": key})
+                there[key] = lost
+
+    def _losses(self, key: str) -> int:
+        """Workers lost since the trial last saved something."""
+        tries = [t for t in self.trials() if t.user_attrs.get("key") == key and not self._live(t)]
+        saved = [t.user_attrs["beat"][2] for t in tries if "beat" in t.user_attrs and OUTCOME not in t.user_attrs]
+        return saved.count(max(saved)) if saved else 0
+
+    def _give_up_lost(self) -> None:
+        """Mark trials whose beat has stood still for a lease as failed, as the first of those who look on."""
+        now = time.monotonic()
+        for trial in self.trials():
+            if trial.state != self.states.RUNNING or (self._mine and self._mine.trial.number == trial.number):
+                self._seen.pop(trial.number, None)
+                continue
+            beat = trial.user_attrs.get("beat")
+            before, since = self._seen.get(trial.number, (None, now))
+            self._seen[trial.number] = (beat, now if beat != before else since)
+            if beat == before and now - since > self.lease:
+                self._end(trial.number, self.states.FAIL)
+
+    # ------------------------------------------------------------------------------------------ holding
+
+    @contextmanager
+    def keep(self, claim: Claim) -> Iterator[None]:
+        """Give signs of life while the trial is worked on, and look after the others' meanwhile.
+
+        A trial that was not told when this is left is given back, for the next who asks.
+        """
+        done = threading.Event()
+        thread = threading.Thread(target=self._beats, args=(claim, done), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._mine = None
+            self._give_back(claim)
+
+    def _beats(self, claim: Claim, done: threading.Event) -> None:
+        number, heard = 0, time.monotonic()
+        while not claim.lost.is_set():
+            try:
+                claim.trial.set_user_attr("beat", [number, claim.step, claim.saved])
+                self._give_up_lost()
+                number, heard = number + 1, time.monotonic()
+            except self.errors:
+                claim.lost.set()
+            except Exception:  # a database that is away for a while
+                if time.monotonic() - heard > self.lease:
+                    claim.lost.set()
+            if done.wait(self.lease / BEATS):
+                return
+
+    def _give_back(self, claim: Claim) -> None:
+        try:
+            claim.trial.set_user_attr(OUTCOME, "given back")
+            self._end(claim.trial.number, self.states.FAIL)
+        except self.errors:  # it has ended
+            return
+
+    def _end(self, number: int, state: Any, value: float | None = None) -> bool:
+        """Tell how a trial ended; False when it had ended before."""
+        try:
+            self.study.tell(number, value, state)
+        except self.errors:
+            return False
+        return True
+
+    def report(self, claim: Claim, value: float, step: int) -> bool:
+        """Tell an error on the way; whether the trial should stop there."""
+        try:
+            claim.trial.report(value, step)
+        except self.errors:
+            raise LostError(claim.key) from None
+        return self.plan.study.prune and claim.trial.should_prune()
+
+    def done(self, claim: Claim, state: str, value: float | None) -> None:
+        """Tell the result: done with the primary metric's value, pruned or failed.
+
+        Raises:
+            LostError: the trial was given to somebody else before.
+        """
+        try:
+            if state == "failed":
+                claim.trial.set_user_attr(OUTCOME, "failed")
+        except self.errors:
+            raise LostError(claim.key) from None
+        ends = {"done": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
+        if not self._end(claim.trial.number, ends[state], value if state == "done" else None):
+            raise LostError(claim.key)
+
+
+def _spacing(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in ("step", "log") if name in values}

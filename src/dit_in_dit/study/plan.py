@@ -1,0 +1,355 @@
+"""A study is data: what varies, what is held equal, how much, how often, and what is measured.
+
+A `StudyConfig` is what a person writes. A `Plan` is what follows from it on a device: every arm as a config of its own,
+of the control's cost, and the trials that its seeds make of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from dit_in_dit import presets
+from dit_in_dit.config import (
+    RunConfig,
+    Section,
+    UserError,
+    assigned,
+    changed,
+    key,
+    nearest,
+    parse_yaml,
+    to_dict,
+)
+
+BUDGETS = ("steps", "images", "macs", "seconds")
+GROUPS = ("held_out", "pixels", "inception", "dinov2")
+AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
+MOST_ARMS = 1000
+MOST_BYTES = 2**20  # of a study's file
+
+
+@dataclass(frozen=True)
+class StudyConfig(Section):
+    """A question, and how it is to be answered."""
+
+    prefix: ClassVar[str] = "study"
+    question: str = key("", "what the study asks, in words")
+    base: str = key("emoji", "the preset that all arms start from")
+    set: dict[str, Any] = key(dict, "config keys of all arms, such as {train.batch_size: 64}")
+    arms: dict[str, Any] = key(dict, "name: {config keys}, one by one; `against: ARM` in place of the control")
+    grid: dict[str, Any] = key(dict, "config key: [values]; every combination is an arm")
+    search: dict[str, Any] = key(dict, "config key: [values] or {low, high, step or log}; a sampler chooses")
+    trials: int = key(20, "how many a search tries", low=1, high=100_000)
+    control: str = key("", "the arm that the others are compared with; empty: the first")
+    match: Literal["macs", "time", "params", "none"] = key("macs", "what an arm has as much of as the control")
+    tolerance: float = key(0.02, "largest relative difference in what is matched", low=1e-4, high=1)
+    budget: dict[str, Any] = key(dict, "one of steps, images, macs, seconds of training; empty: train.steps")
+    seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once for each", low=0, high=2**63 - 1)
+    metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, inception, dinov2")
+    primary: str = key("held_out.0.2.high", "the metric that the study was made for; a search minimises it")
+    samples: int = key(256, "images drawn of each trial for all metrics but held_out", low=2, high=10**6)
+    prune: bool = key(False, "stop trials whose held-out error is above the median of the others")
+    weights: str = key("", "torch-fidelity's Inception weights, for inception")
+    dinov2: str = key("", "folder of DINOv2 weights, for dinov2")
+    threads: int = key(1, "CPU threads of a trial: results are the same for any number of workers", low=1, high=1024)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Keys of a study."""
+        return [f"{cls.prefix}.{f.name}" for f in fields(cls)]
+
+    def check(self) -> None:
+        if sum(map(bool, (self.arms, self.grid, self.search))) != 1:
+            raise UserError("study: give one of arms, grid and search (and not an empty one)")
+        for name, values in {**self.grid, **self.search}.items():
+            _check_values(name, values, "search" if self.search else "grid")
+        if len(self.budget) > 1 or any(kind not in BUDGETS for kind in self.budget):
+            raise UserError(f"study.budget must be one of {', '.join(BUDGETS)}: got {str(self.budget)[:60]}")
+        for kind, amount in self.budget.items():
+            if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < float("inf"):
+                raise UserError(f"study.budget.{kind} must be a number above 0: got {str(amount)[:40]!r}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"study.seeds must be different numbers, at least one: got {list(self.seeds)}")
+        for group in self.metrics:
+            if group not in GROUPS:
+                raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
+        if not self.metrics:
+            raise UserError(f"study.metrics is empty: choose from {', '.join(GROUPS)}")
+        if self.primary.split(".")[0] == "held_out" and "held_out" not in self.metrics:
+            raise UserError(f"study.primary={self.primary} is not measured: add held_out to study.metrics")
+        if self.prune and "held_out" not in self.metrics:
+            raise UserError("study.prune judges by held-out errors: add held_out to study.metrics")
+
+
+def _check_values(name: str, values: Any, what: str) -> None:
+    """UserError when the values of a key of a grid or a search are none."""
+    if isinstance(values, list) and values:
+        return
+    if what == "search" and isinstance(values, dict):
+        unknown = set(values) - {"low", "high", "step", "log"}
+        numbers = [values.get(k) for k in ("low", "high")]
+        if not unknown and all(isinstance(n, int | float) for n in numbers) and numbers[0] < numbers[1]:
+            return
+        raise UserError(f"study.search.{name} must have low < high, and step or log: got {str(values)[:60]}")
+    raise UserError(f"study.{what}.{name} must be a list of values, not an empty one: got {str(values)[:60]}")
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+def shipped() -> dict[str, Path]:
+    """The studies that come with the package, by name."""
+    folder = Path(str(files("dit_in_dit.study") / "shipped"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
+    """A shipped study or a YAML file, with `key=value` assignments such as `budget.steps=400` or
+    `set.train.batch_size=16` applied.
+
+    Raises:
+        UserError: there is no such study, or it is not one.
+    """
+    path = shipped().get(name, Path(name))
+    if name not in shipped() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"unknown study {name!r}{nearest(name, shipped())}, or give a .yaml file")
+    try:
+        text = path.read_text() if path.stat().st_size <= MOST_BYTES else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the study {path}: {error}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys such as 'base:' and 'arms:', and at most {MOST_BYTES} bytes")
+    for assignment in assignments:
+        _assign(values, *assigned(assignment))
+    return StudyConfig.from_dict(values)
+
+
+def _assign(values: dict[str, Any], name: str, value: Any) -> None:
+    """Set a key; what follows the first dot is a key of a group. A budget is one thing: it is replaced."""
+    group, _, rest = name.partition(".")
+    if not rest:
+        values[name] = value
+    elif group == "budget":
+        values[group] = {rest: value}
+    elif group in ("set", "grid", "search"):
+        values[group] = {**(values.get(group) or {}), rest: value}
+    else:
+        raise UserError(f"unknown key 'study.{name}'{nearest(f'study.{name}', StudyConfig.names())}")
+
+
+# --------------------------------------------------------------------------------------------- arms
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is tried.
+
+    Attributes:
+        changes: config keys that make it, as the study gives them.
+        against: the arm it is matched to and compared with; its own name for the control.
+        config: what is trained, with seed 0.
+        matched: keys that matching changed, each with the value before and after.
+        cost: `macs` of a forward pass per image, `params`, and `time`: seconds of a training step where measured.
+        gap: relative difference to `against` in each of these.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    against: str
+    config: RunConfig
+    matched: dict[str, tuple[Any, Any]]
+    cost: dict[str, float]
+    gap: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a study, by arm and seed; its folder below the study's."""
+
+    arm: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def key(self) -> str:
+        """Its name, also that of its folder: lower case, digits and dashes, and a hash where names would meet."""
+        return f"{slug(self.arm)}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as it runs: `made` says on what it was planned. A search has no arms but the control."""
+
+    name: str
+    study: StudyConfig
+    arms: tuple[Arm, ...]
+    made: dict[str, Any]
+
+    @property
+    def control(self) -> Arm:
+        """The arm that the others are compared with."""
+        return next(arm for arm in self.arms if arm.against == arm.name)
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every arm with every seed, seed by seed: a study that is stopped early has whole rounds."""
+        return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
+
+    def to_json(self) -> str:
+        """Everything, for `from_json`."""
+        whole = {"name": self.name, "study": to_dict(self.study), "arms": [_arm_to_dict(a) for a in self.arms]}
+        return json.dumps({**whole, "made": self.made}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote; UserError when it is none."""
+        try:
+            whole = json.loads(text)
+            arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
+            return cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"this is no plan of a study: {str(error)[:80]}") from None
+
+
+def _arm_to_dict(arm: Arm) -> dict[str, Any]:
+    parts = {f.name: getattr(arm, f.name) for f in fields(arm)}
+    return {**parts, "config": to_dict(arm.config)}
+
+
+def _arm_from_dict(values: dict[str, Any]) -> Arm:
+    matched = {name: (before, after) for name, (before, after) in values["matched"].items()}
+    return Arm(**{**values, "config": RunConfig.from_dict(values["config"]), "matched": matched})
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "arm"
+
+
+def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
+    """Config keys of every arm by name, and the arm that it is compared with; not matched yet."""
+    if study.grid:
+        named = dict(_combinations(study.grid))
+    else:
+        named = {name: changes or {} for name, changes in study.arms.items()} or {"base": {}}
+    for name, changes in named.items():
+        if not isinstance(changes, Mapping):
+            raise UserError(f"study.arms.{name} must be a group of config keys: got {str(changes)[:40]!r}")
+    control = study.control or next(iter(named))
+    if control not in named:
+        raise UserError(f"study.control: no arm {control!r}{nearest(control, named)}")
+    found = {}
+    for name, changes in named.items():
+        against = control if name == control else changes.get(AGAINST, control)
+        if against not in named:
+            raise UserError(f"study.arms.{name}: no arm {str(against)!r}{nearest(str(against), named)}")
+        found[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
+    slugs: dict[str, str] = {}
+    for name in found:
+        if other := slugs.setdefault(slug(name), name) != name and slugs[slug(name)]:
+            raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: name them apart")
+    return found
+
+
+def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    if count > MOST_ARMS:
+        raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
+    for values in product(*grid.values()):
+        changes = dict(zip(grid, values, strict=True))
+        yield describe(changes), changes
+
+
+def describe(changes: Mapping[str, Any]) -> str:
+    """Changes as a name: the last part of each key and its value."""
+    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in changes.items())
+
+
+def configure(study: StudyConfig, changes: Mapping[str, Any], step_seconds: float | None = None) -> RunConfig:
+    """The config of an arm within the study's budget, before matching.
+
+    What the study and the arm do not name follows the number of steps: ten held-out evaluations, eight checkpoints,
+    no grids, and a warm-up of at most a tenth.
+
+    Args:
+        step_seconds: measured, for a budget of seconds.
+    """
+    named = {**study.set, **changes}
+    return budgeted(study, changed(presets.get(study.base), named), named, step_seconds)
+
+
+def budgeted(
+    study: StudyConfig, config: RunConfig, named: Mapping[str, Any], step_seconds: float | None = None
+) -> RunConfig:
+    """The config with the steps that the study's budget gives it."""
+    from dit_in_dit.model import cost
+
+    train = config.train
+    for kind, amount in study.budget.items():
+        per_step = {
+            "steps": 1.0,
+            "images": float(config.global_batch),
+            "macs": 3.0 * cost.macs(config.model)["total"] * config.global_batch,  # the backward pass costs two
+            "seconds": step_seconds or 1.0,
+        }[kind]
+        train = replace(train, steps=max(1, round(amount / per_step)))
+    every = {
+        "evaluate_every": max(1, train.steps // 10),
+        "checkpoint_every": max(1, train.steps // 8),
+        "sample_every": 0,
+        "warmup": min(train.warmup, train.steps // 10),
+    }
+    return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))
+
+
+def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics by name in a fixed order: held-out errors first."""
+    first = sorted(name for name in metrics if name.startswith("held_out"))
+    return {name: metrics[name] for name in [*first, *(n for n in metrics if n not in first)]}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a trial, as its folder's `result.json` holds it.
+
+    Attributes:
+        state: done, failed (`reason` says why) or pruned.
+        metrics: number by name, such as `held_out.0.2.high` or `swd.32`; at the last step.
+        floors: what real images score against real ones, for those metrics that have it.
+        protocol: of the evaluation, as `metrics.json` has it; empty where only held-out errors were asked for.
+    """
+
+    arm: str
+    seed: int
+    state: Literal["done", "failed", "pruned"]
+    step: int
+    metrics: dict[str, float]
+    floors: dict[str, float]
+    protocol: dict[str, Any]
+    reason: str = ""
+
+    def to_json(self) -> str:
+        """For `from_json`."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """What `to_json` wrote; UserError when it is something else."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"this is no result of a trial: {str(error)[:80]}") from None

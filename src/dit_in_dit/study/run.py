@@ -1,0 +1,319 @@
+"""A worker: takes trials from the board, trains and measures each as an ordinary run, and tells what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dit_in_dit import __version__, checkpoint
+from dit_in_dit.config import RunConfig, UserError, nearest, to_dict
+from dit_in_dit.data.source import open_source
+from dit_in_dit.diffusion.objective import EVALUATION_TIMES
+from dit_in_dit.evaluation import pixels
+from dit_in_dit.evaluation.curves import read_run
+from dit_in_dit.evaluation.evaluate import Evaluation, evaluate, first_difference
+from dit_in_dit.evaluation.features import Network, open_network
+from dit_in_dit.evaluation.subject import reference, run_subject
+from dit_in_dit.sampling import label, sample, to_pixels
+from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
+from dit_in_dit.study.match import match_arms, match_changes
+from dit_in_dit.study.plan import Plan, Result, StudyConfig, describe
+from dit_in_dit.training.loop import train
+
+DRAWN = 24  # images that a trial draws to be looked at
+SEARCHED = 2000  # training images looked through for real ones of the same classes
+
+State = Literal["done", "failed", "pruned"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker does: `kind` is waiting, training, measuring, done, failed, pruned or lost."""
+
+    kind: str
+    key: str = ""
+    step: int = 0
+    steps: int = 0
+    text: str = ""
+
+
+# -------------------------------------------------------------------------------------------- planning
+
+
+def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
+    """Match the arms and check all that can be checked before the first trial.
+
+    Raises:
+        UserError: a config, the data, the weights of a metric or a match is not to be had.
+    """
+    _networks(study, device)
+    arms = match_arms(study, device, study.threads)
+    for arm in arms:
+        source = open_source(arm.config.data, arm.config.model)
+        if "held_out" in study.metrics and not source.held_out_size:
+            raise UserError(f"study.metrics: held_out needs held-out images, {arm.config.data.source} has none")
+        if study.metrics != ("held_out",) and arm.config.model.channels not in (1, 3):
+            raise UserError("study.metrics: only held_out can be measured of latents")
+        _check_primary(study, arm.config)
+    made = {
+        "id": uuid.uuid4().hex,  # two studies of one plan are two
+        "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
+        "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+    return Plan(name, study, arms, made)
+
+
+def _check_primary(study: StudyConfig, config: RunConfig) -> None:
+    """UserError when the primary metric is none of those that will be measured."""
+    known = []
+    if "held_out" in study.metrics and config.train.evaluate_every:
+        known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
+    if "pixels" in study.metrics:
+        shape = (4, config.model.channels, *config.model.image_size)
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
+        known += pixels.score(images[:2], images, (config.model.patch_size,))
+    open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
+    if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
+        raise UserError(f"study.primary: {study.primary!r} is not measured{nearest(study.primary, known)}")
+
+
+def _networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
+    weights = {"inception": study.weights, "dinov2": study.dinov2}
+    wanted = [name for name in weights if name in study.metrics]
+    return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
+
+
+def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
+    """The plan in `out`; where there is none it is made and written, by one process only.
+
+    Args:
+        study: what the plan there must be of.
+
+    Raises:
+        UserError: `out` holds another study.
+    """
+    path = out / "plan.json"
+    if not path.exists():
+        beside = path.with_name(f"plan.json.{os.getpid()}.part")
+        beside.write_text(make().to_json() + "\n")
+        try:
+            os.link(beside, path)  # fails where another process was first
+        except FileExistsError:
+            pass
+        finally:
+            beside.unlink()
+    plan = read_plan(out)
+    if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
+        raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")
+    return plan
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan in a study's folder; UserError when there is none."""
+    try:
+        return Plan.from_json((out / "plan.json").read_text())
+    except OSError as error:
+        raise UserError(f"no study at {out}: {error.strerror or error}") from None
+
+
+# -------------------------------------------------------------------------------------------- working
+
+
+def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Iterator[Event]:
+    """Do trials until none is left. Close the generator to stop: its trial is given back."""
+    networks = _networks(plan.study, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.study.threads)
+    try:
+        while True:
+            claim = board.claim()
+            if claim is not None:
+                with board.keep(claim):
+                    yield from _try(plan, out, board, claim, device, networks)
+            elif board.finished():
+                return
+            else:  # others have what is left, or had it
+                yield Event("waiting", text=f"for {board.counts()['running']} trials that others have")
+                time.sleep(min(1.0, board.lease / BEATS))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _try(
+    plan: Plan, out: Path, board: Board, claim: Claim, device: torch.device, networks: tuple[Network, ...]
+) -> Iterator[Event]:
+    """One trial, from where it was left to its result."""
+    run = out / "runs" / claim.key
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        result = _read_result(run)  # its worker was lost between writing and telling
+        if result is None:
+            arm, seed = claim.key, plan.study.seeds[0]
+            try:
+                arm, seed, config = _config(plan, claim, run, device)
+                if claim.losses >= MOST_LOSSES:
+                    raise UserError(f"it was lost by {claim.losses} workers since it last saved something")
+                result = yield from _train_and_measure(plan, board, claim, run, (arm, seed, config), device, networks)
+            except (UserError, torch.OutOfMemoryError) as error:
+                reason = str(error).splitlines()[0][:200]
+                result = Result(arm, seed, "failed", claim.step, {}, {}, {}, reason)
+            claim.check()
+            _write(run / "result.json", result.to_json())
+        board.done(claim, result.state, result.metrics.get(plan.study.primary))
+        yield Event(result.state, claim.key, result.step, result.step, result.reason)
+    except LostError:
+        yield Event("lost", claim.key)
+
+
+def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
+    """Arm, seed and config of a trial; of a search, they follow from what its sampler chose."""
+    if not plan.study.search:
+        trial = next(trial for trial in plan.trials if trial.key == claim.key)
+        return trial.arm, trial.seed, trial.config
+    changes = claim.trial.params
+    _write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}))
+    seed = plan.study.seeds[0]
+    if (run / "config.yaml").exists():
+        return describe(changes), seed, checkpoint.read_config(run)
+    arm = match_changes(plan.study, describe(changes), changes, plan.control, device, plan.study.threads)
+    return arm.name, seed, replace(arm.config, seed=seed)
+
+
+def _train_and_measure(
+    plan: Plan,
+    board: Board,
+    claim: Claim,
+    run: Path,
+    what: tuple[str, int, RunConfig],
+    device: torch.device,
+    networks: tuple[Network, ...],
+) -> Iterator[Event]:
+    arm, seed, config = what
+    total = config.train.steps
+    pruned = yield from _train(plan, board, claim, run, config, device)
+    if pruned:
+        return Result(arm, seed, "pruned", claim.step, _held_out(run), {}, {})
+    yield Event("measuring", claim.key, total, total)
+    metrics, floors, protocol = _held_out(run), {}, {}
+    if set(plan.study.metrics) - {"held_out"}:
+        subject = run_subject(run, device, lambda config, _: (config, []), seed=0, averaged=True)
+        real = reference(None, subject, wanted=2 * plan.study.samples)
+        for fact in evaluate(subject, real, run / "evaluation", plan.study.samples, networks=networks):
+            claim.check()
+            if isinstance(fact, Evaluation):
+                scores, protocol = fact.result["scores"], fact.result["protocol"]
+                metrics |= {name: score["value"] for name, score in scores.items()}
+                floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
+    _draw(run, device)
+    if not math.isfinite(metrics.get(plan.study.primary, math.nan)):
+        raise UserError(f"{plan.study.primary} is {metrics.get(plan.study.primary, 'not there')}: nothing to compare")
+    return Result(arm, seed, "done", total, metrics, floors, protocol)
+
+
+def _train(
+    plan: Plan, board: Board, claim: Claim, run: Path, config: RunConfig, device: torch.device
+) -> Iterator[Event]:
+    """Train from the last checkpoint on; whether it was pruned. Waits while a lost worker still holds the run."""
+    while True:
+        started = (run / "config.yaml").exists()
+        facts = train(config, run, resume=started, device=str(device))
+        try:
+            first = next(facts)
+            break
+        except checkpoint.BusyError as error:
+            claim.check()
+            yield Event("waiting", claim.key, text=str(error))
+            time.sleep(min(1.0, board.lease / BEATS))
+    claim.step = claim.saved = first.step
+    for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
+        if step <= first.step:
+            board.report(claim, error, step)
+    yield Event("training", claim.key, first.step, config.train.steps, "continued" if first.step else "")
+    for fact in facts:
+        claim.check()
+        claim.step = fact.step
+        if fact.kind == "checkpoint":
+            claim.saved = fact.step
+        if fact.kind == "held_out":
+            found = dict(_errors(run, plan.study.primary))
+            if (
+                fact.step in found
+                and board.report(claim, found[fact.step], fact.step)
+                and fact.step < config.train.steps
+            ):
+                return True
+        yield Event("training", claim.key, fact.step, config.train.steps)
+    return False
+
+
+def _errors(run: Path, primary: str) -> list[tuple[int, float]]:
+    """Steps and held-out errors so far: the primary metric's, or those at high frequencies in the middle."""
+    curve = read_run(run)
+    name = primary if primary.startswith("held_out.") else "held_out.0.5.high"
+    _, whole, part, kind = name.split(".")
+    errors = curve.held_out.get((float(f"{whole}.{part}"), kind), np.empty(0))
+    return [(int(step), float(error)) for step, error in zip(curve.evaluated, errors, strict=False)]
+
+
+def _held_out(run: Path) -> dict[str, float]:
+    """The last held-out errors by name."""
+    curve = read_run(run)
+    return {f"held_out.{t}.{kind}": float(errors[-1]) for (t, kind), errors in curve.held_out.items() if len(errors)}
+
+
+def _draw(run: Path, device: torch.device) -> None:
+    """Samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
+    model, config, _ = checkpoint.load_model(run, device)
+    images = to_pixels(sample(model, config, DRAWN, batch_size=DRAWN))
+    labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
+    beside = run / "drawn.npz.part"
+    with beside.open("wb") as file:
+        np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))
+    beside.replace(run / "drawn.npz")
+
+
+def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
+    """A training image for each label, each another one while there are; of any class where there is none."""
+    source = open_source(config.data, config.model)
+    size = min(source.train_size or SEARCHED, SEARCHED)
+    chosen = np.unique(np.linspace(0, (source.train_size or size) - 1, size).astype(int))
+    found: dict[int, list[NDArray[np.float32]]] = {}
+    for number in chosen:
+        image, y = source.train(int(number))
+        found.setdefault(y if config.model.num_classes else 0, []).append(image)
+    every = [image for images in found.values() for image in images]
+    turns = [found.get(y, every) for y in labels]
+    images = [images[i // max(1, len(set(labels))) % len(images)] for i, images in enumerate(turns)]
+    return to_pixels(torch.from_numpy(np.stack(images)))
+
+
+def _read_result(run: Path) -> Result | None:
+    path = run / "result.json"
+    return Result.from_json(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_text(text + "\n")
+    beside.replace(path)
+
+
+def memory(config: RunConfig) -> int:
+    """Bytes that a trial needs on its device, roughly: weights, gradient, optimizer and average, and what the backward
+    pass keeps, half as much again for what is on its way."""
+    from dit_in_dit.model import cost
+    from dit_in_dit.model.inspect import inspect
+
+    kept: Any = inspect(config.model, config.train.batch_size, config.train.recompute)["activation_bytes"]
+    return int(5 * 4 * cost.parameters(config.model)["total"] + 1.5 * kept["total"])

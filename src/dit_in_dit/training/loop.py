@@ -56,6 +56,14 @@ def _bfloat16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def settled(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with train.precision=auto made what it is on this device."""
+    if config.train.precision != "auto":
+        return config
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
+    return replace(config, train=replace(config.train, precision=precision))
+
+
 def learning_rate(train: TrainConfig, step: int) -> float:
     """The rate of optimizer step `step` (from 0): a function of the step alone."""
     if step < train.warmup:
@@ -236,9 +244,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: s
             trains it, or the loss is not finite.
     """
     run, place = Path(out), pick_device(device)
-    if config.train.precision == "auto":
-        precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(place) else "float32"
-        config = replace(config, train=replace(config.train, precision=precision))
+    config = settled(config, place)
     source = open_source(config.data, config.model)
     trainer = Trainer(config, source, place)
     if not resume:

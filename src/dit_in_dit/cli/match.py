@@ -1,0 +1,114 @@
+"""`match`: a model's twin of another one's cost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit import presets
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
+from dit_in_dit.config import RunConfig, UserError, from_yaml, to_yaml
+
+ROWS = {  # key: what it is, and its unit
+    "macs": ("MACs per image", ""),
+    "params": ("parameters", ""),
+    "activation_bytes": ("kept for backward, per image", "B"),
+    "time": ("training step", "s"),
+}
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    about = "change a model's outer transformer until it costs what another model does; keys given with --set stay"
+    match = commands.add("match", _match, about)
+    add_config(match)
+    match.add_argument("--like", required=True, metavar="NAME|FILE", help="preset or YAML file of the wanted cost")
+    match.add_argument("--by", choices=("macs", "time", "params"), default="macs", help="the cost (default: macs)")
+    match.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
+    add_device(match)
+    match.add_argument("--json", action="store_true", help="print JSON")
+    match.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the twin's config there")
+
+
+def _match(options: argparse.Namespace) -> None:
+    from dit_in_dit.benchmark import estimate
+    from dit_in_dit.study.match import costs, match, quick_times
+    from dit_in_dit.training.loop import pick_device
+
+    if not 1e-4 <= options.tolerance < 1:
+        raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
+    config, device = chosen(options), pick_device(options.device)
+    like = replace(config, model=_named(options.like).model)  # trained alike: only then do times compare
+    if options.out:
+        make_folder(options.out.parent)
+    if options.by == "time" and (seconds := estimate({"this": config, "like": like}, device)) > 10:
+        print(f"about {seconds:.0f} s for each of up to seven measurements", file=sys.stderr)
+    fixed = {assignment.partition("=")[0] for assignment in options.set}
+    twin = match(config, like, options.by, tolerance=options.tolerance, fixed=fixed, device=device)
+    matched = replace(config, model=twin.model)
+    pairs = {name: (mine, costs(like)[name]) for name, mine in costs(matched).items()}
+    ratios = {name: mine / other for name, (mine, other) in pairs.items()}
+    if twin.seconds:
+        pairs["time"], ratios["time"] = twin.seconds, 1 + twin.gap
+    elif times := quick_times({"this": matched, "like": like}, device):
+        pairs["time"] = times["this"].seconds, times["like"].seconds
+        ratios["time"] = times["this"].over(times["like"])
+    words = [f"{name}={_yaml(after)}" for name, (_, after) in twin.changed.items()]
+    if options.out:
+        options.out.write_text(to_yaml(matched))
+    if options.json:
+        rows = {name: {"this": a, "like": b, "ratio": ratios[name]} for name, (a, b) in pairs.items()}
+        found = {"by": options.by, "tolerance": options.tolerance, "gap": twin.gap, "device": str(device)}
+        print(json.dumps({**found, "costs": rows, "changed": twin.changed, "set": words}, indent=1))
+    else:
+        _show(options, pairs, ratios, twin.changed, words)
+
+
+def _named(name: str) -> RunConfig:
+    """The preset, or the config in a YAML file."""
+    if name in presets.NAMES or Path(name).suffix not in (".yaml", ".yml"):
+        return presets.get(name)
+    try:
+        return from_yaml(Path(name).read_text(), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --like {name}: {error}") from None
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _amount(value: float, unit: str) -> str:
+    prefix, scale = next((p, s) for p, s in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1), ("m", 0)) if value >= s)
+    return f"{value / (scale or 1e-3):,.2f} {prefix}{unit}"
+
+
+def _show(
+    options: argparse.Namespace,
+    pairs: dict[str, tuple[float, float]],
+    ratios: dict[str, float],
+    changed: dict[str, tuple[Any, Any]],
+    words: list[str],
+) -> None:
+    start = ["--preset", options.preset] if options.preset else ["--config", str(options.config)]
+    print(f"{start[1]}, matched to {options.like}\n")
+    print(f"  {'':<30} {'this':>12} {options.like[:20]:>20} {'ratio':>7}")
+    for name, (what, unit) in ROWS.items():
+        if name not in pairs:
+            print(f"  {what:<30} not measured: it takes long here, or compiles")
+            continue
+        mine, other = (_amount(value, unit) for value in pairs[name])
+        verdict = (
+            "matched" if name == options.by else "equal" if abs(ratios[name] - 1) <= options.tolerance else "unequal"
+        )
+        print(f"  {what:<30} {mine:>12} {other:>20} {ratios[name]:7.3f}  {verdict}")
+    print("\nchanged" if changed else "\nnothing changed: the costs agree")
+    for name, (before, after) in changed.items():
+        print(f"  {name:<24} {_yaml(before)} -> {_yaml(after)}")
+    given = [*start, *(word for assignment in (*options.set, *words) for word in ("--set", assignment))]
+    print(f"\n  dit-in-dit train {shlex.join(given)} --out RUN")

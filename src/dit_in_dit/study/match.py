@@ -1,0 +1,390 @@
+"""Twins of equal cost: the outer transformer of a model, changed until the model costs what another one does.
+
+First the number of outer blocks, then the outer width, then the MLP's hidden width. The inner transformer is what
+studies ask about: it stays as it is, also where its width was the outer one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import chain, zip_longest
+from typing import Any, Literal
+
+import torch
+
+from dit_in_dit.benchmark import Times, estimate, step_seconds
+from dit_in_dit.config import MOST_BLOCKS, ModelConfig, RunConfig, Section, UserError, format_stages, keys
+from dit_in_dit.model import cost
+from dit_in_dit.model.inspect import inspect
+from dit_in_dit.study.plan import Arm, StudyConfig, candidates, configure
+
+By = Literal["macs", "time", "params"]
+Count = Callable[[ModelConfig], float]
+NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
+SPAN = 4  # narrower or wider by more than this, it is another model and no twin
+TRIES = 6  # measurements of a search by time, before the last one
+SECONDS_EACH = 2.5  # to measure a model for
+SECONDS_TO_SPARE = 15.0  # times that nobody asked for are measured if warming up takes no longer
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A model of wanted cost.
+
+    Attributes:
+        changed: config keys that differ from the model it was made of, each with the value before and after.
+        gap: relative difference to the wanted cost; above 0 costs more.
+        seconds: of a training step, its own and that of the model it is like, where these were measured.
+    """
+
+    model: ModelConfig
+    changed: dict[str, tuple[Any, Any]]
+    gap: float
+    seconds: tuple[float, float] | None = None
+
+
+class NoTwin(UserError):
+    """No change of the outer transformer comes within the tolerance; `nearest` is the best."""
+
+    def __init__(self, nearest: Twin, what: str, tolerance: float) -> None:
+        outer, blocks = nearest.model.outer, nearest.model.blocks("outer")
+        too_much = nearest.gap > 0 and nearest.model.blocks("inner")
+        way_out = "shrink its inner transformer" if too_much else "free more of depth, outer.width, outer.mlp_ratio"
+        super().__init__(
+            f"no twin within {100 * tolerance:g}% in {what}: the nearest, {blocks} outer blocks {outer.width} wide, "
+            f"is {nearest.gap:+.1%} off; raise the tolerance, or {way_out}"
+        )
+        self.nearest = nearest
+
+
+# ------------------------------------------------------------------------------------------- counts
+
+
+def macs(model: ModelConfig) -> int:
+    """MACs of a forward pass per image."""
+    return cost.macs(model)["total"]
+
+
+def parameters(model: ModelConfig) -> int:
+    """Trainable numbers; blocks of one level have equally many, so a model of few blocks tells."""
+    few = replace(model, stages=format_stages(tuple((level, 1) for level, _ in model.program)), depth=None)
+    total, each = _parameters_of_few(few)
+    return total + sum((model.blocks(level) - few.blocks(level)) * number for level, number in each.items())
+
+
+@lru_cache(maxsize=4096)
+def _parameters_of_few(few: ModelConfig) -> tuple[int, dict[str, int]]:
+    parts = cost.parameters(few)
+    return parts["total"], {
+        level: parts[f"{level}_blocks"] // few.blocks(level) for level in ("outer", "inner") if few.blocks(level)
+    }
+
+
+def costs(config: RunConfig) -> dict[str, float]:
+    """`macs` and `params`, and `activation_bytes` that a forward pass of one image keeps for the backward pass."""
+    kept = inspect(config.model, 1, config.train.recompute)["activation_bytes"]["total"]
+    return {**{by: float(count(config.model)) for by, count in COUNTS.items()}, "activation_bytes": float(kept)}
+
+
+COUNTS: dict[str, Count] = {"macs": macs, "params": parameters}
+
+# ------------------------------------------------------------------------------------------- search
+
+
+def twin(
+    model: ModelConfig, target: float, count: Count, *, tolerance: float = 0.01, fixed: Collection[str] = ()
+) -> Twin:
+    """The least change of the outer transformer that brings `count` within `tolerance` of `target`.
+
+    The number of outer blocks alone where that is enough; else the nearest width with its best number of blocks (heads
+    stay as many, and their size even if it was); else, of all these, the nearest in cost with another `mlp_ratio`.
+    Outer stages of a program keep their proportions. A named order becomes a program with the same inner blocks, unless
+    its `depth_ratio` is fixed: then these follow the depth.
+
+    Args:
+        count: the cost of a model; grows with depth, width and mlp_ratio of the outer transformer.
+        fixed: dotted keys that stay, or groups of them. `model.stages` fixes the order, not the number of blocks.
+
+    Raises:
+        NoTwin: there is none.
+    """
+    found = _nearest(model, target, count, tolerance, fixed)
+    if abs(found.gap) > tolerance:
+        raise NoTwin(found, "cost", tolerance)
+    return found
+
+
+def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, fixed: Collection[str]) -> Twin:
+    """The twin, or what comes nearest to one."""
+    fewest, most = _depths(model, fixed)
+    width, heads, blocks = model.outer.width, model.outer.num_heads, model.blocks("outer")
+    step = math.lcm(4, heads * math.gcd(2, width // heads))  # kernels are slow on heads of odd size
+
+    def made(after: ModelConfig) -> Twin:
+        return Twin(after, changes(model, after), count(after) / target - 1)
+
+    def with_best_depth(start: ModelConfig) -> Twin:
+        return made(_closest(lambda n: _with_depth(start, n, fixed), fewest, most, target, count))
+
+    def widths(sign: int) -> Iterator[Twin]:
+        """Narrower (-1) or wider models, as far as some number of blocks can make up for it."""
+        for other in range(width + sign * step, SPAN * width if sign > 0 else width // SPAN, sign * step):
+            start = _with_outer(model, width=other)
+            yield with_best_depth(start)
+            end = _with_depth(start, fewest if sign > 0 else most, fixed)
+            if sign * (count(end) / target - 1) > tolerance:
+                return
+
+    best = made(model)
+    if abs(best.gap) <= tolerance:
+        return best
+    sides = () if _is_fixed("model.outer.width", fixed) else (widths(-1), widths(1))
+    for pair in chain([[with_best_depth(model)]], zip_longest(*sides)):
+        tried = [t for t in pair if t]
+        if near := [t for t in tried if abs(t.gap) <= tolerance]:
+            return min(near, key=lambda t: (abs(t.model.blocks("outer") - blocks), abs(t.gap)))
+        best = min([best, *tried], key=lambda t: abs(t.gap))
+    return best if _is_fixed("model.outer.mlp_ratio", fixed) else made(_with_best_mlp(best.model, target, count))
+
+
+def changes(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two models differ, with both values."""
+    pairs = zip(keys(before, "model."), keys(after, "model."), strict=True)
+    return {name: (a, b) for (name, _, a), (_, _, b) in pairs if a != b and not isinstance(a, Section)}
+
+
+def _is_fixed(name: str, fixed: Collection[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in fixed)
+
+
+def _with_outer(model: ModelConfig, **values: float) -> ModelConfig:
+    return replace(model, outer=replace(model.outer, **values))  # type: ignore[arg-type]
+
+
+def _with_best_mlp(model: ModelConfig, target: float, count: Count) -> ModelConfig:
+    """The model with the MLP, in hidden units, that costs nearest to the target."""
+    width = model.outer.width
+
+    def with_hidden(hidden: int) -> ModelConfig:
+        ratio = hidden / width
+        whole = int(ratio * width) == hidden  # or rounding lost a unit
+        return _with_outer(model, mlp_ratio=ratio if whole else math.nextafter(ratio, math.inf))
+
+    return _closest(with_hidden, math.ceil(width / 100), 64 * width, target, count)
+
+
+def _closest(make: Callable[[int], ModelConfig], low: int, high: int, target: float, count: Count) -> ModelConfig:
+    """Of make(low) to make(high), whose cost grows, the one nearest to the target; guesses along straight lines."""
+    below, above = count(make(low)), count(make(high))
+    if target <= below or low == high:
+        return make(low)
+    if target >= above:
+        return make(high)
+    while high - low > 1:
+        middle = low + round((target - below) / (above - below) * (high - low))
+        middle = min(max(middle, low + 1), high - 1)
+        value = count(make(middle))
+        if value <= target:
+            low, below = middle, value
+        else:
+            high, above = middle, value
+    return make(low if target - below <= above - target else high)
+
+
+def _follows(model: ModelConfig, fixed: Collection[str]) -> bool:
+    """Whether inner blocks follow the depth."""
+    return model.depth is not None and model.use_inner and _is_fixed("model.inner.depth_ratio", fixed)
+
+
+def _depths(model: ModelConfig, fixed: Collection[str]) -> tuple[int, int]:
+    """Fewest and most outer blocks that the model may have."""
+    if _is_fixed("model.depth", fixed):
+        return model.blocks("outer"), model.blocks("outer")
+    if not _follows(model, fixed):
+        return sum(level == "outer" for level, _ in model.program), MOST_BLOCKS
+    ratio = model.inner.depth_ratio
+    fewest = math.ceil(2 / ratio) if model.stages == "both" else 1
+    return fewest, min(MOST_BLOCKS, int(MOST_BLOCKS / ratio) if ratio else MOST_BLOCKS)
+
+
+def _with_depth(model: ModelConfig, blocks: int, fixed: Collection[str]) -> ModelConfig:
+    """The model with so many outer blocks, shared among its outer stages."""
+    if blocks == model.blocks("outer"):
+        return model
+    if _follows(model, fixed):
+        return replace(model, depth=blocks)
+    shares = iter(_apportion(blocks, [number for level, number in model.program if level == "outer"]))
+    program = tuple((level, next(shares) if level == "outer" else number) for level, number in model.program)
+    return replace(model, stages=format_stages(program), depth=None)
+
+
+def _apportion(total: int, weights: list[int]) -> list[int]:
+    """Whole shares in proportion to the weights by largest remainder, at least one each."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    shares = [max(1, int(share)) for share in exact]
+    places = range(len(weights))
+    while sum(shares) < total:
+        shares[max(places, key=lambda i: exact[i] - shares[i])] += 1
+    while sum(shares) > total:
+        shares[min((i for i in places if shares[i] > 1), key=lambda i: exact[i] - shares[i])] -= 1
+    return shares
+
+
+# ------------------------------------------------------------------------------------- runs and time
+
+
+def match(
+    config: RunConfig,
+    like: RunConfig,
+    by: By,
+    *,
+    tolerance: float = 0.01,
+    fixed: Collection[str] = (),
+    device: torch.device | None = None,
+    threads: int | None = None,
+) -> Twin:
+    """The twin of a run's model that costs what another run's does; unchanged where it does already.
+
+    By time, models of other MACs are tried until a training step takes as long; `gap` is then from a measurement of its
+    own, made after the search.
+
+    Args:
+        fixed, tolerance: as in `twin`.
+        device, threads: where time is measured.
+
+    Raises:
+        NoTwin: there is none.
+    """
+    if by == "time":
+        return _match_time(config, like, tolerance, fixed, device or torch.device("cpu"), threads)
+    found = _nearest(config.model, COUNTS[by](like.model), COUNTS[by], tolerance, fixed)
+    if abs(found.gap) > tolerance:
+        raise NoTwin(found, NAMES[by], tolerance)
+    return found
+
+
+def _match_time(
+    config: RunConfig,
+    like: RunConfig,
+    tolerance: float,
+    fixed: Collection[str],
+    device: torch.device,
+    threads: int | None,
+) -> Twin:
+    def measured(model: ModelConfig, seconds: float) -> Twin:
+        pair = {"this": replace(config, model=model), "like": like}
+        times = step_seconds(pair, device, threads=threads, seconds=seconds)
+        gap = times["this"].over(times["like"]) - 1
+        return Twin(model, changes(config.model, model), gap, (times["this"].seconds, times["like"].seconds))
+
+    seen: dict[ModelConfig, float] = {}
+    model = config.model
+    while model not in seen and len(seen) < TRIES:
+        seen[model] = measured(model, 2 * SECONDS_EACH).gap
+        if abs(seen[model]) <= tolerance / 2:
+            break
+        model = _nearest(config.model, _macs_of_equal_time(seen), macs, tolerance / 4, fixed).model
+    best = min(seen, key=lambda m: abs(math.log1p(seen[m])))
+    found = measured(best, 4 * SECONDS_EACH)
+    if abs(found.gap) > tolerance:
+        raise NoTwin(found, NAMES["time"], tolerance)
+    return found
+
+
+def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
+    """MACs at which the gap in time would be none, by a line through the two nearest models in logarithms."""
+    points = sorted(((math.log(macs(m)), math.log1p(gap)) for m, gap in seen.items()), key=lambda p: abs(p[1]))
+    x, y = points[0]
+    slope = 1.0
+    if len(points) > 1 and points[1][0] != x:
+        slope = min(max((points[1][1] - y) / (points[1][0] - x), 0.5), 2.0)  # noise must not throw it far
+    return math.exp(x - y / slope)
+
+
+# --------------------------------------------------------------------------------------------- arms
+
+
+def match_arms(study: StudyConfig, device: torch.device, threads: int | None = None) -> tuple[Arm, ...]:
+    """The study's arms, each of the cost of the arm it is compared with, within its budget.
+
+    Keys that the study or the arm names are not changed. Step times are measured where matching or the budget needs
+    them, and where it takes seconds.
+
+    Raises:
+        UserError: an arm cannot be matched, or arms are compared with each other in a circle.
+    """
+    found = candidates(study)
+    configs: dict[str, RunConfig] = {}
+    matched: dict[str, dict[str, tuple[Any, Any]]] = {}
+    time_gaps = dict.fromkeys(found, 0.0)
+    for name in _in_order(found, study.control or next(iter(found))):
+        named, against = found[name]
+        configs[name], matched[name] = configure(study, named), {}
+        if name == against or study.match == "none":
+            continue
+        try:
+            made = match(
+                configs[name],
+                configs[against],
+                study.match,
+                tolerance=study.tolerance,
+                fixed={*study.set, *named},
+                device=device,
+                threads=threads,
+            )
+        except NoTwin as error:
+            ratio, what = 1 + error.nearest.gap, NAMES[study.match]
+            raise UserError(
+                f"study: arm {name!r} costs {ratio:.3g}x {against!r} in {what}, more than "
+                f"tolerance {study.tolerance:g} allows: raise study.tolerance, name fewer keys, or set match: none"
+            ) from None
+        matched[name], time_gaps[name] = made.changed, made.gap
+        configs[name] = replace(configs[name], model=made.model)
+    times = _times(study, configs, device, threads)
+    arms = []
+    for name, (named, against) in found.items():
+        after = {key: value for key, (_, value) in matched[name].items()}
+        seconds = times[name].seconds if times else None
+        gap = {by: count(configs[name].model) / count(configs[against].model) - 1 for by, count in COUNTS.items()}
+        if times:
+            gap["time"] = time_gaps[name] if study.match == "time" else times[name].over(times[against]) - 1
+        costs = {by: float(count(configs[name].model)) for by, count in COUNTS.items()}
+        costs |= {"time": seconds} if seconds is not None else {}
+        config = configure(study, {**named, **after}, seconds)
+        arms.append(Arm(name, named, against, config, matched[name], costs, gap))
+    return tuple(arms)
+
+
+def _times(
+    study: StudyConfig, configs: Mapping[str, RunConfig], device: torch.device, threads: int | None
+) -> dict[str, Times]:
+    """Step times of all arms in turns; none where nobody needs them and they take long."""
+    if study.match == "time" or "seconds" in study.budget:
+        return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
+    return quick_times(configs, device, threads)
+
+
+def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
+    """Step times in turns, or none where they would take more than half a minute or much memory."""
+    compiles = any(config.train.compile for config in configs.values())
+    if compiles or estimate(configs, device, threads=threads) > SECONDS_TO_SPARE:
+        return {}
+    try:
+        return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
+    except UserError:
+        return {}
+
+
+def _in_order(found: Mapping[str, tuple[dict[str, Any], str]], control: str) -> list[str]:
+    """Arms by name from the control on, each after the one that it is compared with."""
+    order = [control]
+    while len(order) < len(found):
+        ready = [name for name, (_, against) in found.items() if name not in order and against in order]
+        if not ready:
+            left = ", ".join(name for name in found if name not in order)
+            raise UserError(f"study.arms: {left} are compared in a circle: one must be against {control!r}")
+        order += ready
+    return order

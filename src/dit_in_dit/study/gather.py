@@ -1,0 +1,209 @@
+"""A study's folder as numbers: what was planned, what became of each trial, and how arms compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.checkpoint import read_config
+from dit_in_dit.config import RunConfig, UserError
+from dit_in_dit.evaluation import curves
+from dit_in_dit.evaluation.convergence import check_comparable
+from dit_in_dit.evaluation.evaluate import first_difference
+from dit_in_dit.study.metrics import direction, grouped, ranked
+from dit_in_dit.study.plan import Arm, Plan, Result
+from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A study of named arms, as far as it got.
+
+    Attributes:
+        results: of trials that ended, by arm and seed, in the order of the plan.
+        folders: of all planned trials.
+        logs: of trials that logged a step, by arm and seed.
+    """
+
+    plan: Plan
+    results: dict[tuple[str, int], Result]
+    folders: dict[tuple[str, int], Path]
+    logs: dict[tuple[str, int], curves.Curve] = field(default_factory=dict)
+
+    @property
+    def primary(self) -> str:
+        """The metric that the study was made for."""
+        return self.plan.study.primary
+
+    @property
+    def compared(self) -> list[Arm]:
+        """The arms that are compared with another."""
+        return [arm for arm in self.plan.arms if arm.against != arm.name]
+
+    @cached_property
+    def done(self) -> dict[tuple[str, int], Result]:
+        """The trials whose numbers count."""
+        return {key: result for key, result in self.results.items() if result.state == "done"}
+
+    @cached_property
+    def metrics(self) -> dict[str, list[str]]:
+        """Names of the metrics by group, the primary one first."""
+        return grouped({name for result in self.done.values() for name in result.metrics}, self.primary)
+
+    @property
+    def ranked(self) -> list[str]:
+        """Metrics of which one value is better than another."""
+        return [name for members in self.metrics.values() for name in members if direction(name) != "listed"]
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """A metric of an arm by seed, of the trials that are done."""
+        found = {seed: result.metrics for (name, seed), result in self.done.items() if name == arm}
+        return {seed: float(metrics[metric]) for seed, metrics in found.items() if metric in metrics}
+
+    def estimate(self, arm: str, metric: str) -> Estimate | None:
+        """Mean and interval over the seeds that are done."""
+        values = self.values(arm, metric)
+        return estimate(list(values.values())) if values else None
+
+    def difference(self, arm: Arm, metric: str) -> Difference:
+        """An arm less what it is compared with, for as many comparisons as the study has planned."""
+        mine, theirs = (
+            {seed: ranked(metric, value) for seed, value in self.values(name, metric).items()}
+            for name in (arm.name, arm.against)
+        )
+        return difference(mine, theirs, max(1, len(self.compared)))
+
+    def floor(self, metric: str) -> float | None:
+        """What real images score against real ones."""
+        found = [r.floors[metric] for r in self.done.values() if r.floors.get(metric) is not None]
+        return sum(found) / len(found) if found else None
+
+    def missing(self) -> Iterator[tuple[str, int, str, str]]:
+        """Arm, seed, state and reason of every trial without numbers."""
+        for key in self.folders:
+            result = self.results.get(key)
+            if result is None:
+                state = "under way" if key in self.logs else "not started"
+                yield *key, state, f"step {curves.last_step(self.logs[key]):.0f} logged" if key in self.logs else ""
+            elif result.state != "done":
+                yield *key, result.state, result.reason or f"at step {result.step}"
+
+    def arms_of_curves(self) -> list[curves.Arm]:
+        """The arms for curves, two of one config stay two: trials that are done, or all that logged where none is.
+
+        A trial that failed or is under way would end the arm's curve where it stands.
+        """
+        found = []
+        for arm in self.plan.arms:
+            logs = {key: log for key, log in self.logs.items() if key[0] == arm.name}
+            if chosen := [log for key, log in logs.items() if key in self.done] or list(logs.values()):
+                found.append(curves.Arm(arm.name, {}, tuple(chosen)))
+        return found
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial of a search: its number, what it changed, its config, and what became of it (None: not yet)."""
+
+    number: int
+    changes: dict[str, Any]
+    config: RunConfig
+    folder: Path
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search as far as it got, its trials by number."""
+
+    plan: Plan
+    trials: list[Tried]
+
+    def value(self, tried: Tried) -> float:
+        """The primary metric as it is compared; NaN where there is none."""
+        if tried.result is None or tried.result.state != "done":
+            return math.nan
+        value = tried.result.metrics.get(self.plan.study.primary)
+        return math.nan if value is None else ranked(self.plan.study.primary, float(value))
+
+    @property
+    def ranked(self) -> list[Tried]:
+        """The trials with a finite primary metric, the best first."""
+        sign = -1 if direction(self.plan.study.primary) == "higher" else 1
+        finite = [tried for tried in self.trials if math.isfinite(self.value(tried))]
+        return sorted(finite, key=lambda tried: (sign * self.value(tried), tried.number))
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan of a study's folder; UserError when there is none."""
+    return Plan.from_json(_text(out / "plan.json", "a study's folder"))
+
+
+def gather(out: Path) -> Gathered:
+    """Read a study of named arms.
+
+    Raises:
+        UserError: there is no study, a file of it is damaged, or its trials were not evaluated alike.
+    """
+    plan = read_plan(out)
+    results, folders, logs = {}, {}, {}
+    for trial in plan.trials:
+        key, folder = (trial.arm, trial.seed), out / "runs" / trial.key
+        folders[key] = folder
+        if result := _result(folder):
+            results[key] = result
+        if (folder / "config.yaml").exists() and len((log := curves.read_run(folder)).step):
+            logs[key] = log
+    gathered = Gathered(plan, results, folders, logs)
+    _check_alike({folders[key]: result for key, result in gathered.done.items()})
+    if "held_out" in gathered.metrics:
+        check_comparable(gathered.arms_of_curves())
+    return gathered
+
+
+def gather_search(out: Path) -> Searched:
+    """Read a search; errors as `gather`."""
+    plan, found = read_plan(out), []
+    for path in sorted(out.glob("runs/*/changes.json")):
+        try:
+            made = json.loads(_text(path, "a trial of a search"))
+            number, changes = int(made["number"]), dict(made["changes"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not what a trial of a search changed") from None
+        found.append(Tried(number, changes, read_config(path.parent), path.parent, _result(path.parent)))
+    _check_alike({t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
+    return Searched(plan, sorted(found, key=lambda tried: tried.number))
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.parent} is not {what}: {error}") from None
+
+
+def _result(folder: Path) -> Result | None:
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        return Result.from_json(_text(path, "a finished trial"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check_alike(results: dict[Path, Result]) -> None:
+    """UserError when two trials have different evaluation protocols."""
+    first: Path | None = None
+    for path, result in results.items():
+        first = first or path
+        if field_ := first_difference(results[first].protocol, result.protocol):
+            raise UserError(
+                f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
+                f"{field_}; evaluate them alike"
+            )

@@ -1,0 +1,189 @@
+"""The report of a study: a page, the same as Markdown, numbers as CSV, and tables to paste."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+
+from dit_in_dit.config import UserError
+from dit_in_dit.evaluation import curve_plots, curves
+from dit_in_dit.figures import COLOURS
+from dit_in_dit.study import pictures, relative, search_report, tables
+from dit_in_dit.study.document import (
+    Block,
+    Bullets,
+    Chapter,
+    Picture,
+    Text,
+    Verbatim,
+    latex_table,
+    markdown_table,
+    to_html,
+    to_markdown,
+)
+from dit_in_dit.study.gather import Gathered, gather, gather_search, read_plan
+from dit_in_dit.study.metrics import explain
+from dit_in_dit.study.summary import summarise
+
+MATRIX = (
+    "Differences by all ranked metrics: in percent of the other's mean, or (to 0) of their sizes, in the metric's own "
+    "unit. Blue: better, orange: worse, grey: no difference seen. Corrected for the number of arms, not of metrics."
+)
+RELATIVE = (
+    "Held-out error of each arm in percent above that of the arm it is compared with, at equal training MACs and the "
+    "same seed (the other's error interpolated between its evaluations)."
+)
+CURVES = {
+    "held-out": "Held-out error of the averaged model's image estimate at each time t, for the whole image and for its "
+    "high frequencies; line: mean over seeds, band: their range.",
+    "loss": "Training loss.",
+    "gradients": "Gradient norms: of all, of each level and of each part.",
+    "throughput": "Images a second.",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, in sentences, and the files that say so, each with what it is."""
+
+    summary: list[str]
+    files: list[tuple[Path, str]]
+
+
+def report(out: Path) -> Report:
+    """Write the report of a study's folder, finished or not, into it: the same folder gives the same bytes.
+
+    Raises:
+        UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
+            missing.
+    """
+    plan = read_plan(out)
+    rmtree(out / "figures", ignore_errors=True)  # of an earlier report, which may have had others
+    (out / "figures").mkdir()
+    if plan.study.search:
+        searched = gather_search(out)
+        summary, chapters = search_report.summarise(searched), search_report.chapters(searched, out)
+        heads, rows, caption = search_report.paper(searched)
+        numbers = search_report.results(searched)
+    else:
+        study = gather(out)
+        summary = [*summarise(study), *tables.not_finite(study)]
+        chapters = _chapters(study, out)
+        heads, rows, caption = tables.paper(study)
+        numbers = tables.results(study)
+    pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
+    to_paste = [
+        Verbatim("Markdown", pasted["table.md"]),
+        Verbatim("LaTeX, with booktabs and graphicx", pasted["table.tex"]),
+    ]
+    whole = [Chapter("In short", [Bullets(summary)]), *chapters, Chapter("Tables to paste", to_paste)]
+    title, lead = f"Study: {plan.name}", plan.study.question
+    written = {
+        "report.html": (to_html(title, lead, whole), "the report, one page that needs no network"),
+        "report.md": (to_markdown(title, lead, whole, out), "the same as Markdown, with figures/"),
+        "results.csv": (numbers, "every number of every trial"),
+        "table.md": (pasted["table.md"], "a table to paste"),
+        "table.tex": (pasted["table.tex"], "the same for LaTeX"),
+    }
+    for name, (text, _) in written.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return Report(summary, [(out / name, what) for name, (_, what) in written.items()])
+
+
+def _chapters(study: Gathered, out: Path) -> list[Chapter]:
+    evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
+    found = [
+        Chapter("Protocol", tables.protocol(study.plan, evaluated)),
+        Chapter("Cost", [tables.cost(study)]),
+        Chapter("Results", _results(study, out)),
+        Chapter("Error against cost", _cost(study, out)),
+        Chapter("Curves", _curves(study, out)),
+        Chapter("Convergence and stability", _convergence(study)),
+        Chapter("Samples", _samples(study, out)),
+        Chapter("Trials without numbers", [tables.missing(study)] if any(study.missing()) else []),
+    ]
+    return [chapter for chapter in found if chapter.blocks]
+
+
+def _results(study: Gathered, out: Path) -> list[Block]:
+    if not study.done:
+        return [Text("No trial is done yet.")]
+    blocks: list[Block] = []
+    measured = study.primary in study.ranked
+    if study.compared and measured:
+        path = out / "figures" / "differences.png"
+        pictures.draw_forest(study, path)
+        blocks += [Picture(path, f"Differences by the primary metric, {study.primary}."), tables.primary(study)]
+    blocks += tables.means(study)
+    if study.compared and study.ranked:
+        path = out / "figures" / "metrics.png"
+        pictures.draw_matrix(study, path)
+        blocks += [Picture(path, MATRIX)]
+        blocks += tables.differences(study)
+    return [*blocks, Bullets(explain(name for names in study.metrics.values() for name in names))]
+
+
+def _cost(study: Gathered, out: Path) -> list[Block]:
+    if study.primary not in study.ranked:
+        return []
+    path = out / "figures" / "cost.png"
+    pictures.draw_pareto(study, path)
+    return [Picture(path, f"{study.primary} against what it costs.")]
+
+
+def _curves(study: Gathered, out: Path) -> list[Block]:
+    groups = [[replace(arm, name=pictures.label(arm.name)) for arm in group] for group in _groups(study)]
+    try:
+        drawn = []
+        for number, group in enumerate(groups, 1):
+            folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
+            folder.mkdir(exist_ok=True)
+            drawn += curve_plots.draw(group, folder)
+    except UserError as error:  # their held-out errors are of different images or noise
+        return [Text(f"Curves are not drawn: {error}.")]
+    first: list[Block] = []
+    against = out / "figures" / "relative.png"
+    if relative.draw_relative(study, against):
+        first.append(Picture(against, RELATIVE))
+    clock = f" Hours are of the machine that trained; {tables.BESIDE}."
+    order = sorted(drawn, key=lambda path: (list(CURVES).index(path.stem), path))
+    return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
+
+
+def _groups(study: Gathered) -> list[list[curves.Arm]]:
+    """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
+    with, and the control."""
+    known = {arm.name: arm for arm in study.arms_of_curves()}
+    control = study.plan.control.name
+    groups: list[dict[str, None]] = [{control: None}]
+    for arm in study.compared:
+        wanted = {**groups[-1], arm.against: None, arm.name: None}
+        if len(wanted) > len(COLOURS):
+            groups.append({control: None})
+        groups[-1] |= {arm.against: None, arm.name: None}
+    found = [[known[name] for name in group if name in known] for group in groups]
+    return [group for group in found if group]
+
+
+def _convergence(study: Gathered) -> list[Block]:
+    if not study.logs:
+        return []
+    try:
+        found: list[Block] = [*tables.convergence(study)]
+    except UserError as error:
+        found = [Text(f"Convergence is not compared: {error}.")]
+    return [*found, tables.stable(study)]
+
+
+def _samples(study: Gathered, out: Path) -> list[Block]:
+    rows = {}
+    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed that has them
+        if arm not in rows and (folder / "drawn.npz").exists():
+            rows[arm] = folder / "drawn.npz"
+    if not rows:
+        return []
+    path = out / "figures" / "samples.png"
+    order = {arm.name: rows[arm.name] for arm in study.plan.arms if arm.name in rows}
+    pictures.draw_samples(order, path)
+    return [Picture(path, "First seed of each arm: below each other, images of the same noise and class.")]

@@ -1,0 +1,121 @@
+"""Means over seeds and differences between arms, with Student's t intervals.
+
+Seeds are paired: a seed stands for the same data order and the same noise in every arm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dit_in_dit.config import UserError
+
+LEVEL = 0.95
+ROUNDING = 1e-12  # of the values: what differs by less is one number, computed twice
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and its 95% interval; no interval with one seed, and NaN where a value is not finite."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm less what it is compared with, over the seeds that both have.
+
+    Attributes:
+        seeds: those seeds.
+        mean: of the differences; NaN where there is no seed, or a value that is not finite.
+        scale: what a difference is multiplied with to be in percent of the size of the other arm's mean; None where
+            that is 0.
+        low, high: the 95% interval; None with one seed, or where the differences do not vary at all.
+        wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
+        p: two-sided, of this comparison alone.
+        equal: every pair of values is one number.
+        constant: every pair differs, and by the same amount: there is no spread to make an interval of.
+    """
+
+    seeds: tuple[int, ...]
+    mean: float
+    scale: float | None
+    low: float | None = None
+    high: float | None = None
+    wide_low: float | None = None
+    wide_high: float | None = None
+    p: float | None = None
+    equal: bool = False
+    constant: bool = False
+
+    @property
+    def percent(self) -> float | None:
+        """The mean difference in percent."""
+        return None if self.scale is None else self.mean * self.scale
+
+    @property
+    def marked(self) -> bool:
+        """Whether the interval for all comparisons together excludes zero."""
+        return self.wide_low is not None and self.wide_high is not None and (self.wide_low > 0 or self.wide_high < 0)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95% interval of one value a seed; at least one."""
+    mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
+    if len(values) < 2 or math.isnan(mean):
+        return Estimate(mean, None, None, len(values))
+    reach = standard_errors(len(values)) * _error(values)
+    return Estimate(mean, mean - reach, mean + reach, len(values))
+
+
+def difference(arm: Mapping[int, float], other: Mapping[int, float], comparisons: int = 1) -> Difference:
+    """The paired difference of two arms' values by seed.
+
+    Args:
+        comparisons: how many of them the study makes; `wide_low` to `wide_high` is at 1 - 5% / comparisons.
+    """
+    seeds = tuple(sorted(arm.keys() & other.keys()))
+    a, b = (np.array([values[seed] for seed in seeds], float) for values in (arm, other))
+    if not seeds or not (np.isfinite(a) & np.isfinite(b)).all():
+        return Difference(seeds, math.nan, None)
+    each = a - b
+    rounding = ROUNDING * max(np.abs(a).max(), np.abs(b).max())
+    if np.abs(each).max() <= rounding:
+        return Difference(seeds, 0.0, None, equal=True)
+    mean, size = float(each.mean()), float(abs(b.mean()))
+    scale = 100 / size if size > rounding else None
+    if len(seeds) < 2:
+        return Difference(seeds, mean, scale)
+    if np.ptp(each) <= rounding:
+        return Difference(seeds, mean, scale, constant=True)
+    error = _error(each)
+    reach, wide = (standard_errors(len(seeds), comparisons=m) * error for m in (1, comparisons))
+    p = 2 * float(_special().stdtr(len(seeds) - 1, -abs(mean) / error))
+    return Difference(seeds, mean, scale, mean - reach, mean + reach, mean - wide, mean + wide, p)
+
+
+def standard_errors(count: int, comparisons: int = 1) -> float:
+    """How many standard errors an interval over `count` seeds reaches to each side; infinite for one."""
+    if count < 2:
+        return math.inf
+    return float(_special().stdtrit(count - 1, 1 - (1 - LEVEL) / 2 / comparisons))
+
+
+def _error(values: Any) -> float:
+    """Standard error of the mean of two values or more."""
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _special() -> Any:
+    try:
+        from scipy import special  # type: ignore[import-untyped]
+    except ImportError:
+        raise UserError("studies need scipy: pip install 'dit-in-dit[study]'") from None
+    return special

@@ -1,0 +1,168 @@
+"""What a study says in plain words: never more than its intervals allow."""
+
+from __future__ import annotations
+
+import math
+
+from dit_in_dit.study import words
+from dit_in_dit.study.gather import Gathered
+from dit_in_dit.study.metrics import WORDS, direction, ranked
+from dit_in_dit.study.plan import Arm, Plan
+from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
+
+FALSE = 1 - LEVEL
+
+
+def summarise(study: Gathered) -> list[str]:
+    """Sentences: the primary metric first, then the others, what they hold for, and what is missing."""
+    found = []
+    if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
+        found.append(f"No trial has ended with the primary metric {study.primary}: nothing can be said by it yet.")
+    elif len(study.plan.study.seeds) == 1:
+        found += _one_seed(study)
+    else:
+        found += _primary(study)
+    found += _secondary(study)
+    return [*found, scope(study.plan), *_unequal(study.plan), *_missing(study)]
+
+
+def _name(study: Gathered) -> str:
+    return f"{study.primary} ({WORDS[direction(study.primary)]})"
+
+
+def _one_seed(study: Gathered) -> list[str]:
+    values = {
+        arm.name: ranked(study.primary, next(iter(of_arm.values())))
+        for arm in study.plan.arms
+        if (of_arm := study.values(arm.name, study.primary))
+    }
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    found = ["One seed: a lead, no claim. Another seed moves every number, and one seed cannot tell by how much."]
+    if finite and direction(study.primary) != "listed":
+        low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
+        found.append(
+            f"By {_name(study)}, the arms lie between {words.number(finite[low])} ('{low}') and "
+            f"{words.number(finite[high])} ('{high}')."
+        )
+    return found
+
+
+def _primary(study: Gathered) -> list[str]:
+    metric, many = study.primary, len(study.compared)
+    seeds = words.count(len(study.plan.study.seeds), "seed")
+    if direction(metric) == "listed":
+        return [f"The primary metric {metric} is neither better nor worse at any value: it is listed, not ranked."]
+    if not study.compared:
+        return ["The study has one arm: there is nothing to compare it with."]
+    groups: dict[str, list[tuple[Arm, Difference]]] = {}
+    for arm in study.compared:
+        change = study.difference(arm, metric)
+        groups.setdefault(words.verdict(metric, change), []).append((arm, change))
+    marked = [*groups.pop("better", []), *groups.pop("worse", [])]
+    compared = f"{words.count(many, 'arm')} compared, {seeds} planned each"
+    found = [f"Primary metric: {_name(study)}; {compared}. A difference is seen for {len(marked) or 'none'} of them."]
+    for arm, change in marked:
+        found.append(
+            f"'{arm.name}' is {words.verdict(metric, change)} than '{arm.against}': "
+            f"{words.difference(metric, change)}, {_interval(study)} {words.interval(metric, change, wide=True)}, "
+            f"{len(change.seeds)} seeds."
+        )
+    if unseen := groups.pop("no difference seen", []):
+        names = words.listing([arm.name for arm, _ in unseen])
+        found.append(f"No difference is seen for {names}. {_allowed(study, unseen)}")
+    for verdict, members in groups.items():
+        found.append(f"{words.listing([arm.name for arm, _ in members])}: {verdict}.")
+    if unseen or marked:
+        found.append(_strength(study, {len(change.seeds) for _, change in [*marked, *unseen]}))
+    return found
+
+
+def _interval(study: Gathered) -> str:
+    many = len(study.compared)
+    return "95% interval" if many == 1 else f"interval for all {many} comparisons together"
+
+
+def _allowed(study: Gathered, unseen: list[tuple[Arm, Difference]]) -> str:
+    """How large the differences may be that were not seen."""
+    percents = [words.scale(study.primary, change) for _, change in unseen]
+    ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
+    if all(percents):
+        most = max(end * (percent or 0) for end, percent in zip(ends, percents, strict=True))
+        return f"That is no proof of equality: differences of up to {most:.{1 if most < 10 else 0}f} % fit the numbers."
+    return f"That is no proof of equality: differences of up to {words.number(max(ends), 2)} fit the numbers."
+
+
+def _strength(study: Gathered, seeds: set[int]) -> str:
+    """How far the intervals reach, for each number of seeds that there is."""
+    many, parts = len(study.compared), []
+    for amount in sorted(seeds):
+        alone, together = (f"{standard_errors(amount, m):.1f}" for m in (1, many))
+        more = f" ({together} for {many} comparisons together)" if many > 1 else ""
+        parts.append(f"with {amount} seeds {alone} standard errors to each side{more}")
+    return f"An interval reaches {', '.join(parts)}: what is smaller, or less steady over the seeds, cannot be seen."
+
+
+def _secondary(study: Gathered) -> list[str]:
+    others = [name for name in study.ranked if name != study.primary]
+    if not others or len(study.plan.study.seeds) < 2:
+        return []
+    lines, metrics = [], set()
+    for arm in study.compared:
+        verdicts = {name: words.verdict(name, study.difference(arm, name)) for name in others}
+        said = []
+        for verdict in ("better", "worse"):
+            names = [name for name, found in verdicts.items() if found == verdict]
+            metrics.update(names)
+            said += [f"{verdict} by {', '.join(names)}"] if names else []
+        if said:
+            lines.append(f"Secondary: '{arm.name}' against '{arm.against}' is {'; '.join(said)}.")
+    seen = f"some difference is seen in {len(metrics)}" if metrics else "a difference is seen in none"
+    chance = words.number(FALSE * len(others), 2)
+    return [
+        f"Secondary metrics: of {len(others)}, {seen}. Each is corrected for the number of arms only: of so many "
+        f"metrics, about {chance} could show a difference by chance.",
+        *lines,
+    ]
+
+
+def scope(plan: Plan) -> str:
+    """What a study's answers hold for."""
+    configs = [arm.config for arm in plan.arms]
+    steps = _between([config.train.steps for config in configs], ",d")
+    batch = _between([config.global_batch for config in configs], ",d")
+    macs = _between([arm.cost["macs"] / 1e6 for arm in plan.arms], ",.4g")
+    sources = ", ".join(dict.fromkeys(config.data.source for config in configs))
+    seeds = words.count(len(plan.study.seeds), "seed")
+    return (
+        f"Every trial: {steps} steps of {batch} images from {sources}, at {macs} million MACs per image (forward); "
+        f"{seeds} planned for each arm. What is said holds for this size, budget and data, and no further."
+    )
+
+
+def _between(values: list[int] | list[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _unequal(plan: Plan) -> list[str]:
+    """What the arms have not equally much of."""
+    study, found = plan.study, []
+    kinds = {"macs": "MACs", "params": "parameters", "time": "time of a step"}
+    for kind, name in kinds.items():
+        gaps = [100 * arm.gap[kind] for arm in plan.arms if kind in arm.gap]
+        if gaps and max(map(abs, gaps)) > 100 * study.tolerance:
+            found.append(f"{name} {words.signed(min(gaps))} to {words.signed(max(gaps))} %")
+    matched = f"Matched by {kinds[study.match]}" if study.match != "none" else "Nothing is matched"
+    within = f"within {100 * study.tolerance:g} % of what an arm is compared with"
+    return [f"{matched}. Not {within}: {', '.join(found)}."] if found else []
+
+
+def _missing(study: Gathered) -> list[str]:
+    states: dict[str, int] = {}
+    for _, _, state, _ in study.missing():
+        states[state] = states.get(state, 0) + 1
+    found = []
+    if states:
+        parts = ", ".join(f"{amount} {state}" for state, amount in states.items())
+        found.append(f"Incomplete: of {words.count(len(study.folders), 'trial')}, {parts}; they are listed below.")
+    return found

@@ -1,0 +1,296 @@
+"""The tables of a study of named arms."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_in_dit.config import format_stages, to_dict
+from dit_in_dit.evaluation.convergence import DEFINITIONS, reach, stability
+from dit_in_dit.evaluation.curves import Curve
+from dit_in_dit.study import words
+from dit_in_dit.study.document import Cell, Table
+from dit_in_dit.study.gather import Gathered
+from dit_in_dit.study.metrics import TITLES, direction
+from dit_in_dit.study.plan import Arm, Plan
+
+BESIDE = "other trials may have run beside"  # whatever the clock said
+FLOOR = "real against real"
+
+
+def protocol(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
+    """How the study was made, and how its samples were evaluated."""
+    study = []
+    for name, value in to_dict(plan.study).items():
+        if isinstance(value, dict) and name != "budget":
+            study += [(f"{name}: {inner}", _shown(given)) for inner, given in value.items()]
+        elif value != "" and (plan.study.search or name not in ("trials", "prune")):
+            study.append((name, _shown(value) if value != {} else "train.steps"))
+    made = [(name, _shown(value)) for name, value in plan.made.items()]
+    tables = [Table(["key", "value"], study, "The study", words=True)]
+    if made:
+        tables.append(Table(["what", "value"], made, "Planned on", words=True))
+    if evaluation:
+        rows = [(name, _shown(value)) for name, value in _flat(evaluation)]
+        note = "The same for all trials: others would have been refused."
+        tables.append(Table(["field", "value"], rows, "Evaluation of samples", note, words=True))
+    return tables
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {_shown(inner)}" for name, inner in value.items()) or "(nothing changed)"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# --------------------------------------------------------------------------------------------- cost
+
+
+def cost(study: Gathered) -> Table:
+    """What every arm is and costs, with the gaps to what it is compared with."""
+    kinds = {"macs": ("million MACs", 1e-6), "params": ("million parameters", 1e-6), "time": ("ms a step", 1e3)}
+    if not any("time" in arm.cost for arm in study.plan.arms):
+        del kinds["time"]
+    heads = ["arm", "compared with", "stages", "D", "E", *(head for head, _ in kinds.values())]
+    heads += ["training, seconds", "changed to match"]
+    scales = {kind: scale for kind, (_, scale) in kinds.items()}
+    rows = [_cost_row(study, arm, scales) for arm in study.plan.arms]
+    note = (
+        "MACs: multiply-accumulates of a forward pass for one image. In brackets: the gap to the arm "
+        "that it is compared with. Time of a step: measured when the study was planned. "
+        f"Training: mean over seeds, by the clock of the machines that ran them; {BESIDE}."
+    )
+    return Table(heads, rows, note=note)
+
+
+def _cost_row(study: Gathered, arm: Arm, scales: Mapping[str, float]) -> list[str]:
+    model, itself = arm.config.model, arm.against == arm.name
+    inner = str(model.inner.width) if model.blocks("inner") else "-"
+    row = [arm.name, "-" if itself else arm.against, format_stages(model.program), str(model.outer.width), inner]
+    for kind, scale in scales.items():
+        amount = f"{arm.cost[kind] * scale:.4g}" if kind in arm.cost else "-"
+        row.append(amount if itself or kind not in arm.gap else f"{amount} ({words.signed(100 * arm.gap[kind])} %)")
+    changed = "; ".join(f"{name}: {before} to {after}" for name, (before, after) in arm.matched.items())
+    spent = seconds(study, arm.name)
+    return [*row, "-" if spent is None else f"{spent:,.0f}", changed or "-"]
+
+
+def seconds(study: Gathered, arm: str) -> float | None:
+    """Seconds of training, mean over the seeds that are done; None without a clock."""
+    logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
+    found = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
+    return float(np.mean(found)) if found else None
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def primary(study: Gathered) -> Table:
+    """The differences by the primary metric, with all that belongs to them."""
+    metric, many = study.primary, len(study.compared)
+    together = [f"interval, all {many} together"] if many > 1 else []
+    heads = ["arm", "verdict", "difference", *together, "95% interval", "p", "mean"]
+    heads += ["compared with", "its mean", "seeds"]
+    rows: list[list[str | Cell]] = []
+    for arm in study.compared:
+        found = study.difference(arm, metric)
+        row: list[str | Cell] = [arm.name, _verdict(words.verdict(metric, found)), words.difference(metric, found)]
+        row += [words.interval(metric, found, wide=wide) or "-" for wide in ((True, False) if many > 1 else (False,))]
+        row += [words.number(found.p, 2), words.estimate(study.estimate(arm.name, metric)), arm.against]
+        rows.append([*row, words.estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
+    note = (
+        "Difference: arm less the other, seed by seed; in percent of the other's mean. Student's t over the seeds that "
+        f"both have. A verdict is better or worse where the {_interval(study)} excludes zero. p is of the single "
+        "comparison. ±: half of the 95% interval over seeds."
+    )
+    return Table(heads, rows, f"Differences by {metric}", note)
+
+
+def _interval(study: Gathered) -> str:
+    many = len(study.compared)
+    return f"interval for all {many} comparisons together (Bonferroni)" if many > 1 else "95% interval"
+
+
+def _verdict(verdict: str, text: str = "") -> Cell:
+    if verdict == "better":
+        return Cell(text or verdict, "better")
+    if verdict == "worse":
+        return Cell(text or verdict, "worse")
+    return Cell(text or verdict, "soft")
+
+
+def differences(study: Gathered) -> list[Table]:
+    """The differences by every ranked metric, a table for each group."""
+    tables = []
+    for group, members in study.metrics.items():
+        metrics = [name for name in members if direction(name) != "listed"]
+        if not metrics:
+            continue
+        rows: list[list[str | Cell]] = []
+        for arm in study.compared:
+            name = arm.name if arm.against == study.plan.control.name else f"{arm.name} against {arm.against}"
+            rows.append([name, *(_difference(study, arm, metric) for metric in metrics)])
+        note = (
+            f"Difference ({_interval(study)}). In colour and with a word: the interval excludes zero. "
+            "Corrected for the number of arms, not for the number of metrics."
+        )
+        tables.append(Table(["arm", *metrics], rows, f"{TITLES[group]}: differences", note))
+    return tables
+
+
+def _difference(study: Gathered, arm: Arm, metric: str) -> Cell:
+    found = study.difference(arm, metric)
+    verdict, between = words.verdict(metric, found), words.interval(metric, found, wide=True)
+    text = words.difference(metric, found) + (f" ({between})" if between else "")
+    return _verdict(verdict, f"{text} {verdict}" if found.marked else text)
+
+
+def means(study: Gathered) -> list[Table]:
+    """Mean and interval of every arm by every metric, a table for each group."""
+    tables = []
+    for group, metrics in study.metrics.items():
+        rows: list[list[str | Cell]] = [
+            [arm.name, *(words.estimate(study.estimate(arm.name, metric)) for metric in metrics)]
+            for arm in study.plan.arms
+        ]
+        floors = [study.floor(metric) for metric in metrics]
+        if any(floor is not None for floor in floors):
+            rows.append([Cell(FLOOR, "soft"), *(Cell(words.number(floor), "soft") for floor in floors)])
+        note = "Mean over seeds ± half of its 95% interval (Student's t)."
+        tables.append(Table(["arm", *metrics], rows, TITLES[group], note))
+    return tables
+
+
+# --------------------------------------------------------------------------------------- convergence
+
+
+def convergence(study: Gathered) -> list[Table]:
+    """When each arm reached the error at which the worst run ended, a table for each time t.
+
+    Raises:
+        UserError: the arms' held-out sets differ.
+    """
+    arms = study.arms_of_curves()
+    arms.sort(key=lambda arm: arm.name != study.plan.control.name)  # ratios are to the first
+    found: dict[tuple[float, float], list[list[str | Cell]]] = {}
+    for row in reach(arms):
+        cells = [row.arm, f"{row.reached} of {row.seeds}"]
+        for kind, scale in (("steps", 1.0), ("macs", 1e-12), ("hours", 3600.0)):
+            needed = row.needed.get(kind)
+            sign = "<= " if row.bound else ""
+            ratio = f" (x{row.ratio[kind]:.2f})" if kind in row.ratio else ""
+            cells.append(f"{sign}{needed.mean * scale:.4g}{ratio}" if needed else "-")
+        found.setdefault((row.t, row.error), []).append([*cells])
+    heads = ["arm", "seeds that did", "steps", "training TMACs", "seconds"]
+    note = f"Mean over seeds: {DEFINITIONS['reach']}. x: ratio to the first arm. Seconds: {BESIDE}."
+    return [
+        Table(heads, rows, f"Until the held-out error at t = {t:g}, whole image, was {error:.4g}", note)
+        for (t, error), rows in found.items()
+    ]
+
+
+def stable(study: Gathered) -> Table:
+    """How smoothly the arms trained, over their seeds."""
+    rows: list[list[str | Cell]] = []
+    for arm in study.arms_of_curves():
+        rows.append([arm.name, str(len(arm.curves)), *_stability(arm.curves)])
+    heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]
+    heads += ["largest gradient norm", "clipped"]
+    kinds = ("skipped", "non_finite", "loss_spikes", "gradient_spikes", "clipped")
+    note = "; ".join(f"{kind.replace('_', ' ')}: {DEFINITIONS[kind]}" for kind in kinds)
+    return Table(heads, rows, "Stability, all seeds of an arm together", f"{note}.")
+
+
+def _stability(curves: Sequence[Curve]) -> list[str]:
+    found = [stability(curve) for curve in curves]
+    sums = [
+        sum(counts)
+        for counts in zip(
+            *((f.steps, f.skipped, f.non_finite, f.loss_spikes, f.gradient_spikes) for f in found), strict=True
+        )
+    ]
+    largest = max((f.largest_gradient for f in found if f.largest_gradient is not None), default=None)
+    clipped = [f.clipped for f in found if f.clipped is not None]
+    share = f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"
+    return [*(f"{amount:,d}" for amount in sums), words.number(largest), share]
+
+
+def missing(study: Gathered) -> Table:
+    """Every trial without numbers, and why."""
+    rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
+    return Table(["arm", "seed", "state", "reason"], rows, words=True)
+
+
+# ------------------------------------------------------------------------------------------ to paste
+
+
+def paper(study: Gathered) -> tuple[list[str], list[list[str]], str]:
+    """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
+    shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
+    heads = ["arm", "MACs (M)", "params (M)", *shown]
+    rows = []
+    for arm in study.plan.arms:
+        cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
+        for metric in shown:
+            marked = arm.against != arm.name and study.difference(arm, metric).marked
+            cells.append(words.estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
+        rows.append(cells)
+    done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
+    fewest, most = min(done), max(done)
+    seeds = words.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    marks = (
+        f"; mean ± half of its 95% interval. † differs from what it is compared with ({study.plan.control.name} unless "
+        f"said otherwise): paired t interval, corrected for {words.count(len(study.compared), 'comparison')}, "
+        "excludes zero"
+    )
+    caption = f"{study.plan.study.question or study.plan.name} {seeds} for each arm"
+    return heads, rows, caption + (marks if most > 1 else ": a lead, no claim") + "."
+
+
+def _in_paper(study: Gathered, group: str, metric: str) -> bool:
+    """What fits on a page: no spectra, moments and seams unless the study was made for them."""
+    if direction(metric) == "listed":
+        return False
+    return group in ("held_out", "standard") or metric == study.primary or metric.startswith("swd.")
+
+
+def results(study: Gathered) -> str:
+    """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
+    made = io.StringIO()
+    table = csv.writer(made, lineterminator="\n")
+    table.writerow(["arm", "seed", "state", "step", "metric", "value", "floor"])
+    states = {(arm, seed): state for arm, seed, state, _ in study.missing()}
+    for key in study.folders:
+        result = study.results.get(key)
+        if result is None or not result.metrics:
+            table.writerow([*key, result.state if result else states[key], result.step if result else "", "", "", ""])
+            continue
+        for metric in sorted(result.metrics):
+            floor = result.floors.get(metric)
+            value = float(result.metrics[metric])
+            table.writerow([*key, result.state, result.step, metric, repr(value), "" if floor is None else repr(floor)])
+    return made.getvalue()
+
+
+def not_finite(study: Gathered) -> list[str]:
+    """Arms and metrics whose values are not all finite numbers."""
+    return [
+        f"'{arm.name}': {metric} is not finite in {words.count(bad, 'seed')}."
+        for arm in study.plan.arms
+        for metric in study.ranked
+        if (bad := sum(not math.isfinite(value) for value in study.values(arm.name, metric).values()))
+    ]

@@ -1,0 +1,392 @@
+"""The report of a study, from folders whose numbers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dit_in_dit.config import UserError, changed
+from dit_in_dit.evaluation.curves import read_run
+from dit_in_dit.study.document import Cell, latex, latex_table, markdown_table
+from dit_in_dit.study.gather import gather
+from dit_in_dit.study.plan import Plan, StudyConfig, Trial, describe
+from dit_in_dit.study.relative import relative
+from dit_in_dit.study.report import Report, report
+from dit_in_dit.study.summary import summarise
+from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
+
+PRIMARY = "held_out.0.2.high"
+EVIL = "<script>alert('a&b')</script> 50% $x_1$ | *b*"
+ARMS: dict[str, Any] = {
+    "full": {},
+    "plain": {"model.use_inner": False},
+    "gate": {"model.inner.fuse": "gate"},
+    "gate, mean": {"model.inner.fuse": "gate", "model.inner.aggregate": "attention", "against": "gate"},
+}
+
+
+def study_of(arms: dict[str, Any], seeds: tuple[int, ...] = (0, 1, 2), **keys: Any) -> Plan:
+    return plan_of(StudyConfig(question="does it help?", arms=arms, seeds=seeds, budget={"steps": 40}, **keys))
+
+
+def noisy(effects: dict[str, float], spread: float = 0.002) -> Any:
+    """Metrics of arms whose primary one is a factor off, with a part that arms of a seed share."""
+
+    def metrics(arm: str, seed: int) -> dict[str, float]:
+        shared = np.random.default_rng(seed).normal(0, 0.05)
+        own = np.random.default_rng([seed, len(arm), ord(arm[-1])])
+        factor = 1 + effects.get(arm, 0.0)
+        return {
+            PRIMARY: 0.01 * factor * math.exp(shared + own.normal(0, spread)),
+            "held_out.0.2.whole": 0.02 * math.exp(own.normal(0, 0.05)),
+            "spectrum.1/4": own.normal(0, 1),
+            "precision": 0.5 + own.normal(0, 0.01),
+            "memorised": 0.01,
+        }
+
+    return metrics
+
+
+def says(out: Path) -> str:
+    return "\n".join(summarise(gather(out)))
+
+
+class Page(HTMLParser):
+    """What a page asks for, and what of it is text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        known = dict(attributes)
+        self.sources += [value for name in ("src", "href", "action", "data") if (value := known.get(name))]
+        self.ids += [value for value in [known.get("id")] if value]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# ------------------------------------------------------------------------------------------- a whole
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A study with a planted difference, an arm that is compared with another than the control, one with a name that
+    means something to every format, a failed trial, one under way, and one that never started."""
+    out = write_plan(tmp_path_factory.mktemp("study") / "out", plan := study_of({**ARMS, EVIL: {"train.clip": 0}}))
+    metrics = noisy({"plain": 0.3})
+    for trial in plan.trials:
+        if (trial.arm, trial.seed) == ("gate", 2):
+            write_trial(out, trial, {}, state="failed", reason="loss is not finite at step 7")
+        elif (trial.arm, trial.seed) == ("full", 1):
+            write_trial(out, trial, None)
+        elif (trial.arm, trial.seed) != (EVIL, 2):
+            level = 1.3 if trial.arm == "plain" else 1.0
+            write_trial(out, trial, metrics(trial.arm, trial.seed), floors={"memorised": 0.02}, level=level)
+    return out, report(out)
+
+
+def test_the_page_asks_for_nothing(whole: tuple[Path, Report]):
+    text = (whole[0] / "report.html").read_text()
+    page = Page(text)
+    assert all(source.startswith(("data:", "#")) for source in page.sources)
+    assert not re.search(r"https?:|url\(|@import|//cdn", text)
+    assert not {"script", "iframe", "link rel=stylesheet", "object"} & set(page.tags)
+    anchors = [source[1:] for source in page.sources if source.startswith("#")]
+    assert len(anchors) > 5
+    assert set(anchors) <= set(page.ids)
+
+
+def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Path, Report]):
+    out, _ = whole
+    page = Page((out / "report.html").read_text())
+    for text in [*ARMS, EVIL, "does it help?", PRIMARY, "spectrum.1/4", "precision", "memorised", "outer*4 inner*2"]:
+        assert text in page.text, text
+    figures = sorted(path for path in (out / "figures").rglob("*.png"))
+    assert {path.stem for path in figures} >= {
+        "differences", "metrics", "cost", "relative", "held-out", "loss", "gradients", "throughput", "samples"
+    }  # fmt: skip
+    assert sum(source.startswith("data:image/png") for source in page.sources) == len(figures)
+    markdown = (out / "report.md").read_text()
+    linked = re.findall(r"\]\((figures/[^)]*)\)", markdown)
+    assert sorted(linked) == sorted(path.relative_to(out).as_posix() for path in figures)
+
+
+def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, Report]):
+    out, made = whole
+    states = {(arm, seed): (state, reason) for arm, seed, state, reason in gather(out).missing()}
+    assert states == {
+        ("gate", 2): ("failed", "loss is not finite at step 7"),
+        ("full", 1): ("under way", "step 40 logged"),
+        (EVIL, 2): ("not started", ""),
+    }
+    page = Page((out / "report.html").read_text())
+    assert "loss is not finite at step 7" in page.text
+    assert any("of 15 trials, 1 under way, 1 failed, 1 not started" in sentence for sentence in made.summary)
+
+
+def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, Report]):
+    assert (whole[0] / "report.md").read_text().count("other trials may have run beside") >= 4
+
+
+def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, Report]):
+    out, _ = whole
+    rows = list(csv.DictReader((out / "results.csv").open(newline="")))
+    study = gather(out)
+    for (arm, seed), result in study.done.items():
+        mine = {r["metric"]: r for r in rows if (r["arm"], r["seed"]) == (arm, str(seed))}
+        assert {name: float(row["value"]) for name, row in mine.items()} == result.metrics
+        assert float(mine["memorised"]["floor"]) == 0.02
+        assert {row["state"] for row in mine.values()} == {"done"}
+    rest = {(r["arm"], r["seed"]): r["state"] for r in rows if not r["metric"]}
+    assert rest == {("gate", "2"): "failed", ("full", "1"): "under way", (EVIL, "2"): "not started"}
+
+
+def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, Report]):
+    out, _ = whole
+    names = ("report.html", "report.md", "results.csv", "table.md", "table.tex")
+    before = {name: (out / name).read_bytes() for name in names}
+    made = report(out)
+    assert {name: (out / name).read_bytes() for name in names} == before
+    assert [path.name for path, _ in made.files] == list(names)
+
+
+def test_a_name_means_nothing_to_html_markdown_and_latex(whole: tuple[Path, Report]):
+    out, _ = whole
+    assert "<script" not in (out / "report.html").read_text()
+    table = (out / "table.md").read_text().splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(re.findall(r"(?<!\\)\|", table[0]))}
+    assert r"\<script\>" in (out / "table.md").read_text()
+    tex = (out / "table.tex").read_text()
+    assert r"50\% \$x\_1\$ \textbar{} *b*" in tex
+    assert r"a\&b" in tex
+
+
+def test_latex_escapes_all_ten_characters():
+    assert latex("a_b & 5% #1 {x} $y$ ~^\\") == (
+        r"a\_b \& 5\% \#1 \{x\} \$y\$ \textasciitilde{}\textasciicircum{}\textbackslash{}"
+    )
+    assert r"$-$1.5 $\pm$ 0.2$^\dagger$" in latex_table(["a"], [["-1.5 ± 0.2†"]], "")
+
+
+def test_what_stands_out_is_bold_in_markdown():
+    assert markdown_table(["a"], [[Cell("x_y", "worse")]]).endswith(r"| **x\_y** |")
+
+
+# ------------------------------------------------------------------------------------ what it claims
+
+
+def test_an_arm_against_itself_differs_in_nothing(tmp_path: Path):
+    plan = study_of({"a": {}, "a again": {}})
+    text = says(write_study(tmp_path / "out", plan, lambda arm, seed: noisy({})("a", seed)))
+    assert "A difference is seen for none" in text
+    assert "'a again': equal in every seed." in text
+    assert "a difference is seen in none" in text
+    assert "better than" not in text
+    assert "worse than" not in text
+
+
+@pytest.mark.parametrize(("effect", "word"), [(0.2, "worse"), (-0.2, "better")])
+def test_a_planted_difference_is_found_with_its_sign(tmp_path: Path, effect: float, word: str):
+    plan = study_of({"full": {}, "other": {}, "alike": {}})
+    out = write_study(tmp_path / "out", plan, noisy({"other": effect}))
+    text = says(out)
+    assert "A difference is seen for 1 of them" in text
+    assert re.search(rf"'other' is {word} than 'full': {100 * effect:+.0f}\.\d %|'other' is {word} than 'full': ", text)
+    found = gather(out).difference(plan.arm("other"), PRIMARY)
+    assert found.percent == pytest.approx(100 * effect, abs=2)
+    assert found.wide_low is not None
+    assert "No difference is seen for 'alike'" in text
+
+
+def test_more_precision_is_better(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}}, primary="precision", metrics=("inception",))
+    out = write_study(
+        tmp_path / "out", plan, lambda arm, seed: {"precision": 0.5 + 0.1 * (arm == "b") + 0.001 * seed * (arm == "b")}
+    )
+    assert "'b' is better than 'a'" in says(out)
+
+
+def test_what_is_compared_with_another_arm_says_so(tmp_path: Path):
+    out = write_study(tmp_path / "out", study_of(ARMS), noisy({"gate": 0.2, "gate, mean": 0.2}))
+    text = says(out)
+    assert "'gate' is worse than 'full'" in text
+    assert "'gate, mean' is" not in text
+
+
+def test_noise_is_seldom_called_a_difference(tmp_path: Path):
+    """Of 200 studies of eight arms alike at most a twentieth may claim anything: ten, and ten more by chance."""
+    plan = study_of({f"arm {name}": {} for name in "abcdefgh"})
+    out = write_plan(tmp_path / "out", plan)
+    for trial in plan.trials:
+        write_trial(out, trial, {PRIMARY: 1.0})
+    study, draw, claims = gather(out), np.random.default_rng(0), 0
+    for _ in range(200):
+        drawn = {
+            key: replace(result, metrics={PRIMARY: 1 + draw.normal(0, 0.1)}) for key, result in study.results.items()
+        }
+        claims += "seen for none" not in "\n".join(summarise(replace(study, results=drawn)))
+    assert 0 < claims <= 20
+
+
+def test_one_seed_is_a_lead_and_no_claim(tmp_path: Path):
+    out = write_study(tmp_path / "out", study_of(ARMS, seeds=(0,)), noisy({"plain": 5.0}))
+    text = says(out)
+    assert "One seed: a lead, no claim." in text
+    for claim in ("is better than", "is worse than", "is seen"):
+        assert claim not in text
+    assert "no claim" in report(out).summary[0]
+    page = (out / "report.html").read_text()
+    assert 'class="better"' not in page
+    assert 'class="worse"' not in page
+
+
+def test_a_seed_that_is_alone_claims_nothing(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}})
+    out = write_plan(tmp_path / "out", plan)
+    for trial in plan.trials[:3]:  # both arms with seed 0, and one with seed 1
+        write_trial(out, trial, {PRIMARY: 5.0 if trial.arm == "b" else 1.0})
+    assert "'b': one seed: no claim" in says(out)
+
+
+def test_a_metric_that_is_not_finite_is_said_and_claims_nothing(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}})
+    out = write_study(
+        tmp_path / "out", plan, lambda arm, seed: {PRIMARY: math.nan if (arm, seed) == ("b", 1) else 1 + seed / 10}
+    )
+    made = report(out)
+    assert "'b': not finite." in made.summary
+    assert f"'b': {PRIMARY} is not finite in 1 seed." in made.summary
+    assert "nan" in (out / "results.csv").read_text()
+
+
+def test_a_study_that_has_only_begun_has_a_report(tmp_path: Path):
+    out = write_plan(tmp_path / "out", study_of(ARMS))
+    made = report(out)
+    assert "nothing can be said" in made.summary[0]
+    assert "12 not started" in made.summary[-1]
+
+
+def test_what_the_matched_arms_do_not_share_is_told(tmp_path: Path):
+    text = says(write_study(tmp_path / "out", study_of(ARMS, match="params"), noisy({})))
+    assert "Matched by parameters. Not within 2 % of what an arm is compared with: MACs -32.5 to 0.0 %" in text
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+
+def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}})
+    out = write_plan(tmp_path / "out", plan)
+    other = {**PROTOCOL, "samples": {"sampler": "dpm++", "steps": 50}}
+    for trial in plan.trials:
+        write_trial(out, trial, {PRIMARY: 1.0}, protocol=other if trial.arm == "b" else PROTOCOL)
+    with pytest.raises(UserError, match=r"cannot stand in one table.*samples\.steps: 25 / 50"):
+        report(out)
+
+
+def test_other_held_out_images_are_refused(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {"data.held_out": 0.3}})
+    with pytest.raises(UserError, match=r"data\.held_out"):
+        report(write_study(tmp_path / "out", plan, noisy({})))
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="not a study's folder"):
+        report(tmp_path)
+
+
+def test_a_damaged_result_is_named(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}})
+    out = write_study(tmp_path / "out", plan, noisy({}))
+    path = out / "runs" / plan.trials[0].key / "result.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        report(out)
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def test_an_error_is_compared_at_equal_macs(tmp_path: Path):
+    """Of a run with a third less MACs a step and the same error at each step, the error at equal MACs is lower."""
+    plan = study_of({"full": {}, "plain": {"model.use_inner": False}}, seeds=(0,))
+    runs = [read_run(write_trial(tmp_path, trial, None)) for trial in plan.trials]
+    same = relative(runs[0], runs[0], (0.2, "high"))
+    assert np.abs(same[1]).max() < 1e-9
+    macs, change = relative(runs[1], runs[0], (0.2, "high"))
+    assert (change < 0).all()
+    assert macs.max() <= runs[1].macs(runs[1].evaluated).max()
+    at = runs[0].macs(runs[0].evaluated)
+    line = np.exp(np.interp(np.log(macs), np.log(at), np.log(runs[0].held_out[0.2, "high"])))
+    errors = runs[1].held_out[0.2, "high"][-len(macs) :]
+    assert change == pytest.approx(100 * (errors - line) / line)
+
+
+# ------------------------------------------------------------------------------------------ search
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """Six trials: the third is the best, the fourth failed, the fifth was pruned, the sixth is not done."""
+    search = {"model.inner.width": [16, 32, 64], "model.inner.aggregate": ["mean", "concat"]}
+    study = StudyConfig(question="which width?", search=search, trials=8, budget={"steps": 40}, seeds=(0,))
+    base = plan_of(StudyConfig(arms={"base": {}}, budget={"steps": 40}, seeds=(0,)))
+    out = write_plan(tmp_path_factory.mktemp("search") / "out", Plan("widths", study, base.arms, base.made))
+    for number, state in enumerate(["done", "done", "done", "failed", "pruned", ""]):
+        changes = {
+            "model.inner.width": (16, 32, 64)[number % 3],
+            "model.inner.aggregate": ("mean", "concat")[number % 2],
+        }
+        trial = Trial(f"t{number}", 0, changed(base.arms[0].config, changes))
+        value = {PRIMARY: 0.5 - number / 10} if state == "done" else {}
+        folder = write_trial(out, trial, value if state else None, state=state or "done", reason="no memory")
+        (folder / "changes.json").write_text(json.dumps({"changes": changes, "number": number}))
+    return out, report(out)
+
+
+def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, Report]):
+    out, made = searched
+    table = (out / "table.md").read_text().splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in table] == ["2", "1", "0"]
+    assert made.summary[0] == "Tried: 6 of 8 configs (3 done, 1 pruned, 1 failed, 1 not done)."
+    assert f"number 2, {describe({'model.inner.width': 64, 'model.inner.aggregate': 'mean'})}" in made.summary[1]
+    page = Page((out / "report.html").read_text())
+    assert "no memory" in page.text
+    assert sum(source.startswith("data:image/png") for source in page.sources) == 2
+
+
+def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[Path, Report]):
+    out, made = searched
+    assert "a lead, no claim" in made.summary[2]
+    text = re.search(r"```\n(question: .*?)```", (out / "report.md").read_text(), re.DOTALL)
+    assert text is not None
+    proposed = StudyConfig.from_dict(yaml.safe_load(text[1]))
+    assert list(proposed.arms) == ["base", "number 2", "number 1", "number 0"]
+    assert 0 not in proposed.seeds
+    assert len(proposed.seeds) > 1
+    assert plan_of(proposed).control.name == "base"
+
+
+def test_the_numbers_of_a_search_come_back_from_csv(searched: tuple[Path, Report]):
+    rows = list(csv.DictReader((searched[0] / "results.csv").open(newline="")))
+    assert [(row["number"], row["state"]) for row in rows] == [
+        ("0", "done"), ("1", "done"), ("2", "done"), ("3", "failed"), ("4", "pruned"), ("5", "not done")
+    ]  # fmt: skip
+    assert float(rows[2]["value"]) == 0.5 - 2 / 10

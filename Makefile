@@ -1,5 +1,6 @@
 # make demo   from nothing to a trained small model and its pictures
 # make test   from nothing to all tests passed
+# make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ RUN := .venv/bin/python
 # glibc gives large freed blocks back at once and asks for them again; keeping them makes a CPU step shorter.
 KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test check
+.PHONY: demo test test-eval check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -30,3 +31,16 @@ check: .venv/dev
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ .venv/core
+
+# The feature networks' packages, against their own numbers: apart, because what they need breaks others (docs/decisions.md).
+EVAL := .venv-eval/bin/python
+
+test-eval: .venv-eval/made
+	OMP_NUM_THREADS=1 $(EVAL) -m pytest tests/eval
+
+.venv-eval/made: pyproject.toml constraints.txt tests/eval/constraints.txt
+	$(PYTHON) -m venv .venv-eval
+	$(EVAL) -m pip install --disable-pip-version-check -c constraints.txt -c tests/eval/constraints.txt \
+		-e '.[viz]' pytest pytest-timeout transformers
+	$(EVAL) -m pip install --disable-pip-version-check -c tests/eval/constraints.txt --no-deps torch-fidelity torchvision
+	touch $@

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
-import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,7 +90,7 @@ def _inception(path: Path | None, device: torch.device) -> Network:
     safe.seek(0)
     try:
         extractor = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe)
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: give another file") from None
     extractor.to(device).eval()
     found: dict[str, Tensor] = {}
@@ -107,12 +107,14 @@ def _inception(path: Path | None, device: torch.device) -> Network:
     return Network("inception", _identity("Inception", path, "torch-fidelity"), compute)
 
 
-def _tensors(path: Path) -> Any:
-    """What a `.pth` file holds, read without running any of it; UserError when that cannot be done."""
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file by name, read without running any of it; UserError when that cannot be done."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
+        with warnings.catch_warnings(action="ignore"):  # of bytes that make no sense; what comes of them is said below
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor.clone() for name, tensor in found.items()}  # nothing else that hangs on a tensor
+    except Exception as error:  # what torch raises on damaged bytes is anything from AssertionError to struct.error
+        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors by name"
         raise UserError(f"cannot read the weights in {path}: {reason}; get the file again") from None
 
 
@@ -127,23 +129,36 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
             raise UserError(f"no {name} in {folder}: --dinov2 needs the files of facebook/dinov2-large")
     try:
         from transformers import Dinov2Model
+        from transformers.utils import logging as their_logging
     except (ImportError, RuntimeError) as error:
         raise _not_importable("transformers", "transformers", error) from None
+    # It prints a table of every weight that does not fit; one line below says what is wrong.
+    their_logging.set_verbosity(logging.CRITICAL)
+    their_logging.disable_progress_bar()
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
         if kind != "dinov2":
             raise UserError(f"{folder} must hold a model of type dinov2: got {kind!r}")
         model, report = Dinov2Model.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation="sdpa",  # a config can name a repository of kernels, which would be got and run
+            ignore_mismatched_sizes=True,  # they are in the report
         )
+        wrong = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
+        if differing := sorted(name for name in wrong if not name.startswith("classifier")):
+            raise UserError(
+                f"{folder} must hold one model: model.safetensors and config.json differ in {len(differing)} weights, "
+                f"{differing[0]} first; get both again"
+            )
+        _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a config can be wrong in as many ways as there are lines that read it
         reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
         raise UserError(f"cannot read DINOv2 from {folder}: {reason}; get the files again") from None
-    if absent := sorted(report["missing_keys"]):
-        raise UserError(f"{folder / 'model.safetensors'} lacks {len(absent)} weights, {absent[0]} first: get it again")
-    _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
     model.to(device, torch.float32).eval()
 
     def compute(pixels: Pixels) -> dict[str, Tensor]:
@@ -153,7 +168,10 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
 
     config = model.config
     identity = _identity("DINOv2", folder / "model.safetensors", "transformers")
-    shape = f"ViT, width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size}"
+    shape = (
+        f"ViT, width {config.hidden_size}, {config.num_hidden_layers} layers of {config.num_attention_heads} heads, "
+        f"patch {config.patch_size}"
+    )
     return Network("dinov2", {**identity, "network": shape}, compute)
 
 

@@ -139,6 +139,7 @@ def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, R
     page = Page((out / "report.html").read_text())
     assert "loss is not finite at step 7" in page.text
     assert any("of 15 trials, 1 under way, 1 failed, 1 not started" in sentence for sentence in made.summary)
+    assert any(sentence.startswith("Seeds of 'gate' failed") and "flatters" in sentence for sentence in made.summary)
 
 
 def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, Report]):
@@ -208,7 +209,7 @@ def test_a_planted_difference_is_found_with_its_sign(tmp_path: Path, effect: flo
     out = write_study(tmp_path / "out", plan, noisy({"other": effect}))
     text = says(out)
     assert "A difference is seen for 1 of them" in text
-    assert re.search(rf"'other' is {word} than 'full': {100 * effect:+.0f}\.\d %|'other' is {word} than 'full': ", text)
+    assert f"'other' is {word} than 'full': {'+' if effect > 0 else '-'}" in text
     found = gather(out).difference(plan.arm("other"), PRIMARY)
     assert found.percent == pytest.approx(100 * effect, abs=2)
     assert found.wide_low is not None
@@ -283,6 +284,24 @@ def test_a_study_that_has_only_begun_has_a_report(tmp_path: Path):
     assert "12 not started" in made.summary[-1]
 
 
+def test_a_primary_metric_that_was_not_measured_is_said(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}}, primary="FID", metrics=("held_out", "inception"))
+    made = report(write_study(tmp_path / "out", plan, noisy({})))
+    assert made.summary[0].startswith("No trial has ended with the primary metric FID")
+    assert PRIMARY in made.summary[0]
+
+
+def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dit_in_dit.study.gather.MOST_DRAWN", 1)
+    out = write_study(tmp_path / "out", study_of(ARMS), noisy({}))
+    study = gather(out)
+    assert [arm.name for arm in study.shown] == ["full", "plain"]
+    assert len(study.compared) == 3
+    report(out)
+    page = Page((out / "report.html").read_text())
+    assert "Pictures show the first 1 of 3 arms; tables, all." in page.text
+
+
 def test_what_the_matched_arms_do_not_share_is_told(tmp_path: Path):
     text = says(write_study(tmp_path / "out", study_of(ARMS, match="params"), noisy({})))
     assert "Matched by parameters. Not within 2 % of what an arm is compared with: MACs -32.5 to 0.0 %" in text
@@ -344,7 +363,8 @@ def test_an_error_is_compared_at_equal_macs(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    """Six trials: the third is the best, the fourth failed, the fifth was pruned, the sixth is not done."""
+    """Six trials: the third is the best, the fourth failed before it had a config, the fifth was pruned, the sixth is
+    not done."""
     search = {"model.inner.width": [16, 32, 64], "model.inner.aggregate": ["mean", "concat"]}
     study = StudyConfig(question="which width?", search=search, trials=8, budget={"steps": 40}, seeds=(0,))
     base = plan_of(StudyConfig(arms={"base": {}}, budget={"steps": 40}, seeds=(0,)))
@@ -358,6 +378,8 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
         value = {PRIMARY: 0.5 - number / 10} if state == "done" else {}
         folder = write_trial(out, trial, value if state else None, state=state or "done", reason="no memory")
         (folder / "changes.json").write_text(json.dumps({"changes": changes, "number": number}))
+        if state == "failed":
+            (folder / "config.yaml").unlink()
     return out, report(out)
 
 

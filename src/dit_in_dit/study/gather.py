@@ -19,6 +19,8 @@ from dit_in_dit.study.metrics import direction, grouped, ranked
 from dit_in_dit.study.plan import Arm, Plan, Result
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
 
+MOST_DRAWN = 60  # compared arms in a picture
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -44,6 +46,17 @@ class Gathered:
     def compared(self) -> list[Arm]:
         """The arms that are compared with another."""
         return [arm for arm in self.plan.arms if arm.against != arm.name]
+
+    @property
+    def drawn(self) -> list[Arm]:
+        """The compared arms that pictures show: all of them, but for a very large grid."""
+        return self.compared[:MOST_DRAWN]
+
+    @property
+    def shown(self) -> list[Arm]:
+        """The arms of `drawn` and those that are compared with none."""
+        names = {arm.name for arm in self.drawn}
+        return [arm for arm in self.plan.arms if arm.name in names or arm.against == arm.name]
 
     @cached_property
     def done(self) -> dict[tuple[str, int], Result]:
@@ -108,11 +121,12 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial of a search: its number, what it changed, its config, and what became of it (None: not yet)."""
+    """One trial of a search: its number, what it changed, its config (None: it never had one, as where no match was
+    found), and what became of it (None: not yet)."""
 
     number: int
     changes: dict[str, Any]
-    config: RunConfig
+    config: RunConfig | None
     folder: Path
     result: Result | None
 
@@ -175,7 +189,9 @@ def gather_search(out: Path) -> Searched:
             number, changes = int(made["number"]), dict(made["changes"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not what a trial of a search changed") from None
-        found.append(Tried(number, changes, read_config(path.parent), path.parent, _result(path.parent)))
+        folder = path.parent
+        config = read_config(folder) if (folder / "config.yaml").exists() else None
+        found.append(Tried(number, changes, config, folder, _result(folder)))
     _check_alike({t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
     return Searched(plan, sorted(found, key=lambda tried: tried.number))
 

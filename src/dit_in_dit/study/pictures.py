@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dit_in_dit.study.tables import BESIDE, seconds
 
 BETTER, WORSE, UNSEEN = COLOURS[0], COLOURS[1], "#8a97a3"
 MARKERS = "osD^vP*X"
-LONGEST = 40  # characters of an arm's name in a picture
+LONGEST = 56  # characters of an arm's name in a picture
 WIDEST = 1100  # pixels of a row of samples
 SAMPLES = 16
 
@@ -39,7 +39,7 @@ def label(name: str, most: int = LONGEST) -> str:
 def draw_forest(study: Gathered, path: Path) -> None:
     """The differences by the primary metric with both intervals, an arm a line."""
     metric = study.primary
-    rows = [(arm, study.difference(arm, metric)) for arm in study.compared]
+    rows = [(arm, study.difference(arm, metric)) for arm in study.drawn]
     scales = [words.scale(metric, found) for _, found in rows]
     percent = all(scales[i] for i, (_, found) in enumerate(rows) if math.isfinite(found.mean) and not found.equal)
     made, axes = figure(1, 1, width=7.6, height=1.1 + 0.3 * len(rows))
@@ -56,8 +56,10 @@ def draw_forest(study: Gathered, path: Path) -> None:
     axis.set_yticklabels(names, fontsize=8)
     low, high = ("worse", "better") if direction(metric) == "higher" else ("better", "worse")
     unit_name = "percent of the other's mean" if percent else "its own unit"
-    axis.set_xlabel(f"← {low}      difference of {metric}, {unit_name}      {high} →")
-    many, title = len(rows), "one seed: no intervals, no claim"
+    axis.set_xlabel(f"difference of {metric}, {unit_name}")
+    for side, align, text in ((0.0, "left", f"← {low}"), (1.0, "right", f"{high} →")):
+        axis.text(side, 1.0, text, ha=align, va="bottom", transform=axis.transAxes, fontsize=9)
+    many, title = len(study.compared), "one seed: no intervals, no claim"
     if len(study.plan.study.seeds) > 1:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
@@ -66,15 +68,16 @@ def draw_forest(study: Gathered, path: Path) -> None:
 
 
 def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
-    """How far the axis goes: all means, and most of the intervals; a very wide one runs out of the picture."""
-    means = [abs(f.mean) * unit for f, unit in zip(found, units, strict=True) if math.isfinite(f.mean)]
-    reaches = [
-        max(abs(f.wide_low), abs(f.wide_high)) * unit
-        for f, unit in zip(found, units, strict=True)
-        if f.wide_low is not None and f.wide_high is not None
-    ]
-    widest = min(max(reaches, default=0.0), 8 * max(means, default=0.0))
-    return 1.1 * max(widest, *means, 1e-12) if means else 1.0
+    """How far the axis goes: all means and 95% intervals; of the wide ones, those that leave the means visible."""
+
+    def reach(ends: Iterable[tuple[float | None, float]]) -> float:
+        return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
+
+    pairs = list(zip(found, units, strict=True))
+    means = reach((f.mean, unit) for f, unit in pairs)
+    alone = reach((end, unit) for f, unit in pairs for end in (f.low, f.high))
+    wide = reach((end, unit) for f, unit in pairs for end in (f.wide_low, f.wide_high))
+    return 1.1 * max(means, alone, min(wide, 8 * means)) or 1.0
 
 
 def _draw_row(axis: Any, at: float, found: Difference, unit: float, edge: float, colour: str) -> None:
@@ -96,7 +99,7 @@ def _colour(metric: str, found: Difference) -> str:
 
 def draw_matrix(study: Gathered, path: Path) -> None:
     """What every arm differs by in every ranked metric, in colour where the interval excludes zero."""
-    metrics, arms = study.ranked, study.compared
+    metrics, arms = study.ranked, study.drawn
     made, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
     axis = axes[0, 0]
     axis.grid(visible=False)
@@ -133,7 +136,7 @@ def _square(column: int, row: int, colour: str) -> Any:
 
 def draw_pareto(study: Gathered, path: Path) -> None:
     """The primary metric against MACs and against time, with intervals."""
-    arms = [arm for arm in study.plan.arms if study.estimate(arm.name, study.primary) is not None]
+    arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
     panels: list[tuple[str, list[float | None]]] = [
         ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
     ]
@@ -149,8 +152,10 @@ def draw_pareto(study: Gathered, path: Path) -> None:
         wide = bool(known) and max(known) > 3 * min(known)
         if wide:
             axis.set_xscale("log")
-        else:
+        elif known:
             axis.ticklabel_format(axis="x", useOffset=False)
+            middle, half = (max(known) + min(known)) / 2, 0.56 * _span(costs)
+            axis.set_xlim(middle - half, middle + half)
         for number, (arm, x) in enumerate(zip(arms, costs if wide else _apart(costs), strict=True)):
             found = study.estimate(arm.name, study.primary)
             if found is None or x is None or not math.isfinite(found.mean):
@@ -165,16 +170,22 @@ def draw_pareto(study: Gathered, path: Path) -> None:
         axis.set_xlabel(name)
     axes[0, 0].set_ylabel(f"{study.primary}\n({WORDS[direction(study.primary)].split(':')[0]})")
     lines, names = axes[0, 0].get_legend_handles_labels()
-    made.legend(lines, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    columns = max(1, min(3, 72 * len(panels) // (8 + max(map(len, names), default=0))))  # characters that fit
+    made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
     made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
     save(made, path)
 
 
+def _span(costs: Sequence[float | None]) -> float:
+    """What an axis of costs spans: at least a tenth of the largest, so that matched arms do not look far apart."""
+    known = [x for x in costs if x is not None]
+    return max(max(known) - min(known), 0.1 * max(known)) if known else 1.0
+
+
 def _apart(costs: Sequence[float | None]) -> list[float | None]:
     """Costs, those that are nearly one moved to the sides so that each can be seen."""
-    known = [x for x in costs if x is not None]
-    step = 0.016 * max(max(known) - min(known), 0.02 * max(known)) if known else 0.0
+    step = 0.016 * _span(costs)
     moved = list(costs)
     order = sorted((i for i, x in enumerate(costs) if x is not None), key=lambda i: costs[i] or 0.0)
     while order:
@@ -200,7 +211,7 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
     cell = images.shape[2] * max(1, 64 // max(images.shape[1:3])) + 2
     columns = min(SAMPLES, len(images), max(4, WIDEST // cell))
     strips = [("real images", grid(real[:columns], columns))] if len(real) else []
-    strips += [(label(name, 26).replace(r"\$", "$"), grid(images[:columns], columns)) for name, images, _ in drawn]
+    strips += [(label(name, 48).replace(r"\$", "$"), grid(images[:columns], columns)) for name, images, _ in drawn]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 16 + int(max(ruler.textlength(name, font_size=14) for name, _ in strips))
     height = sum(strip.height for _, strip in strips) + 10

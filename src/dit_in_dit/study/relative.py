@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
     the primary metric, if it is one of held-out images; None, and no picture, where no such error was logged."""
     at = _which(study)
     panels = []
-    for arm in study.compared:
+    for arm in study.drawn:
         seeds = [
             seed for seed in study.plan.study.seeds if {(arm.name, seed), (arm.against, seed)} <= study.logs.keys()
         ]
@@ -56,8 +57,8 @@ def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
             axis.plot(macs / 1e12, change, color=COLOURS[0], linewidth=1, alpha=0.8, marker=".", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylim(-1.1 * most or -1, 1.1 * most or 1)
-        against = "" if arm.against == study.plan.control.name else f"\nagainst {label(arm.against, 30)}"
-        axis.set_title(label(arm.name, 34) + against, fontsize=8)
+        against = "" if arm.against == study.plan.control.name else f" against {label(arm.against)}"
+        axis.set_title(fill(label(arm.name) + against, 38), fontsize=8)
         axis.tick_params(labelsize=7)
         if number % columns == 0:
             axis.set_ylabel("error, % above", fontsize=8)

@@ -121,6 +121,8 @@ def _results(study: Gathered, out: Path) -> list[Block]:
         pictures.draw_matrix(study, path)
         blocks += [Picture(path, MATRIX)]
         blocks += tables.differences(study)
+    if len(study.compared) > len(study.drawn):
+        blocks.append(Text(f"Pictures show the first {len(study.drawn)} of {len(study.compared)} arms; tables, all."))
     return [*blocks, Bullets(explain(name for names in study.metrics.values() for name in names))]
 
 
@@ -157,7 +159,7 @@ def _groups(study: Gathered) -> list[list[curves.Arm]]:
     known = {arm.name: arm for arm in study.arms_of_curves()}
     control = study.plan.control.name
     groups: list[dict[str, None]] = [{control: None}]
-    for arm in study.compared:
+    for arm in study.drawn:
         wanted = {**groups[-1], arm.against: None, arm.name: None}
         if len(wanted) > len(COLOURS):
             groups.append({control: None})
@@ -184,6 +186,6 @@ def _samples(study: Gathered, out: Path) -> list[Block]:
     if not rows:
         return []
     path = out / "figures" / "samples.png"
-    order = {arm.name: rows[arm.name] for arm in study.plan.arms if arm.name in rows}
+    order = {arm.name: rows[arm.name] for arm in study.shown if arm.name in rows}
     pictures.draw_samples(order, path)
     return [Picture(path, "First seed of each arm: below each other, images of the same noise and class.")]

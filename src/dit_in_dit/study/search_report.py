@@ -79,15 +79,21 @@ def _keys(searched: Searched) -> list[str]:
 def _rows(searched: Searched) -> list[tuple[Tried, list[str]]]:
     """Every trial, the best first and those without a number last, and its cells."""
     ranked = searched.ranked
-    rest = [tried for tried in searched.trials if tried not in ranked]
+    known = {tried.number for tried in ranked}
+    rest = [tried for tried in searched.trials if tried.number not in known]
     found = []
     for tried in [*ranked, *rest]:
         value = searched.value(tried)
-        macs = cost.macs(tried.config.model)["total"] / 1e6
+        macs = _macs(tried)
         changes = [str(tried.changes.get(name, "-")) for name in _keys(searched)]
         shown = words.number(value) if math.isfinite(value) else "-"
-        found.append((tried, [str(tried.number), *changes, f"{macs:.4g}", shown]))
+        found.append((tried, [str(tried.number), *changes, words.number(macs), shown]))
     return found
+
+
+def _macs(tried: Tried) -> float | None:
+    """Millions for an image, forward."""
+    return cost.macs(tried.config.model)["total"] / 1e6 if tried.config else None
 
 
 def _heads(searched: Searched) -> list[str]:
@@ -101,7 +107,7 @@ def _table(searched: Searched) -> Table:
         step = f"at step {tried.result.step}" if tried.result else ""
         reason = tried.result.reason if tried.result and tried.result.reason else step
         state = _state(tried)
-        stages = format_stages(tried.config.model.program)
+        stages = format_stages(tried.config.model.program) if tried.config else "-"
         rows.append([*cells, stages, state, "" if state == "done" else Cell(reason, "soft")])
     heads = [*_heads(searched), "stages", "state", "reason"]
     return Table(heads, rows, note="Sorted by the primary metric; one seed each.")
@@ -114,7 +120,7 @@ def _draw(searched: Searched, path: Path) -> None:
     panels: dict[str, list[Any]] = {
         name.removeprefix("model."): [tried.changes.get(name) for tried in ranked] for name in _keys(searched)
     }
-    panels["million MACs per image"] = [cost.macs(tried.config.model)["total"] / 1e6 for tried in ranked]
+    panels["million MACs per image"] = [_macs(tried) for tried in ranked]
     columns = min(3, len(panels))
     made, axes = figure(-(-len(panels) // columns), columns, width=3.6, height=2.7)
     for axis in axes.ravel()[len(panels) :]:
@@ -142,8 +148,11 @@ def confirm(searched: Searched) -> str:
     plan = searched.plan
     study, used = plan.study, set(plan.study.seeds)
     fresh = [seed for seed in range(len(used) + 5) if seed not in used][:5]
-    arms: dict[str, Any] = {"base": {}}
-    arms |= {f"number {t.number}": t.changes for t in searched.ranked[:CONFIRMED]}
+    best: list[Tried] = []
+    for tried in searched.ranked:  # a sampler may choose the same twice
+        if len(best) < CONFIRMED and all(tried.changes != other.changes for other in best):
+            best.append(tried)
+    arms: dict[str, Any] = {"base": {}, **{f"number {tried.number}": tried.changes for tried in best}}
     proposed = {
         "question": f"are the best configs of the search {plan.name} better than its base?",
         "base": study.base,
@@ -178,7 +187,8 @@ def results(searched: Searched) -> str:
     table.writerow(["number", *keys, "seed", "state", "step", "metric", "value", "floor"])
     for tried in searched.trials:
         result = tried.result
-        start = [tried.number, *(tried.changes.get(name, "") for name in keys), tried.config.seed, _state(tried)]
+        seed = searched.plan.study.seeds[0]
+        start = [tried.number, *(tried.changes.get(name, "") for name in keys), seed, _state(tried)]
         step = result.step if result else ""
         if result is None or not result.metrics:
             table.writerow([*start, step, "", "", ""])

@@ -11,13 +11,17 @@ from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
 
 FALSE = 1 - LEVEL
+MOST_NAMED = 14  # arms that a sentence lists
 
 
 def summarise(study: Gathered) -> list[str]:
     """Sentences: the primary metric first, then the others, what they hold for, and what is missing."""
     found = []
     if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
-        found.append(f"No trial has ended with the primary metric {study.primary}: nothing can be said by it yet.")
+        measured = f" Measured: {', '.join(study.ranked)}." if study.ranked else ""
+        found.append(
+            f"No trial has ended with the primary metric {study.primary}: nothing can be said by it yet.{measured}"
+        )
     elif len(study.plan.study.seeds) == 1:
         found += _one_seed(study)
     else:
@@ -68,7 +72,8 @@ def _primary(study: Gathered) -> list[str]:
             f"{len(change.seeds)} seeds."
         )
     if unseen := groups.pop("no difference seen", []):
-        names = words.listing([arm.name for arm, _ in unseen])
+        few = len(unseen) <= MOST_NAMED
+        names = words.listing([arm.name for arm, _ in unseen]) if few else f"{len(unseen)} arms"
         found.append(f"No difference is seen for {names}. {_allowed(study, unseen)}")
     for verdict, members in groups.items():
         found.append(f"{words.listing([arm.name for arm, _ in members])}: {verdict}.")
@@ -149,7 +154,7 @@ def _unequal(plan: Plan) -> list[str]:
     study, found = plan.study, []
     kinds = {"macs": "MACs", "params": "parameters", "time": "time of a step"}
     for kind, name in kinds.items():
-        gaps = [100 * arm.gap[kind] for arm in plan.arms if kind in arm.gap]
+        gaps = [100 * arm.gap[kind] for arm in plan.arms if kind in arm.gap and arm.against != arm.name]
         if gaps and max(map(abs, gaps)) > 100 * study.tolerance:
             found.append(f"{name} {words.signed(min(gaps))} to {words.signed(max(gaps))} %")
     matched = f"Matched by {kinds[study.match]}" if study.match != "none" else "Nothing is matched"
@@ -159,9 +164,17 @@ def _unequal(plan: Plan) -> list[str]:
 
 def _missing(study: Gathered) -> list[str]:
     states: dict[str, int] = {}
-    for _, _, state, _ in study.missing():
+    lost: dict[str, None] = {}
+    for arm, _, state, _ in study.missing():
         states[state] = states.get(state, 0) + 1
+        if state in ("failed", "pruned"):
+            lost[arm] = None
     found = []
+    if lost:
+        found.append(
+            f"Seeds of {words.listing([*lost])} failed or were pruned: what is said of these arms is of the seeds that "
+            "were left, which flatters them."
+        )
     if states:
         parts = ", ".join(f"{amount} {state}" for state, amount in states.items())
         found.append(f"Incomplete: of {words.count(len(study.folders), 'trial')}, {parts}; they are listed below.")

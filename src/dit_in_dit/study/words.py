@@ -67,7 +67,7 @@ def verdict(metric: str, found: Difference) -> str:
     if found.equal:
         return "equal in every seed"
     if found.constant:
-        return "the same step in every seed: no interval"
+        return "the same difference in every seed: no interval"
     if found.low is None:
         return "one seed: no claim"
     if not found.marked:

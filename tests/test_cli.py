@@ -44,7 +44,7 @@ TINY = [
 
 def test_a_run_folder_holds_what_the_design_says(trained):
     assert {path.name for path in trained.iterdir()} == {
-        "config.yaml", "log.jsonl", "timing.jsonl", "checkpoints", "samples",
+        "config.yaml", "log.jsonl", "timing.jsonl", "checkpoints", "samples", "lock",
     }  # fmt: skip
     assert [p.name for p in (trained / "samples").iterdir()] == ["0000004.png"]
     assert {p.name for p in (trained / "checkpoints/0000004").iterdir()} == {

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 class Commands:
     """The parser's commands; each is a name, a function of the parsed options, and one line about it."""
 
-    def __init__(self, parser: Parser) -> None:
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(self, name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:

@@ -92,12 +92,11 @@ class _Lock:
 def _open_storage(out: Path, url: str | None) -> Any:
     try:
         import optuna
-        from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend
     except ImportError:
         raise UserError("studies need optuna: pip install 'dit-in-dit[study]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
-        BaseJournalFileLock.register(_Lock)
         journal = out / "journal.log"
         journal.touch()
         return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock_obj=_Lock(journal)))  # type: ignore[arg-type]
@@ -186,15 +185,16 @@ class Board:
             if not left and not (self.plan.study.search and len(self._searched()) < self.total):
                 return None
             trial = self.study.ask()
-            key = trial.user_attrs.get("key") or self._suggest(trial)
+            self._suggest(trial)
+            key = trial.user_attrs.get("key")
             if key is not None and self._is_first(key, trial.number):
                 self._mine = Claim(key, trial, losses=self._losses(key))
                 return self._mine
             trial.set_user_attr(OUTCOME, "surplus")
             self.study.tell(trial, state=self.states.FAIL)
 
-    def _suggest(self, trial: optuna.Trial) -> str | None:
-        """Let the sampler choose for a new trial, and name it; None where the study has no more."""
+    def _suggest(self, trial: optuna.Trial) -> None:
+        """Of a search: let the sampler choose, or what was chosen before, and name a new trial."""
         for name, values in self.plan.study.search.items():
             if isinstance(values, list):
                 trial.suggest_categorical(name, values)
@@ -202,11 +202,8 @@ class Board:
                 trial.suggest_int(name, values["low"], values["high"], **_spacing(values))
             else:
                 trial.suggest_float(name, values["low"], values["high"], **_spacing(values))
-        key = f"t{trial.number:04d}"
-        if not self.plan.study.search:
-            return None
-        trial.set_user_attr("key", key)
-        return key
+        if self.plan.study.search and "key" not in trial.user_attrs:
+            trial.set_user_attr("key", f"t{trial.number:04d}")
 
     def _is_first(self, key: str, number: int) -> bool:
         """Whether this try of a key counts, and the key is one of the study's."""

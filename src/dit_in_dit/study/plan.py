@@ -22,6 +22,7 @@ from dit_in_dit.config import (
     UserError,
     assigned,
     changed,
+    from_yaml,
     key,
     nearest,
     parse_yaml,
@@ -41,7 +42,7 @@ class StudyConfig(Section):
 
     prefix: ClassVar[str] = "study"
     question: str = key("", "what the study asks, in words")
-    base: str = key("emoji", "the preset that all arms start from")
+    base: str = key("emoji", "the preset, or the YAML file of a config, that all arms start from")
     set: dict[str, Any] = key(dict, "config keys of all arms, such as {train.batch_size: 64}")
     arms: dict[str, Any] = key(dict, "name: {config keys}, one by one; `against: ARM` in place of the control")
     grid: dict[str, Any] = key(dict, "config key: [values]; every combination is an arm")
@@ -93,9 +94,9 @@ def _check_values(name: str, values: Any, what: str) -> None:
     if isinstance(values, list) and values:
         return
     if what == "search" and isinstance(values, dict):
-        unknown = set(values) - {"low", "high", "step", "log"}
-        numbers = [values.get(k) for k in ("low", "high")]
-        if not unknown and all(isinstance(n, int | float) for n in numbers) and numbers[0] < numbers[1]:
+        low, high = values.get("low"), values.get("high")
+        known = not set(values) - {"low", "high", "step", "log"}
+        if known and isinstance(low, int | float) and isinstance(high, int | float) and low < high:
             return
         raise UserError(f"study.search.{name} must have low < high, and step or log: got {str(values)[:60]}")
     raise UserError(f"study.{what}.{name} must be a list of values, not an empty one: got {str(values)[:60]}")
@@ -258,7 +259,7 @@ def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
         found[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
     slugs: dict[str, str] = {}
     for name in found:
-        if other := slugs.setdefault(slug(name), name) != name and slugs[slug(name)]:
+        if (other := slugs.setdefault(slug(name), name)) != name:
             raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: name them apart")
     return found
 
@@ -269,14 +270,27 @@ def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str
         count *= len(values)
     if count > MOST_ARMS:
         raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
-    for values in product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
+    for chosen in product(*grid.values()):
+        changes = dict(zip(grid, chosen, strict=True))
         yield describe(changes), changes
 
 
 def describe(changes: Mapping[str, Any]) -> str:
-    """Changes as a name: the last part of each key and its value."""
-    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in changes.items())
+    """Changes as a name: each value with the end of its key, the whole key where ends are the same."""
+    ends = [name.rpartition(".")[2] for name in changes]
+    return ", ".join(
+        f"{name if ends.count(e) > 1 else e}={changes[name]}" for name, e in zip(changes, ends, strict=True)
+    )
+
+
+def _base(name: str) -> RunConfig:
+    """The config that all arms start from."""
+    if not name.endswith((".yaml", ".yml")):
+        return presets.get(name)
+    try:
+        return from_yaml(Path(name).read_text(), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"study.base: cannot read {name}: {error}") from None
 
 
 def configure(study: StudyConfig, changes: Mapping[str, Any], step_seconds: float | None = None) -> RunConfig:
@@ -289,7 +303,7 @@ def configure(study: StudyConfig, changes: Mapping[str, Any], step_seconds: floa
         step_seconds: measured, for a budget of seconds.
     """
     named = {**study.set, **changes}
-    return budgeted(study, changed(presets.get(study.base), named), named, step_seconds)
+    return budgeted(study, changed(_base(study.base), named), named, step_seconds)
 
 
 def budgeted(
@@ -307,19 +321,13 @@ def budgeted(
             "seconds": step_seconds or 1.0,
         }[kind]
         train = replace(train, steps=max(1, round(amount / per_step)))
-    every = {
+    every: dict[str, Any] = {
         "evaluate_every": max(1, train.steps // 10),
         "checkpoint_every": max(1, train.steps // 8),
         "sample_every": 0,
         "warmup": min(train.warmup, train.steps // 10),
     }
     return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))
-
-
-def scores_of(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics by name in a fixed order: held-out errors first."""
-    first = sorted(name for name in metrics if name.startswith("held_out"))
-    return {name: metrics[name] for name in [*first, *(n for n in metrics if n not in first)]}
 
 
 @dataclass(frozen=True)

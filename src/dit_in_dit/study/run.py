@@ -6,35 +6,32 @@ import json
 import math
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit import __version__, checkpoint
-from dit_in_dit.config import RunConfig, UserError, nearest, to_dict
+from dit_in_dit import checkpoint
+from dit_in_dit.benchmark import step_seconds
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.source import open_source
-from dit_in_dit.diffusion.objective import EVALUATION_TIMES
-from dit_in_dit.evaluation import pixels
 from dit_in_dit.evaluation.curves import read_run
-from dit_in_dit.evaluation.evaluate import Evaluation, evaluate, first_difference
-from dit_in_dit.evaluation.features import Network, open_network
+from dit_in_dit.evaluation.evaluate import Evaluation, evaluate
+from dit_in_dit.evaluation.features import Network
 from dit_in_dit.evaluation.subject import reference, run_subject
 from dit_in_dit.sampling import label, sample, to_pixels
+from dit_in_dit.study.begin import networks
 from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
-from dit_in_dit.study.match import match_arms, match_changes
-from dit_in_dit.study.plan import Plan, Result, StudyConfig, describe
+from dit_in_dit.study.match import match
+from dit_in_dit.study.plan import Plan, Result, budgeted, configure, describe
 from dit_in_dit.training.loop import train
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 2000  # training images looked through for real ones of the same classes
-
-State = Literal["done", "failed", "pruned"]
 
 
 @dataclass(frozen=True)
@@ -48,91 +45,9 @@ class Event:
     text: str = ""
 
 
-# -------------------------------------------------------------------------------------------- planning
-
-
-def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
-    """Match the arms and check all that can be checked before the first trial.
-
-    Raises:
-        UserError: a config, the data, the weights of a metric or a match is not to be had.
-    """
-    _networks(study, device)
-    arms = match_arms(study, device, study.threads)
-    for arm in arms:
-        source = open_source(arm.config.data, arm.config.model)
-        if "held_out" in study.metrics and not source.held_out_size:
-            raise UserError(f"study.metrics: held_out needs held-out images, {arm.config.data.source} has none")
-        if study.metrics != ("held_out",) and arm.config.model.channels not in (1, 3):
-            raise UserError("study.metrics: only held_out can be measured of latents")
-        _check_primary(study, arm.config)
-    made = {
-        "id": uuid.uuid4().hex,  # two studies of one plan are two
-        "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
-        "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
-    }
-    return Plan(name, study, arms, made)
-
-
-def _check_primary(study: StudyConfig, config: RunConfig) -> None:
-    """UserError when the primary metric is none of those that will be measured."""
-    known = []
-    if "held_out" in study.metrics and config.train.evaluate_every:
-        known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
-    if "pixels" in study.metrics:
-        shape = (4, config.model.channels, *config.model.image_size)
-        images = np.random.default_rng(0).standard_normal(shape, np.float32)
-        known += pixels.score(images[:2], images, (config.model.patch_size,))
-    open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
-    if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
-        raise UserError(f"study.primary: {study.primary!r} is not measured{nearest(study.primary, known)}")
-
-
-def _networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
-    weights = {"inception": study.weights, "dinov2": study.dinov2}
-    wanted = [name for name in weights if name in study.metrics]
-    return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
-
-
-def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
-    """The plan in `out`; where there is none it is made and written, by one process only.
-
-    Args:
-        study: what the plan there must be of.
-
-    Raises:
-        UserError: `out` holds another study.
-    """
-    path = out / "plan.json"
-    if not path.exists():
-        beside = path.with_name(f"plan.json.{os.getpid()}.part")
-        beside.write_text(make().to_json() + "\n")
-        try:
-            os.link(beside, path)  # fails where another process was first
-        except FileExistsError:
-            pass
-        finally:
-            beside.unlink()
-    plan = read_plan(out)
-    if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
-        raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")
-    return plan
-
-
-def read_plan(out: Path) -> Plan:
-    """The plan in a study's folder; UserError when there is none."""
-    try:
-        return Plan.from_json((out / "plan.json").read_text())
-    except OSError as error:
-        raise UserError(f"no study at {out}: {error.strerror or error}") from None
-
-
-# -------------------------------------------------------------------------------------------- working
-
-
-def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Iterator[Event]:
+def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator[Event, None, None]:
     """Do trials until none is left. Close the generator to stop: its trial is given back."""
-    networks = _networks(plan.study, device)
+    used = networks(plan.study, device)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:
@@ -140,7 +55,7 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Iterator[
             claim = board.claim()
             if claim is not None:
                 with board.keep(claim):
-                    yield from _try(plan, out, board, claim, device, networks)
+                    yield from _try(plan, out, board, claim, device, used)
             elif board.finished():
                 return
             else:  # others have what is left, or had it
@@ -186,8 +101,21 @@ def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[
     seed = plan.study.seeds[0]
     if (run / "config.yaml").exists():
         return describe(changes), seed, checkpoint.read_config(run)
-    arm = match_changes(plan.study, describe(changes), changes, plan.control, device, plan.study.threads)
-    return arm.name, seed, replace(arm.config, seed=seed)
+    return describe(changes), seed, replace(_chosen(plan, changes, device), seed=seed)
+
+
+def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunConfig:
+    """The config that a sampler's choice makes, of the control's cost and within the budget; UserError without one."""
+    study, threads = plan.study, plan.study.threads
+    config = configure(study, changes)
+    if study.match != "none":
+        like, fixed = plan.control.config, {*study.set, *changes}
+        found = match(config, like, study.match, tolerance=study.tolerance, fixed=fixed, device=device, threads=threads)
+        config = replace(config, model=found.model)
+    seconds = None
+    if "seconds" in study.budget:
+        seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
+    return budgeted(study, config, {**study.set, **changes}, seconds)
 
 
 def _train_and_measure(
@@ -198,7 +126,7 @@ def _train_and_measure(
     what: tuple[str, int, RunConfig],
     device: torch.device,
     networks: tuple[Network, ...],
-) -> Iterator[Event]:
+) -> Generator[Event, None, Result]:
     arm, seed, config = what
     total = config.train.steps
     pruned = yield from _train(plan, board, claim, run, config, device)
@@ -223,7 +151,7 @@ def _train_and_measure(
 
 def _train(
     plan: Plan, board: Board, claim: Claim, run: Path, config: RunConfig, device: torch.device
-) -> Iterator[Event]:
+) -> Generator[Event, None, bool]:
     """Train from the last checkpoint on; whether it was pruned. Waits while a lost worker still holds the run."""
     while True:
         started = (run / "config.yaml").exists()
@@ -231,9 +159,9 @@ def _train(
         try:
             first = next(facts)
             break
-        except checkpoint.BusyError as error:
+        except checkpoint.BusyError as busy:
             claim.check()
-            yield Event("waiting", claim.key, text=str(error))
+            yield Event("waiting", claim.key, text=str(busy))
             time.sleep(min(1.0, board.lease / BEATS))
     claim.step = claim.saved = first.step
     for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner

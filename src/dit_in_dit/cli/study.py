@@ -1,0 +1,307 @@
+"""`study`: a question as data, from its plan to its report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.cli.options import Commands, add_device, make_folder, whole
+from dit_in_dit.config import UserError, format_stages
+
+if TYPE_CHECKING:
+    from dit_in_dit.study.board import Board
+    from dit_in_dit.study.plan import Plan
+
+PATIENCE = 10.0  # seconds that workers have to give their trials back
+
+
+def add(commands: Commands) -> None:
+    """Add the command and its own commands."""
+    study = Commands(commands.add("study", print, "answer a question with arms of equal cost, seeds and intervals"))
+    study.add("list", _list, "the studies that come with the package")
+    show = study.add("show", _show, "print a study, to write one of your own after it")
+    show.add_argument("study", metavar="NAME|FILE")
+
+    for name, run, about in (
+        ("plan", _plan, "match the arms and print what each costs; nothing is trained"),
+        ("run", _run, "train and measure every arm with every seed, then report; run again, it goes on"),
+    ):
+        command = study.add(name, run, about)
+        command.add_argument("study", metavar="NAME|FILE", help="a shipped study (see `study list`) or a YAML file")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as budget.steps=400")
+        add_device(command)
+        if name == "run":
+            command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
+            command.add_argument("--workers", default="1", help="processes on this machine, or auto: as memory allows")
+            _add_storage(command)
+
+    work = study.add("work", _work, "join a study that was started, as one more worker, on any machine")
+    for command, run_too in ((work, True), (study.add("status", _status, "how far a study is"), False)):
+        command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
+        _add_storage(command)
+        if run_too:
+            add_device(command)
+    report = study.add("report", _report, "write report.html, report.md, results.csv and tables to paste")
+    report.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
+
+
+def _add_storage(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--storage", metavar="URL", help="database that workers of several machines share: postgresql+psycopg://..."
+    )
+    command.add_argument(
+        "--lease", type=_seconds, default=60.0, help="seconds without a sign of life until a trial is lost (60)"
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 86400 seconds: got {text[:40]!r}")
+    return seconds
+
+
+# -------------------------------------------------------------------------------------------- looking
+
+
+def _list(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.plan import read, shipped
+
+    for name in shipped():
+        study = read(name)
+        many = f"{study.trials} trials" if study.search else f"{len(study.arms)} arms x {len(study.seeds)} seeds"
+        print(f"{name:<12} {study.question}\n{'':<12} from {study.base}, {many}, equal {study.match}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.plan import read, shipped
+
+    read(options.study)  # a mistake in it is said, not shown
+    print(shipped().get(options.study, Path(options.study)).read_text(), end="")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.begin import make_plan
+    from dit_in_dit.study.plan import read
+    from dit_in_dit.training.loop import pick_device
+
+    _costs(make_plan(Path(options.study).stem, read(options.study, options.set), pick_device(options.device)))
+
+
+def _costs(plan: Plan) -> None:
+    """What every arm costs, and what was changed so that it costs that."""
+    study = plan.study
+    print(f"{plan.name}: {study.question}")
+    held = "nothing is matched" if study.match == "none" else f"equal {study.match} within {study.tolerance:.1%}"
+    print(f"  {held}; {plan.arms[0].config.train.steps} steps; seeds {', '.join(map(str, study.seeds))}")
+    width = max(len(arm.name) for arm in plan.arms) + 2
+    stages = {arm.name: format_stages(arm.config.model.program) for arm in plan.arms}
+    wide = max(map(len, stages.values())) + 2
+    print(f"  {'':<{width}}{'stages':<{wide}}{'D':>5}{'E':>5}{'MMACs':>10}{'':>8}{'M params':>10}{'':>8}{'ms/step':>9}")
+    for arm in plan.arms:
+        model = arm.config.model
+        inner = model.inner.width if model.blocks("inner") else "-"
+        gap = {name: "" if arm.against == arm.name else f"{value:+.1%}" for name, value in arm.gap.items()}
+        seconds = f"{1e3 * arm.cost['time']:.1f}" if "time" in arm.cost else "-"
+        print(
+            f"  {arm.name:<{width}}{stages[arm.name]:<{wide}}{model.outer.width:>5}{inner:>5}"
+            f"{arm.cost['macs'] / 1e6:>10.2f}{gap.get('macs', ''):>8}{arm.cost['params'] / 1e6:>10.3f}"
+            f"{gap.get('params', ''):>8}{seconds:>9}{gap.get('time', ''):>8}"
+        )
+        for name, (before, after) in arm.matched.items():
+            print(f"  {'':<{width}}matched: {name} {before} -> {after}")
+
+
+# -------------------------------------------------------------------------------------------- running
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.begin import begin, make_plan
+    from dit_in_dit.study.board import Board
+    from dit_in_dit.study.plan import read
+    from dit_in_dit.training.loop import pick_device
+
+    study, device = read(options.study, options.set), pick_device(options.device)
+    workers = _workers(options.workers)
+    make_folder(options.out)
+    plan = begin(options.out, lambda: make_plan(Path(options.study).stem, study, device), study)
+    _costs(plan)
+    board = Board(plan, options.out, options.storage, options.lease)
+    count = workers or _as_memory_allows(plan, device)
+    if count == 1:
+        _alone(plan, options.out, board, device)
+    else:
+        _together(plan, options, board, count, device)
+    counts = board.counts()
+    _report(options)
+    if counts["failed"]:
+        sys.exit(1)
+
+
+def _workers(text: str) -> int | None:
+    """The number of processes; None for auto."""
+    if text == "auto":
+        return None
+    try:
+        return whole(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--workers {error}, or auto") from None
+
+
+def _as_memory_allows(plan: Plan, device: Any) -> int:
+    """Trials that fit at once, and on the CPU no more than its cores."""
+    import torch
+
+    from dit_in_dit.study.run import memory
+
+    most = max(memory(arm.config) for arm in plan.arms)
+    if device.type == "cuda":
+        free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
+        return max(1, min(len(plan.trials), sum(amount // most for amount in free)))
+    free_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    cores = (os.cpu_count() or 1) // plan.study.threads
+    return max(1, min(len(plan.trials), cores, free_bytes // most))
+
+
+@contextmanager
+def _progress(plan: Plan, board: Board) -> Iterator[Callable[..., None]]:
+    """A bar over all training steps; the function shows how far the study is, and of the trial at hand."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    steps = sum(trial.config.train.steps for trial in plan.trials) / len(plan.trials)
+    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task("study", total=board.total * steps)
+
+        def show(text: str = "", step: int | None = None, *, line: str = "") -> None:
+            if line:
+                console.print(line)
+            if not text:
+                return
+            counts = board.counts()
+            ended = counts["done"] + counts["failed"] + counts["pruned"]
+            running = board.steps() if step is None else step
+            bar.update(task, completed=ended * steps + running, description=f"{_said(counts)}  {text}")
+
+        yield show
+
+
+def _said(counts: Counter[str]) -> str:
+    return ", ".join(
+        f"{counts[name]} {name}" for name in ("done", "failed", "pruned", "running", "waiting") if counts[name]
+    )
+
+
+def _alone(plan: Plan, out: Path, board: Board, device: Any) -> None:
+    """Do the trials in this process."""
+    from dit_in_dit.study.run import work
+
+    shown = 0.0
+    with _progress(plan, board) as show, closing(work(plan, out, board, device)) as events, _terminated():
+        for event in events:
+            text = (
+                f"{event.key} {event.step}/{event.steps}" if event.kind == "training" else f"{event.key} {event.kind}"
+            )
+            if event.kind in ("done", "failed", "pruned", "lost"):
+                show(line=f"{event.key}: {event.kind}{f', {event.text}' if event.text else ''}")
+            elif event.text == "continued":
+                show(line=f"{event.key}: continued from step {event.step}")
+            if event.kind != "training" or time.monotonic() - shown > 1:  # counting asks the storage
+                show(f"{text} {event.text}", event.step if event.kind == "training" else None)
+                shown = time.monotonic()
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM stops as Ctrl-C does: the trial is given back at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int, device: Any) -> None:
+    """Start workers and look on until they have done all."""
+    import torch
+
+    logs = options.out / "workers"
+    logs.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]
+    command += ["--storage", options.storage] if options.storage else []
+    workers: list[subprocess.Popen[bytes]] = []
+    for number in range(count):
+        spread = device.type == "cuda" and device.index is None
+        name = f"cuda:{number % torch.cuda.device_count()}" if spread else str(device)
+        with (logs / f"{number}.log").open("ab") as log:
+            workers.append(subprocess.Popen([*command, "--device", name], stdout=log, stderr=log))
+    gone: set[int] = set()
+    try:
+        with _progress(plan, board) as show, _terminated():
+            while not board.finished():
+                show(f"{len(workers) - len(gone)} workers")
+                for number, worker in enumerate(workers):
+                    if worker.poll() is not None and number not in gone and not board.finished():
+                        gone.add(number)
+                        show(line=f"worker {number} ended with {worker.returncode}: see {logs / f'{number}.log'}")
+                if len(gone) == len(workers) and not board.finished():
+                    raise UserError(f"all workers have ended, see {logs}; run the same command to go on")
+                time.sleep(1)
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            try:
+                worker.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+
+
+def _work(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.begin import read_plan
+    from dit_in_dit.study.board import Board
+    from dit_in_dit.training.loop import pick_device
+
+    plan, device = read_plan(options.out), pick_device(options.device)
+    _alone(plan, options.out, Board(plan, options.out, options.storage, options.lease), device)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.begin import read_plan
+    from dit_in_dit.study.board import Board
+
+    plan = read_plan(options.out)
+    board = Board(plan, options.out, options.storage, options.lease)
+    print(f"{plan.name}: {_said(board.counts())}, of {board.total}")
+    for key, trial in sorted(board.keys().items()):
+        step = trial.user_attrs.get("beat", [0, 0])[1]
+        print(f"  {key:<40} {trial.state.name.lower():<10} step {step}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.report import report
+
+    made = report(options.out)
+    for sentence in made.summary:
+        print(sentence)
+    print()
+    for path, what in made.files:
+        print(f"{path}  {what}")

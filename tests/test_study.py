@@ -1,0 +1,372 @@
+"""Studies: what a person writes, the trials that workers share, and what is told of bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import with_train
+from dit_in_dit.checkpoint import read_config
+from dit_in_dit.cli import main
+from dit_in_dit.config import RunConfig, UserError, to_yaml
+from dit_in_dit.study import plan as plans
+from dit_in_dit.study.begin import begin, make_plan, read_plan
+from dit_in_dit.study.board import MOST_LOSSES, Board, LostError
+from dit_in_dit.study.plan import Plan, Result, StudyConfig
+from dit_in_dit.study.run import work
+from dit_in_dit.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step times, which these studies do not need, are not measured."""
+    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+
+
+@pytest.fixture
+def base(run_config: RunConfig, tmp_path: Path) -> str:
+    """A config of a few steps on the small folder, as a file."""
+    path = tmp_path / "base.yaml"
+    path.write_text(to_yaml(with_train(run_config, steps=8)))
+    return str(path)
+
+
+def small(base: str, **keys) -> StudyConfig:
+    """Two arms with one seed, held-out errors alone."""
+    arms = {} if {"grid", "search"} & keys.keys() else {"one": {}, "two": {"train.learning_rate": 1e-4}}
+    defaults = {"arms": arms, "seeds": [0], "metrics": ["held_out"], "match": "none", "samples": 4}
+    return StudyConfig.from_dict({"question": "Which?", "base": base, **defaults, **keys})
+
+
+def planned(study: StudyConfig, out: Path) -> Plan:
+    out.mkdir(parents=True, exist_ok=True)
+    return begin(out, lambda: make_plan("small", study, CPU), study)
+
+
+def finish(study: StudyConfig, out: Path, **board) -> Plan:
+    """Run a study in this process."""
+    plan = planned(study, out)
+    list(work(plan, out, Board(plan, out, **board), CPU))
+    return plan
+
+
+def results(out: Path) -> dict[str, Result]:
+    return {path.parent.name: Result.from_json(path.read_text()) for path in sorted(out.glob("runs/*/result.json"))}
+
+
+# -------------------------------------------------------------------------------------------- writing one
+
+
+@pytest.mark.parametrize("name", plans.shipped())
+def test_every_shipped_study_can_be_planned(name):
+    study = plans.read(name)
+    assert study.question.endswith("?")
+    for changes, _ in plans.candidates(study).values():
+        assert plans.configure(study, changes).train.steps >= 1000
+
+
+def test_a_grid_is_every_combination():
+    study = StudyConfig(grid={"model.inner.width": [16, 32], "model.inner.mixer": ["patch", "conv"]})
+    assert list(plans.candidates(study)) == [
+        "width=16, mixer=patch", "width=16, mixer=conv", "width=32, mixer=patch", "width=32, mixer=conv",
+    ]  # fmt: skip
+
+
+def test_assignments_reach_into_the_groups_of_a_study():
+    study = plans.read("ablation", ["budget.steps=7", "set.train.batch_size=16", "seeds=[4, 5]", "samples=9"])
+    assert (study.budget, study.seeds, study.samples) == ({"steps": 7}, (4, 5), 9)
+    assert study.set["train.batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps"),
+    [({"steps": 50}, 50), ({"images": 320}, 10), ({}, 4800), ({"macs": 3 * 32 * 1e9}, 48)],
+)
+def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
+    from dit_in_dit import presets
+    from dit_in_dit.model import cost
+
+    study = StudyConfig(base="emoji", arms={"one": {}}, budget=budget)
+    found = plans.configure(study, {}).train.steps
+    if "macs" in budget:
+        steps = round(1e9 / cost.macs(presets.get("emoji").model)["total"])
+    assert found == steps
+
+
+def test_what_a_study_names_does_not_follow_the_number_of_steps():
+    study = StudyConfig(base="emoji", arms={"one": {}}, budget={"steps": 100}, set={"train.warmup": 60})
+    train = plans.configure(study, {"train.evaluate_every": 3}).train
+    assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
+
+
+def test_a_plan_is_read_back_as_it_was(base, tmp_path):
+    plan = planned(small(base, arms={"one": {}, "two": {"model.use_inner": False}}), tmp_path / "s")
+    assert Plan.from_json(plan.to_json()) == plan == read_plan(tmp_path / "s")
+    assert [trial.key for trial in plan.trials] == ["one-s0", "two-s0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("arm: {a: {}}", "unknown key 'study.arm'; did you mean 'study.arms'?"),
+        ("arms: {a: {model.depht: 3}}", "unknown key 'model.depht'; did you mean 'model.depth'?"),
+        ("grid: {model.inner.width: []}", "study.grid.model.inner.width must be a list of values, not an empty one"),
+        ("grid: {}", "give one of arms, grid and search"),
+        ("arms: {a: {}}\ngrid: {seed: [1]}", "give one of arms, grid and search"),
+        ("arms: {a: {}}\ncontrol: b", "no arm 'b'"),
+        ("arms: {a: {}, b: {against: c}}", "no arm 'c'"),
+        ("arms: {a b: {}, a-b: {}}", "have one folder, a-b"),
+        ("arms: {a: {}}\nbudget: {days: 3}", "study.budget must be one of steps, images, macs, seconds"),
+        ("arms: {a: {}}\nbudget: {steps: -1}", "study.budget.steps must be a number above 0"),
+        ("arms: {a: {}}\nseeds: [1, 1]", "study.seeds must be different numbers"),
+        ("arms: {a: {}}\nmetrics: [fid]", "unknown metrics 'fid'"),
+        ("arms: {a: {}}\nprimary: held_out.0.3.high", "'held_out.0.3.high' is not measured"),
+        ("arms: {a: {}}\nmetrics: [held_out]\nprimary: swd.32", "'swd.32' is not measured"),
+        ("arms: {a: {}}\nbase: emojy", "unknown preset 'emojy'; did you mean 'emoji'?"),
+        ("arms: {a: {}}\nbase: none.yaml", "study.base: cannot read none.yaml"),
+        ("arms: {a: {}}\nset: {data.source: /nowhere}", "/nowhere"),
+        ("search: {model.inner.width: {low: 4, high: 2}}", "must have low < high"),
+        ("arms: {a: {}}\nmetrics: [held_out, dinov2]", "no DINOv2 weights"),
+        ("arms: {a: {}, b: {model.outer.width: 256, model.depth: null}}\nset: {train.steps: oops}", "train.steps"),
+        ("- a", "must hold keys such as"),
+        ("arms: {a: {}}\narms: {b: {}}", "given twice"),
+    ],
+)
+def test_a_bad_study_ends_before_the_first_trial_with_one_line(text, words, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_unmatched_cost_ends_a_study_before_the_first_trial(base, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(
+        f"base: {base}\nmetrics: [held_out]\narms: {{a: {{}}, b: {{model.depth: 9, model.stages: first, "
+        "model.outer.width: 64, model.outer.mlp_ratio: 4}}}}\n".replace("}}}}", "}}")
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "'b'" in said
+    assert "tolerance" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_folder_holds_one_study(base, tmp_path):
+    planned(small(base), tmp_path)
+    with pytest.raises(UserError, match=r"another study, samples: 4 / 5"):
+        planned(small(base, samples=5), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- running one
+
+
+def test_every_arm_is_trained_with_every_seed_and_measured(base, tmp_path):
+    plan = finish(small(base, seeds=[0, 1], metrics=["held_out", "pixels"]), tmp_path)
+    found = results(tmp_path)
+    assert found.keys() == {"one-s0", "two-s0", "one-s1", "two-s1"}
+    for key, result in found.items():
+        run = tmp_path / "runs" / key
+        last = json.loads(run.joinpath("log.jsonl").read_text().splitlines()[-1])["held_out"]
+        assert result.state == "done"
+        assert result.metrics["held_out.0.2.high"] == last["0.2"]["high"]
+        assert result.metrics["spectrum"] > 0
+        assert result.floors["spectrum"] > 0
+        assert result.protocol["images"] == plan.study.samples
+        with np.load(run / "drawn.npz") as drawn:
+            assert drawn["images"].shape == drawn["real"].shape == (24, 8, 8, 3)
+    assert found["one-s0"].metrics != found["one-s1"].metrics != found["two-s1"].metrics
+
+
+def test_a_finished_study_is_not_run_again(base, tmp_path):
+    plan = finish(small(base), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
+    assert list(work(plan, tmp_path, Board(plan, tmp_path), CPU)) == []
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")} == before
+
+
+def test_a_stopped_worker_gives_its_trial_back_and_the_next_goes_on(base, tmp_path):
+    study = small(base, set={"train.checkpoint_every": 2})
+    plan = planned(study, tmp_path / "stopped")
+    events = work(plan, tmp_path / "stopped", Board(plan, tmp_path / "stopped"), CPU)
+    next(event for event in events if event.step >= 4)
+    events.close()  # as Ctrl-C does
+    board = Board(plan, tmp_path / "stopped")
+    assert board.counts()["running"] == 0
+    later = list(work(plan, tmp_path / "stopped", board, CPU))
+    assert [event.key for event in later if event.text == "continued" and event.step >= 2] == ["one-s0"]
+    finish(study, tmp_path / "whole")
+    whole, stopped = (results(tmp_path / name) for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_path, monkeypatch):
+    def diverges(config, run, **keys):
+        yield from train(config, run, **keys)
+        if config.train.learning_rate == 0.5:
+            raise UserError("step 8: training diverged")
+
+    monkeypatch.setattr("dit_in_dit.study.run.train", diverges)
+    plan = finish(small(base, arms={"wild": {"train.learning_rate": 0.5}, "good": {}}), tmp_path)
+    found = results(tmp_path)
+    assert found["good-s0"].state == "done"
+    assert (found["wild-s0"].state, found["wild-s0"].reason) == ("failed", "step 8: training diverged")
+    board = Board(plan, tmp_path)
+    assert board.finished()
+    assert +board.counts() == {"done": 1, "failed": 1}
+
+
+def test_a_search_tries_what_its_sampler_chooses(base, tmp_path):
+    space = {"train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "model.inner.mixer": ["patch", "none"]}
+    finish(small(base, search=space, trials=5), tmp_path)
+    found = results(tmp_path)
+    assert list(found) == ["t0000", "t0001", "t0002", "t0003", "t0004"]
+    for key, result in found.items():
+        changes = json.loads((tmp_path / "runs" / key / "changes.json").read_text())["changes"]
+        assert 1e-4 <= changes["train.learning_rate"] <= 1e-2
+        assert result.arm == plans.describe(changes)
+        stored = (tmp_path / "runs" / key / "config.yaml").read_text()
+        assert f"mixer: {changes['model.inner.mixer']}" in stored
+
+
+def test_pruning_stops_trials_that_are_worse_than_the_median(base, tmp_path, monkeypatch):
+    def errors(run, primary):
+        rate = read_config(run).train.learning_rate
+        return [(step, 1 / rate) for step in range(2, 9, 2)]
+
+    monkeypatch.setattr("dit_in_dit.study.run._errors", errors)
+    rates = [5e-3, 4e-3, 3e-3, 2e-3, 1e-3, 1e-4, 6e-3]  # the median is known after five
+    study = small(base, grid={"train.learning_rate": rates}, prune=True, set={"train.evaluate_every": 2})
+    finish(study, tmp_path)
+    states = {key: (found.state, found.step) for key, found in results(tmp_path).items()}
+    assert states.pop("learning-rate-0-0001-s0") == ("pruned", 2)
+    assert set(states.values()) == {("done", 8)}
+
+
+# ---------------------------------------------------------------------------------------- sharing trials
+
+
+def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(base, tmp_path, monkeypatch):
+    plan = planned(small(base, arms={"one": {}}), tmp_path)
+    clock = [0.0]
+    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    lost = dead.claim()
+    assert lost is not None
+    assert other.claim() is None
+    clock[0] = 9.0
+    assert other.claim() is None
+    clock[0] = 11.0
+    taken = other.claim()
+    assert taken is not None
+    assert taken.key == lost.key
+    assert taken.losses == 0  # it had saved nothing
+    with pytest.raises(LostError):
+        dead.done(lost, "done", 1.0)
+    other.done(taken, "done", 2.0)
+    assert [trial.value for trial in other.keys().values()] == [2.0]
+
+
+def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
+    plan = planned(small(base, arms={"one": {}}), tmp_path)
+    clock = [0.0]
+    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    busy, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    claim = busy.claim()
+    for number in range(5):
+        claim.trial.set_user_attr("beat", [number, 0, 0])
+        clock[0] += 9.0
+        assert other.claim() is None
+
+
+def test_a_trial_put_up_twice_is_done_once(base, tmp_path):
+    plan = planned(small(base), tmp_path)
+    first, second = Board(plan, tmp_path), Board(plan, tmp_path)
+    for board in (first, second):  # as two workers that start at the same moment
+        for trial in plan.trials:
+            board.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
+    claims = [board.claim() for board in (first, second, first, second)]
+    assert [claim and claim.key for claim in claims] == ["one-s0", "two-s0", None, None]
+
+
+def test_a_trial_that_takes_its_workers_with_it_is_given_up(base, tmp_path, monkeypatch):
+    plan = planned(small(base, arms={"one": {}}), tmp_path)
+    clock = [0.0]
+    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    for _ in range(MOST_LOSSES):
+        board = Board(plan, tmp_path, lease=10)
+        while (claim := board.claim()) is None:
+            clock[0] += 11.0
+        claim.trial.set_user_attr("beat", [0, 3, 2])
+    board = Board(plan, tmp_path, lease=10)
+    assert board.claim() is None
+    clock[0] += 11.0
+    monkeypatch.undo()
+    board._seen = {number: (beat, since - 1e9) for number, (beat, since) in board._seen.items()}
+    assert [event.kind for event in work(plan, tmp_path, board, CPU)] == ["failed"]
+    assert "lost by 5 workers" in results(tmp_path)["one-s0"].reason
+
+
+def test_a_result_whose_worker_was_lost_before_it_told_is_told_by_the_next(base, tmp_path):
+    study = small(base, arms={"one": {}})
+    finish(study, tmp_path / "a")
+    plan = planned(study, tmp_path / "b")
+    shutil.copytree(tmp_path / "a" / "runs", tmp_path / "b" / "runs")
+    board = Board(plan, tmp_path / "b")
+    assert [event.kind for event in work(plan, tmp_path / "b", board, CPU)] == ["done"]
+    assert board.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
+
+
+def test_a_search_tries_no_more_than_it_should_whoever_asks(base, tmp_path):
+    plan = planned(small(base, search={"train.learning_rate": [1e-3, 1e-4]}, trials=3), tmp_path)
+    boards = [Board(plan, tmp_path) for _ in range(5)]
+    claims = [board.claim() for board in boards]
+    assert [claim and claim.key for claim in claims] == ["t0000", "t0001", "t0002", None, None]
+
+
+def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypatch):
+    plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=2), tmp_path)
+    clock = [0.0]
+    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    lost, own = dead.claim(), other.claim()
+    other.done(own, "done", 1.0)
+    assert other.claim() is None
+    clock[0] = 11.0
+    taken = other.claim()
+    assert (taken.key, taken.trial.params) == (lost.key, lost.trial.params)
+
+
+def test_half_a_line_in_the_journal_is_mended(base, tmp_path):
+    plan = planned(small(base), tmp_path)
+    Board(plan, tmp_path).claim()
+    with (tmp_path / "journal.log").open("ab") as journal:
+        journal.write(b'{"op_code": 6, "wor')  # its writer's machine went down
+    assert Board(plan, tmp_path).claim().key == "two-s0"
+
+
+def test_the_same_study_under_another_arm_order_is_another(base, tmp_path):
+    first = planned(small(base), tmp_path / "a")
+    second = replace(first, made={**first.made, "id": "another"})
+    url = f"sqlite:///{tmp_path}/trials.db"
+    assert Board(first, tmp_path, url).claim().key == Board(second, tmp_path, url).claim().key == "one-s0"
+
+
+def test_a_storage_that_cannot_be_opened_is_one_line(base, tmp_path):
+    plan = planned(small(base), tmp_path)
+    with pytest.raises(UserError, match="cannot open --storage"):
+        Board(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")

@@ -1,0 +1,191 @@
+"""Workers as processes: killed at any moment, on a journal and on PostgreSQL, they end with the serial run's table."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit_in_dit.config import RunConfig, to_yaml
+from dit_in_dit.study.begin import begin, make_plan
+from dit_in_dit.study.board import OUTCOME, Board
+from dit_in_dit.study.plan import Plan, Result, StudyConfig
+from dit_in_dit.study.run import work
+
+CPU = torch.device("cpu")
+LEASE = 3.0
+KILLS = 10
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
+    """Four arms with three seeds: twelve trials of some seconds, with a checkpoint every tenth of them."""
+    from conftest import small_model
+    from dit_in_dit.config import DataConfig, SampleConfig, TrainConfig
+
+    config = RunConfig(
+        model=small_model("outer*2 inner*2", image_size=(8, 8), num_classes=3),
+        data=DataConfig(source=str(folder), held_out=0.2),
+        train=TrainConfig(steps=300, batch_size=16, learning_rate=1e-3, precision="float32", checkpoint_every=30),
+        sample=SampleConfig(steps=3),
+    )
+    base = tmp_path_factory.mktemp("study") / "base.yaml"
+    base.write_text(to_yaml(config))
+    arms = {"one": {}, "two": {"model.inner.mixer": "none"}, "three": {"model.use_inner": False}}
+    arms["four"] = {"train.learning_rate": 3e-3}
+    values = {"base": str(base), "arms": arms, "match": "none", "samples": 4, "budget": {"steps": 300}}
+    return StudyConfig.from_dict(values)
+
+
+def planned(study: StudyConfig, out: Path) -> Plan:
+    out.mkdir(parents=True)
+    return begin(out, lambda: make_plan("killed", study, CPU))
+
+
+def table(out: Path) -> dict[str, Result]:
+    return {path.parent.name: Result.from_json(path.read_text()) for path in sorted(out.glob("runs/*/result.json"))}
+
+
+@pytest.fixture(scope="module")
+def serial(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """The table of one undisturbed worker."""
+    out = tmp_path_factory.mktemp("serial") / "study"
+    plan = planned(study, out)
+    list(work(plan, out, Board(plan, out), CPU))
+    found = table(out)
+    assert len(found) == 12
+    return found
+
+
+def start(out: Path, number: int, url: str | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(out), "--lease", str(LEASE), "--device", "cpu"]
+    command += ["--storage", url] if url else []
+    with (out / f"worker{number}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def kill_while_they_work(plan: Plan, out: Path, workers: int, url: str | None, kills: int) -> Board:
+    """Let workers do a study and kill them, one at a time, while trials are running; each is replaced."""
+    board, draw = Board(plan, out, url), np.random.default_rng(0)
+    alive = {number: start(out, number, url) for number in range(workers)}
+    number = workers
+    try:
+        while not board.finished():
+            time.sleep(draw.uniform(0.2, 1.5))
+            moving = [t for t in board.keys().values() if t.state.name == "RUNNING" and t.user_attrs.get("beat")]
+            if kills and moving:
+                victim = list(alive)[draw.integers(len(alive))]
+                alive[victim].send_signal(signal.SIGKILL)
+                alive.pop(victim).wait()
+                kills -= 1
+                alive[number], number = start(out, number, url), number + 1
+            for name, worker in list(alive.items()):  # one that ended by itself may have found nothing left to do
+                assert worker.poll() in (None, 0), (out / f"worker{name}.log").read_text()
+        for worker in alive.values():
+            assert worker.wait(60) == 0
+    finally:
+        for worker in alive.values():
+            worker.kill()
+    assert not kills, "the study ended before all were killed: make its trials longer"
+    return board
+
+
+def check(board: Board, out: Path, serial: dict[str, Result]) -> None:
+    """Every trial done once, the lost ones continued, and the table that of the serial run."""
+    assert table(out) == serial
+    tries = board.trials()
+    done = Counter(trial.user_attrs["key"] for trial in tries if trial.state.name == "COMPLETE")
+    assert done == Counter(serial.keys())
+    values = {trial.user_attrs["key"]: trial.value for trial in tries if trial.state.name == "COMPLETE"}
+    assert values == {key: result.metrics["held_out.0.2.high"] for key, result in serial.items()}
+    lost = [t for t in tries if t.state.name == "FAIL" and t.user_attrs.get(OUTCOME) is None]
+    assert lost, "no trial was lost: the kills hit idle workers"
+    said = "".join(path.read_text() for path in out.glob("worker*.log"))
+    for trial in lost:
+        key, saved = trial.user_attrs["key"], trial.user_attrs.get("beat", [0, 0, 0])[2]
+        steps = [int(step) for step in re.findall(rf"{key}: continued from step (\d+)", said)]
+        assert not saved or max(steps, default=0) >= saved or "measuring" in said, (key, saved, steps)
+
+
+def test_killed_workers_lose_no_trial_and_do_none_twice(study, serial, tmp_path):
+    plan = planned(study, tmp_path / "study")
+    check(kill_while_they_work(plan, tmp_path / "study", 3, None, KILLS), tmp_path / "study", serial)
+
+
+# ------------------------------------------------------------------------------------------- PostgreSQL
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server that lives as long as the test."""
+    places = [Path(shutil.which("initdb") or "").resolve().parent, *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
+    needed = ("initdb", "postgres", "pg_isready")
+    binaries = next((place for place in places[::-1] if all((place / name).exists() for name in needed)), None)
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'psycopg[binary]'")
+    user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
+    home = Path("/tmp", f"dit-in-dit-postgres-{os.getpid()}")  # reached by that user, and short enough for a socket
+    home.mkdir()
+    if user:
+        shutil.chown(home, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data = str(home / "data")
+    ask = [str(binaries / "initdb"), "-D", data, "-U", "study", "-A", "trust", "--no-sync"]
+    subprocess.run(ask, check=True, user=user, cwd="/", capture_output=True)
+    run = [str(binaries / "postgres"), "-D", data, "-p", str(port), "-k", str(home), "-c", "fsync=off"]
+    server = subprocess.Popen(run, user=user, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
+        for _ in range(100):
+            if subprocess.run(ready, capture_output=True, check=False).returncode == 0:
+                break
+            time.sleep(0.1)
+        yield f"postgresql+psycopg://study@127.0.0.1:{port}/postgres"
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        shutil.rmtree(home)
+
+
+def test_workers_that_share_a_database_do_the_same(study, serial, tmp_path, postgres):
+    plan = planned(study, tmp_path / "study")
+    board = kill_while_they_work(plan, tmp_path / "study", 2, postgres, 4)
+    check(board, tmp_path / "study", serial)
+    assert not (tmp_path / "study" / "journal.log").exists()
+
+
+# ---------------------------------------------------------------------------------------------- --workers
+
+
+def test_the_command_starts_workers_and_reports(study, serial, tmp_path, capsys):
+    import yaml
+
+    from dit_in_dit.cli import main
+    from dit_in_dit.config import to_dict
+
+    fewer = replace(study, seeds=(1,))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(fewer)))
+    out = tmp_path / "out"
+    main(["study", "run", str(tmp_path / "mine.yaml"), "--out", str(out), "--workers", "2", "--device", "cpu"])
+    assert table(out) == {key: result for key, result in serial.items() if key.endswith("-s1")}
+    assert (out / "report.html").exists()
+    assert "4 done" in capsys.readouterr().err
+    main(["study", "status", str(out)])
+    assert "4 done" in capsys.readouterr().out

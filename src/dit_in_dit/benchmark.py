@@ -16,7 +16,7 @@ from dit_in_dit.model import cost
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import Trainer, settled
 
-TURN_SECONDS = 0.05  # a turn repeats its step for about so long: a single short one is lost in the clock's noise
+TURN_SECONDS = 0.02  # a turn repeats its step for about so long: a single short one is lost in the clock's noise
 WARM_UP = 2  # steps before any is timed: the first makes the optimizer's state and compiles
 SHARE = 0.25  # of the speed of large matrix products that a training step reaches, roughly
 
@@ -43,7 +43,7 @@ def step_seconds(
     *,
     threads: int | None = None,
     seconds: float = 5.0,
-    rounds: int = 50,
+    rounds: int = 200,
 ) -> dict[str, Times]:
     """Time a training step (all its micro-batches, optimizer and average) of each config on white noise.
 
@@ -96,8 +96,9 @@ def estimate(configs: Mapping[str, RunConfig], device: torch.device, *, threads:
         torch.set_num_threads(before)
 
 
-def product_speed(device: torch.device, size: int = 512) -> float:
-    """MACs per second of a product of two square float32 matrices."""
+def product_speed(device: torch.device) -> float:
+    """MACs per second of a product of two square float32 matrices, large enough for the device."""
+    size = 512 if device.type == "cpu" else 4096
     a = torch.ones(size, size, device=device)
     times = []
     for _ in range(5):
@@ -144,8 +145,7 @@ class _Steps:
         """Seconds of a step, over `count` of them."""
         began = self.clock()
         for _ in range(count):
-            values = self.trainer.update(self.batches)
-        float(values["loss"])  # waits for the device, but not for what follows the loss
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
+            self.trainer.update(self.batches)
+        if self.trainer.device.type != "cpu":
+            torch.accelerator.synchronize(self.trainer.device)
         return (self.clock() - began) / count

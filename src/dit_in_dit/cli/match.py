@@ -47,7 +47,7 @@ def _match(options: argparse.Namespace) -> None:
     if options.out:
         make_folder(options.out.parent)
     if options.by == "time" and (seconds := estimate({"this": config, "like": like}, device)) > 10:
-        print(f"about {seconds:.0f} s for each of up to seven measurements", file=sys.stderr)
+        print(f"about {seconds:.0f} s for each of several measurements", file=sys.stderr)
     fixed = {assignment.partition("=")[0] for assignment in options.set}
     twin = match(config, like, options.by, tolerance=options.tolerance, fixed=fixed, device=device)
     matched = replace(config, model=twin.model)

@@ -24,8 +24,9 @@ from dit_in_dit.study.plan import Arm, StudyConfig, candidates, configure
 By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
 NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
-SPAN = 4  # narrower or wider by more than this, it is another model and no twin
-TRIES = 6  # measurements of a search by time, before the last one
+SPAN = 4  # with a width or an MLP so many times larger or smaller it is another model and no twin
+NEAR = 1 / 8  # a width further off changes more than an MLP that makes up for a gap of so much
+TRIES = 6  # models measured in a search by time
 SECONDS_EACH = 2.5  # to measure a model for
 SECONDS_TO_SPARE = 15.0  # times that nobody asked for are measured if warming up takes no longer
 
@@ -100,9 +101,9 @@ def twin(
     """The least change of the outer transformer that brings `count` within `tolerance` of `target`.
 
     The number of outer blocks alone where that is enough; else the nearest width with its best number of blocks (heads
-    stay as many, and their size even if it was); else, of all these, the nearest in cost with another `mlp_ratio`.
-    Outer stages of a program keep their proportions. A named order becomes a program with the same inner blocks, unless
-    its `depth_ratio` is fixed: then these follow the depth.
+    stay as many, and their size even if it was); else, before widths that are far off, another `mlp_ratio` with what is
+    nearest in cost so far. Outer stages of a program keep their proportions. A named order becomes a program with the
+    same inner blocks, unless its `depth_ratio` is fixed: then these follow the depth.
 
     Args:
         count: the cost of a model; grows with depth, width and mlp_ratio of the outer transformer.
@@ -138,6 +139,13 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
             if sign * (count(end) / target - 1) > tolerance:
                 return
 
+    def with_best_mlp(found: Twin) -> Twin:
+        if _is_fixed("model.outer.mlp_ratio", fixed):
+            return found
+        hidden = int(found.model.outer.width * found.model.outer.mlp_ratio)
+        smallest, largest = max(1, math.ceil(hidden / SPAN)), hidden * SPAN
+        return made(_closest(lambda n: _with_hidden(found.model, n), smallest, largest, target, count))
+
     best = made(model)
     if abs(best.gap) <= tolerance:
         return best
@@ -147,7 +155,10 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
         if near := [t for t in tried if abs(t.gap) <= tolerance]:
             return min(near, key=lambda t: (abs(t.model.blocks("outer") - blocks), abs(t.gap)))
         best = min([best, *tried], key=lambda t: abs(t.gap))
-    return best if _is_fixed("model.outer.mlp_ratio", fixed) else made(_with_best_mlp(best.model, target, count))
+        is_far = any(abs(t.model.outer.width / width - 1) > NEAR for t in tried)
+        if is_far and abs(best.gap) < NEAR and abs((finer := with_best_mlp(best)).gap) <= tolerance:
+            return finer
+    return with_best_mlp(best)
 
 
 def changes(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
@@ -164,16 +175,12 @@ def _with_outer(model: ModelConfig, **values: float) -> ModelConfig:
     return replace(model, outer=replace(model.outer, **values))  # type: ignore[arg-type]
 
 
-def _with_best_mlp(model: ModelConfig, target: float, count: Count) -> ModelConfig:
-    """The model with the MLP, in hidden units, that costs nearest to the target."""
+def _with_hidden(model: ModelConfig, hidden: int) -> ModelConfig:
+    """The model whose MLPs have so many hidden units."""
     width = model.outer.width
-
-    def with_hidden(hidden: int) -> ModelConfig:
-        ratio = hidden / width
-        whole = int(ratio * width) == hidden  # or rounding lost a unit
-        return _with_outer(model, mlp_ratio=ratio if whole else math.nextafter(ratio, math.inf))
-
-    return _closest(with_hidden, math.ceil(width / 100), 64 * width, target, count)
+    ratio = hidden / width
+    whole = int(ratio * width) == hidden  # or rounding lost a unit
+    return _with_outer(model, mlp_ratio=ratio if whole else math.nextafter(ratio, math.inf))
 
 
 def _closest(make: Callable[[int], ModelConfig], low: int, high: int, target: float, count: Count) -> ModelConfig:
@@ -281,13 +288,18 @@ def _match_time(
         return Twin(model, changes(config.model, model), gap, (times["this"].seconds, times["like"].seconds))
 
     seen: dict[ModelConfig, float] = {}
-    model = config.model
-    while model not in seen and len(seen) < TRIES:
-        seen[model] = measured(model, 2 * SECONDS_EACH).gap
-        if abs(seen[model]) <= tolerance / 2:
-            break
-        model = _nearest(config.model, _macs_of_equal_time(seen), macs, tolerance / 4, fixed).model
-    best = min(seen, key=lambda m: abs(math.log1p(seen[m])))
+    model = best = config.model
+    for _ in range(TRIES):
+        found = measured(model, 2 * SECONDS_EACH)
+        if abs(found.gap) <= tolerance / 2 or model in seen:
+            found = measured(model, 4 * SECONDS_EACH)
+            if abs(found.gap) <= tolerance:
+                return found
+        seen[model] = found.gap
+        best = min(seen, key=lambda m: abs(math.log1p(seen[m])))
+        # From the best, and no finer than it is far: at equal MACs another shape takes another time.
+        step = max(tolerance, abs(math.log1p(seen[best]))) / 4
+        model = _nearest(best, _macs_of_equal_time(seen), macs, step, fixed).model
     found = measured(best, 4 * SECONDS_EACH)
     if abs(found.gap) > tolerance:
         raise NoTwin(found, NAMES["time"], tolerance)

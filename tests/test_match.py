@@ -193,6 +193,9 @@ def test_no_twin_is_said_in_one_line():
     model = small_model("outer*2")
     with pytest.raises(NoTwin, match="free more of depth"):
         twin(model, 2 * macs(model), macs, fixed=["model.outer", "model.depth"])
+    huge = replace(model, outer=replace(model.outer, mlp_ratio=40))
+    with pytest.raises(NoTwin, match="free more of depth"):
+        twin(huge, 9 * macs(huge), macs, fixed=["model.outer.width", "model.depth"])
 
 
 # --------------------------------------------------------------------------------------------- time

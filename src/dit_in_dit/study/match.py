@@ -142,8 +142,9 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
     def with_best_mlp(found: Twin) -> Twin:
         if _is_fixed("model.outer.mlp_ratio", fixed):
             return found
-        hidden = int(found.model.outer.width * found.model.outer.mlp_ratio)
-        smallest, largest = max(1, math.ceil(hidden / SPAN)), hidden * SPAN
+        wide = found.model.outer.width
+        hidden = int(wide * found.model.outer.mlp_ratio)
+        smallest, largest = math.ceil(max(hidden / SPAN, wide / 100)), min(hidden * SPAN, 64 * wide)  # as config allows
         return made(_closest(lambda n: _with_hidden(found.model, n), smallest, largest, target, count))
 
     best = made(model)

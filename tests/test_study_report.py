@@ -224,6 +224,16 @@ def test_more_precision_is_better(tmp_path: Path):
     assert "'b' is better than 'a'" in says(out)
 
 
+def test_what_is_nearer_to_zero_is_better_from_either_side(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}}, primary="spectrum.1/4", metrics=("pixels",))
+    levels = {"a": -3.0, "b": 1.0}
+    draw = np.random.default_rng(0)
+    text = says(
+        write_study(tmp_path / "out", plan, lambda arm, _: {"spectrum.1/4": levels[arm] + draw.normal(0, 0.01)})
+    )
+    assert "'b' is better than 'a': -2, 95% interval" in text
+
+
 def test_what_is_compared_with_another_arm_says_so(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({"gate": 0.2, "gate, mean": 0.2}))
     text = says(out)

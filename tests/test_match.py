@@ -345,7 +345,6 @@ def test_a_budget_holds_after_matching():
             r"arm 'x' costs [\d.]+x 'a' in MACs, more than tolerance 0.02 allows",
         ),
         ({"arms": {"a": {}, "b": {"against": "c"}, "c": {"against": "b"}}}, "b, c are compared in a circle"),
-        ({"arms": {"a": {}, "b": {"against": "b"}}}, "b are compared in a circle"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_fair_is_refused_in_one_line(values, part):

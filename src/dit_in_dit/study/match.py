@@ -333,7 +333,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
     configs: dict[str, RunConfig] = {}
     matched: dict[str, dict[str, tuple[Any, Any]]] = {}
     time_gaps = dict.fromkeys(found, 0.0)
-    for name in _in_order(found, study.control or next(iter(found))):
+    for name in _in_order(found):
         named, against = found[name]
         configs[name], matched[name] = configure(study, named), {}
         if name == against or study.match == "none":
@@ -391,13 +391,13 @@ def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads:
         return {}
 
 
-def _in_order(found: Mapping[str, tuple[dict[str, Any], str]], control: str) -> list[str]:
-    """Arms by name from the control on, each after the one that it is compared with."""
-    order = [control]
+def _in_order(found: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
+    """Arms by name, each after the one that it is compared with; those compared with themselves first."""
+    order: list[str] = []
     while len(order) < len(found):
-        ready = [name for name, (_, against) in found.items() if name not in order and against in order]
+        ready = [n for n, (_, against) in found.items() if n not in order and (against == n or against in order)]
         if not ready:
             left = ", ".join(name for name in found if name not in order)
-            raise UserError(f"study.arms: {left} are compared in a circle: one must be against {control!r}")
+            raise UserError(f"study.arms: {left} are compared in a circle: one must be against a control")
         order += ready
     return order

@@ -16,9 +16,9 @@ from dit_in_dit.checkpoint import read_config
 from dit_in_dit.cli import main
 from dit_in_dit.config import RunConfig, UserError, to_yaml
 from dit_in_dit.study import plan as plans
-from dit_in_dit.study.begin import begin, make_plan, read_plan
+from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import MOST_LOSSES, Board, LostError
-from dit_in_dit.study.plan import Plan, Result, StudyConfig
+from dit_in_dit.study.plan import Plan, Result, StudyConfig, read_plan
 from dit_in_dit.study.run import work
 from dit_in_dit.training.loop import train
 
@@ -136,6 +136,8 @@ def test_a_plan_is_read_back_as_it_was(base, tmp_path):
         ("search: {model.inner.width: {low: 4, high: 2}}", "must have low < high"),
         ("arms: {a: {}}\nmetrics: [held_out, dinov2]", "no DINOv2 weights"),
         ("arms: {a: {}, b: {model.outer.width: 256, model.depth: null}}\nset: {train.steps: oops}", "train.steps"),
+        ("arms: {a: {}, b: {data.held_out: 0.2}}", "data.held_out is 0.1 for 'a' and 0.2 for 'b'"),
+        ("arms: {a: {}}\nmetrics: [held_out]\nprimary: FID", "FID needs study.samples=2048 at least"),
         ("- a", "must hold keys such as"),
         ("arms: {a: {}}\narms: {b: {}}", "given twice"),
     ],

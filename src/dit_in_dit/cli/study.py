@@ -19,7 +19,7 @@ from dit_in_dit.config import UserError, format_stages
 
 if TYPE_CHECKING:
     from dit_in_dit.study.board import Board
-    from dit_in_dit.study.plan import Plan
+    from dit_in_dit.study.plan import Plan, StudyConfig
 
 PATIENCE = 10.0  # seconds that workers have to give their trials back
 
@@ -93,11 +93,19 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.begin import make_plan
     from dit_in_dit.study.plan import read
     from dit_in_dit.training.loop import pick_device
 
-    _costs(make_plan(Path(options.study).stem, read(options.study, options.set), pick_device(options.device)))
+    _costs(_planned(options, read(options.study, options.set), pick_device(options.device)))
+
+
+def _planned(options: argparse.Namespace, study: StudyConfig, device: Any) -> Plan:
+    from rich.console import Console
+
+    from dit_in_dit.study.begin import make_plan
+
+    with Console(stderr=True).status("matching the arms and timing a step of each"):
+        return make_plan(Path(options.study).stem, study, device)
 
 
 def _costs(plan: Plan) -> None:
@@ -128,7 +136,7 @@ def _costs(plan: Plan) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.begin import begin, make_plan
+    from dit_in_dit.study.begin import begin
     from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import read
     from dit_in_dit.training.loop import pick_device
@@ -136,8 +144,9 @@ def _run(options: argparse.Namespace) -> None:
     study, device = read(options.study, options.set), pick_device(options.device)
     workers = _workers(options.workers)
     make_folder(options.out)
-    plan = begin(options.out, lambda: make_plan(Path(options.study).stem, study, device), study)
+    plan = begin(options.out, lambda: _planned(options, study, device), study)
     _costs(plan)
+    sys.stdout.flush()  # the table comes before the work, also where it is not a terminal's
     board = Board(plan, options.out, options.storage, options.lease)
     count = workers or _as_memory_allows(plan, device)
     if count == 1:
@@ -276,8 +285,8 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
 
 
 def _work(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.begin import read_plan
     from dit_in_dit.study.board import Board
+    from dit_in_dit.study.plan import read_plan
     from dit_in_dit.training.loop import pick_device
 
     plan, device = read_plan(options.out), pick_device(options.device)
@@ -285,8 +294,8 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.begin import read_plan
     from dit_in_dit.study.board import Board
+    from dit_in_dit.study.plan import read_plan
 
     plan = read_plan(options.out)
     board = Board(plan, options.out, options.storage, options.lease)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.config import UserError, keys
+from dit_in_dit.config import RunConfig, UserError, keys
 from dit_in_dit.evaluation.curves import BACKWARD, Arm, Curve, Floats, last_step
 from dit_in_dit.model import cost
 
@@ -41,9 +41,13 @@ DEFINITIONS = {
 
 def check_comparable(compared: Sequence[Arm]) -> None:
     """UserError when held-out errors of these arms are not of the same images at the same noise."""
-    tested = [arm for arm in compared if any(len(curve.evaluated) for curve in arm.curves)]
+    check_same_held_out({arm.name: arm.config for arm in compared if any(len(c.evaluated) for c in arm.curves)})
+
+
+def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
+    """UserError when runs of these configs, by name, are not evaluated on the same images at the same noise."""
     for name in COMPARABLE:
-        values = {arm.name: {key: value for key, _, value in keys(arm.config)}[name] for arm in tested}
+        values = {arm: {key: value for key, _, value in keys(config)}[name] for arm, config in configs.items()}
         first = next(iter(values), "")
         for other, value in values.items():
             if value != values[first]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # units of an axis, and how many are an hour
+ROW = 0.2  # inches of a legend's row
 POINTS = 200  # most windows of steps along a curve
 
 
@@ -63,8 +65,15 @@ def _acrosses(compared: Sequence[Arm]) -> list[_Across]:
         ),
     ]
     if _has_hours(compared):
+        longest = max(
+            float(curve.hours(curve.timed[-1:])[0]) for a in compared for curve in a.curves if len(curve.timed)
+        )
+        unit, per_hour = next((unit, n) for unit, n in CLOCK.items() if longest * n >= 2 or unit == "seconds")
         found.append(
-            _Across("training time / hours", lambda arm, steps: np.mean([c.hours(steps) for c in arm.curves], axis=0))
+            _Across(
+                f"training time / {unit}",
+                lambda arm, steps: per_hour * np.mean([c.hours(steps) for c in arm.curves], axis=0),
+            )
         )
     return found
 
@@ -142,6 +151,7 @@ def _finish(page: Figure, title: str) -> Figure:
         "; band: range of the seeds, as far as all of them got" if any(axes.collections for axes in page.axes) else ""
     )
     page.suptitle(title + bands, fontsize=10)
+    page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # or the legend takes it from the axes
     page.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False)
     return page
 

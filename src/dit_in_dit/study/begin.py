@@ -15,10 +15,12 @@ from dit_in_dit.config import RunConfig, UserError, nearest, to_dict
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.evaluation import pixels
+from dit_in_dit.evaluation.convergence import check_same_held_out
+from dit_in_dit.evaluation.distances import ENOUGH, NAMES
 from dit_in_dit.evaluation.evaluate import first_difference
 from dit_in_dit.evaluation.features import Network, open_network
 from dit_in_dit.study.match import match_arms
-from dit_in_dit.study.plan import Plan, StudyConfig
+from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
 
 def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
@@ -29,6 +31,8 @@ def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
     """
     networks(study, device)
     arms = match_arms(study, device, study.threads)
+    if "held_out" in study.metrics:
+        check_same_held_out({arm.name: arm.config for arm in arms})
     for arm in arms:
         source = open_source(arm.config.data, arm.config.model)
         if "held_out" in study.metrics and not source.held_out_size:
@@ -53,6 +57,8 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         shape = (4, config.model.channels, *config.model.image_size)
         images = np.random.default_rng(0).standard_normal(shape, np.float32)
         known += pixels.score(images[:2], images, (config.model.patch_size,))
+    if study.primary in NAMES.values() and study.samples < ENOUGH:
+        raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
     open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
     if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
         raise UserError(f"study.primary: {study.primary!r} is not measured{nearest(study.primary, known)}")
@@ -88,11 +94,3 @@ def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None)
     if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
         raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")
     return plan
-
-
-def read_plan(out: Path) -> Plan:
-    """The plan in a study's folder; UserError when there is none."""
-    try:
-        return Plan.from_json((out / "plan.json").read_text())
-    except OSError as error:
-        raise UserError(f"no study at {out}: {error.strerror or error}") from None

@@ -16,7 +16,7 @@ from dit_in_dit.evaluation import curves
 from dit_in_dit.evaluation.convergence import check_comparable
 from dit_in_dit.evaluation.evaluate import first_difference
 from dit_in_dit.study.metrics import direction, grouped, ranked
-from dit_in_dit.study.plan import Arm, Plan, Result
+from dit_in_dit.study.plan import Arm, Plan, Result, read_plan
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
 
 MOST_DRAWN = 60  # compared arms in a picture
@@ -151,11 +151,6 @@ class Searched:
         sign = -1 if direction(self.plan.study.primary) == "higher" else 1
         finite = [tried for tried in self.trials if math.isfinite(self.value(tried))]
         return sorted(finite, key=lambda tried: (sign * self.value(tried), tried.number))
-
-
-def read_plan(out: Path) -> Plan:
-    """The plan of a study's folder; UserError when there is none."""
-    return Plan.from_json(_text(out / "plan.json", "a study's folder"))
 
 
 def gather(out: Path) -> Gathered:

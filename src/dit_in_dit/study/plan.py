@@ -224,6 +224,14 @@ class Plan:
             raise UserError(f"this is no plan of a study: {str(error)[:80]}") from None
 
 
+def read_plan(out: Path) -> Plan:
+    """The plan in a study's folder; UserError when there is none."""
+    try:
+        return Plan.from_json((out / "plan.json").read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{out} is not a study's folder: {error}") from None
+
+
 def _arm_to_dict(arm: Arm) -> dict[str, Any]:
     parts = {f.name: getattr(arm, f.name) for f in fields(arm)}
     return {**parts, "config": to_dict(arm.config)}

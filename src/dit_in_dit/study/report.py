@@ -22,8 +22,9 @@ from dit_in_dit.study.document import (
     to_html,
     to_markdown,
 )
-from dit_in_dit.study.gather import Gathered, gather, gather_search, read_plan
+from dit_in_dit.study.gather import Gathered, gather, gather_search
 from dit_in_dit.study.metrics import explain
+from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.summary import summarise
 
 MATRIX = (

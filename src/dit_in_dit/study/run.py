@@ -6,7 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from dit_in_dit.study.plan import Plan, Result, budgeted, configure, describe
 from dit_in_dit.training.loop import train
 
 DRAWN = 24  # images that a trial draws to be looked at
-SEARCHED = 2000  # training images looked through for real ones of the same classes
+SEARCHED = 200  # images of an endless source looked through for some of each class
 
 
 @dataclass(frozen=True)
@@ -212,17 +213,18 @@ def _draw(run: Path, device: torch.device) -> None:
 
 
 def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
-    """A training image for each label, each another one while there are; of any class where there is none."""
+    """A training image for each label, another one each time while there are; any where there is none."""
     source = open_source(config.data, config.model)
-    size = min(source.train_size or SEARCHED, SEARCHED)
-    chosen = np.unique(np.linspace(0, (source.train_size or size) - 1, size).astype(int))
-    found: dict[int, list[NDArray[np.float32]]] = {}
-    for number in chosen:
-        image, y = source.train(int(number))
-        found.setdefault(y if config.model.num_classes else 0, []).append(image)
-    every = [image for images in found.values() for image in images]
-    turns = [found.get(y, every) for y in labels]
-    images = [images[i // max(1, len(set(labels))) % len(images)] for i, images in enumerate(turns)]
+    if source.train_size is None:  # endless: the first that have the label
+        there = np.array([source.train(number)[1] for number in range(SEARCHED)])
+    else:
+        there = source.labels
+    turns: Counter[int] = Counter()
+    images = []
+    for y in labels:
+        mine = np.flatnonzero(there == y) if config.model.num_classes and (there == y).any() else np.arange(len(there))
+        images.append(source.train(int(mine[turns[y] * len(mine) // len(labels) % len(mine)]))[0])
+        turns[y] += 1
     return to_pixels(torch.from_numpy(np.stack(images)))
 
 

@@ -1,0 +1,97 @@
+"""A study finds what is planted, with its sign, and nothing where nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_in_dit import presets
+from dit_in_dit.config import changed, to_yaml
+from dit_in_dit.study.begin import begin, make_plan
+from dit_in_dit.study.board import Board
+from dit_in_dit.study.gather import Gathered, gather
+from dit_in_dit.study.plan import StudyConfig
+from dit_in_dit.study.run import work
+from dit_in_dit.study.summary import summarise
+from dit_in_dit.training.example import Batch, Examples
+
+CPU = torch.device("cpu")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+MARK = 1e-9  # a weight decay that changes nothing, by which the planted arm is known
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """Emoji at half their size: seconds a run."""
+    config = changed(
+        presets.get("emoji"),
+        {
+            "model.image_size": 16,
+            "model.outer": {"width": 64, "num_heads": 2},
+            "model.inner.width": 16,
+            "model.stages": "outer*2 inner",
+            "train.batch_size": 16,
+        },
+    )
+    (tmp_path / "base.yaml").write_text(to_yaml(config))
+    return str(tmp_path / "base.yaml")
+
+
+def ran(base: str, out: Path, arms: dict, **keys) -> Gathered:
+    """The study's numbers, three seeds."""
+    study = StudyConfig.from_dict(
+        {"base": base, "arms": arms, "match": "none", "budget": {"steps": 150}, "samples": 16, **keys}
+    )
+    out.mkdir()
+    plan = begin(out, lambda: make_plan("study", study, CPU))
+    list(work(plan, out, Board(plan, out), CPU))
+    return gather(out)
+
+
+def test_the_same_config_twice_shows_no_difference(base, tmp_path):
+    study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"])
+    assert len(study.done) == 6
+    arm = study.plan.arm("b")
+    assert study.ranked
+    for metric in study.ranked:
+        assert study.values("a", metric) == study.values("b", metric)
+        assert not study.difference(arm, metric).marked
+    said = " ".join(summarise(study))
+    assert "better" not in said.replace("lower is better", "")
+    assert "worse" not in said
+
+
+class Swapped(Examples):
+    """Every fifth example of the marked arm has another one's image as its target."""
+
+    def __getitem__(self, number: int) -> Batch:
+        batch = super().__getitem__(number)
+        if self.config.train.weight_decay != MARK:
+            return batch
+        x = batch.x.clone()
+        x[::5] = batch.x.roll(1, 0)[::5]
+        return batch._replace(x=x, noise=_same_input(batch, x))
+
+
+def _same_input(batch: Batch, x: torch.Tensor) -> torch.Tensor:
+    """The noise with which the other image gives the same x_t = (1 - t) x + t e."""
+    t = batch.t[:, None, None, None].clamp(min=0.05)
+    return batch.noise + (1 - t) / t * (batch.x - x)
+
+
+def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_in_dit.training.loop.Examples", Swapped)
+    arms = {"right": {}, "wrong": {"train.weight_decay": MARK}}
+    study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole")
+    found = study.difference(study.plan.arm("wrong"), study.primary)
+    assert found.marked
+    assert found.mean > 0
+    assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise(study))
+
+
+def test_more_steps_are_found_to_be_better(base, tmp_path):
+    arms = {"short": {}, "long": {"train.steps": 300}}
+    study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], budget={}, set={"train.steps": 100})
+    assert any("'long' is better than 'short'" in sentence for sentence in summarise(study))

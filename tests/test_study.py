@@ -174,6 +174,25 @@ def test_a_folder_holds_one_study(base, tmp_path):
         planned(small(base, samples=5), tmp_path)
 
 
+def test_shipped_studies_are_listed_and_shown_as_they_are(capsys):
+    main(["study", "list"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in plans.shipped())
+    main(["study", "show", "order"])
+    assert capsys.readouterr().out == plans.shipped()["order"].read_text()
+
+
+def test_a_plan_shows_what_every_arm_costs(base, tmp_path, capsys):
+    arms = "{nested: {}, plain: {model.use_inner: false}}"
+    (tmp_path / "mine.yaml").write_text(f"base: {base}\nmatch: none\nmetrics: [held_out]\narms: {arms}\n")
+    main(["study", "plan", str(tmp_path / "mine.yaml"), "--set", "budget.steps=7"])
+    said = capsys.readouterr().out
+    assert "7 steps" in said
+    for name, stages in (("nested", "outer*1 inner*1"), ("plain", "outer*1")):
+        assert any(line.split()[:1] == [name] and stages in line for line in said.splitlines())
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.yaml", "base.yaml"}
+
+
 # ------------------------------------------------------------------------------------------- running one
 
 
@@ -351,6 +370,12 @@ def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypa
     clock[0] = 11.0
     taken = other.claim()
     assert (taken.key, taken.trial.params) == (lost.key, lost.trial.params)
+
+
+def test_workers_of_a_search_choose_apart_and_a_search_that_goes_on_does_not_begin_again(base, tmp_path):
+    plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=6), tmp_path)
+    chosen = [Board(plan, tmp_path).claim().trial.params["train.learning_rate"] for _ in range(6)]
+    assert len(set(chosen)) == 6
 
 
 def test_half_a_line_in_the_journal_is_mended(base, tmp_path):

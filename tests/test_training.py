@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -268,3 +270,20 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
         parts = {name: value for name, value in line.items() if name.startswith("grad_norm.")}
         assert {"grad_norm.outer_blocks", "grad_norm.inner_blocks", "grad_norm.inner_head"} <= parts.keys()
         assert sum(value**2 for value in parts.values()) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, tmp_path):
+    list(train(with_train(run_config, steps=3), tmp_path / "run"))
+    hold = (
+        "import sys, time; from pathlib import Path; from dit_in_dit import checkpoint\n"
+        "with checkpoint.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout.readline() == b"held\n"
+        with pytest.raises(checkpoint.BusyError, match=f"is being trained by process {owner.pid} on "):
+            list(train(with_train(run_config, steps=3), tmp_path / "run", resume=True))
+    finally:
+        owner.kill()  # as a machine does that runs out of memory
+        owner.wait()
+    assert [fact.kind for fact in train(with_train(run_config, steps=3), tmp_path / "run", resume=True)] == ["start"]

@@ -149,6 +149,9 @@ def _run(options: argparse.Namespace) -> None:
     sys.stdout.flush()  # the table comes before the work, also where it is not a terminal's
     board = Board(plan, options.out, options.storage, options.lease)
     count = workers or _as_memory_allows(plan, device)
+    cores = (os.cpu_count() or 1) // study.threads
+    if device.type == "cpu" and count < min(cores, len(plan.trials)):
+        print(f"{count} of {cores} trials that the cores could do at once: see --workers", file=sys.stderr)
     if count == 1:
         _alone(plan, options.out, board, device)
     else:

@@ -9,6 +9,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
@@ -68,8 +69,10 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
         if model.channels != 3:
             raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
         source: Source = MosaicSource(model.image_size)
+    elif data.source == "emoji":
+        source = _emoji(model.image_size, model.channels, data.held_out)
     else:
-        path = Path(str(files("dit_in_dit.data") / "emoji.zip")) if data.source == "emoji" else Path(data.source)
+        path = Path(data.source)
         if not path.exists():
             raise UserError(f"data.source: no such file or folder: {data.source}")
         arrays = path.suffix in (".npz", ".npy")
@@ -80,6 +83,14 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
             f"{data.source} has {len(source.classes)}"
         )
     return source
+
+
+@lru_cache(maxsize=2)
+def _emoji(size: tuple[int, int], channels: int, held_out: float) -> ImageSource:
+    """The embedded images, decoded once for all who ask: they never change, and it takes seconds."""
+    path = Path(str(files("dit_in_dit.data") / "emoji.zip"))
+    model = ModelConfig(image_size=size, channels=channels, patch_size=1)
+    return ImageSource(path, DataConfig(held_out=held_out), model)
 
 
 class MosaicSource:

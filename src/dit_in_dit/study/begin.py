@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dit_in_dit.evaluation.evaluate import first_difference
 from dit_in_dit.evaluation.features import Network, open_network
 from dit_in_dit.study.match import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
+from dit_in_dit.training.loop import settled
 
 
 def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
@@ -31,6 +33,7 @@ def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
     """
     networks(study, device)
     arms = match_arms(study, device, study.threads)
+    arms = tuple(replace(arm, config=settled(arm.config, device)) for arm in arms)  # the same on every worker's device
     if "held_out" in study.metrics:
         check_same_held_out({arm.name: arm.config for arm in arms})
     for arm in arms:

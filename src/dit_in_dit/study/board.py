@@ -126,7 +126,6 @@ class Board:
         self.study = optuna.create_study(
             study_name=f"{plan.name}-{identity}",
             storage=storage,
-            sampler=optuna.samplers.TPESampler(seed=plan.study.seeds[0], constant_liar=True),
             pruner=optuna.pruners.MedianPruner() if plan.study.prune else optuna.pruners.NopPruner(),
             direction="minimize",
             load_if_exists=True,
@@ -194,7 +193,14 @@ class Board:
             self.study.tell(trial, state=self.states.FAIL)
 
     def _suggest(self, trial: optuna.Trial) -> None:
-        """Of a search: let the sampler choose, or what was chosen before, and name a new trial."""
+        """Of a search: let the sampler choose, or what was chosen before, and name a new trial.
+
+        The sampler is seeded by the trial's number: one that lives on would choose alike in every worker, and again
+        what it chose before whenever the study goes on.
+        """
+        from optuna.samplers import TPESampler
+
+        self.study.sampler = TPESampler(seed=(self.plan.study.seeds[0] + trial.number) % 2**32, constant_liar=True)
         for name, values in self.plan.study.search.items():
             if isinstance(values, list):
                 trial.suggest_categorical(name, values)

@@ -29,7 +29,7 @@ from dit_in_dit.study.begin import networks
 from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, Result, budgeted, configure, describe
-from dit_in_dit.training.loop import train
+from dit_in_dit.training.loop import settled, train
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class
@@ -68,7 +68,7 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator
 
 def _try(
     plan: Plan, out: Path, board: Board, claim: Claim, device: torch.device, networks: tuple[Network, ...]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """One trial, from where it was left to its result."""
     run = out / "runs" / claim.key
     run.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunCon
     seconds = None
     if "seconds" in study.budget:
         seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return budgeted(study, config, {**study.set, **changes}, seconds)
+    return settled(budgeted(study, config, {**study.set, **changes}, seconds), device)
 
 
 def _train_and_measure(
@@ -138,7 +138,7 @@ def _train_and_measure(
     if set(plan.study.metrics) - {"held_out"}:
         subject = run_subject(run, device, lambda config, _: (config, []), seed=0, averaged=True)
         real = reference(None, subject, wanted=2 * plan.study.samples)
-        for fact in evaluate(subject, real, run / "evaluation", plan.study.samples, networks=networks):
+        for fact in evaluate(subject, real, run / "evaluation" / f"{total:07d}", plan.study.samples, networks=networks):
             claim.check()
             if isinstance(fact, Evaluation):
                 scores, protocol = fact.result["scores"], fact.result["protocol"]

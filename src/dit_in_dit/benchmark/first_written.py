@@ -155,21 +155,27 @@ class FirstSpread(nn.Module):
         return self.proj(F.layer_norm(outer, outer.shape[-1:], eps=1e-6)).reshape(self.shape)
 
 
+def check(model: ModelConfig) -> None:
+    """UserError where the config has what came later: another mixer or condition."""
+    inner = model.inner
+    if model.blocks("inner") and (inner.mixer, inner.condition) != ("patch", "image"):
+        raise UserError(
+            "as first written there are model.inner.mixer=patch and model.inner.condition=image: "
+            f"got {inner.mixer} and {inner.condition}"
+        )
+
+
 class FirstWritten(nn.Module):
     """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), as `NestedDiT` of the same config.
 
     Raises:
-        UserError: the config has a mixer or a condition that came later: here are mixer=patch and condition=image.
+        UserError: the config has a mixer or a condition that came later.
     """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         outer, inner = model.outer, model.inner
-        if model.blocks("inner") and (inner.mixer, inner.condition) != ("patch", "image"):
-            raise UserError(
-                "as first written there are model.inner.mixer=patch and model.inner.condition=image: "
-                f"got {inner.mixer} and {inner.condition}"
-            )
+        check(model)
         self.config, levels = model, [level for level, _ in model.program]
         self.register_buffer("position", sincos(outer.width, *model.grid), persistent=False)
         self.position: Tensor

@@ -118,20 +118,25 @@ def in_turns(turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int =
 
 def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
     """A function that gives the seconds of one call of `work`, which is warmed up and repeated until a turn is long."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter  # not what other processes take of the core
+    now = clock(device)
 
     def timed(count: int) -> float:
         wait(device)
-        began = clock()
+        began = now()
         for _ in range(count):
             work()
         wait(device)
-        return (clock() - began) / count
+        return (now() - began) / count
 
     timed(WARM_UP)
     repeats = max(1, round(TURN_SECONDS / max(timed(1), 1e-9)))
     return lambda: timed(repeats)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """The clock for work on the device; on one CPU thread that thread's, so that other processes do not count."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def wait(device: torch.device) -> None:

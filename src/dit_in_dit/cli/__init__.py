@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from dit_in_dit.cli import curves, doctor, evaluate, look, maps, match, run, study
+from dit_in_dit.cli import bench, curves, doctor, evaluate, look, maps, match, run, study
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config import UserError
 
@@ -32,6 +32,6 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, run, evaluate, curves, doctor, maps, match, study):
+    for room in (look, run, evaluate, curves, doctor, maps, match, study, bench):
         room.add(commands)
     return made

@@ -1,0 +1,195 @@
+"""Where a training step's time goes: by part of the model, and by kind of operation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+
+from dit_in_dit.benchmark.subjects import Subject
+from dit_in_dit.benchmark.timing import WARM_UP, clock, wait
+from dit_in_dit.config import RunConfig
+from dit_in_dit.model import cost
+from dit_in_dit.model.nested import NestedDiT
+
+INNER = ("inner_embed", "inner_blocks", "aggregate", "spread", "inner_head")  # the inner path
+OUTER = ("outer_embed", "outer_blocks", "outer_head")
+SHOWN = {  # what the table shows, and the parts that it is made of
+    "outer blocks": ("outer_blocks",),
+    "inner blocks": ("inner_blocks",),
+    "aggregate": ("aggregate",),
+    "spread": ("spread",),
+    "heads": ("outer_head", "inner_head"),
+    "embeddings": ("outer_embed", "inner_embed", "time_embed"),
+    "loss": ("loss",),
+    "optimizer": ("optimizer",),
+    "rest": ("rest",),
+}
+KINDS = {  # kinds of operations by the names that torch's profiler gives them; the first that fits
+    "attention": r"scaled_dot|attention|softmax",
+    "products": r"mm\b|mm_|linear|matmul|einsum",
+    "convolutions": r"conv",
+    "norms": r"layer_norm",
+    "optimizer": r"adam",
+    "copies": r"copy_|clone|contiguous|::cat|_to_copy|index|embedding|fill|zero|empty",
+    "compiled": r"triton|graph_|CompiledFx|Compiled",
+    "elementwise": r"add|mul|div|sub|gelu|silu|sum|mean|mse|sin|cos|exp|pow|neg",
+}
+
+
+class Marks:
+    """When each part of a step begins, on the device's own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.now = device, clock(device)
+        self.seen: list[tuple[str, Any]] = []
+
+    def __call__(self, part: str) -> None:
+        """`part` begins here."""
+        with record_function(f"part {part}"):  # for the profiler
+            if self.device.type == "cuda":
+                moment: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                moment.record()
+            else:
+                wait(self.device)
+                moment = self.now()
+            self.seen.append((part, moment))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part from the first mark to the last, whose own part is not counted."""
+        wait(self.device)
+        found: dict[str, float] = {}
+        for (part, began), (_, ended) in pairwise(self.seen):
+            taken = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+            found[part] = found.get(part, 0.0) + taken
+        return found
+
+
+def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
+    """The model's modules by part, in the order in which they run; names are those of `cost.macs`."""
+    embeds = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed", "label_embed")]
+    named = [("time_embed" if name == "label_embed" else name, module) for name, module in embeds]
+    for stage in model.stages:
+        level, starred, _ = str(stage.name).partition("*")
+        named.append((f"{level}_blocks" if starred else level, stage))
+    return named + [(head.name.replace(" ", "_"), head) for head in model.heads]
+
+
+@contextmanager
+def marked(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
+    """While open, `mark` is called when a part begins, forward and backward.
+
+    Backward, autograd takes up what was made last first, so that a part ends where the one before it begins.
+    """
+    with ExitStack() as stack:
+        for part, module in parts_of(model):
+            stack.callback(module.register_forward_pre_hook(partial(_begin, mark, part)).remove)
+            stack.callback(module.register_forward_hook(partial(_end, mark, part)).remove)
+        yield
+
+
+def _begin(mark: Callable[[str], None], part: str, *given: object) -> None:
+    mark(part)
+
+
+def _end(mark: Callable[[str], None], part: str, module: nn.Module, given: tuple[Tensor], output: object) -> None:
+    mark("rest")
+    for tensor in output if isinstance(output, tuple) else (output,):
+        is_new = all(tensor is not argument for argument in given)
+        if is_new and tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the backward pass begins with its maker
+
+
+def parted(run: RunConfig, device: torch.device) -> Subject:
+    """A warm subject for `part_seconds`. What is to be compiled is compiled block by block: hooks go on working."""
+    subject = Subject(replace(run, train=replace(run.train, compile=False)), device)
+    assert isinstance(subject.model, NestedDiT)
+    if run.train.compile:
+        for block in (*subject.model.outer_blocks, *subject.model.inner_blocks):
+            block.compile()
+    for _ in range(WARM_UP):
+        part_seconds(subject)
+    return subject
+
+
+def part_seconds(subject: Subject) -> dict[str, float]:
+    """Seconds of one training step of a `parted` subject by part of `cost.macs`, and loss, optimizer and rest."""
+    assert isinstance(subject.model, NestedDiT)
+    marks = Marks(subject.device)
+    with marked(subject.model, marks):
+        wait(subject.device)
+        marks("rest")
+        subject.step(marks)
+        marks("end")
+    return marks.seconds()
+
+
+def part_macs(subject: Subject) -> dict[str, int]:
+    """MACs of a training step by part, for the whole batch: backward counts twice."""
+    found = cost.macs(subject.run.model)
+    found["inner_blocks"] += found.pop("condition")  # computed there
+    return {part: 3 * subject.run.train.batch_size * number for part, number in found.items() if part != "total"}
+
+
+def shown(parts: Mapping[str, float]) -> dict[str, float]:
+    """Parts as the table shows them; those without any are left out."""
+    sums = {name: sum(parts.get(part, 0) for part in those) for name, those in SHOWN.items()}
+    return {name: value for name, value in sums.items() if value}
+
+
+def per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[str, ...]) -> float:
+    """Seconds that a MAC of these parts takes, together."""
+    return sum(seconds.get(part, 0.0) for part in parts) / sum(macs[part] for part in parts)
+
+
+def profiled(subject: Subject, steps: int = 3) -> dict[str, dict[str, float]]:
+    """Seconds of a step of a `parted` subject by part and, in it, by kind of operation, as torch's profiler sees them.
+
+    Kinds are those of `KINDS` and `other`; on a CUDA device it is the device's time.
+    """
+    assert isinstance(subject.model, NestedDiT)
+    on_cuda = subject.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    marks = Marks(subject.device)
+    with marked(subject.model, marks), profile(activities=activities) as profiler:
+        for _ in range(steps):
+            marks("rest")
+            subject.step(marks)
+        wait(subject.device)
+    found: dict[str, dict[str, float]] = {}
+    part = "rest"
+    events = [event for event in profiler.events() if event.device_type.name == "CPU"]
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if event.name.startswith("part "):
+            part = event.name.removeprefix("part ")
+            continue
+        taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        kinds = found.setdefault(part, {})
+        kind = kind_of(event.name)
+        kinds[kind] = kinds.get(kind, 0.0) + taken / 1e6 / steps
+    return found
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation, by its name."""
+    return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "other")
+
+
+def kinds_shown(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds by kind of operation for the parts that the table shows."""
+    found: dict[str, dict[str, float]] = {}
+    for name, those in SHOWN.items():
+        for part in those:
+            for kind, seconds in kinds.get(part, {}).items():
+                found.setdefault(name, {})
+                found[name][kind] = found[name].get(kind, 0.0) + seconds
+    return found

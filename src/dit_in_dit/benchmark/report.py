@@ -1,0 +1,260 @@
+"""What a benchmark found: ratios and their goals, subjects, parts and sweeps; as JSON and as plots."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_in_dit import __version__
+from dit_in_dit.benchmark.parts import SHOWN, shown
+from dit_in_dit.benchmark.subjects import Measured, to_dict
+from dit_in_dit.benchmark.sweep import Sweep
+from dit_in_dit.figures import COLOURS, figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PACKAGES = ("torch", "diffusers", "numpy", "triton", "timm")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that is wanted; `limit` is the most that it may be, or the least where `at_least`; None: no goal."""
+
+    name: str
+    how: str
+    limit: float | None = None
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A goal and what was measured, one number for each round."""
+
+    goal: Goal
+    rounds: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """The median."""
+        return median(self.rounds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Half of the rounds lie between."""
+        if len(self.rounds) == 1:
+            return self.value, self.value
+        low, _, high = quantiles(self.rounds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None where there is none."""
+        if self.goal.limit is None:
+            return None
+        return self.value >= self.goal.limit if self.goal.at_least else self.value <= self.goal.limit
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds and MACs of a training step by part, for the whole batch, and seconds by kind of operation in each."""
+
+    precision: str
+    seconds: Mapping[str, float]
+    macs: Mapping[str, int]
+    kinds: Mapping[str, Mapping[str, float]]
+
+
+@dataclass
+class Report:
+    """Everything that was measured.
+
+    Attributes:
+        title: what ran.
+        products: MACs per second of the best matrix product by dtype.
+        subjects, parts: by the subject's name.
+    """
+
+    title: str
+    device: torch.device
+    products: dict[str, float] = field(default_factory=dict)
+    ratios: list[Ratio] = field(default_factory=list)
+    subjects: dict[str, Measured] = field(default_factory=dict)
+    parts: dict[str, Parts] = field(default_factory=dict)
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def share(self, measured: Measured) -> float:
+        """MACs per second in training over those of the best matrix product."""
+        return measured.macs_per_second / self.products[measured.precision]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return {
+            "title": self.title,
+            "hardware": hardware(self.device),
+            "versions": versions(),
+            "product_macs_per_second": self.products,
+            "ratios": [
+                {
+                    "name": ratio.goal.name,
+                    "how": ratio.goal.how,
+                    "ratio": ratio.value,
+                    "quartiles": list(ratio.quartiles),
+                    "goal": ratio.goal.limit,
+                    "at_least": ratio.goal.at_least,
+                    "met": ratio.met,
+                    "rounds": list(ratio.rounds),
+                }
+                for ratio in self.ratios
+            ],
+            "subjects": {name: {**to_dict(m), "share": self.share(m)} for name, m in self.subjects.items()},
+            "parts": {
+                name: {
+                    "seconds": dict(p.seconds),
+                    "macs": dict(p.macs),
+                    "kinds": {k: dict(v) for k, v in p.kinds.items()},
+                }
+                for name, p in self.parts.items()
+            },
+            "sweeps": {name: sweep.to_dict() for name, sweep in self.sweeps.items()},
+            "notes": self.notes,
+        }
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The processor, the accelerator, and what else a time depends on."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "allocator": {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"accelerator": properties.name, "accelerator_bytes": properties.total_memory}
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a time depends on and that is installed."""
+    found = {"dit-in-dit": __version__, "python": platform.python_version(), "system": platform.system()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
+# ------------------------------------------------------------------------------------------- plots
+
+
+def draw(report: Report, out: Path) -> list[Path]:
+    """Write parts.png, throughput.png and sweeps.png, those for which there is something to show.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    made = {"parts.png": report.parts, "throughput.png": report.subjects, "sweeps.png": report.sweeps}
+    drawn = {"parts.png": _draw_parts, "throughput.png": _draw_throughput, "sweeps.png": _draw_sweeps}
+    paths = []
+    for name, found in made.items():
+        if found:
+            save(drawn[name](report), out / name)
+            paths.append(out / name)
+    return paths
+
+
+def _draw_parts(report: Report) -> Figure:
+    """Bars of seconds by part, and what each part has of the time over what it has of the MACs."""
+    rows = {name: shown(parts.seconds) for name, parts in report.parts.items()}
+    page, axes = figure(1, 2, width=5.0, height=1.2 + 0.5 * len(rows))
+    colour = dict(zip(SHOWN, (*COLOURS, "#BBBBBB"), strict=True))
+    for at, (name, row) in enumerate(rows.items()):
+        macs, left = shown(report.parts[name].macs), 0.0
+        time, count = sum(row.values()), sum(macs.values())
+        for part, seconds in row.items():
+            axes[0, 0].barh(at, seconds / time, left=left, color=colour[part], label=part)
+            left += seconds / time
+            if macs.get(part, 0) > 0.005 * count:
+                axes[0, 1].plot(seconds / time / (macs[part] / count), at, "o", color=colour[part])
+    for axis in axes[0]:
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+    axes[0, 0].set_xlabel("share of a training step's time")
+    axes[0, 1].set_xlabel("time over MACs, both as shares of the step (1: costs what it counts)")
+    axes[0, 1].axvline(1, color="grey", linewidth=0.8)
+    _log(axes[0, 1], "x")
+    shown_once = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    page.legend(list(shown_once.values()), list(shown_once), loc="outside lower center", ncols=5)
+    return page
+
+
+def _draw_throughput(report: Report) -> Figure:
+    page, axes = figure(1, 1, width=8.0, height=4.5)
+    for number, (name, measured) in enumerate(report.subjects.items()):
+        at = measured.macs / 1e6, measured.macs_per_second / 1e9
+        marker = "os^Dv*PX"[number // len(COLOURS) % 8]
+        axes[0, 0].plot(*at, marker, color=COLOURS[number % len(COLOURS)], label=f"{name}, {measured.precision}")
+    for dtype, speed in report.products.items():
+        axes[0, 0].axhline(speed / 1e9, color="grey", linewidth=0.8)
+        axes[0, 0].annotate(f"best matrix product, {dtype}", (0.01, speed / 1e9), xycoords=("axes fraction", "data"))
+    _log(axes[0, 0], "x")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_xlabel("millions of MACs per image, forward")
+    axes[0, 0].set_ylabel("training, 10^9 MACs per second")
+    page.legend(loc="outside right upper", fontsize=7)
+    return page
+
+
+def _draw_sweeps(report: Report) -> Figure:
+    columns = min(3, len(report.sweeps))
+    page, axes = figure(-(-len(report.sweeps) // columns), columns)
+    for axis, (name, sweep) in zip(axes.flat, report.sweeps.items(), strict=False):
+        found, sizes = sweep.to_dict(), [point.size for point in sweep.points]
+        for number, (what, label) in enumerate((("step", "step"), ("inner", "inner path"))):
+            if what in found["exponents"]:
+                seconds = [1000 * median(getattr(point, what)) for point in sweep.points]
+                power = f"{label}: exponent {found['exponents'][what]:.2f}"
+                axis.plot(sizes, seconds, "o-", color=COLOURS[number], label=power)
+        _log(axis, "x")
+        _log(axis, "y")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel(found["label"])
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(report.sweeps) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_ylabel("milliseconds of a training step")
+    return page
+
+
+def _log(axes: Axes, which: str) -> None:
+    """A logarithmic scale with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    scale = axes.xaxis if which == "x" else axes.yaxis
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scale.set_minor_formatter(NullFormatter())

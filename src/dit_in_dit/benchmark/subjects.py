@@ -1,0 +1,252 @@
+"""What is timed: our models, the same as first written, and other people's DiT of the same size."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_in_dit.benchmark.first_written import FirstWritten
+from dit_in_dit.benchmark.timing import Times, in_turns, kept_bytes, peak_bytes, stopwatch, wait
+from dit_in_dit.config import ModelConfig, RunConfig, UserError
+from dit_in_dit.model import cost
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.loop import settled
+
+Make = Callable[[RunConfig], nn.Module]
+
+
+def nested(run: RunConfig) -> nn.Module:
+    """Our model."""
+    return NestedDiT(run.model, recompute=run.train.recompute)
+
+
+def first_written(run: RunConfig) -> nn.Module:
+    """Our model as one writes it down first, with the same weights."""
+    return FirstWritten(run.model).load(NestedDiT(run.model).state_dict())
+
+
+class Theirs(nn.Module):
+    """Somebody else's model under our signature."""
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.call(self.model, x, t, y)
+
+
+def diffusers_dit(run: RunConfig) -> nn.Module:
+    """`DiTTransformer2DModel` of diffusers, of a plain config's size. Raises UserError where it has no such size."""
+    model, outer = run.model, run.model.outer
+    check_theirs(model, "diffusers' DiT")
+    made = import_module("diffusers").DiTTransformer2DModel(  # here: it takes seconds
+        num_attention_heads=outer.num_heads,
+        attention_head_dim=outer.width // outer.num_heads,
+        in_channels=model.channels,
+        num_layers=model.blocks("outer"),
+        sample_size=model.image_size[0],
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=model.num_classes,
+    )
+    return Theirs(made, lambda m, x, t, y: m(x, (999 * t).long(), y, return_dict=False)[0])
+
+
+def official_dit(checkout: Path) -> Make:
+    """`DiT` of `models.py` in a checkout of facebookresearch/DiT, which needs timm.
+
+    Raises:
+        UserError: there is none in the checkout, or it cannot be imported.
+    """
+    path = checkout / "models.py"
+    spec = util.spec_from_file_location("official_dit", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--dit: no models.py in {checkout}; give a checkout of facebookresearch/DiT")
+    module = util.module_from_spec(spec)
+    sys.modules["official_dit"] = module  # torch.compile looks a function's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise UserError(f"--dit: {path} cannot be imported: {error}") from None
+    if not hasattr(module, "DiT"):
+        raise UserError(f"--dit: no class DiT in {path}; give a checkout of facebookresearch/DiT")
+
+    def make(run: RunConfig) -> nn.Module:
+        model = run.model
+        check_theirs(model, "the official DiT")
+        made = module.DiT(
+            input_size=model.image_size[0],
+            patch_size=model.patch_size,
+            in_channels=model.channels,
+            hidden_size=model.outer.width,
+            depth=model.blocks("outer"),
+            num_heads=model.outer.num_heads,
+            mlp_ratio=model.outer.mlp_ratio,
+            num_classes=model.num_classes,
+            learn_sigma=False,
+        )
+        return Theirs(made, lambda m, x, t, y: m(x, 999 * t, y))
+
+    return make
+
+
+def check_theirs(model: ModelConfig, whose: str) -> None:
+    """UserError where `whose` model has no such size."""
+    height, width = model.image_size
+    if model.blocks("inner") or height != width or not model.num_classes or model.outer.mlp_ratio != 4:
+        raise UserError(
+            f"{whose} has square images, classes, an MLP ratio of 4 and no inner blocks: take such a config"
+        )
+
+
+class Subject:
+    """A model in training, with a batch of white noise of its own.
+
+    Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data are
+    left out, because other people's models come without.
+
+    Args:
+        run: sizes; of `train`, batch_size, precision and compile are used.
+        make: the model from the config.
+    """
+
+    def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
+        self.run, self.device = settled(run, device), device
+        model, train = self.run.model, self.run.train
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.model = make(self.run).to(device)
+        draw = torch.Generator().manual_seed(run.seed)
+        shape = train.batch_size, model.channels, *model.image_size
+        x, target = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
+        t = torch.rand(train.batch_size, generator=draw).to(device)
+        y = (torch.arange(train.batch_size) % max(1, model.num_classes)).to(device)
+        self.inputs, self.target = (x, t, y), target
+        self.call: nn.Module = torch.compile(self.model) if train.compile else self.model  # type: ignore[assignment]
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
+
+    @property
+    def macs(self) -> int:
+        """MACs of a forward pass per image, by our count also for other people's model."""
+        return cost.macs(self.run.model)["total"]
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the config says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.train.precision == "bfloat16")
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        """A forward pass without gradients."""
+        with self.autocast():
+            return self.call(*self.inputs)
+
+    def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
+        """A training step; `mark` is told when the loss and the optimizer begin."""
+        with self.autocast():
+            prediction = self.call(*self.inputs)
+        mark("loss")
+        loss = F.mse_loss(prediction.float(), self.target)
+        loss.backward()  # type: ignore[no-untyped-call]
+        mark("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def kept_bytes(self) -> int:
+        """Bytes that a forward pass keeps for the backward pass."""
+
+        def forward() -> Tensor:
+            with self.autocast():
+                return self.model(*self.inputs)
+
+        return kept_bytes(forward, (*self.model.parameters(), *self.model.buffers(), *self.inputs))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One subject's numbers.
+
+    Attributes:
+        macs: of a forward pass per image; a step counts three times that, as backward costs two.
+        forward, step: seconds for the whole batch.
+        kept: bytes kept for the backward pass, the whole batch.
+        peak: most bytes in use on a CUDA device during a step, other subjects' weights included.
+        compiling: seconds of the first step, where the model is compiled.
+    """
+
+    macs: int
+    batch: int
+    precision: str
+    compiled: bool
+    forward: Times
+    step: Times
+    kept: int
+    peak: int | None
+    compiling: float | None
+
+    @property
+    def images_per_second(self) -> float:
+        """In training."""
+        return self.batch / self.step.seconds
+
+    @property
+    def macs_per_second(self) -> float:
+        """In training."""
+        return 3 * self.macs * self.images_per_second
+
+
+def measure(subjects: Mapping[str, Subject], seconds: float) -> dict[str, Measured]:
+    """Forward passes and steps of all subjects in turns, and their memory."""
+    turns, compiling = {}, {}
+    for name, subject in subjects.items():
+        began = time.perf_counter()
+        subject.step()
+        wait(subject.device)
+        compiling[name] = time.perf_counter() - began if subject.run.train.compile else None
+        turns[name] = _both(stopwatch(subject.forward, subject.device), stopwatch(subject.step, subject.device))
+    found = in_turns(turns, seconds)
+    measured = {}
+    for name, subject in subjects.items():
+        forwards, steps = zip(*found[name], strict=True)
+        train = subject.run.train
+        measured[name] = Measured(
+            subject.macs,
+            train.batch_size,
+            train.precision,
+            train.compile,
+            Times(forwards),
+            Times(steps),
+            subject.kept_bytes(),
+            peak_bytes(subject.step, subject.device),
+            compiling[name],
+        )
+    return measured
+
+
+def _both(forward: Callable[[], float], step: Callable[[], float]) -> Callable[[], tuple[float, float]]:
+    return lambda: (forward(), step())
+
+
+def to_dict(measured: Measured) -> dict[str, Any]:
+    """Plain values, as JSON holds them."""
+    return {
+        "macs": measured.macs,
+        "batch": measured.batch,
+        "precision": measured.precision,
+        "compiled": measured.compiled,
+        "forward": list(measured.forward.rounds),
+        "step": list(measured.step.rounds),
+        "kept_bytes": measured.kept,
+        "peak_bytes": measured.peak,
+        "compiling_seconds": measured.compiling,
+        "images_per_second": measured.images_per_second,
+        "macs_per_second": measured.macs_per_second,
+    }

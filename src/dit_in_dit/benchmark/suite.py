@@ -1,0 +1,449 @@
+"""The speed that is wanted, as data, and the experiments that measure it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dit_in_dit import presets
+from dit_in_dit.benchmark.attention import group_times
+from dit_in_dit.benchmark.first_written import check as check_first_written
+from dit_in_dit.benchmark.parts import (
+    INNER,
+    OUTER,
+    part_macs,
+    part_seconds,
+    parted,
+    per_mac,
+    profiled,
+)
+from dit_in_dit.benchmark.report import Goal, Parts, Ratio, Report
+from dit_in_dit.benchmark.subjects import (
+    Make,
+    Measured,
+    Subject,
+    check_theirs,
+    diffusers_dit,
+    first_written,
+    measure,
+    nested,
+    official_dit,
+)
+from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
+from dit_in_dit.benchmark.timing import (
+    Times,
+    best_product,
+    enough_memory,
+    in_turns,
+    stopwatch,
+)
+from dit_in_dit.config import InnerConfig, ModelConfig, OuterConfig, RunConfig, UserError, override
+from dit_in_dit.sampling import denoise, guided
+from dit_in_dit.training.loop import settled
+
+Experiment = tuple[str, Callable[[], None]]
+Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROFILE_STEPS = 3
+SAMPLER_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Sizes at which goals are measured.
+
+    Attributes:
+        plain: against other people's code, eager, at most `against` of their step; `compiled`: the same, compiled.
+        over_eager: whether the compiled model's goal is over theirs eager.
+        reference: inner first, E = D; against the same as first written.
+        paths: configs whose inner path is compared with their outer path per MAC, and the most that is wanted.
+        last: inner last, where to start for its plain twin, and the most that its step may take over the twin's.
+        sampled: the model whose sampling is timed.
+        growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
+        groups: (tokens, width, heads) of attention within groups.
+        rates: models whose share of the best matrix product has a goal.
+        seconds: of measuring, for each comparison.
+    """
+
+    plain: RunConfig
+    compiled: RunConfig | None
+    reference: RunConfig
+    paths: Mapping[str, tuple[RunConfig, float]]
+    last: Mapping[str, tuple[RunConfig, RunConfig, float]]
+    sampled: RunConfig
+    growth: RunConfig
+    sub_patches: tuple[int, ...]
+    images: tuple[int, ...]
+    groups: tuple[int, int, int]
+    rates: Mapping[str, tuple[RunConfig, float]]
+    seconds: float
+    on_cuda: bool = False
+
+
+def _of(preset: str, *keys: str) -> RunConfig:
+    return override(presets.get(preset), ["train.precision=float32", *keys])
+
+
+_EMOJI = _of("emoji")
+_LAST_384 = replace(
+    _of("dit-s8", "train.batch_size=4"),
+    model=ModelConfig(
+        image_size=(64, 64),
+        channels=3,
+        patch_size=8,
+        num_classes=9,
+        stages="outer*10 inner*2",
+        outer=OuterConfig(width=384, num_heads=6),
+        inner=InnerConfig(sub_patch=2, width=64, num_heads=2),
+    ),
+)
+_CPU = Suite(
+    plain=_of("dit-s2", "train.batch_size=2"),
+    compiled=_of("dit-s2", "train.batch_size=2", "model.depth=2", "train.compile=true"),  # blocks are all alike
+    reference=_of("dit-in-dit-s2", "train.batch_size=2"),
+    paths={
+        "E=D=384, S=4": (_of("dit-in-dit-s2", "train.batch_size=2"), 1.0),
+        "E=32, S=16 (emoji)": (_EMOJI, 1.5),
+        "E=64, S=16": (override(_EMOJI, ["model.inner.width=64"]), 1.5),
+    },
+    last={
+        "D=128, E=32 (emoji)": (_EMOJI, _of("emoji-dit"), 1.15),
+        "D=384, E=64": (_LAST_384, override(_LAST_384, ["model.stages=outer*11"]), 1.03),
+    },
+    sampled=override(_EMOJI, ["train.batch_size=16"]),
+    growth=_of("emoji", "train.batch_size=4", "model.inner.width=64", "model.inner.embed=linear"),
+    sub_patches=(4, 16, 64),
+    images=(32, 64, 128),
+    groups=(2 * 1024, 384, 6),
+    rates={},
+    seconds=30.0,
+)
+
+
+def _on_cuda(preset: str, batch: int, *keys: str) -> RunConfig:
+    fast = ("train.precision=bfloat16", "train.compile=true", f"train.batch_size={batch}")
+    return override(presets.get(preset), [*fast, *keys])
+
+
+_LAST_B16 = _on_cuda(
+    "dit-in-dit-b16",
+    32,
+    "model.depth=null",
+    "model.stages=outer*11 inner*2",
+    "model.inner.sub_patch=4",
+    "model.inner.width=64",
+    "model.inner.num_heads=2",
+)
+_CUDA = Suite(
+    plain=_on_cuda("dit-xl2", 16, "train.compile=false"),
+    compiled=_on_cuda("dit-xl2", 16),
+    reference=_on_cuda("dit-in-dit-xl2", 16),
+    paths={
+        "E=D=1152, S=4": (_on_cuda("dit-in-dit-xl2", 16), 1.0),
+        "E=32, S=16": (override(_LAST_B16, ["model.inner.width=32"]), 1.5),
+        "E=64, S=16": (_LAST_B16, 1.5),
+    },
+    last={"p=16, B, E=64": (_LAST_B16, _on_cuda("dit-b16", 32), 1.05)},
+    sampled=_on_cuda("dit-in-dit-xl2", 16),
+    growth=override(_LAST_B16, ["train.batch_size=8"]),
+    sub_patches=(4, 16, 64),
+    images=(128, 256, 512),
+    groups=(2**17, 1152, 16),
+    rates={
+        "plain XL/2": (_on_cuda("dit-xl2", 32), 0.5),
+        "nested XL/2": (_on_cuda("dit-in-dit-xl2", 32), 0.45),
+    },
+    seconds=10.0,
+    on_cuda=True,
+)
+
+_TINY = ("model.image_size=16", "model.patch_size=4", "model.outer.width=32", "train.batch_size=2")
+_TINY_LAST = _of("emoji", *_TINY, "model.stages=outer*2 inner")
+_TINY_FIRST = _of("emoji-reference", *_TINY, "model.stages=inner outer*2")
+_TINY_PLAIN = _of("emoji-dit", *_TINY, "model.stages=outer*2")
+_QUICK = Suite(
+    plain=_TINY_PLAIN,
+    compiled=None,
+    reference=_TINY_FIRST,
+    paths={"E=D=32": (_TINY_FIRST, 1.0), "E=16": (override(_TINY_LAST, ["model.inner.width=16"]), 1.5)},
+    last={"tiny": (_TINY_LAST, _TINY_PLAIN, 1.15)},
+    sampled=_TINY_LAST,
+    growth=_TINY_LAST,
+    sub_patches=(4, 16),
+    images=(16, 32),
+    groups=(64, 32, 4),
+    rates={},
+    seconds=0.1,
+)
+SUITES = {"cpu": _CPU, "cuda": _CUDA, "quick": _QUICK}
+
+
+class Bench:
+    """Measures, and keeps what it finds in `report`.
+
+    Args:
+        seconds: of measuring, for each comparison.
+        twin: makes a plain config cost what another one does; here, because matching belongs to studies.
+        dit: a checkout of facebookresearch/DiT, to compare with the official code.
+
+    Raises:
+        UserError: the checkout holds no DiT.
+    """
+
+    def __init__(self, title: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
+        self.device, self.seconds, self.twin = device, seconds, twin
+        self.report = Report(title, device)
+        self.theirs: dict[str, Make] = {"diffusers": diffusers_dit}
+        if dit:
+            self.theirs["official DiT"] = official_dit(dit)
+
+    def measure_product(self, run: RunConfig) -> None:
+        """The best matrix product in the precision of a run, once."""
+        precision = settled(run, self.device).train.precision
+        if precision not in self.report.products:
+            self.report.products[precision] = best_product(self.device, DTYPES[precision])
+
+    def subject(self, run: RunConfig, make: Make = nested) -> Subject:
+        """A model in training."""
+        self.measure_product(run)
+        return Subject(run, self.device, make)
+
+    def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measured]:
+        """Measure subjects in turns, for `longer` times the usual seconds."""
+        with enough_memory(subjects, self.device):
+            made = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
+            found = measure(made, longer * self.seconds)
+        self.report.subjects |= found
+        return found
+
+    def add(self, goal: Goal, rounds: tuple[float, ...]) -> None:
+        """A ratio, round by round, and what is wanted of it."""
+        self.report.ratios.append(Ratio(goal, rounds))
+
+    def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
+        """Seconds by part, round by round; what is compiled is compiled block by block."""
+        self.measure_product(run)
+        subject = parted(run, self.device)
+        rounds = in_turns({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
+        middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
+        self.report.parts[name] = Parts(
+            settled(run, self.device).train.precision, middle, part_macs(subject), profiled(subject, PROFILE_STEPS)
+        )
+        return rounds
+
+    def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:
+        """Costs along an axis."""
+        with enough_memory(values, self.device):
+            found = self.report.sweeps[name] = sweep(run, axis, values, self.device, self.seconds)
+        return found
+
+
+def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
+    """What the suite measures: a name, and a function that measures it and adds to the report."""
+    for name in bench.theirs:
+        yield f"plain DiT and {name}", _bound(_plain, bench, suite, name)
+    if suite.compiled:
+        for name in bench.theirs:
+            yield f"plain DiT and {name}, compiled", _bound(_compiled, bench, suite, name)
+    for name in suite.paths:
+        yield f"inner and outer path, {name}", _bound(_path, bench, suite, name)
+    for name in suite.last:
+        yield f"inner last and its twin, {name}", _bound(_last, bench, suite, name)
+    yield "reference and as first written", _bound(_reference, bench, suite)
+    yield "sampling", _bound(_sampling, bench, suite)
+    for mixer in ("patch", "conv"):
+        yield f"growth, mixer {mixer}", _bound(_growth, bench, suite, mixer)
+    yield "attention within groups", _bound(_attention, bench, suite)
+    for name in suite.rates:
+        yield f"rate, {name}", _bound(_rate, bench, suite, name)
+
+
+def _bound(experiment: Callable[..., object], *given: object) -> Callable[[], None]:
+    def run() -> None:
+        torch.compiler.reset()  # what was compiled before counts against a limit
+        experiment(*given)
+        gc.collect()  # models hold themselves in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    return run
+
+
+def _plain(bench: Bench, suite: Suite, theirs: str) -> None:
+    found = bench.compare({"plain DiT": (suite.plain, nested), theirs: (suite.plain, bench.theirs[theirs])})
+    ours, other = found["plain DiT"], found[theirs]
+    bench.add(Goal(f"plain DiT / {theirs}, eager", "training step", 0.95), ours.step.ratios(other.step))
+
+
+def _compiled(bench: Bench, suite: Suite, theirs: str) -> None:
+    assert suite.compiled
+    subjects = {
+        "plain DiT, compiled": (suite.compiled, nested),
+        f"{theirs}, compiled": (suite.compiled, bench.theirs[theirs]),
+        f"{theirs}, eager": (override(suite.compiled, ["train.compile=false"]), bench.theirs[theirs]),
+    }
+    ours, other, eager = bench.compare(subjects).values()
+    goal = Goal(f"plain DiT / {theirs}, both compiled", "training step", 0.90)
+    bench.add(goal, ours.step.ratios(other.step))
+    goal = Goal(f"plain DiT compiled / {theirs} eager", "training step", 0.75 if suite.on_cuda else None)
+    bench.add(goal, ours.step.ratios(eager.step))
+
+
+def _path(bench: Bench, suite: Suite, name: str) -> None:
+    run, limit = suite.paths[name]
+    rounds, macs = bench.parts(name, run), bench.report.parts[name].macs
+    ratios = tuple(per_mac(seconds, macs, INNER) / per_mac(seconds, macs, OUTER) for seconds in rounds)
+    bench.add(Goal(f"inner / outer path, {name}", "time per MAC, forward and backward", limit), ratios)
+
+
+def _last(bench: Bench, suite: Suite, name: str) -> None:
+    run, plain, limit = suite.last[name]
+    twin = bench.twin(plain, run)
+    found = bench.compare({f"inner last, {name}": (run, nested), f"its plain twin, {name}": (twin, nested)})
+    ours, other = found.values()
+    how = f"training step; MACs {ours.macs / other.macs:.3f}x"
+    bench.add(Goal(f"inner last / plain twin, {name}", how, limit), ours.step.ratios(other.step))
+
+
+def _reference(bench: Bench, suite: Suite) -> None:
+    run = suite.reference
+    subjects = {
+        "reference": (run, nested),
+        "reference, inner recomputed": (override(run, ["train.recompute=inner"]), nested),
+        "reference as first written": (run, first_written),
+    }
+    ours, saving, first = bench.compare(subjects, 1.5).values()
+    kept, less = (found.kept / first.kept for found in (ours, saving))
+    bench.add(Goal("reference / first written", "training step", 0.90), ours.step.ratios(first.step))
+    bench.add(Goal("reference / first written, memory", "bytes kept for backward", 0.95), (kept,))
+    goal = Goal("inner recomputed / first written, memory", "bytes kept for backward", 0.50)
+    bench.add(goal, (less,))
+    goal = Goal("inner recomputed / reference", "training step: the price of that memory", 1.2)
+    bench.add(goal, saving.step.ratios(ours.step))
+
+
+def _sampling(bench: Bench, suite: Suite) -> None:
+    run = override(suite.sampled, ["sample.guidance=2", f"sample.steps={SAMPLER_STEPS}"])
+    subject = bench.subject(run)
+    call, calls = subject.call.eval(), 0
+    x, t, y = subject.inputs
+    twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, run.model.num_classes)]))
+    predict = guided(call, run.model.num_classes, run.sample)
+
+    def counted(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return predict(x, t, y)
+
+    def inferring(work: Callable[[], object]) -> Callable[[], float]:
+        def inside() -> None:
+            with torch.inference_mode(), subject.autocast():
+                work()
+
+        return stopwatch(inside, bench.device)
+
+    with torch.inference_mode(), subject.autocast():
+        denoise(counted, run.diffusion, run.sample, x, y)
+    turns = {
+        "guided": inferring(lambda: predict(x, t, y)),
+        "twice": inferring(lambda: call(*twice)),
+        "loop": inferring(lambda: denoise(predict, run.diffusion, run.sample, x, y)),
+    }
+    times = {name: Times(tuple(found)) for name, found in in_turns(turns, bench.seconds).items()}
+    goal = Goal("guided step / forward of twice the batch", f"batch {len(x)}, without gradients", 1.02)
+    bench.add(goal, times["guided"].ratios(times["twice"]))
+    how = f"{run.sample.sampler}, {run.sample.steps} steps, over {calls} guided steps"
+    loops = tuple(ratio / calls for ratio in times["loop"].ratios(times["guided"]))
+    bench.add(Goal("sampling loop / its guided steps", how, 1.03), loops)
+
+
+def _growth(bench: Bench, suite: Suite, mixer: str) -> None:
+    run = override(suite.growth, [f"model.inner.mixer={mixer}"])
+    for axis, values, what in (("S", suite.sub_patches, "sub-patches"), ("image", suite.images, "image area")):
+        found = bench.sweep(f"{what}, mixer {mixer}", run, axis, values)
+        goal = Goal(f"inner path against {what}, {mixer}", "exponent of time, forward and backward", 1.05)
+        bench.add(goal, found.exponents("inner"))
+    goal = Goal(f"whole step against image area, {mixer}", "exponent; outer attention is quadratic")
+    bench.add(goal, found.exponents("step"))
+
+
+def _attention(bench: Bench, suite: Suite) -> None:
+    tokens, width, heads = suite.groups
+    dtype = torch.bfloat16 if suite.on_cuda else torch.float32
+    for length in (4, 16, 64):
+        found = group_times(length, tokens, width, heads, dtype, bench.device, bench.seconds / 6)
+        wanted = suite.on_cuda and length == 4
+        goal = Goal(f"copy bound / attention, S={length}", "forward", 0.7 if wanted else None, at_least=True)
+        bench.add(goal, found.copy.ratios(found.ours))
+        goal = Goal(f"SDPA / attention, S={length}", "forward", 2.0 if wanted else None, at_least=True)
+        bench.add(goal, found.sdpa.ratios(found.ours))
+        goal = Goal(f"SDPA / attention, S={length}, trained", "forward and backward", None, at_least=True)
+        bench.add(goal, found.sdpa_both.ratios(found.ours_both))
+
+
+def _rate(bench: Bench, suite: Suite, name: str) -> None:
+    run, limit = suite.rates[name]
+    (found,) = bench.compare({name: (run, nested)}).values()
+    best = bench.report.products[found.precision]
+    shares = tuple(3 * found.macs * found.batch / seconds / best for seconds in found.step.rounds)
+    bench.add(Goal(f"share of the matrix rate, {name}", "training step", limit, at_least=True), shares)
+
+
+# ------------------------------------------------------------------------------- anything else
+
+
+def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> list[Experiment]:
+    """Experiments on any configs: each beside its plain twin, as first written and other people's, then its parts.
+
+    Args:
+        beside: of plain, first-written, diffusers, official.
+
+    Raises:
+        UserError: a config cannot stand beside what is asked for.
+    """
+    found: list[Experiment] = []
+    for name, run in runs.items():
+        plain = override(run, ["model.use_inner=false"])
+        subjects: dict[str, tuple[RunConfig, Make]] = {name: (run, nested)}
+        if "plain" in beside and run.model.blocks("inner"):
+            subjects[f"{name}: plain twin"] = bench.twin(plain, run), nested
+        if "first-written" in beside:
+            check_first_written(run.model)
+            subjects[f"{name}: as first written"] = run, first_written
+        for whose, make in bench.theirs.items():
+            if whose.split()[0] in beside:
+                check_theirs(plain.model, whose)
+                subjects[f"{name}: {whose}, plain"] = plain, make
+        found.append((name, _bound(_beside, bench, subjects)))
+        found.append((f"{name}, parts", _bound(bench.parts, name, run)))
+    return found
+
+
+def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> None:
+    found = bench.compare(subjects)
+    name, *others = found
+    for other in others:
+        how = f"training step; MACs {found[name].macs / found[other].macs:.3f}x"
+        bench.add(Goal(f"{name} /{other.removeprefix(name + ':')}", how), found[name].step.ratios(found[other].step))
+
+
+def sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
+    """Experiments on how cost grows. Raises UserError where a value makes no config."""
+    found: list[Experiment] = []
+    for name, run in runs.items():
+        for axis, values in asked.items():
+            configs(run, axis, values)
+            found.append((f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)))
+    return found
+
+
+def check(suite: str, device: torch.device) -> None:
+    """UserError where the suite cannot run on the device."""
+    if suite not in ("quick", device.type):
+        raise UserError(f"--suite {suite} needs a {suite.upper()} device: got --device {device}")

@@ -1,0 +1,141 @@
+"""How cost grows with one quantity: sizes, times in turns, and the exponent of a power law through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
+from dit_in_dit.benchmark.timing import in_turns
+from dit_in_dit.config import ModelConfig, RunConfig, UserError, changed, nearest
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a sweep varies.
+
+    Attributes:
+        label: of the quantity that costs are compared with.
+        keys: config keys and values that make a config of the wanted value.
+        size: the quantity.
+    """
+
+    label: str
+    keys: Callable[[ModelConfig, int], Mapping[str, Any]]
+    size: Callable[[RunConfig], float]
+
+
+def _sub_patch(model: ModelConfig, sub_patches: int) -> Mapping[str, Any]:
+    side = math.isqrt(sub_patches)
+    if side < 1 or side**2 != sub_patches or model.patch_size % side:
+        raise UserError(
+            f"--sweep S: must be the square of a divisor of patch_size={model.patch_size}: got {sub_patches}"
+        )
+    return {"model.inner.sub_patch": model.patch_size // side}
+
+
+AXES = {
+    "image": Axis(
+        "image area, pixels",
+        lambda model, side: {"model.image_size": side},
+        lambda run: float(math.prod(run.model.image_size)),
+    ),
+    "p": Axis(
+        "patch size p, at the same S",
+        lambda model, p: {"model.patch_size": p, "model.inner.sub_patch": max(1, p // model.sub_grid)},
+        lambda run: run.model.patch_size,
+    ),
+    "s": Axis("sub-patch size s", lambda model, s: {"model.inner.sub_patch": s}, lambda run: run.model.inner.sub_patch),
+    "S": Axis("sub-patches per patch S", _sub_patch, lambda run: run.model.sub_patches),
+    "E": Axis("inner width E", lambda model, width: {"model.inner.width": width}, lambda run: run.model.inner.width),
+    "batch": Axis("images in the batch", lambda model, n: {"train.batch_size": n}, lambda run: run.train.batch_size),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Costs at one value; seconds of the whole batch, one number for each round."""
+
+    value: int
+    size: float
+    macs: int
+    inner_macs: int
+    kept: int
+    step: tuple[float, ...]
+    inner: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Costs along an axis of `AXES`."""
+
+    axis: str
+    points: tuple[Point, ...]
+
+    def exponents(self, what: str) -> tuple[float, ...]:
+        """Exponents of `step` or `inner` seconds round by round, or the one of `macs`, `inner_macs`, `kept`."""
+        sizes = [point.size for point in self.points]
+        values = [getattr(point, what) for point in self.points]
+        rounds = zip(*values, strict=True) if isinstance(values[0], tuple) else [values]
+        return tuple(exponent(sizes, costs) for costs in rounds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        costs = ("step", "inner", "macs", "inner_macs", "kept")
+        there = [what for what in costs if all(np.all(np.array(getattr(point, what)) > 0) for point in self.points)]
+        return {
+            "axis": self.axis,
+            "label": AXES[self.axis].label,
+            "points": [{**vars(point), "step": list(point.step), "inner": list(point.inner)} for point in self.points],
+            "exponents": {what: median(self.exponents(what)) for what in there},
+        }
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The power k of cost ~ size^k by least squares in logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
+    """The config at each value, by the value.
+
+    Raises:
+        UserError: there is no such axis or no such config, or fewer than two values.
+    """
+    if axis not in AXES:
+        raise UserError(f"--sweep: unknown quantity {axis!r}{nearest(axis, AXES)}")
+    if len(set(values)) < 2:
+        raise UserError(f"--sweep {axis}: two values or more make a curve: got {len(set(values))}")
+    return {str(value): changed(run, AXES[axis].keys(run.model, value)) for value in sorted(set(values))}
+
+
+def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
+    """Step and inner path of a model at each value, in turns; the inner path is its parts in `parts.INNER`.
+
+    Raises:
+        UserError: as `configs`.
+    """
+    subjects = {name: parted(config, device) for name, config in configs(run, axis, values).items()}
+    found = in_turns({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
+    points = []
+    for name, subject in subjects.items():
+        macs = part_macs(subject)
+        points.append(
+            Point(
+                int(name),
+                AXES[axis].size(subject.run),
+                sum(macs.values()),
+                sum(macs[part] for part in INNER),
+                subject.kept_bytes(),
+                tuple(sum(parts.values()) for parts in found[name]),
+                tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in found[name]),
+            )
+        )
+    return Sweep(axis, tuple(points))

@@ -1,0 +1,252 @@
+"""`bench`: how fast models are, where their time goes, and whether the speed that is wanted is there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, whole
+from dit_in_dit.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    from dit_in_dit.benchmark.report import Report
+
+BESIDE = ("plain", "first-written", "diffusers", "official")
+TWIN_TOLERANCE = 0.02  # in MACs, of the plain twin
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    about = "times, memory and parts of models, measured in turns, beside other models and beside goals"
+    bench = commands.add("bench", _bench, about)
+    bench.add_argument("--suite", choices=("cpu", "cuda", "quick"), help="the goals (default, alone: the device's)")
+    bench.add_argument("--preset", nargs="+", default=[], metavar="NAME|FILE", help="presets or YAML files of configs")
+    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of them")
+    bench.add_argument(
+        "--beside",
+        type=_others,
+        default=("plain",),
+        metavar="A,B",
+        help="what each is compared with: plain (of equal MACs), first-written, diffusers, official (default: plain)",
+    )
+    bench.add_argument(
+        "--sweep",
+        type=_swept,
+        action="append",
+        default=[],
+        metavar="KEY=A,B,...",
+        help="how cost grows over image, p, s, S, E or batch; repeatable (default preset: emoji)",
+    )
+    bench.add_argument("--dit", type=Path, metavar="DIR", help="a checkout of facebookresearch/DiT to compare with")
+    add_device(bench)
+    bench.add_argument("--threads", type=whole, help="CPU threads (default: as many as torch takes)")
+    bench.add_argument(
+        "--seconds", type=_seconds, help="of measuring, for each comparison (default: the suite's, or 5)"
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and plots there")
+
+
+def _others(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := set(names) - set(BESIDE):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(BESIDE)}: got {sorted(unknown)[0][:40]!r}")
+    return names
+
+
+def _swept(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, values = text.partition("=")
+    try:
+        return name, tuple(whole(value) for value in values.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"must be KEY=A,B,... with whole numbers, such as E=32,64,128: got {text[:40]!r}"
+        ) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 3600: got {text[:40]!r}")
+    return seconds
+
+
+def _bench(options: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
+    from dit_in_dit.benchmark.report import draw
+    from dit_in_dit.benchmark.suite import SUITES, Bench, check, comparison, experiments, sweeps
+    from dit_in_dit.benchmark.timing import on_threads
+    from dit_in_dit.figures import figure
+    from dit_in_dit.study.match import match
+    from dit_in_dit.training.loop import pick_device
+
+    def twin(plain: RunConfig, like: RunConfig) -> RunConfig:
+        return replace(plain, model=match(plain, like, "macs", tolerance=TWIN_TOLERANCE).model)
+
+    device = pick_device(_device(options))
+    runs, asked = _runs(options), dict(options.sweep)
+    suite = options.suite or (None if runs or asked else "cuda" if device.type == "cuda" else "cpu")
+    if suite:
+        check(suite, device)
+    if options.out:
+        figure()  # first: without matplotlib there is nothing to wait for
+        make_folder(options.out)
+    seconds = options.seconds or (SUITES[suite].seconds if suite else 5.0)
+    bench = Bench(_command(options), device, seconds, twin, options.dit)
+    todo = [*(experiments(SUITES[suite], bench) if suite else ()), *comparison(runs, options.beside, bench)]
+    todo += sweeps(runs or {"emoji": chosen(_start(options, "emoji"))}, asked, bench)
+    with on_threads(options.threads):
+        _run(todo)
+        found = bench.report.to_dict()
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _show(bench.report, found)
+    if options.out:
+        (options.out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        written = [path.name for path in draw(bench.report, options.out)]
+        if not options.json:
+            print(f"\n{', '.join([*written, 'bench.json'])} in {options.out}")
+
+
+def _device(options: argparse.Namespace) -> str:
+    """The device's name: a suite tells it."""
+    if options.device != "auto" or options.suite is None:
+        return str(options.device)
+    return "cpu" if options.suite == "quick" else str(options.suite)
+
+
+def _runs(options: argparse.Namespace) -> dict[str, RunConfig]:
+    if options.set and not options.preset and not options.sweep:
+        raise UserError("--set changes what --preset names: give --preset NAME")
+    return {name: chosen(_start(options, name)) for name in options.preset}
+
+
+def _start(options: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The arguments of `chosen` for a preset or a file."""
+    is_file = Path(name).suffix in (".yaml", ".yml")
+    return argparse.Namespace(preset=None if is_file else name, config=Path(name) if is_file else None, set=options.set)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same."""
+    words = ["dit-in-dit", "bench"]
+    if options.suite:
+        words += ["--suite", options.suite]
+    if options.preset:
+        words += ["--preset", *options.preset, "--beside", ",".join(options.beside)]
+    words += [word for key in options.set for word in ("--set", key)]
+    words += [word for key, values in options.sweep for word in ("--sweep", f"{key}={','.join(map(str, values))}")]
+    words += ["--dit", "DIT"] if options.dit else []
+    for name in ("threads", "seconds"):
+        if value := getattr(options, name):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _run(todo: list[Any]) -> None:
+    """Every experiment, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(todo))
+        for name, experiment in todo:
+            bar.update(task, description=name)
+            experiment()
+            bar.advance(task)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def _show(report: Report, found: Mapping[str, Any]) -> None:
+    hardware = found["hardware"]
+    place = hardware.get("accelerator", f"{hardware['processor']}, {hardware['threads']} threads")
+    print(f"{place}, torch {found['versions']['torch']}")
+    for precision, speed in report.products.items():
+        print(f"best matrix product in {precision}: {speed / 1e9:,.0f} GMAC/s")
+    _show_ratios(found["ratios"])
+    _show_subjects(found["subjects"])
+    _show_parts(report)
+    _show_sweeps(found["sweeps"])
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def _show_ratios(ratios: list[dict[str, Any]]) -> None:
+    rows = []
+    for ratio in ratios:
+        sign = ">=" if ratio["at_least"] else "<="
+        goal = "-" if ratio["goal"] is None else f"{sign} {ratio['goal']:.2f}"
+        low, high = ratio["quartiles"]
+        met = {True: "met", False: "NOT MET", None: ""}[ratio["met"]]
+        spread = f"{low:.3f} to {high:.3f}" if len(ratio["rounds"]) > 1 else "exact"
+        rows.append([ratio["name"], f"{ratio['ratio']:.3f}", spread, len(ratio["rounds"]), goal, met, ratio["how"]])
+    _table("ratios, measured in turns", ["", "ratio", "half of the rounds", "rounds", "goal", "", "of"], rows)
+
+
+def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
+    rows = []
+    for name, found in subjects.items():
+        kind = found["precision"] + (", compiled" if found["compiled"] else "")
+        times = [f"{1000 * sorted(found[what])[len(found[what]) // 2]:,.1f}" for what in ("forward", "step")]
+        peak = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f}"
+        rate = [f"{found['images_per_second']:,.1f}", f"{found['macs_per_second'] / 1e9:,.1f}", f"{found['share']:.0%}"]
+        memory = [f"{found['kept_bytes'] / 1e6:,.1f}", peak]
+        rows.append([name, f"{found['macs'] / 1e6:,.1f}", found["batch"], kind, *times, *rate, *memory])
+    heads = ["", "MMACs", "batch", "", "forward, ms", "step, ms", "images/s", "GMAC/s", "share", "kept, MB", "peak, GB"]
+    _table("models (share: of the best matrix product, in training)", heads, rows)
+
+
+def _show_parts(report: Report) -> None:
+    from dit_in_dit.benchmark.parts import kinds_shown, shown
+
+    for name, parts in report.parts.items():
+        seconds, macs, kinds = shown(parts.seconds), shown(parts.macs), kinds_shown(parts.kinds)
+        best = report.products[parts.precision]
+        rows = []
+        for part, taken in seconds.items():
+            rate = f"{macs[part] / taken / 1e9:,.1f}" if macs.get(part) else "-"
+            share = f"{macs[part] / taken / best:.0%}" if macs.get(part) else "-"
+            mostly = sorted(kinds.get(part, {}).items(), key=lambda kind: -kind[1])[:4]
+            whole_part = sum(kinds.get(part, {}).values()) or 1.0
+            why = ", ".join(f"{kind} {value / whole_part:.0%}" for kind, value in mostly)
+            rows.append([part, f"{1000 * taken:,.2f}", f"{taken / sum(seconds.values()):.0%}", rate, share, why])
+        heads = ["", "ms", "time", "GMAC/s", "share", "by the profiler"]
+        _table(f"parts of a training step: {name}", heads, rows)
+
+
+def _show_sweeps(sweeps: Mapping[str, dict[str, Any]]) -> None:
+    for name, sweep in sweeps.items():
+        rows = []
+        for point in sweep["points"]:
+            times = [f"{1000 * sorted(point[what])[len(point[what]) // 2]:,.2f}" for what in ("step", "inner")]
+            counts = [f"{point[what] / 1e6:,.1f}" for what in ("macs", "inner_macs", "kept")]
+            rows.append([point["value"], *times, *counts])
+        powers = sweep["exponents"]
+        order = ("step", "inner", "macs", "inner_macs", "kept")
+        rows.append(["exponent", *(f"{powers[what]:.2f}" if what in powers else "-" for what in order)])
+        heads = [sweep["axis"], "step, ms", "inner path, ms", "MMACs", "of inner path", "kept, MB"]
+        _table(f"{name} (exponents against {sweep['label']})", heads, rows)
+
+
+def _table(title: str, heads: list[str], rows: list[list[Any]]) -> None:
+    """Columns as wide as their widest cell."""
+    if not rows:
+        return
+    cells = [heads, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for line in cells:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

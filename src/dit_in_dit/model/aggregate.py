@@ -82,7 +82,7 @@ class AttentionPool(nn.Module):
     def heads(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N*T, heads, 1, d), keys and values (N*T, heads, S, d)."""
         kv = self.kv(norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
         return self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v
 
     def weights(self, inner: Tensor) -> Tensor:

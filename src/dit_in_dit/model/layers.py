@@ -6,9 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.model.gelu import Gelu
+from dit_in_dit.model.tiny import fits, tiny_attention
+
+# The longest groups that go to the Triton kernel, by device type. Empty: it has not been measured on any GPU yet.
+TINY_UP_TO: dict[str, int] = {}
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over the last axis but one; q (B, heads, L, d), k and v (B, heads, L', d)."""
+    """Softmax attention over the last axis but one; q (B, heads, L, d), k and v (B, heads, L', d).
+
+    By the kernel that was the fastest where it was measured (docs/decisions.md, Speed).
+    """
+    if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and fits(q, k):
+        return tiny_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -29,7 +40,7 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(part.transpose(1, 2) for part in qkv.unbind(2))  # in this order one copy fewer going back
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))  # B L D
@@ -39,7 +50,7 @@ class Mlp(nn.Sequential):
     """Two linear layers around a tanh GELU, (..., D) -> (..., D)."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        super().__init__(nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width))
 
 
 class Modulation(nn.Module):

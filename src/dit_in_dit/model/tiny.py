@@ -1,0 +1,77 @@
+"""Attention within groups of a few tokens by a Triton kernel, as one operator with a derivative.
+
+A kernel made for long sequences gives each group a program of its own and leaves most of its tile empty; here a program
+takes many groups, reads their queries, keys and values once and writes once.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRITON = find_spec("triton") is not None
+LONGEST, WIDEST = 64, 128  # tokens of a group and channels of a head that the kernel takes
+
+
+def fits(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel can do it: self-attention in groups and heads of its sizes, and Triton is there."""
+    sizes = q.shape == k.shape and q.shape[-2] <= LONGEST and q.shape[-1] <= WIDEST
+    return TRITON and sizes and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """(B, heads, L, d) that lies in memory as (B, L, heads, d): what the next linear layer reads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty(like: Tensor) -> Tensor:
+    batch, heads, length, width = like.shape
+    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in one layout, as they are when they come from one linear layer."""
+    if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
+        return q, k, v
+    return _in_rows(q), _in_rows(k), _in_rows(v)
+
+
+@torch.library.custom_op("dit_in_dit::tiny_attention", mutates_args=())
+def tiny_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, each (B, heads, L, d); see `fits`."""
+    from dit_in_dit.model.tiny_kernel import forward, launch
+
+    out = _empty(q)
+    launch(forward, _alike(q, k, v), (out,))
+    return out
+
+
+@torch.library.custom_op("dit_in_dit::tiny_attention_backward", mutates_args=())
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from dit_in_dit.model.tiny_kernel import backward, launch
+
+    grads = _empty(q), _empty(q), _empty(q)
+    launch(backward, _alike(q, k, v), (_in_rows(grad), *grads))
+    return grads
+
+
+@tiny_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _empty(q)
+
+
+@_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(q), _empty(q)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _derive(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(grad, *ctx.saved_tensors)
+
+
+tiny_attention.register_autograd(_derive, setup_context=_keep)

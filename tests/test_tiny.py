@@ -1,0 +1,82 @@
+"""The Triton kernel against the plain formula: in Triton's interpreter on a CPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_in_dit.model import layers
+from dit_in_dit.model.tiny import fits, tiny_attention
+
+triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1")
+# groups, heads, tokens, channels of a head: tiles that are full, half empty, and the last of which has groups missing
+SHAPES = [(8, 2, 4, 16), (5, 3, 4, 8), (3, 2, 16, 16), (7, 1, 9, 24), (2, 2, 64, 32), (1, 1, 1, 72), (3, 1, 2, 128)]
+
+
+def in_double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.double() for x in (q, k, v))
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float, *, apart: bool = False) -> None:
+    """Outputs and gradients, for heads cut from one tensor as a model cuts them, or `apart`."""
+    groups, heads, length, width = shape
+    draw = torch.Generator().manual_seed(0)
+    qkv, grad = (torch.randn(groups, length, n, heads, width, generator=draw).to(device, dtype) for n in (3, 1))
+    qkv.requires_grad_()
+    results = []
+    for formula in (tiny_attention, in_double):
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if apart:
+            k = k.clone(memory_format=torch.contiguous_format)
+        assert fits(q, k)
+        out = formula(q, k, v)
+        results.append((out, *torch.autograd.grad(out, qkv, grad[:, :, 0].transpose(1, 2).to(out))))
+    for found, expected in zip(*results, strict=True):
+        assert found.shape == expected.shape
+        distance = (found - expected).norm() / expected.norm().clamp(min=1e-3)
+        assert distance < error, (shape, float(distance))
+
+
+@triton
+@pytest.mark.slow
+def test_the_kernel_is_softmax_attention_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_the_kernel_is_softmax_attention_on_a_gpu(shape, dtype, error):
+    check(shape, "cuda", dtype, error)
+
+
+def test_what_the_kernel_cannot_do_is_left_to_pytorch():
+    q = torch.zeros(2, 2, 4, 8)
+    for queries, keys in (
+        (q[:, :, :1], q),  # pooling: fewer queries than keys
+        (torch.zeros(1, 1, 65, 8),) * 2,
+        (torch.zeros(1, 1, 4, 136),) * 2,
+        (q.double(),) * 2,
+    ):
+        assert not fits(queries, keys)
+
+
+def test_nothing_goes_to_the_kernel_where_nothing_was_measured():
+    assert layers.TINY_UP_TO == {}
+
+
+if __name__ == "__main__":  # in the interpreter
+    for case in SHAPES:
+        check(case, "cpu", torch.float32, 1e-5)
+        check(case, "cpu", torch.float32, 1e-5, apart=True)
+    torch.library.opcheck(tiny_attention, [torch.randn(2, 2, 4, 8, requires_grad=True) for _ in range(3)])

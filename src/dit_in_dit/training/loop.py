@@ -18,6 +18,7 @@ from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, first_difference
 from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
+from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, Examples, held_out, load
@@ -145,10 +146,12 @@ class Trainer:
 
     def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
         self.config, self.source, self.device = config, source, device
+        keep_freed_memory()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
             self.model = NestedDiT(config.model, recompute=config.train.recompute)
         self.model.to(device)
+        self.weights = dict(self.model.named_parameters())
         self.ema = Ema(self.model, config.train.ema)
         self.fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(
@@ -181,21 +184,22 @@ class Trainer:
                 loss = self.objective.loss(self.predict, x, noise, t, y).mean() / len(batches)
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        parts = self.gradient_norms()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
+        norm, parts = self.gradient_norms()
+        nn.utils.clip_grads_with_norm_(self.weights.values(), train.clip or math.inf, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.ema.update(self.model, self.step)
         return {"loss": total, "grad_norm": norm, "learning_rate": rate, **parts}
 
-    def gradient_norms(self) -> dict[str, Tensor]:
-        """The gradient's norm in each part of the model, before clipping."""
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+    def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient's norm before clipping, as a whole and in each part of the model."""
+        gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
         parts: dict[str, list[Tensor]] = {}
-        for name, norm in zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True):
+        for name, norm in zip(gradients, norms, strict=True):
             parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
-        return {part: torch.stack(norms).norm() for part, norms in parts.items()}
+        return torch.stack(norms).norm(), {part: torch.stack(norms).norm() for part, norms in parts.items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -37,15 +37,20 @@ def group_times(
     source = torch.empty(2 * tokens * width, device=device, dtype=dtype)  # read once, written once: four in all
     target = torch.empty_like(source)
 
+    gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # as the next linear layer gives it
+
+    def apart(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+
     def forward(attention: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(lambda: attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0)))
+        return torch.no_grad()(lambda: attention(*apart(qkv)))
 
     def both(attention: Callable[..., Tensor]) -> Callable[[], object]:
         leaf = qkv.clone().requires_grad_()
 
         def step() -> None:
             leaf.grad = None
-            attention(*leaf.permute(2, 0, 3, 1, 4).unbind(0)).sum().backward()  # type: ignore[no-untyped-call]
+            attention(*apart(leaf)).backward(gradient)  # type: ignore[no-untyped-call]
 
         return step
 

@@ -72,8 +72,8 @@ def step_seconds(
     if any(config.train.compile for config in configs.values()):
         torch.compiler.reset()  # what was compiled before counts against a limit
     with on_threads(threads), enough_memory(configs, device):
-        turns = {name: stopwatch(_step(config, device), device) for name, config in configs.items()}
-        return {name: Times(tuple(found)) for name, found in in_turns(turns, seconds, rounds).items()}
+        turns = {name: stopwatch(trainer_step(config, device), device) for name, config in configs.items()}
+        return {name: Times(tuple(found)) for name, found in in_turns(turns, seconds, rounds, least=1).items()}
 
 
 @contextmanager
@@ -98,12 +98,14 @@ def enough_memory(subjects: Iterable[object], device: torch.device) -> Iterator[
         ) from None
 
 
-def in_turns(turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int = 200) -> dict[str, list[V]]:
+def in_turns(
+    turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int = 200, least: int = 3
+) -> dict[str, list[V]]:
     """What each turn gives, round by round; in opposite order every other round.
 
     Args:
-        seconds: rounds end when so much time has passed, after at least one.
-        rounds: most rounds.
+        seconds: rounds end when so much time has passed.
+        rounds, least: most and fewest rounds.
     """
     found: dict[str, list[V]] = {name: [] for name in turns}
     began, order = time.perf_counter(), list(turns)
@@ -111,7 +113,7 @@ def in_turns(turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int =
         for name in order:
             found[name].append(turns[name]())
         order.reverse()
-        if (time.perf_counter() - began) * (number + 1) / number > seconds:  # no time for another
+        if number >= least and (time.perf_counter() - began) * (number + 1) / number > seconds:  # no time for another
             break
     return found
 
@@ -165,13 +167,13 @@ def best_product(device: torch.device, dtype: torch.dtype) -> float:
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
     draw = torch.Generator(device).manual_seed(0)  # its own: measuring must not draw from the global one
     a = torch.randn(size, size, dtype=dtype, device=device, generator=draw)
-    times = []
+    times, now = [], clock(device)
     for _ in range(5):
         wait(device)
-        began = time.perf_counter()
+        began = now()
         torch.mm(a, a)
         wait(device)
-        times.append(time.perf_counter() - began)
+        times.append(now() - began)
     return float(size**3 / min(times))
 
 
@@ -220,7 +222,7 @@ class _Noise:
     held_out = train
 
 
-def _step(config: RunConfig, device: torch.device) -> Callable[[], object]:
+def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:
     """A training step of the config, on the same batch each time."""
     config = settled(config, device)
     config = replace(config, train=replace(config.train, evaluate_every=0))

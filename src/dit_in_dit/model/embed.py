@@ -92,7 +92,9 @@ class ConvEmbed(nn.Module):
         return LinearEmbed.macs(model) * model.inner.kernel**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.conv(x), "n e (h i) (w j) -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
+        x = x.contiguous(memory_format=torch.channels_last)  # then the convolution writes whole tokens
+        tokens = self.conv(x).permute(0, 2, 3, 1)  # N H/s W/s E
+        return rearrange(tokens, "n (h i) (w j) e -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
 
 
 EMBEDS: dict[str, type[LinearEmbed] | type[ConvEmbed]] = {"linear": LinearEmbed, "conv": ConvEmbed}

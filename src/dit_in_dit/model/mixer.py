@@ -111,8 +111,10 @@ class ConvMixer(nn.Module):
         return 9 * model.inner.width
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = rearrange(x, "n (h w) (i j) e -> n e (h i) (w j)", **self.sizes)
-        return rearrange(self.conv(grid), "n e (h i) (w j) -> n (h w) (i j) e", **self.sizes)
+        # Whole tokens are moved, and the convolution takes their channels last, as they lie.
+        grid = rearrange(x, "n (h w) (i j) e -> n (h i) (w j) e", **self.sizes)
+        mixed = self.conv(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # N rows columns E
+        return rearrange(mixed, "n (h i) (w j) e -> n (h w) (i j) e", **self.sizes)
 
 
 MIXERS: dict[str, type[PatchMixer] | type[ConvMixer] | None] = {

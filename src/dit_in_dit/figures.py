@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from dit_in_dit.config import UserError
 
@@ -41,6 +44,15 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         return made, made.subplots(rows, columns, squeeze=False)
 
 
-def save(made: Figure, path: Path) -> None:
-    """Write a PNG; the same figure gives the same bytes."""
-    made.savefig(path, dpi=110, metadata={"Software": None})
+def save(made: Figure, path: Path, *, colours: int | None = None) -> None:
+    """Write a PNG; the same figure gives the same bytes.
+
+    Args:
+        colours: at most 256; lines and letters need no more, and take a third of the bytes.
+    """
+    if colours is None:
+        made.savefig(path, dpi=110, metadata={"Software": None})
+        return
+    made.savefig(drawn := io.BytesIO(), dpi=110)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)

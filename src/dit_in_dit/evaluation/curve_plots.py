@@ -42,7 +42,7 @@ def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
     for name, page in pages.items():
         if page:
             paths.append(out / f"{name}.png")
-            save(page, paths[-1])
+            save(page, paths[-1], colours=256)
     return paths
 
 

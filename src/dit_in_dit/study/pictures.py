@@ -64,7 +64,7 @@ def draw_forest(study: Gathered, path: Path) -> None:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
     made.suptitle(title, fontsize=8)
-    save(made, path)
+    save(made, path, colours=256)
 
 
 def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
@@ -122,7 +122,7 @@ def draw_matrix(study: Gathered, path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    save(made, path)
+    save(made, path, colours=256)
 
 
 def _square(column: int, row: int, colour: str) -> Any:
@@ -174,7 +174,7 @@ def draw_pareto(study: Gathered, path: Path) -> None:
     made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
     made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
-    save(made, path)
+    save(made, path, colours=256)
 
 
 def _span(costs: Sequence[float | None]) -> float:

@@ -65,7 +65,7 @@ def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
         if number >= len(panels) - columns:
             axis.set_xlabel("training TMACs", fontsize=8)
     made.suptitle(f"t = {at[0]:g}, {FREQUENCIES[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
-    save(made, path)
+    save(made, path, colours=256)
     return at
 
 

@@ -149,7 +149,7 @@ def _curves(study: Gathered, out: Path) -> list[Block]:
     against = out / "figures" / "relative.png"
     if relative.draw_relative(study, against):
         first.append(Picture(against, RELATIVE))
-    clock = f" Hours are of the machine that trained; {tables.BESIDE}."
+    clock = f" Time is of the machine that trained; {tables.BESIDE}."
     order = sorted(drawn, key=lambda path: (list(CURVES).index(path.stem), path))
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
 

@@ -39,11 +39,14 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base.yaml")
 
 
+def steps(count: int) -> dict:
+    """So many steps, and held-out errors at the end alone."""
+    return {"train.steps": count, "train.evaluate_every": 1000}
+
+
 def ran(base: str, out: Path, arms: dict, **keys) -> Gathered:
     """The study's numbers, three seeds."""
-    study = StudyConfig.from_dict(
-        {"base": base, "arms": arms, "match": "none", "budget": {"steps": 150}, "samples": 16, **keys}
-    )
+    study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
     plan = begin(out, lambda: make_plan("study", study, CPU))
     list(work(plan, out, Board(plan, out), CPU))
@@ -51,7 +54,7 @@ def ran(base: str, out: Path, arms: dict, **keys) -> Gathered:
 
 
 def test_the_same_config_twice_shows_no_difference(base, tmp_path):
-    study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"])
+    study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"], set=steps(60))
     assert len(study.done) == 6
     arm = study.plan.arm("b")
     assert study.ranked
@@ -84,7 +87,7 @@ def _same_input(batch: Batch, x: torch.Tensor) -> torch.Tensor:
 def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.training.loop.Examples", Swapped)
     arms = {"right": {}, "wrong": {"train.weight_decay": MARK}}
-    study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole")
+    study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole", set=steps(150))
     found = study.difference(study.plan.arm("wrong"), study.primary)
     assert found.marked
     assert found.mean > 0
@@ -92,6 +95,6 @@ def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypa
 
 
 def test_more_steps_are_found_to_be_better(base, tmp_path):
-    arms = {"short": {}, "long": {"train.steps": 300}}
-    study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], budget={}, set={"train.steps": 100})
+    arms = {"short": {}, "long": {"train.steps": 200}}
+    study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], set=steps(60))
     assert any("'long' is better than 'short'" in sentence for sentence in summarise(study))

@@ -310,7 +310,16 @@ def test_the_suite_prints_and_writes_every_ratio(capsys, tmp_path):
 def test_the_cpu_suite_has_an_experiment_for_every_goal():
     bench = Bench("", CPU, 1.0, lambda plain, like: plain)
     names = [name for name, _ in experiments(SUITES["cpu"], bench)]
-    for part in ("plain DiT and diffusers", "compiled", "E=D=384", "E=32", "E=64", "(emoji)", "D=384", "first written"):
+    for part in (
+        "plain DiT beside diffusers",
+        "compiled",
+        "E=D=384",
+        "E=32",
+        "E=64",
+        "(emoji)",
+        "D=384",
+        "first written",
+    ):
         assert any(part in name for name in names), part
     assert {"sampling", "growth, mixer patch", "growth, mixer conv"} <= set(names)
     cuda = [name for name, _ in experiments(SUITES["cuda"], bench)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dit_in_dit.benchmark.first_written import FirstWritten
 from dit_in_dit.benchmark.timing import Times, in_turns, kept_bytes, peak_bytes, stopwatch, wait
 from dit_in_dit.config import ModelConfig, RunConfig, UserError
+from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.loop import settled
@@ -121,6 +122,7 @@ class Subject:
 
     def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
         self.run, self.device = settled(run, device), device
+        keep_freed_memory()  # as training does
         model, train = self.run.model, self.run.train
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -154,16 +155,18 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _run(todo: list[Any]) -> None:
-    """Every experiment, with a progress bar."""
+    """Every experiment, with a progress bar and a line when it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=True) as bar:
         task = bar.add_task("", total=len(todo))
         for name, experiment in todo:
             bar.update(task, description=name)
+            began = time.perf_counter()
             experiment()
+            bar.console.print(f"{name}: {time.perf_counter() - began:.0f} s", markup=False)
             bar.advance(task)
 
 

@@ -297,9 +297,10 @@ def test_the_suite_prints_and_writes_every_ratio(capsys, tmp_path):
         if ratio["goal"] is not None:
             good = ratio["ratio"] >= ratio["goal"] if ratio["at_least"] else ratio["ratio"] <= ratio["goal"]
             assert ratio["met"] == good
+    assert any("too small" in note for note in found["notes"])
     assert {"device", "processor", "cores", "threads"} <= found["hardware"].keys()
     assert found["versions"]["torch"] == torch.__version__
-    assert found["title"] == "dit-in-dit bench --suite quick"
+    assert found["command"] == "dit-in-dit bench --suite quick"
     assert found["product_macs_per_second"]["float32"] > 0
     assert {"reference as first written", "diffusers"} <= found["subjects"].keys()
     assert INNER[1] in found["parts"]["E=16"]["seconds"]
@@ -339,7 +340,7 @@ def test_any_preset_is_measured_beside_others(capsys, tmp_path):
     assert found["parts"].keys() == {"emoji", mine}
     assert f"{mine} over E" in found["sweeps"]
     assert found["hardware"]["threads"] == 1
-    assert "--seconds 0.01" in found["title"]
+    assert "--seconds 0.01" in found["command"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -358,6 +359,7 @@ def test_the_cuda_suite_without_a_device_is_one_line(capsys):
         (["--preset", "emoji", "--beside", "plain,theirs"], "must be of plain, first-written"),
         (["--preset", "emoji", "--beside", "first-written", "--set", "model.inner.mixer=conv"], "as first written"),
         (["--preset", "emoji", "--beside", "diffusers", "--set", "model.outer.mlp_ratio=3"], "an MLP ratio of 4"),
+        (["--preset", "emoji", "--beside", "official"], "with --dit"),
         (["--sweep", "E=32,x"], "KEY=A,B"),
         (["--sweep", "F=32,64"], "unknown quantity 'F'"),
         (["--sweep", "E=32"], "two values"),

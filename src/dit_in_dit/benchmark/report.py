@@ -79,12 +79,13 @@ class Report:
     """Everything that was measured.
 
     Attributes:
-        title: what ran.
+        command: what ran.
         products: MACs per second of the best matrix product by dtype.
         subjects, parts: by the subject's name.
+        notes: what a reader must know.
     """
 
-    title: str
+    command: str
     device: torch.device
     products: dict[str, float] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         return {
-            "title": self.title,
+            "command": self.command,
             "hardware": hardware(self.device),
             "versions": versions(),
             "product_macs_per_second": self.products,
@@ -203,7 +204,7 @@ def _draw_parts(report: Report) -> Figure:
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
     axes[0, 0].set_xlabel("share of a training step's time")
-    axes[0, 1].set_xlabel("time over MACs, both as shares of the step (1: costs what it counts)")
+    axes[0, 1].set_xlabel("share of the time / share of the MACs")
     axes[0, 1].axvline(1, color="grey", linewidth=0.8)
     _log(axes[0, 1], "x")
     shown_once = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
@@ -229,7 +230,7 @@ def _draw_throughput(report: Report) -> Figure:
 
 
 def _draw_sweeps(report: Report) -> Figure:
-    columns = min(3, len(report.sweeps))
+    columns = min(2, len(report.sweeps))
     page, axes = figure(-(-len(report.sweeps) // columns), columns)
     for axis, (name, sweep) in zip(axes.flat, report.sweeps.items(), strict=False):
         found, sizes = sweep.to_dict(), [point.size for point in sweep.points]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROFILE_STEPS = 3
 SAMPLER_STEPS = 8
+BUSY = 0.3  # processes that run already, for each core
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,12 @@ class Bench:
         UserError: the checkout holds no DiT.
     """
 
-    def __init__(self, title: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
+    def __init__(self, command: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
         self.device, self.seconds, self.twin = device, seconds, twin
-        self.report = Report(title, device)
+        self.report = Report(command, device)
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > BUSY * cores:
+            self.report.notes.append(f"a load of {load:.1f} on {cores} cores before the start: others use the machine")
         self.theirs: dict[str, Make] = {"diffusers": diffusers_dit}
         if dit:
             self.theirs["official DiT"] = official_dit(dit)

@@ -101,8 +101,12 @@ def _bench(options: argparse.Namespace) -> None:
     if options.out:
         figure()  # first: without matplotlib there is nothing to wait for
         make_folder(options.out)
+    if "official" in options.beside and not options.dit:
+        raise UserError("--beside official needs the official code: name a checkout of facebookresearch/DiT with --dit")
     seconds = options.seconds or (SUITES[suite].seconds if suite else 5.0)
     bench = Bench(_command(options), device, seconds, twin, options.dit)
+    if suite == "quick":
+        bench.report.notes.append("models of --suite quick are far too small for its goals to mean anything")
     todo = [*(experiments(SUITES[suite], bench) if suite else ()), *comparison(runs, options.beside, bench)]
     todo += sweeps(runs or {"emoji": chosen(_start(options, "emoji"))}, asked, bench)
     with on_threads(options.threads):

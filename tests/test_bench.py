@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conftest import small_model
 from dit_in_dit import inspect, presets
+from dit_in_dit.benchmark.attention import broadcast, matrices, ways
 from dit_in_dit.benchmark.parts import INNER, kind_of, part_macs, part_seconds, parted, profiled
 from dit_in_dit.benchmark.subjects import Subject, diffusers_dit, measure, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES, Bench, experiments
@@ -260,6 +261,15 @@ def test_a_checkout_without_the_official_code_is_one_line(tmp_path):
         official_dit(tmp_path)
 
 
+@pytest.mark.parametrize("length", [4, 16])
+def test_ways_of_attention_agree(length):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 5, 2, length, 8, generator=draw).unbind(0)
+    expected = ways(length, CPU)["SDPA"](q, k, v)
+    for formula in (broadcast, matrices, *ways(length, CPU).values()):
+        torch.testing.assert_close(formula(q, k, v), expected)
+
+
 # ------------------------------------------------------------------------------------------- suite
 
 ROWS = (
@@ -278,8 +288,8 @@ ROWS = (
     "inner path against sub-patches, conv",
     "inner path against image area, patch",
     "inner path against image area, conv",
-    "SDPA / attention, S=4",
-    "copy bound / attention, S=64",
+    "SDPA / attention within S=4, the model's",
+    "copy bound / attention within S=64, the model's",
 )
 
 

@@ -1,9 +1,8 @@
-"""Attention within tiny groups, against what moving its numbers alone would take."""
+"""Attention within tiny groups by several ways, against what moving its numbers alone would take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,41 +10,57 @@ from torch import Tensor
 
 from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch
 from dit_in_dit.model.layers import attend
+from dit_in_dit.model.tiny import TRITON, tiny_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+BROADCAST_UP_TO = 8  # tokens of a group; for more, a product of matrices is the better formula
 
 
-@dataclass(frozen=True)
-class GroupTimes:
-    """Seconds for all groups; `copy` moves as many bytes as reading q, k, v and writing the result does.
+def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention as products of single numbers, which a compiler makes one pass over memory."""
+    weights = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
+    return (weights.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
 
-    Attributes:
-        ours, sdpa: forward; `both` of them: forward and backward.
-    """
 
-    copy: Times
-    ours: Times
-    sdpa: Times
-    ours_both: Times
-    sdpa_both: Times
+def matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention as products of matrices."""
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def ways(length: int, device: torch.device) -> dict[str, Attend]:
+    """The model's choice, and what it chooses from; kernels for CUDA there alone."""
+    found: dict[str, Attend] = {"the model's": attend, "SDPA": F.scaled_dot_product_attention}
+    if device.type == "cuda":
+        found["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matrices)
+        if TRITON:
+            found["Triton"] = tiny_attention
+    return found
 
 
 def group_times(
     length: int, tokens: int, width: int, heads: int, dtype: torch.dtype, device: torch.device, seconds: float
-) -> GroupTimes:
-    """Time attention of `tokens` tokens in groups of `length`, queries, keys and values lying as a model makes them."""
+) -> tuple[Times, dict[str, Times], dict[str, Times]]:
+    """Seconds for `tokens` tokens in groups of `length`; queries, keys and values lie as a model makes them.
+
+    Returns:
+        copy: moving as many bytes as reading queries, keys and values and writing the result does.
+        forward: by way, without gradients.
+        trained: by way, forward and backward.
+    """
     draw = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(tokens // length, length, 3, heads, width // heads, device=device, dtype=dtype, generator=draw)
     source = torch.empty(2 * tokens * width, device=device, dtype=dtype)  # read once, written once: four in all
     target = torch.empty_like(source)
-
     gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # as the next linear layer gives it
 
-    def apart(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.transpose(1, 2) for part in x.unbind(2))
+    def apart(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (part.transpose(1, 2) for part in x.unbind(2))
+        return q, k, v
 
-    def forward(attention: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    def forward(attention: Attend) -> Callable[[], object]:
         return torch.no_grad()(lambda: attention(*apart(qkv)))
 
-    def both(attention: Callable[..., Tensor]) -> Callable[[], object]:
+    def trained(attention: Attend) -> Callable[[], object]:
         leaf = qkv.clone().requires_grad_()
 
         def step() -> None:
@@ -54,12 +69,11 @@ def group_times(
 
         return step
 
-    work: dict[str, Callable[[], object]] = {
-        "copy": lambda: target.copy_(source),
-        "ours": forward(attend),
-        "sdpa": forward(F.scaled_dot_product_attention),
-        "ours_both": both(attend),
-        "sdpa_both": both(F.scaled_dot_product_attention),
-    }
-    found = in_turns({name: stopwatch(each, device) for name, each in work.items()}, seconds)
-    return GroupTimes(**{name: Times(tuple(rounds)) for name, rounds in found.items()})
+    known = ways(length, device)
+    work: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+    work |= {f"{name} forward": forward(attention) for name, attention in known.items()}
+    work |= {f"{name} trained": trained(attention) for name, attention in known.items()}
+    rounds = in_turns({name: stopwatch(each, device) for name, each in work.items()}, seconds)
+    found = {name: Times(tuple(times)) for name, times in rounds.items()}
+    forwards, steps = ({name: found[f"{name} {kind}"] for name in known} for kind in ("forward", "trained"))
+    return found["copy"], forwards, steps

@@ -392,14 +392,17 @@ def _attention(bench: Bench, suite: Suite) -> None:
     tokens, width, heads = suite.groups
     dtype = torch.bfloat16 if suite.on_cuda else torch.float32
     for length in (4, 16, 64):
-        found = group_times(length, tokens, width, heads, dtype, bench.device, bench.seconds / 6)
-        wanted = suite.on_cuda and length == 4
-        goal = Goal(f"copy bound / attention, S={length}", "forward", 0.7 if wanted else None, at_least=True)
-        bench.add(goal, found.copy.ratios(found.ours))
-        goal = Goal(f"SDPA / attention, S={length}", "forward", 2.0 if wanted else None, at_least=True)
-        bench.add(goal, found.sdpa.ratios(found.ours))
-        goal = Goal(f"SDPA / attention, S={length}, trained", "forward and backward", None, at_least=True)
-        bench.add(goal, found.sdpa_both.ratios(found.ours_both))
+        copy, forward, trained = group_times(length, tokens, width, heads, dtype, bench.device, bench.seconds / 6)
+        sdpa, trained_sdpa = forward.pop("SDPA"), trained.pop("SDPA")
+        for way, times in forward.items():
+            wanted = suite.on_cuda and length == 4 and way == "the model's"
+            what = f"attention within S={length}, {way}"
+            goal = Goal(f"copy bound / {what}", "forward", 0.7 if wanted else None, at_least=True)
+            bench.add(goal, copy.ratios(times))
+            goal = Goal(f"SDPA / {what}", "forward", 2.0 if wanted else None, at_least=True)
+            bench.add(goal, sdpa.ratios(times))
+            goal = Goal(f"SDPA / {what}, trained", "forward and backward", None, at_least=True)
+            bench.add(goal, trained_sdpa.ratios(trained[way]))
 
 
 def _rate(bench: Bench, suite: Suite, name: str) -> None:

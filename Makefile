@@ -5,14 +5,12 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-# glibc gives large freed blocks back at once and asks for them again; keeping them makes a CPU step shorter.
-KEEP := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456
 
 .PHONY: demo test test-eval check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
-	$(KEEP) $(RUN) -m dit_in_dit demo --out runs/demo
+	$(RUN) -m dit_in_dit demo --out runs/demo
 
 test: check
 	$(RUN) -m pytest

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import inputs, perturbed, small_model
 from dit_in_dit.model import layers
+from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.tiny import fits, tiny_attention
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1")
@@ -75,8 +77,21 @@ def test_nothing_goes_to_the_kernel_where_nothing_was_measured():
     assert layers.TINY_UP_TO == {}
 
 
+def check_model() -> None:
+    """A model that takes the kernel is the same model, and its outer attention fits too."""
+    model = perturbed(NestedDiT(small_model("inner outer inner")))
+    results = []
+    for longest in (0, 8):
+        layers.TINY_UP_TO["cpu"] = longest
+        out = model(*inputs(model.config))
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+
+
 if __name__ == "__main__":  # in the interpreter
     for case in SHAPES:
         check(case, "cpu", torch.float32, 1e-5)
         check(case, "cpu", torch.float32, 1e-5, apart=True)
+    check_model()
     torch.library.opcheck(tiny_attention, [torch.randn(2, 2, 4, 8, requires_grad=True) for _ in range(3)])

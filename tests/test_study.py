@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from dit_in_dit.config import RunConfig, UserError, to_yaml
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import MOST_LOSSES, Board, LostError
+from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, Result, StudyConfig, read_plan
 from dit_in_dit.study.run import work
 from dit_in_dit.training.loop import train
@@ -71,6 +73,16 @@ def test_every_shipped_study_can_be_planned(name):
     assert study.question.endswith("?")
     for changes, _ in plans.candidates(study).values():
         assert plans.configure(study, changes).train.steps >= 1000
+
+
+def test_whatever_the_search_of_tuning_chooses_can_be_matched():
+    study = plans.read("tuning")
+    like = plans.configure(study, {})
+    for values in product(*study.search.values()):
+        chosen = dict(zip(study.search, values, strict=True))
+        fixed = {*study.set, *chosen}
+        config = plans.configure(study, chosen)
+        assert abs(match(config, like, study.match, tolerance=study.tolerance, fixed=fixed).gap) <= study.tolerance
 
 
 def test_a_grid_is_every_combination():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,9 @@ class Parser(argparse.ArgumentParser):
     """Errors are one line."""
 
     def error(self, message: str) -> NoReturn:
+        if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
+            names = wrong[3].replace("'", "").split(", ")
+            raise UserError(f"{wrong[1]}: no {wrong[2][:40]!r}{nearest(wrong[2], names)}")
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -12,8 +12,9 @@ RUN := .venv/bin/python
 demo: .venv/core
 	$(RUN) -m dit_in_dit demo --out runs/demo
 
+# A process for each core and one thread in each: hardly a test can use more.
 test: check
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 check: .venv/dev
 	$(RUN) -m ruff check .

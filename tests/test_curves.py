@@ -443,7 +443,7 @@ def test_smoothed_loss_is_the_mean_of_equal_windows(tmp_path: Path):
     found = read_arms(*(write(tmp_path / str(n), steps(1000, loss=lambda s, n=n: s + n), seed=n) for n in (0, 1)))
     shown = {}
 
-    def keep(page, path: Path) -> None:
+    def keep(page, path: Path, **_) -> None:
         shown[path.name] = page
 
     with pytest.MonkeyPatch.context() as patch:

@@ -202,7 +202,6 @@ def _progress(plan: Plan, board: Board) -> Iterator[Callable[..., None]]:
         def show(text: str = "", step: int | None = None, *, line: str = "") -> None:
             if line:
                 console.print(line)
-            if not text:
                 return
             counts = board.counts()
             ended = counts["done"] + counts["failed"] + counts["pruned"]
@@ -235,6 +234,7 @@ def _alone(plan: Plan, out: Path, board: Board, device: Any) -> None:
             if event.kind != "training" or time.monotonic() - shown > 1:  # counting asks the storage
                 show(f"{text} {event.text}", event.step if event.kind == "training" else None)
                 shown = time.monotonic()
+        show()
 
 
 @contextmanager
@@ -277,6 +277,7 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
                 if len(gone) == len(workers) and not board.finished():
                     raise UserError(f"all workers have ended, see {logs}; run the same command to go on")
                 time.sleep(1)
+            show()
     finally:
         for worker in workers:
             worker.terminate()

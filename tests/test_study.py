@@ -166,10 +166,8 @@ def test_a_bad_study_ends_before_the_first_trial_with_one_line(text, words, tmp_
 
 
 def test_an_unmatched_cost_ends_a_study_before_the_first_trial(base, tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text(
-        f"base: {base}\nmetrics: [held_out]\narms: {{a: {{}}, b: {{model.depth: 9, model.stages: first, "
-        "model.outer.width: 64, model.outer.mlp_ratio: 4}}}}\n".replace("}}}}", "}}")
-    )
+    deep = "{model.depth: 9, model.stages: first, model.outer.width: 64, model.outer.mlp_ratio: 4}"
+    (tmp_path / "bad.yaml").write_text(f"base: {base}\nmetrics: [held_out]\narms:\n  a: {{}}\n  b: {deep}\n")
     with pytest.raises(SystemExit) as ended:
         main(["study", "run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err

@@ -1,12 +1,13 @@
 # make demo   from nothing to a trained small model and its pictures
 # make test   from nothing to all tests passed
+# make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each)
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval check
+.PHONY: demo test test-eval test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -15,6 +16,9 @@ demo: .venv/core
 # A process for each core and one thread in each: hardly a test can use more.
 test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+test-faults: .venv/dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults --full -n auto --dist loadfile --timeout 900
 
 check: .venv/dev
 	$(RUN) -m ruff check .

@@ -17,6 +17,16 @@ from dit_in_dit.config import DataConfig, InnerConfig, ModelConfig, OuterConfig,
 from dit_in_dit.model.nested import NestedDiT
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="attack with every fault, not with a few (make test-faults)")
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether every fault is tried: `make test-faults`. Else a few of each, as part of `make test`."""
+    return bool(request.config.getoption("--full"))
+
+
 def small_model(stages: str = "inner*2 outer*2", /, *, inner: dict | None = None, **keys) -> ModelConfig:
     """16x8 images (not square), p=4, s=2, D=32, E=16: T=8 patches of S=4 sub-patches."""
     defaults = {"image_size": (16, 8), "channels": 3, "patch_size": 4, "num_classes": 5}

@@ -27,6 +27,14 @@ class UserError(ValueError):
     """Something the user gave cannot be used; its message is the one line they need."""
 
 
+def shortened(text: str, most: int = 80) -> str:
+    """Text that fits in a line: characters that would break it are escaped, the middle of what is too long left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(line) <= most:
+        return line
+    return f"{line[: most // 3]}...{line[len(line) - (most - 3 - most // 3) :]}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`, or all of them when none is close."""
     known = sorted(set(names))

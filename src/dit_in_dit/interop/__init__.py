@@ -1,0 +1,1 @@
+"""To and from the files and classes of others."""

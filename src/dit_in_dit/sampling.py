@@ -23,34 +23,54 @@ from dit_in_dit.randomness import generator
 Pixels = NDArray[np.uint8]
 
 
-def _scheduler(diffusion: DiffusionConfig, sampler: str, steps: int) -> tuple[Any, str]:
-    """A scheduler of diffusers set to `steps`, and the prediction it wants."""
+PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
+
+
+def make_scheduler(diffusion: DiffusionConfig, sampler: str) -> Any:
+    """The scheduler of diffusers for a path and a sampler."""
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
-    check_sampler(diffusion.path, sampler, steps)
     if diffusion.path == "flow":
         options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        wanted = "velocity"
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Trailing steps start at pure noise (Lin et al. 2024).
-        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing"}
-        wanted = diffusion.predict
+        # Trailing steps start at pure noise (Lin et al. 2024). Images are not clipped, whatever class takes this over.
+        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing", "clip_sample": False}
     schedulers: dict[str, Callable[[], Any]] = {
-        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**options),
-        "unipc": lambda: diffusers.UniPCMultistepScheduler(**options),
-        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
-        # velocity is 1000 times its error, and Heun's correction with it.
-        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps),
-        "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(num_train_timesteps=steps),
-        "ddim": lambda: diffusers.DDIMScheduler(clip_sample=False, **options),
+        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler.from_config(options),
+        "unipc": lambda: diffusers.UniPCMultistepScheduler.from_config(options),
+        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+        "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
+        "ddim": lambda: diffusers.DDIMScheduler.from_config(options),
     }
     # DDIM's step on a straight path is Euler's.
-    scheduler = schedulers["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]()
+    return schedulers["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]()
+
+
+def matches_flow(scheduler: Any) -> bool:
+    """Whether it is one of those made for straight paths."""
+    return "FlowMatch" in type(scheduler).__name__
+
+
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Begin again, with this number of steps."""
+    if matches_flow(scheduler):
+        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
+        # velocity is 1000 times its error, and Heun's correction with it.
+        scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
-    return scheduler, wanted
+
+
+def time_of(scheduler: Any, path: str, number: int) -> float:
+    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself."""
+    return float(scheduler.sigmas[number] if path == "flow" else scheduler.timesteps[number] / DDPM_STEPS)
+
+
+def wanted_by(scheduler: Any) -> str:
+    """The prediction that its step takes."""
+    return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
 
 
 def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None) -> Tensor:
@@ -64,12 +84,13 @@ def trajectory(
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
     """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
     to, and the next x, the last of which is the sample; tensors (N, C, H, W)."""
-    path = make_path(diffusion)
-    scheduler, wanted = _scheduler(diffusion, how.sampler, how.steps)
+    check_sampler(diffusion.path, how.sampler, how.steps)
+    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler)
+    set_steps(scheduler, how.steps)
+    wanted = wanted_by(scheduler)
     x = noise
     for number, timestep in enumerate(scheduler.timesteps):
-        # Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself.
-        t = float(scheduler.sigmas[number] if diffusion.path == "flow" else timestep / DDPM_STEPS)
+        t = time_of(scheduler, diffusion.path, number)
         times = torch.full((len(x),), t, device=x.device)
         prediction = predict(x, times, y)
         step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)

@@ -363,7 +363,12 @@ class DiffusionConfig(Section):
 @dataclass(frozen=True)
 class DataConfig(Section):
     prefix: ClassVar[str] = "data"
-    source: str = key("emoji", "emoji, mosaic, a folder or .zip with a folder per class, a .npz or .npy")
+    source: str = key(
+        "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
+    )
+    split: str = key("train", "hf: which split of the dataset")
+    image_column: str = key("image", "hf: the column of the images")
+    label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
     corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")

@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
@@ -65,12 +65,18 @@ class Source(Protocol):
 
 def open_source(data: DataConfig, model: ModelConfig) -> Source:
     """The configured source at the model's size; UserError when it is missing, empty or does not fit."""
+    from dit_in_dit.data import hub, tars  # here: they are made of what is in this module
+
     if data.source == "mosaic":
         if model.channels != 3:
             raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
         source: Source = MosaicSource(model.image_size)
     elif data.source == "emoji":
         source = _emoji(model.image_size, model.channels, data.held_out)
+    elif data.source.startswith(hub.PREFIX):
+        source = ImageSource(Path(data.source), data, model, hub.Rows(data, model.num_classes))
+    elif shards := tars.find(data.source):
+        source = ImageSource(Path(data.source), data, model, tars.TarFiles(data.source, shards, model.num_classes))
     else:
         path = Path(data.source)
         if not path.exists():
@@ -119,6 +125,11 @@ def is_held_out(family: str, share: float) -> bool:
     return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big") < share * 2**64
 
 
+def family(name: str) -> str:
+    """The family of a file: its name up to the first `~`."""
+    return PurePosixPath(name).stem.split("~")[0]
+
+
 def split(families: list[str], share: float, what: str) -> tuple[list[int], list[int]]:
     """Positions of the training and the held-out images; UserError when either is missing."""
     held = [i for i, family in enumerate(families) if is_held_out(family, share)]
@@ -150,7 +161,7 @@ class ImageFiles:
                 names = self._open().namelist()
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise UserError(f"data.source: {path} is neither a folder nor a .zip: {error}") from None
-        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not _HIDDEN.search(name))
+        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
         if not self.names:
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {path}")
 
@@ -163,11 +174,21 @@ class ImageFiles:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_archive": None}
 
+    def content(self, name: str) -> bytes:
+        """One file as it is stored."""
+        return (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
+
+    def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
+        """The classes, and the label and family of each of `names`."""
+        folders = class_folders(names)
+        classes = tuple(sorted(set(folders)))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return classes, [numbers[folder] for folder in folders], [family(name) for name in names]
+
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """What `look` makes of one image; UserError with its name when it cannot be decoded."""
         try:
-            content = (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(self.content(name)), formats=FORMATS) as image:
                 return look(image)
         except UnidentifiedImageError:
             problem = "not a PNG, JPEG or WebP image"
@@ -207,23 +228,19 @@ class ImageSource:
     `waving-hand~light-skin-tone.webp` is of the family `waving-hand`.
     """
 
-    def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
+    def __init__(self, path: Path, data: DataConfig, model: ModelConfig, images: ImageFiles | None = None) -> None:
         self.path, self.size, self.channels = path, model.image_size, model.channels
         if model.channels not in (1, 3):
             raise UserError(f"image files have 1 or 3 channels: got model.channels={model.channels}")
-        self.files = ImageFiles(path)
+        self.files = images or ImageFiles(path)
         self.names = self.files.names
         self.skipped: list[str] = []
         in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
         self._pixels: list[NDArray[np.uint8]] | None = None
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        folders = _class_folders(self.names)
-        self.classes = tuple(sorted(set(folders)))
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = [numbers[folder] for folder in folders]
-        families = [PurePosixPath(name).stem.split("~")[0] for name in self.names]
-        self._train, self._held = split(families, data.held_out, str(path))
+        self.classes, self._labels, self.families = self.files.about(self.names)
+        self._train, self._held = split(self.families, data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
 
@@ -262,7 +279,7 @@ class ImageSource:
         return self._image(self._held[index])
 
 
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
+HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -274,7 +291,15 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names)
 
 
-def _class_folders(names: list[str]) -> list[str]:
+def label_names(labels: list[int], count: int, what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of classes given by number, `count` of them (0: as many as there are); UserError where one has none."""
+    count = count or max(labels) + 1
+    if min(labels) < 0 or max(labels) >= count:
+        raise UserError(f"labels of {what} must be from 0 to {count - 1}: got {min(labels)} to {max(labels)}")
+    return tuple(known) or tuple(map(str, range(count)))
+
+
+def class_folders(names: list[str]) -> list[str]:
     """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
     paths = [PurePosixPath(name).parts[:-1] for name in names]
     while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):

@@ -1,0 +1,108 @@
+"""Images in datasets of Hugging Face: a hub id, or local parquet, Arrow and `save_to_disk` folders; map-style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.config import DataConfig, UserError, nearest
+from dit_in_dit.data.source import ImageFiles, family, label_names
+
+PREFIX = "hf:"
+FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+class Rows(ImageFiles):
+    """The rows of a dataset, in its order; UserError when it cannot be had or has other columns.
+
+    The family of a row is its image's file name up to the first `~`, as that of a file in a folder, or its number
+    where no file name is stored.
+    """
+
+    def __init__(self, data: DataConfig, num_classes: int) -> None:
+        self.path, self.data, self.num_classes = Path(data.source), data, num_classes
+        self.rows = load(data.source.removeprefix(PREFIX), data.split)
+        for column in (data.image_column, data.label_column)[: 2 if num_classes else 1]:
+            if column not in self.rows.column_names:
+                what = "image" if column == data.image_column else "label"
+                raise UserError(
+                    f"data.{what}_column: {data.source} has no {column!r}{nearest(column, self.rows.column_names)}"
+                )
+        self._encoded = self._without_decoding()
+        self.names = [f"row {number}" for number in range(len(self.rows))]
+        if not self.names:
+            raise UserError(f"data.source: {data.source} has no rows in the split {data.split!r}")
+
+    def _without_decoding(self) -> Any:
+        """The image column alone, as the bytes of files."""
+        column, kind = self.data.image_column, self.rows.features[self.data.image_column]
+        name = type(kind).__name__
+        if name not in ("Image", "Value") or (name == "Value" and "binary" not in kind.dtype):
+            raise UserError(f"data.image_column: {column!r} of {self.data.source} holds {str(kind)[:60]}, no images")
+        rows = self.rows.select_columns([column])
+        return rows.cast_column(column, type(kind)(decode=False)) if name == "Image" else rows
+
+    def content(self, name: str) -> bytes:
+        """One image's file."""
+        found = self._encoded[int(name.split()[1])][self.data.image_column]
+        if isinstance(found, dict):
+            found = found["bytes"] if found["bytes"] is not None else Path(found["path"] or "").read_bytes()
+        return found or b""
+
+    def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
+        """The classes, and the label and family of each of `names`."""
+        numbers = [int(name.split()[1]) for name in names]
+        paths = self._paths()
+        families = [family(paths[n] or str(n)) for n in numbers]
+        if not self.num_classes:
+            return ("images",), [0] * len(numbers), families
+        kind = self.rows.features[self.data.label_column]
+        column: list[Any] = self.rows.data.column(self.data.label_column).to_pylist()
+        found = [column[n] for n in numbers]
+        if all(isinstance(label, str) for label in found):
+            classes = tuple(sorted(set(found)))
+            return classes, [classes.index(label) for label in found], families
+        if not all(isinstance(label, int) for label in found):
+            raise UserError(
+                f"data.label_column: {self.data.label_column!r} of {self.data.source} must hold numbers or names "
+                f"alone: got {str(kind)[:60]}"
+            )
+        names_known: Sequence[str] = getattr(kind, "names", None) or ()
+        return label_names(found, len(names_known) or self.num_classes, self.data.source, names_known), found, families
+
+    def _paths(self) -> list[str | None]:
+        column = self._encoded.data.column(self.data.image_column)
+        if str(column.type).startswith("struct"):
+            return list(import_module("pyarrow.compute").struct_field(column, "path").to_pylist())
+        return [None] * len(self.rows)
+
+
+def load(name: str, split: str) -> Any:
+    """One split of a dataset: `NAME[:SUBSET][@REVISION]` on the hub, or a local file or folder."""
+    try:
+        datasets: Any = import_module("datasets")
+    except ImportError:
+        raise UserError(
+            f"data.source={PREFIX}{name} needs the package datasets: pip install 'dit-in-dit[hub]'"
+        ) from None
+    path = Path(name)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(path))
+            rows = found if isinstance(found, datasets.Dataset) else found[split]
+        elif path.suffix in FILES and path.is_file():
+            rows = datasets.load_dataset(FILES[path.suffix], data_files={split: str(path)}, split=split)
+        elif path.is_dir():
+            rows = datasets.load_dataset(str(path), split=split)
+        else:
+            name, _, revision = name.partition("@")
+            name, _, subset = name.partition(":")
+            rows = datasets.load_dataset(name, subset or None, revision=revision or None, split=split)
+    except Exception as error:  # its own errors, those of the hub's client, of Arrow and of the network: one border
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load {PREFIX}{name}, split {split!r}: {problem[:120]}") from None
+    if not isinstance(rows, datasets.Dataset):
+        raise UserError(f"{PREFIX}{name}: {split!r} must name one split")
+    return rows.flatten_indices() if rows._indices is not None else rows

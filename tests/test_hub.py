@@ -1,0 +1,134 @@
+"""Datasets of Hugging Face, local and offline: the examples of the folder they were made of, in its order."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+import test_data
+from conftest import small_model
+from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.data.source import open_source
+from test_data import everything
+from test_tars import CLASSES, paths_of
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` unpacks stays in the test's folder; the hub is never asked."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def opened(source, *, classes: int = 3, **keys):
+    model = small_model(image_size=(8, 8), num_classes=classes)
+    return open_source(DataConfig(**{"source": f"hf:{source}", "held_out": 0.2, **keys}), model)
+
+
+def table(folder: Path, **columns):
+    """The folder as rows: files with their names, and class numbers."""
+    paths = paths_of(folder)
+    rows = {
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "label": [CLASSES.index(path.parent.name) for path in paths],
+        **columns,
+    }
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
+    return datasets.Dataset.from_dict(rows).cast_column("image", kinds["image"]).cast_column("label", kinds["label"])
+
+
+def test_parquet_arrow_and_saved_datasets_hold_the_examples_of_the_folder_in_its_order(folder, tmp_path, monkeypatch):
+    rows = table(folder)
+    rows.to_parquet(tmp_path / "set.parquet")
+    (tmp_path / "repository/data").mkdir(parents=True)
+    rows.select(range(20)).to_parquet(tmp_path / "repository/data/train-00000-of-00002.parquet")
+    rows.select(range(20, 30)).to_parquet(tmp_path / "repository/data/train-00001-of-00002.parquet")
+    rows.select(range(3)).to_parquet(tmp_path / "repository/data/test-00000-of-00001.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    expected = everything(test_data.opened(folder))
+    monkeypatch.setattr("dit_in_dit.data.source.IN_MEMORY", 0)  # each row is read when it is asked for
+    for place in (tmp_path / "set.parquet", tmp_path / "repository", tmp_path / "saved", tmp_path / "splits", arrow):
+        source = opened(place)
+        assert source.classes == CLASSES
+        assert everything(source) == expected, place
+    assert everything(pickle.loads(pickle.dumps(source))) == expected  # as a worker process gets it
+    assert opened(tmp_path / "repository", split="test", held_out=0.0).train_size == 3
+
+
+def test_columns_go_by_their_configured_names(folder, tmp_path):
+    rows = table(folder).rename_columns({"image": "picture", "label": "colour"})
+    rows.save_to_disk(tmp_path / "saved")
+    named = opened(tmp_path / "saved", image_column="picture", label_column="colour")
+    assert named.classes == CLASSES
+    for keys, part in (
+        ({}, "data.image_column: .* has no 'image'; choose from colour, picture"),
+        ({"image_column": "picture"}, "data.label_column: .* has no 'label'"),
+        ({"image_column": "colour", "label_column": "colour"}, "no images"),
+    ):
+        with pytest.raises(UserError, match=part):
+            opened(tmp_path / "saved", **keys)
+    assert opened(tmp_path / "saved", classes=0, image_column="picture").classes == ("images",)
+
+
+def test_labels_may_be_names_or_plain_numbers_and_images_plain_bytes(folder, tmp_path):
+    paths = paths_of(folder)
+    files = [path.read_bytes() for path in paths]
+    names = [path.parent.name for path in paths]
+    datasets.Dataset.from_dict({"image": files, "label": names}).save_to_disk(tmp_path / "names")
+    numbers = [CLASSES.index(name) for name in names]
+    datasets.Dataset.from_dict({"image": files, "label": numbers}).save_to_disk(tmp_path / "numbers")
+    expected = [label for _, label in everything(opened(tmp_path / "names", held_out=0.0))]
+    source = opened(tmp_path / "numbers", held_out=0.0)
+    assert [label for _, label in everything(source)] == expected == numbers
+    assert source.classes == ("0", "1", "2")
+    datasets.Dataset.from_dict({"image": files, "label": [-1] * 30}).save_to_disk(tmp_path / "hidden")
+    with pytest.raises(UserError, match="from 0 to 2: got -1"):
+        opened(tmp_path / "hidden")
+
+
+def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
+    content = paths_of(folder)[0].read_bytes()
+    names = [f"hand{i}~{tone}.png" for i in range(20) for tone in ("light", "dark")]
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": name} for name in names]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    held = opened(tmp_path / "set", classes=0)._held
+    assert 0 < len(held) < 40
+    assert all(number ^ 1 in held for number in held)  # the other tone
+
+
+def test_what_cannot_be_loaded_costs_one_line(folder, tmp_path):
+    table(folder).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table(folder)}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
+    (tmp_path / "empty").mkdir()
+    for source, keys in (
+        (tmp_path / "torn.parquet", {}),
+        (tmp_path / "empty", {}),
+        (tmp_path / "splits", {"split": "validation"}),
+        ("somebody/never-made", {}),
+    ):
+        with pytest.raises(UserError, match="cannot load hf:") as refused:
+            opened(source, **keys)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_missing_package_is_named_with_the_way_to_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'dit-in-dit\[hub\]'"):
+        opened("somebody/some-images")
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_row(folder, tmp_path):
+    files = [path.read_bytes() for path in paths_of(folder)]
+    files[4] = b"torn"
+    datasets.Dataset.from_dict({"image": files}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="row 4"):
+        opened(tmp_path / "saved", classes=0)
+    source = opened(tmp_path / "saved", classes=0, corrupt="skip")
+    assert (source.skipped, source.train_size + source.held_out_size) == (["row 4"], 29)

@@ -1,0 +1,154 @@
+"""Tar shards: the examples of the folder they were made of, in its order, by offset; nothing is cut off in silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from conftest import small_model
+from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.data.source import open_source
+from test_data import everything
+
+CLASSES = ("blue", "green", "red")
+
+
+def opened(source, *, classes: int = 3, **keys):
+    model = small_model(image_size=(8, 8), num_classes=classes)
+    return open_source(DataConfig(**{"source": str(source), "held_out": 0.2, **keys}), model)
+
+
+def pack(shard: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    with tarfile.open(shard, "w") as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def paths_of(folder: Path) -> list[Path]:
+    """The folder's images in the order of their names."""
+    return sorted(folder.rglob("*.*"), key=lambda path: path.relative_to(folder).as_posix())
+
+
+@pytest.fixture
+def shards(folder, tmp_path) -> Path:
+    """The folder as three shards with `.cls` and `.json` members, as WebDataset has them."""
+    paths, place = paths_of(folder), tmp_path / "shards"
+    place.mkdir()
+    for number in range(3):
+        members = []
+        for path in paths[number * 10 : number * 10 + 10]:
+            key = path.relative_to(folder).with_suffix("").as_posix()
+            members.append((f"{key}.json", b"{}"))
+            members.append((f"{key}.cls", str(CLASSES.index(path.parent.name)).encode()))
+            members.append((f"{key}{path.suffix}", path.read_bytes()))
+            members.append((f"{key}.mask.png", b"more about an example is no example"))
+        pack(place / f"train-{number:04d}.tar", members)
+    return place
+
+
+def test_shards_hold_the_examples_of_the_folder_in_its_order(folder, shards, monkeypatch):
+    expected = everything(opened(folder))
+    for source in (shards, shards / "train-*.tar", shards / "train-{0000..0002}.tar"):
+        assert everything(opened(source)) == expected
+    monkeypatch.setattr("dit_in_dit.data.source.IN_MEMORY", 0)  # read by offset when asked, also by a worker's copy
+    source = pickle.loads(pickle.dumps(opened(shards)))
+    assert everything(source) == expected
+    assert source.train(7)[0].tobytes() == expected[7][0]
+
+
+def test_without_cls_the_class_is_the_folder_and_without_folders_the_shard(folder, tmp_path):
+    expected = everything(opened(folder))
+    pack(tmp_path / "one.tar", ((f"./{p.relative_to(folder)}", p.read_bytes()) for p in paths_of(folder)))
+    assert everything(opened(tmp_path / "one.tar")) == expected
+    (tmp_path / "raw").mkdir()
+    for name in CLASSES:
+        pack(tmp_path / f"raw/{name}.tar", ((p.name, p.read_bytes()) for p in paths_of(folder) if name in p.parts))
+    source = opened(tmp_path / "raw")
+    assert source.classes == CLASSES
+    assert everything(source) == expected
+
+
+def test_the_index_is_made_once_and_again_when_the_shard_changes(folder, shards, monkeypatch):
+    first = everything(opened(shards))
+    indexes = sorted(shards.glob("*.index.json"))
+    assert len(indexes) == 3
+    monkeypatch.setattr("tarfile.open", None)  # whoever walks a tar now, fails
+    assert everything(opened(shards)) == first
+    monkeypatch.undo()
+    indexes[0].write_text("torn")
+    path = paths_of(folder)[0]
+    pack(shards / "train-0001.tar", [("a.png", path.read_bytes()), ("a.cls", b"2")])
+    changed = opened(shards, held_out=0.0)
+    assert changed.train_size == 21
+    assert changed.train(10)[1] == 2
+    assert json.loads(indexes[0].read_text())["labels"]
+
+
+def test_an_index_lies_in_the_cache_where_the_shards_cannot_be_written(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write = Path.write_text
+
+    def refused(path: Path, *arguments):
+        if path.parent == shards:
+            raise PermissionError(path)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    first = everything(opened(shards))
+    assert not list(shards.glob("*.json"))
+    assert len(list((tmp_path / "cache/dit-in-dit/tars").iterdir())) == 3
+    monkeypatch.setattr("tarfile.open", None)
+    assert everything(opened(shards)) == first
+
+
+def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
+    content = paths_of(folder)[0].read_bytes()
+    names = [f"hand{i}~{tone}.png" for i in range(20) for tone in ("light", "dark")]
+    pack(tmp_path / "set.tar", ((name, content) for name in names))
+    source = opened(tmp_path / "set.tar", classes=0)
+    held = [source.names[i].split("/")[1] for i in source._held]
+    assert 0 < len(held) < 40
+    assert all(name.replace("light", "dark") in held for name in held if "light" in name)
+
+
+@pytest.mark.parametrize("cut", [700, 20 * 512, -1024])
+def test_a_shard_that_was_cut_off_is_refused(shards, cut):
+    shard = shards / "train-0002.tar"
+    with tarfile.open(shard) as archive:
+        end = [m.offset_data + -(-m.size // 512) * 512 for m in archive][-1]
+    os.truncate(shard, end if cut < 0 else cut)
+    with pytest.raises(UserError, match=r"cut off|not a plain \.tar"):
+        opened(shards)
+
+
+def test_what_is_no_shard_is_refused(folder, shards, tmp_path):
+    (tmp_path / "text.tar").write_text("not a tar")
+    with tarfile.open(tmp_path / "squeezed.tar", "w:gz") as archive:
+        archive.add(shards)
+    pack(tmp_path / "empty.tar", [("readme.txt", b"no images")])
+    pack(tmp_path / "name.tar", [("a.png", b""), ("a.cls", b"red")])
+    image = paths_of(folder)[0].read_bytes()
+    pack(tmp_path / "some.tar", [("a.png", image), ("a.cls", b"1"), ("b.png", image)])
+    pack(tmp_path / "large.tar", [("a.png", image), ("a.cls", b"3")])
+    for source, part, keys in (
+        ("large.tar", "from 0 to 2: got 3 to 3", {"held_out": 0.0}),
+        ("text.tar", "not a plain .tar", {}),
+        ("squeezed.tar", "not a plain .tar", {}),
+        ("empty.tar", "no .png", {}),
+        ("name.tar", "class number: got 'red'", {}),
+        ("some.tar", "b.png has no .cls", {}),
+        ("absent.tar", "no such file", {}),
+        ("shards/train-{0000..0003}.tar", "no such file: .*0003.tar", {}),
+        ("*.tar.gz", "no such file", {}),
+    ):
+        with pytest.raises(UserError, match=part):
+            opened(tmp_path / source, **keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +23,13 @@ from dit_in_dit.randomness import generator
 Pixels = NDArray[np.uint8]
 
 
+SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
 
 
@@ -36,15 +43,9 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: str) -> Any:
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
         # Trailing steps start at pure noise (Lin et al. 2024). Images are not clipped, whatever class takes this over.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing", "clip_sample": False}
-    schedulers: dict[str, Callable[[], Any]] = {
-        "dpm++": lambda: diffusers.DPMSolverMultistepScheduler.from_config(options),
-        "unipc": lambda: diffusers.UniPCMultistepScheduler.from_config(options),
-        "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
-        "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(),
-        "ddim": lambda: diffusers.DDIMScheduler.from_config(options),
-    }
     # DDIM's step on a straight path is Euler's.
-    return schedulers["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]()
+    name = SCHEDULERS["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]
+    return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)
 
 
 def matches_flow(scheduler: Any) -> bool:

@@ -74,7 +74,7 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
     shutil.copytree(run, folder)
     config = replace(checkpoint.read_config(run), **keys)
     (folder / "config.yaml").write_text(to_yaml(config))
-    newest, manifest = checkpoint.newest(folder)
+    newest, manifest, _ = checkpoint.newest(folder)
     state, ema = checkpoint.load_state(newest), checkpoint.load_state(newest, "ema.safetensors")
     edit({name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")})
     edit(ema)

@@ -99,8 +99,9 @@ def test_a_run_is_not_resumed_with_an_edited_config_or_other_classes(run_config,
     with pytest.raises(UserError, match="was changed since"):
         run(edited, out, resume=True)
     (out / "config.yaml").write_text(to_yaml(run_config))
-    folder, manifest = checkpoint.newest(out)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "classes": ["a", "b", "c"]}))
+    folder, manifest, _ = checkpoint.newest(out)
+    state, ema = (checkpoint.load_state(folder, f"{name}.safetensors") for name in ("state", "ema"))
+    checkpoint.save(out, run_config, manifest["step"], state, ema, ("a", "b", "c"))
     with pytest.raises(UserError, match="other classes"):
         run(run_config, out, resume=True)
 
@@ -211,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(run_config, 
     reached = next(step for step in range(10) if 7 in examples(config)[step].image)
     with pytest.raises(UserError, match="diverged"):
         run(config, tmp_path / "run")
-    folder, manifest = checkpoint.newest(tmp_path / "run")
+    folder, manifest, _ = checkpoint.newest(tmp_path / "run")
     assert manifest["step"] == reached > 0  # the last good step
     assert all(tensor.isfinite().all() for tensor in checkpoint.load_state(folder).values())
 
@@ -246,12 +247,12 @@ def test_log_and_timing_are_json_lines(run_config, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
     run(run_config, tmp_path / "run")
-    folder, manifest = checkpoint.newest(tmp_path / "run")
+    folder, manifest, _ = checkpoint.newest(tmp_path / "run")
     assert manifest["step"] == 6
     content = bytearray((folder / "ema.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "ema.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"ema\.safetensors is not what was written"):
         checkpoint.verify(folder)
     assert checkpoint.newest(tmp_path / "run")[1]["step"] == 3
 

@@ -7,32 +7,55 @@
     samples/0001200.png
     lock                   who trains it, while somebody does
 
+A checkpoint's folder has its name once it is whole, on the disk, and read again. `0001200.part` is on its way in or
+out; `0001200.old` is as good as any, about to be replaced by another of its step.
+
 Nothing that is loaded can run code: YAML (safe), JSON and safetensors.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dit_in_dit import sealed
 from dit_in_dit.config import RunConfig, UserError, config_hash, from_yaml, to_yaml
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, verify
 
-KEEP = 2  # newest checkpoints that stay
+KEEP = 2  # newest checkpoints that stay, of those that verify
+DTYPES = {  # as safetensors names them, in the order in which it writes them
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "mount it to be written",
+    errno.EACCES: "make it writable",
+}
 
 
 def create(run: Path, config: RunConfig) -> None:
@@ -41,7 +64,10 @@ def create(run: Path, config: RunConfig) -> None:
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        _write(run / "config.yaml", to_yaml(config, meanings=True).encode())
+        beside = run / "config.yaml.part"
+        sealed.write(beside, [to_yaml(config, meanings=True).encode()])
+        beside.rename(run / "config.yaml")
+        sealed.sync(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
 
@@ -68,6 +94,7 @@ def hold(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        clear(run)
         yield
 
 
@@ -82,27 +109,40 @@ def read_config(run: Path) -> RunConfig:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write beside, sync, rename: the file is whole or absent."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are as they were, and a later save may well succeed."""
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Found(NamedTuple):
+    """The newest good checkpoint: its folder, its manifest, and what is wrong with those that are newer."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    passed_over: tuple[Damage, ...]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ------------------------------------------------------------------------------------------ writing
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, a tensor at a time: byte for byte what `safetensors.torch.save` makes.
+
+    Written here because that function holds all tensors a second time, and its sibling for files says neither what it
+    wrote nor, in one word, what went wrong.
+    """
+    rank = {dtype: number for number, dtype in enumerate(DTYPES)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header, end = {}, 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors lie aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in order:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def save(
@@ -113,39 +153,104 @@ def save(
     ema: Mapping[str, Tensor],
     classes: tuple[str, ...],
 ) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `KEEP`.
+    """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
 
-    Written beside, synced, hashed into the manifest, then renamed: a checkpoint folder is complete or
-    not there.
+    Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
+    folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
+    in a run: the average has no counter of its own, it goes by the step.
+
+    Raises:
+        SaveError: the disk did not take it. No part of it is left, and older checkpoints are as they were.
     """
-    target = run / "checkpoints" / f"{step:07d}"
-    beside = target.with_name(target.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, tensors in (("state.safetensors", state), ("ema.safetensors", ema)):
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, beside / name)
-        _sync(beside / name)
-    manifest = {
-        "step": step,
-        "config": config_hash(config),
-        "classes": classes,
-        "versions": {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")},
-        "sha256": {path.name: _sha256(path) for path in sorted(beside.iterdir())},
-    }
-    _write(beside / "manifest.json", json.dumps(manifest, indent=1).encode())
-    _sync(beside)
-    shutil.rmtree(target, ignore_errors=True)
-    beside.rename(target)
-    _sync(target.parent)
-    for old in _folders(run)[KEEP:]:
-        shutil.rmtree(old)
+    folder = run / "checkpoints"
+    target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sealed.sync(run)
+        clear(run)
+        beside.mkdir()
+        files = {"state.safetensors": state, "ema.safetensors": ema}
+        written = {name: sealed.write(beside / name, _safetensors(tensors)) for name, tensors in files.items()}
+        manifest = {
+            "step": step,
+            "config": config_hash(config),
+            "classes": list(classes),
+            "versions": {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")},
+            "bytes": {name: size for name, (size, _) in written.items()},
+            "sha256": {name: sha256 for name, (_, sha256) in written.items()},
+        }
+        sealed.write(beside / "manifest.json", [sealed.seal(manifest)])
+        sealed.sync(beside)
+        verify(beside)
+        _make_way(target)
+        beside.rename(target)
+        sealed.sync(folder)
+    except (OSError, DamagedError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        what = "it reads otherwise than it was written"
+        remedy = "check the disk"
+        if isinstance(error, OSError):
+            what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
+        raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
+    _prune(run, step, config.train.keep_every)
     return target
 
 
+def _make_way(target: Path) -> None:
+    """Take the checkpoint of the same step away, if there is one: a good one to a name by which it is still found."""
+    aside = target.with_name(f"{target.name}.old")
+    if _is_good(target):
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier save that was killed here
+        target.rename(aside)
+    elif target.exists():
+        _drop(target)
+
+
+def _drop(folder: Path) -> None:
+    """Delete a checkpoint; killed on the way, it leaves no folder that looks like one."""
+    leaving = folder.with_name(f"{folder.name}.gone.part")
+    folder.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def _prune(run: Path, saved: int, keep_every: int) -> None:
+    """Drop what is older than the newest `KEEP` that verify, but milestones. `saved` was verified just now.
+
+    A damaged one among these is not counted, and stays until it is older than they are. What cannot be deleted is no
+    reason to stop: the next save tries again.
+    """
+    good: set[int] = set()
+    for folder in _folders(run):
+        step = _step(folder)
+        if step not in good and len(good) < KEEP:
+            if step == saved or _is_good(folder):
+                good.add(step)
+        elif step in good or not keep_every or step % keep_every:
+            with suppress(OSError):
+                _drop(folder)
+
+
+def clear(run: Path) -> None:
+    """Delete what a killed save left. Only for who trains the run."""
+    for folder in (run / "checkpoints").glob("*.part"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.partition(".")[0])
+
+
 def _folders(run: Path) -> list[Path]:
-    """Checkpoint folders, newest step first."""
-    found = [path for path in (run / "checkpoints").glob("*") if path.name.isascii() and path.name.isdigit()]
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    """Checkpoint folders, newest step first; one that is being replaced after its replacement."""
+    found = []
+    for path in (run / "checkpoints").glob("*"):
+        name = path.name.removesuffix(".old")
+        if name.isascii() and name.isdigit():
+            found.append(path)
+    return sorted(found, key=lambda path: (-_step(path), path.suffix))
 
 
 def has_any(run: Path) -> bool:
@@ -153,30 +258,34 @@ def has_any(run: Path) -> bool:
     return bool(_folders(run))
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after every file's hash was found right; UserError names what is wrong."""
+def _is_good(checkpoint: Path) -> bool:
     try:
-        manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
-        int(manifest["step"]), str(manifest["config"]), list(manifest["classes"])  # all are there
-        for name, expected in manifest["sha256"].items():
-            if _sha256(checkpoint / name) != expected:
-                raise UserError(f"{checkpoint / name} is damaged: its SHA-256 is not the manifest's")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"checkpoint {checkpoint} is incomplete: {error}") from None
-    return manifest
+        verify(checkpoint)
+    except DamagedError:
+        return False
+    return True
 
 
-def newest(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its manifest; UserError when there is none."""
-    problem = f"{run} has no checkpoint yet: train it first"
+def newest(run: Path) -> Found:
+    """The newest checkpoint that verifies, and what is wrong with newer ones; UserError when there is none."""
+    passed_over: list[Damage] = []
     for folder in _folders(run):
         try:
-            return folder, verify(folder)
-        except UserError as error:
-            problem = str(error)
-    raise UserError(problem)
+            return Found(folder, verify(folder), tuple(passed_over))
+        except DamagedError as error:
+            passed_over += error.damages
+    if passed_over:
+        raise UserError(
+            f"no checkpoint of {run} is good: {passed_over[0]}; put a copy back, or remove "
+            f"{run / 'checkpoints'} to begin again"
+        )
+    raise UserError(f"{run} has no checkpoint yet: train it first")
+
+
+def warn(passed_over: Iterable[Damage]) -> None:
+    """Say which damaged checkpoints were passed over, as Python's warnings: a library prints nothing."""
+    for damage in passed_over:
+        warnings.warn(f"passed over: {damage}", DamagedWarning, stacklevel=3)
 
 
 def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, Tensor]:
@@ -189,9 +298,10 @@ def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, T
 
 def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
-    and the checkpoint's manifest."""
+    and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
     config = read_config(run)
-    folder, manifest = newest(run)
+    folder, manifest, passed_over = newest(run)
+    warn(passed_over)
     model = NestedDiT(config.model)
     if ema:
         weights = load_state(folder, "ema.safetensors")

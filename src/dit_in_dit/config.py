@@ -400,8 +400,18 @@ class TrainConfig(Section):
         "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
     )
     checkpoint_every: int = key(10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12)
+    keep_every: int = key(
+        0, "steps between checkpoints that stay for good; 0: none, the newest two stay", low=0, high=10**12
+    )
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out errors; 0: never", low=0, high=10**12)
+
+    def check(self) -> None:
+        if self.keep_every % self.checkpoint_every:
+            raise UserError(
+                "train.keep_every must be a multiple of train.checkpoint_every: "
+                f"got {self.keep_every}, {self.checkpoint_every}"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from typing import Any
 
 from dit_in_dit.cli import bench, curves, doctor, evaluate, look, maps, match, run, study
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config import UserError
+from dit_in_dit.sealed import DamagedWarning
+
+_python_line = warnings.formatwarning
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    warnings.formatwarning = _line
     try:
         options = parser().parse_args(arguments)
         options.run(options)
@@ -26,6 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder where a file should go
         print(f"dit-in-dit: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """A warning of damage, as a line like any other; of other warnings, what Python makes of them."""
+    if issubclass(category, DamagedWarning):
+        return f"dit-in-dit: {message}\n"
+    return _python_line(message, category, *where, **more)
 
 
 def parser() -> Parser:

@@ -78,6 +78,8 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
         f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
+    for damage in values["passed_over"]:
+        console.print(f"passed over: {damage}")
     if values["skipped"]:
         console.print(f"left out {len(values['skipped'])} unreadable files, such as {values['skipped'][0]}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

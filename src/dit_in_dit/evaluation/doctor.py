@@ -86,7 +86,8 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     start = _losses(trainer, Batch(*(part[: checks.forward_budget(config, device)] for part in examples)))
     trained = run is not None and checkpoint.has_any(run)
     if run is not None and trained:
-        folder, manifest = checkpoint.newest(run)
+        folder, manifest, passed_over = checkpoint.newest(run)
+        checkpoint.warn(passed_over)
         try:
             trainer.restore(
                 checkpoint.load_state(folder), checkpoint.load_state(folder, "ema.safetensors"), manifest["step"]

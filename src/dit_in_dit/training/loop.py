@@ -20,6 +20,7 @@ from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.sealed import Damage
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, Examples, held_out, load
 
@@ -31,8 +32,9 @@ HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 class Fact:
     """Something that happened.
 
-    kind: start (what runs on what), step (loss, gradient norm in all and in each part, learning rate), held_out
-    (denoising error by time), checkpoint (its path), samples (due: draw with `model`, the averaged one).
+    kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
+    part, learning rate), held_out (denoising error by time), checkpoint (its path), samples (due: draw with `model`,
+    the averaged one).
     """
 
     kind: str
@@ -254,29 +256,33 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: s
     if not resume:
         checkpoint.create(run, config)
     stored = checkpoint.read_config(run)  # first: where no run is, there is nothing to hold
+    passed_over: tuple[Damage, ...] = ()
     with checkpoint.hold(run):
         if resume:
-            _resume(trainer, run, stored)
+            passed_over = _resume(trainer, run, stored)
         parameters = sum(p.numel() for p in trainer.model.parameters())
         values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
+        values["passed_over"] = [str(damage) for damage in passed_over]
         yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
         yield from _loop(trainer, run)
 
 
-def _resume(trainer: Trainer, run: Path, stored: RunConfig) -> None:
-    """Bring the trainer to the run's newest good checkpoint, if it has one yet."""
+def _resume(trainer: Trainer, run: Path, stored: RunConfig) -> tuple[Damage, ...]:
+    """Bring the trainer to the run's newest good checkpoint, if it has one yet; what is wrong with newer ones."""
     if differing := first_difference(stored, trainer.config):
         raise UserError(
             f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
         )
-    if checkpoint.has_any(run):
-        folder, manifest = checkpoint.newest(run)
-        if manifest["config"] != config_hash(stored):
-            raise UserError(f"{run / 'config.yaml'} was changed since {folder.name} was written: put it back")
-        if tuple(manifest["classes"]) != tuple(trainer.source.classes):
-            raise UserError(f"{trainer.config.data.source} has other classes than when {run} was started")
-        state = checkpoint.load_state(folder)
-        trainer.restore(state, checkpoint.load_state(folder, "ema.safetensors"), manifest["step"])
+    if not checkpoint.has_any(run):
+        return ()
+    folder, manifest, passed_over = checkpoint.newest(run)
+    if manifest["config"] != config_hash(stored):
+        raise UserError(f"{run / 'config.yaml'} was changed since {folder.name} was written: put it back")
+    if tuple(manifest["classes"]) != tuple(trainer.source.classes):
+        raise UserError(f"{trainer.config.data.source} has other classes than when {run} was started")
+    state = checkpoint.load_state(folder)
+    trainer.restore(state, checkpoint.load_state(folder, "ema.safetensors"), manifest["step"])
+    return passed_over
 
 
 def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:

@@ -165,9 +165,9 @@ def save(
     folder = run / "checkpoints"
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
     try:
+        clear(run)
         folder.mkdir(parents=True, exist_ok=True)
         sealed.sync(run)
-        clear(run)
         beside.mkdir()
         files = {"state.safetensors": state, "ema.safetensors": ema}
         written = {name: sealed.write(beside / name, _safetensors(tensors)) for name, tensors in files.items()}
@@ -192,7 +192,8 @@ def save(
         if isinstance(error, OSError):
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
         raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
-    _prune(run, step, config.train.keep_every)
+    with suppress(OSError):  # what cannot be deleted is no reason to stop: the next save tries again
+        _prune(run, step, config.train.keep_every)
     return target
 
 
@@ -216,8 +217,7 @@ def _drop(folder: Path) -> None:
 def _prune(run: Path, saved: int, keep_every: int) -> None:
     """Drop what is older than the newest `KEEP` that verify, but milestones. `saved` was verified just now.
 
-    A damaged one among these is not counted, and stays until it is older than they are. What cannot be deleted is no
-    reason to stop: the next save tries again.
+    A damaged one among these is not counted, and stays until it is older than they are.
     """
     good: set[int] = set()
     for folder in _folders(run):
@@ -226,7 +226,7 @@ def _prune(run: Path, saved: int, keep_every: int) -> None:
             if step == saved or _is_good(folder):
                 good.add(step)
         elif step in good or not keep_every or step % keep_every:
-            with suppress(OSError):
+            with suppress(OSError):  # the others may well go
                 _drop(folder)
 
 

@@ -101,9 +101,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             kind = "swapped" if found in elsewhere else kind
         if kind:
             damages.append(Damage(checkpoint, name, kind))
-    for name in sorted({path.name for path in checkpoint.iterdir()} - {"manifest.json", *sha256}):
-        if not name.startswith("."):
-            damages.append(Damage(checkpoint, name, "extra"))
+    try:
+        others = sorted({path.name for path in checkpoint.iterdir()} - {"manifest.json", *sha256})
+        damages += [Damage(checkpoint, name, "extra") for name in others if not name.startswith(".")]
+    except OSError:
+        damages.append(Damage(checkpoint, "", "unreadable"))
     if damages:
         raise DamagedError(damages)
     return manifest
@@ -117,12 +119,11 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
         content = path.read_bytes()
         manifest: dict[str, Any] = json.loads(content)
         del manifest["seal"]
-        if content == seal(manifest):
-            if not name.isdigit() or manifest["step"] == int(name):
-                return manifest
-            kind = "swapped"
-        else:
-            kind = "flipped"
+        if content != seal(manifest):
+            raise ValueError
+        if not name.isdigit() or manifest["step"] == int(name):
+            return manifest
+        kind = "swapped"
     except (FileNotFoundError, NotADirectoryError):
         kind = "missing"
     except OSError:

@@ -1,0 +1,192 @@
+"""Disks that are full, limited, read-only or broken while a checkpoint is saved: nothing is lost, and a line says it.
+
+Faults are injected by Python's profiler, which sees every call into C: the product has no hooks for them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_in_dit import checkpoint
+from dit_in_dit.config import RunConfig
+
+DRAW = torch.Generator().manual_seed(0)
+TENSORS = {str(number): torch.randn(100 * number, generator=DRAW) for number in range(8)}  # 11 kB
+KEPT, LEFT = ["0000010", "0000020"], "0000015.part"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two checkpoints, and what a killed save left."""
+    for step in (10, 20):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / LEFT).mkdir()
+    return tmp_path
+
+
+def save(run: Path, step: int) -> Path:
+    return checkpoint.save(run, RunConfig(), step, TENSORS, TENSORS, ("a",))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def check_that_nothing_was_lost(run: Path, error: checkpoint.SaveError) -> None:
+    """Older checkpoints verify, nothing of this one is left, one line says it; and the next save succeeds."""
+    assert "\n" not in str(error)
+    assert str(error).startswith(f"cannot save {run / 'checkpoints/0000030'}: ")
+    assert set(names(run)) - {LEFT} == set(KEPT)
+    for name in KEPT:
+        checkpoint.verify(run / "checkpoints" / name)
+    save(run, 30)
+    assert names(run) == ["0000020", "0000030"]
+    assert checkpoint.newest(run).folder.name == "0000030"
+
+
+@contextmanager
+def failing_call(number: int, error: int = errno.ENOSPC) -> Iterator[list[str]]:
+    """Fail the `number`-th call (from 0) into the operating system or its files; names of those made so far."""
+    made: list[str] = []
+
+    def watch(frame, event: str, function: Callable) -> None:
+        if event != "c_call" or not is_of_the_system(function):
+            return
+        made.append(function.__name__)
+        if len(made) == number + 1:
+            sys.setprofile(None)
+            raise OSError(error, os.strerror(error))
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield made
+    finally:
+        sys.setprofile(before)
+
+
+def is_of_the_system(function: Callable) -> bool:
+    """A function of `os` that asks the kernel, `open`, or a method of a file."""
+    owner = getattr(function, "__self__", None)
+    module = getattr(owner, "__name__", None) or type(owner).__module__
+    return module in ("posix", "_io", "io") and function.__name__ not in ("fspath", "__init__", "DirEntry")
+
+
+def test_a_failure_at_any_call_to_the_system_loses_nothing(run, tmp_path_factory, full):
+    whole = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(run, whole)
+    with failing_call(-1) as calls:
+        save(whole, 30)
+    assert {"open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink"} <= set(calls)
+    failed, few = [], {calls.index(name) for name in calls} | set(range(0, len(calls), 40))
+    for number in range(len(calls)) if full else sorted(few):
+        again = tmp_path_factory.mktemp("again") / "run"
+        shutil.copytree(run, again)
+        with failing_call(number) as made:
+            try:
+                save(again, 30)
+            except checkpoint.SaveError as error:
+                sys.setprofile(None)
+                failed.append(made[-1])
+                if "0000030" not in names(again):
+                    check_that_nothing_was_lost(again, error)
+        good = [name for name in names(again) if checkpoint._is_good(again / "checkpoints" / name)]
+        assert len(good) >= 2, (number, made[-1])
+        assert good[-1] == "0000030"
+        shutil.rmtree(again)
+    assert {"write", "fsync", "rename"} <= set(failed)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (errno.ENOSPC, "No space left on device; older checkpoints are as they were: make room"),
+        (errno.EDQUOT, "make room within your quota"),
+        (errno.EFBIG, r"raise the limit of file sizes \(ulimit -f\)"),
+        (errno.EROFS, "Read-only file system; older checkpoints are as they were: mount it to be written"),
+        (errno.EIO, "Input/output error; older checkpoints are as they were: check the disk"),
+    ],
+)
+def test_what_went_wrong_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):
+    def refuse(descriptor):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", refuse)
+        with pytest.raises(checkpoint.SaveError, match=f"{remedy}$") as raised:
+            save(run, 30)
+    check_that_nothing_was_lost(run, raised.value)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_limit_of_file_sizes_loses_nothing_whatever_it_is(run, tmp_path_factory, full):
+    needed = max(path.stat().st_size for path in (run / "checkpoints/0000020").iterdir())
+    sizes = [0, 1, 7, 8, needed - 1, needed, *range(100, needed, needed // (60 if full else 4))]
+    for size in sizes:
+        again = tmp_path_factory.mktemp("again") / "run"
+        shutil.copytree(run, again)
+        raised = None
+        with largest_file(size):
+            try:
+                save(again, 30)
+            except checkpoint.SaveError as error:
+                raised = error
+        assert (raised is None) == (size >= needed), size
+        if raised is not None:
+            check_that_nothing_was_lost(again, raised)
+        shutil.rmtree(again)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system in memory, with room for three checkpoints and a half."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_in_truth_loses_nothing(small_disk):
+    needed = None
+    for free in range(0, 100_000, 4096):
+        run, other = small_disk / "run", small_disk / "other"
+        for step in (10, 20):
+            save(run, step)
+        disk = os.statvfs(small_disk)
+        other.write_bytes(bytes(disk.f_bavail * disk.f_frsize - free))
+        try:
+            save(run, 30)
+            needed = free
+            break
+        except checkpoint.SaveError as error:
+            raised = error
+        other.unlink()
+        check_that_nothing_was_lost(run, raised)
+        assert f"{raised.__cause__}".startswith(f"[Errno {errno.ENOSPC}]")
+        shutil.rmtree(run)
+    assert needed == 7 * 4096  # pages: 3 of each file of tensors, 1 of the manifest

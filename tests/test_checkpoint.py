@@ -1,0 +1,171 @@
+"""What is saved is what was meant, is read again from the disk, and stays as long as it is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from conftest import with_train
+from dit_in_dit import checkpoint, sealed
+from dit_in_dit.config import RunConfig, UserError, override
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
+
+
+def save(run: Path, step: int, config: RunConfig | None = None, value: float = 0.0) -> Path:
+    tensors = {**TENSORS, "value": torch.tensor([float(step), value])}
+    return checkpoint.save(run, config or RunConfig(), step, tensors, tensors, ("a", "b"))
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flip(path: Path, byte: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1
+    path.write_bytes(content)
+
+
+def test_tensors_are_written_as_the_library_of_the_format_writes_them():
+    draw = torch.Generator().manual_seed(0)
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    tensors = {f"{number}.é": torch.randn(3, 5, generator=draw).to(kind) for number, kind in enumerate(floats)}
+    tensors |= {str(kind): torch.arange(5).to(kind) for kind in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+    tensors |= {"none": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": torch.randn(3, 4, generator=draw)}
+    expected = safetensors.torch.save(tensors)
+    tensors["turned"] = tensors["turned"].t().contiguous().t()  # the same values, laid out otherwise
+    assert b"".join(bytes(part) for part in checkpoint._safetensors(tensors)) == expected
+
+
+def test_a_saved_checkpoint_is_read_back(tmp_path):
+    folder = save(tmp_path, 12)
+    found = checkpoint.newest(tmp_path)
+    assert found.folder == folder
+    assert found.passed_over == ()
+    assert (found.manifest["step"], found.manifest["classes"]) == (12, ["a", "b"])
+    for file in ("state.safetensors", "ema.safetensors"):
+        loaded = checkpoint.load_state(folder, file)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_the_newest_two_stay_and_milestones(tmp_path):
+    config = override(RunConfig(), ["train.checkpoint_every=10", "train.keep_every=30"])
+    for step in range(10, 100, 10):
+        save(tmp_path, step, config)
+    assert names(tmp_path) == ["0000030", "0000060", "0000080", "0000090"]
+
+
+def test_milestones_that_no_checkpoint_would_meet_are_refused(run_config):
+    with pytest.raises(UserError, match=r"train\.keep_every must be a multiple of train\.checkpoint_every: got 5, 3"):
+        with_train(run_config, keep_every=5)
+
+
+@pytest.mark.parametrize("damaged", [20, 30])
+def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path, damaged):
+    for step in (10, 20):
+        save(tmp_path, step)
+    if damaged == 30:  # the newest, which is then trained again
+        save(tmp_path, 30)
+        save(tmp_path, 20)
+    flip(tmp_path / f"checkpoints/{damaged:07d}/ema.safetensors")
+    save(tmp_path, 25)
+    good = [path for path in (tmp_path / "checkpoints").iterdir() if checkpoint._is_good(path)]
+    assert len(good) == 2
+    assert checkpoint.newest(tmp_path).folder.name == "0000025"
+    save(tmp_path, 40)
+    save(tmp_path, 50)
+    assert names(tmp_path) == ["0000040", "0000050"]  # damaged ones go with their time
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(tmp_path):
+    for attempt in (lambda: save(tmp_path, 20), lambda: checkpoint.hold(tmp_path).__enter__()):
+        (tmp_path / "checkpoints/0000010.part").mkdir(parents=True)
+        (tmp_path / "checkpoints/0000010.part/state.safetensors").write_bytes(b"half")
+        attempt()
+        assert names(tmp_path) == ["0000020"]
+
+
+def test_replacing_a_checkpoint_leaves_no_moment_without_a_good_one(tmp_path, monkeypatch):
+    save(tmp_path, 10, value=1)
+    seen = []
+
+    def look():
+        seen.append(float(checkpoint.load_state(checkpoint.newest(tmp_path).folder)["value"][1]))
+
+    def watched(function):
+        def call(*arguments, **keys):
+            look()
+            result = function(*arguments, **keys)
+            look()
+            return result
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", watched(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+    save(tmp_path, 10, value=2)
+    assert seen == sorted(seen)  # first the former, then the other
+    assert {seen[0], seen[-1]} == {1.0, 2.0}
+    assert names(tmp_path) == ["0000010"]
+
+
+def test_a_checkpoint_being_replaced_when_its_process_was_killed_is_found(tmp_path):
+    save(tmp_path, 10)
+    folder = save(tmp_path, 20)
+    folder.rename(folder.with_name("0000020.old"))
+    assert checkpoint.newest(tmp_path).folder.name == "0000020.old"
+    save(tmp_path, 20, value=1)
+    assert names(tmp_path) == ["0000010", "0000020"]
+
+
+def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
+    for step in (10, 20):
+        save(tmp_path, step)
+    write = sealed.write
+
+    def lying(path, parts):
+        told = write(path, parts)
+        if path.name == "ema.safetensors":
+            flip(path)
+        return told
+
+    monkeypatch.setattr(sealed, "write", lying)
+    with pytest.raises(
+        checkpoint.SaveError, match="reads otherwise than it was written; older checkpoints are as they"
+    ):
+        save(tmp_path, 30)
+    assert names(tmp_path) == ["0000010", "0000020"]
+    assert all(checkpoint._is_good(path) for path in (tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages of a file it has in memory")
+def test_what_was_written_is_read_again_from_the_disk_and_not_from_memory(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    assert pages_in_memory(path) == (1 << 20) // mmap.PAGESIZE
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if pages_in_memory(path):
+        pytest.skip("the tests' folder is on a file system that lives in memory")
+    sealed.write(path, [bytes(1 << 20)])
+    assert pages_in_memory(path) == 0
+
+
+def pages_in_memory(path: Path) -> int:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+        start = ctypes.c_char.from_buffer(view)
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        address, length = ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(len(view))
+        assert ctypes.CDLL(None).mincore(address, length, pages) == 0
+        del start  # the view cannot be closed before
+        return sum(page & 1 for page in pages)

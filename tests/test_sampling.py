@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from conftest import perturbed
 from dit_in_dit import sample
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sampling import grid, sample_batches, to_pixels
+from dit_in_dit.sampling import grid, sample_batches, to_pixels, trajectory
 
 
 @pytest.fixture
@@ -31,6 +33,23 @@ def test_samples_can_be_drawn_by_number(run_config, model):
     (indices, images), *_ = sample_batches(model, run_config, [5, 2])
     assert list(indices) == [5, 2]
     torch.testing.assert_close(images, whole[[5, 2]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
+def test_trajectories_drawn_in_turns_are_those_drawn_alone(run_config, sampler):
+    how = replace(run_config.sample, sampler=sampler, steps=5)
+    noises = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def start(noise: torch.Tensor) -> Iterator[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        return trajectory(lambda x, t, y: x.tanh(), run_config.diffusion, how, noise, None)
+
+    alone = [list(start(noise)) for noise in noises]
+    in_turns = list(zip(*(start(noise) for noise in noises), strict=True))
+    for calls, number in itertools.product(in_turns, (0, 1)):
+        t, *tensors = calls[number]
+        expected, *wanted = alone[number].pop(0)
+        assert t == expected
+        assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
 
 
 def test_seed_and_class_matter(run_config, model):

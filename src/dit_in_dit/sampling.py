@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -48,6 +50,9 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: str) -> Any:
     return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)
 
 
+_made = cache(make_scheduler)  # diffusers looks through the signatures of 16 classes each time: 2 ms
+
+
 def matches_flow(scheduler: Any) -> bool:
     """Whether it is one of those made for straight paths."""
     return "FlowMatch" in type(scheduler).__name__
@@ -76,7 +81,7 @@ def wanted_by(scheduler: Any) -> str:
 
 def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None) -> Tensor:
     """Images (N, C, H, W) from noise of that shape, along the configured path."""
-    last = deque(trajectory(predict, diffusion, how, noise, y), maxlen=1)
+    last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
     return last[0][-1]
 
 
@@ -85,18 +90,27 @@ def trajectory(
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
     """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
     to, and the next x, the last of which is the sample; tensors (N, C, H, W)."""
+    path = make_path(diffusion)
+    for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
+        image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
+        yield float(times[0]), x, image, after
+
+
+def _calls(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Each network call: times (N,), x_t, the prediction and the next x."""
     check_sampler(diffusion.path, how.sampler, how.steps)
-    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler)
+    path, scheduler = make_path(diffusion), deepcopy(_made(diffusion, how.sampler))  # it counts its steps
     set_steps(scheduler, how.steps)
     wanted = wanted_by(scheduler)
     x = noise
     for number, timestep in enumerate(scheduler.timesteps):
-        t = time_of(scheduler, diffusion.path, number)
-        times = torch.full((len(x),), t, device=x.device)
+        times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
         prediction = predict(x, times, y)
         step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
         after = scheduler.step(step, timestep, x).prev_sample
-        yield t, x, convert(path, prediction, x, times, given=diffusion.predict, wanted="image"), after
+        yield times, x, prediction, after
         x = after
 
 

@@ -86,7 +86,6 @@ def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: st
     a, b = path.coefficients(t)
     u, w = quantity(path, given, a, b)
     det = determinant(path, given, a, b, SMALLEST_DETERMINANT)
-    image = (w * x_t - b * prediction) / det
-    noise = (a * prediction - u * x_t) / det
-    u, w = quantity(path, wanted, a, b)
-    return u * image + w * noise
+    v, z = quantity(path, wanted, a, b)
+    # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det: in all one factor for each of the two.
+    return (a * z - b * v) / det * prediction + (w * v - u * z) / det * x_t

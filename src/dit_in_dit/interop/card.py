@@ -1,0 +1,163 @@
+"""The model card of an exported run: what it is, how it was made and measured, as the run's own files say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_in_dit.config import RunConfig, changed, config_hash, format_stages, to_yaml
+from dit_in_dit.model import cost
+
+Rows = Mapping[str, object]
+
+
+def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
+    """The run's newest evaluation of the weights with this SHA-256; None where these were not evaluated."""
+    for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+            if found["subject"]["checkpoint"] == weights:
+                return found
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # half written, or of another tool
+    return None
+
+
+def card(
+    name: str,
+    config: RunConfig,
+    step: int,
+    classes: list[str],
+    parameters: int,
+    evaluation: dict[str, Any] | None,
+    *,
+    weights: str = "averaged",
+    licence: str = "unknown",
+    picture: str | None = None,
+) -> str:
+    """Markdown with YAML front matter as the Hub reads it.
+
+    Args:
+        step: of the checkpoint.
+        parameters: their number.
+        evaluation: what `metrics.json` holds, of these weights.
+        weights: averaged or trained.
+        licence: the Hub's name of the weights' licence.
+        picture: an image beside the card.
+    """
+    model = config.model
+    front = {
+        "license": licence,
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",  # the Hub has no task for classes
+        "tags": ["dit-in-dit", "diffusion-transformer", "nested-transformer"]
+        + (["class-conditional"] if model.num_classes else []),
+    }
+    source = Path(config.data.source).name  # not where it lies on one machine
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        "A diffusion transformer whose every patch holds an inner transformer over its sub-patches (DiT-in-DiT)."
+        if model.blocks("inner")
+        else "A diffusion transformer (DiT).",
+        *([f"![samples]({picture})"] if picture else []),
+        f"## Use\n\n```python\n{_use(config, classes)}```",
+        "The folder carries its code: `trust_remote_code=True` runs it (PyTorch, diffusers, einops). Where the package "
+        "`dit-in-dit` is installed, `dit_in_dit.interop.pipeline.DiTInDiTPipeline.from_pretrained` needs none of it.",
+        "## Model\n\n" + _table(_model(config, parameters)),
+        "## Training\n\n" + _table(_training(config, step, source)),
+        "## Sampling\n\n" + _table(_sampling(config, weights)),
+        "## Results\n\n" + _results(evaluation),
+        *([f"## Classes\n\n{', '.join(f'{i} {each}' for i, each in enumerate(classes))}"] if model.num_classes else []),
+        f"## Config\n\n```yaml\n{to_yaml(changed(config, {'data.source': source}))}```",
+        "The code is under Apache-2.0."
+        + (" The licence of the weights has not been stated." if licence == "unknown" else ""),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(config: RunConfig, classes: list[str]) -> str:
+    labels = f"[{', '.join(map(repr, classes[:2]))}]" if config.model.num_classes else "batch_size=2"
+    return (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("this folder or repository", trust_remote_code=True)\n'
+        f"images = pipe({labels}, generator=[torch.Generator().manual_seed(i) for i in range(2)]).images\n"
+    )
+
+
+def _model(config: RunConfig, parameters: int) -> Rows:
+    model = config.model
+    rows: dict[str, object] = {
+        "image": f"{model.channels} channels, {model.image_size[0]} x {model.image_size[1]}",
+        "classes": model.num_classes or "none",
+        "stages": f"`{format_stages(model.program)}`",
+        "outer": f"{model.patches} patches of {model.patch_size}, width {model.outer.width}",
+    }
+    if model.blocks("inner"):
+        inner = model.inner
+        rows["inner"] = f"{model.sub_patches} sub-patches of {inner.sub_patch} in each patch, width {inner.width}"
+        choices = ("embed", "mixer", "condition", "aggregate", "fuse")
+        rows["between them"] = ", ".join(f"{choice} {getattr(inner, choice)}" for choice in choices)
+    macs = cost.macs(model)["total"]
+    return {**rows, "parameters": f"{parameters:,}", "MACs per image and forward pass": f"{macs:,}"}
+
+
+def _training(config: RunConfig, step: int, source: str) -> Rows:
+    train, diffusion = config.train, config.diffusion
+    return {
+        "data": source,
+        "path, prediction, loss": f"{diffusion.path}, {diffusion.predict}, {diffusion.weight}",
+        "steps": f"{step:,} of {train.steps:,}",
+        "examples": f"{step * config.global_batch:,} ({config.global_batch} a step)",
+        "optimizer": f"AdamW, learning rate {train.learning_rate:g} ({train.schedule}), decay {train.weight_decay:g}",
+        "labels dropped": f"{train.label_drop:g}" if config.model.num_classes else "none",
+        "precision": train.precision,
+        "seed": config.seed,
+        "SHA-256 of the config": f"`{config_hash(config)}`",
+    }
+
+
+def _sampling(config: RunConfig, weights: str) -> Rows:
+    how = config.sample
+    guidance = f"{how.guidance:g}" if how.guidance != 1 else "none"
+    if how.guidance != 1 and tuple(how.interval) != (0, 1):
+        guidance += f", for t from {how.interval[0]:g} to {how.interval[1]:g}"
+    return {"sampler": how.sampler, "steps": how.steps, "guidance": guidance, "weights": weights}
+
+
+def _results(evaluation: dict[str, Any] | None) -> str:
+    if evaluation is None:
+        return "These weights have not been evaluated."
+    protocol = evaluation["protocol"]
+    facts = {"images": protocol["images"], **{k: _words(v) for k, v in protocol["samples"].items()}}
+    facts |= {f"real images: {k}": _words(v) for k, v in protocol["reference"].items() if k != "data"}
+    facts["real images: data"] = Path(str(protocol["reference"]["data"])).name
+    scores = ["| | value | 95% interval | real against real |\n|---|---|---|---|"]
+    for name, score in evaluation["scores"].items():
+        floor = _number(score.get("floor"))
+        scores.append(f"| {name} | {_number(score['value'])} | {_interval(score)} | {floor} |")
+    warnings = [f"**{warning}**" for warning in evaluation.get("warnings", ())]
+    return "\n\n".join(["\n".join(scores), *warnings, "How they were made:", _table(facts)])
+
+
+def _interval(score: Mapping[str, Any]) -> str:
+    low, high = _number(score.get("low")), _number(score.get("high"))
+    return f"{low} to {high}" if low and high else ""
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 12:
+        return f"{len(value)} values"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(rows: Rows) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,43 @@
+"""The code that a saved folder carries, so that diffusers can load it where this package is not installed."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.interop.bundle import PACKAGE, bundle
+
+# Classes that folders name, and where this package has them.
+INSTALLED = {
+    "DiTInDiTPipeline": f"{PACKAGE}.interop.pipeline",
+    "DiTInDiTTransformer2DModel": f"{PACKAGE}.interop.transformer",
+}
+
+
+def code_of(made: type) -> tuple[str, str]:
+    """Name and text of the module that defines a class without the package.
+
+    The name has the text's hash: diffusers copies such modules of all folders into one place.
+    """
+    if not made.__module__.startswith(f"{PACKAGE}."):  # it came with a folder: it goes with the next
+        path = Path(str(sys.modules[made.__module__].__file__))
+        return path.stem, path.read_text()
+    return _bundled(made.__module__, made.__name__)
+
+
+@cache
+def _bundled(module: str, name: str) -> tuple[str, str]:
+    text = bundle(module, name)
+    return f"{PACKAGE}_{module.rsplit('.', maxsplit=1)[-1]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}", text
+
+
+def installed(config: dict[str, Any]) -> dict[str, Any]:
+    """A folder's config with this package's classes in place of those that it carries."""
+    found = dict(config)
+    for key, value in config.items():
+        if isinstance(value, list | tuple) and len(value) == 2 and value[1] in INSTALLED:
+            found[key] = value[1] if key == "_class_name" else [INSTALLED[value[1]], value[1]]
+    return found

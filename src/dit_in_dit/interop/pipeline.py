@@ -1,0 +1,264 @@
+"""Sampling as a pipeline of diffusers. This module's path and its class's name stand in files: they stay."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from dit_in_dit.config import DiffusionConfig, ModelConfig, SampleConfig, UserError, check_sampler, nearest
+from dit_in_dit.diffusion.path import Ddpm, convert, make_path
+from dit_in_dit.interop.carried import code_of, installed
+from dit_in_dit.sampling import guided, matches_flow, picture, set_steps, time_of, to_pixels, wanted_by
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
+    """Images of classes from a nested DiT, by any scheduler of its path.
+
+    Args:
+        transformer: a DiTInDiTTransformer2DModel.
+        scheduler: of its path; `pipe.scheduler = Other.from_config(pipe.scheduler.config)` swaps it.
+        vae: decodes latents to images; None for a model of pixels.
+        id2label: names of the classes by number, as JSON has it: {'0': 'cat'}.
+        sample: keys of a run's `sample` that stand where a call names nothing else: steps, guidance, interval.
+        null_class: whether the model was trained without labels too, as guidance needs.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    scheduler: Any
+    _optional_components = ["vae"]  # noqa: RUF012  # diffusers changes none of the two
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        id2label: dict[str, str] | None = None,
+        sample: dict[str, Any] | None = None,
+        null_class: bool = True,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(id2label=id2label, sample=sample, null_class=null_class)
+        self.labels = {name: int(number) for number, name in (id2label or {}).items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str | None] | None = None,
+        *,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            class_labels: numbers or names; None is no class. One for all images, or one for each.
+            batch_size: how many images; by default as many as labels, generators or latents, or one.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: classifier-free guidance; 1 is none.
+            guidance_interval: times t between which guidance acts.
+            generator: draws the noise; of a list, generator i draws image i, the same in any batch.
+            latents: the noise itself (N, C, H, W), of variance one.
+            eta: noise that DDIM adds.
+            output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (N, C, H, W), not decoded.
+            return_dict: false: a tuple with the images.
+            callback_on_step_end: called after each step with the pipeline, its number, its timestep and the tensors
+                asked for; those it returns are gone on with. `pipe._interrupt = True` skips the steps that are left.
+            callback_on_step_end_tensor_inputs: of `latents`, what it is called with.
+
+        Raises:
+            UserError: a value cannot be used, or the scheduler is none of the model's path.
+        """
+        how = self._how(num_inference_steps, guidance_scale, guidance_interval, class_labels)
+        if output_type not in OUTPUTS:
+            raise UserError(f"output_type {str(output_type)[:40]!r} is unknown{nearest(str(output_type), OUTPUTS)}")
+        shape = self._shape()
+        if output_type != "latent" and self.vae is None and shape[0] not in (1, 3):
+            raise UserError(f"latents of {shape[0]} channels need a VAE: give vae=, or take output_type='latent'")
+        wanted_tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if unknown := set(wanted_tensors) - set(self._callback_tensor_inputs):
+            raise UserError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}: got {sorted(unknown)}")
+        count, device = _count(class_labels, batch_size, generator, latents), self._execution_device
+        y = self._numbers(class_labels, count, device)
+        diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
+        self._fit_scheduler(diffusion.path, how.steps)
+        set_steps(self.scheduler, how.steps)
+        x = self._noise((count, *shape), generator, latents, device)
+
+        path, wanted, predict = make_path(diffusion), wanted_by(self.scheduler), guided(self._predict, self.null, how)
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
+        options = self._step_options(generator, eta)
+        self._interrupt = False
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:
+            for number, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                t = torch.full((count,), time_of(self.scheduler, diffusion.path, number), device=device)
+                x_t = scale(x, timestep)
+                step = convert(path, predict(x_t, t, y), x_t, t, given=diffusion.predict, wanted=wanted)
+                x = self.scheduler.step(step, timestep, x, **options).prev_sample
+                if callback_on_step_end is not None:
+                    given = dict.fromkeys(wanted_tensors, x)
+                    x = (callback_on_step_end(self, number, timestep, given) or {}).get("latents", x)
+                progress.update()
+        images = self._finish(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ------------------------------------------------------------------------------- what a call is made of
+
+    @property
+    def null(self) -> int:
+        """The number of no class, which is the number of classes."""
+        return int(self.transformer.config.model["num_classes"])
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return self.transformer(x, t, y, return_dict=False)[0]
+
+    def _shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        model = ModelConfig.from_dict(self.transformer.config.model)
+        return model.channels, *model.image_size
+
+    def _how(
+        self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None, labels: Any
+    ) -> SampleConfig:
+        """Steps and guidance, of the call or by default."""
+        given = {"steps": steps, "guidance": guidance, "interval": interval}
+        given = {name: value for name, value in given.items() if value is not None}
+        how = SampleConfig.from_dict({**(self.config.sample or {}), **given})
+        if self.null and not self.config.null_class and (how.guidance != 1 or labels is None):
+            raise UserError("this model knows no null class: give class_labels, and guidance_scale=1")
+        return how
+
+    def _numbers(self, labels: Any, count: int, device: torch.device) -> Tensor | None:
+        """Class numbers (count,) of labels; None where there are none."""
+        if labels is None:
+            return None
+        if not self.null:
+            raise UserError("this model was trained without labels: give no class_labels")
+        one = isinstance(labels, int | str)
+        return torch.tensor([self._number(label) for label in ([labels] * count if one else labels)], device=device)
+
+    def _number(self, label: int | str | None) -> int:
+        if label is None:
+            return self.null
+        if isinstance(label, str):
+            if label not in self.labels:
+                raise UserError(f"unknown class {label[:40]!r}{nearest(label, self.labels)}")
+            return self.labels[label]
+        if not 0 <= int(label) <= self.null:
+            raise UserError(f"class numbers go from 0 to {self.null - 1}, {self.null} is no class: got {label}")
+        return int(label)
+
+    def _fit_scheduler(self, path: str, steps: int) -> None:
+        """Put a multi-step scheduler on straight paths where the model wants them; refuse one of another path."""
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if path == "flow":
+            if "use_flow_sigmas" in scheduler.config and not scheduler.config.use_flow_sigmas:
+                straight = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+                self.scheduler = type(scheduler).from_config(scheduler.config, **straight)
+            elif "use_flow_sigmas" not in scheduler.config and not matches_flow(scheduler):
+                raise UserError(f"{name} has no straight paths: take one with FlowMatch, DPM-Solver++ or UniPC")
+            return
+        if matches_flow(scheduler) or scheduler.config.get("use_flow_sigmas"):
+            raise UserError(f"{name} steps along straight paths, the model's path is {path}: take DDIMScheduler")
+        ours = Ddpm().table[0] ** 2
+        if not torch.allclose(scheduler.alphas_cumprod.cpu().float(), ours, atol=1e-4):
+            raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
+        if scheduler.config.get("timestep_spacing") == "trailing":
+            check_sampler(path, "ddim", steps)
+
+    def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise UserError(f"latents must be {shape}: got {tuple(latents.shape)}")
+        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1)
+
+    def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
+        """What this scheduler's step takes besides."""
+        known = inspect.signature(self.scheduler.step).parameters
+        return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
+
+    def _finish(self, x: Tensor, output_type: str) -> Any:
+        """Decode, and give images as they were asked for."""
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            x = self.vae.decode(self._unscaled(x).to(self.vae.dtype), return_dict=False)[0].float()
+        if output_type == "pil":
+            return [picture(pixels) for pixels in to_pixels(x.cpu())]
+        x = (x / 2 + 0.5).clamp(0, 1)
+        return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """Latents as the VAE has them."""
+        config = self.vae.config
+        x = x / config.scaling_factor + (config.get("shift_factor") or 0)
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean, std = (torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1).to(x) for name in ("mean", "std"))
+            x = x * std + mean
+        return x
+
+    # --------------------------------------------------------------------------------------- folders
+
+    def save_config(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """model_index.json, which names the code beside it: the folder needs no package."""
+        super().save_config(save_directory, **options)
+        name, code = code_of(type(self))
+        (Path(save_directory) / f"{name}.py").write_text(code)
+        path = Path(save_directory) / self.config_name
+        index = json.loads(path.read_text()) | {"_class_name": [name, type(self).__name__]}
+        model = type(getattr(self.transformer, "_orig_mod", self.transformer))  # as it was before torch.compile
+        index["transformer"] = [code_of(model)[0], model.__name__]
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load_config(cls, *arguments: Any, **options: Any) -> Any:
+        """model_index.json, naming installed classes if there are any: then no code of the folder is run."""
+        found = super().load_config(*arguments, **options)
+        return (installed(found[0]), *found[1:]) if isinstance(found, tuple) else installed(found)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **options: Any) -> str:
+        """A repository of the Hub as a folder on this machine."""
+        known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+        wanted = {name: options[name] for name in known if options.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors", "*.py"], **wanted)
+
+
+def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
+    """How many images are asked for; UserError where arguments disagree."""
+    given = {
+        "class_labels": None if labels is None or isinstance(labels, int | str) else len(labels),
+        "batch_size": batch_size,
+        "generator": len(generator) if isinstance(generator, list) else None,
+        "latents": None if latents is None else len(latents),
+    }
+    counts = {name: count for name, count in given.items() if count is not None}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise UserError(f"how many images? {', '.join(f'{name}: {count}' for name, count in counts.items())}")
+    return next(iter(counts.values()), 1)

@@ -1,0 +1,719 @@
+"""A run as a folder of diffusers: the same images, with and without the package, by every scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from conftest import perturbed, small_model
+from dit_in_dit import checkpoint, sample
+from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_dict
+from dit_in_dit.interop.bundle import bundle
+from dit_in_dit.interop.card import evaluation_of
+from dit_in_dit.interop.folder import export, pipeline_of
+from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.randomness import generator
+from dit_in_dit.sampling import make_scheduler, to_pixels
+
+CLASSES = ["cat", "dog", "fox", "owl", "yak"]
+FLOW = RunConfig(model=small_model("outer*1 inner*1"), sample=SampleConfig(sampler="dpm++", steps=4, guidance=2.0))
+DDPM = replace(FLOW, diffusion=DiffusionConfig(path="ddpm", predict="noise"))
+
+
+def noise(count: int, shape: tuple[int, ...] = (3, 16, 8)) -> torch.Tensor:
+    """The noise of samples 0 to count - 1 of seed 0."""
+    return torch.from_numpy(
+        np.stack([generator(0, "sample", i).standard_normal(shape, np.float32) for i in range(count)])
+    )
+
+
+def seeded(config: RunConfig) -> NestedDiT:
+    torch.manual_seed(0)
+    return perturbed(NestedDiT(config.model)).eval()
+
+
+def piped(config: RunConfig, **options: Any) -> DiTInDiTPipeline:
+    return quiet(pipeline_of(seeded(config), config, CLASSES, **options))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DiTInDiTPipeline:
+    return piped(FLOW)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint and a picture."""
+    made = tmp_path_factory.mktemp("runs") / "mine"
+    checkpoint.create(made, FLOW)
+    weights = seeded(FLOW).state_dict()
+    checkpoint.save(made, FLOW, 1200, {f"model.{k}": v + 1 for k, v in weights.items()}, weights, tuple(CLASSES))
+    (made / "samples").mkdir()
+    (made / "samples" / "0001200.png").write_bytes(b"a picture")
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run exported, and the folder moved away from where it was written."""
+    written = tmp_path_factory.mktemp("exports") / "mine"
+    export(run, written)
+    return Path(shutil.move(written, tmp_path_factory.mktemp("elsewhere") / "copy"))
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+@pytest.mark.parametrize(
+    ("path", "predict", "sampler"),
+    [
+        *product(["flow"], ["velocity"], ["euler", "heun", "dpm++", "unipc"]),
+        *product(["ddpm"], ["noise"], ["ddim", "dpm++", "unipc"]),
+        ("flow", "image", "dpm++"),
+        ("ddpm", "image", "ddim"),
+    ],
+)
+def test_pipeline_draws_the_images_that_sample_draws(path, sampler, predict):
+    how = SampleConfig(sampler=sampler, steps=4, guidance=2.0, interval=(0.2, 0.9))
+    config = replace(FLOW, diffusion=DiffusionConfig(path=path, predict=predict), sample=how)
+    ours, pipe = sample(seeded(config), config, 5), piped(config)
+    assert torch.equal(pipe(CLASSES, latents=noise(5), output_type="latent").images, ours)
+    pictures = pipe([0, 1, 2, 3, 4], latents=noise(5)).images
+    assert np.array_equal(np.stack([np.asarray(image) for image in pictures]), to_pixels(ours))
+
+
+def test_a_call_overrides_steps_guidance_and_interval(pipe):
+    asked = replace(FLOW, sample=SampleConfig(sampler="dpm++", steps=6, guidance=3.0, interval=(0.5, 1.0)))
+    drawn = pipe(
+        CLASSES,
+        latents=noise(5),
+        num_inference_steps=6,
+        guidance_scale=3.0,
+        guidance_interval=(0.5, 1.0),
+        output_type="latent",
+    ).images
+    assert torch.equal(drawn, sample(seeded(asked), asked, 5))
+
+
+def test_output_types_are_one_image(pipe):
+    latent, pt, array, pil = (
+        pipe("cat", latents=noise(1), output_type=kind).images for kind in ("latent", "pt", "np", "pil")
+    )
+    assert pt.shape == (1, 3, 16, 8)
+    assert array.shape == (1, 16, 8, 3)
+    assert pil[0].size == (8, 16)
+    torch.testing.assert_close(pt, ((latent + 1) / 2).clamp(0, 1))
+    assert np.array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
+    (again,) = pipe("cat", latents=noise(1), output_type="pt", return_dict=False)
+    assert torch.equal(again, pt)
+
+
+def test_grey_images_and_models_without_labels():
+    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=1, num_classes=0, image_size=(8, 12)))
+    pipe = piped(config)
+    images = pipe(batch_size=2, latents=noise(2, (1, 8, 12))).images
+    assert [image.mode for image in images] == ["L", "L"]
+    assert np.array_equal(np.stack(images), to_pixels(sample(seeded(config), config, 2)).squeeze(-1))
+    with pytest.raises(UserError, match="without labels"):
+        pipe([1])
+
+
+def test_generators_draw_an_image_each_the_same_in_any_batch(pipe):
+    def drawn(*seeds: int, **options: Any) -> torch.Tensor:
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(3, generator=draws, output_type="latent", **options).images
+
+    together = drawn(7, 8, 9)
+    torch.testing.assert_close(torch.cat([drawn(9), drawn(7, 8)]), together[[2, 0, 1]], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+    assert torch.equal(drawn(7), pipe(3, generator=torch.Generator().manual_seed(7), output_type="latent").images)
+
+
+def test_generators_draw_the_noise_of_stochastic_steps_too():
+    pipe = piped(replace(DDPM, sample=SampleConfig(sampler="ddim", steps=5, guidance=1)))
+
+    def drawn(seeds: list[int], eta: float) -> torch.Tensor:
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(3, generator=draws, eta=eta, output_type="latent").images
+
+    torch.testing.assert_close(drawn([5, 4], 1.0)[1:], drawn([4], 1.0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn([4], 1.0), drawn([4], 0.0), atol=1e-2)
+
+
+def test_labels_are_numbers_names_or_none(pipe):
+    def drawn(labels: Any) -> torch.Tensor:
+        return pipe(labels, latents=noise(2), output_type="latent").images
+
+    assert torch.equal(drawn("owl"), drawn([3, "owl"]))
+    assert torch.equal(drawn([None, 2])[1], drawn(2)[1])
+    torch.testing.assert_close(drawn([None, 5]), drawn(None), rtol=1e-4, atol=1e-4)  # 5: the null class
+    assert not torch.allclose(drawn([None, None]), drawn(2), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"class_labels": ["owk"]}, "did you mean 'owl'"),
+        ({"class_labels": [6]}, "from 0 to 4, 5 is no class: got 6"),
+        ({"class_labels": [1, 2], "batch_size": 3}, "class_labels: 2, batch_size: 3"),
+        ({"class_labels": []}, "class_labels: 0"),
+        ({"latents": torch.zeros(1, 3, 8, 16)}, r"latents must be \(1, 3, 16, 8\)"),
+        ({"num_inference_steps": 0}, "steps must be from 1 to 1000: got 0"),
+        ({"guidance_scale": -1}, "guidance must be from 0 to 100"),
+        ({"guidance_interval": (0.8, 0.2)}, "from low to high"),
+        ({"output_type": "pill"}, "did you mean 'pil'"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "callbacks are given latents"),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_line(pipe, arguments, says):
+    with pytest.raises(UserError, match=says) as error:
+        pipe(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_no_guidance_without_a_trained_null_class():
+    pipe = piped(replace(FLOW, train=TrainConfig(label_drop=0), sample=SampleConfig(steps=2)))
+    assert len(pipe([1]).images) == 1
+    for arguments in ({"class_labels": [1], "guidance_scale": 2.0}, {}):
+        with pytest.raises(UserError, match="no null class"):
+            pipe(**arguments)
+
+
+# --------------------------------------------------------------------------------------- callbacks
+
+
+def test_a_callback_sees_every_step_and_what_it_returns_is_gone_on_with(pipe):
+    seen = []
+
+    def callback(given: Any, number: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert given is pipe
+        seen.append((number, float(timestep)))
+        return {"latents": torch.full_like(tensors["latents"], 0.25)} if number == 3 else {}
+
+    images = pipe("cat", callback_on_step_end=callback, output_type="latent").images
+    assert seen == [(number, float(t)) for number, t in enumerate(pipe.scheduler.timesteps)]
+    assert (images == 0.25).all()
+
+
+def test_an_interrupted_pipeline_takes_no_more_steps(pipe):
+    after = []
+
+    def stop(given: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        given._interrupt = number == 1
+        after.append(tensors["latents"])
+        return {}
+
+    images = pipe("cat", callback_on_step_end=stop, output_type="latent").images
+    assert len(after) == 2
+    assert torch.equal(images, after[-1])
+    assert len(pipe("cat", output_type="latent").images) == 1  # the next call starts anew
+
+
+def test_callback_objects_name_their_tensors(pipe):
+    class Callback:
+        tensor_inputs = ("latents",)
+
+        def __call__(self, given: Any, number: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return {"latents": tensors["latents"] * 0}
+
+    assert not pipe("cat", callback_on_step_end=Callback(), output_type="latent").images.any()
+
+
+def test_the_progress_bar_counts_steps(pipe, monkeypatch):
+    counts = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            counts.append([total, 0])
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def update(self) -> None:
+            counts[-1][1] += 1
+
+    monkeypatch.setattr(pipe, "progress_bar", Bar)
+    pipe("cat", num_inference_steps=7)
+    assert counts == [[7, 7]]
+
+
+# -------------------------------------------------------------------------------------- schedulers
+
+
+class Gaussian(torch.nn.Module):
+    """The exact model of images whose values are normal with mean 0.3 and deviation 0.5, independently."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model = to_dict(replace(config.model, num_classes=0))
+        self.config = SimpleNamespace(model=model, diffusion=to_dict(config.diffusion))
+        betas = np.linspace(1e-4, 0.02, 1000)
+        self.left = np.cumprod(1 - betas)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: None, return_dict: bool) -> tuple[torch.Tensor]:
+        a, b = 1 - float(t[0]), float(t[0])
+        if self.config.diffusion["path"] == "ddpm":
+            left = np.interp(float(t[0]) * 1000, np.arange(1000), self.left)
+            a, b = left**0.5, (1 - left) ** 0.5
+        image = 0.3 + 0.25 * a / (0.25 * a**2 + b**2) * (x - 0.3 * a)
+        noise = (x - a * image) / max(b, 1e-6)
+        return ({"image": image, "noise": noise, "velocity": noise - image}[self.config.diffusion["predict"]],)
+
+
+@pytest.mark.parametrize(
+    ("path", "predict", "scheduler"),
+    [
+        ("flow", "velocity", FlowMatchEulerDiscreteScheduler),
+        ("flow", "velocity", FlowMatchHeunDiscreteScheduler),
+        ("flow", "velocity", DPMSolverMultistepScheduler),
+        ("flow", "image", UniPCMultistepScheduler),
+        ("flow", "noise", FlowMatchHeunDiscreteScheduler),
+        ("ddpm", "noise", DDIMScheduler),
+        ("ddpm", "noise", DPMSolverMultistepScheduler),
+        ("ddpm", "image", UniPCMultistepScheduler),
+        ("ddpm", "noise", EulerDiscreteScheduler),
+        ("ddpm", "image", EulerDiscreteScheduler),
+    ],
+)
+def test_swapped_schedulers_reach_the_distribution(path, predict, scheduler):
+    """From the scheduler that is there by `from_config` alone, as people swap them."""
+    config = replace(
+        FLOW, model=small_model(image_size=(64, 64)), diffusion=DiffusionConfig(path=path, predict=predict)
+    )
+    first = {"flow": "euler", "ddpm": "ddim"}[path]
+    steps = 250 if scheduler in (DDIMScheduler, EulerDiscreteScheduler) else 40  # of the first order
+    pipe = quiet(DiTInDiTPipeline(Gaussian(config), make_scheduler(config.diffusion, first)))
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    draws = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=4, num_inference_steps=steps, generator=draws, output_type="latent").images
+    assert images.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert images.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "scheduler", "says"),
+    [
+        (FLOW, DDIMScheduler(), "DDIMScheduler has no straight paths"),
+        (DDPM, FlowMatchEulerDiscreteScheduler(), "the model's path is ddpm"),
+        (DDPM, UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "path is ddpm"),
+        (DDPM, DDIMScheduler(beta_schedule="scaled_linear"), "other noise levels"),
+    ],
+)
+def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
+    pipe = piped(config)
+    pipe.scheduler = scheduler
+    with pytest.raises(UserError, match=says):
+        pipe("cat")
+
+
+# --------------------------------------------------------------------------------------------- VAE
+
+
+def tiny_vae(**keys: Any) -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        **keys,
+    ).eval()
+
+
+def test_latents_are_scaled_shifted_and_decoded():
+    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4))
+    vae = tiny_vae(scaling_factor=0.5, shift_factor=0.25)
+    pipe = piped(config, vae=vae)
+    latents = pipe("cat", latents=noise(1, (4, 16, 8)), output_type="latent").images
+    with torch.no_grad():
+        wanted = (vae.decode(latents / 0.5 + 0.25).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(pipe("cat", latents=noise(1, (4, 16, 8)), output_type="pt").images, wanted)
+    assert wanted.shape == (1, 3, 32, 16)
+    with pytest.raises(UserError, match="4 channels need a VAE"):
+        piped(config)("cat")
+
+
+def test_latents_with_a_mean_and_deviation_per_channel():
+    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4))
+    mean, deviation = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    vae = tiny_vae(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=deviation.tolist())
+    pipe = piped(config, vae=vae)
+    latents = pipe("cat", latents=noise(1, (4, 16, 8)), output_type="latent").images
+    with torch.no_grad():
+        wanted = vae.decode(latents * deviation[:, None, None] + mean[:, None, None]).sample
+    torch.testing.assert_close(
+        pipe("cat", latents=noise(1, (4, 16, 8)), output_type="pt").images, (wanted / 2 + 0.5).clamp(0, 1)
+    )
+
+
+def test_export_takes_the_vae_along(run, tmp_path):
+    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4))
+    weights = seeded(config).state_dict()
+    checkpoint.create(tmp_path / "run", config)
+    checkpoint.save(tmp_path / "run", config, 1, {}, weights, tuple(CLASSES))
+    vae = tiny_vae(scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    export(tmp_path / "run", tmp_path / "out", vae=tmp_path / "vae")
+    drawn = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))(
+        "cat", latents=noise(1, (4, 16, 8)), output_type="pt"
+    )
+    assert torch.equal(
+        drawn.images, piped(config, vae=vae)("cat", latents=noise(1, (4, 16, 8)), output_type="pt").images
+    )
+    with pytest.raises(UserError, match="latents of 4 channels, the model 3"):
+        export(run, tmp_path / "none", vae=tmp_path / "vae")
+
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "once")
+    loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "once"))
+    theirs = loaded.transformer.state_dict()
+    assert theirs.keys() == pipe.transformer.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in pipe.transformer.state_dict().items())
+    drawn = [each(CLASSES, latents=noise(5), output_type="latent").images for each in (pipe, loaded)]
+    assert torch.equal(*drawn)
+    loaded.save_pretrained(tmp_path / "twice")
+    once, twice = (
+        load_file(tmp_path / name / "transformer/diffusion_pytorch_model.safetensors") for name in ("once", "twice")
+    )
+    assert all(torch.equal(once[name], twice[name]) for name in once | twice)
+
+
+def test_half_precision_is_near(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+    assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
+    arguments = {"class_labels": CLASSES, "latents": noise(5), "output_type": "latent", "guidance_scale": 1}
+    whole, rounded = pipe(**arguments).images, half(**arguments).images
+    assert rounded.dtype == torch.float32
+    assert 0 < (whole - rounded).abs().max() < 0.1 * whole.abs().max()
+
+
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, json, sys, torch
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dit_in_dit":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import dit_in_dit
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package is there")
+
+from diffusers import AutoModel, DiffusionPipeline
+folder, again, given, results = sys.argv[1:]
+
+def drawn(place):
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, pipe(["cat", "dog", "fox", "owl", "yak"], latents=torch.load(given), output_type="latent").images
+
+try:
+    DiffusionPipeline.from_pretrained(folder)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+pipe, first = drawn(folder)
+pipe.save_pretrained(again)
+_, second = drawn(again)
+from diffusers import UniPCMultistepScheduler
+pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+try:
+    pipe(["owk"])
+    wrong = ""
+except ValueError as error:
+    wrong = str(error)
+picture = pipe("cat", num_inference_steps=2, callback_on_step_end=lambda pipe, i, t, tensors: {}).images[0]
+alone = AutoModel.from_pretrained(again + "/transformer", trust_remote_code=True)
+torch.save({
+    "first": first, "second": second, "refused": refused, "wrong": wrong, "size": picture.size,
+    "classes": [type(pipe).__module__, type(pipe.transformer).__module__, type(alone).__name__],
+    "loaded": sorted(name for name in sys.modules if name.startswith(("dit_in_dit", "torchvision"))),
+}, results)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a process that cannot import the package does with the copied folder."""
+    place = tmp_path_factory.mktemp("process")
+    torch.save(noise(5), place / "noise.pt")
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(place / "hf"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    arguments = [str(exported), str(place / "again"), str(place / "noise.pt"), str(place / "results.pt")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments],
+        capture_output=True, text=True, env=environment, cwd=place, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "not expected" not in done.stderr  # every key of the files is read
+    return torch.load(place / "results.pt")
+
+
+def test_a_copied_folder_needs_no_package(elsewhere):
+    ours = sample(seeded(FLOW), FLOW, 5)
+    assert torch.equal(elsewhere["first"], ours)
+    assert elsewhere["loaded"] == []
+    assert all(name.startswith("diffusers_modules.local.dit_in_dit_") for name in elsewhere["classes"][:2])
+    assert elsewhere["size"] == (8, 16)
+
+
+def test_what_was_loaded_without_the_package_can_be_saved_again(elsewhere):
+    assert torch.equal(elsewhere["second"], elsewhere["first"])
+    assert elsewhere["classes"][2] == "DiTInDiTTransformer2DModel"
+
+
+def test_code_of_a_folder_runs_only_when_trusted(elsewhere):
+    assert "trust_remote_code=True" in elsewhere["refused"]
+    assert "did you mean 'owl'" in elsewhere["wrong"]
+
+
+def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "folder")
+    planted = list((tmp_path / "folder").rglob("*.py"))
+    assert len(planted) == 2
+    for path in planted:
+        path.write_text("raise SystemExit('ran')")
+    pipe = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "folder"))
+    assert type(pipe) is DiTInDiTPipeline
+    assert type(pipe.transformer) is DiTInDiTTransformer2DModel
+    assert torch.equal(pipe(CLASSES, latents=noise(5), output_type="latent").images, sample(seeded(FLOW), FLOW, 5))
+    with pytest.raises(SystemExit, match="ran"):  # the trap is one
+        DiffusionPipeline.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+
+
+def test_with_the_package_a_repository_of_the_hub_needs_no_trust(exported, tmp_path):
+    """As the Hub's cache holds it: what is downloaded is looked for there first."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    shutil.copytree(exported, snapshot)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    pipe = DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path, local_files_only=True)
+    assert type(pipe) is DiTInDiTPipeline
+
+
+def test_import_paths_in_files_stay(exported, tmp_path):
+    """Names that stand in folders out there; a change of them is a change of a file format."""
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["_class_name"][1] == "DiTInDiTPipeline"
+    assert index["transformer"][1] == "DiTInDiTTransformer2DModel"
+    for name, key in (("pipeline", index["_class_name"][0]), ("transformer", index["transformer"][0])):
+        assert key.startswith(f"dit_in_dit_{name}_")
+    shutil.copytree(exported, tmp_path / "old")
+    index |= {"_class_name": ["dit_in_dit_pipeline_00000000", "DiTInDiTPipeline"]}  # of some other version
+    for written in ("dit_in_dit_transformer_00000000", "dit_in_dit.interop.transformer"):  # the last by diffusers alone
+        index["transformer"] = [written, "DiTInDiTTransformer2DModel"]
+        (tmp_path / "old" / "model_index.json").write_text(json.dumps(index))
+        assert type(DiTInDiTPipeline.from_pretrained(tmp_path / "old").transformer) is DiTInDiTTransformer2DModel
+    assert DiTInDiTPipeline.__module__ == "dit_in_dit.interop.pipeline"
+    assert DiTInDiTTransformer2DModel.__module__ == "dit_in_dit.interop.transformer"
+
+
+# ------------------------------------------------------------------------------------------- code
+
+
+def test_carried_code_names_nothing_that_is_not_in_it(exported):
+    """By ruff's reading: no undefined name, no import without use."""
+    files = list(exported.rglob("*.py"))
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", *files],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert not any("import dit_in_dit" in path.read_text() or "from dit_in_dit" in path.read_text() for path in files)
+
+
+def test_carried_code_is_the_package_s_own(exported):
+    (path,) = (exported / "transformer").glob("*.py")
+    carried = path.read_text()
+    source = Path(sys.modules[NestedDiT.__module__].__file__).read_text()
+    forward = source[source.index("class NestedDiT") : source.index("def part_of")].rstrip()
+    assert forward in carried
+    assert "def part_of" not in carried  # and no more than is needed
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Modules to bundle from, written for the test."""
+    monkeypatch.setattr("dit_in_dit.interop.bundle.PACKAGE", "planted")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**sources: str) -> None:
+        shutil.rmtree(tmp_path / "planted", ignore_errors=True)
+        (tmp_path / "planted").mkdir()
+        for name, text in {"__init__": "", **sources}.items():
+            (tmp_path / "planted" / f"{name}.py").write_text(text)
+        from dit_in_dit.interop.bundle import _read
+
+        _read.cache_clear()
+
+    yield write
+    sys.modules.pop("planted", None)
+
+
+def test_a_bundle_has_what_is_needed_in_order(package):
+    package(
+        first="import math\nimport os\n\n# why\nTWICE = 2 * math.pi\nNOT = os.sep\n",
+        second="from planted.first import NOT, TWICE\n\nT = {}\nT['x'] = TWICE\n\n\ndef use():\n    return T['x']\n",
+    )
+    text = bundle("planted.second", "use")
+    place: dict[str, Any] = {}
+    exec(text, place)
+    assert place["use"]() == pytest.approx(6.2831853)
+    assert "# why" in text
+    assert "NOT" not in text
+    assert "import os" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (
+            "def f(): return g()\ndef g(): return 1\n",
+            "from planted.first import f\ng = 2\nh = lambda: f() + g\n",
+            "rename one",
+        ),
+        ("def f(): return 1\n", "def h():\n    from planted.first import f\n    return f()\n", "too late"),
+        ("def f(): return 1\n", "from planted.first import f as g\nh = lambda: g()\n", "imported as g"),
+        ("", "def h(): return nowhere\n", "nowhere is defined in no place"),
+    ],
+)
+def test_a_bundle_that_would_be_wrong_is_none(package, first, second, says):
+    package(first=first, second=second)
+    with pytest.raises(NotImplementedError, match=says):
+        bundle("planted.second", "h")
+
+
+# ------------------------------------------------------------------------------------ export, card
+
+
+def evaluated(run: Path, weights: str, step: int = 1200) -> None:
+    """An evaluation as `evaluate` writes it, with two scores."""
+    place = run / "evaluation" / f"{step:07d}"
+    place.mkdir(parents=True)
+    result = {
+        "subject": {"name": "/home/me/runs/mine", "step": step, "checkpoint": weights},
+        "protocol": {
+            "images": 512,
+            "samples": {"made by": "sampling", "sampler": "dpm++", "steps": 4, "guidance": 2.0, "seed": 7},
+            "reference": {"data": "/home/me/photographs", "part": "all images", "images": 4096, "sha256": "f00"},
+        },
+        "scores": {
+            "sliced.16": {"value": 0.12345, "low": 0.11, "high": 0.13, "floor": 0.05},
+            "memorised": {"value": 0.01, "low": None, "high": None, "floor": None},
+        },
+        "warnings": ["a warning of the evaluation"],
+    }
+    (place / "metrics.json").write_text(json.dumps(result))
+
+
+def test_the_card_holds_protocol_and_results(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    _, manifest = checkpoint.newest(tmp_path / "run")
+    evaluated(tmp_path / "run", manifest["sha256"]["ema.safetensors"])
+    export(tmp_path / "run", tmp_path / "nested-cats", licence="cc-by-4.0")
+    text = (tmp_path / "nested-cats" / "README.md").read_text()
+    data = ModelCard(text).data  # as the Hub reads it
+    assert (data.license, data.library_name) == ("cc-by-4.0", "diffusers")
+    assert data.pipeline_tag == "unconditional-image-generation"
+    assert {"dit-in-dit", "class-conditional"} <= set(data.tags)
+    for said in ("# nested-cats", "| sliced.16 | 0.1235 | 0.11 to 0.13 | 0.05 |", "| memorised | 0.01 |  |  |"):
+        assert said in text
+    for said in ("| images | 512 |", "| seed | 7 |", "photographs", "a warning of the evaluation", "1,200 of 400,000"):
+        assert said in text
+    assert "/home/me" not in text
+    assert (tmp_path / "nested-cats" / "samples.png").read_bytes() == b"a picture"
+    inside = text[text.index("```yaml\n") + 8 :]
+    assert yaml.safe_load(inside[: inside.index("```")])["model"] == to_dict(FLOW.model)
+
+
+def test_results_of_other_weights_are_not_claimed(run, exported, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    evaluated(tmp_path / "run", "0" * 64)
+    assert evaluation_of(tmp_path / "run", "1" * 64) is None
+    assert "have not been evaluated" in (exported / "README.md").read_text()
+
+
+def test_the_code_in_the_card_runs(exported, monkeypatch):
+    text = (exported / "README.md").read_text()
+    code = text[text.index("```python\n") + 10 :]
+    code = code[: code.index("```")].replace("this folder or repository", str(exported))
+    place: dict[str, Any] = {}
+    exec(code, place)
+    assert [image.size for image in place["images"]] == [(8, 16)] * 2
+
+
+def test_export_chooses_the_weights(run, exported, tmp_path):
+    export(run, tmp_path / "raw", averaged=False)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    averaged, trained = load_file(exported / name), load_file(tmp_path / "raw" / name)
+    assert all(torch.equal(averaged[key] + 1, trained[key]) for key in averaged)
+
+
+def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("dit_in_dit.interop.folder.card", full)
+        with pytest.raises(OSError, match="No space"):
+            export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(run, tmp_path / "out")  # what the broken one left is no hindrance
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    with pytest.raises(UserError, match="is there already: choose another --out"):
+        export(run, tmp_path / "out")
+    with pytest.raises(UserError, match="no run at"):
+        export(tmp_path / "nowhere", tmp_path / "other")

@@ -422,7 +422,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
 
 def test_half_precision_is_near(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
+    half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
     arguments = {"class_labels": CLASSES, "latents": noise(5), "output_type": "latent", "guidance_scale": 1}
     whole, rounded = pipe(**arguments).images, half(**arguments).images
@@ -661,7 +661,7 @@ def evaluated(run: Path, weights: str, step: int = 1200) -> None:
 
 def test_the_card_holds_protocol_and_results(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    _, manifest = checkpoint.newest(tmp_path / "run")
+    *_, manifest = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
     evaluated(tmp_path / "run", manifest["sha256"]["ema.safetensors"])
     export(tmp_path / "run", tmp_path / "nested-cats", licence="cc-by-4.0")
     text = (tmp_path / "nested-cats" / "README.md").read_text()

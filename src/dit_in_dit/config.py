@@ -371,6 +371,14 @@ class DataConfig(Section):
     label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
+    vae: str | None = key(None, "latents: the folder or hub id of the AutoencoderKL; null: the one that encoded them")
+    latent_mean: tuple[float, ...] | None = key(
+        None, "latents: subtracted, one number or one per channel; null: the VAE's"
+    )
+    latent_scale: tuple[float, ...] | None = key(
+        None, "latents: multiplied after that; null: the VAE's (0.18215 for Stable Diffusion's)", low=1e-6, high=1e6
+    )
+    posterior: Literal["sample", "mean"] = key("sample", "latents: drawn anew for each training example, or the mean")
     corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")
     workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
 

@@ -21,7 +21,7 @@ from dit_in_dit.config import (
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
 # SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
-LATENTS = RunConfig(data=DataConfig(source="imagenet-latents.npz"), sample=SampleConfig(steps=50))
+LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))
 
 # JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
 PIXELS = RunConfig(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 # The numbers are part of what a seed means: never change one, add the next.
-PURPOSES = {"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6}
+PURPOSES = {
+    **{"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6},
+    "posterior": 7,
+}
 
 
 def generator(seed: int, purpose: str, index: int) -> np.random.Generator:

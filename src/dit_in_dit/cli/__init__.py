@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from dit_in_dit.cli import bench, curves, doctor, evaluate, look, maps, match, run, study
+from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, study
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config import UserError
 from dit_in_dit.sealed import DamagedWarning
@@ -45,6 +45,6 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, run, evaluate, curves, doctor, maps, match, study, bench):
+    for room in (look, encode, run, evaluate, curves, doctor, maps, match, study, bench):
         room.add(commands)
     return made

@@ -79,6 +79,17 @@ class Rows(ImageFiles):
         return [None] * len(self.rows)
 
 
+def count_classes(data: DataConfig) -> int:
+    """How many classes the label column speaks of; 0 where there is none."""
+    rows = load(data.source.removeprefix(PREFIX), data.split)
+    if data.label_column not in rows.column_names:
+        return 0
+    if names := getattr(rows.features[data.label_column], "names", None):
+        return len(names)
+    found = rows.data.column(data.label_column).unique().to_pylist()
+    return 1 + max(found) if all(isinstance(label, int) for label in found) else len(found)
+
+
 def load(name: str, split: str) -> Any:
     """One split of a dataset: `NAME[:SUBSET][@REVISION]` on the hub, or a local file or folder."""
     try:

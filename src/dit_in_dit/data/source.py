@@ -65,7 +65,7 @@ class Source(Protocol):
 
 def open_source(data: DataConfig, model: ModelConfig) -> Source:
     """The configured source at the model's size; UserError when it is missing, empty or does not fit."""
-    from dit_in_dit.data import hub, tars  # here: they are made of what is in this module
+    from dit_in_dit.data import hub, latents, tars  # here: they are made of what is in this module
 
     if data.source == "mosaic":
         if model.channels != 3:
@@ -75,6 +75,8 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
         source = _emoji(model.image_size, model.channels, data.held_out)
     elif data.source.startswith(hub.PREFIX):
         source = ImageSource(Path(data.source), data, model, hub.Rows(data, model.num_classes))
+    elif latents.is_index(data.source):
+        source = latents.LatentSource(data, model)
     elif shards := tars.find(data.source):
         source = ImageSource(Path(data.source), data, model, tars.TarFiles(data.source, shards, model.num_classes))
     else:
@@ -89,6 +91,19 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
             f"{data.source} has {len(source.classes)}"
         )
     return source
+
+
+def count_classes(data: DataConfig) -> int:
+    """How many classes the labels of arrays or of a dataset speak of; 0 where there are no labels, and for sources
+    whose folders or files say it when they are opened."""
+    from dit_in_dit.data import hub
+
+    if data.source.startswith(hub.PREFIX):
+        return hub.count_classes(data)
+    if not data.source.endswith((".npz", ".npy")):
+        return 0
+    labels = _load_arrays(Path(data.source))[1]
+    return 0 if labels is None or not labels.size else int(labels.max()) + 1
 
 
 @lru_cache(maxsize=2)
@@ -122,7 +137,12 @@ class MosaicSource:
 
 def is_held_out(family: str, share: float) -> bool:
     """Whether a family of images is kept out of training; depends on its name and the share alone."""
-    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big") < share * 2**64
+    return family_number(family) < share * 2**64
+
+
+def family_number(family: str) -> int:
+    """Where a family stands in [0, 2^64): the lowest are held out."""
+    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big")
 
 
 def family(name: str) -> str:

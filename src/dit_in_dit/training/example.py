@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config import RunConfig, UserError
-from dit_in_dit.data.source import Source
+from dit_in_dit.data.latents import LatentSource
+from dit_in_dit.data.source import Array, Source
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.randomness import generator
@@ -55,9 +56,9 @@ class Examples(Dataset[Batch]):
         images, noises, uniforms, labels, numbers = [], [], [], [], []
         for index in range(number * size, (number + 1) * size):
             chosen = image_number(config.seed, index, self.source.train_size)
-            image, label = self.source.train(chosen)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
-            images.append(image[..., ::-1] if flip and u_flip < 0.5 else image)
+            image, label = self._shown(chosen, index, flip=flip and u_flip < 0.5)
+            images.append(image)
             labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
             noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
@@ -69,6 +70,13 @@ class Examples(Dataset[Batch]):
             torch.tensor(labels),
             torch.tensor(numbers),
         )
+
+    def _shown(self, chosen: int, index: int, *, flip: bool) -> tuple[Array, int]:
+        """Training image `chosen` as example `index` shows it, and its label."""
+        if isinstance(self.source, LatentSource):  # it knows the encoding of the mirror image, and the posterior
+            return self.source.example(chosen, self.config.seed, index, flip)
+        image, label = self.source.train(chosen)
+        return image[..., ::-1] if flip else image, label
 
 
 class _Messages(Dataset["Batch | str"]):

@@ -1,0 +1,90 @@
+"""`encode`: images to latents, once for all training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+from dit_in_dit.cli.options import Commands, add_device, whole
+from dit_in_dit.config import RunConfig, UserError, override
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    encode = commands.add("encode", _encode, "turn images into the latents of an AutoencoderKL, to train on")
+    encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: whatever data.source names")
+    encode.add_argument("--vae", required=True, help="an AutoencoderKL of diffusers: a folder or a hub id")
+    encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the latents")
+    encode.add_argument("--size", type=_size, default=(256, 256), help="of the images, as 256 or 256x384 (default 256)")
+    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="as stored")
+    encode.add_argument("--no-flips", action="store_true", help="leave out the encodings of the mirror images")
+    encode.add_argument("--batch", type=whole, default=32, help="images at a time (default 32)")
+    encode.add_argument("--shard", type=whole, default=2048, help="images in a file (default 2048)")
+    encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="processes that read")
+    encode.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of data; repeatable"
+    )
+    add_device(encode)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
+    if not found or not int(found[1]) or not int(found[2] or 1):
+        raise argparse.ArgumentTypeError(f"must be a number such as 256, or 256x384: got {text[:40]!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _encode(options: argparse.Namespace) -> None:
+    for assignment in options.set:
+        if not assignment.startswith("data."):
+            raise UserError(f"encode --set takes keys of data: got {assignment[:60]!r}")
+    data = override(RunConfig(), [f"data.source={json.dumps(options.data)}", *options.set]).data
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from dit_in_dit.data.latents import read_index
+    from dit_in_dit.interop.encode import Encoding, encode
+    from dit_in_dit.training.loop import pick_device
+
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = pick_device(options.device)
+    if device.type == "cuda" and device.index is None:
+        device = pick_device(f"cuda:{local}")
+    how = Encoding(
+        data=data,
+        vae=options.vae,
+        size=options.size,
+        dtype=options.dtype,
+        flips=not options.no_flips,
+        batch=options.batch,
+        shard=options.shard,
+        workers=options.workers,
+    )
+    progress = encode(how, options.out, device)
+    done, total = next(progress)  # first: a mistake is found here, before there is anything to show
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        for done, _ in progress:
+            bar.update(task, completed=done)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    index = read_index(options.out)
+    channels, height, width = index["made"]["shape"]
+    mean, scale = index["measured"]["mean"], [1 / deviation for deviation in index["measured"]["deviation"]]
+    print(
+        f"{total} latents of {channels}x{height}x{width} in {options.out}: train with --set data.source={options.out}"
+    )
+    own = index["vae"]
+    print(f"The VAE's own mean and scale, which are the default: {own['mean'][0]:g}, {own['scale'][0]:g}")
+    print(
+        "What was measured would be: "
+        f"--set data.latent_mean=[{_numbers(mean)}] --set data.latent_scale=[{_numbers(scale)}]"
+    )
+
+
+def _numbers(values: list[float]) -> str:
+    return ",".join(f"{value:.5g}" for value in values)

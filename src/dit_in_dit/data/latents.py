@@ -1,0 +1,201 @@
+"""Encoded images: a folder of safetensors files, read by number where they lie.
+
+    latents.json            how they were made, classes, mean and deviation, SHA-256 of each file
+    000000.safetensors      moments, flipped (n, 2C, h, w): mean and log variance; label, family (n,)
+
+`moments` are those of the image, `flipped` those of its mirror image: the encoding of a mirror image is not the
+mirror image of the encoding. `family` is the family's number, which decides the held-out split as it does for images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.data.source import Array
+from dit_in_dit.randomness import generator
+
+INDEX = "latents.json"
+FORMAT = "dit-in-dit latents 1"
+KINDS: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {"F16": "<f2", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "U64": "<u8"}.items()
+}
+LOG_VARIANCE = (-30.0, 20.0)  # as AutoencoderKL clamps it
+
+
+def is_index(source: str) -> bool:
+    """Whether a folder holds latents."""
+    return (Path(source) / INDEX).is_file()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of finished latents; UserError where they are not finished or of another format."""
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
+        if index["format"] != FORMAT:
+            raise UserError(f"{folder / INDEX} is not of the format {FORMAT!r}: encode again")
+        if not index["shards"]:
+            raise UserError(f"{folder} is not encoded to its end: run the same `dit-in-dit encode` again")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {folder / INDEX}: {str(error)[:80]}; encode again") from None
+    return index
+
+
+def complete(data: DataConfig) -> DataConfig:
+    """The keys with what the latents say where they are null: the VAE, and its mean and scale."""
+    if not is_index(data.source):
+        return data
+    found = read_index(Path(data.source))["vae"]
+    return replace(
+        data,
+        vae=found["name"] if data.vae is None else data.vae,
+        latent_mean=found["mean"] if data.latent_mean is None else data.latent_mean,
+        latent_scale=found["scale"] if data.latent_scale is None else data.latent_scale,
+    )
+
+
+def open_shard(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, mapped and not read (bfloat16 as uint16); UserError where it is cut off."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            start, size = 8 + length, path.stat().st_size
+            if not 2 <= length < size:
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+        arrays = {}
+        for name, about in header.items():
+            if name != "__metadata__":
+                (first, last), kind = about["data_offsets"], KINDS[about["dtype"]]
+                if start + last > size or last - first != kind.itemsize * math.prod(about["shape"]):
+                    raise ValueError("cut off")
+                arrays[name] = np.memmap(path, kind, "r", start + first, tuple(about["shape"])).view(np.ndarray)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:60]}): remove it and run `dit-in-dit encode` again") from None
+    return arrays
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class LatentSource:
+    """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
+
+    `train` and `held_out` give the posterior's mean, `example` what `data.posterior` says.
+    """
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        self.folder, self.data, self.model = Path(data.source), complete(data), model
+        index = read_index(self.folder)
+        self.skipped: list[str] = []
+        self.classes: tuple[str, ...] = tuple(index["classes"])
+        made = index["made"]
+        shape = (model.channels, *model.image_size)
+        if list(shape) != made["shape"]:
+            raise UserError(
+                f"{self.folder} holds latents {made['shape']}: set model.channels and model.image_size to them, "
+                f"got {list(shape)}"
+            )
+        if data.flip and not made["flips"]:
+            raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
+        self.size = made["shard"]
+        self.shards = [open_shard(self.folder / shard["file"]) for shard in index["shards"]]
+        if [len(shard["label"]) for shard in self.shards] != [shard["count"] for shard in index["shards"]]:
+            raise UserError(f"{self.folder} does not hold the files of its {INDEX}: encode again")
+        self._tables(made["dtype"])
+        self._split()
+
+    def __reduce__(self) -> tuple[type[LatentSource], tuple[DataConfig, ModelConfig]]:
+        return LatentSource, (self.data, self.model)  # a worker maps the files itself
+
+    def _tables(self, dtype: str) -> None:
+        """Of 16-bit numbers there are 65,536: what becomes of each is looked up, for each channel or for all."""
+        constants = []
+        for name in ("latent_mean", "latent_scale"):
+            numbers = getattr(self.data, name)
+            if len(numbers) not in (1, self.model.channels):
+                raise UserError(
+                    f"data.{name} must have 1 or {self.model.channels} numbers for {self.folder}: got {len(numbers)}"
+                )
+            constants.append(np.asarray(numbers, np.float32).reshape(-1, 1, 1))
+        self._mean, self._scale = constants
+        self._means: NDArray[np.float32] | None = None
+        if dtype != "float32":
+            every = np.arange(2**16, dtype=np.uint32)
+            with np.errstate(invalid="ignore", over="ignore"):
+                half = every.astype(np.uint16).view(np.float16).astype(np.float32)
+                values = half if dtype == "float16" else (every << 16).astype(np.uint32).view(np.float32)
+                self._means = self._normalised(values[None, None]).reshape(-1, 2**16)
+                self._deviations = self._deviation(values[None, None]).reshape(-1, 2**16)
+
+    def _normalised(self, mean: Array) -> Array:
+        return (mean - self._mean) * self._scale
+
+    def _deviation(self, log_variance: Array) -> Array:
+        return np.exp(0.5 * np.clip(log_variance, *LOG_VARIANCE)) * self._scale
+
+    def _split(self) -> None:
+        families = np.concatenate([shard["family"] for shard in self.shards])
+        labels = np.concatenate([shard["label"] for shard in self.shards])
+        # The exact integer, so that an image and its latent are on the same side.
+        held = families < np.uint64(math.ceil(self.data.held_out * 2**64))
+        self._train, self._held = np.flatnonzero(~held), np.flatnonzero(held)
+        if not len(self._train) or (self.data.held_out and not len(self._held)):
+            raise UserError(
+                f"data.held_out={self.data.held_out} leaves {len(self._train)} training and {len(self._held)} held-out "
+                f"images of {self.folder}: change it (0: none held out)"
+            )
+        self._labels = labels if self.model.num_classes else np.zeros_like(labels)
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = self._labels[self._train]
+
+    def _find(self, position: int, which: str) -> NDArray[Any]:
+        shard, row = divmod(position, self.size)
+        return self.shards[shard][which][row]
+
+    def _mean_of(self, moments: NDArray[Any]) -> Array:
+        return _look_up(self._means, moments) if self._means is not None else self._normalised(moments)
+
+    def _image(self, position: int) -> tuple[Array, int]:
+        mean = self._find(position, "moments")[: self.model.channels]
+        return self._mean_of(mean), int(self._labels[position])
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`: the posterior's mean."""
+        return self._image(int(self._train[index]))
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`: the posterior's mean."""
+        return self._image(int(self._held[index]))
+
+    def example(self, index: int, seed: int, number: int, flip: bool) -> tuple[Array, int]:
+        """Training image `index` or its mirror image, as example `number` of the run `seed` shows it."""
+        position, channels = int(self._train[index]), self.model.channels
+        moments = self._find(position, "flipped" if flip else "moments")
+        latent = self._mean_of(moments[:channels])
+        if self.data.posterior == "sample":
+            spread = moments[channels:]
+            deviation = _look_up(self._deviations, spread) if self._means is not None else self._deviation(spread)
+            latent += deviation * generator(seed, "posterior", number).standard_normal(latent.shape, np.float32)
+        return latent, int(self._labels[position])
+
+
+def _look_up(tables: NDArray[np.float32], numbers: NDArray[Any]) -> Array:
+    bits = numbers.view(np.uint16)
+    if len(tables) == 1:
+        return tables[0].take(bits)
+    return np.stack([table.take(channel) for table, channel in zip(tables, bits, strict=True)])

@@ -1,0 +1,12 @@
+"""Calls to the operating system, as Python's profiler sees them: fault points that need no hook in what is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def is_of_the_system(function: Callable) -> bool:
+    """A function of `os` that asks the kernel, `open`, or a method of a file."""
+    owner = getattr(function, "__self__", None)
+    module = getattr(owner, "__name__", None) or type(owner).__module__
+    return module in ("posix", "_io", "io") and function.__name__ not in ("fspath", "text_encoding", "__init__")

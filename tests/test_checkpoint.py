@@ -103,6 +103,47 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(
         assert names(tmp_path) == ["0000020"]
 
 
+def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_goes(tmp_path, monkeypatch):
+    """What SIGKILL cannot show, for the kernel lives on: the order in which a loss of power would find things."""
+    for step in (10, 20):
+        save(tmp_path, step)
+    said = []
+    fsync, rename, write, verify = os.fsync, Path.rename, sealed.write, checkpoint.verify
+
+    def name(path) -> str:
+        return str(Path(path).relative_to(tmp_path))
+
+    def place(descriptor: int) -> str:
+        here = os.fstat(descriptor)
+        return next(name(p) for p in [tmp_path, *tmp_path.rglob("*")] if os.path.samestat(p.stat(), here))
+
+    def noted(word, function, where=name):
+        def call(path, *rest):
+            said.append((word, where(path)))
+            return function(path, *rest)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", noted("sync", fsync, place))
+    monkeypatch.setattr(Path, "rename", noted("rename", rename))
+    monkeypatch.setattr(sealed, "write", noted("write", write))
+    monkeypatch.setattr(checkpoint, "verify", noted("verify", verify))
+    save(tmp_path, 30)
+    part, files = "checkpoints/0000030.part", ("state.safetensors", "ema.safetensors", "manifest.json")
+    written = [(word, f"{part}/{file}") for file in files for word in ("write", "sync")]
+    assert said == [
+        ("sync", "."),
+        *written,
+        ("sync", part),
+        ("verify", part),
+        ("verify", "checkpoints/0000030"),  # nothing there that is to be replaced
+        ("rename", part),
+        ("sync", "checkpoints"),
+        ("verify", "checkpoints/0000020"),  # the second that stays
+        ("rename", "checkpoints/0000010"),  # on its way out
+    ]
+
+
 def test_replacing_a_checkpoint_leaves_no_moment_without_a_good_one(tmp_path, monkeypatch):
     save(tmp_path, 10, value=1)
     seen = []

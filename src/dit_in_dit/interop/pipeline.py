@@ -250,6 +250,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors", "*.py"], **wanted)
 
 
+DiTInDiTPipeline.__init__.__annotations__.clear()  # diffusers 0.35 fails at types that are written as text
+
+
 def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
     """How many images are asked for; UserError where arguments disagree."""
     given = {

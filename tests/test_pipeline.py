@@ -32,9 +32,10 @@ from safetensors.torch import load_file
 
 from conftest import perturbed, small_model
 from dit_in_dit import checkpoint, sample
-from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_dict
+from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_dict
 from dit_in_dit.interop.bundle import bundle
 from dit_in_dit.interop.card import evaluation_of
+from dit_in_dit.interop.encode import Decoder
 from dit_in_dit.interop.folder import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
@@ -384,22 +385,34 @@ def test_latents_with_a_mean_and_deviation_per_channel():
     )
 
 
-def test_export_takes_the_vae_along(run, tmp_path):
-    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4))
-    weights = seeded(config).state_dict()
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"latent_mean": (0.5,), "latent_scale": (2.0,)},
+        {"latent_mean": (0.1, 0.2, 0.3, 0.4), "latent_scale": (3.0,)},
+    ],
+)
+def test_export_takes_the_run_s_vae_along_and_its_scale(said, tmp_path):
+    """The oracle is what `sample` decodes with."""
+    tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
+    config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
     checkpoint.create(tmp_path / "run", config)
-    checkpoint.save(tmp_path / "run", config, 1, {}, weights, tuple(CLASSES))
-    vae = tiny_vae(scaling_factor=0.5)
-    vae.save_pretrained(tmp_path / "vae")
-    export(tmp_path / "run", tmp_path / "out", vae=tmp_path / "vae")
-    drawn = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))(
-        "cat", latents=noise(1, (4, 16, 8)), output_type="pt"
-    )
-    assert torch.equal(
-        drawn.images, piped(config, vae=vae)("cat", latents=noise(1, (4, 16, 8)), output_type="pt").images
-    )
+    checkpoint.save(tmp_path / "run", config, 1, {}, seeded(config).state_dict(), tuple(CLASSES))
+    export(tmp_path / "run", tmp_path / "out")
+    loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))
+    images = loaded(CLASSES, latents=noise(5, (4, 16, 8)), output_type="pt").images
+    wanted = Decoder(data, torch.device("cpu"))(sample(seeded(config), config, 5))
+    torch.testing.assert_close(images, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_vae_of_other_latents_is_refused(run, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="latents of 4 channels, the model 3"):
-        export(run, tmp_path / "none", vae=tmp_path / "vae")
+        export(run, tmp_path / "none", vae=str(tmp_path / "vae"))
+    with pytest.raises(UserError, match="no AutoencoderKL"):
+        export(run, tmp_path / "none", vae=str(tmp_path / "nowhere"))
 
 
 # ----------------------------------------------------------------------------------------- folders

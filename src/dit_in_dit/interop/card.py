@@ -36,6 +36,7 @@ def card(
     evaluation: dict[str, Any] | None,
     *,
     weights: str = "averaged",
+    decoded: bool = False,
     licence: str = "unknown",
     picture: str | None = None,
 ) -> str:
@@ -46,6 +47,7 @@ def card(
         parameters: their number.
         evaluation: what `metrics.json` holds, of these weights.
         weights: averaged or trained.
+        decoded: whether a VAE makes images of what is drawn.
         licence: the Hub's name of the weights' licence.
         picture: an image beside the card.
     """
@@ -70,7 +72,7 @@ def card(
         "`dit-in-dit` is installed, `dit_in_dit.interop.pipeline.DiTInDiTPipeline.from_pretrained` needs none of it.",
         "## Model\n\n" + _table(_model(config, parameters)),
         "## Training\n\n" + _table(_training(config, step, source)),
-        "## Sampling\n\n" + _table(_sampling(config, weights)),
+        "## Sampling\n\n" + _table(_sampling(config, weights, decoded)),
         "## Results\n\n" + _results(evaluation),
         *([f"## Classes\n\n{', '.join(f'{i} {each}' for i, each in enumerate(classes))}"] if model.num_classes else []),
         f"## Config\n\n```yaml\n{to_yaml(changed(config, {'data.source': source}))}```",
@@ -121,12 +123,12 @@ def _training(config: RunConfig, step: int, source: str) -> Rows:
     }
 
 
-def _sampling(config: RunConfig, weights: str) -> Rows:
-    how = config.sample
+def _sampling(config: RunConfig, weights: str, decoded: bool) -> Rows:
+    how, vae = config.sample, "AutoencoderKL, in `vae`" if decoded else "none"
     guidance = f"{how.guidance:g}" if how.guidance != 1 else "none"
     if how.guidance != 1 and tuple(how.interval) != (0, 1):
         guidance += f", for t from {how.interval[0]:g} to {how.interval[1]:g}"
-    return {"sampler": how.sampler, "steps": how.steps, "guidance": guidance, "weights": weights}
+    return {"sampler": how.sampler, "steps": how.steps, "guidance": guidance, "weights": weights, "VAE": vae}
 
 
 def _results(evaluation: dict[str, Any] | None) -> str:

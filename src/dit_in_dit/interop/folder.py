@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 
 from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, UserError, to_dict
+from dit_in_dit.data.latents import complete
 from dit_in_dit.interop.card import card, evaluation_of
+from dit_in_dit.interop.encode import constants, load_vae
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling import make_scheduler
 
 
-def export(
-    run: Path, out: Path, *, averaged: bool = True, vae: str | Path | None = None, licence: str = "unknown"
-) -> None:
+def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
     """Write the run's newest checkpoint into `out`, which is whole or not there.
 
     Args:
         averaged: the averaged weights, else the trained ones.
-        vae: folder or Hub name of the AutoencoderKL of a run on latents.
+        vae: folder or Hub name of the AutoencoderKL that decodes the latents; None: the one that the run names.
         licence: of the weights, as the Hub names it.
 
     Raises:
@@ -33,7 +34,7 @@ def export(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} is there already: choose another --out")
     model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
-    pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config) if vae else None)
+    pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
     beside = out.with_name(out.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside)
@@ -49,6 +50,7 @@ def export(
         sum(p.numel() for p in model.parameters()),
         evaluation_of(run, manifest["sha256"][file]),
         weights="averaged" if averaged else "trained",
+        decoded=pipe.vae is not None,
         licence=licence,
         picture="samples.png" if pictures else None,
     )
@@ -58,9 +60,7 @@ def export(
     beside.rename(out)
 
 
-def pipeline_of(
-    model: NestedDiT, config: RunConfig, classes: list[str], *, vae: AutoencoderKL | None = None
-) -> DiTInDiTPipeline:
+def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A model as a pipeline that draws as its config says; it holds the model itself, not a copy."""
     with torch.device("meta"):  # its weights are the model's
         transformer = DiTInDiTTransformer2DModel(to_dict(config.model), to_dict(config.diffusion))
@@ -75,14 +75,34 @@ def pipeline_of(
     )
 
 
-def _open_vae(name: str | Path, config: RunConfig) -> AutoencoderKL:
-    try:
-        vae = AutoencoderKL.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the VAE {name}: {str(error).splitlines()[0]}") from None
-    if vae.config.latent_channels != config.model.channels:
+def _open_vae(name: str | None, config: RunConfig) -> Any:
+    """The VAE of that name, else the run's, else None; its config says how the run's latents are scaled."""
+    data = complete(config.data)
+    if (name := name or data.vae) is None:
+        return None
+    vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
+    if vae.config.latent_channels != channels:
         raise UserError(
-            f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {config.model.channels}: "
+            f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "
             "give the one that the data was encoded with"
         )
+    mean, scale = (
+        given or own for given, own in zip((data.latent_mean, data.latent_scale), constants(vae), strict=True)
+    )
+    if len(mean) == len(scale) == 1:
+        said: dict[str, Any] = {
+            "scaling_factor": scale[0],
+            "shift_factor": mean[0],
+            "latents_mean": None,
+            "latents_std": None,
+        }
+    else:
+        deviation = [1 / each for each in scale]
+        said = {"scaling_factor": 1.0, "shift_factor": None}
+        said |= {"latents_mean": _spread(mean, channels), "latents_std": _spread(deviation, channels)}
+    vae.register_to_config(**said)
     return vae
+
+
+def _spread(numbers: Sequence[float], channels: int) -> list[float]:
+    return [float(number) for number in numbers] * (channels // len(numbers))

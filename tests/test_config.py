@@ -130,7 +130,7 @@ def test_use_inner_false_leaves_the_outer_blocks_alone():
         ("train.ema=1", "from 0"),
         ("data.held_out=1", "from 0"),
         ("sample.interval=[0.9, 0.1]", "low to high"),
-        ("sample.sampler=ddpm", "one of euler"),
+        ("sample.sampler=plms", "one of euler"),
         ("train=5", "group of keys"),
         ("model", "key=value"),
         ("model.depth=[", "not valid YAML"),

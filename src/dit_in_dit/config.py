@@ -268,6 +268,12 @@ class ModelConfig(Section):
     depth: int | None = key(None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS)
     stages: str = key("outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'")
     use_inner: bool = key(True, "false: the outer blocks alone, whatever stages says")
+    learn_variance: bool = key(
+        False, "twice the channels come out: the prediction, then a fraction that says the variance (path ddpm)"
+    )
+    time_embed: Literal["dit", "diffusers", "sit"] = key(
+        "dit", "sinusoids of 1000 t; diffusers: at that DiT's other frequencies; sit: of 1 - t"
+    )
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
 
@@ -323,6 +329,11 @@ class ModelConfig(Section):
         """Whether any stage reads the embedded patches: not if all are replaced before one does."""
         replaced = self.program[0][0] == "inner" and self.inner.fuse == "replace"
         return not (replaced and self.inner.condition == "image")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.channels * (2 if self.learn_variance else 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -425,16 +436,24 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class SampleConfig(Section):
     prefix: ClassVar[str] = "sample"
-    sampler: Literal["euler", "heun", "ddim", "dpm++", "unipc"] = key(
-        "heun", "scheduler of diffusers; euler and heun need path flow; on flow, ddim is euler"
+    sampler: Literal["euler", "heun", "ddim", "dpm++", "unipc", "ddpm"] = key(
+        "heun", "euler and heun need path flow, ddpm (ancestral, learned variance) path ddpm; on flow, ddim is euler"
     )
     steps: int = key(50, "sampler steps", low=1, high=1000)
+    spacing: Literal["trailing", "leading", "linspace"] | None = key(
+        None, "which steps of path ddpm are taken, as diffusers names it; null: linspace for ddpm, else trailing"
+    )
     guidance: float = key(1.0, "classifier-free guidance; 1: none", low=0, high=100)
+    guidance_channels: int | None = key(
+        None, "leading channels that guidance acts on; null: all (the official DiT code: 3 of 4)", low=1, high=4096
+    )
     interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance acts", low=0, high=1)
 
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:
             raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
+        if self.sampler == "ddim" and self.spacing == "linspace":  # its step goes back by 1000 // steps
+            raise UserError("sample.spacing=linspace does not fit sampler ddim: use trailing or leading")
 
 
 @dataclass(frozen=True)
@@ -448,6 +467,11 @@ class RunConfig(Section):
 
     def check(self) -> None:
         check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
+        steered = self.sample.guidance_channels
+        if steered and steered > self.model.channels:
+            raise UserError(
+                f"sample.guidance_channels must be at most model.channels: got {steered} for {self.model.channels}"
+            )
         if self.model.num_classes and self.sample.guidance != 1 and not self.train.label_drop:
             raise UserError(
                 f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
@@ -464,7 +488,13 @@ def check_sampler(path: str, sampler: str, steps: int) -> None:
     if path == "ddpm" and 1000 % steps:  # diffusers' steps and times drift apart otherwise
         raise UserError(f"sample.steps must divide 1000 with diffusion.path=ddpm: got {steps}; use 50, 100 or 250")
     if path == "ddpm" and sampler in ("euler", "heun"):
-        raise UserError(f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++ or unipc with path ddpm")
+        raise UserError(
+            f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++, unipc or ddpm with path ddpm"
+        )
+    if path == "flow" and sampler == "ddpm":
+        raise UserError("sample.sampler=ddpm needs diffusion.path=ddpm: use euler, heun, dpm++ or unipc with path flow")
+    if sampler == "ddpm" and steps < 2:
+        raise UserError("sample.sampler=ddpm needs at least 2 steps: set sample.steps=250")
 
 
 # ---------------------------------------------------------------------------------------- YAML, hash

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -18,12 +18,13 @@ from torch import Tensor
 from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import DDPM_STEPS, convert, make_path
+from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
 
 Pixels = NDArray[np.uint8]
-
+Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
 
 SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler",
@@ -31,20 +32,23 @@ SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "ddpm": "DDPMScheduler",
 }
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
 
 
-def make_scheduler(diffusion: DiffusionConfig, sampler: str) -> Any:
-    """The scheduler of diffusers for a path and a sampler."""
+def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
+    """The scheduler of diffusers for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
     if diffusion.path == "flow":
         options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Trailing steps start at pure noise (Lin et al. 2024). Images are not clipped, whatever class takes this over.
-        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": "trailing", "clip_sample": False}
+        # Trailing steps start at pure noise (Lin et al. 2024); so do those of linspace, which DiT is sampled with.
+        spacing = spacing or ("linspace" if sampler == "ddpm" else "trailing")
+        # Images are not clipped, whatever class takes this over.
+        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
     # DDIM's step on a straight path is Euler's.
     name = SCHEDULERS["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]
     return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)
@@ -79,17 +83,23 @@ def wanted_by(scheduler: Any) -> str:
     return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
 
 
-def denoise(predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None) -> Tensor:
-    """Images (N, C, H, W) from noise of that shape, along the configured path."""
+def denoise(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+) -> Tensor:
+    """Images (N, C, H, W) from noise, as `trajectory` takes it, along the configured path."""
     last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
     return last[0][-1]
 
 
 def trajectory(
-    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
     """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
-    to, and the next x, the last of which is the sample; tensors (N, C, H, W)."""
+    to, and the next x, the last of which is the sample; tensors (N, C, H, W).
+
+    Args:
+        noise: (N, C, H, W), or a function that gives it first, and then that of each step of sampler ddpm.
+    """
     path = make_path(diffusion)
     for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
         image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
@@ -97,26 +107,55 @@ def trajectory(
 
 
 def _calls(
-    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Tensor, y: Tensor | None
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each network call: times (N,), x_t, the prediction and the next x."""
     check_sampler(diffusion.path, how.sampler, how.steps)
-    path, scheduler = make_path(diffusion), deepcopy(_made(diffusion, how.sampler))  # it counts its steps
+    path, scheduler = make_path(diffusion), deepcopy(_made(diffusion, how.sampler, how.spacing))  # it counts its steps
     set_steps(scheduler, how.steps)
     wanted = wanted_by(scheduler)
-    x = noise
+    random, draw = how.sampler == "ddpm", noise if callable(noise) else _one(noise)
+    x = draw()
+    following = [*scheduler.timesteps[1:].tolist(), -1]
     for number, timestep in enumerate(scheduler.timesteps):
         times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
-        prediction = predict(x, times, y)
-        step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
-        after = scheduler.step(step, timestep, x).prev_sample
+        prediction, fraction = halves(predict(x, times, y), x)
+        if random:
+            image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
+            after = ancestral(image, fraction, x, int(timestep), following[number], draw())
+        else:
+            step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
+            after = scheduler.step(step, timestep, x).prev_sample
         yield times, x, prediction, after
         x = after
 
 
+def _one(noise: Tensor) -> Noise:
+    """The noise at the start, and no other."""
+    left = [noise]
+
+    def draw() -> Tensor:
+        if not left:
+            raise ValueError("sampler ddpm draws noise at every step: give a function, such as numbered_noise(...)")
+        return left.pop()
+
+    return draw
+
+
+def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
+    """The noise of samples `indices`, each (*shape) and from its own stream of (seed, number): a function that gives
+    (N, *shape), anew at each call."""
+    streams = [generator(seed, "sample", i) for i in indices]
+
+    def draw() -> Tensor:
+        return torch.from_numpy(np.stack([s.standard_normal(shape, np.float32) for s in streams])).to(device)
+
+    return draw
+
+
 def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t
-    (Kynkaanniemi et al. 2024); class `null` is no class."""
+    (Kynkaanniemi et al. 2024); class `null` is no class. What tells the variance is the given class's."""
     if how.guidance == 1 or null == 0:
         return predict
     low, high = how.interval
@@ -127,7 +166,10 @@ def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
             return predict(x, t, y)
         both = torch.cat([y, torch.full_like(y, null)])
         given, none = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-        return none + how.guidance * (given - none)
+        guided = none + how.guidance * (given - none)
+        channels = how.guidance_channels or x.shape[1]
+        guided[:, channels:] = given[:, channels:]
+        return guided
 
     return with_guidance
 
@@ -158,15 +200,14 @@ def sample_batches(
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
-    device = next(model.parameters()).device
-    shape = (model.config.channels, *model.config.image_size)
+    device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
     predict = guided(model, model.config.num_classes, config.sample)
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        noise = np.stack([generator(seed, "sample", i).standard_normal(shape, np.float32) for i in part])
+        noise = numbered_noise(seed, part, shape, device)
         y = torch.tensor([label(i, chosen) for i in part], device=device) if model.config.num_classes else None
-        x = denoise(predict, config.diffusion, config.sample, torch.from_numpy(noise).to(device), y)
+        x = denoise(predict, config.diffusion, config.sample, noise, y)
         yield part, x.cpu()
 
 

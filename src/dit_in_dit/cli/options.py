@@ -71,7 +71,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
     command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
     command.add_argument("--classes", help=f"names or numbers, with commas; they take turns (default: {classes})")
     command.add_argument("--steps", type=whole, help="sampler steps (default: the run's)")
-    command.add_argument("--sampler", help="euler, heun, ddim, dpm++ or unipc (default: the run's)")
+    command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")
     command.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
 

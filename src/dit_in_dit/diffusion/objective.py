@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_in_dit.config import DiffusionConfig
-from dit_in_dit.diffusion.path import Flow, convert, determinant, make_path, quantity
+from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, quantity
+from dit_in_dit.diffusion.variance import bound, halves
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 LOSS_FLOOR = 0.05  # weights stop growing where a determinant falls below this (JiT, Li & He 2025, section 4)
@@ -59,15 +60,23 @@ class Objective:
                 return torch.minimum(a**2, MIN_SNR * b**2)
 
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Weighted squared error per example (N,), in float32."""
-        prediction = predict(self.noisy(x, noise, t), t, y).float()
+        """Weighted squared error per example (N,), in float32.
+
+        Where the variance is learned on the ddpm path, the variational bound's term is added (Nichol & Dhariwal 2021,
+        section 3.4: L_simple + L_vlb / 1000, whose expectation over 1000 steps this is).
+        """
+        x_t = self.noisy(x, noise, t)
+        prediction, fraction = halves(predict(x_t, t, y).float(), x)
         u, w = quantity(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
         error = (prediction - (u * x + w * noise)).square().flatten(1).mean(1)
-        return self.weight(t) * error
+        loss = self.weight(t) * error
+        if fraction is None or not isinstance(self.path, Ddpm):
+            return loss
+        return loss + bound(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))
 
-    def image(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The image (N, C, H, W) that a prediction amounts to."""
-        return convert(self.path, prediction, x_t, t, given=self.config.predict, wanted="image")
+    def image(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The image (N, C, H, W) that a model's output amounts to."""
+        return convert(self.path, halves(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
 
     def denoising_error(
         self, predict: Predict, x: Tensor, noise: Tensor, t: float, y: Tensor | None

@@ -15,6 +15,12 @@ DDPM_STEPS = 1000
 SMALLEST_DETERMINANT = 1e-3  # keeps conversions finite at the ends, where one unknown drops out
 
 
+def alpha_bar() -> Tensor:
+    """(1000,) float64: the share of the image's variance that is left after each step of DiT's linear schedule."""
+    betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
+    return (1 - betas).cumprod(0)
+
+
 class Flow:
     """Rectified flow (Liu et al. 2022; SiT): a = 1 - t, b = t, velocity = e - x."""
 
@@ -38,15 +44,17 @@ class Ddpm(Flow):
     """
 
     def __init__(self) -> None:
-        betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
-        alpha_bar = (1 - betas).cumprod(0)
-        self.table = torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()]).float()
+        left = alpha_bar()
+        self.table = torch.stack([left.sqrt(), (1 - left).sqrt()]).float()
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a(t), b(t), shaped as t."""
-        step = (t * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
-        a, b = self.table.to(t)[:, step]
+        a, b = self.table.to(t)[:, self.step(t)]
         return a, b
+
+    def step(self, t: Tensor) -> Tensor:
+        """The number of the step at t, int64."""
+        return (t * DDPM_STEPS).round().long().clamp(0, DDPM_STEPS - 1)
 
     def velocity(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity's coefficients of x and e."""

@@ -35,7 +35,7 @@ from dit_in_dit.model.watch import (
     without_inner,
 )
 from dit_in_dit.randomness import generator
-from dit_in_dit.sampling import guided, label, trajectory
+from dit_in_dit.sampling import guided, label, numbered_noise, trajectory
 
 Array = NDArray[np.float32]
 SEARCHED = 512  # held-out images looked at to find some of each class
@@ -470,7 +470,6 @@ def draw(
     """Samples 0 to num - 1, those of `sample_batches`, with the inner path on and off."""
     device, classified = next(model.parameters()).device, config.model.num_classes
     shape = (config.model.channels, *config.model.image_size)
-    noise = np.stack([generator(seed, "sample", i).standard_normal(shape, np.float32) for i in range(num)])
     labels = tuple(label(i, classes or range(classified or 1)) for i in range(num))
     y = torch.tensor(labels, device=device) if classified else None
     predict = guided(model, classified, config.sample)
@@ -478,7 +477,8 @@ def draw(
     off = None
     for inner_is_on in (True, False) if can_run_without_inner(model) else (True,):
         with nullcontext() if inner_is_on else without_inner(model):
-            for call in trajectory(predict, config.diffusion, config.sample, torch.from_numpy(noise).to(device), y):
+            noise = numbered_noise(seed, range(num), shape, device)
+            for call in trajectory(predict, config.diffusion, config.sample, noise, y):
                 t, x_t, estimate, after = call
                 if inner_is_on:
                     way.append((t, x_t[:STRIPS].cpu().numpy(), estimate[:STRIPS].cpu().numpy()))

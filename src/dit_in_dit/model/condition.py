@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,28 @@ from dit_in_dit.model.layers import norm
 FREQUENCIES = 256  # sinusoidal features of time, as in DiT
 
 
-class TimeEmbed(nn.Module):
-    """Sinusoids of 1000 t and an MLP; t (N,) in [0, 1] -> (N, D). The factor keeps DiT's weights usable."""
+def _steps(t: Tensor) -> Tensor:
+    return 1000 * t
 
-    def __init__(self, width: int) -> None:
+
+def _towards_image(t: Tensor) -> Tensor:
+    return 1 - t
+
+
+CLOCKS: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers": _steps, "sit": _towards_image}
+
+
+class TimeEmbed(nn.Module):
+    """Sinusoids of time and an MLP; t (N,) in [0, 1], 1 is noise -> (N, D).
+
+    Weights know one clock: DiT's counts 1000 steps; SiT's runs from noise at 0 to the image at 1; that of diffusers'
+    DiT is DiT's with frequencies that fall to 1/10000 at the last, where DiT's would reach it one term later.
+    """
+
+    def __init__(self, width: int, kind: str = "dit") -> None:
         super().__init__()
+        self.clock = CLOCKS[kind]
+        self.last = FREQUENCIES // 2 - (kind == "diffusers")  # the index at which frequencies reach 1/10000
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     @staticmethod
@@ -26,9 +44,8 @@ class TimeEmbed(nn.Module):
         return FREQUENCIES * model.outer.width + model.outer.width**2
 
     def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
+        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device)
+        angle = self.clock(t.float())[:, None] * torch.exp(-math.log(10000) / self.last * steps)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 

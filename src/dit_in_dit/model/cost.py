@@ -40,8 +40,8 @@ def macs(model: ModelConfig) -> dict[str, int]:
     inner_block = inner_tokens * (mix + inner_mlp) + condition.rows(model) * modulation
 
     ends_inner = levels[-1] == "inner"
-    outer_head = tokens * outer.width * model.patch_size**2 * model.channels + 2 * outer.width**2
-    inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.channels + 2 * inner.width * outer.width
+    outer_head = tokens * outer.width * model.patch_size**2 * model.out_channels + 2 * outer.width**2
+    inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.out_channels + 2 * inner.width * outer.width
     parts = {
         "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
         "inner_embed": EMBEDS[inner.embed].macs(model) if "inner" in levels else 0,

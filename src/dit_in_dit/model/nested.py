@@ -84,14 +84,14 @@ class SpreadStage(nn.Module):
 
 
 class OuterHead(nn.Module):
-    """Outer tokens to the image; (N, T, D) -> (N, C, H, W)."""
+    """Outer tokens to the image; (N, T, D) -> (N, out_channels, H, W)."""
 
     name = "outer head"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         width = model.outer.width
-        self.final = FinalLayer(width, width, model.patch_size**2 * model.channels)
+        self.final = FinalLayer(width, width, model.patch_size**2 * model.out_channels)
         self.unpatch = OuterUnpatch(model)
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
@@ -99,13 +99,13 @@ class OuterHead(nn.Module):
 
 
 class InnerHead(nn.Module):
-    """Inner tokens to the image, driven by c once per image; (N, T, S, E) -> (N, C, H, W)."""
+    """Inner tokens to the image, driven by c once per image; (N, T, S, E) -> (N, out_channels, H, W)."""
 
     name = "inner head"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.final = FinalLayer(model.inner.width, model.outer.width, model.inner.sub_patch**2 * model.channels)
+        self.final = FinalLayer(model.inner.width, model.outer.width, model.inner.sub_patch**2 * model.out_channels)
         self.unpatch = InnerUnpatch(model)
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class NestedDiT(nn.Module):
         super().__init__()
         self.config = model
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
-        self.time_embed = TimeEmbed(model.outer.width)
+        self.time_embed = TimeEmbed(model.outer.width, model.time_embed)
         self.label_embed = LabelEmbed(model.num_classes, model.outer.width)
         self.outer_blocks = nn.ModuleList(_outer_block(model) for _ in range(model.blocks("outer")))
         self.inner_blocks = nn.ModuleList(_inner_block(model) for _ in range(model.blocks("inner")))
@@ -184,7 +184,8 @@ class NestedDiT(nn.Module):
             y: classes (N,), int64 in [0, num_classes]; num_classes, or None for all, means no class.
 
         Returns:
-            The prediction (N, C, H, W); what it stands for is the training's choice.
+            The prediction (N, C, H, W); what it stands for is the training's choice. With `learn_variance`
+            (N, 2C, H, W): the prediction, then the fraction that says the variance.
 
         Raises:
             ValueError: x is not of the configured channels and size.

@@ -100,7 +100,8 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
             stack.callback(stage.register_forward_hook(fused).remove)
 
         def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            patches = output.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
+            shown = output[:, : model.config.channels]  # not what tells the variance
+            patches = shown.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
             images[module.name] = patches.flatten(2).norm(dim=-1).detach()
             if module.name == "inner head":  # the last to run
                 inner = images["inner head"]

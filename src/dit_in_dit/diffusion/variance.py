@@ -1,0 +1,97 @@
+"""The reverse process's variance, learned between its two bounds (Nichol & Dhariwal 2021, sections 3.1 and 3.4).
+
+A model with `learn_variance` gives twice the channels: its prediction, and v in about [-1, 1]. Going from step k back
+to step j < k of the ddpm path, the logarithm of the variance lies (v + 1) / 2 of the way from that of the posterior,
+beta' (1 - alpha_bar_j) / (1 - alpha_bar_k), to that of beta' = 1 - alpha_bar_k / alpha_bar_j.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_in_dit.diffusion.path import DDPM_STEPS, alpha_bar
+
+BIN = 1 / 255  # half of one of 256 grey values in [-1, 1]
+
+
+def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction in a model's output for x (N, C, H, W), and the fraction v where there are 2C channels."""
+    channels = x.shape[1]
+    return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
+
+
+class Posterior(NamedTuple):
+    """q(x_j | x_k, x): its mean is image * x + noisy * x_k; logarithms of the smallest and largest variance."""
+
+    image: Tensor
+    noisy: Tensor
+    log_small: Tensor
+    log_large: Tensor
+
+    def mean(self, image: Tensor, noisy: Tensor) -> Tensor:
+        """Ho et al. 2020, equation 7, for an image and x_k."""
+        return self.image * image + self.noisy * noisy
+
+    def log_variance(self, fraction: Tensor) -> Tensor:
+        """Nichol & Dhariwal 2021, equation 15, with v in [-1, 1] for their [0, 1], as their code and DiT's have it."""
+        return torch.lerp(self.log_small, self.log_large, (fraction + 1) / 2)
+
+
+def posterior(step: Tensor, before: Tensor) -> Posterior:
+    """From step k to step j < k, int64 on the CPU, of any shape; j = -1 is the image itself, whose posterior variance
+    of zero is taken as that of the step above it, since a logarithm is needed."""
+    left = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar()])  # left[k + 1] is alpha_bar_k
+    now, then = left[step + 1], left[before + 1]
+    beta = 1 - now / then
+    lowest = (1 - left[2] / left[1]) * (1 - left[1]) / (1 - left[2])
+    small = torch.where(before < 0, lowest, beta * (1 - then) / (1 - now))
+    values = (beta * then.sqrt() / (1 - now), (1 - then) * (now / then).sqrt() / (1 - now), small.log(), beta.log())
+    return Posterior(*(value.float() for value in values))
+
+
+@cache
+def _by_step() -> Tensor:
+    """The posterior of each step and the one before it, (4, 1000)."""
+    steps = torch.arange(DDPM_STEPS)
+    return torch.stack(posterior(steps, steps - 1))
+
+
+def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, before: int, noise: Tensor) -> Tensor:
+    """x_j from x_k, the image estimate and noise, all (N, C, H, W): one step of DDPM's sampler, of any length. Without
+    a learned fraction the variance is the largest; the last step (j = -1) has none."""
+    if before < 0:
+        return image
+    at = Posterior(*(value.to(noisy.device) for value in posterior(torch.tensor(step), torch.tensor(before))))
+    largest = torch.ones_like(noisy) if fraction is None else fraction
+    return at.mean(image, noisy) + (0.5 * at.log_variance(largest)).exp() * noise
+
+
+def bound(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
+    """The variational bound's term at `step` (N,), per example (N,), in bits per dimension; no gradient goes through
+    the image estimate (Nichol & Dhariwal 2021, section 3.3).
+
+    At step 0 it is the likelihood of x, taken as 256 grey values in [-1, 1]; latents are treated so too, as DiT does.
+    """
+    at = Posterior(*_by_step().to(step.device)[:, step, None, None, None])
+    log_variance = at.log_variance(fraction)
+    error = x - image.detach()
+    apart = (at.image * error).square() * (-log_variance).exp()  # the means differ by the image's error alone
+    divergence = 0.5 * (log_variance - at.log_small + (at.log_small - log_variance).exp() - 1 + apart)
+    likelihood = _grey_log_likelihood(x, error, log_variance)
+    nats = torch.where(step[:, None, None, None] == 0, -likelihood, divergence)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _grey_log_likelihood(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:
+    """Log-probability of x's grey value under a normal distribution whose mean is x - error; the first and the last
+    value take the tails."""
+    deviation = (-0.5 * log_variance).exp()
+    above, below = ((error + side) * deviation for side in (BIN, -BIN))
+    inside = (torch.special.ndtr(above) - torch.special.ndtr(below)).clamp(min=1e-12).log()
+    ends = torch.where(x < 0, torch.special.log_ndtr(above), torch.special.log_ndtr(-below))
+    return torch.where(x.abs() > 0.999, ends, inside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -344,6 +346,11 @@ def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
         pipe("cat")
 
 
+def test_steps_that_diffusers_cannot_space_evenly_are_refused():
+    with pytest.raises(UserError, match="must divide 1000"):
+        piped(replace(DDPM, sample=SampleConfig(sampler="ddim", steps=50)))("cat", num_inference_steps=30)
+
+
 # --------------------------------------------------------------------------------------------- VAE
 
 
@@ -595,6 +602,22 @@ def test_carried_code_is_the_package_s_own(exported):
     forward = source[source.index("class NestedDiT") : source.index("def part_of")].rstrip()
     assert forward in carried
     assert "def part_of" not in carried  # and no more than is needed
+
+
+def test_other_code_has_another_name(exported):
+    """diffusers copies the modules of all folders into one place; names that agreed would be each other's end."""
+    for path in exported.rglob("*.py"):
+        assert path.stem.endswith("_" + hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+
+
+def test_no_operator_travels(exported):
+    """One that is registered twice in a process replaces the package's own."""
+    assert not any("torch.library" in path.read_text() for path in exported.rglob("*.py"))
+
+
+def test_the_pipeline_s_signature_holds_no_text():
+    """diffusers 0.35 reads the types there, and fails at those that are written as text."""
+    assert not any(isinstance(each.annotation, str) for each in inspect.signature(DiTInDiTPipeline).parameters.values())
 
 
 @pytest.fixture

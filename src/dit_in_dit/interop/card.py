@@ -59,27 +59,32 @@ def card(
         "tags": ["dit-in-dit", "diffusion-transformer", "nested-transformer"]
         + (["class-conditional"] if model.num_classes else []),
     }
-    source = Path(config.data.source).name  # not where it lies on one machine
+    public = {"data.source": _public(config.data.source), "data.vae": _public(config.data.vae)}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         "A diffusion transformer whose every patch holds an inner transformer over its sub-patches (DiT-in-DiT)."
         if model.blocks("inner")
         else "A diffusion transformer (DiT).",
-        *([f"![samples]({picture})"] if picture else []),
+        *([f"![samples drawn during training]({picture})"] if picture else []),
         f"## Use\n\n```python\n{_use(config, classes)}```",
         "The folder carries its code: `trust_remote_code=True` runs it (PyTorch, diffusers, einops). Where the package "
         "`dit-in-dit` is installed, `dit_in_dit.interop.pipeline.DiTInDiTPipeline.from_pretrained` needs none of it.",
         "## Model\n\n" + _table(_model(config, parameters)),
-        "## Training\n\n" + _table(_training(config, step, source)),
+        "## Training\n\n" + _table(_training(config, step)),
         "## Sampling\n\n" + _table(_sampling(config, weights, decoded)),
         "## Results\n\n" + _results(evaluation),
         *([f"## Classes\n\n{', '.join(f'{i} {each}' for i, each in enumerate(classes))}"] if model.num_classes else []),
-        f"## Config\n\n```yaml\n{to_yaml(changed(config, {'data.source': source}))}```",
+        f"## Config\n\n```yaml\n{to_yaml(changed(config, public))}```",
         "The code is under Apache-2.0."
         + (" The licence of the weights has not been stated." if licence == "unknown" else ""),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _public(name: str | None) -> str | None:
+    """A name without the place where it lies on one machine."""
+    return Path(name).name if name and (Path(name).is_absolute() or Path(name).exists()) else name
 
 
 def _use(config: RunConfig, classes: list[str]) -> str:
@@ -108,10 +113,10 @@ def _model(config: RunConfig, parameters: int) -> Rows:
     return {**rows, "parameters": f"{parameters:,}", "MACs per image and forward pass": f"{macs:,}"}
 
 
-def _training(config: RunConfig, step: int, source: str) -> Rows:
+def _training(config: RunConfig, step: int) -> Rows:
     train, diffusion = config.train, config.diffusion
     return {
-        "data": source,
+        "data": _public(config.data.source),
         "path, prediction, loss": f"{diffusion.path}, {diffusion.predict}, {diffusion.weight}",
         "steps": f"{step:,} of {train.steps:,}",
         "examples": f"{step * config.global_batch:,} ({config.global_batch} a step)",
@@ -137,7 +142,7 @@ def _results(evaluation: dict[str, Any] | None) -> str:
     protocol = evaluation["protocol"]
     facts = {"images": protocol["images"], **{k: _words(v) for k, v in protocol["samples"].items()}}
     facts |= {f"real images: {k}": _words(v) for k, v in protocol["reference"].items() if k != "data"}
-    facts["real images: data"] = Path(str(protocol["reference"]["data"])).name
+    facts["real images: data"] = _public(protocol["reference"]["data"])
     scores = ["| | value | 95% interval | real against real |\n|---|---|---|---|"]
     for name, score in evaluation["scores"].items():
         floor = _number(score.get("floor"))

@@ -143,7 +143,7 @@ def test_a_plan_is_read_back_as_it_was(base, tmp_path):
         ("arms: {a: {}}\nprimary: held_out.0.3.high", "'held_out.0.3.high' is not measured"),
         ("arms: {a: {}}\nmetrics: [held_out]\nprimary: swd.32", "'swd.32' is not measured"),
         ("arms: {a: {}}\nbase: emojy", "unknown preset 'emojy'; did you mean 'emoji'?"),
-        ("arms: {a: {}}\nbase: none.yaml", "study.base: cannot read none.yaml"),
+        ("arms: {a: {}}\nbase: none.yaml", "cannot read study.base none.yaml"),
         ("arms: {a: {}}\nset: {data.source: /nowhere}", "/nowhere"),
         ("search: {model.inner.width: {low: 4, high: 2}}", "must have low < high"),
         ("arms: {a: {}}\nmetrics: [held_out, dinov2]", "no DINOv2 weights"),

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_in_dit import sealed
-from dit_in_dit.config import RunConfig, UserError, config_hash, from_yaml, to_yaml
+from dit_in_dit.config import RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, verify
 
@@ -103,10 +103,7 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run at {run}: it has no config.yaml")
-    try:
-        return from_yaml(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    return from_file(path)
 
 
 class SaveError(UserError):

@@ -5,7 +5,6 @@ Every rule that a value breaks raises `UserError`: one line with the rule, the v
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -14,32 +13,17 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dit_in_dit.mistakes import UserError, nearest, shortened
+from dit_in_dit.strict_yaml import parse_yaml, read_yaml
+
 Level = Literal["inner", "outer"]
 Program = tuple[tuple[Level, int], ...]
 MOST_BLOCKS = 1000  # per level; far above any published depth, and low enough to stop a slip of the finger
-
-
-class UserError(ValueError):
-    """Something the user gave cannot be used; its message is the one line they need."""
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """Text that fits in a line: characters that would break it are escaped, the middle of what is too long left out."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    if len(line) <= most:
-        return line
-    return f"{line[: most // 3]}...{line[len(line) - (most - 3 - most // 3) :]}"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `names`, or all of them when none is close."""
-    known = sorted(set(names))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(known)}"
 
 
 def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
@@ -80,7 +64,7 @@ class Section:
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
-                full = f"{cls.prefix}.{name}" if cls.prefix else str(name)
+                full = f"{cls.prefix}.{shortened(name)}" if cls.prefix else shortened(name)
                 raise UserError(f"unknown key {full!r}{nearest(full, cls.names())}")
         return cls(**values)
 
@@ -98,41 +82,44 @@ def _range(low: float, high: float) -> str:
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type `hint`, from what YAML or Python gives; UserError when it is something else."""
-    wrong = UserError(f"{name} must be {_spell(hint)}: got {str(value)[:60]!r}")
+
+    def wrong() -> UserError:
+        return UserError(f"{name} must be {_spell(hint)}: got {shortened(value, 60)!r}")
+
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return hint.from_dict(value)  # type: ignore[union-attr]
         if not isinstance(value, hint):  # type: ignore[arg-type]
-            raise UserError(f"{name} must be a group of keys: got {str(value)[:60]!r}")
+            raise UserError(f"{name} must be a group of keys: got {shortened(value, 60)!r}")
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in parts:
-            raise UserError(f"{name} must be one of {', '.join(parts)}: got {str(value)[:60]!r}")
+            raise UserError(f"{name} must be one of {', '.join(parts)}: got {shortened(value, 60)!r}")
         return value
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
-            raise wrong
+            raise wrong()
         return dict(value)
     if origin is tuple:
         if parts[-1] is Ellipsis:
             parts = (parts[0],) * (len(value) if isinstance(value, list | tuple) else 1)
         values = value if isinstance(value, list | tuple) else (value,) * len(parts)
         if len(values) != len(parts):
-            raise wrong
+            raise wrong()
         return tuple(_typed(v, part, name) for v, part in zip(values, parts, strict=True))
     if hint is bool or hint is str:
         if not isinstance(value, hint) or (hint is str and not str(value).isprintable()):
-            raise wrong
+            raise wrong()
         return value
     try:  # YAML reads 1e-4 as text: numbers may come as strings
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
-        raise wrong from None
+        raise wrong() from None
     if not math.isfinite(number) or (hint is int and not number.is_integer()):
-        raise wrong
+        raise wrong()
     if hint is int:
         return value if isinstance(value, int) else int(number)
     return number
@@ -500,19 +487,6 @@ def check_sampler(path: str, sampler: str, steps: int) -> None:
 # ---------------------------------------------------------------------------------------- YAML, hash
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice (PyYAML keeps the last in silence)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            name = self.construct_object(key_node)
-            if name in seen:
-                raise UserError(f"key {name!r} is given twice, the second on line {key_node.start_mark.line + 1}")
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
     """Groups as blocks, one key per line; short lists such as [32, 32] on theirs."""
 
@@ -522,24 +496,19 @@ _Dumper.add_representer(
 )
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """What safe YAML holds; UserError where it is not YAML or gives a key twice."""
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except UserError:
-        raise
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{what} is not valid YAML{where}: {problem[:100]}") from None
-
-
 def from_yaml(text: str, what: str = "config") -> RunConfig:
     """A run from YAML; keys left out take their defaults. Raises UserError."""
-    values = parse_yaml(text, what)
+    return _run(parse_yaml(text, what), what)
+
+
+def from_file(path: Path, what: str = "") -> RunConfig:
+    """A run from a YAML file; UserError, which says `what` it was given for, where that cannot be had."""
+    return _run(read_yaml(path, f"{what} " if what else ""), shortened(path))
+
+
+def _run(values: Any, what: str) -> RunConfig:
     if not isinstance(values, dict):
-        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {str(text)[:40]!r}")
+        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {shortened(values, 40)!r}")
     return RunConfig.from_dict(values)
 
 
@@ -603,6 +572,10 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         target = values
         for group in groups:
             target = target[group]
+            if not isinstance(target, dict):
+                raise UserError(
+                    f"{name}: {group} was set to {shortened(target, 40)!r}, which has no keys: leave out one"
+                )
         target[last] = value
     return RunConfig.from_dict(values)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, study
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config import UserError
+from dit_in_dit.mistakes import UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
 
 _python_line = warnings.formatwarning
@@ -22,22 +22,28 @@ def main(arguments: list[str] | None = None) -> None:
         options = parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
-        print(f"dit-in-dit: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except KeyboardInterrupt:
         print("dit-in-dit: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `dit-in-dit config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder where a file should go
-        print(f"dit-in-dit: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except MemoryError:
+        _refuse("there is not enough memory for this: make the model, the batch or the images smaller")
+
+
+def _refuse(message: str) -> NoReturn:
+    """End with one line on stderr and exit code 2."""
+    print(one_line(f"dit-in-dit: {message}"), file=sys.stderr)
+    sys.exit(2)
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
     """A warning of damage, as a line like any other; of other warnings, what Python makes of them."""
     if issubclass(category, DamagedWarning):
-        return f"dit-in-dit: {message}\n"
+        return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
 
 

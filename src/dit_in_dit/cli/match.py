@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
-from dit_in_dit.config import RunConfig, UserError, from_yaml, to_yaml
+from dit_in_dit.config import RunConfig, UserError, from_file, to_yaml
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -73,10 +73,7 @@ def _named(name: str) -> RunConfig:
     """The preset, or the config in a YAML file."""
     if name in presets.NAMES or Path(name).suffix not in (".yaml", ".yml"):
         return presets.get(name)
-    try:
-        return from_yaml(Path(name).read_text(), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --like {name}: {error}") from None
+    return from_file(Path(name), "--like")
 
 
 def _yaml(value: Any) -> str:

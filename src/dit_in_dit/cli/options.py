@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dit_in_dit import presets
-from dit_in_dit.config import RunConfig, UserError, from_yaml, nearest, override
+from dit_in_dit.config import RunConfig, UserError, from_file, nearest, override, shortened
 
 MOST = 10**7  # images asked for at once
 
@@ -50,10 +50,7 @@ def chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig
     if options.preset and options.config:
         raise UserError("--preset and --config both name a start: give one of them")
     if options.config:
-        try:
-            config = from_yaml(options.config.read_text(), str(options.config))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --config {options.config}: {error}") from None
+        config = from_file(options.config, "--config")
     elif name := options.preset or default:
         config = presets.get(name)
     else:
@@ -92,7 +89,7 @@ def class_numbers(text: str, known: Sequence[str]) -> list[int]:
     for name in text.split(","):
         if name in known:
             numbers.append(known.index(name))
-        elif name.isdecimal() and int(name) < len(known):
+        elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
             numbers.append(int(name))
         else:
             raise UserError(f"unknown class {name!r}{nearest(name, known)}")
@@ -117,5 +114,7 @@ def make_folder(path: Path) -> None:
         probe = path / ".part"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(
+            f"cannot write to {shortened(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"
+        ) from None

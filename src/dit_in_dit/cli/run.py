@@ -18,7 +18,7 @@ from dit_in_dit.cli.options import (
     sampling,
     whole,
 )
-from dit_in_dit.config import RunConfig, override
+from dit_in_dit.config import RunConfig, override, shortened
 
 if TYPE_CHECKING:
     from dit_in_dit.training.loop import Fact
@@ -81,7 +81,7 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
     for damage in values["passed_over"]:
         console.print(f"passed over: {damage}")
     if values["skipped"]:
-        console.print(f"left out {len(values['skipped'])} unreadable files, such as {values['skipped'][0]}")
+        console.print(f"left out {len(values['skipped'])} unreadable files, such as {shortened(values['skipped'][0])}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=config.train.steps, completed=start.step)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
+import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.mosaic import CLASSES, Mosaic
+from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, fit, look_at, upright
+from dit_in_dit.mistakes import shortened
 
 Array = NDArray[np.float32]
-Seen = TypeVar("Seen")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
 IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
 MOSAIC_HELD_OUT = 512
+MOST_GROWTH = 50  # of compressed arrays; pixels grow three times, zeros a thousand times
 
 
 class Source(Protocol):
@@ -142,7 +142,8 @@ def is_held_out(family: str, share: float) -> bool:
 
 def family_number(family: str) -> int:
     """Where a family stands in [0, 2^64): the lowest are held out."""
-    return int.from_bytes(hashlib.sha256(family.encode()).digest()[:8], "big")
+    name = os.fsencode(family)  # names of files need not be Unicode
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
 
 
 def family(name: str) -> str:
@@ -162,28 +163,55 @@ def split(families: list[str], share: float, what: str) -> tuple[list[int], list
     return kept, held
 
 
-_UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
-    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error),
-    *(zipfile.BadZipFile, Image.DecompressionBombError),
-)
-
-
 class ImageFiles:
-    """The image files of a folder or .zip, by name; UserError when it is neither, or has none."""
+    """The image files of a folder or .zip, by name.
+
+    Raises:
+        UserError: it is neither, has no image, a name in it points out of it, or a class folder is empty (the next
+            class would take its number) or has a name that cannot be printed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        shown = shortened(path, 60)
         try:
             if path.is_dir():
-                names = [found.relative_to(path).as_posix() for found in _files(path)]
-            else:
-                names = self._open().namelist()
-        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise UserError(f"data.source: {path} is neither a folder nor a .zip: {error}") from None
-        self.names = sorted(name for name in names if name.lower().endswith(SUFFIXES) and not HIDDEN.search(name))
+                found = list(_names(path))
+            elif path.is_file():
+                found = self._open().namelist()
+            else:  # a pipe would be waited for
+                raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name one")
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            if isinstance(error, UserError):
+                raise
+            problem = shortened(getattr(error, "strerror", None) or error, 60)
+            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}; name one") from None
+        for name in found:
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                out = shortened(name, 40)
+                raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
+        names = sorted(name for name in found if not HIDDEN.search(name))
+        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
         if not self.names:
-            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {path}")
+            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {shown}: name another place")
+        self._check_classes(names)
+
+    def _check_classes(self, names: list[str]) -> None:
+        """UserError when a folder beside those of the classes is empty, or a class has no name to print."""
+        wrapper, classes = _wrapper(self.names), set(class_folders(self.names))
+        depth, folders = len(wrapper) + 1, {name for name in names if name.endswith("/")}
+        inside = [parts for name in names if (parts := PurePosixPath(name).parts)[: len(wrapper)] == wrapper]
+        filled = classes | {parts[depth - 1] for parts in inside if len(parts) > depth}
+        for parts in inside:
+            if len(parts) == depth and parts[-1] not in filled and "/".join(parts) + "/" in folders:
+                folder = shortened(self.path / PurePosixPath(*parts))
+                raise UserError(f"class folder {folder} is empty: fill it, or remove it (later classes would move up)")
+        for name in classes:
+            if not name.isprintable():
+                raise UserError(
+                    f"class folder {shortened(repr(name))} of {shortened(self.path, 50)} cannot be printed: rename it"
+                )
 
     def _open(self) -> zipfile.ZipFile:
         """The archive, opened once per process: a file position must not be shared by workers."""
@@ -195,8 +223,19 @@ class ImageFiles:
         return {**self.__dict__, "_archive": None}
 
     def content(self, name: str) -> bytes:
-        """One file as it is stored."""
-        return (self.path / name).read_bytes() if self.path.is_dir() else self._open().read(name)
+        """One file as it is stored; ValueError when it is too long, or none (a pipe or device has no end)."""
+        if self.path.is_dir():
+            path = self.path / name
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("not a file")
+            size, read = found.st_size, path.read_bytes
+        else:
+            archive = self._open()
+            size, read = archive.getinfo(name).file_size, lambda: archive.read(name)  # never more than it says
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
+        return read()
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
@@ -208,13 +247,11 @@ class ImageFiles:
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """What `look` makes of one image; UserError with its name when it cannot be decoded."""
         try:
-            with Image.open(io.BytesIO(self.content(name)), formats=FORMATS) as image:
-                return look(image)
-        except UnidentifiedImageError:
-            problem = "not a PNG, JPEG or WebP image"
-        except _UNREADABLE as error:
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {self.path / name}: {problem[:80]}; mend or remove it, or set data.corrupt=skip")
+            return look_at(self.content(name), look)
+        except UNREADABLE as error:
+            problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        place = shortened(self.path / name, 60)
+        raise UserError(f"cannot read {place}: {shortened(problem, 60)}; mend or remove it, or set data.corrupt=skip")
 
 
 def size_of(path: Path) -> tuple[int, int, int]:
@@ -230,7 +267,7 @@ def size_of(path: Path) -> tuple[int, int, int]:
         height, width, channels = images.shape[1:]
         return height, width, channels
     files = ImageFiles(path)
-    sizes = {name: files.open(name, lambda image: (image.height, image.width)) for name in files.names}
+    sizes = {name: files.open(name, lambda image: upright(image).size[::-1]) for name in files.names}
     first = files.names[0]
     for name, size in sizes.items():
         if size != sizes[first]:
@@ -302,13 +339,28 @@ class ImageSource:
 HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
 
 
-def _files(root: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, each folder once."""
-    seen: set[str] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
+def _names(root: Path) -> Iterator[str]:
+    """Names of all files below a folder, and of folders with a `/` at the end; through links too, each folder once."""
+    seen = {os.path.realpath(root)}
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed would be a class less
+
+    for folder, below, plain in os.walk(root, onerror=refuse, followlinks=True):
+        place = Path(folder).relative_to(root)
+        yield from ((place / name).as_posix() for name in plain)
+        yield from (f"{(place / name).as_posix()}/" for name in below)
         below[:] = [name for name in sorted(below) if os.path.realpath(Path(folder, name)) not in seen]
         seen |= {os.path.realpath(Path(folder, name)) for name in below}
-        yield from (Path(folder, name) for name in names)
+
+
+def _wrapper(names: list[str]) -> tuple[str, ...]:
+    """The folders that wrap all class folders."""
+    paths = [PurePosixPath(name).parts[:-1] for name in names]
+    depth = 0
+    while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
+        depth += 1
+    return paths[0][:depth]
 
 
 def label_names(labels: list[int], count: int, what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
@@ -321,33 +373,9 @@ def label_names(labels: list[int], count: int, what: str, known: Sequence[str] =
 
 def class_folders(names: list[str]) -> list[str]:
     """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
-    paths = [PurePosixPath(name).parts[:-1] for name in names]
-    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
-        paths = [path[1:] for path in paths]
+    depth = len(_wrapper(names))
+    paths = [PurePosixPath(name).parts[depth:-1] for name in names]
     return [path[0] if path else "images" for path in paths]
-
-
-def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
-    twice too large, then bicubic to cover the target, then crop the centre. Transparency goes on white;
-    16-bit grey is scaled to 8; every other mode goes through Pillow's conversion."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
-    height, width = size
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    across, down = min(image.width, width / scale), min(image.height, height / scale)  # what stays in view
-    left, top = (image.width - across) / 2, (image.height - down) / 2
-    if (across, down) == size[::-1]:
-        left, top = int(left), int(top)  # no resize: whole pixels
-    box = (left, top, left + across, top + down)
-    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image).reshape(height, width, channels)
 
 
 class ArraySource:
@@ -377,13 +405,20 @@ class ArraySource:
                 f"labels of {path} must be from 0 to {count - 1} (model.num_classes): "
                 f"got {self._labels.min()} to {self._labels.max()}"
             )
-        self._images, self.classes = images, tuple(map(str, range(count)))
+        self._path, self._images, self.classes = path, images, tuple(map(str, range(count)))
+        if not self._pixels and images.nbytes <= IN_MEMORY:  # of larger ones, each when it is read
+            for position in range(len(images)):
+                self._image(position)
         self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
 
     def _image(self, position: int) -> tuple[Array, int]:
         image = np.asarray(self._images[position], np.float32)
+        if not np.isfinite(image).all():
+            raise UserError(
+                f"image {position} of {shortened(self._path)} holds NaN or infinite values: mend or remove it"
+            )
         if self._pixels:
             image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
         return image, int(self._labels[position])
@@ -401,6 +436,14 @@ def _commas(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))
 
 
+def _check_growth(archive: zipfile.ZipFile) -> None:
+    """ValueError when an archive is far larger than its file: it would fill the memory before it could be checked."""
+    members = archive.infolist()
+    packed, whole = (sum(sizes) for sizes in zip(*((m.compress_size, m.file_size) for m in members), strict=True))
+    if whole > max(MOST_BYTES, MOST_GROWTH * packed):
+        raise ValueError(f"{packed} bytes hold {whole} (a zip bomb?)")
+
+
 def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
     """Images and labels as they are stored; never runs code from the file."""
     images: object
@@ -411,6 +454,7 @@ def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] |
                 found = [pair for pair in (("images", "labels"), ("arr_0", "arr_1")) if pair[0] in archive]
                 if not found:
                     raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {list(archive)}")
+                _check_growth(archive.zip)
                 images, labels = archive[found[0][0]], archive.get(found[0][1])
         else:
             beside = path.with_suffix(".labels.npy")
@@ -418,8 +462,13 @@ def _load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] |
             labels = np.load(beside, allow_pickle=False) if beside.exists() else None
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read arrays from {path}: {str(error).splitlines()[0][:80]}") from None
+    except (*UNREADABLE, AttributeError) as error:
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if "pickle" in problem:  # NumPy's advice is to trust the file
+            problem = "it holds Python objects, or is no file of arrays"
+        raise UserError(
+            f"cannot read arrays from {shortened(path, 60)}: {shortened(problem, 70)}; write it with numpy again"
+        ) from None
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
         raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")
     return images, labels

@@ -16,6 +16,7 @@ from dit_in_dit.data.source import HIDDEN, SUFFIXES, ImageFiles, class_folders, 
 
 VERSION = 1  # of the index files
 BLOCK = tarfile.BLOCKSIZE
+MOST_SHARDS = 100_000
 
 
 def find(source: str) -> list[Path]:
@@ -33,6 +34,8 @@ def find(source: str) -> list[Path]:
         return []
     if numbers := re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source):
         first, last = numbers.groups()
+        if int(last) - int(first) >= MOST_SHARDS:
+            raise UserError(f"data.source: at most {MOST_SHARDS} shards: {source} names more; count them again")
         named = [f"{i:0{len(first)}d}".join(source.split(numbers[0], 1)) for i in range(int(first), int(last) + 1)]
     else:
         named = sorted(glob(source)) or [source]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit.config import UserError, shortened
+from dit_in_dit.mistakes import UserError, shortened
 
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # bool is an int
 DEEPEST = 20  # groups within groups; an optimizer's state has five

@@ -22,18 +22,18 @@ from dit_in_dit.config import (
     UserError,
     assigned,
     changed,
-    from_yaml,
+    from_file,
     key,
     nearest,
-    parse_yaml,
+    shortened,
     to_dict,
 )
+from dit_in_dit.strict_yaml import read_yaml
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
 AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
 MOST_ARMS = 1000
-MOST_BYTES = 2**20  # of a study's file
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,9 @@ def read(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
     path = shipped().get(name, Path(name))
     if name not in shipped() and path.suffix not in (".yaml", ".yml"):
         raise UserError(f"unknown study {name!r}{nearest(name, shipped())}, or give a .yaml file")
-    try:
-        text = path.read_text() if path.stat().st_size <= MOST_BYTES else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the study {path}: {error}") from None
-    values = parse_yaml(text, str(path))
+    values = read_yaml(path, "the study ")
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys such as 'base:' and 'arms:', and at most {MOST_BYTES} bytes")
+        raise UserError(f"{path} must hold keys such as 'base:' and 'arms:': got {shortened(values, 40)!r}")
     for assignment in assignments:
         _assign(values, *assigned(assignment))
     return StudyConfig.from_dict(values)
@@ -141,7 +137,10 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     elif group == "budget":
         values[group] = {rest: value}
     elif group in ("set", "grid", "search"):
-        values[group] = {**(values.get(group) or {}), rest: value}
+        before = values.get(group) or {}
+        if not isinstance(before, dict):
+            raise UserError(f"study.{group} was set to {shortened(before, 40)!r}, which has no keys: leave out one")
+        values[group] = {**before, rest: value}
     else:
         raise UserError(f"unknown key 'study.{name}'{nearest(f'study.{name}', StudyConfig.names())}")
 
@@ -295,10 +294,7 @@ def _base(name: str) -> RunConfig:
     """The config that all arms start from."""
     if not name.endswith((".yaml", ".yml")):
         return presets.get(name)
-    try:
-        return from_yaml(Path(name).read_text(), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"study.base: cannot read {name}: {error}") from None
+    return from_file(Path(name), "study.base")
 
 
 def configure(study: StudyConfig, changes: Mapping[str, Any], step_seconds: float | None = None) -> RunConfig:

@@ -1,0 +1,109 @@
+"""From the bytes of an image file to pixels of a wanted size; a file that lies, or is too large, is an error."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+Seen = TypeVar("Seen")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 2**26  # of an image: 8192x8192, which takes 0.8 GB at most while it is drawn on white
+MOST_BYTES = 2**28  # of its file: four for each of its pixels
+UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
+    *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, struct.error),
+    *(LookupError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile, Image.DecompressionBombError),
+)
+
+
+def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
+    """What `look` makes of the image in a file; one of UNREADABLE when it cannot be decoded or is too large.
+
+    An image of more than MOST_PIXELS is refused by its header. Pillow's own limit is higher, only warns at first, and
+    may have been switched off.
+    """
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{len(content)} bytes, more than {MOST_BYTES}")
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd metadata and of its limit
+        try:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} is more than {MOST_PIXELS} pixels")
+                return look(image)
+        except UnidentifiedImageError:
+            raise ValueError("not a PNG, JPEG or WebP image") from None
+        except Image.DecompressionBombError:  # beyond twice Pillow's limit the header is not shown
+            raise ValueError(f"more than {MOST_PIXELS} pixels") from None
+
+
+def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+    """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
+    twice too large, then bicubic to cover the target, then crop the centre.
+
+    Before that, an image becomes what a viewer shows of it, in 8 bits: turned as its EXIF orientation says (ADM leaves
+    it lying); its first frame; transparency (RGBA, LA, PA, a transparent colour) on white; 1, P, CMYK and YCbCr by
+    Pillow's conversion. 16-bit grey v (mode I;16, and I, as which some Pillows read it) becomes v // 257.
+
+    Raises:
+        ValueError: mode F, or values of mode I beyond 16 bits: nothing says what is white.
+    """
+    image = _eight_bits(upright(image))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    across, down = min(image.width, width / scale), min(image.height, height / scale)  # what stays in view
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    if (across, down) == size[::-1]:
+        left, top = int(left), int(top)  # no resize: whole pixels
+    box = (left, top, left + across, top + down)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; metadata that cannot be read says nothing."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except UNREADABLE:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey images of more bits in 8; others as they are."""
+    if image.mode == "F":
+        raise ValueError("floats, with nothing that says what is white: convert it to 8 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, np.int32)
+    if not 0 <= values.min() <= values.max() < 2**16:
+        raise ValueError("grey values beyond 16 bits: convert it to 8 bits")
+    grey = (values // 257).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey[values == clear] = 255  # on white, as all transparency
+    return Image.fromarray(grey)

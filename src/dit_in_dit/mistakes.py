@@ -1,0 +1,48 @@
+"""What a person is told when something they gave cannot be used: one line with the rule, the value and the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+LINE = 200  # characters of a message as the command prints it
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; its message is the one line they need."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""
+    known = sorted(set(names))
+    close = difflib.get_close_matches(name[:LINE], known, n=3, cutoff=0.0)
+    if close and difflib.SequenceMatcher(None, name[:LINE], close[0]).ratio() >= 0.6:
+        return f"; did you mean {close[0]!r}?"
+    if len(listed := ", ".join(known)) <= LINE // 2:
+        return f"; choose from {listed}"
+    return f"; the nearest of {len(known)} are {', '.join(close)}"
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value as text that fits in a line: what would break the line is escaped, the middle of what is too long left
+    out."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        text = "a number of thousands of digits"
+    if len(text) > 4 * most:  # no more work than the result is worth
+        text = f"{text[: 2 * most]}{text[-2 * most :]}"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(line) <= most:
+        return line
+    return f"{line[: most // 3]}...{line[len(line) - (most - 3 - most // 3) :]}"
+
+
+def one_line(message: str, most: int = LINE) -> str:
+    """The message in at most `most` characters: paths and other long words lose their middle first, so that the way
+    out at the end stays."""
+    line = shortened(message, max(most, len(message) * 10))
+    for room in (80, 60, 40, 25):
+        if len(line) > most:
+            line = " ".join(shortened(word, room) for word in line.split(" "))
+    return shortened(line, most)

@@ -20,7 +20,7 @@ from PIL import Image
 from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.evaluation import chunks
-from dit_in_dit.evaluation.evaluate import first_difference
+from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.report import compare
 from dit_in_dit.evaluation.subject import files_subject, reference
 from dit_in_dit.training.loop import train
@@ -81,7 +81,7 @@ def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
     with np.load(tmp_path / "a/samples.npz") as archive:
         assert archive["arr_0"].shape == (9, 8, 8, 3)
         assert archive["arr_0"].dtype == np.uint8
-        stored = np.concatenate(list(chunks.read(tmp_path / "a/samples", 9, 64, "images")))
+        stored = np.concatenate(list(chunks.read(tmp_path / "a/samples", 9, 8, "images")))
         assert (archive["arr_0"] == stored).all()
     assert "swd.8" in capsys.readouterr().out
 
@@ -118,8 +118,8 @@ def folder_of_samples(tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 def test_two_processes_find_what_one_finds(run, tmp_path):
-    evaluate(run, "--num", 20, "--batch", 4, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "20", "--batch", "4"]
+    evaluate(run, "--num", 20, "--micro-batch", 4, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "20", "--micro-batch", "4"]
     command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
     workers = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
@@ -133,8 +133,8 @@ def test_two_processes_find_what_one_finds(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_json(run, tmp_path):
-    evaluate(run, "--num", 60, "--batch", 2, "--out", tmp_path / "whole")
-    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "60", "--batch", "2"]
+    evaluate(run, "--num", 60, "--micro-batch", 2, "--out", tmp_path / "whole")
+    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "60", "--micro-batch", "2"]
     command += ["--out", str(tmp_path / "killed"), "--device", "cpu"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while len(list((tmp_path / "killed/samples").glob("*.npz"))) < 5:
@@ -209,10 +209,10 @@ def test_a_mistake_is_one_line(run, folder, folder_of_samples, tmp_path, capsys,
 
 
 def test_a_damaged_chunk_is_named(run, tmp_path, capsys):
-    evaluate(run, "--num", 4, "--batch", 2, "--out", tmp_path / "a")
+    evaluate(run, "--num", 4, "--micro-batch", 2, "--out", tmp_path / "a")
     (tmp_path / "a/samples/0000002-0000004.npz").write_bytes(b"half of it")
     with pytest.raises(SystemExit) as stop:
-        evaluate(run, "--num", 4, "--batch", 2, "--out", tmp_path / "a")
+        evaluate(run, "--num", 4, "--micro-batch", 2, "--out", tmp_path / "a")
     assert stop.value.code == 2
     assert "0000002-0000004.npz is damaged" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -187,28 +188,30 @@ def sample_batches(
     *,
     seed: int = 0,
     classes: Sequence[int] = (),
-    batch_size: int = 32,
-) -> Iterator[tuple[Sequence[int], Tensor]]:
-    """Numbered samples (indices, images on the CPU), batch by batch.
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
-    Sample i has its noise from (seed, i) and its class from i, whatever the batch size.
+    Sample i has its noise from (seed, i) and its class from i. It is always drawn together with the same others, in
+    its place of micro-batch i // `sample.micro_batch`, whichever of them are wanted: sums in a batch of another size,
+    or in another of its rows, may end in other bits.
 
     Args:
         model: where it lies, it computes, in float32.
         config: whose `diffusion` and `sample` are used.
-        indices: numbers of the samples.
+        indices: numbers of the samples; in order, no micro-batch is drawn twice.
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
     device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
     predict = guided(model, model.config.num_classes, config.sample)
-    for start in range(0, len(indices), batch_size):
-        part = indices[start : start + batch_size]
-        noise = numbered_noise(seed, part, shape, device)
-        y = torch.tensor([label(i, chosen) for i in part], device=device) if model.config.num_classes else None
+    size = config.sample.micro_batch
+    for number, wanted in groupby(indices, lambda i: i // size):
+        whole, part = range(number * size, (number + 1) * size), list(wanted)
+        noise = numbered_noise(seed, whole, shape, device)
+        y = torch.tensor([label(i, chosen) for i in whole], device=device) if model.config.num_classes else None
         x = denoise(predict, config.diffusion, config.sample, noise, y)
-        yield part, x.cpu()
+        yield part, x.cpu()[[i - whole.start for i in part]]
 
 
 def sample(
@@ -218,11 +221,26 @@ def sample(
     *,
     seed: int = 0,
     classes: Sequence[int] = (),
-    batch_size: int = 32,
 ) -> Tensor:
     """Samples 0 to num - 1, (num, C, H, W), about in [-1, 1]; see `sample_batches`."""
-    batches = sample_batches(model, config, range(num), seed=seed, classes=classes, batch_size=batch_size)
-    return torch.cat([images for _, images in batches])
+    return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
+
+
+def protocol(how: SampleConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
+    """How samples are drawn, as JSON holds it; `labels` are names of classes, or words for them."""
+    special = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
+    return {
+        "made by": "sampling",
+        "labels": labels,
+        "sampler": how.sampler,
+        "steps": how.steps,
+        "guidance": how.guidance,
+        "interval": list(how.interval),
+        "weights": "averaged" if averaged else "trained",
+        "precision": "float32",
+        "seed": seed,
+        **{name: value for name, value in special.items() if value is not None},
+    }
 
 
 # ---------------------------------------------------------------------------------------- pictures

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, study
+from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, sample, study
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.mistakes import UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
@@ -51,6 +51,6 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, encode, run, evaluate, curves, doctor, maps, match, study, bench):
+    for room in (look, encode, run, sample, evaluate, curves, doctor, maps, match, study, bench):
         room.add(commands)
     return made

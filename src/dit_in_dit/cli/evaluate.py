@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
+from dit_in_dit.cli.options import (
+    Commands,
+    add_device,
+    add_micro_batch,
+    add_sampling,
+    make_folder,
+    own_device,
+    sampling,
+    whole,
+)
 from dit_in_dit.config import UserError, nearest
 
 GROUPS = ("pixels", "inception", "dinov2")
@@ -42,7 +51,8 @@ def add(commands: Commands) -> None:
     )
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add_sampling(evaluate, classes="as often as in the training data")
-    evaluate.add_argument("--batch", type=whole, default=64, help="images at a time (default 64)")
+    add_micro_batch(evaluate)
+    evaluate.add_argument("--batch", type=whole, default=64, help="images at a time in feature networks (default 64)")
     add_device(evaluate)
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default for a run: RUN/evaluation/STEP")
 
@@ -64,7 +74,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     for group in groups:
         if group not in GROUPS:
             raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
-    device = _device(options.device)
+    device = own_device(options.device)
     weights = {"inception": options.weights, "dinov2": options.dinov2}
     networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)
     statistics = distances.read_reference(options.statistics) if options.statistics else None
@@ -92,7 +102,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if process()[0]:
         return
     if options.npz:
-        write_npz(out / "samples.npz", images_of(subject, out, num, options.batch), num)
+        write_npz(out / "samples.npz", images_of(subject, out, num), num)
     result = evaluation.result
     print(report.caption(result["subject"], result["protocol"]))
     _print_table({name: [score] for name, score in result["scores"].items()}, ["value"])
@@ -105,17 +115,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"  {path}  {what}")
     for warning in result["warnings"]:
         print(f"\n!!! {warning}", file=sys.stderr)
-
-
-def _device(name: str) -> Any:
-    """This process's device: under torchrun each has its own GPU."""
-    import os
-
-    from dit_in_dit.training.loop import pick_device
-
-    local = os.environ.get("LOCAL_RANK")
-    device = pick_device(name)
-    return pick_device(f"cuda:{local}") if device.type == "cuda" and device.index is None and local else device
 
 
 def _follow(facts: Any) -> Any:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit import presets
 from dit_in_dit.config import RunConfig, UserError, from_file, nearest, override, shortened
+
+if TYPE_CHECKING:
+    import torch
 
 MOST = 10**7  # images asked for at once
 
@@ -63,6 +67,24 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
 
 
+def own_device(name: str) -> torch.device:
+    """The device that --device names, of this process: under torchrun each has its own GPU."""
+    from dit_in_dit.training.loop import pick_device
+
+    device, local = pick_device(name), os.environ.get("LOCAL_RANK")
+    return pick_device(f"cuda:{local}") if device.type == "cuda" and device.index is None and local else device
+
+
+def add_micro_batch(command: argparse.ArgumentParser) -> None:
+    """--micro-batch, for `sampling`, where whole micro-batches are drawn."""
+    command.add_argument(
+        "--micro-batch",
+        type=whole,
+        metavar="N",
+        help="images in one forward pass, to which samples belong bit for bit (default: the run's)",
+    )
+
+
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
     """Arguments that say how images are drawn, for `sampling`; without --classes, labels are `classes`."""
     command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
@@ -75,7 +97,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
 
 def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> tuple[RunConfig, list[int]]:
     """The config with what `add_sampling` was given, and the class numbers (empty: all); `names` are the classes'."""
-    given = {name: getattr(options, name) for name in ("sampler", "steps", "guidance")}
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in ("sampler", "steps", "guidance", "micro_batch")}
     given = {name: value for name, value in given.items() if value is not None}
     config = replace(config, sample=replace(config.sample, **given))
     if options.classes is not None and not config.model.num_classes:
@@ -113,7 +135,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".part"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may be probing too
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(
             f"cannot write to {shortened(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"

@@ -1,4 +1,4 @@
-"""`train`, `sample` and `demo`: from a config to a run, and from a run to images."""
+"""`train` and `demo`: from a config to a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from dit_in_dit.cli.options import (
     Commands,
     add_config,
     add_device,
-    add_sampling,
     chosen,
-    make_folder,
-    sampling,
-    whole,
 )
 from dit_in_dit.config import RunConfig, override, shortened
 
@@ -25,7 +21,6 @@ if TYPE_CHECKING:
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
-GRID_MOST = 1024
 REAL_SEARCHED = 1000  # training images looked at to find real ones of each class
 
 
@@ -36,14 +31,6 @@ def add(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     add_device(train)
-
-    sample = commands.add("sample", _sample, "draw images from a trained run")
-    sample.add_argument("run_folder", type=Path, metavar="RUN")
-    sample.add_argument("--num", type=whole, default=64, help="how many (default 64)")
-    add_sampling(sample)
-    sample.add_argument("--batch", type=whole, default=32, help="images at a time (default 32)")
-    add_device(sample)
-    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
 
     demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
     add_config(demo)
@@ -99,49 +86,6 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
                 grid(to_pixels(sample(fact.model, config, GRID_IMAGES))).save(path)
             elif fact.kind == "checkpoint":
                 console.print(f"step {fact.step}  saved {values['path']}")
-
-
-# ------------------------------------------------------------------------------------------ sample
-
-
-def _sample(options: argparse.Namespace) -> None:
-    from dit_in_dit import checkpoint
-    from dit_in_dit.training.loop import pick_device
-
-    model, config, manifest = checkpoint.load_model(
-        options.run_folder, pick_device(options.device), ema=not options.raw
-    )
-    config, classes = sampling(options, config, manifest["classes"])
-    _draw(model, config, options, classes)
-
-
-def _draw(model: Any, config: RunConfig, options: argparse.Namespace, classes: list[int]) -> None:
-    """Write samples as numbered PNGs (latents: one .npz) and a grid."""
-    import numpy as np
-    from rich.progress import track
-
-    from dit_in_dit.sampling import grid, picture, sample_batches, to_pixels
-
-    out: Path = options.out
-    make_folder(out)
-    batches = sample_batches(
-        model, config, range(options.num), seed=options.seed, classes=classes, batch_size=options.batch
-    )
-    shown: list[Any] = []
-    latents: list[Any] = []
-    for indices, images in track(batches, total=-(-options.num // options.batch), description="sampling"):
-        pixels = to_pixels(images)
-        if len(shown) * options.batch < GRID_MOST:
-            shown.append(pixels)
-        if config.model.channels not in (1, 3):
-            latents.append(images.numpy())
-            continue
-        for index, image in zip(indices, pixels, strict=True):
-            picture(image).save(out / f"{index:06d}.png")
-    if latents:
-        np.savez(out / "samples.npz", images=np.concatenate(latents))
-    grid(np.concatenate(shown)[:GRID_MOST]).save(out / "grid.png")
-    print(f"{options.num} samples and grid.png in {out}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -1,15 +1,17 @@
 """Long work in files of a few images each: what is there is not done again, and processes share the rest.
 
-A chunk is written beside and renamed, so it is whole or not there. Chunk k belongs to process k modulo their number
-(`RANK` and `WORLD_SIZE`, as torchrun sets them); results are read in index order, whoever made them.
+A file is written beside and renamed, so it is whole or not there. Part k of the work belongs to process k modulo their
+number (`RANK` and `WORLD_SIZE`, as torchrun sets them); results are read in index order, whoever made them.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,59 +30,106 @@ def process() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _paths(folder: Path, total: int, size: int) -> Iterator[tuple[range, Path]]:
+def claim(path: Path, identity: Mapping[str, Any]) -> None:
+    """Note what the files beside `path` are, once and by whichever process is first.
+
+    Raises:
+        UserError: it was noted already, and they are something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write(path, (json.dumps(identity, indent=1) + "\n").encode(), once=True)
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove {path.parent} or choose another --out") from None
+    if field := first_difference(stored, json.loads(json.dumps(identity))):
+        raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
+
+
+def first_difference(a: Any, b: Any, where: str = "") -> str:
+    """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = (first_difference(a.get(k), b.get(k), f"{where}.{k}" if where else str(k)) for k in {**a, **b})
+        return next((field for field in found if field), "")
+    return "" if a == b else f"{where}: {json.dumps(a)} / {json.dumps(b)}"
+
+
+def write(path: Path, content: bytes, *, once: bool = False) -> None:
+    """Write beside, sync, rename: the file is whole or not there. With `once`, one that is there stays."""
+    beside = path.with_name(f"{path.name}.{process()[0]}.{os.getpid()}.part")  # of several machines, pids may agree
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    if not once:
+        beside.replace(path)
+        return
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        pass
+    finally:
+        beside.unlink()
+
+
+def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
+    """Make what is missing of `total` images, this process its parts of `size`; yields how many are there, until
+    all are.
+
+    Raises:
+        UserError: the other processes' did not come for `PATIENCE` seconds.
+    """
+    rank, world = process()
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    done = sum(len(part) for part in parts if there(part))
+    yield done
+    for part in parts[rank::world]:
+        if not there(part):
+            make(part)
+            done += len(part)
+            yield done
+    left, since = parts, time.monotonic()
+    while missing := [part for part in left if not there(part)]:
+        if len(missing) < len(left):
+            left, since = missing, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise UserError(f"images from number {left[0].start} on did not come within {PATIENCE} s: run it again")
+        yield total - sum(map(len, left))
+        time.sleep(0.1)
+    yield total
+
+
+def _path(folder: Path, part: range) -> Path:
+    return folder / f"{part.start:07d}-{part.stop:07d}.npz"
+
+
+def _paths(folder: Path, total: int, size: int) -> Iterator[Path]:
     for start in range(0, total, size):
-        part = range(start, min(start + size, total))
-        yield part, folder / f"{part.start:07d}-{part.stop:07d}.npz"
+        yield _path(folder, range(start, min(start + size, total)))
 
 
 def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
     """Make the missing chunks of `size` images, yielding how many of the `total` are there; ends when all are."""
-    rank, world = process()
+
+    def keep(part: range) -> None:
+        content = io.BytesIO()
+        np.savez(content, **make(part))  # type: ignore[arg-type]
+        write(_path(folder, part), content.getvalue())
+
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = list(_paths(folder, total, size))
-    done = sum(len(part) for part, path in chunks if path.exists())
-    yield done
-    for number, (part, path) in enumerate(chunks):
-        if number % world == rank and not path.exists():
-            _write(path, make(part))
-            done += len(part)
-            yield done
-    yield from _wait(chunks)
-
-
-def _wait(chunks: list[tuple[range, Path]]) -> Iterator[int]:
-    """Until the other processes' chunks are there too."""
-    missing, since = len(chunks), time.monotonic()
-    while left := [part for part, path in chunks if not path.exists()]:
-        if len(left) < missing:
-            missing, since = len(left), time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(
-                f"{len(left)} parts of {chunks[0][1].parent} did not come within {PATIENCE} s: run it again"
-            )
-        yield chunks[-1][0].stop - sum(map(len, left))
-        time.sleep(0.1)
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with beside.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    return share(total, size, lambda part: _path(folder, part).exists(), keep)
 
 
 def read(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
     """One array of every chunk, in index order; UserError names a chunk that is damaged."""
-    for _, path in _paths(folder, total, size):
+    for path in _paths(folder, total, size):
         yield _load(path, name)
 
 
 def stored(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
     """One array's rows by number; the chunk that was read last is kept."""
-    paths = [path for _, path in _paths(folder, total, size)]
+    paths = list(_paths(folder, total, size))
     load = lru_cache(maxsize=1)(lambda chunk: _load(paths[chunk], name))
     return lambda numbers: np.stack([load(n // size)[n % size] for n in numbers])
 

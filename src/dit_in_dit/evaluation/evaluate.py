@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -67,8 +67,8 @@ def evaluate(
 ) -> Iterator[Progress | Evaluation]:
     """Compute everything about the first `num` images into `out/metrics.json`: progress, then the evaluation.
 
-    Samples and features are kept in `out` in chunks of `batch`, each made once, by any number of processes; only
-    process 0 goes on from there and yields the evaluation.
+    Samples are kept in `out` in chunks of the run's `sample.micro_batch`, features in chunks of `batch`, each made
+    once, by any number of processes; only process 0 goes on from there and yields the evaluation.
 
     Args:
         networks: feature networks of the standard set; none: the pixel metrics alone.
@@ -81,11 +81,13 @@ def evaluate(
         raise UserError(f"--num must be at most the {subject.count} images of {subject.about['name']}: got {num}")
     if num < 2 or real.count < 4:
         raise UserError(f"metrics need 2 images and 4 real ones: got {num} and {real.count}")
-    _claim(out / "identity.json", {"samples": subject.samples, "subject": subject.about, "batch": batch})
-    if subject.count is None:
-        for done in chunks.fill(out / "samples", num, batch, lambda part: {"images": subject.draw(part)}):
+    at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
+    chunks.claim(out / "identity.json", {"samples": subject.samples, "subject": subject.about, **at_once})
+    if subject.config is not None:
+        size = subject.config.sample.micro_batch
+        for done in chunks.fill(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
             yield Progress("samples", done, num)
-    draw = images_of(subject, out, num, batch)
+    draw = images_of(subject, out, num)
     for network in networks:
         for folder, source, count, what in _features(network, draw, num, real, out):
             for done in chunks.fill(folder, count, batch, partial(_extract, network, source)):
@@ -108,14 +110,16 @@ def evaluate(
         yield Progress(f"{network.name} metrics", 1, 1)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
-    result["made with"]["batch"] = batch
-    _write(out / "metrics.json", result)
+    result["made with"] |= at_once
+    chunks.write(out / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
     yield evaluation
 
 
-def images_of(subject: Subject, out: Path, num: int, batch: int) -> Draw:
+def images_of(subject: Subject, out: Path, num: int) -> Draw:
     """The images of an evaluation by number."""
-    return chunks.stored(out / "samples", num, batch, "images") if subject.count is None else subject.draw
+    if subject.config is None:
+        return subject.draw
+    return chunks.stored(out / "samples", num, subject.config.sample.micro_batch, "images")
 
 
 def _extract(network: Network, draw: Draw, part: range) -> chunks.Arrays:
@@ -129,34 +133,6 @@ def _features(
     name = f"{network.name}-{network.identity['sha256'][:8]}"
     yield out / "features" / f"{name}-samples", draw, num, "samples"
     yield out / "features" / f"{name}-{real.about['sha256'][:8]}", real.draw, real.count, "real images"
-
-
-def _claim(path: Path, identity: Mapping[str, Any]) -> None:
-    """Note whose chunks a folder holds; UserError when they are another's."""
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged: remove {path.parent} or choose another --out") from None
-        if field := first_difference(stored, json.loads(json.dumps(identity))):
-            raise UserError(f"{path.parent} holds an evaluation of something else: {field}; choose another --out")
-    elif not chunks.process()[0]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, identity)
-
-
-def first_difference(a: Any, b: Any, where: str = "") -> str:
-    """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = (first_difference(a.get(k), b.get(k), f"{where}.{k}" if where else str(k)) for k in {**a, **b})
-        return next((field for field in found if field), "")
-    return "" if a == b else f"{where}: {json.dumps(a)} / {json.dumps(b)}"
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
 
 
 def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:

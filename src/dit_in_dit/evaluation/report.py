@@ -10,7 +10,8 @@ import numpy as np
 
 from dit_in_dit import figures
 from dit_in_dit.config import UserError
-from dit_in_dit.evaluation.evaluate import Evaluation, first_difference, floats
+from dit_in_dit.evaluation.chunks import first_difference
+from dit_in_dit.evaluation.evaluate import Evaluation, floats
 from dit_in_dit.evaluation.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.sampling import beside, grid
 

@@ -18,7 +18,7 @@ from dit_in_dit.data.source import Source, open_source, size_of
 from dit_in_dit.evaluation.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
-from dit_in_dit.sampling import sample_batches, to_pixels
+from dit_in_dit.sampling import protocol, sample_batches, to_pixels
 from dit_in_dit.training.example import image_number
 
 Pixels = NDArray[np.uint8]
@@ -83,24 +83,13 @@ def run_subject(
     names: str | list[str] = [manifest["classes"][c] for c in classes]
     if config.model.num_classes and not classes:
         classes, names = _common_labels(config), "as often as in the training data"
-    how = config.sample
 
     def draw(numbers: range) -> Pixels:
-        """One batch: which images are drawn together is fixed by the chunk."""
-        batches = sample_batches(model, config, numbers, seed=seed, classes=classes, batch_size=len(numbers))
+        batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
         return np.concatenate([to_pixels(images) for _, images in batches])
 
-    samples = {
-        "made by": "sampling",
-        "labels": names if config.model.num_classes else "none",
-        "sampler": how.sampler,
-        "steps": how.steps,
-        "guidance": how.guidance,
-        "interval": list(how.interval),
-        "weights": "averaged" if averaged else "trained",
-        "precision": "float32",
-        "seed": seed,
-    }
+    labels = names if config.model.num_classes else "none"
+    samples = protocol(config.sample, labels=labels, averaged=averaged, seed=seed)
     file = "ema.safetensors" if averaged else "state.safetensors"
     about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
     about["checkpoint"] = manifest["sha256"][file]

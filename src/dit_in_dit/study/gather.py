@@ -13,8 +13,8 @@ from typing import Any
 from dit_in_dit.checkpoint import read_config
 from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.evaluation import curves
+from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_comparable
-from dit_in_dit.evaluation.evaluate import first_difference
 from dit_in_dit.study.metrics import direction, grouped, ranked
 from dit_in_dit.study.plan import Arm, Plan, Result, read_plan
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate

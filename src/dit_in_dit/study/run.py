@@ -204,7 +204,7 @@ def _held_out(run: Path) -> dict[str, float]:
 def _draw(run: Path, device: torch.device) -> None:
     """Samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
     model, config, _ = checkpoint.load_model(run, device)
-    images = to_pixels(sample(model, config, DRAWN, batch_size=DRAWN))
+    images = to_pixels(sample(model, config, DRAWN))
     labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     beside = run / "drawn.npz.part"
     with beside.open("wb") as file:

@@ -1,0 +1,160 @@
+"""`sample`: from a run to numbered images, by any number of processes, which may be killed and started again."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.cli.options import (
+    Commands,
+    add_device,
+    add_micro_batch,
+    add_sampling,
+    make_folder,
+    own_device,
+    sampling,
+    whole,
+)
+from dit_in_dit.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+GRID_MOST = 1024
+IDENTITY = "samples.json"
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    sample = commands.add("sample", _sample, "draw images from a trained run; drawn already, they are not drawn again")
+    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("--num", type=whole, default=64, help="how many (default 64)")
+    add_sampling(sample)
+    add_micro_batch(sample)
+    sample.add_argument(
+        "--batch",
+        type=whole,
+        default=1,
+        help="images that a process draws and then writes, in whole micro-batches; changes no byte (default: one)",
+    )
+    add_device(sample)
+    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    """Numbered PNGs (latents: .npy), this process's share; process 0 then makes the grid (and samples.npz)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dit_in_dit import checkpoint
+    from dit_in_dit.evaluation import chunks
+    from dit_in_dit.sampling import protocol, sample_batches
+
+    device = own_device(options.device)
+    model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
+    config, classes = sampling(options, config, manifest["classes"])
+    out: Path = options.out
+    make_folder(out)
+    latents = config.model.channels not in (1, 3)
+    paths = [out / f"{index:06d}.{'npy' if latents else 'png'}" for index in range(options.num)]
+
+    names = [manifest["classes"][c] for c in classes] or "all in turn"
+    labels = names if config.model.num_classes else "none"
+    how = protocol(config.sample, labels=labels, averaged=not options.raw, seed=options.seed)
+    weights = manifest["sha256"]["state.safetensors" if options.raw else "ema.safetensors"]
+    identity = {"step": manifest["step"], "config": manifest["config"], "checkpoint": weights}
+    identity |= {"samples": how, "micro_batch": config.sample.micro_batch, "made on": _made_on(device)}
+    # In this order: another process may have begun since, and it notes what it draws before it draws.
+    foreign = next((path for path in paths if path.exists()), None)
+    if foreign and not (out / IDENTITY).exists():
+        raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
+    chunks.claim(out / IDENTITY, identity)
+
+    def there(part: range) -> bool:
+        return all(paths[index].exists() for index in part)
+
+    def make(part: range) -> None:
+        missing = [index for index in part if not paths[index].exists()]
+        for indices, images in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
+            for index, image in zip(indices, images, strict=True):
+                chunks.write(paths[index], _encoded(image, latents))
+
+    size = config.sample.micro_batch
+    shared = chunks.share(options.num, -(-options.batch // size) * size, there, make)
+    if chunks.process()[0]:
+        for _ in shared:
+            pass
+        return
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("sampling", total=options.num)
+        for done in shared:
+            bar.update(task, completed=done)
+    _finish(out, paths, latents)
+    print(f"{options.num} samples and grid.png in {out}")
+
+
+def _made_on(device: torch.device) -> dict[str, str]:
+    """What the last bits depend on besides the protocol."""
+    import torch
+
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": name, "torch": torch.__version__}
+
+
+def _encoded(image: Tensor, latents: bool) -> bytes:
+    """An image (C, H, W) as the bytes of a .png, or of a .npy."""
+    import numpy as np
+
+    from dit_in_dit.sampling import picture, to_pixels
+
+    content = io.BytesIO()
+    if latents:
+        np.save(content, image.numpy())
+    else:
+        picture(to_pixels(image[None])[0]).save(content, "png")
+    return content.getvalue()
+
+
+def _finish(out: Path, paths: list[Path], latents: bool) -> None:
+    """The grid and, of latents, all in one array; what killed processes had begun to write goes away."""
+    import numpy as np
+    import torch
+
+    from dit_in_dit.evaluation import chunks
+    from dit_in_dit.sampling import grid, to_pixels
+
+    if latents:
+        images = np.stack([_read(path) for path in paths])
+        beside = out / "samples.npz.0.0.part"
+        with beside.open("wb") as file:
+            np.savez(file, images=images)
+        beside.replace(out / "samples.npz")
+        shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
+    else:
+        shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
+    content = io.BytesIO()
+    grid(shown).save(content, "png")
+    chunks.write(out / "grid.png", content.getvalue())
+    done = {path.name for path in paths}
+    for begun in out.glob("*.part"):
+        if begun.name.rsplit(".", 3)[0] in done:
+            begun.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> NDArray[Any]:
+    """The array of a .npy, or pixels (H, W, 1 or 3) of a .png; UserError when it is damaged."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path, allow_pickle=False))
+        pixels = np.asarray(Image.open(path))
+        return pixels if pixels.ndim == 3 else pixels[..., None]
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{path} is damaged: remove it and run again") from None

@@ -57,7 +57,8 @@ def test_sampling_draws_numbered_images_and_a_grid(trained, tmp_path):
     for batch in (1, 3):
         out = tmp_path / str(batch)
         main(["sample", str(trained), "--num", "5", "--batch", str(batch), "--classes", "red,0", "--out", str(out)])
-        assert sorted(p.name for p in out.iterdir()) == [*(f"{i:06d}.png" for i in range(5)), "grid.png", "samples.json"]
+        names = [*(f"{i:06d}.png" for i in range(5)), "grid.png", "samples.json"]
+        assert sorted(p.name for p in out.iterdir()) == names
         drawn[batch] = np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(5)])
     assert drawn[1].shape == (5, 16, 16, 3)
     assert np.array_equal(drawn[1], drawn[3])

@@ -22,17 +22,32 @@ def model(run_config) -> NestedDiT:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
-def test_a_sample_does_not_depend_on_its_batch(run_config, model, sampler):
+def test_a_sample_has_the_same_bits_whatever_is_drawn_with_it(run_config, model, sampler):
     config = replace(run_config, sample=replace(run_config.sample, sampler=sampler, steps=6))
-    alone, together = (to_pixels(sample(model, config, 33, batch_size=size)).astype(int) for size in (1, 32))
-    assert np.abs(alone - together).max() <= 1
+    together = sample(model, config, 19)
+    assert torch.equal(sample(model, config, 11), together[:11])
+    for asked in ([17], [5, 2], [7, 8], [18, 0, 9]):
+        drawn = list(sample_batches(model, config, asked))
+        assert [index for indices, _ in drawn for index in indices] == asked
+        assert torch.equal(torch.cat([images for _, images in drawn]), together[asked])
 
 
-def test_samples_can_be_drawn_by_number(run_config, model):
-    whole = sample(model, run_config, 6)
-    (indices, images), *_ = sample_batches(model, run_config, [5, 2])
-    assert list(indices) == [5, 2]
-    torch.testing.assert_close(images, whole[[5, 2]], rtol=1e-4, atol=1e-4)
+def test_every_forward_pass_is_of_one_size_with_the_same_rows_whichever_are_asked_for(run_config, model):
+    config = replace(run_config, sample=replace(run_config.sample, micro_batch=5))
+
+    def inputs(asked) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        list(sample_batches(model, config, asked))
+        handle.remove()
+        return seen
+
+    whole = inputs(range(15))
+    assert {len(x) for x in whole} == {10}  # guided: with the label and without
+    calls = len(whole) // 3
+    for number, asked in enumerate(([4], [5, 9], [12, 13])):
+        for x, expected in zip(inputs(asked), whole[number * calls : (number + 1) * calls], strict=True):
+            assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])

@@ -435,9 +435,7 @@ class SampleConfig(Section):
         None, "leading channels that guidance acts on; null: all (the official DiT code: 3 of 4)", low=1, high=4096
     )
     interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance acts", low=0, high=1)
-    micro_batch: int = key(
-        8, "images in each forward pass; another number changes last bits", low=1, high=4096
-    )
+    micro_batch: int = key(8, "images in each forward pass; another number changes last bits", low=1, high=4096)
 
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:

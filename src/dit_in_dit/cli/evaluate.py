@@ -12,6 +12,7 @@ from dit_in_dit.cli.options import (
     Commands,
     add_device,
     add_micro_batch,
+    add_num,
     add_sampling,
     make_folder,
     own_device,
@@ -29,7 +30,7 @@ def add(commands: Commands) -> None:
         "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real ones"
     )
     evaluate.add_argument("subject", type=Path, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
-    evaluate.add_argument("--num", type=whole, default=1000, help="how many images (default 1000)")
+    add_num(evaluate, 1000)
     evaluate.add_argument(
         "--against",
         metavar="DATA",

@@ -75,6 +75,11 @@ def own_device(name: str) -> torch.device:
     return pick_device(f"cuda:{local}") if device.type == "cuda" and device.index is None and local else device
 
 
+def add_num(command: argparse.ArgumentParser, default: int) -> None:
+    """-n and --num; torchrun takes the latter for the beginning of an option of its own, wherever it stands."""
+    command.add_argument("-n", "--num", type=whole, default=default, help=f"how many images (default {default})")
+
+
 def add_micro_batch(command: argparse.ArgumentParser) -> None:
     """--micro-batch, for `sampling`, where whole micro-batches are drawn."""
     command.add_argument(
@@ -97,8 +102,8 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
 
 def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> tuple[RunConfig, list[int]]:
     """The config with what `add_sampling` was given, and the class numbers (empty: all); `names` are the classes'."""
-    given: dict[str, Any] = {name: getattr(options, name, None) for name in ("sampler", "steps", "guidance", "micro_batch")}
-    given = {name: value for name, value in given.items() if value is not None}
+    keys = ("sampler", "steps", "guidance", "micro_batch")
+    given: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **given))
     if options.classes is not None and not config.model.num_classes:
         raise UserError("--classes: this run was trained without labels")

@@ -11,6 +11,7 @@ from dit_in_dit.cli.options import (
     Commands,
     add_device,
     add_micro_batch,
+    add_num,
     add_sampling,
     make_folder,
     own_device,
@@ -32,7 +33,7 @@ def add(commands: Commands) -> None:
     """Add the command."""
     sample = commands.add("sample", _sample, "draw images from a trained run; drawn already, they are not drawn again")
     sample.add_argument("run_folder", type=Path, metavar="RUN")
-    sample.add_argument("--num", type=whole, default=64, help="how many (default 64)")
+    add_num(sample, 64)
     add_sampling(sample)
     add_micro_batch(sample)
     sample.add_argument(

@@ -61,28 +61,36 @@ def _sample(options: argparse.Namespace) -> None:
     out: Path = options.out
     make_folder(out)
     latents = config.model.channels not in (1, 3)
-    paths = [out / f"{index:06d}.{'npy' if latents else 'png'}" for index in range(options.num)]
 
+    def path(index: int) -> Path:
+        return out / f"{index:06d}.{'npy' if latents else 'png'}"
+
+    if not (out / IDENTITY).exists():
+        foreign = next((path(index) for index in range(options.num) if path(index).exists()), None)
+        # Asked again: another process may have begun meanwhile, and it says what it draws before it draws.
+        if foreign and not (out / IDENTITY).exists():
+            raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
     names = [manifest["classes"][c] for c in classes] or "all in turn"
     labels = names if config.model.num_classes else "none"
-    how = protocol(config.sample, labels=labels, averaged=not options.raw, seed=options.seed)
     weights = manifest["sha256"]["state.safetensors" if options.raw else "ema.safetensors"]
-    identity = {"step": manifest["step"], "config": manifest["config"], "checkpoint": weights}
-    identity |= {"samples": how, "micro_batch": config.sample.micro_batch, "made on": _made_on(device)}
-    # In this order: another process may have begun since, and it notes what it draws before it draws.
-    foreign = next((path for path in paths if path.exists()), None)
-    if foreign and not (out / IDENTITY).exists():
-        raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
+    identity = {
+        "step": manifest["step"],
+        "config": manifest["config"],
+        "checkpoint": weights,
+        "samples": protocol(config.sample, labels=labels, averaged=not options.raw, seed=options.seed),
+        "micro_batch": config.sample.micro_batch,
+        "made on": _made_on(device),
+    }
     chunks.claim(out / IDENTITY, identity)
 
     def there(part: range) -> bool:
-        return all(paths[index].exists() for index in part)
+        return all(path(index).exists() for index in part)
 
     def make(part: range) -> None:
-        missing = [index for index in part if not paths[index].exists()]
+        missing = [index for index in part if not path(index).exists()]
         for indices, images in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
             for index, image in zip(indices, images, strict=True):
-                chunks.write(paths[index], _encoded(image, latents))
+                chunks.write(path(index), _encoded(image, latents))
 
     size = config.sample.micro_batch
     shared = chunks.share(options.num, -(-options.batch // size) * size, there, make)
@@ -94,12 +102,12 @@ def _sample(options: argparse.Namespace) -> None:
         task = bar.add_task("sampling", total=options.num)
         for done in shared:
             bar.update(task, completed=done)
-    _finish(out, paths, latents)
+    _finish(out, [path(index) for index in range(options.num)], latents)
     print(f"{options.num} samples and grid.png in {out}")
 
 
 def _made_on(device: torch.device) -> dict[str, str]:
-    """What the last bits depend on besides the protocol."""
+    """What else the last bits depend on. (The number of CPU threads was not seen to matter: docs/decisions.md.)"""
     import torch
 
     gpu = device.type == "cuda"
@@ -141,9 +149,9 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     content = io.BytesIO()
     grid(shown).save(content, "png")
     chunks.write(out / "grid.png", content.getvalue())
-    done = {path.name for path in paths}
     for begun in out.glob("*.part"):
-        if begun.name.rsplit(".", 3)[0] in done:
+        number = begun.name.split(".")[0]
+        if number.isdecimal() and int(number) < len(paths):  # others may draw more
             begun.unlink(missing_ok=True)
 
 

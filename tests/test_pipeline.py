@@ -22,6 +22,7 @@ import yaml
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -43,7 +44,7 @@ from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
-from dit_in_dit.sampling import make_scheduler, to_pixels
+from dit_in_dit.sampling import denoise, guided, make_scheduler, to_pixels
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
 FLOW = RunConfig(model=small_model("outer*1 inner*1"), sample=SampleConfig(sampler="dpm++", steps=4, guidance=2.0))
@@ -174,6 +175,36 @@ def test_generators_draw_the_noise_of_stochastic_steps_too():
 
     torch.testing.assert_close(drawn([5, 4], 1.0)[1:], drawn([4], 1.0), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(drawn([4], 1.0), drawn([4], 0.0), atol=1e-2)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ancestral_steps_are_those_of_sample(learned, spacing):
+    how = SampleConfig(sampler="ddpm", steps=10, guidance=2.0, spacing=spacing)
+    config = replace(DDPM, model=small_model("outer*1 inner*1", learn_variance=learned), sample=how)
+
+    def source() -> Any:
+        """The same noise as that of the pipeline's generators, one after the other."""
+        draws = [torch.Generator().manual_seed(seed) for seed in range(5)]
+        return lambda: torch.cat([torch.randn(1, 3, 16, 8, generator=draw) for draw in draws])
+
+    model = seeded(config)
+    with torch.no_grad():
+        ours = denoise(guided(model, 5, how), config.diffusion, how, source(), torch.arange(5))
+    draws = [torch.Generator().manual_seed(seed) for seed in range(5)]
+    assert torch.equal(piped(config)(CLASSES, generator=draws, output_type="latent").images, ours)
+
+
+def test_a_learned_variance_is_no_part_of_the_prediction():
+    config = replace(DDPM, model=small_model("outer*1 inner*1", learn_variance=True))
+    ours = sample(seeded(config), config, 5)
+    assert torch.equal(piped(config)(CLASSES, latents=noise(5), output_type="latent").images, ours)
+
+
+def test_guidance_on_some_channels():
+    config = replace(FLOW, sample=replace(FLOW.sample, guidance_channels=2))
+    drawn = piped(config)(CLASSES, latents=noise(5), output_type="latent").images
+    assert torch.equal(drawn, sample(seeded(config), config, 5))
 
 
 def test_labels_are_numbers_names_or_none(pipe):
@@ -312,6 +343,7 @@ class Gaussian(torch.nn.Module):
         ("ddpm", "noise", DPMSolverMultistepScheduler),
         ("ddpm", "image", UniPCMultistepScheduler),
         ("ddpm", "noise", EulerDiscreteScheduler),
+        ("ddpm", "noise", DDPMScheduler),
         ("ddpm", "image", EulerDiscreteScheduler),
     ],
 )
@@ -321,7 +353,7 @@ def test_swapped_schedulers_reach_the_distribution(path, predict, scheduler):
         FLOW, model=small_model(image_size=(64, 64)), diffusion=DiffusionConfig(path=path, predict=predict)
     )
     first = {"flow": "euler", "ddpm": "ddim"}[path]
-    steps = 250 if scheduler in (DDIMScheduler, EulerDiscreteScheduler) else 40  # of the first order
+    steps = 250 if scheduler in (DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler) else 40  # of the first order
     pipe = quiet(DiTInDiTPipeline(Gaussian(config), make_scheduler(config.diffusion, first)))
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     draws = torch.Generator().manual_seed(0)
@@ -337,6 +369,7 @@ def test_swapped_schedulers_reach_the_distribution(path, predict, scheduler):
         (DDPM, FlowMatchEulerDiscreteScheduler(), "the model's path is ddpm"),
         (DDPM, UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "path is ddpm"),
         (DDPM, DDIMScheduler(beta_schedule="scaled_linear"), "other noise levels"),
+        (DDPM, DDIMScheduler(timestep_spacing="linspace"), "steps past its times"),
     ],
 )
 def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):

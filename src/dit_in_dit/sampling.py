@@ -50,6 +50,7 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None
         spacing = spacing or ("linspace" if sampler == "ddpm" else "trailing")
         # Images are not clipped, whatever class takes this over.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
+        options |= {"variance_type": "fixed_large"} if sampler == "ddpm" else {}  # where it is not learned
     # DDIM's step on a straight path is Euler's.
     name = SCHEDULERS["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]
     return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)

@@ -67,7 +67,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
     transformer.nested = model
     return DiTInDiTPipeline(
         transformer.eval(),
-        make_scheduler(config.diffusion, config.sample.sampler),
+        make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing),
         vae,
         id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
         sample=to_dict(config.sample),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit_in_dit.config import DiffusionConfig, ModelConfig, SampleConfig, UserError, check_sampler, nearest
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
+from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
 from dit_in_dit.sampling import guided, matches_flow, picture, set_steps, time_of, to_pixels, wanted_by
 
@@ -107,7 +108,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         set_steps(self.scheduler, how.steps)
         x = self._noise((count, *shape), generator, latents, device)
 
-        path, wanted, predict = make_path(diffusion), wanted_by(self.scheduler), guided(self._predict, self.null, how)
+        path, predict = make_path(diffusion), guided(self._predict, self.null, how)
+        ancestral_steps = type(self.scheduler).__name__ == "DDPMScheduler"
+        wanted = "image" if ancestral_steps else wanted_by(self.scheduler)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
         options = self._step_options(generator, eta)
         self._interrupt = False
@@ -117,8 +120,12 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                     continue
                 t = torch.full((count,), time_of(self.scheduler, diffusion.path, number), device=device)
                 x_t = scale(x, timestep)
-                step = convert(path, predict(x_t, t, y), x_t, t, given=diffusion.predict, wanted=wanted)
-                x = self.scheduler.step(step, timestep, x, **options).prev_sample
+                output, fraction = halves(predict(x_t, t, y), x_t)
+                step = convert(path, output, x_t, t, given=diffusion.predict, wanted=wanted)
+                if ancestral_steps:
+                    x = self._ancestral(step, fraction, x, number, generator)
+                else:
+                    x = self.scheduler.step(step, timestep, x, **options).prev_sample
                 if callback_on_step_end is not None:
                     given = dict.fromkeys(wanted_tensors, x)
                     x = (callback_on_step_end(self, number, timestep, given) or {}).get("latents", x)
@@ -188,8 +195,11 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         ours = Ddpm().table[0] ** 2
         if not torch.allclose(scheduler.alphas_cumprod.cpu().float(), ours, atol=1e-4):
             raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
-        if scheduler.config.get("timestep_spacing") == "trailing":
+        spacing = scheduler.config.get("timestep_spacing")
+        if spacing == "trailing":
             check_sampler(path, "ddim", steps)
+        if spacing == "linspace" and name == "DDIMScheduler":
+            raise UserError("DDIMScheduler steps past its times with linspace: give timestep_spacing='trailing'")
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
         if latents is None:
@@ -197,6 +207,15 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         elif latents.shape != shape:
             raise UserError(f"latents must be {shape}: got {tuple(latents.shape)}")
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1)
+
+    def _ancestral(self, image: Tensor, fraction: Tensor | None, x: Tensor, number: int, generator: Any) -> Tensor:
+        """DDPM's step as `sample` takes it, with the variance that was learned, if one was. That of diffusers adds
+        noise to the finished image wherever its last time is not 0."""
+        timesteps = [*self.scheduler.timesteps.tolist(), -1]
+        if fraction is None and self.scheduler.config.variance_type.startswith("fixed_small"):
+            fraction = torch.full_like(x, -1)
+        noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return ancestral(image, fraction, x, int(timesteps[number]), int(timesteps[number + 1]), noise)
 
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What this scheduler's step takes besides."""

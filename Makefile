@@ -2,12 +2,13 @@
 # make test   from nothing to all tests passed
 # make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each)
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
+# make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval test-faults check
+.PHONY: demo test test-eval test-track test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -46,4 +47,16 @@ test-eval: .venv-eval/made
 	$(EVAL) -m pip install --disable-pip-version-check -c constraints.txt -c tests/eval/constraints.txt \
 		-e '.[viz]' pytest pytest-timeout transformers
 	$(EVAL) -m pip install --disable-pip-version-check -c tests/eval/constraints.txt --no-deps torch-fidelity torchvision
+	touch $@
+
+# Trackers that bring many packages: apart from dev, so that nothing else has to agree with them.
+TRACK := .venv-track/bin/python
+
+test-track: .venv-track/made
+	OMP_NUM_THREADS=1 $(TRACK) -m pytest tests/test_track.py
+
+.venv-track/made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-track
+	$(TRACK) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(TRACK) -m pip install --disable-pip-version-check wandb trackio mlflow
 	touch $@

@@ -14,7 +14,7 @@ FLOORS = (
     {"checkpoint"},
     {"training", "sampling", "figures"},
     {"evaluation", "interop", "benchmark"},
-    {"study", "maps"},
+    {"study", "maps", "track"},
     {"cli", "app"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

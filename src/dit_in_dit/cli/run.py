@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,11 @@ def add(commands: Commands) -> None:
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--track",
+        metavar="NAMES",
+        help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
+    )
     add_device(train)
 
     demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
@@ -47,7 +53,18 @@ def _train(options: argparse.Namespace) -> None:
         config = chosen(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen(options)
-    _follow(train(config, options.out, resume=options.resume, device=options.device), options.out)
+    facts = train(config, options.out, resume=options.resume, device=options.device)
+    _follow(_tracked(facts, options), options.out)
+
+
+def _tracked(facts: Iterator[Fact], options: argparse.Namespace) -> Iterator[Fact]:
+    """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
+    from dit_in_dit.track import chosen, told
+
+    names = chosen(options.track, options.out) if os.environ.get("RANK", "0") == "0" else []
+    return (
+        told(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr)) if names else facts
+    )
 
 
 def _follow(facts: Iterator[Fact], out: Path) -> None:

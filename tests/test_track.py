@@ -223,9 +223,9 @@ def test_the_facts_are_those_without_trackers(no_curves, config, tmp_path):
 def test_the_command_tells_who_it_is_asked_to_and_goes_on_doing_so(no_curves, folder, run, capsys, monkeypatch):
     words = ["train", *TINY, "--set", f"data.source={folder}", "--out", str(run), "--device", "cpu"]
     assert "did you mean 'tensorboard'" in lines_of([*words, "--track", "tensorbord"], capsys)
-    monkeypatch.setattr("dit_in_dit.track.find_spec", lambda name: None)
-    assert "pip install wandb" in lines_of([*words, "--track", "wandb"], capsys)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_in_dit.track.find_spec", lambda name: None)
+        assert "pip install wandb" in lines_of([*words, "--track", "wandb"], capsys)
     assert not run.exists()
     main([*words, "--track", "tensorboard"])
     main(["train", "--resume", "--out", str(run)])

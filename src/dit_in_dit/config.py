@@ -405,6 +405,19 @@ class TrainConfig(Section):
     recompute: Literal["none", "inner", "outer", "both"] = key(
         "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
     )
+    parallel: Literal["ddp", "fsdp"] = key(
+        "ddp", "several processes: ddp, each has all weights; fsdp, each has a part of weights, average and moments"
+    )
+    reduction: Literal["fast", "fixed"] = key(
+        "fast",
+        "sum of gradients: fast, as the engine adds; fixed, micro-batches in a fixed tree: on 1, 2, 4 processes "
+        "the same bits",
+    )
+    timeout: int = key(600, "seconds in which a process must answer the others, or the job ends", low=1, high=86_400)
+    skip_most: int = key(10, "steps in a row that are skipped for a loss or gradient not finite", low=0, high=10**6)
+    on_divergence: Literal["stop", "roll_back"] = key(
+        "stop", "after more: stop, or go back to the last checkpoint and on with later examples"
+    )
     checkpoint_every: int = key(10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12)
     keep_every: int = key(
         0, "steps between checkpoints that stay for good; 0: none, the newest two stay", low=0, high=10**12
@@ -418,6 +431,12 @@ class TrainConfig(Section):
                 "train.keep_every must be a multiple of train.checkpoint_every: "
                 f"got {self.keep_every}, {self.checkpoint_every}"
             )
+        if self.reduction == "fixed" and self.accumulate & (self.accumulate - 1):
+            raise UserError(
+                f"train.reduction=fixed adds in pairs: train.accumulate must be a power of two, got {self.accumulate}"
+            )
+        if self.reduction == "fixed" and self.parallel == "fsdp":
+            raise UserError("train.reduction=fixed sums whole gradients: use train.parallel=ddp with it")
 
 
 @dataclass(frozen=True)

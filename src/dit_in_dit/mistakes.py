@@ -11,6 +11,9 @@ LINE = 200  # characters of a message as the command prints it
 class UserError(ValueError):
     """Something the user gave cannot be used; its message is the one line they need."""
 
+    code = 2  # of the command's exit
+    quiet = False  # another process says it
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""

@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, sample, study
+from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, sample, study, verify
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.mistakes import UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
         options = parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
-        _refuse(str(error))
+        _refuse("" if error.quiet else str(error), error.code)
     except KeyboardInterrupt:
         print("dit-in-dit: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
@@ -34,10 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
         _refuse("there is not enough memory for this: make the model, the batch or the images smaller")
 
 
-def _refuse(message: str) -> NoReturn:
-    """End with one line on stderr and exit code 2."""
-    print(one_line(f"dit-in-dit: {message}"), file=sys.stderr)
-    sys.exit(2)
+def _refuse(message: str, code: int = 2) -> NoReturn:
+    """End with one line on stderr and an exit code."""
+    if message:
+        print(one_line(f"dit-in-dit: {message}"), file=sys.stderr, flush=True)
+    if code != 2:  # another process is lost, and the engine would wait for it once more
+        os._exit(code)
+    sys.exit(code)
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
@@ -51,6 +54,6 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, encode, run, sample, evaluate, curves, doctor, maps, match, study, bench):
+    for room in (look, encode, run, sample, evaluate, curves, doctor, maps, match, study, bench, verify):
         room.add(commands)
     return made

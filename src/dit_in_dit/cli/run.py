@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,7 @@ from dit_in_dit.config import RunConfig, override, shortened
 
 if TYPE_CHECKING:
     from dit_in_dit.training.loop import Fact
+    from dit_in_dit.training.stop import Stop
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
@@ -36,6 +40,7 @@ def add(commands: Commands) -> None:
         metavar="NAMES",
         help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
     )
+    train.add_argument("--until", type=whole, metavar="STEP", help="end after this step, to go on another time")
     add_device(train)
 
     demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
@@ -48,13 +53,14 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit import checkpoint
     from dit_in_dit.training.loop import train
 
+    stop = _signals()
     if options.resume:
         stored = checkpoint.read_config(options.out)
         config = chosen(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen(options)
-    facts = train(config, options.out, resume=options.resume, device=options.device)
-    _follow(_tracked(facts, options), options.out)
+    facts = train(config, options.out, resume=options.resume, device=options.device, stop=stop, until=options.until)
+    _follow(_tracked(facts, options), options.out, stop)
 
 
 def _tracked(facts: Iterator[Fact], options: argparse.Namespace) -> Iterator[Fact]:
@@ -67,19 +73,32 @@ def _tracked(facts: Iterator[Fact], options: argparse.Namespace) -> Iterator[Fac
     )
 
 
-def _follow(facts: Iterator[Fact], out: Path) -> None:
-    """Show training facts as a progress bar and lines; draw sample grids when they are due."""
+def _signals() -> Stop:
+    """From here on SIGINT and SIGTERM end a run between two steps, saved."""
+    from dit_in_dit.training.stop import Stop
+
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop.ask)
+    return stop
+
+
+def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
+    """Show training facts as a progress bar and lines; draw sample grids when they are due.
+
+    When the run was stopped, ends the process as its signal would have.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dit_in_dit import checkpoint
-    from dit_in_dit.sampling import grid, sample, to_pixels
 
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     start = next(facts)  # first: a mistake is found here, before there is anything to show
     config, values = checkpoint.read_config(out), start.values
     console.print(
-        f"{values['parameters'] / 1e6:.2f} M parameters on {values['device']} in {values['precision']}, "
+        f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
     for damage in values["passed_over"]:
@@ -87,7 +106,7 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
     if values["skipped"]:
         console.print(f"left out {len(values['skipped'])} unreadable files, such as {shortened(values['skipped'][0])}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("", total=config.train.steps, completed=start.step)
         for fact in facts:
             values = fact.values
@@ -98,11 +117,53 @@ def _follow(facts: Iterator[Fact], out: Path) -> None:
                 parts = (f"t={t}: {e['whole']:.5f} (high {e['high']:.5f})" for t, e in values.items())
                 console.print(f"step {fact.step}  held-out error  {'  '.join(parts)}")
             elif fact.kind == "samples" and fact.model is not None:
-                path = out / "samples" / f"{fact.step:07d}.png"
-                path.parent.mkdir(exist_ok=True)
-                grid(to_pixels(sample(fact.model, config, GRID_IMAGES))).save(path)
+                _draw_grid(fact, config, out, stop)
             elif fact.kind == "checkpoint":
                 console.print(f"step {fact.step}  saved {values['path']}")
+            elif fact.kind == "unsaved":
+                console.print(f"step {fact.step}  {values['why']}; the next checkpoint tries again")
+            elif fact.kind == "skipped":
+                low, high = values["examples"]
+                seen = (
+                    f"examples {low} to {high}, not finite: {', '.join(map(str, values['not_finite'])) or 'none alone'}"
+                )
+                numbers = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+                console.print(f"step {fact.step}  skipped: {numbers} ({seen})")
+            elif fact.kind == "rolled_back":
+                console.print(f"{values['why']}: back to step {values['to']}, and on with later examples")
+            elif fact.kind == "stopped":
+                bar.stop()
+                _end(fact, console)
+
+
+def _devices(values: dict[str, Any]) -> str:
+    return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
+
+
+def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
+    """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
+    from dit_in_dit.sampling import grid, sample, to_pixels
+    from dit_in_dit.training.stop import Interrupted
+
+    assert fact.model is not None
+    path = out / "samples" / f"{fact.step:07d}.png"
+    if path.exists():
+        return
+    with suppress(Interrupted), stop.waiting():
+        images = sample(fact.model, config, GRID_IMAGES)
+        path.parent.mkdir(exist_ok=True)
+        beside = path.with_suffix(".part")
+        grid(to_pixels(images)).save(beside, format="PNG")
+        beside.replace(path)
+
+
+def _end(fact: Fact, console: Any) -> None:
+    """Say where the run stopped; after a signal, exit as it asks to."""
+    console.print(f"step {fact.step}  stopped; it goes on with --resume")
+    if number := fact.values["signal"]:
+        for child in multiprocessing.active_children():
+            child.kill()  # a loader's worker may still wait for its data
+        sys.exit(128 + number)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -115,7 +176,8 @@ def _demo(options: argparse.Namespace) -> None:
     started = (out / "config.yaml").exists()
     asked = options.preset or options.config or options.set
     config = checkpoint.read_config(out) if started and not asked else chosen(options, "emoji")
-    _follow(train(config, out, resume=started, device=options.device), out)
+    stop = _signals()
+    _follow(train(config, out, resume=started, device=options.device, stop=stop), out, stop)
     model, config, _ = checkpoint.load_model(out, pick_device(options.device))
     print("drawing samples ...", file=sys.stderr)
     drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
 
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.distributed import local
 
 
 def ema_decay(step: int, most: float) -> float:
@@ -24,7 +24,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: NestedDiT, step: int) -> None:
-        """Move towards the weights after optimizer step `step`."""
-        averaged: list[Tensor] = list(self.model.parameters())
-        trained: list[Tensor] = list(model.parameters())
+        """Move towards the weights after optimizer step `step`; of sharded ones, each process moves its own part."""
+        averaged = [local(weight) for weight in self.model.parameters()]
+        trained = [local(weight) for weight in model.parameters()]
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, self.decay))

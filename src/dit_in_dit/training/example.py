@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,18 +44,40 @@ def image_number(seed: int, index: int, size: int | None) -> int:
 
 
 class Examples(Dataset[Batch]):
-    """Micro-batches by number: number k holds examples k * batch_size and on."""
+    """Micro-batches by number, of process `rank` of `world`; alone, number k holds examples k * batch_size and on.
 
-    def __init__(self, source: Source, config: RunConfig) -> None:
+    Of every step's examples each process has an equal share: with train.reduction=fast the same rows of each
+    micro-batch, with fixed whole micro-batches.
+    """
+
+    def __init__(self, source: Source, config: RunConfig, rank: int = 0, world: int = 1) -> None:
         self.source, self.config = source, config
+        self.rank, self.world = rank, world
         self.path = make_path(config.diffusion)
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches that this process has in an optimizer step."""
+        train = self.config.train
+        return train.accumulate // self.world if train.reduction == "fixed" else train.accumulate
+
+    def indices(self, number: int) -> range:
+        """Numbers of the training examples in this process's micro-batch `number`."""
+        train = self.config.train
+        if train.reduction == "fixed":
+            step, turn = divmod(number, self.per_step)
+            first = (step * train.accumulate + self.rank * self.per_step + turn) * train.batch_size
+            return range(first, first + train.batch_size)
+        rows = train.batch_size // self.world
+        first = number * train.batch_size + self.rank * rows
+        return range(first, first + rows)
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number`; UserError when an image cannot be read."""
         config = self.config
-        size, drop, flip = config.train.batch_size, config.train.label_drop, config.data.flip
+        drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
-        for index in range(number * size, (number + 1) * size):
+        for index in self.indices(number):
             chosen = image_number(config.seed, index, self.source.train_size)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             image, label = self._shown(chosen, index, flip=flip and u_flip < 0.5)
@@ -92,6 +115,12 @@ class _Messages(Dataset["Batch | str"]):
             return str(error)
 
 
+def _ignore_signals(_: int) -> None:
+    """A signal to the process group is the trainer's to answer: it still needs its workers to end the step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
     """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes; where one cannot
     be had, the message that says why."""
@@ -101,6 +130,7 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
         sampler=range(first, last),
         num_workers=workers,
         pin_memory=pin,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
         persistent_workers=False,
     )

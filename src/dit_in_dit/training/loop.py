@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
+import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, first_difference
-from dit_in_dit.data.source import Source, open_source
-from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
-from dit_in_dit.memory import keep_freed_memory
-from dit_in_dit.model.nested import NestedDiT, part_of
-from dit_in_dit.sealed import Damage
-from dit_in_dit.training.ema import Ema
-from dit_in_dit.training.example import Batch, Examples, held_out, load
+from dit_in_dit.config import RunConfig, UserError, config_hash, first_difference
+from dit_in_dit.data.source import open_source
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.distributed import World, join
+from dit_in_dit.training.example import Batch, Examples, image_number, load
+from dit_in_dit.training.lines import Clock, Log
+from dit_in_dit.training.stop import Interrupted, Stop
+from dit_in_dit.training.trainer import Trainer, learning_rate
+
+__all__ = ["Fact", "Trainer", "learning_rate", "pick_device", "settled", "train"]
 
 FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged: no wait per step
-HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
+ROLL_BACKS = 3  # times that a run goes back to one checkpoint
+NAMED = 8  # examples named in the line of a skipped step
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Fact:
     """Something that happened.
 
     kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
-    part, learning rate), held_out (denoising error by time), checkpoint (its path), samples (due: draw with `model`,
-    the averaged one).
+    part, learning rate), skipped (a step whose loss or gradient was not finite: its examples), rolled_back (to which
+    step, and why), held_out (denoising error by time), checkpoint (its path), unsaved (why one could not be written),
+    samples (due: draw with `model`, the averaged one; in the process that leads), stopped (as it was asked to; the last).
     """
 
     kind: str
@@ -44,10 +48,12 @@ class Fact:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the best there is; UserError when it is not there."""
+    """The named device, or the best there is; under torchrun its own GPU. UserError when it is not there."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     there = [kind for kind, count in counts.items() if count]
     kind, _, number = (there[0] if name == "auto" else name).partition(":")
+    if kind == "cuda" and not number:
+        number = os.environ.get("LOCAL_RANK", "")
     if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
         raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
     return torch.device(f"{kind}:{number}" if number else kind)
@@ -67,256 +73,264 @@ def settled(config: RunConfig, device: torch.device) -> RunConfig:
     return replace(config, train=replace(config.train, precision=precision))
 
 
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """The rate of optimizer step `step` (from 0): a function of the step alone."""
-    if step < train.warmup:
-        return train.learning_rate * (step + 1) / train.warmup
-    if train.schedule == "constant":
-        return train.learning_rate
-    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _open_lines(path: Path) -> tuple[BinaryIO, list[dict[str, Any]]]:
-    """A file of JSON lines, open to append, and the lines it holds; half a line of a killed process is cut off."""
-    whole = path.read_bytes() if path.exists() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]
-    try:
-        lines = [dict(json.loads(line)) for line in whole.splitlines()]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} holds a line that is not a JSON object: mend it, or start another run") from None
-    file = path.open("r+b" if path.exists() else "w+b")
-    file.truncate(len(whole))
-    file.seek(len(whole))
-    return file, lines
-
-
-class _Log:
-    """Append-only JSON lines; a resumed run does not write again what is there already."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, lines = _open_lines(path)
-        self.done = {self._name(line) for line in lines}
-
-    @staticmethod
-    def _name(line: dict[str, Any]) -> tuple[int | None, bool]:
-        return line.get("step"), "held_out" in line
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append, unless it is there."""
-        if self._name(line) not in self.done:
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
-
-
-class _Clock:
-    """Training time, appended to a file of JSON lines: seconds spent in steps, over all resumes, and speed."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, lines = _open_lines(path)
-        self.seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
-        self.start()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def start(self) -> None:
-        """Time from here."""
-        self.began = time.perf_counter()
-
-    def waited(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.began
-
-    def write(self, step: int, images: int) -> float:
-        """Note the time since the start, and return images per second."""
-        speed = images / self.waited()
-        self.seconds += self.waited()
-        line = {"step": step, "seconds": self.seconds, "images_per_second": speed}
-        self.file.write(json.dumps(line).encode() + b"\n")
-        self.file.flush()
-        return speed
-
-
-class Trainer:
-    """Everything that changes while a run trains."""
-
-    def __init__(self, config: RunConfig, source: Source, device: torch.device) -> None:
-        self.config, self.source, self.device = config, source, device
-        keep_freed_memory()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
-            self.model = NestedDiT(config.model, recompute=config.train.recompute)
-        self.model.to(device)
-        self.weights = dict(self.model.named_parameters())
-        self.ema = Ema(self.model, config.train.ema)
-        self.fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.train.learning_rate,
-            betas=(0.9, 0.999),
-            weight_decay=config.train.weight_decay,
-            fused=self.fused,
-        )
-        self.objective = Objective(config.diffusion)
-        self.predict = torch.compile(self.model) if config.train.compile else self.model
-        self.step = 0
-        wanted = config.train.evaluate_every and source.held_out_size
-        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 where the config says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
-
-    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
-        """One optimizer step on `accumulate` micro-batches."""
-        train = self.config.train
-        rate = learning_rate(train, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
-            with self.autocast():
-                loss = self.objective.loss(self.predict, x, noise, t, y).mean() / len(batches)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        norm, parts = self.gradient_norms()
-        nn.utils.clip_grads_with_norm_(self.weights.values(), train.clip or math.inf, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.ema.update(self.model, self.step)
-        return {"loss": total, "grad_norm": norm, "learning_rate": rate, **parts}
-
-    def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient's norm before clipping, as a whole and in each part of the model."""
-        gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-        norms = torch._foreach_norm(list(gradients.values()))
-        parts: dict[str, list[Tensor]] = {}
-        for name, norm in zip(gradients, norms, strict=True):
-            parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
-        return torch.stack(norms).norm(), {part: torch.stack(norms).norm() for part, norms in parts.items()}
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Held-out denoising error of the averaged model by time: whole image and high frequencies."""
-        assert self.held_out is not None
-        errors = {}
-        x, noise, _, y, _ = self.held_out
-        size = self.config.train.batch_size
-        for t in EVALUATION_TIMES:
-            sums = torch.zeros(2, dtype=torch.float64)
-            for start in range(0, len(x), size):
-                images, noises, labels = (v[start : start + size].to(self.device) for v in (x, noise, y))
-                parts = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
-                sums += torch.stack(parts).cpu().double().sum(1)  # on the CPU: not every device has float64
-            whole, high = (sums / len(x)).tolist()
-            errors[str(t)] = {"whole": whole, "high": high}
-        return errors
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that continue the run: weights and optimizer moments by parameter name."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        return tensors
-
-    def restore(self, state: dict[str, Tensor], ema: dict[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given."""
-        weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-        self.model.load_state_dict(weights)
-        self.ema.model.load_state_dict(ema)
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                "step": state[f"optimizer.step.{name}"].to(self.device if self.fused else "cpu", copy=True),
-                "exp_avg": state[f"optimizer.exp_avg.{name}"].to(self.device, copy=True),
-                "exp_avg_sq": state[f"optimizer.exp_avg_sq.{name}"].to(self.device, copy=True),
-            }
-        self.step = step
-
-
-def train(config: RunConfig, out: str | Path, *, resume: bool = False, device: str = "auto") -> Iterator[Fact]:
+def train(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "auto",
+    stop: Stop | None = None,
+    until: int | None = None,
+) -> Iterator[Fact]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
+
+    Under a launcher (torchrun, Slurm) its processes share the run, whatever their number was before.
+
+    Args:
+        stop: when it is asked to stop, the run saves a checkpoint and ends.
+        until: end with a checkpoint after this step, to go on another time.
 
     Raises:
         UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
-            trains it, or the loss is not finite.
+            trains it, or training diverged.
+        LostError: another process of the run ended or does not answer.
     """
     run, place = Path(out), pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     config = settled(config, place)
     source = open_source(config.data, config.model)
-    trainer = Trainer(config, source, place)
-    if not resume:
-        checkpoint.create(run, config)
-    stored = checkpoint.read_config(run)  # first: where no run is, there is nothing to hold
-    passed_over: tuple[Damage, ...] = ()
-    with checkpoint.hold(run):
-        if resume:
-            passed_over = _resume(trainer, run, stored)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
-        values["passed_over"] = [str(damage) for damage in passed_over]
-        yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
-        yield from _loop(trainer, run)
+    world = join(place, config.train.timeout)
+    trainer = Trainer(config, source, place, world)
+    with world.watched():
+        if not resume:
+            world.led(lambda: checkpoint.create(run, config))
+        stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
+        with _held(run, world):
+            course = _Course(trainer, run, stop or Stop(), min(until or config.train.steps, config.train.steps))
+            passed_over = course.restore(stored) if resume else ()
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
+            values |= {"processes": world.size, "passed_over": passed_over}
+            yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+            yield from course.facts()
 
 
-def _resume(trainer: Trainer, run: Path, stored: RunConfig) -> tuple[Damage, ...]:
-    """Bring the trainer to the run's newest good checkpoint, if it has one yet; what is wrong with newer ones."""
-    if differing := first_difference(stored, trainer.config):
-        raise UserError(
-            f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
-        )
-    if not checkpoint.has_any(run):
-        return ()
-    folder, manifest, passed_over = checkpoint.newest(run)
-    if manifest["config"] != config_hash(stored):
-        raise UserError(f"{run / 'config.yaml'} was changed since {folder.name} was written: put it back")
-    if tuple(manifest["classes"]) != tuple(trainer.source.classes):
-        raise UserError(f"{trainer.config.data.source} has other classes than when {run} was started")
-    state = checkpoint.load_state(folder)
-    trainer.restore(state, checkpoint.load_state(folder, "ema.safetensors"), manifest["step"])
-    return passed_over
+class _held:
+    """`checkpoint.hold` by the process that leads; its error is raised in all."""
+
+    def __init__(self, run: Path, world: World) -> None:
+        self.lock, self.world = checkpoint.hold(run), world
+
+    def __enter__(self) -> None:
+        self.world.led(self.lock.__enter__)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.world.leads:
+            self.lock.__exit__(*error)
 
 
-def _loop(trainer: Trainer, run: Path) -> Iterator[Fact]:
-    config, train = trainer.config, trainer.config.train
-    first, last = trainer.step * train.accumulate, train.steps * train.accumulate
-    examples, on_cuda = Examples(trainer.source, config), trainer.device.type == "cuda"
-    batches = iter(load(examples, first, last, config.data.workers, pin=on_cuda))
-    pending: list[tuple[int, dict[str, Tensor | float]]] = []
-    with closing(_Log(run / "log.jsonl")) as log, closing(_Clock(run / "timing.jsonl")) as clock:
-        while trainer.step < train.steps:
-            values = trainer.update([_whole(next(batches)) for _ in range(train.accumulate)])
+class _DivergedError(Exception):
+    """Too many steps in a row were skipped."""
+
+    def __init__(self, step: int, numbers: str) -> None:
+        super().__init__(step, numbers)
+        self.step, self.numbers = step, numbers
+
+
+class _Course:
+    """The way of one run from the step it is at to step `last`, in every process of its world."""
+
+    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int) -> None:
+        self.trainer, self.run, self.stop, self.last = trainer, run, stop, last
+        self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
+        self.log = Log(run / "log.jsonl" if self.world.leads else None)
+        self.clock = Clock(run / "timing.jsonl" if self.world.leads else None)
+        self.batches: Iterator[Batch | str] = iter(())
+        self.pending: list[tuple[int, dict[str, Tensor | float], Tensor]] = []  # steps not read from the device yet
+        self.went_back: Counter[int] = Counter()
+        self.saved = -1  # the last step that has a checkpoint
+
+    def restore(self, stored: RunConfig) -> tuple[str, ...]:
+        """Bring the trainer to the run's newest good checkpoint, if it has one; the damaged ones that were newer."""
+        trainer, run = self.trainer, self.run
+        if differing := first_difference(stored, self.config):
+            raise UserError(
+                f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
+            )
+        if not self.world.led(lambda: checkpoint.has_any(run)):
+            return ()
+        found = self.world.led(lambda: checkpoint.newest(run))
+        if found.manifest["config"] != config_hash(stored):
+            raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
+        if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
+            raise UserError(f"{self.config.data.source} has other classes than when {run} was started")
+        state = checkpoint.load_state(found.folder)
+        trainer.restore(state, checkpoint.load_state(found.folder, "ema.safetensors"), found.manifest["step"])
+        self.saved = trainer.step
+        return tuple(map(str, found.passed_over))
+
+    def facts(self) -> Iterator[Fact]:
+        """Until step `last`, or until somebody asks to stop."""
+        with closing(self.log.lines), closing(self.clock.lines):
+            try:
+                yield from self._owed()
+                while self.trainer.step < self.last:
+                    try:
+                        yield from self._steps()
+                    except _DivergedError as diverged:
+                        yield self._roll_back(diverged)
+            except Interrupted:
+                pass
+            if self.trainer.step < self.last or self.last < self.how.steps:
+                yield from self._stop()
+
+    def _steps(self) -> Iterator[Fact]:
+        trainer, how = self.trainer, self.how
+        examples = Examples(trainer.source, self.config, self.world.rank, self.world.size)
+        first, last = ((step + trainer.shift) * examples.per_step for step in (trainer.step, self.last))
+        on_cuda = trainer.device.type == "cuda"
+        self.batches = iter(load(examples, first, last, self.config.data.workers, pin=on_cuda))
+        while trainer.step < self.last:
+            with self._waiting():
+                batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]
+            values = trainer.update(batches)
             step = trainer.step
-            pending.append((step, values))
-            evaluate = _due(train.evaluate_every, step, train.steps) and trainer.held_out is not None
-            save, draw = (_due(every, step, train.steps) for every in (train.checkpoint_every, train.sample_every))
-            if evaluate or save or draw or clock.waited() > FLUSH_SECONDS:
-                facts = list(_read(pending))
-                speed = clock.write(step, len(pending) * config.global_batch)
-                pending.clear()
-                for fact in facts:
-                    log.write({"step": fact.step, **fact.values})
-                    yield replace(fact, values={**fact.values, "images_per_second": speed})
+            self.pending.append((step, values, trainer.each))
+            asked, flush = self.world.agree(self.stop.signal, self.clock.waited() > FLUSH_SECONDS)
+            if asked:
+                raise Interrupted
+            evaluate, draw = self._due(step)
+            save = _due(how.checkpoint_every, step, how.steps)
+            if evaluate or save or draw or flush:
+                yield from self._flush()
             if evaluate:
-                errors = trainer.evaluate()
-                log.write({"step": step, "held_out": errors})
-                yield Fact("held_out", step, errors)
+                yield self._evaluate()
             if draw:
-                yield Fact("samples", step, model=trainer.ema.model)
+                yield self._samples()
             if save:
-                state, ema = trainer.state(), trainer.ema.model.state_dict()
-                folder = checkpoint.save(run, config, step, state, ema, trainer.source.classes)
-                yield Fact("checkpoint", step, {"path": str(folder)})
-            if not pending:
-                clock.start()  # only training is timed
+                yield self._save()
+            if not self.pending:
+                self.clock.start()  # only training is timed
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """A wait that a signal cuts short, where no other process would be left waiting."""
+        return self.stop.waiting() if self.world.size == 1 else nullcontext()
+
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether the held-out error, and a picture, is due after this step."""
+        evaluate = _due(self.how.evaluate_every, step, self.how.steps) and self.trainer.held_out is not None
+        return evaluate, _due(self.how.sample_every, step, self.how.steps)
+
+    def _owed(self) -> Iterator[Fact]:
+        """What the restored step was to give, and did not come to."""
+        step = self.trainer.step
+        evaluate, draw = self._due(step) if step else (False, False)
+        line = {"step": step, "held_out": {}}
+        if evaluate and not self.world.led(lambda: self.log.has(self.trainer.rolled_back, line)):
+            yield self._evaluate()
+        if draw:
+            yield self._samples()
+
+    def _flush(self) -> Iterator[Fact]:
+        """Read, log and tell the steps that wait on the device; _DivergedError at the last of too many bad ones."""
+        steps, self.pending = self.pending, []
+        if not steps:
+            return
+        speed = self.clock.write(steps[-1][0], len(steps) * self.config.global_batch)
+        for step, values, each in steps:
+            numbers = {name: float(value) for name, value in values.items()}
+            if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
+                self.trainer.streak = 0
+                self._note({"step": step, **numbers})
+                yield Fact("step", step, {**numbers, "images_per_second": speed})
+                continue
+            self.trainer.streak += 1
+            found = self._skipped(step, numbers, each)
+            self._note({"step": step, "skipped": found})
+            yield Fact("skipped", step, found)
+            if self.trainer.streak > self.how.skip_most:
+                raise _DivergedError(step, f"loss {found['loss']}, gradient norm {found['grad_norm']}")
+
+    def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
+        """What a skipped step saw: its examples, and those whose own loss was not finite, with their images."""
+        first = (step - 1 + self.trainer.shift) * self.config.global_batch
+        bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
+        size = self.trainer.source.train_size
+        return {
+            "loss": str(numbers["loss"]),
+            "grad_norm": str(numbers["grad_norm"]),
+            "examples": [first, first + self.config.global_batch - 1],
+            "not_finite": bad,
+            "images": [image_number(self.config.seed, index, size) for index in bad],
+        }
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.log.write(self.trainer.rolled_back, line)
+
+    def _evaluate(self) -> Fact:
+        with self._waiting():
+            errors = self.trainer.evaluate()
+        self._note({"step": self.trainer.step, "held_out": errors})
+        return Fact("held_out", self.trainer.step, errors)
+
+    def _samples(self) -> Fact:
+        model = self.trainer.averaged()
+        return Fact("samples", self.trainer.step, model=model if self.world.leads else None)
+
+    def _save(self) -> Fact:
+        """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up."""
+        trainer = self.trainer
+        state, ema = trainer.state(), trainer.averaged_state()
+
+        def write() -> Path:
+            self.log.lines.settle()  # no checkpoint without the lines before it
+            return checkpoint.save(self.run, self.config, trainer.step, state, ema, trainer.source.classes)
+
+        try:
+            path = self.world.led(write)
+        except checkpoint.SaveError as error:
+            if trainer.step >= self.last:
+                raise
+            return Fact("unsaved", trainer.step, {"why": str(error)})
+        self.saved = trainer.step
+        return Fact("checkpoint", trainer.step, {"path": str(path)})
+
+    def _stop(self) -> Iterator[Fact]:
+        """Save where the run is, unless it has just gone astray: then what is saved already leads there again."""
+        try:
+            yield from self._flush()
+        except _DivergedError:
+            pass
+        else:
+            self.last = self.trainer.step
+            if self.trainer.step not in (0, self.saved):
+                yield self._save()
+        yield Fact("stopped", self.trainer.step, {"signal": self.stop.signal})
+
+    def _roll_back(self, diverged: _DivergedError) -> Fact:
+        """Go back to the last checkpoint, and on from there with the examples after those that led astray (as PaLM,
+        Chowdhery et al. 2022, section 5.1)."""
+        trainer, step = self.trainer, diverged.step
+        problem = f"step {step}: {diverged.numbers}: training diverged, {trainer.streak} steps in a row"
+        remedy = "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
+        if self.how.on_divergence == "stop":
+            raise UserError(f"{problem}; {remedy}, or set train.on_divergence=roll_back")
+        if not self.world.led(lambda: checkpoint.has_any(self.run)):
+            raise UserError(f"{problem}, and there is no checkpoint to go back to; {remedy}")
+        shift, rolled_back = trainer.shift + step, trainer.rolled_back
+        self.restore(self.config)
+        self.went_back[trainer.step] += 1
+        if self.went_back[trainer.step] > ROLL_BACKS:
+            raise UserError(f"{problem}, as before from step {trainer.step}; {remedy}")
+        trainer.shift = shift - trainer.step
+        values = {"to": trainer.step, "shift": trainer.shift}
+        trainer.rolled_back = rolled_back
+        self._note({"step": step, "rollback": values})
+        trainer.rolled_back, trainer.streak = rolled_back + 1, 0
+        self.pending.clear()
+        self.clock.start()
+        return Fact("rolled_back", step, {**values, "why": problem})
 
 
 def _whole(batch: Batch | str) -> Batch:
@@ -328,15 +342,3 @@ def _whole(batch: Batch | str) -> Batch:
 
 def _due(every: int, step: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _read(pending: list[tuple[int, dict[str, Tensor | float]]]) -> Iterator[Fact]:
-    """Step facts from values still on the device; UserError at the first that is not finite."""
-    for step, values in pending:
-        numbers = {name: float(value) for name, value in values.items()}
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
-            raise UserError(
-                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['grad_norm']}: training diverged; "
-                "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
-            )
-        yield Fact("step", step, numbers)

@@ -1,0 +1,261 @@
+"""What changes while a run trains: weights, their average, the optimizer's moments, and what a step does to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dit_in_dit.config import RunConfig, TrainConfig, UserError
+from dit_in_dit.data.source import Source
+from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
+from dit_in_dit.memory import keep_freed_memory
+from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.training.distributed import World, everywhere, gathered, local, shard, spread, whole
+from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.example import Batch, held_out
+
+HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
+COUNTERS = ("shift", "rolled_back", "streak")  # of a Trainer, kept in the checkpoint
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """The rate of optimizer step `step` (from 0): a function of the step alone."""
+    if step < train.warmup:
+        return train.learning_rate * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Tree:
+    """Gradients of micro-batches, summed in pairs, pairs of pairs and so on: an order that no number of processes
+    changes. Holds one sum for each power of two on its way."""
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        self.weights = list(weights)
+        self.sums: list[tuple[int, list[Tensor]]] = []
+
+    def take(self) -> None:
+        """Take the gradients off the weights, and add them to those of as many micro-batches."""
+        count, gradients = 1, [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
+        while self.sums and self.sums[-1][0] == count:
+            before = self.sums.pop()[1]
+            torch._foreach_add_(before, gradients)
+            count, gradients = 2 * count, before
+        self.sums.append((count, gradients))
+        for weight in self.weights:
+            weight.grad = None
+
+    def finish(self, world: World) -> None:
+        """Put the sum over all processes back on the weights."""
+        ((_, gradients),) = self.sums
+        self.sums.clear()
+        world.add(gradients)
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+
+
+class Trainer:
+    """Everything that changes while a run trains; of `world`, this process's share.
+
+    With several processes and train.parallel=ddp each has all of the weights; with fsdp, a part of them, of the average
+    and of the moments. train.reduction=fixed: no number of processes changes a bit.
+    """
+
+    def __init__(self, config: RunConfig, source: Source, device: torch.device, world: World | None = None) -> None:
+        self.config, self.source, self.device, self.world = config, source, device, world or World()
+        train = config.train
+        check_world(train, self.world.size)
+        keep_freed_memory()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
+            self.model = NestedDiT(config.model, recompute=train.recompute)
+        self.model.to(device)
+        self.ema = Ema(self.model, train.ema)
+        self.tree: Tree | None = None
+        net: nn.Module = self.model
+        self.sharded = self.world.size > 1 and train.parallel == "fsdp"
+        if self.sharded:
+            shard(self.model)
+            shard(self.ema.model)
+        elif self.world.size > 1 and train.reduction == "fast":
+            net = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if train.reduction == "fixed":
+            self.tree = Tree(self.model.parameters())
+        self.net = net
+        self.weights = dict(self.model.named_parameters())
+        self.fused = device.type in ("cpu", "cuda")
+        self.optimizer: Any = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=train.learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=train.weight_decay,
+            fused=self.fused,
+        )
+        self.objective = Objective(config.diffusion)
+        self.predict = torch.compile(net) if train.compile else net
+        self.step = 0
+        self.shift = 0  # steps of examples that a rolled back run has passed over
+        self.rolled_back = 0  # how often
+        self.streak = 0  # steps in a row, up to this one, that were skipped
+        self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
+        wanted = train.evaluate_every and source.held_out_size
+        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the config says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged after the last micro-batch alone."""
+        if self.sharded:
+            self.net.set_requires_gradient_sync(last)  # type: ignore[operator]
+        elif isinstance(self.net, DistributedDataParallel) and not last:
+            return self.net.no_sync()
+        return nullcontext()
+
+    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """One optimizer step on this process's micro-batches; where loss or gradient is not finite, none: the step
+        counts, and weights and moments stay as they are."""
+        train, losses = self.config.train, []
+        rate = learning_rate(train, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for number, batch in enumerate(batches, 1):
+            x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
+            with self._accumulating(last=number == len(batches)):
+                with self.autocast():
+                    each = self.objective.loss(self.predict, x, noise, t, y)  # of N examples
+                (each.mean() / self._micro_batches(len(batches))).backward()  # type: ignore[no-untyped-call]
+            losses.append(each.detach())
+            if self.tree:
+                self.tree.take()
+        if self.tree:
+            self.tree.finish(self.world)
+        self.each = self._in_order(torch.stack(losses))
+        loss = self.each.mean()
+        norm, parts = self.gradient_norms()
+        self._descend(norm, loss.isfinite() & norm.isfinite())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.ema.update(self.model, self.step)
+        return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
+
+    def _micro_batches(self, own: int) -> int:
+        """How many the loss is a mean of: this process's, whose gradients are averaged with the others', or all."""
+        return own * self.world.size if self.tree else own
+
+    def _in_order(self, losses: Tensor) -> Tensor:
+        """Losses of all examples in their order, from this process's micro-batches (A, N)."""
+        found = self.world.gather(losses)  # processes A N
+        # fast: each has rows of every micro-batch; fixed: each has micro-batches of its own.
+        return (found if self.tree else found.transpose(0, 1)).flatten()
+
+    def _descend(self, norm: Tensor, finite: Tensor) -> None:
+        """Clip the gradients and let the optimizer step, unless they are not finite."""
+        gradients = [local(weight.grad) for weight in self.weights.values() if weight.grad is not None]
+        if self.config.train.clip:
+            torch._foreach_mul_(gradients, (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
+        if self.fused:  # told on the device: nobody waits for the answer
+            weight = next(iter(self.weights.values()))
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, everywhere((~finite).float(), weight)
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
+
+    def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient's norm before clipping, as a whole and in each part of the model."""
+        gradients = {name: local(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(gradients.values())))
+        if self.sharded:
+            norms = self.world.total(norms.square()).sqrt()
+        parts: dict[str, list[Tensor]] = {}
+        for name, norm in zip(gradients, norms.unbind(), strict=True):
+            parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
+        return norms.norm(), {part: torch.stack(found).norm() for part, found in parts.items()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Held-out denoising error of the averaged model by time: whole image and high frequencies.
+
+        Batches take turns over the processes; what each sums does not depend on how many there are.
+        """
+        assert self.held_out is not None
+        errors = {}
+        x, noise, _, y, _ = self.held_out
+        starts = range(0, len(x), self.config.train.batch_size)
+        rank, size = self.world.rank, self.world.size
+        # As many forward passes in each process: a sharded model's are common work.
+        mine = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
+        for t in EVALUATION_TIMES:
+            sums = []
+            for start in mine:
+                part = slice(start, start + self.config.train.batch_size)
+                images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
+                found = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
+                sums.append(torch.stack(found).cpu().double().sum(1))  # on the CPU: not every device has float64
+            every = self.world.gather(torch.stack(sums).to(self.device)).transpose(0, 1).flatten(0, 1).cpu()
+            total = torch.zeros(2, dtype=torch.float64)
+            for sum_ in every[: len(starts)]:
+                total += sum_
+            whole_, high = (total / len(x)).tolist()
+            errors[str(t)] = {"whole": whole_, "high": high}
+        return errors
+
+    def averaged(self) -> NestedDiT:
+        """The averaged model, whole, for drawing with; of a sharded one a copy, which all processes must ask for."""
+        if not self.sharded:
+            return self.ema.model
+        state, model = gathered(self.ema.model), NestedDiT(self.config.model)
+        model.load_state_dict(state)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that continue the run, whole: weights and optimizer moments by parameter name, and counters.
+
+        All processes must ask. The average's own counter is the step.
+        """
+        tensors = {f"model.{name}": tensor for name, tensor in gathered(self.model).items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = whole(value)
+        return tensors | {f"run.{name}": torch.tensor(getattr(self, name)) for name in COUNTERS}
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The averaged weights, whole. All processes must ask."""
+        return gathered(self.ema.model)
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], ema: dict[str, Tensor], step: int) -> None:
+        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given."""
+        for module, prefix, given in ((self.model, "model.", state), (self.ema.model, "", ema)):
+            for name, tensor in module.state_dict().items():
+                local(tensor).copy_(local(spread(given[prefix + name], tensor)))
+        for name, parameter in self.model.named_parameters():
+            moments = (spread(state[f"optimizer.{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq"))
+            count = state[f"optimizer.step.{name}"].to(self.device if self.fused else "cpu", copy=True)
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = dict(zip(keys, (everywhere(count, parameter), *moments), strict=True))
+        self.step = step
+        for name in COUNTERS:
+            setattr(self, name, int(state.get(f"run.{name}", 0)))
+
+
+def check_world(train: TrainConfig, size: int) -> None:
+    """UserError when this many processes cannot share the run's batches."""
+    if train.reduction == "fast" and train.batch_size % size:
+        raise UserError(
+            f"{size} processes share each batch: train.batch_size must be a multiple of it, got {train.batch_size}"
+        )
+    if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
+        raise UserError(
+            f"train.reduction=fixed gives each process a half, a quarter, ... of the {train.accumulate} micro-batches of "
+            f"a step: got {size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
+        )

@@ -149,8 +149,12 @@ def save(
     state: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     classes: tuple[str, ...],
+    *,
+    steady: bool = True,
 ) -> Path:
     """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
+
+    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it.
 
     Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
     folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
@@ -172,6 +176,7 @@ def save(
             "step": step,
             "config": config_hash(config),
             "classes": list(classes),
+            "steady": steady,
             "versions": {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")},
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
@@ -190,14 +195,14 @@ def save(
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
         raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
     with suppress(OSError):  # what cannot be deleted is no reason to stop: the next save tries again
-        _prune(run, step, config.train.keep_every)
+        _prune(run, manifest, config.train.keep_every)
     return target
 
 
 def _make_way(target: Path) -> None:
     """Take the checkpoint of the same step away, if there is one: a good one to a name by which it is still found."""
     aside = target.with_name(f"{target.name}.old")
-    if _is_good(target):
+    if _good(target):
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier save that was killed here
         target.rename(aside)
     elif target.exists():
@@ -211,18 +216,26 @@ def _drop(folder: Path) -> None:
     shutil.rmtree(leaving)
 
 
-def _prune(run: Path, saved: int, keep_every: int) -> None:
-    """Drop what is older than the newest `KEEP` that verify, but milestones. `saved` was verified just now.
+def _prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
+    """Drop what is older than the newest `KEEP` that verify, but milestones, and the newest steady one, to which a run
+    may go back. `saved`, a manifest, was verified just now.
 
     A damaged one among these is not counted, and stays until it is older than they are.
     """
     good: set[int] = set()
+    steady = False
     for folder in _folders(run):
         step = _step(folder)
-        if step not in good and len(good) < KEEP:
-            if step == saved or _is_good(folder):
+        milestone = step not in good and keep_every and step % keep_every == 0
+        if step not in good and (len(good) < KEEP or not steady):
+            manifest = saved if step == saved["step"] else _good(folder)
+            if manifest is None:
+                continue
+            if len(good) < KEEP or manifest["steady"]:
                 good.add(step)
-        elif step in good or not keep_every or step % keep_every:
+                steady |= manifest["steady"]
+                continue
+        if not milestone:
             with suppress(OSError):  # the others may well go
                 _drop(folder)
 
@@ -255,20 +268,23 @@ def has_any(run: Path) -> bool:
     return bool(_folders(run))
 
 
-def _is_good(checkpoint: Path) -> bool:
+def _good(checkpoint: Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint that verifies."""
     try:
-        verify(checkpoint)
+        return verify(checkpoint)
     except DamagedError:
-        return False
-    return True
+        return None
 
 
-def newest(run: Path) -> Found:
-    """The newest checkpoint that verifies, and what is wrong with newer ones; UserError when there is none."""
+def newest(run: Path, *, steady: bool = False) -> Found:
+    """The newest checkpoint that verifies (and is steady), and what is wrong with newer ones; UserError when there is
+    none."""
     passed_over: list[Damage] = []
     for folder in _folders(run):
         try:
-            return Found(folder, verify(folder), tuple(passed_over))
+            manifest = verify(folder)
+            if manifest["steady"] or not steady:
+                return Found(folder, manifest, tuple(passed_over))
         except DamagedError as error:
             passed_over += error.damages
     if passed_over:

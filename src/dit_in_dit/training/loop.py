@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from dit_in_dit.training.trainer import Trainer, learning_rate
 __all__ = ["Fact", "Trainer", "learning_rate", "pick_device", "settled", "train"]
 
 FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged: no wait per step
-ROLL_BACKS = 3  # times that a run goes back to one checkpoint
+ROLL_BACKS = 3  # times in a row that a run goes back
 NAMED = 8  # examples named in the line of a skipped step
 
 
@@ -38,7 +37,7 @@ class Fact:
     kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
     part, learning rate), skipped (a step whose loss or gradient was not finite: its examples), rolled_back (to which
     step, and why), held_out (denoising error by time), checkpoint (its path), unsaved (why one could not be written),
-    samples (due: draw with `model`, the averaged one; in the process that leads), stopped (as it was asked to; the last).
+    samples (due: draw with `model`, the averaged one; where the process leads), stopped (as it was asked to; the last).
     """
 
     kind: str
@@ -148,11 +147,11 @@ class _Course:
         self.clock = Clock(run / "timing.jsonl" if self.world.leads else None)
         self.batches: Iterator[Batch | str] = iter(())
         self.pending: list[tuple[int, dict[str, Tensor | float], Tensor]] = []  # steps not read from the device yet
-        self.went_back: Counter[int] = Counter()
         self.saved = -1  # the last step that has a checkpoint
 
-    def restore(self, stored: RunConfig) -> tuple[str, ...]:
-        """Bring the trainer to the run's newest good checkpoint, if it has one; the damaged ones that were newer."""
+    def restore(self, stored: RunConfig, *, steady: bool = False) -> tuple[str, ...]:
+        """Bring the trainer to the run's newest good (and steady) checkpoint, if it has one; the damaged ones that were
+        newer."""
         trainer, run = self.trainer, self.run
         if differing := first_difference(stored, self.config):
             raise UserError(
@@ -160,7 +159,7 @@ class _Course:
             )
         if not self.world.led(lambda: checkpoint.has_any(run)):
             return ()
-        found = self.world.led(lambda: checkpoint.newest(run))
+        found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
         if found.manifest["config"] != config_hash(stored):
             raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
@@ -208,8 +207,9 @@ class _Course:
                 yield self._evaluate()
             if draw:
                 yield self._samples()
-            if save:
-                yield self._save()
+            if save and (not trainer.streak or step == how.steps):  # nobody goes back into a streak
+                trainer.tries = 0
+                yield self._save(steady=True)
             if not self.pending:
                 self.clock.start()  # only training is timed
 
@@ -278,14 +278,17 @@ class _Course:
         model = self.trainer.averaged()
         return Fact("samples", self.trainer.step, model=model if self.world.leads else None)
 
-    def _save(self) -> Fact:
-        """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up."""
+    def _save(self, *, steady: bool = False) -> Fact:
+        """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up.
+        A steady one is a function of the config: not made because somebody stopped the run."""
         trainer = self.trainer
         state, ema = trainer.state(), trainer.averaged_state()
 
         def write() -> Path:
             self.log.lines.settle()  # no checkpoint without the lines before it
-            return checkpoint.save(self.run, self.config, trainer.step, state, ema, trainer.source.classes)
+            return checkpoint.save(
+                self.run, self.config, trainer.step, state, ema, trainer.source.classes, steady=steady
+            )
 
         try:
             path = self.world.led(write)
@@ -316,18 +319,16 @@ class _Course:
         remedy = "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
         if self.how.on_divergence == "stop":
             raise UserError(f"{problem}; {remedy}, or set train.on_divergence=roll_back")
+        shift, rolled_back, tries = trainer.shift + step, trainer.rolled_back, trainer.tries
+        if tries == ROLL_BACKS:
+            raise UserError(f"{problem}, also after going back {tries} times; {remedy}")
         if not self.world.led(lambda: checkpoint.has_any(self.run)):
             raise UserError(f"{problem}, and there is no checkpoint to go back to; {remedy}")
-        shift, rolled_back = trainer.shift + step, trainer.rolled_back
-        self.restore(self.config)
-        self.went_back[trainer.step] += 1
-        if self.went_back[trainer.step] > ROLL_BACKS:
-            raise UserError(f"{problem}, as before from step {trainer.step}; {remedy}")
-        trainer.shift = shift - trainer.step
+        self.restore(self.config, steady=True)
+        trainer.shift, trainer.rolled_back = shift - trainer.step, rolled_back
         values = {"to": trainer.step, "shift": trainer.shift}
-        trainer.rolled_back = rolled_back
         self._note({"step": step, "rollback": values})
-        trainer.rolled_back, trainer.streak = rolled_back + 1, 0
+        trainer.rolled_back, trainer.tries, trainer.streak = rolled_back + 1, tries + 1, 0
         self.pending.clear()
         self.clock.start()
         return Fact("rolled_back", step, {**values, "why": problem})

@@ -21,7 +21,7 @@ from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, held_out
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
-COUNTERS = ("shift", "rolled_back", "streak")  # of a Trainer, kept in the checkpoint
+COUNTERS = ("shift", "rolled_back", "tries", "streak")  # of a Trainer, kept in the checkpoint
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -104,6 +104,7 @@ class Trainer:
         self.step = 0
         self.shift = 0  # steps of examples that a rolled back run has passed over
         self.rolled_back = 0  # how often
+        self.tries = 0  # how often since the last checkpoint that was due
         self.streak = 0  # steps in a row, up to this one, that were skipped
         self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
         wanted = train.evaluate_every and source.held_out_size
@@ -256,6 +257,6 @@ def check_world(train: TrainConfig, size: int) -> None:
         )
     if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
         raise UserError(
-            f"train.reduction=fixed gives each process a half, a quarter, ... of the {train.accumulate} micro-batches of "
-            f"a step: got {size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
+            f"train.reduction=fixed halves a step's {train.accumulate} micro-batches until each process has its own: got "
+            f"{size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
         )

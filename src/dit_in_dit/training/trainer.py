@@ -257,6 +257,6 @@ def check_world(train: TrainConfig, size: int) -> None:
         )
     if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
         raise UserError(
-            f"train.reduction=fixed halves a step's {train.accumulate} micro-batches until each process has its own: got "
-            f"{size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
+            f"train.reduction=fixed halves a step's {train.accumulate} micro-batches until each process has its own: "
+            f"got {size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
         )

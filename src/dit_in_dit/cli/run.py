@@ -17,6 +17,7 @@ from dit_in_dit.cli.options import (
     add_config,
     add_device,
     chosen,
+    whole,
 )
 from dit_in_dit.config import RunConfig, override, shortened
 

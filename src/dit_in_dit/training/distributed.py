@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dit_in_dit.config import UserError
+from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.nested import NestedDiT
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.checkpoint import SaveError
-from dit_in_dit.config import UserError
+from dit_in_dit.mistakes import UserError
 
 Line = dict[str, Any]
 

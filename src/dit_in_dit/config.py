@@ -261,6 +261,9 @@ class ModelConfig(Section):
     time_embed: Literal["dit", "diffusers", "sit"] = key(
         "dit", "sinusoids of 1000 t; diffusers: at that DiT's other frequencies; sit: of 1 - t"
     )
+    mlp_norm_eps: float = key(
+        1e-6, "added to the variance in the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1
+    )
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
 

@@ -7,7 +7,21 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
-from dit_in_dit.cli import bench, curves, doctor, encode, evaluate, look, maps, match, run, sample, study, verify
+from dit_in_dit.cli import (
+    bench,
+    convert,
+    curves,
+    doctor,
+    encode,
+    evaluate,
+    look,
+    maps,
+    match,
+    run,
+    sample,
+    study,
+    verify,
+)
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.mistakes import UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
@@ -54,6 +68,6 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, encode, run, sample, evaluate, curves, doctor, maps, match, study, bench, verify):
+    for room in (look, encode, convert, run, sample, evaluate, curves, doctor, maps, match, study, bench, verify):
         room.add(commands)
     return made

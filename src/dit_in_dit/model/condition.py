@@ -45,7 +45,7 @@ class TimeEmbed(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         steps = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device)
-        angle = self.clock(t.float())[:, None] * torch.exp(-math.log(10000) / self.last * steps)
+        angle = self.clock(t.float())[:, None] * torch.exp(-math.log(10000) * steps / self.last)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 

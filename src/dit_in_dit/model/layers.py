@@ -11,6 +11,7 @@ from dit_in_dit.model.tiny import fits, tiny_attention
 
 # The longest groups that go to the Triton kernel, by device type. Empty: it has not been measured on any GPU yet.
 TINY_UP_TO: dict[str, int] = {}
+EPS = 1e-6  # DiT's, in every norm
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,9 +66,9 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c)).chunk(self.count, dim=-1)
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor, eps: float = EPS) -> Tensor:
     """LayerNorm over the width without parameters: adaLN brings scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -83,16 +84,20 @@ class Block(nn.Module):
     (N, T, S, K) for inner tokens (N, T, S, E). Without `mix` the block is its MLP alone.
     """
 
-    def __init__(self, width: int, condition: int, mix: nn.Module | None, mlp_ratio: float) -> None:
+    def __init__(
+        self, width: int, condition: int, mix: nn.Module | None, mlp_ratio: float, mlp_norm_eps: float = EPS
+    ) -> None:
         super().__init__()
         mlp = Mlp(width, int(width * mlp_ratio))
         self.branches = nn.ModuleDict({"mlp": mlp} if mix is None else {"mix": mix, "mlp": mlp})
+        self.eps = (mlp_norm_eps,) if mix is None else (EPS, mlp_norm_eps)
         self.modulation = Modulation(condition, width, 3 * len(self.branches))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         vectors = iter(self.modulation(c))
-        for branch, shift, scale, gate in zip(self.branches.values(), vectors, vectors, vectors, strict=True):
-            x = torch.addcmul(x, gate, branch(modulate(norm(x), shift, scale)))
+        branches = zip(self.branches.values(), self.eps, strict=True)
+        for (branch, eps), shift, scale, gate in zip(branches, vectors, vectors, vectors, strict=True):
+            x = torch.addcmul(x, gate, branch(modulate(norm(x, eps), shift, scale)))
         return x
 
 

@@ -211,13 +211,14 @@ def part_of(name: str) -> str:
 
 def _outer_block(model: ModelConfig) -> Block:
     outer = model.outer
-    return Block(outer.width, outer.width, Attention(outer.width, outer.num_heads), outer.mlp_ratio)
+    attention = Attention(outer.width, outer.num_heads)
+    return Block(outer.width, outer.width, attention, outer.mlp_ratio, model.mlp_norm_eps)
 
 
 def _inner_block(model: ModelConfig) -> Block:
     inner, mixer = model.inner, MIXERS[model.inner.mixer]
     rows = CONDITIONS[inner.condition].width(model)
-    return Block(inner.width, rows, mixer(model) if mixer else None, inner.mlp_ratio)
+    return Block(inner.width, rows, mixer(model) if mixer else None, inner.mlp_ratio, model.mlp_norm_eps)
 
 
 def _take(blocks: Iterator[nn.Module], count: int) -> list[Block]:

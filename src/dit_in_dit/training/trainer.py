@@ -235,7 +235,13 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor], ema: dict[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given."""
+        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given.
+
+        Raises:
+            UserError: there are weights alone, as in an imported run.
+        """
+        if not any(key.startswith("optimizer.") for key in state):
+            raise UserError("imported weights have no optimizer to go on with: sample, evaluate or export them")
         for module, prefix, given in ((self.model, "model.", state), (self.ema.model, "", ema)):
             for name, tensor in module.state_dict().items():
                 local(tensor).copy_(local(spread(given[prefix + name], tensor)))

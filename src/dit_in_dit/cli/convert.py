@@ -1,0 +1,70 @@
+"""`import` and `export`: weights of others as runs, and runs as others read them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dit_in_dit.cli.options import Commands, whole
+from dit_in_dit.config import format_stages
+
+FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline")
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    take = commands.add("import", _import, "make a run of official DiT or SiT weights, or of diffusers' DiT")
+    take.add_argument("source", type=Path, metavar="FILE", help="a .pt of DiT or SiT, or a folder of diffusers")
+    take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    take.add_argument(
+        "--kind", choices=("dit", "sit"), help="they look the same (default: as args or the name say, else dit)"
+    )
+    take.add_argument("--num-heads", type=whole, help="attention heads, where the size is no published one")
+    take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
+
+    give = commands.add("export", _export, "write a run's weights as others read them")
+    give.add_argument("run_folder", type=Path, metavar="RUN")
+    give.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel, of a plain ddpm DiT; "
+        "pipeline: a folder for DiffusionPipeline.from_pretrained, of any run; diffusers: of these two the first where "
+        "it computes what the run does, else the second",
+    )
+    give.add_argument("--out", type=Path, required=True, help="the file or folder")
+    give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
+    give.add_argument("--vae", help="pipeline: the AutoencoderKL of a run on latents, a folder or a hub id")
+    give.add_argument("--licence", default="unknown", help="pipeline: of the weights, as the hub names it")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from dit_in_dit.interop.imported import import_run
+
+    config = import_run(options.source, options.out, kind=options.kind, heads=options.num_heads, settings=options.set)
+    model = config.model
+    kind = "SiT" if model.time_embed == "sit" else "DiT"
+    size = "x".join(map(str, (*model.image_size, model.channels)))
+    print(
+        f"{kind} of {size}, p={model.patch_size}, D={model.outer.width}, {model.outer.num_heads} heads, "
+        f"{format_stages(model.program)}, {model.num_classes} classes, "
+        f"variance {'learned' if model.learn_variance else 'not learned'}: in {options.out}"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from dit_in_dit.interop import imported
+
+    run, out, averaged = options.run_folder, options.out, not options.raw
+    notes: list[str] = []
+    if options.format == "official":
+        notes = imported.export_official(run, out, averaged=averaged)
+    elif options.format == "diffusers-dit" or (options.format == "diffusers" and imported.is_theirs(run)):
+        notes = imported.export_diffusers(run, out, averaged=averaged)
+    else:
+        from dit_in_dit.interop.folder import export
+
+        export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{run} as {out}")

@@ -1,0 +1,273 @@
+"""Weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT), as ours and back, bit for bit.
+
+Both have the same parameters, and those of a plain DiT here, under other names. What their shapes do not tell:
+
+- the number of heads, which follows from depth and width for the published sizes;
+- what the clock says. SiT's time runs from noise at 0 to the image at 1, and its sinusoids are of that number itself:
+  `model.time_embed=sit`. Its velocity is that of this clock, image - noise, the opposite of ours: the sign goes into
+  the last layer, where it costs nothing and comes out again exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit_in_dit import presets
+from dit_in_dit.checkpoint import DTYPES
+from dit_in_dit.config import (
+    MOST_BLOCKS,
+    DiffusionConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    SampleConfig,
+)
+from dit_in_dit.interop.foreign import read_pt
+from dit_in_dit.mistakes import UserError
+from dit_in_dit.model.layers import sincos
+from dit_in_dit.model.nested import NestedDiT
+
+Weights = Mapping[str, Tensor]
+Kind = Literal["dit", "sit"]
+Clock = Literal["dit", "diffusers", "sit"]
+Predicted = Literal["velocity", "image", "noise"]
+
+BEFORE = {
+    "x_embedder.proj": "outer_embed.proj",
+    "t_embedder.mlp.0": "time_embed.mlp.0",
+    "t_embedder.mlp.2": "time_embed.mlp.2",
+    "y_embedder.embedding_table": "label_embed.table",
+}
+BLOCK = {
+    "attn.qkv": "branches.mix.qkv",
+    "attn.proj": "branches.mix.proj",
+    "mlp.fc1": "branches.mlp.0",
+    "mlp.fc2": "branches.mlp.2",
+    "adaLN_modulation.1": "modulation.linear",
+}
+AFTER = {
+    "final_layer.linear": "outer_head.final.linear",
+    "final_layer.adaLN_modulation.1": "outer_head.final.modulation.linear",
+}
+PATCHES = "x_embedder.proj.weight"
+POSITION = "pos_embed"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Weights of others under official names.
+
+    averaged, trained: the average over training and the last step's; the same where there is one of them.
+    step: optimizer steps taken, 0 where that is not said.
+    kind, predict: DiT or SiT, and what the output stands for.
+    heads: attention heads, where they are said.
+    clock: `model.time_embed`.
+    eps: `model.mlp_norm_eps`.
+    """
+
+    averaged: Weights
+    trained: Weights
+    step: int = 0
+    kind: Kind = "dit"
+    predict: Predicted = "noise"
+    heads: int | None = None
+    clock: Clock = "dit"
+    eps: float = 1e-6
+
+
+# ------------------------------------------------------------------------------------------- names
+
+
+def names(depth: int) -> dict[str, str]:
+    """Official name: ours, of all parameters of a DiT, in the official order."""
+    blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
+    both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
+    del both["y_embedder.embedding_table.bias"]
+    return both
+
+
+def to_ours(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
+    """Official weights under our names; `turn` changes the output's sign. Views where nothing changes."""
+    ours = {b: weights[a] for a, b in names(model.blocks("outer")).items()}
+    ours["outer_embed.proj.weight"] = ours["outer_embed.proj.weight"].flatten(1)  # a strided convolution is linear
+    return _turned(ours, "outer_head.final.linear") if turn else ours
+
+
+def to_official(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
+    """The inverse of `to_ours`, in the official order after the position, which is not among the weights here."""
+    official = {a: weights[b] for a, b in names(model.blocks("outer")).items()}
+    official[PATCHES] = official[PATCHES].view(-1, model.channels, model.patch_size, model.patch_size)
+    return _turned(official, "final_layer.linear") if turn else official
+
+
+def _turned(weights: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
+    return weights | {f"{layer}.{part}": -weights[f"{layer}.{part}"] for part in ("weight", "bias")}
+
+
+# ---------------------------------------------------------------------------- what the shapes tell
+
+
+def model_of(found: Found, what: str) -> ModelConfig:
+    """The architecture of weights; without a number of heads, that of the published size of their depth and width.
+
+    Args:
+        what: the weights' name, for errors.
+
+    Raises:
+        UserError: a weight is missing, not known or of another shape, the position is not the fixed one, or the
+            number of heads is not known.
+    """
+    weights = found.averaged
+    width, channels, patch, _ = _shape(weights, PATCHES, 4, what)
+    _, length, _ = _shape(weights, POSITION, 3, what)
+    side = math.isqrt(length)
+    if side**2 != length:
+        raise UserError(f"{what}: {POSITION} has {length} places, which is no square: only square images are known")
+    numbers = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
+    depth = max(numbers, default=-1) + 1
+    if not 1 <= depth <= MOST_BLOCKS:
+        raise UserError(f"{what} has {depth} blocks: from 1 to {MOST_BLOCKS} are known")
+    published = {(blocks, wide): number for blocks, wide, number in presets.SIZES.values()}
+    heads = found.heads or published.get((depth, width))
+    if heads is None:
+        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: say --num-heads")
+    out = _shape(weights, "final_layer.linear.weight", 2, what)[0]
+    hidden = _shape(weights, "blocks.0.mlp.fc1.weight", 2, what)[0]
+    exact = int(width * (hidden / width)) == hidden
+    model = ModelConfig(
+        image_size=(side * patch, side * patch),
+        channels=channels,
+        patch_size=patch,
+        num_classes=_shape(weights, "y_embedder.embedding_table.weight", 2, what)[0] - 1,
+        stages=f"outer*{depth}",
+        learn_variance=out == 2 * channels * patch**2,
+        time_embed=found.clock,
+        mlp_norm_eps=found.eps,
+        outer=OuterConfig(width=width, num_heads=heads, mlp_ratio=(hidden if exact else hidden + 0.5) / width),
+    )
+    check(weights, model, what)
+    return model
+
+
+def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int, ...]:
+    if name not in weights:
+        raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
+    shape = tuple(weights[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise UserError(f"{what}: {name} must have {dimensions} dimensions: got {shape}")
+    return shape
+
+
+def expected(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Official name: shape, of all parameters of a plain model."""
+    with torch.device("meta"):
+        shapes = NestedDiT(model).state_dict()
+    return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}
+
+
+def check(weights: Weights, model: ModelConfig, what: str) -> None:
+    """UserError where official weights are not exactly those of the model, or not of floating-point numbers."""
+    wanted = {POSITION: (1, model.patches, model.outer.width), **expected(model)}
+    for name in [*wanted, *weights]:
+        if name not in weights:
+            raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
+        if name not in wanted:
+            raise UserError(f"{what}: a DiT has no {name[:60]!r}; give the weights of a plain DiT or SiT")
+        if tuple(weights[name].shape) != wanted[name]:
+            raise UserError(f"{what}: {name} must be {wanted[name]}: got {tuple(weights[name].shape)}")
+        if not weights[name].is_floating_point() or weights[name].dtype not in DTYPES:
+            raise UserError(f"{what}: {name} is of {weights[name].dtype}: convert it to torch.float32")
+    given, fixed = weights[POSITION], position(model, weights[POSITION].dtype)
+    off = (given.float() - fixed.float()).abs().max().item()
+    if not off <= max(1e-5, 2 * torch.finfo(given.dtype).eps):
+        raise UserError(
+            f"{what}: {POSITION} is not the fixed sin-cos table (off by {off:.2g}): positions are not learned"
+        )
+
+
+def position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """The official `pos_embed`, (1, T, D)."""
+    return sincos(model.outer.width, *model.grid)[None].to(dtype)
+
+
+# ------------------------------------------------------------------------------------ a checkpoint
+
+
+def read_checkpoint(path: Path, kind: Kind | None = None) -> Found:
+    """A file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
+
+    Args:
+        kind: DiT or SiT; None: as args say, else as the file is named, else DiT.
+
+    Raises:
+        UserError: it cannot be read or holds no weights, or its output is not known here.
+    """
+    content = read_pt(path)
+    args = content.get("args")
+    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    groups = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
+    averaged = next(iter(groups.values()), content)
+    trained = groups.get("model", averaged)
+    for weights in (averaged, trained):
+        if wrong := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+            raise UserError(f"{path.name} holds no weights of a DiT: {str(wrong[0])[:40]!r} is no tensor")
+    known = kind or _kind(str(said.get("model", ""))) or _kind(path.stem) or "dit"
+    predict, heads = _output(known, said, path)
+    return Found(averaged, trained, _step(content.get("opt")), known, predict, heads, clock=known)
+
+
+def _kind(name: str) -> Kind | None:
+    found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
+    return None if found is None else "sit" if found[1] == "sit" else "dit"
+
+
+def _output(kind: Kind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
+    """What the output stands for, and the heads of the size that args name."""
+    size = re.search(r"-(S|B|L|XL)/", str(args.get("model", "")))
+    heads = presets.SIZES[size[1].lower()][2] if size else None
+    if kind == "dit":
+        return "noise", heads
+    line, output = str(args.get("path_type", "Linear")), str(args.get("prediction", "velocity"))
+    if line != "Linear" or output not in ("velocity", "noise"):
+        raise UserError(
+            f"{path.name} is a SiT of path {line[:20]!r} and prediction {output[:20]!r}: "
+            "known are path Linear with velocity or noise"
+        )
+    return "noise" if output == "noise" else "velocity", heads
+
+
+def _step(optimizer: Any) -> int:
+    """Steps that an optimizer's state counts; 0 where it does not."""
+    states = optimizer.get("state") if isinstance(optimizer, dict) else None
+    first = next(iter(states.values()), None) if isinstance(states, dict) else None
+    step = first.get("step") if isinstance(first, dict) else None
+    if isinstance(step, Tensor):
+        step = step.item() if step.numel() == 1 else None
+    return int(step) if isinstance(step, int | float) and 0 <= step < 10**12 else 0
+
+
+def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
+    """Whether the official output has the other sign: a velocity by a clock that runs to the image."""
+    return model.time_embed == "sit" and diffusion.predict == "velocity"
+
+
+def run_of(found: Found, model: ModelConfig) -> RunConfig:
+    """The run that imported weights are of, sampled with the guidance of their authors' `sample.py`."""
+    base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
+    guidance = 4.0 if model.num_classes else 1.0
+    if found.kind == "sit":
+        diffusion = DiffusionConfig(path="flow", predict=found.predict)
+        how = SampleConfig(sampler="heun", steps=50, guidance=guidance)
+    else:
+        diffusion = DiffusionConfig(path="ddpm", predict=found.predict)
+        how = SampleConfig(sampler="ddpm", steps=250, guidance=guidance)
+    return replace(base, model=model, diffusion=diffusion, sample=how)

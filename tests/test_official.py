@@ -1,0 +1,446 @@
+"""Official DiT and SiT weights and folders of diffusers: there and back bit for bit, and computed alike.
+
+What the official code computes is in `golden/official_outputs.npz` (made by the script beside it); diffusers is asked
+here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import small_model, with_train
+from dit_in_dit import checkpoint, presets, train
+from dit_in_dit.cli import main
+from dit_in_dit.config import DiffusionConfig, SampleConfig
+from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.interop.imported import KEPT, ORIGIN, export_diffusers, export_official, import_run
+from dit_in_dit.mistakes import UserError
+from dit_in_dit.model.layers import sincos
+from dit_in_dit.sampling import denoise, guided, sample
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
+CPU = torch.device("cpu")
+
+
+def golden(name: str) -> Tensor:
+    return torch.from_numpy(GOLDEN[name])
+
+
+def draw(key: int) -> np.random.Generator:
+    """Stream `key` of the record's script."""
+    return np.random.Generator(np.random.Philox(key=[key, 0]))
+
+
+def normal(stream: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(stream.standard_normal(shape, np.float32))
+
+
+def official(size: str, dtype: torch.dtype = torch.float32, *, shift: float = 0.0) -> dict[str, Tensor]:
+    """Weights of the record's tiny model, or such of an official size, with their official names and shapes."""
+    stream, found = draw(1), {}
+    for name, shape in json.loads(str(GOLDEN[f"shapes/{size}"])).items():
+        if name == "pos_embed":
+            side = int(shape[1] ** 0.5)
+            found[name] = sincos(shape[2], side, side)[None].to(dtype)
+        else:
+            found[name] = (0.2 * normal(stream, *shape) + shift).to(dtype)
+    return found
+
+
+@cache
+def tiny() -> dict[str, Tensor]:
+    return official("tiny")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Names, in their order, types, shapes and bits."""
+    assert list(a) == list(b)
+    for name, value in a.items():
+        assert (value.dtype, value.shape) == (b[name].dtype, b[name].shape), name
+        assert torch.equal(value.view(torch.uint8), b[name].view(torch.uint8)), name
+    return True
+
+
+def imported(tmp_path: Path, weights: dict | None = None, /, name: str = "tiny.pt", **options) -> Path:
+    """The run of weights given as a file."""
+    torch.save(tiny() if weights is None else weights, tmp_path / name)
+    import_run(tmp_path / name, tmp_path / "run", heads=4, **options)
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory) -> Path:
+    return imported(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A `DiTTransformer2DModel` with the record's tiny weights, saved by diffusers itself."""
+    root = tmp_path_factory.mktemp("theirs")
+    export_diffusers(imported(root), root / "export")
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    model.load_state_dict(load_file(root / "export" / "diffusion_pytorch_model.safetensors"))
+    model.save_pretrained(root / "folder")
+    return root / "folder"
+
+
+# ---------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ("tiny", torch.float32),
+        ("tiny", torch.bfloat16),
+        ("tiny", torch.float64),
+        ("DiT-S/2", torch.float16),
+        pytest.param("DiT-B/4", torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype):
+    weights = official(size, dtype)
+    run = imported(tmp_path, weights) if size == "tiny" else tmp_path / "run"
+    if size != "tiny":  # the number of heads follows from the size
+        torch.save(weights, tmp_path / "theirs.pt")
+        import_run(tmp_path / "theirs.pt", run)
+        letter = size[4].lower()
+        assert checkpoint.read_config(run).model.outer.num_heads == presets.SIZES[letter][2]
+    assert not export_official(run, tmp_path / "back.pt")
+    assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
+
+
+@pytest.mark.slow
+def test_weights_of_xl_come_back_bit_for_bit(tmp_path):
+    """In bfloat16: 1.4 GB a file. Every tensor differs from every other."""
+    shapes = json.loads(str(GOLDEN["shapes/DiT-XL/2"]))
+    bits = torch.randint(2**15, (2**20 + 7,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    bits &= 0x3FFF  # finite
+    weights = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        count = int(np.prod(shape))
+        repeated = bits.roll(number).repeat(-(-count // len(bits)))[:count]
+        weights[name] = repeated.view(torch.bfloat16).view(shape)
+    weights["pos_embed"] = sincos(1152, 16, 16)[None].bfloat16()
+    torch.save(weights, tmp_path / "DiT-XL-2-256x256.pt")
+    config = import_run(tmp_path / "DiT-XL-2-256x256.pt", tmp_path / "run")
+    wanted = replace(
+        presets.get("dit-xl2").model, stages="outer*28", depth=None, learn_variance=True, inner=config.model.inner
+    )
+    assert replace(config.model, use_inner=False) == wanted
+    export_official(tmp_path / "run", tmp_path / "back.pt")
+    assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True, mmap=True))
+    (tmp_path / "back.pt").unlink()
+    export_diffusers(tmp_path / "run", tmp_path / "theirs")
+    shutil.rmtree(tmp_path / "run")
+    import_run(tmp_path / "theirs", tmp_path / "run")
+    export_official(tmp_path / "run", tmp_path / "back.pt")
+    assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True, mmap=True))
+
+
+@pytest.mark.parametrize("size", ["tiny", "DiT-S/2", pytest.param("DiT-B/4", marks=pytest.mark.slow)])
+def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size):
+    """The folder is written by diffusers, of a model with its own random weights."""
+    heads, width, depth, patch = {"tiny": (4, 32, 2, 2), "DiT-S/2": (6, 384, 12, 2), "DiT-B/4": (12, 768, 12, 4)}[size]
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=4, out_channels=8, num_layers=depth,
+        sample_size=32, patch_size=patch, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    for block in model.transformer_blocks[1:]:  # as in converted weights: one embedding
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    model.save_pretrained(tmp_path / "theirs")
+    import_run(tmp_path / "theirs", tmp_path / "run")
+    main(["export", str(tmp_path / "run"), "--format", "diffusers", "--out", str(tmp_path / "back")])
+    name = "diffusion_pytorch_model.safetensors"
+    before, after = (load_file(tmp_path / place / name) for place in ("theirs", "back"))
+    assert same(dict(sorted(before.items())), dict(sorted(after.items())))
+    theirs, back = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("theirs", "back"))
+    assert theirs == back
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "back")
+    assert same(model.state_dict(), again.state_dict())
+
+
+def test_the_average_of_a_training_checkpoint_is_taken_and_its_step(tmp_path):
+    raw, averaged = official("tiny", shift=0.1), tiny()
+    optimizer = {"state": {0: {"step": torch.tensor(4000.0)}}, "param_groups": []}
+    args = argparse.Namespace(model="DiT-S/2", num_classes=10)
+    run = imported(tmp_path, {"model": raw, "ema": averaged, "opt": optimizer, "args": args})
+    assert checkpoint.newest(run).manifest["step"] == 4000
+    export_official(run, tmp_path / "averaged.pt")
+    export_official(run, tmp_path / "raw.pt", averaged=False)
+    assert same(averaged, torch.load(tmp_path / "averaged.pt", weights_only=True))
+    assert same(raw, torch.load(tmp_path / "raw.pt", weights_only=True))
+
+
+def test_a_position_of_other_last_bits_comes_back_as_it_was(tmp_path):
+    weights = dict(tiny())
+    weights["pos_embed"] = weights["pos_embed"].clone()
+    weights["pos_embed"][0, 3, 5] = torch.nextafter(weights["pos_embed"][0, 3, 5], torch.tensor(2.0))
+    run = imported(tmp_path, weights)
+    assert KEPT in checkpoint.load_state(checkpoint.newest(run).folder)
+    export_official(run, tmp_path / "back.pt")
+    assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
+
+
+def test_a_plain_run_of_ours_becomes_official_weights_and_comes_back(tmp_path, run_config):
+    model = replace(small_model("outer*2", image_size=(8, 8), num_classes=3), learn_variance=True)
+    how, path = SampleConfig(sampler="ddpm", steps=2), DiffusionConfig(path="ddpm", predict="noise")
+    config = replace(with_train(run_config, steps=2), model=model, diffusion=path, sample=how)
+    list(train(config, tmp_path / "ours"))
+    main(["export", str(tmp_path / "ours"), "--format", "official", "--out", str(tmp_path / "DiT.pt")])
+    import_run(tmp_path / "DiT.pt", tmp_path / "again", heads=4)
+    (one, _, _), (two, _, _) = (checkpoint.load_model(tmp_path / name, CPU) for name in ("ours", "again"))
+    assert same(one.state_dict(), two.state_dict())
+
+
+# ---------------------------------------------------------------------------------- computed alike
+
+
+def test_forward_is_that_of_the_official_dit(dit):
+    model, config, _ = checkpoint.load_model(dit, CPU)
+    assert (config.model.learn_variance, config.diffusion.path, config.diffusion.predict) == (True, "ddpm", "noise")
+    with torch.no_grad():
+        out = model(golden("x"), golden("t") / 1000, golden("y"))
+    torch.testing.assert_close(out, golden("out"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("guided_three", 3), ("guided_all", None)])
+def test_guidance_is_that_of_the_official_dit(dit, name, channels):
+    model, _, _ = checkpoint.load_model(dit, CPU)
+    predict = guided(model, 10, SampleConfig(guidance=4.0, guidance_channels=channels))
+    with torch.no_grad():
+        out = predict(golden("x")[:2], golden("t")[2:] / 1000, torch.tensor([3, 7]))
+    torch.testing.assert_close(out, golden(name)[:2], rtol=0, atol=3e-5)  # of four times the difference
+
+
+def test_the_loss_is_that_of_the_official_dit(dit):
+    model, config, _ = checkpoint.load_model(dit, CPU)
+    with torch.no_grad():
+        loss = Objective(config.diffusion).loss(
+            model, golden("image"), golden("noise"), golden("steps") / 1000, golden("y")
+        )
+    # At step 0 DiT takes an approximation of the normal distribution, whose tails are off; ours is exact.
+    torch.testing.assert_close(loss[1:], (golden("mse") + golden("vb"))[1:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss[0], (golden("mse") + golden("vb"))[0], rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_samples_are_those_of_the_official_dit(dit, name):
+    model, config, _ = checkpoint.load_model(dit, CPU)
+    official_way = {
+        "ddpm": SampleConfig(sampler="ddpm", steps=10, guidance=4.0, guidance_channels=3),
+        "ddim": SampleConfig(sampler="ddim", steps=10, spacing="leading"),
+    }[name]
+    numbers, y = draw(2), torch.tensor([3, 7])
+    predict = guided(model, 10, official_way)
+    with torch.no_grad():
+        x = denoise(predict, config.diffusion, official_way, lambda: normal(numbers, 2, 4, 8, 8), y)
+    scale = golden(name).abs().max()  # untrained weights: samples are large
+    assert (x - golden(name)).abs().max() / scale < 1e-5
+
+
+def test_forward_is_that_of_the_official_sit(tmp_path):
+    """At SiT's time tau ours is 1 - tau, and the velocity, from image to noise, is the opposite of SiT's."""
+    run = imported(tmp_path, name="SiT-tiny.pt")
+    model, config, _ = checkpoint.load_model(run, CPU)
+    assert (config.diffusion.path, config.diffusion.predict) == ("flow", "velocity")
+    tau, y = golden("tau"), golden("y")
+    with torch.no_grad():
+        out = model(golden("x"), 1 - tau, y)
+    torch.testing.assert_close(-out[:, :4], golden("sit"), rtol=0, atol=1e-5)
+    objective = Objective(config.diffusion)
+    torch.testing.assert_close(objective.noisy(golden("image"), golden("noise"), 1 - tau), golden("path"))
+    perfect = -golden("velocity")
+    loss = objective.loss(lambda *_: perfect, golden("image"), golden("noise"), 1 - tau, y)
+    assert loss.max() < 1e-10
+    assert not export_official(run, tmp_path / "back.pt")
+    assert same(tiny(), torch.load(tmp_path / "back.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("steps", [[0, 0, 0, 0], [1, 20, 537, 999]])
+def test_forward_is_that_of_diffusers(made, tmp_path, steps):
+    import_run(made, tmp_path / "run")
+    ours, config, _ = checkpoint.load_model(tmp_path / "run", CPU)
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
+    t = torch.tensor(steps)
+    with torch.no_grad():
+        out = theirs(golden("x"), timestep=t, class_labels=golden("y")).sample
+        torch.testing.assert_close(ours(golden("x"), t / 1000, golden("y")), out, rtol=0, atol=1e-5)
+    assert config.model.time_embed == "diffusers"
+
+
+def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
+    """Why `model.time_embed` knows diffusers: the frequencies differ, and with them the model at every other time."""
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
+    with torch.no_grad():
+        out = theirs(golden("x"), timestep=golden("t"), class_labels=golden("y")).sample
+    apart = (out - golden("out")).abs().amax(dim=(1, 2, 3))
+    assert apart[0] < 1e-5
+    assert apart[1:].min() > 0.01
+    assert apart.max() > 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_ddim_samples_are_those_of_the_pipeline_of_diffusers(tmp_path, guidance):
+    """With a VAE of diffusers at the end, and smaller weights, so that samples stay in range; no class is 1000."""
+    torch.manual_seed(0)
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    for block in theirs.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        latent_channels=4, norm_num_groups=4, sample_size=8,
+    )  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    pipe = diffusers.DiTPipeline(theirs.eval(), vae.eval(), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "pipe")
+    settings = ["sample.spacing=leading", "sample.sampler=ddim", "sample.steps=20"]
+    import_run(tmp_path / "pipe", tmp_path / "run", settings=settings)
+    images = pipe([3, 7], guidance, torch.Generator().manual_seed(1), num_inference_steps=20, output_type="pt").images
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    model, config, _ = checkpoint.load_model(tmp_path / "run", CPU)
+    how = replace(config.sample, guidance=guidance)
+    with torch.no_grad():
+        latents = denoise(guided(model, 1000, how), config.diffusion, how, noise, torch.tensor([3, 7]))
+        ours = (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert images.std() > 0.01  # there is something to compare
+    assert (ours - images).abs().max() < 1e-4
+
+
+def test_an_imported_run_is_sampled_by_the_command(dit, tmp_path):
+    main(["sample", str(dit), "--num", "3", "--steps", "2", "--classes", "3,7", "--out", str(tmp_path / "images")])
+    assert np.load(tmp_path / "images" / "samples.npz")["images"].shape == (3, 4, 8, 8)
+    model, config, _ = checkpoint.load_model(dit, CPU)
+    drawn = sample(model, replace(config, sample=replace(config.sample, steps=2)), 3, classes=[3, 7])
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "images" / "samples.npz")["images"]), drawn)
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tiny().items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("weights", "part"),
+    [
+        (lambda: without("blocks.1.attn.qkv.bias"), "there is no blocks.1.attn.qkv.bias"),
+        (lambda: without("pos_embed"), "there is no pos_embed"),
+        (lambda: tiny() | {"blocks.0.attn.q_norm.weight": torch.ones(8)}, "has no 'blocks.0.attn.q_norm.weight'"),
+        (lambda: tiny() | {"final_layer.linear.bias": torch.ones(7)}, "final_layer.linear.bias must be"),
+        (lambda: tiny() | {"pos_embed": tiny()["pos_embed"] + 0.01}, "is not the fixed sin-cos table"),
+        (lambda: tiny() | {"pos_embed": torch.full((1, 16, 32), float("nan"))}, "is not the fixed sin-cos table"),
+        (lambda: tiny() | {"pos_embed": torch.zeros(1, 15, 32)}, "which is no square"),
+        (lambda: tiny() | {"t_embedder.mlp.0.bias": torch.ones(32, dtype=torch.int32)}, "torch.int32"),
+        (lambda: tiny() | {"x_embedder.proj.weight": torch.zeros(32, 4, 0, 2)}, "4 dimensions"),
+        (lambda: {"ema": {"pos_embed": "text"}}, "is no tensor"),
+        (lambda: {"step": 3}, "is no tensor"),
+    ],
+)
+def test_what_is_no_dit_is_refused_in_one_line(tmp_path, weights, part):
+    with pytest.raises(UserError, match=part) as error:
+        imported(tmp_path, weights())
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_no_shape_tells_are_asked_for(tmp_path):
+    torch.save(tiny(), tmp_path / "tiny.pt")
+    with pytest.raises(UserError, match="say --num-heads"):
+        import_run(tmp_path / "tiny.pt", tmp_path / "run")
+    with pytest.raises(UserError, match="must divide width"):
+        import_run(tmp_path / "tiny.pt", tmp_path / "run", heads=5)
+
+
+def test_kinds_are_read_from_args_then_the_name_and_unknown_outputs_refused(tmp_path):
+    for name, args, kind in (
+        ("0400000.pt", argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity"), "sit"),
+        ("my-SiT-XL-2.pt", None, "sit"),
+        ("transit.pt", None, "dit"),
+        ("SiT.pt", argparse.Namespace(model="DiT-XL/2"), "dit"),
+    ):
+        run = imported(tmp_path, {"ema": tiny(), "args": args}, name=name)
+        assert checkpoint.read_config(run).model.time_embed == kind
+        shutil.rmtree(run)
+    args = argparse.Namespace(model="SiT-XL/2", path_type="GVP", prediction="velocity")
+    with pytest.raises(UserError, match="known are path Linear"):
+        imported(tmp_path, {"ema": tiny(), "args": args})
+
+
+def test_settings_may_not_say_what_the_weights_say(tmp_path):
+    with pytest.raises(UserError, match="the weights say that"):
+        imported(tmp_path, settings=["model.time_embed=sit"])
+    run = imported(tmp_path, settings=["sample.guidance_channels=3", "data.source=latents.npz"])
+    assert checkpoint.read_config(run).sample.guidance_channels == 3
+
+
+def test_embeddings_that_differ_from_block_to_block_are_refused(made, tmp_path):
+    shutil.copytree(made, tmp_path / "apart")
+    model = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "apart")
+    with torch.no_grad():
+        model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[0, 0] += 1
+    model.save_pretrained(tmp_path / "apart")
+    with pytest.raises(UserError, match="not the same in every block"):
+        import_run(tmp_path / "apart", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"_class_name": "UNet2DModel"}, "known is DiTTransformer2DModel"),
+        ({"norm_type": "layer_norm"}, "a DiT has norm_type=ada_norm_zero"),
+        ({"num_layers": 3}, "there is no transformer_blocks.2"),
+        ({"num_layers": 1}, "has no 'transformer_blocks.1"),
+        ({"num_layers": 10**9}, "from 1 to 65536"),
+        ({"sample_size": 9}, "does not fit its weights"),
+        ({"num_attention_heads": 5}, "does not fit its weights"),
+        ({"patch_size": "2"}, "must be a whole number"),
+    ],
+)
+def test_a_folder_whose_config_lies_is_refused(made, tmp_path, change, part):
+    shutil.copytree(made, tmp_path / "lies")
+    config = json.loads((made / "config.json").read_text())
+    (tmp_path / "lies" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=part):
+        import_run(tmp_path / "lies", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, run_config, dit):
+    list(train(with_train(run_config, steps=1), tmp_path / "nested"))
+    for name in ("official", "diffusers-dit"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["export", str(tmp_path / "nested"), "--format", name, "--out", str(tmp_path / name)])
+        assert stopped.value.code == 2
+        assert not (tmp_path / name).exists()
+    with pytest.raises(UserError, match="is there already"):
+        export_official(dit, dit / ORIGIN)
+
+
+def test_an_imported_run_has_no_optimizer_to_go_on_with(tmp_path):
+    images = np.zeros((20, 4, 8, 8), np.float32)
+    np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(20) % 10)
+    run = imported(tmp_path, settings=[f"data.source={tmp_path / 'latents.npz'}", "train.precision=float32"])
+    with pytest.raises(UserError, match="no optimizer to go on with"):
+        list(train(checkpoint.read_config(run), run, resume=True))

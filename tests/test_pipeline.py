@@ -47,6 +47,8 @@ from dit_in_dit.randomness import generator
 from dit_in_dit.sampling import denoise, guided, make_scheduler, to_pixels
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
+WHOLE = 8  # samples of one micro-batch: of other numbers the last bits may differ
+LABELS = [CLASSES[i % 5] for i in range(WHOLE)]  # of samples 0 to 7: classes take turns
 FLOW = RunConfig(model=small_model("outer*1 inner*1"), sample=SampleConfig(sampler="dpm++", steps=4, guidance=2.0))
 DDPM = replace(FLOW, diffusion=DiffusionConfig(path="ddpm", predict="noise"))
 
@@ -112,23 +114,23 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pipeline_draws_the_images_that_sample_draws(path, sampler, predict):
     how = SampleConfig(sampler=sampler, steps=4, guidance=2.0, interval=(0.2, 0.9))
     config = replace(FLOW, diffusion=DiffusionConfig(path=path, predict=predict), sample=how)
-    ours, pipe = sample(seeded(config), config, 5), piped(config)
-    assert torch.equal(pipe(CLASSES, latents=noise(5), output_type="latent").images, ours)
-    pictures = pipe([0, 1, 2, 3, 4], latents=noise(5)).images
+    ours, pipe = sample(seeded(config), config, WHOLE), piped(config)
+    assert torch.equal(pipe(LABELS, latents=noise(WHOLE), output_type="latent").images, ours)
+    pictures = pipe([0, 1, 2, 3, 4, 0, 1, 2], latents=noise(WHOLE)).images
     assert np.array_equal(np.stack([np.asarray(image) for image in pictures]), to_pixels(ours))
 
 
 def test_a_call_overrides_steps_guidance_and_interval(pipe):
     asked = replace(FLOW, sample=SampleConfig(sampler="dpm++", steps=6, guidance=3.0, interval=(0.5, 1.0)))
     drawn = pipe(
-        CLASSES,
-        latents=noise(5),
+        LABELS,
+        latents=noise(WHOLE),
         num_inference_steps=6,
         guidance_scale=3.0,
         guidance_interval=(0.5, 1.0),
         output_type="latent",
     ).images
-    assert torch.equal(drawn, sample(seeded(asked), asked, 5))
+    assert torch.equal(drawn, sample(seeded(asked), asked, WHOLE))
 
 
 def test_output_types_are_one_image(pipe):
@@ -148,9 +150,9 @@ def test_output_types_are_one_image(pipe):
 def test_grey_images_and_models_without_labels():
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=1, num_classes=0, image_size=(8, 12)))
     pipe = piped(config)
-    images = pipe(batch_size=2, latents=noise(2, (1, 8, 12))).images
-    assert [image.mode for image in images] == ["L", "L"]
-    assert np.array_equal(np.stack(images), to_pixels(sample(seeded(config), config, 2)).squeeze(-1))
+    images = pipe(batch_size=WHOLE, latents=noise(WHOLE, (1, 8, 12))).images
+    assert {image.mode for image in images} == {"L"}
+    assert np.array_equal(np.stack(images), to_pixels(sample(seeded(config), config, WHOLE)).squeeze(-1))
     with pytest.raises(UserError, match="without labels"):
         pipe([1])
 
@@ -197,14 +199,14 @@ def test_ancestral_steps_are_those_of_sample(learned, spacing):
 
 def test_a_learned_variance_is_no_part_of_the_prediction():
     config = replace(DDPM, model=small_model("outer*1 inner*1", learn_variance=True))
-    ours = sample(seeded(config), config, 5)
-    assert torch.equal(piped(config)(CLASSES, latents=noise(5), output_type="latent").images, ours)
+    ours = sample(seeded(config), config, WHOLE)
+    assert torch.equal(piped(config)(LABELS, latents=noise(WHOLE), output_type="latent").images, ours)
 
 
 def test_guidance_on_some_channels():
     config = replace(FLOW, sample=replace(FLOW.sample, guidance_channels=2))
-    drawn = piped(config)(CLASSES, latents=noise(5), output_type="latent").images
-    assert torch.equal(drawn, sample(seeded(config), config, 5))
+    drawn = piped(config)(LABELS, latents=noise(WHOLE), output_type="latent").images
+    assert torch.equal(drawn, sample(seeded(config), config, WHOLE))
 
 
 def test_labels_are_numbers_names_or_none(pipe):
@@ -379,6 +381,15 @@ def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
         pipe("cat")
 
 
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_flow_steps_are_even(pipe, scheduler):
+    """By default diffusers' last but one ends at 1/1000, where an image's velocity is 1000 times its error."""
+    before, pipe.scheduler = pipe.scheduler, scheduler(num_train_timesteps=1000)
+    pipe("cat", num_inference_steps=5)
+    used, pipe.scheduler = pipe.scheduler.sigmas, before
+    torch.testing.assert_close(used.unique(), torch.linspace(0, 1, 6))
+
+
 def test_steps_that_diffusers_cannot_space_evenly_are_refused():
     with pytest.raises(UserError, match="must divide 1000"):
         piped(replace(DDPM, sample=SampleConfig(sampler="ddim", steps=50)))("cat", num_inference_steps=30)
@@ -442,8 +453,8 @@ def test_export_takes_the_run_s_vae_along_and_its_scale(said, tmp_path):
     checkpoint.save(tmp_path / "run", config, 1, {}, seeded(config).state_dict(), tuple(CLASSES))
     export(tmp_path / "run", tmp_path / "out")
     loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))
-    images = loaded(CLASSES, latents=noise(5, (4, 16, 8)), output_type="pt").images
-    wanted = Decoder(data, torch.device("cpu"))(sample(seeded(config), config, 5))
+    images = loaded(LABELS, latents=noise(WHOLE, (4, 16, 8)), output_type="pt").images
+    wanted = Decoder(data, torch.device("cpu"))(sample(seeded(config), config, WHOLE))
     torch.testing.assert_close(images, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -464,7 +475,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
     theirs = loaded.transformer.state_dict()
     assert theirs.keys() == pipe.transformer.state_dict().keys()
     assert all(torch.equal(value, theirs[name]) for name, value in pipe.transformer.state_dict().items())
-    drawn = [each(CLASSES, latents=noise(5), output_type="latent").images for each in (pipe, loaded)]
+    drawn = [each(LABELS, latents=noise(WHOLE), output_type="latent").images for each in (pipe, loaded)]
     assert torch.equal(*drawn)
     loaded.save_pretrained(tmp_path / "twice")
     once, twice = (
@@ -477,7 +488,7 @@ def test_half_precision_is_near(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
-    arguments = {"class_labels": CLASSES, "latents": noise(5), "output_type": "latent", "guidance_scale": 1}
+    arguments = {"class_labels": LABELS, "latents": noise(WHOLE), "output_type": "latent", "guidance_scale": 1}
     whole, rounded = pipe(**arguments).images, half(**arguments).images
     assert rounded.dtype == torch.float32
     assert 0 < (whole - rounded).abs().max() < 0.1 * whole.abs().max()
@@ -500,12 +511,12 @@ else:
     raise SystemExit("the package is there")
 
 from diffusers import AutoModel, DiffusionPipeline
-folder, again, given, results = sys.argv[1:]
+folder, again, given, results, labels = sys.argv[1:]
 
 def drawn(place):
     pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, pipe(["cat", "dog", "fox", "owl", "yak"], latents=torch.load(given), output_type="latent").images
+    return pipe, pipe(json.loads(labels), latents=torch.load(given), output_type="latent").images
 
 try:
     DiffusionPipeline.from_pretrained(folder)
@@ -536,14 +547,20 @@ torch.save({
 def elsewhere(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process that cannot import the package does with the copied folder."""
     place = tmp_path_factory.mktemp("process")
-    torch.save(noise(5), place / "noise.pt")
+    torch.save(noise(WHOLE), place / "noise.pt")
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(place / "hf"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    arguments = [str(exported), str(place / "again"), str(place / "noise.pt"), str(place / "results.pt")]
+    arguments = [
+        str(exported),
+        str(place / "again"),
+        str(place / "noise.pt"),
+        str(place / "results.pt"),
+        json.dumps(LABELS),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments],
         capture_output=True, text=True, env=environment, cwd=place, timeout=120, check=False,
@@ -554,7 +571,7 @@ def elsewhere(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def test_a_copied_folder_needs_no_package(elsewhere):
-    ours = sample(seeded(FLOW), FLOW, 5)
+    ours = sample(seeded(FLOW), FLOW, WHOLE)
     assert torch.equal(elsewhere["first"], ours)
     assert elsewhere["loaded"] == []
     assert all(name.startswith("diffusers_modules.local.dit_in_dit_") for name in elsewhere["classes"][:2])
@@ -580,7 +597,9 @@ def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path):
     pipe = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "folder"))
     assert type(pipe) is DiTInDiTPipeline
     assert type(pipe.transformer) is DiTInDiTTransformer2DModel
-    assert torch.equal(pipe(CLASSES, latents=noise(5), output_type="latent").images, sample(seeded(FLOW), FLOW, 5))
+    assert torch.equal(
+        pipe(LABELS, latents=noise(WHOLE), output_type="latent").images, sample(seeded(FLOW), FLOW, WHOLE)
+    )
     with pytest.raises(SystemExit, match="ran"):  # the trap is one
         DiffusionPipeline.from_pretrained(tmp_path / "folder", trust_remote_code=True)
 

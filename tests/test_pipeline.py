@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 
 from conftest import perturbed, small_model
 from dit_in_dit import checkpoint, sample
+from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_dict
 from dit_in_dit.interop.bundle import bundle
 from dit_in_dit.interop.card import evaluation_of
@@ -788,6 +789,18 @@ def test_export_chooses_the_weights(run, exported, tmp_path):
     name = "transformer/diffusion_pytorch_model.safetensors"
     averaged, trained = load_file(exported / name), load_file(tmp_path / "raw" / name)
     assert all(torch.equal(averaged[key] + 1, trained[key]) for key in averaged)
+
+
+def test_the_command_exports(run, tmp_path, capsys):
+    command = ["export", str(run), "--format", "diffusers", "--out", str(tmp_path / "out"), "--licence", "mit"]
+    main(command)
+    assert type(DiTInDiTPipeline.from_pretrained(tmp_path / "out")) is DiTInDiTPipeline
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(command)  # again
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):

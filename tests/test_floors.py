@@ -11,7 +11,7 @@ ROOT = Path(dit_in_dit.__file__).parent
 FLOORS = (
     {"config", "presets", "randomness", "memory", "mistakes", "sealed", "strict_yaml"},
     {"model", "diffusion", "data"},
-    {"checkpoint"},
+    {"checkpoint", "recipe"},
     {"training", "sampling", "figures"},
     {"evaluation", "interop", "benchmark"},
     {"study", "maps", "track"},

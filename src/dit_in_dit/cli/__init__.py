@@ -17,6 +17,7 @@ from dit_in_dit.cli import (
     look,
     maps,
     match,
+    recipe,
     run,
     sample,
     study,
@@ -68,6 +69,10 @@ def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     commands = Commands(made)
-    for room in (look, encode, convert, run, sample, evaluate, curves, doctor, maps, match, study, bench, verify):
+    rooms = (
+        *(look, recipe, encode, convert, run, sample, evaluate),
+        *(curves, doctor, maps, match, study, bench, verify),
+    )
+    for room in rooms:
         room.add(commands)
     return made

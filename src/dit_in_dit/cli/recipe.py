@@ -1,0 +1,62 @@
+"""`recipe`: how to launch a preset on GPUs, with memory and time estimated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from dit_in_dit import presets
+from dit_in_dit.cli.options import Commands, whole
+from dit_in_dit.config import override
+
+FEW = 8  # images in a forward pass, below which a GPU is likely to wait for its host
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with memory and time estimated")
+    recipe.add_argument("preset", help="see `dit-in-dit presets`")
+    recipe.add_argument("--gpus", type=whole, action="append", metavar="N", help="repeatable (default: 1, 8 and 64)")
+    recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
+    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
+    recipe.add_argument("--per-node", type=whole, default=8, metavar="N", help="GPUs in a machine (default 8)")
+    recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    recipe.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, and 1 at most: got {text[:40]!r}")
+    return value
+
+
+def _recipe(options: argparse.Namespace) -> None:
+    from dit_in_dit.recipe import GPUS, MFU, recipe
+
+    config = override(presets.get(options.preset), options.set)
+    mfu = options.mfu or MFU
+    found = [
+        recipe(options.preset, config, gpus, gpu=options.gpu, mfu=mfu, per_node=options.per_node)
+        for gpus in options.gpus or (1, 8, 64)
+    ]
+    if options.json:
+        print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in found]}, indent=1))
+        return
+    capacity, peak = GPUS[options.gpu]
+    assumed = "" if options.mfu else " (an assumption)"
+    print(f"{options.preset}: {config.train.steps:,} steps of {config.global_batch} examples")
+    print(f"on {options.gpu}: {capacity} GB, {peak} TFLOPS in bfloat16, of which a step reaches {mfu:g}{assumed}.")
+    print("Estimated from counts; nothing of this was measured on a GPU.")
+    for one in found:
+        again = "" if one.recompute == "none" else f", recompute {one.recompute}"
+        print(f"\n{one.gpus} GPU{'s' if one.gpus > 1 else ''}")
+        print(f"  each {one.rows} images x {one.accumulate} passes{again}: at most {one.memory / 1e9:.0f} GB")
+        print(f"  {one.step:.3g} s a step, {one.images:,.0f} images/s, {one.hours:,.1f} hours")
+        if one.rows < FEW:
+            print(f"  {one.rows} images are few for a GPU: expect less of its peak")
+        print(f"  {one.command}")

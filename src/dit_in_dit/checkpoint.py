@@ -24,6 +24,7 @@ import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,11 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")}
+
+
 def save(
     run: Path,
     config: RunConfig,
@@ -177,7 +183,7 @@ def save(
             "config": config_hash(config),
             "classes": list(classes),
             "steady": steady,
-            "versions": {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")},
+            "versions": _versions(),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
         }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 
 def is_of_the_system(function: Callable) -> bool:
     """A function of `os` that asks the kernel, `open`, or a method of a file."""
     owner = getattr(function, "__self__", None)
+    if isinstance(owner, io.StringIO | io.BytesIO):
+        return False
     module = getattr(owner, "__name__", None) or type(owner).__module__
     return module in ("posix", "_io", "io") and function.__name__ not in ("fspath", "text_encoding", "__init__")

@@ -12,15 +12,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from calls import is_of_the_system
 
+from conftest import with_train
 from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig
+from dit_in_dit.training.loop import train
 
 DRAW = torch.Generator().manual_seed(0)
 TENSORS = {str(number): torch.randn(100 * number, generator=DRAW) for number in range(8)}  # 11 kB
@@ -90,7 +92,8 @@ def test_a_failure_at_any_call_to_the_system_loses_nothing(run, tmp_path_factory
     with failing_call(-1) as calls:
         save(whole, 30)
     assert {"open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink"} <= set(calls)
-    failed, few = [], {calls.index(name) for name in calls} | set(range(0, len(calls), 40))
+    after = len(calls) - calls[::-1].index("fsync")  # here it has its name, and older ones go
+    failed, few = [], {calls.index(name) for name in calls} | set(range(after, len(calls)))
     for number in range(len(calls)) if full else sorted(few):
         again = tmp_path_factory.mktemp("again") / "run"
         shutil.copytree(run, again)
@@ -156,6 +159,27 @@ def test_a_limit_of_file_sizes_loses_nothing_whatever_it_is(run, tmp_path_factor
         if raised is not None:
             check_that_nothing_was_lost(again, raised)
         shutil.rmtree(again)
+
+
+def test_a_run_goes_on_where_a_checkpoint_cannot_be_saved_and_saves_the_next(run_config, tmp_path):
+    config = with_train(run_config, steps=8, checkpoint_every=2)
+    list(train(config, tmp_path / "unbroken", device="cpu"))
+    saved, unsaved = [], []
+    with ExitStack() as limit:
+        for fact in train(config, tmp_path / "run", device="cpu"):
+            if fact.kind == "checkpoint":
+                saved.append(fact.step)
+                if fact.step == 2:
+                    limit.enter_context(largest_file(10_000))  # enough for the log
+            elif fact.kind == "unsaved":
+                unsaved.append(fact.step)
+                assert "raise the limit of file sizes" in fact.values["why"]
+                assert checkpoint.newest(tmp_path / "run").manifest["step"] == 2
+                if fact.step == 4:
+                    limit.close()
+    assert (saved, unsaved) == ([2, 6, 8], [4])
+    assert checkpoint.newest(tmp_path / "run").manifest == checkpoint.newest(tmp_path / "unbroken").manifest
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
 
 
 @pytest.fixture

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, replace
+from contextlib import suppress
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import small_model
@@ -17,11 +21,13 @@ from dit_in_dit.config import (
     RunConfig,
     SampleConfig,
     UserError,
+    changed,
     config_hash,
     format_stages,
     from_yaml,
     override,
     parse_stages,
+    to_dict,
     to_yaml,
 )
 
@@ -200,3 +206,88 @@ def test_the_hash_is_the_configs_identity():
     config = presets.get("emoji")
     assert config_hash(config) == config_hash(from_yaml(to_yaml(config)))
     assert config_hash(config) != config_hash(replace(config, seed=1))
+
+
+# ------------------------------------------------------------------------------------- round trips
+
+
+def values(section=RunConfig, prefix=""):
+    """A strategy for each key, from its type and range alone: keys that are added are tried too."""
+    found = {}
+    for f, hint in ((f, get_type_hints(section)[f.name]) for f in fields(section)):
+        if is_dataclass(hint):
+            found |= values(hint, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = value_of(hint, f.metadata["low"], f.metadata["high"])
+    return found
+
+
+def value_of(hint, low, high):
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return st.sampled_from(parts)
+    if origin in (Union, UnionType):
+        return st.none() | value_of(parts[0], low, high)
+    if origin is tuple:
+        one = value_of(parts[0], low, high)
+        return (
+            st.lists(one, min_size=1, max_size=5).map(tuple)
+            if parts[-1] is Ellipsis
+            else st.tuples(*[one] * len(parts))
+        )
+    if hint is bool:
+        return st.booleans()
+    if hint is int:
+        small = [n for n in (0, 1, 2, 4, 8, 16, 48, 64) if low <= n <= high]
+        return st.sampled_from(small) | st.integers(max(int(low), -(2**63)), min(int(high), 2**63))
+    if hint is float:
+        return st.floats(max(low, -1e308), min(high, 1e308)) | st.sampled_from([low, min(high, 1e308)])
+    awkward = [
+        "yes",
+        "null",
+        "1e5",
+        "0x1f",
+        "2020-01-01",
+        "a: b",
+        "# no",
+        "- a",
+        "'",
+        '"',
+        "{a}",
+        "*a",
+        "&a",
+        "~",
+        "é\u3000",
+    ]
+    stages = st.lists(st.sampled_from(["inner", "outer", "outer*2", "(inner outer)*3"]), min_size=1, max_size=9).map(
+        " ".join
+    )
+    return (
+        stages | st.sampled_from(awkward) | st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=200)
+    )
+
+
+VALUES = values()
+CHANGE = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(name), VALUES[name]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(CHANGE, max_size=15))
+def test_any_valid_config_survives_its_yaml(changes):
+    config = RunConfig()
+    for change in changes:
+        with suppress(UserError):  # not with what was changed before
+            config = changed(config, dict([change]))
+    for meanings in (False, True):
+        assert from_yaml(to_yaml(config, meanings=meanings)) == config
+    again = RunConfig.from_dict(json.loads(json.dumps(to_dict(config))))
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=300) | st.text("{}[]:,-?&*!|>'\"%@#\n ab1.", max_size=60))
+def test_any_text_is_a_config_or_one_line(text):
+    with suppress(UserError):
+        config = from_yaml(text)
+        assert from_yaml(to_yaml(config)) == config

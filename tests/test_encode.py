@@ -19,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import small_model
+from dit_in_dit.checkpoint import load_model, read_config
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.config import DataConfig, SampleConfig, UserError, to_yaml
 from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import open_source
 from dit_in_dit.interop.encode import Encoding, decoder, encode
+from dit_in_dit.sampling import sample, to_pixels
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import train
 from test_cli import lines_of
@@ -343,6 +345,30 @@ def test_the_decoder_draws_what_the_vae_does_and_the_vae_has_learned(images, vae
     assert torch.allclose(drawn, expected, atol=1e-4)
     assert (drawn - x).square().mean() < 0.3 * (x - x.mean((0, 2, 3), keepdim=True)).square().mean()
     assert decoder(DataConfig(source=str(images)), CPU) is None
+
+
+def test_a_run_on_latents_knows_its_vae_and_draws_images_with_it(latents, vae, run_config, tmp_path):
+    config = replace(run_config, model=MODEL, sample=SampleConfig(steps=2, guidance=2.0, micro_batch=4))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    keys = {"data.source": latents, "data.held_out": 0.2, "train.steps": 3, "train.sample_every": 3}
+    settings = [word for name, value in keys.items() for word in ("--set", f"{name}={value}")]
+    run = tmp_path / "run"
+    main(["train", "--config", str(tmp_path / "run.yaml"), *settings, "--out", str(run), "--device", "cpu"])
+    stored = read_config(run)
+    assert (stored.data.vae, stored.data.latent_mean, stored.data.latent_scale) == (str(vae), (0.25,), (0.5,))
+    assert Image.open(run / "samples/0000003.png").width > 6 * SIDE  # 36 decoded images
+    for name, words in (("six", ["--num", "6"]), ("seven", ["--num", "7", "--batch", "8"])):
+        main(["sample", str(run), *words, "--device", "cpu", "--out", str(tmp_path / name)])
+    drawn = np.stack([np.asarray(Image.open(tmp_path / f"six/{i:06d}.png")) for i in range(6)])
+    assert drawn.shape == (6, SIDE, SIDE, 3)
+    model, stored, _ = load_model(run, CPU)
+    normalised = sample(model, stored, 6)
+    with torch.no_grad():
+        expected = AutoencoderKL.from_pretrained(vae).decode(normalised / 0.5 + 0.25).sample
+    assert np.abs(drawn.astype(int) - to_pixels(expected).astype(int)).max() <= 1
+    for index in range(6):  # whichever others are wanted
+        paths = [tmp_path / f"{name}/{index:06d}.png" for name in ("six", "seven")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):

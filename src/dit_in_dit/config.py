@@ -12,6 +12,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,7 +45,7 @@ class Section:
     prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes the __hash__ of instances for the class's
         for f in fields(self):
             name = f"{self.prefix}.{f.name}" if self.prefix else f.name
             value = _typed(getattr(self, f.name), hints[f.name], name)
@@ -72,6 +73,12 @@ class Section:
     def names(cls) -> list[str]:
         """Dotted keys that an unknown one may have meant."""
         return [name for name, _, _ in keys(RunConfig())]
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    """Types of a section's fields; to evaluate them takes longer than to check a config."""
+    return get_type_hints(section)
 
 
 def _range(low: float, high: float) -> str:

@@ -1,8 +1,10 @@
-"""What the C library does with memory that a step frees."""
+"""How much memory there is, and what the C library does with what a step frees."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
@@ -19,3 +21,11 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def installed() -> float:
+    """Bytes of memory of this machine; infinity where that is not known."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf

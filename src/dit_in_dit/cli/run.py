@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ from dit_in_dit.cli.options import (
     chosen,
     whole,
 )
-from dit_in_dit.config import RunConfig, override, shortened
+from dit_in_dit.config import RunConfig, UserError, override, shortened
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_in_dit.model.nested import NestedDiT
     from dit_in_dit.training.loop import Fact
     from dit_in_dit.training.stop import Stop
 
@@ -52,6 +56,7 @@ def add(commands: Commands) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from dit_in_dit import checkpoint
+    from dit_in_dit.data.latents import complete
     from dit_in_dit.training.loop import train
 
     stop = _signals()
@@ -60,6 +65,7 @@ def _train(options: argparse.Namespace) -> None:
         config = chosen(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen(options)
+    config = replace(config, data=complete(config.data))  # so that the run knows its VAE wherever the latents are
     facts = train(config, options.out, resume=options.resume, device=options.device, stop=stop, until=options.until)
     _follow(_tracked(facts, options), options.out, stop)
 
@@ -151,11 +157,28 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
     if path.exists():
         return
     with suppress(Interrupted), stop.waiting():
-        images = sample(fact.model, config, GRID_IMAGES)
+        images = _pixels(sample(fact.model, config, GRID_IMAGES), config, fact.model)
         path.parent.mkdir(exist_ok=True)
         beside = path.with_suffix(".part")
         grid(to_pixels(images)).save(beside, format="PNG")
         beside.replace(path)
+
+
+def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
+    """The images that latents stand for, if the run's VAE can be had: a grid must not end a run."""
+    import torch
+
+    from dit_in_dit.interop.encode import decoder
+
+    try:
+        decode = decoder(config.data, next(model.parameters()).device)
+    except UserError as error:
+        print(f"dit-in-dit: the grid shows latents: {error}", file=sys.stderr)
+        return images
+    if decode is None:
+        return images
+    few = [images[start : start + 4] for start in range(0, len(images), 4)]  # a training step has most of the memory
+    return torch.cat([decode(some) for some in few])
 
 
 def _end(fact: Fact, console: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ def add(commands: Commands) -> None:
         default=1,
         help="images that a process draws and then writes, in whole micro-batches; changes no byte (default: one)",
     )
+    sample.add_argument("--vae", help="decode latents by this AutoencoderKL: a folder or hub id (default: the run's)")
     add_device(sample)
     sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
 
@@ -53,14 +55,16 @@ def _sample(options: argparse.Namespace) -> None:
 
     from dit_in_dit import checkpoint
     from dit_in_dit.evaluation import chunks
+    from dit_in_dit.interop.encode import decoder
     from dit_in_dit.sampling import protocol, sample_batches
 
     device = own_device(options.device)
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
     config, classes = sampling(options, config, manifest["classes"])
+    decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
     out: Path = options.out
     make_folder(out)
-    latents = config.model.channels not in (1, 3)
+    latents = decode is None and config.model.channels not in (1, 3)
 
     def path(index: int) -> Path:
         return out / f"{index:06d}.{'npy' if latents else 'png'}"
@@ -80,6 +84,7 @@ def _sample(options: argparse.Namespace) -> None:
         "samples": protocol(config.sample, labels=labels, averaged=not options.raw, seed=options.seed),
         "micro_batch": config.sample.micro_batch,
         "made on": _made_on(device),
+        **({"vae": decode.about()} if decode else {}),
     }
     chunks.claim(out / IDENTITY, identity)
 
@@ -88,7 +93,8 @@ def _sample(options: argparse.Namespace) -> None:
 
     def make(part: range) -> None:
         missing = [index for index in part if not path(index).exists()]
-        for indices, images in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
+        for indices, drawn in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
+            images = decode.numbered(indices, drawn, size) if decode else drawn
             for index, image in zip(indices, images, strict=True):
                 chunks.write(path(index), _encoded(image, latents))
 

@@ -75,8 +75,13 @@ def make_path(config: DiffusionConfig) -> Flow:
 
 def quantity(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients (u, w) of the named prediction, u x + w e."""
-    one, zero = torch.ones_like(a), torch.zeros_like(a)
-    return {"image": (one, zero), "noise": (zero, one), "velocity": path.velocity(a, b)}[name]
+    match name:
+        case "image":
+            return torch.ones_like(a), torch.zeros_like(a)
+        case "noise":
+            return torch.zeros_like(a), torch.ones_like(a)
+        case _:
+            return path.velocity(a, b)
 
 
 def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:

@@ -17,6 +17,7 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.evaluation import behaviour, checks, learning
 from dit_in_dit.evaluation.checks import Finding, Line, Patient, Section, batches, take
 from dit_in_dit.figures import COLOURS, figure, save
+from dit_in_dit.model import cost
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.example import Batch, Examples
 from dit_in_dit.training.loop import Trainer
@@ -77,6 +78,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
 def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient:
     """The model as it starts, its loss on the first examples, then the weights of the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
+    cost.check_fits(config.model, device)
     source = open_source(config.data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}

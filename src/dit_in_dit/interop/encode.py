@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,14 @@ class Decoder:
         assert data.vae is not None
         self.vae = load_vae(data.vae, device)
         mean, scale = constants(self.vae)
+        self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
         self.mean, self.scale = (
-            torch.tensor(given or default, device=device).view(1, -1, 1, 1)
-            for given, default in ((data.latent_mean, mean), (data.latent_scale, scale))
+            torch.tensor(self.constants[name], device=device).view(1, -1, 1, 1) for name in ("mean", "scale")
         )
+
+    def about(self) -> dict[str, Any]:
+        """What decides the images."""
+        return {"sha256": fingerprint(self.vae), **self.constants}
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -283,8 +288,17 @@ class Decoder:
         images: Tensor = self.vae.decode(latents.to(self.mean.device) / self.scale + self.mean).sample
         return images.cpu()
 
+    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
+        """Images of samples of one micro-batch, each decoded in its place of a batch of `size`: whichever others are
+        wanted, its bits are the same."""
+        whole = latents.new_zeros(size, *latents.shape[1:])
+        places = [index % size for index in indices]
+        whole[places] = latents
+        return self(whole)[places]
 
+
+@lru_cache(maxsize=1)
 def decoder(data: DataConfig, device: torch.device) -> Decoder | None:
-    """The decoder of a run, or None where it trains on pixels, or on latents of nobody knows which VAE."""
+    """The decoder of a run, kept for the next time; None where it trains on pixels, or on latents of no known VAE."""
     data = complete(data)
     return Decoder(data, device) if data.vae is not None else None

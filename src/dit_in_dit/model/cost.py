@@ -10,7 +10,8 @@ from itertools import pairwise
 
 import torch
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config import ModelConfig, UserError
+from dit_in_dit.memory import installed
 from dit_in_dit.model.aggregate import AGGREGATORS, Spread
 from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
 from dit_in_dit.model.embed import EMBEDS, OuterEmbed
@@ -65,3 +66,21 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     for name, parameter in module.named_parameters():
         parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
     return {**parts, "total": sum(parts.values())}
+
+
+def held_bytes(model: ModelConfig) -> int:
+    """Bytes of the model's parameters and fixed tensors, from the module built without memory."""
+    with torch.device("meta"):
+        module = NestedDiT(model)
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def check_fits(model: ModelConfig, device: torch.device) -> None:
+    """UserError when this machine cannot hold the model in training: the system would end the process in silence."""
+    copies = 4 if device.type == "cpu" else 1  # the weights, their average and AdamW's two moments
+    needed, there = copies * held_bytes(model), installed()
+    if needed > there:
+        raise UserError(
+            f"training needs {needed / 1e9:,.0f} GB for the weights alone, there are {there / 1e9:,.0f}: "
+            "make the model smaller (model.outer.width, the blocks, model.image_size)"
+        )

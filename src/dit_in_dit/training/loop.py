@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, UserError, config_hash, first_difference
 from dit_in_dit.data.source import open_source
+from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, image_number, load
@@ -98,6 +99,7 @@ def train(
     if place.type == "cuda":
         torch.cuda.set_device(place)
     config = settled(config, place)
+    cost.check_fits(config.model, place)
     source = open_source(config.data, config.model)
     world = join(place, config.train.timeout)
     trainer = Trainer(config, source, place, world)

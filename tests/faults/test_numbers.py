@@ -14,6 +14,7 @@ from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.evaluation.curves import read_run
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
@@ -73,7 +74,8 @@ def test_a_step_with_a_bad_example_is_skipped_and_names_it(config, tmp_path, los
     assert [fact.step for fact in facts if fact.kind == "step"] == [n for n in range(1, 11) if n != step]
     assert finite(tmp_path / "run")
     written = {line["step"]: line for line in lines(tmp_path / "run")}
-    assert written[step]["skipped"]["images"] == [BAD]
+    assert written[step]["skipped"] is True
+    assert written[step]["why"]["images"] == [BAD]
     assert "NaN" not in (tmp_path / "run/log.jsonl").read_text()
 
 
@@ -162,6 +164,10 @@ def test_a_run_goes_back_and_passes_over_what_led_it_astray(diverging, tmp_path)
     assert facts[-1].kind == "checkpoint"
     assert facts[-1].step == 9
     assert finite(tmp_path / "run")
+    curve = read_run(tmp_path / "run")  # what was taken again counts once, as it was taken the second time
+    assert curve.step.tolist() == list(range(1, 10))
+    assert curve.skipped.tolist() == [step in (3, 4) for step in range(1, 10)]
+    assert np.isnan(curve.loss).tolist() == curve.skipped.tolist()
     [back] = [line for line in lines(tmp_path / "run") if "rollback" in line]
     assert back == {"step": 6, "rollback": {"to": 2, "shift": 4}}
 

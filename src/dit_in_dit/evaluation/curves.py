@@ -68,9 +68,14 @@ def read_run(path: Path) -> Curve:
     evaluations: list[dict[str, Any]] = []
     log = path / "log.jsonl"
     try:
-        for rows in _rows(log):
+        for rows, back in _between_roll_backs(log):
             evaluations += [_flat(row) for row in rows if "held_out" in row]
             steps.append(_columns([row for row in rows if "held_out" not in row]))
+            if back is not None:  # what came after that step was taken again
+                evaluations = [row for row in evaluations if row["step"] <= back]
+                steps = [
+                    {name: values[columns["step"] <= back] for name, values in columns.items()} for columns in steps
+                ]
         trained, tested = _joined(steps), _columns(evaluations)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{log} is not a training log: {error}") from None
@@ -109,6 +114,16 @@ def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
             if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
                 raise UserError(f"{path} holds a line that is not a JSON object: mend it, or leave the run out")
             yield rows
+
+
+def _between_roll_backs(path: Path) -> Iterator[tuple[list[dict[str, Any]], int | None]]:
+    """The objects of a log, and the step that the run then went back to, if it did."""
+    for rows in _rows(path):
+        start = 0
+        for place in [place for place, row in enumerate(rows) if "rollback" in row]:
+            yield rows[start:place], int(rows[place]["rollback"]["to"])
+            start = place + 1
+        yield rows[start:], None
 
 
 def _flat(row: dict[str, Any]) -> dict[Any, Any]:

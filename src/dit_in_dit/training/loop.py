@@ -249,7 +249,7 @@ class _Course:
                 continue
             self.trainer.streak += 1
             found = self._skipped(step, numbers, each)
-            self._note({"step": step, "skipped": found})
+            self._note({"step": step, "skipped": True, "why": found})
             yield Fact("skipped", step, found)
             if self.trainer.streak > self.how.skip_most:
                 raise _DivergedError(step, f"loss {found['loss']}, gradient norm {found['grad_norm']}")

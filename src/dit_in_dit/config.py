@@ -396,12 +396,24 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
+class RateConfig(Section):
+    prefix: ClassVar[str] = "train.lr_scale"
+    outer: float = key(1.0, "of outer weights, and of the embeddings of time and label; 0: frozen", low=0, high=1000)
+    inner: float = key(1.0, "of inner weights, and of what joins the levels", low=0, high=1000)
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
     steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
     learning_rate: float = key(1e-4, "peak learning rate of AdamW", low=0, high=10)
+    lr_scale: RateConfig = key(RateConfig, "factors on the learning rate")
+    init: str | None = key(None, "a run whose averaged weights this one begins with; null: random ones")
+    init_blocks: tuple[int, ...] | None = key(
+        None, "which of its outer blocks, in order; null: all, or as many as there are, evenly spaced", low=0, high=999
+    )
     weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
     warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")

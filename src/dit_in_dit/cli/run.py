@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import signal
@@ -39,6 +40,7 @@ def add(commands: Commands) -> None:
     train = commands.add("train", _train, "train a model into a run folder")
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    train.add_argument("--init", metavar="RUN", help="begin with a run's weights (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument(
         "--track",
@@ -60,6 +62,8 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.training.loop import train
 
     stop = _signals()
+    if options.init:
+        options.set.append(f"train.init={json.dumps(options.init)}")
     if options.resume:
         stored = checkpoint.read_config(options.out)
         config = chosen(options) if options.preset or options.config else override(stored, options.set)
@@ -110,6 +114,11 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
     )
     for damage in values["passed_over"]:
         console.print(f"passed over: {damage}")
+    if begun := values["begun"]:
+        console.print(
+            f"begins with {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
+            + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
+        )
     if values["skipped"]:
         console.print(f"left out {len(values['skipped'])} unreadable files, such as {shortened(values['skipped'][0])}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

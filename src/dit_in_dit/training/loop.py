@@ -102,7 +102,7 @@ def train(
     cost.check_fits(config.model, place)
     source = open_source(config.data, config.model)
     world = join(place, config.train.timeout)
-    trainer = Trainer(config, source, place, world)
+    trainer = Trainer(config, source, place, world, fresh=not (resume and checkpoint.has_any(run)))
     with world.watched():
         if not resume:
             world.led(lambda: checkpoint.create(run, config))
@@ -112,7 +112,7 @@ def train(
             passed_over = course.restore(stored) if resume else ()
             parameters = sum(p.numel() for p in trainer.model.parameters())
             values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
-            values |= {"processes": world.size, "passed_over": passed_over}
+            values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
             yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
             yield from course.facts()
 

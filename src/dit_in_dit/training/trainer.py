@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.training.distributed import World, everywhere, gathered, local, shard, spread, whole
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, held_out
+from dit_in_dit.training.start import begin_with, is_inner
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 COUNTERS = ("shift", "rolled_back", "tries", "streak")  # of a Trainer, kept in the checkpoint
@@ -69,7 +71,15 @@ class Trainer:
     and of the moments. train.reduction=fixed: no number of processes changes a bit.
     """
 
-    def __init__(self, config: RunConfig, source: Source, device: torch.device, world: World | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        source: Source,
+        device: torch.device,
+        world: World | None = None,
+        *,
+        fresh: bool = True,  # false: weights are restored, and train.init is not read again
+    ) -> None:
         self.config, self.source, self.device, self.world = config, source, device, world or World()
         train = config.train
         check_world(train, self.world.size)
@@ -77,6 +87,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
             self.model = NestedDiT(config.model, recompute=train.recompute)
+        self.begun = begin_with(self.model, Path(train.init), train.init_blocks) if train.init and fresh else None
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.tree: Tree | None = None
@@ -93,8 +104,7 @@ class Trainer:
         self.weights = dict(self.model.named_parameters())
         self.fused = device.type in ("cpu", "cuda")
         self.optimizer: Any = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=train.learning_rate,
+            self._groups(),
             betas=(0.9, 0.999),
             weight_decay=train.weight_decay,
             fused=self.fused,
@@ -109,6 +119,17 @@ class Trainer:
         self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
         wanted = train.evaluate_every and source.held_out_size
         self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters of each level, with the factor on its learning rate."""
+        scale = self.config.train.lr_scale
+        if scale.outer == scale.inner:
+            return [{"params": list(self.weights.values()), "scale": scale.outer}]
+        levels: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, weight in self.weights.items():
+            levels[is_inner(name)].append(weight)
+        factors = ((levels[False], scale.outer), (levels[True], scale.inner))
+        return [{"params": weights, "scale": factor} for weights, factor in factors if weights]
 
     def autocast(self) -> torch.autocast:
         """bfloat16 where the config says so."""
@@ -128,7 +149,7 @@ class Trainer:
         train, losses = self.config.train, []
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
             with self._accumulating(last=number == len(batches)):

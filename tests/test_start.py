@@ -1,0 +1,151 @@
+"""A nested model that begins as the trained DiT it is built around."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import inputs, perturbed, small_model, with_train
+from dit_in_dit import checkpoint
+from dit_in_dit.config import UserError, override
+from dit_in_dit.data.source import open_source
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.example import Examples
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.start import is_inner
+from dit_in_dit.training.trainer import Trainer
+
+ORDERS = {"first": "inner*2 outer*4", "interleaved": "(inner outer*2)*2", "last": "outer*4 inner*2"}
+
+
+@pytest.fixture
+def plain(run_config, tmp_path):
+    """A DiT of four blocks that has learnt for a while, and its run."""
+    config = replace(run_config, model=model("outer*4"))
+    run = tmp_path / "dit"
+    trainer = Trainer(config, open_source(config.data, config.model), torch.device("cpu"))
+    trainer.update([Examples(trainer.source, config)[0]])  # the optimizer's moments are there
+    perturbed(trainer.model)
+    trainer.ema.model.load_state_dict(trainer.model.state_dict())
+    checkpoint.create(run, config)
+    checkpoint.save(run, config, 1, trainer.state(), trainer.averaged_state(), trainer.source.classes)
+    return config, run, trainer
+
+
+def model(stages, **inner):
+    return small_model(stages, image_size=(8, 8), num_classes=3, inner=inner)
+
+
+def nested(config, run, stages, **inner):
+    inner.setdefault("fuse", "gate")
+    return replace(with_train(config, init=str(run), learning_rate=1e-2), model=model(stages, **inner))
+
+
+def losses(facts):
+    return [fact.values["loss"] for fact in facts if fact.kind == "step"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_nested_model_begins_as_the_dit_bit_for_bit_and_then_learns_inside(plain, tmp_path, order):
+    config, run, trainer = plain
+    ours = nested(config, run, ORDERS[order])
+    begun = Trainer(ours, trainer.source, torch.device("cpu"))
+    x, t, y = inputs(ours.model, batch=16)
+    with torch.no_grad():
+        assert (begun.model(x, t, y) - trainer.model(x, t, y)).abs().max() == 0
+        assert (begun.ema.model(x, t, y) - trainer.model(x, t, y)).abs().max() == 0
+    assert begun.begun.exact
+    assert begun.begun.new == sum(is_inner(name) for name, _ in begun.model.named_parameters())
+
+    facts = list(train(ours, tmp_path / order, device="cpu"))
+    batch = Examples(trainer.source, ours)[0]
+    with torch.no_grad():
+        of_the_dit = trainer.objective.loss(trainer.model, batch.x, batch.noise, batch.t, batch.y).mean().item()
+    assert losses(facts)[0] == of_the_dit
+    before = dict(begun.model.named_parameters())
+    state = checkpoint.load_state(checkpoint.newest(tmp_path / order).folder)
+    moved = [name for name, weight in before.items() if not torch.equal(state[f"model.{name}"], weight)]
+    assert {name for name in moved if is_inner(name)} >= {n for n in before if n.startswith("inner_blocks.0.branches")}
+
+
+@pytest.mark.parametrize(
+    ("stages", "inner", "exact"),
+    [
+        ("inner outer*4", {"fuse": "add"}, False),
+        ("inner outer*4", {"fuse": "replace"}, False),
+        ("outer*4 inner", {"fuse": "add"}, True),
+        ("inner outer*4 inner", {"fuse": "gate"}, True),
+        ("outer*3 inner", {"fuse": "add"}, False),  # a block is gone
+    ],
+)
+def test_it_is_said_whether_the_output_stays(plain, stages, inner, exact):
+    config, run, trainer = plain
+    ours = nested(config, run, stages, **inner)
+    begun = Trainer(ours, trainer.source, torch.device("cpu"))
+    x, t, y = inputs(ours.model, batch=4)
+    with torch.no_grad():
+        assert torch.equal(begun.model(x, t, y), trainer.model(x, t, y)) == exact
+    assert begun.begun.exact == exact
+
+
+def test_fewer_outer_blocks_are_taken_evenly_or_as_named(plain):
+    config, run, trainer = plain
+    theirs = [block.branches["mlp"][0].weight for block in trainer.model.outer_blocks]
+    for blocks, expected in ((None, [0, 2, 3]), ([0, 1, 3], [0, 1, 3])):
+        ours = with_train(nested(config, run, "outer*3 inner"), init_blocks=blocks)
+        begun = Trainer(ours, trainer.source, torch.device("cpu"))
+        found = [block.branches["mlp"][0].weight for block in begun.model.outer_blocks]
+        assert all(torch.equal(weight, theirs[number]) for weight, number in zip(found, expected, strict=True))
+
+
+def test_frozen_outer_weights_stay_and_a_lower_rate_moves_them_less(plain, tmp_path):
+    config, run, trainer = plain
+    steps = {}
+    for scale in (0, 0.1, 1):
+        ours = override(
+            nested(config, run, "outer*4 inner"), [f"train.lr_scale.outer={scale}", "train.weight_decay=0.1"]
+        )
+        list(train(ours, tmp_path / str(scale), device="cpu"))
+        state = checkpoint.load_state(checkpoint.newest(tmp_path / str(scale)).folder)
+        theirs = trainer.model.state_dict()
+        outer = [(state[f"model.{n}"] - theirs[n]).norm() for n, _ in trainer.model.named_parameters()]
+        steps[scale] = torch.stack(outer).norm().item()
+        assert state["model.inner_head.final.linear.weight"].abs().max() > 0
+    assert steps[0] == 0
+    assert 0.05 < steps[0.1] / steps[1] < 0.2
+
+
+def test_a_warm_started_run_resumes_without_what_it_began_with(plain, tmp_path):
+    config, run, _ = plain
+    ours = nested(config, run, "outer*4 inner")
+    list(train(ours, tmp_path / "unbroken", device="cpu"))
+    list(train(ours, tmp_path / "stopped", device="cpu", until=2))
+    run.rename(tmp_path / "moved away")
+    list(train(ours, tmp_path / "stopped", device="cpu", resume=True))
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("unbroken", "stopped")]
+    assert logs[0] == logs[1]
+    assert json.loads(logs[0].splitlines()[0])["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.outer.width=64"], "give both models the same outer width"),
+        (["model.stages=outer*5 inner"], "has 4 outer blocks, fewer than the 5"),
+        (["train.init_blocks=[0, 1, 2, 9]"], "train.init_blocks must name 4 of the 4 outer blocks"),
+        (["train.init=nowhere"], "no run at nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_named(plain, change, message):
+    config, run, trainer = plain
+    with pytest.raises(UserError, match=message):
+        Trainer(override(nested(config, run, "outer*4 inner"), change), trainer.source, torch.device("cpu"))
+
+
+def test_parameters_of_a_model_belong_to_one_level():
+    ours = NestedDiT(model("inner outer inner outer inner", condition="patch", aggregate="attention", fuse="gate"))
+    outer = {n.split(".")[0] for n, _ in ours.named_parameters() if not is_inner(n)}
+    assert outer == {"outer_embed", "outer_blocks", "outer_head", "time_embed", "label_embed"}

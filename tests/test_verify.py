@@ -1,0 +1,56 @@
+"""`verify-resume` finds what it looks for, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_in_dit import checkpoint
+from dit_in_dit.cli import main, verify
+from dit_in_dit.training.trainer import Trainer
+
+
+@pytest.fixture
+def run(run_config, tmp_path, full, monkeypatch):
+    """A run that has only begun; the command's own trainings run in this process, but when all is tried."""
+    checkpoint.create(tmp_path / "run", run_config)
+    if not full:
+        monkeypatch.setattr(verify, "_train", lambda arguments: main(["train", *arguments]))
+    return tmp_path / "run"
+
+
+def test_a_stopped_run_is_found_equal(run, capsys):
+    before = sorted(run.rglob("*"))
+    main(["verify-resume", str(run), "--steps", "5", "--stop", "2", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert [line.split()[:2] for line in said.splitlines()[:3]] == [
+        ["same", "ema.safetensors"],
+        ["same", "log.jsonl"],
+        ["same", "state.safetensors"],
+    ]
+    assert "5 steps, and 2 steps + a stop + 3 steps" in said
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_resume_that_forgets_something_is_found_different(run, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "_train", lambda arguments: main(["train", *arguments]))
+    whole = Trainer.restore
+
+    def forgetful(self, state, ema, step):
+        forgotten = {n: torch.zeros_like(t) if ".exp_avg." in n else t for n, t in state.items()}
+        whole(self, forgotten, ema, step)
+
+    monkeypatch.setattr(Trainer, "restore", forgetful)
+    with pytest.raises(SystemExit) as end:
+        main(["verify-resume", str(run), "--steps", "5", "--device", "cpu"])
+    assert end.value.code == 1
+    found = capsys.readouterr()
+    assert "DIFFERENT" in found.out
+    assert "does NOT end as an unbroken one" in found.err
+
+
+def test_a_stop_outside_the_steps_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["verify-resume", str(run), "--steps", "5", "--stop", "5"])
+    assert end.value.code == 2
+    assert "--stop must lie between 0 and 5" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_more_images_and_single_ones_are_the_same(run, words, unbroken, tmp_path
 def test_killed_in_half_of_an_image_again_and_again_and_continued(words, unbroken, tmp_path, start, full):
     out = tmp_path / "drawn"
     made: dict[Path, int] = {}
-    for life, at in enumerate((1, 6, 13, 4, 9, 2, 11) if full else (6, 13)):
+    for life, at in enumerate((1, 6, 13, 4) if full else (6, 13)):
         ended(start([sys.executable, "-c", KILLED, str(at), *words, str(out)]), -signal.SIGKILL)
         assert list(out.glob("*.part"))  # it was killed while it wrote
         now = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
@@ -171,7 +171,7 @@ def test_two_processes_are_killed_at_any_time_and_one_goes_on(words, unbroken, t
     out = tmp_path / "drawn"
     command = [sys.executable, "-m", "dit_in_dit", *words, str(out)]
     lives = 0
-    for wanted in (2, 20, 40):
+    for wanted in (2, 40):
         ranks = [start(command, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
         deadline = time.monotonic() + 120
         while len(list(out.glob("0*.png"))) < wanted and time.monotonic() < deadline:
@@ -242,7 +242,8 @@ def test_an_evaluation_looks_at_the_very_images_that_are_drawn(run, words, tmp_p
         assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / f"drawn/{number:06d}.png")))
 
 
-def test_latents_are_numbered_files_and_one_array_in_the_end(tmp_path):
+def test_latents_are_numbered_files_and_one_array_in_the_end_with_the_same_bits(tmp_path):
+    """Pixels are rounded, latents are not: here the last bit counts."""
     from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, TrainConfig
 
     images = np.random.default_rng(0).standard_normal((12, 4, 8, 8), np.float32)
@@ -250,16 +251,18 @@ def test_latents_are_numbered_files_and_one_array_in_the_end(tmp_path):
     config = RunConfig(
         model=replace(small_model("outer*1 inner*1"), image_size=(8, 8), channels=4, num_classes=3),
         data=DataConfig(source=str(tmp_path / "latents.npz"), held_out=0),
-        train=TrainConfig(steps=2, batch_size=4, precision="float32", sample_every=0, evaluate_every=0),
-        sample=SampleConfig(steps=2, micro_batch=4),
+        train=TrainConfig(
+            steps=8, batch_size=4, learning_rate=0.03, precision="float32", sample_every=0, evaluate_every=0
+        ),
+        sample=SampleConfig(steps=4, guidance=2.0, micro_batch=4),
     )
     for _ in train(config, tmp_path / "run", device="cpu"):
         pass
     out = tmp_path / "drawn"
     words = ["sample", str(tmp_path / "run"), "--device", "cpu", "--out", str(out)]
-    main([*words, "--num", "6"])
+    main([*words, "--num", "6", "--batch", "1"])  # on some CPUs a batch of one alone gives other bits
     kept = (out / "000005.npy").stat().st_mtime_ns
-    main([*words, "--num", "9"])
+    main([*words, "--num", "9", "--batch", "7"])
     assert (out / "000005.npy").stat().st_mtime_ns == kept
     model, config, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
     expected = torch.cat([images for _, images in sample_batches(model, config, range(9))]).numpy()

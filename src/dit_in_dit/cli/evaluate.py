@@ -15,7 +15,6 @@ from dit_in_dit.cli.options import (
     add_num,
     add_sampling,
     make_folder,
-    own_device,
     sampling,
     whole,
 )
@@ -70,12 +69,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dit_in_dit.evaluation.evaluate import evaluate, images_of, write_npz
     from dit_in_dit.evaluation.features import open_network
     from dit_in_dit.evaluation.subject import files_subject, reference, run_subject
+    from dit_in_dit.training.loop import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
     for group in groups:
         if group not in GROUPS:
             raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
-    device = own_device(options.device)
+    device = pick_device(options.device)
     weights = {"inception": options.weights, "dinov2": options.dinov2}
     networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)
     statistics = distances.read_reference(options.statistics) if options.statistics else None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from dit_in_dit import presets
 from dit_in_dit.config import RunConfig, UserError, from_file, nearest, override, shortened
-
-if TYPE_CHECKING:
-    import torch
 
 MOST = 10**7  # images asked for at once
 
@@ -65,14 +61,6 @@ def chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig
 def add_device(command: argparse.ArgumentParser) -> None:
     """--device, for `pick_device`."""
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
-
-
-def own_device(name: str) -> torch.device:
-    """The device that --device names, of this process: under torchrun each has its own GPU."""
-    from dit_in_dit.training.loop import pick_device
-
-    device, local = pick_device(name), os.environ.get("LOCAL_RANK")
-    return pick_device(f"cuda:{local}") if device.type == "cuda" and device.index is None and local else device
 
 
 def add_num(command: argparse.ArgumentParser, default: int) -> None:

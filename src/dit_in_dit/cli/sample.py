@@ -15,7 +15,6 @@ from dit_in_dit.cli.options import (
     add_num,
     add_sampling,
     make_folder,
-    own_device,
     sampling,
     whole,
 )
@@ -57,8 +56,9 @@ def _sample(options: argparse.Namespace) -> None:
     from dit_in_dit.evaluation import chunks
     from dit_in_dit.interop.encode import decoder
     from dit_in_dit.sampling import protocol, sample_batches
+    from dit_in_dit.training.loop import pick_device
 
-    device = own_device(options.device)
+    device = pick_device(options.device)
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
     config, classes = sampling(options, config, manifest["classes"])
     decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,6 +216,7 @@ def test_labels_are_numbers_names_or_none(pipe):
         return pipe(labels, latents=noise(2), output_type="latent").images
 
     assert torch.equal(drawn("owl"), drawn([3, "owl"]))
+    assert torch.equal(drawn(np.int64(3)), drawn(torch.tensor([3, 3])))
     assert torch.equal(drawn([None, 2])[1], drawn(2)[1])
     torch.testing.assert_close(drawn([None, 5]), drawn(None), rtol=1e-4, atol=1e-4)  # 5: the null class
     assert not torch.allclose(drawn([None, None]), drawn(2), atol=1e-2)
@@ -589,7 +591,13 @@ def test_code_of_a_folder_runs_only_when_trusted(elsewhere):
     assert "did you mean 'owl'" in elsewhere["wrong"]
 
 
-def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path):
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> None:
+    """diffusers copies code that came with folders to a place of the test's."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path, modules):
     shutil.copytree(exported, tmp_path / "folder")
     planted = list((tmp_path / "folder").rglob("*.py"))
     assert len(planted) == 2
@@ -605,19 +613,57 @@ def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path):
         DiffusionPipeline.from_pretrained(tmp_path / "folder", trust_remote_code=True)
 
 
-def test_with_the_package_a_repository_of_the_hub_needs_no_trust(exported, tmp_path):
-    """As the Hub's cache holds it: what is downloaded is looked for there first."""
+@pytest.fixture
+def repository(exported, tmp_path, modules, monkeypatch) -> Path:
+    """The folder as the Hub's cache holds the repository some/model. What diffusers asks the Hub is answered here."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shutil.copytree(exported, snapshot)
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
-    pipe = DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path, local_files_only=True)
-    assert type(pipe) is DiTInDiTPipeline
+    files = [SimpleNamespace(rfilename=str(path.relative_to(snapshot))) for path in snapshot.rglob("*.*")]
+    answer = SimpleNamespace(siblings=files, sha="0" * 40)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils._resolve_revision", lambda *a, **k: "main", raising=False)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", lambda *a, **k: answer)
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.model_info", lambda *a, **k: answer)
+    index = str(snapshot / "model_index.json")
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.hf_hub_download", lambda *a, **k: index)
+    return snapshot
+
+
+def test_with_the_package_a_repository_of_the_hub_needs_no_trust(repository, tmp_path):
+    """Its own way to it: that of diffusers wants trust, or the package's classes as files of the repository."""
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained("some/model", cache_dir=tmp_path)
+    assert type(DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path)) is DiTInDiTPipeline
+
+
+def test_all_that_is_needed_is_downloaded_from_the_hub(repository, tmp_path, monkeypatch):
+    """What diffusers asks the Hub for, by patterns; from those files alone it loads."""
+    asked = []
+
+    def download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(repository)
+
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", download)
+    DiffusionPipeline.download("some/model", cache_dir=tmp_path, trust_remote_code=True, force_download=True)
+    for path in [path for path in repository.rglob("*") if path.is_file()]:
+        if not any(fnmatch(str(path.relative_to(repository)), pattern) for pattern in asked):
+            path.unlink()
+    left = sorted(path.suffix for path in repository.rglob("*.*"))
+    assert left == [".json", ".json", ".json", ".py", ".py", ".safetensors"]
+    pipe = quiet(DiffusionPipeline.from_pretrained(repository, trust_remote_code=True))
+    assert torch.equal(
+        pipe(LABELS, latents=noise(WHOLE), output_type="latent").images, sample(seeded(FLOW), FLOW, WHOLE)
+    )
 
 
 def test_import_paths_in_files_stay(exported, tmp_path):
     """Names that stand in folders out there; a change of them is a change of a file format."""
     index = json.loads((exported / "model_index.json").read_text())
+    stored = json.loads((exported / "transformer" / "config.json").read_text())
+    assert (stored["model"], stored["diffusion"]) == (to_dict(FLOW.model), {"path": "flow", "predict": "velocity"})
+    assert index["sample"] == {"steps": 4, "guidance": 2.0, "guidance_channels": None, "interval": [0.0, 1.0]}
     assert index["_class_name"][1] == "DiTInDiTPipeline"
     assert index["transformer"][1] == "DiTInDiTTransformer2DModel"
     for name, key in (("pipeline", index["_class_name"][0]), ("transformer", index["transformer"][0])):

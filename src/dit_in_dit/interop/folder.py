@@ -19,6 +19,8 @@ from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling import make_scheduler
 
+READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
+
 
 def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
     """Write the run's newest checkpoint into `out`, which is whole or not there.
@@ -62,15 +64,16 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A model as a pipeline that draws as its config says; it holds the model itself, not a copy."""
+    diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
     with torch.device("meta"):  # its weights are the model's
-        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), to_dict(config.diffusion))
+        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
     transformer.nested = model
     return DiTInDiTPipeline(
         transformer.eval(),
         make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing),
         vae,
         id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
-        sample=to_dict(config.sample),
+        sample={key: how[key] for key in DEFAULTS},
         null_class=config.train.label_drop > 0,
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,7 +33,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         scheduler: of its path; `pipe.scheduler = Other.from_config(pipe.scheduler.config)` swaps it.
         vae: decodes latents to images; None for a model of pixels.
         id2label: names of the classes by number, as JSON has it: {'0': 'cat'}.
-        sample: keys of a run's `sample` that stand where a call names nothing else: steps, guidance, interval.
+        sample: of a run's `sample`, what holds where a call says nothing: steps, guidance, guidance_channels, interval.
         null_class: whether the model was trained without labels too, as guidance needs.
     """
 
@@ -166,8 +167,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             return None
         if not self.null:
             raise UserError("this model was trained without labels: give no class_labels")
-        one = isinstance(labels, int | str)
-        return torch.tensor([self._number(label) for label in ([labels] * count if one else labels)], device=device)
+        each = [labels] * count if _is_one(labels) else labels
+        return torch.tensor([self._number(label) for label in each], device=device)
 
     def _number(self, label: int | str | None) -> int:
         if label is None:
@@ -272,10 +273,14 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
 DiTInDiTPipeline.__init__.__annotations__.clear()  # diffusers 0.35 fails at types that are written as text
 
 
+def _is_one(labels: Any) -> bool:
+    return isinstance(labels, str) or np.ndim(labels) == 0
+
+
 def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
     """How many images are asked for; UserError where arguments disagree."""
     given = {
-        "class_labels": None if labels is None or isinstance(labels, int | str) else len(labels),
+        "class_labels": None if labels is None or _is_one(labels) else len(labels),
         "batch_size": batch_size,
         "generator": len(generator) if isinstance(generator, list) else None,
         "latents": None if latents is None else len(latents),

@@ -23,7 +23,7 @@ class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         model: the keys of `model`.
-        diffusion: the keys of `diffusion`; `path` and `predict` are used.
+        diffusion: of the keys of `diffusion`, `path` and `predict`.
 
     Raises:
         UserError: a key or a value is not known.

@@ -1,0 +1,84 @@
+"""A full disk costs a run nothing but the checkpoints that did not fit."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from dit_in_dit import checkpoint
+from dit_in_dit.checkpoint import SaveError
+from dit_in_dit.training.lines import Lines, Log
+from dit_in_dit.training.loop import train
+
+
+class Narrow:
+    """A file that takes a few bytes and then, until it is `wide`, no more."""
+
+    def __init__(self, file, room):
+        self.file, self.room, self.wide = file, room, False
+
+    def write(self, content):
+        if not self.wide and not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = len(content) if self.wide else min(self.room, len(content))
+        self.room -= 0 if self.wide else taken
+        return self.file.write(content[:taken])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 11, 12, 13, 30])
+def test_lines_that_do_not_fit_wait_and_are_written_once_there_is_room(tmp_path, room):
+    lines = Lines(tmp_path / "log.jsonl")
+    lines.file = disk = Narrow(lines.file, room)
+    for step in range(4):
+        lines.add({"step": step})
+    with pytest.raises(SaveError, match=r"cannot write .*log\.jsonl: No space left on device; make room"):
+        lines.settle()
+    disk.wide = True
+    lines.add({"step": 4})
+    lines.close()
+    assert (tmp_path / "log.jsonl").read_text() == "".join(f'{{"step": {step}}}\n' for step in range(5))
+
+
+def test_a_log_tells_apart_what_was_taken_again_after_a_roll_back(tmp_path):
+    def write(log):
+        log.write(0, {"step": 1, "loss": 1.0})
+        log.write(0, {"step": 2, "loss": 9.0})
+        log.write(0, {"step": 2, "rollback": {"to": 0}})
+        log.write(1, {"step": 1, "loss": 0.5})
+        log.lines.close()
+
+    for _ in range(2):  # the second time by a process that does it all again
+        write(Log(tmp_path / "log.jsonl"))
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("loss", "back") for line in found] == [1.0, 9.0, "back", 0.5]
+
+
+def test_a_checkpoint_that_does_not_fit_is_tried_again_at_the_next_interval(run_config, tmp_path, monkeypatch):
+    list(train(run_config, tmp_path / "unbroken", device="cpu"))
+    plain = checkpoint.save
+
+    def full(run, config, step, *more, **keys):
+        if step == 3:
+            raise SaveError("cannot save it: no space left: make room")
+        return plain(run, config, step, *more, **keys)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    facts = list(train(run_config, tmp_path / "run", device="cpu"))
+    found = [(fact.kind, fact.step) for fact in facts if fact.kind in ("checkpoint", "unsaved")]
+    assert found == [("unsaved", 3), ("checkpoint", 6)]
+    hashes = [checkpoint.newest(tmp_path / name).manifest["sha256"] for name in ("unbroken", "run")]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_last_checkpoint_that_does_not_fit_is_an_error(run_config, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SaveError("cannot save it: no space left: make room")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(SaveError, match="make room"):
+        list(train(run_config, tmp_path / "run", device="cpu"))

@@ -174,7 +174,7 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
     [
         ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; mend or remove it"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
-        ("data", 0o000, "cannot read"),
+        ("data", 0o000, "Permission denied"),
         (".", 0o500, "cannot write to run: Permission denied"),
     ],
 )

@@ -246,7 +246,7 @@ def test_a_wrong_argument_is_named_in_one_line(pipe, arguments, says):
 def test_no_guidance_without_a_trained_null_class():
     pipe = piped(replace(FLOW, train=TrainConfig(label_drop=0), sample=SampleConfig(steps=2)))
     assert len(pipe([1]).images) == 1
-    for arguments in ({"class_labels": [1], "guidance_scale": 2.0}, {}):
+    for arguments in ({"class_labels": [1], "guidance_scale": 2.0}, {"class_labels": [1, None]}, {}):
         with pytest.raises(UserError, match="no null class"):
             pipe(**arguments)
 

@@ -81,7 +81,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance acts.
-            generator: draws the noise; of a list, generator i draws image i, the same in any batch.
+            generator: draws the noise; of a list, generator i draws image i, in any batch the same but for last bits.
             latents: the noise itself (N, C, H, W), of variance one.
             eta: noise that DDIM adds.
             output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (N, C, H, W), not decoded.
@@ -93,7 +93,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         Raises:
             UserError: a value cannot be used, or the scheduler is none of the model's path.
         """
-        how = self._how(num_inference_steps, guidance_scale, guidance_interval, class_labels)
+        how = self._how(num_inference_steps, guidance_scale, guidance_interval)
         if output_type not in OUTPUTS:
             raise UserError(f"output_type {str(output_type)[:40]!r} is unknown{nearest(str(output_type), OUTPUTS)}")
         shape = self._shape()
@@ -104,6 +104,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             raise UserError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}: got {sorted(unknown)}")
         count, device = _count(class_labels, batch_size, generator, latents), self._execution_device
         y = self._numbers(class_labels, count, device)
+        if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
+            raise UserError("this model knows no null class: give class_labels, and guidance_scale=1")
         diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
         self._fit_scheduler(diffusion.path, how.steps)
         set_steps(self.scheduler, how.steps)
@@ -150,16 +152,11 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         model = ModelConfig.from_dict(self.transformer.config.model)
         return model.channels, *model.image_size
 
-    def _how(
-        self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None, labels: Any
-    ) -> SampleConfig:
+    def _how(self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None) -> SampleConfig:
         """Steps and guidance, of the call or by default."""
         given = {"steps": steps, "guidance": guidance, "interval": interval}
         given = {name: value for name, value in given.items() if value is not None}
-        how = SampleConfig.from_dict({**(self.config.sample or {}), **given})
-        if self.null and not self.config.null_class and (how.guidance != 1 or labels is None):
-            raise UserError("this model knows no null class: give class_labels, and guidance_scale=1")
-        return how
+        return SampleConfig.from_dict({**(self.config.sample or {}), **given})
 
     def _numbers(self, labels: Any, count: int, device: torch.device) -> Tensor | None:
         """Class numbers (count,) of labels; None where there are none."""

@@ -1,6 +1,6 @@
 # make demo   from nothing to a trained small model and its pictures
 # make test   from nothing to all tests passed
-# make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each)
+# make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each), and weights of XL
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
@@ -19,7 +19,7 @@ test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test-faults: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults --full -n auto --dist loadfile --timeout 900
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py --full -n auto --dist loadfile --timeout 900
 
 check: .venv/dev
 	$(RUN) -m ruff check .

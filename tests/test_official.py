@@ -23,15 +23,17 @@ from torch import Tensor
 from conftest import small_model, with_train
 from dit_in_dit import checkpoint, presets, train
 from dit_in_dit.cli import main
-from dit_in_dit.config import DiffusionConfig, SampleConfig
+from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.interop.imported import KEPT, ORIGIN, export_diffusers, export_official, import_run
+from dit_in_dit.interop.official import expected
 from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.sampling import denoise, guided, sample
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
 CPU = torch.device("cpu")
+LARGE = "hundreds of megabytes there and back: with --full (make test-faults)"
 
 
 def golden(name: str) -> Tensor:
@@ -109,10 +111,12 @@ def made(tmp_path_factory) -> Path:
         ("tiny", torch.bfloat16),
         ("tiny", torch.float64),
         ("DiT-S/2", torch.float16),
-        pytest.param("DiT-B/4", torch.float32, marks=pytest.mark.slow),
+        ("DiT-B/4", torch.float32),
     ],
 )
-def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype):
+def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype, full):
+    if size == "DiT-B/4" and not full:
+        pytest.skip(LARGE)
     weights = official(size, dtype)
     run = imported(tmp_path, weights) if size == "tiny" else tmp_path / "run"
     if size != "tiny":  # the number of heads follows from the size
@@ -124,9 +128,26 @@ def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype):
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
 
+@pytest.mark.parametrize("size", ["tiny", "DiT-S/2", "DiT-B/4", "DiT-XL/2"])
+def test_names_and_shapes_are_the_official_ones_in_their_order(size):
+    letter, patch = size[4:].lower().split("/") if "/" in size else ("", "2")
+    depth, width, heads = presets.SIZES.get(letter, (2, 32, 4))
+    side, classes = (32, 1000) if letter else (8, 10)
+    model = ModelConfig(
+        image_size=(side, side), channels=4, patch_size=int(patch), num_classes=classes, stages=f"outer*{depth}",
+        learn_variance=True, outer=OuterConfig(width=width, num_heads=heads),
+    )  # fmt: skip
+    theirs = {name: tuple(shape) for name, shape in json.loads(str(GOLDEN[f"shapes/{size}"])).items()}
+    assert theirs.pop("pos_embed") == (1, model.patches, width)
+    assert list(expected(model).items()) == list(theirs.items())
+
+
 @pytest.mark.slow
-def test_weights_of_xl_come_back_bit_for_bit(tmp_path):
+@pytest.mark.timeout(1800)  # eleven times 1.4 GB through the disk
+def test_weights_of_xl_come_back_bit_for_bit(tmp_path, full):
     """In bfloat16: 1.4 GB a file. Every tensor differs from every other."""
+    if not full:
+        pytest.skip(LARGE)
     shapes = json.loads(str(GOLDEN["shapes/DiT-XL/2"]))
     bits = torch.randint(2**15, (2**20 + 7,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
     bits &= 0x3FFF  # finite
@@ -152,9 +173,11 @@ def test_weights_of_xl_come_back_bit_for_bit(tmp_path):
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True, mmap=True))
 
 
-@pytest.mark.parametrize("size", ["tiny", "DiT-S/2", pytest.param("DiT-B/4", marks=pytest.mark.slow)])
-def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size):
+@pytest.mark.parametrize("size", ["tiny", "DiT-S/2", "DiT-B/4"])
+def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size, full):
     """The folder is written by diffusers, of a model with its own random weights."""
+    if size == "DiT-B/4" and not full:
+        pytest.skip(LARGE)
     heads, width, depth, patch = {"tiny": (4, 32, 2, 2), "DiT-S/2": (6, 384, 12, 2), "DiT-B/4": (12, 768, 12, 4)}[size]
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import small_model
+from conftest import small_model, with_train
 from dit_in_dit.checkpoint import load_model, read_config
 from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, SampleConfig, UserError, to_yaml
@@ -369,6 +369,19 @@ def test_a_run_on_latents_knows_its_vae_and_draws_images_with_it(latents, vae, r
     for index in range(6):  # whichever others are wanted
         paths = [tmp_path / f"{name}/{index:06d}.png" for name in ("six", "seven")]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_a_run_on_latents_is_evaluated_by_the_images_it_stands_for(images, latents, run_config, tmp_path, capsys):
+    config = replace(run_config, model=MODEL, data=DataConfig(source=str(latents)), sample=SampleConfig(steps=1))
+    list(train(with_train(config, steps=1, evaluate_every=0), tmp_path / "run", device="cpu"))
+    words = ["evaluate", str(tmp_path / "run"), "--num", "16", "--device", "cpu"]
+    assert "name the images" in lines_of(words, capsys)
+    main([*words, "--against", str(images), "--out", str(tmp_path / "scores"), "--npz"])
+    found = json.loads((tmp_path / "scores/metrics.json").read_text())
+    assert found["protocol"]["samples"]["vae"]["scale"] == [0.5]
+    assert {"seam.8", "seam.4"} <= found["scores"].keys()  # of patches of 4 latent pixels, of 2 pixels each
+    drawn = np.load(tmp_path / "scores/samples.npz")
+    assert drawn[drawn.files[0]].shape == (16, SIDE, SIDE, 3)
 
 
 def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):

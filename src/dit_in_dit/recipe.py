@@ -25,8 +25,8 @@ GPUS = {
 }
 MFU = 0.35  # an assumption
 ROOM = 0.9  # of the memory is planned for
-# Bytes per parameter, all float32: weight, gradient, its copy that is summed over GPUs, two moments, average.
-STATE_BYTES = 24
+# Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
+STATE_BYTES = 22
 FLOPS_PER_MAC = {"none": 6, "both": 8}  # 2 forward, 4 backward, and 2 where the forward pass is done twice
 
 

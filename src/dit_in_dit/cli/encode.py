@@ -50,10 +50,7 @@ def _encode(options: argparse.Namespace) -> None:
     from dit_in_dit.interop.encode import Encoding, encode
     from dit_in_dit.training.loop import pick_device
 
-    local = os.environ.get("LOCAL_RANK", "0")
     device = pick_device(options.device)
-    if device.type == "cuda" and device.index is None:
-        device = pick_device(f"cuda:{local}")
     how = Encoding(
         data=data,
         vae=options.vae,
@@ -66,11 +63,13 @@ def _encode(options: argparse.Namespace) -> None:
     )
     progress = encode(how, options.out, device)
     done, total = next(progress)  # first: a mistake is found here, before there is anything to show
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    leads = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=Console(stderr=True), disable=not leads) as bar:
         task = bar.add_task("", total=total, completed=done)
         for done, _ in progress:
             bar.update(task, completed=done)
-    if os.environ.get("RANK", "0") != "0":
+    if not leads:
         return
     index = read_index(options.out)
     channels, height, width = index["made"]["shape"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dit_in_dit.cli.options import (
     add_micro_batch,
     add_num,
     add_sampling,
+    add_vae,
     make_folder,
     sampling,
     whole,
@@ -52,6 +54,7 @@ def add(commands: Commands) -> None:
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add_sampling(evaluate, classes="as often as in the training data")
     add_micro_batch(evaluate)
+    add_vae(evaluate)
     evaluate.add_argument("--batch", type=whole, default=64, help="images at a time in feature networks (default 64)")
     add_device(evaluate)
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default for a run: RUN/evaluation/STEP")
@@ -69,6 +72,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dit_in_dit.evaluation.evaluate import evaluate, images_of, write_npz
     from dit_in_dit.evaluation.features import open_network
     from dit_in_dit.evaluation.subject import files_subject, reference, run_subject
+    from dit_in_dit.interop.encode import decoder
     from dit_in_dit.training.loop import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
@@ -88,6 +92,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             lambda config, names: sampling(options, config, names),
             seed=options.seed,
             averaged=not options.raw,
+            decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
         )
         out = options.out or options.subject / "evaluation" / f"{subject.about['step']:07d}"
     else:

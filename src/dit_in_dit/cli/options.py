@@ -78,6 +78,11 @@ def add_micro_batch(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vae(command: argparse.ArgumentParser) -> None:
+    """--vae, for a run that draws latents."""
+    command.add_argument("--vae", help="decode latents by this AutoencoderKL: a folder or hub id (default: the run's)")
+
+
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
     """Arguments that say how images are drawn, for `sampling`; without --classes, labels are `classes`."""
     command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")

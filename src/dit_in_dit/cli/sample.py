@@ -14,6 +14,7 @@ from dit_in_dit.cli.options import (
     add_micro_batch,
     add_num,
     add_sampling,
+    add_vae,
     make_folder,
     sampling,
     whole,
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
         default=1,
         help="images that a process draws and then writes, in whole micro-batches; changes no byte (default: one)",
     )
-    sample.add_argument("--vae", help="decode latents by this AutoencoderKL: a folder or hub id (default: the run's)")
+    add_vae(sample)
     add_device(sample)
     sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
 

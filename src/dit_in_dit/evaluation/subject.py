@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, ModelConfig, RunConfig, UserError
+from dit_in_dit.data import latents
 from dit_in_dit.data.source import Source, open_source, size_of
 from dit_in_dit.evaluation.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
@@ -26,6 +28,20 @@ Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
 NAMED = ("emoji", "mosaic")  # sources that come with a held-out part
 MOST_REAL = 50_000  # real images used of a larger set, drawn at random
+
+
+class Decoder(Protocol):
+    """What makes images of latents."""
+
+    factor: int  # pixels to a latent pixel, along a side
+
+    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
+        """Images (n, 3, H, W) of samples of one micro-batch of `size`."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What decides the images."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,8 +61,9 @@ class Subject:
         """Patch and, if there is an inner path, sub-patch size."""
         if self.config is None:
             return ()
-        model = self.config.model
-        return (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
+        model, scale = self.config.model, self.shape[0] // self.config.model.image_size[0]  # of latents, when decoded
+        periods = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
+        return tuple(period * scale for period in periods)
 
 
 @dataclass(frozen=True)
@@ -67,17 +84,20 @@ def run_subject(
     *,
     seed: int,
     averaged: bool,
+    decoder: Callable[[DataConfig], Decoder | None] = lambda data: None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
     Args:
         configure: from the run's config and class names, the config to sample with and the classes that take turns.
+        decoder: what makes images of latents, if there is something.
     """
     model, config, manifest = checkpoint.load_model(run, device, ema=averaged)
-    if config.model.channels not in (1, 3):
+    decode = decoder(config.data)
+    if decode is None and config.model.channels not in (1, 3):
         raise UserError(
             f"evaluation needs images of 1 or 3 channels: {run} draws latents of {config.model.channels}; "
-            "decode its samples and give their folder"
+            "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, manifest["classes"])
     names: str | list[str] = [manifest["classes"][c] for c in classes]
@@ -86,7 +106,9 @@ def run_subject(
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
-        return np.concatenate([to_pixels(images) for _, images in batches])
+        size = config.sample.micro_batch
+        images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
+        return np.concatenate([to_pixels(some) for some in images])
 
     labels = names if config.model.num_classes else "none"
     samples = protocol(config.sample, labels=labels, averaged=averaged, seed=seed)
@@ -94,6 +116,9 @@ def run_subject(
     about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
     about["checkpoint"] = manifest["sha256"][file]
     shape = (*config.model.image_size, config.model.channels)
+    if decode:
+        samples["vae"] = decode.about()
+        shape = (shape[0] * decode.factor, shape[1] * decode.factor, 3)
     return Subject(draw, shape, samples, about, model=model, config=config)
 
 
@@ -129,6 +154,8 @@ def reference(against: str | None, subject: Subject, wanted: int) -> Reference:
             "say what the images are compared with: --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
+    if against is None and latents.is_index(data.source):
+        raise UserError(f"the run was trained on latents: name the images that {data.source} was made of by --against")
     seed = subject.config.seed if subject.config else 0
     if against is not None and against != data.source:
         data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)

@@ -69,6 +69,11 @@ def constants(vae: Any) -> tuple[list[float], list[float]]:
     return [float(shift or 0)], [float(scale or SD_SCALE)]
 
 
+def factor(vae: Any) -> int:
+    """Pixels to a latent pixel, along a side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def fingerprint(vae: Any) -> str:
     """SHA-256 of a VAE's weights."""
     digest = hashlib.sha256()
@@ -126,9 +131,9 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
 
 def _made(how: Encoding, vae: Any, count: int) -> dict[str, Any]:
     """What decides the bytes of the files."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if any(side % factor for side in how.size):
-        raise UserError(f"--size must be a multiple of {factor} for this VAE: got {how.size[0]}x{how.size[1]}")
+    side_of = factor(vae)
+    if any(side % side_of for side in how.size):
+        raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
     if how.shard % how.batch:
         raise UserError(f"--shard must be a multiple of --batch: got {how.shard} and {how.batch}")
     data = how.data
@@ -136,7 +141,7 @@ def _made(how: Encoding, vae: Any, count: int) -> dict[str, Any]:
         **{"source": data.source, "split": data.split, "size": list(how.size), "count": count, "corrupt": data.corrupt},
         **{"vae_sha256": fingerprint(vae), "dtype": how.dtype, "flips": how.flips},
         **{"batch": how.batch, "shard": how.shard},
-        "shape": [vae.config.latent_channels, *(side // factor for side in how.size)],
+        "shape": [vae.config.latent_channels, *(side // side_of for side in how.size)],
     }
 
 
@@ -272,6 +277,7 @@ class Decoder:
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         assert data.vae is not None
         self.vae = load_vae(data.vae, device)
+        self.factor = factor(self.vae)
         mean, scale = constants(self.vae)
         self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
         self.mean, self.scale = (

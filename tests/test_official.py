@@ -296,15 +296,19 @@ def test_forward_is_that_of_the_official_sit(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [[0, 0, 0, 0], [1, 20, 537, 999]])
-def test_forward_is_that_of_diffusers(made, tmp_path, steps):
-    import_run(made, tmp_path / "run")
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])  # the second would show anywhere
+def test_forward_is_that_of_diffusers(made, tmp_path, steps, eps):
+    shutil.copytree(made, tmp_path / "theirs")
+    config = json.loads((made / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"norm_eps": eps}))
+    import_run(tmp_path / "theirs", tmp_path / "run")
     ours, config, _ = checkpoint.load_model(tmp_path / "run", CPU)
-    theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "theirs").eval()
     t = torch.tensor(steps)
     with torch.no_grad():
         out = theirs(golden("x"), timestep=t, class_labels=golden("y")).sample
         torch.testing.assert_close(ours(golden("x"), t / 1000, golden("y")), out, rtol=0, atol=1e-5)
-    assert config.model.time_embed == "diffusers"
+    assert (config.model.time_embed, config.model.mlp_norm_eps) == ("diffusers", eps)
 
 
 def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
@@ -378,6 +382,7 @@ def without(name: str) -> dict[str, Tensor]:
         (lambda: tiny() | {"x_embedder.proj.weight": torch.zeros(32, 4, 0, 2)}, "4 dimensions"),
         (lambda: {"ema": {"pos_embed": "text"}}, "is no tensor"),
         (lambda: {"step": 3}, "is no tensor"),
+        (lambda: {"ema": {1: torch.ones(1)}}, "'1' is no tensor"),
     ],
 )
 def test_what_is_no_dit_is_refused_in_one_line(tmp_path, weights, part):
@@ -437,6 +442,7 @@ def test_embeddings_that_differ_from_block_to_block_are_refused(made, tmp_path):
         ({"num_layers": 1}, "has no 'transformer_blocks.1"),
         ({"num_layers": 10**9}, "from 1 to 65536"),
         ({"sample_size": 9}, "does not fit its weights"),
+        ({"sample_size": 65536}, "at most 256 patches a side"),
         ({"num_attention_heads": 5}, "does not fit its weights"),
         ({"patch_size": "2"}, "must be a whole number"),
     ],

@@ -25,6 +25,7 @@ from dit_in_dit.model.layers import sincos
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
+MOST_PATCHES = 256
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until diffusers 0.29
 FIXED = {  # what a DiT has; a config without the key has it too
     "norm_type": "ada_norm_zero",
@@ -80,6 +81,8 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     )
     if depth > MOST_BLOCKS:
         raise UserError(f"{model / CONFIG}: at most {MOST_BLOCKS} blocks are known: got {depth}")
+    if size > MOST_PATCHES * patch:  # the table of positions is not in the file, whose size would tell
+        raise UserError(f"{model / CONFIG}: at most {MOST_PATCHES} patches a side are known: got {size // patch}")
     weights = dict(_official(_read_weights(model), depth, what))
     width = next(iter(weights[PATCHES].shape), 0)
     if width != heads * _whole(config, "attention_head_dim", 72, model) or size % patch or width % 4:
@@ -157,7 +160,7 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
             yield f"{ours}.{part}", take(f"{theirs}.{part}")
     for ours, theirs in EMBEDDINGS.items():
         copies = [take(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
-        if not all(torch.equal(copies[0], copy) for copy in copies[1:]):
+        if not all(_equal(copies[0], copy) for copy in copies[1:]):
             raise UserError(f"{what}: {theirs} is not the same in every block: it was trained apart, and is no DiT")
         yield ours, copies[0]
     for i in range(depth):
@@ -170,6 +173,10 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
                 yield f"blocks.{i}.{ours}.{part}", take(f"transformer_blocks.{i}.{theirs}.{part}")
     if left:
         raise UserError(f"{what}: {CLASSES[0]} of {depth} blocks has no {min(left)[:60]!r}; get the folder again")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------- write

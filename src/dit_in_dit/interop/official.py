@@ -218,7 +218,7 @@ def read_checkpoint(path: Path, kind: Kind | None = None) -> Found:
     averaged = next(iter(groups.values()), content)
     trained = groups.get("model", averaged)
     for weights in (averaged, trained):
-        if wrong := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        if wrong := [n for n, value in weights.items() if not (isinstance(n, str) and isinstance(value, Tensor))]:
             raise UserError(f"{path.name} holds no weights of a DiT: {str(wrong[0])[:40]!r} is no tensor")
     known = kind or _kind(str(said.get("model", ""))) or _kind(path.stem) or "dit"
     predict, heads = _output(known, said, path)

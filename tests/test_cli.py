@@ -173,7 +173,8 @@ def test_mistakes_about_a_run_cost_one_line(trained, capsys, tmp_path):
     for words, part in (
         (["--classes", "rad"], "did you mean 'red'"),
         (["--classes", "3"], "unknown class '3'"),
-        (["--sampler", "ddpm"], "one of euler"),
+        (["--sampler", "plms"], "one of euler"),
+        (["--sampler", "ddpm"], "needs diffusion.path=ddpm"),
         (["--guidance", "-1"], "from 0"),
         (["--steps", "5000"], "from 1 to 1000"),
     ):

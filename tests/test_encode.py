@@ -283,6 +283,8 @@ def test_examples_draw_from_the_posterior_of_the_image_or_its_mirror_image(laten
     assert len(scores) == 2 * COUNT  # each image was seen both ways
     assert abs(whole.mean()) < 0.02
     assert abs(whole.std() - 1) < 0.02
+    apart = [np.ptp(np.stack(several), axis=0).mean() for several in drawn.values() if len(several) > 1]
+    assert min(apart) > 0  # and drawn anew each time
     again = Examples(pickle.loads(pickle.dumps(examples.source)), examples.config)
     assert torch.equal(again[5].x, examples[5].x)  # a function of the example's number
     other = Examples(examples.source, replace(examples.config, seed=4))

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, to_yaml
 from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import OUTCOME, Board
@@ -27,27 +27,35 @@ from dit_in_dit.study.run import work
 
 CPU = torch.device("cpu")
 LEASE = 3.0
-KILLS = 10
+KILLS = 3
+STEPS = 120
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
-    """Four arms with three seeds: twelve trials of some seconds, with a checkpoint every tenth of them."""
+    """Four arms with two seeds: eight trials of some seconds, with a checkpoint every tenth of them."""
     from conftest import small_model
     from dit_in_dit.config import DataConfig, SampleConfig, TrainConfig
 
     config = RunConfig(
         model=small_model("outer*2 inner*2", image_size=(8, 8), num_classes=3),
         data=DataConfig(source=str(folder), held_out=0.2),
-        train=TrainConfig(steps=300, batch_size=16, learning_rate=1e-3, precision="float32", checkpoint_every=30),
+        train=TrainConfig(steps=STEPS, batch_size=16, learning_rate=1e-3, precision="float32", checkpoint_every=12),
         sample=SampleConfig(steps=3),
     )
     base = tmp_path_factory.mktemp("study") / "base.yaml"
     base.write_text(to_yaml(config))
     arms = {"one": {}, "two": {"model.inner.mixer": "none"}, "three": {"model.use_inner": False}}
     arms["four"] = {"train.learning_rate": 3e-3}
-    values = {"base": str(base), "arms": arms, "match": "none", "samples": 4, "budget": {"steps": 300}}
+    values = {
+        "base": str(base),
+        "arms": arms,
+        "match": "none",
+        "samples": 4,
+        "budget": {"steps": STEPS},
+        "seeds": [0, 1],
+    }
     return StudyConfig.from_dict(values)
 
 
@@ -67,7 +75,7 @@ def serial(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict
     plan = planned(study, out)
     list(work(plan, out, Board(plan, out), CPU))
     found = table(out)
-    assert len(found) == 12
+    assert len(found) == 8
     return found
 
 
@@ -78,20 +86,43 @@ def start(out: Path, number: int, url: str | None) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def kill_while_they_work(plan: Plan, out: Path, workers: int, url: str | None, kills: int) -> Board:
-    """Let workers do a study and kill them, one at a time, while trials are running; each is replaced."""
-    board, draw = Board(plan, out, url), np.random.default_rng(0)
+def halfway(out: Path, alive: dict[int, subprocess.Popen[bytes]], spared: Container[str]) -> tuple[int, str] | None:
+    """A worker in the middle of training a run, some checkpoints after its start, and the trial's name."""
+    numbers = {worker.pid: number for number, worker in alive.items()}
+    for lock in out.glob("runs/*/lock"):
+        key, owner = lock.parent.name, re.match(r"process (\d+)", lock.read_text())
+        number = numbers.get(int(owner[1])) if owner else None
+        if number is not None and key not in spared and 0 < saved(lock.parent) < STEPS:
+            return number, key
+    return None
+
+
+def saved(run: Path) -> int:
+    """The step from which a run would go on."""
+    return checkpoint.newest(run).manifest["step"] if checkpoint.has_any(run) else 0
+
+
+def kill_while_they_work(
+    plan: Plan, out: Path, workers: int, url: str | None, kills: int
+) -> tuple[Board, dict[str, int]]:
+    """Let workers do a study and kill some, each in the middle of another trial; each is replaced.
+
+    Returns the board, and for each trial whose worker was killed the step it had saved.
+    """
+    board = Board(plan, out, url)
     alive = {number: start(out, number, url) for number in range(workers)}
+    left: dict[str, int] = {}
     number = workers
     try:
         while not board.finished():
-            time.sleep(draw.uniform(0.2, 1.5))
-            moving = [t for t in board.keys().values() if t.state.name == "RUNNING" and t.user_attrs.get("beat")]
-            if kills and moving:
-                victim = list(alive)[draw.integers(len(alive))]
+            time.sleep(0.05)
+            found = halfway(out, alive, left) if len(left) < kills else None
+            if found:
+                victim, key = found
                 alive[victim].send_signal(signal.SIGKILL)
                 alive.pop(victim).wait()
-                kills -= 1
+                if (step := saved(out / "runs" / key)) < STEPS:
+                    left[key] = step
                 alive[number], number = start(out, number, url), number + 1
             for name, worker in list(alive.items()):  # one that ended by itself may have found nothing left to do
                 assert worker.poll() in (None, 0), (out / f"worker{name}.log").read_text()
@@ -100,31 +131,29 @@ def kill_while_they_work(plan: Plan, out: Path, workers: int, url: str | None, k
     finally:
         for worker in alive.values():
             worker.kill()
-    assert not kills, "the study ended before all were killed: make its trials longer"
-    return board
+    assert len(left) == kills, "the study ended before all were killed: make its trials longer"
+    return board, left
 
 
-def check(board: Board, out: Path, serial: dict[str, Result]) -> None:
-    """Every trial done once, the lost ones continued, and the table that of the serial run."""
+def check(board: Board, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
+    """Every trial done once, each lost one from the step it had saved on, and the table that of the serial run."""
     assert table(out) == serial
     tries = board.trials()
     done = Counter(trial.user_attrs["key"] for trial in tries if trial.state.name == "COMPLETE")
     assert done == Counter(serial.keys())
     values = {trial.user_attrs["key"]: trial.value for trial in tries if trial.state.name == "COMPLETE"}
     assert values == {key: result.metrics["held_out.0.2.high"] for key, result in serial.items()}
-    lost = [t for t in tries if t.state.name == "FAIL" and t.user_attrs.get(OUTCOME) is None]
-    assert lost, "no trial was lost: the kills hit idle workers"
+    lost = {t.user_attrs["key"] for t in tries if t.state.name == "FAIL" and t.user_attrs.get(OUTCOME) is None}
+    assert set(left) <= lost
     said = "".join(path.read_text() for path in out.glob("worker*.log"))
-    for trial in lost:
-        key, saved = trial.user_attrs["key"], trial.user_attrs.get("beat", [0, 0, 0])[2]
-        steps = [int(step) for step in re.findall(rf"{key}: continued from step (\d+)", said)]
-        nothing_left = saved in (0, 300)  # to continue, or to train
-        assert nothing_left or max(steps, default=0) >= saved, (key, saved, steps)
+    for key, step in left.items():
+        assert f"{key}: continued from step {step}\n" in said, (key, step)
 
 
 def test_killed_workers_lose_no_trial_and_do_none_twice(study, serial, tmp_path):
     plan = planned(study, tmp_path / "study")
-    check(kill_while_they_work(plan, tmp_path / "study", 3, None, KILLS), tmp_path / "study", serial)
+    board, left = kill_while_they_work(plan, tmp_path / "study", 2, None, KILLS)
+    check(board, tmp_path / "study", serial, left)
 
 
 # ------------------------------------------------------------------------------------------- PostgreSQL
@@ -167,8 +196,8 @@ def postgres(tmp_path: Path) -> Iterator[str]:
 
 def test_workers_that_share_a_database_do_the_same(study, serial, tmp_path, postgres):
     plan = planned(study, tmp_path / "study")
-    board = kill_while_they_work(plan, tmp_path / "study", 2, postgres, 4)
-    check(board, tmp_path / "study", serial)
+    board, left = kill_while_they_work(plan, tmp_path / "study", 2, postgres, 2)
+    check(board, tmp_path / "study", serial, left)
     assert not (tmp_path / "study" / "journal.log").exists()
 
 

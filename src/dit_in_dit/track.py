@@ -2,8 +2,8 @@
 
 A tracker is asked for when training is (`--track`), not in the config: it changes nothing of the run. The run's folder
 keeps who was told and under which name (`trackers.json`), so that a resumed run is the same run there.
-What a killed process had told, but not saved, is told again: steps may arrive twice, with the same values, and never
-not at all. Once training goes on, a tracker that fails is left out with a warning; it must not end a run.
+What a killed process had told, but not saved, is told again: steps may arrive twice, with the same values. Once training
+goes on, a tracker that fails is left out with a warning; it must not end a run.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class Tracker(Protocol):
         """A picture at a step."""
         ...
 
+    def flush(self) -> None:
+        """Write what waits: a run that is killed goes on from here."""
+        ...
+
     def close(self) -> None:
         """Write what is left."""
         ...
@@ -72,6 +76,10 @@ class TensorBoard:
         """A picture at a step."""
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Write what waits."""
+        self.writer.flush()
+
     def close(self) -> None:
         """Write what is left."""
         self.writer.close()
@@ -91,6 +99,9 @@ class _Logged:
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture at a step."""
         self.module.log({name: self.module.Image(picture)}, step=step)
+
+    def flush(self) -> None:
+        """Nothing: both write what is logged by themselves, within about a second."""
 
     def close(self) -> None:
         """Write what is left."""
@@ -136,21 +147,22 @@ class MLflow:
         now = int(time.time() * 1000)
         self.waiting += [self.entities.Metric(name, value, now, step) for name, value in values.items()]
         if len(self.waiting) >= self.MOST:
-            self._send()
+            self.flush()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
+        """Write what waits."""
         while self.waiting:
             part, self.waiting = self.waiting[: self.MOST], self.waiting[self.MOST :]
             self.client.log_batch(self.identity, metrics=part)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """A picture at a step."""
-        self._send()
+        self.flush()
         self.client.log_image(self.identity, picture, artifact_file=f"{name}/{step:07d}.png")
 
     def close(self) -> None:
         """Write what is left."""
-        self._send()
+        self.flush()
         self.client.set_terminated(self.identity)
 
 
@@ -191,9 +203,13 @@ def told(facts: Iterator[Fact], names: Sequence[str], run: Path, warn: Callable[
         for fact in facts:
             if fact.kind in SCALARS:
                 tell("scalars", fact.step, dict(_flat(SCALARS[fact.kind], fact.values)))
+            drawn = run / "samples" / f"{fact.step:07d}.png"
+            known = fact.step <= first.step and drawn.is_file()  # a resumed run asks again for what it may lack
             yield fact
+            if fact.kind == "checkpoint":
+                tell("flush")
             if fact.kind == "samples":
-                pictures = [run / "samples" / f"{fact.step:07d}.png"]
+                pictures = [] if known else [drawn]
             else:
                 pictures = _curves(run) if fact.kind == "checkpoint" and fact.step == config.train.steps else []
             for path in pictures:

@@ -2,8 +2,8 @@
 
 A tracker is asked for when training is (`--track`), not in the config: it changes nothing of the run. The run's folder
 keeps who was told and under which name (`trackers.json`), so that a resumed run is the same run there.
-What a killed process had told, but not saved, is told again: steps may arrive twice, with the same values. Once training
-goes on, a tracker that fails is left out with a warning; it must not end a run.
+What a killed process had told, but not saved, is told again: steps may arrive twice, with the same values. Once
+training goes on, a tracker that fails is left out with a warning; it must not end a run.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ def _kept(run: Path) -> dict[str, str]:
     path = run / KEPT
     try:
         return {str(name): str(identity) for name, identity in json.loads(path.read_text()).items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"cannot read {path}: remove it, and trackers begin another run") from None

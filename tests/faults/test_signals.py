@@ -143,6 +143,52 @@ def no_process_left(group: int) -> bool:
     return False
 
 
+MISTAKEN = """
+from dit_in_dit.config import UserError
+from dit_in_dit.data.source import ImageSource
+plain = ImageSource.train
+def train(self, index):
+    if index == 3:
+        raise UserError("image 3 is torn: mend it")
+    return plain(self, index)
+ImageSource.train = train
+import sys
+from dit_in_dit.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_mistake_that_a_worker_meets_ends_the_process_and_its_workers(tmp_path, config):
+    """They ignore SIGTERM, with which Python ends its children."""
+    (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
+    what = [sys.executable, "-c", MISTAKEN, *arguments(tmp_path, tmp_path / "run", 2)]
+    job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    _, said = finish(job)
+    assert job.returncode == 2
+    assert said.strip().splitlines()[-1] == "dit-in-dit: image 3 is torn: mend it"
+    assert no_process_left(job.pid)
+
+
+KEPT = """
+import sys
+from dit_in_dit.config import from_yaml
+from dit_in_dit.training.loop import train
+facts = train(from_yaml(open(sys.argv[1]).read()), sys.argv[2], device="cpu")
+print(next(facts).kind, next(facts).kind)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_keeps_an_unfinished_run_ends_all_the_same(tmp_path, config):
+    (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
+    what = [sys.executable, "-c", KEPT, str(tmp_path / "2.yaml"), str(tmp_path / "run")]
+    job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    _, said = finish(job)
+    assert (job.returncode, said) == (0, "")
+    assert no_process_left(job.pid)
+
+
 @pytest.mark.slow
 def test_a_second_signal_during_the_save_is_harmless(tmp_path, unbroken):
     out = tmp_path / "twice"

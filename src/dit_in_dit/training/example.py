@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -134,6 +135,15 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
         persistent_workers=False,
     )
+
+
+def end_workers(batches: Iterator[Batch | str]) -> None:
+    """End the workers of an iterator over `load`. They ignore SIGTERM, with which Python ends its children when it ends
+    itself: it would wait for them for ever."""
+    if shutdown := getattr(batches, "_shutdown_workers", None):
+        shutdown()
+    for worker in getattr(batches, "_workers", ()):
+        worker.kill()  # where one still waits for its data
 
 
 def held_out(source: Source, num_classes: int, most: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from dit_in_dit.data.source import open_source
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.distributed import World, join
-from dit_in_dit.training.example import Batch, Examples, image_number, load
+from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.lines import Clock, Log
 from dit_in_dit.training.stop import Interrupted, Stop
 from dit_in_dit.training.trainer import Trainer, learning_rate
@@ -173,18 +174,30 @@ class _Course:
 
     def facts(self) -> Iterator[Fact]:
         """Until step `last`, or until somebody asks to stop."""
+        atexit.register(self._end_workers)  # where nobody drops this generator before Python ends
         with closing(self.log.lines), closing(self.clock.lines):
             try:
-                yield from self._owed()
-                while self.trainer.step < self.last:
-                    try:
-                        yield from self._steps()
-                    except _DivergedError as diverged:
-                        yield self._roll_back(diverged)
-            except Interrupted:
-                pass
-            if self.trainer.step < self.last or self.last < self.how.steps:
-                yield from self._stop()
+                yield from self._way()
+            finally:
+                self._end_workers()
+                atexit.unregister(self._end_workers)
+
+    def _way(self) -> Iterator[Fact]:
+        try:
+            yield from self._owed()
+            while self.trainer.step < self.last:
+                try:
+                    yield from self._steps()
+                except _DivergedError as diverged:
+                    yield self._roll_back(diverged)
+        except Interrupted:
+            pass
+        if self.trainer.step < self.last or self.last < self.how.steps:
+            yield from self._stop()
+
+    def _end_workers(self) -> None:
+        batches, self.batches = self.batches, iter(())
+        end_workers(batches)
 
     def _steps(self) -> Iterator[Fact]:
         trainer, how = self.trainer, self.how

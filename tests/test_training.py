@@ -23,7 +23,8 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.ema import Ema, ema_decay
 from dit_in_dit.training.example import Examples, image_number, load
-from dit_in_dit.training.loop import learning_rate, train
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.trainer import learning_rate
 
 
 def run(config, out: Path, **keys) -> list:

@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from dit_in_dit.config import ModelConfig, RunConfig, UserError
 from dit_in_dit.model import cost
 from dit_in_dit.training.example import Examples
-from dit_in_dit.training.loop import Trainer, settled
+from dit_in_dit.training.loop import settled
+from dit_in_dit.training.trainer import Trainer
 
 TURN_SECONDS = 0.02  # a turn repeats its work for about so long: a single short one is lost in the clock's noise
 WARM_UP = 2  # calls before any is timed: the first makes the optimizer's state and compiles

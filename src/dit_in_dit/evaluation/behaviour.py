@@ -17,7 +17,7 @@ from dit_in_dit.model.aggregate import Gate
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.watch import watch_aggregation, watch_attention, watch_blocks, watch_contribution
 from dit_in_dit.training.example import Batch, Examples
-from dit_in_dit.training.loop import learning_rate
+from dit_in_dit.training.trainer import learning_rate
 
 LABEL_TIME = 0.7  # where the class tells most that the noisy image does not: .65 on mosaic, .8 on emoji
 SEAM_TIME = 0.5  # estimates are neither copies of the input nor a mean image

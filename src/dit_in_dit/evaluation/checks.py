@@ -19,7 +19,7 @@ from dit_in_dit.diffusion.objective import Objective, draw_time
 from dit_in_dit.diffusion.path import quantity
 from dit_in_dit.model.cost import macs
 from dit_in_dit.training.example import Batch, Examples
-from dit_in_dit.training.loop import Trainer
+from dit_in_dit.training.trainer import Trainer
 
 Severity = Literal["fault", "warning", "note"]
 Line = dict[str, Any]

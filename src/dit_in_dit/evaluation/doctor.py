@@ -20,7 +20,7 @@ from dit_in_dit.figures import COLOURS, figure, save
 from dit_in_dit.model import cost
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.example import Batch, Examples
-from dit_in_dit.training.loop import Trainer
+from dit_in_dit.training.trainer import Trainer
 
 EXAMPLES = 256  # training examples looked at
 HELD_OUT = 512  # held-out images: what the null class does shows in small differences

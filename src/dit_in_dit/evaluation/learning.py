@@ -21,7 +21,7 @@ from dit_in_dit.evaluation.checks import (
 from dit_in_dit.model.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.example import Examples
-from dit_in_dit.training.loop import Trainer
+from dit_in_dit.training.trainer import Trainer
 
 PROBE_STEPS = 40
 PROBE_LEAST = 8  # fewer optimizer steps say nothing: Adam's first ones have unit size whatever the gradient

@@ -6,7 +6,7 @@ import atexit
 import math
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,7 @@ from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.lines import Clock, Log
 from dit_in_dit.training.stop import Interrupted, Stop
-from dit_in_dit.training.trainer import Trainer, learning_rate
-
-__all__ = ["Fact", "Trainer", "learning_rate", "pick_device", "settled", "train"]
+from dit_in_dit.training.trainer import Trainer
 
 FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged: no wait per step
 ROLL_BACKS = 3  # times in a row that a run goes back
@@ -118,18 +116,12 @@ def train(
             yield from course.facts()
 
 
-class _held:
+@contextmanager
+def _held(run: Path, world: World) -> Iterator[None]:
     """`checkpoint.hold` by the process that leads; its error is raised in all."""
-
-    def __init__(self, run: Path, world: World) -> None:
-        self.lock, self.world = checkpoint.hold(run), world
-
-    def __enter__(self) -> None:
-        self.world.led(self.lock.__enter__)
-
-    def __exit__(self, *error: Any) -> None:
-        if self.world.leads:
-            self.lock.__exit__(*error)
+    with ExitStack() as stack:
+        world.led(lambda: stack.enter_context(checkpoint.hold(run)))
+        yield
 
 
 class _DivergedError(Exception):

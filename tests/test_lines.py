@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 
 import pytest
 
@@ -73,6 +74,25 @@ def test_a_checkpoint_that_does_not_fit_is_tried_again_at_the_next_interval(run_
     assert found == [("unsaved", 3), ("checkpoint", 6)]
     hashes = [checkpoint.newest(tmp_path / name).manifest["sha256"] for name in ("unbroken", "run")]
     assert hashes[0] == hashes[1]
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_from_it(run_config, tmp_path, monkeypatch):
+    synced, log = [], tmp_path / "run/log.jsonl"
+    plain_sync, plain_save = os.fsync, checkpoint.save
+
+    def sync(descriptor):
+        plain_sync(descriptor)
+        if log.exists() and os.path.samestat(os.fstat(descriptor), log.stat()):
+            synced.append(log.read_text())
+
+    def save(run, config, step, *more, **keys):
+        assert [json.loads(line)["step"] for line in synced[-1].splitlines()][-1] == step
+        return plain_save(run, config, step, *more, **keys)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(checkpoint, "save", save)
+    list(train(run_config, tmp_path / "run", device="cpu"))
+    assert len(synced) == 2
 
 
 def test_a_last_checkpoint_that_does_not_fit_is_an_error(run_config, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,11 +36,13 @@ def _verify(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = options.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        how = ["--config", str(options.run_folder / "config.yaml"), "--device", options.device]
-        for name, pieces in (("unbroken", [steps]), ("stopped", [stop, steps])):
-            for piece, until in enumerate(pieces):
-                start = ["--resume"] if piece else how
-                _train(["--out", str(place / name), "--until", str(until), *start, *how[2:]])
+        start = ["--config", str(options.run_folder / "config.yaml")]
+        for name, until, how in (
+            ("unbroken", steps, start),
+            ("stopped", stop, start),
+            ("stopped", steps, ["--resume"]),
+        ):
+            _train([*how, "--out", str(place / name), "--until", str(until), "--device", options.device])
         compared = _compare(place / "unbroken", place / "stopped")
     for name, (one, other) in compared.items():
         print(f"{'same' if one == other else 'DIFFERENT':<10} {name:<20} {one[:16]}  {other[:16]}")
@@ -54,11 +55,10 @@ def _verify(options: argparse.Namespace) -> None:
 def _train(arguments: list[str]) -> None:
     """In a process of its own: nothing of one is left in another."""
     command = [sys.executable, "-m", "dit_in_dit", "train", *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False, env=os.environ
-    )
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise UserError(f"training ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or ["nothing was said"]
+        raise UserError(f"training ended with code {done.returncode}: {said[-1]}")
 
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -63,6 +64,15 @@ class Lines:
                 self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
         except OSError as error:
             raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+
+    def keep(self) -> None:
+        """Put all of it on the disk: what builds on these lines must not outlive them. SaveError when it cannot be."""
+        self.settle()
+        if self.file:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
 
 class Log:

@@ -292,7 +292,7 @@ class _Course:
         state, ema = trainer.state(), trainer.averaged_state()
 
         def write() -> Path:
-            self.log.lines.settle()  # no checkpoint without the lines before it
+            self.log.lines.keep()  # no checkpoint without the lines before it
             return checkpoint.save(
                 self.run, self.config, trainer.step, state, ema, trainer.source.classes, steady=steady
             )

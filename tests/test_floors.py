@@ -9,7 +9,7 @@ import dit_in_dit
 
 ROOT = Path(dit_in_dit.__file__).parent
 FLOORS = (
-    {"config", "presets", "randomness", "memory", "mistakes", "sealed", "strict_yaml"},
+    {"atomic", "config", "presets", "randomness", "memory", "mistakes", "sealed", "shipped", "strict_yaml"},
     {"model", "diffusion", "data"},
     {"checkpoint", "recipe"},
     {"training", "sampling", "figures"},

@@ -315,6 +315,16 @@ def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, T
         raise UserError(f"cannot read {checkpoint / file}: {error}") from None
 
 
+def load_trained(checkpoint: Path) -> dict[str, Tensor]:
+    """The state that training goes on from; UserError where a run was exported with its averaged weights alone."""
+    state = load_state(checkpoint)
+    if not any(name.startswith("model.") for name in state):
+        raise UserError(
+            f"{checkpoint} holds averaged weights alone: sample or evaluate them, or begin a new run with --init"
+        )
+    return state
+
+
 def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
     and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
@@ -325,7 +335,7 @@ def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[Ne
     if ema:
         weights = load_state(folder, "ema.safetensors")
     else:
-        weights = {k.removeprefix("model."): v for k, v in load_state(folder).items() if k.startswith("model.")}
+        weights = {k.removeprefix("model."): v for k, v in load_trained(folder).items() if k.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dit_in_dit import checkpoint
+from dit_in_dit import atomic, checkpoint
 from dit_in_dit.config import RunConfig, Section, UserError, keys, nearest, to_dict, to_yaml
 
 if TYPE_CHECKING:
@@ -186,9 +186,7 @@ def told(facts: Iterator[Fact], names: Sequence[str], run: Path, warn: Callable[
     first = next(facts)
     config, kept = checkpoint.read_config(run), _kept(run)
     trackers = {name: _begin(name, run, config, kept.get(name, ""), first.step) for name in names}
-    beside = run / f"{KEPT}.part"
-    beside.write_text(json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
-    beside.replace(run / KEPT)
+    atomic.write(run / KEPT, json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
 
     def tell(what: str, *about: Any) -> None:
         for name, tracker in list(trackers.items()):

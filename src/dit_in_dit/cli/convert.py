@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, whole
-from dit_in_dit.config import format_stages
+from dit_in_dit.config import UserError, format_stages
+from dit_in_dit.shipped import find_run
 
-FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline")
+FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Commands) -> None:
@@ -23,19 +25,20 @@ def add(commands: Commands) -> None:
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
     give = commands.add("export", _export, "write a run's weights as others read them")
-    give.add_argument("run_folder", type=Path, metavar="RUN")
+    give.add_argument("run_folder", type=find_run, metavar="RUN")
     give.add_argument(
         "--format",
         choices=FORMATS,
         required=True,
         help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel, of a plain ddpm DiT; "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, of any run; diffusers: of these two the first where "
-        "it computes what the run does, else the second",
+        "it computes what the run does, else the second; run: a run of the averaged weights alone, in half the bytes",
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
     give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
     give.add_argument("--vae", help="pipeline: the AutoencoderKL of a run on latents, a folder or a hub id")
-    give.add_argument("--licence", default="unknown", help="pipeline: of the weights, as the hub names it")
+    give.add_argument("--licence", default="unknown", help="pipeline, run: of the weights, as the hub names it")
+    give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: of the weights")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -61,6 +64,12 @@ def _export(options: argparse.Namespace) -> None:
         notes = imported.export_official(run, out, averaged=averaged)
     elif options.format == "diffusers-dit" or (options.format == "diffusers" and imported.is_theirs(run)):
         notes = imported.export_diffusers(run, out, averaged=averaged)
+    elif options.format == "run":
+        from dit_in_dit.interop.slim import export_slim
+
+        if options.raw:
+            raise UserError("--format run holds averaged weights: leave out --raw")
+        export_slim(run, out, precision=options.precision, licence=options.licence)
     else:
         from dit_in_dit.interop.folder import export
 

@@ -10,12 +10,15 @@ from typing import Any
 
 from dit_in_dit.cli.options import Commands, make_folder
 from dit_in_dit.config import UserError
+from dit_in_dit.shipped import find_run
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
     curves = commands.add("curves", _curves, "training curves of runs: loss, held-out error, gradients, speed")
-    curves.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; seeds of one config are a band")
+    curves.add_argument(
+        "runs", type=find_run, nargs="+", metavar="RUN", help="run folders; seeds of one config are a band"
+    )
     curves.add_argument(
         "--reach",
         type=_target,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
 from dit_in_dit.config import UserError
+from dit_in_dit.shipped import find_run
 
 if TYPE_CHECKING:
     from dit_in_dit.evaluation.doctor import Report
@@ -18,7 +19,7 @@ def add(commands: Commands) -> None:
     """Add the command."""
     about = "examine a run, or what a config would train; exit code 0: healthy or warnings, 1: a fault, 2: cannot look"
     doctor = commands.add("doctor", _doctor, about)
-    doctor.add_argument("run_folder", type=Path, nargs="?", metavar="RUN", help="a run's folder, or name a config:")
+    doctor.add_argument("run_folder", type=find_run, nargs="?", metavar="RUN", help="a run's folder, or name a config:")
     add_config(doctor)
     add_device(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")

@@ -21,6 +21,7 @@ from dit_in_dit.cli.options import (
     whole,
 )
 from dit_in_dit.config import UserError, nearest
+from dit_in_dit.shipped import find_run
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     evaluate = commands.add(
         "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real ones"
     )
-    evaluate.add_argument("subject", type=Path, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
+    evaluate.add_argument("subject", type=find_run, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
     add_num(evaluate, 1000)
     evaluate.add_argument(
         "--against",
@@ -61,7 +62,7 @@ def add(commands: Commands) -> None:
 
     compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
     compare.add_argument(
-        "evaluations", type=Path, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
+        "evaluations", type=find_run, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
     )
     compare.add_argument("--out", type=Path, metavar="DIR", help="folder for compare.png and compare.json")
 

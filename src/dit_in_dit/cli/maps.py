@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
+from dit_in_dit.shipped import find_run
 
 MOST_TIMES = 99
 
@@ -13,7 +14,7 @@ MOST_TIMES = 99
 def add(commands: Commands) -> None:
     """Add the command."""
     maps = commands.add("maps", _maps, "look inside a trained run: attention, the inner path's part, trajectories")
-    maps.add_argument("run_folder", type=Path, metavar="RUN")
+    maps.add_argument("run_folder", type=find_run, metavar="RUN")
     maps.add_argument("--num", type=whole, default=6, help="held-out images, and samples (default 6)")
     maps.add_argument("--times", type=times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9")
     add_sampling(maps)

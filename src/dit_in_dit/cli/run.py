@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_in_dit import atomic
 from dit_in_dit.cli.options import (
     Commands,
     add_config,
@@ -168,9 +169,8 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
     with suppress(Interrupted), stop.waiting():
         images = _pixels(sample(fact.model, config, GRID_IMAGES), config, fact.model)
         path.parent.mkdir(exist_ok=True)
-        beside = path.with_suffix(".part")
-        grid(to_pixels(images)).save(beside, format="PNG")
-        beside.replace(path)
+        with atomic.file(path) as file:
+            grid(to_pixels(images)).save(file, "png")
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:

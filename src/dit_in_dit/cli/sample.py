@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_in_dit import atomic
 from dit_in_dit.cli.options import (
     Commands,
     add_device,
@@ -20,6 +21,7 @@ from dit_in_dit.cli.options import (
     whole,
 )
 from dit_in_dit.config import UserError
+from dit_in_dit.shipped import find_run
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ IDENTITY = "samples.json"
 def add(commands: Commands) -> None:
     """Add the command."""
     sample = commands.add("sample", _sample, "draw images from a trained run; drawn already, they are not drawn again")
-    sample.add_argument("run_folder", type=Path, metavar="RUN")
+    sample.add_argument("run_folder", type=find_run, metavar="RUN")
     add_num(sample, 64)
     add_sampling(sample)
     add_micro_batch(sample)
@@ -45,7 +47,7 @@ def add(commands: Commands) -> None:
     )
     add_vae(sample)
     add_device(sample)
-    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the images")
+    sample.add_argument("--out", type=Path, metavar="DIR", help="folder for the images (default samples/RUN)")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -63,7 +65,7 @@ def _sample(options: argparse.Namespace) -> None:
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
     config, classes = sampling(options, config, manifest["classes"])
     decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
-    out: Path = options.out
+    out: Path = options.out or Path("samples", options.run_folder.resolve().name)
     make_folder(out)
     latents = decode is None and config.model.channels not in (1, 3)
 
@@ -97,7 +99,7 @@ def _sample(options: argparse.Namespace) -> None:
         for indices, drawn in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
             images = decode.numbered(indices, drawn, size) if decode else drawn
             for index, image in zip(indices, images, strict=True):
-                chunks.write(path(index), _encoded(image, latents))
+                atomic.write(path(index), _encoded(image, latents))
 
     size = config.sample.micro_batch
     shared = chunks.share(options.num, -(-options.batch // size) * size, there, make)
@@ -141,21 +143,17 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.evaluation import chunks
     from dit_in_dit.sampling import grid, to_pixels
 
     if latents:
         images = np.stack([_read(path) for path in paths])
-        beside = out / "samples.npz.0.0.part"
-        with beside.open("wb") as file:
+        with atomic.file(out / "samples.npz") as file:
             np.savez(file, images=images)
-        beside.replace(out / "samples.npz")
         shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
     else:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
-    content = io.BytesIO()
-    grid(shown).save(content, "png")
-    chunks.write(out / "grid.png", content.getvalue())
+    with atomic.file(out / "grid.png") as file:
+        grid(shown).save(file, "png")
     for begun in out.glob("*.part"):
         number = begun.name.split(".")[0]
         if number.isdecimal() and int(number) < len(paths):  # others may draw more

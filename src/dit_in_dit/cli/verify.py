@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, whole
 from dit_in_dit.config import UserError
+from dit_in_dit.shipped import find_run
 
 
 def add(commands: Commands) -> None:
@@ -17,7 +18,7 @@ def add(commands: Commands) -> None:
     about = "train a run's config twice for a few steps, once with a stop, and compare every hash"
     verify = commands.add("verify-resume", _verify, about)
     verify.add_argument(
-        "run_folder", type=Path, metavar="RUN", help="the run whose config is tried; nothing in it changes"
+        "run_folder", type=find_run, metavar="RUN", help="the run whose config is tried; nothing in it changes"
     )
     verify.add_argument("--steps", type=whole, default=20, help="steps of the unbroken run (default 20)")
     verify.add_argument("--stop", type=whole, metavar="STEP", help="where the other one stops (default: half way)")

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import tarfile
+from contextlib import suppress
 from glob import glob
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dit_in_dit import atomic
 from dit_in_dit.config import UserError
 from dit_in_dit.data.source import HIDDEN, SUFFIXES, ImageFiles, class_folders, family, label_names
 
@@ -133,14 +135,10 @@ def _index(shard: Path) -> dict[str, Any]:
             pass  # none yet, or torn: made below
     made = {**identity, **_walk(shard, state.st_size)}
     for place in places:
-        beside = place.with_name(f"{place.name}.{os.getpid()}.part")
-        try:
+        with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(made))
-            beside.replace(place)
+            atomic.write(place, json.dumps(made))
             break
-        except OSError:
-            beside.unlink(missing_ok=True)
     return made
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_in_dit import atomic
 from dit_in_dit.config import UserError
 
 Arrays = dict[str, NDArray[Any]]
@@ -38,7 +39,7 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        write(path, (json.dumps(identity, indent=1) + "\n").encode(), once=True)
+        atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
     try:
         stored = json.loads(path.read_text())
     except ValueError:
@@ -53,24 +54,6 @@ def first_difference(a: Any, b: Any, where: str = "") -> str:
         found = (first_difference(a.get(k), b.get(k), f"{where}.{k}" if where else str(k)) for k in {**a, **b})
         return next((field for field in found if field), "")
     return "" if a == b else f"{where}: {json.dumps(a)} / {json.dumps(b)}"
-
-
-def write(path: Path, content: bytes, *, once: bool = False) -> None:
-    """Write beside, sync, rename: the file is whole or not there. With `once`, one that is there stays."""
-    beside = path.with_name(f"{path.name}.{process()[0]}.{os.getpid()}.part")  # of several machines, pids may agree
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if not once:
-        beside.replace(path)
-        return
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        pass
-    finally:
-        beside.unlink()
 
 
 def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
@@ -115,7 +98,7 @@ def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -
     def keep(part: range) -> None:
         content = io.BytesIO()
         np.savez(content, **make(part))  # type: ignore[arg-type]
-        write(_path(folder, part), content.getvalue())
+        atomic.write(_path(folder, part), content.getvalue())
 
     folder.mkdir(parents=True, exist_ok=True)
     return share(total, size, lambda part: _path(folder, part).exists(), keep)

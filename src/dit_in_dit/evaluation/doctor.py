@@ -92,7 +92,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
         checkpoint.warn(passed_over)
         try:
             trainer.restore(
-                checkpoint.load_state(folder), checkpoint.load_state(folder, "ema.safetensors"), manifest["step"]
+                checkpoint.load_trained(folder), checkpoint.load_state(folder, "ema.safetensors"), manifest["step"]
             )
         except (RuntimeError, KeyError):
             raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit import __version__
+from dit_in_dit import __version__, atomic
 from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.source import open_source
@@ -111,7 +111,7 @@ def evaluate(
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
-    chunks.write(out / "metrics.json", (json.dumps(result, indent=1) + "\n").encode())
+    atomic.write(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     yield evaluation
 
 
@@ -137,13 +137,15 @@ def _features(
 
 def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:
     """Images as ADM's evaluator reads them: `arr_0`, uint8 (N, H, W, 3), written piece by piece."""
-    beside = path.with_name(path.name + ".part")
     shape = (num, *_rgb(draw(range(1))).shape[1:])
-    with zipfile.ZipFile(beside, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+    with (
+        atomic.file(path) as whole,
+        zipfile.ZipFile(whole, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for start in range(0, num, block):
             file.write(_rgb(draw(range(start, min(start + block, num)))).tobytes())
-    beside.replace(path)
 
 
 def _rgb(images: Pixels) -> Pixels:

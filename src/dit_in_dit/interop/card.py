@@ -39,6 +39,7 @@ def card(
     decoded: bool = False,
     licence: str = "unknown",
     picture: str | None = None,
+    use: str | None = None,
 ) -> str:
     """Markdown with YAML front matter as the Hub reads it.
 
@@ -50,6 +51,7 @@ def card(
         decoded: whether a VAE makes images of what is drawn.
         licence: the Hub's name of the weights' licence.
         picture: an image beside the card.
+        use: how it is used, in Markdown; None: as a folder of diffusers.
     """
     model = config.model
     front = {
@@ -66,10 +68,8 @@ def card(
         "A diffusion transformer whose every patch holds an inner transformer over its sub-patches (DiT-in-DiT)."
         if model.blocks("inner")
         else "A diffusion transformer (DiT).",
-        *([f"![samples drawn during training]({picture})"] if picture else []),
-        f"## Use\n\n```python\n{_use(config, classes)}```",
-        "The folder carries its code: `trust_remote_code=True` runs it (PyTorch, diffusers, einops). Where the package "
-        "`dit-in-dit` is installed, `dit_in_dit.interop.pipeline.DiTInDiTPipeline.from_pretrained` needs none of it.",
+        *([f"![samples]({picture})"] if picture else []),
+        f"## Use\n\n{use or _use(config, classes)}",
         "## Model\n\n" + _table(_model(config, parameters)),
         "## Training\n\n" + _table(_training(config, step)),
         "## Sampling\n\n" + _table(_sampling(config, weights, decoded)),
@@ -90,9 +90,12 @@ def _public(name: str | None) -> str | None:
 def _use(config: RunConfig, classes: list[str]) -> str:
     labels = f"[{', '.join(map(repr, classes[:2]))}]" if config.model.num_classes else "batch_size=2"
     return (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("this folder or repository", trust_remote_code=True)\n'
         f"images = pipe({labels}, generator=[torch.Generator().manual_seed(i) for i in range(2)]).images\n"
+        "```\n\nThe folder carries its code: `trust_remote_code=True` runs it (PyTorch, diffusers, einops). Where the "
+        "package `dit-in-dit` is installed, "
+        "`dit_in_dit.interop.pipeline.DiTInDiTPipeline.from_pretrained` needs none of it."
     )
 
 

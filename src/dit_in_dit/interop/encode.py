@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dit_in_dit import atomic
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, open_shard, sha256
 from dit_in_dit.data.source import Source, count_classes, family_number, open_source
@@ -110,7 +111,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
         mine, _encoded(vae, source, how, [numbers for numbers, _ in mine]), strict=True
     ):
         tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in numbers], np.uint64))
-        _write(path, tensors)
+        atomic.write(path, save(tensors))
         count += len(numbers)
         yield count, len(families)
     yield from _wait(parts)
@@ -147,16 +148,9 @@ def _made(how: Encoding, vae: Any, count: int) -> dict[str, Any]:
 
 def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     """Write the index that is to be filled, unless there is one; its files, if it is filled."""
-    beside = out / f"{INDEX}.{os.getpid()}.part"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(index, indent=1))
-        try:
-            os.link(beside, out / INDEX)  # the first process's; a rename would replace it
-        except FileExistsError:
-            pass
-        finally:
-            beside.unlink()
+        atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
         found = json.loads((out / INDEX).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write to {out}: {error}") from None
@@ -212,14 +206,6 @@ def moments(vae: Any, images: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], 1).cpu()
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
     """Until the other processes' files are there too."""
     total, missing, since = parts[-1][0].stop, len(parts), time.monotonic()
@@ -254,12 +240,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
     for left in out.glob("*.part"):
         left.unlink()
-    beside = out / f"{INDEX}.part"
-    with beside.open("w") as file:
-        file.write(json.dumps(index, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(out / INDEX)
+    atomic.write(out / INDEX, json.dumps(index, indent=1))
 
 
 def _float64(numbers: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dit_in_dit import checkpoint
+from dit_in_dit import atomic, checkpoint
 from dit_in_dit.config import RunConfig, UserError, to_dict
 from dit_in_dit.data.latents import complete
 from dit_in_dit.interop.card import card, evaluation_of
@@ -33,17 +33,11 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
     Raises:
         UserError: there is no such run, `out` is taken, or the VAE is none for these latents.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another --out")
+    atomic.check_free(out)
     model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
     pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    pipe.save_pretrained(beside)
     file = "ema.safetensors" if averaged else "state.safetensors"
     pictures = sorted((run / "samples").glob("*.png"))
-    if pictures:
-        shutil.copyfile(pictures[-1], beside / "samples.png")
     text = card(
         out.resolve().name,
         config,
@@ -56,10 +50,11 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         licence=licence,
         picture="samples.png" if pictures else None,
     )
-    (beside / "README.md").write_text(text)
-    if out.is_dir():
-        out.rmdir()
-    beside.rename(out)
+    with atomic.folder(out) as beside:
+        pipe.save_pretrained(beside)
+        if pictures:
+            shutil.copyfile(pictures[-1], beside / "samples.png")
+        (beside / "README.md").write_text(text)
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:

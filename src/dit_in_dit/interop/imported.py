@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_in_dit import checkpoint
+from dit_in_dit import atomic, checkpoint
 from dit_in_dit.config import RunConfig, assigned, override
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.official import POSITION, Found, Kind
@@ -42,8 +41,7 @@ def import_run(
     Raises:
         UserError: the source cannot be read or is not exactly a DiT, or `out` is taken.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another --out")
+    atomic.check_free(out)
     if (source / "config.yaml").exists():
         raise UserError(f"{source} is a run already: import takes weights of others")
     what, origin, found = source.name, {}, Found({}, {})
@@ -62,13 +60,11 @@ def import_run(
     position = found.averaged[POSITION]
     if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
         state[KEPT] = position
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    checkpoint.create(beside, config)
     classes = tuple(str(number) for number in range(model.num_classes))
-    checkpoint.save(beside, config, found.step, state, averaged, classes)
-    (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
-    _into_place(beside, out)
+    with atomic.folder(out) as beside:
+        checkpoint.create(beside, config)
+        checkpoint.save(beside, config, found.step, state, averaged, classes)
+        (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
 
 
@@ -87,12 +83,6 @@ def _sha256(path: Path) -> str:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _into_place(beside: Path, out: Path) -> None:
-    if out.is_dir():
-        out.rmdir()
-    beside.rename(out)
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -116,7 +106,10 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
         UserError: the run is no plain DiT of square images, or `out` is there.
     """
     config, weights = _official_weights(run, averaged=averaged)
-    _write(out, lambda beside: torch.save(weights, beside))
+    atomic.check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(out) as file:
+        torch.save(weights, file)
     if config.model.time_embed == "diffusers":
         return [_DIFFUSERS_CLOCK]
     return [] if config.model.time_embed == "sit" or config.diffusion.path == "ddpm" else [_FLOW]
@@ -134,11 +127,8 @@ def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str
     theirs = _origin(run).get("config") or diffusers_dit.config_of(config.model)
     tensors = diffusers_dit.to_diffusers(weights, config.model.blocks("outer"))
 
-    def write(beside: Path) -> None:
-        beside.mkdir()
+    with atomic.folder(out) as beside:
         diffusers_dit.write_folder(beside, theirs, tensors)
-
-    _write(out, write)
     notes = [] if config.model.time_embed == "diffusers" else [_DIT_CLOCK]
     if config.diffusion.predict != "noise":
         notes.append(f"its scheduler's prediction_type must be that of {config.diffusion.predict}")
@@ -184,14 +174,3 @@ def _origin(run: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"cannot read {path}: import the weights again") from None
-
-
-def _write(out: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, then rename."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another --out")
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write(beside)
-    _into_place(beside, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_in_dit import __version__
+from dit_in_dit import __version__, atomic
 from dit_in_dit.config import RunConfig, UserError, nearest, to_dict
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
@@ -85,14 +84,7 @@ def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None)
     """
     path = out / "plan.json"
     if not path.exists():
-        beside = path.with_name(f"plan.json.{os.getpid()}.part")
-        beside.write_text(make().to_json() + "\n")
-        try:
-            os.link(beside, path)  # fails where another process was first
-        except FileExistsError:
-            pass
-        finally:
-            beside.unlink()
+        atomic.write(path, make().to_json() + "\n", once=True)  # another process may be first
     plan = read_plan(out)
     if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
         raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")

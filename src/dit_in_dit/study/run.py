@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Generator
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit import checkpoint
+from dit_in_dit import atomic, checkpoint
 from dit_in_dit.benchmark import step_seconds
 from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.source import open_source
@@ -85,7 +84,7 @@ def _try(
                 reason = str(error).splitlines()[0][:200]
                 result = Result(arm, seed, "failed", claim.step, {}, {}, {}, reason)
             claim.check()
-            _write(run / "result.json", result.to_json())
+            atomic.write(run / "result.json", result.to_json() + "\n")
         board.done(claim, result.state, result.metrics.get(plan.study.primary))
         yield Event(result.state, claim.key, result.step, result.step, result.reason)
     except LostError:
@@ -98,7 +97,7 @@ def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[
         trial = next(trial for trial in plan.trials if trial.key == claim.key)
         return trial.arm, trial.seed, trial.config
     changes = claim.trial.params
-    _write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}))
+    atomic.write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
     seed = plan.study.seeds[0]
     if (run / "config.yaml").exists():
         return describe(changes), seed, checkpoint.read_config(run)
@@ -206,10 +205,8 @@ def _draw(run: Path, device: torch.device) -> None:
     model, config, _ = checkpoint.load_model(run, device)
     images = to_pixels(sample(model, config, DRAWN))
     labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
-    beside = run / "drawn.npz.part"
-    with beside.open("wb") as file:
+    with atomic.file(run / "drawn.npz") as file:
         np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))
-    beside.replace(run / "drawn.npz")
 
 
 def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
@@ -231,12 +228,6 @@ def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
 def _read_result(run: Path) -> Result | None:
     path = run / "result.json"
     return Result.from_json(path.read_text()) if path.exists() else None
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text + "\n")
-    beside.replace(path)
 
 
 def memory(config: RunConfig) -> int:

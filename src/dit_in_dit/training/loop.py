@@ -159,7 +159,7 @@ class _Course:
             raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.config.data.source} has other classes than when {run} was started")
-        state = checkpoint.load_state(found.folder)
+        state = checkpoint.load_trained(found.folder)
         trainer.restore(state, checkpoint.load_state(found.folder, "ema.safetensors"), found.manifest["step"])
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))

@@ -61,5 +61,5 @@ def test_without_labels_both_take_no_class():
 
 @pytest.mark.parametrize("choice", [{"mixer": "conv"}, {"condition": "patch"}], ids=str)
 def test_what_came_later_is_refused_in_one_line(choice):
-    with pytest.raises(UserError, match=r"as first written there are .* got"):
+    with pytest.raises(UserError, match=r"as first written there is .* got"):
         FirstWritten(small_model("inner outer", inner=choice))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import InnerConfig, ModelConfig, OuterConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, AttentionPool, Mean, Weighted
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Mean, Weighted
 from dit_in_dit.model.condition import CONDITIONS
 from dit_in_dit.model.embed import EMBEDS, ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
 from dit_in_dit.model.layers import sincos
@@ -23,7 +23,14 @@ from dit_in_dit.model.nested import NestedDiT
 
 GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"
 PROGRAMS = ("inner*2 outer*2", "(inner outer*2)*2", "outer*2 inner*2", "inner outer*2 inner", "outer*2")
-TABLES = {"embed": EMBEDS, "aggregate": AGGREGATORS, "mixer": MIXERS, "condition": CONDITIONS, "fuse": FUSIONS}
+TABLES = {
+    "embed": EMBEDS,
+    "aggregate": AGGREGATORS,
+    "mixer": MIXERS,
+    "condition": CONDITIONS,
+    "spread": SPREADS,
+    "fuse": FUSIONS,
+}
 CHOICES = {key: get_args(get_type_hints(InnerConfig)[key]) for key in TABLES}
 EVERY_CHOICE = [{key: value} for key, values in CHOICES.items() for value in values]
 
@@ -302,3 +309,40 @@ def test_a_copy_of_a_model_is_independent_of_it():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(copied(x, t, y), before)
+
+
+def test_interpolation_goes_from_the_own_token_to_what_is_told():
+    model = small_model("outer inner", inner={"spread": "interpolate"})
+    spread = perturbed(NestedDiT(model)).spreads[0]
+    inner, outer, c = torch.randn(3, 8, 4, 16), torch.randn(3, 8, 32), torch.randn(3, 32)
+    with torch.no_grad():
+        spread.share.linear.weight.zero_()
+        for bias, expected in ((-30.0, inner), (30.0, spread.told(outer)), (0.0, (inner + spread.told(outer)) / 2)):
+            spread.share.linear.bias.fill_(bias)
+            torch.testing.assert_close(spread(inner, outer, c), expected)
+
+
+def test_the_share_of_an_interpolation_follows_time_and_channel():
+    spread = perturbed(NestedDiT(small_model("outer inner", inner={"spread": "interpolate"}))).spreads[0]
+    inner, outer = torch.zeros(2, 8, 4, 16), torch.randn(1, 8, 32).expand(2, -1, -1)
+    told = spread(inner, outer, torch.stack([torch.zeros(32), torch.ones(32)]))
+    share = told / spread.told(outer)
+    assert share.std(dim=(1, 2)).max() < 1e-4  # one for all sub-patches of an image
+    assert (share[0] - share[1]).abs().max() > 1e-3
+    assert share[1, 0, 0].std() > 1e-3
+
+
+@pytest.mark.parametrize("stages", PROGRAMS)
+def test_normalised_queries_and_keys_have_no_length(stages):
+    model = perturbed(NestedDiT(small_model(stages, qk_norm=True)))
+    x, t, y = inputs(model.config)
+    with torch.no_grad():
+        before = model(x, t, y)
+        for block in (*model.outer_blocks, *model.inner_blocks):
+            qkv, width = block.branches.mix.qkv, block.branches.mix.proj.in_features
+            qkv.weight[: 2 * width] *= 100
+            qkv.bias[: 2 * width] *= 100
+        torch.testing.assert_close(model(x, t, y), before, rtol=1e-3, atol=1e-4)
+        for block in model.outer_blocks:
+            block.branches.mix.qk_norm.key.mul_(5)
+        assert (model(x, t, y) - before).abs().max() > 1e-3  # the learned scale acts

@@ -242,6 +242,9 @@ class InnerConfig(OuterConfig):
     condition: Literal["image", "patch", "sub_patch"] = key(
         "image", "adaLN input: image (c), patch (c + outer token), sub_patch (a vector per sub-patch)"
     )
+    spread: Literal["add", "interpolate"] = key(
+        "add", "outer -> inner: add, interpolate (a share per channel, which time and label decide)"
+    )
     fuse: Literal["add", "gate", "replace"] = key(
         "add", "aggregated -> outer: add, gate (from zero), replace (no residual, no outer head if last)"
     )
@@ -268,6 +271,7 @@ class ModelConfig(Section):
     time_embed: Literal["dit", "diffusers", "sit"] = key(
         "dit", "sinusoids of 1000 t; diffusers: at that DiT's other frequencies; sit: of 1 - t"
     )
+    qk_norm: bool = key(False, "root-mean-square norm of queries and keys, with a learned scale, at both levels")
     mlp_norm_eps: float = key(
         1e-6, "added to the variance in the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1
     )

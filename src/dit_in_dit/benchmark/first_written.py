@@ -156,20 +156,21 @@ class FirstSpread(nn.Module):
 
 
 def check(model: ModelConfig) -> None:
-    """UserError where the config has what came later: another mixer or condition."""
-    inner = model.inner
-    if model.blocks("inner") and (inner.mixer, inner.condition) != ("patch", "image"):
-        raise UserError(
-            "as first written there are model.inner.mixer=patch and model.inner.condition=image: "
-            f"got {inner.mixer} and {inner.condition}"
-        )
+    """UserError where the config has what came later."""
+    if model.qk_norm:
+        raise UserError("as first written there is model.qk_norm=false: got true")
+    if not model.blocks("inner"):
+        return
+    for name, first in {"mixer": "patch", "condition": "image", "spread": "add"}.items():
+        if (given := getattr(model.inner, name)) != first:
+            raise UserError(f"as first written there is model.inner.{name}={first}: got {given}")
 
 
 class FirstWritten(nn.Module):
     """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), as `NestedDiT` of the same config.
 
     Raises:
-        UserError: the config has a mixer or a condition that came later.
+        UserError: the config has what came later.
     """
 
     def __init__(self, model: ModelConfig) -> None:

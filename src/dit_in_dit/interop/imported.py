@@ -95,7 +95,11 @@ def is_theirs(run: Path) -> bool:
 
 
 def _fits_theirs(config: RunConfig) -> bool:
-    plain = not config.model.blocks("inner") and config.model.image_size[0] == config.model.image_size[1]
+    plain = (
+        not config.model.blocks("inner")
+        and not config.model.qk_norm
+        and config.model.image_size[0] == config.model.image_size[1]
+    )
     return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
 
 
@@ -150,6 +154,8 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         raise UserError(
             f"{run} has images of {model.image_size}, an official DiT has square ones: use --format pipeline"
         )
+    if model.qk_norm:
+        raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
     folder, _, passed_over = checkpoint.newest(run)
     checkpoint.warn(passed_over)
     state = checkpoint.load_state(folder)

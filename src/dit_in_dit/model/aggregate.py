@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config import ModelConfig
-from dit_in_dit.model.layers import attend, attention_weights, norm, sincos
+from dit_in_dit.model.layers import Modulation, attend, attention_weights, norm, sincos
 
 
 def _widen(model: ModelConfig) -> nn.Module:
@@ -164,7 +164,7 @@ FUSIONS = {"add": Add, "gate": Gate, "replace": Replace}
 
 
 class Spread(nn.Module):
-    """What each sub-patch is told by its patch's outer token; (N, T, D) -> (N, T, S, E), to be added."""
+    """Each sub-patch is told what its patch's outer token says, and adds it; (N, T, S, E), (N, T, D) -> (N, T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -176,5 +176,32 @@ class Spread(nn.Module):
         """Per image."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
-    def forward(self, outer: Tensor) -> Tensor:
+    def told(self, outer: Tensor) -> Tensor:
+        """What the sub-patches are told, (N, T, D) -> (N, T, S, E)."""
         return self.proj(norm(outer)).unflatten(-1, (self.sub_patches, -1))
+
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        return inner + self.told(outer)
+
+
+class Interpolate(Spread):
+    """The way from a sub-patch's own token to what it is told, as far as c says for each channel; half of it at first.
+
+    Own tokens are noisy pixels: near the image they are the detail itself, near noise they hide what was told.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.share = Modulation(model.outer.width, model.inner.width, 1)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return Spread.macs(model) + model.outer.width * model.inner.width
+
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        (share,) = self.share(c)
+        return torch.lerp(inner, self.told(outer), share.sigmoid()[:, None, None])
+
+
+SPREADS = {"add": Spread, "interpolate": Interpolate}

@@ -12,7 +12,7 @@ import torch
 
 from dit_in_dit.config import ModelConfig, UserError
 from dit_in_dit.memory import installed
-from dit_in_dit.model.aggregate import AGGREGATORS, Spread
+from dit_in_dit.model.aggregate import AGGREGATORS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
 from dit_in_dit.model.embed import EMBEDS, OuterEmbed
 from dit_in_dit.model.mixer import MIXERS
@@ -51,7 +51,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "inner_blocks": model.blocks("inner") * inner_block,
         "condition": levels.count("inner") * condition.macs(model),
         "aggregate": pairs.count(("inner", "outer")) * AGGREGATORS[inner.aggregate].macs(model),
-        "spread": pairs.count(("outer", "inner")) * Spread.macs(model),
+        "spread": pairs.count(("outer", "inner")) * SPREADS[inner.spread].macs(model),
         "outer_head": 0 if ends_inner and inner.fuse == "replace" else outer_head,
         "inner_head": inner_head if ends_inner else 0,
     }

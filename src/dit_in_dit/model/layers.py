@@ -29,19 +29,35 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
+class QkNorm(nn.Module):
+    """Root-mean-square norm of queries and keys over a head's channels, with a learned scale for each (Dehghani et al.
+    2023, ViT-22B; Zhang & Sennrich 2019): attention cannot grow sharp because its inputs grow long."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        parts = ((q, self.query), (k, self.key))
+        q, k = (F.rms_norm(part, part.shape[-1:], scale.to(part.dtype), EPS) for part, scale in parts)
+        return q, k
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.qk_norm = QkNorm(width // num_heads) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
-        return tuple(part.transpose(1, 2) for part in qkv.unbind(2))  # in this order one copy fewer going back
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # in this order one copy fewer going back
+        return (*self.qk_norm(q, k), v) if self.qk_norm else (q, k, v)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))  # B L D

@@ -21,7 +21,7 @@ class PatchMixer(Attention):
     wide: ClassVar[bool] = False
 
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__(model.inner.width, model.inner.num_heads)
+        super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
 
     @staticmethod
     def length(model: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_in_dit.config import ModelConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, AttentionPool, Spread
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Spread
 from dit_in_dit.model.condition import CONDITIONS, LabelEmbed, TimeEmbed
 from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, Modulation
@@ -71,7 +71,7 @@ class AggregateStage(nn.Module):
 
 
 class SpreadStage(nn.Module):
-    """Outer to inner: what each sub-patch is told by its patch, added to it."""
+    """Outer to inner: each sub-patch is told by its patch."""
 
     name = "spread"
 
@@ -80,7 +80,7 @@ class SpreadStage(nn.Module):
         self.spread = spread
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return outer, inner + self.spread(outer)
+        return outer, self.spread(inner, outer, c)
 
 
 class OuterHead(nn.Module):
@@ -154,7 +154,7 @@ class NestedDiT(nn.Module):
         for level, count in model.program:
             if level == "inner":
                 if previous == "outer":
-                    self.spreads.append(spread := Spread(model))
+                    self.spreads.append(spread := SPREADS[model.inner.spread](model))
                     yield SpreadStage(spread)
                 self.conditions.append(condition := CONDITIONS[model.inner.condition](model))
                 yield InnerStage(_take(inner, count), condition, inner_run)
@@ -211,7 +211,7 @@ def part_of(name: str) -> str:
 
 def _outer_block(model: ModelConfig) -> Block:
     outer = model.outer
-    attention = Attention(outer.width, outer.num_heads)
+    attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm)
     return Block(outer.width, outer.width, attention, outer.mlp_ratio, model.mlp_norm_eps)
 
 

@@ -31,8 +31,17 @@ PIXELS = RunConfig(
 )
 
 
-def _official(size: str, patch: int, *, nested: bool) -> RunConfig:
-    """DiT-size/patch, or the arrangement first asked for around it: inner first, mean, add, E = D, S = 4."""
+# What won (docs/does-nesting-help.md): the inner transformer last, over single pixels, sixteen channels wide,
+# each pixel looking at the eight around it; its blocks driven by the patch's outer token; and at first half of each
+# pixel's own token, half of what its patch tells it, a share that time decides.
+PIXEL_DECODER = InnerConfig(
+    sub_patch=1, width=16, num_heads=2, mlp_ratio=2, embed="conv", mixer="conv", condition="patch", spread="interpolate"
+)
+
+
+def _official(size: str, patch: int, arrangement: str) -> RunConfig:
+    """DiT-size/patch, or a nested one around it: as first asked for (inner first, mean, add, E = D, S = 4), or, of
+    pixels, with what won."""
     depth, width, heads = SIZES[size]
     pixels = patch == 16
     base = PIXELS if pixels else LATENTS
@@ -43,32 +52,39 @@ def _official(size: str, patch: int, *, nested: bool) -> RunConfig:
         num_classes=1000,
         depth=depth,
         stages="first",
-        use_inner=nested,
+        use_inner=arrangement != "plain",
         outer=OuterConfig(width=width, num_heads=heads),
         inner=InnerConfig(sub_patch=patch // 2, width=width, num_heads=heads),
     )
+    if arrangement == "decoder":
+        model = replace(model, depth=None, stages=f"outer*{depth} inner*2", inner=PIXEL_DECODER)
     return replace(base, model=model)
 
 
-# Three small models of equal MACs (20.7 to 21.1 M an image) for the embedded emoji: a few minutes each on two cores.
-# `emoji`: outer stages first, the inner ones decode detail from the noisy sub-patches. The convolutional embedding
-# shows a sub-patch its neighbours across the patch border; the narrower MLP pays for it.
+def _all_official() -> dict[str, RunConfig]:
+    found = {f"dit-{s}{p}": _official(s, p, "plain") for s in SIZES for p in (2, 4, 8, 16)}
+    found |= {f"dit-in-dit-{s}{p}": _official(s, p, "reference") for s in SIZES for p in (2, 4, 8)}
+    found |= {f"dit-in-dit-{s}16": _official(s, 16, "decoder") for s in SIZES}
+    return found | {f"dit-in-dit-{s}16-reference": _official(s, 16, "reference") for s in SIZES}
+
+
+# Small models of equal MACs for the embedded emoji: a few minutes each on two cores.
 _EMOJI = RunConfig(
     model=ModelConfig(
         image_size=(32, 32),
         channels=3,
         patch_size=8,
         num_classes=9,
-        stages="outer*4 inner*2",
-        outer=OuterConfig(width=128, num_heads=4),
-        inner=InnerConfig(sub_patch=2, width=32, num_heads=2, mlp_ratio=2, embed="conv"),
+        stages="outer*3 inner*2",
+        outer=OuterConfig(width=160, num_heads=4, mlp_ratio=3.5),
+        inner=PIXEL_DECODER,
     ),
     diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.4),
     data=DataConfig(source="emoji"),
     train=TrainConfig(
         steps=4800,
         batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         warmup=200,
         schedule="cosine",
         ema=0.998,
@@ -82,13 +98,20 @@ _EMOJI = RunConfig(
 # The arrangement first asked for: inner first, linear embedding, mean, add.
 _EMOJI_REFERENCE = replace(
     _EMOJI,
-    model=replace(_EMOJI.model, stages="inner*2 outer*4", inner=InnerConfig(sub_patch=2, width=32, num_heads=2)),
+    model=replace(
+        _EMOJI.model,
+        stages="inner*2 outer*3",
+        outer=OuterConfig(width=152, num_heads=4),
+        inner=InnerConfig(sub_patch=2, width=32, num_heads=2),
+    ),
 )
-_EMOJI_DIT = replace(_EMOJI, model=replace(_EMOJI.model, stages="outer*6", inner=InnerConfig()))
+_EMOJI_DIT = replace(
+    _EMOJI,
+    model=replace(_EMOJI.model, stages="outer*3", outer=OuterConfig(width=184, num_heads=4), inner=InnerConfig()),
+)
 
 PRESETS: dict[str, RunConfig] = {
-    **{f"dit-{s}{p}": _official(s, p, nested=False) for s in SIZES for p in (2, 4, 8, 16)},
-    **{f"dit-in-dit-{s}{p}": _official(s, p, nested=True) for s in SIZES for p in (2, 4, 8, 16)},
+    **_all_official(),
     "emoji": _EMOJI,
     "emoji-reference": _EMOJI_REFERENCE,
     "emoji-dit": _EMOJI_DIT,

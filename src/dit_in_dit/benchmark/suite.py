@@ -93,7 +93,18 @@ def _of(preset: str, *keys: str) -> RunConfig:
     return override(presets.get(preset), ["train.precision=float32", *keys])
 
 
-_EMOJI = _of("emoji")
+# A decoder of small patches of pixels, and its plain twin: what the speed work was done on.
+_LAST_128 = _of(
+    "emoji-dit",
+    "model.stages=outer*4 inner*2",
+    "model.outer.width=128",
+    "model.inner.sub_patch=2",
+    "model.inner.width=32",
+    "model.inner.num_heads=2",
+    "model.inner.mlp_ratio=2",
+    "model.inner.embed=conv",
+)
+_PLAIN_128 = _of("emoji-dit", "model.stages=outer*6", "model.outer.width=128")
 _LAST_384 = replace(
     _of("dit-s8", "train.batch_size=4"),
     model=ModelConfig(
@@ -112,15 +123,15 @@ _CPU = Suite(
     reference=_of("dit-in-dit-s2", "train.batch_size=2"),
     paths={
         "E=D=384, S=4": (_of("dit-in-dit-s2", "train.batch_size=2"), 1.0),
-        "E=32, S=16 (emoji)": (_EMOJI, 1.5),
-        "E=64, S=16": (override(_EMOJI, ["model.inner.width=64"]), 1.5),
+        "E=32, S=16": (_LAST_128, 1.5),
+        "E=64, S=16": (override(_LAST_128, ["model.inner.width=64"]), 1.5),
     },
     last={
-        "D=128, E=32 (emoji)": (_EMOJI, _of("emoji-dit"), 1.15),
+        "D=128, E=32": (_LAST_128, _PLAIN_128, 1.15),
         "D=384, E=64": (_LAST_384, override(_LAST_384, ["model.stages=outer*11"]), 1.03),
     },
-    sampled=override(_EMOJI, ["train.batch_size=16"]),
-    growth=_of("emoji", "train.batch_size=4", "model.inner.width=64", "model.inner.embed=linear"),
+    sampled=override(_LAST_128, ["train.batch_size=16"]),
+    growth=override(_LAST_128, ["train.batch_size=4", "model.inner.width=64", "model.inner.embed=linear"]),
     sub_patches=(4, 16, 64),
     images=(32, 64, 128),
     groups=(2 * 1024, 384, 6),
@@ -135,7 +146,7 @@ def _on_cuda(preset: str, batch: int, *keys: str) -> RunConfig:
 
 
 _LAST_B16 = _on_cuda(
-    "dit-in-dit-b16",
+    "dit-in-dit-b16-reference",
     32,
     "model.depth=null",
     "model.stages=outer*11 inner*2",
@@ -167,7 +178,7 @@ _CUDA = Suite(
 )
 
 _TINY = ("model.image_size=16", "model.patch_size=4", "model.outer.width=32", "train.batch_size=2")
-_TINY_LAST = _of("emoji", *_TINY, "model.stages=outer*2 inner")
+_TINY_LAST = override(_LAST_128, [*_TINY, "model.stages=outer*2 inner"])
 _TINY_FIRST = _of("emoji-reference", *_TINY, "model.stages=inner outer*2")
 _TINY_PLAIN = _of("emoji-dit", *_TINY, "model.stages=outer*2")
 _QUICK = Suite(

@@ -164,7 +164,7 @@ FUSIONS = {"add": Add, "gate": Gate, "replace": Replace}
 
 
 class Spread(nn.Module):
-    """Each sub-patch is told what its patch's outer token says, and adds it; (N, T, S, E), (N, T, D) -> (N, T, S, E)."""
+    """What each sub-patch is told by its outer token, added to it; (N, T, S, E) and (N, T, D) -> (N, T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -1,0 +1,193 @@
+"""Runs that are given away: averaged weights alone, in half the bytes; and those that come with the package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from conftest import with_train
+from dit_in_dit import atomic, checkpoint, shipped
+from dit_in_dit.cli import main
+from dit_in_dit.config import UserError, config_hash
+from dit_in_dit.data.source import open_source
+from dit_in_dit.evaluation.evaluate import Evaluation, evaluate
+from dit_in_dit.evaluation.subject import reference, run_subject
+from dit_in_dit.interop.slim import export_slim, write_card
+from dit_in_dit.training.loop import train
+
+MODELS = Path(__file__).parents[1] / "models"
+SHIPPED = ("emoji", "emoji-dit")
+MOST_BYTES = 20e6
+
+
+@pytest.fixture
+def run(run_config, tmp_path):
+    """A trained run of a few steps."""
+    out = tmp_path / "run"
+    for _ in train(run_config, out, device="cpu"):
+        pass
+    return out
+
+
+def drawn(name: Path | str, out: Path, *words: str) -> np.ndarray:
+    main(["sample", str(name), "--num", "4", "--device", "cpu", "--out", str(out), *words])
+    return np.stack([np.asarray(Image.open(out / f"{i:06d}.png")) for i in range(4)]).astype(int)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 0.0), ("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path, precision, error):
+    main(["export", str(run), "--format", "run", "--precision", precision, "--out", str(tmp_path / "slim")])
+    folder = checkpoint.newest(tmp_path / "slim").folder
+    kept, own = (
+        load_file(folder / "ema.safetensors"),
+        checkpoint.load_state(checkpoint.newest(run).folder, "ema.safetensors"),
+    )
+    assert kept.keys() == own.keys()
+    assert {tensor.dtype for tensor in kept.values()} == {getattr(torch, precision)}
+    for name, tensor in own.items():
+        assert (kept[name].float() - tensor).abs().max() <= error * max(1, tensor.abs().max()), name
+    assert load_file(folder / "state.safetensors") == {}
+    a, b = drawn(run, tmp_path / "a"), drawn(tmp_path / "slim", tmp_path / "b")
+    assert np.abs(a - b).max() <= (0 if precision == "float32" else 12)
+    assert {path.name for path in (tmp_path / "slim").iterdir()} == {"config.yaml", "checkpoints", "README.md"}
+
+
+def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_path):
+    export_slim(run, tmp_path / "slim")
+    with pytest.raises(UserError, match="holds averaged weights alone"):
+        next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
+    with pytest.raises(UserError, match="holds averaged weights alone"):
+        checkpoint.load_model(tmp_path / "slim", torch.device("cpu"), ema=False)
+    begun = next(train(with_train(run_config, init=str(tmp_path / "slim")), tmp_path / "next", device="cpu"))
+    assert begun.values["begun"].new == 0
+
+
+def test_what_cannot_be_given_away_is_one_line_and_leaves_nothing(run, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(UserError, match="choose another --out"):
+        export_slim(run, tmp_path / "taken")
+    state = checkpoint.load_state(checkpoint.newest(run).folder)
+    average = checkpoint.load_state(checkpoint.newest(run).folder, "ema.safetensors")
+    average["label_embed.table.weight"][0, 0] = 1e6
+    config = checkpoint.read_config(run)
+    checkpoint.save(run, config, 99, state, average, tuple(checkpoint.newest(run).manifest["classes"]))
+    with pytest.raises(UserError, match=r"label_embed.table.weight .* too large for float16: use --precision bfloat16"):
+        export_slim(run, tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+    export_slim(run, tmp_path / "slim", precision="bfloat16")
+
+
+def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_path):
+    export_slim(run, tmp_path / "slim", licence="apache-2.0")
+    assert "have not been evaluated" in (tmp_path / "slim/README.md").read_text()
+    subject = run_subject(
+        tmp_path / "slim", torch.device("cpu"), lambda config, names: (config, []), seed=0, averaged=True
+    )
+    out = tmp_path / "slim" / "evaluation" / "0000006"
+    found = [fact for fact in evaluate(subject, reference(None, subject, 8), out, 4) if isinstance(fact, Evaluation)]
+    write_card(tmp_path / "slim", "mine", licence="apache-2.0")
+    text = (tmp_path / "slim/README.md").read_text()
+    assert "dit-in-dit sample mine" in text
+    assert f"{found[0].result['scores']['swd.8']['value']:.4g}" in text
+    assert config_hash(run_config) in text
+
+
+def test_a_shipped_run_is_found_by_its_name_unless_something_lies_there(run, tmp_path, monkeypatch):
+    export_slim(run, tmp_path / "models" / "small")
+    monkeypatch.setattr(shipped, "PLACES", (tmp_path / "nowhere", tmp_path / "models"))
+    monkeypatch.chdir(tmp_path)
+    assert np.array_equal(drawn("small", tmp_path / "a"), drawn(tmp_path / "models/small", tmp_path / "b"))
+    main(["sample", "small", "--num", "1", "--device", "cpu"])
+    assert (tmp_path / "samples/small/000000.png").exists()
+    shutil.copytree(run, tmp_path / "small")
+    assert shipped.find_run("small") == Path("small")
+    with pytest.raises(SystemExit):
+        main(["sample", "smal", "--num", "1"])
+
+
+# ------------------------------------------------------------------------------ what is shipped
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
+    run = MODELS / name
+    assert shipped.shipped()[name].samefile(run)
+    assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < MOST_BYTES
+    folder, manifest, passed_over = checkpoint.newest(run)
+    assert not passed_over
+    config = checkpoint.read_config(run)
+    assert manifest["config"] == config_hash(config)
+    assert manifest["classes"] == list(open_source(config.data, config.model).classes)
+    card = (run / "README.md").read_text()
+    assert manifest["config"] in card
+    metrics = json.loads((run / "evaluation" / folder.name / "metrics.json").read_text())
+    assert metrics["subject"]["checkpoint"] == manifest["sha256"]["ema.safetensors"]
+    memorised, floor = (metrics["scores"]["memorised"][key] for key in ("value", "floor"))
+    assert memorised <= max(0.02, 2 * floor)
+    assert f"| memorised | {memorised:.4g} |" in card
+    assert not metrics["warnings"]
+
+
+def test_the_shipped_pair_costs_the_same_and_learnt_the_same_examples():
+    from dit_in_dit.model import cost
+
+    a, b = (checkpoint.read_config(MODELS / name) for name in SHIPPED)
+    assert cost.macs(a.model)["total"] == pytest.approx(cost.macs(b.model)["total"], rel=0.02)
+    assert a.model.blocks("inner")
+    assert not b.model.blocks("inner")
+    assert (a.data, a.train, a.diffusion, a.sample, a.seed) == (b.data, b.train, b.diffusion, b.sample, b.seed)
+
+
+def test_the_shipped_pair_stands_in_one_table(capsys):
+    main(["compare", *SHIPPED])
+    table = capsys.readouterr().out
+    assert re.search(r"emoji@\d+ +emoji-dit@\d+", table)
+    assert "swd.32" in table
+
+
+def test_shipped_models_draw_images_with_the_white_ground_of_emoji(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no folder of that name lies here
+    images = drawn("emoji", tmp_path / "out", "--classes", "smileys")
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.min() > 200
+    assert images.std(axis=(1, 2, 3)).min() > 20  # and something on it
+
+
+# ------------------------------------------------------------------------------------- whole or not there
+
+
+def test_a_file_is_there_once_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    with atomic.file(path) as opened:
+        opened.write(b"new")
+        assert not path.exists()
+    with pytest.raises(TypeError), atomic.file(path) as opened:
+        opened.writelines([b"half", None])
+    assert path.read_bytes() == b"new"
+    atomic.write(path, "newer")
+    atomic.write(path, "not this", once=True)
+    assert path.read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_there_once_it_is_whole(tmp_path):
+    out = tmp_path / "in" / "folder"
+    with pytest.raises(FileExistsError), atomic.folder(out) as beside:
+        [(beside / "half").mkdir() for _ in range(2)]
+    assert not out.exists()
+    out.mkdir()  # an empty one is no obstacle
+    with atomic.folder(out) as beside:
+        (beside / "file").touch()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert list(out.parent.iterdir()) == [out]
+    with pytest.raises(UserError, match="choose another --out"), atomic.folder(out):
+        pass

@@ -330,6 +330,21 @@ def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
         report(out)
 
 
+def test_real_images_may_differ_between_seeds_and_not_within_one(tmp_path: Path):
+    plan = study_of({"a": {}, "b": {}})
+
+    def written(out: Path, sha256: Any) -> Path:
+        write_plan(out, plan)
+        for trial in plan.trials:
+            reference = {**PROTOCOL["reference"], "sha256": sha256(trial)}
+            write_trial(out, trial, {PRIMARY: 1.0}, protocol={**PROTOCOL, "reference": reference})
+        return out
+
+    assert len(gather(written(tmp_path / "endless", lambda trial: f"of seed {trial.seed}")).done) == len(plan.trials)
+    with pytest.raises(UserError, match=r"cannot stand in one table.*reference\.sha256"):
+        gather(written(tmp_path / "other", lambda trial: trial.key))
+
+
 def test_other_held_out_images_are_refused(tmp_path: Path):
     plan = study_of({"a": {}, "b": {"data.held_out": 0.3}})
     with pytest.raises(UserError, match=r"data\.held_out"):

@@ -209,12 +209,20 @@ def _result(folder: Path) -> Result | None:
 
 
 def _check_alike(results: dict[Path, Result]) -> None:
-    """UserError when two trials have different evaluation protocols."""
-    first: Path | None = None
+    """UserError when two trials have different evaluation protocols.
+
+    Of an endless source a trial is compared with images that it saw, which its seed decides: they are the same within a
+    seed, and there trials are compared.
+    """
+    firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     for path, result in results.items():
-        first = first or path
-        if field_ := first_difference(results[first].protocol, result.protocol):
-            raise UserError(
-                f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
-                f"{field_}; evaluate them alike"
-            )
+        protocol, seeds = result.protocol, result.protocol
+        if "reference" in protocol:
+            seeds = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
+        for key, compared in ((result.seed, protocol), (None, seeds)):
+            first, theirs = firsts.setdefault(key, (path, compared))
+            if field_ := first_difference(theirs, compared):
+                raise UserError(
+                    f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
+                    f"{field_}; evaluate them alike"
+                )

@@ -255,7 +255,10 @@ def test_a_twin_by_time_takes_as_long_when_measured_again():
 
 SMALL = {
     "model.image_size": 16,
+    "model.stages": "outer*4 inner*2",
     "model.outer.width": 64,
+    "model.inner.sub_patch": 2,
+    "model.inner.num_heads": 2,
     "model.inner.width": 16,
     "train.batch_size": 2,
     "train.warmup": 200,
@@ -269,7 +272,7 @@ def quickly(monkeypatch):
 
 
 def study(**values) -> StudyConfig:
-    return StudyConfig.from_dict({"base": "emoji", "set": SMALL, "budget": {"steps": 100}, **values})
+    return StudyConfig.from_dict({"base": "emoji-dit", "set": SMALL, "budget": {"steps": 100}, **values})
 
 
 def arms_of(**values) -> dict:

@@ -327,7 +327,7 @@ def test_the_cpu_suite_has_an_experiment_for_every_goal():
         "E=D=384",
         "E=32",
         "E=64",
-        "(emoji)",
+        "D=128, E=32",
         "D=384",
         "first written",
     ):
@@ -344,10 +344,12 @@ def test_any_preset_is_measured_beside_others(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text(to_yaml(presets.get("emoji-reference")))
     mine = str(tmp_path / "mine.yaml")
     words += ["--beside", "first-written,diffusers", "--sweep", "E=16,32", "--device", "cpu", "--seconds", "0.01"]
-    main(["bench", "--preset", "emoji", mine, *words, "--threads", "1", "--json"])
+    main(["bench", "--preset", "emoji-reference", mine, *words, "--threads", "1", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert {"emoji", mine, f"{mine}: as first written", "emoji: diffusers, plain"} <= found["subjects"].keys()
-    assert found["parts"].keys() == {"emoji", mine}
+    assert {"emoji-reference", mine, f"{mine}: as first written", "emoji-reference: diffusers, plain"} <= found[
+        "subjects"
+    ].keys()
+    assert found["parts"].keys() == {"emoji-reference", mine}
     assert f"{mine} over E" in found["sweeps"]
     assert found["hardware"]["threads"] == 1
     assert "--seconds 0.01" in found["command"]

@@ -95,14 +95,14 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(folder, shards,
 
 def test_an_index_lies_in_the_cache_where_the_shards_cannot_be_written(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write = Path.write_text
+    opening = Path.open
 
-    def refused(path: Path, *arguments):
-        if path.parent == shards:
+    def refused(path: Path, mode: str = "r", *arguments, **keys):
+        if path.parent == shards and mode != "rb":
             raise PermissionError(path)
-        return write(path, *arguments)
+        return opening(path, mode, *arguments, **keys)
 
-    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(Path, "open", refused)
     first = everything(opened(shards))
     assert not list(shards.glob("*.json"))
     assert len(list((tmp_path / "cache/dit-in-dit/tars").iterdir())) == 3

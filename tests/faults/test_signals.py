@@ -121,7 +121,7 @@ def test_a_signal_at_any_moment_ends_the_step_and_the_run_goes_on_exactly(tmp_pa
         took, said = finish(job)
         assert job.returncode == 143, (moment, workers, said)
         assert took < 10, (moment, workers)
-        # A loader worker that ends while Python hands a file descriptor over makes Python's own thread for that complain.
+        # A loader worker that ends while Python hands it a file descriptor makes the thread for that complain.
         _, _, trace = said.partition("Traceback")
         assert not trace or "multiprocessing/resource_sharer.py" in trace
         assert "goes on with --resume" in said

@@ -121,9 +121,7 @@ def test_a_signal_at_any_moment_ends_the_step_and_the_run_goes_on_exactly(tmp_pa
         took, said = finish(job)
         assert job.returncode == 143, (moment, workers, said)
         assert took < 10, (moment, workers)
-        # A loader worker that ends while Python hands it a file descriptor makes the thread for that complain.
-        _, _, trace = said.partition("Traceback")
-        assert not trace or "multiprocessing/resource_sharer.py" in trace
+        assert "Traceback" not in said, said
         assert "goes on with --resume" in said
         reached = checkpoint.newest(out).manifest["step"]
         assert reached == {"step": 5, "first step": 1, "save": 4, "sampling": 4}.get(moment, reached) > 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -116,10 +118,20 @@ class _Messages(Dataset["Batch | str"]):
             return str(error)
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal to the process group is the trainer's to answer: it still needs its workers to end the step."""
+def _begin_worker(_: int) -> None:
+    """A signal to the process group is the trainer's to answer: it still needs its workers to end the step.
+
+    A trainer that ends takes no more batches: that the thread which hands them over loses its other end is no error.
+    (A worker's own errors go to the trainer, and never to this hook.)
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+    def complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = complain
 
 
 def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
@@ -131,7 +143,7 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
         sampler=range(first, last),
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # its own: iterating must not draw from the global one
         persistent_workers=False,
     )

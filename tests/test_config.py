@@ -16,20 +16,9 @@ from hypothesis import strategies as st
 
 from conftest import small_model
 from dit_in_dit import presets
-from dit_in_dit.config import (
-    ORDERS,
-    RunConfig,
-    SampleConfig,
-    UserError,
-    changed,
-    config_hash,
-    format_stages,
-    from_yaml,
-    override,
-    parse_stages,
-    to_dict,
-    to_yaml,
-)
+from dit_in_dit.config import RunConfig, SampleConfig, UserError, changed, config_hash, from_yaml, override, to_yaml
+from dit_in_dit.section import to_dict
+from dit_in_dit.stages import ORDERS, format_stages, parse_stages
 
 
 @pytest.mark.parametrize("name", presets.NAMES)

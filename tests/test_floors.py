@@ -9,7 +9,19 @@ import dit_in_dit
 
 ROOT = Path(dit_in_dit.__file__).parent
 FLOORS = (
-    {"atomic", "config", "presets", "randomness", "memory", "mistakes", "sealed", "shipped", "strict_yaml"},
+    {
+        "atomic",
+        "config",
+        "presets",
+        "randomness",
+        "memory",
+        "mistakes",
+        "sealed",
+        "section",
+        "shipped",
+        "stages",
+        "strict_yaml",
+    },
     {"model", "diffusion", "data"},
     {"checkpoint", "recipe"},
     {"training", "sampling", "figures"},

@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from conftest import perturbed, small_model
 from dit_in_dit import checkpoint, sample
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_dict
+from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError
 from dit_in_dit.interop.bundle import bundle
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.interop.encode import Decoder
@@ -47,6 +47,7 @@ from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
 from dit_in_dit.sampling import denoise, guided, make_scheduler, to_pixels
+from dit_in_dit.section import to_dict
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
 WHOLE = 8  # samples of one micro-batch: of other numbers the last bits may differ

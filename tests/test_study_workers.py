@@ -208,7 +208,7 @@ def test_the_command_starts_workers_and_reports(study, serial, tmp_path, capsys)
     import yaml
 
     from dit_in_dit.cli import main
-    from dit_in_dit.config import to_dict
+    from dit_in_dit.section import to_dict
 
     fewer = replace(study, seeds=(1,))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(fewer)))

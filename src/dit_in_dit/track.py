@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from dit_in_dit import atomic, checkpoint
-from dit_in_dit.config import RunConfig, Section, UserError, keys, nearest, to_dict, to_yaml
+from dit_in_dit.config import RunConfig, UserError, nearest, to_yaml
+from dit_in_dit.section import Section, keys, to_dict
 
 if TYPE_CHECKING:
     from dit_in_dit.training.loop import Fact

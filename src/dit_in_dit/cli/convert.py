@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, whole
-from dit_in_dit.config import UserError, format_stages
+from dit_in_dit.config import UserError
 from dit_in_dit.shipped import find_run
+from dit_in_dit.stages import format_stages
 
 FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run")
 PRECISIONS = ("float32", "bfloat16", "float16")

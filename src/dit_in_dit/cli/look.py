@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, chosen, whole
-from dit_in_dit.config import format_stages, to_yaml
+from dit_in_dit.config import to_yaml
+from dit_in_dit.stages import format_stages
 
 
 def add(commands: Commands) -> None:

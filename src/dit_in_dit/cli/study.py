@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_device, make_folder, whole
-from dit_in_dit.config import UserError, format_stages
+from dit_in_dit.config import UserError
+from dit_in_dit.stages import format_stages
 
 if TYPE_CHECKING:
     from dit_in_dit.study.board import Board

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.config import RunConfig, UserError, keys
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.evaluation.curves import BACKWARD, Arm, Curve, Floats, last_step
 from dit_in_dit.model import cost
+from dit_in_dit.section import keys
 
 MEDIAN_STEPS = 100  # previous steps whose median a spike is measured against
 LOSS_SPIKE = 3.0  # times that median; healthy runs with batch 32 stay below 2.6

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.checkpoint import read_config
-from dit_in_dit.config import RunConfig, Section, UserError, format_stages, keys
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.model import cost
+from dit_in_dit.section import Section, keys
+from dit_in_dit.stages import format_stages
 
 Floats = NDArray[np.floating[Any]]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from dit_in_dit.config import RunConfig, changed, config_hash, format_stages, to_yaml
+from dit_in_dit.config import RunConfig, changed, config_hash, to_yaml
 from dit_in_dit.model import cost
+from dit_in_dit.stages import format_stages
 
 Rows = Mapping[str, object]
 

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_in_dit.config import MOST_BLOCKS, ModelConfig
+from dit_in_dit.config import ModelConfig
 from dit_in_dit.interop.foreign import read_pt, read_safetensors
 from dit_in_dit.interop.official import PATCHES, POSITION, Found, Predicted, Weights
 from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.layers import sincos
+from dit_in_dit.stages import MOST_BLOCKS
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_in_dit import atomic, checkpoint
-from dit_in_dit.config import RunConfig, UserError, to_dict
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.latents import complete
 from dit_in_dit.interop.card import card, evaluation_of
 from dit_in_dit.interop.encode import constants, load_vae
@@ -18,6 +18,7 @@ from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling import make_scheduler
+from dit_in_dit.section import to_dict
 
 READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
 

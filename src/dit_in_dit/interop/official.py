@@ -23,18 +23,12 @@ from torch import Tensor
 
 from dit_in_dit import presets
 from dit_in_dit.checkpoint import DTYPES
-from dit_in_dit.config import (
-    MOST_BLOCKS,
-    DiffusionConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
-    SampleConfig,
-)
+from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
 from dit_in_dit.interop.foreign import read_pt
 from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.stages import MOST_BLOCKS
 
 Weights = Mapping[str, Tensor]
 Kind = Literal["dit", "sit"]

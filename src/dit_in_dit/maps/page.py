@@ -14,12 +14,12 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
-from dit_in_dit.config import format_stages
 from dit_in_dit.maps.draw import spectra
 from dit_in_dit.maps.findings import findings, missing, not_shown
 from dit_in_dit.maps.plan import SHOWN, evenly, left_out
 from dit_in_dit.maps.record import Array, Level, Maps
 from dit_in_dit.sampling import picture, to_pixels
+from dit_in_dit.stages import format_stages
 
 STRIP = 9  # steps of a sampling strip
 DATA = "/*DATA*/null"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dit_in_dit import __version__, atomic
-from dit_in_dit.config import RunConfig, UserError, nearest, to_dict
+from dit_in_dit.config import RunConfig, UserError, nearest
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.evaluation import pixels
@@ -19,6 +19,7 @@ from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_same_held_out
 from dit_in_dit.evaluation.distances import ENOUGH, NAMES
 from dit_in_dit.evaluation.features import Network, open_network
+from dit_in_dit.section import to_dict
 from dit_in_dit.study.match import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 from dit_in_dit.training.loop import settled

@@ -16,9 +16,11 @@ from typing import Any, Literal
 import torch
 
 from dit_in_dit.benchmark import Times, estimate, step_seconds
-from dit_in_dit.config import MOST_BLOCKS, ModelConfig, RunConfig, Section, UserError, format_stages, keys
+from dit_in_dit.config import ModelConfig, RunConfig, UserError
 from dit_in_dit.model import cost
 from dit_in_dit.model.inspect import inspect
+from dit_in_dit.section import Section, keys
+from dit_in_dit.stages import MOST_BLOCKS, format_stages
 from dit_in_dit.study.plan import Arm, StudyConfig, candidates, configure
 
 By = Literal["macs", "time", "params"]

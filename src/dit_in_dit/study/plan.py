@@ -16,18 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dit_in_dit import presets
-from dit_in_dit.config import (
-    RunConfig,
-    Section,
-    UserError,
-    assigned,
-    changed,
-    from_file,
-    key,
-    nearest,
-    shortened,
-    to_dict,
-)
+from dit_in_dit.config import RunConfig, UserError, assigned, changed, from_file, nearest, shortened
+from dit_in_dit.section import Section, key, to_dict
 from dit_in_dit.strict_yaml import read_yaml
 
 BUDGETS = ("steps", "images", "macs", "seconds")

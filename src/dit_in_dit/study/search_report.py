@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from dit_in_dit.config import format_stages
 from dit_in_dit.figures import COLOURS, figure, save
 from dit_in_dit.model import cost
+from dit_in_dit.stages import format_stages
 from dit_in_dit.study import tables, words
 from dit_in_dit.study.document import Cell, Chapter, Picture, Table, Verbatim
 from dit_in_dit.study.gather import Searched, Tried

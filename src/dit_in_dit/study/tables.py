@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.config import format_stages, to_dict
 from dit_in_dit.evaluation.convergence import DEFINITIONS, reach, stability
 from dit_in_dit.evaluation.curves import Curve
+from dit_in_dit.section import to_dict
+from dit_in_dit.stages import format_stages
 from dit_in_dit.study import words
 from dit_in_dit.study.document import Cell, Table
 from dit_in_dit.study.gather import Gathered

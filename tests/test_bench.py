@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from conftest import small_model
 from dit_in_dit import inspect, presets
 from dit_in_dit.benchmark.attention import broadcast, matrices, ways
+from dit_in_dit.benchmark.experiments import Bench, experiments
 from dit_in_dit.benchmark.parts import INNER, kind_of, part_macs, part_seconds, parted, profiled
 from dit_in_dit.benchmark.subjects import Subject, diffusers_dit, measure, nested, official_dit
-from dit_in_dit.benchmark.suite import SUITES, Bench, experiments
+from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, in_turns, on_threads, stopwatch
 from dit_in_dit.cli import main

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dit_in_dit.cli import main
 from dit_in_dit.config import from_yaml, to_yaml
-from dit_in_dit.data.source import is_held_out
+from dit_in_dit.data.families import is_held_out
 from dit_in_dit.presets import NAMES, get
 
 

@@ -14,8 +14,10 @@ from PIL import Image
 
 from conftest import small_model
 from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.data.families import is_held_out
 from dit_in_dit.data.mosaic import CLASSES, Mosaic
-from dit_in_dit.data.source import fit, is_held_out, open_source
+from dit_in_dit.data.picture import fit
+from dit_in_dit.data.source import open_source
 
 MODEL = small_model(image_size=(8, 8), num_classes=3)
 

@@ -22,8 +22,9 @@ from PIL import Image
 from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data import picture
+from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.picture import fit
-from dit_in_dit.data.source import ImageFiles, open_source
+from dit_in_dit.data.source import open_source
 from dit_in_dit.mistakes import LINE, one_line, shortened
 
 sys.path.insert(0, str(Path(__file__).parent))

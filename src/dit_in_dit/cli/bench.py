@@ -83,8 +83,9 @@ def _seconds(text: str) -> float:
 
 def _bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
+    from dit_in_dit.benchmark.experiments import Bench, comparison, experiments, sweeps
     from dit_in_dit.benchmark.report import draw
-    from dit_in_dit.benchmark.suite import SUITES, Bench, check, comparison, experiments, sweeps
+    from dit_in_dit.benchmark.suite import SUITES, check
     from dit_in_dit.benchmark.timing import on_threads
     from dit_in_dit.figures import figure
     from dit_in_dit.study.match import match

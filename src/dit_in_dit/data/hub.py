@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.config import DataConfig, UserError, nearest
-from dit_in_dit.data.source import ImageFiles, family, label_names
+from dit_in_dit.data.families import family, label_names
+from dit_in_dit.data.files import ImageFiles
 
 PREFIX = "hf:"
 FILES = {".parquet": "parquet", ".arrow": "arrow"}

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
-from dit_in_dit.data.source import Array
+from dit_in_dit.data.picture import Array
 from dit_in_dit.randomness import generator
 
 INDEX = "latents.json"

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 Seen = TypeVar("Seen")
+Array = NDArray[np.float32]
 FORMATS = ("PNG", "JPEG", "WEBP")
+IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
 MOST_PIXELS = 2**26  # of an image: 8192x8192, which takes 0.8 GB at most while it is drawn on white
 MOST_BYTES = 2**28  # of its file: four for each of its pixels
 UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files

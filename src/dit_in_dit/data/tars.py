@@ -14,7 +14,8 @@ from typing import Any
 
 from dit_in_dit import atomic
 from dit_in_dit.config import UserError
-from dit_in_dit.data.source import HIDDEN, SUFFIXES, ImageFiles, class_folders, family, label_names
+from dit_in_dit.data.families import family, label_names
+from dit_in_dit.data.files import HIDDEN, SUFFIXES, ImageFiles, class_folders
 
 VERSION = 1  # of the index files
 BLOCK = tarfile.BLOCKSIZE

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit import atomic
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.data.families import family_number
 from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, open_shard, sha256
-from dit_in_dit.data.source import Source, count_classes, family_number, open_source
+from dit_in_dit.data.source import Source, count_classes, open_source
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SD_SCALE = 0.18215  # Stable Diffusion's (Rombach et al. 2022), where a VAE names none

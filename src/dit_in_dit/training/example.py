@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.latents import LatentSource
-from dit_in_dit.data.source import Array, Source
+from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.randomness import generator

@@ -1,0 +1,112 @@
+"""Images and labels as NumPy's arrays."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.config import DataConfig, ModelConfig
+from dit_in_dit.data.families import split
+from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
+from dit_in_dit.mistakes import UserError, shortened
+
+MOST_GROWTH = 50  # of compressed arrays; pixels grow three times, zeros a thousand times
+
+
+class ArraySource:
+    """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
+
+    uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are taken as they are (latents). A family is a row.
+    ADM's names `arr_0` and `arr_1` are understood too.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
+        self.skipped: list[str] = []
+        images, labels = load_arrays(path)
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise UserError(f"images in {path} must be uint8 (pixels) or floats (latents): got {images.dtype}")
+        self._pixels = images.dtype == np.uint8
+        image_shape = (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
+        if images.shape[1:] != image_shape:
+            raise UserError(f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})")
+        if labels is None and model.num_classes:
+            raise UserError(f"{path} has no labels: give them, or set model.num_classes=0")
+        count = model.num_classes or 1
+        self._labels = np.zeros(len(images), np.int64) if labels is None or not model.num_classes else labels
+        if self._labels.shape != (len(images),) or self._labels.dtype.kind not in "iu":
+            raise UserError(f"labels of {path} must be {len(images)} whole numbers")
+        if len(images) and not 0 <= self._labels.min() <= self._labels.max() < count:
+            raise UserError(
+                f"labels of {path} must be from 0 to {count - 1} (model.num_classes): "
+                f"got {self._labels.min()} to {self._labels.max()}"
+            )
+        self._path, self._images, self.classes = path, images, tuple(map(str, range(count)))
+        if not self._pixels and images.nbytes <= IN_MEMORY:  # of larger ones, each when it is read
+            for position in range(len(images)):
+                self._image(position)
+        self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    def _image(self, position: int) -> tuple[Array, int]:
+        image = np.asarray(self._images[position], np.float32)
+        if not np.isfinite(image).all():
+            raise UserError(
+                f"image {position} of {shortened(self._path)} holds NaN or infinite values: mend or remove it"
+            )
+        if self._pixels:
+            image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
+        return image, int(self._labels[position])
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self._image(self._train[index])
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self._image(self._held[index])
+
+
+def _commas(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _check_growth(archive: zipfile.ZipFile) -> None:
+    """ValueError when an archive is far larger than its file: it would fill the memory before it could be checked."""
+    members = archive.infolist()
+    packed, whole = (sum(sizes) for sizes in zip(*((m.compress_size, m.file_size) for m in members), strict=True))
+    if whole > max(MOST_BYTES, MOST_GROWTH * packed):
+        raise ValueError(f"{packed} bytes hold {whole} (a zip bomb?)")
+
+
+def load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+    """Images and labels as they are stored; never runs code from the file."""
+    images: object
+    labels: object
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                found = [pair for pair in (("images", "labels"), ("arr_0", "arr_1")) if pair[0] in archive]
+                if not found:
+                    raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {list(archive)}")
+                _check_growth(archive.zip)
+                images, labels = archive[found[0][0]], archive.get(found[0][1])
+        else:
+            beside = path.with_suffix(".labels.npy")
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            labels = np.load(beside, allow_pickle=False) if beside.exists() else None
+    except UserError:
+        raise
+    except (*UNREADABLE, AttributeError) as error:
+        problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if "pickle" in problem:  # NumPy's advice is to trust the file
+            problem = "it holds Python objects, or is no file of arrays"
+        raise UserError(
+            f"cannot read arrays from {shortened(path, 60)}: {shortened(problem, 70)}; write it with numpy again"
+        ) from None
+    if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
+        raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")
+    return images, labels

@@ -1,8 +1,8 @@
-"""Write the README's headline, and the tables of docs/does-nesting-help.md, from the studies' files.
+"""Write the tables of README.md and docs/does-nesting-help.md, and the README's figure, from the studies' files.
 
-`python scripts/headline.py` reads plan.json and results.csv of results/studies/* (and unguided.csv, where there is one:
-the same trials drawn again without guidance), writes results/headline.png and puts each table between its marks
-`<!-- NAME -->` and `<!-- /NAME -->`. Run it again and nothing changes.
+`python scripts/headline.py` reads plan.json and results.csv of results/studies/*, writes results/headline.png and puts
+each table between its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole,
+samples or goals. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -11,51 +11,84 @@ import csv
 import json
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dit_in_dit.config import ModelConfig
 from dit_in_dit.figures import COLOURS, figure, save
+from dit_in_dit.stages import format_stages
 from dit_in_dit.study.metrics import ranked
 from dit_in_dit.study.statistics import Difference, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "results" / "studies"
-ERRORS = {
-    "held_out.0.2.high": "fine error, t = 0.2",
-    "held_out.0.5.high": "t = 0.5",
-    "held_out.0.8.high": "t = 0.8",
+PAGES = (ROOT / "README.md", ROOT / "docs" / "does-nesting-help.md")
+METRICS = {
+    "errors": {
+        "held_out.0.2.high": "fine error, t = 0.2",
+        "held_out.0.5.high": "t = 0.5",
+        "held_out.0.8.high": "t = 0.8",
+    },
+    "whole": {
+        "held_out.0.2.whole": "whole error, t = 0.2",
+        "held_out.0.5.whole": "t = 0.5",
+        "held_out.0.8.whole": "t = 0.8",
+    },
+    "samples": {
+        "swd.32": "samples: finest SWD",
+        "swd.16": "middle SWD",
+        "swd.8": "coarse SWD",
+        "spectrum": "spectrum",
+        "seam.8": "patch borders",
+    },
 }
-SAMPLES = {"swd.32": "samples: finest SWD", "swd.16": "middle SWD", "swd.8": "coarse SWD", "spectrum": "spectrum"}
-WHOLE = {
-    "held_out.0.2.whole": "whole error, t = 0.2",
-    "held_out.0.5.whole": "t = 0.5",
-    "held_out.0.8.whole": "t = 0.8",
-}
-SETS = {"nesting": "emoji", "nesting-mosaic": "mosaic"}
-Values = dict[tuple[str, str], dict[int, float]]  # by arm and metric, by seed
+HEADLINE = {"nesting": "emoji", "nesting-mosaic": "mosaic"}  # the two studies that answer the question
+# (arm, what is wanted, metric, least gain in percent; 0: no worse)
+GOALS = (
+    ("nested", "equal MACs, fine error at t = 0.2", "held_out.0.2.high", 25),
+    ("nested", "at t = 0.5", "held_out.0.5.high", 10),
+    ("nested", "at t = 0.8", "held_out.0.8.high", 0),
+    ("nested", "finest SWD of samples", "swd.32", 20),
+    ("nested, equal time", "equal time, fine error at t = 0.2", "held_out.0.2.high", 15),
+    ("nested, equal time", "at t = 0.5", "held_out.0.5.high", 5),
+    ("nested, equal time", "finest SWD of samples", "swd.32", 10),
+)
+MARKS = re.compile(r"<!-- ([\w-]+) (\w+) -->\n(.*?)<!-- /\1 \2 -->", re.DOTALL)
 
 
-def read(name: str, file: str) -> tuple[dict[str, str], Values]:
-    """What each arm of a study is compared with, and every number; nothing where the study is not there."""
-    folder = STUDIES / name
-    if not (folder / file).exists():
-        return {}, {}
-    plan = json.loads((folder / "plan.json").read_text())
-    against = {arm["name"]: arm["against"] for arm in plan["arms"] if arm["against"] != arm["name"]}
-    values: Values = defaultdict(dict)
-    with (folder / file).open(newline="") as lines:
+@dataclass(frozen=True)
+class Found:
+    """What a study found.
+
+    Attributes:
+        plan: plan.json.
+        against: what each compared arm is compared with.
+        values: every number, by arm and metric, by seed.
+    """
+
+    plan: dict[str, Any]
+    against: dict[str, str]
+    values: dict[tuple[str, str], dict[int, float]]
+
+    def change(self, arm: str, metric: str) -> Difference | None:
+        """To what the arm is compared with, with an interval for all arms of the study together."""
+        other = self.against[arm]
+        if (arm, metric) not in self.values:
+            return None
+        return difference(self.values[arm, metric], self.values[other, metric], len(self.against))
+
+
+def read(study: str) -> Found:
+    """A study's files."""
+    plan = json.loads((STUDIES / study / "plan.json").read_text())
+    values: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    with (STUDIES / study / "results.csv").open(newline="") as lines:
         for row in csv.DictReader(lines):
             if row["state"] == "done":
                 values[row["arm"], row["metric"]][int(row["seed"])] = ranked(row["metric"], float(row["value"]))
-    return against, values
-
-
-def changes(name: str, file: str, metrics: dict[str, str]) -> dict[str, dict[str, Difference]]:
-    """By arm and metric: the difference to what the arm is compared with, for all arms of the study together."""
-    against, values = read(name, file)
-    return {
-        arm: {m: difference(values[arm, m], values[other, m], len(against)) for m in metrics if (arm, m) in values}
-        for arm, other in against.items()
-    }
+    against = {arm["name"]: arm["against"] for arm in plan["arms"] if arm["against"] != arm["name"]}
+    return Found(plan, against, values)
 
 
 def cell(found: Difference | None) -> str:
@@ -69,71 +102,108 @@ def cell(found: Difference | None) -> str:
     return f"**{text}**" if found.marked else text
 
 
-def table(name: str, file: str, metrics: dict[str, str]) -> str:
+def rows(header: list[str], lines: list[list[str]]) -> str:
+    """A table of Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+
+
+def changes(study: str, kind: str) -> str:
     """A row for each compared arm."""
-    found = changes(name, file, metrics)
-    against, _ = read(name, file)
-    control = json.loads((STUDIES / name / "plan.json").read_text())["study"]["control"] if found else ""
-    lines = [f"| {SETS[name]} | {' | '.join(metrics.values())} |", "|---" * (1 + len(metrics)) + "|"]
-    for arm, row in found.items():
-        beside = "" if against[arm] == control else f" (to {against[arm]})"
-        lines.append(f"| {arm}{beside} | {' | '.join(cell(row.get(metric)) for metric in metrics)} |")
-    return "\n".join(lines)
+    found, metrics = read(study), METRICS[kind]
+    lines = []
+    for arm, other in found.against.items():
+        beside = "" if other == found.plan["study"]["control"] else f" (to {other})"
+        lines.append([arm + beside, *(cell(found.change(arm, metric)) for metric in metrics)])
+    return rows([HEADLINE.get(study, study), *metrics.values()], lines)
+
+
+def arms(study: str) -> str:
+    """What each arm is and costs."""
+    found, lines = read(study).plan["arms"], []
+    base = found[0]["cost"]
+    for arm in found:
+        model, cost = ModelConfig.from_dict(arm["config"]["model"]), arm["cost"]
+        stages = f"`{format_stages(model.program)}`"
+        inner = f"s = {model.inner.sub_patch}, E = {model.inner.width}" if model.blocks("inner") else ""
+        lines.append(
+            [
+                *(arm["name"], stages, str(model.patch_size), str(model.outer.width), inner),
+                *(f"{cost['macs'] / 1e6:.2f} M", f"{cost['params'] / 1e6:.2f} M"),
+                f"{cost['time'] / base['time']:.2f}",
+            ]
+        )
+    return rows(["arm", "stages", "p", "D", "inner", "MACs", "parameters", "step"], lines)
+
+
+def verdict(change: Difference, wanted: int) -> str:
+    """Whether a goal is met: the mean is as wanted, and the interval for all arms together excludes zero."""
+    assert change.percent is not None
+    if wanted == 0:
+        return "not met" if change.marked and change.percent > 0 else "met" if change.percent <= 0 else "not shown"
+    if change.percent > -wanted:
+        return "not met"
+    return "met" if change.marked else "mean alone"
+
+
+def goals() -> str:
+    """Each goal on each data set of the headline."""
+    studies = [read(study) for study in HEADLINE]
+    lines = []
+    for arm, what, metric, wanted in GOALS:
+        line = [f"{what}, {f'{wanted}%' if wanted else 'no worse'}"]
+        for found in studies:
+            change = found.change(arm, metric)
+            line.append(f"{verdict(change, wanted)}: {cell(change)}" if change else "")
+        lines.append(line)
+    return rows(["goal", *HEADLINE.values()], lines)
+
+
+def block(study: str, what: str) -> str:
+    """The table between two marks; KeyError where there is no such study, or nothing of that name."""
+    if what == "goals":
+        return goals()
+    return arms(study) if what == "arms" else changes(study, what)
 
 
 def draw(path: Path) -> None:
     """A panel for each metric and data set: the change in percent with its interval, an arm a colour."""
-    shown = {**ERRORS, "swd.32": SAMPLES["swd.32"]}
-    made, axes = figure(len(SETS), len(shown), width=2.6, height=1.7)
-    for row, name in zip(axes, SETS, strict=True):
-        unguided = "unguided.csv" if (STUDIES / name / "unguided.csv").exists() else "results.csv"
-        found = changes(name, "results.csv", ERRORS)
-        for arm, more in changes(name, unguided, {"swd.32": ""}).items():
-            found[arm] |= more
+    shown = {**METRICS["errors"], "swd.32": METRICS["samples"]["swd.32"]}
+    made, axes = figure(len(HEADLINE), len(shown), width=2.6, height=1.7)
+    for row, study in zip(axes, HEADLINE, strict=True):
+        found = read(study)
         for axis, (metric, title) in zip(row, shown.items(), strict=True):
-            for y, differences in enumerate(found.values()):
-                change, colour = differences.get(metric), COLOURS[y % len(COLOURS)]
+            for y, arm in enumerate(found.against):
+                change, colour = found.change(arm, metric), COLOURS[y % len(COLOURS)]
                 if change is None or change.scale is None:
                     continue
                 if change.wide_low is not None and change.wide_high is not None:
                     axis.hlines(-y, change.wide_low * change.scale, change.wide_high * change.scale, color=colour, lw=2)
                 axis.plot(change.percent, -y, "o", color=colour, markersize=4)
             axis.axvline(0, color="black", linewidth=0.8)
-            axis.set(yticks=[-y for y in range(len(found))], ylim=(0.6 - len(found), 0.4))
-            axis.set_yticklabels(list(found) if axis is row[0] else [], fontsize=7)
+            axis.set(yticks=[-y for y in range(len(found.against))], ylim=(0.6 - len(found.against), 0.4))
+            axis.set_yticklabels(list(found.against) if axis is row[0] else [], fontsize=7)
             axis.tick_params(axis="x", labelsize=6)
-            axis.set_title(f"{SETS[name]}: {title}", fontsize=8)
+            axis.set_title(f"{HEADLINE[study]}: {title}", fontsize=8)
     made.suptitle(
         "change to plain DiT in percent, with 95% intervals for all arms together; left of 0: better", fontsize=8
     )
     save(made, path)
 
 
-def put(path: Path, blocks: dict[str, str]) -> None:
-    """Replace what stands between the marks of each block that the file has."""
-    text = path.read_text()
-    for name, block in blocks.items():
-        marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
-        text = marks.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
-    path.write_text(text)
+def filled(text: str) -> str:
+    """A page with every table as the files have it."""
 
+    def fill(found: re.Match[str]) -> str:
+        name, what, _ = found.groups()
+        return f"<!-- {name} {what} -->\n{block(name, what)}\n<!-- /{name} {what} -->"
 
-def blocks() -> dict[str, str]:
-    """Every table by the name of its marks."""
-    found = {}
-    for name, images in SETS.items():
-        found[f"{images} errors"] = table(name, "results.csv", ERRORS)
-        found[f"{images} whole"] = table(name, "results.csv", WHOLE)
-        found[f"{images} samples"] = table(name, "results.csv", SAMPLES)
-        if (STUDIES / name / "unguided.csv").exists():
-            found[f"{images} unguided"] = table(name, "unguided.csv", SAMPLES)
-    return found
+    return MARKS.sub(fill, text)
 
 
 def main() -> None:
     draw(ROOT / "results" / "headline.png")
-    for path in (ROOT / "README.md", ROOT / "docs" / "does-nesting-help.md"):
-        put(path, blocks())
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

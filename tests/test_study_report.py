@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
+from dit_in_dit import presets
 from dit_in_dit.config import UserError, changed
 from dit_in_dit.evaluation.curves import read_run
+from dit_in_dit.model import cost
 from dit_in_dit.study.document import Cell, latex, latex_table, markdown_table
 from dit_in_dit.study.gather import gather
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial, describe
@@ -25,6 +27,7 @@ from dit_in_dit.study.report import Report, report
 from dit_in_dit.study.summary import summarise
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
 
+EMOJI = presets.get("emoji").model
 PRIMARY = "held_out.0.2.high"
 EVIL = "<script>alert('a&b')</script> 50% $x_1$ | *b*"
 ARMS: dict[str, Any] = {
@@ -116,7 +119,7 @@ def test_the_page_asks_for_nothing(whole: tuple[Path, Report]):
 def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Path, Report]):
     out, _ = whole
     page = Page((out / "report.html").read_text())
-    for text in [*ARMS, EVIL, "does it help?", PRIMARY, "spectrum.1/4", "precision", "memorised", "outer*3 inner*2"]:
+    for text in [*ARMS, EVIL, "does it help?", PRIMARY, "spectrum.1/4", "precision", "memorised", EMOJI.stages]:
         assert text in page.text, text
     figures = sorted(path for path in (out / "figures").rglob("*.png"))
     assert {path.stem for path in figures} >= {
@@ -313,8 +316,12 @@ def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatc
 
 
 def test_what_the_matched_arms_do_not_share_is_told(tmp_path: Path):
-    text = says(write_study(tmp_path / "out", study_of(ARMS, match="params"), noisy({})))
-    assert "Matched by parameters. Not within 2 % of what an arm is compared with: MACs -28.2 to 0.0 %" in text
+    plan = study_of(ARMS, match="params")
+    text = says(write_study(tmp_path / "out", plan, noisy({})))
+    full, plain = (cost.macs(model)["total"] for model in (EMOJI, replace(EMOJI, use_inner=False)))
+    less = 100 * (plain / full - 1)
+    assert less < -20
+    assert f"Matched by parameters. Not within 2 % of what an arm is compared with: MACs {less:.1f} to 0.0 %" in text
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -10,6 +10,7 @@ from dit_in_dit.config import (
     InnerConfig,
     ModelConfig,
     OuterConfig,
+    RateConfig,
     RunConfig,
     SampleConfig,
     TrainConfig,
@@ -31,11 +32,11 @@ PIXELS = RunConfig(
 )
 
 
-# What won (docs/does-nesting-help.md): the inner transformer last, over single pixels, sixteen channels wide,
-# each pixel looking at the eight around it; its blocks driven by the patch's outer token; and at first half of each
-# pixel's own token, half of what its patch tells it, a share that time decides.
+# What won (docs/does-nesting-help.md): the inner transformer last, three blocks over single pixels, sixteen channels
+# wide, each pixel looking at the eight around it; its blocks driven by the patch's outer token; and at first half of
+# each pixel's own token, half of what its patch tells it, a share that time decides.
 PIXEL_DECODER = InnerConfig(
-    sub_patch=1, width=16, num_heads=2, mlp_ratio=2, embed="conv", mixer="conv", condition="patch", spread="interpolate"
+    sub_patch=1, width=16, num_heads=2, mlp_ratio=1, embed="conv", mixer="conv", condition="patch", spread="interpolate"
 )
 
 
@@ -57,7 +58,7 @@ def _official(size: str, patch: int, arrangement: str) -> RunConfig:
         inner=InnerConfig(sub_patch=patch // 2, width=width, num_heads=heads),
     )
     if arrangement == "decoder":
-        model = replace(model, depth=None, stages=f"outer*{depth} inner*2", inner=PIXEL_DECODER)
+        model = replace(model, depth=None, stages=f"outer*{depth} inner*3", inner=PIXEL_DECODER)
     return replace(base, model=model)
 
 
@@ -75,7 +76,7 @@ _EMOJI = RunConfig(
         channels=3,
         patch_size=8,
         num_classes=9,
-        stages="outer*3 inner*2",
+        stages="outer*3 inner*3",
         outer=OuterConfig(width=160, num_heads=4, mlp_ratio=3.5),
         inner=PIXEL_DECODER,
     ),
@@ -85,6 +86,7 @@ _EMOJI = RunConfig(
         steps=4800,
         batch_size=32,
         learning_rate=4e-3,
+        lr_scale=RateConfig(inner=0.5),  # at 1 the inner level learns unsteadily (docs/lab-notebook.md, 11 and 13)
         warmup=200,
         schedule="cosine",
         ema=0.998,
@@ -104,10 +106,12 @@ _EMOJI_REFERENCE = replace(
         outer=OuterConfig(width=152, num_heads=4),
         inner=InnerConfig(sub_patch=2, width=32, num_heads=2),
     ),
+    train=replace(_EMOJI.train, lr_scale=RateConfig()),
 )
 _EMOJI_DIT = replace(
     _EMOJI,
     model=replace(_EMOJI.model, stages="outer*3", outer=OuterConfig(width=184, num_heads=4), inner=InnerConfig()),
+    train=replace(_EMOJI.train, lr_scale=RateConfig()),
 )
 
 PRESETS: dict[str, RunConfig] = {

@@ -1,0 +1,47 @@
+"""What the README and the page say of the studies is what the studies' files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from dit_in_dit.study.statistics import Difference
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "headline.py"
+spec = importlib.util.spec_from_file_location("headline", SCRIPT)
+headline = sys.modules["headline"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(headline)
+
+
+@pytest.mark.parametrize("page", headline.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_those_of_the_files(page):
+    text = page.read_text()
+    assert len(headline.MARKS.findall(text)) == text.count("<!-- /") > 0  # every mark has its other
+    assert headline.filled(text) == text
+
+
+def test_a_changed_number_would_be_seen():
+    page = headline.PAGES[0].read_text()
+    name, what, table = headline.MARKS.search(page).groups()
+    assert headline.filled(page.replace(table, "")) == page
+    with pytest.raises((KeyError, FileNotFoundError)):
+        headline.filled(page.replace(f"{name} {what}", f"{name}-of-another {what}"))
+
+
+@pytest.mark.parametrize(
+    ("percent", "interval", "wanted", "said"),
+    [
+        (-30, (-40, -20), 25, "met"),
+        (-20, (-30, -10), 25, "not met"),
+        (-30, (-70, 10), 25, "mean alone"),
+        (-1, (-3, 1), 0, "met"),
+        (1, (-1, 3), 0, "not shown"),
+        (3, (1, 5), 0, "not met"),
+    ],
+)
+def test_a_goal_is_met_by_mean_and_interval(percent, interval, wanted, said):
+    change = Difference((0, 1, 2), percent, 1.0, *interval, *interval)
+    assert headline.verdict(change, wanted) == said

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/does-nesting-help.md, and the README's figure, from the studies' files.
+"""Write the tables of README.md and of two pages in docs, and the README's figure, from the studies' files.
 
 `python scripts/headline.py` reads plan.json and results.csv of results/studies/*, writes results/headline.png and puts
 each table between its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole,
@@ -23,7 +23,7 @@ from dit_in_dit.study.statistics import Difference, difference
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "results" / "studies"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "does-nesting-help.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "does-nesting-help.md", ROOT / "docs" / "lab-notebook.md")
 METRICS = {
     "errors": {
         "held_out.0.2.high": "fine error, t = 0.2",

@@ -2,7 +2,7 @@
 
 `python scripts/headline.py` reads plan.json and results.csv of results/studies/*, writes results/headline.png and puts
 each table between its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole,
-samples or goals. Run it again and nothing changes.
+samples, detail or goals. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ METRICS = {
         "swd.8": "coarse SWD",
         "spectrum": "spectrum",
         "seam.8": "patch borders",
+    },
+    "detail": {
+        "detail.period@0.5": "known texture at t = 0.5: period",
+        "detail.direction@0.5": "direction",
+        "detail.contrast@0.5": "contrast",
+        "detail.layout@0.5": "layout",
     },
 }
 HEADLINE = {"nesting": "emoji", "nesting-mosaic": "mosaic"}  # the two studies that answer the question

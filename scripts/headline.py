@@ -143,7 +143,8 @@ def arms(study: str) -> str:
 
 def verdict(change: Difference, wanted: int) -> str:
     """Whether a goal is met: the mean is as wanted, and the interval for all arms together excludes zero."""
-    assert change.percent is not None
+    if change.percent is None:
+        return "not shown"
     if wanted == 0:
         return "not met" if change.marked and change.percent > 0 else "met" if change.percent <= 0 else "not shown"
     if change.percent > -wanted:

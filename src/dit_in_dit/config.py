@@ -192,6 +192,9 @@ class DataConfig(Section):
     image_column: str = key("image", "hf: the column of the images")
     label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
+    shift: int = key(
+        0, "move each training example by up to so many pixels, both ways; its border repeats", low=0, high=1000
+    )
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
     vae: str | None = key(None, "latents: the folder or hub id of the AutoencoderKL; null: the one that encoded them")
     latent_mean: tuple[float, ...] | None = key(
@@ -229,6 +232,7 @@ class TrainConfig(Section):
         None, "which of its outer blocks, in order; null: all, or as many as there are, evenly spaced", low=0, high=999
     )
     weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
+    beta2: float = key(0.999, "decay of AdamW's average of squared gradients", low=0, high=0.9999999)
     warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
     label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
@@ -314,6 +318,10 @@ class RunConfig(Section):
         if steered and steered > self.model.channels:
             raise UserError(
                 f"sample.guidance_channels must be at most model.channels: got {steered} for {self.model.channels}"
+            )
+        if self.data.shift >= min(self.model.image_size):
+            raise UserError(
+                f"data.shift must be less than the image: got {self.data.shift} for {list(self.model.image_size)}"
             )
         if self.model.num_classes and self.sample.guidance != 1 and not self.train.label_drop:
             raise UserError(

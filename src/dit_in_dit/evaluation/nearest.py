@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dit_in_dit.evaluation.pixels import DRAWS, RESAMPLES, Score
 from dit_in_dit.randomness import generator
+from dit_in_dit.training.example import shifted
 
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -85,21 +87,42 @@ def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[An
     return Score(value, value - reach, value + reach, float(summary(real)))
 
 
-def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None) -> Neighbours:
-    """Search all training images; each set as `thumbnails` (N, K).
+def neighbours(samples: Sequence[Tensor], train: Sequence[Tensor], unseen: Sequence[Tensor] | None) -> Neighbours:
+    """Search all training images; each set as the `thumbnails` (N, K) of its `views`, as they are first.
 
     Args:
+        train: the views of its first images may be enough: they stand in where `unseen` is None.
         unseen: real images that are not among the training ones; None: training images stand in, each compared
             with all others.
     """
-    distance, number = nearest(samples, train)
+    base, count = train[0], len(samples[0])
+    distance, number = _nearest_view(samples, base)
     if unseen is None:
-        unseen_train, _ = nearest(train[: len(samples)], train, itself=True)
+        unseen_train, _ = _nearest_view([rows[:count] for rows in train], base, itself=True)
     else:
-        unseen_train, _ = nearest(unseen, train)
-    real = train[: len(samples)]  # as many as there are samples: more would lie closer together
-    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples, real))
+        unseen_train, _ = _nearest_view(unseen, base)
+    real = base[:count]  # as many as there are samples: more would lie closer together
+    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples[0], real))
     return Neighbours(distance, number, others, unseen_train, real_others)
+
+
+def _nearest_view(views: Sequence[Tensor], base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:
+    """`nearest`, of whichever view comes nearest."""
+    distance, number = nearest(views[0], base, itself=itself)
+    for view in views[1:]:
+        other, its = nearest(view, base, itself=itself)
+        closer = other < distance
+        distance, number = np.where(closer, other, distance), np.where(closer, its, number)
+    return distance, number
+
+
+def views(images: Pixels, flip: bool, shift: int) -> Iterator[Pixels]:
+    """uint8 (N, H, W, C) as they are, then in every way in which data.flip and data.shift show an example: a copy of
+    an example may be a moved or mirrored copy of its image."""
+    moves = range(-shift, shift + 1)
+    for mirrored, down, right in sorted(product((False, True)[: 1 + flip], moves, moves), key=lambda v: v != (0, 0, 0)):
+        turned = images[:, :, ::-1] if mirrored else images
+        yield shifted(turned.transpose(0, 3, 1, 2), down, right).transpose(0, 2, 3, 1)
 
 
 def thumbnails(images: Pixels) -> Tensor:

@@ -105,7 +105,7 @@ class Trainer:
         self.fused = device.type in ("cpu", "cuda")
         self.optimizer: Any = torch.optim.AdamW(
             self._groups(),
-            betas=(0.9, 0.999),
+            betas=(0.9, config.train.beta2),
             weight_decay=train.weight_decay,
             fused=self.fused,
         )

@@ -2,7 +2,7 @@
 
 `python scripts/headline.py` reads plan.json and results.csv of results/studies/*, writes results/headline.png and puts
 each table between its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole,
-samples, detail or goals. Run it again and nothing changes.
+samples, detail, curve, search or goals. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ METRICS = {
         "detail.layout@0.5": "layout",
     },
 }
+CURVE = (300, 600, 1200, 2400, 3600, 4800)  # steps
 HEADLINE = {"nesting": "emoji", "nesting-mosaic": "mosaic"}  # the two studies that answer the question
 # (arm, what is wanted, metric, least gain in percent; 0: no worse)
 GOALS = (
@@ -141,6 +142,42 @@ def arms(study: str) -> str:
     return rows(["arm", "stages", "p", "D", "inner", "MACs", "parameters", "step"], lines)
 
 
+def curve(study: str) -> str:
+    """The change of the fine error on the way, at three times, mean over seeds; then when each arm has what that which it
+    is compared with has at the end."""
+    found, errors = read(study), defaultdict(dict)
+    with (STUDIES / study / "curves.csv").open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            errors[row["arm"], row["metric"]].setdefault(int(row["step"]), []).append(float(row["value"]))
+
+    def mean(arm: str, metric: str) -> dict[int, float]:
+        return {step: sum(values) / len(values) for step, values in errors[arm, metric].items()}
+
+    lines = []
+    for arm, other in found.against.items():
+        both = [(mean(arm, metric), mean(other, metric)) for metric in METRICS["errors"]]
+        changes_at = [[f"{100 * (mine[s] / its[s] - 1):+.1f}" for mine, its in both] for s in CURVE]
+        there = [next((str(s) for s in sorted(mine) if mine[s] <= its[CURVE[-1]]), "never") for mine, its in both]
+        lines.append([arm, *map(" / ".join, changes_at), " / ".join(there)])
+    return rows(["change in % at step", *map(str, CURVE), f"has plain's error of step {CURVE[-1]} at step"], lines)
+
+
+def search(study: str) -> str:
+    """What each trial of a search changed, and its fine errors, the best first."""
+    trials: dict[str, dict[str, str]] = defaultdict(dict)
+    with (STUDIES / study / "results.csv").open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            changed = {name.removeprefix("model."): value for name, value in row.items() if name.startswith("model.")}
+            trials[row["number"]] |= changed | {row["metric"]: row["value"]}
+    heads = [*changed, *METRICS["errors"].values()]
+    best = sorted(trials.values(), key=lambda trial: float(trial["held_out.0.2.high"]))
+    lines = [
+        [*(trial[name] for name in changed), *(f"{float(trial[metric]):.4f}" for metric in METRICS["errors"])]
+        for trial in best
+    ]
+    return rows(heads, lines)
+
+
 def verdict(change: Difference, wanted: int) -> str:
     """Whether a goal is met: the mean is as wanted, and the interval for all arms together excludes zero."""
     if change.percent is None:
@@ -169,7 +206,8 @@ def block(study: str, what: str) -> str:
     """The table between two marks; KeyError where there is no such study, or nothing of that name."""
     if what == "goals":
         return goals()
-    return arms(study) if what == "arms" else changes(study, what)
+    tables = {"arms": arms, "curve": curve, "search": search}
+    return tables[what](study) if what in tables else changes(study, what)
 
 
 def draw(path: Path) -> None:

@@ -162,9 +162,20 @@ def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, Report]):
     assert rest == {("gate", "2"): "failed", ("full", "1"): "under way", (EVIL, "2"): "not started"}
 
 
+def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, Report]):
+    out, _ = whole
+    rows = list(csv.DictReader((out / "curves.csv").open(newline="")))
+    assert rows
+    for (arm, seed), log in gather(out).logs.items():
+        for (t, kind), errors in log.held_out.items():
+            mine = [r for r in rows if (r["arm"], r["seed"], r["metric"]) == (arm, str(seed), f"held_out.{t}.{kind}")]
+            assert [int(row["step"]) for row in mine] == log.evaluated.tolist()
+            assert [float(row["value"]) for row in mine] == errors.tolist()
+
+
 def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, Report]):
     out, _ = whole
-    names = ("report.html", "report.md", "results.csv", "table.md", "table.tex")
+    names = ("report.html", "report.md", "results.csv", "table.md", "table.tex", "curves.csv")
     before = {name: (out / name).read_bytes() for name in names}
     made = report(out)
     assert {name: (out / name).read_bytes() for name in names} == before

@@ -59,7 +59,7 @@ def report(out: Path) -> Report:
         UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
             missing.
     """
-    plan = read_plan(out)
+    plan, curve_numbers = read_plan(out), None
     rmtree(out / "figures", ignore_errors=True)  # of an earlier report, which may have had others
     (out / "figures").mkdir()
     if plan.study.search:
@@ -72,7 +72,7 @@ def report(out: Path) -> Report:
         summary = [*summarise(study), *tables.not_finite(study)]
         chapters = _chapters(study, out)
         heads, rows, caption = tables.paper(study)
-        numbers = tables.results(study)
+        numbers, curve_numbers = tables.results(study), tables.held_out_curves(study)
     pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),
@@ -87,6 +87,8 @@ def report(out: Path) -> Report:
         "table.md": (pasted["table.md"], "a table to paste"),
         "table.tex": (pasted["table.tex"], "the same for LaTeX"),
     }
+    if curve_numbers is not None:
+        written["curves.csv"] = (curve_numbers, "every held-out error on the way")
     for name, (text, _) in written.items():
         (out / name).write_text(text, encoding="utf-8")
     return Report(summary, [(out / name, what) for name, (_, what) in written.items()])

@@ -287,6 +287,18 @@ def results(study: Gathered) -> str:
     return made.getvalue()
 
 
+def held_out_curves(study: Gathered) -> str:
+    """CSV: a line for each arm, seed, evaluated step and held-out error."""
+    made = io.StringIO()
+    table = csv.writer(made, lineterminator="\n")
+    table.writerow(["arm", "seed", "step", "metric", "value"])
+    for key, log in study.logs.items():
+        for (t, kind), errors in log.held_out.items():
+            for step, error in zip(log.evaluated, errors, strict=True):
+                table.writerow([*key, int(step), f"held_out.{t}.{kind}", repr(float(error))])
+    return made.getvalue()
+
+
 def not_finite(study: Gathered) -> list[str]:
     """Arms and metrics whose values are not all finite numbers."""
     return [

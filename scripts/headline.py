@@ -143,7 +143,7 @@ def arms(study: str) -> str:
 
 
 def curve(study: str) -> str:
-    """The change of the fine error on the way, at three times, mean over seeds; then when each arm has what that which it
+    """The change of the fine error on the way, at three times, mean over seeds; then when each arm has what the arm it
     is compared with has at the end."""
     found, errors = read(study), defaultdict(dict)
     with (STUDIES / study / "curves.csv").open(newline="") as lines:

@@ -162,11 +162,6 @@ def test_guidance_needs_a_null_class_that_was_trained():
     override(presets.get("emoji"), ["train.label_drop=0", "sample.guidance=1"])
 
 
-def test_examples_move_by_less_than_an_image():
-    with pytest.raises(UserError, match=r"data.shift must be less than the image: got 32 for \[32, 32\]"):
-        override(presets.get("emoji"), ["data.shift=32"])
-
-
 def test_long_programs_print_as_one_line():
     config = override(presets.get("emoji"), ["model.stages=" + "inner outer " * 90])
     assert from_yaml(to_yaml(config, meanings=True)) == config

@@ -300,7 +300,6 @@ def test_latents_that_do_not_fit_the_run_are_refused(images, vae, latents, tmp_p
         open_source(DataConfig(source=str(latents)), small_model(image_size=(8, 8), num_classes=2))
     for folder, keys, part in (
         (plain, {"flip": True}, "without mirror images"),
-        (latents, {"shift": 1}, "moves pixels"),
         (latents, {"latent_scale": [1.0, 2.0]}, "1 or 4 numbers"),
         (latents, {"held_out": 1e-9}, "0 held-out images"),
     ):

@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from conftest import small_model, with_train
 from dit_in_dit import checkpoint
@@ -164,25 +163,6 @@ def test_labels_are_dropped_and_images_flipped_at_their_rates(run_config):
     assert torch.equal(plain.x[mirrored].flip(-1), flipped.x[mirrored])
     assert torch.equal(plain.noise, flipped.noise)
     assert plain.noise.std().item() == pytest.approx(1, abs=0.02)
-
-
-def test_examples_are_moved_both_ways_and_their_border_repeats(run_config):
-    config = with_train(run_config, batch_size=200)
-    plain, moved = examples(config)[0], examples(replace(config, data=replace(config.data, shift=2)))[0]
-    padded, seen = F.pad(plain.x, (2, 2, 2, 2), mode="replicate"), set()
-    for row, image in enumerate(moved.x):
-        _, height, width = image.shape
-        places = [
-            (down, right)
-            for down in range(5)
-            for right in range(5)
-            if torch.equal(image, padded[row, :, down : down + height, right : right + width])
-        ]
-        assert places
-        seen.update(places)
-    assert len(seen) == 25
-    for kept in ("noise", "t", "y"):
-        assert torch.equal(getattr(plain, kept), getattr(moved, kept))
 
 
 def test_the_second_moment_decays_as_asked(run_config):

@@ -192,9 +192,6 @@ class DataConfig(Section):
     image_column: str = key("image", "hf: the column of the images")
     label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
-    shift: int = key(
-        0, "move each training example by up to so many pixels, both ways; its border repeats", low=0, high=1000
-    )
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
     vae: str | None = key(None, "latents: the folder or hub id of the AutoencoderKL; null: the one that encoded them")
     latent_mean: tuple[float, ...] | None = key(
@@ -318,10 +315,6 @@ class RunConfig(Section):
         if steered and steered > self.model.channels:
             raise UserError(
                 f"sample.guidance_channels must be at most model.channels: got {steered} for {self.model.channels}"
-            )
-        if self.data.shift >= min(self.model.image_size):
-            raise UserError(
-                f"data.shift must be less than the image: got {self.data.shift} for {list(self.model.image_size)}"
             )
         if self.model.num_classes and self.sample.guidance != 1 and not self.train.label_drop:
             raise UserError(

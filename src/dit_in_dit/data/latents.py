@@ -112,8 +112,6 @@ class LatentSource:
             )
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
-        if data.shift:
-            raise UserError(f"data.shift={data.shift} moves pixels, and {self.folder} holds latents; set data.shift=0")
         self.size = made["shard"]
         self.shards = [open_shard(self.folder / shard["file"]) for shard in index["shards"]]
         if [len(shard["label"]) for shard in self.shards] != [shard["count"] for shard in index["shards"]]:

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from dit_in_dit import __version__, atomic
-from dit_in_dit.config import DataConfig, RunConfig, UserError
+from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.evaluation import chunks, detail, distances, pixels, standard
 from dit_in_dit.evaluation.features import Network
-from dit_in_dit.evaluation.nearest import NEAR, SIDE, Neighbours, neighbours, thumbnails, views
+from dit_in_dit.evaluation.nearest import NEAR, SIDE, Neighbours, neighbours, thumbnails
 from dit_in_dit.evaluation.pixels import Images, Score
 from dit_in_dit.evaluation.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
@@ -158,10 +158,9 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
     order = generator(0, "evaluation", pixels.DRAWS["order"]).permutation(real.count)
     images, theirs = draw(range(count)), _one_by_one(real.draw, np.sort(order[: 2 * count]))
     scores = pixels.score(floats(images), floats(theirs), subject.periods)
-    seen = subject.config.data if subject.config else DataConfig()
-    unseen = _thumbnails(real.unseen, real.unseen_count, seen) if real.unseen_count else None
-    train = _thumbnails(real.draw, real.count, DataConfig() if real.unseen_count else seen)
-    near = neighbours(_thumbnails(draw, num, seen), train, unseen)
+    mirrored = subject.config is not None and subject.config.data.flip  # what training showed
+    unseen = _thumbnails(real.unseen, real.unseen_count) if real.unseen_count else None
+    near = neighbours(_thumbnails(draw, num), _thumbnails(real.draw, real.count), unseen, mirrored=mirrored)
     scores |= near.scores()
     metrics: dict[str, Any] = {
         "pixels": {
@@ -173,7 +172,7 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
         },
         "nearest": {
             **{"among": real.count, "side": SIDE, "unseen": real.unseen_count, "near": NEAR},
-            **{"flip": seen.flip, "shift": seen.shift},
+            "mirrored": mirrored,
         },
     }
     if subject.model is not None and subject.config is not None and subject.config.data.source == "mosaic":
@@ -207,12 +206,9 @@ def floats(images: Pixels) -> Images:
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 
 
-def _thumbnails(draw: Draw, count: int, data: DataConfig, block: int = 1024) -> list[torch.Tensor]:
-    """A set's images, in each view that the examples of `data` have."""
+def _thumbnails(draw: Draw, count: int, block: int = 1024) -> torch.Tensor:
     starts = range(0, count, block)
-    blocks = (draw(range(start, min(start + block, count))) for start in starts)
-    seen = [[thumbnails(view) for view in views(images, data.flip, data.shift)] for images in blocks]
-    return [torch.cat(view) for view in zip(*seen, strict=True)]
+    return torch.cat([thumbnails(draw(range(start, min(start + block, count)))) for start in starts])
 
 
 @torch.inference_mode()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from dit_in_dit.evaluation.pixels import DRAWS, RESAMPLES, Score
 from dit_in_dit.randomness import generator
-from dit_in_dit.training.example import shifted
 
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -87,50 +85,42 @@ def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[An
     return Score(value, value - reach, value + reach, float(summary(real)))
 
 
-def neighbours(samples: Sequence[Tensor], train: Sequence[Tensor], unseen: Sequence[Tensor] | None) -> Neighbours:
-    """Search all training images; each set as the `thumbnails` (N, K) of its `views`, as they are first.
+def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrored: bool = False) -> Neighbours:
+    """Search all training images; each set as `thumbnails` (N, C, h, w).
 
     Args:
-        train: the views of its first images may be enough: they stand in where `unseen` is None.
         unseen: real images that are not among the training ones; None: training images stand in, each compared
             with all others.
+        mirrored: training showed mirror images too (data.flip): one of a training image is as near as the image.
     """
-    base, count = train[0], len(samples[0])
-    distance, number = _nearest_view(samples, base)
+    base = train.flatten(1)
+    real = train[: len(samples)]  # as many as there are samples: more would lie closer together
+    distance, number = _either_way(samples, base, mirrored=mirrored)
     if unseen is None:
-        unseen_train, _ = _nearest_view([rows[:count] for rows in train], base, itself=True)
+        unseen_train, _ = _either_way(real, base, mirrored=mirrored, itself=True)
     else:
-        unseen_train, _ = _nearest_view(unseen, base)
-    real = base[:count]  # as many as there are samples: more would lie closer together
-    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples[0], real))
+        unseen_train, _ = _either_way(unseen, base, mirrored=mirrored)
+    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples.flatten(1), real.flatten(1)))
     return Neighbours(distance, number, others, unseen_train, real_others)
 
 
-def _nearest_view(views: Sequence[Tensor], base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:
-    """`nearest`, of whichever view comes nearest."""
-    distance, number = nearest(views[0], base, itself=itself)
-    for view in views[1:]:
-        other, its = nearest(view, base, itself=itself)
-        closer = other < distance
-        distance, number = np.where(closer, other, distance), np.where(closer, its, number)
+def _either_way(
+    images: Tensor, base: Tensor, *, mirrored: bool, itself: bool = False
+) -> tuple[Array, NDArray[np.int64]]:
+    """`nearest` of images (N, C, h, w), or of their mirror images where those come nearer."""
+    distance, number = nearest(images.flatten(1), base, itself=itself)
+    if mirrored:
+        other, its = nearest(images.flip(-1).flatten(1), base, itself=itself)
+        distance, number = np.minimum(distance, other), np.where(other < distance, its, number)
     return distance, number
 
 
-def views(images: Pixels, flip: bool, shift: int) -> Iterator[Pixels]:
-    """uint8 (N, H, W, C) as they are, then in every way in which data.flip and data.shift show an example: a copy of
-    an example may be a moved or mirrored copy of its image."""
-    moves = range(-shift, shift + 1)
-    for mirrored, down, right in sorted(product((False, True)[: 1 + flip], moves, moves), key=lambda v: v != (0, 0, 0)):
-        turned = images[:, :, ::-1] if mirrored else images
-        yield shifted(turned.transpose(0, 3, 1, 2), down, right).transpose(0, 2, 3, 1)
-
-
 def thumbnails(images: Pixels) -> Tensor:
-    """uint8 (N, H, W, C) as images of at most SIDE pixels a side in [-1, 1], in rows (N, K)."""
+    """uint8 (N, H, W, C) as images (N, C, h, w) in [-1, 1], of at most SIDE pixels a side."""
     shrink = max(1, max(images.shape[1:3]) / SIDE)
     height, width = (max(1, round(side / shrink)) for side in images.shape[1:3])
     rows = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return F.adaptive_avg_pool2d(rows, (height, width)).flatten(1)
+    return F.adaptive_avg_pool2d(rows, (height, width))
 
 
 def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:

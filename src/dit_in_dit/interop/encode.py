@@ -39,7 +39,7 @@ PATIENCE = 3600  # seconds without a new file after which the other processes ar
 class Encoding:
     """How images are encoded; all of it but `workers` decides the bytes.
 
-    data: the images; its held_out, flip, shift and the like play no part.
+    data: the images; its held_out, flip and the like play no part.
     size: height and width that the images are brought to.
     shard: images in a file, a multiple of `batch`.
     """
@@ -122,7 +122,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
 
 def _images(how: Encoding) -> tuple[Source, list[str]]:
     """The images, all of them for training, and their families."""
-    data = replace(how.data, held_out=0.0, flip=False, shift=0)
+    data = replace(how.data, held_out=0.0, flip=False)
     model = ModelConfig(image_size=how.size, channels=3, patch_size=1, num_classes=count_classes(how.data))
     source = open_source(data, model)
     if source.train_size is None:

@@ -1,4 +1,4 @@
-"""Training example number i is a function of (seed, i): image, flip, shift, noise, time, dropped label."""
+"""Training example number i is a function of (seed, i): image, flip, noise, time, dropped label."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.randomness import generator
-
-Number = TypeVar("Number", bound=np.generic)
 
 
 class Batch(NamedTuple):
@@ -47,13 +45,6 @@ def image_number(seed: int, index: int, size: int | None) -> int:
         return int(generator(seed, "order", index).integers(2**62))
     epoch, position = divmod(index, size)
     return int(_order(seed, epoch, size)[position])
-
-
-def shifted(image: NDArray[Number], down: int, right: int) -> NDArray[Number]:
-    """Images (..., H, W) moved by whole pixels, |down| < H, |right| < W; where nothing comes in, the border again."""
-    height, width = image.shape[-2:]
-    rows, columns = np.arange(height) - down, np.arange(width) - right
-    return image[..., rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)]
 
 
 class Examples(Dataset[Batch]):
@@ -112,11 +103,7 @@ class Examples(Dataset[Batch]):
         if isinstance(self.source, LatentSource):  # it knows the encoding of the mirror image, and the posterior
             return self.source.example(chosen, self.config.seed, index, flip)
         image, label = self.source.train(chosen)
-        if flip:
-            image = image[..., ::-1]
-        if most := self.config.data.shift:
-            image = shifted(image, *generator(self.config.seed, "shift", index).integers(-most, most + 1, 2))
-        return image, label
+        return image[..., ::-1] if flip else image, label
 
 
 class _Messages(Dataset["Batch | str"]):

@@ -1,8 +1,9 @@
-"""Write the tables of README.md and of two pages in docs, and the README's figure, from the studies' files.
+"""Write the tables of README.md and of two pages in docs, and the README's figure, from results and models.
 
-`python scripts/headline.py` reads plan.json and results.csv of results/studies/*, writes results/headline.png and puts
-each table between its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole,
-samples, detail, curve, search or goals. Run it again and nothing changes.
+`python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
+models/*, writes results/headline.png and puts each table between its marks, `<!-- STUDY WHAT -->` and
+`<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve, search or goals; the shipped models'
+marks say `models scores`. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ GOALS = (
     ("nested, equal time", "at t = 0.5", "held_out.0.5.high", 5),
     ("nested, equal time", "finest SWD of samples", "swd.32", 10),
 )
+MODELS = ("emoji", "emoji-dit")
+SCORES = {
+    "swd.32": "finest SWD",
+    "swd.16": "middle SWD",
+    "spectrum": "spectrum, dB",
+    "seam.8": "patch borders",
+    "memorised": "memorised",
+    "repeated": "repeated",
+}
 MARKS = re.compile(r"<!-- ([\w-]+) (\w+) -->\n(.*?)<!-- /\1 \2 -->", re.DOTALL)
 
 
@@ -178,6 +188,17 @@ def search(study: str) -> str:
     return rows(heads, lines)
 
 
+def scores() -> str:
+    """What the shipped models' evaluations found."""
+    found = {}
+    for name in MODELS:
+        (path,) = (ROOT / "models" / name / "evaluation").glob("*/metrics.json")
+        found[name] = json.loads(path.read_text())["scores"]
+    lines = [[f"`{name}`", *(f"{scored[metric]['value']:.3g}" for metric in SCORES)] for name, scored in found.items()]
+    floors = [f"{found[MODELS[0]][metric]['floor']:.3g}" for metric in SCORES]
+    return rows(["", *SCORES.values()], [*lines, ["real against real", *floors]])
+
+
 def verdict(change: Difference, wanted: int) -> str:
     """Whether a goal is met: the mean is as wanted, and the interval for all arms together excludes zero."""
     if change.percent is None:
@@ -204,8 +225,8 @@ def goals() -> str:
 
 def block(study: str, what: str) -> str:
     """The table between two marks; KeyError where there is no such study, or nothing of that name."""
-    if what == "goals":
-        return goals()
+    if what in ("goals", "scores"):
+        return goals() if what == "goals" else scores()
     tables = {"arms": arms, "curve": curve, "search": search}
     return tables[what](study) if what in tables else changes(study, what)
 

@@ -24,11 +24,10 @@ SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 
 # SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
 LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))
 
-# JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise; beta2.
+# JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
 PIXELS = RunConfig(
     diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8),
     data=DataConfig(source="imagenet", flip=True, workers=8),
-    train=TrainConfig(beta2=0.95),
     sample=SampleConfig(steps=50),
 )
 

@@ -22,6 +22,7 @@ import os
 import shutil
 import socket
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,6 +40,7 @@ from dit_in_dit.config import RunConfig, UserError, config_hash, from_file, to_y
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, verify
 
+STATE, AVERAGED = "state.safetensors", "ema.safetensors"
 KEEP = 2  # newest checkpoints that stay, of those that verify
 DTYPES = {  # as safetensors names them, in the order in which it writes them
     torch.int64: "I64",
@@ -122,24 +124,35 @@ class Found(NamedTuple):
 # ------------------------------------------------------------------------------------------ writing
 
 
+def order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors as they follow each other in a file: by type, then by name."""
+    rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
+    return sorted(described, key=lambda name: (rank[described[name].dtype], name))
+
+
+def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same types and shapes that cost nothing to read, where reading a tensor means gathering it."""
+    found: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
+    return found
+
+
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file, a tensor at a time: byte for byte what `safetensors.torch.save` makes.
 
     Written here because that function holds all tensors a second time, and its sibling for files says neither what it
     wrote nor, in one word, what went wrong.
     """
-    rank = {dtype: number for number, dtype in enumerate(DTYPES)}
-    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    names, described = order(tensors), _described(tensors)
     header, end = {}, 0
-    for name in order:
-        tensor, start = tensors[name], end
+    for name in names:
+        tensor, start = described[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors lie aligned
     yield len(text).to_bytes(8, "little")
     yield text
-    for name in order:
+    for name in names:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -171,13 +184,13 @@ def save(
     """
     folder = run / "checkpoints"
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
+    files = {name: _safetensors(tensors) for name, tensors in ((STATE, state), (AVERAGED, ema))}
     try:
         clear(run)
         folder.mkdir(parents=True, exist_ok=True)
         sealed.sync(run)
         beside.mkdir()
-        files = {"state.safetensors": state, "ema.safetensors": ema}
-        written = {name: sealed.write(beside / name, _safetensors(tensors)) for name, tensors in files.items()}
+        written = {name: sealed.write(beside / name, content) for name, content in files.items()}
         manifest = {
             "step": step,
             "config": config_hash(config),
@@ -200,6 +213,9 @@ def save(
         if isinstance(error, OSError):
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
         raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
+    finally:
+        for content in files.values():  # where the disk refused, other processes still wait to give their parts
+            deque(content, maxlen=0)
     with suppress(OSError):  # what cannot be deleted is no reason to stop: the next save tries again
         _prune(run, manifest, config.train.keep_every)
     return target
@@ -307,7 +323,30 @@ def warn(passed_over: Iterable[Damage]) -> None:
         warnings.warn(f"passed over: {damage}", DamagedWarning, stacklevel=3)
 
 
-def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, Tensor]:
+class Stored(Mapping[str, Tensor]):
+    """The tensors of one file of a checkpoint, each read when it is asked for: no process holds the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.path, self._file = path, safe_open(path, "pt")
+            self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_state(checkpoint: Path, file: str = STATE) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint."""
     try:
         return load_file(checkpoint / file)
@@ -315,9 +354,9 @@ def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, T
         raise UserError(f"cannot read {checkpoint / file}: {error}") from None
 
 
-def load_trained(checkpoint: Path) -> dict[str, Tensor]:
+def load_trained(checkpoint: Path) -> Stored:
     """The state that training goes on from; UserError where a run was exported with its averaged weights alone."""
-    state = load_state(checkpoint)
+    state = Stored(checkpoint / STATE)
     if not any(name.startswith("model.") for name in state):
         raise UserError(
             f"{checkpoint} holds averaged weights alone: sample or evaluate them, or begin a new run with --init"

@@ -49,6 +49,9 @@ def add(commands: Commands) -> None:
         help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
     )
     train.add_argument("--until", type=whole, metavar="STEP", help="end after this step, to go on another time")
+    train.add_argument(
+        "--deterministic", action="store_true", help="the same bits on CUDA too, slower (always with reduction=fixed)"
+    )
     add_device(train)
 
     demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
@@ -71,7 +74,15 @@ def _train(options: argparse.Namespace) -> None:
     else:
         config = chosen(options)
     config = replace(config, data=complete(config.data))  # so that the run knows its VAE wherever the latents are
-    facts = train(config, options.out, resume=options.resume, device=options.device, stop=stop, until=options.until)
+    facts = train(
+        config,
+        options.out,
+        resume=options.resume,
+        device=options.device,
+        stop=stop,
+        until=options.until,
+        deterministic=options.deterministic,
+    )
     _follow(_tracked(facts, options), options.out, stop)
 
 

@@ -190,7 +190,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             return
         if matches_flow(scheduler) or scheduler.config.get("use_flow_sigmas"):
             raise UserError(f"{name} steps along straight paths, the model's path is {path}: take DDIMScheduler")
-        ours = Ddpm().table[0] ** 2
+        ours = Ddpm().table(torch.device("cpu"))[0] ** 2
         if not torch.allclose(scheduler.alphas_cumprod.cpu().float(), ours, atol=1e-4):
             raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
         spacing = scheduler.config.get("timestep_spacing")

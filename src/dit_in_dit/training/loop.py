@@ -19,6 +19,7 @@ from dit_in_dit.config import RunConfig, UserError, config_hash, first_differenc
 from dit_in_dit.data.source import open_source
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.lines import Clock, Log
@@ -55,6 +56,9 @@ def pick_device(name: str = "auto") -> torch.device:
         number = os.environ.get("LOCAL_RANK", "")
     if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
         raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
+    if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
+        number = number or str(torch.cuda.current_device())
+        torch.cuda.set_device(int(number))
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
@@ -80,6 +84,7 @@ def train(
     device: str = "auto",
     stop: Stop | None = None,
     until: int | None = None,
+    deterministic: bool = False,
 ) -> Iterator[Fact]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
@@ -88,6 +93,7 @@ def train(
     Args:
         stop: when it is asked to stop, the run saves a checkpoint and ends.
         until: end with a checkpoint after this step, to go on another time.
+        deterministic: the same bits at every run and resume on CUDA too; always with train.reduction=fixed. Slower.
 
     Raises:
         UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
@@ -95,14 +101,13 @@ def train(
         LostError: another process of the run ended or does not answer.
     """
     run, place = Path(out), pick_device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     config = settled(config, place)
     cost.check_fits(config.model, place)
     source = open_source(config.data, config.model)
     world = join(place, config.train.timeout)
     trainer = Trainer(config, source, place, world, fresh=not (resume and checkpoint.has_any(run)))
-    with world.watched():
+    same_bits = deterministic or config.train.reduction == "fixed"
+    with world.watched(), deterministic_algorithms(place, on=same_bits):
         if not resume:
             world.led(lambda: checkpoint.create(run, config))
         stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
@@ -160,7 +165,7 @@ class _Course:
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.config.data.source} has other classes than when {run} was started")
         state = checkpoint.load_trained(found.folder)
-        trainer.restore(state, checkpoint.load_state(found.folder, "ema.safetensors"), found.manifest["step"])
+        trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 
@@ -245,8 +250,7 @@ class _Course:
         if not steps:
             return
         speed = self.clock.write(steps[-1][0], len(steps) * self.config.global_batch)
-        for step, values, each in steps:
-            numbers = {name: float(value) for name, value in values.items()}
+        for (step, _, each), numbers in zip(steps, _read([values for _, values, _ in steps]), strict=True):
             if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
                 self.trainer.streak = 0
                 self._note({"step": step, **numbers})
@@ -278,7 +282,8 @@ class _Course:
     def _evaluate(self) -> Fact:
         with self._waiting():
             errors = self.trainer.evaluate()
-        self._note({"step": self.trainer.step, "held_out": errors})
+        words = {t: {name: _finite_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
+        self._note({"step": self.trainer.step, "held_out": words})
         return Fact("held_out", self.trainer.step, errors)
 
     def _samples(self) -> Fact:
@@ -297,6 +302,10 @@ class _Course:
                 self.run, self.config, trainer.step, state, ema, trainer.source.classes, steady=steady
             )
 
+        if trainer.sharded and not self.world.leads:
+            for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
+                for name in checkpoint.order(tensors):
+                    tensors[name]
         try:
             path = self.world.led(write)
         except checkpoint.SaveError as error:
@@ -346,6 +355,21 @@ def _whole(batch: Batch | str) -> Batch:
     if isinstance(batch, str):
         raise UserError(batch)
     return batch
+
+
+def _read(steps: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
+    """The numbers of several steps, copied from the device together."""
+    tensors = [value for values in steps for value in values.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [
+        {name: next(numbers) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for values in steps
+    ]
+
+
+def _finite_or_name(number: float) -> float | str:
+    """A number as the log has it: JSON knows no nan and no inf, so these stand as words."""
+    return number if math.isfinite(number) else str(number)
 
 
 def _due(every: int, step: int, last: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,7 @@ def test_training_on_latents_equals_training_through_the_vae_with_the_posterior_
 
     class ThroughTheVae:  # what the VAE gives, image by image, in the order of the images
         classes, skipped, labels = ("lying", "standing"), (), np.array([0, 1])
+        digest = "0" * 64
         train_size, held_out_size = COUNT - len(held), len(held)
 
         def train(self, index):
@@ -410,3 +412,9 @@ def test_arrays_and_tables_bring_their_labels(vae, tmp_path):
     folder = made(tmp_path / "latents", how(tmp_path / "set.npz", vae))
     assert read_index(folder)["classes"] == ["0", "1", "2"]
     assert load_file(folder / "000000.safetensors")["label"].tolist() == [0, 1, 2, 2, 1, 0]
+
+
+def test_a_digest_of_latents_depends_on_what_they_hold_and_not_on_their_place(images, vae, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "moved")
+    assert opened(tmp_path / "moved").digest == opened(latents).digest
+    assert opened(made(tmp_path / "other", how(images, vae, dtype="float32"))).digest != opened(latents).digest

@@ -132,3 +132,19 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(folder, tmp_path):
         opened(tmp_path / "saved", classes=0)
     source = opened(tmp_path / "saved", classes=0, corrupt="skip")
     assert (source.skipped, source.train_size + source.held_out_size) == (["row 4"], 29)
+
+
+@pytest.mark.parametrize("most", [2**28, 0])  # by content, by size
+def test_a_digest_of_rows_is_that_of_their_files_and_labels(folder, tmp_path, monkeypatch, most):
+    monkeypatch.setattr("dit_in_dit.data.digest.MOST_CONTENT", most)
+    rows = table(folder)
+    rows.to_parquet(tmp_path / "set.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    first = opened(tmp_path / "saved").digest
+    assert opened(tmp_path / "set.parquet").digest == first
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert opened(tmp_path / "moved").digest == first
+    labels = [(label + 1) % 3 for label in rows["label"]]
+    for number, other in enumerate((rows.select(range(29)), table(folder, label=labels))):
+        other.save_to_disk(tmp_path / str(number))
+        assert opened(tmp_path / str(number)).digest != first

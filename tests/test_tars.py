@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -152,3 +153,11 @@ def test_what_is_no_shard_is_refused(folder, shards, tmp_path):
     ):
         with pytest.raises(UserError, match=part):
             opened(tmp_path / source, **keys)
+
+
+def test_a_digest_of_shards_depends_on_what_they_hold_and_not_on_their_place(shards, tmp_path):
+    first = opened(shards).digest
+    shutil.copytree(shards, tmp_path / "moved", ignore=shutil.ignore_patterns("*.json"))
+    assert opened(tmp_path / "moved").digest == opened(tmp_path / "moved/train-*.tar").digest == first
+    (tmp_path / "moved/train-0002.tar").unlink()
+    assert opened(tmp_path / "moved").digest != first

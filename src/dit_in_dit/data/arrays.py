@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig
+from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.families import split
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.mistakes import UserError, shortened
@@ -44,12 +46,18 @@ class ArraySource:
                 f"got {self._labels.min()} to {self._labels.max()}"
             )
         self._path, self._images, self.classes = path, images, tuple(map(str, range(count)))
+        self._stored_labels = labels
         if not self._pixels and images.nbytes <= IN_MEMORY:  # of larger ones, each when it is read
             for position in range(len(images)):
                 self._image(position)
         self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of images and labels as they are stored."""
+        return digest_arrays(self._images, self._stored_labels)
 
     def _image(self, position: int) -> tuple[Array, int]:
         image = np.asarray(self._images[position], np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -93,6 +94,17 @@ class ImageFiles:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         return read()
 
+    def inside(self) -> list[str]:
+        """The names, in order, below what wraps all class folders, in Unicode's form NFC."""
+        wrapper = "".join(f"{part}/" for part in _wrapper(self.names))
+        return [unicodedata.normalize("NFC", name.removeprefix(wrapper)) for name in self.names]
+
+    def sizes(self) -> list[int]:
+        """The bytes of each file, in order; -1 for one that cannot be looked at."""
+        if not self.path.is_dir():
+            return [self._open().getinfo(name).file_size for name in self.names]
+        return [file_size(self.path / name) for name in self.names]
+
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
         folders = class_folders(names)
@@ -108,6 +120,14 @@ class ImageFiles:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = shortened(self.path / name, 60)
         raise UserError(f"cannot read {place}: {shortened(problem, 60)}; mend or remove it, or set data.corrupt=skip")
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a file; -1 where it cannot be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _names(root: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_in_dit.config import DataConfig, UserError, nearest
 from dit_in_dit.data.families import family, label_names
-from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.files import ImageFiles, file_size
 
 PREFIX = "hf:"
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -51,6 +51,20 @@ class Rows(ImageFiles):
         if isinstance(found, dict):
             found = found["bytes"] if found["bytes"] is not None else Path(found["path"] or "").read_bytes()
         return found or b""
+
+    def inside(self) -> list[str]:
+        """The names, which are numbers."""
+        return self.names
+
+    def sizes(self) -> list[int]:
+        """The bytes of each image, in order: by the offsets that Arrow stores, no image is read."""
+        compute = import_module("pyarrow.compute")
+        column = self._encoded.data.column(self.data.image_column)
+        if str(column.type).startswith("struct"):
+            column = compute.struct_field(column, "bytes")
+        sizes: list[int | None] = compute.binary_length(column).to_pylist()
+        paths = self._paths() if None in sizes else []
+        return [file_size(Path(paths[n] or "")) if size is None else size for n, size in enumerate(sizes)]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.data.digest import digest_values
 from dit_in_dit.data.picture import Array
 from dit_in_dit.randomness import generator
 
@@ -103,6 +104,7 @@ class LatentSource:
         index = read_index(self.folder)
         self.skipped: list[str] = []
         self.classes: tuple[str, ...] = tuple(index["classes"])
+        self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
         made = index["made"]
         shape = (model.channels, *model.image_size)
         if list(shape) != made["shape"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data import hub, latents, tars
 from dit_in_dit.data.arrays import ArraySource, load_arrays
+from dit_in_dit.data.digest import digest_files, digest_values
 from dit_in_dit.data.families import split
 from dit_in_dit.data.files import ImageFiles
-from dit_in_dit.data.mosaic import CLASSES, Mosaic
+from dit_in_dit.data.mosaic import CLASSES, TEXTURES, Mosaic
 from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
 
 MOSAIC_HELD_OUT = 512
@@ -44,6 +45,11 @@ class Source(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """Labels of the training images, or one of each class where all are equally common and there is no end."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what the source lists, wherever it lies (data/digest.py); computed when first asked."""
         ...
 
     def train(self, index: int) -> tuple[Array, int]:
@@ -109,6 +115,7 @@ class MosaicSource:
     train_size = None
     held_out_size = MOSAIC_HELD_OUT
     labels = np.arange(len(CLASSES))
+    digest = digest_values("mosaic", CLASSES, TEXTURES)
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.mosaic = Mosaic(size)
@@ -169,6 +176,11 @@ class ImageSource:
         self._train, self._held = split(self.families, data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the files hold; those that are skipped count too."""
+        return digest_files(self.files)
 
     def _check(self, corrupt: str, in_memory: bool) -> None:
         """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""

@@ -78,6 +78,14 @@ class TarFiles(ImageFiles):
         with shard.open("rb", buffering=0) as file:  # opened each time: workers share no position
             return os.pread(file.fileno(), size, offset)
 
+    def inside(self) -> list[str]:
+        """The names, with those of their shards."""
+        return self.names
+
+    def sizes(self) -> list[int]:
+        """The bytes of each image, in order."""
+        return [size for _, _, size in self._places.values()]
+
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
         if not self._labels:

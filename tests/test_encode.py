@@ -418,3 +418,73 @@ def test_a_digest_of_latents_depends_on_what_they_hold_and_not_on_their_place(im
     shutil.copytree(latents, tmp_path / "moved")
     assert opened(tmp_path / "moved").digest == opened(latents).digest
     assert opened(made(tmp_path / "other", how(images, vae, dtype="float32"))).digest != opened(latents).digest
+
+
+def damaged(index: dict, path: str, value: object) -> bytes:
+    """The index with another value at `path`."""
+    whole = json.loads(json.dumps(index))
+    *parents, last = [int(name) if name.isdigit() else name for name in path.split(".")]
+    inner = whole
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    return json.dumps(whole).encode()
+
+
+WRONG = {
+    "classes": ("ab", "damaged: what it says of 'classes'"),
+    "classes ": ([1, 2], "damaged: what it says of 'classes'"),
+    "made": (3, "damaged: what it says of 'made'"),
+    "made.shard": ("8", "damaged: what it says of 'made'"),
+    "made.shard ": (0, "must have 0 images each"),
+    "made.dtype": ("int8", "latents are float16"),
+    "made.dtype ": ("float32", "does not hold the 'moments'"),
+    "vae": (None, "damaged: what it says of 'vae'"),
+    "vae.scale": ([True], "damaged: what it says of 'vae'"),
+    "vae.scale ": ([float("nan")], "data.latent_scale"),
+    "shards": ({"a": 1}, "damaged: what it says of 'shards'"),
+    "shards.0": (7, "damaged: what it says of 'shards'"),
+    "shards.1.file": ("../other.safetensors", "outside its folder"),
+    "shards.5.count": (3, "does not hold the 'label'"),
+    "format": ("another", "is not of the format"),
+}
+
+
+def test_an_index_that_makes_no_sense_costs_one_line(images, vae, latents, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    index = read_index(folder)
+    bad = {name: (damaged(index, name.strip(), value), part) for name, (value, part) in WRONG.items()}
+    bad |= {"deep": (b"[" * 200_000, "nests too deeply"), "list": (b"[]", "JSON object"), "text": (b"hi", "not valid")}
+    bad["one class fewer"] = damaged(index, "classes", ["one"]), "from 0 to 0: got 0 to 1"
+    one = replace(MODEL, num_classes=0)
+    for name, (text, part) in bad.items():
+        (folder / "latents.json").write_bytes(text)
+        with pytest.raises(UserError, match=part) as refused:
+            open_source(DataConfig(source=str(folder), held_out=0.2), one)
+        assert str(refused.value).isprintable(), name
+    for text in (b"[" * 200_000, b"[]", damaged(index, "made", 3), damaged(index, "shards", None)):
+        (folder / "latents.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"latents\.json"):
+            made(folder, how(images, vae))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 200_000,
+        b"[]",
+        b'{"label": 3}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": ["a", 64]}}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [-99999, -99935]}}',
+        b'{"label": {"dtype": "I64", "shape": ["8"], "data_offsets": [0, 64]}}',
+        b'{"label": {"dtype": [], "shape": [8], "data_offsets": [0, 64]}}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}',  # nothing but labels
+    ],
+)
+def test_a_file_of_latents_with_a_wrong_header_costs_one_line(latents, tmp_path, header):
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    (folder / "000001.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
+    with pytest.raises(UserError, match=r"000001\.safetensors"):
+        opened(folder)

@@ -47,3 +47,18 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
     if not isinstance(value, dict):
         raise UserError(f"{shown} must hold a JSON object ({{...}}): got {type(value).__name__}; {advice}")
     return value
+
+
+def has_form(value: object, form: Any) -> bool:
+    """Whether a JSON value is of a form: a type, (types) for one of several, {key: form} for at least these keys,
+    [form] for a list of any length. True and false are no numbers.
+
+    >>> has_form({"a": [1, 2], "b": None}, {"a": [int]})
+    True
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(one, form[0]) for one in value)
+    types = form if isinstance(form, tuple) else (form,)
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))

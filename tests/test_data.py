@@ -155,11 +155,15 @@ def test_arrays_under_the_wrong_name_are_refused(tmp_path):
 
 
 def test_linked_class_folders_are_read_and_loops_end(folder, tmp_path):
-    for name in ("red", "green", "blue"):
+    for name in ("red", "green"):
         (tmp_path / name).symlink_to(folder / name)
+    shutil.copytree(folder / "blue", tmp_path / "blue")
+    (tmp_path / "blue" / "loop").symlink_to(tmp_path)
+    assert everything(opened(tmp_path)) == everything(opened(folder))
     (tmp_path / "red-again").mkdir()
     (tmp_path / "red-again" / "loop").symlink_to(tmp_path)
-    assert everything(opened(tmp_path)) == everything(opened(folder))
+    with pytest.raises(UserError, match=r"class folder .*red-again is empty"):
+        opened(tmp_path)
 
 
 def test_a_long_thin_image_costs_no_more_than_it_shows():

@@ -26,6 +26,7 @@ from dit_in_dit.config import DataConfig, SampleConfig, UserError, to_yaml
 from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import open_source
 from dit_in_dit.interop.encode import Encoding, decoder, encode
+from dit_in_dit.mistakes import LeftOutWarning
 from dit_in_dit.sampling import sample, to_pixels
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import train
@@ -488,3 +489,21 @@ def test_a_file_of_latents_with_a_wrong_header_costs_one_line(latents, tmp_path,
     (folder / "000001.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
     with pytest.raises(UserError, match=r"000001\.safetensors"):
         opened(folder)
+
+
+def test_files_of_a_latents_folder_that_are_not_in_its_index_are_said(latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    (tmp_path / "latents/000009.safetensors").write_bytes(b"of another encoding")
+    with pytest.warns(LeftOutWarning, match=r"files that are not in the index: 1, such as 000009\.safetensors"):
+        opened(tmp_path / "latents")
+
+
+def test_encode_writes_the_labels_of_dataset_json(images, vae, tmp_path):
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    shutil.copytree(images, tmp_path / "set")
+    rows = [[name, number * 7 % 3] for number, name in enumerate(names)]
+    (tmp_path / "set/dataset.json").write_text(json.dumps({"labels": rows}))
+    folder = made(tmp_path / "latents", how(tmp_path / "set", vae))
+    assert read_index(folder)["classes"] == ["0", "1", "2"]
+    stored = np.concatenate([load_file(path)["label"].numpy() for path in sorted(folder.glob("*.safetensors"))])
+    assert stored.tolist() == [label for _, label in rows]

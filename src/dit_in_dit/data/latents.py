@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.digest import digest_values
+from dit_in_dit.data.names import HIDDEN, left_out
 from dit_in_dit.data.picture import Array
 from dit_in_dit.mistakes import shortened
 from dit_in_dit.randomness import generator
@@ -138,6 +139,9 @@ class LatentSource:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         self.size = made["shard"]
         self.shards = [self._open(shard, made) for shard in index["shards"]]
+        others = sorted({path.name for path in self.folder.iterdir()} - {INDEX, *(s["file"] for s in index["shards"])})
+        others = [name for name in others if not HIDDEN.search(name)]
+        self.notes = [left_out(len(others), others, "files that are not in the index")] if others else []
         self._tables(made["dtype"])
         self._split()
 

@@ -20,6 +20,7 @@ FLOORS = (
         "section",
         "shipped",
         "stages",
+        "strict_json",
         "strict_yaml",
     },
     {"model", "diffusion", "data"},

@@ -24,7 +24,7 @@ from dit_in_dit.cli import (
     verify,
 )
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.mistakes import UserError, one_line
+from dit_in_dit.mistakes import LeftOutWarning, UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
 
 _python_line = warnings.formatwarning
@@ -59,8 +59,10 @@ def _refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """A warning of damage, as a line like any other; of other warnings, what Python makes of them."""
-    if issubclass(category, DamagedWarning):
+    """A warning of damage or of what is left out, as a line like any other; of others, what Python makes of them."""
+    if issubclass(category, LeftOutWarning) and os.environ.get("RANK", "0") != "0":
+        return ""  # one of several processes speaks
+    if issubclass(category, (DamagedWarning, LeftOutWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
 

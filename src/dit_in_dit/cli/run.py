@@ -22,7 +22,7 @@ from dit_in_dit.cli.options import (
     chosen,
     whole,
 )
-from dit_in_dit.config import RunConfig, UserError, override, shortened
+from dit_in_dit.config import RunConfig, UserError, override
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,8 +131,6 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
             f"begins with {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
             + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
         )
-    if values["skipped"]:
-        console.print(f"left out {len(values['skipped'])} unreadable files, such as {shortened(values['skipped'][0])}")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("", total=config.train.steps, completed=start.step)

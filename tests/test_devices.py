@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from conftest import with_train
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
+from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
@@ -202,7 +202,7 @@ class Counted(dict):
         return super().__getitem__(name)
 
 
-def test_a_sharded_state_is_gathered_one_tensor_at_a_time(tmp_path, run_config, monkeypatch):
+def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     gathered, written = [], []
     monkeypatch.setattr(distributed, "whole", lambda tensor: gathered.append(len(written)) or tensor)
     state = Whole({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
@@ -230,11 +230,6 @@ def _sharded(config, out):
 
 @pytest.mark.slow
 def test_one_process_alone_draws_the_samples_of_a_sharded_run(run_config, tmp_path):
-    config = (
-        with_train(run_config, parallel="fsdp", sample_every=3, diffusion=None)
-        if False
-        else with_train(run_config, parallel="fsdp", sample_every=3)
-    )
-    config = replace(config, diffusion=DiffusionConfig())
+    config = with_train(run_config, parallel="fsdp", sample_every=3)
     drawn = run_together(2, _sharded, config, tmp_path / "run")
     assert drawn == [(["samples", "samples"], True), ([], True)]

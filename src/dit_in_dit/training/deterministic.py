@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,16 +25,16 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
         yield
         return
     if os.environ.get(WORKSPACE) not in SIZES:
-        if torch.cuda.is_initialized() and torch.cuda.memory_allocated(device):
-            raise UserError(
-                f"the same bits on CUDA need {WORKSPACE}={SIZES[0]} before CUDA starts: set it, start again"
-            )
+        started = torch.cuda.is_initialized() and torch.cuda.memory_allocated(device)  # type: ignore[no-untyped-call]
+        if started:
+            raise UserError(f"the same bits on CUDA need {WORKSPACE}={SIZES[0]} before CUDA starts: set it and restart")
         os.environ[WORKSPACE] = SIZES[0]
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds reads of unset memory, and costs time
+    filling.fill_uninitialized_memory = False  # it finds reads of unset memory, and costs time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]

@@ -38,7 +38,7 @@ from torch import Tensor
 from dit_in_dit import sealed
 from dit_in_dit.config import RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, verify
+from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
 KEEP = 2  # newest checkpoints that stay, of those that verify
@@ -170,10 +170,12 @@ def save(
     classes: tuple[str, ...],
     *,
     steady: bool = True,
+    data: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
 
-    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it.
+    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it. `data` is
+    the digest and the place of the images, as `data.source.record` gives them.
 
     Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
     folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
@@ -196,6 +198,7 @@ def save(
             "config": config_hash(config),
             "classes": list(classes),
             "steady": steady,
+            **({"data": dict(data)} if data else {}),
             "versions": _versions(),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
@@ -315,6 +318,15 @@ def newest(run: Path, *, steady: bool = False) -> Found:
             f"{run / 'checkpoints'} to begin again"
         )
     raise UserError(f"{run} has no checkpoint yet: train it first")
+
+
+def noted_data(run: Path) -> dict[str, str] | None:
+    """The digest and the place of the data that the run's newest checkpoint notes; None where none does."""
+    for folder in _folders(run):
+        with suppress(DamagedError):
+            noted: dict[str, str] | None = read_manifest(folder).get("data")
+            return noted
+    return None
 
 
 def warn(passed_over: Iterable[Damage]) -> None:

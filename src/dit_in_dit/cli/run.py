@@ -43,6 +43,7 @@ def add(commands: Commands) -> None:
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument("--init", metavar="RUN", help="begin with a run's weights (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--data", metavar="PLACE", help="with --resume: where the run's data are now; the same data")
     train.add_argument(
         "--track",
         metavar="NAMES",
@@ -65,6 +66,10 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.data.latents import complete
     from dit_in_dit.training.loop import train
 
+    if options.data and not options.resume:
+        raise UserError(
+            "--data names another place of a resumed run's data: use it with --resume, or --set data.source"
+        )
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -82,6 +87,7 @@ def _train(options: argparse.Namespace) -> None:
         stop=stop,
         until=options.until,
         deterministic=options.deterministic,
+        data=options.data,
     )
     _follow(_tracked(facts, options), options.out, stop)
 
@@ -131,6 +137,12 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
             f"begins with {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
             + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
         )
+        if begun.other_data:
+            console.print(
+                f"{begun.run} was trained on other data: its held-out images may be among these, and vice versa"
+            )
+    if values["unrecorded"]:
+        console.print("the checkpoint does not say which data it was trained on: whether these changed is not known")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("", total=config.train.steps, completed=start.step)

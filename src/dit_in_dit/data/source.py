@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +26,7 @@ from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
 from dit_in_dit.mistakes import LeftOutWarning, shortened
 
 MOSAIC_HELD_OUT = 512
+BUILT_IN = ("emoji", "mosaic")
 
 
 class Source(Protocol):
@@ -102,6 +106,43 @@ def _open(data: DataConfig, model: ModelConfig) -> MosaicSource | ImageSource | 
         raise UserError(f"data.source: no such file or folder: {data.source}")
     arrays = path.suffix in (".npz", ".npy")
     return ArraySource(path, data, model) if arrays else ImageSource(path, data, model)
+
+
+def record(source: Source, data: DataConfig) -> dict[str, str]:
+    """What a checkpoint notes of its images: their digest, and the place where they were, whatever the folder then."""
+    name, path = (hub.PREFIX, _path(data.source)) if data.source.startswith(hub.PREFIX) else ("", data.source)
+    return {
+        "digest": source.digest,
+        "place": f"{name}{os.path.abspath(path)}" if _is_here(data.source) else data.source,
+    }
+
+
+def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
+    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
+    record of a checkpoint, says that it was."""
+    if not noted or data.source in BUILT_IN or _is_here(data.source):
+        return data
+    return replace(data, source=noted["place"])
+
+
+def check_unchanged(source: Source, data: DataConfig, noted: Mapping[str, str] | None, what: str) -> None:
+    """UserError when a source is not what `what` was trained on, by the record of its checkpoint; without a record
+    nothing is compared."""
+    if noted and source.digest != noted["digest"]:
+        raise UserError(
+            f"{shortened(data.source, 60)} is not what {what} was trained on (names, labels or sizes of its images "
+            "differ): put it back, name its place with --data, or begin a new run with --init"
+        )
+
+
+def _path(source: str) -> str:
+    return source.removeprefix(hub.PREFIX)
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is a path that this working folder has."""
+    path = _path(source)
+    return source not in BUILT_IN and (Path(path).exists() or bool(path == source and tars.find(path)))
 
 
 def count_classes(data: DataConfig) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, UserError, config_hash, first_difference
-from dit_in_dit.data.source import open_source
+from dit_in_dit.config import DataConfig, RunConfig, UserError, config_hash, first_difference
+from dit_in_dit.data.source import check_unchanged, locate, open_source, record
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.deterministic import deterministic as deterministic_algorithms
@@ -85,6 +85,7 @@ def train(
     stop: Stop | None = None,
     until: int | None = None,
     deterministic: bool = False,
+    data: str | None = None,
 ) -> Iterator[Fact]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
@@ -94,6 +95,7 @@ def train(
         stop: when it is asked to stop, the run saves a checkpoint and ends.
         until: end with a checkpoint after this step, to go on another time.
         deterministic: the same bits at every run and resume on CUDA too; always with train.reduction=fixed. Slower.
+        data: where the resumed run's data are now, if not where its config says; they must be the same.
 
     Raises:
         UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
@@ -103,20 +105,25 @@ def train(
     run, place = Path(out), pick_device(device)
     config = settled(config, place)
     cost.check_fits(config.model, place)
-    source = open_source(config.data, config.model)
+    resumed = resume and checkpoint.has_any(run)
+    noted = checkpoint.noted_data(run) if resumed else None
+    place_of_data = replace(config.data, source=data) if data else locate(config.data, noted)
+    source = open_source(place_of_data, config.model)
     world = join(place, config.train.timeout)
-    trainer = Trainer(config, source, place, world, fresh=not (resume and checkpoint.has_any(run)))
+    trainer = Trainer(config, source, place, world, fresh=not resumed)
     same_bits = deterministic or config.train.reduction == "fixed"
     with world.watched(), deterministic_algorithms(place, on=same_bits):
         if not resume:
             world.led(lambda: checkpoint.create(run, config))
         stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
         with _held(run, world):
-            course = _Course(trainer, run, stop or Stop(), min(until or config.train.steps, config.train.steps))
+            last = min(until or config.train.steps, config.train.steps)
+            course = _Course(trainer, run, stop or Stop(), last, place_of_data)
             passed_over = course.restore(stored) if resume else ()
             parameters = sum(p.numel() for p in trainer.model.parameters())
             values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
             values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
+            values |= {"unrecorded": resumed and not noted}
             yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
             yield from course.facts()
 
@@ -140,8 +147,8 @@ class _DivergedError(Exception):
 class _Course:
     """The way of one run from the step it is at to step `last`, in every process of its world."""
 
-    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int) -> None:
-        self.trainer, self.run, self.stop, self.last = trainer, run, stop, last
+    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: DataConfig) -> None:
+        self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         self.log = Log(run / "log.jsonl" if self.world.leads else None)
         self.clock = Clock(run / "timing.jsonl" if self.world.leads else None)
@@ -163,7 +170,9 @@ class _Course:
         if found.manifest["config"] != config_hash(stored):
             raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
-            raise UserError(f"{self.config.data.source} has other classes than when {run} was started")
+            raise UserError(f"{self.data.source} has other classes than when {run} was started")
+        noted = found.manifest.get("data")
+        self.world.led(lambda: check_unchanged(trainer.source, self.data, noted, str(run)))
         state = checkpoint.load_trained(found.folder)
         trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
         self.saved = trainer.step
@@ -298,9 +307,8 @@ class _Course:
 
         def write() -> Path:
             self.log.lines.keep()  # no checkpoint without the lines before it
-            return checkpoint.save(
-                self.run, self.config, trainer.step, state, ema, trainer.source.classes, steady=steady
-            )
+            data, classes = record(trainer.source, self.data), trainer.source.classes
+            return checkpoint.save(self.run, self.config, trainer.step, state, ema, classes, steady=steady, data=data)
 
         if trainer.sharded and not self.world.leads:
             for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order

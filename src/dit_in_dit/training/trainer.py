@@ -88,7 +88,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
             self.model = NestedDiT(config.model, recompute=train.recompute)
-        self.begun = begin_with(self.model, Path(train.init), train.init_blocks) if train.init and fresh else None
+        self.begun = None
+        if train.init and fresh:
+            self.begun = begin_with(self.model, Path(train.init), train.init_blocks, digest=source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.tree: Tree | None = None

@@ -310,7 +310,7 @@ def test_data_that_changed_are_noticed_when_a_run_is_resumed(half_run, change):
             shutil.copy(sorted(images.glob("*/*.png"))[1], some)
         case "renamed":
             some.rename(some.with_name("another.png"))
-    with pytest.raises(UserError, match="is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"is not what .* was trained on"):
         run(config, out, resume=True)
 
 

@@ -67,9 +67,7 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.training.loop import train
 
     if options.data and not options.resume:
-        raise UserError(
-            "--data names another place of a resumed run's data: use it with --resume, or --set data.source"
-        )
+        raise UserError("--data is the new place of a resumed run's data: use it with --resume, or --set data.source")
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -138,9 +136,7 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
             + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
         )
         if begun.other_data:
-            console.print(
-                f"{begun.run} was trained on other data: its held-out images may be among these, and vice versa"
-            )
+            console.print(f"{begun.run} was trained on other data: it may have seen images that are held out here")
     if values["unrecorded"]:
         console.print("the checkpoint does not say which data it was trained on: whether these changed is not known")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))

@@ -110,11 +110,10 @@ def _open(data: DataConfig, model: ModelConfig) -> MosaicSource | ImageSource | 
 
 def record(source: Source, data: DataConfig) -> dict[str, str]:
     """What a checkpoint notes of its images: their digest, and the place where they were, whatever the folder then."""
-    name, path = (hub.PREFIX, _path(data.source)) if data.source.startswith(hub.PREFIX) else ("", data.source)
-    return {
-        "digest": source.digest,
-        "place": f"{name}{os.path.abspath(path)}" if _is_here(data.source) else data.source,
-    }
+    place, path = data.source, _path(data.source)
+    if _is_here(place):
+        place = place.removesuffix(path) + os.path.abspath(path)
+    return {"digest": source.digest, "place": place}
 
 
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
@@ -142,7 +141,8 @@ def _path(source: str) -> str:
 def _is_here(source: str) -> bool:
     """Whether a source is a path that this working folder has."""
     path = _path(source)
-    return source not in BUILT_IN and (Path(path).exists() or bool(path == source and tars.find(path)))
+    shards = path == source and bool(tars.find(path)[0])
+    return source not in BUILT_IN and (Path(path).exists() or shards)
 
 
 def count_classes(data: DataConfig) -> int:

@@ -39,7 +39,8 @@ class QkNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         parts = ((q, self.query), (k, self.key))
-        q, k = (F.rms_norm(part, part.shape[-1:], scale.to(part.dtype), EPS) for part, scale in parts)
+        # In the type of the values: CUDA's autocast norms in float32, and leaves attention's own kernels alone.
+        q, k = (F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), EPS).to(x.dtype) for x, scale in parts)
         return q, k
 
 

@@ -176,6 +176,12 @@ def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     return with_guidance
 
 
+def in_its_type(model: NestedDiT) -> Predict:
+    """The model's prediction in the type of x, computed in that of the weights."""
+    dtype = next(model.parameters()).dtype
+    return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
+
+
 def label(index: int, classes: Sequence[int]) -> int:
     """The class of sample `index`: the wanted classes take turns."""
     return classes[index % len(classes)]
@@ -197,7 +203,7 @@ def sample_batches(
     or in another of its rows, may end in other bits.
 
     Args:
-        model: where it lies, it computes, in float32.
+        model: computes where its weights are and in their type; steps are taken, and images given, in float32.
         config: whose `diffusion` and `sample` are used.
         indices: numbers of the samples; in order, no micro-batch is drawn twice.
         classes: class numbers that take turns; empty: all classes.
@@ -205,7 +211,7 @@ def sample_batches(
     keep_freed_memory()
     device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
-    predict = guided(model, model.config.num_classes, config.sample)
+    predict = guided(in_its_type(model), model.config.num_classes, config.sample)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
         whole, part = range(number * size, (number + 1) * size), list(wanted)

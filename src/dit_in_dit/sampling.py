@@ -22,6 +22,7 @@ from dit_in_dit.diffusion.path import DDPM_STEPS, convert, make_path
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
 from dit_in_dit.randomness import generator
 
 Pixels = NDArray[np.uint8]
@@ -209,6 +210,7 @@ def sample_batches(
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
+    use_full_float32()
     device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
     predict = guided(in_its_type(model), model.config.num_classes, config.sample)

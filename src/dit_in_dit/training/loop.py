@@ -19,6 +19,7 @@ from dit_in_dit.config import RunConfig, UserError, config_hash, first_differenc
 from dit_in_dit.data.source import open_source
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.lines import Clock, Log
@@ -55,6 +56,7 @@ def pick_device(name: str = "auto") -> torch.device:
         number = os.environ.get("LOCAL_RANK", "")
     if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
         raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
+    use_full_float32()  # here: whatever computes asks for its device first
     return torch.device(f"{kind}:{number}" if number else kind)
 
 

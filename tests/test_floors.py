@@ -15,6 +15,7 @@ FLOORS = (
         "presets",
         "randomness",
         "memory",
+        "precision",
         "mistakes",
         "sealed",
         "section",

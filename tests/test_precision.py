@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,18 @@ from torch import Tensor
 
 from autocast import CudaAutocast
 from conftest import inputs, perturbed, small_model
-from dit_in_dit import presets, sample
-from dit_in_dit.config import DataConfig, RunConfig
+from dit_in_dit import cli, presets, sample
+from dit_in_dit.config import DataConfig, RunConfig, UserError
 from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.evaluation.report import compare
 from dit_in_dit.interop.folder import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import FULL, use_full_float32
 from dit_in_dit.shipped import shipped
-from dit_in_dit.training.loop import train
+from dit_in_dit.study.gather import _check_alike
+from dit_in_dit.study.plan import Result
+from dit_in_dit.training.loop import pick_device, train
 from dit_in_dit.training.trainer import Trainer
 from test_model import EVERY_CHOICE, PROGRAMS
 
@@ -210,3 +216,97 @@ def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, mon
         monkeypatch.setattr(Trainer, "autocast", lambda self: CudaAutocast())
     report = examine(config, torch.device("cpu"))
     assert not [finding for section in report.sections for finding in section.findings if finding.severity == "fault"]
+
+
+# ------------------------------------------------------------------------------------------ one float32
+
+
+@pytest.fixture
+def tf32():
+    """A process that others have set to TF32; as it began afterwards."""
+
+    def switch(on: bool) -> None:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+    switch(True)
+    yield
+    use_full_float32()  # the newer switches, if a test set them
+    switch(False)
+
+
+def is_full() -> bool:
+    """Whether products and convolutions are computed in float32, and PyTorch can read its own switches."""
+    return (
+        torch.get_float32_matmul_precision() == "highest"
+        and not torch.backends.cuda.matmul.allow_tf32
+        and not torch.backends.cudnn.allow_tf32
+    )
+
+
+def test_full_float32_holds_for_products_and_convolutions(tf32):
+    assert not is_full()
+    use_full_float32()
+    assert is_full()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # what others switch for themselves
+        assert not is_full()
+    assert is_full()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="since PyTorch 2.9")
+@pytest.mark.parametrize(
+    "where", ["backends", "backends.cudnn", "backends.cudnn.conv", "backends.cuda.matmul", "backends.mkldnn"]
+)
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_full_float32_holds_whatever_the_newer_switches_say(tf32, where, precision):
+    attrgetter(where)(torch).fp32_precision = precision
+    use_full_float32()
+    assert is_full()
+
+
+def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
+    config = shrunk(presets.get("dit-in-dit-s16"), data)
+    run = tmp_path / "run"
+    work = {
+        "device": lambda: pick_device("cpu"),
+        "train": lambda: next(train(config, run, device="cpu")),
+        "sample": lambda: sample(NestedDiT(config.model), config, 1),
+    }
+    for name, begin in work.items():
+        torch.backends.cudnn.allow_tf32 = True
+        begin()
+        assert is_full(), name
+
+
+def test_every_command_that_takes_a_device_picks_it():
+    """And so computes in full float32."""
+    commands = Path(cli.__file__).parent.glob("*.py")
+    taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
+    assert taking.keys() >= {"run", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
+    for name, text in taking.items():
+        assert "pick_device(" in text or name in ("options", "verify"), name  # `verify` runs `train`
+
+
+def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a_cpu_for_the_same(tmp_path):
+    paths = []
+    for name, torch_version, named in (
+        ("new", "2.13.0+cu130", {"precision": FULL}),
+        ("old", "2.13.0+cpu", {}),
+        ("of a mac", "2.6.0", {}),
+        ("of a gpu", "2.13.0+cu130", {}),
+    ):
+        result = {"subject": {"name": name}, "protocol": {"images": 4, **named}, "scores": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({**result, "made with": {"torch": torch_version}}))
+        paths.append(tmp_path / name)
+    compare(paths[:3])
+    with pytest.raises(UserError, match=r"differ in precision: .*no TF32.* / .*convolutions in TF32"):
+        compare(paths)
+
+
+def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
+    ended = {
+        Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
+        for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])
+    }
+    _check_alike(ended)

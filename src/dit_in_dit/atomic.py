@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,8 +62,10 @@ def folder(out: Path) -> Iterator[Path]:
         UserError: something is there already.
     """
     check_free(out)
-    beside = out.with_name(out.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
+    out = out.absolute()
+    if out.resolve() == Path.cwd():
+        raise UserError(f"--out {out} is the working folder, which cannot be replaced: name a new folder")
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(6)}.part")  # nobody else's, whatever lies there
     try:
         beside.mkdir(parents=True)
         yield beside

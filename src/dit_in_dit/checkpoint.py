@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_in_dit import sealed
-from dit_in_dit.config import RunConfig, UserError, config_hash, from_file, to_yaml
+from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
@@ -196,6 +196,7 @@ def save(
         manifest = {
             "step": step,
             "config": config_hash(config),
+            "hash_version": HASH_VERSION,
             "classes": list(classes),
             "steady": steady,
             **({"data": dict(data)} if data else {}),
@@ -376,11 +377,28 @@ def load_trained(checkpoint: Path) -> Stored:
     return state
 
 
+def check_config(run: Path, config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """UserError when a run's config is not the one that its checkpoint was written with: whoever loads weights asks."""
+    if manifest["config"] != config_hash(config):
+        raise UserError(
+            f"{run / 'config.yaml'} was changed since {checkpoint.name} was written: put it back, or begin a new run "
+            "with --config and --init"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
+    """UserError when weights that are to be given away or taken in are not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name[:80]} of {what} holds NaN or infinity: use an earlier checkpoint")
+
+
 def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
     and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
     config = read_config(run)
     folder, manifest, passed_over = newest(run)
+    check_config(run, config, folder, manifest)
     warn(passed_over)
     model = NestedDiT(config.model)
     if ema:

@@ -22,6 +22,7 @@ from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, 
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
 from dit_in_dit.randomness import generator
 
 Pixels = NDArray[np.uint8]
@@ -154,6 +155,7 @@ def sample_batches(
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
+    use_full_float32()
     device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
     predict = guided(in_its_type(model), model.config.num_classes, config.sample)
@@ -199,9 +201,24 @@ def protocol(how: SampleConfig, *, labels: str | Sequence[str], averaged: bool, 
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three."""
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three.
+
+    Raises:
+        UserError: an image is not finite, which would become black pixels.
+    """
+    check_finite(images)
     shown = images if images.shape[1] in (1, 3) else images[:, :3]
     return (shown.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def check_finite(images: Tensor) -> None:
+    """UserError when images or latents (N, ...) hold NaN or infinity, as those of a diverged model or a VAE do."""
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} of its batch: "
+            "use an earlier checkpoint, or float32; a model that diverged draws nothing"
+        )
 
 
 def picture(pixels: Pixels) -> Image.Image:

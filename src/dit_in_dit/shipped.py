@@ -14,6 +14,13 @@ def shipped() -> dict[str, Path]:
     return {run.name: run for run in reversed(list(found))}
 
 
+def results_of(run: Path, room: str) -> Path:
+    """Where the results about a run go by default: into its folder, or, of a shipped run, which is read-only, into
+    ROOM/NAME of the working folder."""
+    run = run.resolve()
+    return Path(room, run.name) if run in {path.resolve() for path in shipped().values()} else run / room
+
+
 def find_run(text: str) -> Path:
     """A run's folder: the path as it is, or, where nothing lies there, the shipped run of that name."""
     path = Path(text)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from dit_in_dit import __version__
 from dit_in_dit.cli import (
     bench,
     convert,
@@ -70,6 +71,7 @@ def _line(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
+    made.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
     commands = Commands(made)
     rooms = (
         *(look, recipe, encode, convert, run, sample, evaluate),

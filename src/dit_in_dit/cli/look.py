@@ -9,6 +9,7 @@ from dataclasses import replace
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, chosen, whole
 from dit_in_dit.config import to_yaml
+from dit_in_dit.shipped import shipped
 from dit_in_dit.stages import format_stages
 
 
@@ -28,6 +29,9 @@ def _presets(options: argparse.Namespace) -> None:
         size = "x".join(map(str, (*model.image_size, model.channels)))
         stages = format_stages(model.program)
         print(f"{name:<18} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
+    if trained := shipped():
+        print("\ntrained models that come with the package (named wherever a run is):")
+        print(f"  {', '.join(trained)}")
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
 from dit_in_dit.config import RunConfig, UserError, from_file, to_yaml
+from dit_in_dit.shipped import find_run
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -27,7 +28,12 @@ def add(commands: Commands) -> None:
     about = "change a model's outer transformer until it costs what another model does; keys given with --set stay"
     match = commands.add("match", _match, about)
     add_config(match)
-    match.add_argument("--like", required=True, metavar="NAME|FILE", help="preset or YAML file of the wanted cost")
+    match.add_argument(
+        "--like",
+        required=True,
+        metavar="NAME|FILE|RUN",
+        help="preset, YAML file, run or shipped model of the wanted cost",
+    )
     match.add_argument("--by", choices=("macs", "time", "params"), default="macs", help="the cost (default: macs)")
     match.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
     add_device(match)
@@ -43,7 +49,14 @@ def _match(options: argparse.Namespace) -> None:
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
     config, device = chosen(options), pick_device(options.device)
-    like = replace(config, model=_named(options.like).model)  # trained alike: only then do times compare
+    wanted = _named(options.like).model
+    for name in ("image_size", "channels", "num_classes"):
+        if (ours := getattr(config.model, name)) != (theirs := getattr(wanted, name)):
+            raise UserError(
+                f"--like: {options.like} has model.{name}={_yaml(theirs)}, this model {_yaml(ours)}: costs of other "
+                f"images do not compare; add --set model.{name}={_yaml(theirs)}"
+            )
+    like = replace(config, model=wanted)  # trained alike: only then do times compare
     if options.out:
         make_folder(options.out.parent)
     if options.by == "time" and (seconds := estimate({"this": config, "like": like}, device)) > 10:
@@ -70,13 +83,17 @@ def _match(options: argparse.Namespace) -> None:
 
 
 def _named(name: str) -> RunConfig:
-    """The preset, or the config in a YAML file."""
+    """The preset, the config in a YAML file, or that of a run."""
+    if name not in presets.NAMES and ((run := find_run(name)) / "config.yaml").is_file():
+        return from_file(run / "config.yaml", "--like")
     if name in presets.NAMES or Path(name).suffix not in (".yaml", ".yml"):
         return presets.get(name)
     return from_file(Path(name), "--like")
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
     return "null" if value is None else str(value)
 
 

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     train = commands.add("train", _train, "train a model into a run folder")
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--init", metavar="RUN", help="begin with a run's weights (train.init)")
+    train.add_argument("--init", metavar="RUN", help="begin with the weights of a run or a shipped model (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument("--data", metavar="PLACE", help="with --resume: where the run's data are now; the same data")
     train.add_argument(
@@ -185,9 +185,14 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
         return
     with suppress(Interrupted), stop.waiting():
         images = _pixels(sample(fact.model, config, GRID_IMAGES), config, fact.model)
+        try:
+            pixels = to_pixels(images)
+        except UserError as error:  # the run goes the way that train.on_divergence says
+            print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
+            return
         path.parent.mkdir(exist_ok=True)
         with atomic.file(path) as file:
-            grid(to_pixels(images)).save(file, "png")
+            grid(pixels).save(file, "png")
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:

@@ -28,6 +28,7 @@ from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, look_at
 from dit_in_dit.mistakes import UserError, shortened
 from dit_in_dit.strict_json import parse_json
 
+SAMPLES = "samples.json"
 MOST_LINK = 4096  # bytes of a path
 
 
@@ -48,6 +49,8 @@ class ImageFiles:
         self._members: dict[str, str] = {}  # of an archive: its own name for a file, where that is another
         shown = shortened(path, 60)
         names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
+        if SAMPLES in names:  # a folder of `sample`: its grid is no sample
+            names = [name for name in names if name not in (SAMPLES, "grid.png")]
         self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
         if not self.names:
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {shown}: name another place")

@@ -60,6 +60,8 @@ def import_run(
     position = found.averaged[POSITION]
     if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
         state[KEPT] = position
+    for part in (averaged, trained):
+        checkpoint.check_weights(part, what)
     classes = tuple(str(number) for number in range(model.num_classes))
     with atomic.folder(out) as beside:
         checkpoint.create(beside, config)
@@ -156,13 +158,15 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
-    folder, _, passed_over = checkpoint.newest(run)
+    folder, manifest, passed_over = checkpoint.newest(run)
+    checkpoint.check_config(run, config, folder, manifest)
     checkpoint.warn(passed_over)
     state = checkpoint.load_state(folder)
     ours = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     kept = state.get(KEPT)
     if averaged:
         ours = checkpoint.load_state(folder, "ema.safetensors")
+    checkpoint.check_weights(ours, str(run))
     try:
         weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))
     except (KeyError, RuntimeError):

@@ -21,7 +21,7 @@ from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.schedulers import PREDICTIONS, matches_flow, set_steps, setting, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
-from dit_in_dit.sampling import guided, picture, to_pixels
+from dit_in_dit.sampling import check_finite, guided, picture, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -233,6 +233,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             x = self.vae.decode(self._unscaled(x).to(self.vae.dtype), return_dict=False)[0].float()
         if output_type == "pil":
             return [picture(pixels) for pixels in to_pixels(x.cpu())]
+        check_finite(x)
         x = (x / 2 + 0.5).clamp(0, 1)
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, RunConfig, UserError, config_hash, first_difference
+from dit_in_dit.config import DataConfig, RunConfig, UserError, first_difference
 from dit_in_dit.data.source import check_unchanged, locate, open_source, record
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
 from dit_in_dit.training.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
@@ -59,6 +60,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
         number = number or str(torch.cuda.current_device())
         torch.cuda.set_device(int(number))
+    use_full_float32()  # here: whatever computes asks for its device first
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
@@ -167,8 +169,7 @@ class _Course:
         if not self.world.led(lambda: checkpoint.has_any(run)):
             return ()
         found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
-        if found.manifest["config"] != config_hash(stored):
-            raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
+        checkpoint.check_config(run, stored, found.folder, found.manifest)
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data.source} has other classes than when {run} was started")
         noted = found.manifest.get("data")

@@ -52,8 +52,9 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
     Raises:
         UserError: there is no such run, or the tensors of both do not fit.
     """
-    theirs = checkpoint.read_config(run).model
-    found = checkpoint.newest(run)
+    config, found = checkpoint.read_config(run), checkpoint.newest(run)
+    checkpoint.check_config(run, config, found.folder, found.manifest)
+    theirs = config.model
     given = checkpoint.load_state(found.folder, "ema.safetensors")
     chosen = _chosen(theirs, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()

@@ -67,7 +67,8 @@ def recipe(
 ) -> Recipe:
     """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
 
-    `settings` are the KEY=VALUE by which the config differs from the preset. The step's examples stay: only how many forward passes they are shared among, the fewest that fit.
+    The step's examples stay: only how many forward passes they are shared among, the fewest that fit. `settings` are the
+    KEY=VALUE by which the config differs from the preset.
 
     Raises:
         UserError: the GPUs cannot share the batch, or not even one image fits.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, check_sampler
+from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, UserError, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, wanted_by

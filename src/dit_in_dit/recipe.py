@@ -67,7 +67,7 @@ def recipe(
 ) -> Recipe:
     """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
 
-    The step's examples stay: only how many forward passes they are shared among, the fewest that fit. `settings` are the
+    The examples of a step stay: only how many forward passes share them, the fewest that fit. `settings` are the
     KEY=VALUE by which the config differs from the preset.
 
     Raises:

@@ -182,8 +182,12 @@ def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(image
         part.close()
         with pytest.raises(UserError, match="not encoded to its end"):
             opened(folder)
-        (folder / "000005.safetensors.1.part").write_bytes(b"what a killed process leaves")
-        assert content(made(folder, how(images, vae))) == expected
+        (folder / ".000005.safetensors.0123abcd.part").write_bytes(b"what a killed process leaves")
+        (tmp_path / f"{stop}/mine.part").write_bytes(b"the user's")
+        made(folder, how(images, vae))
+        assert (folder / "mine.part").read_bytes() == b"the user's"
+        (folder / "mine.part").unlink()
+        assert content(folder) == expected
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):  # each does its own files; the last to come finds all
         monkeypatch.setenv("RANK", rank)

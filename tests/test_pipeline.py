@@ -656,6 +656,18 @@ def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path, modules
         DiffusionPipeline.from_pretrained(tmp_path / "folder", trust_remote_code=True)
 
 
+def test_a_fresh_process_loads_a_pipeline_with_nothing_else_imported(exported, tmp_path):
+    code = (
+        "import sys; from dit_in_dit.interop.pipeline import DiTInDiTPipeline as P; "
+        "print(type(P.from_pretrained(sys.argv[1]).transformer).__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported)],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["dit_in_dit.interop.transformer"], done.stderr
+
+
 @pytest.fixture
 def repository(exported, tmp_path, modules, monkeypatch) -> Path:
     """The folder as the Hub's cache holds the repository some/model. What diffusers asks the Hub is answered here."""

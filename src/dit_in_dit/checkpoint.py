@@ -19,6 +19,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -35,12 +36,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit import sealed
+from dit_in_dit import atomic, sealed
 from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
+LEFT = re.compile(r"\d{7,}(\.gone)?\.part")  # what a killed save leaves
 KEEP = 2  # newest checkpoints that stay, of those that verify
 DTYPES = {  # as safetensors names them, in the order in which it writes them
     torch.int64: "I64",
@@ -67,9 +69,7 @@ def create(run: Path, config: RunConfig) -> None:
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        beside = run / "config.yaml.part"
-        sealed.write(beside, [to_yaml(config, meanings=True).encode()])
-        beside.rename(run / "config.yaml")
+        atomic.write(run / "config.yaml", to_yaml(config, meanings=True))
         sealed.sync(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
@@ -269,7 +269,8 @@ def _prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
 def clear(run: Path) -> None:
     """Delete what a killed save left. Only for who trains the run."""
     for folder in (run / "checkpoints").glob("*.part"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if LEFT.fullmatch(folder.name):  # else it is the user's
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------ reading

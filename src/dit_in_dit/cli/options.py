@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from dit_in_dit import presets
@@ -142,9 +143,8 @@ def seed(text: str) -> int:
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".part"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may be probing too
+        with TemporaryFile(dir=path):
+            pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(
             f"cannot write to {shortened(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"

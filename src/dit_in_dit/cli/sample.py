@@ -173,10 +173,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
     with atomic.file(out / "grid.png") as file:
         grid(shown).save(file, "png")
-    for begun in out.glob("*.part"):
-        number = begun.name.split(".")[0]
-        if number.isdecimal() and int(number) < len(paths):  # others may draw more
-            begun.unlink(missing_ok=True)
+    atomic.clear(out, {path.name for path in paths})  # of no others: another process may draw more
 
 
 def _read(path: Path) -> NDArray[Any]:

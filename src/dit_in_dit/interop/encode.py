@@ -239,8 +239,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
     index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
-    for left in out.glob("*.part"):
-        left.unlink()
+    atomic.clear(out, {INDEX, *(path.name for path in paths)})
     atomic.write(out / INDEX, json.dumps(index, indent=1))
 
 

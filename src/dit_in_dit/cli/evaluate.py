@@ -21,7 +21,7 @@ from dit_in_dit.cli.options import (
     whole,
 )
 from dit_in_dit.config import UserError, nearest
-from dit_in_dit.shipped import find_run, results_of
+from dit_in_dit.shipped import find_run, results
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="default for a run: RUN/evaluation/STEP; for a shipped model: evaluation/NAME/STEP",
+        help="default for a run: RUN/evaluation/STEP; for a shipped one evaluation/RUN/STEP",
     )
 
     compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
@@ -100,7 +100,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             averaged=not options.raw,
             decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
         )
-        out = options.out or results_of(options.subject, "evaluation") / f"{subject.about['step']:07d}"
+        out = options.out or results(options.subject, "evaluation") / f"{subject.about['step']:07d}"
     else:
         subject = files_subject(options.subject)
         if options.out is None:

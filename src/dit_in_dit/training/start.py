@@ -13,6 +13,7 @@ from dit_in_dit import checkpoint
 from dit_in_dit.config import ModelConfig
 from dit_in_dit.mistakes import UserError, shortened
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.shipped import find_run
 
 INNER = ("inner_embed", "inner_blocks", "inner_head", "aggregate", "fuse", "spread", "condition")  # parts of a model
 BLOCKS = "outer_blocks."
@@ -52,6 +53,7 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
     Raises:
         UserError: there is no such run, or the tensors of both do not fit.
     """
+    run = find_run(str(run))
     config, found = checkpoint.read_config(run), checkpoint.newest(run)
     checkpoint.check_config(run, config, found.folder, found.manifest)
     theirs = config.model

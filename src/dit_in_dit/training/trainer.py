@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT, part_of
-from dit_in_dit.shipped import find_run
 from dit_in_dit.training.distributed import Whole, World, everywhere, local, shard, spread
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, held_out
@@ -90,7 +90,7 @@ class Trainer:
             self.model = NestedDiT(config.model, recompute=train.recompute)
         self.begun = None
         if train.init and fresh:
-            self.begun = begin_with(self.model, find_run(train.init), train.init_blocks, digest=source.digest)
+            self.begun = begin_with(self.model, Path(train.init), train.init_blocks, digest=source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.tree: Tree | None = None

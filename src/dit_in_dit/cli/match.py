@@ -12,8 +12,8 @@ from typing import Any
 
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
-from dit_in_dit.config import RunConfig, UserError, from_file, to_yaml
-from dit_in_dit.shipped import find_run
+from dit_in_dit.config import RunConfig, UserError, from_file, nearest, shortened, to_yaml
+from dit_in_dit.shipped import ROOM, find_run, shipped
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         "--like",
         required=True,
         metavar="NAME|FILE|RUN",
-        help="preset, YAML file, run or shipped model of the wanted cost",
+        help="what has the wanted cost: a preset, a YAML file or a run",
     )
     match.add_argument("--by", choices=("macs", "time", "params"), default="macs", help="the cost (default: macs)")
     match.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
@@ -49,14 +49,7 @@ def _match(options: argparse.Namespace) -> None:
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
     config, device = chosen(options), pick_device(options.device)
-    wanted = _named(options.like).model
-    for name in ("image_size", "channels", "num_classes"):
-        if (ours := getattr(config.model, name)) != (theirs := getattr(wanted, name)):
-            raise UserError(
-                f"--like: {options.like} has model.{name}={_yaml(theirs)}, this model {_yaml(ours)}: costs of other "
-                f"images do not compare; add --set model.{name}={_yaml(theirs)}"
-            )
-    like = replace(config, model=wanted)  # trained alike: only then do times compare
+    like = replace(config, model=_named(options.like).model)  # trained alike: only then do times compare
     if options.out:
         make_folder(options.out.parent)
     if options.by == "time" and (seconds := estimate({"this": config, "like": like}, device)) > 10:
@@ -71,6 +64,8 @@ def _match(options: argparse.Namespace) -> None:
     elif times := quick_times({"this": matched, "like": like}, device):
         pairs["time"] = times["this"].seconds, times["like"].seconds
         ratios["time"] = times["this"].over(times["like"])
+    if options.like in presets.NAMES and (run := find_run(options.like) / "config.yaml").is_file():
+        print(f"--like {options.like} is the preset; the run of that name is {shortened(run.parent)}", file=sys.stderr)
     words = [f"{name}={_yaml(after)}" for name, (_, after) in twin.changed.items()]
     if options.out:
         options.out.write_text(to_yaml(matched))
@@ -83,17 +78,20 @@ def _match(options: argparse.Namespace) -> None:
 
 
 def _named(name: str) -> RunConfig:
-    """The preset, the config in a YAML file, or that of a run."""
-    if name not in presets.NAMES and ((run := find_run(name)) / "config.yaml").is_file():
-        return from_file(run / "config.yaml", "--like")
-    if name in presets.NAMES or Path(name).suffix not in (".yaml", ".yml"):
+    """The preset, or the config in a YAML file or in a run's folder."""
+    from dit_in_dit.checkpoint import read_config
+
+    if name in presets.NAMES:
         return presets.get(name)
-    return from_file(Path(name), "--like")
+    if Path(name).suffix in (".yaml", ".yml"):
+        return from_file(Path(name), "--like")
+    if (run := find_run(name)).is_dir():
+        return read_config(run)
+    runs = [f"{ROOM}/{shipping}" for shipping in shipped()]
+    raise UserError(f"--like: no preset, file or run {shortened(name)!r}{nearest(name, [*presets.NAMES, *runs])}")
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
     return "null" if value is None else str(value)
 
 

@@ -185,11 +185,6 @@ def test_class_names_are_found_as_people_write_them():
         class_numbers("pepper", known)
 
 
-def test_a_twin_of_other_images_is_refused(capsys):
-    line = refused(capsys, "match", "--preset", "emoji", "--like", "dit-s16")
-    assert "costs of other images do not compare" in line
-
-
 def test_a_recipe_keeps_what_it_was_given_and_its_defaults_fit(capsys):
     main(["recipe", "emoji"])
     main(["recipe", "dit-in-dit-s2", "--gpus", "8", "--set", "train.steps=5"])

@@ -105,7 +105,8 @@ def test_a_config_file_is_a_start(tmp_path, capsys):
 
 def test_presets_are_listed(capsys):
     main(["presets"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(NAMES)
+    listed, _ = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in listed.splitlines()] == list(NAMES)
 
 
 def test_inspect_prints_json_with_the_plain_twin(capsys):

@@ -14,6 +14,7 @@ import torch
 from conftest import small_model
 from dit_in_dit import cost, presets
 from dit_in_dit.benchmark import Times, step_seconds
+from dit_in_dit.checkpoint import read_config
 from dit_in_dit.cli import main
 from dit_in_dit.config import (
     InnerConfig,
@@ -26,6 +27,7 @@ from dit_in_dit.config import (
     override,
     to_yaml,
 )
+from dit_in_dit.shipped import find_run
 from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, match_arms, parameters, twin
 from dit_in_dit.study.plan import StudyConfig
 from test_cli import lines_of
@@ -362,7 +364,10 @@ def test_a_study_that_cannot_be_fair_is_refused_in_one_line(values, part):
 @pytest.mark.usefixtures("quickly")
 def test_the_command_names_the_keys_that_make_the_twin(capsys, tmp_path):
     start = ["--preset", "emoji-reference", "--set", "train.batch_size=2"]
-    main(["match", *start, "--like", "dit-s8", "--device", "cpu", "--out", str(tmp_path / "twin.yaml")])
+    like = override(presets.get("dit-s8"), ["model.channels=3", "model.num_classes=9"])
+    (tmp_path / "like.yaml").write_text(to_yaml(like))
+    like_it = ["--like", str(tmp_path / "like.yaml"), "--device", "cpu"]
+    main(["match", *start, *like_it, "--out", str(tmp_path / "twin.yaml")])
     printed = capsys.readouterr().out
     assert "MACs per image" in printed
     assert "unequal" in printed
@@ -371,7 +376,7 @@ def test_the_command_names_the_keys_that_make_the_twin(capsys, tmp_path):
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     made = from_yaml((tmp_path / "twin.yaml").read_text())
     assert override(presets.get("emoji-reference"), sets) == made
-    assert macs(made.model) == pytest.approx(macs(presets.get("dit-s8").model), rel=0.01)
+    assert macs(made.model) == pytest.approx(macs(like.model), rel=0.01)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -386,6 +391,22 @@ def test_the_command_prints_json(capsys, tmp_path):
     assert [word.partition("=")[0] for word in found["set"]] == list(found["changed"])
 
 
+@pytest.mark.usefixtures("quickly")
+def test_a_run_and_a_shipped_model_can_be_what_a_twin_costs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = {name: read_config(find_run(name)) for name in ("models/emoji", "models/emoji-dit")}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.yaml").write_text(to_yaml(wanted["models/emoji"]))
+    for name, config in {**wanted, "mine": wanted["models/emoji"]}.items():
+        main(["match", "--preset", "emoji-dit", "--like", name, "--device", "cpu", "--json"])
+        costs = json.loads(capsys.readouterr().out)["costs"]
+        assert costs["macs"]["like"] == macs(config.model)
+    main(["match", "--preset", "emoji-dit", "--like", "emoji", "--device", "cpu", "--json"])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["costs"]["macs"]["like"] == macs(presets.get("emoji").model)
+    assert "--like emoji is the preset; the run of that name is" in printed.err
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -396,7 +417,24 @@ def test_the_command_prints_json(capsys, tmp_path):
         (["--preset", "emoji", "--like", "dit-s8", "--by", "love"], "--by"),
         (["--preset", "emoji", "--like", "dit-s8", "--tolerance", "0"], "--tolerance must be"),
         (["--preset", "emoji", "--like", "dit-s8", "--device", "tpu"], "not available"),
-        (["--preset", "dit-in-dit-s2", "--like", "emoji"], "no twin within 1% in MACs"),
+        (
+            [
+                "--preset",
+                "dit-in-dit-s2",
+                "--set",
+                "model.channels=3",
+                "--set",
+                "model.num_classes=9",
+                "--like",
+                "emoji",
+            ],
+            "no twin within 1% in MACs",
+        ),
+        (["--preset", "emoji-dit", "--like", "dit-s8"], "has model.channels=4, model.num_classes=1000: set the same"),
+        (["--preset", "emoji", "--set", "model.image_size=64", "--like", "emoji"], "model.image_size=[32, 32]"),
+        (["--preset", "emoji", "--set", "model.num_classes=0", "--like", "models/emoji"], "model.num_classes=9"),
+        (["--preset", "emoji", "--like", "model/emoji"], "did you mean 'models/emoji'"),
+        (["--preset", "emoji", "--like", "."], "no run at ."),
     ],
 )
 def test_mistakes_cost_one_line(words, part, capsys, tmp_path, monkeypatch):

@@ -10,18 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import with_train
 from dit_in_dit import atomic, checkpoint, shipped
-from dit_in_dit.cli import main
+from dit_in_dit.cli import main, parser
 from dit_in_dit.config import UserError, config_hash
 from dit_in_dit.data.source import open_source
+from dit_in_dit.evaluation.doctor import examine
 from dit_in_dit.evaluation.evaluate import Evaluation, evaluate
 from dit_in_dit.evaluation.subject import reference, run_subject
 from dit_in_dit.interop.slim import export_slim, write_card
 from dit_in_dit.training.loop import train
+from test_cli import lines_of
 
 MODELS = Path(__file__).parents[1] / "models"
 SHIPPED = ("emoji", "emoji-dit")
@@ -58,6 +61,13 @@ def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path
     a, b = drawn(run, tmp_path / "a"), drawn(tmp_path / "slim", tmp_path / "b")
     assert np.abs(a - b).max() <= (0 if precision == "float32" else 12)
     assert {path.name for path in (tmp_path / "slim").iterdir()} == {"config.yaml", "checkpoints", "README.md"}
+
+
+def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
+    export_slim(run, tmp_path / "slim")
+    for folder in (tmp_path / "slim", *(MODELS / name for name in SHIPPED)):
+        front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+        assert front["library_name"] == "dit-in-dit", folder  # diffusers' classes load a pipeline's folder alone
 
 
 def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_path):
@@ -112,6 +122,85 @@ def test_a_shipped_run_is_found_by_its_name_unless_something_lies_there(run, tmp
     assert shipped.find_run("small") == Path("small")
     with pytest.raises(SystemExit):
         main(["sample", "smal", "--num", "1"])
+
+
+# ------------------------------------------------------------------------------ read-only, by every command
+
+# What each command that takes a run is given with the shipped run `small`, where it writes, and how it ends.
+WITH_A_SHIPPED_RUN = {
+    "train": (["--config", "RUN.yaml", "--init", "small", "--until", "2", "--out", "begun"], "begun/log.jsonl"),
+    "export": (["small", "--format", "run", "--out", "again"], "again/config.yaml"),
+    "sample": (["small", "-n", "2"], "samples/small/grid.png"),
+    "evaluate": (["small", "-n", "4"], "evaluation/small/0000006/metrics.json"),
+    "compare": (["small", "small", "--out", "compared"], "compared/compare.png"),
+    "maps": (["small", "--num", "1", "--times", "0.5"], "maps/small/maps.html"),
+    "doctor": (["small", "--out", "examined"], "examined/doctor.json"),
+    "match": (["--config", "RUN.yaml", "--like", "small", "--out", "twin.yaml"], "twin.yaml"),
+    "verify-resume": (["small", "--steps", "2", "--keep", "kept"], "kept/stopped/log.jsonl"),
+    "curves": (["small"], None),  # it has no log: refused, in one line
+}
+
+
+def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of every file of a folder, and the folders in it."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def small(run, tmp_path, monkeypatch):
+    """The folder of a shipped run of the name `small`, evaluated as it ships, seen from an empty working folder."""
+    out = tmp_path / "package" / "models" / "small"
+    export_slim(run, out)
+    main(["evaluate", str(out), "-n", "5", "--device", "cpu"])
+    monkeypatch.setattr(shipped, "PLACES", (tmp_path / "nowhere", out.parent))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("RUN.yaml").write_text((run / "config.yaml").read_text())
+    return out
+
+
+def test_every_command_that_takes_a_run_is_tried_with_a_shipped_one():
+    commands = next(iter(parser()._subparsers._group_actions)).choices
+    words = {name: [str(a.metavar) + str(a.help) for a in one._actions] for name, one in commands.items()}
+    takes = {name for name, found in words.items() if any("RUN" in word or "a run" in word for word in found)}
+    makes = {"demo", "import"}  # their RUN is one that they write
+    assert takes - makes == WITH_A_SHIPPED_RUN.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", WITH_A_SHIPPED_RUN)
+def test_a_command_leaves_a_shipped_run_as_it_was_and_writes_into_the_working_folder(command, small, capsys):
+    words, written = WITH_A_SHIPPED_RUN[command]
+    before = listing(small.parent)
+    device = [] if command in ("export", "compare", "curves") else ["--device", "cpu"]
+    if written:
+        main([command, *words, *device])
+        assert Path(written).exists()
+    else:
+        assert "no step is logged yet" in lines_of([command, *words, *device], capsys)
+    assert listing(small.parent) == before
+
+
+def test_a_shipped_run_has_a_name_that_no_preset_takes(small, capsys, monkeypatch):
+    assert shipped.find_run("models/small") == shipped.find_run("small") == small
+    monkeypatch.setattr(shipped, "PLACES", (MODELS,))
+    main(["presets"])
+    listed, trained = capsys.readouterr().out.split("\n\n")
+    assert {line.split()[0] for line in trained.splitlines()[1:]} == {f"models/{name}" for name in SHIPPED}
+    assert set(SHIPPED) <= {line.split()[0] for line in listed.splitlines()}
+
+
+def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, run):
+    report = examine(checkpoint.read_config(small), torch.device("cpu"), small)
+    whole = examine(checkpoint.read_config(run), torch.device("cpu"), run)
+    assert report.step == whole.step
+    assert {section.title for section in whole.sections} == {section.title for section in report.sections}
+    training = report.sections[-1]
+    assert (training.title, training.rows) == ("training", {})
+    assert [finding.severity for finding in training.findings] == ["note"]
 
 
 # ------------------------------------------------------------------------------ what is shipped

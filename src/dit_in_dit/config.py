@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from dit_in_dit.mistakes import UserError, nearest, shortened
-from dit_in_dit.section import Section, key, keys, to_dict
+from dit_in_dit.section import Section, key, keys, to_dict, to_hash
 from dit_in_dit.stages import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.strict_yaml import parse_yaml, read_yaml
 
@@ -422,6 +422,9 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
+HASH_VERSION = 1  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
+
+
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the config's canonical JSON: the identity of a run."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the config's canonical JSON: the identity of a run. A key that came later counts where it is set."""
+    return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

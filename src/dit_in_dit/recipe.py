@@ -7,6 +7,8 @@ reaches). Nothing here was measured on a GPU.
 from __future__ import annotations
 
 import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -54,11 +56,19 @@ class Recipe:
 
 
 def recipe(
-    preset: str, config: RunConfig, gpus: int, *, gpu: str = "h100", mfu: float = MFU, per_node: int = 8
+    preset: str,
+    config: RunConfig,
+    gpus: int,
+    *,
+    gpu: str = "h100",
+    mfu: float = MFU,
+    per_node: int = 8,
+    settings: Sequence[str] = (),
 ) -> Recipe:
     """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
 
-    The step's examples stay: only how many forward passes they are shared among, the fewest that fit.
+    The examples of a step stay: only how many forward passes share them, the fewest that fit. `settings` are the
+    KEY=VALUE by which the config differs from the preset.
 
     Raises:
         UserError: the GPUs cannot share the batch, or not even one image fits.
@@ -79,7 +89,7 @@ def recipe(
                 flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
                 step = flops / (gpus * peak * 1e12 * mfu)
                 return Recipe(
-                    _command(preset, config, gpus, per_node, total // accumulate, accumulate, recompute),
+                    _command(preset, config, gpus, per_node, total // accumulate, accumulate, recompute, settings),
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * config.train.steps / 3600, total / step),
                 )
@@ -92,11 +102,19 @@ def _counted(model: ModelConfig, recompute: str) -> dict[str, Any]:
 
 
 def _command(
-    preset: str, config: RunConfig, gpus: int, per_node: int, batch_size: int, accumulate: int, recompute: str
+    preset: str,
+    config: RunConfig,
+    gpus: int,
+    per_node: int,
+    batch_size: int,
+    accumulate: int,
+    recompute: str,
+    settings: Sequence[str],
 ) -> str:
     keys = {"batch_size": batch_size, "accumulate": accumulate, "recompute": recompute}
     changed = [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
-    train = " ".join(["train --preset", preset, *changed, f"--out runs/{preset}"])
+    given = [f"--set {shlex.quote(setting)}" for setting in settings]
+    train = " ".join(["train --preset", preset, *given, *changed, f"--out runs/{preset}"])
     if gpus == 1:
         return f"dit-in-dit {train}"
     if gpus <= per_node:
@@ -107,4 +125,4 @@ def _command(
     meet = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
     launch = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint {meet}"
     slurm = f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {per_node} --exclusive"
-    return f"{slurm} --wrap 'srun {launch} -m dit_in_dit {train}'"
+    return f"{slurm} --wrap {shlex.quote(f'srun {launch} -m dit_in_dit {train}')}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_in_dit.cli.options import Commands, make_folder
 from dit_in_dit.config import UserError
-from dit_in_dit.shipped import find_run
+from dit_in_dit.shipped import find_run, results
 
 
 def add(commands: Commands) -> None:
@@ -52,7 +52,7 @@ def _curves(options: argparse.Namespace) -> None:
     curves = [read_run(run) for run in options.runs]
     compared = arms(curves)
     found = {**tables(compared, options.reach), "notes": notes(curves)}
-    out: Path = options.out or options.runs[0] / "curves"
+    out: Path = options.out or results(options.runs[0], "curves")
     make_folder(out)
     pictures = draw(compared, out)
     (out / "curves.json").write_text(json.dumps(found, indent=1) + "\n")

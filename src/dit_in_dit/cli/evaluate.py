@@ -21,7 +21,7 @@ from dit_in_dit.cli.options import (
     whole,
 )
 from dit_in_dit.config import UserError, nearest
-from dit_in_dit.shipped import find_run
+from dit_in_dit.shipped import find_run, results
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -58,7 +58,12 @@ def add(commands: Commands) -> None:
     add_vae(evaluate)
     evaluate.add_argument("--batch", type=whole, default=64, help="images at a time in feature networks (default 64)")
     add_device(evaluate)
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default for a run: RUN/evaluation/STEP")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default for a run: RUN/evaluation/STEP; for a shipped one evaluation/RUN/STEP",
+    )
 
     compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
     compare.add_argument(
@@ -95,7 +100,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             averaged=not options.raw,
             decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
         )
-        out = options.out or options.subject / "evaluation" / f"{subject.about['step']:07d}"
+        out = options.out or results(options.subject, "evaluation") / f"{subject.about['step']:07d}"
     else:
         subject = files_subject(options.subject)
         if options.out is None:

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, chosen, whole
-from dit_in_dit.config import to_yaml
+from dit_in_dit.config import ModelConfig, from_file, to_yaml
+from dit_in_dit.shipped import ROOM, shipped
 from dit_in_dit.stages import format_stages
 
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    commands.add("presets", _presets, "list the presets")
+    commands.add("presets", _presets, "list the presets, and the trained models that ship with the package")
     add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
     inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
     add_config(inspect)
@@ -24,10 +25,16 @@ def add(commands: Commands) -> None:
 
 def _presets(options: argparse.Namespace) -> None:
     for name in presets.NAMES:
-        model = presets.get(name).model
-        size = "x".join(map(str, (*model.image_size, model.channels)))
-        stages = format_stages(model.program)
-        print(f"{name:<18} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
+        _print_model(name, presets.get(name).model)
+    print("\nTrained models, for commands that take a run (models/NAME where a preset is meant by NAME):")
+    for name, run in sorted(shipped().items()):
+        _print_model(f"{ROOM}/{name}", from_file(run / "config.yaml").model)
+
+
+def _print_model(name: str, model: ModelConfig) -> None:
+    size = "x".join(map(str, (*model.image_size, model.channels)))
+    stages = format_stages(model.program)
+    print(f"{name:<24} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
 
 
 def _config(options: argparse.Namespace) -> None:

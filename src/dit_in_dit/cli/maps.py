@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
-from dit_in_dit.shipped import find_run
+from dit_in_dit.shipped import find_run, results
 
 MOST_TIMES = 99
 
@@ -19,7 +19,9 @@ def add(commands: Commands) -> None:
     maps.add_argument("--times", type=times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9")
     add_sampling(maps)
     add_device(maps)
-    maps.add_argument("--out", type=Path, metavar="DIR", help="folder for the page and the pictures (default RUN/maps)")
+    maps.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the page (default RUN/maps; for a shipped run maps/RUN)"
+    )
 
 
 def times(text: str) -> tuple[float, ...]:
@@ -52,7 +54,7 @@ def _maps(options: argparse.Namespace) -> None:
     names = tuple(manifest["classes"])
     config, classes = sampling(options, config, names)
     views = choose(open_source(config.data, config.model), config, options.num, options.times, classes)
-    out: Path = options.out or options.run_folder / "maps"
+    out: Path = options.out or results(options.run_folder, "maps")
     make_folder(out)
     with Progress(
         TextColumn("looking"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True

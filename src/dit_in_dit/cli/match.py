@@ -12,7 +12,8 @@ from typing import Any
 
 from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
-from dit_in_dit.config import RunConfig, UserError, from_file, to_yaml
+from dit_in_dit.config import RunConfig, UserError, from_file, nearest, shortened, to_yaml
+from dit_in_dit.shipped import ROOM, find_run, shipped
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -27,7 +28,12 @@ def add(commands: Commands) -> None:
     about = "change a model's outer transformer until it costs what another model does; keys given with --set stay"
     match = commands.add("match", _match, about)
     add_config(match)
-    match.add_argument("--like", required=True, metavar="NAME|FILE", help="preset or YAML file of the wanted cost")
+    match.add_argument(
+        "--like",
+        required=True,
+        metavar="NAME|FILE|RUN",
+        help="what has the wanted cost: a preset, a YAML file or a run",
+    )
     match.add_argument("--by", choices=("macs", "time", "params"), default="macs", help="the cost (default: macs)")
     match.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
     add_device(match)
@@ -58,6 +64,8 @@ def _match(options: argparse.Namespace) -> None:
     elif times := quick_times({"this": matched, "like": like}, device):
         pairs["time"] = times["this"].seconds, times["like"].seconds
         ratios["time"] = times["this"].over(times["like"])
+    if options.like in presets.NAMES and (run := find_run(options.like) / "config.yaml").is_file():
+        print(f"--like {options.like} is the preset; the run of that name is {shortened(run.parent)}", file=sys.stderr)
     words = [f"{name}={_yaml(after)}" for name, (_, after) in twin.changed.items()]
     if options.out:
         options.out.write_text(to_yaml(matched))
@@ -70,10 +78,17 @@ def _match(options: argparse.Namespace) -> None:
 
 
 def _named(name: str) -> RunConfig:
-    """The preset, or the config in a YAML file."""
-    if name in presets.NAMES or Path(name).suffix not in (".yaml", ".yml"):
+    """The preset, or the config in a YAML file or in a run's folder."""
+    from dit_in_dit.checkpoint import read_config
+
+    if name in presets.NAMES:
         return presets.get(name)
-    return from_file(Path(name), "--like")
+    if Path(name).suffix in (".yaml", ".yml"):
+        return from_file(Path(name), "--like")
+    if (run := find_run(name)).is_dir():
+        return read_config(run)
+    runs = [f"{ROOM}/{shipping}" for shipping in shipped()]
+    raise UserError(f"--like: no preset, file or run {shortened(name)!r}{nearest(name, [*presets.NAMES, *runs])}")
 
 
 def _yaml(value: Any) -> str:

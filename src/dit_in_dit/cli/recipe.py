@@ -10,6 +10,7 @@ from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, whole
 from dit_in_dit.config import override
 
+USUAL = (1, 8, 64)  # GPUs
 FEW = 8  # images in a forward pass, below which a GPU is likely to wait for its host
 
 
@@ -17,7 +18,13 @@ def add(commands: Commands) -> None:
     """Add the command."""
     recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with memory and time estimated")
     recipe.add_argument("preset", help="see `dit-in-dit presets`")
-    recipe.add_argument("--gpus", type=whole, action="append", metavar="N", help="repeatable (default: 1, 8 and 64)")
+    recipe.add_argument(
+        "--gpus",
+        type=whole,
+        action="append",
+        metavar="N",
+        help="repeatable (default: 1, 8 and 64, as far as they divide a step)",
+    )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
     recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
     recipe.add_argument("--per-node", type=whole, default=8, metavar="N", help="GPUs in a machine (default 8)")
@@ -40,9 +47,18 @@ def _recipe(options: argparse.Namespace) -> None:
 
     config = override(presets.get(options.preset), options.set)
     mfu = options.mfu or MFU
+    usual = [gpus for gpus in USUAL if config.global_batch % gpus == 0]
     found = [
-        recipe(options.preset, config, gpus, gpu=options.gpu, mfu=mfu, per_node=options.per_node)
-        for gpus in options.gpus or (1, 8, 64)
+        recipe(
+            options.preset,
+            config,
+            gpus,
+            gpu=options.gpu,
+            mfu=mfu,
+            per_node=options.per_node,
+            settings=options.set,
+        )
+        for gpus in options.gpus or usual
     ]
     if options.json:
         print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in found]}, indent=1))

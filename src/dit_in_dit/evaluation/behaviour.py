@@ -239,9 +239,9 @@ def null_class(patient: Patient) -> Section:
         section.find("note", "null class", "no label is dropped", "set train.label_drop above 0 to use guidance")
         return section
     table, initial = trainer.ema.model.label_embed.table.weight.cpu(), patient.initial[name]
-    moment = trainer.optimizer.state[trainer.model.label_embed.table.weight]["exp_avg_sq"]
+    moment = trainer.optimizer.state.get(trainer.model.label_embed.table.weight, {}).get("exp_avg_sq")
     advice = f"labels must be dropped to {null} (model.num_classes); train anew"
-    if torch.equal(table[-1], initial[-1]) or not moment[-1].any():
+    if torch.equal(table[-1], initial[-1]) or (moment is not None and not moment[-1].any()):
         section.find("fault", "null class", "the null class's row never moved from its initial value", advice)
         return section
     copies = (table[:-1] == table[-1]).all(1).nonzero().flatten().tolist()

@@ -91,13 +91,22 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
         folder, manifest, passed_over = checkpoint.newest(run)
         checkpoint.warn(passed_over)
         try:
-            trainer.restore(
-                checkpoint.load_trained(folder), checkpoint.load_state(folder, "ema.safetensors"), manifest["step"]
-            )
+            _restore(trainer, folder, manifest["step"])
         except (RuntimeError, KeyError):
             raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
     held = _held_out(source, config, max(checks.CHUNK, min(HELD_OUT, checks.MOST_NUMBERS // numbers)))
     return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
+
+
+def _restore(trainer: Trainer, folder: Path, step: int) -> None:
+    """A checkpoint's state; of a run that holds weights alone (exported or imported), its averaged weights."""
+    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, "ema.safetensors")
+    if any(name.startswith("optimizer.") for name in state):
+        trainer.restore(state, averaged, step)
+        return
+    for model in (trainer.model, trainer.ema.model):
+        model.load_state_dict(averaged)
+    trainer.step = step
 
 
 @torch.no_grad()

@@ -51,6 +51,10 @@ def probe(trainer: Trainer) -> list[Line]:
 def training(patient: Patient) -> Section:
     """Loss and gradients over the log, or over a probe where there is no log; see `probe`."""
     section, train = Section("training"), patient.config.train
+    if patient.trained and not patient.trainer.optimizer.state:
+        seen = "the run holds weights alone: no log and no moments, so gradients and rates cannot be judged"
+        section.find("note", "training", seen, "run doctor on the run that it was exported from, if there is one")
+        return section
     logged = [line for line in patient.log if "loss" in line]
     in_log = bool(logged) and any(name.startswith("grad_norm.") for name in logged[-1])
     probed = [] if in_log and patient.trained else probe(patient.trainer)

@@ -57,7 +57,7 @@ def card(
     model = config.model
     front = {
         "license": licence,
-        "library_name": "diffusers",
+        "library_name": "dit-in-dit" if use else "diffusers",  # whose classes load the folder
         "pipeline_tag": "unconditional-image-generation",  # the Hub has no task for classes
         "tags": ["dit-in-dit", "diffusion-transformer", "nested-transformer"]
         + (["class-conditional"] if model.num_classes else []),

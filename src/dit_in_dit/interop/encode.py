@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from dit_in_dit import atomic
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.families import family_number
-from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, open_shard, sha256
+from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
 from dit_in_dit.data.source import Source, count_classes, open_source
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -152,11 +152,11 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
-        found = json.loads((out / INDEX).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
+    found = load_index(out)
     for name, value in index["made"].items():
-        if (there := found.get("made", {}).get(name)) != value:
+        if (there := found["made"].get(name)) != value:
             raise UserError(f"{out} holds other latents: {name} is {there}, not {value}; choose another --out")
     return list(found["shards"])
 
@@ -239,8 +239,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
     index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
-    for left in out.glob("*.part"):
-        left.unlink()
+    atomic.clear(out, {INDEX, *(path.name for path in paths)})
     atomic.write(out / INDEX, json.dumps(index, indent=1))
 
 

@@ -6,6 +6,7 @@ studies ask about: it stays as it is, also where its width was the outer one.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -267,13 +268,26 @@ def match(
 
     Raises:
         NoTwin: there is none.
+        UserError: their images or classes differ.
     """
+    _check_alike(config.model, like.model)
     if by == "time":
         return _match_time(config, like, tolerance, fixed, device or torch.device("cpu"), threads)
     found = _nearest(config.model, COUNTS[by](like.model), COUNTS[by], tolerance, fixed)
     if abs(found.gap) > tolerance:
         raise NoTwin(found, NAMES[by], tolerance)
     return found
+
+
+def _check_alike(model: ModelConfig, like: ModelConfig) -> None:
+    """UserError unless both models are of the same images and classes: costs are counted for an image."""
+    pairs = {name: (getattr(model, name), getattr(like, name)) for name in ("image_size", "channels", "num_classes")}
+    unlike = [f"model.{name}={json.dumps(wanted)}" for name, (own, wanted) in pairs.items() if own != wanted]
+    if unlike:
+        raise UserError(
+            f"costs compare for the same images and classes, but the model to match has {', '.join(unlike)}: "
+            "set the same here, or match another"
+        )
 
 
 def _match_time(

@@ -398,8 +398,8 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
     out = ["--out", str(tmp_path / "latents"), "--device", "cpu"]
     good = ["--data", str(images), "--vae", str(vae)]
     for words, part in (
-        (["--data", str(images), "--vae", str(tmp_path / "empty")], "no AutoencoderKL"),
-        (["--data", str(images), "--vae", "somebody/never-made"], "no AutoencoderKL"),
+        (["--data", str(images), "--vae", str(tmp_path / "empty")], "no VAE"),
+        (["--data", str(images), "--vae", "somebody/never-made"], "no VAE"),
         (["--data", str(tmp_path / "absent"), "--vae", str(vae)], "no such file"),
         (["--data", "mosaic", "--vae", str(vae)], "has no end"),
         ([*good, "--size", "15"], "multiple of 2"),

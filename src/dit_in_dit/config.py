@@ -193,7 +193,7 @@ class DataConfig(Section):
     label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
-    vae: str | None = key(None, "latents: the folder or hub id of the AutoencoderKL; null: the one that encoded them")
+    vae: str | None = key(None, "latents: the folder or hub id of the VAE; null: the one that encoded them")
     latent_mean: tuple[float, ...] | None = key(
         None, "latents: subtracted, one number or one per channel; null: the VAE's"
     )

@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
     give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
-    give.add_argument("--vae", help="pipeline: the AutoencoderKL of a run on latents, a folder or a hub id")
+    give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: of the weights, as the hub names it")
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: of the weights")
 

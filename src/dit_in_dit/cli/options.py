@@ -82,7 +82,7 @@ def add_micro_batch(command: argparse.ArgumentParser) -> None:
 
 def add_vae(command: argparse.ArgumentParser) -> None:
     """--vae, for a run that draws latents."""
-    command.add_argument("--vae", help="decode latents by this AutoencoderKL: a folder or hub id (default: the run's)")
+    command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
 
 
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:

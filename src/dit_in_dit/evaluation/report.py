@@ -138,7 +138,7 @@ def read(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(found.read_text())
         result["subject"]["name"], result["scores"]
         result["protocol"].setdefault("precision", before_it_was_named(result.get("made with", {}).get("torch", "")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{found} is not an evaluation: {error}") from None
     return result
 

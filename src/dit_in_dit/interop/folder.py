@@ -14,9 +14,9 @@ from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.latents import complete
 from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of
-from dit_in_dit.interop.encode import constants, load_vae
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
+from dit_in_dit.interop.vae import constants, load_vae
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.section import to_dict
 
@@ -28,7 +28,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
     Args:
         averaged: the averaged weights, else the trained ones.
-        vae: folder or Hub name of the AutoencoderKL that decodes the latents; None: the one that the run names.
+        vae: folder or Hub name of the VAE that decodes the latents; None: the one that the run names.
         licence: of the weights, as the Hub names it.
 
     Raises:

@@ -134,9 +134,9 @@ class Block(nn.Module):
         self.modulation = Modulation(condition, width, 3 * len(self.branches))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        vectors = iter(self.modulation(c))
-        branches = zip(self.branches.values(), self.eps, strict=True)
-        for (branch, eps), shift, scale, gate in zip(branches, vectors, vectors, vectors, strict=True):
+        vectors = self.modulation(c)
+        for at, (branch, eps) in enumerate(zip(self.branches.values(), self.eps, strict=True)):
+            shift, scale, gate = vectors[3 * at : 3 * at + 3]
             x = torch.addcmul(x, gate, branch(modulate(norm(x, eps), shift, scale)))
         return x
 

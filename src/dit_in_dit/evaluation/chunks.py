@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dit_in_dit import atomic
 from dit_in_dit.config import UserError
+from dit_in_dit.strict_json import read_json
 
 Arrays = dict[str, NDArray[Any]]
 PATIENCE = 1800  # seconds without a new chunk after which the other processes are given up
@@ -40,10 +41,7 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: remove {path.parent} or choose another --out") from None
+    stored = read_json(path, advice=f"remove {path.parent} or choose another --out")
     if field := first_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from dit_in_dit.evaluation.evaluate import Evaluation, floats
 from dit_in_dit.evaluation.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.precision import before_it_was_named
 from dit_in_dit.sampling import beside, grid
+from dit_in_dit.strict_json import has_form, read_json
 
 SHOWN = 64
+SCORE = {"value": (int, float), **dict.fromkeys(("low", "high", "floor"), (int, float, type(None)))}
 
 
 def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
@@ -134,12 +135,12 @@ def read(path: Path) -> dict[str, Any]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
-    try:
-        result: dict[str, Any] = json.loads(found.read_text())
-        result["subject"]["name"], result["scores"]
-        result["protocol"].setdefault("precision", before_it_was_named(result.get("made with", {}).get("torch", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{found} is not an evaluation: {error}") from None
+    result = read_json(found, "the evaluation ", "evaluate again")
+    good = has_form(result, {"subject": {"name": str}, "scores": dict, "protocol": dict})
+    made = result.get("made with", {})
+    if not good or not has_form([*result["scores"].values()], [SCORE]) or not isinstance(made, dict):
+        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds one of another kind; evaluate again")
+    result["protocol"].setdefault("precision", before_it_was_named(str(made.get("torch", ""))))
     return result
 
 

@@ -23,7 +23,7 @@ def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads(path.read_text())
             if found["subject"]["checkpoint"] == weights:
                 return found
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # half written, or of another tool
     return None
 

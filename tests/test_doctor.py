@@ -73,8 +73,8 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
     """A copy of the run whose weights and averaged weights are edited in place, and whose config has other keys."""
     shutil.copytree(run, folder)
     config = replace(checkpoint.read_config(run), **keys)
-    (folder / "config.yaml").write_text(to_yaml(config))
     newest, manifest, _ = checkpoint.newest(folder)
+    (folder / "config.yaml").write_text(to_yaml(config))
     state, ema = checkpoint.load_state(newest), checkpoint.load_state(newest, "ema.safetensors")
     edit({name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")})
     edit(ema)

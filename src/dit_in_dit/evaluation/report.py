@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,12 @@ from dit_in_dit.evaluation.evaluate import Evaluation, floats
 from dit_in_dit.evaluation.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.precision import before_it_was_named
 from dit_in_dit.sampling import beside, grid
+from dit_in_dit.strict_json import has_form, read_json
 
 SHOWN = 64
+NUMBER = (int, float)
+SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType), "floor": (*NUMBER, NoneType)}
+FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
 
 
 def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
@@ -134,12 +138,13 @@ def read(path: Path) -> dict[str, Any]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
-    try:
-        result: dict[str, Any] = json.loads(found.read_text())
-        result["subject"]["name"], result["scores"]
-        result["protocol"].setdefault("precision", before_it_was_named(result.get("made with", {}).get("torch", "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{found} is not an evaluation: {error}") from None
+    advice = "run `dit-in-dit evaluate` again"
+    result = read_json(found, "the evaluation ", advice)
+    if not has_form(result, FORM) or not all(has_form(score, SCORE) for score in result["scores"].values()):
+        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds another in its place; {advice}")
+    made_with = result.get("made with")
+    torch = made_with.get("torch") if isinstance(made_with, dict) else None
+    result["protocol"].setdefault("precision", before_it_was_named(torch if isinstance(torch, str) else ""))
     return result
 
 

@@ -12,7 +12,6 @@ another throws it away.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import threading
 import time
@@ -122,9 +121,8 @@ class Board:
         self.plan, self.lease = plan, lease
         self.states = optuna.trial.TrialState
         self.errors = (optuna.exceptions.UpdateFinishedTrialError, ValueError)
-        identity = hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]
         self.study = optuna.create_study(
-            study_name=f"{plan.name}-{identity}",
+            study_name=plan.identity,
             storage=storage,
             pruner=optuna.pruners.MedianPruner() if plan.study.prune else optuna.pruners.NopPruner(),
             direction="minimize",

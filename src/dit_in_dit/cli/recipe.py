@@ -17,7 +17,13 @@ def add(commands: Commands) -> None:
     """Add the command."""
     recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with memory and time estimated")
     recipe.add_argument("preset", help="see `dit-in-dit presets`")
-    recipe.add_argument("--gpus", type=whole, action="append", metavar="N", help="repeatable (default: 1, 8 and 64)")
+    recipe.add_argument(
+        "--gpus",
+        type=whole,
+        action="append",
+        metavar="N",
+        help="repeatable (default: one GPU, a machine and eight machines, as a step's examples allow)",
+    )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
     recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
     recipe.add_argument("--per-node", type=whole, default=8, metavar="N", help="GPUs in a machine (default 8)")
@@ -36,13 +42,13 @@ def _share(text: str) -> float:
 
 
 def _recipe(options: argparse.Namespace) -> None:
-    from dit_in_dit.recipe import GPUS, MFU, recipe
+    from dit_in_dit.recipe import GPUS, MFU, recipe, usual
 
     config = override(presets.get(options.preset), options.set)
     mfu = options.mfu or MFU
     found = [
-        recipe(options.preset, config, gpus, gpu=options.gpu, mfu=mfu, per_node=options.per_node)
-        for gpus in options.gpus or (1, 8, 64)
+        recipe(options.preset, options.set, gpus, gpu=options.gpu, mfu=mfu, per_node=options.per_node)
+        for gpus in options.gpus or usual(config, options.per_node)
     ]
     if options.json:
         print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in found]}, indent=1))

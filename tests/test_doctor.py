@@ -85,9 +85,9 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
 
 
 def set_already(advice: str, config: RunConfig) -> list[str]:
-    """Of an advice, each `key=value` that the config holds."""
+    """Of an advice, each `key=value` to set that the config holds; "lower KEY=VALUE" says what it is."""
     values = {name: str(value) for name, _, value in keys(config)}
-    pairs = re.findall(r"([a-z_.]+)=([\w.]+)", advice)
+    pairs = re.findall(r"(?<!lower )\b([a-z_.]+)=([\w.]+)", advice)
     held = ((values.get(name, values.get(f"model.{name}", "")), value) for name, value in pairs)
     return [f"{own}={value}" for own, value in held if own.removesuffix(".0") == value]
 

@@ -12,13 +12,13 @@ from test_model import EVERY_CHOICE, PROGRAMS
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stages", "inner"),
+    ("stages", "choice"),
     [(stages, {}) for stages in PROGRAMS] + [("inner outer inner", choice) for choice in EVERY_CHOICE],
     ids=str,
 )
-def test_no_graph_breaks(stages, inner):
+def test_no_graph_breaks(stages, choice):
     torch._dynamo.reset()
-    model = perturbed(NestedDiT(small_model(stages, inner=inner)))
+    model = perturbed(NestedDiT(small_model(stages, **choice)))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x, t, y = inputs(model.config)
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y))

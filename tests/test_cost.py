@@ -34,7 +34,7 @@ def test_closed_form_agrees_with_the_flop_counter_for_every_preset(name):
 @pytest.mark.parametrize("stages", PROGRAMS)
 @pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
 def test_closed_form_agrees_with_the_flop_counter_for_every_choice(stages, choice):
-    model = small_model(stages, inner=choice)
+    model = small_model(stages, **choice)
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)
 
 

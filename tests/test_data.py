@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import resource
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -153,11 +155,15 @@ def test_arrays_under_the_wrong_name_are_refused(tmp_path):
 
 
 def test_linked_class_folders_are_read_and_loops_end(folder, tmp_path):
-    for name in ("red", "green", "blue"):
+    for name in ("red", "green"):
         (tmp_path / name).symlink_to(folder / name)
+    shutil.copytree(folder / "blue", tmp_path / "blue")
+    (tmp_path / "blue" / "loop").symlink_to(tmp_path)
+    assert everything(opened(tmp_path)) == everything(opened(folder))
     (tmp_path / "red-again").mkdir()
     (tmp_path / "red-again" / "loop").symlink_to(tmp_path)
-    assert everything(opened(tmp_path)) == everything(opened(folder))
+    with pytest.raises(UserError, match=r"class folder .*red-again is empty"):
+        opened(tmp_path)
 
 
 def test_a_long_thin_image_costs_no_more_than_it_shows():
@@ -243,3 +249,87 @@ def test_mosaic_is_endless_and_keeps_its_held_out_images_apart():
     assert source.train_size is None
     held = {source.held_out(i)[0].tobytes() for i in range(source.held_out_size)}
     assert held.isdisjoint(source.train(i)[0].tobytes() for i in range(200))
+
+
+# ------------------------------------------------------------------------------------------ digests
+
+
+def digest_of(path, **keys) -> str:
+    return opened(path, **{"held_out": 0.0, **keys}).digest
+
+
+def test_a_digest_depends_on_neither_the_place_nor_the_time_nor_the_listing(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*.*"):
+        os.utime(path, (1, 1))
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.*"), reverse=True):
+            archive.write(path, Path("wrapper") / path.relative_to(folder))
+    first = digest_of(folder)
+    assert len(bytes.fromhex(first)) == 32
+    assert digest_of(tmp_path / "moved") == digest_of(tmp_path / "set.zip") == first
+    assert digest_of(folder, held_out=0.2) == digest_of(folder, corrupt="skip") == first
+    walk = os.walk
+    monkeypatch.setattr("os.walk", lambda *a, **k: [(f, d[::-1], n[::-1]) for f, d, n in walk(*a, **k)])
+    assert digest_of(folder) == first
+    monkeypatch.chdir(folder.parent)
+    assert digest_of(folder.name) == first
+
+
+@pytest.mark.parametrize("most", [2**28, 0])  # by content, by size
+def test_a_digest_sees_an_image_added_replaced_removed_and_moved_to_another_class(folder, tmp_path, monkeypatch, most):
+    monkeypatch.setattr("dit_in_dit.data.digest.MOST_CONTENT", most)
+    place = tmp_path / "set"
+    shutil.copytree(folder, place)
+    image = next((place / "red").glob("*.png"))
+    seen = [digest_of(place)]
+    shutil.copy(image, place / "red/one-more.png")
+    seen.append(digest_of(place))
+    shutil.move(place / "red/one-more.png", place / "blue/one-more.png")
+    seen.append(digest_of(place))
+    (place / "blue/one-more.png").unlink()
+    assert digest_of(place) == seen[0]
+    image.write_bytes(next((place / "blue").glob("*.jpg")).read_bytes())
+    seen.append(digest_of(place))
+    image.unlink()
+    seen.append(digest_of(place))
+    assert len(set(seen)) == 5
+
+
+def test_images_replaced_by_others_of_the_same_bytes_in_number_are_seen(folder, tmp_path):
+    digests = set()
+    for colour in ("red", "lime"):
+        for name in "abc":
+            (tmp_path / name).mkdir(exist_ok=True)
+            image = Image.new("RGB", (8, 8), colour if name == "a" else "blue")
+            image.save(tmp_path / name / "0.png", compress_level=0)
+        digests.add((digest_of(tmp_path), (tmp_path / "a/0.png").stat().st_size))
+    assert len({size for _, size in digests}) == 1
+    assert len(digests) == 2
+
+
+def test_arrays_have_one_digest_in_every_packing_and_another_with_every_change(tmp_path, monkeypatch):
+    pixels, labels = np.arange(6 * 192, dtype=np.uint32).astype(np.uint8).reshape(6, 8, 8, 3), np.arange(6) % 3
+    np.savez(tmp_path / "set.npz", images=pixels, labels=labels)
+    np.savez_compressed(tmp_path / "adm.npz", arr_0=pixels, arr_1=labels)
+    np.save(tmp_path / "set.npy", pixels)
+    np.save(tmp_path / "set.labels.npy", labels)
+    assert len({digest_of(tmp_path / name) for name in ("set.npz", "adm.npz", "set.npy")}) == 1
+    other = pixels.copy()
+    other[4, 7, 7, 2] ^= 1
+    for number, arrays in enumerate(((other, labels), (pixels, labels[::-1]), (pixels[:5], labels[:5]))):
+        np.savez(tmp_path / f"{number}.npz", images=arrays[0], labels=arrays[1])
+    names = ("set", "0", "1", "2")
+    assert len({digest_of(tmp_path / f"{name}.npz") for name in names}) == 4
+    monkeypatch.setattr("dit_in_dit.data.digest.MOST_ARRAY", 3 * 192)  # every second row
+    assert len({digest_of(tmp_path / f"{name}.npz") for name in names}) == 4
+    assert digest_of(tmp_path / "set.npy") == digest_of(tmp_path / "set.npz")
+    other[4], other[3] = pixels[4], 0
+    np.savez(tmp_path / "0.npz", images=other, labels=labels)
+    assert digest_of(tmp_path / "0.npz") == digest_of(tmp_path / "set.npz")  # documented: such rows are not seen
+
+
+def test_the_sources_of_the_package_have_constant_digests():
+    model = small_model(image_size=(16, 16), num_classes=9)
+    digests = {name: open_source(DataConfig(source=name), model).digest[:16] for name in ("mosaic", "emoji")}
+    assert digests == {"mosaic": "1a133b6a7875722f", "emoji": "f13fb58f2ee7e2b5"}

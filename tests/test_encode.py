@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from dit_in_dit.config import DataConfig, SampleConfig, UserError, to_yaml
 from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import open_source
 from dit_in_dit.interop.encode import Encoding, decoder, encode
+from dit_in_dit.mistakes import LeftOutWarning
 from dit_in_dit.sampling import sample, to_pixels
 from dit_in_dit.training.example import Examples
 from dit_in_dit.training.loop import train
@@ -180,8 +182,12 @@ def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(image
         part.close()
         with pytest.raises(UserError, match="not encoded to its end"):
             opened(folder)
-        (folder / "000005.safetensors.1.part").write_bytes(b"what a killed process leaves")
-        assert content(made(folder, how(images, vae))) == expected
+        (folder / ".000005.safetensors.0123abcd.part").write_bytes(b"what a killed process leaves")
+        (tmp_path / f"{stop}/mine.part").write_bytes(b"the user's")
+        made(folder, how(images, vae))
+        assert (folder / "mine.part").read_bytes() == b"the user's"
+        (folder / "mine.part").unlink()
+        assert content(folder) == expected
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):  # each does its own files; the last to come finds all
         monkeypatch.setenv("RANK", rank)
@@ -242,6 +248,7 @@ def test_training_on_latents_equals_training_through_the_vae_with_the_posterior_
 
     class ThroughTheVae:  # what the VAE gives, image by image, in the order of the images
         classes, skipped, labels = ("lying", "standing"), (), np.array([0, 1])
+        digest = "0" * 64
         train_size, held_out_size = COUNT - len(held), len(held)
 
         def train(self, index):
@@ -391,8 +398,8 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
     out = ["--out", str(tmp_path / "latents"), "--device", "cpu"]
     good = ["--data", str(images), "--vae", str(vae)]
     for words, part in (
-        (["--data", str(images), "--vae", str(tmp_path / "empty")], "no AutoencoderKL"),
-        (["--data", str(images), "--vae", "somebody/never-made"], "no AutoencoderKL"),
+        (["--data", str(images), "--vae", str(tmp_path / "empty")], "no VAE"),
+        (["--data", str(images), "--vae", "somebody/never-made"], "no VAE"),
         (["--data", str(tmp_path / "absent"), "--vae", str(vae)], "no such file"),
         (["--data", "mosaic", "--vae", str(vae)], "has no end"),
         ([*good, "--size", "15"], "multiple of 2"),
@@ -410,3 +417,97 @@ def test_arrays_and_tables_bring_their_labels(vae, tmp_path):
     folder = made(tmp_path / "latents", how(tmp_path / "set.npz", vae))
     assert read_index(folder)["classes"] == ["0", "1", "2"]
     assert load_file(folder / "000000.safetensors")["label"].tolist() == [0, 1, 2, 2, 1, 0]
+
+
+def test_a_digest_of_latents_depends_on_what_they_hold_and_not_on_their_place(images, vae, latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "moved")
+    assert opened(tmp_path / "moved").digest == opened(latents).digest
+    assert opened(made(tmp_path / "other", how(images, vae, dtype="float32"))).digest != opened(latents).digest
+
+
+def damaged(index: dict, path: str, value: object) -> bytes:
+    """The index with another value at `path`."""
+    whole = json.loads(json.dumps(index))
+    *parents, last = [int(name) if name.isdigit() else name for name in path.split(".")]
+    inner = whole
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    return json.dumps(whole).encode()
+
+
+WRONG = {
+    "classes": ("ab", "damaged: what it says of 'classes'"),
+    "classes ": ([1, 2], "damaged: what it says of 'classes'"),
+    "made": (3, "damaged: what it says of 'made'"),
+    "made.shard": ("8", "damaged: what it says of 'made'"),
+    "made.shard ": (0, "must have 0 images each"),
+    "made.dtype": ("int8", "latents are float16"),
+    "made.dtype ": ("float32", "does not hold the 'moments'"),
+    "vae": (None, "damaged: what it says of 'vae'"),
+    "vae.scale": ([True], "damaged: what it says of 'vae'"),
+    "vae.scale ": ([float("nan")], "data.latent_scale"),
+    "shards": ({"a": 1}, "damaged: what it says of 'shards'"),
+    "shards.0": (7, "damaged: what it says of 'shards'"),
+    "shards.1.file": ("../other.safetensors", "outside its folder"),
+    "shards.5.count": (3, "does not hold the 'label'"),
+    "format": ("another", "is not of the format"),
+}
+
+
+def test_an_index_that_makes_no_sense_costs_one_line(images, vae, latents, tmp_path):
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    index = read_index(folder)
+    bad = {name: (damaged(index, name.strip(), value), part) for name, (value, part) in WRONG.items()}
+    bad |= {"deep": (b"[" * 200_000, "nests too deeply"), "list": (b"[]", "JSON object"), "text": (b"hi", "not valid")}
+    bad["one class fewer"] = damaged(index, "classes", ["one"]), "from 0 to 0: got 0 to 1"
+    one = replace(MODEL, num_classes=0)
+    for name, (text, part) in bad.items():
+        (folder / "latents.json").write_bytes(text)
+        with pytest.raises(UserError, match=part) as refused:
+            open_source(DataConfig(source=str(folder), held_out=0.2), one)
+        assert str(refused.value).isprintable(), name
+    for text in (b"[" * 200_000, b"[]", damaged(index, "made", 3), damaged(index, "shards", None)):
+        (folder / "latents.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"latents\.json"):
+            made(folder, how(images, vae))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 200_000,
+        b"[]",
+        b'{"label": 3}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": ["a", 64]}}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [-99999, -99935]}}',
+        b'{"label": {"dtype": "I64", "shape": ["8"], "data_offsets": [0, 64]}}',
+        b'{"label": {"dtype": [], "shape": [8], "data_offsets": [0, 64]}}',
+        b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}',  # nothing but labels
+    ],
+)
+def test_a_file_of_latents_with_a_wrong_header_costs_one_line(latents, tmp_path, header):
+    folder = tmp_path / "latents"
+    shutil.copytree(latents, folder)
+    (folder / "000001.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
+    with pytest.raises(UserError, match=r"000001\.safetensors"):
+        opened(folder)
+
+
+def test_files_of_a_latents_folder_that_are_not_in_its_index_are_said(latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "latents")
+    (tmp_path / "latents/000009.safetensors").write_bytes(b"of another encoding")
+    with pytest.warns(LeftOutWarning, match=r"files that are not in the index: 1, such as 000009\.safetensors"):
+        opened(tmp_path / "latents")
+
+
+def test_encode_writes_the_labels_of_dataset_json(images, vae, tmp_path):
+    names = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    shutil.copytree(images, tmp_path / "set")
+    rows = [[name, number * 7 % 3] for number, name in enumerate(names)]
+    (tmp_path / "set/dataset.json").write_text(json.dumps({"labels": rows}))
+    folder = made(tmp_path / "latents", how(tmp_path / "set", vae))
+    assert read_index(folder)["classes"] == ["0", "1", "2"]
+    stored = np.concatenate([load_file(path)["label"].numpy() for path in sorted(folder.glob("*.safetensors"))])
+    assert stored.tolist() == [label for _, label in rows]

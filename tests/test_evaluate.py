@@ -67,6 +67,7 @@ def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
     protocol = found["protocol"]
     assert protocol["images"] == 9
     assert protocol["size"] == [8, 8, 3]
+    assert protocol["precision"] == "float32, no TF32"
     wanted = {"sampler": "heun", "steps": 2, "guidance": 1.5, "weights": "averaged", "seed": 3, "precision": "float32"}
     assert wanted.items() <= protocol["samples"].items()
     assert len(protocol["reference"]["sha256"]) == 64

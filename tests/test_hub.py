@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 import test_data
 from conftest import small_model
 from dit_in_dit.config import DataConfig, UserError
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.source import count_classes, open_source
+from dit_in_dit.mistakes import LeftOutWarning
 from test_data import everything
 from test_tars import CLASSES, paths_of
 
@@ -132,3 +134,58 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(folder, tmp_path):
         opened(tmp_path / "saved", classes=0)
     source = opened(tmp_path / "saved", classes=0, corrupt="skip")
     assert (source.skipped, source.train_size + source.held_out_size) == (["row 4"], 29)
+
+
+@pytest.mark.parametrize("most", [2**28, 0])  # by content, by size
+def test_a_digest_of_rows_is_that_of_their_files_and_labels(folder, tmp_path, monkeypatch, most):
+    monkeypatch.setattr("dit_in_dit.data.digest.MOST_CONTENT", most)
+    rows = table(folder)
+    rows.to_parquet(tmp_path / "set.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    first = opened(tmp_path / "saved").digest
+    assert opened(tmp_path / "set.parquet").digest == first
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert opened(tmp_path / "moved").digest == first
+    labels = [(label + 1) % 3 for label in rows["label"]]
+    for number, other in enumerate((rows.select(range(29)), table(folder, label=labels))):
+        other.save_to_disk(tmp_path / str(number))
+        assert opened(tmp_path / str(number)).digest != first
+
+
+def test_labels_may_be_false_and_true(folder, tmp_path):
+    files = [path.read_bytes() for path in paths_of(folder)]
+    truths = [number % 3 == 0 for number in range(30)]
+    datasets.Dataset.from_dict({"image": files, "label": truths}).save_to_disk(tmp_path / "saved")
+    source = opened(tmp_path / "saved", classes=2, held_out=0.0)
+    assert source.labels.tolist() == [int(truth) for truth in truths]
+    assert type(source.train(0)[1]) is int
+    assert count_classes(DataConfig(source=f"hf:{tmp_path / 'saved'}")) == 2
+
+
+@pytest.mark.parametrize("fields", [("bytes", "path"), ("bytes",)])
+def test_a_plain_struct_of_bytes_and_path_is_an_image(folder, tmp_path, fields):
+    """Parquet that was not written by `datasets` has none of its metadata."""
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths_of(folder)]
+    plain = pyarrow.table(
+        {
+            "image": [{name: image[name] for name in fields} for image in images],
+            "label": [CLASSES.index(path.parent.name) for path in paths_of(folder)],
+        }
+    )
+    pyarrow.parquet.write_table(plain, tmp_path / "plain.parquet")
+    table(folder).to_parquet(tmp_path / "set.parquet")
+    source, expected = (opened(tmp_path / name, held_out=0.0) for name in ("plain.parquet", "set.parquet"))
+    assert everything(source) == everything(expected)
+    assert everything(pickle.loads(pickle.dumps(source))) == everything(expected)
+    if "path" in fields:
+        assert source.families == expected.families
+    other = pyarrow.table({"image": [{"text": "a"}] * 3})
+    pyarrow.parquet.write_table(other, tmp_path / "other.parquet")
+    with pytest.raises(UserError, match="no images"):
+        opened(tmp_path / "other.parquet", classes=0)
+
+
+def test_columns_that_are_not_read_are_said(folder, tmp_path):
+    table(folder, caption=["a"] * 30).save_to_disk(tmp_path / "saved")
+    with pytest.warns(LeftOutWarning, match="left out columns: 1, such as caption"):
+        opened(tmp_path / "saved")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -31,13 +31,31 @@ TABLES = {
     "spread": SPREADS,
     "fuse": FUSIONS,
 }
-CHOICES = {key: get_args(get_type_hints(InnerConfig)[key]) for key in TABLES}
-EVERY_CHOICE = [{key: value} for key, values in CHOICES.items() for value in values]
+
+
+def choices(section: type) -> dict[str, tuple]:
+    """Every key of a section of the config that has named values or is a switch, with all its values."""
+    hints = get_type_hints(section).items()
+    return {key: get_args(kind) for key, kind in hints if get_origin(kind) is Literal} | {
+        key: (False, True) for key, kind in hints if kind is bool
+    }
+
+
+CHOICES = choices(InnerConfig)
+# Arguments of `small_model`: every value of every choice, those that a later version adds included.
+EVERY_CHOICE = [{"inner": {key: value}} for key, values in CHOICES.items() for value in values] + [
+    {key: value} for key, values in choices(ModelConfig).items() for value in values
+]
 
 
 @pytest.mark.parametrize("key", TABLES)
 def test_the_config_names_what_the_model_has(key):
     assert set(CHOICES[key]) == TABLES[key].keys()
+
+
+def test_every_choice_of_the_model_is_tried():
+    assert CHOICES.keys() == TABLES.keys()
+    assert choices(ModelConfig).keys() >= {"use_inner", "learn_variance", "time_embed", "qk_norm"}
 
 
 def our_name(official: str) -> str:
@@ -230,17 +248,18 @@ def test_use_inner_false_is_the_plain_dit():
 @pytest.mark.parametrize("stages", PROGRAMS)
 @pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
 def test_every_arrangement_trains_a_step(stages, choice):
-    model = perturbed(NestedDiT(small_model(stages, inner=choice)))
+    model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config, batch=6)
+    target = x.repeat(1, model.config.out_channels // model.config.channels, 1, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loss = (model(x, t, y) - x).square().mean()
+    loss = (model(x, t, y) - target).square().mean()
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} takes no part"
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
     optimizer.step()
-    assert (model(x, t, y) - x).square().mean() < loss
+    assert (model(x, t, y) - target).square().mean() < loss
 
 
 @pytest.mark.parametrize("stages", PROGRAMS)

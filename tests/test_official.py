@@ -12,12 +12,13 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import small_model, with_train
@@ -25,6 +26,8 @@ from dit_in_dit import checkpoint, presets, train
 from dit_in_dit.cli import main
 from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.diffusion.path import alpha_bar
+from dit_in_dit.interop.diffusers_dit import SCHEDULERS
 from dit_in_dit.interop.imported import KEPT, ORIGIN, export_diffusers, export_official, import_run
 from dit_in_dit.interop.official import expected
 from dit_in_dit.mistakes import UserError
@@ -77,6 +80,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def imported(tmp_path: Path, weights: dict | None = None, /, name: str = "tiny.pt", **options) -> Path:
     """The run of weights given as a file."""
+    tmp_path.mkdir(exist_ok=True)
     torch.save(tiny() if weights is None else weights, tmp_path / name)
     import_run(tmp_path / name, tmp_path / "run", heads=4, **options)
     return tmp_path / "run"
@@ -359,6 +363,241 @@ def test_an_imported_run_is_sampled_by_the_command(dit, tmp_path):
     model, config, _ = checkpoint.load_model(dit, CPU)
     drawn = sample(model, replace(config, sample=replace(config.sample, steps=2)), 3, classes=[3, 7])
     assert torch.equal(torch.from_numpy(np.load(tmp_path / "images" / "samples.npz")["images"]), drawn)
+
+
+# ------------------------------------------------------------------------- without a null class
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def without_null(shift: float = 0.0) -> dict[str, Tensor]:
+    """As the official code makes it with class_dropout_prob=0: a row for each of ten classes."""
+    weights = official("tiny", shift=shift)
+    return weights | {TABLE: weights[TABLE][:-1].clone()}
+
+
+@pytest.mark.parametrize("said", [{"args": argparse.Namespace(num_classes=10)}, {}])
+def test_a_table_without_a_null_row_keeps_its_last_class(tmp_path, said):
+    weights = {"model": without_null(0.1), "ema": without_null(), **said}
+    run = imported(tmp_path, weights, **({} if said else {"classes": 10}))
+    model, config, manifest = checkpoint.load_model(run, CPU)
+    assert config.model.num_classes == len(manifest["classes"]) == 10
+    assert (config.sample.guidance, config.train.label_drop) == (1.0, 0.0)
+    whole, _, _ = checkpoint.load_model(imported(tmp_path / "whole"), CPU)
+    y = torch.arange(10)
+    x, t = normal(draw(3), 10, 4, 8, 8), torch.full((10,), 0.3)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), whole(x, t, y))  # every class, the last too
+    how = replace(config, sample=replace(config.sample, steps=2))
+    assert torch.equal(sample(model, how, 10), sample(whole, how, 10))
+    for averaged, theirs in ((True, weights["ema"]), (False, weights["model"])):
+        export_official(run, tmp_path / f"{averaged}.pt", averaged=averaged)
+        assert same(theirs, torch.load(tmp_path / f"{averaged}.pt", weights_only=True))
+
+
+def test_guidance_is_refused_without_a_null_class(tmp_path):
+    for settings, says in (
+        (["sample.guidance=4"], "needs a trained null class"),
+        (["sample.guidance=4", "train.label_drop=0.1"], "have no null class"),
+    ):
+        with pytest.raises(UserError, match=says):
+            imported(tmp_path, without_null(), classes=10, settings=settings)
+
+
+def test_a_folder_of_diffusers_without_a_null_row_keeps_its_last_class(made, tmp_path):
+    shutil.copytree(made, tmp_path / "theirs")
+    path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t[:10].clone() if "embedding_table" in n else t for n, t in load_file(path).items()}, path)
+    config = import_run(tmp_path / "theirs", tmp_path / "run")
+    assert (config.model.num_classes, config.sample.guidance) == (10, 1.0)
+    export_diffusers(tmp_path / "run", tmp_path / "back")  # which always has the row
+    back = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[name][: len(tensor)], tensor) for name, tensor in load_file(path).items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "says"),
+    [
+        ({"ema": tiny(), "args": argparse.Namespace(num_classes=1000)}, {}, "has 1000 classes, and 11 rows for them"),
+        (tiny(), {"classes": 9}, "has 9 classes, and 11 rows for them: say --num-classes"),
+        ({"ema": tiny(), "model": without_null()}, {"classes": 10}, "has 10 classes, and 11 rows"),
+        (tiny() | {TABLE: torch.zeros(1, 32)}, {}, "one row"),
+    ],
+)
+def test_a_table_that_fits_no_number_of_classes_is_refused(tmp_path, weights, options, says):
+    with pytest.raises(UserError, match=says):
+        imported(tmp_path, weights, **options)
+
+
+# ----------------------------------------------------------------------------- wrappers and files
+
+
+def wrapped(*prefixes: str) -> dict[str, Tensor]:
+    return {f"{''.join(prefixes)}{name}": tensor for name, tensor in tiny().items()}
+
+
+def shifted() -> dict[str, Tensor]:
+    return official("tiny", shift=0.1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: wrapped("module."),
+        lambda: {"ema": wrapped("_orig_mod."), "model": wrapped("module.", "_orig_mod.")},
+        lambda: {"model": wrapped("_orig_mod.", "module.")},
+        lambda: {"state_dict": wrapped("model.", "_orig_mod."), "epoch": 3},
+        lambda: {"state_dict": wrapped("ema.") | {f"model.{n}": t for n, t in shifted().items()}},
+        lambda: {"ema_state_dict": tiny(), "model_state_dict": shifted()},
+        lambda: {"ema": wrapped("module.") | {"n_averaged": torch.tensor(3)}, "model": shifted()},
+        lambda: {n.replace("blocks.1.", "blocks.1._orig_mod."): t for n, t in tiny().items()},
+        lambda: {n.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t for n, t in tiny().items()},
+        lambda: wrapped("ema_model.", "model.", "module."),
+    ],
+)
+def test_weights_are_read_through_what_was_wrapped_around_the_model(tmp_path, content):
+    export_official(imported(tmp_path, content()), tmp_path / "back.pt")
+    assert same(tiny(), torch.load(tmp_path / "back.pt", weights_only=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda: tiny() | wrapped("module."), "two weights 'pos_embed', wrapped and not"),
+        (lambda: {"ema": tiny(), "model_ema": shifted()}, "has weights as ema and model_ema"),
+        (lambda: tiny() | {"model.pos_embed": tiny()["pos_embed"]}, "has no 'model.pos_embed'"),
+    ],
+)
+def test_weights_that_could_be_two_are_refused(tmp_path, content, says):
+    with pytest.raises(UserError, match=says):
+        imported(tmp_path, content())
+
+
+STEM = "diffusion_pytorch_model"
+
+
+def sharded(folder: Path, weights: dict[str, Tensor], kind: str, dotted: str = "") -> None:
+    names = sorted(weights)
+    files = {n: f"{STEM}{dotted}-0000{1 + 2 * i // len(names)}-of-00002.{kind}" for i, n in enumerate(names)}
+    for file in set(files.values()):
+        part = {name: weights[name] for name in names if files[name] == file}
+        save_file(part, folder / file) if kind == "safetensors" else torch.save(part, folder / file)
+    (folder / f"{STEM}.{kind}.index{dotted}.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+WRITTEN = {
+    "fp16": lambda folder, weights: save_file(weights, folder / f"{STEM}.fp16.safetensors"),
+    "bin": lambda folder, weights: torch.save(weights, folder / f"{STEM}.bin"),
+    "fp16 bin": lambda folder, weights: torch.save(weights, folder / f"{STEM}.fp16.bin"),
+    "shards": lambda folder, weights: sharded(folder, weights, "safetensors"),
+    "bin shards": lambda folder, weights: sharded(folder, weights, "bin"),
+    "fp16 shards": lambda folder, weights: sharded(folder, weights, "safetensors", ".fp16"),
+    "wrapped": lambda folder, weights: save_file(
+        {f"module.{n}": t for n, t in weights.items()}, folder / f"{STEM}.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_folders_are_read_whatever_files_their_weights_are_in(made, tmp_path, kind):
+    weights = load_file(made / f"{STEM}.safetensors")
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(made / "config.json", tmp_path / "theirs")
+    WRITTEN[kind](tmp_path / "theirs", weights)
+    import_run(tmp_path / "theirs", tmp_path / "run")
+    export_diffusers(tmp_path / "run", tmp_path / "back")
+    back = load_file(tmp_path / "back" / f"{STEM}.safetensors")
+    assert same(dict(sorted(back.items())), dict(sorted(weights.items())))
+    shutil.copy(made / f"{STEM}.safetensors", tmp_path / "theirs" / f"{STEM}.bf16.safetensors")
+    if kind.startswith("fp16"):
+        with pytest.raises(UserError, match="its weights as bf16 and fp16"):
+            import_run(tmp_path / "theirs", tmp_path / "again")
+
+
+def test_no_code_of_a_shard_runs(made, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (canary,)
+
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(made / "config.json", tmp_path / "theirs")
+    sharded(tmp_path / "theirs", {"a": torch.zeros(1), "b": Evil()}, "bin")
+    with pytest.raises(UserError, match="could run code"):
+        import_run(tmp_path / "theirs", tmp_path / "run")
+    assert not canary.exists()
+
+
+# -------------------------------------------------------------------------------------- schedules
+
+
+def piped(made: Path, folder: Path, scheduler: Any) -> Path:
+    """The model with a scheduler, as a pipeline's folder."""
+    shutil.copytree(made, folder / "transformer")
+    (folder / "model_index.json").write_text("{}")
+    config = scheduler if isinstance(scheduler, dict) else dict(scheduler.config)
+    (folder / "scheduler").mkdir()
+    if not isinstance(scheduler, dict):
+        scheduler.save_pretrained(folder / "scheduler")
+    else:
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_of_the_same_noise_are_understood(made, tmp_path, name):
+    scheduler = getattr(diffusers, name)
+    for kind, predict in (("epsilon", "noise"), ("v_prediction", "velocity")):
+        folder = piped(made, tmp_path / kind, scheduler(prediction_type=kind))
+        for source in (folder, folder / "transformer"):  # the model of a pipeline predicts what the pipeline says
+            assert import_run(source, tmp_path / f"{kind} {source.name}").diffusion.predict == predict
+    betas = scheduler().betas.double()
+    torch.testing.assert_close((1 - betas).cumprod(0), alpha_bar(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "says"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "is of 'FlowMatchEulerDiscreteScheduler'"),
+        (diffusers.LCMScheduler(**LINEAR), "is of 'LCMScheduler'"),
+        (diffusers.HeunDiscreteScheduler(), "is of 'HeunDiscreteScheduler'"),
+        (LINEAR, "is of 'None'"),
+        (
+            diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            "only rescale_betas_zero_snr=False, as DiT's schedule has it, is known: got True",
+        ),
+        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "only beta_schedule=linear"),
+        (diffusers.DDPMScheduler(beta_end=0.012), "only beta_end=0.02.*: got 0.012"),
+        (diffusers.DDPMScheduler(num_train_timesteps=500), "only num_train_timesteps=1000"),
+        (diffusers.DDPMScheduler(trained_betas=[0.1] * 1000), "only trained_betas=None"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "only timestep_type=discrete"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "only use_karras_sigmas=False"),
+        (
+            diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+            "(flow_shift=1.0|use_flow_sigmas=False|prediction_type)",
+        ),
+        ({"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}, "snr_shift_scale=3.0 is not known"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "x"}, "prediction_type must be one of"),
+    ],
+)
+def test_a_scheduler_of_another_schedule_is_refused_in_one_line(made, tmp_path, scheduler, says):
+    folder = piped(made, tmp_path / "pipe", scheduler)
+    for source in (folder, folder / "transformer"):
+        with pytest.raises(UserError, match=says) as error:
+            import_run(source, tmp_path / "run")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_that_lost_its_scheduler_is_refused(made, tmp_path):
+    shutil.rmtree(piped(made, tmp_path / "pipe", diffusers.DDIMScheduler()) / "scheduler")
+    for source in (tmp_path / "pipe", tmp_path / "pipe" / "transformer"):
+        with pytest.raises(UserError, match=r"scheduler_config\.json: No such file"):
+            import_run(source, tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------- refusals

@@ -26,6 +26,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -38,6 +39,7 @@ from conftest import perturbed, small_model
 from dit_in_dit import checkpoint, sample
 from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError
+from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
 from dit_in_dit.interop.bundle import bundle
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.interop.encode import Decoder
@@ -46,7 +48,7 @@ from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
-from dit_in_dit.sampling import denoise, guided, make_scheduler, to_pixels
+from dit_in_dit.sampling import denoise, guided, to_pixels
 from dit_in_dit.section import to_dict
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
@@ -376,6 +378,10 @@ def test_swapped_schedulers_reach_the_distribution(path, predict, scheduler):
         (DDPM, UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "path is ddpm"),
         (DDPM, DDIMScheduler(beta_schedule="scaled_linear"), "other noise levels"),
         (DDPM, DDIMScheduler(timestep_spacing="linspace"), "steps past its times"),
+        (FLOW, DDIMScheduler.from_config(make_scheduler(FLOW.diffusion, "dpm++").config), "has no straight paths"),
+        (DDPM, DDIMScheduler(num_train_timesteps=500), "other noise levels"),
+        (DDPM, EDMEulerScheduler(), "other noise levels"),
+        (DDPM, EulerDiscreteScheduler(prediction_type="x"), "prediction_type 'x': known are sample"),
     ],
 )
 def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
@@ -383,6 +389,47 @@ def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
     pipe.scheduler = scheduler
     with pytest.raises(UserError, match=says):
         pipe("cat")
+
+
+def test_options_that_a_scheduler_does_not_have_do_not_count():
+    """`from_config` keeps those of the class before."""
+    straight = make_scheduler(FLOW.diffusion, "unipc").config
+    ddim = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "trailing"}
+    pipe = piped(DDPM)
+    pipe.scheduler = DDIMScheduler.from_config(straight, **ddim)
+    assert pipe.scheduler.config.use_flow_sigmas
+    assert len(pipe("cat").images) == 1
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchHeunDiscreteScheduler(shift=3.0),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", use_karras_sigmas=True),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        DPMSolverMultistepScheduler(timestep_spacing="linspace", use_karras_sigmas=True),
+        DPMSolverMultistepScheduler(timestep_spacing="linspace", lambda_min_clipped=-5.1),
+        DPMSolverMultistepScheduler(timestep_spacing="leading", steps_offset=1, final_sigmas_type="sigma_min"),
+        DDIMScheduler(timestep_spacing="leading", steps_offset=1),
+        EulerDiscreteScheduler(timestep_spacing="trailing"),
+    ],
+)
+def test_a_scheduler_of_other_options_takes_the_steps_that_they_ask_for(scheduler):
+    if "FlowMatch" in type(scheduler).__name__:
+        scheduler.sigma_min = 1 / 5
+    scheduler.set_timesteps(5)
+    times, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", torch.zeros(0))
+    set_steps(scheduler, 5)
+    assert torch.equal(scheduler.timesteps, times)
+    assert torch.equal(getattr(scheduler, "sigmas", torch.zeros(0)), sigmas)
+
+
+def test_a_shift_of_unipc_is_that_of_diffusers_042():
+    """0.35 has 999, 922, 817, 666, 428."""
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    set_steps(scheduler, 5)
+    assert scheduler.timesteps.tolist() == [999, 923, 818, 667, 429]
 
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
@@ -466,7 +513,7 @@ def test_a_vae_of_other_latents_is_refused(run, tmp_path):
     tiny_vae().save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="latents of 4 channels, the model 3"):
         export(run, tmp_path / "none", vae=str(tmp_path / "vae"))
-    with pytest.raises(UserError, match="no AutoencoderKL"):
+    with pytest.raises(UserError, match="no VAE"):
         export(run, tmp_path / "none", vae=str(tmp_path / "nowhere"))
 
 
@@ -612,6 +659,18 @@ def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path, modules
     )
     with pytest.raises(SystemExit, match="ran"):  # the trap is one
         DiffusionPipeline.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+
+
+def test_a_fresh_process_loads_a_pipeline_with_nothing_else_imported(exported, tmp_path):
+    code = (
+        "import sys; from dit_in_dit.interop.pipeline import DiTInDiTPipeline as P; "
+        "print(type(P.from_pretrained(sys.argv[1]).transformer).__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(exported)],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["dit_in_dit.interop.transformer"], done.stderr
 
 
 @pytest.fixture

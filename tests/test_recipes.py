@@ -12,7 +12,7 @@ from dit_in_dit import presets
 from dit_in_dit.cli import main, parser
 from dit_in_dit.cli.options import chosen
 from dit_in_dit.config import UserError, first_difference, override
-from dit_in_dit.recipe import GPUS, recipe, usual
+from dit_in_dit.recipe import GPUS, recipe
 from test_cli import lines_of
 
 
@@ -31,7 +31,7 @@ def launched(command: str):
 def test_every_launch_is_the_same_run(name):
     preset = presets.get(name)
     for gpus in (1, 8, 64):
-        found = recipe(name, [], gpus)
+        found = recipe(name, preset, gpus)
         config, processes = launched(found.command)
         assert processes == gpus
         assert config.global_batch == preset.global_batch == found.rows * found.accumulate * gpus
@@ -40,50 +40,22 @@ def test_every_launch_is_the_same_run(name):
         assert not first_difference(preset, replace(config, train=replace(config.train, **shared)))
 
 
-OVERRIDES = (
-    ["model.depth=null", "model.stages=(inner outer*2)*3", "data.source=it's here", "train.steps=9"],
-    ["train.batch_size=64", "train.accumulate=2", "train.recompute=inner"],
-    ["train.batch_size=512", "train.batch_size=64"],
-    [],
-)
-
-
-@pytest.mark.parametrize("settings", OVERRIDES)
-@pytest.mark.parametrize("name", ["dit-in-dit-s4", "emoji"])
-def test_a_printed_command_trains_what_the_overrides_ask_for(name, settings):
-    wanted = override(presets.get(name), settings)
-    assert usual(wanted)[:2] == [1, 8]
-    for gpus in usual(wanted):
-        config, processes = launched(recipe(name, settings, gpus).command)
-        assert processes == gpus
-        assert config.global_batch == wanted.global_batch
-        shared = {key: getattr(wanted.train, key) for key in ("batch_size", "accumulate", "recompute")}
-        assert not first_difference(wanted, replace(config, train=replace(config.train, **shared)))
-
-
-@pytest.mark.parametrize("name", presets.NAMES)
-def test_every_preset_has_a_recipe_with_the_defaults(name, capsys):
-    main(["recipe", name, "--json", "--gpu", "b200"])
-    assert json.loads(capsys.readouterr().out)["recipes"]
-    main(["recipe", name, "--json", "--gpu", "b200", "--per-node", "5"])
-    assert [found["gpus"] for found in json.loads(capsys.readouterr().out)["recipes"]] == [1]
-
-
 def test_time_is_six_flops_per_mac_over_the_peak_that_is_reached():
     """DiT-XL/2 takes 118.64 "Gflops" forward (Peebles & Xie 2023), which are MACs."""
-    found = recipe("dit-xl2", [], 8, gpu="a100", mfu=0.5)
+    found = recipe("dit-xl2", presets.get("dit-xl2"), 8, gpu="a100", mfu=0.5)
     assert found.step == pytest.approx(3 * 2 * 118.64e9 * 256 / (8 * 312e12 * 0.5), rel=0.002)
     assert found.hours == pytest.approx(found.step * 400_000 / 3600)
     assert found.images == pytest.approx(256 / found.step)
 
 
 def test_memory_is_state_and_activations_and_fits():
-    few, many = (recipe("dit-xl2", [], gpus) for gpus in (64, 8))
+    preset = presets.get("dit-xl2")
+    few, many = (recipe("dit-xl2", preset, gpus) for gpus in (64, 8))
     # 22 bytes for each of 675 M parameters, and 0.66 GB an image (README: 5.3 GB for eight).
     assert few.memory == pytest.approx(22 * 674.8e6 + few.rows * 5.3e9 / 8, rel=0.02)
     assert many.memory - few.memory == pytest.approx((many.rows - few.rows) * 5.3e9 / 8, rel=0.02)
     for gpu, (capacity, _) in GPUS.items():
-        small = recipe("dit-s2", [], 1, gpu=gpu)
+        small = recipe("dit-s2", presets.get("dit-s2"), 1, gpu=gpu)
         assert small.memory <= 0.9e9 * capacity
         if small.accumulate > 1:  # one pass fewer would not fit
             state = 22 * 32.96e6
@@ -91,13 +63,13 @@ def test_memory_is_state_and_activations_and_fits():
 
 
 def test_where_no_image_fits_activations_are_recomputed_and_then_it_is_refused():
-    deep = ["model.depth=32"]
-    tight = recipe("dit-in-dit-xl2", deep, 8, gpu="rtx4090")
+    preset = override(presets.get("dit-in-dit-xl2"), ["model.depth=32"])
+    tight = recipe("dit-in-dit-xl2", preset, 8, gpu="rtx4090")
     assert tight.recompute == "both"
     assert "--set train.recompute=both" in tight.command
-    plain = recipe("dit-in-dit-xl2", deep, 8, gpu="h200")
+    plain = recipe("dit-in-dit-xl2", preset, 8, gpu="h200")
     assert tight.step / plain.step == pytest.approx(8 / 6 * 989 / 165)
-    wide = ["model.outer.width=12288", "model.depth=3"]
+    wide = override(presets.get("dit-s8"), ["model.outer.width=12288", "model.depth=3"])
     with pytest.raises(UserError, match="do not fit into 24 GB"):
         recipe("dit-s8", wide, 64, gpu="rtx4090")
 

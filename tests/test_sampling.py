@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,8 @@ import torch
 
 from conftest import perturbed
 from dit_in_dit import sample
+from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.diffusion.schedulers import SCHEDULERS, make_scheduler, set_steps
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling import grid, sample_batches, to_pixels, trajectory
 
@@ -65,6 +68,48 @@ def test_trajectories_drawn_in_turns_are_those_drawn_alone(run_config, sampler):
         expected, *wanted = alone[number].pop(0)
         assert t == expected
         assert all(torch.equal(a, b) for a, b in zip(tensors, wanted, strict=True))
+
+
+# Of 5 steps, as diffusers 0.42.1 spaces them: times, and the first two noise levels.
+SPACED = {
+    ("flow", "euler", None): ([1000, 800, 600, 400, 200], [1, 0.8]),
+    ("flow", "heun", None): ([1000, 800, 800, 600, 600, 400, 400, 200, 200], [1, 0.8]),
+    ("flow", "dpm++", None): ([999, 799, 599, 399, 199], [0.999, 0.7992]),
+    ("flow", "unipc", None): ([999, 800, 600, 400, 200], [0.999999, 0.8002]),
+    ("ddpm", "ddim", "trailing"): ([999, 799, 599, 399, 199], []),
+    ("ddpm", "ddim", "leading"): ([800, 600, 400, 200, 0], []),
+    ("ddpm", "ddpm", "linspace"): ([999, 749, 500, 250, 0], []),
+    ("ddpm", "dpm++", "trailing"): ([999, 799, 599, 399, 199], [157.407, 25.5285]),
+    ("ddpm", "dpm++", "linspace"): ([999, 799, 599, 400, 200], [157.407, 25.5285]),
+    ("ddpm", "unipc", "leading"): ([830, 664, 498, 332, 166], [32.9628, 9.36076]),
+}
+
+
+@pytest.mark.parametrize(("path", "sampler", "spacing"), SPACED)
+def test_another_version_of_diffusers_with_other_times_draws_the_same_samples(path, sampler, spacing, monkeypatch):
+    """As UniPC's flow steps are 999, 800, ... in 0.42 and 999, 799, ... in 0.35."""
+    times, levels = SPACED[path, sampler, spacing]
+    diffusion = DiffusionConfig(path=path)
+    theirs = getattr(importlib.import_module("diffusers"), SCHEDULERS[sampler])
+    spaced = theirs.set_timesteps
+
+    def otherwise(self, steps, *rest, **options) -> None:
+        spaced(self, steps, *rest, **options)
+        self.timesteps = self.timesteps - self.timesteps // 9
+        if hasattr(self, "sigmas"):
+            self.sigmas = self.sigmas * 0.9
+
+    def drawn() -> tuple[torch.Tensor, ...]:
+        scheduler = make_scheduler(diffusion, sampler, spacing)
+        set_steps(scheduler, 5)
+        return scheduler.timesteps, getattr(scheduler, "sigmas", torch.zeros(0))
+
+    before = drawn()
+    assert before[0].tolist() == pytest.approx(times)
+    assert before[1][:2].tolist() == pytest.approx(levels, rel=1e-3)
+    assert before[1].tolist()[-1:] in ([], [0])
+    monkeypatch.setattr(theirs, "set_timesteps", otherwise)
+    assert all(torch.equal(a, b) for a, b in zip(drawn(), before, strict=True))
 
 
 def test_seed_and_class_matter(run_config, model):

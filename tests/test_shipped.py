@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -60,6 +61,13 @@ def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path
     a, b = drawn(run, tmp_path / "a"), drawn(tmp_path / "slim", tmp_path / "b")
     assert np.abs(a - b).max() <= (0 if precision == "float32" else 12)
     assert {path.name for path in (tmp_path / "slim").iterdir()} == {"config.yaml", "checkpoints", "README.md"}
+
+
+def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
+    export_slim(run, tmp_path / "slim")
+    for folder in (tmp_path / "slim", *(MODELS / name for name in SHIPPED)):
+        front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+        assert front["library_name"] == "dit-in-dit", folder  # diffusers' classes load a pipeline's folder alone
 
 
 def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_path):

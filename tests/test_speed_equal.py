@@ -43,7 +43,7 @@ def test_the_model_is_that_of_plain_formulas(monkeypatch, stages, dtype, error):
     x, t, y = inputs(model.config)
     # Times stay float32 features: only what comes after them is asked for so exactly.
     monkeypatch.setattr(
-        model.time_embed, "forward", lambda t: model.time_embed.mlp(t.to(dtype)[:, None].expand(-1, 256))
+        model.time_embed, "forward", lambda t, _: model.time_embed.mlp(t.to(dtype)[:, None].expand(-1, 256))
     )
     results = []
     for plainly in (False, True):

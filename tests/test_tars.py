@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from conftest import small_model
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data.source import open_source
+from dit_in_dit.mistakes import LeftOutWarning
 from test_data import everything
 
 CLASSES = ("blue", "green", "red")
@@ -152,3 +154,154 @@ def test_what_is_no_shard_is_refused(folder, shards, tmp_path):
     ):
         with pytest.raises(UserError, match=part):
             opened(tmp_path / source, **keys)
+
+
+def test_a_digest_of_shards_depends_on_what_they_hold_and_not_on_their_place(shards, tmp_path):
+    first = opened(shards).digest
+    shutil.copytree(shards, tmp_path / "moved", ignore=shutil.ignore_patterns("*.json"))
+    assert opened(tmp_path / "moved").digest == opened(tmp_path / "moved/train-*.tar").digest == first
+    (tmp_path / "moved/train-0002.tar").unlink()
+    assert opened(tmp_path / "moved").digest != first
+
+
+def linked(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, target
+    return entry
+
+
+def add_links(shard: Path, *links: tarfile.TarInfo) -> None:
+    with tarfile.open(shard, "a") as archive:
+        for link in links:
+            archive.addfile(link)
+
+
+def test_links_in_a_tar_are_the_files_they_lead_to(folder, tmp_path):
+    paths = paths_of(folder)
+    members = [
+        ("blobs/0.bin", paths[0].read_bytes()),
+        (".hidden/0.bin", paths[3].read_bytes()),
+        ("red/0.png", paths[1].read_bytes()),
+    ]
+    pack(tmp_path / "set.tar", [*members, ("green/0.png", paths[2].read_bytes())])
+    add_links(
+        tmp_path / "set.tar",
+        linked("red/store", "../.hidden"),
+        linked("red/1.png", "../blobs/0.bin"),
+        linked("red/2.png", "0.png"),
+        linked("green/1.png", "red/2.png", tarfile.LNKTYPE),
+        linked("green/2.png", "../red/store/0.bin"),
+    )
+    source = opened(tmp_path / "set.tar", classes=2, held_out=0.0)
+    assert [name.split("/", 1)[1] for name in source.names] == [
+        "red/0.png", "green/0.png", "red/1.png", "red/2.png", "green/1.png", "green/2.png",
+    ]  # fmt: skip
+    assert [source.files.content(name) for name in source.names] == [
+        paths[number].read_bytes() for number in (1, 2, 0, 1, 1, 3)
+    ]
+    labels = [("a.png", paths[0].read_bytes()), ("b.png", paths[1].read_bytes()), ("a.cls", b"1"), ("c.cls", b"0")]
+    pack(tmp_path / "labels.tar", [*labels, ("c.png", paths[2].read_bytes())])
+    add_links(tmp_path / "labels.tar", linked("b.cls", "a.cls", tarfile.LNKTYPE))
+    assert opened(tmp_path / "labels.tar", classes=2, held_out=0.0).labels.tolist() == [1, 1, 0]
+
+
+def test_links_out_of_a_tar_to_nothing_and_in_circles_are_refused_or_skipped(folder, tmp_path):
+    image = paths_of(folder)[0].read_bytes()
+    for number, target in enumerate(("../../etc/passwd", "/etc/passwd", "nothing.png", "b.png", "a.png/b.png")):
+        shard = tmp_path / f"{number}.tar"
+        pack(shard, [("x/0.png", image)])
+        add_links(shard, linked("x/b.png", target), linked("x/a.png", "x/b.png", tarfile.LNKTYPE))
+        with pytest.raises(UserError, match=r"x/[ab]\.png: a link to nothing"):
+            opened(shard, classes=0, held_out=0.0)
+        with pytest.warns(LeftOutWarning, match="unreadable files: 2"):
+            source = opened(shard, classes=0, held_out=0.0, corrupt="skip")
+        assert source.train_size == 1
+
+
+def test_a_tar_is_read_to_the_end_of_the_file(folder, tmp_path):
+    paths = paths_of(folder)
+    pack(tmp_path / "all.tar", ((f"{p.parent.name}/{p.name}", p.read_bytes()) for p in paths))
+    parts = []
+    for number, some in enumerate((paths[:7], paths[7:20], paths[20:])):
+        part = tmp_path / f"part{number}.tar"
+        pack(part, ((f"{p.parent.name}/{p.name}", p.read_bytes()) for p in some))
+        parts.append(part.read_bytes())
+    (tmp_path / "joined.tar").write_bytes(parts[0] + bytes(3 * 2**20) + parts[1] + parts[2])
+    assert everything(opened(tmp_path / "joined.tar")) == everything(opened(tmp_path / "all.tar"))
+    (tmp_path / "joined.tar").write_bytes(parts[0] + parts[1] + parts[2][:700])
+    with pytest.raises(UserError, match=r"cut off|not a plain \.tar"):
+        opened(tmp_path / "joined.tar")
+    (tmp_path / "joined.tar").write_bytes(parts[0] + b"something else" * 100)
+    with pytest.raises(UserError, match="is cut off: at byte"):
+        opened(tmp_path / "joined.tar")
+
+
+def test_of_members_with_one_name_the_last_counts_and_the_others_are_said(folder, tmp_path):
+    first, second, third = (path.read_bytes() for path in paths_of(folder)[:3])
+    pack(tmp_path / "set.tar", [("a/0.png", first), ("b/0.png", second), ("a/0.png", third)])
+    with pytest.warns(LeftOutWarning, match="members that are no images: 1, such as set.tar/a/0.png"):
+        source = opened(tmp_path / "set.tar", classes=2, held_out=0.0)
+    assert [source.files.content(name) for name in source.names] == [third, second]
+
+
+def test_a_class_that_loses_all_its_images_is_refused_in_tars(folder, tmp_path):
+    image = paths_of(folder)[0].read_bytes()
+    pack(tmp_path / "folders.tar", [("a/0.png", image), ("b/0.heic", image), ("c/0.png", image)])
+    pack(tmp_path / "numbers.tar", [("0.png", image), ("0.cls", b"0"), ("1.heic", image), ("1.cls", b"1")])
+    (tmp_path / "shards").mkdir()
+    for name, member in (("a", "0.png"), ("b", "0.heic"), ("c", "0.png")):
+        pack(tmp_path / f"shards/{name}.tar", [(member, image)])
+    for source, part in (
+        ("folders.tar", r"class folder .*b holds 0\.heic, but no image"),
+        ("numbers.tar", r"a \.cls names class 1, but no image is of it"),
+        ("shards", r"no images in .*shards/b\.tar"),
+    ):
+        with pytest.raises(UserError, match=part):
+            opened(tmp_path / source, classes=2, held_out=0.0)
+    pack(tmp_path / "shards/b.tar", [("0.png", image)])
+    assert opened(tmp_path / "shards", held_out=0.0).classes == ("a", "b", "c")
+    with tarfile.open(tmp_path / "shards/d.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "folders.tar")
+    with pytest.raises(UserError, match=r"d\.tar\.gz lies among the \.tar files"):
+        opened(tmp_path / "shards", held_out=0.0)
+
+
+def test_shards_of_several_splits_ask_which_is_meant(folder, shards, tmp_path):
+    shutil.copy(shards / "train-0000.tar", shards / "val-0000.tar")
+    with pytest.raises(UserError, match=r"holds splits, not classes: name one, .*\*train\*\.tar or .*\*val\*\.tar"):
+        opened(shards)
+    assert opened(shards / "*train*.tar").train_size
+
+
+def test_an_index_that_makes_no_sense_is_made_again(shards):
+    first = everything(opened(shards))
+    index = shards / "train-0000.tar.index.json"
+    whole = json.loads(index.read_text())
+    for wrong in (
+        {"images": [["a", 0]]},
+        {"images": [["a", 0, 10**12]]},
+        {"images": [[3, 0, 10]]},
+        {"labels": {"a": "1"}},
+        {"labels": []},
+        {"folders": 3},
+    ):
+        index.write_text(json.dumps(whole | wrong))
+        assert everything(opened(shards)) == first, wrong
+        assert json.loads(index.read_text()) == whole
+    index.write_text("[" * 200_000)
+    assert everything(opened(shards)) == first
+
+
+def test_a_label_beyond_any_number_of_classes_costs_one_line(folder, tmp_path):
+    pack(tmp_path / "set.tar", [("0.png", paths_of(folder)[0].read_bytes()), ("0.cls", b"9" * 20)])
+    with pytest.raises(UserError, match=r"labels of .* must be from 0 to 9999999: got"):
+        opened(tmp_path / "set.tar", classes=0, held_out=0.0)
+
+
+def test_what_lies_in_and_beside_shards_and_is_not_read_is_said(shards):
+    (shards / "README.md").write_text("what the shards are")
+    with pytest.warns(LeftOutWarning) as said:
+        opened(shards)
+    [line] = said
+    assert "left out files beside the shards: 1, such as README.md; " in str(line.message)
+    assert "left out members that are no images: 60, such as train-0000" in str(line.message)

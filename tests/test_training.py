@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -281,3 +282,76 @@ def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, t
         owner.kill()  # as a machine does that runs out of memory
         owner.wait()
     assert [fact.kind for fact in train(with_train(run_config, steps=3), tmp_path / "run", resume=True)] == ["start"]
+
+
+# ------------------------------------------------------------------------------------------ the data of a resumed run
+
+
+@pytest.fixture
+def half_run(run_config, folder, tmp_path):
+    """Half of a run on a copy of the small folder: its config, the run and the copy."""
+    images = tmp_path / "set"
+    shutil.copytree(folder, images)
+    config = replace(run_config, data=replace(run_config.data, source=str(images)))
+    run(config, tmp_path / "run", until=3)
+    return config, tmp_path / "run", images
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
+def test_data_that_changed_are_noticed_when_a_run_is_resumed(half_run, change):
+    config, out, images = half_run
+    some = sorted(images.glob("*/*.png"))[0]
+    match change:
+        case "added":
+            shutil.copy(some, some.with_name("another.png"))
+        case "removed":
+            some.unlink()
+        case "replaced":
+            shutil.copy(sorted(images.glob("*/*.png"))[1], some)
+        case "renamed":
+            some.rename(some.with_name("another.png"))
+    with pytest.raises(UserError, match=r"is not what .* was trained on"):
+        run(config, out, resume=True)
+
+
+def test_a_run_resumes_with_its_data_at_another_place(half_run, run_config, tmp_path, monkeypatch):
+    config, out, images = half_run
+    run(config, tmp_path / "unbroken")
+    images.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="no such file or folder"):
+        run(config, out, resume=True)
+    run(config, out, resume=True, data=str(tmp_path / "moved"))
+    assert (out / "log.jsonl").read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
+    assert hashes(out) == hashes(tmp_path / "unbroken")
+
+
+def test_a_relative_place_is_found_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "here/set")
+    config = replace(run_config, data=replace(run_config.data, source="set"))
+    monkeypatch.chdir(tmp_path / "here")
+    run(config, tmp_path / "run", until=3)
+    monkeypatch.chdir(tmp_path)
+    assert run(config, tmp_path / "run", resume=True)[-1].step == 6
+    shutil.copytree(folder, tmp_path / "set")
+    (next((tmp_path / "set").glob("*/*.png"))).unlink()  # other data under the same relative name
+    with pytest.raises(UserError, match="is not what"):
+        run(with_train(config), tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_that_notes_no_data_resumes_and_says_so(half_run):
+    config, out, _ = half_run
+    newest = checkpoint.newest(out)
+    state, ema = (checkpoint.load_state(newest.folder, f"{name}.safetensors") for name in ("state", "ema"))
+    checkpoint.save(out, config, 3, state, ema, tuple(newest.manifest["classes"]))
+    facts = run(config, out, resume=True)
+    assert facts[0].values["unrecorded"]
+    assert facts[-1].step == 6
+
+
+def test_a_run_that_begins_with_one_of_other_data_says_so(half_run, run_config, tmp_path):
+    config, out, images = half_run
+    for name in ("same", "other"):
+        init = with_train(config, init=str(out), steps=1)
+        facts = run(init, tmp_path / name)
+        assert facts[0].values["begun"].other_data == (name == "other")
+        next(images.glob("*/*.png")).unlink()

@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
     module, attribute = _HOMES[name]
     home = import_module(module)
     return getattr(home, attribute) if attribute else home
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

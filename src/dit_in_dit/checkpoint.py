@@ -19,9 +19,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -30,15 +32,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit import sealed
-from dit_in_dit.config import RunConfig, UserError, config_hash, from_file, to_yaml
+from dit_in_dit import atomic, sealed
+from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, verify
+from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
+STATE, AVERAGED = "state.safetensors", "ema.safetensors"
+LEFT = re.compile(r"\d{7,}(\.gone)?\.part")  # what a killed save leaves
 KEEP = 2  # newest checkpoints that stay, of those that verify
 DTYPES = {  # as safetensors names them, in the order in which it writes them
     torch.int64: "I64",
@@ -65,9 +69,7 @@ def create(run: Path, config: RunConfig) -> None:
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        beside = run / "config.yaml.part"
-        sealed.write(beside, [to_yaml(config, meanings=True).encode()])
-        beside.rename(run / "config.yaml")
+        atomic.write(run / "config.yaml", to_yaml(config, meanings=True))
         sealed.sync(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
@@ -122,24 +124,35 @@ class Found(NamedTuple):
 # ------------------------------------------------------------------------------------------ writing
 
 
+def order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors as they follow each other in a file: by type, then by name."""
+    rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
+    return sorted(described, key=lambda name: (rank[described[name].dtype], name))
+
+
+def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same types and shapes that cost nothing to read, where reading a tensor means gathering it."""
+    found: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
+    return found
+
+
 def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file, a tensor at a time: byte for byte what `safetensors.torch.save` makes.
 
     Written here because that function holds all tensors a second time, and its sibling for files says neither what it
     wrote nor, in one word, what went wrong.
     """
-    rank = {dtype: number for number, dtype in enumerate(DTYPES)}
-    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    names, described = order(tensors), _described(tensors)
     header, end = {}, 0
-    for name in order:
-        tensor, start = tensors[name], end
+    for name in names:
+        tensor, start = described[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors lie aligned
     yield len(text).to_bytes(8, "little")
     yield text
-    for name in order:
+    for name in names:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -157,10 +170,12 @@ def save(
     classes: tuple[str, ...],
     *,
     steady: bool = True,
+    data: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
 
-    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it.
+    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it. `data` is
+    the digest and the place of the images, as `data.source.record` gives them.
 
     Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
     folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
@@ -171,18 +186,20 @@ def save(
     """
     folder = run / "checkpoints"
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
+    files = {name: _safetensors(tensors) for name, tensors in ((STATE, state), (AVERAGED, ema))}
     try:
         clear(run)
         folder.mkdir(parents=True, exist_ok=True)
         sealed.sync(run)
         beside.mkdir()
-        files = {"state.safetensors": state, "ema.safetensors": ema}
-        written = {name: sealed.write(beside / name, _safetensors(tensors)) for name, tensors in files.items()}
+        written = {name: sealed.write(beside / name, content) for name, content in files.items()}
         manifest = {
             "step": step,
             "config": config_hash(config),
+            "hash_version": HASH_VERSION,
             "classes": list(classes),
             "steady": steady,
+            **({"data": dict(data)} if data else {}),
             "versions": _versions(),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
@@ -200,6 +217,9 @@ def save(
         if isinstance(error, OSError):
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
         raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
+    finally:
+        for content in files.values():  # where the disk refused, other processes still wait to give their parts
+            deque(content, maxlen=0)
     with suppress(OSError):  # what cannot be deleted is no reason to stop: the next save tries again
         _prune(run, manifest, config.train.keep_every)
     return target
@@ -249,7 +269,8 @@ def _prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
 def clear(run: Path) -> None:
     """Delete what a killed save left. Only for who trains the run."""
     for folder in (run / "checkpoints").glob("*.part"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if LEFT.fullmatch(folder.name):  # else it is the user's
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -301,13 +322,45 @@ def newest(run: Path, *, steady: bool = False) -> Found:
     raise UserError(f"{run} has no checkpoint yet: train it first")
 
 
+def noted_data(run: Path) -> dict[str, str] | None:
+    """The digest and the place of the data that the run's newest checkpoint notes; None where none does."""
+    for folder in _folders(run):
+        with suppress(DamagedError):
+            noted: dict[str, str] | None = read_manifest(folder).get("data")
+            return noted
+    return None
+
+
 def warn(passed_over: Iterable[Damage]) -> None:
     """Say which damaged checkpoints were passed over, as Python's warnings: a library prints nothing."""
     for damage in passed_over:
         warnings.warn(f"passed over: {damage}", DamagedWarning, stacklevel=3)
 
 
-def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, Tensor]:
+class Stored(Mapping[str, Tensor]):
+    """The tensors of one file of a checkpoint, each read when it is asked for: no process holds the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.path, self._file = path, safe_open(path, "pt")
+            self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_state(checkpoint: Path, file: str = STATE) -> dict[str, Tensor]:
     """The tensors of one file of a checkpoint."""
     try:
         return load_file(checkpoint / file)
@@ -315,9 +368,9 @@ def load_state(checkpoint: Path, file: str = "state.safetensors") -> dict[str, T
         raise UserError(f"cannot read {checkpoint / file}: {error}") from None
 
 
-def load_trained(checkpoint: Path) -> dict[str, Tensor]:
+def load_trained(checkpoint: Path) -> Stored:
     """The state that training goes on from; UserError where a run was exported with its averaged weights alone."""
-    state = load_state(checkpoint)
+    state = Stored(checkpoint / STATE)
     if not any(name.startswith("model.") for name in state):
         raise UserError(
             f"{checkpoint} holds averaged weights alone: sample or evaluate them, or begin a new run with --init"
@@ -325,11 +378,28 @@ def load_trained(checkpoint: Path) -> dict[str, Tensor]:
     return state
 
 
+def check_config(run: Path, config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """UserError when a run's config is not the one that its checkpoint was written with: whoever loads weights asks."""
+    if manifest["config"] != config_hash(config):
+        raise UserError(
+            f"{run / 'config.yaml'} was changed since {checkpoint.name} was written: put it back, or begin a new run "
+            "with --config and --init"
+        )
+
+
+def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
+    """UserError when weights that are to be given away or taken in are not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name[:80]} of {what} holds NaN or infinity: use an earlier checkpoint")
+
+
 def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
     and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
     config = read_config(run)
     folder, manifest, passed_over = newest(run)
+    check_config(run, config, folder, manifest)
     warn(passed_over)
     model = NestedDiT(config.model)
     if ema:

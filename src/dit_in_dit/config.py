@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from dit_in_dit.mistakes import UserError, nearest, shortened
-from dit_in_dit.section import Section, key, keys, to_dict
+from dit_in_dit.section import Section, key, keys, to_dict, to_hash
 from dit_in_dit.stages import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.strict_yaml import parse_yaml, read_yaml
 
@@ -193,7 +193,7 @@ class DataConfig(Section):
     label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
     flip: bool = key(False, "mirror half of the training examples left to right")
     held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
-    vae: str | None = key(None, "latents: the folder or hub id of the AutoencoderKL; null: the one that encoded them")
+    vae: str | None = key(None, "latents: the folder or hub id of the VAE; null: the one that encoded them")
     latent_mean: tuple[float, ...] | None = key(
         None, "latents: subtracted, one number or one per channel; null: the VAE's"
     )
@@ -422,6 +422,9 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
+HASH_VERSION = 1  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
+
+
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the config's canonical JSON: the identity of a run."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the config's canonical JSON: the identity of a run. A key that came later counts where it is set."""
+    return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dit_in_dit import presets
-from dit_in_dit.config import ModelConfig, RunConfig, UserError, nearest, override
+from dit_in_dit.config import ModelConfig, RunConfig, UserError, nearest
 from dit_in_dit.model.inspect import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS, by NVIDIA's data sheets
@@ -56,33 +55,26 @@ class Recipe:
     images: float
 
 
-def usual(config: RunConfig, per_node: int = 8) -> list[int]:
-    """Numbers of GPUs that can share a step's examples: of one GPU, one machine and eight machines."""
-    return [gpus for gpus in dict.fromkeys((1, per_node, 8 * per_node)) if config.global_batch % gpus == 0]
-
-
 def recipe(
     preset: str,
-    settings: Sequence[str],
+    config: RunConfig,
     gpus: int,
     *,
     gpu: str = "h100",
     mfu: float = MFU,
     per_node: int = 8,
+    settings: Sequence[str] = (),
 ) -> Recipe:
-    """The launch of a preset on `gpus` GPUs that changes nothing of the run but the order of its sums.
+    """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
 
-    The step's examples stay: only how many forward passes they are shared among, the fewest that fit.
-
-    Args:
-        settings: `KEY=VALUE` overrides of the preset's keys; the command repeats them.
+    The examples of a step stay: only how many forward passes share them, the fewest that fit. `settings` are the
+    KEY=VALUE by which the config differs from the preset.
 
     Raises:
         UserError: the GPUs cannot share the batch, or not even one image fits.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: no {gpu[:40]!r}{nearest(gpu, GPUS)}")
-    config = override(presets.get(preset), settings)
     total = config.global_batch
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
@@ -97,7 +89,7 @@ def recipe(
                 flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
                 step = flops / (gpus * peak * 1e12 * mfu)
                 return Recipe(
-                    _command(preset, config, settings, gpus, per_node, (total // accumulate, accumulate, recompute)),
+                    _command(preset, config, gpus, per_node, total // accumulate, accumulate, recompute, settings),
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * config.train.steps / 3600, total / step),
                 )
@@ -112,17 +104,17 @@ def _counted(model: ModelConfig, recompute: str) -> dict[str, Any]:
 def _command(
     preset: str,
     config: RunConfig,
-    settings: Sequence[str],
     gpus: int,
     per_node: int,
-    shared: tuple[int, int, str],
+    batch_size: int,
+    accumulate: int,
+    recompute: str,
+    settings: Sequence[str],
 ) -> str:
-    """The command with the preset's overrides and what the launch changes: batch size, accumulate and recompute."""
-    launched = dict(zip(("train.batch_size", "train.accumulate", "train.recompute"), shared, strict=True))
-    changed = {name: value for name, value in launched.items() if value != getattr(config.train, name[6:])}
-    kept = [setting for setting in settings if setting.partition("=")[0] not in changed]
-    words = [word for setting in (*kept, *(f"{k}={v}" for k, v in changed.items())) for word in ("--set", setting)]
-    train = shlex.join(["train", "--preset", preset, *words, "--out", f"runs/{preset}"])
+    keys = {"batch_size": batch_size, "accumulate": accumulate, "recompute": recompute}
+    changed = [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
+    given = [f"--set {shlex.quote(setting)}" for setting in settings]
+    train = " ".join(["train --preset", preset, *given, *changed, f"--out runs/{preset}"])
     if gpus == 1:
         return f"dit-in-dit {train}"
     if gpus <= per_node:

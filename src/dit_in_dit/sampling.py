@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
-from importlib import import_module
 from itertools import groupby
 from typing import Any
 
@@ -16,73 +15,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, check_sampler
+from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, UserError, check_sampler
 from dit_in_dit.diffusion.objective import Predict
-from dit_in_dit.diffusion.path import DDPM_STEPS, convert, make_path
+from dit_in_dit.diffusion.path import convert, make_path
+from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
 from dit_in_dit.randomness import generator
 
 Pixels = NDArray[np.uint8]
 Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
 
-SCHEDULERS = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "ddpm": "DDPMScheduler",
-}
-PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
-
-
-def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """The scheduler of diffusers for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
-    diffusers: Any = import_module("diffusers")  # here: it takes seconds
-    if diffusion.path == "flow":
-        options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    else:
-        kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
-        options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Trailing steps start at pure noise (Lin et al. 2024); so do those of linspace, which DiT is sampled with.
-        spacing = spacing or ("linspace" if sampler == "ddpm" else "trailing")
-        # Images are not clipped, whatever class takes this over.
-        options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
-        options |= {"variance_type": "fixed_large"} if sampler == "ddpm" else {}  # where it is not learned
-    # DDIM's step on a straight path is Euler's.
-    name = SCHEDULERS["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]
-    return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)
-
-
 _made = cache(make_scheduler)  # diffusers looks through the signatures of 16 classes each time: 2 ms
-
-
-def matches_flow(scheduler: Any) -> bool:
-    """Whether it is one of those made for straight paths."""
-    return "FlowMatch" in type(scheduler).__name__
-
-
-def set_steps(scheduler: Any, steps: int) -> None:
-    """Begin again, with this number of steps."""
-    if matches_flow(scheduler):
-        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
-        # velocity is 1000 times its error, and Heun's correction with it.
-        scheduler.sigma_min = 1 / steps
-    scheduler.set_timesteps(steps)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
-
-
-def time_of(scheduler: Any, path: str, number: int) -> float:
-    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself."""
-    return float(scheduler.sigmas[number] if path == "flow" else scheduler.timesteps[number] / DDPM_STEPS)
-
-
-def wanted_by(scheduler: Any) -> str:
-    """The prediction that its step takes."""
-    return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]
 
 
 def denoise(
@@ -176,6 +122,12 @@ def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     return with_guidance
 
 
+def in_its_type(model: NestedDiT) -> Predict:
+    """The model's prediction in the type of x, computed in that of the weights."""
+    dtype = next(model.parameters()).dtype
+    return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
+
+
 def label(index: int, classes: Sequence[int]) -> int:
     """The class of sample `index`: the wanted classes take turns."""
     return classes[index % len(classes)]
@@ -197,15 +149,16 @@ def sample_batches(
     or in another of its rows, may end in other bits.
 
     Args:
-        model: where it lies, it computes, in float32.
+        model: computes where its weights are and in their type; steps are taken, and images given, in float32.
         config: whose `diffusion` and `sample` are used.
         indices: numbers of the samples; in order, no micro-batch is drawn twice.
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
+    use_full_float32()
     device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
     chosen = classes or range(model.config.num_classes or 1)
-    predict = guided(model, model.config.num_classes, config.sample)
+    predict = guided(in_its_type(model), model.config.num_classes, config.sample)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
         whole, part = range(number * size, (number + 1) * size), list(wanted)
@@ -248,9 +201,24 @@ def protocol(how: SampleConfig, *, labels: str | Sequence[str], averaged: bool, 
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three."""
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three.
+
+    Raises:
+        UserError: an image is not finite, which would become black pixels.
+    """
+    check_finite(images)
     shown = images if images.shape[1] in (1, 3) else images[:, :3]
     return (shown.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def check_finite(images: Tensor) -> None:
+    """UserError when images or latents (N, ...) hold NaN or infinity, as those of a diverged model or a VAE do."""
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} of its batch: "
+            "use an earlier checkpoint, or float32; a model that diverged draws nothing"
+        )
 
 
 def picture(pixels: Pixels) -> Image.Image:

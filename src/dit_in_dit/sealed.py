@@ -90,7 +90,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest, after every file was found as it was written; DamagedError names each that is not."""
-    manifest = _manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     sha256: dict[str, str] = manifest["sha256"]
     elsewhere = None
     damages = []
@@ -111,8 +111,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _manifest(checkpoint: Path) -> dict[str, Any]:
-    """What manifest.json holds, if it is as it was written and of this step."""
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What manifest.json holds, if it is as it was written and of this step; the files that it names are not read."""
     path, name = checkpoint / "manifest.json", checkpoint.name.partition(".")[0]
     kind: Kind
     try:
@@ -153,5 +153,5 @@ def _others(checkpoint: Path) -> set[str]:
     for folder in checkpoint.parent.iterdir():
         if folder != checkpoint:
             with suppress(DamagedError):
-                found |= set(_manifest(folder)["sha256"].values())
+                found |= set(read_manifest(folder)["sha256"].values())
     return found

@@ -16,9 +16,13 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from dit_in_dit.mistakes import UserError, nearest, shortened
 
 
-def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field with its meaning (printed beside it in YAML) and its closed range."""
-    metadata = {"meaning": meaning, "low": low, "high": high}
+def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
+    """A field with its meaning (printed beside it in YAML) and its closed range.
+
+    `added` is the version of the hash (`config.HASH_VERSION`) that knows the key first. One above 1 is left out of the
+    hash while it is at its default, so that a config of before keeps its hash: such a default must never change.
+    """
+    metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -141,6 +145,18 @@ def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
         yield prefix + f.name, f.metadata["meaning"], value
         if isinstance(value, Section):
             yield from keys(value, f"{prefix}{f.name}.")
+
+
+def to_hash(config: Section) -> dict[str, Any]:
+    """`to_dict` without the keys that were added later and are at their defaults."""
+    plain = to_dict(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("added", 1) > 1 and value == getattr(type(config)(), f.name):
+            del plain[f.name]
+        elif isinstance(value, Section):
+            plain[f.name] = to_hash(value)
+    return plain
 
 
 def to_dict(config: Section) -> dict[str, Any]:

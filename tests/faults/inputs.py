@@ -110,6 +110,8 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 GOOD = encoded(Image.new("RGB", (20, 20), "red"))
 JPEG = encoded(Image.effect_noise((64, 64), 90), "JPEG")
+FILM = encoded(Image.new("L", (9, 9)), "GIF", save_all=True, append_images=[Image.new("L", (9, 9), 200)])
+TIFF = encoded(Image.new("RGB", (20, 20), "red"), "TIFF")
 THREE = {"a/1.png": GOOD, "a/2.png": GOOD, "b/1.png": GOOD}
 
 
@@ -156,14 +158,27 @@ def undecodable_class(data: Path) -> None:
 
 
 IMAGES: dict[str, Bad] = {
-    "no byte": (folder("b/bad.png", b""), "b/bad.png: not a PNG, JPEG or WebP image; mend or remove it"),
+    "no byte": (
+        folder("b/bad.png", b""),
+        "b/bad.png: not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image; mend or remove it",
+    ),
     "text as PNG": (folder("b/bad.png", b"I am text"), "b/bad.png: not a PNG"),
     "a page as JPEG": (folder("b/bad.jpg", b"<html>404</html>"), "b/bad.jpg: not a PNG"),
     "half a JPEG": (folder("b/bad.jpg", JPEG[: len(JPEG) // 2]), "b/bad.jpg: image file is truncated"),
     "the header of a PNG": (folder("b/bad.png", GOOD[:33]), "b/bad.png"),
     "the signature of a PNG": (folder("b/bad.png", GOOD[:8]), "b/bad.png: not a PNG"),
     "the header of a WebP": (folder("b/bad.webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(20)), "b/bad.webp"),
-    "a GIF as PNG": (folder("b/bad.png", encoded(Image.new("P", (9, 9)), "GIF")), "not a PNG"),
+    "an icon as PNG": (folder("b/bad.png", encoded(Image.new("RGB", (16, 16)), "ICO")), "not a PNG"),
+    "a film": (folder("b/bad.gif", FILM), "b/bad.gif: several frames: store each as an image; mend or remove it"),
+    "the header of a TIFF": (folder("b/bad.tif", TIFF[:8]), "b/bad.tif"),
+    "a class that no one reads": (folder("c/0.heic", b""), "class folder data/c holds 0.heic, but no image"),
+    "splits for classes": (
+        lambda: [files(**{"train/1.png": GOOD, "val/1.png": GOOD}), training("data")][1],
+        "data holds splits, not classes: name one, data/train or data/val",
+    ),
+    "labels in half a file": (folder("dataset.json", b'{"labels": [['), "data/dataset.json is not valid JSON"),
+    "labels in brackets": (folder("dataset.json", b"[" * 200_000), "data/dataset.json nests too deeply"),
+    "labels of others": (folder("dataset.json", b'{"labels": [["x.png", 1]]}'), "has no label for 3 images"),
     "an image without pixels": (folder("b/bad.png", png_of(0, 5)), "b/bad.png"),
     "a bomb below Pillow's limit": (
         folder("b/bad.png", png_of(9_000, 9_000)),

@@ -23,7 +23,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, UserError
 from dit_in_dit.data import picture
 from dit_in_dit.data.files import ImageFiles
-from dit_in_dit.data.picture import fit
+from dit_in_dit.data.picture import FORMATS, fit
 from dit_in_dit.data.source import open_source
 from dit_in_dit.mistakes import LINE, one_line, shortened
 
@@ -368,7 +368,8 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
     image = Image.fromarray(noise(24, 24, 3))
     exif = Image.Exif()
     exif[0x0112] = 6
-    whole = [encoded(image, kind, exif=exif) for kind in ("PNG", "JPEG", "WEBP")]
+    whole = [encoded(image, kind, exif=exif) for kind in FORMATS]
+    whole += [encoded(image, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg", "tiff_adobe_deflate")]
     whole += [encoded(MODES[mode]()[0]) for mode in ("LA", "P with transparency", "I;16")]
     read, lines = 0, []
     with warnings.catch_warnings():

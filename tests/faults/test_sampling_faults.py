@@ -38,7 +38,7 @@ left, opened = int(sys.argv[1]), pathlib.Path.open
 def torn(path, mode="r", *rest, **more):
     global left
     file = opened(path, mode, *rest, **more)
-    if "w" in mode and ".png" in path.name:
+    if mode[0] in "wx" and ".png" in path.name:
         left -= 1
         if not left:
             file.write(b"half of it")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch
-from dit_in_dit.model.layers import attend
+from dit_in_dit.model.layers import attend, sdpa
 from dit_in_dit.model.tiny import TRITON, tiny_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,7 +28,7 @@ def matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def ways(length: int, device: torch.device) -> dict[str, Attend]:
     """The model's choice, and what it chooses from; kernels for CUDA there alone."""
-    found: dict[str, Attend] = {"the model's": attend, "SDPA": F.scaled_dot_product_attention}
+    found: dict[str, Attend] = {"the model's": attend, "SDPA": sdpa}
     if device.type == "cuda":
         found["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matrices)
         if TRITON:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config import ModelConfig, UserError
 from dit_in_dit.model.condition import FREQUENCIES
-from dit_in_dit.model.layers import sincos
+from dit_in_dit.model.layers import sdpa, sincos
 
 _NAMES = (  # of NestedDiT, and here
     (".branches.mix.", ".attention."),
@@ -62,7 +62,7 @@ class FirstAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = (y.reshape(batch, length, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = sdpa(q, k, v)
         return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -124,7 +124,7 @@ class FirstAggregate(nn.Module):
         k, v = self.kv(F.layer_norm(x, x.shape[-1:], eps=1e-6)).chunk(2, dim=-1)
         heads = len(self.query)
         k, v = (y.reshape(*y.shape[:2], heads, -1).transpose(1, 2) for y in (k, v))
-        pooled = F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1, -1), k, v)
+        pooled = sdpa(self.query.expand(len(x), -1, -1, -1), k, v)
         return self.proj(pooled.reshape(len(x), -1))
 
 

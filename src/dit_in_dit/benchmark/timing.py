@@ -211,6 +211,7 @@ class _Noise:
 
     def __init__(self, model: ModelConfig) -> None:
         self.skipped: list[str] = []
+        self.digest = ""  # of no run
         self.classes = tuple(map(str, range(model.num_classes)))
         self.labels: NDArray[np.int64] = np.arange(model.num_classes)
         self.shape = model.channels, *model.image_size

@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import Any, NoReturn
 
+from dit_in_dit import __version__
 from dit_in_dit.cli import (
     bench,
     convert,
@@ -24,7 +25,7 @@ from dit_in_dit.cli import (
     verify,
 )
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.mistakes import UserError, one_line
+from dit_in_dit.mistakes import LeftOutWarning, UserError, one_line
 from dit_in_dit.sealed import DamagedWarning
 
 _python_line = warnings.formatwarning
@@ -59,8 +60,10 @@ def _refuse(message: str, code: int = 2) -> NoReturn:
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """A warning of damage, as a line like any other; of other warnings, what Python makes of them."""
-    if issubclass(category, DamagedWarning):
+    """A warning of damage or of what is left out, as a line like any other; of others, what Python makes of them."""
+    if issubclass(category, LeftOutWarning) and os.environ.get("RANK", "0") != "0":
+        return ""  # one of several processes speaks
+    if issubclass(category, (DamagedWarning, LeftOutWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
 
@@ -68,6 +71,7 @@ def _line(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def parser() -> Parser:
     """The parser of all commands."""
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
+    made.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
     commands = Commands(made)
     rooms = (
         *(look, recipe, encode, convert, run, sample, evaluate),

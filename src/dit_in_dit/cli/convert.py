@@ -23,6 +23,11 @@ def add(commands: Commands) -> None:
         "--kind", choices=("dit", "sit"), help="they look the same (default: as args or the name say, else dit)"
     )
     take.add_argument("--num-heads", type=whole, help="attention heads, where the size is no published one")
+    take.add_argument(
+        "--num-classes",
+        type=whole,
+        help="classes, where the file does not say: of as many rows, none is no class",
+    )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
     give = commands.add("export", _export, "write a run's weights as others read them")
@@ -37,7 +42,7 @@ def add(commands: Commands) -> None:
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
     give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
-    give.add_argument("--vae", help="pipeline: the AutoencoderKL of a run on latents, a folder or a hub id")
+    give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: of the weights, as the hub names it")
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: of the weights")
 
@@ -45,7 +50,14 @@ def add(commands: Commands) -> None:
 def _import(options: argparse.Namespace) -> None:
     from dit_in_dit.interop.imported import import_run
 
-    config = import_run(options.source, options.out, kind=options.kind, heads=options.num_heads, settings=options.set)
+    config = import_run(
+        options.source,
+        options.out,
+        kind=options.kind,
+        heads=options.num_heads,
+        classes=options.num_classes,
+        settings=options.set,
+    )
     model = config.model
     kind = "SiT" if model.time_embed == "sit" else "DiT"
     size = "x".join(map(str, (*model.image_size, model.channels)))

@@ -15,9 +15,9 @@ from dit_in_dit.config import RunConfig, UserError, override
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    encode = commands.add("encode", _encode, "turn images into the latents of an AutoencoderKL, to train on")
+    encode = commands.add("encode", _encode, "turn images into the latents of a VAE, to train on")
     encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: whatever data.source names")
-    encode.add_argument("--vae", required=True, help="an AutoencoderKL of diffusers: a folder or a hub id")
+    encode.add_argument("--vae", required=True, help="a VAE of diffusers, or a pipeline with one: a folder or a hub id")
     encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the latents")
     encode.add_argument("--size", type=_size, default=(256, 256), help="of the images, as 256 or 256x384 (default 256)")
     encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="as stored")
@@ -80,7 +80,7 @@ def _encode(options: argparse.Namespace) -> None:
         f"train with --set {shlex.quote(f'data.source={options.out}')}"
     )
     own = index["vae"]
-    print(f"The VAE's own mean and scale, which are the default: {own['mean'][0]:g}, {own['scale'][0]:g}")
+    print(f"The VAE's own mean and scale, which are the default: [{_numbers(own['mean'])}], [{_numbers(own['scale'])}]")
     print(
         "What was measured would be: "
         f"--set data.latent_mean=[{_numbers(mean)}] --set data.latent_scale=[{_numbers(scale)}]"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from dit_in_dit import presets
@@ -80,7 +82,7 @@ def add_micro_batch(command: argparse.ArgumentParser) -> None:
 
 def add_vae(command: argparse.ArgumentParser) -> None:
     """--vae, for a run that draws latents."""
-    command.add_argument("--vae", help="decode latents by this AutoencoderKL: a folder or hub id (default: the run's)")
+    command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
 
 
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
@@ -104,16 +106,26 @@ def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str
 
 
 def class_numbers(text: str, known: Sequence[str]) -> list[int]:
-    """Class numbers from names or numbers with commas."""
-    numbers = []
-    for name in text.split(","):
-        if name in known:
-            numbers.append(known.index(name))
+    """Class numbers from names or numbers with commas; spaces around them and Unicode's normal form do not matter, and
+    a name with a comma is read as far as it fits."""
+    names = [_plain(name) for name in known]
+    parts, numbers = text.split(","), []
+    while parts:
+        longest = (length for length in range(len(parts), 0, -1) if _plain(",".join(parts[:length])) in names)
+        length = next(longest, 1)
+        name, parts = _plain(",".join(parts[:length])), parts[length:]
+        if name in names:
+            numbers.append(names.index(name))
         elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
             numbers.append(int(name))
         else:
             raise UserError(f"unknown class {name!r}{nearest(name, known)}")
     return numbers
+
+
+def _plain(name: str) -> str:
+    """A class name as it is compared."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def whole(text: str) -> int:
@@ -131,9 +143,8 @@ def seed(text: str) -> int:
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".part"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may be probing too
+        with TemporaryFile(dir=path):
+            pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(
             f"cannot write to {shortened(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"

@@ -10,6 +10,7 @@ from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, whole
 from dit_in_dit.config import override
 
+USUAL = (1, 8, 64)  # GPUs
 FEW = 8  # images in a forward pass, below which a GPU is likely to wait for its host
 
 
@@ -22,7 +23,7 @@ def add(commands: Commands) -> None:
         type=whole,
         action="append",
         metavar="N",
-        help="repeatable (default: one GPU, a machine and eight machines, as a step's examples allow)",
+        help="repeatable (default: 1, 8 and 64, as far as they divide a step)",
     )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
     recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
@@ -42,13 +43,22 @@ def _share(text: str) -> float:
 
 
 def _recipe(options: argparse.Namespace) -> None:
-    from dit_in_dit.recipe import GPUS, MFU, recipe, usual
+    from dit_in_dit.recipe import GPUS, MFU, recipe
 
     config = override(presets.get(options.preset), options.set)
     mfu = options.mfu or MFU
+    usual = [gpus for gpus in USUAL if config.global_batch % gpus == 0]
     found = [
-        recipe(options.preset, options.set, gpus, gpu=options.gpu, mfu=mfu, per_node=options.per_node)
-        for gpus in options.gpus or usual(config, options.per_node)
+        recipe(
+            options.preset,
+            config,
+            gpus,
+            gpu=options.gpu,
+            mfu=mfu,
+            per_node=options.per_node,
+            settings=options.set,
+        )
+        for gpus in options.gpus or usual
     ]
     if options.json:
         print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in found]}, indent=1))

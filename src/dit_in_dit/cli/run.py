@@ -22,7 +22,7 @@ from dit_in_dit.cli.options import (
     chosen,
     whole,
 )
-from dit_in_dit.config import RunConfig, UserError, override, shortened
+from dit_in_dit.config import RunConfig, UserError, override
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +41,18 @@ def add(commands: Commands) -> None:
     train = commands.add("train", _train, "train a model into a run folder")
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--init", metavar="RUN", help="begin with a run's weights (train.init)")
+    train.add_argument("--init", metavar="RUN", help="begin with the weights of a run or a shipped model (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--data", metavar="PLACE", help="with --resume: where the run's data are now; the same data")
     train.add_argument(
         "--track",
         metavar="NAMES",
         help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
     )
     train.add_argument("--until", type=whole, metavar="STEP", help="end after this step, to go on another time")
+    train.add_argument(
+        "--deterministic", action="store_true", help="the same bits on CUDA too, slower (always with reduction=fixed)"
+    )
     add_device(train)
 
     demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
@@ -62,6 +66,8 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.data.latents import complete
     from dit_in_dit.training.loop import train
 
+    if options.data and not options.resume:
+        raise UserError("--data is the new place of a resumed run's data: use it with --resume, or --set data.source")
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -71,7 +77,16 @@ def _train(options: argparse.Namespace) -> None:
     else:
         config = chosen(options)
     config = replace(config, data=complete(config.data))  # so that the run knows its VAE wherever the latents are
-    facts = train(config, options.out, resume=options.resume, device=options.device, stop=stop, until=options.until)
+    facts = train(
+        config,
+        options.out,
+        resume=options.resume,
+        device=options.device,
+        stop=stop,
+        until=options.until,
+        deterministic=options.deterministic,
+        data=options.data,
+    )
     _follow(_tracked(facts, options), options.out, stop)
 
 
@@ -120,8 +135,10 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
             f"begins with {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
             + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
         )
-    if values["skipped"]:
-        console.print(f"left out {len(values['skipped'])} unreadable files, such as {shortened(values['skipped'][0])}")
+        if begun.other_data:
+            console.print(f"{begun.run} was trained on other data: it may have seen images that are held out here")
+    if values["unrecorded"]:
+        console.print("the checkpoint does not say which data it was trained on: whether these changed is not known")
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("", total=config.train.steps, completed=start.step)
@@ -168,9 +185,14 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
         return
     with suppress(Interrupted), stop.waiting():
         images = _pixels(sample(fact.model, config, GRID_IMAGES), config, fact.model)
+        try:
+            pixels = to_pixels(images)
+        except UserError as error:  # the run goes the way that train.on_divergence says
+            print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
+            return
         path.parent.mkdir(exist_ok=True)
         with atomic.file(path) as file:
-            grid(to_pixels(images)).save(file, "png")
+            grid(pixels).save(file, "png")
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,12 @@ def add(commands: Commands) -> None:
     )
     add_vae(sample)
     add_device(sample)
-    sample.add_argument("--out", type=Path, metavar="DIR", help="folder for the images (default samples/RUN)")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the images (default samples/RUN, with what is given besides: samples/RUN-seed5)",
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -65,7 +71,7 @@ def _sample(options: argparse.Namespace) -> None:
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
     config, classes = sampling(options, config, manifest["classes"])
     decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
-    out: Path = options.out or Path("samples", options.run_folder.resolve().name)
+    out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
     latents = decode is None and config.model.channels not in (1, 3)
 
@@ -111,8 +117,20 @@ def _sample(options: argparse.Namespace) -> None:
         task = bar.add_task("sampling", total=options.num)
         for done in shared:
             bar.update(task, completed=done)
-    _finish(out, [path(index) for index in range(options.num)], latents)
+    there_are = options.num
+    while path(there_are).exists():  # more were drawn before: the grid shows them too
+        there_are += 1
+    _finish(out, [path(index) for index in range(there_are)], latents)
     print(f"{options.num} samples and grid.png in {out}")
+
+
+def _default_name(options: argparse.Namespace) -> str:
+    """The run's name and what the samples depend on besides, such as `emoji-seed5`: each kind has its own folder."""
+    given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
+    words = [f"seed{options.seed}"] if options.seed else []
+    words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]
+    words += ["raw"] if options.raw else []
+    return "-".join([options.run_folder.resolve().name, *(re.sub(r"[^\w.+]+", "_", word)[:40] for word in words)])
 
 
 def _made_on(device: torch.device) -> dict[str, str]:
@@ -128,8 +146,9 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.sampling import picture, to_pixels
+    from dit_in_dit.sampling import check_finite, picture, to_pixels
 
+    check_finite(image[None])
     content = io.BytesIO()
     if latents:
         np.save(content, image.numpy())
@@ -154,10 +173,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
     with atomic.file(out / "grid.png") as file:
         grid(shown).save(file, "png")
-    for begun in out.glob("*.part"):
-        number = begun.name.split(".")[0]
-        if number.isdecimal() and int(number) < len(paths):  # others may draw more
-            begun.unlink(missing_ok=True)
+    atomic.clear(out, {path.name for path in paths})  # of no others: another process may draw more
 
 
 def _read(path: Path) -> NDArray[Any]:

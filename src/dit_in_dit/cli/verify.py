@@ -43,7 +43,8 @@ def _verify(options: argparse.Namespace) -> None:
             ("stopped", stop, start),
             ("stopped", steps, ["--resume"]),
         ):
-            _train([*how, "--out", str(place / name), "--until", str(until), "--device", options.device])
+            where = ["--out", str(place / name), "--device", options.device, "--deterministic"]
+            _train([*how, *where, "--until", str(until)])
         compared = _compare(place / "unbroken", place / "stopped")
     for name, (one, other) in compared.items():
         print(f"{'same' if one == other else 'DIFFERENT':<10} {name:<20} {one[:16]}  {other[:16]}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import zipfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig
+from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.families import split
+from dit_in_dit.data.names import left_out
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.mistakes import UserError, shortened
 
@@ -20,12 +23,14 @@ class ArraySource:
     """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
 
     uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are taken as they are (latents). A family is a row.
-    ADM's names `arr_0` and `arr_1` are understood too.
+    ADM's names `arr_0` and `arr_1` are understood too. Labels are whole numbers, or false and true for 0 and 1.
+    `notes` says which arrays are not read.
     """
 
     def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
         self.skipped: list[str] = []
-        images, labels = load_arrays(path)
+        self.notes: list[str] = []
+        images, labels = load_arrays(path, self.notes)
         if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise UserError(f"images in {path} must be uint8 (pixels) or floats (latents): got {images.dtype}")
         self._pixels = images.dtype == np.uint8
@@ -36,6 +41,8 @@ class ArraySource:
             raise UserError(f"{path} has no labels: give them, or set model.num_classes=0")
         count = model.num_classes or 1
         self._labels = np.zeros(len(images), np.int64) if labels is None or not model.num_classes else labels
+        if self._labels.dtype.kind == "b":
+            self._labels = self._labels.astype(np.int64)
         if self._labels.shape != (len(images),) or self._labels.dtype.kind not in "iu":
             raise UserError(f"labels of {path} must be {len(images)} whole numbers")
         if len(images) and not 0 <= self._labels.min() <= self._labels.max() < count:
@@ -44,12 +51,18 @@ class ArraySource:
                 f"got {self._labels.min()} to {self._labels.max()}"
             )
         self._path, self._images, self.classes = path, images, tuple(map(str, range(count)))
+        self._stored_labels = labels
         if not self._pixels and images.nbytes <= IN_MEMORY:  # of larger ones, each when it is read
             for position in range(len(images)):
                 self._image(position)
         self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of images and labels as they are stored."""
+        return digest_arrays(self._images, self._stored_labels)
 
     def _image(self, position: int) -> tuple[Array, int]:
         image = np.asarray(self._images[position], np.float32)
@@ -82,8 +95,8 @@ def _check_growth(archive: zipfile.ZipFile) -> None:
         raise ValueError(f"{packed} bytes hold {whole} (a zip bomb?)")
 
 
-def load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
-    """Images and labels as they are stored; never runs code from the file."""
+def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+    """Images and labels as they are stored; never runs code from the file. `notes` gets what else there is."""
     images: object
     labels: object
     try:
@@ -94,6 +107,8 @@ def load_arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic] | 
                     raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {list(archive)}")
                 _check_growth(archive.zip)
                 images, labels = archive[found[0][0]], archive.get(found[0][1])
+                if notes is not None and (other := [name for name in archive if name not in found[0]]):
+                    notes.append(left_out(len(other), other, "arrays"))
         else:
             beside = path.with_suffix(".labels.npy")
             images = np.load(path, mmap_mode="r", allow_pickle=False)

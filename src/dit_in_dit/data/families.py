@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from dit_in_dit.mistakes import UserError
@@ -36,11 +35,3 @@ def split(families: list[str], share: float, what: str) -> tuple[list[int], list
             f"{what}: change it (0: none held out)"
         )
     return kept, held
-
-
-def label_names(labels: list[int], count: int, what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of classes given by number, `count` of them (0: as many as there are); UserError where one has none."""
-    count = count or max(labels) + 1
-    if min(labels) < 0 or max(labels) >= count:
-        raise UserError(f"labels of {what} must be from 0 to {count - 1}: got {min(labels)} to {max(labels)}")
-    return tuple(known) or tuple(map(str, range(count)))

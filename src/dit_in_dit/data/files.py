@@ -1,73 +1,122 @@
-"""Image files of a folder or .zip, one folder per class."""
+"""Image files of a folder or .zip, one folder per class, or with labels in a `dataset.json`."""
 
 from __future__ import annotations
 
 import os
-import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from PIL import Image
 
 from dit_in_dit.data.families import family
+from dit_in_dit.data.labels import TABLE, WAY, find_table, label_names, table_labels
+from dit_in_dit.data.names import (
+    HIDDEN,
+    SUFFIXES,
+    beside,
+    check_classes,
+    class_folders,
+    follow,
+    left_out,
+    number_classes,
+    tidy,
+    wrapper,
+)
 from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, look_at
 from dit_in_dit.mistakes import UserError, shortened
+from dit_in_dit.strict_json import parse_json
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # what file managers leave behind
+SAMPLES = "samples.json"
+MOST_LINK = 4096  # bytes of a path
 
 
 class ImageFiles:
     """The image files of a folder or .zip, by name.
 
+    `notes` says what lies there and is not read, each a clause of one line.
+
     Raises:
-        UserError: it is neither, has no image, a name in it points out of it, or a class folder is empty (the next
-            class would take its number) or has a name that cannot be printed.
+        UserError: it is neither, has no image, a name in it points out of it, a `dataset.json` does not fit, or its
+            classes are not what a person sees there (names.check_classes).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, num_classes: int = 0) -> None:
+        """`num_classes` (0: as many as there are) counts those of a `dataset.json`."""
+        self.path, self.num_classes = path, num_classes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._members: dict[str, str] = {}  # of an archive: its own name for a file, where that is another
         shown = shortened(path, 60)
+        names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
+        if SAMPLES in names:  # a folder of `sample`: its grid is no sample
+            names = [name for name in names if name not in (SAMPLES, "grid.png")]
+        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if not self.names:
+            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {shown}: name another place")
+        others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+        self.notes: list[str] = []
+        self._labels = self._read_table(others)
+        if self._labels is None:
+            check_classes(self.names, others, str(path), packed=not path.is_dir())
+        if unread := [name for name in others if not name.endswith("/")]:
+            self.notes.append(left_out(len(unread), unread, "files that are no images"))
+
+    def _list(self, shown: str) -> list[str]:
+        """All names; those of folders end with `/`."""
         try:
-            if path.is_dir():
-                found = list(_names(path))
-            elif path.is_file():
-                found = self._open().namelist()
-            else:  # a pipe would be waited for
+            if self.path.is_dir():
+                return list(_names(self.path))
+            if not self.path.is_file():  # a pipe would be waited for
                 raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name one")
-        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+            return self._list_archive(shown)
+        except UNREADABLE as error:
             if isinstance(error, UserError):
                 raise
             problem = shortened(getattr(error, "strerror", None) or error, 60)
             raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}; name one") from None
-        for name in found:
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+
+    def _list_archive(self, shown: str) -> list[str]:
+        """All names of an archive; of those that are there twice the last counts, as for those who unpack it."""
+        archive, names, links = self._open(), dict[str, None](), dict[str, str]()
+        for member in archive.infolist():
+            name = member.filename.replace("\\", "/")  # as some programs on Windows write them
+            if name.startswith("/") or ".." in name.split("/"):
                 out = shortened(name, 40)
                 raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
-        names = sorted(name for name in found if not HIDDEN.search(name))
-        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
-        if not self.names:
-            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {shown}: name another place")
-        self._check_classes(names)
+            if not (name := tidy(name)):  # the archive's root
+                continue
+            names[name] = None
+            self._members[name] = member.filename
+            if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK:
+                links[name] = beside(name, archive.read(member).decode(errors="replace"))
+        for name, end in follow(links, names.keys() - links.keys()).items():
+            if end in self._members and not end.endswith("/"):
+                self._members[name] = self._members[end]
+                if name.lower().endswith(SUFFIXES) and not end.lower().endswith(SUFFIXES):
+                    names.pop(end, None)  # read as an image
+            elif end:
+                names[f"{name}/"] = names.pop(name)
+        self._members = {name: member for name, member in self._members.items() if name != member}
+        return list(names)
 
-    def _check_classes(self, names: list[str]) -> None:
-        """UserError when a folder beside those of the classes is empty, or a class has no name to print."""
-        wrapper, classes = _wrapper(self.names), set(class_folders(self.names))
-        depth, folders = len(wrapper) + 1, {name for name in names if name.endswith("/")}
-        inside = [parts for name in names if (parts := PurePosixPath(name).parts)[: len(wrapper)] == wrapper]
-        filled = classes | {parts[depth - 1] for parts in inside if len(parts) > depth}
-        for parts in inside:
-            if len(parts) == depth and parts[-1] not in filled and "/".join(parts) + "/" in folders:
-                folder = shortened(self.path / PurePosixPath(*parts))
-                raise UserError(f"class folder {folder} is empty: fill it, or remove it (later classes would move up)")
-        for name in classes:
-            if not name.isprintable():
-                raise UserError(
-                    f"class folder {shortened(repr(name))} of {shortened(self.path, 50)} cannot be printed: rename it"
-                )
+    def _read_table(self, others: list[str]) -> dict[str, int] | None:
+        """The labels of a `dataset.json` (see table_labels), which is taken from `others`; None where there is none."""
+        place = find_table(others, self.names)
+        if place is None:
+            return None
+        shown = shortened(self.path / place, 60)
+        try:
+            content = self.content(place)
+        except UNREADABLE as error:
+            raise UserError(f"cannot read {shown}: {shortened(error, 60)}; {WAY}") from None
+        table = parse_json(content, shown, WAY)
+        if not isinstance(table, dict) or "labels" not in table:
+            return None
+        others.remove(place)
+        labels, notes = table_labels(table["labels"], shown, place.removesuffix(TABLE), self.names)
+        self.notes += notes
+        return labels
 
     def _open(self) -> zipfile.ZipFile:
         """The archive, opened once per process: a file position must not be shared by workers."""
@@ -87,18 +136,31 @@ class ImageFiles:
                 raise ValueError("not a file")
             size, read = found.st_size, path.read_bytes
         else:
-            archive = self._open()
-            size, read = archive.getinfo(name).file_size, lambda: archive.read(name)  # never more than it says
+            archive, member = self._open(), self._members.get(name, name)
+            size, read = archive.getinfo(member).file_size, lambda: archive.read(member)  # never more than it says
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         return read()
 
+    def inside(self) -> list[str]:
+        """The names, in order, below what wraps all class folders."""
+        start = sum(len(part) + 1 for part in wrapper(self.names))
+        return [name[start:] for name in self.names]
+
+    def sizes(self) -> list[int]:
+        """The bytes of each file, in order; -1 for one that cannot be looked at."""
+        if not self.path.is_dir():
+            return [self._open().getinfo(self._members.get(name, name)).file_size for name in self.names]
+        return [file_size(self.path / name) for name in self.names]
+
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
-        folders = class_folders(names)
-        classes = tuple(sorted(set(folders)))
-        numbers = {name: number for number, name in enumerate(classes)}
-        return classes, [numbers[folder] for folder in folders], [family(name) for name in names]
+        families = [family(name) for name in names]
+        if not self._labels:
+            folders = class_folders(names) if self._labels is None else ["images"] * len(names)
+            return *number_classes(folders), families
+        labels = [self._labels[name] for name in names]
+        return label_names(labels, self.num_classes, shortened(self.path, 60)), labels, families
 
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """What `look` makes of one image; UserError with its name when it cannot be decoded."""
@@ -110,6 +172,14 @@ class ImageFiles:
         raise UserError(f"cannot read {place}: {shortened(problem, 60)}; mend or remove it, or set data.corrupt=skip")
 
 
+def file_size(path: Path) -> int:
+    """The bytes of a file; -1 where it cannot be looked at."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
 def _names(root: Path) -> Iterator[str]:
     """Names of all files below a folder, and of folders with a `/` at the end; through links too, each folder once."""
     seen = {os.path.realpath(root)}
@@ -119,23 +189,8 @@ def _names(root: Path) -> Iterator[str]:
 
     for folder, below, plain in os.walk(root, onerror=refuse, followlinks=True):
         place = Path(folder).relative_to(root)
+        below[:] = [name for name in below if not HIDDEN.search(name)]  # which may not be ours to list
         yield from ((place / name).as_posix() for name in plain)
         yield from (f"{(place / name).as_posix()}/" for name in below)
         below[:] = [name for name in sorted(below) if os.path.realpath(Path(folder, name)) not in seen]
         seen |= {os.path.realpath(Path(folder, name)) for name in below}
-
-
-def _wrapper(names: list[str]) -> tuple[str, ...]:
-    """The folders that wrap all class folders."""
-    paths = [PurePosixPath(name).parts[:-1] for name in names]
-    depth = 0
-    while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
-        depth += 1
-    return paths[0][:depth]
-
-
-def class_folders(names: list[str]) -> list[str]:
-    """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
-    depth = len(_wrapper(names))
-    paths = [PurePosixPath(name).parts[depth:-1] for name in names]
-    return [path[0] if path else "images" for path in paths]

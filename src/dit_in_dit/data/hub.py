@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.config import DataConfig, UserError, nearest
-from dit_in_dit.data.families import family, label_names
-from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.families import family
+from dit_in_dit.data.files import ImageFiles, file_size
+from dit_in_dit.data.labels import label_names
+from dit_in_dit.data.names import left_out
 
 PREFIX = "hf:"
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -31,6 +33,8 @@ class Rows(ImageFiles):
                 raise UserError(
                     f"data.{what}_column: {data.source} has no {column!r}{nearest(column, self.rows.column_names)}"
                 )
+        other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
+        self.notes = [left_out(len(other), other, "columns")] if other else []
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:
@@ -40,6 +44,8 @@ class Rows(ImageFiles):
         """The image column alone, as the bytes of files."""
         column, kind = self.data.image_column, self.rows.features[self.data.image_column]
         name = type(kind).__name__
+        if isinstance(kind, dict) and "binary" in str(getattr(kind.get("bytes"), "dtype", "")):
+            return self.rows.select_columns([column])  # a plain struct {bytes, path}, as without datasets' own metadata
         if name not in ("Image", "Value") or (name == "Value" and "binary" not in kind.dtype):
             raise UserError(f"data.image_column: {column!r} of {self.data.source} holds {str(kind)[:60]}, no images")
         rows = self.rows.select_columns([column])
@@ -49,8 +55,23 @@ class Rows(ImageFiles):
         """One image's file."""
         found = self._encoded[int(name.split()[1])][self.data.image_column]
         if isinstance(found, dict):
-            found = found["bytes"] if found["bytes"] is not None else Path(found["path"] or "").read_bytes()
+            content, place = found["bytes"], found.get("path")
+            found = content if content is not None else Path(place or "").read_bytes()
         return found or b""
+
+    def inside(self) -> list[str]:
+        """The names, which are numbers."""
+        return self.names
+
+    def sizes(self) -> list[int]:
+        """The bytes of each image, in order: by the offsets that Arrow stores, no image is read."""
+        compute = import_module("pyarrow.compute")
+        column = self._encoded.data.column(self.data.image_column)
+        if _has(column, "bytes"):
+            column = compute.struct_field(column, "bytes")
+        sizes: list[int | None] = compute.binary_length(column).to_pylist()
+        paths = self._paths() if None in sizes else []
+        return [file_size(Path(paths[n] or "")) if size is None else size for n, size in enumerate(sizes)]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
@@ -70,14 +91,20 @@ class Rows(ImageFiles):
                 f"data.label_column: {self.data.label_column!r} of {self.data.source} must hold numbers or names "
                 f"alone: got {str(kind)[:60]}"
             )
+        found = list(map(int, found))  # of false and true, too
         names_known: Sequence[str] = getattr(kind, "names", None) or ()
         return label_names(found, len(names_known) or self.num_classes, self.data.source, names_known), found, families
 
     def _paths(self) -> list[str | None]:
         column = self._encoded.data.column(self.data.image_column)
-        if str(column.type).startswith("struct"):
+        if _has(column, "path"):
             return list(import_module("pyarrow.compute").struct_field(column, "path").to_pylist())
         return [None] * len(self.rows)
+
+
+def _has(column: Any, field: str) -> bool:
+    """Whether an Arrow column holds structs with a field of that name."""
+    return str(column.type).startswith("struct") and column.type.get_field_index(field) >= 0
 
 
 def count_classes(data: DataConfig) -> int:

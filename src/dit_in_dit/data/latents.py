@@ -10,7 +10,6 @@ mirror image of the encoding. `family` is the family's number, which decides the
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.data.digest import digest_values
+from dit_in_dit.data.names import HIDDEN, left_out
 from dit_in_dit.data.picture import Array
+from dit_in_dit.mistakes import shortened
 from dit_in_dit.randomness import generator
+from dit_in_dit.strict_json import has_form, parse_json, read_json
 
 INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
@@ -29,6 +32,14 @@ KINDS: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
     for name, kind in {"F16": "<f2", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "U64": "<u8"}.items()
 }
+STORED = {"float16": KINDS["F16"], "float32": KINDS["F32"], "bfloat16": KINDS["BF16"]}
+FORM = {  # of the index, as far as it is read
+    "classes": [str],
+    "made": {"shape": [int], "flips": bool, "shard": int, "dtype": str},
+    "vae": {"name": str, "mean": [(int, float)], "scale": [(int, float)]},
+    "shards": [{"file": str, "count": int}],
+}
+MOST_HEADER = 10**8  # bytes, as safetensors has it
 LOG_VARIANCE = (-30.0, 20.0)  # as AutoencoderKL clamps it
 
 
@@ -37,18 +48,27 @@ def is_index(source: str) -> bool:
     return (Path(source) / INDEX).is_file()
 
 
+def load_index(folder: Path) -> dict[str, Any]:
+    """The index of latents, finished or not; UserError where it is none, or of another format."""
+    path = folder / INDEX
+    index = read_json(path, advice="encode again")
+    if index.get("format") != FORMAT:
+        raise UserError(f"{shortened(path)} is not of the format {FORMAT!r}: encode again")
+    if wrong := next((key for key, form in FORM.items() if not has_form(index.get(key), form)), None):
+        raise UserError(f"{shortened(path)} is damaged: what it says of {wrong!r} makes no sense; encode again")
+    return index
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of finished latents; UserError where they are not finished or of another format."""
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
-        if index["format"] != FORMAT:
-            raise UserError(f"{folder / INDEX} is not of the format {FORMAT!r}: encode again")
-        if not index["shards"]:
-            raise UserError(f"{folder} is not encoded to its end: run the same `dit-in-dit encode` again")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read {folder / INDEX}: {str(error)[:80]}; encode again") from None
+    index = load_index(folder)
+    if not index["shards"]:
+        raise UserError(f"{shortened(folder)} is not encoded to its end: run the same `dit-in-dit encode` again")
+    size, counts = index["made"]["shard"], [shard["count"] for shard in index["shards"]]
+    if not all(count == size for count in counts[:-1]) or not 0 < counts[-1] <= size:
+        raise UserError(f"{shortened(folder / INDEX)} is damaged: files must have {size} images each; encode again")
+    if any(Path(shard["file"]).name != shard["file"] for shard in index["shards"]):
+        raise UserError(f"{shortened(folder / INDEX)} is damaged: it names files outside its folder; encode again")
     return index
 
 
@@ -71,9 +91,9 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             start = 8 + length
-            if not 2 <= length < path.stat().st_size:
+            if not 2 <= length < min(path.stat().st_size, MOST_HEADER):
                 raise ValueError("no header")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length), "its header")
         arrays = {}
         for name, about in header.items():
             if name != "__metadata__":
@@ -81,8 +101,10 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
                 if last - first != kind.itemsize * math.prod(about["shape"]):
                     raise ValueError("not what its header says")
                 arrays[name] = np.memmap(path, kind, "r", start + first, tuple(about["shape"])).view(np.ndarray)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({str(error)[:60]}): remove it and run `dit-in-dit encode` again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{shortened(path)} is damaged ({shortened(error, 60)}): remove it and run `dit-in-dit encode` again"
+        ) from None
     return arrays
 
 
@@ -103,7 +125,10 @@ class LatentSource:
         index = read_index(self.folder)
         self.skipped: list[str] = []
         self.classes: tuple[str, ...] = tuple(index["classes"])
+        self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
         made = index["made"]
+        if made["dtype"] not in STORED:
+            raise UserError(f"{shortened(self.folder / INDEX)}: latents are {', '.join(STORED)}; encode again")
         shape = (model.channels, *model.image_size)
         if list(shape) != made["shape"]:
             raise UserError(
@@ -113,11 +138,28 @@ class LatentSource:
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         self.size = made["shard"]
-        self.shards = [open_shard(self.folder / shard["file"]) for shard in index["shards"]]
-        if [len(shard["label"]) for shard in self.shards] != [shard["count"] for shard in index["shards"]]:
-            raise UserError(f"{self.folder} does not hold the files of its {INDEX}: encode again")
+        self.shards = [self._open(shard, made) for shard in index["shards"]]
+        others = sorted({path.name for path in self.folder.iterdir()} - {INDEX, *(s["file"] for s in index["shards"])})
+        others = [name for name in others if not HIDDEN.search(name)]
+        self.notes = [left_out(len(others), others, "files that are not in the index")] if others else []
         self._tables(made["dtype"])
         self._split()
+
+    def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """The arrays of one file; UserError where they are not those of the index."""
+        path, count = self.folder / shard["file"], shard["count"]
+        arrays = open_shard(path)
+        channels, height, width = made["shape"]
+        wanted: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+            "label": (KINDS["I64"], (count,)),
+            "family": (KINDS["U64"], (count,)),
+        }
+        for name in ("moments", "flipped")[: 1 + made["flips"]]:
+            wanted[name] = (STORED[made["dtype"]], (count, 2 * channels, height, width))
+        for name, form in wanted.items():
+            if name not in arrays or (arrays[name].dtype, arrays[name].shape) != form:
+                raise UserError(f"{shortened(path)} does not hold the {name!r} that {INDEX} speaks of: encode again")
+        return arrays
 
     def __reduce__(self) -> tuple[type[LatentSource], tuple[DataConfig, ModelConfig]]:
         return LatentSource, (self.data, self.model)  # a worker maps the files itself
@@ -158,6 +200,11 @@ class LatentSource:
             raise UserError(
                 f"data.held_out={self.data.held_out} leaves {len(self._train)} training and {len(self._held)} held-out "
                 f"images of {self.folder}: change it (0: none held out)"
+            )
+        if not 0 <= labels.min() <= labels.max() < len(self.classes):
+            raise UserError(
+                f"labels of {shortened(self.folder)} must be from 0 to {len(self.classes) - 1}: "
+                f"got {labels.min()} to {labels.max()}; encode again"
             )
         self._labels = labels if self.model.num_classes else np.zeros_like(labels)
         self.train_size, self.held_out_size = len(self._train), len(self._held)

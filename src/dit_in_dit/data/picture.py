@@ -9,6 +9,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TypeVar
 
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 Seen = TypeVar("Seen")
 Array = NDArray[np.float32]
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()))
+ONE_FRAME = ("TIFF", "GIF", "AVIF")  # refused with several; of PNG and WebP the first was always taken
 IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
 MOST_PIXELS = 2**26  # of an image: 8192x8192, which takes 0.8 GB at most while it is drawn on white
 MOST_BYTES = 2**28  # of its file: four for each of its pixels
@@ -40,9 +42,13 @@ def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is more than {MOST_PIXELS} pixels")
+                if image.format in ONE_FRAME and getattr(image, "is_animated", False):
+                    raise ValueError("several frames: store each as an image")
                 return look(image)
         except UnidentifiedImageError:
-            raise ValueError("not a PNG, JPEG or WebP image") from None
+            if content[4:12] == b"ftypavif":
+                raise ValueError("AVIF, which this Pillow does not read: install a newer one") from None
+            raise ValueError("not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image") from None
         except Image.DecompressionBombError:  # beyond twice Pillow's limit the header is not shown
             raise ValueError(f"more than {MOST_PIXELS} pixels") from None
 
@@ -52,8 +58,9 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     twice too large, then bicubic to cover the target, then crop the centre.
 
     Before that, an image becomes what a viewer shows of it, in 8 bits: turned as its EXIF orientation says (ADM leaves
-    it lying); its first frame; transparency (RGBA, LA, PA, a transparent colour) on white; 1, P, CMYK and YCbCr by
-    Pillow's conversion. 16-bit grey v (mode I;16, and I, as which some Pillows read it) becomes v // 257.
+    it lying); its first frame (of PNG and WebP: look_at refuses others); transparency (RGBA, LA, PA, a transparent
+    colour) on white; 1, P, CMYK and YCbCr by Pillow's conversion. 16-bit grey v (mode I;16, and I, as which some
+    Pillows read it) becomes v // 257.
 
     Raises:
         ValueError: mode F, or values of mode I beyond 16 bits: nothing says what is white.

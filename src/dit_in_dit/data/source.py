@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +17,16 @@ from numpy.typing import NDArray
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data import hub, latents, tars
 from dit_in_dit.data.arrays import ArraySource, load_arrays
+from dit_in_dit.data.digest import digest_files, digest_values
 from dit_in_dit.data.families import split
 from dit_in_dit.data.files import ImageFiles
-from dit_in_dit.data.mosaic import CLASSES, Mosaic
+from dit_in_dit.data.mosaic import CLASSES, TEXTURES, Mosaic
+from dit_in_dit.data.names import left_out
 from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
+from dit_in_dit.mistakes import LeftOutWarning, shortened
 
 MOSAIC_HELD_OUT = 512
+BUILT_IN = ("emoji", "mosaic")
 
 
 class Source(Protocol):
@@ -46,6 +54,11 @@ class Source(Protocol):
         """Labels of the training images, or one of each class where all are equally common and there is no end."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of what the source lists, wherever it lies (data/digest.py); computed when first asked."""
+        ...
+
     def train(self, index: int) -> tuple[Array, int]:
         """Training image `index`."""
         ...
@@ -56,31 +69,80 @@ class Source(Protocol):
 
 
 def open_source(data: DataConfig, model: ModelConfig) -> Source:
-    """The configured source at the model's size; UserError when it is missing, empty or does not fit."""
-    if data.source == "mosaic":
-        if model.channels != 3:
-            raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
-        source: Source = MosaicSource(model.image_size)
-    elif data.source == "emoji":
-        source = _emoji(model.image_size, model.channels, data.held_out)
-    elif data.source.startswith(hub.PREFIX):
-        source = ImageSource(Path(data.source), data, model, hub.Rows(data, model.num_classes))
-    elif latents.is_index(data.source):
-        source = latents.LatentSource(data, model)
-    elif shards := tars.find(data.source):
-        source = ImageSource(Path(data.source), data, model, tars.TarFiles(data.source, shards, model.num_classes))
-    else:
-        path = Path(data.source)
-        if not path.exists():
-            raise UserError(f"data.source: no such file or folder: {data.source}")
-        arrays = path.suffix in (".npz", ".npy")
-        source = ArraySource(path, data, model) if arrays else ImageSource(path, data, model)
+    """The configured source at the model's size; UserError when it is missing, empty or does not fit.
+
+    What lies there and is not read is said by one LeftOutWarning.
+    """
+    source = _open(data, model)
     if model.num_classes and len(source.classes) != model.num_classes:
         raise UserError(
             f"model.num_classes must be what the data has: got {model.num_classes}, "
             f"{data.source} has {len(source.classes)}"
         )
+    notes = list(source.notes)
+    if source.skipped:
+        notes.append(left_out(len(source.skipped), source.skipped, "unreadable files"))
+    if notes:
+        warnings.warn(f"{shortened(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
+
+
+def _open(data: DataConfig, model: ModelConfig) -> MosaicSource | ImageSource | ArraySource | latents.LatentSource:
+    if data.source == "mosaic":
+        if model.channels != 3:
+            raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
+        return MosaicSource(model.image_size)
+    if data.source == "emoji":
+        return _emoji(model.image_size, model.channels, data.held_out)
+    path = Path(data.source)
+    if data.source.startswith(hub.PREFIX):
+        return ImageSource(path, data, model, hub.Rows(data, model.num_classes))
+    if latents.is_index(data.source):
+        return latents.LatentSource(data, model)
+    shards, beside = tars.find(data.source)
+    if shards:
+        return ImageSource(path, data, model, tars.TarFiles(data.source, shards, model.num_classes, beside))
+    if not path.exists():
+        raise UserError(f"data.source: no such file or folder: {data.source}")
+    arrays = path.suffix in (".npz", ".npy")
+    return ArraySource(path, data, model) if arrays else ImageSource(path, data, model)
+
+
+def record(source: Source, data: DataConfig) -> dict[str, str]:
+    """What a checkpoint notes of its images: their digest, and the place where they were, whatever the folder then."""
+    place, path = data.source, _path(data.source)
+    if _is_here(place):
+        place = place.removesuffix(path) + os.path.abspath(path)
+    return {"digest": source.digest, "place": place}
+
+
+def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
+    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
+    record of a checkpoint, says that it was."""
+    if not noted or data.source in BUILT_IN or _is_here(data.source):
+        return data
+    return replace(data, source=noted["place"])
+
+
+def check_unchanged(source: Source, data: DataConfig, noted: Mapping[str, str] | None, what: str) -> None:
+    """UserError when a source is not what `what` was trained on, by the record of its checkpoint; without a record
+    nothing is compared."""
+    if noted and source.digest != noted["digest"]:
+        raise UserError(
+            f"{shortened(data.source, 60)} is not what {what} was trained on (names, labels or sizes of its images "
+            "differ): put it back, name its place with --data, or begin a new run with --init"
+        )
+
+
+def _path(source: str) -> str:
+    return source.removeprefix(hub.PREFIX)
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is a path that this working folder has."""
+    path = _path(source)
+    shards = path == source and bool(tars.find(path)[0])
+    return source not in BUILT_IN and (Path(path).exists() or shards)
 
 
 def count_classes(data: DataConfig) -> int:
@@ -91,7 +153,11 @@ def count_classes(data: DataConfig) -> int:
     if not data.source.endswith((".npz", ".npy")):
         return 0
     labels = load_arrays(Path(data.source))[1]
-    return 0 if labels is None or not labels.size else int(labels.max()) + 1
+    if labels is None or not labels.size:
+        return 0
+    if labels.dtype.kind not in "biu":
+        raise UserError(f"labels of {data.source} must be whole numbers: got {labels.dtype}")
+    return int(labels.max()) + 1
 
 
 @lru_cache(maxsize=2)
@@ -109,10 +175,12 @@ class MosaicSource:
     train_size = None
     held_out_size = MOSAIC_HELD_OUT
     labels = np.arange(len(CLASSES))
+    digest = digest_values("mosaic", CLASSES, TEXTURES)
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.mosaic = Mosaic(size)
         self.skipped: list[str] = []
+        self.notes: list[str] = []
 
     def train(self, index: int) -> tuple[Array, int]:
         """Training image `index`."""
@@ -148,7 +216,7 @@ def size_of(path: Path) -> tuple[int, int, int]:
 
 
 class ImageSource:
-    """A folder or .zip of PNG, JPEG and WebP files, one folder per class (none: one class).
+    """A folder or .zip of image files (names.SUFFIXES), one folder per class (none: one class), or other ImageFiles.
 
     The family of a file, which the split keeps together, is its name up to the first `~`:
     `waving-hand~light-skin-tone.webp` is of the family `waving-hand`.
@@ -158,22 +226,27 @@ class ImageSource:
         self.path, self.size, self.channels = path, model.image_size, model.channels
         if model.channels not in (1, 3):
             raise UserError(f"image files have 1 or 3 channels: got model.channels={model.channels}")
-        self.files = images or ImageFiles(path)
-        self.names = self.files.names
+        self.files = images or ImageFiles(path, model.num_classes)
+        self.names, self.notes = self.files.names, self.files.notes
         self.skipped: list[str] = []
         in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
         self._pixels: list[NDArray[np.uint8]] | None = None
+        self.classes, self._labels, self.families = self.files.about(self.names)
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        self.classes, self._labels, self.families = self.files.about(self.names)
         self._train, self._held = split(self.families, data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the files hold; those that are skipped count too."""
+        return digest_files(self.files)
+
     def _check(self, corrupt: str, in_memory: bool) -> None:
         """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""
         good, pixels = [], []
-        for name in self.names:
+        for position, name in enumerate(self.names):
             try:
                 image = self.read(name)
             except UserError:
@@ -181,12 +254,20 @@ class ImageSource:
                     raise
                 self.skipped.append(name)
                 continue
-            good.append(name)
+            good.append(position)
             if in_memory:
                 pixels.append(image)
         if not good:
             raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
-        self.names, self._pixels = good, pixels if in_memory else None
+        if lost := set(self._labels) - {self._labels[position] for position in good}:
+            raise UserError(
+                f"class {shortened(self.classes[min(lost)], 40)} of {shortened(self.path, 60)}: "
+                "none of its images can be read; mend one, or remove the class (later classes would move up)"
+            )
+        self.names = [self.names[position] for position in good]
+        self._labels = [self._labels[position] for position in good]
+        self.families = [self.families[position] for position in good]
+        self._pixels = pixels if in_memory else None
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""

@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tarfile
-from contextlib import suppress
 from glob import glob
-from hashlib import sha256
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from dit_in_dit import atomic
 from dit_in_dit.config import UserError
-from dit_in_dit.data.families import family, label_names
-from dit_in_dit.data.files import HIDDEN, SUFFIXES, ImageFiles, class_folders
+from dit_in_dit.data.families import family
+from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.labels import label_names
+from dit_in_dit.data.names import (
+    HIDDEN,
+    SPLITS,
+    SUFFIXES,
+    check_classes,
+    class_folders,
+    left_out,
+    number_classes,
+    refuse_splits,
+)
+from dit_in_dit.data.picture import MOST_BYTES
+from dit_in_dit.data.tar_index import INDEX, example_key, extension, read_index
+from dit_in_dit.mistakes import shortened
 
-VERSION = 1  # of the index files
-BLOCK = tarfile.BLOCKSIZE
 MOST_SHARDS = 100_000
+PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # are not read
 
 
-def find(source: str) -> list[Path]:
-    """The shards that a source names, in order; none when it names something else.
+def find(source: str) -> tuple[list[Path], list[str]]:
+    """The shards that a source names, in order, and other files beside them; none when it names something else.
 
     `shards/train-{0000..0146}.tar` (all must be there), `shards/train-*.tar`, one `.tar`, or a folder with nothing
     but `.tar` files and what belongs to them.
+
+    Raises:
+        UserError: a shard is missing or packed in another way, or the shards of a folder are those of several splits.
     """
     path = Path(source)
     if path.is_dir():
-        inside = sorted(path.iterdir())
-        alone = not any(found.is_dir() or found.name.lower().endswith(SUFFIXES) for found in inside)
-        return [found for found in inside if found.suffix == ".tar"] if alone else []
+        inside = sorted(found for found in path.iterdir() if not HIDDEN.search(found.name))
+        shards = [found for found in inside if found.suffix.lower() == ".tar"]
+        if not shards or any(found.is_dir() or found.name.lower().endswith(SUFFIXES) for found in inside):
+            return [], []
+        if packed := next((found.name for found in inside if PACKED.search(found.name)), None):
+            raise UserError(
+                f"data.source: {shortened(packed, 40)} lies among the .tar files of {shortened(path, 50)}: "
+                "unpack it to a plain .tar, or move it away"
+            )
+        _refuse_splits(shards, path)
+        return shards, [found.name for found in inside if not found.name.lower().endswith((".tar", f".tar{INDEX}"))]
     if not source.endswith(".tar"):
-        return []
+        return [], []
     if numbers := re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source):
         first, last = numbers.groups()
         if int(last) - int(first) >= MOST_SHARDS:
@@ -45,7 +63,14 @@ def find(source: str) -> list[Path]:
     missing = next((name for name in named if not Path(name).is_file()), None)
     if missing or not named:
         raise UserError(f"data.source: no such file: {missing or source}")
-    return [Path(name) for name in named]
+    return [Path(name) for name in named], []
+
+
+def _refuse_splits(shards: list[Path], folder: Path) -> None:
+    """UserError when a folder holds `train-0000.tar` beside `val-0000.tar` and the like."""
+    words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
+    first = {next((word for word in several if word.lower() in SPLITS), "") for several in words}
+    refuse_splits(first, str(folder), "name one, {}", "*{}*.tar")
 
 
 class TarFiles(ImageFiles):
@@ -56,39 +81,81 @@ class TarFiles(ImageFiles):
     name up to the first `~`, as that of a file in a folder.
     """
 
-    def __init__(self, source: str, shards: list[Path], num_classes: int) -> None:
+    def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
+        """`beside` names files that lie beside the shards and are not read."""
         self.path, self.num_classes = Path(source), num_classes
+        self.notes = [left_out(len(beside), beside, "files beside the shards")] if beside else []
         self._places: dict[str, tuple[Path, int, int]] = {}
-        self._labels: dict[str, int] = {}
+        self._labels = {}
         if len({shard.name for shard in shards}) < len(shards):
             raise UserError(f"data.source: shards need names of their own: {source} has some twice")
+        others, examples, folders = 0, list[str](), list[str]()
         for shard in shards:
-            index = _index(shard)
+            index = read_index(shard)
             self._labels |= {f"{shard.name}/{key}": label for key, label in index["labels"].items()}
             self._places |= {f"{shard.name}/{name}": (shard, at, size) for name, at, size in index["images"]}
+            others += index["others"]
+            examples += [f"{shard.name}/{name}" for name in index["examples"]][: 2 - len(examples)]
+            folders += [f"{shard.name}/{name}" for name in index["folders"]]
         if self._labels:  # then `b.mask.png` is no image, but more about `b`
-            self._places = {name: place for name, place in self._places.items() if f".{_extension(name)}" in SUFFIXES}
+            images = {name: place for name, place in self._places.items() if f".{extension(name)}" in SUFFIXES}
+            more = [name for name in self._places if name not in images]
+            others, examples, self._places = others + len(more), examples + more, images
         self.names = list(self._places)
         if not self.names:
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {source}")
+        self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
+        if others:
+            self.notes.append(left_out(others, examples, "members that are no images"))
+        self._check(folders, shards)
+
+    def _check(self, folders: list[str], shards: list[Path]) -> None:
+        """UserError when a class, whether it is a label, a folder or a shard, has no image."""
+        if self._labels:
+            keys = set(map(example_key, self.names))
+            labels = {self._labels[key] for key in keys if key in self._labels}
+            if lost := set(self._labels.values()) - labels:
+                raise UserError(
+                    f"data.source: {shortened(self.path, 60)}: a .cls names class {min(lost)}, but no image is of it"
+                )
+        elif self._in_folders:
+            inside = [name.split("/", 1)[1] for name in folders]
+            check_classes([name.split("/", 1)[1] for name in self.names], inside, str(self.path), packed=True)
+        else:
+            filled = {name.split("/", 1)[0] for name in self.names}
+            if empty := next((shard for shard in shards if shard.name not in filled), None):
+                raise UserError(
+                    f"data.source: no images in {shortened(empty, 60)}: convert what it holds, or move it away "
+                    "(later classes would move up)"
+                )
 
     def content(self, name: str) -> bytes:
-        """One image as it is stored."""
+        """One image as it is stored; ValueError when it is too long, or lies in no one place."""
         shard, offset, size = self._places[name]
+        if offset < 0:
+            raise ValueError("a link to nothing in its archive, or no plain file")
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         with shard.open("rb", buffering=0) as file:  # opened each time: workers share no position
             return os.pread(file.fileno(), size, offset)
+
+    def inside(self) -> list[str]:
+        """The names, with those of their shards."""
+        return self.names
+
+    def sizes(self) -> list[int]:
+        """The bytes of each image, in order."""
+        return [size for _, _, size in self._places.values()]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the label and family of each of `names`."""
         if not self._labels:
             inside = [name.split("/", 1)[1] for name in names]
-            folders = class_folders(inside if any("/" in name for name in inside) else names)
-            classes = tuple(sorted(set(folders)))
-            numbers = {folder: number for number, folder in enumerate(classes)}
-            return tuple(name.removesuffix(".tar") for name in classes), [numbers[f] for f in folders], families(names)
+            classes, numbers = number_classes(class_folders(inside if self._in_folders else names))
+            return tuple(name.removesuffix(".tar") for name in classes), numbers, families(names)
         labels = []
         for name in names:
-            key = _key(name)
+            key = example_key(name)
             if key not in self._labels:
                 raise UserError(f"{self.path}: {name[:80]} has no .cls beside it, as others have")
             labels.append(self._labels[key])
@@ -98,73 +165,3 @@ class TarFiles(ImageFiles):
 def families(names: list[str]) -> list[str]:
     """The family of each image."""
     return [family(name) for name in names]
-
-
-def _key(name: str) -> str:
-    """What the files of one example share: the name up to the first dot after the last slash."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.split(".", 1)[0]
-
-
-def _extension(name: str) -> str:
-    """The rest."""
-    return PurePosixPath(name).name.partition(".")[2].lower()
-
-
-# ------------------------------------------------------------------------------------------- index
-
-
-def _index(shard: Path) -> dict[str, Any]:
-    """Where a shard's images lie: {images: [[name, offset, size]], labels: {key: number}}.
-
-    Kept beside the shard, or in the user's cache where nothing can be written there; made again when the shard's size
-    or time of change is another.
-    """
-    state = shard.stat()
-    identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-in-dit" / "tars"
-    places = (
-        shard.with_name(f"{shard.name}.index.json"),
-        cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json",
-    )
-    for place in places:
-        try:
-            found: dict[str, Any] = json.loads(place.read_bytes())
-            if {name: found.get(name) for name in identity} == identity and found.keys() >= {"images", "labels"}:
-                return found
-        except (OSError, ValueError, AttributeError):
-            pass  # none yet, or torn: made below
-    made = {**identity, **_walk(shard, state.st_size)}
-    for place in places:
-        with suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(place, json.dumps(made))
-            break
-    return made
-
-
-def _walk(shard: Path, length: int) -> dict[str, Any]:
-    """The index of a tar file, from its headers; UserError when it is not one, or not whole."""
-    images, labels, end = [], {}, 0
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                name = member.name.removeprefix("./")
-                if not member.isreg() or member.issparse() or HIDDEN.search(name):
-                    continue
-                if name.lower().endswith(SUFFIXES):
-                    images.append((name, member.offset_data, member.size))
-                elif _extension(name) == "cls":
-                    content = archive.extractfile(member)
-                    text = content.read(32).decode("ascii").strip() if content else ""
-                    if not text.isdecimal():
-                        raise UserError(f"{shard}: {name[:80]} must hold a class number: got {text[:20]!r}")
-                    labels[_key(name)] = int(text)
-    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise UserError(f"data.source: {shard} is not a plain .tar: {str(error)[:80]}; unpack or mend it") from None
-    with shard.open("rb") as file:
-        mark = os.pread(file.fileno(), BLOCK, end)
-    if end > length or mark != bytes(BLOCK):
-        raise UserError(f"data.source: {shard} is cut off: it ends without a tar's end mark; get it again")
-    return {"images": images, "labels": labels}

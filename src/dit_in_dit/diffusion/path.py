@@ -6,6 +6,9 @@ makes two equations in x and e, so that any prediction turns into any other by o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,17 @@ def alpha_bar() -> Tensor:
     """(1000,) float64: the share of the image's variance that is left after each step of DiT's linear schedule."""
     betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
     return (1 - betas).cumprod(0)
+
+
+def on_device(make: Callable[[], Tensor]) -> Callable[[torch.device], Tensor]:
+    """A table of constants, copied to each device once: a copy in every step makes the host wait for the device."""
+
+    @lru_cache(maxsize=8)
+    def table(device: torch.device) -> Tensor:
+        with torch.inference_mode(False):  # training may use what sampling asked for first
+            return make().to(device)
+
+    return table
 
 
 class Flow:
@@ -45,11 +59,12 @@ class Ddpm(Flow):
 
     def __init__(self) -> None:
         left = alpha_bar()
-        self.table = torch.stack([left.sqrt(), (1 - left).sqrt()]).float()
+        table = torch.stack([left.sqrt(), (1 - left).sqrt()]).float()
+        self.table = on_device(lambda: table)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """a(t), b(t), shaped as t."""
-        a, b = self.table.to(t)[:, self.step(t)]
+        a, b = self.table(t.device).to(t.dtype)[:, self.step(t)]
         return a, b
 
     def step(self, t: Tensor) -> Tensor:

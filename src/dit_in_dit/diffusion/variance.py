@@ -8,13 +8,13 @@ beta' (1 - alpha_bar_j) / (1 - alpha_bar_k), to that of beta' = 1 - alpha_bar_k 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_in_dit.diffusion.path import DDPM_STEPS, alpha_bar
+from dit_in_dit.diffusion.path import DDPM_STEPS, alpha_bar, on_device
 
 BIN = 1 / 255  # half of one of 256 grey values in [-1, 1]
 
@@ -54,11 +54,18 @@ def posterior(step: Tensor, before: Tensor) -> Posterior:
     return Posterior(*(value.float() for value in values))
 
 
-@cache
+@on_device
 def _by_step() -> Tensor:
     """The posterior of each step and the one before it, (4, 1000)."""
     steps = torch.arange(DDPM_STEPS)
     return torch.stack(posterior(steps, steps - 1))
+
+
+@lru_cache(maxsize=4096)
+def _between(step: int, before: int, device: torch.device) -> Posterior:
+    """The posterior from one step to another, on a device."""
+    with torch.inference_mode(False):
+        return Posterior(*torch.stack(posterior(torch.tensor(step), torch.tensor(before))).to(device))
 
 
 def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, before: int, noise: Tensor) -> Tensor:
@@ -66,7 +73,7 @@ def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, 
     a learned fraction the variance is the largest; the last step (j = -1) has none."""
     if before < 0:
         return image
-    at = Posterior(*(value.to(noisy.device) for value in posterior(torch.tensor(step), torch.tensor(before))))
+    at = _between(step, before, noisy.device)
     largest = torch.ones_like(noisy) if fraction is None else fraction
     return at.mean(image, noisy) + (0.5 * at.log_variance(largest)).exp() * noise
 
@@ -77,7 +84,7 @@ def bound(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Tenso
 
     At step 0 it is the likelihood of x, taken as 256 grey values in [-1, 1]; latents are treated so too, as DiT does.
     """
-    at = Posterior(*_by_step().to(step.device)[:, step, None, None, None])
+    at = Posterior(*_by_step(step.device)[:, step, None, None, None])
     log_variance = at.log_variance(fraction)
     error = x - image.detach()
     apart = (at.image * error).square() * (-log_variance).exp()  # the means differ by the image's error alone

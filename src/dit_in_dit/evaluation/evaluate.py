@@ -25,6 +25,7 @@ from dit_in_dit.evaluation.nearest import NEAR, SIDE, Neighbours, neighbours, th
 from dit_in_dit.evaluation.pixels import Images, Score
 from dit_in_dit.evaluation.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import FULL, use_full_float32
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.example import held_out
 
@@ -81,6 +82,7 @@ def evaluate(
         raise UserError(f"--num must be at most the {subject.count} images of {subject.about['name']}: got {num}")
     if num < 2 or real.count < 4:
         raise UserError(f"metrics need 2 images and 4 real ones: got {num} and {real.count}")
+    use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
     chunks.claim(out / "identity.json", {"samples": subject.samples, "subject": subject.about, **at_once})
     if subject.config is not None:
@@ -182,6 +184,7 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
     protocol = {
         "images": num,
         "size": list(subject.shape),
+        "precision": FULL,
         "samples": subject.samples,
         "reference": real.about,
         "metrics": metrics,

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from dit_in_dit.config import UserError
 from dit_in_dit.evaluation.distances import sha256
+from dit_in_dit.precision import use_full_float32
 
 Pixels = NDArray[np.uint8]
 
@@ -49,8 +50,7 @@ class Network:
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
         """Features of each image; grey ones count as colour. UserError when the weights give no finite number."""
         colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
-        # TensorFloat-32, cuDNN's default, keeps 10 bits: features would depend on the device.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode():
             features = {kind: found.float().cpu().numpy() for kind, found in self.compute(colour).items()}
         if not all(np.isfinite(found).all() for found in features.values()):
             raise UserError(f"{self.name} features are not finite: its weights are damaged; get them again")
@@ -63,6 +63,7 @@ def open_network(name: str, weights: Path | None, device: torch.device) -> Netwo
     Raises:
         UserError: a package or the weights are missing, or do not fit.
     """
+    use_full_float32()  # else features would depend on the device
     return {"inception": _inception, "dinov2": _dinov2}[name](weights, device)
 
 

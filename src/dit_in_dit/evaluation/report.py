@@ -13,6 +13,7 @@ from dit_in_dit.config import UserError
 from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.evaluate import Evaluation, floats
 from dit_in_dit.evaluation.pixels import Halves, Seams, Spectrum, statistics
+from dit_in_dit.precision import before_it_was_named
 from dit_in_dit.sampling import beside, grid
 
 SHOWN = 64
@@ -135,8 +136,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
     try:
         result: dict[str, Any] = json.loads(found.read_text())
-        result["subject"]["name"], result["protocol"], result["scores"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        result["subject"]["name"], result["scores"]
+        result["protocol"].setdefault("precision", before_it_was_named(result.get("made with", {}).get("torch", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{found} is not an evaluation: {error}") from None
     return result
 

@@ -136,8 +136,10 @@ def files_subject(path: Path) -> Subject:
         raise UserError(f"cannot evaluate {path}: give a run, a folder, a .zip, a .npz or a .npy of images")
     shape = size_of(path)
     source = _open(DataConfig(source=str(path), held_out=0), shape)
-    samples = {"made by": "files, as they are"}
-    return Subject(_pixels(source.train), shape, samples, {"name": str(path)}, count=source.train_size)
+    draw, count = _pixels(source.train), source.train_size or 0
+    # Of all images, though fewer may be measured: chunks of features are kept, and the next evaluation may want more.
+    about = {"name": str(path), "sha256": _sha256(draw, count)}
+    return Subject(draw, shape, {"made by": "files, as they are"}, about, count=count)
 
 
 def reference(against: str | None, subject: Subject, wanted: int) -> Reference:

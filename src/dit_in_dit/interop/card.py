@@ -57,7 +57,7 @@ def card(
     model = config.model
     front = {
         "license": licence,
-        "library_name": "diffusers",
+        "library_name": "dit-in-dit" if use else "diffusers",  # whose classes load the folder
         "pipeline_tag": "unconditional-image-generation",  # the Hub has no task for classes
         "tags": ["dit-in-dit", "diffusion-transformer", "nested-transformer"]
         + (["class-conditional"] if model.num_classes else []),
@@ -133,7 +133,7 @@ def _training(config: RunConfig, step: int) -> Rows:
 
 
 def _sampling(config: RunConfig, weights: str, decoded: bool) -> Rows:
-    how, vae = config.sample, "AutoencoderKL, in `vae`" if decoded else "none"
+    how, vae = config.sample, "in `vae`" if decoded else "none"
     guidance = f"{how.guidance:g}" if how.guidance != 1 else "none"
     if how.guidance != 1 and tuple(how.interval) != (0, 1):
         guidance += f", for t from {how.interval[0]:g} to {how.interval[1]:g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,4 +41,5 @@ def installed(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, list | tuple) and len(value) == 2 and value[1] in INSTALLED:
             found[key] = value[1] if key == "_class_name" else [INSTALLED[value[1]], value[1]]
+            import_module(INSTALLED[value[1]])  # diffusers looks among the modules that are loaded
     return found

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_in_dit.config import ModelConfig
-from dit_in_dit.interop.foreign import read_pt, read_safetensors
+from dit_in_dit.interop.diffusers_files import INDEX, WEIGHTS, read_json, read_weights
+from dit_in_dit.interop.foreign import unwrapped
 from dit_in_dit.interop.official import PATCHES, POSITION, Found, Predicted, Weights
-from dit_in_dit.mistakes import UserError
+from dit_in_dit.mistakes import UserError, nearest, shortened
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.stages import MOST_BLOCKS
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model"
 MOST_PATCHES = 256
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until diffusers 0.29
 FIXED = {  # what a DiT has; a config without the key has it too
@@ -35,7 +35,32 @@ FIXED = {  # what a DiT has; a config without the key has it too
     "norm_elementwise_affine": False,
 }
 PREDICTIONS: dict[str, Predicted] = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
-SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
+SCHEDULERS = (  # without the keys of their configs, they have DiT's schedule
+    *("DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
+    *("UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+)
+SCHEDULE = {
+    **{"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
+    **{"trained_betas": None, "rescale_betas_zero_snr": False, "timestep_type": "discrete"},
+    **{"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False},
+    **{"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None},
+    **{"sigma_min": None, "sigma_max": None},
+}
+SAMPLING = (  # keys of how steps are chosen and taken
+    *(
+        "timestep_spacing",
+        "steps_offset",
+        "set_alpha_to_one",
+        "skip_prk_steps",
+        "final_sigmas_type",
+        "lambda_min_clipped",
+    ),
+    *("clip_sample", "clip_sample_range", "sample_max_value", "thresholding", "dynamic_thresholding_ratio"),
+    *("algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final", "euler_at_final"),
+    *("predict_x0", "disable_corrector", "interpolation_type", "time_shift_type", "variance_type"),
+)
+UNSET = (None, False)
 
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
@@ -62,14 +87,14 @@ HEADS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # official: one matrix
 
 
 def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
-    """A folder with config.json and weights, or one of a whole `DiTPipeline`, as official weights; and its config.
+    """A folder with config.json and weights, alone or of a whole `DiTPipeline`, as official weights; and its config.
 
     Raises:
         UserError: a file is missing or cannot be read, or it is another model than a DiT.
     """
     inside = folder / "transformer"
     model = inside if inside.is_dir() else folder
-    config = _json(model / CONFIG)
+    config = read_json(model / CONFIG)
     what = str(model.name)
     if config.get("_class_name") not in CLASSES:
         raise UserError(f"{model / CONFIG} is of {str(config.get('_class_name'))[:40]!r}: known is {CLASSES[0]}")
@@ -84,28 +109,23 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
         raise UserError(f"{model / CONFIG}: at most {MOST_BLOCKS} blocks are known: got {depth}")
     if size > MOST_PATCHES * patch:  # the table of positions is not in the file, whose size would tell
         raise UserError(f"{model / CONFIG}: at most {MOST_PATCHES} patches a side are known: got {size // patch}")
-    weights = dict(_official(_read_weights(model), depth, what))
+    weights = dict(_official(unwrapped(read_weights(model), what), depth, what))
     width = next(iter(weights[PATCHES].shape), 0)
     if width != heads * _whole(config, "attention_head_dim", 72, model) or size % patch or width % 4:
         raise UserError(f"{model / CONFIG} does not fit its weights of width {width}: get the folder again")
     fixed = sincos(width, size // patch, size // patch)[None]
     weights[POSITION] = fixed.to(weights[PATCHES].dtype)
-    predict = _predicts(folder / "scheduler" / "scheduler_config.json")
+    scheduler = model.parent / "scheduler" / "scheduler_config.json"
+    piped = inside.is_dir() or (model.parent / INDEX).exists()  # the model alone is one of noise
+    predict = _predicts(scheduler) if piped else "noise"
+    classes = config.get("num_embeds_ada_norm")
+    if classes is not None:
+        classes = _whole(config, "num_embeds_ada_norm", 1000, model)
     eps = config.get("norm_eps", 1e-5)
     if not isinstance(eps, float) or not 0 < eps <= 1:
         raise UserError(f"{model / CONFIG}: norm_eps must be a number from 0 to 1: got {str(eps)[:40]!r}")
-    return Found(weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps), config
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise UserError(f"cannot read {path}: {reason}; give a folder of diffusers' {CLASSES[0]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold names and values: give a folder of diffusers' {CLASSES[0]}")
-    return found
+    found = Found(weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps, classes=classes)
+    return found, config
 
 
 def _whole(config: dict[str, Any], name: str, default: int, model: Path) -> int:
@@ -115,36 +135,27 @@ def _whole(config: dict[str, Any], name: str, default: int, model: Path) -> int:
     return value
 
 
-def _predicts(scheduler: Path) -> Predicted:
-    """What a pipeline's scheduler takes the output for; without one, noise."""
-    if not scheduler.exists():
-        return "noise"
-    config = _json(scheduler)
-    for name, value in SCHEDULE.items():
-        if config.get(name, value) != value:
-            raise UserError(f"{scheduler}: DiT's schedule has {name}={value}: got {str(config[name])[:40]!r}")
+def _predicts(path: Path) -> Predicted:
+    """What a pipeline's scheduler takes the output for.
+
+    Of its config, all that says which noise and time the model knows is checked; how many steps are taken on the way,
+    and how, is the run's own `sample`.
+    """
+    config = read_json(path)
+    if (name := str(config.get("_class_name"))) not in SCHEDULERS:
+        raise UserError(
+            f"{path} is of {name[:40]!r}, which is not known to have DiT's noise{nearest(name, SCHEDULERS)}"
+        )
+    for key, value in config.items():
+        said = shortened(value, 40)
+        if key in SCHEDULE and value != SCHEDULE[key]:
+            raise UserError(f"{path}: only {key}={SCHEDULE[key]}, as DiT's schedule has it, is known: got {said}")
+        if key not in (*SCHEDULE, *SAMPLING, "prediction_type") and not key.startswith("_") and value not in UNSET:
+            raise UserError(f"{path}: {shortened(key, 40)}={said} is not known: give a scheduler of DiT's own schedule")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
-        raise UserError(f"{scheduler}: prediction_type must be one of {', '.join(PREDICTIONS)}: got {str(kind)[:40]!r}")
+        raise UserError(f"{path}: prediction_type must be one of {', '.join(PREDICTIONS)}: got {str(kind)[:40]!r}")
     return PREDICTIONS[kind]
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors, of one file or of several with an index."""
-    whole, pickled = folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if index.exists():
-        files = _json(index).get("weight_map")
-        listed = {str(name) for name in files.values()} if isinstance(files, dict) else set()
-        if not listed or any(Path(name).name != name or not name.endswith(".safetensors") for name in listed):
-            raise UserError(f"{index} must name .safetensors files beside it: get the folder again")
-        return {name: value for file in sorted(listed) for name, value in read_safetensors(folder / file).items()}
-    if not whole.exists() and pickled.exists():
-        found = read_pt(pickled)
-        if wrong := [name for name, value in found.items() if not isinstance(value, Tensor)]:
-            raise UserError(f"{pickled} holds no weights of a DiT: {wrong[0][:40]!r} is no tensor")
-        return found
-    return read_safetensors(whole)
 
 
 def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Images to latents and back by an AutoencoderKL of diffusers: once for all training, and for samples.
+"""Images to latents and back by a VAE of diffusers: once for all training, and for samples.
 
 Work is kept in files of `shard` images, each written beside and renamed: what is there is not encoded again, and
 file k belongs to process k modulo their number (`RANK`, `WORLD_SIZE`). Which images share a batch can change the last
@@ -7,14 +7,12 @@ bit, and is a function of the image's number alone, so neither an interruption n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from dit_in_dit import atomic
 from dit_in_dit.config import DataConfig, ModelConfig, UserError
 from dit_in_dit.data.families import family_number
-from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, open_shard, sha256
+from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
 from dit_in_dit.data.source import Source, count_classes, open_source
+from dit_in_dit.interop.vae import constants, factor, fingerprint, load_vae, moments
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SD_SCALE = 0.18215  # Stable Diffusion's (Rombach et al. 2022), where a VAE names none
 PATIENCE = 3600  # seconds without a new file after which the other processes are given up
 
 
@@ -52,37 +50,6 @@ class Encoding:
     batch: int = 32
     shard: int = 2048
     workers: int = 0
-
-
-def load_vae(name: str, device: torch.device) -> Any:
-    """An AutoencoderKL from a folder or a hub id, float32; UserError when it cannot be had."""
-    diffusers: Any = import_module("diffusers")  # here: it takes seconds
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"no AutoencoderKL (folder or hub id) at {name!r}: {problem[:80]}") from None
-    return vae.requires_grad_(False).to(device).eval()
-
-
-def constants(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and scale that a VAE's config names for its latents; Stable Diffusion's where it names none."""
-    scale, shift = getattr(vae.config, "scaling_factor", None), getattr(vae.config, "shift_factor", None)
-    return [float(shift or 0)], [float(scale or SD_SCALE)]
-
-
-def factor(vae: Any) -> int:
-    """Pixels to a latent pixel, along a side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
-
-
-def fingerprint(vae: Any) -> str:
-    """SHA-256 of a VAE's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ encode
@@ -152,11 +119,11 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
-        found = json.loads((out / INDEX).read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
+    found = load_index(out)
     for name, value in index["made"].items():
-        if (there := found.get("made", {}).get(name)) != value:
+        if (there := found["made"].get(name)) != value:
             raise UserError(f"{out} holds other latents: {name} is {there}, not {value}; choose another --out")
     return list(found["shards"])
 
@@ -185,26 +152,31 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
     loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
     for part in cut:
         rows: dict[str, list[Tensor]] = {}
-        for _ in part:
+        for numbers in part:
             batch = next(loader)
             if isinstance(batch, str):
                 raise UserError(batch)
             images, labels = batch
             rows.setdefault("label", []).append(labels)
-            rows.setdefault("moments", []).append(moments(vae, images).to(DTYPES[how.dtype]))
+            rows.setdefault("moments", []).append(_stored(vae, images, numbers, how.dtype))
             if how.flips:
-                rows.setdefault("flipped", []).append(moments(vae, images.flip(-1)).to(DTYPES[how.dtype]))
-        tensors = {name: torch.cat(several).contiguous() for name, several in rows.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise UserError(f"the VAE's latents do not fit {how.dtype}: use --dtype float32 or bfloat16")
-        yield tensors
+                rows.setdefault("flipped", []).append(_stored(vae, images.flip(-1), numbers, how.dtype))
+        yield {name: torch.cat(several).contiguous() for name, several in rows.items()}
 
 
-@torch.inference_mode()
-def moments(vae: Any, images: Tensor) -> Tensor:
-    """Mean and log variance (n, 2C, h, w) of the posterior, on the CPU, of images (n, 3, H, W) in [-1, 1]."""
-    posterior = vae.encode(images.to(vae.device)).latent_dist
-    return torch.cat([posterior.mean, posterior.logvar], 1).cpu()
+def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
+    """Moments of images as they are stored; UserError where they cannot be, which names the images."""
+    exact = moments(vae, images)
+    for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
+        finite = tensor.isfinite().flatten(1).all(1)
+        if finite.all():
+            continue
+        bad = [str(number) for number, fine in zip(numbers, finite.tolist(), strict=True) if not fine]
+        which = f"image {', '.join(bad[:3])}{' and more' if bad[3:] else ''} (counted from 0)"
+        if of:
+            raise UserError(f"{of} for {which}: take another VAE, or its weights in float32")
+        raise UserError(f"the VAE's latents of {which} do not fit {dtype}: use --dtype float32 or bfloat16")
+    return tensor
 
 
 def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
@@ -239,8 +211,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
     index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
-    for left in out.glob("*.part"):
-        left.unlink()
+    atomic.clear(out, {INDEX, *(path.name for path in paths)})
     atomic.write(out / INDEX, json.dumps(index, indent=1))
 
 

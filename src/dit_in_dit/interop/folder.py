@@ -12,12 +12,12 @@ import torch
 from dit_in_dit import atomic, checkpoint
 from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.data.latents import complete
+from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of
-from dit_in_dit.interop.encode import constants, load_vae
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
+from dit_in_dit.interop.vae import constants, load_vae
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sampling import make_scheduler
 from dit_in_dit.section import to_dict
 
 READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
@@ -28,7 +28,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
     Args:
         averaged: the averaged weights, else the trained ones.
-        vae: folder or Hub name of the AutoencoderKL that decodes the latents; None: the one that the run names.
+        vae: folder or Hub name of the VAE that decodes the latents; None: the one that the run names.
         licence: of the weights, as the Hub names it.
 
     Raises:
@@ -36,6 +36,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
     """
     atomic.check_free(out)
     model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
+    checkpoint.check_weights(model.state_dict(), str(run))
     pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
     file = "ema.safetensors" if averaged else "state.safetensors"
     pictures = sorted((run / "samples").glob("*.png"))

@@ -12,6 +12,7 @@ import re
 import stat
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dit_in_dit.mistakes import UserError, shortened
 
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # bool is an int
 DEEPEST = 20  # groups within groups; an optimizer's state has five
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, FSDP
+MODELS = ("model.", "ema.", "ema_model.")  # the model as a part of another module, such as Lightning's
 MOST_SHARED = 4  # bytes of all tensors together over those of their file: weights may be tied, not multiplied
 
 
@@ -58,6 +61,24 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # besides SafetensorError, Python's errors about odd headers
         known = isinstance(error, SafetensorError | OSError)
         raise _refused(path, str(error).splitlines()[0][:60] if known and str(error) else "it is damaged") from None
+
+
+def unwrapped(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Weights by the names that they have in the model itself, whatever was around it, or around its blocks.
+
+    Raises:
+        UserError: two weights would have the same name.
+    """
+    found: dict[str, Any] = {}
+    for name, value in weights.items():
+        bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if bare in found:
+            raise UserError(f"{what} has two weights {shortened(bare, 60)!r}, wrapped and not: keep one of them")
+        if name != "n_averaged":  # the counter of torch's AveragedModel
+            found[bare] = value
+    while prefix := next((p for p in MODELS if found and all(name.startswith(p) for name in found)), None):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def _refused(path: Path, reason: str) -> UserError:

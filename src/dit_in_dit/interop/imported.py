@@ -21,7 +21,8 @@ from torch import Tensor
 from dit_in_dit import atomic, checkpoint
 from dit_in_dit.config import RunConfig, assigned, override
 from dit_in_dit.interop import diffusers_dit, official
-from dit_in_dit.interop.official import POSITION, Found, Kind
+from dit_in_dit.interop.official import POSITION, TABLE, Found, Kind
+from dit_in_dit.interop.official_checkpoint import read_checkpoint
 from dit_in_dit.mistakes import UserError
 
 ORIGIN = "origin.json"
@@ -29,13 +30,21 @@ KEPT = f"official.{POSITION}"  # in the checkpoint's state, where it is not bit 
 
 
 def import_run(
-    source: Path, out: Path, *, kind: Kind | None = None, heads: int | None = None, settings: Sequence[str] = ()
+    source: Path,
+    out: Path,
+    *,
+    kind: Kind | None = None,
+    heads: int | None = None,
+    classes: int | None = None,
+    settings: Sequence[str] = (),
 ) -> RunConfig:
     """Make `out` the run of a file of the official DiT or SiT, or of a folder of diffusers' DiT; whole or not at all.
 
     Args:
-        kind: DiT or SiT, which look the same; None: as the file says, see `official.read_checkpoint`.
+        kind: DiT or SiT, which look the same; None: as the file says, see `read_checkpoint`.
         heads: attention heads, where neither the file nor the published sizes say them.
+        classes: their number, where the file does not say it or is wrong: of a table with as many rows, none is that
+            of no class.
         settings: `KEY=VALUE` of the run's config.
 
     Raises:
@@ -44,35 +53,44 @@ def import_run(
     atomic.check_free(out)
     if (source / "config.yaml").exists():
         raise UserError(f"{source} is a run already: import takes weights of others")
-    what, origin, found = source.name, {}, Found({}, {})
+    what, found = source.name, Found({}, {})
+    origin: dict[str, Any] = {}
     if source.is_dir():
         found, theirs = diffusers_dit.read_folder(source)
         origin = {"format": "diffusers", "name": what, "config": theirs}
     else:
-        found = official.read_checkpoint(source, kind)
+        found = read_checkpoint(source, kind)
         origin = {"format": "official", "name": what, "sha256": _sha256(source)}
-    model = official.model_of(replace(found, heads=heads or found.heads), what)
+    found = replace(found, heads=heads or found.heads, classes=classes or found.classes)
+    found = official.with_null_class(found, what)
+    model = official.model_of(found, what)
     official.check(found.trained, model, what)
-    config = _settled(official.run_of(found, model), settings)
+    config = _settled(official.run_of(found, model), settings, null_class=found.null_class)
+    if not found.null_class:
+        origin["null_class"] = False
     turn = official.turns(model, config.diffusion)
     averaged, trained = (official.to_ours(part, model, turn=turn) for part in (found.averaged, found.trained))
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
     position = found.averaged[POSITION]
     if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
         state[KEPT] = position
-    classes = tuple(str(number) for number in range(model.num_classes))
+    for part in (averaged, trained):
+        checkpoint.check_weights(part, what)
+    names = tuple(str(number) for number in range(model.num_classes))
     with atomic.folder(out) as beside:
         checkpoint.create(beside, config)
-        checkpoint.save(beside, config, found.step, state, averaged, classes)
+        checkpoint.save(beside, config, found.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
 
 
-def _settled(config: RunConfig, settings: Sequence[str]) -> RunConfig:
+def _settled(config: RunConfig, settings: Sequence[str], *, null_class: bool) -> RunConfig:
     """The config with settings that do not say what the weights are."""
     for name, _ in map(assigned, settings):
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
             raise UserError(f"--set {name[:60]}: the weights say that; what is sampled, trained and read may be set")
+        if name == "train.label_drop" and not null_class:
+            raise UserError(f"--set {name}: the weights have no null class, and guidance=1 is all that they allow")
     return override(config, settings)
 
 
@@ -111,6 +129,8 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
     """
     config, weights = _official_weights(run, averaged=averaged)
     atomic.check_free(out)
+    if _origin(run).get("null_class") is False:
+        weights[TABLE] = weights[TABLE][:-1].clone()  # as it was read
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(out) as file:
         torch.save(weights, file)
@@ -156,13 +176,15 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
-    folder, _, passed_over = checkpoint.newest(run)
+    folder, manifest, passed_over = checkpoint.newest(run)
+    checkpoint.check_config(run, config, folder, manifest)
     checkpoint.warn(passed_over)
     state = checkpoint.load_state(folder)
     ours = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     kept = state.get(KEPT)
     if averaged:
         ours = checkpoint.load_state(folder, "ema.safetensors")
+    checkpoint.check_weights(ours, str(run))
     try:
         weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))
     except (KeyError, RuntimeError):

@@ -10,13 +10,11 @@ Both have the same parameters, and those of a plain DiT here, under other names.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +22,6 @@ from torch import Tensor
 from dit_in_dit import presets
 from dit_in_dit.checkpoint import DTYPES
 from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
-from dit_in_dit.interop.foreign import read_pt
 from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.nested import NestedDiT
@@ -52,6 +49,7 @@ AFTER = {
     "final_layer.linear": "outer_head.final.linear",
     "final_layer.adaLN_modulation.1": "outer_head.final.modulation.linear",
 }
+TABLE = "y_embedder.embedding_table.weight"
 PATCHES = "x_embedder.proj.weight"
 POSITION = "pos_embed"
 
@@ -66,6 +64,8 @@ class Found:
     heads: attention heads, where they are said.
     clock: `model.time_embed`.
     eps: `model.mlp_norm_eps`.
+    classes: their number, where it is said.
+    null_class: whether the last row of the table of labels is that of no class.
     """
 
     averaged: Weights
@@ -76,6 +76,8 @@ class Found:
     heads: int | None = None
     clock: Clock = "dit"
     eps: float = 1e-6
+    classes: int | None = None
+    null_class: bool = True
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -141,7 +143,7 @@ def model_of(found: Found, what: str) -> ModelConfig:
         image_size=(side * patch, side * patch),
         channels=channels,
         patch_size=patch,
-        num_classes=_shape(weights, "y_embedder.embedding_table.weight", 2, what)[0] - 1,
+        num_classes=_shape(weights, TABLE, 2, what)[0] - 1,
         stages=f"outer*{depth}",
         learn_variance=out == 2 * channels * patch**2,
         time_embed=found.clock,
@@ -150,6 +152,27 @@ def model_of(found: Found, what: str) -> ModelConfig:
     )
     check(weights, model, what)
     return model
+
+
+def with_null_class(found: Found, what: str) -> Found:
+    """The same, with a row of zeros for no class where the table of labels has rows for the classes alone: models that
+    were trained with every label. Nothing reads that row.
+
+    Raises:
+        UserError: the table fits neither.
+    """
+    rows = {_shape(weights, TABLE, 2, what)[0] for weights in (found.averaged, found.trained)}
+    if found.classes is None and rows == {1}:
+        raise UserError(f"{what} has one row for its classes: say --num-classes 1 if it is a class's")
+    if found.classes is None or rows == {found.classes + 1}:
+        return found
+    if rows != {found.classes}:
+        raise UserError(f"{what} has {found.classes} classes, and {max(rows)} rows for them: say --num-classes")
+    averaged, trained = (
+        {**weights, TABLE: torch.cat([weights[TABLE], torch.zeros_like(weights[TABLE][:1])])}
+        for weights in (found.averaged, found.trained)
+    )
+    return replace(found, averaged=averaged, trained=trained, null_class=False)
 
 
 def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int, ...]:
@@ -193,60 +216,7 @@ def position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
     return sincos(model.outer.width, *model.grid)[None].to(dtype)
 
 
-# ------------------------------------------------------------------------------------ a checkpoint
-
-
-def read_checkpoint(path: Path, kind: Kind | None = None) -> Found:
-    """A file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
-
-    Args:
-        kind: DiT or SiT; None: as args say, else as the file is named, else DiT.
-
-    Raises:
-        UserError: it cannot be read or holds no weights, or its output is not known here.
-    """
-    content = read_pt(path)
-    args = content.get("args")
-    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    groups = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
-    averaged = next(iter(groups.values()), content)
-    trained = groups.get("model", averaged)
-    for weights in (averaged, trained):
-        if wrong := [n for n, value in weights.items() if not (isinstance(n, str) and isinstance(value, Tensor))]:
-            raise UserError(f"{path.name} holds no weights of a DiT: {str(wrong[0])[:40]!r} is no tensor")
-    known = kind or _kind(str(said.get("model", ""))) or _kind(path.stem) or "dit"
-    predict, heads = _output(known, said, path)
-    return Found(averaged, trained, _step(content.get("opt")), known, predict, heads, clock=known)
-
-
-def _kind(name: str) -> Kind | None:
-    found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
-    return None if found is None else "sit" if found[1] == "sit" else "dit"
-
-
-def _output(kind: Kind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
-    """What the output stands for, and the heads of the size that args name."""
-    size = re.search(r"-(S|B|L|XL)/", str(args.get("model", "")))
-    heads = presets.SIZES[size[1].lower()][2] if size else None
-    if kind == "dit":
-        return "noise", heads
-    line, output = str(args.get("path_type", "Linear")), str(args.get("prediction", "velocity"))
-    if line != "Linear" or output not in ("velocity", "noise"):
-        raise UserError(
-            f"{path.name} is a SiT of path {line[:20]!r} and prediction {output[:20]!r}: "
-            "known are path Linear with velocity or noise"
-        )
-    return "noise" if output == "noise" else "velocity", heads
-
-
-def _step(optimizer: Any) -> int:
-    """Steps that an optimizer's state counts; 0 where it does not."""
-    states = optimizer.get("state") if isinstance(optimizer, dict) else None
-    first = next(iter(states.values()), None) if isinstance(states, dict) else None
-    step = first.get("step") if isinstance(first, dict) else None
-    if isinstance(step, Tensor):
-        step = step.item() if step.numel() == 1 else None
-    return int(step) if isinstance(step, int | float) and 0 <= step < 10**12 else 0
+# ------------------------------------------------------------------------------------------- a run
 
 
 def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
@@ -257,11 +227,12 @@ def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
 def run_of(found: Found, model: ModelConfig) -> RunConfig:
     """The run that imported weights are of, sampled with the guidance of their authors' `sample.py`."""
     base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
-    guidance = 4.0 if model.num_classes else 1.0
+    guidance = 4.0 if model.num_classes and found.null_class else 1.0
     if found.kind == "sit":
         diffusion = DiffusionConfig(path="flow", predict=found.predict)
         how = SampleConfig(sampler="heun", steps=50, guidance=guidance)
     else:
         diffusion = DiffusionConfig(path="ddpm", predict=found.predict)
         how = SampleConfig(sampler="ddpm", steps=250, guidance=guidance)
-    return replace(base, model=model, diffusion=diffusion, sample=how)
+    train = base.train if found.null_class else replace(base.train, label_drop=0.0)
+    return replace(base, model=model, diffusion=diffusion, sample=how, train=train)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dit_in_dit.config import DiffusionConfig, ModelConfig, SampleConfig, UserError, check_sampler, nearest
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
+from dit_in_dit.diffusion.schedulers import PREDICTIONS, matches_flow, set_steps, setting, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
-from dit_in_dit.sampling import guided, matches_flow, picture, set_steps, time_of, to_pixels, wanted_by
+from dit_in_dit.sampling import check_finite, guided, picture, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -181,19 +182,23 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
     def _fit_scheduler(self, path: str, steps: int) -> None:
         """Put a multi-step scheduler on straight paths where the model wants them; refuse one of another path."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
+        straight = setting(scheduler, "use_flow_sigmas")
         if path == "flow":
-            if "use_flow_sigmas" in scheduler.config and not scheduler.config.use_flow_sigmas:
-                straight = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-                self.scheduler = type(scheduler).from_config(scheduler.config, **straight)
-            elif "use_flow_sigmas" not in scheduler.config and not matches_flow(scheduler):
+            if straight is False:
+                options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+                self.scheduler = type(scheduler).from_config(scheduler.config, **options)
+            elif straight is None and not matches_flow(scheduler):
                 raise UserError(f"{name} has no straight paths: take one with FlowMatch, DPM-Solver++ or UniPC")
             return
-        if matches_flow(scheduler) or scheduler.config.get("use_flow_sigmas"):
+        if matches_flow(scheduler) or straight:
             raise UserError(f"{name} steps along straight paths, the model's path is {path}: take DDIMScheduler")
-        ours = Ddpm().table[0] ** 2
-        if not torch.allclose(scheduler.alphas_cumprod.cpu().float(), ours, atol=1e-4):
+        ours, theirs = Ddpm().table(torch.device("cpu"))[0] ** 2, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
+        theirs = theirs.cpu().float()
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
             raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
-        spacing = scheduler.config.get("timestep_spacing")
+        if (kind := setting(scheduler, "prediction_type")) not in PREDICTIONS:
+            raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
+        spacing = setting(scheduler, "timestep_spacing")
         if spacing == "trailing":
             check_sampler(path, "ddim", steps)
         if spacing == "linspace" and name == "DDIMScheduler":
@@ -228,6 +233,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             x = self.vae.decode(self._unscaled(x).to(self.vae.dtype), return_dict=False)[0].float()
         if output_type == "pil":
             return [picture(pixels) for pixels in to_pixels(x.cpu())]
+        check_finite(x)
         x = (x / 2 + 0.5).clamp(0, 1)
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -28,9 +28,12 @@ def export_slim(run: Path, out: Path, *, precision: Precision = "float16", licen
     atomic.check_free(out)
     config = checkpoint.read_config(run)
     folder, manifest, passed_over = checkpoint.newest(run)
+    checkpoint.check_config(run, config, folder, manifest)
     checkpoint.warn(passed_over)
     dtype = getattr(torch, precision)
-    averaged = {name: t.to(dtype) for name, t in checkpoint.load_state(folder, "ema.safetensors").items()}
+    stored = checkpoint.load_state(folder, checkpoint.AVERAGED)
+    checkpoint.check_weights(stored, str(run))
+    averaged = {name: tensor.to(dtype) for name, tensor in stored.items()}
     for name, tensor in averaged.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} of {run} has a value too large for {precision}: use --precision bfloat16")

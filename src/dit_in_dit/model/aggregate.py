@@ -201,7 +201,9 @@ class Interpolate(Spread):
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
         (share,) = self.share(c)
-        return torch.lerp(inner, self.told(outer), share.sigmoid()[:, None, None])
+        # In one type: under autocast tokens are wider than what a linear layer gives, and lerp does not promote.
+        told, share = (part.to(inner.dtype) for part in (self.told(outer), share.sigmoid()[:, None, None]))
+        return torch.lerp(inner, told, share)
 
 
 SPREADS = {"add": Spread, "interpolate": Interpolate}

@@ -26,7 +26,7 @@ CLOCKS: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers": _st
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoids of time and an MLP; t (N,) in [0, 1], 1 is noise -> (N, D).
+    """Sinusoids of time, in float32, and an MLP in `dtype`; t (N,) in [0, 1], 1 is noise -> (N, D).
 
     Weights know one clock: DiT's counts 1000 steps; SiT's runs from noise at 0 to the image at 1; that of diffusers'
     DiT is DiT's with frequencies that fall to 1/10000 at the last, where DiT's would reach it one term later.
@@ -43,10 +43,10 @@ class TimeEmbed(nn.Module):
         """Per image."""
         return FREQUENCIES * model.outer.width + model.outer.width**2
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         steps = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device)
         angle = self.clock(t.float())[:, None] * torch.exp(-math.log(10000) * steps / self.last)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
 
 
 class LabelEmbed(nn.Module):

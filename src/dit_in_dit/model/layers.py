@@ -11,7 +11,30 @@ from dit_in_dit.model.tiny import fits, tiny_attention
 
 # The longest groups that go to the Triton kernel, by device type. Empty: it has not been measured on any GPU yet.
 TINY_UP_TO: dict[str, int] = {}
+# Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences: CUDA's
+# grid ends there (PyTorch issues 146704 and 142228), and so does cuDNN's attention (PyTorch 181235). FlashAttention's
+# backward pass sums queries' gradients in a buffer of tokens in tiles of 128, and counts its numbers in 32 bits.
+LIMITED = frozenset({"cuda"})
+MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
 EPS = 1e-6  # DiT's, in every norm
+
+
+def most_sequences(heads: int, length: int, width: int) -> int:
+    """Sequences that every kernel takes at once, of so many queries and heads, each `width` wide."""
+    rows = -(-length // ROWS) * ROWS
+    channels = -(-width // 32) * 32 if width <= 192 else 256  # as FlashAttention rounds them up
+    return max(1, min(MOST_SEQUENCES, MOST_NUMBERS // (heads * rows * channels)))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's softmax attention; where its kernels have limits, in as few chunks of equal size as keep to them."""
+    most = most_sequences(*q.shape[1:]) if q.device.type in LIMITED else len(q)
+    if len(q) <= most:
+        return F.scaled_dot_product_attention(q, k, v)
+    size = -(-len(q) // -(-len(q) // most))
+    chunks = zip(*(torch.split(part, size) for part in (q, k, v)), strict=True)
+    # Joined as they lie in memory, (B, L, heads, d): what the next linear layer reads.
+    return torch.cat([F.scaled_dot_product_attention(*chunk).transpose(1, 2) for chunk in chunks]).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -21,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and fits(q, k):
         return tiny_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+    return sdpa(q, k, v)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -39,7 +62,8 @@ class QkNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         parts = ((q, self.query), (k, self.key))
-        q, k = (F.rms_norm(part, part.shape[-1:], scale.to(part.dtype), EPS) for part, scale in parts)
+        # In the type of the values: CUDA's autocast norms in float32, and leaves attention's own kernels alone.
+        q, k = (F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), EPS).to(x.dtype) for x, scale in parts)
         return q, k
 
 
@@ -110,9 +134,9 @@ class Block(nn.Module):
         self.modulation = Modulation(condition, width, 3 * len(self.branches))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        vectors = iter(self.modulation(c))
-        branches = zip(self.branches.values(), self.eps, strict=True)
-        for (branch, eps), shift, scale, gate in zip(branches, vectors, vectors, vectors, strict=True):
+        vectors = self.modulation(c)
+        for at, (branch, eps) in enumerate(zip(self.branches.values(), self.eps, strict=True)):
+            shift, scale, gate = vectors[3 * at : 3 * at + 3]
             x = torch.addcmul(x, gate, branch(modulate(norm(x, eps), shift, scale)))
         return x
 

@@ -179,8 +179,8 @@ class NestedDiT(nn.Module):
         """Predict from noisy images.
 
         Args:
-            x: noisy images (N, C, H, W).
-            t: times (N,) in [0, 1]; 1 is pure noise.
+            x: noisy images (N, C, H, W), in the type of the weights.
+            t: times (N,) in [0, 1], in float32 for any weights; 1 is pure noise.
             y: classes (N,), int64 in [0, num_classes]; num_classes, or None for all, means no class.
 
         Returns:
@@ -197,7 +197,7 @@ class NestedDiT(nn.Module):
             )
         outer = self.outer_embed(x)  # N T D
         inner = self.inner_embed(x)  # N T S E
-        c = self.time_embed(t) + self.label_embed(y)  # N D
+        c = self.time_embed(t, x.dtype) + self.label_embed(y)  # N D
         for stage in self.stages:  # the program, one arrow per stage
             outer, inner = stage(outer, inner, c)
         return reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W

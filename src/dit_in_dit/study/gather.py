@@ -15,6 +15,7 @@ from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.evaluation import curves
 from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_comparable
+from dit_in_dit.precision import FULL
 from dit_in_dit.study.metrics import direction, grouped, ranked
 from dit_in_dit.study.plan import Arm, Plan, Result, read_plan
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
@@ -216,7 +217,7 @@ def _check_alike(results: dict[Path, Result]) -> None:
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     for path, result in results.items():
-        protocol, seeds = result.protocol, result.protocol
+        protocol = seeds = {"precision": FULL, **result.protocol} if result.protocol else {}  # older ones name none
         if "reference" in protocol:
             seeds = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
         for key, compared in ((result.seed, protocol), (None, seeds)):

@@ -3,18 +3,19 @@ when one does not answer."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dit_in_dit.mistakes import UserError
@@ -75,9 +76,11 @@ class Joined(World):
         self.asked: tuple[dist.Work, Tensor] | None = None
         self.places: list[tuple[str, int]] = [("", 0)] * self.size
         dist.all_gather_object(self.places, (socket.gethostname(), os.getpid()), group=self.control)
+        # A busy machine may take long to connect; a roll call is short.
         self.store = TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=ROLL_CALL)
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=timeout)
         )
+        self.store.set_timeout(timedelta(seconds=ROLL_CALL))
 
     def led(self, action: Callable[[], T]) -> T:
         box: list[T | UserError | None] = [None]
@@ -134,6 +137,7 @@ class Joined(World):
 
     def _lost(self) -> LostError:
         """Who does not answer a roll call; ended where it can be, so that its job ends too."""
+        atexit.unregister(dist.destroy_process_group)  # it would wait for them once more
         missing = self._missing()
         names = []
         for rank in missing:
@@ -171,14 +175,16 @@ def join(device: torch.device, timeout: int) -> World:
     """This process among those that the launcher started; alone when it started no other.
 
     Args:
-        device: where gradients lie: NCCL sums them on CUDA, gloo elsewhere.
+        device: where gradients lie: NCCL sums them on CUDA, gloo elsewhere. A CUDA device has its number.
         timeout: seconds in which each must answer the others.
     """
     if launched() == 1:
         return World()
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        # NCCL guesses a process's GPU from its rank where it is not named, and complains of a group that nobody ends.
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
+        atexit.register(dist.destroy_process_group)
     return Joined(timeout)
 
 
@@ -228,6 +234,21 @@ def everywhere(tensor: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state with all of every tensor."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+class Whole(Mapping[str, Tensor]):
+    """Tensors by name, each gathered from all processes when it is read: no process holds more than one of them whole.
+
+    All processes must read each tensor once, in one order: process 0 by writing a file, the others by `follow`. Type
+    and shape of a tensor stand in `tensors` and cost nothing.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return whole(self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

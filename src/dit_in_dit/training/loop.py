@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, UserError, config_hash, first_difference
-from dit_in_dit.data.source import open_source
+from dit_in_dit.config import DataConfig, RunConfig, UserError, first_difference
+from dit_in_dit.data.source import check_unchanged, locate, open_source, record
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import use_full_float32
+from dit_in_dit.training.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.lines import Clock, Log
@@ -55,6 +57,10 @@ def pick_device(name: str = "auto") -> torch.device:
         number = os.environ.get("LOCAL_RANK", "")
     if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
         raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
+    if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
+        number = number or str(torch.cuda.current_device())
+        torch.cuda.set_device(int(number))
+    use_full_float32()  # here: whatever computes asks for its device first
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
@@ -80,6 +86,8 @@ def train(
     device: str = "auto",
     stop: Stop | None = None,
     until: int | None = None,
+    deterministic: bool = False,
+    data: str | None = None,
 ) -> Iterator[Fact]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
@@ -88,6 +96,8 @@ def train(
     Args:
         stop: when it is asked to stop, the run saves a checkpoint and ends.
         until: end with a checkpoint after this step, to go on another time.
+        deterministic: the same bits at every run and resume on CUDA too; always with train.reduction=fixed. Slower.
+        data: where the resumed run's data are now, if not where its config says; they must be the same.
 
     Raises:
         UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
@@ -95,23 +105,27 @@ def train(
         LostError: another process of the run ended or does not answer.
     """
     run, place = Path(out), pick_device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     config = settled(config, place)
     cost.check_fits(config.model, place)
-    source = open_source(config.data, config.model)
+    resumed = resume and checkpoint.has_any(run)
+    noted = checkpoint.noted_data(run) if resumed else None
+    place_of_data = replace(config.data, source=data) if data else locate(config.data, noted)
+    source = open_source(place_of_data, config.model)
     world = join(place, config.train.timeout)
-    trainer = Trainer(config, source, place, world, fresh=not (resume and checkpoint.has_any(run)))
-    with world.watched():
+    trainer = Trainer(config, source, place, world, fresh=not resumed)
+    same_bits = deterministic or config.train.reduction == "fixed"
+    with world.watched(), deterministic_algorithms(place, on=same_bits):
         if not resume:
             world.led(lambda: checkpoint.create(run, config))
         stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
         with _held(run, world):
-            course = _Course(trainer, run, stop or Stop(), min(until or config.train.steps, config.train.steps))
+            last = min(until or config.train.steps, config.train.steps)
+            course = _Course(trainer, run, stop or Stop(), last, place_of_data)
             passed_over = course.restore(stored) if resume else ()
             parameters = sum(p.numel() for p in trainer.model.parameters())
             values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
             values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
+            values |= {"unrecorded": resumed and not noted}
             yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
             yield from course.facts()
 
@@ -135,8 +149,8 @@ class _DivergedError(Exception):
 class _Course:
     """The way of one run from the step it is at to step `last`, in every process of its world."""
 
-    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int) -> None:
-        self.trainer, self.run, self.stop, self.last = trainer, run, stop, last
+    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: DataConfig) -> None:
+        self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         self.log = Log(run / "log.jsonl" if self.world.leads else None)
         self.clock = Clock(run / "timing.jsonl" if self.world.leads else None)
@@ -155,12 +169,13 @@ class _Course:
         if not self.world.led(lambda: checkpoint.has_any(run)):
             return ()
         found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
-        if found.manifest["config"] != config_hash(stored):
-            raise UserError(f"{run / 'config.yaml'} was changed since {found.folder.name} was written: put it back")
+        checkpoint.check_config(run, stored, found.folder, found.manifest)
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
-            raise UserError(f"{self.config.data.source} has other classes than when {run} was started")
+            raise UserError(f"{self.data.source} has other classes than when {run} was started")
+        noted = found.manifest.get("data")
+        self.world.led(lambda: check_unchanged(trainer.source, self.data, noted, str(run)))
         state = checkpoint.load_trained(found.folder)
-        trainer.restore(state, checkpoint.load_state(found.folder, "ema.safetensors"), found.manifest["step"])
+        trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 
@@ -245,8 +260,7 @@ class _Course:
         if not steps:
             return
         speed = self.clock.write(steps[-1][0], len(steps) * self.config.global_batch)
-        for step, values, each in steps:
-            numbers = {name: float(value) for name, value in values.items()}
+        for (step, _, each), numbers in zip(steps, _read([values for _, values, _ in steps]), strict=True):
             if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
                 self.trainer.streak = 0
                 self._note({"step": step, **numbers})
@@ -278,7 +292,8 @@ class _Course:
     def _evaluate(self) -> Fact:
         with self._waiting():
             errors = self.trainer.evaluate()
-        self._note({"step": self.trainer.step, "held_out": errors})
+        words = {t: {name: _finite_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
+        self._note({"step": self.trainer.step, "held_out": words})
         return Fact("held_out", self.trainer.step, errors)
 
     def _samples(self) -> Fact:
@@ -293,10 +308,13 @@ class _Course:
 
         def write() -> Path:
             self.log.lines.keep()  # no checkpoint without the lines before it
-            return checkpoint.save(
-                self.run, self.config, trainer.step, state, ema, trainer.source.classes, steady=steady
-            )
+            data, classes = record(trainer.source, self.data), trainer.source.classes
+            return checkpoint.save(self.run, self.config, trainer.step, state, ema, classes, steady=steady, data=data)
 
+        if trainer.sharded and not self.world.leads:
+            for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
+                for name in checkpoint.order(tensors):
+                    tensors[name]
         try:
             path = self.world.led(write)
         except checkpoint.SaveError as error:
@@ -346,6 +364,21 @@ def _whole(batch: Batch | str) -> Batch:
     if isinstance(batch, str):
         raise UserError(batch)
     return batch
+
+
+def _read(steps: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
+    """The numbers of several steps, copied from the device together."""
+    tensors = [value for values in steps for value in values.values() if isinstance(value, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [
+        {name: next(numbers) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for values in steps
+    ]
+
+
+def _finite_or_name(number: float) -> float | str:
+    """A number as the log has it: JSON knows no nan and no inf, so these stand as words."""
+    return number if math.isfinite(number) else str(number)
 
 
 def _due(every: int, step: int, last: int) -> bool:

@@ -21,14 +21,15 @@ BLOCKS = "outer_blocks."
 
 @dataclass(frozen=True)
 class Begun:
-    """What a model began with: the run and its step, how many of its tensors are new, and whether its output is still
-    the other's."""
+    """What a model began with: the run and its step, how many of its tensors are new, whether its output is still
+    the other's, and whether it was trained on other data (unknown: false)."""
 
     run: str
     step: int
     taken: int
     new: int
     exact: bool
+    other_data: bool
 
 
 def is_inner(name: str) -> bool:
@@ -37,7 +38,7 @@ def is_inner(name: str) -> bool:
 
 
 @torch.no_grad()
-def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None) -> Begun:
+def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None, *, digest: str | None = None) -> Begun:
     """Give the model the averaged weights of a run, wherever names agree; the rest stays as it was drawn.
 
     Zero gates and zero heads at first leave the output that of the outer blocks, bit for bit: so a DiT becomes a nested
@@ -47,13 +48,15 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None)
         model: a new model, any arrangement around outer blocks of the run's width.
         run: a run, or an imported model.
         blocks: which of its outer blocks become ours, in order; None: all, or ours evenly spaced among more.
+        digest: of the images that the new model is trained on.
 
     Raises:
         UserError: there is no such run, or the tensors of both do not fit.
     """
     run = find_run(str(run))
-    theirs = checkpoint.read_config(run).model
-    found = checkpoint.newest(run)
+    config, found = checkpoint.read_config(run), checkpoint.newest(run)
+    checkpoint.check_config(run, config, found.folder, found.manifest)
+    theirs = config.model
     given = checkpoint.load_state(found.folder, "ema.safetensors")
     chosen = _chosen(theirs, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()
@@ -72,7 +75,9 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None)
         raise UserError(f"train.init: {shortened(run)} has no {lost[0]}, which this model needs")
     whole = chosen == list(range(theirs.blocks("outer"))) and not theirs.blocks("inner")
     exact = whole and begins_as_its_outer_blocks(model.config)
-    return Begun(str(run), found.manifest["step"], len(taken), len(own) - len(taken), exact)
+    noted = found.manifest.get("data", {}).get("digest")
+    other_data = None not in (noted, digest) and noted != digest
+    return Begun(str(run), found.manifest["step"], len(taken), len(own) - len(taken), exact, other_data)
 
 
 def begins_as_its_outer_blocks(model: ModelConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT, part_of
-from dit_in_dit.training.distributed import World, everywhere, gathered, local, shard, spread, whole
+from dit_in_dit.training.distributed import Whole, World, everywhere, local, shard, spread
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.example import Batch, held_out
 from dit_in_dit.training.start import begin_with, is_inner
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
+HELD_OUT_BATCH = 64  # images in one of its forward passes, at most: a function of the config, not of the processes
 COUNTERS = ("shift", "rolled_back", "tries", "streak")  # of a Trainer, kept in the checkpoint
 
 
@@ -87,7 +88,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
             self.model = NestedDiT(config.model, recompute=train.recompute)
-        self.begun = begin_with(self.model, Path(train.init), train.init_blocks) if train.init and fresh else None
+        self.begun = None
+        if train.init and fresh:
+            self.begun = begin_with(self.model, Path(train.init), train.init_blocks, digest=source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.tree: Tree | None = None
@@ -212,14 +215,15 @@ class Trainer:
         assert self.held_out is not None
         errors = {}
         x, noise, _, y, _ = self.held_out
-        starts = range(0, len(x), self.config.train.batch_size)
+        batch = min(self.config.train.batch_size, HELD_OUT_BATCH)
+        starts = range(0, len(x), batch)
         rank, size = self.world.rank, self.world.size
         # As many forward passes in each process: a sharded model's are common work.
         mine = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
         for t in EVALUATION_TIMES:
             sums = []
             for start in mine:
-                part = slice(start, start + self.config.train.batch_size)
+                part = slice(start, start + batch)
                 images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
                 found = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
                 sums.append(torch.stack(found).cpu().double().sum(1))  # on the CPU: not every device has float64
@@ -231,31 +235,36 @@ class Trainer:
             errors[str(t)] = {"whole": whole_, "high": high}
         return errors
 
-    def averaged(self) -> NestedDiT:
-        """The averaged model, whole, for drawing with; of a sharded one a copy, which all processes must ask for."""
+    @torch.no_grad()
+    def averaged(self) -> NestedDiT | None:
+        """The averaged model, whole, for drawing with; of a sharded one a copy in process 0 and None in the others. All
+        processes must ask."""
         if not self.sharded:
             return self.ema.model
-        state, model = gathered(self.ema.model), NestedDiT(self.config.model)
-        model.load_state_dict(state)
-        return model.to(self.device).eval().requires_grad_(False)
+        model = NestedDiT(self.config.model).to(self.device).eval().requires_grad_(False) if self.world.leads else None
+        copy = model.state_dict() if model is not None else {}
+        for name, tensor in self.averaged_state().items():
+            if name in copy:
+                copy[name].copy_(tensor)
+        return model
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that continue the run, whole: weights and optimizer moments by parameter name, and counters.
+    def state(self) -> Whole:
+        """Tensors that continue the run: weights and optimizer moments by parameter name, and counters.
 
-        All processes must ask. The average's own counter is the step.
+        The average's own counter is the step.
         """
-        tensors = {f"model.{name}": tensor for name, tensor in gathered(self.model).items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = whole(value)
-        return tensors | {f"run.{name}": torch.tensor(getattr(self, name)) for name in COUNTERS}
+                tensors[f"optimizer.{key}.{name}"] = value
+        return Whole(tensors | {f"run.{name}": torch.tensor(getattr(self, name)) for name in COUNTERS})
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The averaged weights, whole. All processes must ask."""
-        return gathered(self.ema.model)
+    def averaged_state(self) -> Whole:
+        """The averaged weights."""
+        return Whole(self.ema.model.state_dict())
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Tensor], ema: dict[str, Tensor], step: int) -> None:
+    def restore(self, state: Mapping[str, Tensor], ema: Mapping[str, Tensor], step: int) -> None:
         """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given.
 
         Raises:

@@ -1,0 +1,59 @@
+"""The labels of images: from a `dataset.json`, as StyleGAN, EDM2 and REPA write it, or by number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dit_in_dit.data.names import left_out, tidy
+from dit_in_dit.mistakes import UserError, shortened
+from dit_in_dit.strict_json import has_form
+
+TABLE = "dataset.json"
+WAY = "mend it, or rename it if it is none of StyleGAN, EDM2 or REPA"
+MOST_CLASSES = 10_000_000  # as model.num_classes
+
+
+def label_names(labels: list[int], count: int, what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of classes given by number, `count` of them (0: as many as there are); UserError where one has none."""
+    count = count or max(labels) + 1
+    if min(labels) < 0 or max(labels) >= min(count, MOST_CLASSES):
+        raise UserError(
+            f"labels of {what} must be from 0 to {min(count, MOST_CLASSES) - 1}: got {min(labels)} to {max(labels)}"
+        )
+    return tuple(known) or tuple(map(str, range(count)))
+
+
+def find_table(names: Sequence[str], images: Sequence[str]) -> str | None:
+    """The `dataset.json` that speaks of all images: in the folder that holds them all, or one of its parents."""
+    tables = (name for name in names if name.split("/")[-1] == TABLE)
+    above = [name for name in tables if all(image.startswith(name.removesuffix(TABLE)) for image in images)]
+    return min(above, key=len, default=None)
+
+
+def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """Labels by name from a table's `labels`, [["00000/img00000000.png", 6], ...], and what of it is not used.
+
+    No label at all where the table is null.
+
+    Args:
+        folder: with a `/` at its end, what the names in the table stand in.
+
+    Raises:
+        UserError: the table is of another form, an image has no label, or a class has lost all its images.
+    """
+    if rows is None:
+        return {}, []
+    if not has_form(rows, [list]) or not all(len(row) == 2 and has_form(row[:1], [str]) for row in rows):
+        raise UserError(f"{shown}: labels must be [[NAME, CLASS NUMBER], ...] or null; {WAY}")
+    if not has_form([row[1] for row in rows], [int]):
+        raise UserError(f"{shown}: labels must be whole numbers, one an image; {WAY}")
+    named = {folder + tidy(name.replace("\\", "/")): label for name, label in rows}
+    if len(named) < len(rows):
+        raise UserError(f"{shown} gives labels to one image twice; {WAY}")
+    if missing := [name for name in images if name not in named]:
+        raise UserError(f"{shown} has no label for {len(missing)} images, such as {shortened(missing[0], 50)}; {WAY}")
+    labels = {name: named.pop(name) for name in images}
+    if lost := set(named.values()) - set(labels.values()):
+        raise UserError(f"{shown} names images of class {min(lost)}, of which there are none: get them again")
+    return labels, [left_out(len(named), list(named), f"labels of {TABLE} without an image")] if named else []

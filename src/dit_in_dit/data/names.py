@@ -1,0 +1,146 @@
+"""What the names of files say: which are images, which class each is of, and what would be lost."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+
+from dit_in_dit.mistakes import UserError, shortened
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),
+    *(".bmp", ".tif", ".tiff", ".gif", ".avif"),
+)
+HIDDEN = re.compile(  # what file managers and file systems leave behind: a part of the path that is one of these
+    r"(^|/)(\.[^/]*|__MACOSX|lost\+found|System Volume Information|\$RECYCLE\.BIN|@eaDir|#recycle"
+    r"|(eh)?thumbs\.db|desktop\.ini|Icon\r)(/|$)",
+    re.IGNORECASE,
+)
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MOST_LINKS = 40  # from link to link, as Linux follows them
+
+
+def left_out(count: int, examples: Sequence[str], what: str) -> str:
+    """A clause on what is not read: how much of it, and two examples."""
+    return f"left out {what}: {count}, such as {', '.join(shortened(name, 30) for name in examples[:2])}"
+
+
+def tidy(name: str) -> str:
+    """A member's name from the root of its archive, without parts that say nothing; a folder's keeps its `/`."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "/".join(parts) + "/" * (name.endswith("/") and bool(parts))
+
+
+def wrapper(names: Iterable[str]) -> list[str]:
+    """The folders that wrap all class folders."""
+    paths = [name.split("/")[:-1] for name in names]
+    depth = 0
+    while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
+        depth += 1
+    return paths[0][:depth]
+
+
+def class_folders(names: list[str]) -> list[str]:
+    """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
+    depth = len(wrapper(names))
+    paths = [name.split("/")[depth:-1] for name in names]
+    return [path[0] if path else "images" for path in paths]
+
+
+def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
+    """The classes in the order of their names, and the label of each image. Two normal forms of a name, as macOS and
+    others write it, are one class, which stands where the first of them does."""
+    first: dict[str, str] = {}
+    for folder in sorted(set(folders)):
+        first.setdefault(unicodedata.normalize("NFC", folder), folder)
+    numbers = {form: number for number, form in enumerate(first)}
+    labels = {folder: numbers[unicodedata.normalize("NFC", folder)] for folder in set(folders)}
+    return tuple(first.values()), [labels[folder] for folder in folders]
+
+
+def check_classes(images: list[str], others: Iterable[str], place: str, *, packed: bool) -> None:
+    """UserError when the classes of `place` would not be those that a person sees there: they are splits, have a name
+    that cannot be printed, or a folder beside them has no image, so that later classes would move up.
+
+    Args:
+        others: all other names; those of folders end with `/`.
+        packed: `place` is an archive, into which no path leads.
+    """
+    wrapped = wrapper(images)
+    depth = len(wrapped)
+    paths = [path for name in images if len(path := name.split("/")) > depth + 1]
+    classes = {path[depth] for path in paths}
+    refuse_splits(classes, "/".join((place, *wrapped)), "unpack it and name one, {}" if packed else "name one, {}")
+    for name in sorted(classes):
+        if not name.isprintable():
+            raise UserError(
+                f"class folder {shortened(repr(name))} of {shortened(place, 50)} cannot be printed: rename it"
+            )
+    without: dict[str, str] = {}  # folder -> a file in it
+    for name in others:
+        path = name.removesuffix("/").split("/")
+        folder = name.endswith("/")
+        if path[:depth] == wrapped and len(path) > depth + (not folder) and path[depth] not in classes:
+            without[path[depth]] = without.get(path[depth]) or ("" if folder else path[-1])
+    for name, example in sorted(without.items()):
+        shown = shortened("/".join((place, *wrapped, name)))
+        if not example:
+            raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")
+        if classes:  # else the images are of no class, and the folder is none
+            raise UserError(
+                f"class folder {shown} holds {shortened(example, 30)}, but no image of a kind that is read: "
+                "convert it, or move the folder away (later classes would move up)"
+            )
+
+
+def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
+    """UserError when two or more of the classes in `place` are splits of a data set: one of them is meant."""
+    splits = sorted(name for name in classes if name.lower() in SPLITS)
+    if len({name.lower() for name in splits}) > 1:
+        ways = " or ".join(shortened(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
+        raise UserError(f"data.source: {shortened(place, 40)} holds splits, not classes: {way.format(ways)}")
+
+
+def follow(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
+    """Where the links of an archive lead: to a file, to a folder (with a `/` at its end), or to `` where that is no
+    member.
+
+    Args:
+        links: the member that each names, which may be a link or lie in a linked folder.
+    """
+    if not links:
+        return {}
+    known = {name: name for name in files}
+    for name in list(known):
+        while (name := name.rpartition("/")[0]) and name not in known:
+            known[name] = f"{name}/"
+    return {link: _end(target, known, links) for link, target in links.items()}
+
+
+def _end(name: str, known: Mapping[str, str], links: Mapping[str, str]) -> str:
+    for _ in range(MOST_LINKS):
+        if name in known:
+            return known[name]
+        parts = name.split("/", MOST_LINKS)
+        heads = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
+        head = next((head for head in heads if head in links), None)
+        if head is None:
+            break
+        name = links[head] + name[len(head) :]
+    return ""
+
+
+def beside(name: str, target: str) -> str:
+    """Where a symbolic link leads, from the root of the archive; `` for a place out of it."""
+    parts = name.split("/")[:-1]
+    if target.startswith("/"):
+        return ""
+    for part in target.split("/"):
+        if part == ".." and not parts:
+            return ""
+        if part == "..":
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)

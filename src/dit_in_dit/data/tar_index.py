@@ -1,0 +1,174 @@
+"""Where the images of a tar file lie: its index, which is made once and kept beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from dit_in_dit import atomic
+from dit_in_dit.config import UserError
+from dit_in_dit.data.names import HIDDEN, SUFFIXES, beside, follow, tidy
+from dit_in_dit.mistakes import shortened
+from dit_in_dit.strict_json import has_form, read_json
+
+VERSION = 2  # of the index files
+BLOCK = tarfile.BLOCKSIZE
+CHUNK = 2**20  # bytes of zeros at a time
+INDEX = ".index.json"  # behind a shard's name
+FORM = {"images": [list], "labels": dict, "others": int, "examples": [str], "folders": [str]}
+
+
+def example_key(name: str) -> str:
+    """What the files of one example share: the name up to the first dot after the last slash."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.split(".", 1)[0]
+
+
+def extension(name: str) -> str:
+    """The rest."""
+    return PurePosixPath(name).name.partition(".")[2].lower()
+
+
+def read_index(shard: Path) -> dict[str, Any]:
+    """Where a shard's images lie: {images: [[name, offset, size]], labels: {key: number}}, offset -1 for one that
+    cannot be read in place; what else there is: {others: how many, examples, folders}.
+
+    Kept beside the shard, or in the user's cache where nothing can be written there; made again when the shard's size
+    or time of change is another.
+    """
+    state = shard.stat()
+    identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-in-dit" / "tars"
+    places = (
+        shard.with_name(f"{shard.name}{INDEX}"),
+        cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json",
+    )
+    for place in places:
+        with suppress(UserError):  # none yet, or torn: made below
+            index = read_json(place)
+            if {name: index.get(name) for name in identity} == identity and _is_index(index, state.st_size):
+                return index
+    made = {**identity, **_walk(shard, state.st_size)}
+    for place in places:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(place, json.dumps(made))
+            break
+    return made
+
+
+def _is_index(index: dict[str, Any], length: int) -> bool:
+    """Whether a file beside a shard of `length` bytes holds what `_walk` gives."""
+    return (
+        has_form(index, FORM)
+        and has_form(list(index["labels"].values()), [int])
+        and all(len(row) == 3 and has_form(row[0], str) and has_form(row[1:], [int]) for row in index["images"])
+        and all(at >= -1 and size >= 0 and at + size <= length for _, at, size in index["images"])
+    )
+
+
+def _walk(shard: Path, length: int) -> dict[str, Any]:
+    """The index of a tar file, from its headers; UserError when it is not one, or not whole.
+
+    A file may be several, one after another (`cat a.tar b.tar`). Of members with one name the last counts, as for
+    those who unpack them.
+    """
+    members = _Members()
+    try:
+        with shard.open("rb") as file:
+            start = _skip_zeros(file, members.read(file, 0, shard), length)
+            while start < length:
+                start = _skip_zeros(file, members.read(file, start, shard), length)
+            return members.index(file, shard)
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.source: {shortened(shard, 60)} is not a plain .tar: {shortened(error, 70)}; unpack or mend it"
+        ) from None
+
+
+def _skip_zeros(file: BinaryIO, end: int, length: int) -> int:
+    """Where the next archive in a file begins, past the zeros that end one at `end`; the file's length for none."""
+    for start in range(end, length, CHUNK):
+        file.seek(start)
+        chunk = file.read(CHUNK)
+        if rest := chunk.lstrip(b"\0"):
+            return start + (len(chunk) - len(rest)) // BLOCK * BLOCK
+    return length
+
+
+class _Members:
+    """The members of archives in one file: where files lie, what links name."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, int]] = {}  # offset (-1 for links and what cannot be read in place) and size
+        self.links: dict[str, str] = {}
+        self.folders: set[str] = set()
+        self.twice: list[str] = []
+
+    def read(self, file: BinaryIO, start: int, shard: Path) -> int:
+        """Take in the archive that begins at `start`; its end. UserError when it is cut off."""
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                self._add(member)
+            end = archive.offset
+        file.seek(end)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise UserError(
+                f"data.source: {shortened(shard, 60)} is cut off: at byte {end} is neither a member nor a tar's end "
+                "mark; get it again"
+            )
+        return end
+
+    def _add(self, member: tarfile.TarInfo) -> None:
+        name = tidy(member.name)
+        if not name:
+            return
+        if member.isdir():
+            self.folders.add(name)
+            return
+        if name in self.files:
+            self.twice.append(name)
+            self.links.pop(name, None)
+        self.files[name] = (member.offset_data, member.size) if member.isreg() and not member.issparse() else (-1, 0)
+        if member.islnk():
+            self.links[name] = tidy(member.linkname)
+        elif member.issym():
+            self.links[name] = beside(name, member.linkname)
+
+    def index(self, file: BinaryIO, shard: Path) -> dict[str, Any]:
+        """What `read_index` gives, links resolved."""
+        ends = follow(self.links, self.files.keys() - self.links.keys())
+        for name, end in ends.items():
+            if end.endswith("/"):
+                del self.files[name]
+                self.folders.add(name)
+            else:
+                self.files[name] = self.files.get(end, (-1, 0))
+        seen = [name for name in self.files if not HIDDEN.search(name)]  # links may lead to others
+        read = {end for name, end in ends.items() if name.lower().endswith(SUFFIXES)}
+        others = [name for name in seen if not name.lower().endswith((*SUFFIXES, ".cls")) and name not in read]
+        others += self.twice
+        labels = [name for name in seen if extension(name) == "cls"]
+        parents = {name.rpartition("/")[0]: name for name in others}
+        return {
+            "images": [(name, *self.files[name]) for name in seen if name.lower().endswith(SUFFIXES)],
+            "labels": {example_key(name): _label(file, self.files[name], shard, name) for name in labels},
+            "others": len(others),
+            "examples": others[:2],
+            "folders": sorted({f"{name}/" for name in self.folders if not HIDDEN.search(name)} | set(parents.values())),
+        }
+
+
+def _label(file: BinaryIO, place: tuple[int, int], shard: Path, name: str) -> int:
+    """The number in a `.cls`."""
+    offset, size = place
+    text = os.pread(file.fileno(), min(size, 32), max(offset, 0)).decode("ascii").strip()
+    if not text.isdecimal():
+        raise UserError(f"{shortened(shard, 60)}: {shortened(name)} must hold a class number: got {text[:20]!r}")
+    return int(text)

@@ -1,0 +1,77 @@
+"""Files of a folder that diffusers wrote: JSON, and weights in one file or several, whole or as a variant."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dit_in_dit.interop.foreign import read_pt, read_safetensors
+from dit_in_dit.mistakes import UserError, shortened
+
+WEIGHTS = "diffusion_pytorch_model"
+INDEX = "model_index.json"  # of a pipeline
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The names and values of a file. Raises UserError."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        raise UserError(f"cannot read {path}: {reason}; give a folder of diffusers' DiTTransformer2DModel") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold names and values: give a folder of diffusers' DiTTransformer2DModel")
+    return found
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant, such as fp16, of a folder that has no weights but these; None where it has others, or none.
+
+    Raises:
+        UserError: there are several, and nothing says which is meant.
+    """
+    names = [path.name for path in folder.glob(f"{WEIGHTS}*")]
+    single = (re.fullmatch(rf"{WEIGHTS}(?:\.(\w+))?\.(?:safetensors|bin)", name) for name in names)
+    several = (re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.(\w+))?\.json", name) for name in names)
+    variants = {match[1] for match in (*single, *several) if match}
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        raise UserError(f"{folder} has its weights as {' and '.join(sorted(variants))}: leave one of them in a copy")
+    return str(variants.pop())
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors, of `.safetensors` before `.bin`, of several files with an index before one.
+
+    Raises:
+        UserError: they cannot be read, or are no tensors.
+    """
+    variant = variant_of(folder)
+    dotted = f".{variant}" if variant else ""
+    for kind in ("safetensors", "bin"):
+        index, whole = folder / f"{WEIGHTS}.{kind}.index{dotted}.json", folder / f"{WEIGHTS}{dotted}.{kind}"
+        if index.exists():
+            return _read_shards(index, kind)
+        if whole.exists():
+            return _read(whole)
+    return read_safetensors(folder / f"{WEIGHTS}.safetensors")  # says that it is missing
+
+
+def _read_shards(index: Path, kind: str) -> dict[str, Tensor]:
+    files = read_json(index).get("weight_map")
+    listed = {str(name) for name in files.values()} if isinstance(files, dict) else set()
+    if not listed or any(Path(name).name != name or not name.endswith(f".{kind}") for name in listed):
+        raise UserError(f"{index} must name .{kind} files beside it: get the folder again")
+    return {name: value for file in sorted(listed) for name, value in _read(index.with_name(file)).items()}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    found = read_pt(file)
+    if wrong := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{shortened(str(file), 80)} holds no weights of a DiT: {wrong[0][:40]!r} is no tensor")
+    return found

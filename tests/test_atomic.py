@@ -1,0 +1,102 @@
+"""Files and folders are whole or not there, and nothing of the user's is in the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dit_in_dit import atomic, checkpoint
+from dit_in_dit.cli.options import make_folder
+from dit_in_dit.config import RunConfig, UserError
+
+
+def test_a_folder_is_written_beside_under_a_name_that_nobody_has(tmp_path):
+    (tmp_path / "keep.part").mkdir()
+    (tmp_path / "keep.part" / "mine").write_text("the user's")
+    with atomic.folder(tmp_path / "keep") as beside:
+        assert beside.parent == tmp_path
+        assert beside.name.startswith(".keep.")
+        (beside / "a").write_text("new")
+    assert (tmp_path / "keep.part" / "mine").read_text() == "the user's"
+    assert {path.name for path in tmp_path.iterdir()} == {"keep", "keep.part"}
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path):
+    for write in (atomic.folder, atomic.file):
+        with pytest.raises(KeyError), write(tmp_path / "out"):
+            raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_written_beside_under_a_name_that_nobody_has(tmp_path):
+    mine = tmp_path / f"a.png.0.{os.getpid()}.part"
+    mine.write_text("the user's")
+    atomic.write(tmp_path / "a.png", "new")
+    assert mine.read_text() == "the user's"
+    assert (tmp_path / "a.png").read_text() == "new"
+
+
+def test_what_killed_processes_left_of_some_files_is_deleted_and_nothing_else(tmp_path):
+    kept = ["a.part", ".a.part", ".b.0123abcd.part", ".a.0123ABCD.part", "a.0123abcd.part", ".a.png.0123abcd.part"]
+    for name in [*kept, ".a.0123abcd.part", ".a.89abcdef.part"]:
+        (tmp_path / name).touch()
+    atomic.clear(tmp_path, {"a"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("out", [".", "..", "../empty", "/"])
+def test_the_current_folder_and_those_above_are_no_place_for_an_export(out, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="is the current folder, or one above it: give a new name"):
+        atomic.check_free(Path(out))
+    with pytest.raises(UserError, match="current folder"), atomic.folder(Path(out)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with atomic.folder(tmp_path / "empty") as beside:
+        (beside / "a").write_text("new")
+    assert (tmp_path / "empty" / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
+    """safetensors writes with 0600."""
+    before = os.umask(mask)
+    try:
+        with atomic.folder(tmp_path / "out") as beside:
+            (beside / "in").mkdir()
+            save_file({"a": torch.zeros(1)}, beside / "in" / "a.safetensors")
+            (beside / "b").touch()
+        atomic.write(tmp_path / "c", "")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"out": folder, "in": folder, "a.safetensors": file, "b": file, "c": file}
+
+
+def test_every_file_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+    with atomic.folder(tmp_path / "out") as beside:
+        (beside / "a").write_text("new")
+    assert synced == [(tmp_path / "out" / "a").stat().st_ino]
+
+
+def test_a_run_keeps_what_it_did_not_write(tmp_path):
+    for name in ("config.yaml.part", ".part", "checkpoints/mine.part/a", "checkpoints/0000010.part/a"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("the user's")
+    make_folder(tmp_path)
+    checkpoint.create(tmp_path, RunConfig())
+    checkpoint.clear(tmp_path)
+    assert (tmp_path / ".part").exists()
+    assert (tmp_path / "config.yaml.part").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine.part"]

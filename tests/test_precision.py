@@ -1,0 +1,312 @@
+"""Every choice in every precision: autocast as CPUs and as GPUs do it, weights in half precision, one full float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autocast import CudaAutocast
+from conftest import inputs, perturbed, small_model
+from dit_in_dit import cli, presets, sample
+from dit_in_dit.config import DataConfig, RunConfig, UserError
+from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.evaluation.report import compare
+from dit_in_dit.interop.folder import export, pipeline_of
+from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.precision import FULL, use_full_float32
+from dit_in_dit.shipped import shipped
+from dit_in_dit.study.gather import _check_alike
+from dit_in_dit.study.plan import Result
+from dit_in_dit.training.loop import pick_device, train
+from dit_in_dit.training.trainer import Trainer
+from test_model import EVERY_CHOICE, PROGRAMS
+
+HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # and how far an output may be off: relative, of its norm
+POLICIES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "cpu": lambda: torch.autocast("cpu", torch.bfloat16),
+    "cuda": CudaAutocast,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")  # its name before 0.36
+policies = pytest.mark.parametrize("policy", POLICIES)
+halves = pytest.mark.parametrize("half", HALVES, ids=str)
+
+
+def assert_near(rounded: Tensor, whole: Tensor, most: float) -> None:
+    distance = (rounded.float() - whole).norm() / whole.norm()
+    assert distance < most, float(distance)
+
+
+def test_the_emulated_policy_casts_as_autocast_on_a_gpu():
+    half, single = torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(4, 4)
+    with CudaAutocast():
+        assert (single @ single).dtype == torch.nn.functional.linear(single, half).dtype == torch.bfloat16
+        assert torch.nn.functional.layer_norm(half, (4,)).dtype == half.exp().dtype == torch.float32
+        assert torch.addcmul(half, single, half).dtype == torch.float32
+        assert torch.nn.functional.gelu(half).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.lerp(single, half, half)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+            torch.lerp(single, half, half)
+
+
+@policies
+@pytest.mark.parametrize("stages", PROGRAMS)
+@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+def test_every_choice_runs_forward_and_backward_under_autocast(stages, choice, policy):
+    model = perturbed(NestedDiT(small_model(stages, **choice)))
+    x, t, y = inputs(model.config)
+    whole = model(x, t, y).detach()
+    with POLICIES[policy]():
+        out = model(x, t, y)
+    out.float().square().sum().backward()
+    assert_near(out, whole, 0.1)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("recompute", ["inner", "outer", "both"])
+def test_recomputed_blocks_run_under_autocast(recompute):
+    model = perturbed(NestedDiT(small_model("outer inner outer", inner={"spread": "interpolate"}), recompute=recompute))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*inputs(model.config))
+    out.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@halves
+@pytest.mark.parametrize("stages", PROGRAMS)
+@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
+    model = perturbed(NestedDiT(small_model(stages, **choice)))
+    x, t, y = inputs(model.config)
+    with torch.no_grad():
+        whole, rounded = model(x, t, y), model.to(half)(x.to(half), t, y)
+    assert rounded.dtype == half
+    assert_near(rounded, whole, HALVES[half])
+
+
+def test_queries_keys_and_values_are_of_one_type():
+    """As an attention kernel that no autocast list knows needs them."""
+    model = perturbed(NestedDiT(small_model("inner outer", qk_norm=True)))
+    attention = model.inner_blocks[0].branches["mix"]
+    with CudaAutocast():
+        assert {part.dtype for part in attention.heads(torch.randn(2, 8, 4, 16))} == {torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def shrunk(config: RunConfig, data: Path) -> RunConfig:
+    """A preset's kinds at small sizes: what it does, in a fraction of a second."""
+    model, patch = config.model, config.model.patch_size
+    outer = replace(model.outer, width=32, num_heads=4)
+    inner = replace(model.inner, width=32 if model.inner.width == model.outer.width else 16, num_heads=2)
+    model = replace(
+        model,
+        image_size=(2 * patch, 2 * patch),
+        num_classes=3,
+        depth=model.depth and 4,
+        stages=re.sub(r"\*\d+", "*2", model.stages),
+        outer=outer,
+        inner=inner,
+    )
+    path = data / f"{model.channels}-{patch}.npz"
+    if not path.exists():
+        draw = np.random.default_rng(0)
+        images = draw.standard_normal((12, model.channels, *model.image_size), np.float32)
+        np.savez(path, images=images, labels=np.arange(12) % 3)
+    tried = replace(config.train, steps=1, batch_size=2, evaluate_every=1, sample_every=0, checkpoint_every=1)
+    return replace(config, model=model, data=DataConfig(source=str(path), held_out=0.2), train=tried)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("arrays")
+
+
+@policies
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_every_preset_takes_its_first_step_in_bfloat16(name, policy, data, tmp_path, monkeypatch):
+    config = shrunk(presets.get(name), data)
+    config = replace(config, train=replace(config.train, precision="bfloat16"))
+    if policy == "cuda":
+        monkeypatch.setattr(Trainer, "autocast", lambda self: CudaAutocast())
+    facts = {fact.kind: fact.values for fact in train(config, tmp_path / "run", device="cpu")}
+    assert np.isfinite(facts["step"]["loss"])
+    assert "skipped" not in facts
+    assert "held_out" in facts
+
+
+# ------------------------------------------------------------------------------------------ sampling
+
+
+def loaded(folder: Path, half: torch.dtype) -> DiTInDiTPipeline:
+    pipe = DiTInDiTPipeline.from_pretrained(folder, torch_dtype=half)
+    assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {half}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def cuda_autocast(kind: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[object]:
+    """In place of torch.autocast."""
+    return CudaAutocast(dtype) if dtype and enabled else nullcontext()
+
+
+def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: torch.dtype) -> None:
+    """Each draws what the float32 one draws, in float32."""
+    whole.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, *whole._shape(), generator=torch.Generator().manual_seed(0))
+    arguments = {"class_labels": [0, 1], "latents": noise, "num_inference_steps": 3, "output_type": "latent"}
+    drawn = whole(**arguments).images
+    for pipe in pipes:
+        rounded = pipe(**arguments).images
+        assert rounded.dtype == torch.float32
+        assert_near(rounded, drawn, HALVES[half])
+
+
+@halves
+@policies
+@pytest.mark.parametrize("name", presets.NAMES)
+def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
+    config = shrunk(presets.get(name), data)
+    pipe = pipeline_of(perturbed(NestedDiT(config.model)).eval(), config, ["a", "b", "c"])
+    pipe.save_pretrained(tmp_path)
+    if policy == "cuda":
+        monkeypatch.setattr(torch, "autocast", cuda_autocast)
+    check_draws(pipe, [loaded(tmp_path, half), copy.deepcopy(pipe).to(half)], half)
+
+
+@halves
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_model_is_a_pipeline_in_half_precision(name, half, tmp_path):
+    export(shipped()[name], tmp_path / "pipeline")
+    whole = DiTInDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    check_draws(whole, [loaded(tmp_path / "pipeline", half)], half)
+
+
+@halves
+def test_a_model_in_half_precision_draws_what_the_whole_one_draws(half):
+    config = RunConfig(model=small_model("outer inner"))
+    config = replace(config, sample=replace(config.sample, sampler="euler", steps=4, guidance=2.0))
+    model = perturbed(NestedDiT(config.model)).eval()
+    whole, rounded = sample(model, config, 8), sample(model.to(half), config, 8)
+    assert rounded.dtype == torch.float32
+    assert_near(rounded, whole, HALVES[half])
+
+
+@policies
+@pytest.mark.parametrize("name", ["dit-in-dit-s16", "emoji"])
+def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, monkeypatch):
+    config = shrunk(presets.get(name), data)
+    config = replace(config, train=replace(config.train, precision="bfloat16"))
+    if policy == "cuda":
+        monkeypatch.setattr(Trainer, "autocast", lambda self: CudaAutocast())
+    report = examine(config, torch.device("cpu"))
+    assert not [finding for section in report.sections for finding in section.findings if finding.severity == "fault"]
+
+
+# ------------------------------------------------------------------------------------------ one float32
+
+
+@pytest.fixture
+def tf32():
+    """A process that others have set to TF32; as it began afterwards."""
+
+    def switch(on: bool) -> None:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = True
+
+    switch(True)
+    yield
+    use_full_float32()  # the newer switches, if a test set them
+    switch(False)
+
+
+def is_full() -> bool:
+    """Whether products and convolutions are computed in float32, and PyTorch can read its own switches."""
+    return (
+        torch.get_float32_matmul_precision() == "highest"
+        and not torch.backends.cuda.matmul.allow_tf32
+        and not torch.backends.cudnn.allow_tf32
+    )
+
+
+def test_full_float32_holds_for_products_and_convolutions(tf32):
+    assert not is_full()
+    use_full_float32()
+    assert is_full()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # what others switch for themselves
+        assert not is_full()
+    assert is_full()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="since PyTorch 2.9")
+@pytest.mark.parametrize(
+    "where", ["backends", "backends.cudnn", "backends.cudnn.conv", "backends.cuda.matmul", "backends.mkldnn"]
+)
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_full_float32_holds_whatever_the_newer_switches_say(tf32, where, precision):
+    attrgetter(where)(torch).fp32_precision = precision
+    use_full_float32()
+    assert is_full()
+
+
+def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
+    config = shrunk(presets.get("dit-in-dit-s16"), data)
+    run = tmp_path / "run"
+    work = {
+        "device": lambda: pick_device("cpu"),
+        "train": lambda: next(train(config, run, device="cpu")),
+        "sample": lambda: sample(NestedDiT(config.model), config, 1),
+    }
+    for name, begin in work.items():
+        torch.backends.cudnn.allow_tf32 = True
+        begin()
+        assert is_full(), name
+
+
+def test_every_command_that_takes_a_device_picks_it():
+    """And so computes in full float32."""
+    commands = Path(cli.__file__).parent.glob("*.py")
+    taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
+    assert taking.keys() >= {"run", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
+    for name, text in taking.items():
+        assert "pick_device(" in text or name in ("options", "verify"), name  # `verify` runs `train`
+
+
+def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a_cpu_for_the_same(tmp_path):
+    paths = []
+    for name, torch_version, named in (
+        ("new", "2.13.0+cu130", {"precision": FULL}),
+        ("old", "2.13.0+cpu", {}),
+        ("of a mac", "2.6.0", {}),
+        ("of a gpu", "2.13.0+cu130", {}),
+    ):
+        result = {"subject": {"name": name}, "protocol": {"images": 4, **named}, "scores": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({**result, "made with": {"torch": torch_version}}))
+        paths.append(tmp_path / name)
+    compare(paths[:3])
+    with pytest.raises(UserError, match=r"differ in precision: .*no TF32.* / .*convolutions in TF32"):
+        compare(paths)
+
+
+def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
+    ended = {
+        Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
+        for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])
+    }
+    _check_alike(ended)

@@ -1,0 +1,200 @@
+"""What a careful user would try: an edited config, broken numbers, a shipped model, the same folder twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import with_train
+from dit_in_dit import atomic, checkpoint, config, shipped
+from dit_in_dit.cli import main
+from dit_in_dit.cli.options import class_numbers
+from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash
+from dit_in_dit.interop.slim import export_slim
+from dit_in_dit.sampling import to_pixels
+from dit_in_dit.section import key, to_dict
+from dit_in_dit.training.loop import train
+
+
+@pytest.fixture
+def trained(run_config, tmp_path):
+    list(train(run_config, tmp_path / "run", device="cpu"))
+    return tmp_path / "run"
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one line of a refused command."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit-in-dit: ")]
+    return line
+
+
+# ------------------------------------------------------------------------------------------ configs
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "maps", "init", "resume"])
+def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, run_config, tmp_path, capsys, command):
+    path = trained / "config.yaml"
+    path.write_text(path.read_text().replace("guidance: 2.0", "guidance: 3.0"))
+    assert "guidance: 3.0" in path.read_text()
+    out = tmp_path / "out"
+    (tmp_path / "new.yaml").write_text(config.to_yaml(run_config))
+    arguments = {
+        "sample": ["sample", trained, "-n", "1", "--out", out],
+        "evaluate": ["evaluate", trained, "-n", "4", "--out", out],
+        "export": ["export", trained, "--format", "run", "--out", out],
+        "maps": ["maps", trained, "--out", out],
+        "init": ["train", "--config", tmp_path / "new.yaml", "--init", trained, "--out", out],
+        "resume": ["train", "--resume", "--out", trained],
+    }[command]
+    assert "was changed since 0000006 was written: put it back" in refused(capsys, *arguments)
+
+
+@dataclass(frozen=True)
+class Later(TrainConfig):
+    novelty: int = key(0, "of a later version", low=0, high=9, added=2)
+
+
+@dataclass(frozen=True)
+class LaterRun(RunConfig):
+    train: Later = key(Later, "training")
+
+
+def test_a_key_that_came_later_counts_in_the_hash_only_where_it_is_set():
+    now = RunConfig()
+    then = LaterRun(train=Later(**to_dict(now.train)))
+    assert config_hash(then) == config_hash(now)
+    assert config_hash(replace(then, train=replace(then.train, novelty=1))) != config_hash(now)
+
+
+def test_the_hash_of_a_config_is_the_one_that_was_written_down():
+    assert config_hash(RunConfig()) == "baeaf33b0f8a7be0e35cb22089e4720a7ff3bcfc09b75a74e53588fe52cc12f7"
+    for run in shipped.shipped().values():
+        manifest = checkpoint.newest(run).manifest
+        assert manifest["config"] == config_hash(checkpoint.read_config(run))
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.fixture
+def broken(trained):
+    """A run whose averaged weights hold one NaN."""
+    found = checkpoint.newest(trained)
+    state, ema = (checkpoint.load_state(found.folder, name) for name in (checkpoint.STATE, checkpoint.AVERAGED))
+    ema["outer_head.final.linear.bias"][0] = torch.nan
+    checkpoint.save(trained, checkpoint.read_config(trained), 6, state, ema, tuple(found.manifest["classes"]))
+    return trained
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline"])
+def test_nan_never_becomes_pixels_or_a_file(broken, tmp_path, capsys, command):
+    out = tmp_path / "out"
+    arguments = {
+        "sample": ["sample", broken, "-n", "1", "--out", out],
+        "evaluate": ["evaluate", broken, "-n", "4", "--out", out],
+        "export": ["export", broken, "--format", "run", "--out", out],
+        "pipeline": ["export", broken, "--format", "pipeline", "--out", out],
+    }[command]
+    line = refused(capsys, *arguments)
+    assert "NaN or infinity" in line
+    assert "an earlier checkpoint" in line
+    assert not list(out.rglob("*.png"))
+    assert not list(out.rglob("*.safetensors"))
+
+
+def test_pixels_are_of_finite_images_alone():
+    images = torch.zeros(3, 3, 4, 4)
+    assert to_pixels(images).shape == (3, 4, 4, 3)
+    images[1, 0, 0, 0] = torch.inf
+    with pytest.raises(UserError, match="1 of 3 images hold NaN or infinity, the first is number 1"):
+        to_pixels(images)
+
+
+def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, capsys, monkeypatch):
+    from dit_in_dit import sampling
+
+    monkeypatch.setattr(sampling, "sample", lambda model, config, count: torch.full((count, 3, 8, 8), torch.nan))
+    (tmp_path / "run.yaml").write_text(config.to_yaml(with_train(run_config, sample_every=3)))
+    main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert capsys.readouterr().err.count("no grid of step") == 2
+    assert checkpoint.newest(tmp_path / "run").manifest["step"] == 6
+
+
+def test_features_of_other_images_of_the_same_names_are_not_reused(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for name in ("subject", "real"):
+        (tmp_path / name).mkdir()
+        for number in range(16):
+            pixels = draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    arguments = ["evaluate", tmp_path / "subject", "--against", tmp_path / "real", "-n", "8", "--out", tmp_path / "out"]
+    main([str(argument) for argument in arguments])
+    main([str(argument) for argument in arguments])  # the same images: nothing is in the way
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "subject/3.png")
+    assert "sha256" in refused(capsys, *arguments)
+
+
+# ------------------------------------------------------------------------------------------ shipped models, samples
+
+
+def test_commands_leave_a_shipped_model_as_it_is(tmp_path, monkeypatch, trained, run_config):
+    place = tmp_path / "package"
+    shutil.copytree(trained, place / "tiny")
+    monkeypatch.setattr(shipped, "PLACES", (place,))
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    main(["sample", "tiny", "-n", "2"])
+    main(["evaluate", "tiny", "-n", "8"])
+    main(["maps", "tiny", "--num", "1", "--times", "0.5", "--steps", "2"])
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert (tmp_path / "evaluation/tiny/0000006/metrics.json").exists()
+    assert (tmp_path / "maps/tiny/maps.html").exists()
+    (tmp_path / "new.yaml").write_text(config.to_yaml(with_train(run_config, steps=1)))
+    main(["train", "--config", "new.yaml", "--init", "tiny", "--out", "new", "--device", "cpu"])
+    main(["match", "--config", "new.yaml", "--like", "tiny"])
+
+
+def test_samples_drawn_otherwise_go_to_a_folder_of_their_own_and_can_be_evaluated(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "run", "-n", "20"])
+    many = Image.open("samples/run/grid.png").size
+    main(["sample", "run", "-n", "5"])
+    assert Image.open("samples/run/grid.png").size == many
+    main(["sample", "run", "-n", "2", "--seed", "5", "--classes", "red, blue"])
+    assert len(list(Path("samples/run-seed5-classesred_blue").glob("0*.png"))) == 2
+    main(["evaluate", "samples/run", "--against", "samples/run", "-n", "8", "--out", "evaluated"])
+    assert json.loads(Path("evaluated/metrics.json").read_text())["subject"]["name"] == "samples/run"
+
+
+def test_class_names_are_found_as_people_write_them():
+    known = ["caf\u00e9", "salt, pepper", "salt", "b"]
+    assert class_numbers("cafe\u0301", known) == [0]
+    assert class_numbers("salt, pepper, b", known) == [1, 3]
+    assert class_numbers("salt,b , 2", known) == [2, 3, 2]
+    with pytest.raises(UserError, match="unknown class 'pepper'"):
+        class_numbers("pepper", known)
+
+
+def test_a_recipe_keeps_what_it_was_given_and_its_defaults_fit(capsys):
+    main(["recipe", "emoji"])
+    main(["recipe", "dit-in-dit-s2", "--gpus", "8", "--set", "train.steps=5"])
+    assert "--set train.steps=5" in capsys.readouterr().out
+
+
+def test_a_folder_of_the_same_name_with_part_is_a_users_own(trained, tmp_path):
+    (tmp_path / "keep.part").mkdir()
+    (tmp_path / "keep.part/mine.txt").write_text("mine")
+    export_slim(trained, tmp_path / "keep")
+    assert (tmp_path / "keep.part/mine.txt").read_text() == "mine"
+    with pytest.raises(UserError), atomic.folder(Path()):
+        pass

@@ -1,0 +1,267 @@
+"""VAEs of diffusers: each known class encodes, decodes and travels; others are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPipeline, VQModel
+from safetensors.torch import load_file
+
+from conftest import perturbed, small_model
+from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, UserError
+from dit_in_dit.data.latents import complete, read_index
+from dit_in_dit.data.source import open_source
+from dit_in_dit.interop.encode import Decoder, Encoding, encode
+from dit_in_dit.interop.folder import _open_vae, pipeline_of
+from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.interop.vae import constants, factor, load_vae, moments
+from dit_in_dit.model.nested import NestedDiT
+from test_cli import lines_of
+
+CPU = torch.device("cpu")
+DOWN = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+
+def kl(**keys: Any) -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8, 8), **DOWN, norm_num_groups=4, latent_channels=4, **keys)
+
+
+def tiny() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3, latent_channels=4,
+    )  # fmt: skip
+
+
+def dc() -> AutoencoderDC:
+    blocks, widths = ("ResBlock", "EfficientViTBlock"), (8, 8)
+    return AutoencoderDC(
+        latent_channels=8, attention_head_dim=4, encoder_block_types=blocks, decoder_block_types=blocks,
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.4,
+    )  # fmt: skip
+
+
+def vq() -> VQModel:
+    return VQModel(block_out_channels=(8, 8), **DOWN, norm_num_groups=4, latent_channels=4, num_vq_embeddings=16)
+
+
+KINDS = {"kl": (kl, 4, 2), "tiny": (tiny, 4, 4), "dc": (dc, 8, 2), "vq": (vq, 4, 2)}  # channels, factor
+
+
+def seeded(make: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "set.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=np.arange(6) % 2)
+    return path
+
+
+def pixels_of(images: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(images)["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def encoded(images: Path, vae: Path, out: Path, **keys: Any) -> Path:
+    how = Encoding(data=DataConfig(source=str(images)), vae=str(vae), size=(16, 16), batch=2, shard=2, **keys)
+    list(encode(how, out, CPU))
+    return out
+
+
+# ------------------------------------------------------------------------------------------ classes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_class_encodes_trains_and_decodes(name, images, tmp_path):
+    make, channels, smaller = KINDS[name]
+    theirs, x = seeded(make), pixels_of(images)
+    theirs.save_pretrained(tmp_path / "vae")
+    folder = encoded(images, tmp_path / "vae", tmp_path / "latents", dtype="float32")
+    side = 16 // smaller
+    assert read_index(folder)["made"]["shape"] == [channels, side, side]
+    with torch.inference_mode():
+        first = theirs.encode(x)[0]
+        mean = first if isinstance(first, torch.Tensor) else first.mean
+        back = theirs.decode(mean).sample
+    stored = torch.cat([load_file(path)["moments"] for path in sorted(folder.glob("*.safetensors"))])
+    torch.testing.assert_close(stored[:, :channels], mean, rtol=1e-4, atol=1e-4)
+    if name != "kl":  # the encoder gives no distribution
+        assert (stored[:, channels:] == -30).all()
+    data = complete(DataConfig(source=str(folder), held_out=0.0))
+    source = open_source(data, small_model(image_size=(side, side), channels=channels, num_classes=2))
+    assert source.train(0)[0].shape == (channels, side, side)
+    draw = Decoder(data, CPU)
+    assert draw.factor == smaller
+    scale = torch.tensor(draw.constants["scale"])
+    torch.testing.assert_close(draw(mean * scale), back, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_class_travels_with_an_exported_pipeline(name, tmp_path):
+    make, channels, smaller = KINDS[name]
+    seeded(make).save_pretrained(tmp_path / "vae")
+    model = small_model("outer*1 inner*1", channels=channels, num_classes=2, image_size=(8, 8))
+    data = DataConfig(vae=str(tmp_path / "vae"), latent_mean=(0.5,) * channels, latent_scale=(2.0,) * channels)
+    config = RunConfig(model=model, data=data, sample=SampleConfig(sampler="dpm++", steps=2))
+    torch.manual_seed(0)
+    network = perturbed(NestedDiT(model)).eval()
+    vae = _open_vae(None, config)
+    pipeline_of(network, config, ["a", "b"], vae=vae).save_pretrained(tmp_path / "pipe")
+    pipe = DiTInDiTPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(8, *model_shape(model), generator=torch.Generator().manual_seed(0))
+    latents = pipe([0, 1] * 4, latents=noise, output_type="latent").images
+    drawn = pipe([0, 1] * 4, latents=noise, output_type="pt").images
+    assert drawn.shape == (8, 3, 8 * smaller, 8 * smaller)
+    torch.testing.assert_close(drawn, (Decoder(data, CPU)(latents) / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+    own = load_vae(str(tmp_path / "pipe"), CPU)  # a pipeline's folder, whose VAE says the run's constants
+    assert constants(own) == ([0.5] * channels, [2.0] * channels)
+
+
+def model_shape(model: Any) -> tuple[int, ...]:
+    return model.channels, *model.image_size
+
+
+def test_a_class_that_is_not_known_is_refused_in_one_line(tmp_path, images, capsys):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    for place in (tmp_path / "vae", tmp_path):  # itself, and a pipeline that has it
+        words = ["encode", "--data", str(images), "--vae", str(place), "--out", str(tmp_path / "out")]
+        assert "it is a AutoencoderKLWan, known are AutoencoderKL, AutoencoderTiny" in lines_of(words, capsys)
+
+
+def test_means_and_deviations_of_a_vae_are_its_constants(images, tmp_path):
+    numbers = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 2.0, 4.0]}
+    seeded(lambda: kl(scaling_factor=0.5, **numbers)).save_pretrained(tmp_path / "vae")
+    vae = load_vae(str(tmp_path / "vae"), CPU)
+    assert constants(vae) == ([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 0.25, 0.125])
+    folder = encoded(images, tmp_path / "vae", tmp_path / "latents", dtype="float32", flips=False)
+    data = complete(DataConfig(source=str(folder), held_out=0.0, posterior="mean"))
+    assert (data.latent_mean, data.latent_scale) == ((0.1, 0.2, 0.3, 0.4), (1.0, 0.5, 0.25, 0.125))
+    source = open_source(data, small_model(image_size=(8, 8), channels=4, num_classes=2))
+    latent = moments(vae, pixels_of(images)[:1])[0, :4]
+    wanted = (latent - torch.tensor(numbers["latents_mean"])[:, None, None]) * torch.tensor([1.0, 0.5, 0.25, 0.125])[
+        :, None, None
+    ]
+    gaps = [np.abs(source.example(number, 0, 0, False)[0] - wanted.numpy()).max() for number in range(6)]
+    assert min(gaps) < 1e-5
+
+
+def test_a_vae_without_a_class_is_an_autoencoderkl(tmp_path):
+    seeded(kl).save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["_class_name"]
+    path.write_text(json.dumps(config))
+    assert type(load_vae(str(tmp_path / "vae"), CPU)) is AutoencoderKL
+
+
+# ------------------------------------------------------------------------------------------- places
+
+
+class Piped(DiffusionPipeline):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+
+def test_a_pipelines_folder_is_a_place_of_its_vae(images, tmp_path):
+    vae = seeded(kl)
+    Piped(vae).save_pretrained(tmp_path / "pipe")
+    vae.save_pretrained(tmp_path / "vae")
+    one, other = (encoded(images, tmp_path / name, tmp_path / f"{name} latents") for name in ("pipe", "vae"))
+    assert (one / "000000.safetensors").read_bytes() == (other / "000000.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("inside", "variant"), [("", None), ("vae", None), ("", "fp16"), ("vae", "fp16")])
+def test_a_repository_of_the_hub_has_its_vae_at_the_top_or_inside(tmp_path, monkeypatch, inside, variant):
+    """As the Hub's cache holds some/model: SD3 and Flux have it in vae/, some in float16 alone."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    seeded(tiny).save_pretrained(snapshot / inside, variant=variant)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0" * 40)
+    for name in ("configuration_utils", "models.modeling_utils", "utils.hub_utils"):
+        monkeypatch.setattr(f"diffusers.{name}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    vae = load_vae("some/model", CPU)
+    assert (type(vae), factor(vae)) == (AutoencoderTiny, 4)
+
+
+def test_weights_in_float16_alone_are_read_and_computed_in_float32(tmp_path):
+    vae = seeded(kl)
+    vae.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    loaded = load_vae(str(tmp_path / "vae"), CPU)
+    assert loaded.dtype == torch.float32
+    assert all(torch.equal(a, b.float()) for a, b in zip(loaded.parameters(), vae.parameters(), strict=True))
+    shutil.copy(
+        tmp_path / "vae/diffusion_pytorch_model.fp16.safetensors",
+        tmp_path / "vae/diffusion_pytorch_model.bf16.safetensors",
+    )
+    with pytest.raises(UserError, match="its weights as bf16 and fp16"):
+        load_vae(str(tmp_path / "vae"), CPU)
+
+
+def test_pickled_weights_of_a_vae_are_not_read(tmp_path):
+    seeded(kl).save_pretrained(tmp_path / "vae", safe_serialization=False)
+    with pytest.raises(UserError, match="no AutoencoderKL"):
+        load_vae(str(tmp_path / "vae"), CPU)
+
+
+def test_no_code_of_a_folder_runs(tmp_path):
+    seeded(kl).save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    (tmp_path / "vae" / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n\nclass AutoencoderKL: ...\n")
+    for config in ({"auto_map": {"AutoModel": "evil.AutoencoderKL"}}, {"_class_name": ["evil", "AutoencoderKL"]}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        with suppress(UserError):
+            load_vae(str(tmp_path / "vae"), CPU)
+    assert not (tmp_path / "canary").exists()
+
+
+# -------------------------------------------------------------------------------------------- NaN
+
+
+def test_a_vae_that_gives_nan_is_named_with_the_images(images, tmp_path, monkeypatch):
+    seeded(kl).save_pretrained(tmp_path / "vae")
+    real, x = AutoencoderKL.encode, pixels_of(images)
+
+    def broken(self: Any, given: torch.Tensor) -> Any:
+        """NaN for images 3 and 5."""
+        mean, log_variance = (
+            t.clone() for t in (real(self, given).latent_dist.mean, real(self, given).latent_dist.logvar)
+        )
+        for row, image in enumerate(given):
+            if any(torch.allclose(image, x[n], atol=1e-3) for n in (3, 5)):
+                mean[row] = float("nan")
+        return (SimpleNamespace(mean=mean, logvar=log_variance),)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", broken)
+    for dtype in ("float32", "float16"):
+        with pytest.raises(UserError, match=r"the VAE gives no finite latents for image 3 \(counted from 0\)") as error:
+            encoded(images, tmp_path / "vae", tmp_path / dtype, dtype=dtype)
+        assert "--dtype" not in str(error.value)
+
+
+def test_latents_that_are_too_large_for_their_type_say_so(images, tmp_path):
+    vae = seeded(kl)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(1e6)
+        vae.quant_conv.bias.mul_(1e6)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"latents of image 0, 1 .* do not fit float16: use --dtype float32"):
+        encoded(images, tmp_path / "vae", tmp_path / "latents")

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit import atomic, sealed
+from dit_in_dit import __version__, atomic, sealed
 from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
@@ -158,7 +158,8 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")}
+    # A source tree that is not installed has no metadata.
+    return {"dit-in-dit": __version__, **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
 
 
 def save(

@@ -12,6 +12,7 @@ FLOORS = (
     {
         "atomic",
         "config",
+        "lock",
         "presets",
         "randomness",
         "memory",

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Container, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, to_yaml
+from dit_in_dit.config import RunConfig, UserError, to_yaml
+from dit_in_dit.section import to_dict
 from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import OUTCOME, Board
 from dit_in_dit.study.plan import Plan, Result, StudyConfig
 from dit_in_dit.study.run import work
+from postgres import Server
 
 CPU = torch.device("cpu")
 LEASE = 3.0
@@ -159,56 +161,85 @@ def test_killed_workers_lose_no_trial_and_do_none_twice(study, serial, tmp_path)
 # ------------------------------------------------------------------------------------------- PostgreSQL
 
 
+PASSWORD = "p@ss:w/o%rd"
+WRITTEN = "p%40ss%3Aw%2Fo%25rd"  # in a URL
+
+
 @pytest.fixture
-def postgres(tmp_path: Path) -> Iterator[str]:
-    """The URL of a server that lives as long as the test."""
-    places = [Path(shutil.which("initdb") or "").resolve().parent, *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
-    needed = ("initdb", "postgres", "pg_isready")
-    binaries = next((place for place in places[::-1] if all((place / name).exists() for name in needed)), None)
-    if binaries is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'psycopg[binary]'")
-    user = "postgres" if os.getuid() == 0 else None  # the server refuses to run as root
-    home = Path("/tmp", f"dit-in-dit-postgres-{os.getpid()}")  # reached by that user, and short enough for a socket
-    home.mkdir()
-    if user:
-        shutil.chown(home, user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = str(home / "data")
-    ask = [str(binaries / "initdb"), "-D", data, "-U", "study", "-A", "trust", "--no-sync"]
-    subprocess.run(ask, check=True, user=user, cwd="/", capture_output=True)
-    run = [str(binaries / "postgres"), "-D", data, "-p", str(port), "-k", str(home), "-c", "fsync=off"]
-    server = subprocess.Popen(run, user=user, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def server() -> Iterator[Server]:
+    """A server that lives as long as the test, with that password."""
+    started = Server(PASSWORD)
     try:
-        ready = [str(binaries / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
-        for _ in range(100):
-            if subprocess.run(ready, capture_output=True, check=False).returncode == 0:
-                break
-            time.sleep(0.1)
-        yield f"postgresql+psycopg://study@127.0.0.1:{port}/postgres"
+        started.start()
+        yield started
     finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(30)
-        shutil.rmtree(home)
+        started.remove()
 
 
-def test_workers_that_share_a_database_do_the_same(study, serial, tmp_path, postgres):
+def test_workers_that_share_a_database_do_the_same(study, serial, tmp_path, server):
     plan = planned(study, tmp_path / "study")
-    board, left = kill_while_they_work(plan, tmp_path / "study", 2, postgres, 2)
+    board, left = kill_while_they_work(plan, tmp_path / "study", 2, server.url(WRITTEN), 2)
     check(board, tmp_path / "study", serial, left)
     assert not (tmp_path / "study" / "journal.log").exists()
+
+
+def command_lines() -> str:
+    """What `ps` shows of all processes, without the shells that mention it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_text(errors="replace").replace("\0", " "))
+    return "\n".join(found)
+
+
+def test_a_database_that_is_away_for_seconds_ends_nothing_and_its_password_is_nowhere(study, serial, tmp_path, server):
+    out = tmp_path / "out"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(study)))
+    command = [sys.executable, "-m", "dit_in_dit", "study", "run", str(tmp_path / "mine.yaml"), "--out", str(out)]
+    command += ["--workers", "2", "--device", "cpu", "--lease", "20"]
+    environment = {**os.environ, "DIT_IN_DIT_STORAGE": server.url(WRITTEN)}
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown = ""
+    try:
+        while not len(list(out.glob("runs/*/checkpoints/*"))) > 1:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        server.stop()
+        shown = command_lines()
+        time.sleep(4)
+        server.start()
+        said, errors = run.communicate(timeout=300)
+    finally:
+        run.kill()
+    assert run.returncode == 0, errors
+    assert table(out) == serial
+    assert "study work" in shown
+    away = f"the storage postgresql+psycopg://study:***@127.0.0.1:{server.port}/postgres"
+    logs = [path.read_text() for path in out.glob("workers/*.log")]
+    for text in (errors, *logs):
+        assert text.count(f"{away} does not answer (") == text.count(f"{away} answers again, after ") == 1, text
+    written = [path.read_bytes().decode(errors="replace") for path in out.rglob("*") if path.is_file()]
+    for text in (said, errors, shown, *written):
+        assert not re.search(f"{re.escape(PASSWORD)}|{WRITTEN}", text)
+
+
+@pytest.mark.parametrize(
+    ("password", "database", "reason"),
+    [("no%40ne", "postgres", "password authentication failed"), (WRITTEN, "none", 'database "none" does not exist')],
+)
+def test_a_database_that_refuses_is_one_line_at_once(study, tmp_path, server, password, database, reason):
+    plan, began = planned(study, tmp_path / "study"), time.monotonic()
+    with pytest.raises(UserError, match=f"cannot open --storage postgresql.*study:\\*\\*\\*@.*{reason}") as found:
+        Board(plan, tmp_path / "study", server.url(password, database))
+    assert time.monotonic() - began < 5
+    assert not re.search(r"no@ne|no%40ne|p@ss|p%40ss", str(found.value))
 
 
 # ---------------------------------------------------------------------------------------------- --workers
 
 
 def test_the_command_starts_workers_and_reports(study, serial, tmp_path, capsys):
-    import yaml
-
     from dit_in_dit.cli import main
-    from dit_in_dit.section import to_dict
 
     fewer = replace(study, seeds=(1,))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(fewer)))

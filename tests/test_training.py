@@ -20,6 +20,7 @@ from conftest import small_model, with_train
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, DiffusionConfig, UserError, to_yaml
 from dit_in_dit.data.source import open_source
+from dit_in_dit.lock import BusyError
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.ema import Ema, ema_decay
@@ -276,7 +277,7 @@ def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, t
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)
     try:
         assert owner.stdout.readline() == b"held\n"
-        with pytest.raises(checkpoint.BusyError, match=f"is being trained by process {owner.pid} on "):
+        with pytest.raises(BusyError, match=f"is being trained by process {owner.pid} on "):
             list(train(with_train(run_config, steps=3), tmp_path / "run", resume=True))
     finally:
         owner.kill()  # as a machine does that runs out of memory

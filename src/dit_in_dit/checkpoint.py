@@ -16,12 +16,9 @@ Nothing that is loaded can run code: YAML (safe), JSON and safetensors.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
-import os
 import re
 import shutil
-import socket
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit import __version__, atomic, sealed
+from dit_in_dit import __version__, atomic, lock, sealed
 from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
@@ -75,28 +72,14 @@ def create(run: Path, config: RunConfig) -> None:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
 
 
-class BusyError(UserError):
-    """Another process trains the run."""
-
-
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Keep other processes from training the run. The lock dies with its process, and no child inherits it.
+    """Keep other processes, and other callers in this one, from training the run.
 
     Raises:
-        BusyError: another process has it; named with its machine.
+        BusyError: another has it; named with its machine.
     """
-    with (run / "lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BusyError(
-                f"{run} is being trained by {file.read().strip() or 'another process'}: wait, or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    with lock.hold(run / "lock", f"{run} is being trained"):
         clear(run)
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LINE = 200  # characters of a message as the command prints it
@@ -53,3 +54,9 @@ def one_line(message: str, most: int = LINE) -> str:
         if len(line) > most:
             line = " ".join(shortened(word, room) for word in line.split(" "))
     return shortened(line, most)
+
+
+def hide_passwords(text: str) -> str:
+    """The text with `***` for the passwords of URLs in it."""
+    text = re.sub(r"(\w://[^\s:/@]*:)\S*@", r"\1***@", text)
+    return re.sub(r"([?&]\w*(?:pass|pwd)\w*=)[^\s&]+", r"\1***", text, flags=re.IGNORECASE)

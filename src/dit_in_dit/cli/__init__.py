@@ -25,7 +25,8 @@ from dit_in_dit.cli import (
     verify,
 )
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.mistakes import LeftOutWarning, UserError, one_line
+from dit_in_dit.lock import LocklessWarning
+from dit_in_dit.mistakes import LeftOutWarning, UserError, hide_passwords, one_line
 from dit_in_dit.sealed import DamagedWarning
 
 _python_line = warnings.formatwarning
@@ -53,17 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _refuse(message: str, code: int = 2) -> NoReturn:
     """End with one line on stderr and an exit code."""
     if message:
-        print(one_line(f"dit-in-dit: {message}"), file=sys.stderr, flush=True)
+        print(one_line(f"dit-in-dit: {hide_passwords(message)}"), file=sys.stderr, flush=True)
     if code != 2:  # another process is lost, and the engine would wait for it once more
         os._exit(code)
     sys.exit(code)
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """A warning of damage or of what is left out, as a line like any other; of others, what Python makes of them."""
+    """A warning of this package, as a line like any other; of others, what Python makes of them."""
     if issubclass(category, LeftOutWarning) and os.environ.get("RANK", "0") != "0":
         return ""  # one of several processes speaks
-    if issubclass(category, (DamagedWarning, LeftOutWarning)):
+    if issubclass(category, (DamagedWarning, LeftOutWarning, LocklessWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
 

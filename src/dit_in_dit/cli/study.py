@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import Plan, StudyConfig
 
+STORAGE = "DIT_IN_DIT_STORAGE"  # the environment's name of a URL, whose password `ps` would show
 PATIENCE = 10.0  # seconds that workers have to give their trials back
 
 
@@ -57,7 +58,11 @@ def add(commands: Commands) -> None:
 
 def _add_storage(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--storage", metavar="URL", help="database that workers of several machines share: postgresql+psycopg://..."
+        "--storage",
+        metavar="URL",
+        default=os.environ.get(STORAGE),
+        help="database that workers of several machines share: postgresql+psycopg://USER:PASSWORD@HOST/NAME "
+        f"(default: ${STORAGE}, which other users of the machine cannot see)",
     )
     command.add_argument(
         "--lease", type=_seconds, default=60.0, help="seconds without a sign of life until a trial is lost (60)"
@@ -138,7 +143,6 @@ def _costs(plan: Plan) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from dit_in_dit.study.begin import begin
-    from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import read
     from dit_in_dit.training.loop import pick_device
 
@@ -148,19 +152,39 @@ def _run(options: argparse.Namespace) -> None:
     plan = begin(options.out, lambda: _planned(options, study, device), study)
     _costs(plan)
     sys.stdout.flush()  # the table comes before the work, also where it is not a terminal's
-    board = Board(plan, options.out, options.storage, options.lease)
+    with _board(plan, options) as board:
+        counts = _do(plan, options, board, workers, device)
+    _report(options)
+    if counts["failed"]:
+        sys.exit(1)
+
+
+@contextmanager
+def _board(plan: Plan, options: argparse.Namespace) -> Iterator[Board]:
+    """The study's board. A storage that is away is said on stderr, and after a lease ends the command."""
+    from dit_in_dit.study.board import Board
+    from dit_in_dit.study.storage import AwayError
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        yield Board(plan, options.out, options.storage, options.lease, say)
+    except AwayError as error:
+        raise UserError(str(error)) from None
+
+
+def _do(plan: Plan, options: argparse.Namespace, board: Board, workers: int | None, device: Any) -> Counter[str]:
+    """Do all trials here or in worker processes; how they ended."""
     count = workers or _as_memory_allows(plan, device)
-    cores = (os.cpu_count() or 1) // study.threads
+    cores = (os.cpu_count() or 1) // plan.study.threads
     if device.type == "cpu" and count < min(cores, len(plan.trials)):
         print(f"{count} of {cores} trials that the cores could do at once: see --workers", file=sys.stderr)
     if count == 1:
         _alone(plan, options.out, board, device)
     else:
         _together(plan, options, board, count, device)
-    counts = board.counts()
-    _report(options)
-    if counts["failed"]:
-        sys.exit(1)
+    return board.counts()
 
 
 def _workers(text: str) -> int | None:
@@ -259,13 +283,13 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
     logs = options.out / "workers"
     logs.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]
-    command += ["--storage", options.storage] if options.storage else []
+    environment = {**os.environ, **({STORAGE: options.storage} if options.storage else {})}
     workers: list[subprocess.Popen[bytes]] = []
     for number in range(count):
         spread = device.type == "cuda" and device.index is None
         name = f"cuda:{number % torch.cuda.device_count()}" if spread else str(device)
         with (logs / f"{number}.log").open("ab") as log:
-            workers.append(subprocess.Popen([*command, "--device", name], stdout=log, stderr=log))
+            workers.append(subprocess.Popen([*command, "--device", name], stdout=log, stderr=log, env=environment))
     gone: set[int] = set()
     try:
         with _progress(plan, board) as show, _terminated():
@@ -290,22 +314,22 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
 
 
 def _work(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import read_plan
     from dit_in_dit.training.loop import pick_device
 
     plan, device = read_plan(options.out), pick_device(options.device)
-    _alone(plan, options.out, Board(plan, options.out, options.storage, options.lease), device)
+    with _board(plan, options) as board:
+        _alone(plan, options.out, board, device)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import read_plan
 
     plan = read_plan(options.out)
-    board = Board(plan, options.out, options.storage, options.lease)
-    print(f"{plan.name}: {_said(board.counts())}, of {board.total}")
-    for key, trial in sorted(board.keys().items()):
+    with _board(plan, options) as board:
+        counts, trials = board.counts(), board.keys()
+    print(f"{plan.name}: {_said(counts)}, of {board.total}")
+    for key, trial in sorted(trials.items()):
         step = trial.user_attrs.get("beat", [0, 0])[1]
         print(f"  {key:<40} {trial.state.name.lower():<10} step {step}")
 

@@ -11,19 +11,17 @@ another throws it away.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.config import UserError
 from dit_in_dit.study.plan import Plan
+from dit_in_dit.study.storage import AwayError, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -61,61 +59,29 @@ class Claim:
             raise LostError(self.key)
 
 
-class _Lock:
-    """The journal's lock: it dies with its process, where Optuna's own would be waited for. Mends a half line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = -1
-        self.threads = threading.Lock()
-
-    def acquire(self) -> bool:
-        """Wait for the lock."""
-        self.threads.acquire()
-        self.descriptor = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
-        with self.path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":  # its writer was killed, or its machine went down
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        """Let the others."""
-        os.close(self.descriptor)
-        self.threads.release()
-
-
-def _open_storage(out: Path, url: str | None) -> Any:
-    try:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise UserError("studies need optuna: pip install 'dit-in-dit[study]'") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    if url is None:
-        journal = out / "journal.log"
-        journal.touch()
-        return optuna.storages.JournalStorage(JournalFileBackend(str(journal), lock_obj=_Lock(journal)))  # type: ignore[arg-type]
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-    except Exception as error:  # of SQLAlchemy, a driver or a server: none of them is imported here
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot open --storage {url.split('@')[-1]}: {reason}") from None
-
-
 class Board:
     """A study's trials, for one worker or for looking on.
 
     Args:
         url: SQLAlchemy's, of a database (postgresql+psycopg://...); None: the journal file in `out`.
-        lease: seconds after which a trial whose worker gives no sign is given to another.
+        lease: seconds after which a trial whose worker gives no sign is given to another, and for which a storage that
+            is away is waited for.
+        say: gets a line when it is, and when it is back.
+
+    Raises:
+        UserError: the storage cannot be opened.
+        AwayError: later, from any method, the storage has been away for a lease.
     """
 
-    def __init__(self, plan: Plan, out: Path, url: str | None = None, lease: float = LEASE) -> None:
-        storage = _open_storage(out, url)
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        url: str | None = None,
+        lease: float = LEASE,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.storage = open_storage(out, url, lease, say)
         import optuna
 
         self.plan, self.lease = plan, lease
@@ -123,12 +89,13 @@ class Board:
         self.errors = (optuna.exceptions.UpdateFinishedTrialError, ValueError)
         self.study = optuna.create_study(
             study_name=plan.identity,
-            storage=storage,
+            storage=self.storage,  # type: ignore[arg-type]  # it has every method of Optuna's
             pruner=optuna.pruners.MedianPruner() if plan.study.prune else optuna.pruners.NopPruner(),
             direction="minimize",
             load_if_exists=True,
         )
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its beat, and since when it stands still
+        self._outages = 0  # of the storage, when that was noted
         self._mine: Claim | None = None
 
     # ------------------------------------------------------------------------------------- looking on
@@ -242,8 +209,11 @@ class Board:
 
     def _give_up_lost(self) -> None:
         """Mark trials whose beat has stood still for a lease as failed, as the first of those who look on."""
-        now = time.monotonic()
-        for trial in self.trials():
+        trials, now = self.trials(), time.monotonic()
+        if self._outages != self.storage.outages:  # no beat could be heard meanwhile
+            self._outages = self.storage.outages
+            self._seen.clear()
+        for trial in trials:
             if trial.state != self.states.RUNNING or (self._mine and self._mine.trial.number == trial.number):
                 self._seen.pop(trial.number, None)
                 continue
@@ -276,8 +246,9 @@ class Board:
         number, heard = 0, time.monotonic()
         while not claim.lost.is_set():
             try:
-                claim.trial.set_user_attr("beat", [number, claim.step, claim.saved])
-                self._give_up_lost()
+                with self.storage.at_once():  # a thread that waits could not be ended
+                    claim.trial.set_user_attr("beat", [number, claim.step, claim.saved])
+                    self._give_up_lost()
                 number, heard = number + 1, time.monotonic()
             except self.errors:
                 claim.lost.set()
@@ -289,17 +260,19 @@ class Board:
 
     def _give_back(self, claim: Claim) -> None:
         try:
-            claim.trial.set_user_attr(OUTCOME, "given back")
-            self._end(claim.trial.number, self.states.FAIL)
-        except self.errors:  # it has ended
+            with self.storage.at_once():
+                claim.trial.set_user_attr(OUTCOME, "given back")
+                self._end(claim.trial.number, self.states.FAIL)
+        except (*self.errors, AwayError):  # it has ended; or a lease will end it
             return
 
     def _end(self, number: int, state: Any, value: float | None = None) -> bool:
-        """Tell how a trial ended; False when it had ended before."""
+        """Tell how a trial ended; False when it had ended otherwise."""
         try:
             self.study.tell(number, value, state)
         except self.errors:
-            return False
+            ended = self.trials()[number]  # so, where the answer to the first call was lost with the connection
+            return ended.state == state and (state != self.states.FAIL or ended.user_attrs.get(OUTCOME) == "failed")
         return True
 
     def report(self, claim: Claim, value: float, step: int) -> bool:

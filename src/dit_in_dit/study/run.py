@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from dit_in_dit.evaluation.curves import read_run
 from dit_in_dit.evaluation.evaluate import Evaluation, evaluate
 from dit_in_dit.evaluation.features import Network
 from dit_in_dit.evaluation.subject import reference, run_subject
+from dit_in_dit.lock import BusyError
 from dit_in_dit.sampling import label, sample, to_pixels
 from dit_in_dit.study.begin import networks
 from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, Result, budgeted, configure, describe
-from dit_in_dit.training.loop import settled, train
+from dit_in_dit.training.loop import Fact, settled, train
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class
@@ -46,7 +48,12 @@ class Event:
 
 
 def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator[Event, None, None]:
-    """Do trials until none is left. Close the generator to stop: its trial is given back."""
+    """Do trials until none is left. Close the generator to stop: its trial is given back.
+
+    Raises:
+        UserError: the weights of a metric are not there.
+        AwayError: the board's storage has been away for a lease.
+    """
     used = networks(plan.study, device)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
@@ -155,19 +162,27 @@ def _train(
     """Train from the last checkpoint on; whether it was pruned. Waits while a lost worker still holds the run."""
     while True:
         started = (run / "config.yaml").exists()
-        facts = train(config, run, resume=started, device=str(device))
-        try:
-            first = next(facts)
-            break
-        except checkpoint.BusyError as busy:
-            claim.check()
-            yield Event("waiting", claim.key, text=str(busy))
-            time.sleep(min(1.0, board.lease / BEATS))
+        with closing(train(config, run, resume=started, device=str(device))) as facts:
+            try:
+                first = next(facts)
+            except BusyError as busy:
+                claim.check()
+                yield Event("waiting", claim.key, text=str(busy))
+                time.sleep(min(1.0, board.lease / BEATS))
+                continue
+            return (yield from _follow(plan, board, claim, run, first, facts))
+
+
+def _follow(
+    plan: Plan, board: Board, claim: Claim, run: Path, first: Fact, facts: Iterator[Fact]
+) -> Generator[Event, None, bool]:
+    """Tell the board how the training goes; whether it was pruned."""
+    steps = checkpoint.read_config(run).train.steps
     claim.step = claim.saved = first.step
     for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
         if step <= first.step:
             board.report(claim, error, step)
-    yield Event("training", claim.key, first.step, config.train.steps, "continued" if first.step else "")
+    yield Event("training", claim.key, first.step, steps, "continued" if first.step else "")
     for fact in facts:
         claim.check()
         claim.step = fact.step
@@ -175,13 +190,9 @@ def _train(
             claim.saved = fact.step
         if fact.kind == "held_out":
             found = dict(_errors(run, plan.study.primary))
-            if (
-                fact.step in found
-                and board.report(claim, found[fact.step], fact.step)
-                and fact.step < config.train.steps
-            ):
+            if fact.step in found and board.report(claim, found[fact.step], fact.step) and fact.step < steps:
                 return True
-        yield Event("training", claim.key, fact.step, config.train.steps)
+        yield Event("training", claim.key, fact.step, steps)
     return False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +88,7 @@ def train(
     until: int | None = None,
     deterministic: bool = False,
     data: str | None = None,
-) -> Iterator[Fact]:
+) -> Generator[Fact, None, None]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
     Under a launcher (torchrun, Slurm) its processes share the run, whatever their number was before.

@@ -1,0 +1,223 @@
+"""Where the trials of a study are kept: a journal file, or a database that may be away for a while.
+
+A database's URL may hold a password. It is opened with it and shown without.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
+
+from dit_in_dit import lock
+from dit_in_dit.config import UserError, shortened
+
+if TYPE_CHECKING:
+    import io
+
+    import sqlalchemy
+
+PAUSES = (0.1, 2.0)  # seconds until a call is tried again, at first and at most
+URL_FORM = "write it as postgresql+psycopg://USER:PASSWORD@HOST/NAME, with @ : / % of a password as %40 %3A %2F %25"
+SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # keys of a URL's query
+
+
+class AwayError(Exception):
+    """The storage has not answered for a lease."""
+
+
+# ------------------------------------------------------------------------------------------ the URL
+
+
+def parse_url(url: str) -> sqlalchemy.URL:
+    """The parts of a database's URL. UserError, which does not repeat it, where it is none or where a password would
+    be taken for a part of another."""
+    from sqlalchemy import make_url
+
+    try:
+        parsed = make_url(url)
+    except Exception:  # ArgumentError, or ValueError of a port; their messages may hold the password
+        raise UserError(f"cannot open --storage: this is not the URL of a database; {URL_FORM}") from None
+    if not parsed.drivername.startswith("sqlite") and "@" in f"{parsed.host or ''}{parsed.database or ''}":
+        raise UserError(f"cannot open --storage: its host or name would contain '@'; {URL_FORM}")
+    return parsed
+
+
+def show(parsed: sqlalchemy.URL) -> str:
+    """The URL without its password, and without its query, which may hold one."""
+    return shortened(parsed.set(query={}).render_as_string(hide_password=True), 60)
+
+
+def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
+    """What a driver says, in a line without the URL's secrets."""
+    text = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+    pairs = [(key, str(value)) for key, values in parsed.query.items() for value in _several(values)]
+    secrets = {value for key, value in pairs if SECRET.search(key)} | {str(parsed.password or "")}
+    for secret in sorted(secrets, key=len, reverse=True):
+        for form in {secret, quote(secret, safe=""), quote_plus(secret)} - {""}:
+            text = text.replace(form, "***")
+    return shortened(text.splitlines()[0], 90)
+
+
+def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else values
+
+
+# -------------------------------------------------------------------------------------------- patience
+
+
+class Storage:
+    """Optuna's storage, every call of which waits while a database is away, up to `lease` seconds in all.
+
+    A call may be made twice, where the answer to the first was lost: whoever uses it must bear that.
+
+    Args:
+        say: gets a line when a call begins to wait, and one when the storage answers again.
+
+    Attributes:
+        outages: how often it was away and came back; while it was, nobody's sign of life could be seen.
+    """
+
+    def __init__(
+        self, storage: Any, name: str, reason: Callable[[BaseException], str], lease: float, say: Callable[[str], None]
+    ) -> None:
+        self._storage, self._name, self._reason, self._lease, self._say = storage, name, reason, lease, say
+        self.outages = 0
+        self._since: float | None = None  # it does not answer
+        self._said = False
+        self._thread = threading.local()
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._storage, name)
+        if not callable(attribute):
+            return attribute
+        return lambda *args, **kwargs: self._call(lambda: attribute(*args, **kwargs))
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Calls of this thread do not wait: AwayError at their first failure."""
+        self._thread.at_once = True
+        try:
+            yield
+        finally:
+            self._thread.at_once = False
+
+    def _call(self, action: Callable[[], Any]) -> Any:
+        pause, longest = PAUSES
+        while True:
+            try:
+                found = action()
+            except Exception as error:
+                if not _is_away(error):
+                    raise
+                self._wait(error, pause)
+                pause = min(longest, 2 * pause)
+            else:
+                self._answered()
+                return found
+
+    def _wait(self, error: Exception, pause: float) -> None:
+        now = time.monotonic()
+        since = self._since = now if self._since is None else self._since
+        at_once = getattr(self._thread, "at_once", False)
+        if at_once or now - since > self._lease:
+            waited = "does not answer" if at_once else f"has not answered for {self._lease:.0f} s"
+            raise AwayError(
+                f"{self._name} {waited} ({self._reason(error)}): run the same command once it does"
+            ) from None
+        if not self._said:
+            self._said = True
+            self._say(f"{self._name} does not answer ({self._reason(error)}): waiting up to {self._lease:.0f} s")
+        time.sleep(pause)
+
+    def _answered(self) -> None:
+        since, self._since = self._since, None
+        if since is None:
+            return
+        self.outages += 1
+        if self._said:
+            self._said = False
+            self._say(f"{self._name} answers again, after {time.monotonic() - since:.1f} s")
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether a call failed for want of the database, itself or by its cause."""
+    from sqlalchemy import exc
+
+    while error is not None:
+        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError):
+            return True
+        if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
+            return True
+        error = error.__cause__
+    return False
+
+
+# --------------------------------------------------------------------------------------------- opening
+
+
+class JournalLock:
+    """The journal's lock: it dies with its process, where Optuna's own would be waited for. Cuts a half line off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: io.FileIO | None = None
+        self.threads = threading.Lock()
+
+    def acquire(self) -> bool:
+        """Wait for the lock. UserError where the file system keeps none."""
+        self.threads.acquire()
+        try:
+            self.file = lock.take(self.path.with_name(self.path.name + ".lock"), wait=True)
+        except OSError as error:
+            self.threads.release()
+            problem = error.strerror or error
+            raise UserError(f"cannot lock {self.path} ({problem}): choose another --out, or give --storage") from None
+        with self.path.open("r+b") as journal:
+            size = journal.seek(0, os.SEEK_END)
+            journal.seek(max(0, size - 1))
+            if size and journal.read(1) != b"\n":  # its writer was killed, or its machine went down
+                journal.seek(0)
+                journal.truncate(journal.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let the others."""
+        if self.file:
+            lock.release(self.file)
+        self.threads.release()
+
+
+def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], None]) -> Storage:
+    """The database at `url`, or the journal in `out`.
+
+    Raises:
+        UserError: Optuna or a driver is missing, or the database does not let us in; at once, and without the password.
+    """
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise UserError("studies need optuna: pip install 'dit-in-dit[study]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is None:
+        journal = out / "journal.log"
+        journal.touch()
+        backend = JournalFileBackend(str(journal), lock_obj=JournalLock(journal))  # type: ignore[arg-type]
+        return Storage(optuna.storages.JournalStorage(backend), str(journal), str, lease, say)
+    parsed = parse_url(url)
+
+    def reason(error: BaseException) -> str:
+        return _reason(error, parsed)
+
+    try:
+        database = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except Exception as error:  # of SQLAlchemy, a driver or a server
+        raise UserError(f"cannot open --storage {show(parsed)}: {reason(error)}") from None
+    return Storage(optuna.storages.get_storage(database), f"the storage {show(parsed)}", reason, lease, say)

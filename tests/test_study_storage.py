@@ -1,0 +1,264 @@
+"""A storage that is away for a while, and the passwords in its URL."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from conftest import with_train
+from dit_in_dit.cli import main
+from dit_in_dit.config import RunConfig, UserError, to_yaml
+from dit_in_dit.study.board import Board
+from dit_in_dit.study.run import work
+from dit_in_dit.study.storage import AwayError, Storage, _reason, parse_url, show
+from test_study import planned, results, small
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A config of a few steps on the small folder, as a file; step times are not measured."""
+    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    path = tmp_path / "base.yaml"
+    path.write_text(to_yaml(with_train(run_config, steps=8)))
+    return str(path)
+
+
+def away() -> OperationalError:
+    return OperationalError("select 1", {}, ConnectionRefusedError("connection refused"))
+
+
+class Flaky:
+    """A storage whose calls fail as often as `fails` says; from `after` on, only once they are done."""
+
+    def __init__(self, storage: Any, fails: int, *, after: bool = False) -> None:
+        self.storage, self.fails, self.after, self.calls = storage, fails, after, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            failing, self.fails = self.fails > 0, self.fails - 1
+            if failing and not self.after:
+                raise away()
+            found = getattr(self.storage, name)(*args, **kwargs)
+            if failing:
+                raise away()
+            return found
+
+        return call
+
+
+class Answers:
+    """A storage that answers."""
+
+    def get(self, value: int) -> int:
+        return value
+
+    def refuse(self) -> None:
+        raise IntegrityError("insert", {}, ValueError("twice"))
+
+
+def storage(fails: int, lease: float = 5.0) -> tuple[Storage, Flaky, list[str]]:
+    lines: list[str] = []
+    flaky = Flaky(Answers(), fails)
+    return Storage(flaky, "the storage here", str, lease, lines.append), flaky, lines
+
+
+# -------------------------------------------------------------------------------------------- patience
+
+
+def test_a_call_waits_for_a_storage_that_is_away_and_says_so_twice():
+    waiting, flaky, lines = storage(fails=4)
+    assert waiting.get(3) == 3
+    assert flaky.calls == 5
+    assert [re.sub(r"[\d.]+ s", "T", line) for line in lines] == [
+        f"the storage here does not answer ({away()}): waiting up to T",
+        "the storage here answers again, after T",
+    ]
+    assert waiting.outages == 1
+
+
+def test_a_storage_that_is_away_for_a_lease_ends_the_call_and_those_after_it_at_once():
+    waiting, flaky, lines = storage(fails=1000, lease=1.0)
+    began = time.monotonic()
+    with pytest.raises(AwayError, match=r"(?s)the storage here has not answered for 1 s \(.*\): run the same command"):
+        waiting.get(3)
+    assert 1.0 < time.monotonic() - began < 4.0
+    calls = flaky.calls
+    with pytest.raises(AwayError):
+        waiting.get(3)
+    assert flaky.calls == calls + 1
+    assert len(lines) == 1
+
+
+def test_a_call_that_must_not_wait_fails_at_once():
+    waiting, flaky, _ = storage(fails=1)
+    with pytest.raises(AwayError), waiting.at_once():
+        waiting.get(3)
+    assert flaky.calls == 1
+    assert waiting.get(3) == 3
+
+
+def test_an_error_that_is_no_outage_is_raised_as_it_is():
+    waiting, flaky, lines = storage(fails=0)
+    with pytest.raises(IntegrityError):
+        waiting.refuse()
+    assert (flaky.calls, lines) == (1, [])
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(base, tmp_path, after):
+    def done(name: str, every: int) -> dict[str, Any]:
+        out, url = tmp_path / name, f"sqlite:///{tmp_path / name}.db"
+        plan = planned(small(base), out)
+        board = Board(plan, out, url, lease=30)
+        inner = board.storage._storage
+
+        class EveryFew(Flaky):
+            def __getattr__(self, call: str) -> Any:
+                self.fails = int(every and self.calls % every == 0)
+                return super().__getattr__(call)
+
+        board.storage._storage = EveryFew(inner, 0, after=after)
+        kinds = [event.kind for event in work(plan, out, board, CPU)]
+        assert kinds.count("done") == 2
+        assert "lost" not in kinds
+        assert board.counts()["done"] == 2
+        return results(out)
+
+    assert done("flaky", 5) == done("steady", 0)
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "pruned"])
+def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_path, state):
+    plan = planned(small(base), tmp_path)
+    board = Board(plan, tmp_path, f"sqlite:///{tmp_path}/trials.db")
+    claim, inner = board.claim(), board.storage._storage
+    real, asked = inner.set_trial_state_values, []
+
+    def loses_the_answer(*args: Any, **kwargs: Any) -> bool:
+        asked.append(args)
+        found = real(*args, **kwargs)
+        if len(asked) == 1:
+            raise away()
+        return found
+
+    inner.set_trial_state_values = loses_the_answer
+    board.done(claim, state, 1.0)
+    assert len(asked) == 2
+    assert board.counts()[state] == 1
+
+
+def test_workers_are_not_taken_for_lost_because_the_storage_was_away(base, tmp_path):
+    plan, url = planned(small(base), tmp_path), f"sqlite:///{tmp_path}/trials.db"
+    worker, other = Board(plan, tmp_path, url, lease=1), Board(plan, tmp_path, url, lease=1)
+    worker.claim().trial.set_user_attr("beat", [0, 0, 0])
+    other._give_up_lost()
+    other.storage._storage = Flaky(other.storage._storage, 10_000)  # and nobody's beat arrives either
+    for _ in range(4):
+        with pytest.raises(AwayError), other.storage.at_once():
+            other._give_up_lost()
+        time.sleep(0.4)
+    other.storage._storage.fails = 0
+    other._give_up_lost()
+    assert other.counts()["running"] == 1
+    time.sleep(1.1)
+    other._give_up_lost()
+    assert other.counts()["running"] == 0  # it has given no sign since
+
+
+def test_a_storage_that_stays_away_ends_the_command_with_one_line(base, tmp_path, monkeypatch, capsys):
+    planned(small(base), tmp_path / "study")
+    real = Board.claim
+
+    def claim(board: Board) -> Any:
+        if not isinstance(board.storage._storage, Flaky):
+            board.storage._storage = Flaky(board.storage._storage, 10_000)
+        return real(board)
+
+    monkeypatch.setattr(Board, "claim", claim)
+    url = f"sqlite:///{tmp_path}/trials.db"
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "work", str(tmp_path / "study"), "--storage", url, "--lease", "1", "--device", "cpu"])
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit-in-dit:")]
+    assert len(lines) == 1
+    assert "has not answered for 1 s" in lines[0]
+
+
+# -------------------------------------------------------------------------------------------- passwords
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:secret@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
+        ("postgresql://me:s%40e%3Ac%2Fr%25et@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:se:cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:se/cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:100%secret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://:secret@host/db", "postgresql://:***@host/db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("postgresql://host/db", "postgresql://host/db"),
+        ("postgresql:///db?host=/run&user=me&password=secret", "postgresql:///db"),
+        ("mssql+pyodbc://?odbc_connect=DRIVER%3Dx%3BPWD%3Dsecret", "mssql+pyodbc://"),
+        ("sqlite:///trials.db", "sqlite:///trials.db"),
+        ("sqlite:////home/me@work/trials.db", "sqlite:////home/me%40work/trials.db"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url, shown):
+    assert show(parse_url(url)) == shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:sec@ret@host/db",
+        "postgresql://me:s@ec/ret@host/db",
+        "postgresql://m/e:secret@host/db",
+        "postgresql://host:secret",
+        "postgresql:/me:secret@host/db",
+        "secret",
+        "://me:secret@host",
+    ],
+)
+def test_a_url_that_would_be_read_wrongly_is_refused_without_being_repeated(base, tmp_path, url):
+    plan = planned(small(base), tmp_path)
+    with pytest.raises(UserError, match=r"cannot open --storage: .*; write it as postgresql\+psycopg://") as found:
+        Board(plan, tmp_path, url)
+    assert not re.search("sec|ret", str(found.value).replace("--storage", ""))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://me:se%40cret@host/db", "no se@cret, no se%40cret\nat all"),
+        ("postgresql://me:se+cret@host/db", "no se+cret, no se%2Bcret"),
+        ("postgresql://host/db?sslpassword=se%20cret", "no se cret, no se%20cret, no se+cret"),
+        ("postgresql://host/db?password=secret&password=cretse", "no secret, no cretse"),
+    ],
+)
+def test_what_a_driver_says_is_shown_without_the_password(url, said):
+    shown = _reason(ValueError(said), parse_url(url))
+    assert shown == re.sub(r"no [^,]*(, |$)", r"no ***\1", said.splitlines()[0])
+
+
+def test_the_command_repeats_no_password(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "report", "here", "--storage", "postgresql://me:sec@ret@host/db?sslpassword=secret&x=1"])
+    assert "--storage postgresql://me:***@host/db?sslpassword=***&x=1" in capsys.readouterr().err
+
+
+def test_the_storage_may_be_named_by_the_environment(base, tmp_path, monkeypatch, capsys):
+    planned(small(base), tmp_path / "study")
+    monkeypatch.setenv("DIT_IN_DIT_STORAGE", f"sqlite:///{tmp_path}/trials.db")
+    main(["study", "status", str(tmp_path / "study")])
+    assert (tmp_path / "trials.db").exists()
+    assert not (tmp_path / "study" / "journal.log").exists()

@@ -2,13 +2,14 @@
 # make test   from nothing to all tests passed
 # make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each), and weights of XL
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
+# make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval test-track test-faults check
+.PHONY: demo test test-eval test-track test-oldest test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -59,4 +60,15 @@ test-track: .venv-track/made
 	$(PYTHON) -m venv .venv-track
 	$(TRACK) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(TRACK) -m pip install --disable-pip-version-check wandb trackio mlflow
+	touch $@
+
+# PyPI's oldest PyTorch for Linux is built for CUDA, several GB; it runs on a CPU as well.
+OLDEST := .venv-oldest/bin/python
+
+test-oldest: .venv-oldest/made
+	OMP_NUM_THREADS=1 $(OLDEST) -m pytest -n auto --dist loadfile
+
+.venv-oldest/made: pyproject.toml tests/oldest/constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --disable-pip-version-check -c tests/oldest/constraints.txt -e '.[dev]'
 	touch $@

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_the_suite_prints_and_writes_every_ratio(capsys, tmp_path):
             assert ratio["met"] == good
     assert any("too small" in note for note in found["notes"])
     assert {"device", "processor", "cores", "threads"} <= found["hardware"].keys()
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     assert found["command"] == "dit-in-dit bench --suite quick"
     assert found["product_macs_per_second"]["float32"] > 0
     assert {"reference as first written", "diffusers"} <= found["subjects"].keys()

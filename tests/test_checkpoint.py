@@ -16,14 +16,16 @@ import torch
 
 from conftest import with_train
 from dit_in_dit import checkpoint, sealed
-from dit_in_dit.config import RunConfig, UserError, override
+from dit_in_dit.config import RunConfig, UserError, override, to_yaml
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
 
 
 def save(run: Path, step: int, config: RunConfig | None = None, value: float = 0.0) -> Path:
     tensors = {**TENSORS, "value": torch.tensor([float(step), value])}
-    return checkpoint.save(run, config or RunConfig(), step, tensors, tensors, ("a", "b"))
+    config = config or RunConfig()
+    (run / "config.yaml").write_text(to_yaml(config))
+    return checkpoint.save(run, config, step, tensors, tensors, ("a", "b"))
 
 
 def names(run: Path) -> list[str]:

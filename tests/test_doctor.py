@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConf
 from dit_in_dit.evaluation.behaviour import pattern, seam_peaks
 from dit_in_dit.evaluation.checks import expected_loss, forward_budget
 from dit_in_dit.evaluation.doctor import Report, examine
+from dit_in_dit.section import keys
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -73,8 +75,8 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
     """A copy of the run whose weights and averaged weights are edited in place, and whose config has other keys."""
     shutil.copytree(run, folder)
     config = replace(checkpoint.read_config(run), **keys)
-    (folder / "config.yaml").write_text(to_yaml(config))
     newest, manifest, _ = checkpoint.newest(folder)
+    (folder / "config.yaml").write_text(to_yaml(config))
     state, ema = checkpoint.load_state(newest), checkpoint.load_state(newest, "ema.safetensors")
     edit({name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")})
     edit(ema)
@@ -82,9 +84,20 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
     return folder
 
 
+def set_already(advice: str, config: RunConfig) -> list[str]:
+    """Of an advice, each `key=value` to set that the config holds; "lower KEY=VALUE" says what it is."""
+    values = {name: str(value) for name, _, value in keys(config)}
+    pairs = re.findall(r"(?<!lower )\b([a-z_.]+)=([\w.]+)", advice)
+    held = ((values.get(name, values.get(f"model.{name}", "")), value) for name, value in pairs)
+    return [f"{own}={value}" for own, value in held if own.removesuffix(".0") == value]
+
+
 def look(run: Path) -> Report:
-    """The report on a run."""
-    return examine(checkpoint.read_config(run), CPU, run)
+    """The report on a run; none of its advice is set already."""
+    config = checkpoint.read_config(run)
+    report = examine(config, CPU, run)
+    assert not [advice for finding in report.findings for advice in set_already(finding.advice, config)]
+    return report
 
 
 def raised(report: Report) -> set[str]:

@@ -537,7 +537,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
 
 def test_half_precision_is_near(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
     arguments = {"class_labels": LABELS, "latents": noise(WHOLE), "output_type": "latent", "guidance_scale": 1}
     whole, rounded = pipe(**arguments).images, half(**arguments).images
@@ -561,6 +561,7 @@ except ModuleNotFoundError:
 else:
     raise SystemExit("the package is there")
 
+import diffusers
 from diffusers import AutoModel, DiffusionPipeline
 folder, again, given, results, labels = sys.argv[1:]
 
@@ -585,7 +586,9 @@ try:
 except ValueError as error:
     wrong = str(error)
 picture = pipe("cat", num_inference_steps=2, callback_on_step_end=lambda pipe, i, t, tensors: {}).images[0]
-alone = AutoModel.from_pretrained(again + "/transformer", trust_remote_code=True)
+# Before 0.38 AutoModel looks for the class in diffusers alone.
+known = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 38)
+alone = AutoModel.from_pretrained(again + "/transformer", trust_remote_code=True) if known else pipe.transformer
 torch.save({
     "first": first, "second": second, "refused": refused, "wrong": wrong, "size": picture.size,
     "classes": [type(pipe).__module__, type(pipe.transformer).__module__, type(alone).__name__],
@@ -617,7 +620,8 @@ def elsewhere(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         capture_output=True, text=True, env=environment, cwd=place, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "not expected" not in done.stderr  # every key of the files is read
+    unread = [line for line in done.stderr.splitlines() if "not expected" in line and "trust_remote_code" not in line]
+    assert not unread  # every key of the files is read
     return torch.load(place / "results.pt")
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import with_train
-from dit_in_dit import atomic, checkpoint, config, shipped
+from dit_in_dit import atomic, checkpoint, config, sealed, shipped
 from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
 from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash
@@ -41,7 +41,7 @@ def refused(capsys, *arguments: object) -> str:
 # ------------------------------------------------------------------------------------------ configs
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "maps", "init", "resume"])
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline", "maps", "doctor", "init", "resume"])
 def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, run_config, tmp_path, capsys, command):
     path = trained / "config.yaml"
     path.write_text(path.read_text().replace("guidance: 2.0", "guidance: 3.0"))
@@ -52,11 +52,39 @@ def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, r
         "sample": ["sample", trained, "-n", "1", "--out", out],
         "evaluate": ["evaluate", trained, "-n", "4", "--out", out],
         "export": ["export", trained, "--format", "run", "--out", out],
+        "pipeline": ["export", trained, "--format", "pipeline", "--out", out],
+        "doctor": ["doctor", trained],
         "maps": ["maps", trained, "--out", out],
         "init": ["train", "--config", tmp_path / "new.yaml", "--init", trained, "--out", out],
         "resume": ["train", "--resume", "--out", trained],
     }[command]
     assert "was changed since 0000006 was written: put it back" in refused(capsys, *arguments)
+
+
+def test_a_config_that_is_only_written_otherwise_is_the_same(trained):
+    path = trained / "config.yaml"
+    path.write_text("# mine\n" + config.to_yaml(checkpoint.read_config(trained)))
+    checkpoint.load_model(trained, torch.device("cpu"))
+
+
+def test_a_hash_of_a_later_version_is_not_taken_for_an_edited_config(trained, run_config, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HASH_VERSION", 9)
+    monkeypatch.setattr(checkpoint, "config_hash", lambda config: "another")
+    tensors = {"weight": torch.zeros(1)}
+    checkpoint.save(trained, run_config, 9, tensors, tensors, ("a",))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="by a later version"):
+        checkpoint.newest(trained)
+
+
+def test_samples_are_not_labelled_as_often_as_in_other_data(trained, run_config, tmp_path, capsys):
+    shutil.copytree(run_config.data.source, tmp_path / "images")
+    moved = replace(run_config, data=replace(run_config.data, source=str(tmp_path / "images")))
+    list(train(moved, tmp_path / "moved", device="cpu"))
+    arguments = ["evaluate", tmp_path / "moved", "-n", "4", "--device", "cpu"]
+    main([str(argument) for argument in arguments])
+    next((tmp_path / "images/red").iterdir()).unlink()
+    assert "is not what" in refused(capsys, *arguments)
 
 
 @dataclass(frozen=True)
@@ -96,19 +124,22 @@ def broken(trained):
     return trained
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline"])
-def test_nan_never_becomes_pixels_or_a_file(broken, tmp_path, capsys, command):
+@pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline", "init", "demo"])
+def test_nan_never_becomes_pixels_or_a_file(broken, run_config, tmp_path, capsys, command):
     out = tmp_path / "out"
+    (tmp_path / "new.yaml").write_text(config.to_yaml(run_config))
     arguments = {
         "sample": ["sample", broken, "-n", "1", "--out", out],
         "evaluate": ["evaluate", broken, "-n", "4", "--out", out],
         "export": ["export", broken, "--format", "run", "--out", out],
         "pipeline": ["export", broken, "--format", "pipeline", "--out", out],
+        "init": ["train", "--config", tmp_path / "new.yaml", "--init", broken, "--out", out],
+        "demo": ["demo", "--out", broken],
     }[command]
     line = refused(capsys, *arguments)
     assert "NaN or infinity" in line
     assert "an earlier checkpoint" in line
-    assert not list(out.rglob("*.png"))
+    assert not [*out.rglob("*.png"), *broken.glob("*.png")]
     assert not list(out.rglob("*.safetensors"))
 
 
@@ -118,6 +149,15 @@ def test_pixels_are_of_finite_images_alone():
     images[1, 0, 0, 0] = torch.inf
     with pytest.raises(UserError, match="1 of 3 images hold NaN or infinity, the first is number 1"):
         to_pixels(images)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_a_pipeline_gives_no_image_that_is_not_finite(broken, output_type):
+    from dit_in_dit.interop.folder import pipeline_of
+
+    model, config, manifest = checkpoint.load_model(broken, torch.device("cpu"))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        pipeline_of(model, config, manifest["classes"])(0, output_type=output_type)
 
 
 def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, capsys, monkeypatch):
@@ -142,6 +182,66 @@ def test_features_of_other_images_of_the_same_names_are_not_reused(tmp_path, cap
     main([str(argument) for argument in arguments])  # the same images: nothing is in the way
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "subject/3.png")
     assert "sha256" in refused(capsys, *arguments)
+
+
+# ------------------------------------------------------------------------------------------ damaged JSON
+
+
+DEEP = '{"a":' * 100_000
+BAD_JSON = [DEEP, "[]", "null", "{", '{"a": "\\ud800"}']
+
+
+@pytest.mark.parametrize("content", BAD_JSON)
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_a_damaged_identity_costs_one_line(trained, tmp_path, capsys, command, content):
+    file = {"sample": "samples.json", "evaluate": "identity.json"}[command]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).write_text(content)
+    line = refused(capsys, command, trained, "-n", "4", "--out", tmp_path / "out")
+    assert "another --out" in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *BAD_JSON,
+        json.dumps({"subject": {"name": "a"}, "protocol": [], "scores": {}}),
+        json.dumps({"subject": {"name": 3}, "protocol": {}, "scores": {}}),
+        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": ["fid"]}),
+        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": {"value": "small"}}}),
+        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": 3}, "made with": []}),
+    ],
+)
+def test_what_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tmp_path, capsys, content):
+    good, bad = tmp_path / "good", trained / "evaluation/0000006"
+    main(["evaluate", str(trained), "-n", "4", "--out", str(good)])
+    bad.mkdir(parents=True)
+    (bad / "metrics.json").write_text(content)
+    assert "metrics.json" in refused(capsys, "compare", good, bad)
+    export_slim(trained, tmp_path / "given")
+    assert "have not been evaluated" in (tmp_path / "given/README.md").read_text()
+
+
+def test_evaluations_that_nest_deeply_are_compared(tmp_path, capsys):
+    for number, name in enumerate("ab"):
+        protocol = '{"a":' * 900 + str(number) + "}" * 900
+        (tmp_path / name).mkdir()
+        text = f'{{"subject": {{"name": "a"}}, "scores": {{}}, "protocol": {protocol}}}'
+        (tmp_path / name / "metrics.json").write_text(text)
+    assert "their protocols differ in" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "change", [{"classes": 3}, {"classes": [None]}, {"bytes": []}, {"bytes": {}}, {"sha256": {"a": 1}}, {"step": "6"}]
+)
+def test_a_manifest_of_other_types_is_a_damaged_one(trained, change):
+    folder = checkpoint.newest(trained).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["seal"]
+    (folder / "manifest.json").write_bytes(sealed.seal({**manifest, **change}))
+    with pytest.raises(checkpoint.DamagedError, match=r"manifest\.json is not what was written"):
+        checkpoint.verify(folder)
+    assert checkpoint.newest(trained).manifest["step"] == 3
 
 
 # ------------------------------------------------------------------------------------------ shipped models, samples

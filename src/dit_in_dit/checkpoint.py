@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit import atomic, lock, sealed
+from dit_in_dit import __version__, atomic, lock, sealed
 from dit_in_dit.config import HASH_VERSION, RunConfig, UserError, config_hash, from_file, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
@@ -141,7 +141,8 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 @cache
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("dit-in-dit", "torch", "numpy", "safetensors")}
+    # A source tree that is not installed has no metadata.
+    return {"dit-in-dit": __version__, **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
 
 
 def save(
@@ -287,13 +288,19 @@ def _good(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def newest(run: Path, *, steady: bool = False) -> Found:
-    """The newest checkpoint that verifies (and is steady), and what is wrong with newer ones; UserError when there is
-    none."""
+    """The newest checkpoint that verifies (and is steady), and what is wrong with newer ones.
+
+    Whoever loads a run's weights asks here for them, so that they meet no other config than their own.
+
+    Raises:
+        UserError: there is none, or config.yaml has other values than when it was written.
+    """
     passed_over: list[Damage] = []
     for folder in _folders(run):
         try:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
+                _check_config(run, folder, manifest)
                 return Found(folder, manifest, tuple(passed_over))
         except DamagedError as error:
             passed_over += error.damages
@@ -312,6 +319,18 @@ def noted_data(run: Path) -> dict[str, str] | None:
             noted: dict[str, str] | None = read_manifest(folder).get("data")
             return noted
     return None
+
+
+def _check_config(run: Path, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """UserError when a run's config is not the one that a checkpoint of it was written with."""
+    if manifest["config"] == config_hash(read_config(run)):
+        return
+    if manifest.get("hash_version", 1) > HASH_VERSION:
+        raise UserError(f"{checkpoint} was written by a later version of dit-in-dit: use that version or a newer one")
+    raise UserError(
+        f"{run / 'config.yaml'} was changed since {checkpoint.name} was written: put it back, or begin a new run with "
+        "--config"
+    )
 
 
 def warn(passed_over: Iterable[Damage]) -> None:
@@ -361,15 +380,6 @@ def load_trained(checkpoint: Path) -> Stored:
     return state
 
 
-def check_config(run: Path, config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """UserError when a run's config is not the one that its checkpoint was written with: whoever loads weights asks."""
-    if manifest["config"] != config_hash(config):
-        raise UserError(
-            f"{run / 'config.yaml'} was changed since {checkpoint.name} was written: put it back, or begin a new run "
-            "with --config and --init"
-        )
-
-
 def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
     """UserError when weights that are to be given away or taken in are not finite."""
     for name, tensor in weights.items():
@@ -382,7 +392,6 @@ def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[Ne
     and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
     config = read_config(run)
     folder, manifest, passed_over = newest(run)
-    check_config(run, config, folder, manifest)
     warn(passed_over)
     model = NestedDiT(config.model)
     if ema:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dit_in_dit.config import UserError
+from dit_in_dit.strict_json import has_form
 
+FORM = {"step": int, "config": str, "classes": [str], "steady": bool, "bytes": dict, "sha256": dict}  # of a manifest
 Kind = Literal["missing", "truncated", "flipped", "swapped", "extra", "unreadable"]
 KINDS: dict[Kind, str] = {
     "missing": "is missing",
@@ -119,7 +121,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         content = path.read_bytes()
         manifest: dict[str, Any] = json.loads(content)
         del manifest["seal"]
-        if content != seal(manifest):
+        if content != seal(manifest) or not _has_all_parts(manifest):
             raise ValueError
         if not name.isdigit() or manifest["step"] == int(name):
             return manifest
@@ -131,6 +133,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, RecursionError):
         kind = "flipped" if content.endswith(b"}\n") else "truncated"
     raise DamagedError([Damage(checkpoint, "manifest.json", kind)])
+
+
+def _has_all_parts(manifest: dict[str, Any]) -> bool:
+    """Whether it says all that is read of a manifest, with a size and a hash of each file."""
+    if not has_form(manifest, FORM) or manifest["bytes"].keys() != manifest["sha256"].keys():
+        return False
+    return has_form([*manifest["bytes"].values()], [int]) and has_form([*manifest["sha256"].values()], [str])
 
 
 def _compare(path: Path, size: int, sha256: str) -> tuple[Kind | None, str]:

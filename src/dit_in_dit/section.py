@@ -9,7 +9,7 @@ import json
 import math
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -152,11 +152,15 @@ def to_hash(config: Section) -> dict[str, Any]:
     plain = to_dict(config)
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.metadata.get("added", 1) > 1 and value == getattr(type(config)(), f.name):
+        if f.metadata.get("added", 1) > 1 and value == _default(f):
             del plain[f.name]
         elif isinstance(value, Section):
             plain[f.name] = to_hash(value)
     return plain
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def to_dict(config: Section) -> dict[str, Any]:

@@ -32,6 +32,7 @@ KEPT, LEFT = ["0000010", "0000020"], "0000015.part"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Two checkpoints, and what a killed save left."""
+    checkpoint.create(tmp_path, RunConfig())
     for step in (10, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / LEFT).mkdir()
@@ -200,6 +201,7 @@ def test_a_disk_that_is_full_in_truth_loses_nothing(small_disk):
     needed = None
     for free in range(0, 100_000, 4096):
         run, other = small_disk / "run", small_disk / "other"
+        checkpoint.create(run, RunConfig())
         for step in (10, 20):
             save(run, step)
         disk = os.statvfs(small_disk)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conftest import with_train
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, RunConfig, TrainConfig, override
+from dit_in_dit.config import DataConfig, RunConfig, override
 from dit_in_dit.training.loop import train
 
 STEPS = 8
@@ -85,7 +85,8 @@ def test_what_is_saved_comes_back_bit_for_bit(shapes, step):
         tensors[name] = raw.view(kind).reshape(shape)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        checkpoint.save(run, RunConfig(train=TrainConfig()), step, tensors, {}, ("a",))
+        checkpoint.create(run, RunConfig())
+        checkpoint.save(run, RunConfig(), step, tensors, {}, ("a",))
         found = checkpoint.newest(run)
         back = checkpoint.load_state(found.folder)
         assert found.manifest["step"] == step

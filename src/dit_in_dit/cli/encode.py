@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, whole
@@ -75,7 +76,8 @@ def _encode(options: argparse.Namespace) -> None:
     channels, height, width = index["made"]["shape"]
     mean, scale = index["measured"]["mean"], [1 / deviation for deviation in index["measured"]["deviation"]]
     print(
-        f"{total} latents of {channels}x{height}x{width} in {options.out}: train with --set data.source={options.out}"
+        f"{total} latents of {channels}x{height}x{width} in {options.out}: "
+        f"train with --set {shlex.quote(f'data.source={options.out}')}"
     )
     own = index["vae"]
     print(f"The VAE's own mean and scale, which are the default: [{_numbers(own['mean'])}], [{_numbers(own['scale'])}]")

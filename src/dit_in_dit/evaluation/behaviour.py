@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dit_in_dit.config import ModelConfig
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.evaluation.checks import CHUNK, Patient, Section, batches, forward_budget, take
 from dit_in_dit.model.aggregate import Gate
@@ -83,9 +84,15 @@ def finite(patient: Patient) -> Section:
     if bad:
         name, number = next(iter(bad.items()))
         what = f"{len(bad)} parameters are not finite, the first is {name}: {number} of its numbers"
-        section.find("fault", "non-finite", what + layer, "go back to an earlier checkpoint; lower train.learning_rate")
+        advice = (
+            "go back to an earlier checkpoint; lower train.learning_rate"
+            if patient.trained
+            else "begin with another train.init"
+        )
+        section.find("fault", "non-finite", what + layer, advice)
     elif seen:
-        advice = "set train.precision=float32, or look at that example's image"
+        half = patient.config.train.precision != "float32"
+        advice = f"{'set train.precision=float32, or ' if half else ''}look at that example's image"
         section.find("fault", "non-finite", f"all parameters are finite{layer}", advice)
     return section
 
@@ -146,7 +153,8 @@ def activations(patient: Patient, seen: dict[float, Observation]) -> Section:
     large = [name for name, row in section.rows.items() if row["max"] > 3e4]
     if large:  # half precision ends at 65504; bfloat16 steps there are 128 wide
         what = f"values up to {max(section.rows[name]['max'] for name in large):.3g} in {', '.join(large)}"
-        section.find("warning", "activations", what, "lower train.learning_rate; add train.weight_decay")
+        decay = "raise" if patient.config.train.weight_decay else "add"
+        section.find("warning", "activations", what, f"lower train.learning_rate; {decay} train.weight_decay")
     dead = [name for name, row in section.rows.items() if row["dead"] > 0.5]
     if dead and patient.trained:  # half of the width is paid for and carries nothing
         what = f"over half of the channels are the same for every token, image and time in {', '.join(dead)}"
@@ -179,7 +187,8 @@ def attention(patient: Patient, seen: dict[float, Observation]) -> Section:
     alike = [name for name, row in section.rows.items() if row["lowest head"] > 1 - 1e-6]
     if alike and patient.trained:
         what = f"every head weighs all tokens alike in {', '.join(alike)}"
-        section.find("warning", "attention", what, "use inner.mixer=none there, or train longer")
+        inner = all(name.startswith("inner_blocks.") for name in alike)
+        section.find("warning", "attention", what, f"{'use inner.mixer=none, or ' if inner else ''}train longer")
     return section
 
 
@@ -202,7 +211,8 @@ def inner_path(patient: Patient, seen: dict[float, Observation]) -> Section:
     for number, (name, gate) in enumerate(gates.items()):
         section.rows[name] = {"mean |gate|": gate.mean().item(), "max |gate|": gate.max().item()}
         # Adam can move a weight by the learning rate a step: a hundredth of that way is no use of it.
-        way = sum(learning_rate(patient.config.train, step) for step in range(patient.trainer.step))
+        train = patient.config.train
+        way = train.lr_scale.inner * sum(learning_rate(train, step) for step in range(patient.trainer.step))
         if gate.max() < 0.01 * way:
             _judge_share(
                 section, patient, f"aggregates.{number}", "gate", f"{name}: the largest gate is {gate.max():.2g}"
@@ -217,7 +227,8 @@ def _judge_share(section: Section, patient: Patient, name: str, check: str, wher
     share = max(section.rows[f"{name}: share"].values())
     if patient.trained and share < 1e-3:
         seen = f"{where}; the inner path is {share:.2g} of the norm of what it joins"
-        advice = "train longer with a higher train.learning_rate, or use inner.fuse=add"
+        other = ", or use inner.fuse=add" if check == "gate" else ""
+        advice = f"train longer with a higher train.learning_rate{other}"
         section.find("fault" if check == "gate" else "warning", check, seen, advice)
 
 
@@ -255,6 +266,8 @@ def null_class(patient: Patient) -> Section:
 def _judge_rows(section: Section, patient: Patient) -> None:
     trainer, null = patient.trainer, patient.config.model.num_classes
     names, present = trainer.source.classes, sorted(set(patient.held.y.tolist()))
+    if len(present) < 2:
+        return  # no image has a wrong class to be compared with
     tried = present if len(present) <= ROWS else present[:: -(-len(present) // ROWS)]
     images = min(len(patient.held.y), 5 * forward_budget(patient.config, trainer.device) // (len(tried) + 2))
     keep = torch.linspace(0, len(patient.held.y) - 1, max(images, 2)).long()
@@ -363,18 +376,28 @@ def seams(patient: Patient) -> Section:
         section.rows[f"{what}, period {period}"] = {"seam peak": peak, "repeating share of the error": repeats}
         section.series[f"{what} profile"] = profile.mean(0).tolist()
         cells = count * real[0, 0].numel() / period**2
-        _judge_seams(section, what, peak, repeats, cells)
+        _judge_seams(section, config, what, peak, repeats, cells)
         if section.findings:
             break  # what repeats with every sub-patch repeats with every patch
     return section
 
 
-def _judge_seams(section: Section, what: str, peak: float, repeats: float, cells: float) -> None:
+def _judge_seams(section: Section, model: ModelConfig, what: str, peak: float, repeats: float, cells: float) -> None:
     # Errors that know nothing of the grid average to 1/sqrt(cells); healthy runs show twice that, since errors of
     # neighbours go together. A quarter of the error is a pattern that everyone sees.
     if repeats > max(0.25, 5 / math.sqrt(cells)):
         seen = f"{repeats:.0%} of the estimates' error repeats with every {what}"
-        section.find("fault", "seams", seen, f"look at the bias of the {what} head; train longer")
+        head = "inner" if what == "sub-patch" and model.program[-1][0] == "inner" else "outer"
+        section.find("fault", "seams", seen, f"look at the bias of the {head} head; train longer")
     elif peak > 1:  # a step over the border e times that inside; healthy runs of a few minutes show 0.2 to 0.4
         seen = f"steps between neighbours deviate by a factor of {math.exp(peak):.1f} along each {what}"
-        section.find("warning", "seams", seen, "let the inner level see past its patch: inner.embed=conv, mixer=window")
+        section.find("warning", "seams", seen, _see_further(model))
+
+
+def _see_further(model: ModelConfig) -> str:
+    """What would let a model draw over the borders of patches, as far as it does not do so yet."""
+    if not model.blocks("inner"):
+        return "train longer, or use smaller patches"
+    further = ["inner.embed=conv"] if model.inner.embed != "conv" else []
+    further += ["inner.mixer=window"] if model.inner.mixer in ("patch", "none") else []
+    return f"let the inner level see past its patch: {', '.join(further)}" if further else "train longer"

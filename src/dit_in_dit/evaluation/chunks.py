@@ -41,17 +41,22 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
-    stored = read_json(path, advice=f"remove {path.parent} or choose another --out")
+    stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
     if field := first_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
 
 
-def first_difference(a: Any, b: Any, where: str = "") -> str:
+def first_difference(a: Any, b: Any) -> str:
     """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = (first_difference(a.get(k), b.get(k), f"{where}.{k}" if where else str(k)) for k in {**a, **b})
-        return next((field for field in found if field), "")
-    return "" if a == b else f"{where}: {json.dumps(a)} / {json.dumps(b)}"
+    waiting = [("", a, b)]  # no recursion: JSON may nest as deeply as Python's stack
+    while waiting:
+        where, a, b = waiting.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            names = reversed({**a, **b})
+            waiting += [(f"{where}.{name}" if where else str(name), a.get(name), b.get(name)) for name in names]
+        elif a != b:
+            return f"{where}: {json.dumps(a)} / {json.dumps(b)}"
+    return ""
 
 
 def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:

@@ -194,7 +194,7 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
         "protocol": protocol,
         "made with": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "scores": {name: asdict(score) for name, score in scores.items()},
-        "warnings": near.warnings(),
+        "warnings": near.warnings(guided=subject.samples.get("guidance", 1) > 1),
     }
     matches = _one_by_one(real.draw, near.number[first])
     return Evaluation(result, images, theirs, near, _one_by_one(draw, first), matches)

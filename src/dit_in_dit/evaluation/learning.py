@@ -21,6 +21,7 @@ from dit_in_dit.evaluation.checks import (
 from dit_in_dit.model.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.example import Examples
+from dit_in_dit.training.start import is_inner
 from dit_in_dit.training.trainer import Trainer
 
 PROBE_STEPS = 40
@@ -61,7 +62,8 @@ def training(patient: Patient) -> Section:
     lines = logged or probed
     if not lines:
         seen = f"{macs(patient.config.model)['total'] / 1e9:.0f} GMACs an image: too large to probe here"
-        section.find("note", "training", seen, "run doctor on a GPU, or on the run once it has logged steps")
+        gpu = "on a GPU, or " if patient.trainer.device.type == "cpu" else ""
+        section.find("note", "training", seen, f"run doctor {gpu}on the run once it has logged steps")
         return section
     parts = sorted({name for line in (*logged, *probed) for name in line if name.startswith("grad_norm.")})
     for part in parts:
@@ -77,7 +79,8 @@ def training(patient: Patient) -> Section:
     # Small batches and weights such as 1/t^2 have heavy tails: single spikes of up to 40 are seen in healthy runs.
     if section.rows["steps"]["spikes"] > 0.01:
         seen = f"the gradient norm is over 10x its running median in {section.rows['steps']['spikes']:.1%} of the steps"
-        section.find("warning", "training", seen, "lower train.learning_rate, or set train.clip=1")
+        clip = "" if train.clip else ", or set train.clip=1"
+        section.find("warning", "training", seen, f"lower train.learning_rate{clip}")
     _judge_rate(section, patient, lines, logged)
     _judge_gradients(section, patient)
     return section
@@ -154,7 +157,7 @@ def _relative(patient: Patient, logged: list[Line]) -> list[float]:
 
 def _judge_gradients(section: Section, patient: Patient) -> None:
     """Parameters that no gradient has reached, or that are what they were at the start."""
-    optimizer = patient.trainer.optimizer
+    optimizer, scale = patient.trainer.optimizer, patient.config.train.lr_scale
     if not optimizer.state:
         return
     still = []
@@ -162,6 +165,7 @@ def _judge_gradients(section: Section, patient: Patient) -> None:
         state = optimizer.state.get(parameter, {})
         unmoved = (
             patient.trained
+            and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen on purpose
             and bool(patient.initial[name].any())
             and torch.equal(parameter.cpu(), patient.initial[name])
         )

@@ -22,6 +22,7 @@ SIDE = 32  # images are averaged down to this side at most before they are compa
 BLOCK = 2**26  # distances held at once
 NEAR = 0.01  # share of unseen real images that lie as near to a training image: what "too near" means
 LOUD = 0.05  # share of samples too near that is worth a warning
+DETAILED = 0.5  # share of real images' detail below which samples are blurs: these lie near to images and each other
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Neighbours:
     """Of each sample, the distance to the nearest training image and its number, and the distance to the nearest
     other sample; the same distances of unseen real images, and where "too near" begins.
 
-    Distances are root mean squares over the pixels, of a range of 2.
+    Distances are root mean squares over the pixels, of a range of 2. `detail` is the median root mean square of steps
+    between neighbouring pixels, of samples over that of training images.
     """
 
     train: Array
@@ -37,6 +39,7 @@ class Neighbours:
     other: Array
     unseen_train: Array
     unseen_other: Array
+    detail: float
 
     @property
     def too_near_train(self) -> float:
@@ -57,20 +60,27 @@ class Neighbours:
             "repeated": _score(self.other <= self.too_near_other, self.unseen_other <= self.too_near_other, np.mean),
         }
 
-    def warnings(self) -> list[str]:
-        """Loud lines about memorising and repeating; empty when there is nothing to say."""
-        scores, found = self.scores(), []
-        if _stands_out(scores["memorised"]):
-            found.append(
-                f"MEMORISING: {scores['memorised'].value:.0%} of the samples are nearer to a training image than "
-                f"{1 - NEAR:.0%} of unseen real images are (look at nearest.png): train on more data or for fewer steps"
-            )
-        if _stands_out(scores["repeated"]):
-            found.append(
-                f"REPEATING: {scores['repeated'].value:.0%} of the samples are nearer to another sample than "
-                f"{1 - NEAR:.0%} of real images are to another: less guidance, or more varied data"
-            )
-        return found
+    def warnings(self, *, guided: bool) -> list[str]:
+        """Loud lines about memorising and repeating; empty when there is nothing to say.
+
+        Args:
+            guided: samples were drawn with guidance, which there could be less of.
+        """
+        scores = self.scores()
+        loud = [name for name in ("memorised", "repeated") if _stands_out(scores[name])]
+        if loud and self.detail < DETAILED:
+            return [
+                f"the samples have {self.detail:.0%} of the detail of training images: how near they come to these and "
+                f"to each other ({', '.join(loud)}) says nothing yet; train longer"
+            ]
+        said = {
+            "memorised": f"MEMORISING: {scores['memorised'].value:.0%} of the samples are nearer to a training image "
+            f"than {1 - NEAR:.0%} of unseen real images are (look at nearest.png): "
+            "train on more data or for fewer steps",
+            "repeated": f"REPEATING: {scores['repeated'].value:.0%} of the samples are nearer to another sample than "
+            f"{1 - NEAR:.0%} of real images are to another: {'less guidance, or ' if guided else ''}more varied data",
+        }
+        return [said[name] for name in loud]
 
 
 def _stands_out(score: Score) -> bool:
@@ -101,7 +111,15 @@ def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrore
     else:
         unseen_train, _ = _either_way(unseen, base, mirrored=mirrored)
     others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples.flatten(1), real.flatten(1)))
-    return Neighbours(distance, number, others, unseen_train, real_others)
+    detail = float(np.median(_steps(samples)) / max(np.median(_steps(train)), 1e-12))
+    return Neighbours(distance, number, others, unseen_train, real_others, detail)
+
+
+def _steps(images: Tensor) -> Array:
+    """Root mean square of the steps between neighbouring pixels, down and across, of each image (N, C, h, w)."""
+    squares = [images.diff(dim=axis).double().square().flatten(1).sum(1) for axis in (2, 3)]
+    count = sum(images[0].diff(dim=axis).numel() for axis in (1, 2))
+    return ((squares[0] + squares[1]) / max(count, 1)).sqrt().numpy()
 
 
 def _either_way(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from dit_in_dit.sampling import beside, grid
 from dit_in_dit.strict_json import has_form, read_json
 
 SHOWN = 64
-SCORE = {"value": (int, float), **dict.fromkeys(("low", "high", "floor"), (int, float, type(None)))}
+NUMBER = (int, float)
+SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType), "floor": (*NUMBER, NoneType)}
+FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
 
 
 def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
@@ -135,12 +138,13 @@ def read(path: Path) -> dict[str, Any]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
-    result = read_json(found, "the evaluation ", "evaluate again")
-    good = has_form(result, {"subject": {"name": str}, "scores": dict, "protocol": dict})
-    made = result.get("made with", {})
-    if not good or not has_form([*result["scores"].values()], [SCORE]) or not isinstance(made, dict):
-        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds one of another kind; evaluate again")
-    result["protocol"].setdefault("precision", before_it_was_named(str(made.get("torch", ""))))
+    advice = "run `dit-in-dit evaluate` again"
+    result = read_json(found, "the evaluation ", advice)
+    if not has_form(result, FORM) or not all(has_form(score, SCORE) for score in result["scores"].values()):
+        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds another in its place; {advice}")
+    made_with = result.get("made with")
+    torch = made_with.get("torch") if isinstance(made_with, dict) else None
+    result["protocol"].setdefault("precision", before_it_was_named(torch if isinstance(torch, str) else ""))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, ModelConfig, RunConfig, UserError
 from dit_in_dit.data import latents
-from dit_in_dit.data.source import Source, open_source, size_of
+from dit_in_dit.data.source import Source, check_unchanged, open_source, size_of
 from dit_in_dit.evaluation.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
@@ -102,7 +102,7 @@ def run_subject(
     config, classes = configure(config, manifest["classes"])
     names: str | list[str] = [manifest["classes"][c] for c in classes]
     if config.model.num_classes and not classes:
-        classes, names = _common_labels(config), "as often as in the training data"
+        classes, names = _common_labels(run, config, manifest.get("data")), "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
@@ -122,10 +122,14 @@ def run_subject(
     return Subject(draw, shape, samples, about, model=model, config=config)
 
 
-def _common_labels(config: RunConfig) -> list[int]:
-    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes."""
-    labels = open_source(config.data, config.model).labels
-    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+def _common_labels(run: Path, config: RunConfig, noted: Mapping[str, str] | None) -> list[int]:
+    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes.
+
+    UserError where the data are no longer those that the run `noted`: its samples would be kept under other labels.
+    """
+    source = open_source(config.data, config.model)
+    check_unchanged(source, config.data, noted, str(run))
+    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:

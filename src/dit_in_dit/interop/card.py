@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dit_in_dit.config import RunConfig, changed, config_hash, to_yaml
+from dit_in_dit.config import RunConfig, UserError, changed, config_hash, to_yaml
 from dit_in_dit.model import cost
 from dit_in_dit.stages import format_stages
+from dit_in_dit.strict_json import has_form, read_json
+
+EVALUATION = {  # of metrics.json, what a card reads
+    "subject": {"checkpoint": str},
+    "protocol": {"images": int, "samples": dict, "reference": {"data": str}},
+    "scores": dict,
+}
 
 Rows = Mapping[str, object]
 
@@ -19,12 +26,10 @@ Rows = Mapping[str, object]
 def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
     """The run's newest evaluation of the weights with this SHA-256; None where these were not evaluated."""
     for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-            if found["subject"]["checkpoint"] == weights:
+        with suppress(UserError):  # half written, or of another tool
+            found = read_json(path)
+            if has_form(found, EVALUATION) and found["subject"]["checkpoint"] == weights:
                 return found
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # half written, or of another tool
     return None
 
 

@@ -176,8 +176,7 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
-    folder, manifest, passed_over = checkpoint.newest(run)
-    checkpoint.check_config(run, config, folder, manifest)
+    folder, _, passed_over = checkpoint.newest(run)
     checkpoint.warn(passed_over)
     state = checkpoint.load_state(folder)
     ours = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}

@@ -227,13 +227,14 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
         """Decode, and give images as they were asked for."""
+        check_finite(x)
         if output_type == "latent":
             return x
         if self.vae is not None:
             x = self.vae.decode(self._unscaled(x).to(self.vae.dtype), return_dict=False)[0].float()
+            check_finite(x)
         if output_type == "pil":
             return [picture(pixels) for pixels in to_pixels(x.cpu())]
-        check_finite(x)
         x = (x / 2 + 0.5).clamp(0, 1)
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
 

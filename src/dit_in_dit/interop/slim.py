@@ -28,7 +28,6 @@ def export_slim(run: Path, out: Path, *, precision: Precision = "float16", licen
     atomic.check_free(out)
     config = checkpoint.read_config(run)
     folder, manifest, passed_over = checkpoint.newest(run)
-    checkpoint.check_config(run, config, folder, manifest)
     checkpoint.warn(passed_over)
     dtype = getattr(torch, precision)
     stored = checkpoint.load_state(folder, checkpoint.AVERAGED)

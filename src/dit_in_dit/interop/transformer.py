@@ -46,7 +46,7 @@ class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def save_config(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """The config, and beside it the code that needs no package; `AutoModel` finds it too."""
+        """The config, and beside it the code that needs no package; `AutoModel` finds it too (diffusers >= 0.38)."""
         name, code = code_of(type(self))
         super().save_config(save_directory, **options)
         (Path(save_directory) / f"{name}.py").write_text(code)

@@ -34,11 +34,12 @@ def missing(model: ModelConfig) -> dict[str, str]:
         why["inner"] = "mixer=none: inner tokens do not see each other"
     if inner.mixer == "conv":
         why["inner"] = "mixer=conv: inner tokens see their neighbours through a fixed 3x3 kernel, not by attention"
-    if len(model.program) == 2 and ends_inner:
+    joins = not (len(model.program) == 2 and ends_inner)
+    if not joins:
         why["aggregation"] = "the program ends in inner blocks, which draw the image themselves: nothing is aggregated"
     elif inner.aggregate == "mean":
         why["aggregation"] = f"aggregate=mean: each of the {model.sub_patches} sub-patches weighs the same"
-    if inner.fuse == "replace":
+    if joins and inner.fuse == "replace":
         why["without"] = "fuse=replace: without the inner path nothing is left"
     return why
 

@@ -113,9 +113,10 @@ class InnerEmbed(nn.Module):
         self.position = nn.Parameter(torch.zeros(model.sub_patches, model.inner.width))
         place = torch.zeros(())
         if wide:
-            i = model.sub_grid
-            place = sincos(model.inner.width, model.grid[0] * i, model.grid[1] * i)
-            place = rearrange(place, "(h i w j) e -> (h w) (i j) e", h=model.grid[0], w=model.grid[1], i=i, j=i)
+            (h, w), i = model.grid, model.sub_grid
+            place = sincos(model.inner.width, h * i, w * i).view(h, i, w, i, -1)
+            # Not einops: its first use imports torch._dynamo, which PyTorch 2.6 cannot while a model is built on meta.
+            place = place.transpose(1, 2).reshape(h * w, i * i, -1)
         self.register_buffer("place", place, persistent=False)
         self.place: Tensor
 

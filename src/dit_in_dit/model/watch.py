@@ -130,7 +130,8 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 def can_run_without_inner(model: NestedDiT) -> bool:
     """Whether anything is left when the inner path adds nothing: not where it replaces the outer tokens."""
-    return bool(model.inner_blocks) and model.config.inner.fuse != "replace"
+    joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
+    return bool(model.inner_blocks) and not (joins and model.config.inner.fuse == "replace")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ another throws it away.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import Counter
@@ -88,9 +87,8 @@ class Board:
         self.plan, self.lease = plan, lease
         self.states = optuna.trial.TrialState
         self.errors = (optuna.exceptions.UpdateFinishedTrialError, ValueError)
-        identity = hashlib.sha256(plan.to_json().encode()).hexdigest()[:12]
         self.study = optuna.create_study(
-            study_name=f"{plan.name}-{identity}",
+            study_name=plan.identity,
             storage=self.storage,  # type: ignore[arg-type]  # it has every method of Optuna's
             pruner=optuna.pruners.MedianPruner() if plan.study.prune else optuna.pruners.NopPruner(),
             direction="minimize",

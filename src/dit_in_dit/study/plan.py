@@ -6,9 +6,10 @@ of the control's cost, and the trials that its seeds make of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from itertools import product
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from dit_in_dit import presets
 from dit_in_dit.config import RunConfig, UserError, assigned, changed, from_file, nearest, shortened
-from dit_in_dit.section import Section, key, to_dict
+from dit_in_dit.section import Section, key, to_dict, to_hash
 from dit_in_dit.strict_json import has_form, parse_json
 from dit_in_dit.strict_yaml import read_yaml
 
@@ -204,8 +205,19 @@ class Plan:
 
     def to_json(self) -> str:
         """Everything, for `from_json`."""
-        whole = {"name": self.name, "study": to_dict(self.study), "arms": [_arm_to_dict(a) for a in self.arms]}
-        return json.dumps({**whole, "made": self.made}, indent=1)
+        return self._json(to_dict)
+
+    @property
+    def identity(self) -> str:
+        """Its name in a storage, the same in every version of the package that reads the plan."""
+        return f"{self.name}-{hashlib.sha256(self._json(to_hash).encode()).hexdigest()[:12]}"
+
+    def _json(self, plain: Callable[[Section], dict[str, Any]]) -> str:
+        arms = [
+            {**{f.name: getattr(arm, f.name) for f in fields(arm)}, "config": plain(arm.config)} for arm in self.arms
+        ]
+        whole = {"name": self.name, "study": plain(self.study), "arms": arms, "made": self.made}
+        return json.dumps(whole, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -234,11 +246,6 @@ def read_plan(out: Path) -> Plan:
         return Plan.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _arm_to_dict(arm: Arm) -> dict[str, Any]:
-    parts = {f.name: getattr(arm, f.name) for f in fields(arm)}
-    return {**parts, "config": to_dict(arm.config)}
 
 
 def _arm_from_dict(values: dict[str, Any]) -> Arm:

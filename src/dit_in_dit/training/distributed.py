@@ -200,7 +200,10 @@ def shard(model: NestedDiT) -> None:
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
     # By default the last group stays whole after a forward pass, for the backward pass to come: an average has none.
-    fully_shard(model, reshard_after_forward=not any(weight.requires_grad for weight in model.parameters()) or None)
+    if any(weight.requires_grad for weight in model.parameters()):
+        fully_shard(model)
+    else:
+        fully_shard(model, reshard_after_forward=True)
 
 
 def local(tensor: Tensor) -> Tensor:

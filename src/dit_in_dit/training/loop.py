@@ -169,7 +169,6 @@ class _Course:
         if not self.world.led(lambda: checkpoint.has_any(run)):
             return ()
         found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
-        checkpoint.check_config(run, stored, found.folder, found.manifest)
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data.source} has other classes than when {run} was started")
         noted = found.manifest.get("data")

@@ -54,10 +54,9 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
         UserError: there is no such run, or the tensors of both do not fit.
     """
     run = find_run(str(run))
-    config, found = checkpoint.read_config(run), checkpoint.newest(run)
-    checkpoint.check_config(run, config, found.folder, found.manifest)
-    theirs = config.model
+    theirs, found = checkpoint.read_config(run).model, checkpoint.newest(run)
     given = checkpoint.load_state(found.folder, "ema.safetensors")
+    checkpoint.check_weights(given, str(run))
     chosen = _chosen(theirs, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()
     for name, weight in own.items():

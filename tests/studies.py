@@ -11,7 +11,8 @@ import numpy as np
 
 from dit_in_dit.config import RunConfig, to_yaml
 from dit_in_dit.model import cost
-from dit_in_dit.study.plan import Arm, Plan, Result, StudyConfig, Trial, candidates, configure
+from dit_in_dit.study.plan import Arm, Plan, StudyConfig, Trial, candidates, configure
+from dit_in_dit.study.result import Result
 
 Metrics = Callable[[str, int], dict[str, float]]
 PROTOCOL = {"images": 64, "samples": {"sampler": "dpm++", "steps": 25}, "reference": {"data": "emoji", "images": 3000}}

@@ -28,7 +28,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.precision import FULL, use_full_float32
 from dit_in_dit.shipped import shipped
 from dit_in_dit.study.gather import _check_alike
-from dit_in_dit.study.plan import Result
+from dit_in_dit.study.result import Result
 from dit_in_dit.training.loop import pick_device, train
 from dit_in_dit.training.trainer import Trainer
 from test_model import EVERY_CHOICE, PROGRAMS

@@ -20,7 +20,8 @@ from dit_in_dit.study import plan as plans
 from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import MOST_LOSSES, Board, LostError
 from dit_in_dit.study.match import match
-from dit_in_dit.study.plan import Plan, Result, StudyConfig, read_plan
+from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
+from dit_in_dit.study.result import Result
 from dit_in_dit.study.run import work
 from dit_in_dit.training.loop import train
 

@@ -23,7 +23,8 @@ from dit_in_dit.config import RunConfig, UserError, to_yaml
 from dit_in_dit.section import to_dict
 from dit_in_dit.study.begin import begin, make_plan
 from dit_in_dit.study.board import OUTCOME, Board
-from dit_in_dit.study.plan import Plan, Result, StudyConfig
+from dit_in_dit.study.plan import Plan, StudyConfig
+from dit_in_dit.study.result import Result
 from dit_in_dit.study.run import work
 from postgres import Server
 

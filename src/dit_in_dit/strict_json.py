@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
     if not isinstance(value, dict):
         raise UserError(f"{shown} must hold a JSON object ({{...}}): got {type(value).__name__}; {advice}")
     return value
+
+
+def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines, parsed at once; UserError, which names `what` and ends with `advice`, where a line is
+    no object."""
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        rows = []
+    if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{what} holds a line that is not a JSON object: {advice}")
+    return rows
 
 
 def has_form(value: object, form: Any) -> bool:

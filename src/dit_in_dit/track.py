@@ -250,7 +250,7 @@ def _kept(run: Path) -> dict[str, str]:
         return {str(name): str(identity) for name, identity in json.loads(path.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise UserError(f"cannot read {path}: remove it, and trackers begin another run") from None
 
 

@@ -5,7 +5,6 @@ Runs whose configs differ in the seed alone are one arm.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.model import cost
 from dit_in_dit.section import Section, keys
 from dit_in_dit.stages import format_stages
+from dit_in_dit.strict_json import parse_lines
 
 Floats = NDArray[np.floating[Any]]
 
@@ -82,6 +82,8 @@ def read_run(path: Path) -> Curve:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise error if isinstance(error, UserError) else UserError(f"{log} is not a training log: {error}") from None
     step = trained.pop("step", np.empty(0))
+    if not np.isfinite(np.append(step, tested.get("step", ()))).all():
+        raise UserError(f"{log} is not a training log: a step of it is no number")
     if (np.diff(step) <= 0).any():
         raise UserError(f"{log} goes back from step {step[:-1][np.diff(step) <= 0][0]:.0f}: it holds more than one run")
     absent = np.full(len(step), np.nan)
@@ -109,13 +111,7 @@ def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
         while lines := file.readlines(CHUNK_BYTES):
             if not lines[-1].endswith(b"\n"):
                 lines.pop()
-            try:
-                rows = json.loads(b"[" + b",".join(lines) + b"]")
-            except ValueError:
-                rows = []
-            if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
-                raise UserError(f"{path} holds a line that is not a JSON object: mend it, or leave the run out")
-            yield rows
+            yield parse_lines(lines, str(path), "mend it, or leave the run out")
 
 
 def _between_roll_backs(path: Path) -> Iterator[tuple[list[dict[str, Any]], int | None]]:

@@ -19,6 +19,7 @@ from dit_in_dit.evaluation.checks import Finding, Line, Patient, Section, batche
 from dit_in_dit.figures import COLOURS, figure, save
 from dit_in_dit.model import cost
 from dit_in_dit.randomness import generator
+from dit_in_dit.strict_json import has_form, parse_lines
 from dit_in_dit.training.example import Batch, Examples
 from dit_in_dit.training.trainer import Trainer
 
@@ -26,6 +27,7 @@ EXAMPLES = 256  # training examples looked at
 HELD_OUT = 512  # held-out images: what the null class does shows in small differences
 SEVERITIES = ("fault", "warning", "note")
 CURVE_POINTS = 400
+STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line of a log
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,13 @@ def _read_log(run: Path | None) -> list[Line]:
     path = run / "log.jsonl" if run else None
     if path is None or not path.exists():
         return []
-    whole = path.read_text()
-    try:
-        return [dict(json.loads(line)) for line in whole[: whole.rfind("\n") + 1].splitlines()]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} holds a line that is not a JSON object: mend it, or start another run") from None
+    whole = path.read_bytes()
+    lines = parse_lines(whole[: whole.rfind(b"\n") + 1].splitlines(), str(path), "mend it, or start another run")
+    for line in lines:
+        numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
+        if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
+            raise UserError(f"{path} is not a training log: a step of it lacks a number; mend it, or start another run")
+    return lines
 
 
 def _finite(value: Any) -> Any:

@@ -199,5 +199,5 @@ def _origin(run: Path) -> dict[str, Any]:
         return {}
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise UserError(f"cannot read {path}: import the weights again") from None

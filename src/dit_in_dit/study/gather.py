@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from dit_in_dit.evaluation import curves
 from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_comparable
 from dit_in_dit.precision import FULL
+from dit_in_dit.strict_json import has_form, read_json
 from dit_in_dit.study.metrics import direction, grouped, ranked
-from dit_in_dit.study.plan import Arm, Plan, Result, read_plan
+from dit_in_dit.study.plan import Arm, Plan, read_plan
+from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
 
 MOST_DRAWN = 60  # compared arms in a picture
@@ -165,7 +166,7 @@ def gather(out: Path) -> Gathered:
     for trial in plan.trials:
         key, folder = (trial.arm, trial.seed), out / "runs" / trial.key
         folders[key] = folder
-        if result := _result(folder):
+        if result := read_result(folder):
             results[key] = result
         if (folder / "config.yaml").exists() and len((log := curves.read_run(folder)).step):
             logs[key] = log
@@ -180,33 +181,14 @@ def gather_search(out: Path) -> Searched:
     """Read a search; errors as `gather`."""
     plan, found = read_plan(out), []
     for path in sorted(out.glob("runs/*/changes.json")):
-        try:
-            made = json.loads(_text(path, "a trial of a search"))
-            number, changes = int(made["number"]), dict(made["changes"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not what a trial of a search changed") from None
-        folder = path.parent
+        made, folder = read_json(path), path.parent
+        if not has_form(made, {"number": int, "changes": dict}):
+            raise UserError(f"{path} is not what a trial of a search changed")
+        number, changes = made["number"], made["changes"]
         config = read_config(folder) if (folder / "config.yaml").exists() else None
-        found.append(Tried(number, changes, config, folder, _result(folder)))
+        found.append(Tried(number, changes, config, folder, read_result(folder)))
     _check_alike({t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
     return Searched(plan, sorted(found, key=lambda tried: tried.number))
-
-
-def _text(path: Path, what: str) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.parent} is not {what}: {error}") from None
-
-
-def _result(folder: Path) -> Result | None:
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    try:
-        return Result.from_json(_text(path, "a finished trial"))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
 
 
 def _check_alike(results: dict[Path, Result]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
@@ -19,12 +19,17 @@ from typing import Any, ClassVar, Literal
 from dit_in_dit import presets
 from dit_in_dit.config import RunConfig, UserError, assigned, changed, from_file, nearest, shortened
 from dit_in_dit.section import Section, key, to_dict, to_hash
+from dit_in_dit.strict_json import has_form, parse_json
 from dit_in_dit.strict_yaml import read_yaml
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
 AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
 MOST_ARMS = 1000
+NUMBER = (int, float)
+COSTS = {"macs": NUMBER, "params": NUMBER}
+ARM_FORM = {"name": str, "changes": dict, "against": str, "config": dict, "matched": dict, "cost": COSTS, "gap": COSTS}
+PLAN_FORM = {"name": str, "study": dict, "arms": [ARM_FORM], "made": dict}
 
 
 @dataclass(frozen=True)
@@ -217,25 +222,40 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that `to_json` wrote; UserError when it is none."""
-        try:
-            whole = json.loads(text)
-            arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
-            return cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"this is no plan of a study: {str(error)[:80]}") from None
+        whole = parse_json(text, "this plan of a study", "begin the study in another --out")
+        if not has_form(whole, PLAN_FORM):
+            raise UserError("this is no plan of a study: it lacks a part, or one of another kind is in its place")
+        arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
+        names = {arm.name for arm in arms}
+        if len(names) < len(arms) or {arm.against for arm in arms} - names:
+            raise UserError("this is no plan of a study: an arm's name is given twice, or it is compared with none")
+        plan = cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
+        if not any(arm.against == arm.name for arm in arms):
+            raise UserError("this is no plan of a study: it has no control")
+        return plan
 
 
 def read_plan(out: Path) -> Plan:
     """The plan in a study's folder; UserError when there is none."""
+    path = out / "plan.json"
     try:
-        return Plan.from_json((out / "plan.json").read_text())
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{out} is not a study's folder: {error}") from None
+    try:
+        return Plan.from_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _arm_from_dict(values: dict[str, Any]) -> Arm:
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in values["matched"].values()):
+        raise UserError(f"this is no plan of a study: what was matched of {shortened(values['name'], 40)!r} is no pair")
+    if not all(has_form(number, NUMBER) for kind in ("cost", "gap") for number in values[kind].values()):
+        raise UserError(f"this is no plan of a study: a cost of {shortened(values['name'], 40)!r} is no number")
     matched = {name: (before, after) for name, (before, after) in values["matched"].items()}
-    return Arm(**{**values, "config": RunConfig.from_dict(values["config"]), "matched": matched})
+    parts = {f.name: values[f.name] for f in fields(Arm)}
+    return Arm(**{**parts, "config": RunConfig.from_dict(values["config"]), "matched": matched})
 
 
 def slug(name: str) -> str:
@@ -329,36 +349,3 @@ def budgeted(
         "warmup": min(train.warmup, train.steps // 10),
     }
     return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a trial, as its folder's `result.json` holds it.
-
-    Attributes:
-        state: done, failed (`reason` says why) or pruned.
-        metrics: number by name, such as `held_out.0.2.high` or `swd.32`; at the last step.
-        floors: what real images score against real ones, for those metrics that have it.
-        protocol: of the evaluation, as `metrics.json` has it; empty where only held-out errors were asked for.
-    """
-
-    arm: str
-    seed: int
-    state: Literal["done", "failed", "pruned"]
-    step: int
-    metrics: dict[str, float]
-    floors: dict[str, float]
-    protocol: dict[str, Any]
-    reason: str = ""
-
-    def to_json(self) -> str:
-        """For `from_json`."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Result:
-        """What `to_json` wrote; UserError when it is something else."""
-        try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"this is no result of a trial: {str(error)[:80]}") from None

@@ -29,7 +29,8 @@ from dit_in_dit.sampling import label, sample, to_pixels
 from dit_in_dit.study.begin import networks
 from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.match import match
-from dit_in_dit.study.plan import Plan, Result, budgeted, configure, describe
+from dit_in_dit.study.plan import Plan, budgeted, configure, describe
+from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.training.loop import Fact, settled, train
 
 DRAWN = 24  # images that a trial draws to be looked at
@@ -79,7 +80,7 @@ def _try(
     run = out / "runs" / claim.key
     run.mkdir(parents=True, exist_ok=True)
     try:
-        result = _read_result(run)  # its worker was lost between writing and telling
+        result = read_result(run)  # its worker was lost between writing and telling
         if result is None:
             arm, seed = claim.key, plan.study.seeds[0]
             try:
@@ -234,11 +235,6 @@ def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
         images.append(source.train(int(mine[turns[y] * len(mine) // len(labels) % len(mine)]))[0])
         turns[y] += 1
     return to_pixels(torch.from_numpy(np.stack(images)))
-
-
-def _read_result(run: Path) -> Result | None:
-    path = run / "result.json"
-    return Result.from_json(path.read_text()) if path.exists() else None
 
 
 def memory(config: RunConfig) -> int:

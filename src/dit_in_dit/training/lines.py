@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.checkpoint import SaveError
-from dit_in_dit.mistakes import UserError
+from dit_in_dit.strict_json import parse_lines
 
 Line = dict[str, Any]
 
@@ -33,10 +33,7 @@ class Lines:
             return
         whole = path.read_bytes() if path.exists() else b""
         whole = whole[: whole.rfind(b"\n") + 1]
-        try:
-            self.found = [dict(json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError):
-            raise UserError(f"{path} holds a line that is not a JSON object: mend it, or start another run") from None
+        self.found = parse_lines(whole.splitlines(), str(path), "mend it, or start another run")
         self.size = len(whole)
         self.file = io.FileIO(path, "r+" if path.exists() else "w+")
         self.file.truncate(self.size)

@@ -1,0 +1,206 @@
+"""Files of JSON that were damaged, or are of something else: one line for each, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import with_train
+from dit_in_dit import track
+from dit_in_dit.checkpoint import read_config
+from dit_in_dit.config import UserError
+from dit_in_dit.evaluation import report
+from dit_in_dit.evaluation.chunks import claim
+from dit_in_dit.evaluation.curves import read_run
+from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.interop.card import evaluation_of
+from dit_in_dit.study.gather import gather, gather_search
+from dit_in_dit.study.plan import StudyConfig, read_plan
+from dit_in_dit.study.result import read_result
+from dit_in_dit.training.lines import Lines
+from dit_in_dit.training.loop import train
+from studies import plan_of, write_study
+
+DEEP = "[" * 100_000
+TEXTS = ("", "{", "[]", "3", "null", '"text"', DEEP, '{"a":' * 100_000, "9" * 5000, "\ufeff{}", '{"a": NaN}')
+STUDY = StudyConfig(
+    base="emoji", arms={"one": {}, "two": {"model.use_inner": False}}, budget={"steps": 20}, seeds=(0, 1)
+)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A finished study."""
+    return write_study(tmp_path / "study", plan_of(STUDY), lambda arm, seed: {"held_out.0.2.high": 0.1})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A run of four steps."""
+    from conftest import small_model
+    from dit_in_dit.config import DataConfig, RunConfig
+
+    config = RunConfig(
+        model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
+        data=DataConfig(source=str(folder), held_out=0.2),
+    )
+    run = tmp_path_factory.mktemp("trained") / "run"
+    list(train(with_train(config, steps=4, batch_size=8, precision="float32"), run, device="cpu"))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def refused(action: Callable[[], Any]) -> None:
+    """The action ends with one line."""
+    with pytest.raises(UserError) as found:
+        action()
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 400
+
+
+def with_value(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A JSON value with another in one of its places; `...`: without it."""
+    copy = json.loads(json.dumps(whole))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("text", [*TEXTS, b"\xff\xfe{"], ids=lambda text: repr(text)[:12])
+def test_a_file_that_holds_no_object_is_one_line(text, study, run):
+    content = text if isinstance(text, bytes) else text.encode()
+    result = next(iter(study.glob("runs/*/result.json")))
+    places: list[tuple[Path, Callable[[], Any]]] = [
+        (result, lambda: read_result(result.parent)),
+        (result, lambda: gather(study)),
+        (study / "plan.json", lambda: read_plan(study)),
+        (run / "metrics.json", lambda: report.read(run / "metrics.json")),
+        (run / "identity.json", lambda: claim(run / "identity.json", {"a": 1})),
+    ]
+    for path, action in places:
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
+        refused(action)
+        if before:
+            path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "text", [text for text in TEXTS if text not in ("", '{"a": NaN}')], ids=lambda text: repr(text)[:12]
+)
+def test_a_log_with_such_a_line_is_one_line(text, run):
+    for name in ("log.jsonl", "timing.jsonl"):
+        path = run / name
+        before = path.read_bytes()
+        path.write_bytes(before + text.encode() + b"\n")
+        refused(lambda: read_run(run))
+        refused(lambda path=path: Lines(path))
+        if name == "log.jsonl":
+            refused(lambda: examine(read_config(run), torch.device("cpu"), run))
+        path.write_bytes(before)
+
+
+def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
+    for text in TEXTS[:8]:
+        (run / track.KEPT).write_text(text)
+        refused(lambda: track.chosen(None, run))
+        (run / "evaluation" / "0000004").mkdir(parents=True, exist_ok=True)
+        (run / "evaluation" / "0000004" / "metrics.json").write_text(text)
+        assert evaluation_of(run, "0") is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        *[((key,), value) for key in ("name", "study", "arms", "made") for value in (..., None, 3, [3], [[]])],
+        *[
+            (("arms", 0, key), value)
+            for key in ("name", "changes", "against", "config", "matched", "cost", "gap")
+            for value in (..., None, 3, [])
+        ],
+        (("arms", 0, "cost", "macs"), "many"),
+        (("arms", 0, "cost", "macs"), True),
+        (("arms", 0, "gap", "time"), []),
+        (("arms", 0, "matched", "model.depth"), 3),
+        (("arms", 0, "config", "model"), 3),
+        (("arms", 1, "against"), "nobody"),
+        (("arms", 1, "name"), "one"),
+        (("arms", 0, "against"), "two"),
+        (("study", "seeds"), "all"),
+        (("study", "arms"), 3),
+    ],
+)
+def test_a_plan_with_a_part_of_another_kind_is_one_line(path, value, study):
+    whole = json.loads((study / "plan.json").read_text())
+    (study / "plan.json").write_text(json.dumps(with_value(whole, path, value)))
+    refused(lambda: gather(study))
+
+
+@pytest.mark.parametrize("key", ["arm", "seed", "state", "step", "metrics", "floors", "protocol", "reason", "another"])
+def test_a_result_with_a_part_of_another_kind_is_one_line(key, study):
+    path = next(iter(study.glob("runs/*/result.json")))
+    whole = json.loads(path.read_text())
+    for value in (None, True, [3], {"a": "x"}, {"a": [1]}):
+        if key == "protocol" and isinstance(value, dict):
+            continue
+        path.write_text(json.dumps(with_value(whole, (key,), value)))
+        refused(lambda: gather(study))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, '{"number": "3", "changes": {}}', '{"number": 3, "changes": []}'])
+def test_what_a_trial_of_a_search_changed_is_one_line_too(text, tmp_path):
+    search = StudyConfig(base="emoji", search={"train.learning_rate": [1e-3, 1e-4]}, trials=2, budget={"steps": 20})
+    out = tmp_path / "search"
+    (out / "runs" / "t0000").mkdir(parents=True)
+    (out / "plan.json").write_text(plan_of(search).to_json())
+    (out / "runs" / "t0000" / "changes.json").write_text(text)
+    refused(lambda: gather_search(out))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"step": None, "loss": 1.0, "grad_norm": 1.0},
+        {"step": 5, "loss": "x", "grad_norm": 1.0},
+        {"step": 5, "loss": [1.0], "grad_norm": 1.0},
+        {"step": 5, "loss": 1.0, "grad_norm": {}},
+        {"loss": 1.0, "grad_norm": 1.0},
+    ],
+)
+def test_a_step_without_its_numbers_is_one_line(line, run):
+    path = run / "log.jsonl"
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    refused(lambda: read_run(run))
+    refused(lambda: examine(read_config(run), torch.device("cpu"), run))
+
+
+@pytest.mark.parametrize(
+    "line", [{"step": 4, "held_out": 3}, {"step": None, "held_out": {}}, {"step": 5, "rollback": 3}]
+)
+def test_an_evaluation_or_a_way_back_of_another_kind_is_one_line(line, run):
+    path = run / "log.jsonl"
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    refused(lambda: read_run(run))
+
+
+@pytest.mark.parametrize("scores", [3, {"a": 3}, {"a": {"value": "x", "low": None, "high": None, "floor": None}}])
+def test_an_evaluation_with_scores_of_another_kind_is_one_line(scores, tmp_path):
+    whole = {"subject": {"name": "run"}, "protocol": {}, "scores": scores}
+    (tmp_path / "metrics.json").write_text(json.dumps(whole))
+    refused(lambda: report.read(tmp_path / "metrics.json"))

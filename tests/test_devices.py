@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from conftest import with_train
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.cli import main
+from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
@@ -127,6 +128,39 @@ def test_numbers_of_many_steps_are_read_in_one_copy(monkeypatch):
     steps = [{"loss": torch.tensor(1.5 + n), "rate": 0.1, "norm": torch.tensor(2.5)} for n in range(3)]
     assert loop._read(steps) == [{"loss": 1.5 + n, "rate": 0.1, "norm": 2.5} for n in range(3)]
     assert copies == [6]
+
+
+@pytest.fixture
+def without_float64(monkeypatch):
+    """No float64 may be given to a device: as on MPS, which has none. Recorded where only a CPU is."""
+    real = torch.Tensor.to
+
+    def to(tensor, *arguments, **keys):
+        moved = any(isinstance(a, torch.device) for a in (*arguments, *keys.values()))
+        narrowed = any(isinstance(a, torch.dtype) and a != torch.float64 for a in (*arguments, *keys.values()))
+        if moved and tensor.dtype == torch.float64 and not narrowed:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return real(tensor, *arguments, **keys)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+
+
+@pytest.mark.parametrize("path", ["flow", "ddpm"])
+def test_no_float64_reaches_a_device(run_config, tmp_path, monkeypatch, without_float64, path):
+    from dit_in_dit.evaluation.doctor import examine
+    from dit_in_dit.sampling import sample
+
+    samplers = {"flow": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "dpm++", "unipc", "ddpm")}[path]
+    how = replace(run_config.sample, sampler=samplers[0], steps=4)
+    config = replace(run_config, diffusion=DiffusionConfig(path=path, time="uniform"), sample=how)
+    list(train(config, tmp_path / "run", device="cpu"))
+    model, config, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    for sampler in samplers:
+        sample(model, replace(config, sample=replace(how, sampler=sampler)), 2)
+    examine(config, torch.device("cpu"), tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    main(["maps", "run", "--num", "1", "--times", "0.5", "--device", "cpu"])
+    main(["evaluate", "run", "-n", "8", "--device", "cpu"])
 
 
 # ------------------------------------------------------------------------------------------ held-out errors

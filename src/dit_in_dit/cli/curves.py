@@ -109,7 +109,8 @@ def _print_held_out(rows: list[dict[str, Any]]) -> None:
     arms: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
         cells = arms.setdefault((row["arm"], row["step"]), {})
-        cells[f"t={row['t']:g} {row['frequencies']}"] = f"{row['mean']:.5f}{_between(row, '.5f')}"
+        shown = "not finite" if row["mean"] is None else f"{row['mean']:.5f}{_between(row, '.5f')}"
+        cells[f"t={row['t']:g} {row['frequencies']}"] = shown
     table = [[arm, step, *(cells.get(head, "-") for head in heads)] for (arm, step), cells in arms.items()]
     _table("last held-out error (mean over seeds)", ["arm", "step", *heads], table)
 

@@ -59,17 +59,21 @@ def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
 
 
 def held_out(arm: Arm, t: float, kind: str) -> tuple[Floats, Floats]:
-    """Steps (V,) at which every seed was evaluated, and the errors at time t of each seed (seeds, V)."""
-    found = [_evaluations(curve, t, kind) for curve in arm.curves]
+    """Steps (V,) at which every seed was evaluated, and each seed's errors at time t (seeds, V); NaN: not finite."""
+    found = [_logged(curve, t, kind) for curve in arm.curves]
     common = sorted(set.intersection(*(set(errors) for errors in found)))
     rows = np.array([[errors[step] for step in common] for errors in found])
     return np.array(common), rows
 
 
-def _evaluations(curve: Curve, t: float, kind: str = "whole") -> dict[float, float]:
-    """Finite held-out errors by step."""
-    pairs = zip(curve.evaluated.tolist(), curve.held_out.get((t, kind), np.empty(0)).tolist(), strict=False)
-    return {step: error for step, error in pairs if math.isfinite(error)}
+def _logged(curve: Curve, t: float, kind: str = "whole") -> dict[float, float]:
+    """Held-out errors by step; NaN: not finite."""
+    return dict(zip(curve.evaluated.tolist(), curve.held_out.get((t, kind), np.empty(0)).tolist(), strict=False))
+
+
+def _evaluations(curve: Curve, t: float) -> dict[float, float]:
+    """Finite held-out errors of the whole image by step."""
+    return {step: error for step, error in _logged(curve, t).items() if math.isfinite(error)}
 
 
 def times(compared: Sequence[Arm]) -> list[float]:
@@ -248,12 +252,14 @@ def _summary(arm: Arm) -> dict[str, Any]:
 
 
 def _ends(arm: Arm) -> list[dict[str, Any]]:
-    """The held-out errors at the last step at which every seed was evaluated."""
+    """The held-out errors at the last step at which every seed was evaluated; None where one is not finite."""
     found = []
     for t in times([arm]):
         for kind in FREQUENCIES:
             steps, rows = held_out(arm, t, kind)
             if len(steps):
-                error = asdict(_range(rows[:, -1].tolist()))
+                last = rows[:, -1].tolist()
+                finite = all(map(math.isfinite, last))
+                error = asdict(_range(last)) if finite else dict.fromkeys(("mean", "low", "high"))
                 found.append({"arm": arm.name, "t": t, "frequencies": kind, "step": int(steps[-1]), **error})
     return found

@@ -131,6 +131,9 @@ def _log_scale(axes: Axes) -> None:
     """A logarithmic scale for what is drawn, its ticks plain numbers also where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+    if not any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
+        axes.text(0.5, 0.5, "no finite number", ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     decades = math.log10(high / low)

@@ -43,7 +43,7 @@ class Curve:
     parts: dict[str, Floats]  # gradient norm of each part of the model, (L,)
     skipped: NDArray[np.bool_]  # (L,)
     evaluated: Floats  # (V,), steps
-    held_out: dict[tuple[float, str], Floats]  # error by (t, "whole" or "high"), (V,)
+    held_out: dict[tuple[float, str], Floats]  # error by (t, "whole" or "high"), (V,); NaN: not a finite number
     timed: Floats  # (K,), steps, increasing
     seconds: Floats  # (K,), of training up to them
 
@@ -71,7 +71,7 @@ def read_run(path: Path) -> Curve:
     log = path / "log.jsonl"
     try:
         for rows, back in _between_roll_backs(log):
-            evaluations += [_flat(row) for row in rows if "held_out" in row]
+            evaluations += [_evaluation(row) for row in rows if "held_out" in row]
             steps.append(_columns([row for row in rows if "held_out" not in row]))
             if back is not None:  # what came after that step was taken again
                 evaluations = [row for row in evaluations if row["step"] <= back]
@@ -124,9 +124,20 @@ def _between_roll_backs(path: Path) -> Iterator[tuple[list[dict[str, Any]], int 
         yield rows[start:], None
 
 
-def _flat(row: dict[str, Any]) -> dict[Any, Any]:
-    errors = {(float(t), kind): error for t, kinds in row["held_out"].items() for kind, error in kinds.items()}
-    return {"step": row["step"], **errors}
+def _evaluation(row: dict[str, Any]) -> dict[Any, Any]:
+    """The step and the errors of a line of a log."""
+    return {"step": row["step"], **held_out_errors(row)}
+
+
+def held_out_errors(row: dict[str, Any]) -> dict[tuple[float, str], float]:
+    """The errors of a line of a log by (t, kind)."""
+    return {(float(t), kind): _finite(error) for t, kinds in row["held_out"].items() for kind, error in kinds.items()}
+
+
+def _finite(error: Any) -> float:
+    """The number; NaN where it is not finite, which a log writes as "inf" or "nan"."""
+    number = float(error)
+    return number if math.isfinite(number) else math.nan
 
 
 def _columns(rows: list[dict[Any, Any]]) -> dict[Any, Floats]:
@@ -243,6 +254,11 @@ def notes(curves: Sequence[Curve]) -> list[str]:
             found.append(f"{curve.run}: no step logged yet, left out")
         elif done < wanted:
             found.append(f"{curve.run}: {done:.0f} of {wanted} steps so far")
+        if len(bad := not_finite(curve)):
+            found.append(
+                f"{curve.run}: the held-out error is not finite at {len(bad)} of {len(curve.evaluated)} evaluations, "
+                f"first at step {bad[0]:.0f}; it is left out there"
+            )
         if done and not len(curve.timed):
             found.append(f"{curve.run}: no timing.jsonl, so no hours and no throughput")
     if len({(c.config.train.schedule, c.config.train.steps) for c in curves}) > 1 and any(
@@ -254,6 +270,12 @@ def notes(curves: Sequence[Curve]) -> list[str]:
     if unlike_losses(curves):
         found.append("training losses are of different quantities (diffusion.weight, predict or time): not comparable")
     return found
+
+
+def not_finite(curve: Curve) -> Floats:
+    """Steps of the evaluations at which an error is not finite."""
+    bad = [np.isnan(errors) for errors in curve.held_out.values()]
+    return curve.evaluated[np.logical_or.reduce(bad)] if bad else np.empty(0)
 
 
 def unlike_losses(curves: Sequence[Curve]) -> bool:

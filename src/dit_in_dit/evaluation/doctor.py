@@ -16,6 +16,7 @@ from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.evaluation import behaviour, checks, learning
 from dit_in_dit.evaluation.checks import Finding, Line, Patient, Section, batches, take
+from dit_in_dit.evaluation.curves import read_run
 from dit_in_dit.figures import COLOURS, figure, save
 from dit_in_dit.model import cost
 from dit_in_dit.randomness import generator
@@ -148,6 +149,7 @@ def _read_log(run: Path | None) -> list[Line]:
         numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
         if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
             raise UserError(f"{path} is not a training log: a step of it lacks a number; mend it, or start another run")
+    read_run(path.parent)  # its held-out errors are numbers
     return lines
 
 

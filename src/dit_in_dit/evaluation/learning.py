@@ -18,6 +18,7 @@ from dit_in_dit.evaluation.checks import (
     take,
     zero_loss,
 )
+from dit_in_dit.evaluation.curves import held_out_errors
 from dit_in_dit.model.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.example import Examples
@@ -52,6 +53,7 @@ def probe(trainer: Trainer) -> list[Line]:
 def training(patient: Patient) -> Section:
     """Loss and gradients over the log, or over a probe where there is no log; see `probe`."""
     section, train = Section("training"), patient.config.train
+    _judge_held_out(section, patient)
     if patient.trained and not patient.trainer.optimizer.state:
         seen = "the run holds weights alone: no log and no moments, so gradients and rates cannot be judged"
         section.find("note", "training", seen, "run doctor on the run that it was exported from, if there is one")
@@ -114,6 +116,16 @@ def update_ratios(patient: Patient) -> dict[str, float]:
         part[0] += float(direction.square().sum())
         part[1] += float(initial.square().sum())
     return {part: rate * math.sqrt(step / weight) for part, (step, weight) in sums.items()}
+
+
+def _judge_held_out(section: Section, patient: Patient) -> None:
+    """Whether a held-out error in the log is not finite."""
+    errors = {line["step"]: held_out_errors(line).values() for line in patient.log if "held_out" in line}
+    bad = sorted(step for step, values in errors.items() if not all(map(math.isfinite, values)))
+    if bad:
+        seen = f"the held-out error is not finite at {len(bad)} of {len(errors)} evaluations, first at step {bad[0]}"
+        way = "where the loss rises too, lower train.learning_rate; where it does not, look at the held-out images"
+        section.find("fault", "held-out error", seen, way)
 
 
 def _judge_rate(section: Section, patient: Patient, lines: list[Line], logged: list[Line]) -> None:

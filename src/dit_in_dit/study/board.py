@@ -11,6 +11,7 @@ another throws it away.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -276,7 +277,10 @@ class Board:
         return True
 
     def report(self, claim: Claim, value: float, step: int) -> bool:
-        """Tell an error on the way; whether the trial should stop there."""
+        """Tell an error on the way; whether the trial should stop there. One that is not finite is not compared: its
+        run goes on, or ends as a diverged one."""
+        if not math.isfinite(value):
+            return False
         try:
             claim.trial.report(value, step)
         except self.errors:

@@ -142,6 +142,8 @@ def _train_and_measure(
         return Result(arm, seed, "pruned", claim.step, _held_out(run), {}, {})
     yield Event("measuring", claim.key, total, total)
     metrics, floors, protocol = _held_out(run), {}, {}
+    if not math.isfinite(metrics.get(plan.study.primary, 0.0)):
+        raise UserError(f"diverged: {plan.study.primary} is not finite at step {total}")
     if set(plan.study.metrics) - {"held_out"}:
         subject = run_subject(run, device, lambda config, _: (config, []), seed=0, averaged=True)
         real = reference(None, subject, wanted=2 * plan.study.samples)

@@ -46,7 +46,7 @@ class World:
         return action()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(size, ...) from each process's tensor of the same shape."""
+        """(size, ...) from each process's tensor of the same shape, on its device."""
         return rows[None]
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:
@@ -97,7 +97,7 @@ class Joined(World):
 
     def gather(self, rows: Tensor) -> Tensor:
         found = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(found, rows.contiguous())
+        dist.all_gather(found, rows.contiguous(), group=self.control if rows.device.type == "cpu" else None)
         return torch.stack(found)
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:

@@ -227,7 +227,7 @@ class Trainer:
                 images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
                 found = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
                 sums.append(torch.stack(found).cpu().double().sum(1))  # on the CPU: not every device has float64
-            every = self.world.gather(torch.stack(sums).to(self.device)).transpose(0, 1).flatten(0, 1).cpu()
+            every = self.world.gather(torch.stack(sums)).transpose(0, 1).flatten(0, 1)
             total = torch.zeros(2, dtype=torch.float64)
             for sum_ in every[: len(starts)]:
                 total += sum_

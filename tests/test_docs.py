@@ -1,0 +1,128 @@
+"""What README and docs show works: code blocks run (shrunk), and the real parser takes every command line."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import dit_in_dit
+from dit_in_dit import presets
+from dit_in_dit.cli import main, parser
+from dit_in_dit.config import override
+from dit_in_dit.study.plan import candidates, configure, read
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("models/*/README.md"))]
+SMALL = (
+    "train.steps=4", "train.batch_size=2", "train.sample_every=2", "train.evaluate_every=0", "train.warmup=0",
+    "sample.steps=2", "model.outer.width=32", "model.stages=outer inner",
+)  # fmt: skip
+TOOLS = ("dit-in-dit", "torchrun", "python", "make")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shown(page: Path) -> list[str]:
+    """Command lines: indented, in blocks without a language, and in the running text."""
+    text = page.read_text()
+    lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
+    lines += [line for language, block in blocks(page) if not language for line in block.splitlines()]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    found = [" ".join(command.split()) for command in re.findall(r"`(dit-in-dit [^`]+)`", prose)]
+    return [line for line in (*joined.splitlines(), *found) if line.split()[:1] and line.split()[0] in TOOLS]
+
+
+def meant(line: str) -> list[list[str]]:
+    """The command lines (words after the program's name) that one in a synopsis' notation stands for: `[x]` may be
+    left out, of `x | y` either is given, and `...` is more of the same."""
+    words = shlex.split(line, comments=True)
+    words = [word.strip("[]") if not word.startswith("set.") else word for word in words]
+    if "dit_in_dit" in words:
+        words = ["dit-in-dit", *words[words.index("dit_in_dit") + 1 :]]
+    words = words[1:]
+    if words[1:2] == ["..."]:
+        words[1:2] = ["--preset", "NAME", "--out", "RUN"]
+    words = ["1,2" if word == "A,B" else word.replace("=A,B", "=1,2") for word in words if word != "..."]
+    if words[:2] == ["study", "list"]:
+        return [["study", *part.split()] for part in " ".join(words[1:]).split(" | ")]
+    units: list[list[list[str]]] = []  # of each place, what may stand there
+    either = False
+    for word in words:
+        if word == "|":
+            either = True
+            continue
+        last = units[-1][-1] if units else []
+        if last and last[-1].startswith("--") and not word.startswith("--") and not either:
+            units[-1][-1] = [*last, word]
+        elif either:
+            units[-1].append([word])
+        else:
+            units.append([[word]])
+        either = False
+    found = []
+    for chosen in product(*units):
+        parts = [
+            word.split("|") if re.fullmatch(r"[\w.-]+(\|[\w.-]+)+", word) else [word] for u in chosen for word in u
+        ]
+        found += [list(one) for one in product(*parts)]
+    return found
+
+
+COMMANDS = sorted({(page.name, line) for page in PAGES for line in shown(page)})
+
+
+def test_there_are_commands_to_try():
+    assert len(COMMANDS) > 60
+    assert meant("dit-in-dit x A | --b C --d e|f [--g] # why") == [
+        ["x", *a, "--d", d, "--g"] for a in (["A"], ["--b", "C"]) for d in ("e", "f")
+    ]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_the_real_parser_takes_every_command_line(page, line):
+    first = line.split()[0]
+    if first == "make":
+        assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif first == "python" and "dit_in_dit" not in line:
+        assert (ROOT / line.split()[1]).exists()
+    else:
+        for words in meant(line):
+            parser().parse_args(words)
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(presets.PRESETS, "emoji", override(presets.get("emoji"), SMALL))
+    code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    names: dict[str, object] = {}
+    exec(code[0], names)
+    trained, given = names["images"], names["model"]
+    assert trained.shape == (16, 3, 32, 32)
+    drawn = dit_in_dit.sample(given.eval(), names["config"], num=16)
+    assert not drawn.allclose(trained)  # the images are the trained model's, not those of the one that was built
+    main(["export", "runs/mine", "--format", "pipeline", "--out", "folder"])
+    (second,) = code[1:]
+    exec(second, names)
+    assert [image.size for image in names["images"]] == [(32, 32)] * 2
+
+
+def test_every_other_block_is_a_study_or_commands(tmp_path):
+    for page in PAGES:
+        for language, text in blocks(page):
+            assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
+            if language == "python":
+                assert page.name == "README.md"
+                assert page.parent == ROOT
+            if language == "yaml" and text.startswith("question"):
+                (tmp_path / "study.yaml").write_text(text)
+                study = read(str(tmp_path / "study.yaml"))
+                for changes, _ in candidates(study).values():
+                    configure(study, changes)

@@ -1,0 +1,286 @@
+"""Held-out errors that are not finite, by divergence or by data: whatever reads them says so and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import small_model, with_train
+from dit_in_dit import checkpoint
+from dit_in_dit.cli import main
+from dit_in_dit.config import DataConfig, RunConfig, to_yaml
+from dit_in_dit.evaluation.convergence import held_out, reach, tables
+from dit_in_dit.evaluation.curve_plots import draw
+from dit_in_dit.evaluation.curves import arms, notes, read_run
+from dit_in_dit.evaluation.doctor import draw as draw_doctor
+from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.study.board import Board
+from dit_in_dit.study.relative import relative
+from dit_in_dit.study.report import report
+from dit_in_dit.study.result import Result, read_result
+from dit_in_dit.study.run import work
+from dit_in_dit.track import TRACKERS
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.trainer import Trainer
+from studies import plan_of, write_study
+from test_curves import evaluations, steps, write
+from test_study import planned, results, small
+from test_track import follow
+
+CPU = torch.device("cpu")
+BEFORE = {40: 0.4, 80: 0.3, 120: 0.25, 160: 0.2}
+DIVERGED: dict[int, Any] = {**BEFORE, 200: "inf", 240: "nan", 280: "nan"}
+HEALTHY = {step: 0.5 / (1 + step / 100) for step in range(40, 281, 40)}
+
+
+@pytest.fixture(autouse=True)
+def no_warning() -> Iterator[None]:
+    """NumPy and matplotlib warn of numbers that nobody looked at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+def errors(values: dict[int, Any]) -> list[dict[str, Any]]:
+    """Lines of held-out errors, those that are not finite by their names."""
+    return [{"step": step, "held_out": {"0.5": {"whole": e, "high": e}}} for step, e in values.items()]
+
+
+def huge(self: Trainer) -> dict[str, dict[str, float]]:
+    """What a diverged model's evaluation gives."""
+    return {str(t): {"whole": math.inf, "high": math.nan} for t in (0.2, 0.5, 0.8)}
+
+
+# ----------------------------------------------------------------------------------------------- curves
+
+
+def test_a_curve_has_a_gap_where_its_error_is_not_finite_and_the_note_says_so(tmp_path, capsys):
+    bad = write(tmp_path / "bad", steps(280) + errors(DIVERGED))
+    good = write(tmp_path / "good", steps(280) + evaluations(HEALTHY), "model.inner.mixer=none")
+    curves = [read_run(bad), read_run(good)]
+    at, rows = held_out(arms(curves)[0], 0.5, "whole")
+    assert at.tolist() == list(DIVERGED)
+    assert np.isfinite(rows[0]).tolist() == [True] * 4 + [False] * 3
+    start = f"{bad}: the held-out error is not finite at 3 of 7 evaluations, first at step 200"
+    [note] = [note for note in notes(curves) if note.startswith(start)]
+    (ends, _), others = (tables(arms(curves))["held_out"][:2], tables(arms(curves))["held_out"][2:])
+    assert (ends["step"], ends["mean"], ends["low"], ends["high"]) == (280, None, None, None)
+    assert all(row["mean"] > 0 for row in others)
+    main(["curves", str(bad), str(good), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert re.search(r"not finite\s+not finite", said)
+    assert f"note: {note}" in said
+    json.loads((tmp_path / "out" / "curves.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("after", ["before", "never finite", "no loss"])
+def test_a_run_of_numbers_that_are_not_finite_is_drawn_with_and_without_any_before(after, tmp_path):
+    values: dict[int, Any] = {40: "nan", 80: "inf"} if after != "before" else DIVERGED
+    logged = [{"step": n, "skipped": True, "why": {"loss": "nan"}} for n in range(1, 281)]
+    rows = (steps(280) if after != "no loss" else logged) + errors(values)
+    found = arms([read_run(write(tmp_path / "run", rows, *([] if after == "before" else ["seed=3"])))])
+    (tmp_path / "out").mkdir()
+    assert "held-out.png" in {path.name for path in draw(found, tmp_path / "out")}
+    assert len(reach(found)) == (1 if after == "before" else 0)
+    json.dumps(tables(found), allow_nan=False)
+
+
+def test_the_errors_of_an_arm_beside_a_diverged_one_are_not_called_better(tmp_path):
+    bad = read_run(write(tmp_path / "bad", steps(280) + errors(DIVERGED)))
+    good = read_run(write(tmp_path / "good", steps(280) + evaluations(HEALTHY)))
+    for first, second in ((good, bad), (bad, good)):
+        macs, change = relative(first, second, (0.5, "whole"))
+        assert macs.tolist() == first.macs(np.array([40.0, 80, 120, 160])).tolist()
+        assert (np.abs(change) < 99).all()
+
+
+# ----------------------------------------------------------------------------------------------- doctor
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """A run of some steps."""
+    config = RunConfig(
+        model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
+        data=DataConfig(source=str(folder), held_out=0.2),
+    )
+    run = tmp_path_factory.mktemp("trained") / "run"
+    list(train(with_train(config, steps=12, batch_size=8, precision="float32", checkpoint_every=12), run, device="cpu"))
+    return run
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    if not trains:
+        shutil.rmtree(run / "checkpoints")
+    log = (run / "log.jsonl").read_text() + json.dumps(errors({12: "inf"})[0]) + "\n"
+    (run / "log.jsonl").write_text(log + json.dumps({"step": 13, "skipped": True, "why": {"loss": "nan"}}) + "\n")
+    found = examine(checkpoint.read_config(run), CPU, run)
+    draw_doctor(found, tmp_path / "doctor.png")
+    said = [f for f in found.findings if f.check == "held-out error"]
+    assert len(said) == 1
+    assert said[0].severity == "fault"
+    assert "first at step 12" in said[0].seen
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", str(run), "--device", "cpu"])
+    assert ended.value.code == 1  # a finding, and no traceback
+    assert "held-out error: the held-out error is not finite" in capsys.readouterr().out
+    json.loads(found.to_json(), parse_constant=pytest.fail)
+
+
+def test_a_run_whose_errors_are_finite_has_no_such_finding(trained):
+    found = examine(checkpoint.read_config(trained), CPU, trained)
+    assert not [f for f in found.findings if f.check == "held-out error"]
+
+
+@pytest.mark.parametrize("value", [1e20, 3e38, math.inf])
+def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_path, monkeypatch):
+    from dit_in_dit.data.source import open_source
+    from dit_in_dit.evaluation import doctor
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        source = open_source(*arguments, **options)
+        real = source.held_out
+        source.held_out = lambda i: (np.full_like(real(i)[0], value), real(i)[1]) if i == 1 else real(i)
+        return source
+
+    monkeypatch.setattr(doctor, "open_source", opened)
+    found = examine(checkpoint.read_config(trained), CPU, trained)
+    assert found.sections
+    draw_doctor(found, tmp_path / "doctor.png")
+
+
+# ------------------------------------------------------------------------------------------------ study
+
+
+@pytest.fixture
+def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A config as a file; arms whose learning rate is 1e-4 diverge."""
+    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    evaluate = Trainer.evaluate
+
+    def diverging(self: Trainer) -> dict[str, dict[str, float]]:
+        if self.config.train.learning_rate == 1e-4 and self.step > 4:
+            return huge(self)
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", diverging)
+    path = tmp_path / "base.yaml"
+    path.write_text(to_yaml(with_train(run_config, steps=8, evaluate_every=2)))
+    return str(path)
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_a_diverged_trial_stays_in_the_table_as_diverged(prune, base, tmp_path):
+    out = tmp_path / "study"
+    plan = planned(small(base, seeds=[0, 1], prune=prune), out)
+    board = Board(plan, out)
+    kinds = [event.kind for event in work(plan, out, board, CPU)]
+    assert kinds.count("failed") == 2
+    assert board.counts()["failed"] == 2
+    found = results(out)["two-s0"]
+    assert (found.state, found.step) == ("failed", 8)
+    assert found.reason == "diverged: held_out.0.2.high is not finite at step 8"
+    written = report(out)
+    page = (out / "report.md").read_text().replace("\\_", "_")
+    assert page.count("diverged: held_out.0.2.high is not finite at step 8") == 2
+    assert any("failed" in sentence for sentence in written.summary)
+    assert "two,0,failed,8" in (out / "results.csv").read_text()
+
+
+def test_a_search_goes_on_after_a_trial_that_diverged(base, tmp_path):
+    out = tmp_path / "search"
+    study = small(base, search={"train.learning_rate": [1e-4, 1e-3]}, trials=4)
+    plan = planned(study, out)
+    list(work(plan, out, Board(plan, out), CPU))
+    states = [result.state for result in results(out).values()]
+    assert len(states) == 4
+    assert "failed" in states
+    written = report(out)
+    assert any("1 failed" in sentence for sentence in written.summary)
+
+
+def test_a_secondary_metric_that_is_not_finite_is_kept_and_shown_as_such(tmp_path):
+    from dit_in_dit.study.plan import StudyConfig
+
+    study = StudyConfig(
+        base="emoji", arms={"one": {}, "two": {"model.use_inner": False}}, budget={"steps": 20}, seeds=(0, 1)
+    )
+
+    def metrics(arm: str, seed: int) -> dict[str, float]:
+        bad = arm == "two" and seed == 1
+        return {
+            "held_out.0.2.high": 0.1 + seed / 100,
+            "held_out.0.5.high": math.inf if bad else 0.2,
+            "swd.16": math.nan,
+        }
+
+    out = write_study(tmp_path / "study", plan_of(study), metrics)
+    kept = read_result(out / "runs" / "two-s1")
+    assert kept.metrics["held_out.0.5.high"] == math.inf
+    assert math.isnan(kept.metrics["swd.16"])
+    path = out / "runs" / "two-s1" / "result.json"
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    found = report(out)
+    assert "'two': held_out.0.5.high is not finite in 1 seed." in found.summary
+    assert "not finite" in (out / "report.md").read_text()
+    assert "held_out.0.5.high,inf," in (out / "results.csv").read_text()
+
+
+def test_a_result_of_before_with_a_number_that_json_does_not_know_still_loads():
+    result = Result("one", 0, "done", 8, {"a": math.nan, "b": math.inf, "c": 1.0}, {}, {})
+    old = json.dumps({**json.loads(result.to_json()), "metrics": {"a": math.nan, "b": math.inf, "c": 1.0}})
+    for text in (result.to_json(), old):
+        read = Result.from_json(text).metrics
+        assert math.isnan(read["a"])
+        assert (read["b"], read["c"]) == (math.inf, 1.0)
+
+
+def test_a_study_of_runs_that_diverged_on_the_way_is_reported(tmp_path):
+    from dit_in_dit.study.plan import StudyConfig
+
+    arms_ = {"one": {}, "two": {"model.use_inner": False}, "three": {"model.inner.mixer": "none"}}
+    study = StudyConfig(base="emoji", arms=arms_, budget={"steps": 40}, seeds=(0, 1))
+    out = write_study(tmp_path / "study", plan_of(study), lambda arm, seed: {"held_out.0.2.high": 0.1 + seed / 100})
+    for key in ("two-s0", "two-s1", "three-s1"):
+        path = out / "runs" / key / "log.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            if "held_out" in line and line["step"] > (0 if key == "two-s0" else 20):
+                line["held_out"] = {t: dict.fromkeys(kinds, "nan") for t, kinds in line["held_out"].items()}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(out)
+    assert "two,0,20,held_out.0.2.high,nan" in (out / "curves.csv").read_text()
+
+
+# ---------------------------------------------------------------------------------------------- trackers
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_takes_an_error_that_is_not_finite(name, run_config, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    for variable in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(variable, str(tmp_path / "there") if "DIR" in variable else f"sqlite:///{tmp_path}/ml.db")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(Trainer, "evaluate", huge)
+    warnings.simplefilter("default")
+    assert follow(run_config, tmp_path / "run", [name]) == []
+
+
+def test_the_command_trains_on_and_prints_it(run_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "evaluate", huge)
+    (tmp_path / "config.yaml").write_text(to_yaml(run_config))
+    main(["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert "held-out error  t=0.2: inf (high nan)" in capsys.readouterr().err

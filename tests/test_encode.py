@@ -235,6 +235,69 @@ def test_a_folder_of_other_latents_is_refused_and_a_damaged_file_found(images, v
         opened(folder)
 
 
+@pytest.fixture
+def half_done(images, vae, tmp_path) -> tuple[Path, Path]:
+    """A copy of the images, and a folder with the first two files of their latents."""
+    shutil.copytree(images, tmp_path / "set")
+    part = encode(how(tmp_path / "set", vae), tmp_path / "latents", CPU)
+    for _ in range(3):
+        next(part)
+    part.close()
+    return tmp_path / "set", tmp_path / "latents"
+
+
+def turn(folder: Path) -> None:
+    """Replace an image by another one of the same name."""
+    path = sorted(folder.rglob("*.png"))[0]
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+
+
+def drop_digest(folder: Path) -> None:
+    """Make an index what earlier versions wrote."""
+    index = json.loads((folder / "latents.json").read_text())
+    index["made"].pop("data_sha256", None)
+    (folder / "latents.json").write_text(json.dumps(index, indent=1))
+
+
+def test_other_images_under_the_same_name_are_not_mixed_into_latents(half_done, vae):
+    images, folder = half_done
+    before = content(folder)
+    turn(images)
+    with pytest.raises(UserError, match=r"latents of other images than .*set has now: .* another --out, or delete it"):
+        made(folder, how(images, vae))
+    assert content(folder) == before
+    turn(images)  # they are put back
+    finished = content(made(folder, how(images, vae)))
+    turn(images)
+    with pytest.raises(UserError, match="other images"):
+        made(folder, how(images, vae))
+    assert content(folder) == finished
+
+
+def test_images_that_moved_are_encoded_to_the_end(half_done, vae, latents):
+    images, folder = half_done
+    moved = images.rename(images.parent / "moved")
+    finished = content(made(folder, how(moved, vae)))
+    expected = content(latents)
+    assert {name: finished[name] for name in finished if name != "latents.json"} == {
+        name: expected[name] for name in expected if name != "latents.json"
+    }
+    assert read_index(folder)["made"]["source"] == str(moved)
+    assert opened(folder).digest == opened(latents).digest
+
+
+def test_latents_that_an_earlier_version_began_go_on_by_name_and_get_no_digest(half_done, vae, latents):
+    images, folder = half_done
+    drop_digest(folder)
+    with pytest.raises(UserError, match=r"source is .*set, not .*another --out"):
+        made(folder, how(shutil.copytree(images, images.parent / "moved"), vae))
+    made(folder, how(images, vae))
+    assert "data_sha256" not in read_index(folder)["made"]  # nobody knows whether all files are of these images
+    assert opened(folder).digest == opened(latents).digest  # and it is trained on as ever
+    finished = content(folder)
+    assert content(made(folder, how(images, vae))) == finished
+
+
 # ---------------------------------------------------------------------------------------- training
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import with_train
 from dit_in_dit.checkpoint import read_config
@@ -244,6 +246,32 @@ def test_a_stopped_worker_gives_its_trial_back_and_the_next_goes_on(base, tmp_pa
     finish(study, tmp_path / "whole")
     whole, stopped = (results(tmp_path / name) for name in ("whole", "stopped"))
     assert whole == stopped
+
+
+def test_a_study_does_not_go_on_with_data_that_changed(base, folder, tmp_path):
+    shutil.copytree(folder, images := tmp_path / "set")
+    study = small(base, set={"data.source": str(images), "train.checkpoint_every": 2})
+    plan = planned(study, out := tmp_path / "study")
+    with closing(work(plan, out, Board(plan, out), CPU)) as events:
+        next(event for event in events if event.step >= 4)
+    path = sorted(images.rglob("*.*"))[0]
+    shutil.move(path, tmp_path / path.name)
+    Image.open(tmp_path / path.name).transpose(Image.Transpose.ROTATE_90).save(path)
+    board = Board(plan, out)
+    with pytest.raises(
+        UserError, match=r"set is not what the study was planned on .* begin the study in another --out"
+    ):
+        list(work(plan, out, board, CPU))
+    assert results(out) == {}  # no trial has failed of it
+    earlier = replace(plan, made={name: value for name, value in plan.made.items() if name != "data"})
+    (tmp_path / "earlier").mkdir()
+    begun = list(work(earlier, tmp_path / "earlier", Board(earlier, tmp_path / "earlier"), CPU))
+    assert "done" in {event.kind for event in begun}  # earlier versions did not note the data
+    shutil.move(tmp_path / path.name, path)
+    list(work(plan, out, board, CPU))
+    assert {found.state for found in results(out).values()} == {"done"}
+    shutil.rmtree(images)  # a finished one needs none
+    assert list(work(plan, out, board, CPU)) == []
 
 
 def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_path, monkeypatch):

@@ -182,6 +182,24 @@ def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, Report]):
     assert [path.name for path, _ in made.files] == list(names)
 
 
+def test_what_is_not_the_reports_stays_beside_its_figures(tmp_path: Path):
+    out = write_study(tmp_path / "out", study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
+    mine = {"figures/poster.png": b"mine", "figures/talk/notes.txt": b"mine too", "figures/curves/loss.svg": b"redrawn"}
+    for name, content in mine.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    for _ in range(2):
+        report(out)
+        assert {name: (out / name).read_bytes() for name in mine} == mine
+    assert (out / "figures/curves/loss.png").exists()
+    for name in ("report.html", "report.md"):
+        assert not any(Path(own).name in (out / name).read_text() for own in mine)
+    (out / "runs/a-s0/result.json").write_text("{")  # a report that cannot be made takes no figure either
+    with pytest.raises(UserError):
+        report(out)
+    assert (out / "figures/curves/loss.png").exists()
+
+
 def test_a_name_means_nothing_to_html_markdown_and_latex(whole: tuple[Path, Report]):
     out, _ = whole
     assert "<script" not in (out / "report.html").read_text()

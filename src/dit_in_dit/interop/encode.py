@@ -28,8 +28,10 @@ from dit_in_dit.data.families import family_number
 from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
 from dit_in_dit.data.source import Source, count_classes, open_source
 from dit_in_dit.interop.vae import constants, factor, fingerprint, load_vae, moments
+from dit_in_dit.mistakes import shortened
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DATA = "data_sha256"  # of a record: the digest of the images (data/digest.py); earlier versions wrote none
 PATIENCE = 3600  # seconds without a new file after which the other processes are given up
 
 
@@ -63,7 +65,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
     """
     vae = load_vae(how.vae, device)
     source, families = _images(how)
-    index = {"format": FORMAT, "made": _made(how, vae, len(families)), "classes": list(source.classes)}
+    index = {"format": FORMAT, "made": _made(how, vae, source, len(families)), "classes": list(source.classes)}
     mean, scale = constants(vae)
     index |= {"vae": {"name": how.vae, "mean": mean, "scale": scale}, "measured": {}, "shards": []}
     done = _begin(out, index)
@@ -98,8 +100,8 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
     return source, families
 
 
-def _made(how: Encoding, vae: Any, count: int) -> dict[str, Any]:
-    """What decides the bytes of the files."""
+def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
+    """What decides the bytes of the files, and the place of the images."""
     side_of = factor(vae)
     if any(side % side_of for side in how.size):
         raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
@@ -109,22 +111,38 @@ def _made(how: Encoding, vae: Any, count: int) -> dict[str, Any]:
     return {
         **{"source": data.source, "split": data.split, "size": list(how.size), "count": count, "corrupt": data.corrupt},
         **{"vae_sha256": fingerprint(vae), "dtype": how.dtype, "flips": how.flips},
-        **{"batch": how.batch, "shard": how.shard},
+        **{"batch": how.batch, "shard": how.shard, DATA: source.digest},
         "shape": [vae.config.latent_channels, *(side // side_of for side in how.size)],
     }
 
 
 def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the index that is to be filled, unless there is one; its files, if it is filled."""
+    """Write the index that is to be filled, unless there is one; its files, if it is filled.
+
+    Where an earlier version began, images are compared by name and count alone; `index` then loses the digest, which
+    may not be that of all files.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
     found = load_index(out)
-    for name, value in index["made"].items():
-        if (there := found["made"].get(name)) != value:
-            raise UserError(f"{out} holds other latents: {name} is {there}, not {value}; choose another --out")
+    made, there = index["made"], found["made"]
+    if DATA not in there:
+        del made[DATA]
+    elif there[DATA] != made[DATA]:
+        raise UserError(
+            f"{shortened(out, 60)} holds latents of other images than {shortened(made['source'], 60)} has now: "
+            "put those back, choose another --out, or delete it"
+        )
+    for name, value in made.items():
+        if name == "source" and DATA in made:  # the same images, which may have moved
+            continue
+        if there.get(name) != value:
+            raise UserError(
+                f"{out} holds other latents: {name} is {there.get(name)}, not {value}; choose another --out"
+            )
     return list(found["shards"])
 
 

@@ -19,6 +19,7 @@ from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_same_held_out
 from dit_in_dit.evaluation.distances import ENOUGH, NAMES
 from dit_in_dit.evaluation.features import Network, open_network
+from dit_in_dit.mistakes import shortened
 from dit_in_dit.section import to_dict
 from dit_in_dit.study.match import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
@@ -36,8 +37,11 @@ def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
     arms = tuple(replace(arm, config=settled(arm.config, device)) for arm in arms)  # the same on every worker's device
     if "held_out" in study.metrics:
         check_same_held_out({arm.name: arm.config for arm in arms})
+    digests: dict[str, str] = {}
     for arm in arms:
         source = open_source(arm.config.data, arm.config.model)
+        if arm.config.data.source not in digests:
+            digests[arm.config.data.source] = source.digest
         if "held_out" in study.metrics and not source.held_out_size:
             raise UserError(f"study.metrics: held_out needs held-out images, {arm.config.data.source} has none")
         if study.metrics != ("held_out",) and arm.config.model.channels not in (1, 3):
@@ -47,8 +51,25 @@ def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
         "id": uuid.uuid4().hex,  # two studies of one plan are two
         "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
         "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "data": digests,  # of the images, by the name of their source
     }
     return Plan(name, study, arms, made)
+
+
+def check_data(plan: Plan) -> None:
+    """UserError when images are not those that the study was planned on: arms and seeds would be of different ones.
+
+    An earlier version noted no digest; nothing is compared then.
+    """
+    noted = plan.made.get("data")
+    left = dict(noted) if isinstance(noted, dict) else {}
+    for config in (arm.config for arm in plan.arms):
+        digest = left.pop(config.data.source, None)
+        if digest is not None and open_source(config.data, config.model).digest != digest:
+            raise UserError(
+                f"{shortened(config.data.source, 60)} is not what the study was planned on (names, labels or sizes of "
+                "its images differ): put it back, or begin the study in another --out"
+            )
 
 
 def _check_primary(study: StudyConfig, config: RunConfig) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 
 from dit_in_dit.config import UserError
 from dit_in_dit.evaluation import curve_plots, curves
@@ -55,13 +54,14 @@ class Report:
 def report(out: Path) -> Report:
     """Write the report of a study's folder, finished or not, into it: the same folder gives the same bytes.
 
+    Nothing is deleted: figures of an earlier report that this one does not have stay, and it does not name them.
+
     Raises:
         UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
             missing.
     """
     plan, curve_numbers = read_plan(out), None
-    rmtree(out / "figures", ignore_errors=True)  # of an earlier report, which may have had others
-    (out / "figures").mkdir()
+    (out / "figures").mkdir(exist_ok=True)
     if plan.study.search:
         searched = gather_search(out)
         summary, chapters = search_report.summarise(searched), search_report.chapters(searched, out)

@@ -26,7 +26,7 @@ from dit_in_dit.evaluation.features import Network
 from dit_in_dit.evaluation.subject import reference, run_subject
 from dit_in_dit.lock import BusyError
 from dit_in_dit.sampling import label, sample, to_pixels
-from dit_in_dit.study.begin import networks
+from dit_in_dit.study.begin import check_data, networks
 from dit_in_dit.study.board import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, budgeted, configure, describe
@@ -52,10 +52,12 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator
     """Do trials until none is left. Close the generator to stop: its trial is given back.
 
     Raises:
-        UserError: the weights of a metric are not there.
+        UserError: the weights of a metric are not there, or the data changed since the study was planned.
         AwayError: the board's storage has been away for a lease.
     """
     used = networks(plan.study, device)
+    if not board.finished():
+        check_data(plan)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:

@@ -59,7 +59,7 @@ def test_bits_on_cuda_are_asked_for_and_the_mode_is_put_back(monkeypatch):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1)
     with pytest.raises(UserError, match="before CUDA starts"), deterministic(CUDA, on=True):
         pass
 
@@ -78,6 +78,35 @@ def test_runs_that_promise_bits_ask_for_them(run_config, tmp_path, monkeypatch, 
     monkeypatch.setattr(loop, "deterministic_algorithms", recorded)
     next(train(with_train(run_config, **keys), tmp_path / "run", device="cpu", deterministic=asked))
     assert seen == [expected]
+
+
+def test_the_same_bits_are_asked_for_before_anything_lies_on_the_device(run_config, tmp_path, monkeypatch):
+    order = []
+    for name in ("deterministic_algorithms", "join", "Trainer"):
+        real = getattr(loop, name)
+        monkeypatch.setattr(loop, name, lambda *a, name=name, real=real, **k: order.append(name) or real(*a, **k))
+    next(train(run_config, tmp_path / "run", device="cpu", deterministic=True))
+    assert order == ["deterministic_algorithms", "join", "Trainer"]
+
+
+def _train_on_a_full_disk(config, out):
+    from dit_in_dit.training.lines import Lines
+
+    def full(self):
+        raise checkpoint.SaveError("no room for the log")
+
+    Lines.keep = full
+    try:
+        list(train(config, out, device="cpu"))
+    except checkpoint.SaveError as error:  # raised at the last step alone: before it, a run goes on
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_no_process_waits_for_parts_of_a_checkpoint_that_cannot_be_written(run_config, tmp_path, parallel):
+    config = with_train(run_config, parallel=parallel, timeout=20)
+    assert run_together(2, _train_on_a_full_disk, config, tmp_path / "run") == ["no room for the log"] * 2
 
 
 def test_a_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(monkeypatch):

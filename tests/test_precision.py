@@ -28,6 +28,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.precision import FULL, use_full_float32
 from dit_in_dit.shipped import shipped
 from dit_in_dit.study.gather import _check_alike
+from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.result import Result
 from dit_in_dit.training.loop import pick_device, train
 from dit_in_dit.training.trainer import Trainer
@@ -309,4 +310,6 @@ def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
         Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
         for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])
     }
-    _check_alike(ended)
+    _check_alike(Plan("planned", StudyConfig(arms={"a": {}}), (), {"torch": "2.13.0+cpu"}), ended)
+    with pytest.raises(UserError, match="convolutions in TF32"):
+        _check_alike(Plan("planned", StudyConfig(arms={"a": {}}), (), {"torch": "2.13.0+cu130"}), ended)

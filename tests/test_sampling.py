@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import perturbed
+from conftest import perturbed, small_model
 from dit_in_dit import sample
-from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.diffusion.schedulers import SCHEDULERS, make_scheduler, set_steps
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling import grid, sample_batches, to_pixels, trajectory
@@ -131,3 +131,15 @@ def test_grids_keep_every_pixel():
 def test_pixels_cover_the_range():
     values = torch.tensor([-2.0, -1, 0, 1, 2]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_a_protocol_names_the_times_that_once_were_those_of_the_installed_diffusers():
+    from dit_in_dit.sampling import protocol
+
+    def times(path, sampler):
+        how = SampleConfig(sampler=sampler, steps=4)
+        config = RunConfig(model=small_model(), diffusion=DiffusionConfig(path=path), sample=how)
+        return protocol(config, labels="none", averaged=True, seed=0).get("times")
+
+    assert times("flow", "unipc") == "of diffusers 0.42"
+    assert [times("flow", "dpm++"), times("flow", "heun"), times("ddpm", "unipc")] == [None] * 3

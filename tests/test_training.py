@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -311,7 +314,7 @@ def test_data_that_changed_are_noticed_when_a_run_is_resumed(half_run, change):
             shutil.copy(sorted(images.glob("*/*.png"))[1], some)
         case "renamed":
             some.rename(some.with_name("another.png"))
-    with pytest.raises(UserError, match=r"is not what .* was trained on"):
+    with pytest.raises(UserError, match=r"changed since .* was trained on it"):
         run(config, out, resume=True)
 
 
@@ -326,6 +329,49 @@ def test_a_run_resumes_with_its_data_at_another_place(half_run, run_config, tmp_
     assert hashes(out) == hashes(tmp_path / "unbroken")
 
 
+def test_a_run_whose_data_moved_is_measured_and_verified_where_they_are(half_run, tmp_path, monkeypatch, capsys):
+    from dit_in_dit.cli import main
+
+    config, out, images = half_run
+    images.rename(tmp_path / "moved")
+    run(config, out, resume=True, data=str(tmp_path / "moved"))
+    monkeypatch.chdir(tmp_path)
+    main(["evaluate", str(out), "-n", "4", "--device", "cpu"])
+    main(["maps", str(out), "--num", "1", "--times", "0.5", "--device", "cpu"])
+    main(["verify-resume", str(out), "--steps", "2", "--device", "cpu"])
+    with contextlib.suppress(SystemExit):  # of six steps the doctor may complain
+        main(["doctor", str(out), "--device", "cpu"])
+    assert "no such file" not in capsys.readouterr().err
+
+
+def test_what_comes_to_lie_beside_the_data_of_a_run_does_not_end_it(run_config, folder, tmp_path):
+    shards = tmp_path / "set"
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w") as archive:
+        archive.add(folder, arcname=".")
+    config = replace(run_config, data=replace(run_config.data, source=str(shards)))
+    for fact in train(config, tmp_path / "run", device="cpu"):
+        if fact.step == 1:
+            with zipfile.ZipFile(shards / "more.zip", "w") as archive:
+                archive.writestr("more.txt", "")
+    assert fact.step == config.train.steps
+
+
+def test_relative_shards_are_found_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"here/part-{number}.tar", "w") as archive:
+            archive.add(folder, arcname="." if number else "more")
+    monkeypatch.chdir(tmp_path / "here")
+    for name, source in (("one", "part-1.tar"), ("all", "part-{0..1}.tar")):
+        how = replace(run_config.data, source=source)
+        config = replace(run_config, model=replace(run_config.model, num_classes=0), data=how)
+        monkeypatch.chdir(tmp_path / "here")
+        run(config, tmp_path / name, until=3)
+        monkeypatch.chdir(tmp_path)
+        assert run(config, tmp_path / name, resume=True)[-1].step == 6
+
+
 def test_a_relative_place_is_found_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "here/set")
     config = replace(run_config, data=replace(run_config.data, source="set"))
@@ -335,7 +381,7 @@ def test_a_relative_place_is_found_from_another_working_folder(run_config, folde
     assert run(config, tmp_path / "run", resume=True)[-1].step == 6
     shutil.copytree(folder, tmp_path / "set")
     (next((tmp_path / "set").glob("*/*.png"))).unlink()  # other data under the same relative name
-    with pytest.raises(UserError, match="is not what"):
+    with pytest.raises(UserError, match="changed since"):
         run(with_train(config), tmp_path / "run", resume=True)
 
 

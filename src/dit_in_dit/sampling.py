@@ -18,7 +18,7 @@ from torch import Tensor
 from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig, UserError, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
-from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import TIMES, make_scheduler, set_steps, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT
@@ -180,9 +180,12 @@ def sample(
     return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
 
 
-def protocol(how: SampleConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
+def protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
     """How samples are drawn, as JSON holds it; `labels` are names of classes, or words for them."""
-    special = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
+    how = config.sample
+    special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
+    # Before times were ours, they were those of whichever diffusers was installed, and these differed here alone.
+    special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     return {
         "made by": "sampling",
         "labels": labels,

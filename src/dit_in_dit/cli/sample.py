@@ -90,7 +90,7 @@ def _sample(options: argparse.Namespace) -> None:
         "step": manifest["step"],
         "config": manifest["config"],
         "checkpoint": weights,
-        "samples": protocol(config.sample, labels=labels, averaged=not options.raw, seed=options.seed),
+        "samples": protocol(config, labels=labels, averaged=not options.raw, seed=options.seed),
         "micro_batch": config.sample.micro_batch,
         "made on": _made_on(device),
         **({"vae": decode.about()} if decode else {}),
@@ -137,9 +137,11 @@ def _made_on(device: torch.device) -> dict[str, str]:
     """What else the last bits depend on. (The number of CPU threads was not seen to matter: docs/decisions.md.)"""
     import torch
 
+    from dit_in_dit.precision import FULL
+
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": name, "torch": torch.__version__}
+    return {"device": name, "torch": torch.__version__, **({"precision": FULL} if gpu else {})}
 
 
 def _encoded(image: Tensor, latents: bool) -> bytes:

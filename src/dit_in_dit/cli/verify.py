@@ -28,8 +28,10 @@ def add(commands: Commands) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     from dit_in_dit import checkpoint
+    from dit_in_dit.data.source import locate
 
     config = checkpoint.read_config(options.run_folder)
+    data = locate(config.data, checkpoint.noted_data(options.run_folder))
     steps = min(options.steps, config.train.steps)
     stop = options.stop or steps // 2
     if not 0 < stop < steps:
@@ -37,7 +39,7 @@ def _verify(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = options.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        start = ["--config", str(options.run_folder / "config.yaml")]
+        start = ["--config", str(options.run_folder / "config.yaml"), "--set", f"data.source={data.source}"]
         for name, until, how in (
             ("unbroken", steps, start),
             ("stopped", stop, start),

@@ -109,7 +109,7 @@ def _open(data: DataConfig, model: ModelConfig) -> MosaicSource | ImageSource | 
 
 
 def record(source: Source, data: DataConfig) -> dict[str, str]:
-    """What a checkpoint notes of its images: their digest, and the place where they were, whatever the folder then."""
+    """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
     place, path = data.source, _path(data.source)
     if _is_here(place):
         place = place.removesuffix(path) + os.path.abspath(path)
@@ -124,13 +124,16 @@ def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
     return replace(data, source=noted["place"])
 
 
-def check_unchanged(source: Source, data: DataConfig, noted: Mapping[str, str] | None, what: str) -> None:
-    """UserError when a source is not what `what` was trained on, by the record of its checkpoint; without a record
-    nothing is compared."""
-    if noted and source.digest != noted["digest"]:
+def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
+    """Compare the record of a run's data with that of its checkpoint; a checkpoint without one is not compared.
+
+    Raises:
+        UserError: the images are not those that `what` was trained on.
+    """
+    if noted and data["digest"] != noted["digest"]:
         raise UserError(
-            f"{shortened(data.source, 60)} is not what {what} was trained on (names, labels or sizes of its images "
-            "differ): put it back, name its place with --data, or begin a new run with --init"
+            f"{shortened(data['place'], 60)} changed since {shortened(what, 60)} was trained on it: put its images "
+            "back, give their place (train --resume --data PLACE) or begin a new run (--init)"
         )
 
 
@@ -141,8 +144,12 @@ def _path(source: str) -> str:
 def _is_here(source: str) -> bool:
     """Whether a source is a path that this working folder has."""
     path = _path(source)
-    shards = path == source and bool(tars.find(path)[0])
-    return source not in BUILT_IN and (Path(path).exists() or shards)
+    if source in BUILT_IN or Path(path).exists():
+        return source not in BUILT_IN
+    try:
+        return path == source and bool(tars.find(path)[0])  # a pattern such as train-{000..009}.tar
+    except UserError:
+        return False
 
 
 def count_classes(data: DataConfig) -> int:

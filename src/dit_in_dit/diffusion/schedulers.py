@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dit_in_dit.config import DiffusionConfig
 from dit_in_dit.diffusion.path import DDPM_STEPS
 
+TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed
 SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",

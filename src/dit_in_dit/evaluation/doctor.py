@@ -12,7 +12,7 @@ import torch
 
 from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, UserError
-from dit_in_dit.data.source import Source, open_source
+from dit_in_dit.data.source import Source, locate, open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.evaluation import behaviour, checks, learning
 from dit_in_dit.evaluation.checks import Finding, Line, Patient, Section, batches, take
@@ -82,7 +82,8 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     """The model as it starts, its loss on the first examples, then the weights of the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
     cost.check_fits(config.model, device)
-    source = open_source(config.data, config.model)
+    data = locate(config.data, checkpoint.noted_data(run)) if run else config.data
+    source = open_source(data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
     numbers = config.model.channels * config.model.image_size[0] * config.model.image_size[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, ModelConfig, RunConfig, UserError
 from dit_in_dit.data import latents
-from dit_in_dit.data.source import Source, check_unchanged, open_source, size_of
+from dit_in_dit.data.source import Source, check_unchanged, locate, open_source, record, size_of
 from dit_in_dit.evaluation.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
@@ -93,6 +93,7 @@ def run_subject(
         decoder: what makes images of latents, if there is something.
     """
     model, config, manifest = checkpoint.load_model(run, device, ema=averaged)
+    config = replace(config, data=locate(config.data, manifest.get("data")))
     decode = decoder(config.data)
     if decode is None and config.model.channels not in (1, 3):
         raise UserError(
@@ -111,7 +112,7 @@ def run_subject(
         return np.concatenate([to_pixels(some) for some in images])
 
     labels = names if config.model.num_classes else "none"
-    samples = protocol(config.sample, labels=labels, averaged=averaged, seed=seed)
+    samples = protocol(config, labels=labels, averaged=averaged, seed=seed)
     file = "ema.safetensors" if averaged else "state.safetensors"
     about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
     about["checkpoint"] = manifest["sha256"][file]
@@ -128,7 +129,8 @@ def _common_labels(run: Path, config: RunConfig, noted: Mapping[str, str] | None
     UserError where the data are no longer those that the run `noted`: its samples would be kept under other labels.
     """
     source = open_source(config.data, config.model)
-    check_unchanged(source, config.data, noted, str(run))
+    if noted:
+        check_unchanged(record(source, config.data), noted, str(run))
     return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 

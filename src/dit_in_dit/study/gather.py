@@ -14,7 +14,7 @@ from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.evaluation import curves
 from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_comparable
-from dit_in_dit.precision import FULL
+from dit_in_dit.precision import before_it_was_named
 from dit_in_dit.strict_json import has_form, read_json
 from dit_in_dit.study.metrics import direction, grouped, ranked
 from dit_in_dit.study.plan import Arm, Plan, read_plan
@@ -171,7 +171,7 @@ def gather(out: Path) -> Gathered:
         if (folder / "config.yaml").exists() and len((log := curves.read_run(folder)).step):
             logs[key] = log
     gathered = Gathered(plan, results, folders, logs)
-    _check_alike({folders[key]: result for key, result in gathered.done.items()})
+    _check_alike(plan, {folders[key]: result for key, result in gathered.done.items()})
     if "held_out" in gathered.metrics:
         check_comparable(gathered.arms_of_curves())
     return gathered
@@ -187,19 +187,20 @@ def gather_search(out: Path) -> Searched:
         number, changes = made["number"], made["changes"]
         config = read_config(folder) if (folder / "config.yaml").exists() else None
         found.append(Tried(number, changes, config, folder, read_result(folder)))
-    _check_alike({t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
+    _check_alike(plan, {t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
     return Searched(plan, sorted(found, key=lambda tried: tried.number))
 
 
-def _check_alike(results: dict[Path, Result]) -> None:
+def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
     """UserError when two trials have different evaluation protocols.
 
     Of an endless source a trial is compared with images that it saw, which its seed decides: they are the same within a
     seed, and there trials are compared.
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
+    unnamed = before_it_was_named(str(plan.made.get("torch", "")))
     for path, result in results.items():
-        protocol = seeds = {"precision": FULL, **result.protocol} if result.protocol else {}  # older ones name none
+        protocol = seeds = {"precision": unnamed, **result.protocol} if result.protocol else {}
         if "reference" in protocol:
             seeds = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
         for key, compared in ((result.seed, protocol), (None, seeds)):

@@ -16,7 +16,9 @@ WORKSPACE, SIZES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with these
 
 @contextmanager
 def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms while a run trains on CUDA; elsewhere they are the only ones there are.
+    """PyTorch's deterministic algorithms while a run trains on CUDA; nothing changes on other devices.
+
+    Enter it before anything lies on the device: cuBLAS reads its workspace's size once, at its first product.
 
     Raises:
         UserError: CUDA has started without the workspace that cuBLAS needs for it.
@@ -25,7 +27,7 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
         yield
         return
     if os.environ.get(WORKSPACE) not in SIZES:
-        started = torch.cuda.is_initialized() and torch.cuda.memory_allocated(device)  # type: ignore[no-untyped-call]
+        started = torch.cuda.is_initialized() and torch.cuda.max_memory_allocated(device)  # type: ignore[no-untyped-call]
         if started:
             raise UserError(f"the same bits on CUDA need {WORKSPACE}={SIZES[0]} before CUDA starts: set it and restart")
         os.environ[WORKSPACE] = SIZES[0]

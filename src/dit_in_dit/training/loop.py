@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, RunConfig, UserError, first_difference
+from dit_in_dit.config import RunConfig, UserError, first_difference
 from dit_in_dit.data.source import check_unchanged, locate, open_source, record
 from dit_in_dit.model import cost
 from dit_in_dit.model.nested import NestedDiT
@@ -111,23 +111,25 @@ def train(
     noted = checkpoint.noted_data(run) if resumed else None
     place_of_data = replace(config.data, source=data) if data else locate(config.data, noted)
     source = open_source(place_of_data, config.model)
-    world = join(place, config.train.timeout)
-    trainer = Trainer(config, source, place, world, fresh=not resumed)
+    noting = record(source, place_of_data)  # before the others wait: of many files it takes minutes
     same_bits = deterministic or config.train.reduction == "fixed"
-    with world.watched(), deterministic_algorithms(place, on=same_bits):
-        if not resume:
-            world.led(lambda: checkpoint.create(run, config))
-        stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
-        with _held(run, world):
-            last = min(until or config.train.steps, config.train.steps)
-            course = _Course(trainer, run, stop or Stop(), last, place_of_data)
-            passed_over = course.restore(stored) if resume else ()
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
-            values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
-            values |= {"unrecorded": resumed and not noted}
-            yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
-            yield from course.facts()
+    with deterministic_algorithms(place, on=same_bits):  # before anything lies on the device
+        world = join(place, config.train.timeout)
+        trainer = Trainer(config, source, place, world, fresh=not resumed)
+        with world.watched():
+            if not resume:
+                world.led(lambda: checkpoint.create(run, config))
+            stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
+            with _held(run, world):
+                last = min(until or config.train.steps, config.train.steps)
+                course = _Course(trainer, run, stop or Stop(), last, noting)
+                passed_over = course.restore(stored) if resume else ()
+                parameters = sum(p.numel() for p in trainer.model.parameters())
+                values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
+                values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
+                values |= {"unrecorded": resumed and not noted}
+                yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+                yield from course.facts()
 
 
 @contextmanager
@@ -149,7 +151,7 @@ class _DivergedError(Exception):
 class _Course:
     """The way of one run from the step it is at to step `last`, in every process of its world."""
 
-    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: DataConfig) -> None:
+    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         self.log = Log(run / "log.jsonl" if self.world.leads else None)
@@ -170,9 +172,9 @@ class _Course:
             return ()
         found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
         if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
-            raise UserError(f"{self.data.source} has other classes than when {run} was started")
+            raise UserError(f"{self.data['place']} has other classes than when {run} was started")
         noted = found.manifest.get("data")
-        self.world.led(lambda: check_unchanged(trainer.source, self.data, noted, str(run)))
+        self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
         state = checkpoint.load_trained(found.folder)
         trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
         self.saved = trainer.step
@@ -306,15 +308,16 @@ class _Course:
         state, ema = trainer.state(), trainer.averaged_state()
 
         def write() -> Path:
-            self.log.lines.keep()  # no checkpoint without the lines before it
-            data, classes = record(trainer.source, self.data), trainer.source.classes
-            return checkpoint.save(self.run, self.config, trainer.step, state, ema, classes, steady=steady, data=data)
+            config, classes, data = self.config, trainer.source.classes, self.data
+            return checkpoint.save(self.run, config, trainer.step, state, ema, classes, steady=steady, data=data)
 
-        if trainer.sharded and not self.world.leads:
-            for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
-                for name in checkpoint.order(tensors):
-                    tensors[name]
         try:
+            # No checkpoint without the lines before it; and where these cannot be kept, nobody gathers a part.
+            self.world.led(self.log.lines.keep)
+            if trainer.sharded and not self.world.leads:
+                for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
+                    for name in checkpoint.order(tensors):
+                        tensors[name]
             path = self.world.led(write)
         except checkpoint.SaveError as error:
             if trainer.step >= self.last:

@@ -16,6 +16,10 @@ from PIL import Image
 from dit_in_dit.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig, TrainConfig
 from dit_in_dit.model.nested import NestedDiT
 
+SHARDED = pytest.param(
+    "fsdp", marks=pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="on a CPU since PyTorch 2.7")
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="attack with every fault, not with a few (make test-faults)")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import with_train
+from conftest import SHARDED, with_train
 from dit_in_dit import checkpoint
 from dit_in_dit.cli import main
 from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
@@ -103,7 +103,7 @@ def _train_on_a_full_disk(config, out):
     return "saved"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
 def test_no_process_waits_for_parts_of_a_checkpoint_that_cannot_be_written(run_config, tmp_path, parallel):
     config = with_train(run_config, parallel=parallel, timeout=20)
     assert run_together(2, _train_on_a_full_disk, config, tmp_path / "run") == ["no room for the log"] * 2
@@ -292,7 +292,8 @@ def _sharded(config, out):
 
 
 @pytest.mark.slow
-def test_one_process_alone_draws_the_samples_of_a_sharded_run(run_config, tmp_path):
-    config = with_train(run_config, parallel="fsdp", sample_every=3)
+@pytest.mark.parametrize("parallel", [SHARDED])
+def test_one_process_alone_draws_the_samples_of_a_sharded_run(run_config, tmp_path, parallel):
+    config = with_train(run_config, parallel=parallel, sample_every=3)
     drawn = run_together(2, _sharded, config, tmp_path / "run")
     assert drawn == [(["samples", "samples"], True), ([], True)]

@@ -310,6 +310,14 @@ def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
         Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
         for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])
     }
-    _check_alike(Plan("planned", StudyConfig(arms={"a": {}}), (), {"torch": "2.13.0+cpu"}), ended)
+    _check_alike(
+        Plan("planned", StudyConfig(arms={"a": {}}), (), {"device": "cpu", "versions": {"torch": "2.13.0+cu130"}}),
+        ended,
+    )
     with pytest.raises(UserError, match="convolutions in TF32"):
-        _check_alike(Plan("planned", StudyConfig(arms={"a": {}}), (), {"torch": "2.13.0+cu130"}), ended)
+        _check_alike(
+            Plan(
+                "planned", StudyConfig(arms={"a": {}}), (), {"device": "NVIDIA", "versions": {"torch": "2.13.0+cu130"}}
+            ),
+            ended,
+        )

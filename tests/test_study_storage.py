@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from pathlib import Path
@@ -121,9 +122,11 @@ def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(
         board = Board(plan, out, url, lease=30)
         inner = board.storage._storage
 
+        draw = random.Random(0)  # not every n-th call: one and the same call of each round would fail for ever
+
         class EveryFew(Flaky):
             def __getattr__(self, call: str) -> Any:
-                self.fails = int(every and self.calls % every == 0)
+                self.fails = int(every > 0 and draw.random() < 1 / every)
                 return super().__getattr__(call)
 
         board.storage._storage = EveryFew(inner, 0, after=after)

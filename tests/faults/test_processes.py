@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import small_model, with_train
+from conftest import SHARDED, small_model, with_train
 from dit_in_dit import checkpoint
 from dit_in_dit.config import DataConfig, UserError, to_yaml
 from dit_in_dit.training.example import Examples
@@ -83,7 +83,7 @@ def test_a_run_that_changes_its_number_of_processes_ends_with_the_same_bits(shar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
 def test_two_processes_agree_with_one_within_rounding(shared, tmp_path, parallel, full):
     config = with_train(shared, parallel=parallel)
     run_together(1, trained, config, tmp_path / "alone", False)

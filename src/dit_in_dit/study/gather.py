@@ -14,7 +14,7 @@ from dit_in_dit.config import RunConfig, UserError
 from dit_in_dit.evaluation import curves
 from dit_in_dit.evaluation.chunks import first_difference
 from dit_in_dit.evaluation.convergence import check_comparable
-from dit_in_dit.precision import before_it_was_named
+from dit_in_dit.precision import FULL, before_it_was_named
 from dit_in_dit.strict_json import has_form, read_json
 from dit_in_dit.study.metrics import direction, grouped, ranked
 from dit_in_dit.study.plan import Arm, Plan, read_plan
@@ -198,7 +198,10 @@ def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
     seed, and there trials are compared.
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
-    unnamed = before_it_was_named(str(plan.made.get("torch", "")))
+    made = plan.made
+    unnamed = (
+        FULL if made.get("device") == "cpu" else before_it_was_named(str(made.get("versions", {}).get("torch", "")))
+    )
     for path, result in results.items():
         protocol = seeds = {"precision": unnamed, **result.protocol} if result.protocol else {}
         if "reference" in protocol:

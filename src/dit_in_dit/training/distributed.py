@@ -194,9 +194,16 @@ def join(device: torch.device, timeout: int) -> World:
 
 def shard(model: NestedDiT) -> None:
     """FSDP2: every block's parameters, and all others together, in equal parts over the processes, at all times but
-    while they are needed."""
+    while they are needed.
+
+    Raises:
+        UserError: the model is on the CPU, and this version of PyTorch shards on GPUs alone.
+    """
     from torch.distributed.fsdp import fully_shard
 
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # before 2.7
+        raise UserError(f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: this is {torch.__version__}")
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
     # By default the last group stays whole after a forward pass, for the backward pass to come: an average has none.

@@ -90,8 +90,8 @@ def check_classes(
         shown = shortened("/".join((place, *wrapped, name)))
         if not example and "/".join((*wrapped, f"{name}/")) in linked:
             raise UserError(
-                f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images, "
-                "or remove it (later classes would move up)"
+                f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
+                "there, or remove it (later classes would move up)"
             )
         if not example:
             raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")

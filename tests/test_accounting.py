@@ -217,6 +217,16 @@ def test_links_in_a_zip_are_the_files_they_lead_to(tmp_path):
     assert np.round((source.train(1)[0][:, 0, 0] + 1) * 127.5).tolist() == [0, 255, 0]
 
 
+def test_a_class_that_is_a_link_to_a_folder_in_a_zip_is_refused_with_its_reason(tmp_path):
+    root = fruits(tmp_path / "set")
+    with zipfile.ZipFile(zipped(root, tmp_path / "set.zip"), "a") as archive:
+        entry = zipfile.ZipInfo("banana")
+        entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(entry, "apple")
+    with pytest.raises(UserError, match=r"class folder .*banana is a link, and links to folders are not followed"):
+        opened(tmp_path / "set.zip", 3)
+
+
 def test_two_normal_forms_of_a_name_are_one_class_and_its_place_is_that_of_the_first(tmp_path):
     forms = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     for number, name in enumerate((*forms, "cafz", "cap", "zebra")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from conftest import with_train
 from dit_in_dit import checkpoint, sealed
 from dit_in_dit.config import RunConfig, UserError, override, to_yaml
+from dit_in_dit.model.nested import NestedDiT
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
 
@@ -103,6 +105,40 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(
         (tmp_path / "checkpoints/0000010.part/state.safetensors").write_bytes(b"half")
         attempt()
         assert names(tmp_path) == ["0000020"]
+
+
+@pytest.mark.parametrize("name", ["0000010", "0000010.old", "12"])
+def test_what_a_killed_deletion_left_is_cleared(tmp_path, monkeypatch, name):
+    going = save(tmp_path, 10)
+    going = going.rename(going.with_name(name))
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda folder: None)  # killed before the first file goes
+        checkpoint._drop(going)
+    assert names(tmp_path) == [f"{name}.gone.part"]
+    checkpoint.clear(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_trained_weights_are_loaded_without_the_moments(run_config, tmp_path, monkeypatch):
+    model, read = NestedDiT(run_config.model), list[str]()
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    moments = {f"optimizer.{name}": tensor for name, tensor in weights.items()}
+    checkpoint.create(tmp_path / "run", run_config)
+    checkpoint.save(tmp_path / "run", run_config, 1, {**weights, **moments}, model.state_dict(), ())
+    whole = checkpoint.Stored.__getitem__
+    monkeypatch.setattr(checkpoint.Stored, "__getitem__", lambda self, name: read.append(name) or whole(self, name))
+    checkpoint.load_model(tmp_path / "run", torch.device("cpu"), ema=False)
+    assert set(read) == set(weights)
+
+
+@pytest.mark.parametrize("data", [5, None, [], {}, {"digest": "a"}, {"digest": 5, "place": "b"}])
+def test_a_manifest_that_notes_data_of_another_form_is_damaged(tmp_path, data):
+    folder = save(tmp_path, 10)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["seal"]
+    for noted, good in ((data, False), ({"digest": "a", "place": "b"}, True)):
+        (folder / "manifest.json").write_bytes(sealed.seal({**manifest, "data": noted}))
+        assert good_ones(tmp_path) == (["0000010"] if good else [])
 
 
 def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_goes(tmp_path, monkeypatch):

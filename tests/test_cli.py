@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_in_dit.cli import main
+from dit_in_dit.cli import main, options
 from dit_in_dit.config import from_yaml, to_yaml
 from dit_in_dit.data.families import is_held_out
 from dit_in_dit.presets import NAMES, get
@@ -181,6 +181,14 @@ def test_mistakes_about_a_run_cost_one_line(trained, capsys, tmp_path):
     ):
         assert part in lines_of(["sample", str(trained), *words, "--out", str(tmp_path / "out")], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_more_parts_are_tried_for_a_class_than_a_name_has(monkeypatch):
+    known, tried = ["a", "b, c, d", "b"], []
+    plain = options._plain
+    monkeypatch.setattr(options, "_plain", lambda name: tried.append(name) or plain(name))
+    assert options.class_numbers(",".join(["a", "b", "b, c", " d", "0"] * 200), known) == [0, 2, 1, 0] * 200
+    assert len(tried) < 5 * 1200
 
 
 def test_a_broken_image_costs_one_line(capsys, tmp_path):

@@ -19,6 +19,7 @@ from dit_in_dit.evaluation import report
 from dit_in_dit.evaluation.chunks import claim
 from dit_in_dit.evaluation.curves import read_run
 from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.interop import diffusers_files
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.study.gather import gather, gather_search
 from dit_in_dit.study.plan import StudyConfig, read_plan
@@ -204,3 +205,10 @@ def test_an_evaluation_with_scores_of_another_kind_is_one_line(scores, tmp_path)
     whole = {"subject": {"name": "run"}, "protocol": {}, "scores": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(whole))
     refused(lambda: report.read(tmp_path / "metrics.json"))
+
+
+@pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS[:9]), b"\xff\xfe{", b'{"a": 1}' + b" " * 100])
+def test_a_config_of_diffusers_that_is_none_or_has_no_end_is_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_in_dit.strict_json.MOST_BYTES", 100)
+    (tmp_path / "config.json").write_bytes(content)
+    refused(lambda: diffusers_files.read_json(tmp_path / "config.json"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -133,7 +135,23 @@ def test_a_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(m
     distributed.join(torch.device("cpu"), 600)
     assert begun == [("nccl", CUDA), ("gloo", None)]
     assert stores == [[timedelta(seconds=600), timedelta(seconds=3)]] * 2
-    assert ends == [dist.destroy_process_group] * 2
+    assert ends == [distributed.leave] * 2
+
+
+def test_a_group_that_the_user_of_the_library_ended_is_not_ended_again(tmp_path):
+    """At exit: PyTorch refuses to end what is not there."""
+    user = (
+        "import torch, torch.distributed as dist\n"
+        "from dit_in_dit.training import distributed\n"
+        "distributed.launched = lambda: 2\n"
+        "distributed.Joined = lambda timeout: None\n"
+        "begin = dist.init_process_group\n"
+        "dist.init_process_group = lambda *_, **__: begin('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "distributed.join(torch.device('cpu'), 60)\n"
+        "dist.destroy_process_group()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", user], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_tables_of_constants_are_copied_to_a_device_once():

@@ -17,6 +17,7 @@ import pytest
 
 from conftest import with_train
 from dit_in_dit import checkpoint
+from dit_in_dit.config import UserError
 from dit_in_dit.lock import BusyError, LocklessWarning
 from dit_in_dit.training.loop import train
 
@@ -113,3 +114,17 @@ def test_two_boards_in_one_process_take_turns_at_the_journal(tmp_path):
     first.release()
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_a_journal_that_was_deleted_is_said_and_the_lock_is_free(tmp_path):
+    from dit_in_dit.study.storage import JournalLock
+
+    journal = tmp_path / "journal.log"
+    for held in (JournalLock(journal), JournalLock(journal)):
+        for _ in range(2):  # the second would wait for the first
+            with pytest.raises(UserError, match=r"cannot read .*journal\.log \(No such file .*\): put it back, or"):
+                held.acquire()
+            assert not held.threads.locked()
+    journal.touch()
+    assert held.acquire()
+    held.release()

@@ -265,3 +265,10 @@ def test_the_storage_may_be_named_by_the_environment(base, tmp_path, monkeypatch
     main(["study", "status", str(tmp_path / "study")])
     assert (tmp_path / "trials.db").exists()
     assert not (tmp_path / "study" / "journal.log").exists()
+
+
+def test_an_empty_name_in_the_environment_is_none(base, tmp_path, monkeypatch):
+    planned(small(base), tmp_path / "study")
+    monkeypatch.setenv("DIT_IN_DIT_STORAGE", "")
+    main(["study", "status", str(tmp_path / "study")])
+    assert (tmp_path / "study" / "journal.log").exists()

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -205,6 +206,23 @@ def test_links_in_a_tar_are_the_files_they_lead_to(folder, tmp_path):
     assert opened(tmp_path / "labels.tar", classes=2, held_out=0.0).labels.tolist() == [1, 1, 0]
 
 
+def test_a_file_that_is_stored_again_as_a_link_to_itself_is_that_file(folder, tmp_path):
+    image = paths_of(folder)[0].read_bytes()
+    pack(tmp_path / "set.tar", [("x/0.png", image), ("x/1.png", image)])
+    add_links(tmp_path / "set.tar", linked("x/0.png", "./x/0.png", tarfile.LNKTYPE))
+    with warnings.catch_warnings(action="error"):  # nothing is lost
+        source = opened(tmp_path / "set.tar", classes=0, held_out=0.0)
+    assert [source.files.content(name) for name in source.names] == [image, image]
+
+
+def test_a_class_that_is_a_link_to_a_folder_is_refused_with_its_reason(folder, tmp_path):
+    image = paths_of(folder)[0].read_bytes()
+    pack(tmp_path / "set.tar", [("w/a/0.png", image), ("w/b/0.png", image)])
+    add_links(tmp_path / "set.tar", linked("w/c", "b"))
+    with pytest.raises(UserError, match=r"class folder .*w/c is a link, and links to folders are not followed"):
+        opened(tmp_path / "set.tar", held_out=0.0)
+
+
 def test_links_out_of_a_tar_to_nothing_and_in_circles_are_refused_or_skipped(folder, tmp_path):
     image = paths_of(folder)[0].read_bytes()
     for number, target in enumerate(("../../etc/passwd", "/etc/passwd", "nothing.png", "b.png", "a.png/b.png")):
@@ -231,9 +249,25 @@ def test_a_tar_is_read_to_the_end_of_the_file(folder, tmp_path):
     (tmp_path / "joined.tar").write_bytes(parts[0] + parts[1] + parts[2][:700])
     with pytest.raises(UserError, match=r"cut off|not a plain \.tar"):
         opened(tmp_path / "joined.tar")
-    (tmp_path / "joined.tar").write_bytes(parts[0] + b"something else" * 100)
+    last = len(parts[2].rstrip(b"\0"))
+    (tmp_path / "joined.tar").write_bytes(parts[2][: last - last % 512] + b"something else" * 100)  # no end mark
     with pytest.raises(UserError, match="is cut off: at byte"):
         opened(tmp_path / "joined.tar")
+
+
+@pytest.mark.parametrize("stray", [b"\r\nEO", b"something else" * 100])
+def test_what_follows_the_end_mark_and_is_no_tar_is_said_and_not_read(folder, tmp_path, stray):
+    paths, shard = paths_of(folder), tmp_path / "set.tar"
+    pack(shard, ((f"{p.parent.name}/{p.name}", p.read_bytes()) for p in paths))
+    whole = opened(shard)
+    expected, digest = everything(whole), whole.digest
+    with shard.open("ab") as file:
+        file.write(stray)
+    for _ in range(2):  # the second time from the index
+        with pytest.warns(LeftOutWarning, match=f"left out bytes behind a tar's end mark: {len(stray)}, such as set"):
+            source = opened(shard)
+        assert everything(source) == expected
+        assert source.digest == digest  # a run that was trained on it resumes
 
 
 def test_of_members_with_one_name_the_last_counts_and_the_others_are_said(folder, tmp_path):

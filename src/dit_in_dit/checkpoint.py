@@ -39,7 +39,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sealed import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
-LEFT = re.compile(r"\d{7,}(\.gone)?\.part")  # what a killed save leaves
+LEFT = re.compile(r"\d{7,}\.part|\d+(\.old)?\.gone\.part")  # what a killed save leaves
 KEEP = 2  # newest checkpoints that stay, of those that verify
 DTYPES = {  # as safetensors names them, in the order in which it writes them
     torch.int64: "I64",
@@ -395,9 +395,10 @@ def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[Ne
     warn(passed_over)
     model = NestedDiT(config.model)
     if ema:
-        weights = load_state(folder, "ema.safetensors")
+        weights = load_state(folder, AVERAGED)
     else:
-        weights = {k.removeprefix("model."): v for k, v in load_trained(folder).items() if k.startswith("model.")}
+        state = load_trained(folder)  # optimizer's moments, twice the weights, are not read
+        weights = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
     try:
         model.load_state_dict(weights)
     except RuntimeError:

@@ -67,7 +67,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
     (LocklessWarning) and go on without.
 
     Args:
-        what: what the others are told that the holder does.
+        what: begins the message to others, such as 'RUN is being trained'.
 
     Raises:
         BusyError: another holds it.

@@ -18,6 +18,7 @@ from dit_in_dit.config import UserError
 from dit_in_dit.strict_json import has_form
 
 FORM = {"step": int, "config": str, "classes": [str], "steady": bool, "bytes": dict, "sha256": dict}  # of a manifest
+DATA = {"digest": str, "place": str}  # of its data, where it notes them
 Kind = Literal["missing", "truncated", "flipped", "swapped", "extra", "unreadable"]
 KINDS: dict[Kind, str] = {
     "missing": "is missing",
@@ -137,7 +138,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def _has_all_parts(manifest: dict[str, Any]) -> bool:
     """Whether it says all that is read of a manifest, with a size and a hash of each file."""
-    if not has_form(manifest, FORM) or manifest["bytes"].keys() != manifest["sha256"].keys():
+    if not has_form(manifest, FORM) or not has_form(manifest.get("data", dict.fromkeys(DATA, "")), DATA):
+        return False
+    if manifest["bytes"].keys() != manifest["sha256"].keys():
         return False
     return has_form([*manifest["bytes"].values()], [int]) and has_form([*manifest["sha256"].values()], [str])
 

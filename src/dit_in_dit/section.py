@@ -148,7 +148,7 @@ def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def to_hash(config: Section) -> dict[str, Any]:
-    """`to_dict` without the keys that were added later and are at their defaults."""
+    """`to_dict` without later keys that still have their default."""
     plain = to_dict(config)
     for f in fields(config):
         value = getattr(config, f.name)

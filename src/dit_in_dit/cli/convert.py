@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     take.add_argument(
         "--num-classes",
         type=whole,
-        help="classes, where the file does not say: of as many rows, none is no class",
+        help="classes, where the file does not say: if the table has exactly this many rows, there is no null class",
     )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 

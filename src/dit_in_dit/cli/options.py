@@ -108,14 +108,17 @@ def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str
 def class_numbers(text: str, known: Sequence[str]) -> list[int]:
     """Class numbers from names or numbers with commas; spaces around them and Unicode's normal form do not matter, and
     a name with a comma is read as far as it fits."""
-    names = [_plain(name) for name in known]
-    parts, numbers = text.split(","), []
-    while parts:
-        longest = (length for length in range(len(parts), 0, -1) if _plain(",".join(parts[:length])) in names)
-        length = next(longest, 1)
-        name, parts = _plain(",".join(parts[:length])), parts[length:]
+    names: dict[str, int] = {}
+    for number, name in enumerate(known):
+        names.setdefault(_plain(name), number)
+    most = 1 + max((name.count(",") for name in names), default=0)  # parts of a name
+    parts, numbers, start = text.split(","), [], 0
+    while start < len(parts):
+        tried = range(min(len(parts), start + most), start + 1, -1)
+        end = next((end for end in tried if _plain(",".join(parts[start:end])) in names), start + 1)
+        name, start = _plain(",".join(parts[start:end])), end
         if name in names:
-            numbers.append(names.index(name))
+            numbers.append(names[name])
         elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
             numbers.append(int(name))
         else:

@@ -85,7 +85,7 @@ def _sample(options: argparse.Namespace) -> None:
             raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
     names = [manifest["classes"][c] for c in classes] or "all in turn"
     labels = names if config.model.num_classes else "none"
-    weights = manifest["sha256"]["state.safetensors" if options.raw else "ema.safetensors"]
+    weights = manifest["sha256"][checkpoint.STATE if options.raw else checkpoint.AVERAGED]
     identity = {
         "step": manifest["step"],
         "config": manifest["config"],
@@ -125,7 +125,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _default_name(options: argparse.Namespace) -> str:
-    """The run's name and what the samples depend on besides, such as `emoji-seed5`: each kind has its own folder."""
+    """The run's name and the options that change the samples, such as `emoji-seed5`: each kind has its own folder."""
     given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

@@ -60,7 +60,7 @@ def _add_storage(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--storage",
         metavar="URL",
-        default=os.environ.get(STORAGE),
+        default=os.environ.get(STORAGE) or None,
         help="database that workers of several machines share: postgresql+psycopg://USER:PASSWORD@HOST/NAME "
         f"(default: ${STORAGE}, which other users of the machine cannot see)",
     )

@@ -2,7 +2,8 @@
 
 A digest depends on neither the place of the data nor the time of a change, the working folder or the order in which a
 file system lists. Files count by name, label and size, and where there are few (MOST_CONTENT) by content; arrays by
-shape, dtype and bytes, and large ones (MOST_ARRAY) by evenly spaced rows.
+shape, dtype and bytes. Of arrays above MOST_ARRAY bytes only evenly spaced rows are read: a change between them goes
+unnoticed.
 """
 
 from __future__ import annotations

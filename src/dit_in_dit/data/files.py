@@ -46,6 +46,7 @@ class ImageFiles:
         """`num_classes` (0: as many as there are) counts those of a `dataset.json`."""
         self.path, self.num_classes = path, num_classes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._linked: set[str] = set()  # folders of an archive that are links
         self._members: dict[str, str] = {}  # of an archive: its own name for a file, where that is another
         shown = shortened(path, 60)
         names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
@@ -58,7 +59,7 @@ class ImageFiles:
         self.notes: list[str] = []
         self._labels = self._read_table(others)
         if self._labels is None:
-            check_classes(self.names, others, str(path), packed=not path.is_dir())
+            check_classes(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
         if unread := [name for name in others if not name.endswith("/")]:
             self.notes.append(left_out(len(unread), unread, "files that are no images"))
 
@@ -97,6 +98,7 @@ class ImageFiles:
                     names.pop(end, None)  # read as an image
             elif end:
                 names[f"{name}/"] = names.pop(name)
+                self._linked.add(f"{name}/")
         self._members = {name: member for name, member in self._members.items() if name != member}
         return list(names)
 

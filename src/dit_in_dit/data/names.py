@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from dit_in_dit.mistakes import UserError, shortened
 
@@ -50,7 +50,7 @@ def class_folders(names: list[str]) -> list[str]:
 
 def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
     """The classes in the order of their names, and the label of each image. Two normal forms of a name, as macOS and
-    others write it, are one class, which stands where the first of them does."""
+    others write it, are one class, sorted and shown by its first spelling."""
     first: dict[str, str] = {}
     for folder in sorted(set(folders)):
         first.setdefault(unicodedata.normalize("NFC", folder), folder)
@@ -59,13 +59,16 @@ def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
     return tuple(first.values()), [labels[folder] for folder in folders]
 
 
-def check_classes(images: list[str], others: Iterable[str], place: str, *, packed: bool) -> None:
+def check_classes(
+    images: list[str], others: Iterable[str], place: str, *, packed: bool, linked: Container[str] = ()
+) -> None:
     """UserError when the classes of `place` would not be those that a person sees there: they are splits, have a name
     that cannot be printed, or a folder beside them has no image, so that later classes would move up.
 
     Args:
         others: all other names; those of folders end with `/`.
         packed: `place` is an archive, into which no path leads.
+        linked: those of the folders that are links, which nobody follows.
     """
     wrapped = wrapper(images)
     depth = len(wrapped)
@@ -85,6 +88,11 @@ def check_classes(images: list[str], others: Iterable[str], place: str, *, packe
             without[path[depth]] = without.get(path[depth]) or ("" if folder else path[-1])
     for name, example in sorted(without.items()):
         shown = shortened("/".join((place, *wrapped, name)))
+        if not example and "/".join((*wrapped, f"{name}/")) in linked:
+            raise UserError(
+                f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
+                "there, or remove it (later classes would move up)"
+            )
         if not example:
             raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")
         if classes:  # else the images are of no class, and the folder is none

@@ -16,11 +16,14 @@ from dit_in_dit.data.names import HIDDEN, SUFFIXES, beside, follow, tidy
 from dit_in_dit.mistakes import shortened
 from dit_in_dit.strict_json import has_form, read_json
 
-VERSION = 2  # of the index files
+VERSION = 3  # of the index files
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 2**20  # bytes of zeros at a time
 INDEX = ".index.json"  # behind a shard's name
-FORM = {"images": [list], "labels": dict, "others": int, "examples": [str], "folders": [str]}
+FORM = {
+    **{"images": [list], "labels": dict, "others": int, "examples": [str]},
+    **{"folders": [str], "linked": [str], "trailing": int},
+}
 
 
 def example_key(name: str) -> str:
@@ -36,7 +39,8 @@ def extension(name: str) -> str:
 
 def read_index(shard: Path) -> dict[str, Any]:
     """Where a shard's images lie: {images: [[name, offset, size]], labels: {key: number}}, offset -1 for one that
-    cannot be read in place; what else there is: {others: how many, examples, folders}.
+    cannot be read in place; what else there is: {others: how many, examples, folders, linked: folders that are links},
+    and how many bytes follow the end mark that are no tar: {trailing}.
 
     Kept beside the shard, or in the user's cache where nothing can be written there; made again when the shard's size
     or time of change is another.
@@ -76,15 +80,15 @@ def _walk(shard: Path, length: int) -> dict[str, Any]:
     """The index of a tar file, from its headers; UserError when it is not one, or not whole.
 
     A file may be several, one after another (`cat a.tar b.tar`). Of members with one name the last counts, as for
-    those who unpack them.
+    those who unpack them. What follows an end mark and begins with no tar header is counted and not read.
     """
     members = _Members()
     try:
         with shard.open("rb") as file:
             start = _skip_zeros(file, members.read(file, 0, shard), length)
-            while start < length:
+            while _is_header(file, start):
                 start = _skip_zeros(file, members.read(file, start, shard), length)
-            return members.index(file, shard)
+            return {**members.index(file, shard), "trailing": length - start}
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.source: {shortened(shard, 60)} is not a plain .tar: {shortened(error, 70)}; unpack or mend it"
@@ -99,6 +103,16 @@ def _skip_zeros(file: BinaryIO, end: int, length: int) -> int:
         if rest := chunk.lstrip(b"\0"):
             return start + (len(chunk) - len(rest)) // BLOCK * BLOCK
     return length
+
+
+def _is_header(file: BinaryIO, start: int) -> bool:
+    """Whether a member, and so an archive, begins at `start`."""
+    file.seek(start)
+    try:
+        tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 class _Members:
@@ -132,6 +146,8 @@ class _Members:
         if member.isdir():
             self.folders.add(name)
             return
+        if name in self.files and member.islnk() and tidy(member.linkname) == name:
+            return  # the same file, stored once more
         if name in self.files:
             self.twice.append(name)
             self.links.pop(name, None)
@@ -144,10 +160,12 @@ class _Members:
     def index(self, file: BinaryIO, shard: Path) -> dict[str, Any]:
         """What `read_index` gives, links resolved."""
         ends = follow(self.links, self.files.keys() - self.links.keys())
+        linked = []
         for name, end in ends.items():
             if end.endswith("/"):
                 del self.files[name]
                 self.folders.add(name)
+                linked.append(f"{name}/")
             else:
                 self.files[name] = self.files.get(end, (-1, 0))
         seen = [name for name in self.files if not HIDDEN.search(name)]  # links may lead to others
@@ -161,6 +179,7 @@ class _Members:
             "labels": {example_key(name): _label(file, self.files[name], shard, name) for name in labels},
             "others": len(others),
             "examples": others[:2],
+            "linked": linked,
             "folders": sorted({f"{name}/" for name in self.folders if not HIDDEN.search(name)} | set(parents.values())),
         }
 

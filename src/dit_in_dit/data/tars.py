@@ -90,6 +90,8 @@ class TarFiles(ImageFiles):
         if len({shard.name for shard in shards}) < len(shards):
             raise UserError(f"data.source: shards need names of their own: {source} has some twice")
         others, examples, folders = 0, list[str](), list[str]()
+        trailing: dict[str, int] = {}
+        self._linked = set()
         for shard in shards:
             index = read_index(shard)
             self._labels |= {f"{shard.name}/{key}": label for key, label in index["labels"].items()}
@@ -97,6 +99,8 @@ class TarFiles(ImageFiles):
             others += index["others"]
             examples += [f"{shard.name}/{name}" for name in index["examples"]][: 2 - len(examples)]
             folders += [f"{shard.name}/{name}" for name in index["folders"]]
+            self._linked |= set(index["linked"])
+            trailing |= {shard.name: index["trailing"]} if index["trailing"] else {}
         if self._labels:  # then `b.mask.png` is no image, but more about `b`
             images = {name: place for name, place in self._places.items() if f".{extension(name)}" in SUFFIXES}
             more = [name for name in self._places if name not in images]
@@ -107,6 +111,8 @@ class TarFiles(ImageFiles):
         self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
         if others:
             self.notes.append(left_out(others, examples, "members that are no images"))
+        if trailing:
+            self.notes.append(left_out(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
         self._check(folders, shards)
 
     def _check(self, folders: list[str], shards: list[Path]) -> None:
@@ -120,7 +126,8 @@ class TarFiles(ImageFiles):
                 )
         elif self._in_folders:
             inside = [name.split("/", 1)[1] for name in folders]
-            check_classes([name.split("/", 1)[1] for name in self.names], inside, str(self.path), packed=True)
+            names = [name.split("/", 1)[1] for name in self.names]
+            check_classes(names, inside, str(self.path), packed=True, linked=self._linked)
         else:
             filled = {name.split("/", 1)[0] for name in self.names}
             if empty := next((shard for shard in shards if shard.name not in filled), None):

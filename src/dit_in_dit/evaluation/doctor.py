@@ -104,7 +104,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
 
 def _restore(trainer: Trainer, folder: Path, step: int) -> None:
     """A checkpoint's state; of a run that holds weights alone (exported or imported), its averaged weights."""
-    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, "ema.safetensors")
+    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, checkpoint.AVERAGED)
     if any(name.startswith("optimizer.") for name in state):
         trainer.restore(state, averaged, step)
         return

@@ -113,7 +113,7 @@ def run_subject(
 
     labels = names if config.model.num_classes else "none"
     samples = protocol(config, labels=labels, averaged=averaged, seed=seed)
-    file = "ema.safetensors" if averaged else "state.safetensors"
+    file = checkpoint.AVERAGED if averaged else checkpoint.STATE
     about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
     about["checkpoint"] = manifest["sha256"][file]
     shape = (*config.model.image_size, config.model.channels)

@@ -138,8 +138,8 @@ def _whole(config: dict[str, Any], name: str, default: int, model: Path) -> int:
 def _predicts(path: Path) -> Predicted:
     """What a pipeline's scheduler takes the output for.
 
-    Of its config, all that says which noise and time the model knows is checked; how many steps are taken on the way,
-    and how, is the run's own `sample`.
+    Of its config, all that says the noise levels and times the model was trained with is checked; how many steps are
+    taken on the way, and how, is the run's own `sample`.
     """
     config = read_json(path)
     if (name := str(config.get("_class_name"))) not in SCHEDULERS:

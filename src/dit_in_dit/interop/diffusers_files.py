@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dit_in_dit import strict_json
 from dit_in_dit.interop.foreign import read_pt, read_safetensors
 from dit_in_dit.mistakes import UserError, shortened
 
@@ -18,14 +18,7 @@ INDEX = "model_index.json"  # of a pipeline
 
 def read_json(path: Path) -> dict[str, Any]:
     """The names and values of a file. Raises UserError."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
-        raise UserError(f"cannot read {path}: {reason}; give a folder of diffusers' DiTTransformer2DModel") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold names and values: give a folder of diffusers' DiTTransformer2DModel")
-    return found
+    return strict_json.read_json(path, advice="give a folder of diffusers' DiTTransformer2DModel")
 
 
 def variant_of(folder: Path) -> str | None:

@@ -38,7 +38,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
     model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
     checkpoint.check_weights(model.state_dict(), str(run))
     pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
-    file = "ema.safetensors" if averaged else "state.safetensors"
+    file = checkpoint.AVERAGED if averaged else checkpoint.STATE
     pictures = sorted((run / "samples").glob("*.png"))
     text = card(
         out.resolve().name,

@@ -178,11 +178,11 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
     folder, _, passed_over = checkpoint.newest(run)
     checkpoint.warn(passed_over)
-    state = checkpoint.load_state(folder)
-    ours = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    state = checkpoint.Stored(folder / checkpoint.STATE)  # optimizer's moments are not read
+    ours = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
     kept = state.get(KEPT)
     if averaged:
-        ours = checkpoint.load_state(folder, "ema.safetensors")
+        ours = checkpoint.load_state(folder, checkpoint.AVERAGED)
     checkpoint.check_weights(ours, str(run))
     try:
         weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))

@@ -52,7 +52,7 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         manifest["step"],
         list(manifest["classes"]),
         cost.parameters(config.model)["total"],
-        evaluation_of(run, manifest["sha256"]["ema.safetensors"]),
+        evaluation_of(run, manifest["sha256"][checkpoint.AVERAGED]),
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
         use=_use(name, config),

@@ -75,7 +75,7 @@ def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:
 class Storage:
     """Optuna's storage, every call of which waits while a database is away, up to `lease` seconds in all.
 
-    A call may be made twice, where the answer to the first was lost: whoever uses it must bear that.
+    A call may be made twice, where the answer to the first was lost: so callers must be safe to repeat.
 
     Args:
         say: gets a line when a call begins to wait, and one when the storage answers again.
@@ -171,7 +171,7 @@ class JournalLock:
         self.threads = threading.Lock()
 
     def acquire(self) -> bool:
-        """Wait for the lock. UserError where the file system keeps none."""
+        """Wait for the lock. UserError where the file system keeps none, or the journal is gone; then it is free."""
         self.threads.acquire()
         try:
             self.file = lock.take(self.path.with_name(self.path.name + ".lock"), wait=True)
@@ -179,18 +179,31 @@ class JournalLock:
             self.threads.release()
             problem = error.strerror or error
             raise UserError(f"cannot lock {self.path} ({problem}): choose another --out, or give --storage") from None
+        try:
+            self._mend()
+        except OSError as error:
+            self.release()
+            problem = error.strerror or error
+            raise UserError(f"cannot read {self.path} ({problem}): put it back, or choose another --out") from None
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+    def _mend(self) -> None:
+        """Cut a half line off."""
         with self.path.open("r+b") as journal:
             size = journal.seek(0, os.SEEK_END)
             journal.seek(max(0, size - 1))
             if size and journal.read(1) != b"\n":  # its writer was killed, or its machine went down
                 journal.seek(0)
                 journal.truncate(journal.read().rfind(b"\n") + 1)
-        return True
 
     def release(self) -> None:
         """Let the others."""
         if self.file:
             lock.release(self.file)
+            self.file = None
         self.threads.release()
 
 

@@ -50,8 +50,8 @@ class World:
         return rows[None]
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:
-        """The greatest signal and whether anyone was due, the same for all; with several processes that of the call
-        before, so that none waits for the slowest one's host."""
+        """The greatest signal and whether anyone was due, the same for all. With several processes it answers for the
+        previous call, so nobody waits."""
         return signal, due
 
     def add(self, tensors: list[Tensor]) -> None:
@@ -137,7 +137,7 @@ class Joined(World):
 
     def _lost(self) -> LostError:
         """Who does not answer a roll call; ended where it can be, so that its job ends too."""
-        atexit.unregister(dist.destroy_process_group)  # it would wait for them once more
+        atexit.unregister(leave)  # it would wait for them once more
         missing = self._missing()
         names = []
         for rank in missing:
@@ -171,6 +171,12 @@ def launched() -> int:
     return int(size) if size.isdecimal() else 1
 
 
+def leave() -> None:
+    """End the group of processes, unless whoever uses the library did so."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def join(device: torch.device, timeout: int) -> World:
     """This process among those that the launcher started; alone when it started no other.
 
@@ -184,7 +190,7 @@ def join(device: torch.device, timeout: int) -> World:
         # NCCL guesses a process's GPU from its rank where it is not named, and complains of a group that nobody ends.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     return Joined(timeout)
 
 
@@ -247,8 +253,8 @@ def everywhere(tensor: Tensor, like: Any) -> Tensor:
 class Whole(Mapping[str, Tensor]):
     """Tensors by name, each gathered from all processes when it is read: no process holds more than one of them whole.
 
-    All processes must read each tensor once, in one order: process 0 by writing a file, the others by `follow`. Type
-    and shape of a tensor stand in `tensors` and cost nothing.
+    All processes must read each tensor once, in one order: process 0 as it writes the file, the others in
+    `_Course._save`. Type and shape of a tensor stand in `tensors` and cost nothing.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

@@ -55,7 +55,7 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
     """
     run = find_run(str(run))
     theirs, found = checkpoint.read_config(run).model, checkpoint.newest(run)
-    given = checkpoint.load_state(found.folder, "ema.safetensors")
+    given = checkpoint.load_state(found.folder, checkpoint.AVERAGED)
     checkpoint.check_weights(given, str(run))
     chosen = _chosen(theirs, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()

@@ -287,6 +287,17 @@ def test_null_in_dataset_json_means_images_without_labels(tmp_path):
     assert (source.classes, source.train_size) == (("images",), 6)
 
 
+@pytest.mark.parametrize("table", ["{}", "[]", "5"])
+def test_a_table_without_labels_does_not_make_classes_of_shard_folders(table, tmp_path):
+    root = tmp_path / "set"
+    for number in range(2):
+        (root / f"0000{number}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(root / f"0000{number}/img0000000{number}.png")
+    (root / "dataset.json").write_text(table)
+    with pytest.raises(UserError, match=r"dataset\.json has no labels, and folders such as 00000 are no classes"):
+        opened(root, classes=2)
+
+
 def test_a_dataset_json_of_another_kind_is_left_out(tmp_path):
     root = fruits(tmp_path / "set", **{"dataset.json": '{"title": "fruits"}', "apple/dataset.json": '{"labels": 3}'})
     assert said(root, classes=2).endswith("no images: 2, such as apple/dataset.json, dataset.json")

@@ -111,7 +111,7 @@ def test_a_log_with_such_a_line_is_one_line(text, run):
         before = path.read_bytes()
         path.write_bytes(before + text.encode() + b"\n")
         refused(lambda: read_run(run))
-        refused(lambda path=path: Lines(path))
+        refused(lambda path=path: Lines(path, bool))
         if name == "log.jsonl":
             refused(lambda: examine(read_config(run), torch.device("cpu"), run))
         path.write_bytes(before)
@@ -189,6 +189,22 @@ def test_a_step_without_its_numbers_is_one_line(line, run):
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     refused(lambda: read_run(run))
     refused(lambda: examine(read_config(run), torch.device("cpu"), run))
+    refused(lambda: list(train(read_config(run), run, resume=True, device="cpu")))
+
+
+@pytest.mark.parametrize("seconds", ["x", None, [1.0], 1e999])
+def test_a_clock_that_says_no_time_is_one_line_when_a_run_is_resumed(seconds, run):
+    path = run / "timing.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 4, "seconds": seconds}) + "\n")
+    with pytest.raises(UserError, match=r"timing.jsonl holds a line that no run writes|not a JSON object"):
+        list(train(read_config(run), run, resume=True, device="cpu"))
+
+
+def test_the_line_that_is_none_is_shown(run):
+    path = run / "log.jsonl"
+    path.write_text(path.read_text() + '{"step": 99999999999999999999999, "loss": 1}\n')
+    with pytest.raises(UserError, match=r'log.jsonl holds a line that no run writes, \{"step": 9999.*: mend it'):
+        read_run(run)
 
 
 @pytest.mark.parametrize(

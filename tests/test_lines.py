@@ -33,7 +33,7 @@ class Narrow:
 
 @pytest.mark.parametrize("room", [0, 1, 11, 12, 13, 30])
 def test_lines_that_do_not_fit_wait_and_are_written_once_there_is_room(tmp_path, room):
-    lines = Lines(tmp_path / "log.jsonl")
+    lines = Lines(tmp_path / "log.jsonl", bool)
     lines.file = disk = Narrow(lines.file, room)
     for step in range(4):
         lines.add({"step": step})

@@ -84,7 +84,8 @@ def test_samples_are_not_labelled_as_often_as_in_other_data(trained, run_config,
     arguments = ["evaluate", tmp_path / "moved", "-n", "4", "--device", "cpu"]
     main([str(argument) for argument in arguments])
     next((tmp_path / "images/red").iterdir()).unlink()
-    assert "changed since" in refused(capsys, *arguments)
+    for command in (arguments, ["doctor", tmp_path / "moved"], ["maps", tmp_path / "moved", "--num", "1"]):
+        assert "changed since" in refused(capsys, *command)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _maps(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dit_in_dit import checkpoint
-    from dit_in_dit.data.source import locate, open_source
+    from dit_in_dit.evaluation.subject import open_source_of
     from dit_in_dit.figures import figure, save
     from dit_in_dit.maps.draw import figures
     from dit_in_dit.maps.findings import findings, not_shown
@@ -53,7 +53,7 @@ def _maps(options: argparse.Namespace) -> None:
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
     names = tuple(manifest["classes"])
     config, classes = sampling(options, config, names)
-    source = open_source(locate(config.data, manifest.get("data")), config.model)
+    source = open_source_of(options.run_folder, config)
     views = choose(source, config, options.num, options.times, classes)
     out: Path = options.out or results(options.run_folder, "maps")
     make_folder(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from dit_in_dit.mistakes import UserError, shortened
 from dit_in_dit.strict_json import parse_json
 
 SAMPLES = "samples.json"
+SHARD = re.compile(r"\d{5}/")  # a folder of images numbered by StyleGAN's or EDM2's tools
 MOST_LINK = 4096  # bytes of a path
 
 
@@ -114,6 +116,8 @@ class ImageFiles:
             raise UserError(f"cannot read {shown}: {shortened(error, 60)}; {WAY}") from None
         table = parse_json(content, shown, WAY)
         if not isinstance(table, dict) or "labels" not in table:
+            if all(SHARD.match(name, len(place) - len(TABLE)) for name in self.names):
+                raise UserError(f"{shown} has no labels, and folders such as 00000 are no classes: {WAY}")
             return None
         others.remove(place)
         labels, notes = table_labels(table["labels"], shown, place.removesuffix(TABLE), self.names)

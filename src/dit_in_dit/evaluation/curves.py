@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from dit_in_dit.checkpoint import read_config
 from dit_in_dit.config import RunConfig, UserError
+from dit_in_dit.mistakes import shortened
 from dit_in_dit.model import cost
 from dit_in_dit.section import Section, keys
 from dit_in_dit.stages import format_stages
 from dit_in_dit.strict_json import parse_lines
+from dit_in_dit.training.lines import MOST_STEP, check_lines, is_log_line
 
 Floats = NDArray[np.floating[Any]]
 
+ADVICE = "mend it, or leave the run out"
 CHUNK_BYTES = 1 << 20  # of a log, parsed at once
 LONGEST_NAME = 48  # characters of an arm's name; above it, folders' names are used
 BACKWARD = 3  # MACs of a training step over those of its forward pass: the backward pass costs two
@@ -79,11 +82,15 @@ def read_run(path: Path) -> Curve:
                     {name: values[columns["step"] <= back] for name, values in columns.items()} for columns in steps
                 ]
         trained, tested = _joined(steps), _columns(evaluations)
+        step = trained.pop("step", np.empty(0))
+        if not (np.append(step, tested.get("step", ())) <= MOST_STEP).all():
+            raise ValueError("a step is no step")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{log} is not a training log: {error}") from None
-    step = trained.pop("step", np.empty(0))
-    if not np.isfinite(np.append(step, tested.get("step", ()))).all():
-        raise UserError(f"{log} is not a training log: a step of it is no number")
+        if isinstance(error, UserError):
+            raise
+        for rows in _rows(log):  # only now: looking at every line takes longer than reading them
+            check_lines(rows, is_log_line, str(log), ADVICE)
+        raise UserError(f"{log} is not a training log: {shortened(error, 60)}; {ADVICE}") from None
     if (np.diff(step) <= 0).any():
         raise UserError(f"{log} goes back from step {step[:-1][np.diff(step) <= 0][0]:.0f}: it holds more than one run")
     absent = np.full(len(step), np.nan)
@@ -111,7 +118,7 @@ def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
         while lines := file.readlines(CHUNK_BYTES):
             if not lines[-1].endswith(b"\n"):
                 lines.pop()
-            yield parse_lines(lines, str(path), "mend it, or leave the run out")
+            yield parse_lines(lines, str(path), ADVICE)
 
 
 def _between_roll_backs(path: Path) -> Iterator[tuple[list[dict[str, Any]], int | None]]:

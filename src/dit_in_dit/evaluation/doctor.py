@@ -12,16 +12,18 @@ import torch
 
 from dit_in_dit import checkpoint
 from dit_in_dit.config import RunConfig, UserError
-from dit_in_dit.data.source import Source, locate, open_source
+from dit_in_dit.data.source import Source, open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.evaluation import behaviour, checks, learning
 from dit_in_dit.evaluation.checks import Finding, Line, Patient, Section, batches, take
 from dit_in_dit.evaluation.curves import read_run
+from dit_in_dit.evaluation.subject import open_source_of
 from dit_in_dit.figures import COLOURS, figure, save
 from dit_in_dit.model import cost
 from dit_in_dit.randomness import generator
 from dit_in_dit.strict_json import has_form, parse_lines
 from dit_in_dit.training.example import Batch, Examples
+from dit_in_dit.training.lines import ADVICE, check_lines, is_log_line
 from dit_in_dit.training.trainer import Trainer
 
 EXAMPLES = 256  # training examples looked at
@@ -82,8 +84,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     """The model as it starts, its loss on the first examples, then the weights of the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
     cost.check_fits(config.model, device)
-    data = locate(config.data, checkpoint.noted_data(run)) if run else config.data
-    source = open_source(data, config.model)
+    source = open_source_of(run, config) if run else open_source(config.data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
     numbers = config.model.channels * config.model.image_size[0] * config.model.image_size[1]
@@ -145,11 +146,12 @@ def _read_log(run: Path | None) -> list[Line]:
     if path is None or not path.exists():
         return []
     whole = path.read_bytes()
-    lines = parse_lines(whole[: whole.rfind(b"\n") + 1].splitlines(), str(path), "mend it, or start another run")
+    lines = parse_lines(whole[: whole.rfind(b"\n") + 1].splitlines(), str(path), ADVICE)
+    check_lines(lines, is_log_line, str(path), ADVICE)
     for line in lines:
         numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
         if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
-            raise UserError(f"{path} is not a training log: a step of it lacks a number; mend it, or start another run")
+            raise UserError(f"{path} is not a training log: a step of it lacks a number; {ADVICE}")
     read_run(path.parent)  # its held-out errors are numbers
     return lines
 

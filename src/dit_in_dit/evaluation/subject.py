@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from dit_in_dit.config import DataConfig, ModelConfig, RunConfig, UserError
 from dit_in_dit.data import latents
 from dit_in_dit.data.source import Source, check_unchanged, locate, open_source, record, size_of
 from dit_in_dit.evaluation.pixels import DRAWS
+from dit_in_dit.mistakes import shortened
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.randomness import generator
 from dit_in_dit.sampling import protocol, sample_batches, to_pixels
@@ -103,7 +104,7 @@ def run_subject(
     config, classes = configure(config, manifest["classes"])
     names: str | list[str] = [manifest["classes"][c] for c in classes]
     if config.model.num_classes and not classes:
-        classes, names = _common_labels(run, config, manifest.get("data")), "as often as in the training data"
+        classes, names = _common_labels(run, config), "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
@@ -123,14 +124,26 @@ def run_subject(
     return Subject(draw, shape, samples, about, model=model, config=config)
 
 
-def _common_labels(run: Path, config: RunConfig, noted: Mapping[str, str] | None) -> list[int]:
-    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes.
+def open_source_of(run: Path, config: RunConfig) -> Source:
+    """The data of a run, where they are now.
 
-    UserError where the data are no longer those that the run `noted`: its samples would be kept under other labels.
+    Raises:
+        UserError: they cannot be opened, or are no longer those that it was trained on.
     """
-    source = open_source(config.data, config.model)
+    noted = checkpoint.noted_data(run)
+    data = locate(config.data, noted)
+    try:
+        source = open_source(data, config.model)
+    except UserError as error:
+        raise UserError(f"the data of {shortened(run, 60)}: {error}") from None
     if noted:
-        check_unchanged(record(source, config.data), noted, str(run))
+        check_unchanged(record(source, data), noted, str(run))
+    return source
+
+
+def _common_labels(run: Path, config: RunConfig) -> list[int]:
+    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes."""
+    source = open_source_of(run, config)
     return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 

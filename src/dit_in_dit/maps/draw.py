@@ -22,6 +22,7 @@ from dit_in_dit.sampling import to_pixels
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NARROWEST, TITLE_LINE = 5.0, 0.19  # inches: a figure's width, and a line of its title
 CELL = 1.25  # inches of a picture
 COLUMNS, ROWS = 9, 6  # most pictures in a figure
 WEIGHTS = "GnBu"  # light is little
@@ -62,7 +63,11 @@ def _panels(rows: int, columns: int, size: float = CELL, aspect: float = 1.0, ri
 
 
 def _title(made: Figure, text: str) -> None:
-    made.suptitle(fill(text, int(10.5 * made.get_size_inches()[0])))
+    """A title with room of its own: one picture is narrower than its words."""
+    width, height = made.get_size_inches()
+    lines = fill(text, int(10.5 * max(width, NARROWEST)))
+    made.set_size_inches(max(width, NARROWEST), height + TITLE_LINE * lines.count("\n"))
+    made.suptitle(lines)
 
 
 def _aspect(model: ModelConfig) -> float:
@@ -169,6 +174,7 @@ def over_time(maps: Maps) -> Figure:
     """Entropy, weight on itself and distance of every layer over t; thin lines are single heads."""
     levels = [(name, level) for name, level in (("inner", maps.inner), ("outer", maps.outer)) if level]
     made, axes = figure(len(levels), 3, width=3.6, height=2.8)
+    times, mark = maps.views.times, "-" if len(maps.views.times) > 1 else "o"
     for (name, level), line in zip(levels, axes, strict=True):
         token, seen = ("sub-patch" if name == "inner" else "patch"), level.tokens.seen
         for axis, values, even, text in (
@@ -179,8 +185,9 @@ def over_time(maps: Maps) -> Figure:
             curves = values.mean((0, 4))  # K layers heads
             layers = _spread(len(level.blocks), len(COLOURS))
             for layer, colour in zip(layers, COLOURS, strict=False):
-                axis.plot(maps.views.times, curves[:, layer], color=colour, alpha=0.3, linewidth=0.8)
-                axis.plot(maps.views.times, curves[:, layer].mean(1), color=colour, label=f"block {layer}", linewidth=2)
+                mean, label = curves[:, layer].mean(1), f"block {layer}"
+                axis.plot(times, curves[:, layer], mark, color=colour, alpha=0.3, linewidth=0.8)
+                axis.plot(times, mean, mark, color=colour, label=label, linewidth=2)
             axis.axhline(even, color="0.4", linestyle=":", label="all alike")
             axis.set(xlabel="time t (1: noise)", ylabel=text, xlim=(0, 1))
             axis.set_ylim(0, None)
@@ -196,11 +203,14 @@ def outer(maps: Maps) -> Figure:
     patch = h // 2 * w + w // 2
     layers, columns = _spread(len(level.plan.layers), ROWS), _spread(len(plan.times), 5)
     made, axes = _panels(len(layers), len(columns) + 1, aspect=_aspect(model))
-    _title(made, "Where the middle patch looks at the outer level, mean over heads")
+    _title(
+        made,
+        "Where the middle patch looks at the outer level, mean over heads"
+        if level.reach.size
+        else "What outer attention looks at, mean over heads and patches",
+    )
     image = maps.views.images[plan.images[0]]
     values = level.reach[0, :, :, :, patch].mean(2) if level.reach.size else level.received[0].mean(2)
-    if not level.reach.size:
-        _title(made, "What outer attention looks at, mean over heads and patches")
     high = float(values.max())
     for layer, line in zip(layers, axes, strict=True):
         _show(line[0], image)

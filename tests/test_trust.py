@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from conftest import with_train
-from dit_in_dit import atomic, checkpoint, config, sealed, shipped
+from dit_in_dit import atomic, checkpoint, sealed, shipped
 from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
-from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash
+from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, to_yaml
 from dit_in_dit.interop.slim import export_slim
 from dit_in_dit.sampling import to_pixels
 from dit_in_dit.section import key, to_dict
@@ -47,7 +47,7 @@ def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, r
     path.write_text(path.read_text().replace("guidance: 2.0", "guidance: 3.0"))
     assert "guidance: 3.0" in path.read_text()
     out = tmp_path / "out"
-    (tmp_path / "new.yaml").write_text(config.to_yaml(run_config))
+    (tmp_path / "new.yaml").write_text(to_yaml(run_config))
     arguments = {
         "sample": ["sample", trained, "-n", "1", "--out", out],
         "evaluate": ["evaluate", trained, "-n", "4", "--out", out],
@@ -63,7 +63,7 @@ def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, r
 
 def test_a_config_that_is_only_written_otherwise_is_the_same(trained):
     path = trained / "config.yaml"
-    path.write_text("# mine\n" + config.to_yaml(checkpoint.read_config(trained)))
+    path.write_text("# mine\n" + to_yaml(checkpoint.read_config(trained)))
     checkpoint.load_model(trained, torch.device("cpu"))
 
 
@@ -128,7 +128,7 @@ def broken(trained):
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline", "init", "demo"])
 def test_nan_never_becomes_pixels_or_a_file(broken, run_config, tmp_path, capsys, command):
     out = tmp_path / "out"
-    (tmp_path / "new.yaml").write_text(config.to_yaml(run_config))
+    (tmp_path / "new.yaml").write_text(to_yaml(run_config))
     arguments = {
         "sample": ["sample", broken, "-n", "1", "--out", out],
         "evaluate": ["evaluate", broken, "-n", "4", "--out", out],
@@ -165,7 +165,7 @@ def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, ca
     from dit_in_dit import sampling
 
     monkeypatch.setattr(sampling, "sample", lambda model, config, count: torch.full((count, 3, 8, 8), torch.nan))
-    (tmp_path / "run.yaml").write_text(config.to_yaml(with_train(run_config, sample_every=3)))
+    (tmp_path / "run.yaml").write_text(to_yaml(with_train(run_config, sample_every=3)))
     main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"])
     assert capsys.readouterr().err.count("no grid of step") == 2
     assert checkpoint.newest(tmp_path / "run").manifest["step"] == 6
@@ -260,7 +260,7 @@ def test_commands_leave_a_shipped_model_as_it_is(tmp_path, monkeypatch, trained,
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
     assert (tmp_path / "evaluation/tiny/0000006/metrics.json").exists()
     assert (tmp_path / "maps/tiny/maps.html").exists()
-    (tmp_path / "new.yaml").write_text(config.to_yaml(with_train(run_config, steps=1)))
+    (tmp_path / "new.yaml").write_text(to_yaml(with_train(run_config, steps=1)))
     main(["train", "--config", "new.yaml", "--init", "tiny", "--out", "new", "--device", "cpu"])
     main(["match", "--config", "new.yaml", "--like", "tiny"])
 

@@ -115,8 +115,8 @@ class Gathered:
         """
         found = []
         for arm in self.plan.arms:
-            logs = {key: log for key, log in self.logs.items() if key[0] == arm.name}
-            if chosen := [log for key, log in logs.items() if key in self.done] or list(logs.values()):
+            own = {key: log for key, log in self.logs.items() if key[0] == arm.name}
+            if chosen := [log for key, log in own.items() if key in self.done] or list(own.values()):
                 found.append(curves.Arm(arm.name, {}, tuple(chosen)))
         return found
 
@@ -162,15 +162,15 @@ def gather(out: Path) -> Gathered:
         UserError: there is no study, a file of it is damaged, or its trials were not evaluated alike.
     """
     plan = read_plan(out)
-    results, folders, logs = {}, {}, {}
+    results, folders, read = {}, {}, {}
     for trial in plan.trials:
         key, folder = (trial.arm, trial.seed), out / "runs" / trial.key
         folders[key] = folder
         if result := read_result(folder):
             results[key] = result
         if (folder / "config.yaml").exists() and len((log := curves.read_run(folder)).step):
-            logs[key] = log
-    gathered = Gathered(plan, results, folders, logs)
+            read[key] = log
+    gathered = Gathered(plan, results, folders, read)
     _check_alike(plan, {folders[key]: result for key, result in gathered.done.items()})
     if "held_out" in gathered.metrics:
         check_comparable(gathered.arms_of_curves())

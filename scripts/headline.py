@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config import ModelConfig
-from dit_in_dit.figures import COLOURS, figure, save
-from dit_in_dit.stages import format_stages
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.reporting.plots import COLOURS, figure, save
 from dit_in_dit.study.metrics import ranked
 from dit_in_dit.study.statistics import Difference, difference
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_in_dit import figures, presets
+from dit_in_dit.config import presets
 from dit_in_dit.data.source import open_source
-from dit_in_dit.evaluation.corruptions import CORRUPTIONS
-from dit_in_dit.evaluation.evaluate import floats
-from dit_in_dit.evaluation.pixels import Pixels, score
-from dit_in_dit.sampling import beside, grid, to_pixels
+from dit_in_dit.metrics.corruptions import CORRUPTIONS
+from dit_in_dit.metrics.evaluate import floats
+from dit_in_dit.metrics.pixels import Pixels, score
+from dit_in_dit.reporting import plots
+from dit_in_dit.sampling.numbered import beside, grid, to_pixels
 
 STRENGTHS = {
     "blur": (0, 0.5, 0.8, 1.2, 2.0),
@@ -63,7 +64,7 @@ def main() -> None:
 
 def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
     """One panel per corruption: metrics down, strengths across, colour and number the multiple of the floor."""
-    made, axes = figures.figure(1, len(answers), width=3.0, height=5.2)
+    made, axes = plots.figure(1, len(answers), width=3.0, height=5.2)
     for axis, (name, rows) in zip(axes[0], answers.items(), strict=True):
         cells = np.array(list(rows.values()))
         axis.imshow(np.log2(np.maximum(cells, 1)), cmap="YlOrRd", vmin=0, vmax=6, aspect="auto")
@@ -76,7 +77,7 @@ def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.set(title=name, xlabel=UNITS[name])
         axis.grid(visible=False)
     made.suptitle("size of each metric, as a multiple of real against real")
-    figures.save(made, path)
+    plots.save(made, path)
 
 
 if __name__ == "__main__":

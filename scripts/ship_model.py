@@ -11,9 +11,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import main as command
-from dit_in_dit.interop.slim import PICTURE, export_slim, write_card
+from dit_in_dit.interop.release import PICTURE, export_slim, write_card
+from dit_in_dit.runs import checkpoint
 
 KEPT = ("metrics.json", "metrics.png", "nearest.png")  # of an evaluation; the images themselves can be drawn again
 

@@ -13,7 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_in_dit.config import DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import (
+    DataConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from dit_in_dit.model.nested import NestedDiT
 
 SHARDED = pytest.param(

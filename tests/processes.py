@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dit_in_dit.training.loop", "dit_in_dit.sampling", "processes"])
+CONTEXT.set_forkserver_preload(["dit_in_dit.training.loop", "dit_in_dit.sampling.numbered", "processes"])
 
 
 def free_port() -> int:

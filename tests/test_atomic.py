@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dit_in_dit import atomic, checkpoint
 from dit_in_dit.cli.options import make_folder
-from dit_in_dit.config import RunConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.runs import atomic, checkpoint
 
 
 def test_a_folder_is_written_beside_under_a_name_that_nobody_has(tmp_path):

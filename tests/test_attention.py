@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit import presets
+from dit_in_dit.config import presets
 from dit_in_dit.model import layers
 from dit_in_dit.model.layers import attend, most_sequences
 from dit_in_dit.model.nested import NestedDiT

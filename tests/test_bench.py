@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import small_model
-from dit_in_dit import inspect, presets
+from dit_in_dit import inspect
 from dit_in_dit.benchmark.attention import broadcast, matrices, ways
 from dit_in_dit.benchmark.experiments import Bench, experiments
 from dit_in_dit.benchmark.parts import INNER, kind_of, part_macs, part_seconds, parted, profiled
@@ -22,8 +22,10 @@ from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, in_turns, on_threads, stopwatch
 from dit_in_dit.cli import main
-from dit_in_dit.config import RunConfig, TrainConfig, UserError, to_yaml
-from dit_in_dit.model import cost
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, TrainConfig, to_yaml
+from dit_in_dit.inspection import cost
 from test_cli import lines_of
 
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 
 from conftest import with_train
-from dit_in_dit import checkpoint, sealed
-from dit_in_dit.config import RunConfig, UserError, override, to_yaml
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, override, to_yaml
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runs import checkpoint, integrity
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
 
@@ -137,7 +138,7 @@ def test_a_manifest_that_notes_data_of_another_form_is_damaged(tmp_path, data):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
     for noted, good in ((data, False), ({"digest": "a", "place": "b"}, True)):
-        (folder / "manifest.json").write_bytes(sealed.seal({**manifest, "data": noted}))
+        (folder / "manifest.json").write_bytes(integrity.seal({**manifest, "data": noted}))
         assert good_ones(tmp_path) == (["0000010"] if good else [])
 
 
@@ -146,7 +147,7 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
     for step in (10, 20):
         save(tmp_path, step)
     said = []
-    fsync, rename, write, verify = os.fsync, Path.rename, sealed.write, checkpoint.verify
+    fsync, rename, write, verify = os.fsync, Path.rename, integrity.write, checkpoint.verify
 
     def name(path) -> str:
         return str(Path(path).relative_to(tmp_path))
@@ -164,7 +165,7 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
 
     monkeypatch.setattr(os, "fsync", noted("sync", fsync, place))
     monkeypatch.setattr(Path, "rename", noted("rename", rename))
-    monkeypatch.setattr(sealed, "write", noted("write", write))
+    monkeypatch.setattr(integrity, "write", noted("write", write))
     monkeypatch.setattr(checkpoint, "verify", noted("verify", verify))
     save(tmp_path, 30)
     part, files = "checkpoints/0000030.part", ("state.safetensors", "ema.safetensors", "manifest.json")
@@ -218,7 +219,7 @@ def test_a_checkpoint_being_replaced_when_its_process_was_killed_is_found(tmp_pa
 def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
     for step in (10, 20):
         save(tmp_path, step)
-    write = sealed.write
+    write = integrity.write
 
     def lying(path, parts):
         told = write(path, parts)
@@ -226,7 +227,7 @@ def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoin
             flip(path)
         return told
 
-    monkeypatch.setattr(sealed, "write", lying)
+    monkeypatch.setattr(integrity, "write", lying)
     with pytest.raises(
         checkpoint.SaveError, match="reads otherwise than it was written; older checkpoints are as they"
     ):
@@ -245,7 +246,7 @@ def test_what_was_written_is_read_again_from_the_disk_and_not_from_memory(tmp_pa
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if pages_in_memory(path):
         pytest.skip("the tests' folder is on a file system that lives in memory")
-    sealed.write(path, [bytes(1 << 20)])
+    integrity.write(path, [bytes(1 << 20)])
     assert pages_in_memory(path) == 0
 
 

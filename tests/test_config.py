@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import small_model
-from dit_in_dit import presets
-from dit_in_dit.config import RunConfig, SampleConfig, UserError, changed, config_hash, from_yaml, override, to_yaml
-from dit_in_dit.section import to_dict
-from dit_in_dit.stages import ORDERS, format_stages, parse_stages
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import ORDERS, format_stages, parse_stages
+from dit_in_dit.config.run import RunConfig, SampleConfig, changed, config_hash, from_yaml, override, to_yaml
+from dit_in_dit.config.schema import to_dict
 
 
 @pytest.mark.parametrize("name", presets.NAMES)
@@ -34,7 +35,7 @@ def test_printed_config_explains_every_key():
 
 
 def test_config_is_read_without_torch():
-    code = "import sys, dit_in_dit.cli, dit_in_dit.presets; sys.exit('torch' in sys.modules)"
+    code = "import sys, dit_in_dit.cli, dit_in_dit.config.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import inputs, small_model
-from dit_in_dit import cost, inspect, presets
+from dit_in_dit import cost, inspect
+from dit_in_dit.config import presets
 from dit_in_dit.model.nested import NestedDiT
 from test_model import EVERY_CHOICE, PROGRAMS
 

@@ -15,12 +15,13 @@ from PIL import Image
 from conftest import small_model
 from dit_in_dit.cli import curves as command
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config import RunConfig, SampleConfig, TrainConfig, UserError, override, to_yaml
-from dit_in_dit.evaluation.convergence import held_out, reach, stability, tables
-from dit_in_dit.evaluation.curve_plots import draw
-from dit_in_dit.evaluation.curves import Arm, Curve, arms, notes, read_run
-from dit_in_dit.figures import COLOURS
-from dit_in_dit.model import cost
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig, override, to_yaml
+from dit_in_dit.curves.convergence import held_out, reach, stability, tables
+from dit_in_dit.curves.logs import Arm, Curve, arms, notes, read_run
+from dit_in_dit.curves.plots import draw
+from dit_in_dit.inspection import cost
+from dit_in_dit.reporting.plots import COLOURS
 
 CONFIG = RunConfig(
     model=small_model("outer*2 inner*1"),
@@ -86,7 +87,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path):
 
 
 def test_a_log_longer_than_a_chunk_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dit_in_dit.evaluation.curves.CHUNK_BYTES", 500)
+    monkeypatch.setattr("dit_in_dit.curves.logs.CHUNK_BYTES", 500)
     rows = steps(300, loss=lambda s: s / 7)
     for row in rows[200:]:
         row["grad_norm.spread"] = 3.0  # a part that is logged from here on
@@ -447,7 +448,7 @@ def test_smoothed_loss_is_the_mean_of_equal_windows(tmp_path: Path):
         shown[path.name] = page
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_in_dit.evaluation.curve_plots.save", keep)
+        patch.setattr("dit_in_dit.curves.plots.save", keep)
         draw(found, tmp_path)
     page = shown["loss.png"]
     assert "mean of 5 steps" in page.get_suptitle()

@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from conftest import with_train
-from dit_in_dit import track
-from dit_in_dit.checkpoint import read_config
-from dit_in_dit.config import UserError
-from dit_in_dit.evaluation import report
-from dit_in_dit.evaluation.chunks import claim
-from dit_in_dit.evaluation.curves import read_run
-from dit_in_dit.evaluation.doctor import examine
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.curves.logs import read_run
+from dit_in_dit.doctor.examine import examine
 from dit_in_dit.interop import diffusers_files
 from dit_in_dit.interop.card import evaluation_of
-from dit_in_dit.study.gather import gather, gather_search
+from dit_in_dit.metrics import report
+from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.jsonl import Lines
+from dit_in_dit.runs.shards import claim
 from dit_in_dit.study.plan import StudyConfig, read_plan
 from dit_in_dit.study.result import read_result
-from dit_in_dit.training.lines import Lines
+from dit_in_dit.study.results import gather, gather_search
+from dit_in_dit.training import trackers
 from dit_in_dit.training.loop import train
 from studies import plan_of, write_study
 
@@ -45,7 +45,7 @@ def study(tmp_path: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A run of four steps."""
     from conftest import small_model
-    from dit_in_dit.config import DataConfig, RunConfig
+    from dit_in_dit.config.run import DataConfig, RunConfig
 
     config = RunConfig(
         model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
@@ -119,8 +119,8 @@ def test_a_log_with_such_a_line_is_one_line(text, run):
 
 def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
     for text in TEXTS[:8]:
-        (run / track.KEPT).write_text(text)
-        refused(lambda: track.chosen(None, run))
+        (run / trackers.KEPT).write_text(text)
+        refused(lambda: trackers.chosen(None, run))
         (run / "evaluation" / "0000004").mkdir(parents=True, exist_ok=True)
         (run / "evaluation" / "0000004" / "metrics.json").write_text(text)
         assert evaluation_of(run, "0") is None
@@ -225,6 +225,6 @@ def test_an_evaluation_with_scores_of_another_kind_is_one_line(scores, tmp_path)
 
 @pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS[:9]), b"\xff\xfe{", b'{"a": 1}' + b" " * 100])
 def test_a_config_of_diffusers_that_is_none_or_has_no_end_is_one_line(content, tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_in_dit.strict_json.MOST_BYTES", 100)
+    monkeypatch.setattr("dit_in_dit.config.strict_json.MOST_BYTES", 100)
     (tmp_path / "config.json").write_bytes(content)
     refused(lambda: diffusers_files.read_json(tmp_path / "config.json"))

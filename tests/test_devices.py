@@ -16,14 +16,15 @@ import torch
 import torch.distributed as dist
 
 from conftest import SHARDED, with_train
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, DiffusionConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, DiffusionConfig
 from dit_in_dit.data.source import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runtime.deterministic import deterministic
 from dit_in_dit.training import distributed, loop
-from dit_in_dit.training.deterministic import deterministic
 from dit_in_dit.training.distributed import Whole
 from dit_in_dit.training.loop import pick_device, train
 from dit_in_dit.training.trainer import HELD_OUT_BATCH, Trainer
@@ -92,7 +93,7 @@ def test_the_same_bits_are_asked_for_before_anything_lies_on_the_device(run_conf
 
 
 def _train_on_a_full_disk(config, out):
-    from dit_in_dit.training.lines import Lines
+    from dit_in_dit.runs.jsonl import Lines
 
     def full(self):
         raise checkpoint.SaveError("no room for the log")
@@ -194,8 +195,8 @@ def without_float64(monkeypatch):
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 def test_no_float64_reaches_a_device(run_config, tmp_path, monkeypatch, without_float64, path):
-    from dit_in_dit.evaluation.doctor import examine
-    from dit_in_dit.sampling import sample
+    from dit_in_dit.doctor.examine import examine
+    from dit_in_dit.sampling.numbered import sample
 
     samplers = {"flow": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "dpm++", "unipc", "ddpm")}[path]
     how = replace(run_config.sample, sampler=samplers[0], steps=4)

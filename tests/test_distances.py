@@ -15,9 +15,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
-from dit_in_dit.config import UserError
-from dit_in_dit.evaluation import distances
-from dit_in_dit.evaluation.distances import (
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.metrics import feature_distances
+from dit_in_dit.metrics.feature_distances import (
     Moments,
     density_coverage,
     frechet,
@@ -28,7 +28,7 @@ from dit_in_dit.evaluation.distances import (
     precision_recall,
     read_reference,
 )
-from dit_in_dit.evaluation.features import open_network
+from dit_in_dit.metrics.feature_networks import open_network
 
 
 def normal(count: int, dimension: int, seed: int = 0, *, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_a_frechet_distance_is_called_fid_from_2048_images_on():
     assert frechet_name("inception", "spatial", 50_000) == "sFID"
     assert frechet_name("dinov2", "pool", 50_000) == "FD-DINOv2"
     assert frechet_name("inception", "pool", 2047) == "Frechet distance (N=2047)"
-    few = [frechet_name(*kind, 9) for kind in distances.NAMES]
+    few = [frechet_name(*kind, 9) for kind in feature_distances.NAMES]
     assert len(set(few)) == 3
     assert not any("FID" in name or "FD" in name for name in few)
 
@@ -216,7 +216,7 @@ def brute(real: np.ndarray, made: np.ndarray, k: int) -> dict[str, float]:
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block", [1, 700, 2**23])
 def test_neighbour_metrics_equal_brute_force_in_any_blocks(monkeypatch, k, block):
-    monkeypatch.setattr(distances, "BLOCK", block)
+    monkeypatch.setattr(feature_distances, "BLOCK", block)
     real, made = normal(90, 5), normal(70, 5, 1, shift=0.8, scale=0.7)
     expected = brute(real, made, k)
     assert precision_recall(real, made, k) == pytest.approx((expected["precision"], expected["recall"]), abs=1e-12)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import dit_in_dit
-from dit_in_dit import presets
 from dit_in_dit.cli import main, parser
-from dit_in_dit.config import override
+from dit_in_dit.config import presets
+from dit_in_dit.config.run import override
 from dit_in_dit.study.plan import candidates, configure, read
 
 ROOT = Path(__file__).parents[1]

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from conftest import small_model, with_train
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import doctor as command
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError, to_yaml
-from dit_in_dit.evaluation.behaviour import pattern, seam_peaks
-from dit_in_dit.evaluation.checks import expected_loss, forward_budget
-from dit_in_dit.evaluation.doctor import Report, examine
-from dit_in_dit.section import keys
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, to_yaml
+from dit_in_dit.config.schema import keys
+from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
+from dit_in_dit.doctor.examine import Report, examine
+from dit_in_dit.doctor.model_checks import pattern, seam_peaks
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -304,7 +305,7 @@ def test_shares_and_entropies_lie_between_zero_and_one(run):
 
 
 def test_large_models_get_fewer_images_and_no_probe():
-    from dit_in_dit import presets
+    from dit_in_dit.config import presets
 
     large, small = presets.get("dit-in-dit-xl2"), presets.get("emoji")
     assert forward_budget(large, CPU) == 2

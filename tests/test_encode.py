@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import small_model, with_train
-from dit_in_dit.checkpoint import load_model, read_config
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, SampleConfig, UserError, to_yaml
+from dit_in_dit.config.errors import LeftOutWarning, UserError
+from dit_in_dit.config.run import DataConfig, SampleConfig, to_yaml
+from dit_in_dit.data.encode import Encoding, decoder, encode
 from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import open_source
-from dit_in_dit.interop.encode import Encoding, decoder, encode
-from dit_in_dit.mistakes import LeftOutWarning
-from dit_in_dit.sampling import sample, to_pixels
-from dit_in_dit.training.example import Examples
+from dit_in_dit.runs.checkpoint import load_model, read_config
+from dit_in_dit.sampling.numbered import sample, to_pixels
+from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from test_cli import lines_of
 

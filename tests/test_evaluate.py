@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, UserError
-from dit_in_dit.evaluation import chunks
-from dit_in_dit.evaluation.chunks import first_difference
-from dit_in_dit.evaluation.report import compare
-from dit_in_dit.evaluation.subject import files_subject, reference
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig
+from dit_in_dit.metrics.report import compare
+from dit_in_dit.metrics.subject import files_subject, reference
+from dit_in_dit.runs import shards
+from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.training.loop import train
 
 
@@ -36,7 +37,7 @@ def run(tmp_path_factory, run_config_of) -> Path:
 def run_config_of(folder):
     """Makes trained runs."""
     from conftest import small_model
-    from dit_in_dit.config import RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 
     def make(root: Path, name: str, seed: int = 0, **data) -> Path:
         config = RunConfig(
@@ -82,7 +83,7 @@ def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
     with np.load(tmp_path / "a/samples.npz") as archive:
         assert archive["arr_0"].shape == (9, 8, 8, 3)
         assert archive["arr_0"].dtype == np.uint8
-        stored = np.concatenate(list(chunks.read(tmp_path / "a/samples", 9, 8, "images")))
+        stored = np.concatenate(list(shards.read(tmp_path / "a/samples", 9, 8, "images")))
         assert (archive["arr_0"] == stored).all()
     assert "swd.8" in capsys.readouterr().out
 
@@ -162,7 +163,7 @@ def test_a_folder_holds_one_evaluation_and_says_which_field_is_another(run, tmp_
 
 def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
     from conftest import small_model
-    from dit_in_dit.config import RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 
     config = RunConfig(
         model=replace(small_model("outer*1 inner*1", image_size=(16, 16)), num_classes=9),

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from conftest import perturbed, small_model, with_train
-from dit_in_dit.config import RateConfig, RunConfig
+from dit_in_dit.attention_maps.findings import missing
+from dit_in_dit.config.run import RateConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.evaluation import behaviour, checks, learning
-from dit_in_dit.evaluation.checks import Patient, Section, loss_at_start
-from dit_in_dit.evaluation.nearest import neighbours
-from dit_in_dit.maps.findings import missing
+from dit_in_dit.doctor import data_checks, model_checks, training_checks
+from dit_in_dit.doctor.data_checks import Patient, Section, loss_at_start
+from dit_in_dit.inspection.hooks import can_run_without_inner
+from dit_in_dit.metrics.memorization import neighbours
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.watch import can_run_without_inner
-from dit_in_dit.training.example import Batch
+from dit_in_dit.training.batches import Batch
 from test_doctor import set_already
 
 CPU = torch.device("cpu")
@@ -42,25 +42,25 @@ def advice(section: Section) -> str:
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1.0])
 def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
     for judge in ("_judge_rate", "_judge_gradients"):
-        monkeypatch.setattr(learning, judge, lambda *parts: None)
+        monkeypatch.setattr(training_checks, judge, lambda *parts: None)
     norms = [100.0 if step % 20 == 0 else 1.0 for step in range(200)]
     log = [{"step": n, "loss": 1.0, "grad_norm": norm, "grad_norm.head": norm} for n, norm in enumerate(norms, 1)]
-    said = advice(learning.training(patient(with_train(run_config, clip=clip), log=log)))
+    said = advice(training_checks.training(patient(with_train(run_config, clip=clip), log=log)))
     assert ("train.clip" in said) == (clip == 0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_is_added_or_raised(run_config, decay):
     tokens = torch.randn(4, 3, 8) * 1e5
-    seen = {0.5: behaviour.Observation({"outer_blocks.0": tokens}, {}, {}, {})}
-    said = advice(behaviour.activations(patient(with_train(run_config, weight_decay=decay)), seen))
+    seen = {0.5: model_checks.Observation({"outer_blocks.0": tokens}, {}, {}, {})}
+    said = advice(model_checks.activations(patient(with_train(run_config, weight_decay=decay)), seen))
     assert f"{'raise' if decay else 'add'} train.weight_decay" in said
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
 def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
-    seen = {0.5: behaviour.Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
-    said = advice(behaviour.attention(patient(run_config), seen))
+    seen = {0.5: model_checks.Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
+    said = advice(model_checks.attention(patient(run_config), seen))
     assert ("mixer=none" in said) == (level == "inner")
 
 
@@ -69,7 +69,7 @@ def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
 def test_a_seam_asks_for_what_would_see_further_and_is_not_there(mixer, embed):
     config = RunConfig(model=small_model(inner={"mixer": mixer, "embed": embed}))
     section = Section("seams")
-    behaviour._judge_seams(section, config.model, "patch", 2.0, 0.0, 100.0)
+    model_checks._judge_seams(section, config.model, "patch", 2.0, 0.0, 100.0)
     said = advice(section)
     assert not set_already(said, config)
     assert ("inner.embed=conv" in said) == (embed == "linear")
@@ -78,21 +78,21 @@ def test_a_seam_asks_for_what_would_see_further_and_is_not_there(mixer, embed):
 
 def test_a_seam_of_a_plain_model_asks_for_nothing_inner():
     section = Section("seams")
-    behaviour._judge_seams(section, small_model("outer*2"), "patch", 2.0, 0.0, 100.0)
+    model_checks._judge_seams(section, small_model("outer*2"), "patch", 2.0, 0.0, 100.0)
     assert "inner" not in advice(section)
 
 
 @pytest.mark.parametrize(("stages", "head"), [("inner outer", "outer"), ("outer inner", "inner")])
 def test_a_pattern_of_sub_patches_names_the_head_that_draws_them(stages, head):
     section = Section("seams")
-    behaviour._judge_seams(section, small_model(stages), "sub-patch", 0.0, 0.9, 1000.0)
+    model_checks._judge_seams(section, small_model(stages), "sub-patch", 0.0, 0.9, 1000.0)
     assert f"bias of the {head} head" in advice(section)
 
 
 @pytest.mark.parametrize(("check", "other"), [("gate", True), ("inner path", False)])
 def test_adding_the_inner_path_is_advised_where_it_is_not_added(run_config, check, other):
     section = Section("inner path", rows={"aggregates.0: share": {"t=0.5": 1e-5}})
-    behaviour._judge_share(section, patient(run_config), "aggregates.0", check, "here")
+    model_checks._judge_share(section, patient(run_config), "aggregates.0", check, "here")
     assert ("inner.fuse=add" in advice(section)) == other
 
 
@@ -105,22 +105,22 @@ def test_a_frozen_level_is_no_parameter_without_a_gradient(run_config):
     section = Section("training")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if learning.is_inner(name):
+            if training_checks.is_inner(name):
                 parameter.add_(1)
-    learning._judge_gradients(section, patient(config, trainer=trainer, initial=initial))
+    training_checks._judge_gradients(section, patient(config, trainer=trainer, initial=initial))
     assert not section.findings
-    learning._judge_gradients(section, patient(run_config, trainer=trainer, initial=initial))
+    training_checks._judge_gradients(section, patient(run_config, trainer=trainer, initial=initial))
     assert "never got a gradient" in section.findings[0].seen
 
 
 def test_bright_images_that_a_reader_has_scaled_are_no_fault():
     bright = torch.randint(128, 256, (8, 3, 8, 8)) / 127.5 - 1
     section = Section("data")
-    checks._judge_range(section, bright.float())
+    data_checks._judge_range(section, bright.float())
     assert not section.findings
     for given, said in ((bright.clamp(0, 1) * 0.77 + 0.111, "[0, 1]"), (torch.rand(8, 3, 8, 8) * 255, "[0, 255]")):
         section = Section("data")
-        checks._judge_range(section, given)
+        data_checks._judge_range(section, given)
         assert said in section.findings[0].seen
 
 

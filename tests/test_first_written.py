@@ -7,7 +7,7 @@ import torch
 
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.benchmark.first_written import FirstWritten, translated
-from dit_in_dit.config import UserError
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
 
 FIRST = [

@@ -9,28 +9,14 @@ import dit_in_dit
 
 ROOT = Path(dit_in_dit.__file__).parent
 FLOORS = (
-    {
-        "atomic",
-        "config",
-        "lock",
-        "presets",
-        "randomness",
-        "memory",
-        "precision",
-        "mistakes",
-        "sealed",
-        "section",
-        "shipped",
-        "stages",
-        "strict_json",
-        "strict_yaml",
-    },
-    {"model", "diffusion", "data"},
-    {"checkpoint", "recipe"},
-    {"training", "sampling", "figures"},
-    {"evaluation", "interop", "benchmark"},
-    {"study", "maps", "track"},
-    {"cli", "app"},
+    {"config"},
+    {"runtime", "model", "diffusion", "reporting"},
+    {"runs", "inspection"},
+    {"data", "curves", "sampling"},
+    {"training", "interop"},
+    {"metrics", "doctor", "benchmark"},
+    {"study", "attention_maps"},
+    {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -12,9 +12,9 @@ import pytest
 
 import test_data
 from conftest import small_model
-from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.config.errors import LeftOutWarning, UserError
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.source import count_classes, open_source
-from dit_in_dit.mistakes import LeftOutWarning
 from test_data import everything
 from test_tars import CLASSES, paths_of
 

@@ -8,9 +8,9 @@ import os
 
 import pytest
 
-from dit_in_dit import checkpoint
-from dit_in_dit.checkpoint import SaveError
-from dit_in_dit.training.lines import Lines, Log
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import SaveError
+from dit_in_dit.runs.jsonl import Lines, Log
 from dit_in_dit.training.loop import train
 
 

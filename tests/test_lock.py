@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from conftest import with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import UserError
-from dit_in_dit.lock import BusyError, LocklessWarning
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.lock import BusyError, LocklessWarning
 from dit_in_dit.training.loop import train
 
 TRY = (
-    "import sys; from pathlib import Path; from dit_in_dit import checkpoint\n"
+    "import sys; from pathlib import Path; from dit_in_dit.runs import checkpoint\n"
     "with checkpoint.hold(Path(sys.argv[1])): pass"
 )
 
@@ -65,7 +65,7 @@ def test_a_generator_that_is_dropped_frees_its_run(run_config, tmp_path):
 
 def test_a_child_does_not_keep_the_lock_of_a_killed_parent(run_folder):
     held = (
-        "import os, sys, time; from pathlib import Path; from dit_in_dit import checkpoint\n"
+        "import os, sys, time; from pathlib import Path; from dit_in_dit.runs import checkpoint\n"
         "with checkpoint.hold(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if child: print(child, flush=True)\n"

@@ -16,22 +16,23 @@ import torch
 from scipy import stats
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit import checkpoint
+from dit_in_dit.attention_maps import record as recording
+from dit_in_dit.attention_maps.figures import figures
+from dit_in_dit.attention_maps.findings import findings, fine_share, missing, not_shown
+from dit_in_dit.attention_maps.page import page, payload
+from dit_in_dit.attention_maps.record import Maps, Views, choose, inner_tokens, measure, outer_tokens, record
+from dit_in_dit.attention_maps.tokens import MOST_BYTES, evenly, joining, left_out, make_plan, size
 from dit_in_dit.cli import maps as command
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config import DiffusionConfig, InnerConfig, ModelConfig, RunConfig, SampleConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.presets import get
+from dit_in_dit.config.run import DiffusionConfig, InnerConfig, ModelConfig, RunConfig, SampleConfig
 from dit_in_dit.data.source import open_source
-from dit_in_dit.maps import record as recording
-from dit_in_dit.maps.draw import figures
-from dit_in_dit.maps.findings import findings, fine_share, missing, not_shown
-from dit_in_dit.maps.page import page, payload
-from dit_in_dit.maps.plan import MOST_BYTES, evenly, joining, left_out, make_plan, size
-from dit_in_dit.maps.record import Maps, Views, choose, inner_tokens, measure, outer_tokens, record
+from dit_in_dit.inspection.hooks import watch_attention, watch_contribution, watch_heads
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.watch import watch_attention, watch_contribution, watch_heads
-from dit_in_dit.presets import get
-from dit_in_dit.sampling import sample
-from dit_in_dit.training.example import held_out
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.sampling.numbered import sample
+from dit_in_dit.training.batches import held_out
 
 TIMES = (0.1, 0.5, 0.9)
 WIDE = (16, 24)  # 4x6 patches: the order of windows is not its own inverse
@@ -223,7 +224,7 @@ def test_samples_are_those_of_the_sampler_and_of_the_plain_dit():
 
 
 def views_noise(seed: int, index: int, model: ModelConfig) -> np.ndarray:
-    from dit_in_dit.randomness import generator
+    from dit_in_dit.runtime.seeding import generator
 
     return generator(seed, "sample", index).standard_normal((model.channels, *model.image_size), np.float32)
 

@@ -12,22 +12,23 @@ import pytest
 import torch
 
 from conftest import small_model
-from dit_in_dit import cost, presets
-from dit_in_dit.benchmark import Times, step_seconds
-from dit_in_dit.checkpoint import read_config
+from dit_in_dit import cost
+from dit_in_dit.benchmark.timing import Times, step_seconds
 from dit_in_dit.cli import main
-from dit_in_dit.config import (
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import (
     InnerConfig,
     ModelConfig,
     OuterConfig,
     RunConfig,
     TrainConfig,
-    UserError,
     from_yaml,
     override,
     to_yaml,
 )
-from dit_in_dit.shipped import find_run
+from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, match_arms, parameters, twin
 from dit_in_dit.study.plan import StudyConfig
 from test_cli import lines_of

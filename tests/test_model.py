@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.config import InnerConfig, ModelConfig, OuterConfig
+from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Mean, Weighted
 from dit_in_dit.model.condition import CONDITIONS
 from dit_in_dit.model.embed import EMBEDS, ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
 from dit_in_dit.model.layers import sincos
-from dit_in_dit.model.mixer import MIXERS
+from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
 
 GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"

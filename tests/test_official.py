@@ -22,17 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import small_model, with_train
-from dit_in_dit import checkpoint, presets, train
+from dit_in_dit import train
 from dit_in_dit.cli import main
-from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, SampleConfig
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import alpha_bar
 from dit_in_dit.interop.diffusers_dit import SCHEDULERS
-from dit_in_dit.interop.imported import KEPT, ORIGIN, export_diffusers, export_official, import_run
+from dit_in_dit.interop.import_run import KEPT, ORIGIN, export_diffusers, export_official, import_run
 from dit_in_dit.interop.official import expected
-from dit_in_dit.mistakes import UserError
 from dit_in_dit.model.layers import sincos
-from dit_in_dit.sampling import denoise, guided, sample
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.sampling.numbered import denoise, guided, sample
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
 CPU = torch.device("cpu")

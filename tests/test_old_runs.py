@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import dit_in_dit
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import main
-from dit_in_dit.config import config_hash
-from dit_in_dit.interop.slim import export_slim
-from dit_in_dit.sampling import sample
+from dit_in_dit.config.run import config_hash
+from dit_in_dit.interop.release import export_slim
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.study.plan import read_plan
 
 OLD = Path(__file__).parent / "old"  # written by version 0.1.0, before hashes had a version; never written again
@@ -36,7 +36,7 @@ def lines(path: Path) -> list[str]:
 
 
 def counts(study: Path) -> dict[str, int]:
-    from dit_in_dit.study.board import Board
+    from dit_in_dit.study.queue import Board
 
     return {state: count for state, count in Board(read_plan(study), study).counts().items() if count}
 
@@ -106,9 +106,9 @@ def test_a_version_with_more_keys_goes_on_with_what_the_first_one_wrote(old, tmp
     newer = tmp_path / "src/dit_in_dit"
     shutil.copytree(Path(dit_in_dit.__file__).parent, newer, ignore=shutil.ignore_patterns("__pycache__"))
     for file, before in (
-        ("config.py", '    fuse: Literal["add"'),
-        ("config.py", "    clip: float"),
-        ("config.py", "    spacing: Literal"),
+        ("config/run.py", '    fuse: Literal["add"'),
+        ("config/run.py", "    clip: float"),
+        ("config/run.py", "    spacing: Literal"),
         ("study/plan.py", "    prune: bool"),
     ):
         text = (newer / file).read_text()

@@ -47,8 +47,9 @@ main(sys.argv[1:])
 
 
 def test_a_source_tree_without_package_metadata_trains_and_notes_its_version(run_config, tmp_path):
-    from dit_in_dit import __version__, checkpoint
-    from dit_in_dit.config import to_yaml
+    from dit_in_dit import __version__
+    from dit_in_dit.config.run import to_yaml
+    from dit_in_dit.runs import checkpoint
 
     (tmp_path / "run.yaml").write_text(to_yaml(run_config))
     words = ["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"]
@@ -62,7 +63,7 @@ def test_a_source_tree_without_package_metadata_trains_and_notes_its_version(run
 
 def test_a_model_can_be_built_on_meta_before_anything_else_was():
     """In a fresh process: what a module imports at its first use must not be imported there."""
-    code = "from dit_in_dit import presets; from dit_in_dit.model import cost; import sys\n"
+    code = "from dit_in_dit.config import presets; from dit_in_dit.inspection import cost; import sys\n"
     code += "cost.held_bytes(presets.get('emoji').model); assert 'einops._torch_specific' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -38,20 +38,22 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from conftest import perturbed, small_model
-from dit_in_dit import checkpoint, sample
+from dit_in_dit import sample
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.data.encode import Decoder
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
-from dit_in_dit.interop.bundle import bundle
 from dit_in_dit.interop.card import evaluation_of
-from dit_in_dit.interop.encode import Decoder
-from dit_in_dit.interop.folder import export, pipeline_of
+from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.interop.remote_code import bundle
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.randomness import generator
-from dit_in_dit.sampling import denoise, guided, to_pixels
-from dit_in_dit.section import to_dict
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.numbered import denoise, guided, to_pixels
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
 WHOLE = 8  # samples of one micro-batch: of other numbers the last bits may differ
@@ -789,7 +791,7 @@ def test_the_pipeline_s_signature_holds_no_text():
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """Modules to bundle from, written for the test."""
-    monkeypatch.setattr("dit_in_dit.interop.bundle.PACKAGE", "planted")
+    monkeypatch.setattr("dit_in_dit.interop.remote_code.PACKAGE", "planted")
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(**sources: str) -> None:
@@ -797,7 +799,7 @@ def package(tmp_path, monkeypatch):
         (tmp_path / "planted").mkdir()
         for name, text in {"__init__": "", **sources}.items():
             (tmp_path / "planted" / f"{name}.py").write_text(text)
-        from dit_in_dit.interop.bundle import _read
+        from dit_in_dit.interop.remote_code import _read
 
         _read.cache_clear()
 
@@ -921,7 +923,7 @@ def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr("dit_in_dit.interop.folder.card", full)
+        broken.setattr("dit_in_dit.interop.export_pipeline.card", full)
         with pytest.raises(OSError, match="No space"):
             export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from dit_in_dit import presets
+from dit_in_dit.config import presets
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.source import open_source
-from dit_in_dit.evaluation import pixels
-from dit_in_dit.evaluation.corruptions import CORRUPTIONS
-from dit_in_dit.evaluation.detail import detail, scores
-from dit_in_dit.evaluation.evaluate import floats
-from dit_in_dit.evaluation.nearest import nearest, neighbours, thumbnails
-from dit_in_dit.evaluation.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
-from dit_in_dit.sampling import to_pixels
+from dit_in_dit.metrics import pixels
+from dit_in_dit.metrics.corruptions import CORRUPTIONS
+from dit_in_dit.metrics.detail import detail, scores
+from dit_in_dit.metrics.evaluate import floats
+from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
+from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
+from dit_in_dit.sampling.numbered import to_pixels
 
 COUNT = 128
 
@@ -303,6 +303,6 @@ def test_contrast_is_the_share_of_the_true_amplitude():
 
 def pixels_of(mosaic, truth, number):
     """Where a region alone is seen."""
-    from dit_in_dit.evaluation.detail import visible
+    from dit_in_dit.metrics.detail import visible
 
     return visible(mosaic, truth) == number

@@ -18,18 +18,20 @@ from torch import Tensor
 
 from autocast import CudaAutocast
 from conftest import inputs, perturbed, small_model
-from dit_in_dit import cli, presets, sample
-from dit_in_dit.config import DataConfig, RunConfig, UserError
-from dit_in_dit.evaluation.doctor import examine
-from dit_in_dit.evaluation.report import compare
-from dit_in_dit.interop.folder import export, pipeline_of
+from dit_in_dit import cli, sample
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.doctor.examine import examine
+from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.metrics.report import compare
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.precision import FULL, use_full_float32
-from dit_in_dit.shipped import shipped
-from dit_in_dit.study.gather import _check_alike
+from dit_in_dit.runs.pretrained import shipped
+from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.result import Result
+from dit_in_dit.study.results import _check_alike
 from dit_in_dit.training.loop import pick_device, train
 from dit_in_dit.training.trainer import Trainer
 from test_model import EVERY_CHOICE, PROGRAMS

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from dit_in_dit import presets
 from dit_in_dit.cli import main, parser
 from dit_in_dit.cli.options import chosen
-from dit_in_dit.config import UserError, first_difference, override
-from dit_in_dit.recipe import GPUS, recipe
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import first_difference, override
+from dit_in_dit.inspection.launch_plan import GPUS, recipe
 from test_cli import lines_of
 
 

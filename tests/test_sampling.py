@@ -13,10 +13,10 @@ import torch
 
 from conftest import perturbed, small_model
 from dit_in_dit import sample
-from dit_in_dit.config import DiffusionConfig, RunConfig, SampleConfig
+from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.diffusion.schedulers import SCHEDULERS, make_scheduler, set_steps
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sampling import grid, sample_batches, to_pixels, trajectory
+from dit_in_dit.sampling.numbered import grid, sample_batches, to_pixels, trajectory
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_pixels_cover_the_range():
 
 
 def test_a_protocol_names_the_times_that_once_were_those_of_the_installed_diffusers():
-    from dit_in_dit.sampling import protocol
+    from dit_in_dit.sampling.numbered import protocol
 
     def times(path, sampler):
         how = SampleConfig(sampler=sampler, steps=4)

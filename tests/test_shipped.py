@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import with_train
-from dit_in_dit import atomic, checkpoint, shipped
 from dit_in_dit.cli import main, parser
-from dit_in_dit.config import UserError, config_hash
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import config_hash
 from dit_in_dit.data.source import open_source
-from dit_in_dit.evaluation.doctor import examine
-from dit_in_dit.evaluation.evaluate import Evaluation, evaluate
-from dit_in_dit.evaluation.subject import reference, run_subject
-from dit_in_dit.interop.slim import export_slim, write_card
+from dit_in_dit.doctor.examine import examine
+from dit_in_dit.interop.release import export_slim, write_card
+from dit_in_dit.metrics.evaluate import Evaluation, evaluate
+from dit_in_dit.metrics.subject import reference, run_subject
+from dit_in_dit.runs import atomic, checkpoint, pretrained
 from dit_in_dit.training.loop import train
 from test_cli import lines_of
 
@@ -113,13 +114,13 @@ def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_p
 
 def test_a_shipped_run_is_found_by_its_name_unless_something_lies_there(run, tmp_path, monkeypatch):
     export_slim(run, tmp_path / "models" / "small")
-    monkeypatch.setattr(shipped, "PLACES", (tmp_path / "nowhere", tmp_path / "models"))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", tmp_path / "models"))
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(drawn("small", tmp_path / "a"), drawn(tmp_path / "models/small", tmp_path / "b"))
     main(["sample", "small", "--num", "1", "--device", "cpu"])
     assert (tmp_path / "samples/small/000000.png").exists()
     shutil.copytree(run, tmp_path / "small")
-    assert shipped.find_run("small") == Path("small")
+    assert pretrained.find_run("small") == Path("small")
     with pytest.raises(SystemExit):
         main(["sample", "smal", "--num", "1"])
 
@@ -155,7 +156,7 @@ def small(run, tmp_path, monkeypatch):
     out = tmp_path / "package" / "models" / "small"
     export_slim(run, out)
     main(["evaluate", str(out), "-n", "5", "--device", "cpu"])
-    monkeypatch.setattr(shipped, "PLACES", (tmp_path / "nowhere", out.parent))
+    monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", out.parent))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Path("RUN.yaml").write_text((run / "config.yaml").read_text())
@@ -185,8 +186,8 @@ def test_a_command_leaves_a_shipped_run_as_it_was_and_writes_into_the_working_fo
 
 
 def test_a_shipped_run_has_a_name_that_no_preset_takes(small, capsys, monkeypatch):
-    assert shipped.find_run("models/small") == shipped.find_run("small") == small
-    monkeypatch.setattr(shipped, "PLACES", (MODELS,))
+    assert pretrained.find_run("models/small") == pretrained.find_run("small") == small
+    monkeypatch.setattr(pretrained, "PLACES", (MODELS,))
     main(["presets"])
     listed, trained = capsys.readouterr().out.split("\n\n")
     assert {line.split()[0] for line in trained.splitlines()[1:]} == {f"models/{name}" for name in SHIPPED}
@@ -209,7 +210,7 @@ def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
     run = MODELS / name
-    assert shipped.shipped()[name].samefile(run)
+    assert pretrained.shipped()[name].samefile(run)
     assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < MOST_BYTES
     folder, manifest, passed_over = checkpoint.newest(run)
     assert not passed_over
@@ -227,7 +228,7 @@ def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
 
 
 def test_the_shipped_pair_costs_the_same_and_learnt_the_same_examples():
-    from dit_in_dit.model import cost
+    from dit_in_dit.inspection import cost
 
     a, b = (checkpoint.read_config(MODELS / name) for name in SHIPPED)
     assert cost.macs(a.model)["total"] == pytest.approx(cost.macs(b.model)["total"], rel=0.02)

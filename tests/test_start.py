@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from conftest import inputs, perturbed, small_model, with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import UserError, override
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import override
 from dit_in_dit.data.source import open_source
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.training.example import Examples
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.start import is_inner
 from dit_in_dit.training.trainer import Trainer
+from dit_in_dit.training.warm_start import is_inner
 
 ORDERS = {"first": "inner*2 outer*4", "interleaved": "(inner outer*2)*2", "last": "outer*4 inner*2"}
 

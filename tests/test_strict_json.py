@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_in_dit.config import UserError
-from dit_in_dit.strict_json import parse_json, read_json
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import parse_json, read_json
 
 BAD: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "not valid JSON"),
@@ -35,7 +35,7 @@ def test_files_that_cannot_be_read_or_have_no_end_cost_one_line(tmp_path, monkey
     for path, part in ((tmp_path, "Is a directory"), (tmp_path / "absent", "No such file"), (Path("a\0"), "null")):
         with pytest.raises(UserError, match=f"cannot read .*{part}"):
             read_json(path)
-    monkeypatch.setattr("dit_in_dit.strict_json.MOST_BYTES", 100)
+    monkeypatch.setattr("dit_in_dit.config.strict_json.MOST_BYTES", 100)
     with pytest.raises(UserError, match="at most 100 bytes"):
         read_json(Path("/dev/zero"))
 

@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 
 from conftest import with_train
-from dit_in_dit.checkpoint import read_config
 from dit_in_dit.cli import main
-from dit_in_dit.config import RunConfig, UserError, to_yaml
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.runs.checkpoint import read_config
 from dit_in_dit.study import plan as plans
-from dit_in_dit.study.begin import begin, make_plan
-from dit_in_dit.study.board import MOST_LOSSES, Board, LostError
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
+from dit_in_dit.study.planning import begin, make_plan
+from dit_in_dit.study.queue import MOST_LOSSES, Board, LostError
 from dit_in_dit.study.result import Result
-from dit_in_dit.study.run import work
+from dit_in_dit.study.worker import work
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -106,8 +107,8 @@ def test_assignments_reach_into_the_groups_of_a_study():
     [({"steps": 50}, 50), ({"images": 320}, 10), ({}, 4800), ({"macs": 3 * 32 * 1e9}, 48)],
 )
 def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
-    from dit_in_dit import presets
-    from dit_in_dit.model import cost
+    from dit_in_dit.config import presets
+    from dit_in_dit.inspection import cost
 
     study = StudyConfig(base="emoji", arms={"one": {}}, budget=budget)
     found = plans.configure(study, {}).train.steps
@@ -280,7 +281,7 @@ def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_p
         if config.train.learning_rate == 0.5:
             raise UserError("step 8: training diverged")
 
-    monkeypatch.setattr("dit_in_dit.study.run.train", diverges)
+    monkeypatch.setattr("dit_in_dit.study.worker.train", diverges)
     plan = finish(small(base, arms={"wild": {"train.learning_rate": 0.5}, "good": {}}), tmp_path)
     found = results(tmp_path)
     assert found["good-s0"].state == "done"
@@ -308,7 +309,7 @@ def test_pruning_stops_trials_that_are_worse_than_the_median(base, tmp_path, mon
         rate = read_config(run).train.learning_rate
         return [(step, 1 / rate) for step in range(2, 9, 2)]
 
-    monkeypatch.setattr("dit_in_dit.study.run._errors", errors)
+    monkeypatch.setattr("dit_in_dit.study.worker._errors", errors)
     rates = [5e-3, 4e-3, 3e-3, 2e-3, 1e-3, 1e-4, 6e-3]  # the median is known after five
     study = small(base, grid={"train.learning_rate": rates}, prune=True, set={"train.evaluate_every": 2})
     finish(study, tmp_path)
@@ -323,7 +324,7 @@ def test_pruning_stops_trials_that_are_worse_than_the_median(base, tmp_path, mon
 def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
-    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
     lost = dead.claim()
     assert lost is not None
@@ -344,7 +345,7 @@ def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(
 def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
-    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     busy, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
     claim = busy.claim()
     for number in range(5):
@@ -366,7 +367,7 @@ def test_a_trial_put_up_twice_is_done_once(base, tmp_path):
 def test_a_trial_that_takes_its_workers_with_it_is_given_up(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
-    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     for _ in range(MOST_LOSSES):
         board = Board(plan, tmp_path, lease=10)
         while (claim := board.claim()) is None:
@@ -401,7 +402,7 @@ def test_a_search_tries_no_more_than_it_should_whoever_asks(base, tmp_path):
 def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypatch):
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=2), tmp_path)
     clock = [0.0]
-    monkeypatch.setattr("dit_in_dit.study.board.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
     lost, own = dead.claim(), other.claim()
     other.done(own, "done", 1.0)

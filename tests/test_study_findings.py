@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_in_dit import presets
-from dit_in_dit.config import changed, to_yaml
-from dit_in_dit.study.begin import begin, make_plan
-from dit_in_dit.study.board import Board
-from dit_in_dit.study.gather import Gathered, gather
+from dit_in_dit.config import presets
+from dit_in_dit.config.run import changed, to_yaml
 from dit_in_dit.study.plan import StudyConfig
-from dit_in_dit.study.run import work
+from dit_in_dit.study.planning import begin, make_plan
+from dit_in_dit.study.queue import Board
+from dit_in_dit.study.results import Gathered, gather
 from dit_in_dit.study.summary import summarise
-from dit_in_dit.training.example import Batch, Examples
+from dit_in_dit.study.worker import work
+from dit_in_dit.training.batches import Batch, Examples
 
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

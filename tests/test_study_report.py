@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import yaml
 
-from dit_in_dit import presets
-from dit_in_dit.config import UserError, changed
-from dit_in_dit.evaluation.curves import read_run
-from dit_in_dit.model import cost
-from dit_in_dit.study.document import Cell, latex, latex_table, markdown_table
-from dit_in_dit.study.gather import gather
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import changed
+from dit_in_dit.curves.logs import read_run
+from dit_in_dit.inspection import cost
+from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial, describe
-from dit_in_dit.study.relative import relative
+from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import Report, report
+from dit_in_dit.study.results import gather
 from dit_in_dit.study.summary import summarise
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
 
@@ -334,7 +335,7 @@ def test_a_primary_metric_that_was_not_measured_is_said(tmp_path: Path):
 
 
 def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dit_in_dit.study.gather.MOST_DRAWN", 1)
+    monkeypatch.setattr("dit_in_dit.study.results.MOST_DRAWN", 1)
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({}))
     study = gather(out)
     assert [arm.name for arm in study.shown] == ["full", "plain"]

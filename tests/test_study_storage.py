@@ -14,10 +14,11 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from conftest import with_train
 from dit_in_dit.cli import main
-from dit_in_dit.config import RunConfig, UserError, to_yaml
-from dit_in_dit.study.board import Board
-from dit_in_dit.study.run import work
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.study.queue import Board
 from dit_in_dit.study.storage import AwayError, Storage, _reason, parse_url, show
+from dit_in_dit.study.worker import work
 from test_study import planned, results, small
 
 CPU = torch.device("cpu")

@@ -18,14 +18,15 @@ import pytest
 import torch
 import yaml
 
-from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, UserError, to_yaml
-from dit_in_dit.section import to_dict
-from dit_in_dit.study.begin import begin, make_plan
-from dit_in_dit.study.board import OUTCOME, Board
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.plan import Plan, StudyConfig
+from dit_in_dit.study.planning import begin, make_plan
+from dit_in_dit.study.queue import OUTCOME, Board
 from dit_in_dit.study.result import Result
-from dit_in_dit.study.run import work
+from dit_in_dit.study.worker import work
 from postgres import Server
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
     """Four arms with two seeds: eight trials of some seconds, with a checkpoint every tenth of them."""
     from conftest import small_model
-    from dit_in_dit.config import DataConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, SampleConfig, TrainConfig
 
     config = RunConfig(
         model=small_model("outer*2 inner*2", image_size=(8, 8), num_classes=3),

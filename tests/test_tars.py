@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import small_model
-from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.config.errors import LeftOutWarning, UserError
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.source import open_source
-from dit_in_dit.mistakes import LeftOutWarning
 from test_data import everything
 
 CLASSES = ("blue", "green", "red")

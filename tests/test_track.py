@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import with_train
 from dit_in_dit.cli import main
-from dit_in_dit.config import UserError
-from dit_in_dit.track import TRACKERS, chosen, told
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.training.loop import Fact, train
+from dit_in_dit.training.trackers import TRACKERS, chosen, told
 from test_cli import TINY, lines_of
 
 STEPS = 6
@@ -51,7 +51,7 @@ def run(tmp_path) -> Path:
 @pytest.fixture
 def no_curves(monkeypatch):
     """Drawing them takes seconds, and one test looks at them."""
-    monkeypatch.setattr("dit_in_dit.track._curves", lambda run: [])
+    monkeypatch.setattr("dit_in_dit.training.trackers._curves", lambda run: [])
 
 
 def twice(config, run: Path, names) -> dict[int, float]:
@@ -224,7 +224,7 @@ def test_the_command_tells_who_it_is_asked_to_and_goes_on_doing_so(no_curves, fo
     words = ["train", *TINY, "--set", f"data.source={folder}", "--out", str(run), "--device", "cpu"]
     assert "did you mean 'tensorboard'" in lines_of([*words, "--track", "tensorbord"], capsys)
     with monkeypatch.context() as patch:
-        patch.setattr("dit_in_dit.track.find_spec", lambda name: None)
+        patch.setattr("dit_in_dit.training.trackers.find_spec", lambda name: None)
         assert "pip install wandb" in lines_of([*words, "--track", "wandb"], capsys)
     assert not run.exists()
     main([*words, "--track", "tensorboard"])

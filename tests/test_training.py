@@ -20,14 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import small_model, with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, DiffusionConfig, UserError, to_yaml
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, to_yaml
 from dit_in_dit.data.source import open_source
-from dit_in_dit.lock import BusyError
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.randomness import generator
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.lock import BusyError
+from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.training.batches import Examples, image_number, load
 from dit_in_dit.training.ema import Ema, ema_decay
-from dit_in_dit.training.example import Examples, image_number, load
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer, learning_rate
 
@@ -274,7 +275,7 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, tmp_path):
     list(train(with_train(run_config, steps=3), tmp_path / "run"))
     hold = (
-        "import sys, time; from pathlib import Path; from dit_in_dit import checkpoint\n"
+        "import sys, time; from pathlib import Path; from dit_in_dit.runs import checkpoint\n"
         "with checkpoint.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)

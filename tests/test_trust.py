@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from conftest import with_train
-from dit_in_dit import atomic, checkpoint, sealed, shipped
 from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
-from dit_in_dit.config import RunConfig, TrainConfig, UserError, config_hash, to_yaml
-from dit_in_dit.interop.slim import export_slim
-from dit_in_dit.sampling import to_pixels
-from dit_in_dit.section import key, to_dict
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, TrainConfig, config_hash, to_yaml
+from dit_in_dit.config.schema import key, to_dict
+from dit_in_dit.interop.release import export_slim
+from dit_in_dit.runs import atomic, checkpoint, integrity, pretrained
+from dit_in_dit.sampling.numbered import to_pixels
 from dit_in_dit.training.loop import train
 
 
@@ -107,7 +108,7 @@ def test_a_key_that_came_later_counts_in_the_hash_only_where_it_is_set():
 
 def test_the_hash_of_a_config_is_the_one_that_was_written_down():
     assert config_hash(RunConfig()) == "baeaf33b0f8a7be0e35cb22089e4720a7ff3bcfc09b75a74e53588fe52cc12f7"
-    for run in shipped.shipped().values():
+    for run in pretrained.shipped().values():
         manifest = checkpoint.newest(run).manifest
         assert manifest["config"] == config_hash(checkpoint.read_config(run))
 
@@ -154,7 +155,7 @@ def test_pixels_are_of_finite_images_alone():
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_a_pipeline_gives_no_image_that_is_not_finite(broken, output_type):
-    from dit_in_dit.interop.folder import pipeline_of
+    from dit_in_dit.interop.export_pipeline import pipeline_of
 
     model, config, manifest = checkpoint.load_model(broken, torch.device("cpu"))
     with pytest.raises(UserError, match="NaN or infinity"):
@@ -162,9 +163,9 @@ def test_a_pipeline_gives_no_image_that_is_not_finite(broken, output_type):
 
 
 def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, capsys, monkeypatch):
-    from dit_in_dit import sampling
+    from dit_in_dit.sampling import numbered
 
-    monkeypatch.setattr(sampling, "sample", lambda model, config, count: torch.full((count, 3, 8, 8), torch.nan))
+    monkeypatch.setattr(numbered, "sample", lambda model, config, count: torch.full((count, 3, 8, 8), torch.nan))
     (tmp_path / "run.yaml").write_text(to_yaml(with_train(run_config, sample_every=3)))
     main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"])
     assert capsys.readouterr().err.count("no grid of step") == 2
@@ -239,7 +240,7 @@ def test_a_manifest_of_other_types_is_a_damaged_one(trained, change):
     folder = checkpoint.newest(trained).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
-    (folder / "manifest.json").write_bytes(sealed.seal({**manifest, **change}))
+    (folder / "manifest.json").write_bytes(integrity.seal({**manifest, **change}))
     with pytest.raises(checkpoint.DamagedError, match=r"manifest\.json is not what was written"):
         checkpoint.verify(folder)
     assert checkpoint.newest(trained).manifest["step"] == 3
@@ -251,7 +252,7 @@ def test_a_manifest_of_other_types_is_a_damaged_one(trained, change):
 def test_commands_leave_a_shipped_model_as_it_is(tmp_path, monkeypatch, trained, run_config):
     place = tmp_path / "package"
     shutil.copytree(trained, place / "tiny")
-    monkeypatch.setattr(shipped, "PLACES", (place,))
+    monkeypatch.setattr(pretrained, "PLACES", (place,))
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     main(["sample", "tiny", "-n", "2"])

@@ -16,13 +16,14 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPi
 from safetensors.torch import load_file
 
 from conftest import perturbed, small_model
-from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
+from dit_in_dit.data.encode import Decoder, Encoding, encode
 from dit_in_dit.data.latents import complete, read_index
 from dit_in_dit.data.source import open_source
-from dit_in_dit.interop.encode import Decoder, Encoding, encode
-from dit_in_dit.interop.folder import _open_vae, pipeline_of
+from dit_in_dit.data.vae import constants, factor, load_vae, moments
+from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
-from dit_in_dit.interop.vae import constants, factor, load_vae, moments
 from dit_in_dit.model.nested import NestedDiT
 from test_cli import lines_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_in_dit import checkpoint
-from dit_in_dit.cli import main, verify
+from dit_in_dit.cli import main, verify_resume
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.trainer import Trainer
 
 
@@ -15,7 +15,7 @@ def run(run_config, tmp_path, full, monkeypatch):
     """A run that has only begun; the command's own trainings run in this process, but when all is tried."""
     checkpoint.create(tmp_path / "run", run_config)
     if not full:
-        monkeypatch.setattr(verify, "_train", lambda arguments: main(["train", *arguments]))
+        monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     return tmp_path / "run"
 
 
@@ -33,7 +33,7 @@ def test_a_stopped_run_is_found_equal(run, capsys):
 
 
 def test_a_resume_that_forgets_something_is_found_different(run, capsys, monkeypatch):
-    monkeypatch.setattr(verify, "_train", lambda arguments: main(["train", *arguments]))
+    monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     whole = Trainer.restore
 
     def forgetful(self, state, ema, step):

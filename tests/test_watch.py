@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.model import aggregate, layers
-from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.watch import (
+from dit_in_dit.inspection.hooks import (
     attentions,
     can_run_without_inner,
     watch_aggregation,
@@ -23,6 +21,8 @@ from dit_in_dit.model.watch import (
     watch_heads,
     without_inner,
 )
+from dit_in_dit.model import aggregate, layers
+from dit_in_dit.model.nested import NestedDiT
 
 INTERLEAVED = "(inner outer)*2"
 

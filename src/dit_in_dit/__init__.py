@@ -5,25 +5,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_in_dit import presets as presets
-    from dit_in_dit.config import RunConfig as RunConfig
-    from dit_in_dit.config import UserError as UserError
-    from dit_in_dit.model import cost as cost
-    from dit_in_dit.model.inspect import inspect as inspect
+    from dit_in_dit.config import presets as presets
+    from dit_in_dit.config.errors import UserError as UserError
+    from dit_in_dit.config.run import RunConfig as RunConfig
+    from dit_in_dit.inspection import cost as cost
+    from dit_in_dit.inspection.trace import inspect as inspect
     from dit_in_dit.model.nested import NestedDiT as NestedDiT
-    from dit_in_dit.sampling import sample as sample
+    from dit_in_dit.sampling.numbered import sample as sample
     from dit_in_dit.training.loop import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "presets": ("dit_in_dit.presets", None),
-    "cost": ("dit_in_dit.model.cost", None),
-    "RunConfig": ("dit_in_dit.config", "RunConfig"),
-    "UserError": ("dit_in_dit.config", "UserError"),
-    "inspect": ("dit_in_dit.model.inspect", "inspect"),
+    "presets": ("dit_in_dit.config.presets", None),
+    "cost": ("dit_in_dit.inspection.cost", None),
+    "RunConfig": ("dit_in_dit.config.run", "RunConfig"),
+    "UserError": ("dit_in_dit.config.run", "UserError"),
+    "inspect": ("dit_in_dit.inspection.trace", "inspect"),
     "NestedDiT": ("dit_in_dit.model.nested", "NestedDiT"),
-    "sample": ("dit_in_dit.sampling", "sample"),
+    "sample": ("dit_in_dit.sampling.numbered", "sample"),
     "train": ("dit_in_dit.training.loop", "train"),
 }
 __all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", "sample", "train"]

@@ -33,11 +33,11 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from transformers import Dinov2Config, Dinov2Model
 
 from dit_in_dit.cli import main
-from dit_in_dit.config import UserError
-from dit_in_dit.evaluation import distances
-from dit_in_dit.evaluation.features import open_network
-from dit_in_dit.evaluation.pixels import DRAWS
-from dit_in_dit.randomness import generator
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.metrics import feature_distances
+from dit_in_dit.metrics.feature_networks import open_network
+from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.runtime.seeding import generator
 
 COUNT = 21  # images on each side; a network takes a fifth of a second for one
 BATCH = 7
@@ -253,7 +253,7 @@ def test_the_frechet_distance_of_as_many_images_as_numbers_equals_torch_fidelity
     network = open_network("inception", path, CPU)
     chunks = [[network(part)["pool"] for part in np.split(images, COUNT // BATCH)] for images in (made, real)]
     assert (np.concatenate(chunks[0]).std(0) > 0).sum() == 18
-    found = distances.frechet(*map(distances.moments, chunks))
+    found = feature_distances.frechet(*map(feature_distances.moments, chunks))
     expected = fidelity(made, real, path, fid=True)["frechet_inception_distance"]
     assert found == pytest.approx(expected, rel=1e-6)
 

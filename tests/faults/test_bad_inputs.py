@@ -20,12 +20,12 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, UserError
+from dit_in_dit.config.errors import LINE, UserError, one_line, shortened
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data import picture
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.picture import FORMATS, fit
 from dit_in_dit.data.source import open_source
-from dit_in_dit.mistakes import LINE, one_line, shortened
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import BAD, GOOD, encoded, files, png_of, training

@@ -15,9 +15,10 @@ import safetensors.torch
 import torch
 
 from conftest import small_model
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import main
-from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, TrainConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 
 FILES = ("ema.safetensors", "manifest.json", "state.safetensors")

@@ -20,8 +20,8 @@ import torch
 from calls import is_of_the_system
 
 from conftest import with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 
 DRAW = torch.Generator().manual_seed(0)

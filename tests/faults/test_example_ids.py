@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import with_train
-from dit_in_dit.config import RunConfig
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.training import loop
-from dit_in_dit.training.example import image_number
+from dit_in_dit.training.batches import image_number
 
 IMAGES = 30
 STEPS = 9

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import save_file
 
 from dit_in_dit.cli import main
-from dit_in_dit.config import UserError
-from dit_in_dit.interop.foreign import read_pt, read_safetensors
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.interop.safe_load import read_pt, read_safetensors
 
 
 class Call:

@@ -27,8 +27,8 @@ import pytest
 import torch
 from calls import is_of_the_system
 
-from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, RunConfig, TrainConfig, from_yaml, to_yaml
+from dit_in_dit.config.run import DataConfig, RunConfig, TrainConfig, from_yaml, to_yaml
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 
 MOST_SECONDS = 300.0  # of a life

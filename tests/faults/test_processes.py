@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import SHARDED, small_model, with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, UserError, to_yaml
-from dit_in_dit.training.example import Examples
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, to_yaml
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import check_world
 from processes import Together, run_together, trained
 
@@ -63,7 +64,7 @@ def test_the_examples_of_all_processes_are_those_of_one(run_config_plain, world,
 
 @pytest.fixture(scope="module")
 def run_config_plain():
-    from dit_in_dit.config import RunConfig
+    from dit_in_dit.config.run import RunConfig
 
     return RunConfig(model=small_model("outer inner"))
 

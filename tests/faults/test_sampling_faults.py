@@ -18,10 +18,9 @@ import torch
 from PIL import Image
 
 from conftest import small_model, with_train
-from dit_in_dit import checkpoint
 from dit_in_dit.cli import main
-from dit_in_dit.evaluation import chunks
-from dit_in_dit.sampling import sample_batches, to_pixels
+from dit_in_dit.runs import checkpoint, shards
+from dit_in_dit.sampling.numbered import sample_batches, to_pixels
 from dit_in_dit.training.loop import train
 
 NUM = 64
@@ -54,7 +53,7 @@ main(sys.argv[2:])
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, folder) -> Path:
     """A few steps that take every weight far from where it began; samples come in sixteen micro-batches."""
-    from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 
     config = RunConfig(
         model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
@@ -215,7 +214,7 @@ def test_a_folder_of_other_samples_is_refused_and_left_as_it_is(words, unbroken,
 def test_a_process_whose_share_does_not_come_is_not_waited_for_without_end(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(chunks, "PATIENCE", 0.3)
+    monkeypatch.setattr(shards, "PATIENCE", 0.3)
     with pytest.raises(SystemExit) as stop:
         main([*words, str(tmp_path / "drawn")])
     assert stop.value.code == 2
@@ -237,14 +236,14 @@ def test_an_evaluation_looks_at_the_very_images_that_are_drawn(run, words, tmp_p
     main([*words, str(tmp_path / "drawn"), "--classes", "red,green"])
     asked = ["evaluate", str(run), "--num", "10", "--classes", "red,green", "--device", "cpu"]
     main([*asked, "--out", str(tmp_path / "evaluated")])
-    images = np.concatenate(list(chunks.read(tmp_path / "evaluated/samples", 10, 4, "images")))
+    images = np.concatenate(list(shards.read(tmp_path / "evaluated/samples", 10, 4, "images")))
     for number, pixels in enumerate(images):
         assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / f"drawn/{number:06d}.png")))
 
 
 def test_latents_are_numbered_files_and_one_array_in_the_end_with_the_same_bits(tmp_path):
     """Pixels are rounded, latents are not: here the last bit counts."""
-    from dit_in_dit.config import DataConfig, RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 
     images = np.random.default_rng(0).standard_normal((12, 4, 8, 8), np.float32)
     np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(12) % 3)

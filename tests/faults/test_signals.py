@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from conftest import with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import to_yaml
+from dit_in_dit.config.run import to_yaml
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.training.interrupt import Interrupted, Stop
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.stop import Interrupted, Stop
 
 # Trains as the command does, tells the moment and waits there: a step, a save, a picture, the first step, data.
 DRIVER = """

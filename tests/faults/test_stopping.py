@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import with_train
-from dit_in_dit import checkpoint
-from dit_in_dit.config import DataConfig, RunConfig, override
+from dit_in_dit.config.run import DataConfig, RunConfig, override
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 
 STEPS = 8

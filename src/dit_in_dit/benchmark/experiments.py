@@ -13,15 +13,7 @@ from torch import Tensor
 
 from dit_in_dit.benchmark.attention import group_times
 from dit_in_dit.benchmark.first_written import check as check_first_written
-from dit_in_dit.benchmark.parts import (
-    INNER,
-    OUTER,
-    part_macs,
-    part_seconds,
-    parted,
-    per_mac,
-    profiled,
-)
+from dit_in_dit.benchmark.parts import INNER, OUTER, part_macs, part_seconds, parted, per_mac, profiled
 from dit_in_dit.benchmark.report import Goal, Parts, Ratio, Report
 from dit_in_dit.benchmark.subjects import (
     Make,
@@ -36,16 +28,9 @@ from dit_in_dit.benchmark.subjects import (
 )
 from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
-from dit_in_dit.benchmark.timing import (
-    Times,
-    best_product,
-    enough_memory,
-    in_turns,
-    stopwatch,
-    trainer_step,
-)
-from dit_in_dit.config import RunConfig, override
-from dit_in_dit.sampling import denoise, guided
+from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns, stopwatch, trainer_step
+from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.sampling.numbered import denoise, guided
 from dit_in_dit.training.loop import settled
 
 Experiment = tuple[str, Callable[[], None]]

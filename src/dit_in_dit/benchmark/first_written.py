@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.config import ModelConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.condition import FREQUENCIES
 from dit_in_dit.model.layers import sdpa, sincos
 

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dit_in_dit.benchmark.subjects import Subject
 from dit_in_dit.benchmark.timing import WARM_UP, clock, wait
-from dit_in_dit.config import RunConfig
-from dit_in_dit.model import cost
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
 
 INNER = ("inner_embed", "inner_blocks", "aggregate", "spread", "inner_head")  # the inner path

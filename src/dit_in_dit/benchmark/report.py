@@ -17,7 +17,7 @@ from dit_in_dit import __version__
 from dit_in_dit.benchmark.parts import SHOWN, shown
 from dit_in_dit.benchmark.subjects import Measured, to_dict
 from dit_in_dit.benchmark.sweep import Sweep
-from dit_in_dit.figures import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from dit_in_dit.benchmark.first_written import FirstWritten
 from dit_in_dit.benchmark.timing import Times, in_turns, kept_bytes, peak_bytes, stopwatch, wait
-from dit_in_dit.config import ModelConfig, RunConfig, UserError
-from dit_in_dit.memory import keep_freed_memory
-from dit_in_dit.model import cost
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training.loop import settled
 
 Make = Callable[[RunConfig], nn.Module]

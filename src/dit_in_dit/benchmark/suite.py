@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dit_in_dit import presets
-from dit_in_dit.config import InnerConfig, ModelConfig, OuterConfig, RunConfig, UserError, override
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig, override
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 
 from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
 from dit_in_dit.benchmark.timing import in_turns
-from dit_in_dit.config import ModelConfig, RunConfig, UserError, changed, nearest
+from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.run import ModelConfig, RunConfig, changed
 
 
 @dataclass(frozen=True)

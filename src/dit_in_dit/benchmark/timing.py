@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from dit_in_dit.config import ModelConfig, RunConfig, UserError
-from dit_in_dit.model import cost
-from dit_in_dit.training.example import Examples
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.inspection import cost
+from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import settled
 from dit_in_dit.training.trainer import Trainer
 

@@ -15,19 +15,19 @@ from dit_in_dit.cli import (
     doctor,
     encode,
     evaluate,
-    look,
+    inspect,
     maps,
     match,
     recipe,
-    run,
     sample,
     study,
-    verify,
+    train,
+    verify_resume,
 )
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.lock import LocklessWarning
-from dit_in_dit.mistakes import LeftOutWarning, UserError, hide_passwords, one_line
-from dit_in_dit.sealed import DamagedWarning
+from dit_in_dit.config.errors import LeftOutWarning, UserError, hide_passwords, one_line
+from dit_in_dit.runs.integrity import DamagedWarning
+from dit_in_dit.runs.lock import LocklessWarning
 
 _python_line = warnings.formatwarning
 
@@ -75,8 +75,8 @@ def parser() -> Parser:
     made.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
     commands = Commands(made)
     rooms = (
-        *(look, recipe, encode, convert, run, sample, evaluate),
-        *(curves, doctor, maps, match, study, bench, verify),
+        *(inspect, recipe, encode, convert, train, sample, evaluate),
+        *(curves, doctor, maps, match, study, bench, verify_resume),
     )
     for room in rooms:
         room.add(commands)

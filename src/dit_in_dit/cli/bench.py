@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, whole
-from dit_in_dit.config import RunConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
 
 if TYPE_CHECKING:
     from dit_in_dit.benchmark.report import Report
@@ -87,7 +88,7 @@ def _bench(options: argparse.Namespace) -> None:
     from dit_in_dit.benchmark.report import draw
     from dit_in_dit.benchmark.suite import SUITES, check
     from dit_in_dit.benchmark.timing import on_threads
-    from dit_in_dit.figures import figure
+    from dit_in_dit.reporting.plots import figure
     from dit_in_dit.study.match import match
     from dit_in_dit.training.loop import pick_device
 

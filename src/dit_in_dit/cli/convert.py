@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, whole
-from dit_in_dit.config import UserError
-from dit_in_dit.shipped import find_run
-from dit_in_dit.stages import format_stages
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.runs.pretrained import find_run
 
 FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from dit_in_dit.interop.imported import import_run
+    from dit_in_dit.interop.import_run import import_run
 
     config = import_run(
         options.source,
@@ -69,22 +69,22 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from dit_in_dit.interop import imported
+    from dit_in_dit.interop import import_run
 
     run, out, averaged = options.run_folder, options.out, not options.raw
     notes: list[str] = []
     if options.format == "official":
-        notes = imported.export_official(run, out, averaged=averaged)
-    elif options.format == "diffusers-dit" or (options.format == "diffusers" and imported.is_theirs(run)):
-        notes = imported.export_diffusers(run, out, averaged=averaged)
+        notes = import_run.export_official(run, out, averaged=averaged)
+    elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_theirs(run)):
+        notes = import_run.export_diffusers(run, out, averaged=averaged)
     elif options.format == "run":
-        from dit_in_dit.interop.slim import export_slim
+        from dit_in_dit.interop.release import export_slim
 
         if options.raw:
             raise UserError("--format run holds averaged weights: leave out --raw")
         export_slim(run, out, precision=options.precision, licence=options.licence)
     else:
-        from dit_in_dit.interop.folder import export
+        from dit_in_dit.interop.export_pipeline import export
 
         export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
     for note in notes:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.cli.options import Commands, make_folder
-from dit_in_dit.config import UserError
-from dit_in_dit.shipped import find_run, results
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs.pretrained import find_run, results
 
 
 def add(commands: Commands) -> None:
@@ -43,9 +43,9 @@ def _target(text: str) -> tuple[float, float]:
 
 
 def _curves(options: argparse.Namespace) -> None:
-    from dit_in_dit.evaluation.convergence import tables
-    from dit_in_dit.evaluation.curve_plots import draw
-    from dit_in_dit.evaluation.curves import arms, notes, read_run
+    from dit_in_dit.curves.convergence import tables
+    from dit_in_dit.curves.logs import arms, notes, read_run
+    from dit_in_dit.curves.plots import draw
 
     if not options.out and len(options.runs) > 1:
         raise UserError("curves of several runs belong to none of them: name a folder with --out DIR")

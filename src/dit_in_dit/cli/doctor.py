@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
-from dit_in_dit.config import UserError
-from dit_in_dit.shipped import find_run
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs.pretrained import find_run
 
 if TYPE_CHECKING:
-    from dit_in_dit.evaluation.doctor import Report
+    from dit_in_dit.doctor.examine import Report
 
 
 def add(commands: Commands) -> None:
@@ -27,8 +27,8 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from dit_in_dit import checkpoint
-    from dit_in_dit.evaluation.doctor import draw, examine
+    from dit_in_dit.doctor.examine import draw, examine
+    from dit_in_dit.runs import checkpoint
     from dit_in_dit.training.loop import pick_device
 
     run: Path | None = options.run_folder

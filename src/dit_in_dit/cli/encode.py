@@ -10,7 +10,8 @@ import shlex
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, whole
-from dit_in_dit.config import RunConfig, UserError, override
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, override
 
 
 def add(commands: Commands) -> None:
@@ -47,8 +48,8 @@ def _encode(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from dit_in_dit.data.encode import Encoding, encode
     from dit_in_dit.data.latents import read_index
-    from dit_in_dit.interop.encode import Encoding, encode
     from dit_in_dit.training.loop import pick_device
 
     device = pick_device(options.device)

@@ -20,8 +20,8 @@ from dit_in_dit.cli.options import (
     sampling,
     whole,
 )
-from dit_in_dit.config import UserError, nearest
-from dit_in_dit.shipped import find_run, results
+from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.runs.pretrained import find_run, results
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -73,12 +73,12 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from dit_in_dit.evaluation import distances, report
-    from dit_in_dit.evaluation.chunks import process
-    from dit_in_dit.evaluation.evaluate import evaluate, images_of, write_npz
-    from dit_in_dit.evaluation.features import open_network
-    from dit_in_dit.evaluation.subject import files_subject, reference, run_subject
-    from dit_in_dit.interop.encode import decoder
+    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.metrics import feature_distances, report
+    from dit_in_dit.metrics.evaluate import evaluate, images_of, write_npz
+    from dit_in_dit.metrics.feature_networks import open_network
+    from dit_in_dit.metrics.subject import files_subject, reference, run_subject
+    from dit_in_dit.runs.shards import process
     from dit_in_dit.training.loop import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
@@ -88,7 +88,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     weights = {"inception": options.weights, "dinov2": options.dinov2}
     networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)
-    statistics = distances.read_reference(options.statistics) if options.statistics else None
+    statistics = feature_distances.read_reference(options.statistics) if options.statistics else None
     if statistics and "inception" not in groups:
         raise UserError("--statistics is for FID: give --metrics inception with it")
     if (options.subject / "config.yaml").is_file():
@@ -134,7 +134,7 @@ def _follow(facts: Any) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dit_in_dit.evaluation.evaluate import Evaluation
+    from dit_in_dit.metrics.evaluate import Evaluation
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from dit_in_dit.evaluation.report import compare, draw_compared
+    from dit_in_dit.metrics.report import compare, draw_compared
 
     if len(options.evaluations) < 2:
         raise UserError("compare takes two evaluations or more")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
-from dit_in_dit.shipped import find_run, results
+from dit_in_dit.runs.pretrained import find_run, results
 
 MOST_TIMES = 99
 
@@ -39,13 +39,13 @@ def _maps(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dit_in_dit import checkpoint
-    from dit_in_dit.evaluation.subject import open_source_of
-    from dit_in_dit.figures import figure, save
-    from dit_in_dit.maps.draw import figures
-    from dit_in_dit.maps.findings import findings, not_shown
-    from dit_in_dit.maps.page import page
-    from dit_in_dit.maps.record import choose, record
+    from dit_in_dit.attention_maps.figures import figures
+    from dit_in_dit.attention_maps.findings import findings, not_shown
+    from dit_in_dit.attention_maps.page import page
+    from dit_in_dit.attention_maps.record import choose, record
+    from dit_in_dit.data.run_data import open_source_of
+    from dit_in_dit.reporting.plots import figure, save
+    from dit_in_dit.runs import checkpoint
     from dit_in_dit.training.loop import pick_device
 
     figure()  # first: without matplotlib there is nothing to wait for

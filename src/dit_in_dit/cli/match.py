@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
-from dit_in_dit.config import RunConfig, UserError, from_file, nearest, shortened, to_yaml
-from dit_in_dit.shipped import ROOM, find_run, shipped
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.run import RunConfig, from_file, to_yaml
+from dit_in_dit.runs.pretrained import ROOM, find_run, shipped
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
 
 
 def _match(options: argparse.Namespace) -> None:
-    from dit_in_dit.benchmark import estimate
+    from dit_in_dit.benchmark.timing import estimate
     from dit_in_dit.study.match import costs, match, quick_times
     from dit_in_dit.training.loop import pick_device
 
@@ -79,7 +80,7 @@ def _match(options: argparse.Namespace) -> None:
 
 def _named(name: str) -> RunConfig:
     """The preset, or the config in a YAML file or in a run's folder."""
-    from dit_in_dit.checkpoint import read_config
+    from dit_in_dit.runs.checkpoint import read_config
 
     if name in presets.NAMES:
         return presets.get(name)

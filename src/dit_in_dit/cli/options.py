@@ -11,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
-from dit_in_dit import presets
-from dit_in_dit.config import RunConfig, UserError, from_file, nearest, override, shortened
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.run import RunConfig, from_file, override
 
 MOST = 10**7  # images asked for at once
 

@@ -6,9 +6,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from dit_in_dit import presets
 from dit_in_dit.cli.options import Commands, whole
-from dit_in_dit.config import override
+from dit_in_dit.config import presets
+from dit_in_dit.config.run import override
 
 USUAL = (1, 8, 64)  # GPUs
 FEW = 8  # images in a forward pass, below which a GPU is likely to wait for its host
@@ -43,7 +43,7 @@ def _share(text: str) -> float:
 
 
 def _recipe(options: argparse.Namespace) -> None:
-    from dit_in_dit.recipe import GPUS, MFU, recipe
+    from dit_in_dit.inspection.launch_plan import GPUS, MFU, recipe
 
     config = override(presets.get(options.preset), options.set)
     mfu = options.mfu or MFU

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit import atomic
 from dit_in_dit.cli.options import (
     Commands,
     add_device,
@@ -21,8 +20,9 @@ from dit_in_dit.cli.options import (
     sampling,
     whole,
 )
-from dit_in_dit.config import UserError
-from dit_in_dit.shipped import find_run
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.pretrained import find_run
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +61,9 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from dit_in_dit import checkpoint
-    from dit_in_dit.evaluation import chunks
-    from dit_in_dit.interop.encode import decoder
-    from dit_in_dit.sampling import protocol, sample_batches
+    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.runs import checkpoint, shards
+    from dit_in_dit.sampling.numbered import protocol, sample_batches
     from dit_in_dit.training.loop import pick_device
 
     device = pick_device(options.device)
@@ -95,7 +94,7 @@ def _sample(options: argparse.Namespace) -> None:
         "made on": _made_on(device),
         **({"vae": decode.about()} if decode else {}),
     }
-    chunks.claim(out / IDENTITY, identity)
+    shards.claim(out / IDENTITY, identity)
 
     def there(part: range) -> bool:
         return all(path(index).exists() for index in part)
@@ -108,8 +107,8 @@ def _sample(options: argparse.Namespace) -> None:
                 atomic.write(path(index), _encoded(image, latents))
 
     size = config.sample.micro_batch
-    shared = chunks.share(options.num, -(-options.batch // size) * size, there, make)
-    if chunks.process()[0]:
+    shared = shards.share(options.num, -(-options.batch // size) * size, there, make)
+    if shards.process()[0]:
         for _ in shared:
             pass
         return
@@ -137,7 +136,7 @@ def _made_on(device: torch.device) -> dict[str, str]:
     """What else the last bits depend on. (The number of CPU threads was not seen to matter: docs/decisions.md.)"""
     import torch
 
-    from dit_in_dit.precision import FULL
+    from dit_in_dit.runtime.precision import FULL
 
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
@@ -148,7 +147,7 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.sampling import check_finite, picture, to_pixels
+    from dit_in_dit.sampling.numbered import check_finite, picture, to_pixels
 
     check_finite(image[None])
     content = io.BytesIO()
@@ -164,7 +163,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.sampling import grid, to_pixels
+    from dit_in_dit.sampling.numbered import grid, to_pixels
 
     if latents:
         images = np.stack([_read(path) for path in paths])

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_device, make_folder, whole
-from dit_in_dit.config import UserError
-from dit_in_dit.stages import format_stages
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import format_stages
 
 if TYPE_CHECKING:
-    from dit_in_dit.study.board import Board
     from dit_in_dit.study.plan import Plan, StudyConfig
+    from dit_in_dit.study.queue import Board
 
 STORAGE = "DIT_IN_DIT_STORAGE"  # the environment's name of a URL, whose password `ps` would show
 PATIENCE = 10.0  # seconds that workers have to give their trials back
@@ -108,7 +108,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace, study: StudyConfig, device: Any) -> Plan:
     from rich.console import Console
 
-    from dit_in_dit.study.begin import make_plan
+    from dit_in_dit.study.planning import make_plan
 
     with Console(stderr=True).status("matching the arms and timing a step of each"):
         return make_plan(Path(options.study).stem, study, device)
@@ -142,8 +142,8 @@ def _costs(plan: Plan) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.begin import begin
     from dit_in_dit.study.plan import read
+    from dit_in_dit.study.planning import begin
     from dit_in_dit.training.loop import pick_device
 
     study, device = read(options.study, options.set), pick_device(options.device)
@@ -162,7 +162,7 @@ def _run(options: argparse.Namespace) -> None:
 @contextmanager
 def _board(plan: Plan, options: argparse.Namespace) -> Iterator[Board]:
     """The study's board. A storage that is away is said on stderr, and after a lease ends the command."""
-    from dit_in_dit.study.board import Board
+    from dit_in_dit.study.queue import Board
     from dit_in_dit.study.storage import AwayError
 
     def say(line: str) -> None:
@@ -201,7 +201,7 @@ def _as_memory_allows(plan: Plan, device: Any) -> int:
     """Trials that fit at once, and on the CPU no more than its cores."""
     import torch
 
-    from dit_in_dit.study.run import memory
+    from dit_in_dit.study.worker import memory
 
     most = max(memory(arm.config) for arm in plan.arms)
     if device.type == "cuda":
@@ -244,7 +244,7 @@ def _said(counts: Counter[str]) -> str:
 
 def _alone(plan: Plan, out: Path, board: Board, device: Any) -> None:
     """Do the trials in this process."""
-    from dit_in_dit.study.run import work
+    from dit_in_dit.study.worker import work
 
     shown = 0.0
     with _progress(plan, board) as show, closing(work(plan, out, board, device)) as events, _terminated():

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config import DataConfig, ModelConfig
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
-from dit_in_dit.data.families import split
+from dit_in_dit.data.groups import split
 from dit_in_dit.data.names import left_out
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
-from dit_in_dit.mistakes import UserError, shortened
 
 MOST_GROWTH = 50  # of compressed arrays; pixels grow three times, zeros a thousand times
 

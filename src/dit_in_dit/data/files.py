@@ -11,7 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dit_in_dit.data.families import family
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.strict_json import parse_json
+from dit_in_dit.data.groups import family
 from dit_in_dit.data.labels import TABLE, WAY, find_table, label_names, table_labels
 from dit_in_dit.data.names import (
     HIDDEN,
@@ -26,8 +28,6 @@ from dit_in_dit.data.names import (
     wrapper,
 )
 from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, look_at
-from dit_in_dit.mistakes import UserError, shortened
-from dit_in_dit.strict_json import parse_json
 
 SAMPLES = "samples.json"
 SHARD = re.compile(r"\d{5}/")  # a folder of images numbered by StyleGAN's or EDM2's tools

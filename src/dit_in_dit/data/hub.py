@@ -7,9 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config import DataConfig, UserError, nearest
-from dit_in_dit.data.families import family
+from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles, file_size
+from dit_in_dit.data.groups import family
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import left_out
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.names import left_out, tidy
-from dit_in_dit.mistakes import UserError, shortened
-from dit_in_dit.strict_json import has_form
 
 TABLE = "dataset.json"
 WAY = "mend it, or rename it if it is none of StyleGAN, EDM2 or REPA"

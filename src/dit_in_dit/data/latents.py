@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
 from dit_in_dit.data.names import HIDDEN, left_out
 from dit_in_dit.data.picture import Array
-from dit_in_dit.mistakes import shortened
-from dit_in_dit.randomness import generator
-from dit_in_dit.strict_json import has_form, parse_json, read_json
+from dit_in_dit.runtime.seeding import generator
 
 INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.randomness import generator
+from dit_in_dit.runtime.seeding import generator
 
 LAYOUTS = ("disc", "square", "band")
 TEXTURES = {"fine": (2.6, 3.6), "medium": (3.6, 5.2), "coarse": (5.2, 8.0)}  # range of periods in pixels

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from dit_in_dit.mistakes import UserError, shortened
+from dit_in_dit.config.errors import UserError, shortened
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),

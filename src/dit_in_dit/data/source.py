@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,16 +11,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config import DataConfig, ModelConfig, UserError
+from dit_in_dit.config.errors import LeftOutWarning, UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data import hub, latents, tars
 from dit_in_dit.data.arrays import ArraySource, load_arrays
 from dit_in_dit.data.digest import digest_files, digest_values
-from dit_in_dit.data.families import split
 from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.groups import split
 from dit_in_dit.data.mosaic import CLASSES, TEXTURES, Mosaic
 from dit_in_dit.data.names import left_out
 from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
-from dit_in_dit.mistakes import LeftOutWarning, shortened
 
 MOSAIC_HELD_OUT = 512
 BUILT_IN = ("emoji", "mosaic")
@@ -106,50 +103,6 @@ def _open(data: DataConfig, model: ModelConfig) -> MosaicSource | ImageSource | 
         raise UserError(f"data.source: no such file or folder: {data.source}")
     arrays = path.suffix in (".npz", ".npy")
     return ArraySource(path, data, model) if arrays else ImageSource(path, data, model)
-
-
-def record(source: Source, data: DataConfig) -> dict[str, str]:
-    """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
-    place, path = data.source, _path(data.source)
-    if _is_here(place):
-        place = place.removesuffix(path) + os.path.abspath(path)
-    return {"digest": source.digest, "place": place}
-
-
-def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
-    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
-    record of a checkpoint, says that it was."""
-    if not noted or data.source in BUILT_IN or _is_here(data.source):
-        return data
-    return replace(data, source=noted["place"])
-
-
-def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
-    """Compare the record of a run's data with that of its checkpoint; a checkpoint without one is not compared.
-
-    Raises:
-        UserError: the images are not those that `what` was trained on.
-    """
-    if noted and data["digest"] != noted["digest"]:
-        raise UserError(
-            f"{shortened(data['place'], 60)} changed since {shortened(what, 60)} was trained on it: put its images "
-            "back, give their place (train --resume --data PLACE) or begin a new run (--init)"
-        )
-
-
-def _path(source: str) -> str:
-    return source.removeprefix(hub.PREFIX)
-
-
-def _is_here(source: str) -> bool:
-    """Whether a source is a path that this working folder has."""
-    path = _path(source)
-    if source in BUILT_IN or Path(path).exists():
-        return source not in BUILT_IN
-    try:
-        return path == source and bool(tars.find(path)[0])  # a pattern such as train-{000..009}.tar
-    except UserError:
-        return False
 
 
 def count_classes(data: DataConfig) -> int:

@@ -10,11 +10,10 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from dit_in_dit import atomic
-from dit_in_dit.config import UserError
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.data.names import HIDDEN, SUFFIXES, beside, follow, tidy
-from dit_in_dit.mistakes import shortened
-from dit_in_dit.strict_json import has_form, read_json
+from dit_in_dit.runs import atomic
 
 VERSION = 3  # of the index files
 BLOCK = tarfile.BLOCKSIZE

@@ -7,9 +7,9 @@ import re
 from glob import glob
 from pathlib import Path
 
-from dit_in_dit.config import UserError
-from dit_in_dit.data.families import family
+from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.groups import family
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import (
     HIDDEN,
@@ -23,7 +23,6 @@ from dit_in_dit.data.names import (
 )
 from dit_in_dit.data.picture import MOST_BYTES
 from dit_in_dit.data.tar_index import INDEX, example_key, extension, read_index
-from dit_in_dit.mistakes import shortened
 
 MOST_SHARDS = 100_000
 PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # are not read

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, quantity
 from dit_in_dit.diffusion.variance import bound, halves
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.config.run import DiffusionConfig
 
 DDPM_STEPS = 1000
 SMALLEST_DETERMINANT = 1e-3  # keeps conversions finite at the ends, where one unknown drops out

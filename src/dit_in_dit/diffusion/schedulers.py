@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit.config import DiffusionConfig
+from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.diffusion.path import DDPM_STEPS
 
 TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed

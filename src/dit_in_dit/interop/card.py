@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from dit_in_dit.config import RunConfig, UserError, changed, config_hash, to_yaml
-from dit_in_dit.model import cost
-from dit_in_dit.stages import format_stages
-from dit_in_dit.strict_json import has_form, read_json
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import RunConfig, changed, config_hash, to_yaml
+from dit_in_dit.config.strict_json import has_form, read_json
+from dit_in_dit.inspection import cost
 
 EVALUATION = {  # of metrics.json, what a card reads
     "subject": {"checkpoint": str},

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.interop.bundle import PACKAGE, bundle
+from dit_in_dit.interop.remote_code import PACKAGE, bundle
 
 # Classes that folders name, and where this package has them.
 INSTALLED = {

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.program import MOST_BLOCKS
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.interop.diffusers_files import INDEX, WEIGHTS, read_json, read_weights
-from dit_in_dit.interop.foreign import unwrapped
 from dit_in_dit.interop.official import PATCHES, POSITION, Found, Predicted, Weights
-from dit_in_dit.mistakes import UserError, nearest, shortened
+from dit_in_dit.interop.safe_load import unwrapped
 from dit_in_dit.model.layers import sincos
-from dit_in_dit.stages import MOST_BLOCKS
 
 CONFIG = "config.json"
 MOST_PATCHES = 256

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dit_in_dit import strict_json
-from dit_in_dit.interop.foreign import read_pt, read_safetensors
-from dit_in_dit.mistakes import UserError, shortened
+from dit_in_dit.config import strict_json
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.data.vae import WEIGHTS, variant_of
+from dit_in_dit.interop.safe_load import read_pt, read_safetensors
 
-WEIGHTS = "diffusion_pytorch_model"
 INDEX = "model_index.json"  # of a pipeline
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The names and values of a file. Raises UserError."""
     return strict_json.read_json(path, advice="give a folder of diffusers' DiTTransformer2DModel")
-
-
-def variant_of(folder: Path) -> str | None:
-    """The variant, such as fp16, of a folder that has no weights but these; None where it has others, or none.
-
-    Raises:
-        UserError: there are several, and nothing says which is meant.
-    """
-    names = [path.name for path in folder.glob(f"{WEIGHTS}*")]
-    single = (re.fullmatch(rf"{WEIGHTS}(?:\.(\w+))?\.(?:safetensors|bin)", name) for name in names)
-    several = (re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.(\w+))?\.json", name) for name in names)
-    variants = {match[1] for match in (*single, *several) if match}
-    if None in variants or not variants:
-        return None
-    if len(variants) > 1:
-        raise UserError(f"{folder} has its weights as {' and '.join(sorted(variants))}: leave one of them in a copy")
-    return str(variants.pop())
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -19,13 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_in_dit import presets
-from dit_in_dit.checkpoint import DTYPES
-from dit_in_dit.config import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
-from dit_in_dit.mistakes import UserError
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import MOST_BLOCKS
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.stages import MOST_BLOCKS
+from dit_in_dit.runs.checkpoint import DTYPES
 
 Weights = Mapping[str, Tensor]
 Kind = Literal["dit", "sit"]

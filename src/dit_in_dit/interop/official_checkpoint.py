@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dit_in_dit import presets
-from dit_in_dit.interop.foreign import read_pt, unwrapped
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.interop.official import Found, Kind, Predicted, Weights
-from dit_in_dit.mistakes import UserError
+from dit_in_dit.interop.safe_load import read_pt, unwrapped
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # weights in a file of several things
 TRAINED = ("model", "state_dict", "model_state_dict", "module")

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from dit_in_dit.config import DiffusionConfig, ModelConfig
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig
 from dit_in_dit.interop.carried import code_of
 from dit_in_dit.model.nested import NestedDiT
 

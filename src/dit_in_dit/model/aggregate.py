@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import Modulation, attend, attention_weights, norm, sincos
 
 

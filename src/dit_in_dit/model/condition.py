@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import norm
 
 FREQUENCIES = 256  # sinusoidal features of time, as in DiT

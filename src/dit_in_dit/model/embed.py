@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import sincos
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_in_dit.config import ModelConfig
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Spread
 from dit_in_dit.model.condition import CONDITIONS, LabelEmbed, TimeEmbed
 from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, Modulation
-from dit_in_dit.model.mixer import MIXERS, ConvMixer
+from dit_in_dit.model.mixers import MIXERS, ConvMixer
 
 Run = Callable[[Block, Tensor, Tensor], Tensor]
 

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from dit_in_dit.benchmark import Times, estimate, step_seconds
-from dit_in_dit.config import ModelConfig, RunConfig, UserError
-from dit_in_dit.model import cost
-from dit_in_dit.model.inspect import inspect
-from dit_in_dit.section import Section, keys
-from dit_in_dit.stages import MOST_BLOCKS, format_stages
+from dit_in_dit.benchmark.timing import Times, estimate, step_seconds
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import MOST_BLOCKS, format_stages
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.config.schema import Section, keys
+from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.trace import inspect
 from dit_in_dit.study.plan import Arm, StudyConfig, candidates, configure
 
 By = Literal["macs", "time", "params"]

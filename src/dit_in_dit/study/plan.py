@@ -16,11 +16,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dit_in_dit import presets
-from dit_in_dit.config import RunConfig, UserError, assigned, changed, from_file, nearest, shortened
-from dit_in_dit.section import Section, key, to_dict, to_hash
-from dit_in_dit.strict_json import has_form, parse_json
-from dit_in_dit.strict_yaml import read_yaml
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.run import RunConfig, assigned, changed, from_file
+from dit_in_dit.config.schema import Section, key, to_dict, to_hash
+from dit_in_dit.config.strict_json import has_form, parse_json
+from dit_in_dit.config.strict_yaml import read_yaml
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
@@ -331,7 +332,7 @@ def budgeted(
     study: StudyConfig, config: RunConfig, named: Mapping[str, Any], step_seconds: float | None = None
 ) -> RunConfig:
     """The config with the steps that the study's budget gives it."""
-    from dit_in_dit.model import cost
+    from dit_in_dit.inspection import cost
 
     train = config.train
     for kind, amount in study.budget.items():

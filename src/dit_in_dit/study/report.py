@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dit_in_dit.config import UserError
-from dit_in_dit.evaluation import curve_plots, curves
-from dit_in_dit.figures import COLOURS
-from dit_in_dit.study import pictures, relative, search_report, tables
-from dit_in_dit.study.document import (
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.curves import logs, plots
+from dit_in_dit.reporting.document import (
     Block,
     Bullets,
     Chapter,
@@ -21,9 +19,11 @@ from dit_in_dit.study.document import (
     to_html,
     to_markdown,
 )
-from dit_in_dit.study.gather import Gathered, gather, gather_search
+from dit_in_dit.reporting.plots import COLOURS
+from dit_in_dit.study import figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
+from dit_in_dit.study.results import Gathered, gather, gather_search
 from dit_in_dit.study.summary import summarise
 
 MATRIX = (
@@ -64,9 +64,9 @@ def report(out: Path) -> Report:
     (out / "figures").mkdir(exist_ok=True)
     if plan.study.search:
         searched = gather_search(out)
-        summary, chapters = search_report.summarise(searched), search_report.chapters(searched, out)
-        heads, rows, caption = search_report.paper(searched)
-        numbers = search_report.results(searched)
+        summary, chapters = search.summarise(searched), search.chapters(searched, out)
+        heads, rows, caption = search.paper(searched)
+        numbers = search.results(searched)
     else:
         study = gather(out)
         summary = [*summarise(study), *tables.not_finite(study)]
@@ -116,12 +116,12 @@ def _results(study: Gathered, out: Path) -> list[Block]:
     measured = study.primary in study.ranked
     if study.compared and measured:
         path = out / "figures" / "differences.png"
-        pictures.draw_forest(study, path)
+        figures.draw_forest(study, path)
         blocks += [Picture(path, f"Differences by the primary metric, {study.primary}."), tables.primary(study)]
     blocks += tables.means(study)
     if study.compared and study.ranked:
         path = out / "figures" / "metrics.png"
-        pictures.draw_matrix(study, path)
+        figures.draw_matrix(study, path)
         blocks += [Picture(path, MATRIX)]
         blocks += tables.differences(study)
     if len(study.compared) > len(study.drawn):
@@ -133,30 +133,30 @@ def _cost(study: Gathered, out: Path) -> list[Block]:
     if study.primary not in study.ranked:
         return []
     path = out / "figures" / "cost.png"
-    pictures.draw_pareto(study, path)
+    figures.draw_pareto(study, path)
     return [Picture(path, f"{study.primary} against what it costs.")]
 
 
 def _curves(study: Gathered, out: Path) -> list[Block]:
-    groups = [[replace(arm, name=pictures.label(arm.name)) for arm in group] for group in _groups(study)]
+    groups = [[replace(arm, name=figures.label(arm.name)) for arm in group] for group in _groups(study)]
     try:
         drawn = []
         for number, group in enumerate(groups, 1):
             folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
             folder.mkdir(exist_ok=True)
-            drawn += curve_plots.draw(group, folder)
+            drawn += plots.draw(group, folder)
     except UserError as error:  # their held-out errors are of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
     first: list[Block] = []
     against = out / "figures" / "relative.png"
-    if relative.draw_relative(study, against):
+    if relative_error.draw_relative(study, against):
         first.append(Picture(against, RELATIVE))
     clock = f" Time is of the machine that trained; {tables.BESIDE}."
     order = sorted(drawn, key=lambda path: (list(CURVES).index(path.stem), path))
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
 
 
-def _groups(study: Gathered) -> list[list[curves.Arm]]:
+def _groups(study: Gathered) -> list[list[logs.Arm]]:
     """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
     with, and the control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
@@ -190,5 +190,5 @@ def _samples(study: Gathered, out: Path) -> list[Block]:
         return []
     path = out / "figures" / "samples.png"
     order = {arm.name: rows[arm.name] for arm in study.shown if arm.name in rows}
-    pictures.draw_samples(order, path)
+    figures.draw_samples(order, path)
     return [Picture(path, "First seed of each arm: below each other, images of the same noise and class.")]

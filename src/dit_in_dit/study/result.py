@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_in_dit.config import UserError
-from dit_in_dit.strict_json import has_form, parse_json
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import has_form, parse_json
 
 STATES = ("done", "failed", "pruned")
 NOT_FINITE = ("nan", "inf", "-inf")

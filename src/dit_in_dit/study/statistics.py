@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.config import UserError
+from dit_in_dit.config.errors import UserError
 
 LEVEL = 0.95
 ROUNDING = 1e-12  # of the values: what differs by less is one number, computed twice

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from dit_in_dit import lock
-from dit_in_dit.config import UserError, shortened
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.runs import lock
 
 if TYPE_CHECKING:
     import io

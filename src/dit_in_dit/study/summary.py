@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from dit_in_dit.study import words
-from dit_in_dit.study.gather import Gathered
+from dit_in_dit.study import formatting
 from dit_in_dit.study.metrics import WORDS, direction, ranked
 from dit_in_dit.study.plan import Arm, Plan
+from dit_in_dit.study.results import Gathered
 from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
 
 FALSE = 1 - LEVEL
@@ -45,15 +45,15 @@ def _one_seed(study: Gathered) -> list[str]:
     if finite and direction(study.primary) != "listed":
         low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
         found.append(
-            f"By {_name(study)}, the arms lie between {words.number(finite[low])} ('{low}') and "
-            f"{words.number(finite[high])} ('{high}')."
+            f"By {_name(study)}, the arms lie between {formatting.number(finite[low])} ('{low}') and "
+            f"{formatting.number(finite[high])} ('{high}')."
         )
     return found
 
 
 def _primary(study: Gathered) -> list[str]:
     metric, many = study.primary, len(study.compared)
-    seeds = words.count(len(study.plan.study.seeds), "seed")
+    seeds = formatting.count(len(study.plan.study.seeds), "seed")
     if direction(metric) == "listed":
         return [f"The primary metric {metric} is neither better nor worse at any value: it is listed, not ranked."]
     if not study.compared:
@@ -61,22 +61,22 @@ def _primary(study: Gathered) -> list[str]:
     groups: dict[str, list[tuple[Arm, Difference]]] = {}
     for arm in study.compared:
         change = study.difference(arm, metric)
-        groups.setdefault(words.verdict(metric, change), []).append((arm, change))
+        groups.setdefault(formatting.verdict(metric, change), []).append((arm, change))
     marked = [*groups.pop("better", []), *groups.pop("worse", [])]
-    compared = f"{words.count(many, 'arm')} compared, {seeds} planned each"
+    compared = f"{formatting.count(many, 'arm')} compared, {seeds} planned each"
     found = [f"Primary metric: {_name(study)}; {compared}. A difference is seen for {len(marked) or 'none'} of them."]
     for arm, change in marked:
         found.append(
-            f"'{arm.name}' is {words.verdict(metric, change)} than '{arm.against}': "
-            f"{words.difference(metric, change)}, {_interval(study)} {words.interval(metric, change, wide=True)}, "
-            f"{len(change.seeds)} seeds."
+            f"'{arm.name}' is {formatting.verdict(metric, change)} than '{arm.against}': "
+            f"{formatting.difference(metric, change)}, {_interval(study)} "
+            f"{formatting.interval(metric, change, wide=True)}, {len(change.seeds)} seeds."
         )
     if unseen := groups.pop("no difference seen", []):
         few = len(unseen) <= MOST_NAMED
-        names = words.listing([arm.name for arm, _ in unseen]) if few else f"{len(unseen)} arms"
+        names = formatting.listing([arm.name for arm, _ in unseen]) if few else f"{len(unseen)} arms"
         found.append(f"No difference is seen for {names}. {_allowed(study, unseen)}")
     for verdict, members in groups.items():
-        found.append(f"{words.listing([arm.name for arm, _ in members])}: {verdict}.")
+        found.append(f"{formatting.listing([arm.name for arm, _ in members])}: {verdict}.")
     if unseen or marked:
         found.append(_strength(study, {len(change.seeds) for _, change in [*marked, *unseen]}))
     return found
@@ -89,12 +89,12 @@ def _interval(study: Gathered) -> str:
 
 def _allowed(study: Gathered, unseen: list[tuple[Arm, Difference]]) -> str:
     """How large the differences may be that were not seen."""
-    percents = [words.scale(study.primary, change) for _, change in unseen]
+    percents = [formatting.scale(study.primary, change) for _, change in unseen]
     ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
     if all(percents):
         most = max(end * (percent or 0) for end, percent in zip(ends, percents, strict=True))
         return f"That is no proof of equality: differences of up to {most:.{1 if most < 10 else 0}f} % fit the numbers."
-    return f"That is no proof of equality: differences of up to {words.number(max(ends), 2)} fit the numbers."
+    return f"That is no proof of equality: differences of up to {formatting.number(max(ends), 2)} fit the numbers."
 
 
 def _strength(study: Gathered, seeds: set[int]) -> str:
@@ -113,7 +113,7 @@ def _secondary(study: Gathered) -> list[str]:
         return []
     lines, metrics = [], set()
     for arm in study.compared:
-        verdicts = {name: words.verdict(name, study.difference(arm, name)) for name in others}
+        verdicts = {name: formatting.verdict(name, study.difference(arm, name)) for name in others}
         said = []
         for verdict in ("better", "worse"):
             names = [name for name, found in verdicts.items() if found == verdict]
@@ -122,7 +122,7 @@ def _secondary(study: Gathered) -> list[str]:
         if said:
             lines.append(f"Secondary: '{arm.name}' against '{arm.against}' is {'; '.join(said)}.")
     seen = f"some difference is seen in {len(metrics)}" if metrics else "a difference is seen in none"
-    chance = words.number(FALSE * len(others), 2)
+    chance = formatting.number(FALSE * len(others), 2)
     return [
         f"Secondary metrics: of {len(others)}, {seen}. Each is corrected for the number of arms only: of so many "
         f"metrics, about {chance} could show a difference by chance.",
@@ -137,7 +137,7 @@ def scope(plan: Plan) -> str:
     batch = _between([config.global_batch for config in configs], ",d")
     macs = _between([arm.cost["macs"] / 1e6 for arm in plan.arms], ",.4g")
     sources = ", ".join(dict.fromkeys(config.data.source for config in configs))
-    seeds = words.count(len(plan.study.seeds), "seed")
+    seeds = formatting.count(len(plan.study.seeds), "seed")
     return (
         f"Every trial: {steps} steps of {batch} images from {sources}, at {macs} million MACs per image (forward); "
         f"{seeds} planned for each arm. What is said holds for this size, budget and data, and no further."
@@ -156,7 +156,7 @@ def _unequal(plan: Plan) -> list[str]:
     for kind, name in kinds.items():
         gaps = [100 * arm.gap[kind] for arm in plan.arms if kind in arm.gap and arm.against != arm.name]
         if gaps and max(map(abs, gaps)) > 100 * study.tolerance:
-            found.append(f"{name} {words.signed(min(gaps))} to {words.signed(max(gaps))} %")
+            found.append(f"{name} {formatting.signed(min(gaps))} to {formatting.signed(max(gaps))} %")
     matched = f"Matched by {kinds[study.match]}" if study.match != "none" else "Nothing is matched"
     within = f"within {100 * study.tolerance:g} % of what an arm is compared with"
     return [f"{matched}. Not {within}: {', '.join(found)}."] if found else []
@@ -172,10 +172,10 @@ def _missing(study: Gathered) -> list[str]:
     found = []
     if lost:
         found.append(
-            f"Seeds of {words.listing([*lost])} failed or were pruned: what is said of these arms is of the seeds that "
-            "were left, which flatters them."
+            f"Seeds of {formatting.listing([*lost])} failed or were pruned: what is said of these arms is of the seeds "
+            "that were left, which flatters them."
         )
     if states:
         parts = ", ".join(f"{amount} {state}" for state, amount in states.items())
-        found.append(f"Incomplete: of {words.count(len(study.folders), 'trial')}, {parts}; they are listed below.")
+        found.append(f"Incomplete: of {formatting.count(len(study.folders), 'trial')}, {parts}; they are listed below.")
     return found

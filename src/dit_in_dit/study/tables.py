@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.evaluation.convergence import DEFINITIONS, reach, stability
-from dit_in_dit.evaluation.curves import Curve
-from dit_in_dit.section import to_dict
-from dit_in_dit.stages import format_stages
-from dit_in_dit.study import words
-from dit_in_dit.study.document import Cell, Table
-from dit_in_dit.study.gather import Gathered
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.curves.convergence import DEFINITIONS, reach, stability
+from dit_in_dit.curves.logs import Curve
+from dit_in_dit.reporting.document import Cell, Table
+from dit_in_dit.study import formatting
 from dit_in_dit.study.metrics import TITLES, direction
 from dit_in_dit.study.plan import Arm, Plan
+from dit_in_dit.study.results import Gathered
 
 BESIDE = "other trials may have run beside"  # whatever the clock said
 FLOOR = "real against real"
@@ -84,7 +84,9 @@ def _cost_row(study: Gathered, arm: Arm, scales: Mapping[str, float]) -> list[st
     row = [arm.name, "-" if itself else arm.against, format_stages(model.program), str(model.outer.width), inner]
     for kind, scale in scales.items():
         amount = f"{arm.cost[kind] * scale:.4g}" if kind in arm.cost else "-"
-        row.append(amount if itself or kind not in arm.gap else f"{amount} ({words.signed(100 * arm.gap[kind])} %)")
+        row.append(
+            amount if itself or kind not in arm.gap else f"{amount} ({formatting.signed(100 * arm.gap[kind])} %)"
+        )
     changed = "; ".join(f"{name}: {before} to {after}" for name, (before, after) in arm.matched.items())
     spent = seconds(study, arm.name)
     return [*row, "-" if spent is None else f"{spent:,.0f}", changed or "-"]
@@ -109,10 +111,16 @@ def primary(study: Gathered) -> Table:
     rows: list[list[str | Cell]] = []
     for arm in study.compared:
         found = study.difference(arm, metric)
-        row: list[str | Cell] = [arm.name, _verdict(words.verdict(metric, found)), words.difference(metric, found)]
-        row += [words.interval(metric, found, wide=wide) or "-" for wide in ((True, False) if many > 1 else (False,))]
-        row += [words.number(found.p, 2), words.estimate(study.estimate(arm.name, metric)), arm.against]
-        rows.append([*row, words.estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
+        row: list[str | Cell] = [
+            arm.name,
+            _verdict(formatting.verdict(metric, found)),
+            formatting.difference(metric, found),
+        ]
+        row += [
+            formatting.interval(metric, found, wide=wide) or "-" for wide in ((True, False) if many > 1 else (False,))
+        ]
+        row += [formatting.number(found.p, 2), formatting.estimate(study.estimate(arm.name, metric)), arm.against]
+        rows.append([*row, formatting.estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
     note = (
         "Difference: arm less the other, seed by seed; in percent of the other's mean. Student's t over the seeds that "
         f"both have. A verdict is better or worse where the {_interval(study)} excludes zero. p is of the single "
@@ -155,8 +163,8 @@ def differences(study: Gathered) -> list[Table]:
 
 def _difference(study: Gathered, arm: Arm, metric: str) -> Cell:
     found = study.difference(arm, metric)
-    verdict, between = words.verdict(metric, found), words.interval(metric, found, wide=True)
-    text = words.difference(metric, found) + (f" ({between})" if between else "")
+    verdict, between = formatting.verdict(metric, found), formatting.interval(metric, found, wide=True)
+    text = formatting.difference(metric, found) + (f" ({between})" if between else "")
     return _verdict(verdict, f"{text} {verdict}" if found.marked else text)
 
 
@@ -165,12 +173,12 @@ def means(study: Gathered) -> list[Table]:
     tables = []
     for group, metrics in study.metrics.items():
         rows: list[list[str | Cell]] = [
-            [arm.name, *(words.estimate(study.estimate(arm.name, metric)) for metric in metrics)]
+            [arm.name, *(formatting.estimate(study.estimate(arm.name, metric)) for metric in metrics)]
             for arm in study.plan.arms
         ]
         floors = [study.floor(metric) for metric in metrics]
         if any(floor is not None for floor in floors):
-            rows.append([Cell(FLOOR, "soft"), *(Cell(words.number(floor), "soft") for floor in floors)])
+            rows.append([Cell(FLOOR, "soft"), *(Cell(formatting.number(floor), "soft") for floor in floors)])
         note = "Mean over seeds ± half of its 95% interval (Student's t)."
         tables.append(Table(["arm", *metrics], rows, TITLES[group], note))
     return tables
@@ -227,7 +235,7 @@ def _stability(curves: Sequence[Curve]) -> list[str]:
     largest = max((f.largest_gradient for f in found if f.largest_gradient is not None), default=None)
     clipped = [f.clipped for f in found if f.clipped is not None]
     share = f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"
-    return [*(f"{amount:,d}" for amount in sums), words.number(largest), share]
+    return [*(f"{amount:,d}" for amount in sums), formatting.number(largest), share]
 
 
 def missing(study: Gathered) -> Table:
@@ -248,14 +256,14 @@ def paper(study: Gathered) -> tuple[list[str], list[list[str]], str]:
         cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
         for metric in shown:
             marked = arm.against != arm.name and study.difference(arm, metric).marked
-            cells.append(words.estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
+            cells.append(formatting.estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
         rows.append(cells)
     done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
     fewest, most = min(done), max(done)
-    seeds = words.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    seeds = formatting.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
     marks = (
         f"; mean ± half of its 95% interval. † differs from what it is compared with ({study.plan.control.name} unless "
-        f"said otherwise): paired t interval, corrected for {words.count(len(study.compared), 'comparison')}, "
+        f"said otherwise): paired t interval, corrected for {formatting.count(len(study.compared), 'comparison')}, "
         "excludes zero"
     )
     caption = f"{study.plan.study.question or study.plan.name} {seeds} for each arm"
@@ -302,7 +310,7 @@ def held_out_curves(study: Gathered) -> str:
 def not_finite(study: Gathered) -> list[str]:
     """Arms and metrics whose values are not all finite numbers."""
     return [
-        f"'{arm.name}': {metric} is not finite in {words.count(bad, 'seed')}."
+        f"'{arm.name}': {metric} is not finite in {formatting.count(bad, 'seed')}."
         for arm in study.plan.arms
         for metric in study.ranked
         if (bad := sum(not math.isfinite(value) for value in study.values(arm.name, metric).values()))

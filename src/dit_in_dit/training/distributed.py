@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dit_in_dit.mistakes import UserError
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
 
 T = TypeVar("T")

@@ -14,17 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dit_in_dit import checkpoint
-from dit_in_dit.config import RunConfig, UserError, first_difference
-from dit_in_dit.data.source import check_unchanged, locate, open_source, record
-from dit_in_dit.model import cost
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, first_difference
+from dit_in_dit.data.run_data import check_unchanged, locate, record
+from dit_in_dit.data.source import open_source
+from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.precision import use_full_float32
-from dit_in_dit.training.deterministic import deterministic as deterministic_algorithms
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.jsonl import Clock, Log
+from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
+from dit_in_dit.runtime.precision import use_full_float32
+from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.distributed import World, join
-from dit_in_dit.training.example import Batch, Examples, end_workers, image_number, load
-from dit_in_dit.training.lines import Clock, Log
-from dit_in_dit.training.stop import Interrupted, Stop
+from dit_in_dit.training.interrupt import Interrupted, Stop
 from dit_in_dit.training.trainer import Trainer
 
 FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged: no wait per step

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dit_in_dit.config import RunConfig, TrainConfig, UserError
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, TrainConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
-from dit_in_dit.memory import keep_freed_memory
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.runtime.memory import keep_freed_memory
+from dit_in_dit.training.batches import Batch, held_out
 from dit_in_dit.training.distributed import Whole, World, everywhere, local, shard, spread
 from dit_in_dit.training.ema import Ema
-from dit_in_dit.training.example import Batch, held_out
-from dit_in_dit.training.start import begin_with, is_inner
+from dit_in_dit.training.warm_start import begin_with, is_inner
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 HELD_OUT_BATCH = 64  # images in one of its forward passes, at most: a function of the config, not of the processes

@@ -1,0 +1,172 @@
+"""Maps as one HTML page that needs no network: arrays as text in it, drawn by the script of `page.html`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+
+from dit_in_dit.attention_maps.figures import spectra
+from dit_in_dit.attention_maps.findings import findings, missing, not_shown
+from dit_in_dit.attention_maps.record import Array, Level, Maps
+from dit_in_dit.attention_maps.tokens import SHOWN, evenly, left_out
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.sampling.numbered import picture, to_pixels
+
+STRIP = 9  # steps of a sampling strip
+DATA = "/*DATA*/null"
+
+
+def page(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> str:
+    """The page's HTML."""
+    template = (files("dit_in_dit.attention_maps") / "page.html").read_text()
+    data = json.dumps(payload(maps, classes, title, step), separators=(",", ":"), allow_nan=False)
+    return template.replace(DATA, data.replace("<", "\\u003c"))  # no text of the user's can end the script
+
+
+def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict[str, Any]:
+    """What the page's script draws from."""
+    model, plan, views = maps.config.model, maps.plan, maps.views
+    n, k = list(plan.images), list(plan.times)
+    names = [classes[y] if model.num_classes and y < len(classes) else "" for y in views.labels]
+    pictures = [maps.noisy, maps.estimate] + ([] if maps.without is None else [maps.without])
+    return {
+        "title": title,
+        "about": f"{format_stages(model.program)}, step {step:,}: {model.patches} patches"
+        + (f" of {model.sub_patches} sub-patches" if model.blocks("inner") else "")
+        + f", {views.split} images, no guidance",
+        "findings": findings(maps),
+        "left_out": left_out(model, plan, len(views.images), len(views.times)),
+        "missing": missing(model),
+        "not_shown": not_shown(model),
+        "times": [views.times[j] for j in k],
+        "all_times": list(views.times),
+        "images": [{"name": names[i], "number": views.numbers[i]} for i in n],
+        "grid": list(model.grid),
+        "sub_grid": model.sub_grid,
+        "clean": _sheet(views.images[n][None]),
+        "pictures": [_sheet(np.stack([kind[i, k] for kind in pictures])) for i in n],
+        "inner": None if maps.inner is None else _level(maps.inner, n, k),
+        "outer": _level(maps.outer, n, k),
+        "aggregation": {
+            name: {"kind": model.inner.aggregate, "maps": _bytes(found.maps[np.ix_(n, k)], 2)}
+            for name, found in maps.aggregation.items()
+            if model.inner.aggregate in ("attention", "concat")
+        },
+        "weighted": {
+            name: _rounded(found.position[0, 0])
+            for name, found in maps.aggregation.items()
+            if model.inner.aggregate == "weighted"
+        },
+        "contribution": {name: _floats(share[np.ix_(n, k)]) for name, share in maps.contribution.items()},
+        "contribution_curves": {name: _rounded(share.mean((0, 2))) for name, share in maps.contribution.items()},
+        **_draws(maps, classes),
+    }
+
+
+def _level(level: Level, n: list[int], k: list[int]) -> dict[str, Any]:
+    layers = list(level.plan.layers)
+
+    def per_patch(values: Array) -> dict[str, Any]:
+        kept = values[np.ix_(n, k, layers)]
+        return _floats(kept if level.plan.heads else kept.mean(3, keepdims=True))
+
+    return {
+        "blocks": level.blocks,
+        "layers": layers,
+        "heads": level.entropy.shape[3],
+        "each_head": level.plan.heads,
+        "per_patch": level.tokens.per_patch,
+        "seen": level.tokens.seen,
+        "even_distance": level.tokens.even_distance,
+        "grid": level.tokens.grid,
+        "places": level.tokens.places.ravel().tolist() if level.reach.size else [],
+        "group": _group_of_patch(level),
+        "entropy": per_patch(level.entropy),
+        "own": per_patch(level.own),
+        "distance": per_patch(level.distance),
+        "received": _bytes(level.received, 1),
+        "inside": _bytes(level.inside, 2) if level.inside.size else None,
+        "reach": _bytes(level.reach, 1) if level.reach.size else None,
+        "curves": {
+            name: _rounded(values.mean((0, 4)).transpose(1, 2, 0))  # layers heads K
+            for name, values in (("entropy", level.entropy), ("own", level.own), ("distance", level.distance))
+        },
+    }
+
+
+def _group_of_patch(level: Level) -> list[int]:
+    groups = np.zeros(level.tokens.patches.size, int)
+    groups[level.tokens.patches] = np.arange(len(level.tokens.patches))[:, None]
+    return groups.tolist()
+
+
+def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
+    found, how = maps.draws, maps.config.sample
+    labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in found.labels]
+    calls = list(evenly(tuple(range(len(found.times))), STRIP))
+    given: dict[str, Any] = {
+        "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g}",
+        "labels": labels,
+        "strip_times": [found.times[c] for c in calls],
+        "strips": [
+            _sheet(np.stack([x[calls, i] for x in (found.noisy, found.estimate)])) for i in range(found.noisy.shape[1])
+        ],
+    }
+    if found.off is not None and maps.without is not None:
+        rows = {"inner on": found.on, "inner off": found.off, "difference": found.on - found.off}
+        given["on_off"] = _sheet(np.stack(list(rows.values())))
+        given["spectra"] = {name: _rounded(spectra(images[:, None])[1][0]) for name, images in rows.items()}
+        frequency, power = spectra(maps.estimate - maps.without)
+        given["frequency"], given["change"] = _rounded(frequency), _rounded(power[list(maps.plan.times)])
+    return given
+
+
+# ----------------------------------------------------------------------------------------- as text
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _floats(values: Array) -> dict[str, Any]:
+    """Little-endian float32."""
+    return {"shape": values.shape, "floats": _text(values.astype("<f4").tobytes())}
+
+
+def _bytes(values: Array, axes: int) -> dict[str, Any]:
+    """A byte a value from 0 to the largest of its block, the last `axes` axes; the largest as floats."""
+    blocks = tuple(range(values.ndim - axes, values.ndim))
+    most = values.max(blocks, keepdims=True, initial=0)
+    levels = np.rint(values / np.maximum(most, 1e-30) * 255).astype(np.uint8)
+    return {"shape": values.shape, "bytes": _text(levels.tobytes()), "most": _text(most.astype("<f4").tobytes())}
+
+
+def _rounded(values: NDArray[Any]) -> Any:
+    """Nested lists of five digits."""
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
+def _sheet(images: Array) -> dict[str, Any]:
+    """Pictures (rows, columns, C, H, W) as one image in text, with the size of each: PNG, or JPEG of large ones,
+    which are shown at `SHOWN` pixels."""
+    rows, columns = images.shape[:2]
+    tiles = [picture(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]
+    width, height = tiles[0].size
+    if small := max(width, height) > SHOWN:
+        scale = SHOWN / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        tiles = [tile.resize((width, height), Image.Resampling.LANCZOS) for tile in tiles]
+    pixels = np.stack([np.asarray(tile.convert("RGB")) for tile in tiles])
+    sheet = Image.fromarray(rearrange(pixels, "(r c) h w n -> (r h) (c w) n", r=rows, c=columns))
+    file, kind = io.BytesIO(), "JPEG" if small else "PNG"
+    sheet.save(file, kind, quality=90)
+    return {"uri": f"data:image/{kind.lower()};base64,{_text(file.getvalue())}", "width": width, "height": height}

@@ -1,0 +1,71 @@
+"""`presets`, `config` and `inspect`: what there is to run, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+from dit_in_dit.cli.options import Commands, add_config, chosen, whole
+from dit_in_dit.config import presets
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import ModelConfig, from_file, to_yaml
+from dit_in_dit.runs.pretrained import ROOM, shipped
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    commands.add("presets", _presets, "list the presets, and the trained models that ship with the package")
+    add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
+    inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
+    add_config(inspect)
+    inspect.add_argument("--batch", type=whole, default=1, help="images in the batch (default 1)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _presets(options: argparse.Namespace) -> None:
+    for name in presets.NAMES:
+        _print_model(name, presets.get(name).model)
+    print("\nTrained models, for commands that take a run (models/NAME where a preset is meant by NAME):")
+    for name, run in sorted(shipped().items()):
+        _print_model(f"{ROOM}/{name}", from_file(run / "config.yaml").model)
+
+
+def _print_model(name: str, model: ModelConfig) -> None:
+    size = "x".join(map(str, (*model.image_size, model.channels)))
+    stages = format_stages(model.program)
+    print(f"{name:<24} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(to_yaml(chosen(options), meanings=True), end="")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from dit_in_dit.inspection.trace import inspect
+
+    config = chosen(options)
+    found = inspect(config.model, options.batch, config.train.recompute)
+    plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+    if options.json:
+        print(json.dumps({**found, "plain": plain}, indent=1))
+        return
+    print(f"flow, batch {options.batch}")
+    for row in found["flow"]:
+        print(f"  {row['name']:<14} {tuple(row['shape'])}")
+    for name, what in (
+        ("tokens", "per image"),
+        ("token_layers", "per image: a token in a block"),
+        ("parameters", ""),
+        ("macs", "per image, forward"),
+        ("activation_bytes", "kept for the backward pass, float32, whole batch"),
+    ):
+        large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
+        print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
+        print(f"  {'':<14} {'this':>12} {'plain DiT':>12} {'ratio':>7}")
+        for part in dict.fromkeys((*found[name], *plain[name])):
+            here, there = found[name].get(part, 0), plain[name].get(part, 0)
+            if here or there:
+                ratio = f"{here / there:7.3f}" if there else f"{'-':>7}"
+                numbers = " ".join(f"{n / scale:>12,.{3 if large else 0}f}" for n in (here, there))
+                print(f"  {part.replace('_', ' '):<14} {numbers} {ratio}")

@@ -1,0 +1,78 @@
+"""`verify-resume`: the promise that a stopped run ends as an unbroken one, put to the test on one's own run."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from dit_in_dit.cli.options import Commands, add_device, whole
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs.pretrained import find_run
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    about = "train a run's config twice for a few steps, once with a stop, and compare every hash"
+    verify = commands.add("verify-resume", _verify, about)
+    verify.add_argument(
+        "run_folder", type=find_run, metavar="RUN", help="the run whose config is tried; nothing in it changes"
+    )
+    verify.add_argument("--steps", type=whole, default=20, help="steps of the unbroken run (default 20)")
+    verify.add_argument("--stop", type=whole, metavar="STEP", help="where the other one stops (default: half way)")
+    verify.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs there (default: a temporary folder)")
+    add_device(verify)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from dit_in_dit.data.run_data import locate
+    from dit_in_dit.runs import checkpoint
+
+    config = checkpoint.read_config(options.run_folder)
+    data = locate(config.data, checkpoint.noted_data(options.run_folder))
+    steps = min(options.steps, config.train.steps)
+    stop = options.stop or steps // 2
+    if not 0 < stop < steps:
+        raise UserError(f"--stop must lie between 0 and {steps}, the last step: got {stop}")
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.keep or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        start = ["--config", str(options.run_folder / "config.yaml"), "--set", f"data.source={data.source}"]
+        for name, until, how in (
+            ("unbroken", steps, start),
+            ("stopped", stop, start),
+            ("stopped", steps, ["--resume"]),
+        ):
+            where = ["--out", str(place / name), "--device", options.device, "--deterministic"]
+            _train([*how, *where, "--until", str(until)])
+        compared = _compare(place / "unbroken", place / "stopped")
+    for name, (one, other) in compared.items():
+        print(f"{'same' if one == other else 'DIFFERENT':<10} {name:<20} {one[:16]}  {other[:16]}")
+    print(f"{steps} steps, and {stop} steps + a stop + {steps - stop} steps, on {options.device}")
+    if any(one != other for one, other in compared.values()):
+        print("dit-in-dit: a stopped run does NOT end as an unbroken one here", file=sys.stderr)
+        sys.exit(1)
+
+
+def _train(arguments: list[str]) -> None:
+    """In a process of its own: nothing of one is left in another."""
+    command = [sys.executable, "-m", "dit_in_dit", "train", *arguments]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing was said"]
+        raise UserError(f"training ended with code {done.returncode}: {said[-1]}")
+
+
+def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
+    """SHA-256 in both runs by what was hashed: weights and moments, averaged weights, the log."""
+    import hashlib
+
+    from dit_in_dit.runs import checkpoint
+
+    found = []
+    for run in (one, other):
+        hashes = dict(checkpoint.newest(run).manifest["sha256"])
+        found.append(hashes | {"log.jsonl": hashlib.sha256((run / "log.jsonl").read_bytes()).hexdigest()})
+    return {name: (found[0][name], found[1].get(name, "missing")) for name in sorted(found[0])}

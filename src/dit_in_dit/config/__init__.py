@@ -1,0 +1,1 @@
+"""What a run is: keys with meanings, ranges and rules; no torch."""

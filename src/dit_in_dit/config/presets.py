@@ -1,0 +1,129 @@
+"""Named runs, each a literal. `get(name)` gives the config; `NAMES` lists them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.run import (
+    DataConfig,
+    DiffusionConfig,
+    InnerConfig,
+    ModelConfig,
+    OuterConfig,
+    RateConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+# name: depth, width, heads (Peebles & Xie 2023, table 1)
+SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+
+# SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
+LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))
+
+# JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
+PIXELS = RunConfig(
+    diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8),
+    data=DataConfig(source="imagenet", flip=True, workers=8),
+    sample=SampleConfig(steps=50),
+)
+
+
+# What won (docs/does-nesting-help.md): the inner transformer last, three blocks over single pixels, sixteen channels
+# wide, each pixel looking at the eight around it; its blocks driven by the patch's outer token; and at first half of
+# each pixel's own token, half of what its patch tells it, a share that time decides.
+PIXEL_DECODER = InnerConfig(
+    sub_patch=1, width=16, num_heads=2, mlp_ratio=1, embed="conv", mixer="conv", condition="patch", spread="interpolate"
+)
+
+
+def _official(size: str, patch: int, arrangement: str) -> RunConfig:
+    """DiT-size/patch, or a nested one around it: as first asked for (inner first, mean, add, E = D, S = 4), or, of
+    pixels, with what won."""
+    depth, width, heads = SIZES[size]
+    pixels = patch == 16
+    base = PIXELS if pixels else LATENTS
+    model = ModelConfig(
+        image_size=(256, 256) if pixels else (32, 32),
+        channels=3 if pixels else 4,
+        patch_size=patch,
+        num_classes=1000,
+        depth=depth,
+        stages="first",
+        use_inner=arrangement != "plain",
+        outer=OuterConfig(width=width, num_heads=heads),
+        inner=InnerConfig(sub_patch=patch // 2, width=width, num_heads=heads),
+    )
+    if arrangement == "decoder":
+        model = replace(model, depth=None, stages=f"outer*{depth} inner*3", inner=PIXEL_DECODER)
+    return replace(base, model=model)
+
+
+def _all_official() -> dict[str, RunConfig]:
+    found = {f"dit-{s}{p}": _official(s, p, "plain") for s in SIZES for p in (2, 4, 8, 16)}
+    found |= {f"dit-in-dit-{s}{p}": _official(s, p, "reference") for s in SIZES for p in (2, 4, 8)}
+    found |= {f"dit-in-dit-{s}16": _official(s, 16, "decoder") for s in SIZES}
+    return found | {f"dit-in-dit-{s}16-reference": _official(s, 16, "reference") for s in SIZES}
+
+
+# Small models of equal MACs for the embedded emoji: a few minutes each on two cores.
+_EMOJI = RunConfig(
+    model=ModelConfig(
+        image_size=(32, 32),
+        channels=3,
+        patch_size=8,
+        num_classes=9,
+        stages="outer*3 inner*3",
+        outer=OuterConfig(width=160, num_heads=4, mlp_ratio=3.5),
+        inner=PIXEL_DECODER,
+    ),
+    diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.4),
+    data=DataConfig(source="emoji"),
+    train=TrainConfig(
+        steps=4800,
+        batch_size=32,
+        learning_rate=4e-3,
+        lr_scale=RateConfig(inner=0.5),  # at 1 the inner level learns unsteadily (docs/lab-notebook.md, 11 and 13)
+        warmup=200,
+        schedule="cosine",
+        ema=0.998,
+        precision="float32",  # at this width bfloat16 is slower on a CPU
+        checkpoint_every=1200,
+        sample_every=1200,
+        evaluate_every=600,
+    ),
+    sample=SampleConfig(sampler="dpm++", steps=25, guidance=2.0),
+)
+# The arrangement first asked for: inner first, linear embedding, mean, add.
+_EMOJI_REFERENCE = replace(
+    _EMOJI,
+    model=replace(
+        _EMOJI.model,
+        stages="inner*2 outer*3",
+        outer=OuterConfig(width=152, num_heads=4),
+        inner=InnerConfig(sub_patch=2, width=32, num_heads=2),
+    ),
+    train=replace(_EMOJI.train, lr_scale=RateConfig()),
+)
+_EMOJI_DIT = replace(
+    _EMOJI,
+    model=replace(_EMOJI.model, stages="outer*3", outer=OuterConfig(width=184, num_heads=4), inner=InnerConfig()),
+    train=replace(_EMOJI.train, lr_scale=RateConfig()),
+)
+
+PRESETS: dict[str, RunConfig] = {
+    **_all_official(),
+    "emoji": _EMOJI,
+    "emoji-reference": _EMOJI_REFERENCE,
+    "emoji-dit": _EMOJI_DIT,
+}
+NAMES = tuple(PRESETS)
+
+
+def get(name: str) -> RunConfig:
+    """The named run's config; UserError with the nearest name when there is none."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    return PRESETS[name]

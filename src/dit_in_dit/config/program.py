@@ -1,0 +1,73 @@
+"""The order of the blocks, as text: named orders and programs such as `inner*2 outer*6`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Literal
+
+from dit_in_dit.config.errors import UserError
+
+Level = Literal["inner", "outer"]
+Program = tuple[tuple[Level, int], ...]
+MOST_BLOCKS = 1000  # per level; far above any published depth, and low enough to stop a slip of the finger
+
+
+def parse_stages(text: str) -> Program:
+    """A stage program such as `(inner outer*4)*7` as (level, number of blocks) runs, in order.
+
+    Grammar: one or more of `inner`, `outer` or `( ... )`, with spaces between, each with an optional `*N`.
+    """
+    flat = text
+    while group := re.search(r"\(([^()]*)\)(?:\*(\d{1,4}))?", flat):
+        repeated = f" {group[1]}" * int(group[2] or 1)
+        flat = f"{flat[: group.start()]}{repeated} {flat[group.end() :]}"
+        if len(flat) > 100 * MOST_BLOCKS:
+            raise UserError(f"stages: more than {MOST_BLOCKS} blocks in {text[:60]!r}; use fewer")
+    runs: list[tuple[Level, int]] = []
+    for item in flat.split():
+        match = re.fullmatch(r"(inner|outer)(?:\*(\d{1,4}))?", item)
+        if not match:
+            raise UserError(f"stages: cannot read {item[:40]!r} in {text[:60]!r}; write for example 'inner*7 outer*28'")
+        runs.append(("inner" if match[1] == "inner" else "outer", int(match[2] or 1)))
+    return merge(runs)
+
+
+def merge(blocks: Iterable[tuple[Level, int]]) -> Program:
+    """Join neighbours of one level and drop empty runs."""
+    merged: list[tuple[Level, int]] = []
+    for level, count in blocks:
+        if merged and merged[-1][0] == level:
+            merged[-1] = (level, merged[-1][1] + count)
+        elif count:
+            merged.append((level, count))
+    return tuple(merged)
+
+
+def format_stages(program: Program) -> str:
+    """The program as text that `parse_stages` reads back."""
+    return " ".join(f"{level}*{count}" for level, count in program)
+
+
+def _both(outer: int, inner: int) -> Program:
+    if inner < 2:
+        raise UserError(f"stages=both needs 2 inner blocks: depth {outer} gives {inner}; raise model.inner.depth_ratio")
+    return ("inner", inner - inner // 2), ("outer", outer), ("inner", inner // 2)
+
+
+def _interleaved(outer: int, inner: int) -> Program:
+    """Each inner block before its even share of the outer ones, as TNT (Han et al. 2021)."""
+    cuts = [i * outer // inner for i in range(inner + 1)]
+    runs: list[tuple[Level, int]] = []
+    for start, end in pairwise(cuts):
+        runs += [("inner", 1), ("outer", end - start)]
+    return merge(runs)
+
+
+ORDERS: dict[str, Callable[[int, int], Program]] = {  # from outer and inner blocks
+    "first": lambda outer, inner: (("inner", inner), ("outer", outer)),
+    "interleaved": _interleaved,
+    "last": lambda outer, inner: (("outer", outer), ("inner", inner)),
+    "both": _both,
+}

@@ -1,0 +1,430 @@
+"""What a run is: its groups of keys with the rules between them, read from and written to strict YAML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
+from dit_in_dit.config.schema import Section, key, keys, to_dict, to_hash
+from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
+
+
+@dataclass(frozen=True)
+class OuterConfig(Section):
+    """A transformer: what both levels have."""
+
+    prefix: ClassVar[str] = "model.outer"
+    width: int = key(384, "width of the tokens (D of outer, E of inner ones)", low=1, high=65536)
+    num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+
+    def check(self) -> None:
+        if self.width % self.num_heads:
+            raise UserError(f"{self.prefix}.num_heads must divide width: got {self.num_heads} for {self.width}")
+
+
+@dataclass(frozen=True)
+class InnerConfig(OuterConfig):
+    prefix: ClassVar[str] = "model.inner"
+    depth_ratio: float = key(0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100)
+    sub_patch: int = key(1, "sub-patch size s in pixels; divides patch_size", low=1, high=4096)
+    embed: Literal["linear", "conv"] = key(
+        "linear", "sub-patch embedding: linear, or conv (reaches across patch borders)"
+    )
+    kernel: int = key(3, "kernel of embed=conv, in sub-patches; odd", low=1, high=31)
+    aggregate: Literal["mean", "weighted", "attention", "concat"] = key(
+        "mean", "inner -> outer: mean, weighted (learned per position), attention (learned query), concat"
+    )
+    mixer: Literal["patch", "window", "image", "conv", "none"] = key(
+        "patch", "who sees whom: own patch, window of patches, image, 3x3 depthwise conv, none (MLP only)"
+    )
+    window: int = key(2, "side of mixer=window, in patches; divides the patch grid", low=1, high=1024)
+    condition: Literal["image", "patch", "sub_patch"] = key(
+        "image", "adaLN input: image (c), patch (c + outer token), sub_patch (a vector per sub-patch)"
+    )
+    spread: Literal["add", "interpolate"] = key(
+        "add", "outer -> inner: add, interpolate (a share per channel, which time and label decide)"
+    )
+    fuse: Literal["add", "gate", "replace"] = key(
+        "add", "aggregated -> outer: add, gate (from zero), replace (no residual, no outer head if last)"
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.kernel % 2 == 0:
+            raise UserError(f"model.inner.kernel must be odd, so that it has a centre: got {self.kernel}")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    prefix: ClassVar[str] = "model"
+    image_size: tuple[int, int] = key((32, 32), "height and width, or one number for both", low=1, high=65536)
+    channels: int = key(3, "channels of the image or latent", low=1, high=4096)
+    patch_size: int = key(8, "patch size p in pixels; divides height and width", low=1, high=4096)
+    num_classes: int = key(0, "classes; 0 for no labels", low=0, high=10_000_000)
+    depth: int | None = key(None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS)
+    stages: str = key("outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'")
+    use_inner: bool = key(True, "false: the outer blocks alone, whatever stages says")
+    learn_variance: bool = key(
+        False, "twice the channels come out: the prediction, then a fraction that says the variance (path ddpm)"
+    )
+    time_embed: Literal["dit", "diffusers", "sit"] = key(
+        "dit", "sinusoids of 1000 t; diffusers: at that DiT's other frequencies; sit: of 1 - t"
+    )
+    qk_norm: bool = key(False, "root-mean-square norm of queries and keys, with a learned scale, at both levels")
+    mlp_norm_eps: float = key(
+        1e-6, "added to the variance in the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1
+    )
+    outer: OuterConfig = key(OuterConfig, "the transformer over patches")
+    inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
+
+    def check(self) -> None:
+        height, width = self.image_size
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(f"model.patch_size must divide image_size: got {self.patch_size} for {height}x{width}")
+        if self.outer.width % 4:
+            raise UserError(f"model.outer.width must be a multiple of 4 (sin-cos position): got {self.outer.width}")
+        if self.patch_size % self.inner.sub_patch:
+            raise UserError(
+                f"model.inner.sub_patch must divide patch_size: got {self.inner.sub_patch} for {self.patch_size}"
+            )
+        if self.stages in ORDERS and self.depth is None:
+            raise UserError(f"model.depth is needed by the named order {self.stages!r}: set model.depth=N")
+        if self.stages not in ORDERS and self.depth is not None:
+            if re.fullmatch(r"\w+", self.stages) and self.stages not in ("inner", "outer"):
+                raise UserError(f"unknown stages {self.stages!r}{nearest(self.stages, ORDERS)}")
+            raise UserError(f"model.depth={self.depth} clashes with the program {self.stages!r}: set model.depth=null")
+        for level in ("outer", "inner"):
+            if self.blocks(level) > MOST_BLOCKS:
+                raise UserError(f"at most {MOST_BLOCKS} {level} blocks: got {self.blocks(level)}")
+        if not self.blocks("outer"):
+            raise UserError(f"model.stages needs at least one outer block: got {self.stages!r}")
+        if self.blocks("inner"):
+            self._check_inner()
+
+    def _check_inner(self) -> None:
+        mixer = self.inner.mixer
+        if mixer in ("window", "image", "conv") and self.inner.width % 4:
+            raise UserError(
+                f"model.inner.width must be a multiple of 4 (position, mixer={mixer}): got {self.inner.width}"
+            )
+        if mixer == "window" and any(side % self.inner.window for side in self.grid):
+            raise UserError(f"model.inner.window must divide the patch grid: got {self.inner.window} for {self.grid}")
+
+    @property
+    def program(self) -> Program:
+        """The stages as (level, number of blocks) runs, after `use_inner`."""
+        if self.depth is None:
+            program = parse_stages(self.stages)
+            return program if self.use_inner else merge(run for run in program if run[0] == "outer")
+        if not self.use_inner:
+            return (("outer", self.depth),)
+        return ORDERS[self.stages](self.depth, max(1, int(self.depth * self.inner.depth_ratio)))
+
+    def blocks(self, level: str) -> int:
+        """Number of blocks of one level."""
+        return sum(count for name, count in self.program if name == level)
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether any stage reads the embedded patches: not if all are replaced before one does."""
+        replaced = self.program[0][0] == "inner" and self.inner.fuse == "replace"
+        return not (replaced and self.inner.condition == "image")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.channels * (2 if self.learn_variance else 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """T, patches per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def sub_grid(self) -> int:
+        """Sub-patches along one side of a patch."""
+        return self.patch_size // self.inner.sub_patch
+
+    @property
+    def sub_patches(self) -> int:
+        """S, sub-patches per patch."""
+        return self.sub_grid**2
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    prefix: ClassVar[str] = "diffusion"
+    path: Literal["flow", "ddpm"] = key(
+        "flow", "flow: x_t = (1-t) x + t e (rectified flow); ddpm: DiT's linear 1000-step schedule"
+    )
+    predict: Literal["velocity", "image", "noise"] = key("velocity", "what the model's output stands for")
+    weight: Literal["prediction", "velocity", "image", "noise", "min_snr"] = key(
+        "prediction", "the quantity whose squared error is the loss; min_snr: image error x min(SNR, 5)"
+    )
+    time: Literal["uniform", "logit_normal"] = key("uniform", "how training times are drawn")
+    time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0 means more noise", low=-20, high=20)
+    time_std: float = key(1.0, "logit_normal: standard deviation of the logit", low=1e-3, high=20)
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    prefix: ClassVar[str] = "data"
+    source: str = key(
+        "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
+    )
+    split: str = key("train", "hf: which split of the dataset")
+    image_column: str = key("image", "hf: the column of the images")
+    label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
+    flip: bool = key(False, "mirror half of the training examples left to right")
+    held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
+    vae: str | None = key(None, "latents: the folder or hub id of the VAE; null: the one that encoded them")
+    latent_mean: tuple[float, ...] | None = key(
+        None, "latents: subtracted, one number or one per channel; null: the VAE's"
+    )
+    latent_scale: tuple[float, ...] | None = key(
+        None, "latents: multiplied after that; null: the VAE's (0.18215 for Stable Diffusion's)", low=1e-6, high=1e6
+    )
+    posterior: Literal["sample", "mean"] = key("sample", "latents: drawn anew for each training example, or the mean")
+    corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")
+    workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
+
+    def check(self) -> None:
+        if not self.source.strip():
+            raise UserError("data.source is empty: name emoji, mosaic, a folder, a .zip or arrays")
+
+
+@dataclass(frozen=True)
+class RateConfig(Section):
+    prefix: ClassVar[str] = "train.lr_scale"
+    outer: float = key(1.0, "of outer weights, and of the embeddings of time and label; 0: frozen", low=0, high=1000)
+    inner: float = key(1.0, "of inner weights, and of what joins the levels", low=0, high=1000)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    prefix: ClassVar[str] = "train"
+    steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
+    batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
+    accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
+    learning_rate: float = key(1e-4, "peak learning rate of AdamW", low=0, high=10)
+    lr_scale: RateConfig = key(RateConfig, "factors on the learning rate")
+    init: str | None = key(None, "a run whose averaged weights this one begins with; null: random ones")
+    init_blocks: tuple[int, ...] | None = key(
+        None, "which of its outer blocks, in order; null: all, or as many as there are, evenly spaced", low=0, high=999
+    )
+    weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
+    beta2: float = key(0.999, "decay of AdamW's average of squared gradients", low=0, high=0.9999999)
+    warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
+    schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
+    label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
+    ema: float = key(0.9999, "decay of the averaged weights; ramps up as (1+n)/(10+n)", low=0, high=0.9999999)
+    clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "autocast; auto: bfloat16 where the device computes in it, fixed when the run starts"
+    )
+    compile: bool = key(False, "torch.compile the model")
+    recompute: Literal["none", "inner", "outer", "both"] = key(
+        "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
+    )
+    parallel: Literal["ddp", "fsdp"] = key(
+        "ddp", "several processes: ddp, each has all weights; fsdp, each has a part of weights, average and moments"
+    )
+    reduction: Literal["fast", "fixed"] = key(
+        "fast",
+        "sum of gradients: fast, as the engine adds; fixed, micro-batches in a fixed tree: on 1, 2, 4 processes "
+        "the same bits",
+    )
+    timeout: int = key(600, "seconds in which a process must answer the others, or the job ends", low=1, high=86_400)
+    skip_most: int = key(10, "steps in a row that are skipped for a loss or gradient not finite", low=0, high=10**6)
+    on_divergence: Literal["stop", "roll_back"] = key(
+        "stop", "after more: stop, or go back to the last checkpoint and on with later examples"
+    )
+    checkpoint_every: int = key(10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12)
+    keep_every: int = key(
+        0, "steps between checkpoints that stay for good; 0: none, the newest two stay", low=0, high=10**12
+    )
+    sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
+    evaluate_every: int = key(1_000, "steps between held-out errors; 0: never", low=0, high=10**12)
+
+    def check(self) -> None:
+        if self.keep_every % self.checkpoint_every:
+            raise UserError(
+                "train.keep_every must be a multiple of train.checkpoint_every: "
+                f"got {self.keep_every}, {self.checkpoint_every}"
+            )
+        if self.reduction == "fixed" and self.accumulate & (self.accumulate - 1):
+            raise UserError(
+                f"train.reduction=fixed adds in pairs: train.accumulate must be a power of two, got {self.accumulate}"
+            )
+        if self.reduction == "fixed" and self.parallel == "fsdp":
+            raise UserError("train.reduction=fixed sums whole gradients: use train.parallel=ddp with it")
+
+
+@dataclass(frozen=True)
+class SampleConfig(Section):
+    prefix: ClassVar[str] = "sample"
+    sampler: Literal["euler", "heun", "ddim", "dpm++", "unipc", "ddpm"] = key(
+        "heun", "euler and heun need path flow, ddpm (ancestral, learned variance) path ddpm; on flow, ddim is euler"
+    )
+    steps: int = key(50, "sampler steps", low=1, high=1000)
+    spacing: Literal["trailing", "leading", "linspace"] | None = key(
+        None, "which steps of path ddpm are taken, as diffusers names it; null: linspace for ddpm, else trailing"
+    )
+    guidance: float = key(1.0, "classifier-free guidance; 1: none", low=0, high=100)
+    guidance_channels: int | None = key(
+        None, "leading channels that guidance acts on; null: all (the official DiT code: 3 of 4)", low=1, high=4096
+    )
+    interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance acts", low=0, high=1)
+    micro_batch: int = key(8, "images in each forward pass; another number changes last bits", low=1, high=4096)
+
+    def check(self) -> None:
+        if self.interval[0] > self.interval[1]:
+            raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
+        if self.sampler == "ddim" and self.spacing == "linspace":  # its step goes back by 1000 // steps
+            raise UserError("sample.spacing=linspace does not fit sampler ddim: use trailing or leading")
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    seed: int = key(0, "the run is a function of this number", low=0, high=2**63 - 1)
+    model: ModelConfig = key(ModelConfig, "the network")
+    diffusion: DiffusionConfig = key(DiffusionConfig, "noise, target and loss")
+    data: DataConfig = key(DataConfig, "the images")
+    train: TrainConfig = key(TrainConfig, "the training loop")
+    sample: SampleConfig = key(SampleConfig, "how images are drawn")
+
+    def check(self) -> None:
+        check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
+        steered = self.sample.guidance_channels
+        if steered and steered > self.model.channels:
+            raise UserError(
+                f"sample.guidance_channels must be at most model.channels: got {steered} for {self.model.channels}"
+            )
+        if self.model.num_classes and self.sample.guidance != 1 and not self.train.label_drop:
+            raise UserError(
+                f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Examples per optimizer step."""
+        return self.train.batch_size * self.train.accumulate
+
+
+def check_sampler(path: str, sampler: str, steps: int) -> None:
+    """UserError when diffusers has no such scheduler for this path and number of steps."""
+    if path == "ddpm" and 1000 % steps:  # diffusers' steps and times drift apart otherwise
+        raise UserError(f"sample.steps must divide 1000 with diffusion.path=ddpm: got {steps}; use 50, 100 or 250")
+    if path == "ddpm" and sampler in ("euler", "heun"):
+        raise UserError(
+            f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++, unipc or ddpm with path ddpm"
+        )
+    if path == "flow" and sampler == "ddpm":
+        raise UserError("sample.sampler=ddpm needs diffusion.path=ddpm: use euler, heun, dpm++ or unipc with path flow")
+    if sampler == "ddpm" and steps < 2:
+        raise UserError("sample.sampler=ddpm needs at least 2 steps: set sample.steps=250")
+
+
+# ---------------------------------------------------------------------------------------- YAML, hash
+
+
+class _Dumper(yaml.SafeDumper):
+    """Groups as blocks, one key per line; short lists such as [32, 32] on theirs."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def from_yaml(text: str, what: str = "config") -> RunConfig:
+    """A run from YAML; keys left out take their defaults. Raises UserError."""
+    return _run(parse_yaml(text, what), what)
+
+
+def from_file(path: Path, what: str = "") -> RunConfig:
+    """A run from a YAML file; UserError, which says `what` it was given for, where that cannot be had."""
+    return _run(read_yaml(path, f"{what} " if what else ""), shortened(path))
+
+
+def _run(values: Any, what: str) -> RunConfig:
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {shortened(values, 40)!r}")
+    return RunConfig.from_dict(values)
+
+
+def first_difference(stored: RunConfig, given: RunConfig) -> str:
+    """The first key in which two configs differ, with both values; empty when they are equal."""
+    for (name, _, a), (_, _, b) in zip(keys(stored), keys(given), strict=True):
+        if a != b and not isinstance(a, Section):
+            return f"{name} is {a}, not {b}"
+    return ""
+
+
+def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
+    """YAML that `from_yaml` reads back to an equal config, each key with its meaning if asked for."""
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=math.inf)
+    if not meanings:
+        return text
+    lines, path = [], []  # type: ignore[var-annotated]
+    explained = {name: meaning for name, meaning, _ in keys(config)}
+    for line in text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = [*path[:depth], line.split(":")[0].strip()]
+        lines.append(f"{line:<32}  # {explained['.'.join(path)]}")
+    return "\n".join(lines) + "\n"
+
+
+def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """The config with `key.path=value` assignments applied together, values read as YAML."""
+    return changed(config, dict(assigned(assignment) for assignment in assignments))
+
+
+def assigned(assignment: str) -> tuple[str, Any]:
+    """Key and value of `key.path=value`, the value read as YAML."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set takes key=value: got {assignment!r}")
+    return name, parse_yaml(text, f"--set {name}") if text else ""
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with other values at some dotted keys, set together. Raises UserError."""
+    values, known = to_dict(config), RunConfig.names()
+    for name, value in changes.items():
+        if name not in known:
+            raise UserError(f"unknown key {name!r}{nearest(name, known)}")
+        *groups, last = name.split(".")
+        target = values
+        for group in groups:
+            target = target[group]
+            if not isinstance(target, dict):
+                raise UserError(
+                    f"{name}: {group} was set to {shortened(target, 40)!r}, which has no keys: leave out one"
+                )
+        target[last] = value
+    return RunConfig.from_dict(values)
+
+
+HASH_VERSION = 1  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of the config's canonical JSON: the identity of a run. A key that came later counts where it is set."""
+    return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,169 @@
+"""Groups of keys as frozen dataclasses: types and ranges are checked when one is made, rules between keys too.
+
+Every rule that a value breaks raises `UserError`: one line with the rule, the value and the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dit_in_dit.config.errors import UserError, nearest, shortened
+
+
+def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
+    """A field with its meaning (printed beside it in YAML) and its closed range.
+
+    `added` is the version of the hash (`config.HASH_VERSION`) that knows the key first. One above 1 is left out of the
+    hash while it is at its default, so that a config of before keeps its hash: such a default must never change.
+    """
+    metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+T = TypeVar("T", bound="Section")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of keys; checks types and ranges of its fields, then `check`s the rules between them."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes the __hash__ of instances for the class's
+        for f in fields(self):
+            name = f"{self.prefix}.{f.name}" if self.prefix else f.name
+            value = _typed(getattr(self, f.name), hints[f.name], name)
+            low, high = f.metadata["low"], f.metadata["high"]
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and not low <= number <= high:
+                    raise UserError(f"{name} must be {_range(low, high)}: got {number}")
+            object.__setattr__(self, f.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Rules between the keys of this section; raises UserError."""
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Build from nested mappings; an unknown key is an error that names the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                full = f"{cls.prefix}.{shortened(name)}" if cls.prefix else shortened(name)
+                raise UserError(f"unknown key {full!r}{nearest(full, cls.names())}")
+        return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Dotted keys of this section and of the groups below it: those that an unknown one may have meant."""
+        return [name for name, _, _ in keys(cls(), f"{cls.prefix}." if cls.prefix else "")]
+
+
+@cache
+def _hints(section: type) -> dict[str, Any]:
+    """Types of a section's fields; to evaluate them takes longer than to check a config."""
+    return get_type_hints(section)
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(high):
+        return f"at least {low:g}"
+    return f"from {low:g} to {high:g}"
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, from what YAML or Python gives; UserError when it is something else."""
+
+    def wrong() -> UserError:
+        return UserError(f"{name} must be {_spell(hint)}: got {shortened(value, 60)!r}")
+
+    if is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return hint.from_dict(value)  # type: ignore[union-attr]
+        if not isinstance(value, hint):  # type: ignore[arg-type]
+            raise UserError(f"{name} must be a group of keys: got {shortened(value, 60)!r}")
+        return value
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in parts:
+            raise UserError(f"{name} must be one of {', '.join(parts)}: got {shortened(value, 60)!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _typed(value, parts[0], name)
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise wrong()
+        return dict(value)
+    if origin is tuple:
+        if parts[-1] is Ellipsis:
+            parts = (parts[0],) * (len(value) if isinstance(value, list | tuple) else 1)
+        values = value if isinstance(value, list | tuple) else (value,) * len(parts)
+        if len(values) != len(parts):
+            raise wrong()
+        return tuple(_typed(v, part, name) for v, part in zip(values, parts, strict=True))
+    if hint is bool or hint is str:
+        if not isinstance(value, hint) or (hint is str and not str(value).isprintable()):
+            raise wrong()
+        return value
+    try:  # YAML reads 1e-4 as text: numbers may come as strings
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        raise wrong() from None
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        raise wrong()
+    if hint is int:
+        return value if isinstance(value, int) else int(number)
+    return number
+
+
+def _spell(hint: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+    if get_origin(hint) is dict:
+        return "a group of names and values"
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"a list, each {_spell(get_args(hint)[0])}"
+    if get_origin(hint) is tuple:
+        return f"{len(get_args(hint))} values, each {_spell(get_args(hint)[0])}"
+    if get_origin(hint) in (Union, types.UnionType):
+        return f"{_spell(get_args(hint)[0])} or null"
+    return names.get(hint, str(hint))
+
+
+def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, meaning, value) of every key below a section, groups included."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        yield prefix + f.name, f.metadata["meaning"], value
+        if isinstance(value, Section):
+            yield from keys(value, f"{prefix}{f.name}.")
+
+
+def to_hash(config: Section) -> dict[str, Any]:
+    """`to_dict` without later keys that still have their default."""
+    plain = to_dict(config)
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("added", 1) > 1 and value == _default(f):
+            del plain[f.name]
+        elif isinstance(value, Section):
+            plain[f.name] = to_hash(value)
+    return plain
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def to_dict(config: Section) -> dict[str, Any]:
+    """Nested plain values, as JSON and YAML hold them."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return plain

@@ -1,0 +1,77 @@
+"""JSON from anyone: a limit on its size, and one line for whatever it cannot be read as."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.config.errors import UserError, shortened
+
+MOST_BYTES = 2**28  # five times the labels of ImageNet
+
+
+def parse_json(content: str | bytes, what: str, advice: str = "write it again") -> Any:
+    """The value of a JSON text; UserError, which names `what` and ends with `advice`, where it is none.
+
+    Brackets beyond Python's recursion limit, bytes that are not UTF-8 and numbers of thousands of digits are refused.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
+    except UnicodeDecodeError:
+        problem = "is not UTF-8 text"
+    except RecursionError:
+        problem = "nests too deeply"
+    except ValueError as error:
+        problem = f"is not valid JSON: {shortened(error, 70)}"
+    raise UserError(f"{what} {problem}; {advice}")
+
+
+def read_json(path: Path, what: str = "", advice: str = "write it again") -> dict[str, Any]:
+    """The keys of a file that holds a JSON object, at most MOST_BYTES long.
+
+    Raises:
+        UserError: it cannot be read, is too long, or holds anything else. The line names `what` the file was given
+            for (such as `the plan `) and its path, and ends with `advice`.
+    """
+    shown = f"{what}{shortened(path)}"
+    try:
+        with path.open("rb") as file:  # no more is read than is allowed: a device has no end
+            content = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        problem = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read {shown}: {problem}; {advice}") from None
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{shown} must hold at most {MOST_BYTES} bytes of JSON: got more; is it the right file?")
+    value = parse_json(content, shown, advice)
+    if not isinstance(value, dict):
+        raise UserError(f"{shown} must hold a JSON object ({{...}}): got {type(value).__name__}; {advice}")
+    return value
+
+
+def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str, Any]]:
+    """The objects of JSON lines, parsed at once; UserError, which names `what` and ends with `advice`, where a line is
+    no object."""
+    try:
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+    except (ValueError, RecursionError):
+        rows = []
+    if len(rows) != len(lines) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{what} holds a line that is not a JSON object: {advice}")
+    return rows
+
+
+def has_form(value: object, form: Any) -> bool:
+    """Whether a JSON value is of a form: a type, (types) for one of several, {key: form} for at least these keys,
+    [form] for a list of any length. True and false are no numbers.
+
+    >>> has_form({"a": [1, 2], "b": None}, {"a": [int]})
+    True
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(has_form(one, form[0]) for one in value)
+    types = form if isinstance(form, tuple) else (form,)
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))

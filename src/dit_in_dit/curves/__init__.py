@@ -1,0 +1,1 @@
+"""Training curves: logs, convergence, plots."""

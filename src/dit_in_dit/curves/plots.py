@@ -1,0 +1,251 @@
+"""Training curves as pictures: a line is the mean over an arm's seeds, a band their range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dit_in_dit.curves.convergence import FREQUENCIES, check_comparable, held_out, times
+from dit_in_dit.curves.logs import BACKWARD, Arm, Curve, Floats, last_step, unlike_losses
+from dit_in_dit.reporting.plots import COLOURS, figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # units of an axis, and how many are an hour
+ROW = 0.2  # inches of a legend's row
+POINTS = 200  # most windows of steps along a curve
+
+
+def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
+    """Write loss.png, held-out.png, gradients.png and throughput.png (those that there is data for); their paths.
+
+    Raises:
+        UserError: the arms' held-out sets differ, or matplotlib is not installed.
+    """
+    check_comparable(compared)
+    pages = {
+        "loss": _draw_loss(compared),
+        "held-out": _draw_held_out(compared) if times(compared) else None,
+        "gradients": _draw_gradients(compared),
+        "throughput": _draw_throughput(compared) if _has_hours(compared) else None,
+    }
+    paths = []
+    for name, page in pages.items():
+        if page:
+            paths.append(out / f"{name}.png")
+            save(page, paths[-1], colours=256)
+    return paths
+
+
+@dataclass(frozen=True)
+class _Across:
+    """What is drawn against: a label, and the position of an arm's steps."""
+
+    label: str
+    place: Callable[[Arm, Floats], Floats]
+
+
+def _acrosses(compared: Sequence[Arm]) -> list[_Across]:
+    most = max(float(curve.macs(curve.step[-1:])[0]) for arm in compared for curve in arm.curves)
+    power = 3 * int(math.log10(most) // 3)
+    found = [
+        _Across("steps", lambda arm, steps: steps),
+        _Across(
+            f"training MACs / $10^{{{power}}}$  ({BACKWARD} x forward x images)",
+            lambda arm, steps: arm.curves[0].macs(steps) / 10.0**power,
+        ),
+    ]
+    if _has_hours(compared):
+        longest = max(
+            float(curve.hours(curve.timed[-1:])[0]) for a in compared for curve in a.curves if len(curve.timed)
+        )
+        unit, per_hour = next((unit, n) for unit, n in CLOCK.items() if longest * n >= 2 or unit == "seconds")
+        found.append(
+            _Across(
+                f"training time / {unit}",
+                lambda arm, steps: per_hour * np.mean([c.hours(steps) for c in arm.curves], axis=0),
+            )
+        )
+    return found
+
+
+def _has_hours(compared: Sequence[Arm]) -> bool:
+    return any(len(curve.timed) for arm in compared for curve in arm.curves)
+
+
+def _window(compared: Sequence[Arm]) -> int:
+    """Steps that make one point: the same for all arms, so that all are smoothed alike."""
+    return math.ceil(max(last_step(curve) for arm in compared for curve in arm.curves) / POINTS)
+
+
+def _smoothed(window: int) -> str:
+    return f"mean of {window} steps" if window > 1 else "every step"
+
+
+def _binned(
+    arm: Arm, window: int, values: Callable[[Curve], Floats], *, largest: bool = False
+) -> tuple[Floats, Floats]:
+    """Middle steps (B,) of the windows that every seed has completed, and each seed's means (or largest; seeds, B)."""
+    rows = []
+    for curve in arm.curves:
+        edges = np.arange(int(last_step(curve)) // window + 1) * window
+        first = np.searchsorted(curve.step, edges, side="right")  # a window holds steps edge + 1 to edge + window
+        count = np.diff(first)
+        padded = np.append(values(curve), 0)  # reduceat wants every start to exist
+        binned = (np.maximum if largest else np.add).reduceat(padded, first)[:-1]
+        rows.append(np.where(count, binned / (1 if largest else np.maximum(count, 1)), np.nan))
+    shortest = min(map(len, rows))
+    middle: Floats = np.arange(shortest) * float(window) + (window + 1) / 2
+    return middle, np.array([row[:shortest] for row in rows])
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Colour and line of arm `number`."""
+    lines = ("-", "--", ":", "-.")
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines[number // len(COLOURS) % len(lines)]}
+
+
+def _lines(
+    axes: Axes, compared: Sequence[Arm], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
+) -> None:
+    """For each arm the mean of its rows (seeds, B) and their range, at its steps (B,)."""
+    for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
+        if not rows.size or np.isnan(rows).all():
+            continue
+        at = across.place(arm, steps)
+        axes.plot(at, rows.mean(0), label=arm.label, **{"linewidth": 1.3, **_style(number), **style})
+        if len(rows) > 1:
+            axes.fill_between(at, rows.min(0), rows.max(0), alpha=0.2, linewidth=0, color=_style(number)["color"])
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic scale for what is drawn, its ticks plain numbers also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+    if not any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
+        axes.text(0.5, 0.5, "no finite number", ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 2.5 else (1,)) if decades > 1 else MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if decades <= 1:
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _finish(page: Figure, title: str) -> Figure:
+    """Title, and one legend for all axes."""
+    shown: dict[str, Artist] = {}
+    for axes in page.axes:
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, line)
+    bands = (
+        "; band: range of the seeds, as far as all of them got" if any(axes.collections for axes in page.axes) else ""
+    )
+    page.suptitle(title + bands, fontsize=10)
+    page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # or the legend takes it from the axes
+    page.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False)
+    return page
+
+
+def _draw_loss(compared: Sequence[Arm]) -> Figure:
+    window, acrosses = _window(compared), _acrosses(compared)
+    page, axes = figure(1, len(acrosses))
+    curves = [_binned(arm, window, lambda curve: curve.loss) for arm in compared]
+    for at, across in zip(axes[0], acrosses, strict=True):
+        _lines(at, compared, across, curves)
+        _log_scale(at)
+        at.set_xlabel(across.label)
+    axes[0, 0].set_ylabel("training loss")
+    unlike = (
+        "; NOT comparable between arms: losses of different quantities"
+        if unlike_losses([arm.curves[0] for arm in compared])
+        else ""
+    )
+    return _finish(page, f"training loss, {_smoothed(window)}{unlike}")
+
+
+def _draw_held_out(compared: Sequence[Arm]) -> Figure:
+    rows = [(t, kind) for t in times(compared) for kind in FREQUENCIES]
+    acrosses = _acrosses(compared)
+    page, axes = figure(len(rows), len(acrosses), height=2.1)
+    for (t, kind), line in zip(rows, axes, strict=True):
+        curves = [held_out(arm, t, kind) for arm in compared]
+        for at, across in zip(line, acrosses, strict=True):
+            _lines(at, compared, across, curves, marker=".", markersize=4)
+            _log_scale(at)
+        line[0].set_ylabel(f"t = {t:g}, {FREQUENCIES[kind]}\nmean squared error")
+    for at, across in zip(axes[-1], acrosses, strict=True):
+        at.set_xlabel(across.label)
+    return _finish(page, "held-out error of the averaged model's image estimate")
+
+
+def _draw_gradients(compared: Sequence[Arm]) -> Figure:
+    """The norm of all against every axis, then of each level and part against steps."""
+    window, acrosses = _window(compared), _acrosses(compared)
+    parts = sorted({part for arm in compared for curve in arm.curves for part in curve.parts})
+    panels = [f"{level} level" for level in ("outer", "inner") if any(_in(level, part) for part in parts)] + parts
+    page, axes = figure(1 + math.ceil(len(panels) / len(acrosses)), len(acrosses), height=2.3 if panels else 3.0)
+    total = [_binned(arm, window, lambda curve: curve.grad_norm) for arm in compared]
+    largest = [_binned(arm, window, lambda curve: curve.grad_norm, largest=True) for arm in compared]
+    for at, across in zip(axes[0], acrosses, strict=True):
+        _lines(at, compared, across, total)
+        for number, (arm, (steps, rows)) in enumerate(zip(compared, largest, strict=True)):
+            if rows.size and window > 1:
+                at.plot(across.place(arm, steps), rows.max(0), **{**_style(number), "linewidth": 0.5, "alpha": 0.6})
+        _log_scale(at)
+        at.set_xlabel(across.label)
+        at.set_title("whole model", fontsize=9)
+    for at, panel in zip(axes[1:].flat, panels, strict=False):
+        _lines(at, compared, acrosses[0], [_binned(arm, window, partial(_norm, panel=panel)) for arm in compared])
+        _log_scale(at)
+        at.set_title(panel.replace("_", " "), fontsize=9)
+        at.set_xlabel(acrosses[0].label)
+    for at in axes[1:].flat[len(panels) :]:
+        at.set_visible(False)
+    for line in axes:
+        line[0].set_ylabel("gradient norm")
+    thin = "; thin: the largest of them" if window > 1 else ""
+    return _finish(page, f"gradient norm before clipping, {_smoothed(window)}{thin}")
+
+
+def _in(level: str, part: str) -> bool:
+    return part.startswith(f"{level}_")
+
+
+def _norm(curve: Curve, panel: str) -> Floats:
+    """Gradient norm of a part, or of a level: all parts whose names begin with it."""
+    level, _, is_level = panel.partition(" ")
+    if not is_level:
+        return curve.parts.get(panel, np.full(len(curve.step), np.nan))
+    norms = [values for part, values in curve.parts.items() if _in(level, part)]
+    return np.sqrt(np.sum(np.square(norms), axis=0)) if norms else np.full(len(curve.step), np.nan)
+
+
+def _draw_throughput(compared: Sequence[Arm]) -> Figure:
+    """Images of a window over the time that it took."""
+    window, acrosses = _window(compared), _acrosses(compared)
+    page, axes = figure(1, len(acrosses))
+    curves = []
+    for arm in compared:
+        edges = np.arange(int(min(map(last_step, arm.curves))) // window + 1) * float(window)
+        middle: Floats = edges[1:] - window / 2
+        images = window * arm.config.global_batch
+        curves.append((middle, np.array([images / np.diff(3600 * curve.hours(edges)) for curve in arm.curves])))
+    for at, across in zip(axes[0], acrosses, strict=True):
+        _lines(at, compared, across, curves)
+        at.set_ylim(bottom=0)
+        at.set_xlabel(across.label)
+    axes[0, 0].set_ylabel("images per second")
+    return _finish(page, f"training speed on the machine of each run, {_smoothed(window)}")

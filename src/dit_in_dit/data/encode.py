@@ -1,0 +1,281 @@
+"""Images to latents and back by a VAE of diffusers: once for all training, and for samples.
+
+Work is kept in files of `shard` images, each written beside and renamed: what is there is not encoded again, and
+file k belongs to process k modulo their number (`RANK`, `WORLD_SIZE`). Which images share a batch can change the last
+bit, and is a function of the image's number alone, so neither an interruption nor the number of processes shows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.data.groups import family_number
+from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
+from dit_in_dit.data.source import Source, count_classes, open_source
+from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, moments
+from dit_in_dit.runs import atomic
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DATA = "data_sha256"  # of a record: the digest of the images (data/digest.py); earlier versions wrote none
+PATIENCE = 3600  # seconds without a new file after which the other processes are given up
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are encoded; all of it but `workers` decides the bytes.
+
+    data: the images; its held_out, flip and the like play no part.
+    size: height and width that the images are brought to.
+    shard: images in a file, a multiple of `batch`.
+    """
+
+    data: DataConfig
+    vae: str
+    size: tuple[int, int]
+    dtype: str = "float16"
+    flips: bool = True
+    batch: int = 32
+    shard: int = 2048
+    workers: int = 0
+
+
+# ------------------------------------------------------------------------------------------ encode
+
+
+def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Fill the folder `out`, yielding (images done, all images); ends when its index is whole.
+
+    Raises:
+        UserError: the images or the VAE cannot be used, the folder holds other latents, or a file in it is damaged.
+    """
+    vae = load_vae(how.vae, device)
+    source, families = _images(how)
+    index = {"format": FORMAT, "made": _made(how, vae, source, len(families)), "classes": list(source.classes)}
+    mean, scale = constants(vae)
+    index |= {"vae": {"name": how.vae, "mean": mean, "scale": scale}, "measured": {}, "shards": []}
+    done = _begin(out, index)
+    parts = [
+        (range(start, min(start + how.shard, len(families))), out / f"{start // how.shard:06d}.safetensors")
+        for start in range(0, len(families), how.shard)
+    ]
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    mine = [part for number, part in enumerate(parts) if number % world == rank and not part[1].exists()]
+    count = sum(len(numbers) for numbers, path in parts if path.exists())
+    yield count, len(families)
+    for (numbers, path), tensors in zip(
+        mine, _encoded(vae, source, how, [numbers for numbers, _ in mine]), strict=True
+    ):
+        tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in numbers], np.uint64))
+        atomic.write(path, save(tensors))
+        count += len(numbers)
+        yield count, len(families)
+    yield from _wait(parts)
+    if rank == 0:
+        _finish(out, index, [path for _, path in parts], done)
+
+
+def _images(how: Encoding) -> tuple[Source, list[str]]:
+    """The images, all of them for training, and their families."""
+    data = replace(how.data, held_out=0.0, flip=False)
+    model = ModelConfig(image_size=how.size, channels=3, patch_size=1, num_classes=count_classes(how.data))
+    source = open_source(data, model)
+    if source.train_size is None:
+        raise UserError(f"data: {how.data.source} has no end: its images cannot all be encoded")
+    families = getattr(source, "families", None) or [str(number) for number in range(source.train_size)]
+    return source, families
+
+
+def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
+    """What decides the bytes of the files, and the place of the images."""
+    side_of = factor(vae)
+    if any(side % side_of for side in how.size):
+        raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
+    if how.shard % how.batch:
+        raise UserError(f"--shard must be a multiple of --batch: got {how.shard} and {how.batch}")
+    data = how.data
+    return {
+        **{"source": data.source, "split": data.split, "size": list(how.size), "count": count, "corrupt": data.corrupt},
+        **{"vae_sha256": fingerprint(vae), "dtype": how.dtype, "flips": how.flips},
+        **{"batch": how.batch, "shard": how.shard, DATA: source.digest},
+        "shape": [vae.config.latent_channels, *(side // side_of for side in how.size)],
+    }
+
+
+def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write the index that is to be filled, unless there is one; its files, if it is filled.
+
+    Where an earlier version began, images are compared by name and count alone; `index` then loses the digest, which
+    may not be that of all files.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error}") from None
+    found = load_index(out)
+    made, there = index["made"], found["made"]
+    if DATA not in there:
+        del made[DATA]
+    elif there[DATA] != made[DATA]:
+        raise UserError(
+            f"{shortened(out, 60)} holds latents of other images than {shortened(made['source'], 60)} has now: "
+            "put those back, choose another --out, or delete it"
+        )
+    for name, value in made.items():
+        if name == "source" and DATA in made:  # the same images, which may have moved
+            continue
+        if there.get(name) != value:
+            raise UserError(
+                f"{out} holds other latents: {name} is {there.get(name)}, not {value}; choose another --out"
+            )
+    return list(found["shards"])
+
+
+class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
+    """Images (n, 3, H, W) and labels by their numbers; a UserError as its message, so that it leaves a worker whole."""
+
+    def __init__(self, source: Source, batches: list[range]) -> None:
+        self.source, self.batches = source, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | str:
+        try:
+            drawn = [self.source.train(index) for index in self.batches[number]]
+        except UserError as error:
+            return str(error)
+        return torch.from_numpy(np.stack([image for image, _ in drawn])), torch.tensor([label for _, label in drawn])
+
+
+def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each part's file, in order."""
+    cut = [[part[i : i + how.batch] for i in range(0, len(part), how.batch)] for part in parts]
+    batches = _Batches(source, [batch for part in cut for batch in part])
+    loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
+    for part in cut:
+        rows: dict[str, list[Tensor]] = {}
+        for numbers in part:
+            batch = next(loader)
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, labels = batch
+            rows.setdefault("label", []).append(labels)
+            rows.setdefault("moments", []).append(_stored(vae, images, numbers, how.dtype))
+            if how.flips:
+                rows.setdefault("flipped", []).append(_stored(vae, images.flip(-1), numbers, how.dtype))
+        yield {name: torch.cat(several).contiguous() for name, several in rows.items()}
+
+
+def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
+    """Moments of images as they are stored; UserError where they cannot be, which names the images."""
+    exact = moments(vae, images)
+    for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
+        finite = tensor.isfinite().flatten(1).all(1)
+        if finite.all():
+            continue
+        bad = [str(number) for number, fine in zip(numbers, finite.tolist(), strict=True) if not fine]
+        which = f"image {', '.join(bad[:3])}{' and more' if bad[3:] else ''} (counted from 0)"
+        if of:
+            raise UserError(f"{of} for {which}: take another VAE, or its weights in float32")
+        raise UserError(f"the VAE's latents of {which} do not fit {dtype}: use --dtype float32 or bfloat16")
+    return tensor
+
+
+def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
+    """Until the other processes' files are there too."""
+    total, missing, since = parts[-1][0].stop, len(parts), time.monotonic()
+    while left := [numbers for numbers, path in parts if not path.exists()]:
+        if len(left) < missing:
+            missing, since = len(left), time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise UserError(f"{len(left)} files of {parts[0][1].parent} did not come within {PATIENCE} s: run it again")
+        yield total - sum(map(len, left)), total
+        time.sleep(0.1)
+
+
+def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict[str, Any]]) -> None:
+    """Write what the files hold into the index; where that was done before, they must be the same still."""
+    shards: list[dict[str, Any]] = []
+    counts, sums = 0, np.zeros((3, index["made"]["shape"][0]))
+    for path in paths:
+        arrays = open_shard(path)
+        shards.append({"file": path.name, "count": len(arrays["label"]), "sha256": sha256(path)})
+        for name in ("moments", "flipped")[: 1 + index["made"]["flips"]]:
+            mean, log_variance = np.split(_float64(arrays[name]), 2, axis=1)
+            variance = np.exp(np.clip(log_variance, *LOG_VARIANCE))
+            sums += [part.sum((0, 2, 3)) for part in (mean, mean**2, variance)]
+            counts += mean[:, 0].size
+    for was, shard in zip(done, shards, strict=False):
+        if was != shard:
+            raise UserError(
+                f"{out / shard['file']} is damaged: its SHA-256 is not the index's; remove it, run it again"
+            )
+    first, second, spread = sums / counts
+    deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
+    index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
+    atomic.clear(out, {INDEX, *(path.name for path in paths)})
+    atomic.write(out / INDEX, json.dumps(index, indent=1))
+
+
+def _float64(numbers: Any) -> Any:
+    if numbers.dtype == np.uint16:  # bfloat16
+        return (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return numbers.astype(np.float64)
+
+
+# ------------------------------------------------------------------------------------------ decode
+
+
+class Decoder:
+    """Latents as a model knows them to images, by the VAE that a run names."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        assert data.vae is not None
+        self.vae = load_vae(data.vae, device)
+        self.factor = factor(self.vae)
+        mean, scale = constants(self.vae)
+        self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
+        self.mean, self.scale = (
+            torch.tensor(self.constants[name], device=device).view(1, -1, 1, 1) for name in ("mean", "scale")
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What decides the images."""
+        return {"sha256": fingerprint(self.vae), **self.constants}
+
+    @torch.inference_mode()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images (N, 3, H, W) on the CPU, about in [-1, 1], from normalised latents (N, C, h, w)."""
+        images: Tensor = self.vae.decode(latents.to(self.mean.device) / self.scale + self.mean).sample
+        return images.cpu()
+
+    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
+        """Images of samples of one micro-batch, each decoded in its place of a batch of `size`: whichever others are
+        wanted, its bits are the same."""
+        whole = latents.new_zeros(size, *latents.shape[1:])
+        places = [index % size for index in indices]
+        whole[places] = latents
+        return self(whole)[places]
+
+
+@lru_cache(maxsize=1)
+def decoder(data: DataConfig, device: torch.device) -> Decoder | None:
+    """The decoder of a run, kept for the next time; None where it trains on pixels, or on latents of no known VAE."""
+    data = complete(data)
+    return Decoder(data, device) if data.vae is not None else None

@@ -1,0 +1,75 @@
+"""The data of a run: noted with its checkpoints, found where they are now, and compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.data import hub, tars
+from dit_in_dit.data.source import BUILT_IN, Source, open_source
+from dit_in_dit.runs import checkpoint
+
+
+def open_source_of(run: Path, config: RunConfig) -> Source:
+    """The data of a run, where they are now.
+
+    Raises:
+        UserError: they cannot be opened, or are no longer those that it was trained on.
+    """
+    noted = checkpoint.noted_data(run)
+    data = locate(config.data, noted)
+    try:
+        source = open_source(data, config.model)
+    except UserError as error:
+        raise UserError(f"the data of {shortened(run, 60)}: {error}") from None
+    if noted:
+        check_unchanged(record(source, data), noted, str(run))
+    return source
+
+
+def record(source: Source, data: DataConfig) -> dict[str, str]:
+    """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
+    place, path = data.source, _path(data.source)
+    if _is_here(place):
+        place = place.removesuffix(path) + os.path.abspath(path)
+    return {"digest": source.digest, "place": place}
+
+
+def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
+    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
+    record of a checkpoint, says that it was."""
+    if not noted or data.source in BUILT_IN or _is_here(data.source):
+        return data
+    return replace(data, source=noted["place"])
+
+
+def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
+    """Compare the record of a run's data with that of its checkpoint; a checkpoint without one is not compared.
+
+    Raises:
+        UserError: the images are not those that `what` was trained on.
+    """
+    if noted and data["digest"] != noted["digest"]:
+        raise UserError(
+            f"{shortened(data['place'], 60)} changed since {shortened(what, 60)} was trained on it: put its images "
+            "back, give their place (train --resume --data PLACE) or begin a new run (--init)"
+        )
+
+
+def _path(source: str) -> str:
+    return source.removeprefix(hub.PREFIX)
+
+
+def _is_here(source: str) -> bool:
+    """Whether a source is a path that this working folder has."""
+    path = _path(source)
+    if source in BUILT_IN or Path(path).exists():
+        return source not in BUILT_IN
+    try:
+        return path == source and bool(tars.find(path)[0])  # a pattern such as train-{000..009}.tar
+    except UserError:
+        return False

@@ -1,0 +1,111 @@
+"""VAEs of diffusers behind one face: AutoencoderKL, and such as give latents and no distribution of them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.data.latents import LOG_VARIANCE
+
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)  # of diffusers, at damaged files
+SD_SCALE = 0.18215  # Stable Diffusion's (Rombach et al. 2022), where a VAE names none
+WEIGHTS = "diffusion_pytorch_model"  # the name of a file of diffusers, before its variant
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant, such as fp16, of a folder that has no weights but these; None where it has others, or none.
+
+    Raises:
+        UserError: there are several, and nothing says which is meant.
+    """
+    names = [path.name for path in folder.glob(f"{WEIGHTS}*")]
+    single = (re.fullmatch(rf"{WEIGHTS}(?:\.(\w+))?\.(?:safetensors|bin)", name) for name in names)
+    several = (re.fullmatch(rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.(\w+))?\.json", name) for name in names)
+    variants = {match[1] for match in (*single, *several) if match}
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        raise UserError(f"{folder} has its weights as {' and '.join(sorted(variants))}: leave one of them in a copy")
+    return str(variants.pop())
+
+
+def load_vae(name: str, device: torch.device) -> Any:
+    """A VAE, float32, from a folder or a Hub id: its own, or that of a pipeline that has it in `vae/`.
+
+    Raises:
+        UserError: it cannot be loaded, or is of a class that is not known.
+    """
+    diffusers: Any = import_module("diffusers")  # here: it takes seconds
+    problem = ""
+    for inside in (None, "vae"):
+        try:
+            kind = diffusers.AutoencoderKL.load_config(name, subfolder=inside).get("_class_name", CLASSES[0])
+        except FAILURES as error:  # the first says what is missing
+            problem = problem or _line(error)
+            continue
+        if kind in CLASSES:
+            return _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
+        problem = f"it is a {shortened(kind, 40)}, known are {', '.join(CLASSES)}"
+    raise UserError(f"no VAE (folder or hub id) at {name!r}: {problem}")
+
+
+def _load(kind: Any, name: str, inside: str | None) -> Any:
+    """A VAE of a class of diffusers; of a folder or repository that has its weights in float16 alone, these."""
+    folder, problem = Path(name, inside or ""), ""
+    for variant in (variant_of(folder),) if folder.is_dir() else (None, "fp16"):
+        options = {"subfolder": inside, "variant": variant, "use_safetensors": True, "low_cpu_mem_usage": False}
+        try:
+            return kind.from_pretrained(name, **options)
+        except FAILURES as error:
+            problem = problem or _line(error)
+    raise UserError(f"no {kind.__name__} (folder or hub id) at {name!r}: {problem}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:80]
+
+
+def constants(vae: Any) -> tuple[list[float], list[float]]:
+    """Mean and scale that a VAE's config names for its latents, one of each or one a channel; Stable Diffusion's where
+    it names none."""
+    config = vae.config
+    scale = float(config.get("scaling_factor") or SD_SCALE)
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean and deviation:
+        return [float(each) for each in mean], [scale / float(each) for each in deviation]
+    return [float(config.get("shift_factor") or 0)], [scale]
+
+
+@torch.inference_mode()
+def factor(vae: Any) -> int:
+    """Pixels to a latent pixel, along a side. It is tried: every class has other words for it."""
+    side = 4
+    images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
+    return images.shape[-1] // side
+
+
+def fingerprint(vae: Any) -> str:
+    """SHA-256 of a VAE's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def moments(vae: Any, images: Tensor) -> Tensor:
+    """Mean and log variance (n, 2C, h, w) of the posterior, on the CPU, of images (n, 3, H, W) in [-1, 1]; of an
+    encoder without one, its latents and the smallest variance."""
+    encoded = vae.encode(images.to(vae.device))[0]
+    if isinstance(encoded, Tensor):
+        return torch.cat([encoded, torch.full_like(encoded, LOG_VARIANCE[0])], 1).cpu()
+    return torch.cat([encoded.mean, encoded.logvar], 1).cpu()

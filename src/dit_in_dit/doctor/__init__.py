@@ -1,0 +1,1 @@
+"""Checks of a model, its training and its data."""

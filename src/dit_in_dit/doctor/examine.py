@@ -1,0 +1,261 @@
+"""Examining a run, or what a run would be: data, loss, gradients, and what happens inside the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.strict_json import has_form, parse_lines
+from dit_in_dit.curves.logs import read_run
+from dit_in_dit.data.run_data import open_source_of
+from dit_in_dit.data.source import Source, open_source
+from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.doctor import data_checks, model_checks, training_checks
+from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
+from dit_in_dit.inspection import cost
+from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
+from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.trainer import Trainer
+
+EXAMPLES = 256  # training examples looked at
+HELD_OUT = 512  # held-out images: what the null class does shows in small differences
+SEVERITIES = ("fault", "warning", "note")
+CURVE_POINTS = 400
+STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line of a log
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sections, in the order in which they were examined; `step` is that of the weights."""
+
+    subject: str
+    step: int
+    sections: list[Section]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of all sections, faults first."""
+        every = [finding for section in self.sections for finding in section.findings]
+        return sorted(every, key=lambda finding: SEVERITIES.index(finding.severity))
+
+    def to_json(self) -> str:
+        """The report as JSON; numbers that are not finite are null."""
+        whole = {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
+        return json.dumps(_finite(whole), indent=1, allow_nan=False)
+
+
+def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> Report:
+    """Examine what `config` would train or, with `run`, what it has trained. Nothing is written.
+
+    What follows from a fault is not reported: a section that finds data out of range or numbers that are not finite
+    is the last, and a run that its learning rate has blown up has no other findings.
+
+    Raises:
+        UserError: the data is not there or does not fit, or the run is damaged.
+    """
+    patient = _admit(config, device, run)
+    report = Report(str(run or "config"), patient.trainer.step, [])
+    for check in (data_checks.data, data_checks.loss_at_start, model_checks.finite):
+        report.sections.append(check(patient))
+        if any(f.severity == "fault" and f.check in ("data range", "non-finite") for f in report.findings):
+            return report
+    seen = model_checks.observe(patient)
+    for look in (model_checks.activations, model_checks.attention, model_checks.inner_path):
+        report.sections.append(look(patient, seen))
+    del seen
+    for check in (
+        model_checks.null_class,
+        model_checks.seams,
+        training_checks.training,
+    ):  # last: a probe changes the weights
+        report.sections.append(check(patient))
+    if patient.trained and any(f.check == "learning rate" for f in report.findings):
+        for section in report.sections[:-1]:
+            section.findings.clear()  # what a blown-up model looks like inside
+    return replace(report, sections=[section for section in report.sections if section.rows or section.findings])
+
+
+def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient:
+    """The model as it starts, its loss on the first examples, then the weights of the run's newest checkpoint."""
+    config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
+    cost.check_fits(config.model, device)
+    source = open_source_of(run, config) if run else open_source(config.data, config.model)
+    trainer = Trainer(config, source, device)
+    initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
+    numbers = config.model.channels * config.model.image_size[0] * config.model.image_size[1]
+    count = max(data_checks.CHUNK, min(EXAMPLES, data_checks.MOST_NUMBERS // numbers))
+    examples = take(Examples(source, config), 0, count)
+    start = _losses(trainer, Batch(*(part[: data_checks.forward_budget(config, device)] for part in examples)))
+    trained = run is not None and checkpoint.has_any(run)
+    if run is not None and trained:
+        folder, manifest, passed_over = checkpoint.newest(run)
+        checkpoint.warn(passed_over)
+        try:
+            _restore(trainer, folder, manifest["step"])
+        except (RuntimeError, KeyError):
+            raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
+    held = _held_out(source, config, max(data_checks.CHUNK, min(HELD_OUT, data_checks.MOST_NUMBERS // numbers)))
+    return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
+
+
+def _restore(trainer: Trainer, folder: Path, step: int) -> None:
+    """A checkpoint's state; of a run that holds weights alone (exported or imported), its averaged weights."""
+    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, checkpoint.AVERAGED)
+    if any(name.startswith("optimizer.") for name in state):
+        trainer.restore(state, averaged, step)
+        return
+    for model in (trainer.model, trainer.ema.model):
+        model.load_state_dict(averaged)
+    trainer.step = step
+
+
+@torch.no_grad()
+def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
+    losses, objective = [], Objective(trainer.config.diffusion)
+    for batch in batches(examples):
+        x, noise, t, y, _ = (part.to(trainer.device) for part in batch)
+        with trainer.autocast():
+            losses.append(objective.loss(trainer.model, x, noise, t, y).cpu())
+    return torch.cat(losses)
+
+
+def _held_out(source: Source, config: RunConfig, most: int) -> Batch:
+    """Held-out images, evenly over all there are, for classes come sorted; without any, training images."""
+    size = source.held_out_size or source.train_size or most
+    read = source.held_out if source.held_out_size else source.train
+    chosen = np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
+    drawn = [read(number) for number in chosen]
+    noise = [generator(0, "held_out", n).standard_normal(drawn[0][0].shape, np.float32) for n in chosen]
+    return Batch(
+        torch.from_numpy(np.stack([image for image, _ in drawn])),
+        torch.from_numpy(np.stack(noise)),
+        torch.zeros(len(drawn)),
+        torch.tensor([label if config.model.num_classes else 0 for _, label in drawn]),
+        torch.tensor(chosen),
+    )
+
+
+def _read_log(run: Path | None) -> list[Line]:
+    """Whole lines of the run's log."""
+    path = run / "log.jsonl" if run else None
+    if path is None or not path.exists():
+        return []
+    whole = path.read_bytes()
+    lines = parse_lines(whole[: whole.rfind(b"\n") + 1].splitlines(), str(path), ADVICE)
+    check_lines(lines, is_log_line, str(path), ADVICE)
+    for line in lines:
+        numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
+        if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
+            raise UserError(f"{path} is not a training log: a step of it lacks a number; {ADVICE}")
+    read_run(path.parent)  # its held-out errors are numbers
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not know."""
+    match value:
+        case dict():
+            return {key: _finite(part) for key, part in value.items()}
+        case list():
+            return [_finite(part) for part in value]
+        case float():
+            return value if np.isfinite(value) else None
+    return value
+
+
+# ------------------------------------------------------------------------------------------ picture
+
+
+def draw(report: Report, path: Path) -> None:
+    """Six plots: data, loss, gradients, activations, attention, seams; UserError without matplotlib."""
+    sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
+    made, axes = figure(2, 3)
+    _draw_histogram(axes[0, 0], sections["data"])
+    _draw_training(axes[0, 1], axes[0, 2], sections)
+    _draw_rows(axes[1, 0], sections.get("activations"), "rms", "rms of the block's tokens")
+    _draw_rows(axes[1, 1], sections.get("attention entropy"), "", "attention entropy / log(length)")
+    _draw_seams(axes[1, 2], sections.get("seams"))
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.text(0.5, 0.5, "not examined", ha="center", va="center", transform=axis.transAxes, color="grey")
+            axis.set(xticks=[], yticks=[])
+    save(made, path)
+
+
+def _draw_histogram(axis: Any, section: Section) -> None:
+    axis.set_title("training data")
+    if section.series:
+        edges = np.array(section.series["edges"])
+        counts = np.array(section.series["histogram"]) / sum(section.series["histogram"])
+        axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=COLOURS[0])
+        axis.set(xlabel="value", ylabel="share of the values", yscale="log")
+
+
+def _draw_training(losses: Any, gradients: Any, sections: dict[str, Section]) -> None:
+    losses.set_title("loss")
+    gradients.set_title("gradient norm by part")
+    if "training" not in sections or not sections["training"].series:
+        return
+    series, start = sections["training"].series, sections["loss at start"].rows["loss"]
+    losses.plot(*_thin(series["step"], series["loss"]), color=COLOURS[0], lw=1.2, label="loss")
+    losses.axhline(start["analytic"], color=COLOURS[1], ls="--", lw=1, label="zero prediction, expected")
+    losses.plot(1, start["measured"], "o", color=COLOURS[2], ms=5, label="untrained model, measured")
+    gradients.plot(*_thin(series["step"], series["grad_norm"]), color="black", lw=1.6, label="all")
+    for number, part in enumerate(name for name in series if name.startswith("grad_norm.")):
+        label = part.removeprefix("grad_norm.").replace("_", " ")
+        style, colour = ("-", "--")[number // 6], COLOURS[number % 6]
+        gradients.plot(*_thin(series["step"], series[part]), style, color=colour, lw=1.2, label=label)
+    for axis, label in ((losses, "training loss"), (gradients, "norm before clipping")):
+        axis.set(xlabel="step", ylabel=label, yscale="log")
+        low, high = axis.get_ylim()
+        axis.set_yticks([m * 10.0**e for e in range(-9, 10) for m in ((1, 2, 5) if high < 200 * low else (1,))])
+        low = max(low, high * 1e-5)
+        axis.set_ylim(low if axis is losses else low * (low / high) ** 0.6, high)  # room for a long legend
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        axis.legend(fontsize=7, frameon=False, ncols=1 if axis is losses else 2)
+
+
+def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
+    """Medians over equal stretches of steps, so that a long log is a line and not a band."""
+    parts = max(1, min(CURVE_POINTS, len(steps)) // (1 if len(steps) <= CURVE_POINTS else 4))
+    split = np.array_split(np.arange(len(steps)), parts)
+    return [np.mean(np.array(steps)[p]) for p in split], [np.median(np.array(values)[p]) for p in split]
+
+
+def _draw_rows(axis: Any, section: Section | None, prefix: str, label: str) -> None:
+    if not section or not section.rows:
+        return
+    columns = [c for c in next(iter(section.rows.values())) if c.startswith(prefix) and c != "length"]
+    for number, column in enumerate(columns):
+        values = [row[column] for row in section.rows.values()]
+        axis.plot(values, "o-", ms=3, lw=1.2, label=column.removeprefix("rms "), color=COLOURS[number])
+    names = [name.replace("_blocks", "") for name in section.rows]
+    every = -(-len(names) // 12)
+    axis.set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right", fontsize=7)
+    axis.set(ylabel=label)
+    axis.set_title(section.title.split(" /")[0] + " by block")
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _draw_seams(axis: Any, section: Section | None) -> None:
+    axis.set_title("seams")
+    if not section or not section.series:
+        return
+    for number, (name, values) in enumerate(section.series.items()):
+        axis.plot(
+            range(len(values)), values, "o-", ms=4, lw=1.2, label=name.removesuffix(" profile"), color=COLOURS[number]
+        )
+    axis.set(xlabel="position within the cell, pixels (last: its border)", ylabel="log steps, estimates / real")
+    axis.axhline(0, color="grey", lw=0.8)
+    axis.legend(fontsize=7, frameon=False)

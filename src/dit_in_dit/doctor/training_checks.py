@@ -1,0 +1,179 @@
+"""What `doctor` checks about learning: loss, gradients and updates, from a log or from some steps in memory."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_in_dit.curves.logs import held_out_errors
+from dit_in_dit.doctor.data_checks import MOST_NUMBERS, Line, Patient, Section, batches, forward_budget, take, zero_loss
+from dit_in_dit.inspection.cost import macs
+from dit_in_dit.model.nested import part_of
+from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.trainer import Trainer
+from dit_in_dit.training.warm_start import is_inner
+
+PROBE_STEPS = 40
+PROBE_LEAST = 8  # fewer optimizer steps say nothing: Adam's first ones have unit size whatever the gradient
+
+
+def probe(trainer: Trainer) -> list[Line]:
+    """Optimizer steps in memory, as log lines; none where they would take long.
+
+    The budget is about twenty seconds: a forward pass, and a backward pass of twice its cost. Where it is short the
+    batch is cut, but not the number of steps below `PROBE_LEAST`.
+    """
+    config, lines = trainer.config, []
+    images = 10 * forward_budget(config, trainer.device) // 3
+    size = min(config.global_batch, images // PROBE_LEAST)
+    steps = min(PROBE_STEPS, images // size) if size else 0
+    examples, first = Examples(trainer.source, config), trainer.step * config.global_batch
+    for number in range(steps):
+        batch = take(examples, first + number * size, size)
+        zero = zero_loss(trainer.objective, batch).mean().item()
+        values = {name: float(value) for name, value in trainer.update(batches(batch, config.train.batch_size)).items()}
+        lines.append({"step": trainer.step, **values, "relative": values["loss"] / zero})
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            break
+    return lines
+
+
+def training(patient: Patient) -> Section:
+    """Loss and gradients over the log, or over a probe where there is no log; see `probe`."""
+    section, train = Section("training"), patient.config.train
+    _judge_held_out(section, patient)
+    if patient.trained and not patient.trainer.optimizer.state:
+        seen = "the run holds weights alone: no log and no moments, so gradients and rates cannot be judged"
+        section.find("note", "training", seen, "run doctor on the run that it was exported from, if there is one")
+        return section
+    logged = [line for line in patient.log if "loss" in line]
+    in_log = bool(logged) and any(name.startswith("grad_norm.") for name in logged[-1])
+    probed = [] if in_log and patient.trained else probe(patient.trainer)
+    lines = logged or probed
+    if not lines:
+        seen = f"{macs(patient.config.model)['total'] / 1e9:.0f} GMACs an image: too large to probe here"
+        gpu = "on a GPU, or " if patient.trainer.device.type == "cpu" else ""
+        section.find("note", "training", seen, f"run doctor {gpu}on the run once it has logged steps")
+        return section
+    parts = sorted({name for line in (*logged, *probed) for name in line if name.startswith("grad_norm.")})
+    for part in parts:
+        values = [line[part] for line in probed or logged if part in line]
+        section.rows[part] = {"first": values[0], "median": float(np.median(values)), "last": values[-1]}
+    loss, norm = (np.array([line[name] for line in lines]) for name in ("loss", "grad_norm"))
+    clipped = float((norm > (train.clip or math.inf)).mean())
+    section.rows["loss"] = {"first": loss[0], "median": float(np.median(loss)), "last": loss[-1]}
+    section.rows["grad_norm"] = {"first": norm[0], "median": float(np.median(norm)), "last": norm[-1]}
+    section.rows["steps"] = {"looked at": len(lines), "clipped": clipped, "spikes": _spikes(norm)}
+    named = ("step", "loss", "grad_norm", *(part for part in parts if part in lines[-1]))
+    section.series = {name: [line.get(name, math.nan) for line in lines] for name in named}
+    # Small batches and weights such as 1/t^2 have heavy tails: single spikes of up to 40 are seen in healthy runs.
+    if section.rows["steps"]["spikes"] > 0.01:
+        seen = f"the gradient norm is over 10x its running median in {section.rows['steps']['spikes']:.1%} of the steps"
+        clip = "" if train.clip else ", or set train.clip=1"
+        section.find("warning", "training", seen, f"lower train.learning_rate{clip}")
+    _judge_rate(section, patient, lines, logged)
+    _judge_gradients(section, patient)
+    return section
+
+
+def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
+    """Share of values over ten times the median of the `window` before them."""
+    if len(values) <= window:
+        return 0.0
+    before = np.lib.stride_tricks.sliding_window_view(values[:-1], window)
+    return float((values[window:] > 10 * np.median(before, axis=1)).mean())
+
+
+def update_ratios(patient: Patient) -> dict[str, float]:
+    """What one step at the peak learning rate changes, against the initial weights, by part.
+
+    rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
+    comes from the optimizer's moments; initial weights, because weights that a wrong rate has blown up hide it.
+    """
+    optimizer, rate = patient.trainer.optimizer, patient.config.train.learning_rate
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    sums: dict[str, list[float]] = {}
+    for name, parameter in patient.trainer.model.named_parameters():
+        state, initial = optimizer.state.get(parameter), patient.initial[name]
+        if not state or parameter.ndim < 2 or not initial.any():
+            continue
+        step = float(state["step"])
+        first, second = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
+        direction = first / (second.sqrt() + 1e-8)
+        part = sums.setdefault(part_of(name), [0.0, 0.0])
+        part[0] += float(direction.square().sum())
+        part[1] += float(initial.square().sum())
+    return {part: rate * math.sqrt(step / weight) for part, (step, weight) in sums.items()}
+
+
+def _judge_held_out(section: Section, patient: Patient) -> None:
+    """Whether a held-out error in the log is not finite."""
+    errors = {line["step"]: held_out_errors(line).values() for line in patient.log if "held_out" in line}
+    bad = sorted(step for step, values in errors.items() if not all(map(math.isfinite, values)))
+    if bad:
+        seen = f"the held-out error is not finite at {len(bad)} of {len(errors)} evaluations, first at step {bad[0]}"
+        way = "where the loss rises too, lower train.learning_rate; where it does not, look at the held-out images"
+        section.find("fault", "held-out error", seen, way)
+
+
+def _judge_rate(section: Section, patient: Patient, lines: list[Line], logged: list[Line]) -> None:
+    """Whether the learning rate is too high, or nothing is learned, or the loss is not finite."""
+    ratios = update_ratios(patient)
+    for part, ratio in ratios.items():
+        section.rows[f"update / weight: {part}"] = {"peak rate": ratio}
+    relative = _relative(patient, logged) if logged else [line["relative"] for line in lines]
+    left, worst = float(np.median(relative[-10:])), max(relative)
+    section.rows["loss / a zero prediction's"] = {"worst": worst, "last": left}
+    highest = max((ratio for part, ratio in ratios.items() if part.endswith("_blocks")), default=0.0)
+    rate = patient.config.train.learning_rate
+    lower = f"lower train.learning_rate={rate:g} to about {rate * 1e-2 / max(highest, 0.3):.0e}"
+    if not math.isfinite(lines[-1]["loss"] + lines[-1]["grad_norm"]):
+        section.find("fault", "learning rate", f"the loss is not finite at step {lines[-1]['step']}", lower)
+    # Healthy updates lie between 1e-4 and 3e-2; at a tenth, some hundred noisy steps replace every weight. A loss
+    # above that of predicting nothing is no noise: both are of the same examples. Healthy runs stay below 1.
+    elif highest > 0.1 or left > 1.5 or worst > 3:
+        seen = (
+            f"a step at the peak rate is {highest:.2g} of the blocks' weights; the loss was up to {worst:.2g} times, "
+        )
+        section.find("fault", "learning rate", f"{seen}at last {left:.2g} times that of a zero prediction", lower)
+    elif (
+        len(logged) >= patient.config.train.warmup + 100 and left > 0.9
+    ):  # the mean image is learned in some steps, and is a tenth
+        seen = f"after {len(logged)} steps the loss is still {left:.2g} of a zero prediction's"
+        section.find("warning", "training", seen, "nothing is learned: change train.learning_rate, or check the data")
+
+
+def _relative(patient: Patient, logged: list[Line]) -> list[float]:
+    """Loss over that of a zero prediction for the same examples, of the ten largest losses and of the last ten."""
+    config, objective = patient.config, patient.trainer.objective
+    examples = Examples(patient.trainer.source, config)
+    count = min(config.global_batch, max(1, MOST_NUMBERS // patient.examples.x[0].numel()))
+    ratios = []
+    for line in (*sorted(logged, key=lambda line: -line["loss"])[:10], *logged[-10:]):
+        zero = zero_loss(objective, take(examples, (line["step"] - 1) * config.global_batch, count))
+        ratios.append(line["loss"] / zero.mean().item())
+    return ratios
+
+
+def _judge_gradients(section: Section, patient: Patient) -> None:
+    """Parameters that no gradient has reached, or that are what they were at the start."""
+    optimizer, scale = patient.trainer.optimizer, patient.config.train.lr_scale
+    if not optimizer.state:
+        return
+    still = []
+    for name, parameter in patient.trainer.model.named_parameters():
+        state = optimizer.state.get(parameter, {})
+        unmoved = (
+            patient.trained
+            and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen on purpose
+            and bool(patient.initial[name].any())
+            and torch.equal(parameter.cpu(), patient.initial[name])
+        )
+        if "exp_avg_sq" not in state or not state["exp_avg_sq"].any() or unmoved:
+            still.append(name)
+    if still:
+        seen = f"{len(still)} parameters never got a gradient: {', '.join(still[:4])}{' ...' if still[4:] else ''}"
+        section.find("warning", "gradients", seen, "nothing reads them, or a zero before them stops the gradient")

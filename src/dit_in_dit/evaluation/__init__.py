@@ -1,1 +1,0 @@
-"""From samples and runs to numbers and findings that say how they were made."""

@@ -1,0 +1,1 @@
+"""A model before it is trained: cost, shapes, hooks, launch plan."""

@@ -1,0 +1,129 @@
+"""How a run is launched on GPUs, and what it will take: in closed form from the counts, before any GPU is there.
+
+Memory is counted; time follows from the MACs and from an assumed MFU (the share of a GPU's peak that a training step
+reaches). Nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.inspection.trace import inspect
+
+# name: memory in GB, peak of dense bfloat16 products in TFLOPS, by NVIDIA's data sheets
+GPUS = {
+    "a100": (80, 312),
+    "h100": (80, 989),
+    "h200": (141, 989),
+    "b200": (180, 2250),
+    "l40s": (48, 362),
+    "rtx4090": (24, 165),
+}
+MFU = 0.35  # an assumption
+ROOM = 0.9  # of the memory is planned for
+# Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
+STATE_BYTES = 22
+FLOPS_PER_MAC = {"none": 6, "both": 8}  # 2 forward, 4 backward, and 2 where the forward pass is done twice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A launch and its estimates.
+
+    batch_size, accumulate: what `train` is given; their product is the preset's.
+    rows: images in a forward pass of one GPU.
+    recompute: levels whose activations are recomputed, as `train.recompute`.
+    memory: bytes on a GPU at most, with every activation in float32; bfloat16 takes between half and all of it.
+    step: seconds of an optimizer step; hours: of all steps; images: per second, over all GPUs.
+    """
+
+    command: str
+    gpus: int
+    batch_size: int
+    accumulate: int
+    rows: int
+    recompute: str
+    memory: float
+    step: float
+    hours: float
+    images: float
+
+
+def recipe(
+    preset: str,
+    config: RunConfig,
+    gpus: int,
+    *,
+    gpu: str = "h100",
+    mfu: float = MFU,
+    per_node: int = 8,
+    settings: Sequence[str] = (),
+) -> Recipe:
+    """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
+
+    The examples of a step stay: only how many forward passes share them, the fewest that fit. `settings` are the
+    KEY=VALUE by which the config differs from the preset.
+
+    Raises:
+        UserError: the GPUs cannot share the batch, or not even one image fits.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu: no {gpu[:40]!r}{nearest(gpu, GPUS)}")
+    total = config.global_batch
+    if total % gpus:
+        raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
+    capacity, peak = GPUS[gpu]
+    for recompute in dict.fromkeys((config.train.recompute, "both")):
+        one = _counted(config.model, recompute)
+        state = STATE_BYTES * one["parameters"]["total"]
+        for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
+            rows = total // accumulate // gpus
+            memory = state + rows * one["activation_bytes"]["total"]
+            if memory <= ROOM * capacity * 1e9:
+                flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
+                step = flops / (gpus * peak * 1e12 * mfu)
+                return Recipe(
+                    _command(preset, config, gpus, per_node, total // accumulate, accumulate, recompute, settings),
+                    *(gpus, total // accumulate, accumulate, rows, recompute, memory),
+                    *(step, step * config.train.steps / 3600, total / step),
+                )
+    raise UserError(f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})")
+
+
+@lru_cache(maxsize=16)
+def _counted(model: ModelConfig, recompute: str) -> dict[str, Any]:
+    return inspect(model, 1, recompute)
+
+
+def _command(
+    preset: str,
+    config: RunConfig,
+    gpus: int,
+    per_node: int,
+    batch_size: int,
+    accumulate: int,
+    recompute: str,
+    settings: Sequence[str],
+) -> str:
+    keys = {"batch_size": batch_size, "accumulate": accumulate, "recompute": recompute}
+    changed = [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
+    given = [f"--set {shlex.quote(setting)}" for setting in settings]
+    train = " ".join(["train --preset", preset, *given, *changed, f"--out runs/{preset}"])
+    if gpus == 1:
+        return f"dit-in-dit {train}"
+    if gpus <= per_node:
+        return f"torchrun --standalone --nproc-per-node {gpus} -m dit_in_dit {train}"
+    nodes = math.ceil(gpus / per_node)
+    if gpus % per_node:
+        raise UserError(f"--gpus over several machines must be a multiple of {per_node} (--per-node): got {gpus}")
+    meet = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
+    launch = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint {meet}"
+    slurm = f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {per_node} --exclusive"
+    return f"{slurm} --wrap {shlex.quote(f'srun {launch} -m dit_in_dit {train}')}"

@@ -1,0 +1,100 @@
+"""The flow of shapes, counted from a real forward pass, with tokens, parameters, MACs and memory.
+
+The pass runs on fake tensors: shapes, kernels and what autograd keeps are those of a real one, yet
+nothing is allocated, so that a model of any size is inspected in a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.inspection.cost import macs, parameters
+from dit_in_dit.model.embed import Cut
+from dit_in_dit.model.nested import AggregateStage, NestedDiT
+
+
+def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict[str, Any]:
+    """Everything countable about a model.
+
+    Returns:
+        flow: list of {name, shape} in order, for `batch` images.
+        tokens, token_layers: {outer, inner, total} per image; a token-layer is a token in a block.
+        parameters, macs: {part: count, ..., total}; MACs for one image.
+        activation_bytes: {part: bytes, ..., total} kept for the backward pass, float32, whole batch.
+    """
+    flow, activation_bytes = _trace(model, batch, recompute)
+    tokens = {
+        "outer": model.patches,
+        "inner": model.patches * model.sub_patches * bool(model.blocks("inner")),
+    }
+    layers = {level: count * model.blocks(level) for level, count in tokens.items()}
+    return {
+        "batch": batch,
+        "flow": flow,
+        "tokens": {**tokens, "total": sum(tokens.values())},
+        "token_layers": {**layers, "total": sum(layers.values())},
+        "parameters": parameters(model),
+        "macs": macs(model),
+        "activation_bytes": activation_bytes,
+    }
+
+
+def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Shapes at the landmarks of one forward pass, and bytes saved for backward by part."""
+    flow: list[dict[str, Any]] = []
+    saved: dict[str, int] = {}
+    storages: dict[int, Any] = {}  # kept alive, so that no identity is given twice
+    part = ["other"]
+
+    def note(name: str, tensor: Tensor) -> None:
+        flow.append({"name": name, "shape": list(tensor.shape)})
+
+    def watch(module: nn.Module, name: str) -> None:
+        module.register_forward_hook(lambda _m, _i, out: note(name, out))
+
+    def account(module: nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda _m, _i: part.append(name))
+        module.register_forward_hook(lambda _m, _i, _o: [part.pop(), None][1])
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in storages:
+            storages[storage._cdata] = storage
+            saved[part[-1]] = saved.get(part[-1], 0) + storage.nbytes()
+        return tensor
+
+    with FakeTensorMode():
+        net = NestedDiT(model, recompute=recompute)
+        for parameter in (*net.parameters(), *net.buffers()):
+            storages[parameter.untyped_storage()._cdata] = parameter.untyped_storage()
+        watch(net.outer_embed, "outer tokens")
+        for module in net.inner_embed.modules():
+            if isinstance(module, Cut):
+                watch(module, "sub-patches")
+        if net.inner_blocks:
+            watch(net.inner_embed, "inner tokens")
+        for part_name in ("outer_embed", "inner_embed", "time_embed", "label_embed"):
+            account(getattr(net, part_name), part_name)
+        for stage in net.stages:
+            name = str(stage.name)
+            if isinstance(stage, AggregateStage):
+                watch(stage.aggregate, name)
+            else:
+                level = 0 if name.startswith("outer") else 1
+                stage.register_forward_hook(lambda _m, _i, out, name=name, level=level: note(name, out[level]))
+            account(stage, f"{name.split('*', maxsplit=1)[0]}_blocks" if "*" in name else name)
+        for head in net.heads:
+            watch(head.final, head.name)
+            account(head, head.name.replace(" ", "_"))
+        x = torch.empty(batch, model.channels, *model.image_size)
+        note("image", x)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))
+        note("prediction", out)
+    return flow, {**saved, "total": sum(saved.values())}

@@ -1,0 +1,109 @@
+"""A run as a folder of diffusers: weights, scheduler, the code that needs no package, and a model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.data.latents import complete
+from dit_in_dit.data.vae import constants, load_vae
+from dit_in_dit.diffusion.schedulers import make_scheduler
+from dit_in_dit.interop.card import card, evaluation_of
+from dit_in_dit.interop.pipeline import DiTInDiTPipeline
+from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runs import atomic, checkpoint
+
+READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
+
+
+def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
+    """Write the run's newest checkpoint into `out`, which is whole or not there.
+
+    Args:
+        averaged: the averaged weights, else the trained ones.
+        vae: folder or Hub name of the VAE that decodes the latents; None: the one that the run names.
+        licence: of the weights, as the Hub names it.
+
+    Raises:
+        UserError: there is no such run, `out` is taken, or the VAE is none for these latents.
+    """
+    atomic.check_free(out)
+    model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
+    checkpoint.check_weights(model.state_dict(), str(run))
+    pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
+    file = checkpoint.AVERAGED if averaged else checkpoint.STATE
+    pictures = sorted((run / "samples").glob("*.png"))
+    text = card(
+        out.resolve().name,
+        config,
+        manifest["step"],
+        list(manifest["classes"]),
+        sum(p.numel() for p in model.parameters()),
+        evaluation_of(run, manifest["sha256"][file]),
+        weights="averaged" if averaged else "trained",
+        decoded=pipe.vae is not None,
+        licence=licence,
+        picture="samples.png" if pictures else None,
+    )
+    with atomic.folder(out) as beside:
+        pipe.save_pretrained(beside)
+        if pictures:
+            shutil.copyfile(pictures[-1], beside / "samples.png")
+        (beside / "README.md").write_text(text)
+
+
+def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
+    """A model as a pipeline that draws as its config says; it holds the model itself, not a copy."""
+    diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
+    with torch.device("meta"):  # its weights are the model's
+        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
+    transformer.nested = model
+    return DiTInDiTPipeline(
+        transformer.eval(),
+        make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing),
+        vae,
+        id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
+        sample={key: how[key] for key in DEFAULTS},
+        null_class=config.train.label_drop > 0,
+    )
+
+
+def _open_vae(name: str | None, config: RunConfig) -> Any:
+    """The VAE of that name, else the run's, else None; its config says how the run's latents are scaled."""
+    data = complete(config.data)
+    if (name := name or data.vae) is None:
+        return None
+    vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
+    if vae.config.latent_channels != channels:
+        raise UserError(
+            f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "
+            "give the one that the data was encoded with"
+        )
+    mean, scale = (
+        given or own for given, own in zip((data.latent_mean, data.latent_scale), constants(vae), strict=True)
+    )
+    if len(mean) == len(scale) == 1:
+        said: dict[str, Any] = {
+            "scaling_factor": scale[0],
+            "shift_factor": mean[0],
+            "latents_mean": None,
+            "latents_std": None,
+        }
+    else:
+        deviation = [1 / each for each in scale]
+        said = {"scaling_factor": 1.0, "shift_factor": None}
+        said |= {"latents_mean": _spread(mean, channels), "latents_std": _spread(deviation, channels)}
+    vae.register_to_config(**said)
+    return vae
+
+
+def _spread(numbers: Sequence[float], channels: int) -> list[float]:
+    return [float(number) for number in numbers] * (channels // len(numbers))

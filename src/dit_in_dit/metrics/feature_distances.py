@@ -1,0 +1,287 @@
+"""Distances between two sets of features, of whatever network, in float64."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.runtime.seeding import generator
+
+Array = NDArray[np.float64]
+
+ENOUGH = 2048  # images on each side below which a Frechet distance does not get a published metric's name
+NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
+ROWS = 512  # rows summed by one matrix product
+BLOCK = 2**23  # distances held at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (d,) and unbiased covariance (d, d) of `count` rows; None: a reference file does not say how many."""
+
+    count: int | None
+    mean: Array
+    covariance: Array
+
+
+def moments(chunks: Iterable[NDArray[Any]]) -> Moments:
+    """Moments of features that come in chunks (n, d): sums in index order, the same whatever the chunks.
+
+    Sums are about the first row, because squares of large means would swallow a small covariance.
+
+    Raises:
+        UserError: fewer than two rows.
+    """
+    count, origin, total, squares = 0, np.zeros(0), np.zeros(0), np.zeros((0, 0))
+    for rows in _blocks(chunks):
+        if not count:
+            origin = rows[0]
+            total, squares = np.zeros_like(origin), np.zeros((origin.size, origin.size))
+        moved = rows - origin
+        count, total = count + len(moved), total + moved.sum(0)
+        squares += moved.T @ moved
+    if count < 2:
+        raise UserError(f"a covariance needs at least 2 images: got {count}")
+    covariance = (squares - np.outer(total, total) / count) / (count - 1)
+    return Moments(count, origin + total / count, covariance)
+
+
+def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Array]:
+    """The same rows in blocks of `ROWS`, so that where a chunk ends changes no bit of the sums."""
+    held: list[Array] = []
+    waiting = 0
+    for chunk in chunks:
+        held.append(np.asarray(chunk, np.float64))
+        waiting += len(chunk)
+        if waiting >= ROWS:
+            rows = np.concatenate(held)
+            whole = waiting - waiting % ROWS
+            yield from np.split(rows[:whole], whole // ROWS)
+            held, waiting = [rows[whole:]], waiting - whole
+    if waiting:
+        yield np.concatenate(held)
+
+
+def frechet(a: Moments, b: Moments) -> float:
+    """Frechet (2-Wasserstein) distance, squared, of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, where the last trace is the sum of the singular values of R1' R2
+    with S = R R'. Their errors are of the size of rounding; roots of eigenvalues of S1 S2 err by its root, once for
+    every dimension that fewer images than dimensions leave empty.
+
+    Raises:
+        UserError: the two have different dimensions.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"statistics must be of the same features: got {a.mean.size} and {b.mean.size} dimensions; "
+            "compute both with the same network"
+        )
+    apart = a.mean - b.mean
+    shared = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
+    return max(float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared), 0.0)
+
+
+def _root(covariance: Array) -> Array:
+    """R (d, rank) with R R' = S, from the eigenvalues that are not rounding errors."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > values.max(initial=0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_name(network: str, features: str, count: int) -> str:
+    """What a Frechet distance is called: FID and the like only from 2,048 images on either side.
+
+    Below that its bias, which falls with the number of images, is larger than what it is meant to show.
+    """
+    name = NAMES[network, features]
+    if count >= ENOUGH:
+        return name
+    which = {"FID": "", "sFID": "spatial, ", "FD-DINOv2": "DINOv2, "}[name]
+    return f"Frechet distance ({which}N={count})"
+
+
+def kernel_distance(
+    real: NDArray[Any], generated: NDArray[Any], subsets: int = 100, size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Mean and deviation over random subsets of the kernel distance, squared (KID; Binkowski et al. 2018, section 4).
+
+    The unbiased estimate with the kernel (x.y / d + 1)^3; it may be negative. Subsets are drawn without replacement.
+
+    Raises:
+        UserError: a side has fewer than `size` images.
+    """
+    if min(len(real), len(generated)) < size or size < 2:
+        raise UserError(
+            f"the kernel distance takes subsets of {size} images (at least 2): "
+            f"got {len(real)} real and {len(generated)} generated; take smaller subsets or more images"
+        )
+    draw = generator(seed, "evaluation", DRAWS["subsets"])
+
+    def subset(rows: NDArray[Any]) -> Array:
+        return rows[draw.choice(len(rows), size, replace=False)].astype(np.float64)
+
+    found = [_discrepancy(subset(real), subset(generated)) for _ in range(subsets)]
+    return float(np.mean(found)), float(np.std(found))
+
+
+def _discrepancy(x: Array, y: Array) -> float:
+    """Unbiased squared maximum mean discrepancy of two samples of one size (Gretton et al. 2012, eq. 3)."""
+    size, dimension = x.shape
+    within = 0.0
+    for rows in (x, y):
+        kernel = (rows @ rows.T / dimension + 1) ** 3
+        within += kernel.sum() - np.trace(kernel)  # a pair is two rows
+    return float(within / (size * (size - 1)) - 2 * ((x @ y.T / dimension + 1) ** 3).mean())
+
+
+def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> tuple[float, float]:
+    """Share of generated images among the real ones, and of real among the generated (Kynkaanniemi et al. 2019, eq. 2).
+
+    Among: no farther from some image than that image's k-th neighbour on its own side.
+
+    Raises:
+        UserError: a side has no k-th neighbour.
+    """
+    real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+    among_real, among_generated = np.zeros(len(generated), bool), np.zeros(len(real), bool)
+    for start, distances in _squared_distances(generated, real):
+        rows = slice(start, start + len(distances))
+        among_real[rows] = (distances <= real_radii).any(1)
+        among_generated |= (distances <= generated_radii[rows, None]).any(0)
+    return float(among_real.mean()), float(among_generated.mean())
+
+
+def density_coverage(real: NDArray[Any], generated: NDArray[Any], k: int = 5) -> tuple[float, float]:
+    """How many real images' balls a generated image lies in, in units of k, and the share of balls that hold one.
+
+    Naeem et al. 2020, eqs. 3 and 4. As in the authors' code a ball is open: the k-th neighbour itself is outside.
+
+    Raises:
+        UserError: there is no k-th neighbour among the real images.
+    """
+    radii = _radii(real, k) * (1 - 1e-9)  # open whatever the rounding
+    covered, balls = np.zeros(len(real), bool), 0
+    for _, distances in _squared_distances(generated, real):
+        inside = distances < radii
+        covered |= inside.any(0)
+        balls += int(inside.sum())
+    return balls / (k * len(generated)), float(covered.mean())
+
+
+def _radii(rows: NDArray[Any], k: int) -> Array:
+    """Squared distance (n,) of each row to its k-th neighbour among the others."""
+    if len(rows) <= k:
+        raise UserError(f"the {k} nearest neighbours need more than {k} images: got {len(rows)}")
+    radii = np.empty(len(rows))
+    for start, distances in _squared_distances(rows, rows):
+        own = np.arange(len(distances))
+        distances[own, start + own] = np.inf
+        radii[start : start + len(own)] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, Array]]:
+    """Squared distances of rows of `a`, from the given one on, to all of `b`, in blocks of at most `BLOCK` numbers."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    centre = b.mean(0)  # the expanded square loses what the norms have in common
+    a, b = a - centre, b - centre
+    norms_a, norms_b = np.square(a).sum(1), np.square(b).sum(1)
+    step = max(1, BLOCK // len(b))
+    for start in range(0, len(a), step):
+        part = slice(start, start + step)
+        norms = norms_a[part, None] + norms_b
+        distances = norms - 2 * (a[part] @ b.T)
+        yield start, np.where(distances > 1e-12 * norms, distances, 0.0)  # equal rows, whatever the rounding
+
+
+def inception_score(logits: NDArray[Any], splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Mean and deviation over splits of exp E KL(p(y|x) | p(y)) (Salimans et al. 2016, section 4).
+
+    Rows are put in random order first: images sorted by class would give splits of few classes each.
+
+    Args:
+        logits: (N, classes), without bias (the original graph's are computed so).
+
+    Raises:
+        UserError: fewer images than splits.
+    """
+    count = len(logits)
+    if count < splits:
+        raise UserError(f"the Inception Score needs at least {splits} images, one per split: got {count}")
+    logits = logits[generator(seed, "evaluation", DRAWS["order"]).permutation(count)].astype(np.float64)
+    logits = logits - logits.max(1, keepdims=True)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    found = []
+    for split in range(splits):
+        part = logs[split * count // splits : (split + 1) * count // splits]
+        marginal = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
+        found.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
+    return float(np.mean(found)), float(np.std(found))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of a set of real images that someone else computed: `moments` by kind of feature."""
+
+    path: Path
+    sha256: str
+    moments: dict[str, Moments]
+
+
+def read_reference(path: Path) -> Reference:
+    """Statistics from a `.npz` of ADM's layout (Dhariwal & Nichol 2021): `mu`, `sigma` of the pooled Inception
+    features, `mu_s`, `sigma_s` of the spatial ones; other arrays (`arr_0`: images) are not read.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise UserError(f"{path} must be a .npz of ADM's layout: it holds a single array")
+        with arrays:
+            if missing := {"mu", "sigma", "mu_s", "sigma_s"} - set(arrays):
+                raise UserError(f"{path} must hold mu, sigma, mu_s and sigma_s: it lacks {', '.join(sorted(missing))}")
+            found = {
+                "pool": _checked(path, arrays["mu"], arrays["sigma"], "sigma"),
+                "spatial": _checked(path, arrays["mu_s"], arrays["sigma_s"], "sigma_s"),
+            }
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no such file of statistics: {path}") from None
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path} as a .npz of numbers: {str(error)[:80]}") from None
+    return Reference(path, sha256(path), found)
+
+
+def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:
+    """The two arrays as moments; UserError when they cannot be a mean and its covariance."""
+    mean, covariance = np.asarray(mean), np.asarray(covariance)
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise UserError(f"{path}: statistics must be floats: {name} and its mean are {covariance.dtype}, {mean.dtype}")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
+        raise UserError(f"{path}: {name} must be (d, d) for a mean (d,): got {covariance.shape} for {mean.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path}: {name} and its mean must be finite: there are NaN or infinite values")
+    if np.abs(covariance - covariance.T).max() > 1e-5 * np.abs(covariance).max():
+        raise UserError(f"{path}: {name} must be symmetric, as covariances are")
+    return Moments(None, mean, covariance)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,207 @@
+"""Feature networks of the standard metrics: torch-fidelity's Inception, and DINOv2. Needs the extra `eval`.
+
+Weights are files that the user has; nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.metrics.feature_distances import sha256
+from dit_in_dit.runtime.precision import use_full_float32
+
+Pixels = NDArray[np.uint8]
+
+SPATIAL_CHANNELS = 7  # of ADM's spatial features: 17 * 17 * 7 = 2023 numbers, about as many as the pooled ones
+DINOV2_SIDE = 224  # pixels; Stein et al. 2023
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Images (N, H, W, C), uint8, to features (N, d), float32, by kind: `pool`, and of Inception `spatial`, `logits`.
+
+    Attributes:
+        identity: what the numbers depend on: the package's version, the SHA-256 of the weights.
+        compute: the network on images of three channels.
+    """
+
+    name: str
+    identity: dict[str, str]
+    compute: Callable[[Pixels], dict[str, Tensor]]
+
+    def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
+        """Features of each image; grey ones count as colour. UserError when the weights give no finite number."""
+        colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+        with torch.inference_mode():
+            features = {kind: found.float().cpu().numpy() for kind, found in self.compute(colour).items()}
+        if not all(np.isfinite(found).all() for found in features.values()):
+            raise UserError(f"{self.name} features are not finite: its weights are damaged; get them again")
+        return features
+
+
+def open_network(name: str, weights: Path | None, device: torch.device) -> Network:
+    """`inception` or `dinov2` with the weights at `weights` (None, for Inception: where torch-fidelity keeps them).
+
+    Raises:
+        UserError: a package or the weights are missing, or do not fit.
+    """
+    use_full_float32()  # else features would depend on the device
+    return {"inception": _inception, "dinov2": _dinov2}[name](weights, device)
+
+
+def _inception(path: Path | None, device: torch.device) -> Network:
+    """Inception of 2015 as the published FIDs use it (Heusel et al. 2017), with torch-fidelity's resize and graph.
+
+    `pool`: (N, 2048). `logits`: (N, 1008), without the bias, as ADM's evaluator and torch-fidelity take them for the
+    Inception Score. `spatial`: (N, 2023), the first channels of `mixed_6/conv` of the original graph, rows before
+    columns before channels (sFID: Nash et al. 2021, as in ADM's evaluator).
+    """
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    except (ImportError, RuntimeError) as error:  # torchvision made for another torch raises RuntimeError
+        raise _not_importable("torch-fidelity", "torch_fidelity", error) from None
+    cache = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
+    path = path or cache
+    if not path.is_file():
+        raise UserError(
+            f"no Inception weights at {path}: get {URL_INCEPTION_V3} and put it at {cache}, or give --weights FILE"
+        )
+    # torch-fidelity unpickles the file that it is given without restriction, so it is given one written here.
+    safe = io.BytesIO()
+    torch.save(_tensors(path), safe)
+    safe.seek(0)
+    try:
+        extractor = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], safe)
+    except RuntimeError:
+        raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: give another file") from None
+    extractor.to(device).eval()
+    found: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
+        found["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    extractor.Mixed_6d.branch1x1.register_forward_hook(keep)
+
+    def compute(pixels: Pixels) -> dict[str, Tensor]:
+        pool, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))
+        return {"pool": pool, "logits": logits, "spatial": found.pop("spatial")}
+
+    return Network("inception", _identity("Inception", path, "torch-fidelity"), compute)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` file by name, read without running any of it; UserError when that cannot be done."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of bytes that make no sense; what comes of them is said below
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor.clone() for name, tensor in found.items()}  # nothing else that hangs on a tensor
+    except Exception as error:  # what torch raises on damaged bytes is anything from AssertionError to struct.error
+        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors by name"
+        raise UserError(f"cannot read the weights in {path}: {reason}; get the file again") from None
+
+
+def _dinov2(folder: Path | None, device: torch.device) -> Network:
+    """DINOv2's class token (N, width) after the last norm; FD-DINOv2 is defined with ViT-L/14 (Stein et al. 2023)."""
+    if folder is None:
+        raise UserError(
+            "no DINOv2 weights: give --dinov2 FOLDER with config.json and model.safetensors of facebook/dinov2-large"
+        )
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in {folder}: --dinov2 needs the files of facebook/dinov2-large")
+    try:
+        from transformers import Dinov2Model
+        from transformers.utils import logging as their_logging
+    except (ImportError, RuntimeError) as error:
+        raise _not_importable("transformers", "transformers", error) from None
+    # It prints a table of every weight that does not fit; one line below says what is wrong.
+    their_logging.set_verbosity(logging.CRITICAL)
+    their_logging.disable_progress_bar()
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        if kind != "dinov2":
+            raise UserError(f"{folder} must hold a model of type dinov2: got {kind!r}")
+        model, report = Dinov2Model.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation="sdpa",  # a config can name a repository of kernels, which would be got and run
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
+        wrong = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
+        if differing := sorted(name for name in wrong if not name.startswith("classifier")):
+            raise UserError(
+                f"{folder} must hold one model: model.safetensors and config.json differ in {len(differing)} weights, "
+                f"{differing[0]} first; get both again"
+            )
+        _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
+    except UserError:
+        raise
+    except Exception as error:  # a config can be wrong in as many ways as there are lines that read it
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"cannot read DINOv2 from {folder}: {reason}; get the files again") from None
+    model.to(device, torch.float32).eval()
+
+    def compute(pixels: Pixels) -> dict[str, Tensor]:
+        x = torch.from_numpy(_resized(pixels)).to(device).permute(0, 3, 1, 2) / 255
+        mean, deviation = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+        return {"pool": model((x - mean) / deviation).pooler_output}
+
+    config = model.config
+    identity = _identity("DINOv2", folder / "model.safetensors", "transformers")
+    shape = (
+        f"ViT, width {config.hidden_size}, {config.num_hidden_layers} layers of {config.num_attention_heads} heads, "
+        f"patch {config.patch_size}"
+    )
+    return Network("dinov2", {**identity, "network": shape}, compute)
+
+
+def _resized(pixels: Pixels) -> Pixels:
+    """Images at DINOv2's size by Pillow's bicubic filter, which widens when it shrinks."""
+    size = (DINOV2_SIDE, DINOV2_SIDE)
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in pixels])
+
+
+def _fix_positions(model: Any, grid: int) -> None:
+    """Bring the position table to grid x grid patches once, as DINOv2's own code does: by a scale of
+    (grid + 0.1) / side. transformers has changed its formula between versions."""
+    embeddings = model.embeddings
+    table = embeddings.position_embeddings.detach()  # (1, 1 + side^2, D), the class token's first
+    side = math.isqrt(table.shape[1] - 1)
+    if side == grid:
+        return
+    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = (grid + 0.1) / side
+    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")  # (1, D, grid, grid)
+    embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], patches.flatten(2).mT], 1))
+
+
+def _identity(name: str, weights: Path, package: str) -> dict[str, str]:
+    return {"name": name, "sha256": sha256(weights), package: version(package)}
+
+
+def _not_importable(package: str, module: str, error: Exception) -> UserError:
+    if isinstance(error, ImportError) and error.name == module:
+        return UserError(f"{package} is missing: pip install 'dit-in-dit[eval]'")
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+    return UserError(f"{package} cannot be imported: {reason}; install a torchvision that was made for this torch")

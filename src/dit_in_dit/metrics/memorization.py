@@ -1,0 +1,159 @@
+"""Memorising and repeating: how near samples come to training images, and to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.runtime.seeding import generator
+
+Array = NDArray[np.float64]
+Pixels = NDArray[np.uint8]
+
+SIDE = 32  # images are averaged down to this side at most before they are compared
+BLOCK = 2**26  # distances held at once
+NEAR = 0.01  # share of unseen real images that lie as near to a training image: what "too near" means
+LOUD = 0.05  # share of samples too near that is worth a warning
+DETAILED = 0.5  # share of real images' detail below which samples are blurs: these lie near to images and each other
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Of each sample, the distance to the nearest training image and its number, and the distance to the nearest
+    other sample; the same distances of unseen real images, and where "too near" begins.
+
+    Distances are root mean squares over the pixels, of a range of 2. `detail` is the median root mean square of steps
+    between neighbouring pixels, of samples over that of training images.
+    """
+
+    train: Array
+    number: NDArray[np.int64]
+    other: Array
+    unseen_train: Array
+    unseen_other: Array
+    detail: float
+
+    @property
+    def too_near_train(self) -> float:
+        """Distance below which one in a hundred unseen real images has a training image."""
+        return float(np.quantile(self.unseen_train, NEAR))
+
+    @property
+    def too_near_other(self) -> float:
+        """Distance below which one in a hundred real images has another real one."""
+        return float(np.quantile(self.unseen_other, NEAR))
+
+    def scores(self) -> dict[str, Score]:
+        """`nearest.train`: median distance to the training images; `memorised` and `repeated`: shares of samples
+        that are too near to a training image, or to another sample. The floor is that of unseen real images."""
+        return {
+            "nearest.train": _score(self.train, self.unseen_train, np.median),
+            "memorised": _score(self.train <= self.too_near_train, self.unseen_train <= self.too_near_train, np.mean),
+            "repeated": _score(self.other <= self.too_near_other, self.unseen_other <= self.too_near_other, np.mean),
+        }
+
+    def warnings(self, *, guided: bool) -> list[str]:
+        """Loud lines about memorising and repeating; empty when there is nothing to say.
+
+        Args:
+            guided: samples were drawn with guidance, which there could be less of.
+        """
+        scores = self.scores()
+        loud = [name for name in ("memorised", "repeated") if _stands_out(scores[name])]
+        if loud and self.detail < DETAILED:
+            return [
+                f"the samples have {self.detail:.0%} of the detail of training images: how near they come to these and "
+                f"to each other ({', '.join(loud)}) says nothing yet; train longer"
+            ]
+        said = {
+            "memorised": f"MEMORISING: {scores['memorised'].value:.0%} of the samples are nearer to a training image "
+            f"than {1 - NEAR:.0%} of unseen real images are (look at nearest.png): "
+            "train on more data or for fewer steps",
+            "repeated": f"REPEATING: {scores['repeated'].value:.0%} of the samples are nearer to another sample than "
+            f"{1 - NEAR:.0%} of real images are to another: {'less guidance, or ' if guided else ''}more varied data",
+        }
+        return [said[name] for name in loud]
+
+
+def _stands_out(score: Score) -> bool:
+    return score.value > LOUD and score.low is not None and score.floor is not None and score.low > score.floor
+
+
+def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[Any]], Any]) -> Score:
+    """The summary over samples with its bootstrap interval, and over real images."""
+    draw = generator(0, "evaluation", DRAWS["resamples"])
+    drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
+    value, reach = float(summary(each)), 1.96 * float(np.std([summary(d) for d in drawn], ddof=1))
+    return Score(value, value - reach, value + reach, float(summary(real)))
+
+
+def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrored: bool = False) -> Neighbours:
+    """Search all training images; each set as `thumbnails` (N, C, h, w).
+
+    Args:
+        unseen: real images that are not among the training ones; None: training images stand in, each compared
+            with all others.
+        mirrored: training showed mirror images too (data.flip): one of a training image is as near as the image.
+    """
+    base = train.flatten(1)
+    real = train[: len(samples)]  # as many as there are samples: more would lie closer together
+    distance, number = _either_way(samples, base, mirrored=mirrored)
+    if unseen is None:
+        unseen_train, _ = _either_way(real, base, mirrored=mirrored, itself=True)
+    else:
+        unseen_train, _ = _either_way(unseen, base, mirrored=mirrored)
+    others, real_others = (nearest(rows, rows, itself=True)[0] for rows in (samples.flatten(1), real.flatten(1)))
+    detail = float(np.median(_steps(samples)) / max(np.median(_steps(train)), 1e-12))
+    return Neighbours(distance, number, others, unseen_train, real_others, detail)
+
+
+def _steps(images: Tensor) -> Array:
+    """Root mean square of the steps between neighbouring pixels, down and across, of each image (N, C, h, w)."""
+    squares = [images.diff(dim=axis).double().square().flatten(1).sum(1) for axis in (2, 3)]
+    count = sum(images[0].diff(dim=axis).numel() for axis in (1, 2))
+    return ((squares[0] + squares[1]) / max(count, 1)).sqrt().numpy()
+
+
+def _either_way(
+    images: Tensor, base: Tensor, *, mirrored: bool, itself: bool = False
+) -> tuple[Array, NDArray[np.int64]]:
+    """`nearest` of images (N, C, h, w), or of their mirror images where those come nearer."""
+    distance, number = nearest(images.flatten(1), base, itself=itself)
+    if mirrored:
+        other, its = nearest(images.flip(-1).flatten(1), base, itself=itself)
+        distance, number = np.minimum(distance, other), np.where(other < distance, its, number)
+    return distance, number
+
+
+def thumbnails(images: Pixels) -> Tensor:
+    """uint8 (N, H, W, C) as images (N, C, h, w) in [-1, 1], of at most SIDE pixels a side."""
+    shrink = max(1, max(images.shape[1:3]) / SIDE)
+    height, width = (max(1, round(side / shrink)) for side in images.shape[1:3])
+    rows = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.adaptive_avg_pool2d(rows, (height, width))
+
+
+def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:
+    """Distance (N,) and row (N,) of each query's nearest row of `base`; with `itself`, query i is row i, which
+    does not count."""
+    norms = base.square().sum(1)
+    rows = max(1, BLOCK // len(base))
+    numbers = []
+    for start in range(0, len(queries), rows):
+        block = queries[start : start + rows]
+        squares = norms - 2 * block @ base.T  # less the query's own norm: the same order
+        if itself:
+            squares[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
+        numbers.append(squares.argmin(1))
+    number = torch.cat(numbers)
+    # Again from the difference: the expanded square loses small distances.
+    found = [(q.double() - base[n].double()).square().mean().sqrt() for q, n in zip(queries, number, strict=True)]
+    return torch.stack(found).numpy(), number.numpy()

@@ -1,0 +1,198 @@
+"""Evaluations as pictures and tables, and several of them side by side when their protocols allow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import has_form, read_json
+from dit_in_dit.metrics.evaluate import Evaluation, floats
+from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
+from dit_in_dit.reporting import plots
+from dit_in_dit.runs.shards import first_difference
+from dit_in_dit.runtime.precision import before_it_was_named
+from dit_in_dit.sampling.numbered import beside, grid
+
+SHOWN = 64
+NUMBER = (int, float)
+SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType), "floor": (*NUMBER, NoneType)}
+FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
+
+
+def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
+    """Write the figures; their paths, each with what it shows."""
+    samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
+    step = max(1, len(evaluation.real) // SHOWN)
+    pictures = {"evaluated": grid(evaluation.images[:SHOWN]), "real images": grid(evaluation.real[::step][:SHOWN])}
+    beside(pictures).save(samples)
+    draw_nearest(evaluation, nearest)
+    draw_metrics(evaluation, metrics)
+    return [
+        (samples, "the first images beside real ones"),
+        (metrics, "distances beside real against real, spectra, seams, nearest training images"),
+        (nearest, "the images that come nearest to training images, each above its neighbour"),
+    ]
+
+
+def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
+    """The nearest samples, each above its training image."""
+    count = min(columns * 2, len(evaluation.nearest))
+    rows = []
+    for start in range(0, count, columns):
+        part = slice(start, min(start + columns, count))
+        mine, theirs = evaluation.nearest[part], evaluation.nearest_real[part]
+        blank = np.full((columns - len(mine), *mine.shape[1:]), 255, np.uint8)
+        rows += [mine, blank, theirs, blank]
+    grid(np.concatenate(rows), columns).save(path)
+
+
+def draw_metrics(evaluation: Evaluation, path: Path) -> None:
+    """Every score against its floor, and the curves behind the spectrum, the seams and the neighbours."""
+    made, axes = plots.figure(2, 2, width=5.2, height=3.9)
+    images, real = floats(evaluation.images), floats(evaluation.real)
+    first = Halves.of(len(real)).first[0]
+    _draw_scores(axes[0, 0], evaluation.result["scores"])
+    spectra = {name: Spectrum(*images.shape[2:])(x).mean(0) for name, x in (("evaluated", images), ("real", real))}
+    _draw_spectra(axes[0, 1], Spectrum(*images.shape[2:]), spectra)
+    seams = [s for s, _ in statistics(images.shape[1:], _periods(evaluation.result)) if isinstance(s, Seams)]
+    _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
+    _draw_neighbours(axes[1, 1], evaluation)
+    made.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
+    plots.save(made, path)
+
+
+def _periods(result: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(int(name.split(".")[1]) for name in result["scores"] if name.startswith("seam."))
+
+
+def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """One line that says what was evaluated and how."""
+    samples, real = protocol["samples"], protocol["reference"]
+    how = samples["made by"]
+    if how == "sampling":
+        how = f"{samples['sampler']} {samples['steps']} steps, guidance {samples['guidance']:g}, seed {samples['seed']}"
+    step = f" at step {subject['step']}" if "step" in subject else ""
+    return f"{subject['name']}{step}: {protocol['images']} images ({how}) against {real['images']} of {real['data']}"
+
+
+def _draw_scores(axis: Any, scores: dict[str, dict[str, Any]]) -> None:
+    """Sizes as multiples of their floor, with intervals, on a logarithmic scale; what has no floor is left out."""
+    shares = ("detail", "nearest", "memorised", "repeated")
+    rows = [(name, s) for name, s in scores.items() if s["floor"] and name.split(".")[0] not in shares]
+    y = np.arange(len(rows))[::-1]
+    floors = np.array([s["floor"] for _, s in rows])
+    values = np.abs([s["value"] for _, s in rows]) / floors
+    reach = np.array([(s["high"] - s["low"]) / 2 for _, s in rows]) / floors
+    left = np.maximum(values - reach, 0.1)
+    axis.hlines(y, left, values + reach, color=plots.COLOURS[0], alpha=0.4, linewidth=4)
+    axis.plot(np.maximum(values, 0.1), y, "o", color=plots.COLOURS[0], markersize=4)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(xscale="log", yticks=y, xlabel="size / real against real (1: as real images)")
+    axis.set_yticklabels([name for name, _ in rows], fontsize=7)
+
+
+def _draw_spectra(axis: Any, spectrum: Spectrum, spectra: dict[str, Any]) -> None:
+    for colour, (name, power) in zip(plots.COLOURS, spectra.items(), strict=False):
+        axis.plot(spectrum.frequency, power, color=colour, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="frequency, cycles a pixel", ylabel="mean power")
+    ticks = [2.0**-k for k in range(1, 12) if 2.0**-k >= spectrum.frequency[0]]
+    axis.set_xticks(ticks, [f"1/{round(1 / tick)}" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.legend()
+
+
+def _draw_seams(axis: Any, found: list[tuple[Seams, Any]]) -> None:
+    for colour, (seams, deviation) in zip(plots.COLOURS, found, strict=False):
+        for line, name, places in zip(("-", "--"), ("down", "across"), deviation, strict=True):
+            x = (np.arange(seams.period) + 1) / seams.period
+            axis.plot(x, places, line, color=colour, marker=".", label=f"{seams.period} px, {name}")
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set(xlabel="place in the period (1: the border)", ylabel="excess step over real images")
+    if found:
+        axis.legend(fontsize=7)
+
+
+def _draw_neighbours(axis: Any, evaluation: Evaluation) -> None:
+    near = evaluation.near
+    bins = np.linspace(0, max(near.train.max(), near.unseen_train.max(), 1e-3) * 1.02, 40)
+    for colour, name, values in (
+        (plots.COLOURS[0], "evaluated", near.train),
+        (plots.COLOURS[1], "unseen real images", near.unseen_train),
+    ):
+        axis.hist(values, bins, density=True, histtype="step", color=colour, label=name)
+    axis.axvline(near.too_near_train, color="black", linewidth=0.8, linestyle=":", label="too near")
+    axis.set(xlabel="distance to the nearest training image (RMS, range 2)", ylabel="density")
+    axis.legend(fontsize=7)
+
+
+# --------------------------------------------------------------------------------------------- compare
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An evaluation from its `metrics.json`, its folder, or a run's newest evaluation."""
+    places = [path, path / "metrics.json", *sorted((path / "evaluation").glob("*/metrics.json"), reverse=True)]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
+    advice = "run `dit-in-dit evaluate` again"
+    result = read_json(found, "the evaluation ", advice)
+    if not has_form(result, FORM) or not all(has_form(score, SCORE) for score in result["scores"].values()):
+        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds another in its place; {advice}")
+    made_with = result.get("made with")
+    torch = made_with.get("torch") if isinstance(made_with, dict) else None
+    result["protocol"].setdefault("precision", before_it_was_named(torch if isinstance(torch, str) else ""))
+    return result
+
+
+def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any] | None]]]:
+    """Names and, per score, one entry for each evaluation (None where it has none).
+
+    Raises:
+        UserError: the protocols differ; it names the first field that does.
+    """
+    results = [read(path) for path in paths]
+    for path, result in zip(paths[1:], results[1:], strict=True):
+        if field := first_difference(results[0]["protocol"], result["protocol"]):
+            raise UserError(
+                f"{paths[0]} and {path} cannot stand in one table, their protocols differ in {field}; "
+                "evaluate them alike"
+            )
+    names = list(dict.fromkeys(name for result in results for name in result["scores"]))
+    return [_label(r) for r in results], {name: [r["scores"].get(name) for r in results] for name in names}
+
+
+def _label(result: dict[str, Any]) -> str:
+    subject = result["subject"]
+    return Path(subject["name"]).name + (f"@{subject['step']}" if "step" in subject else "")
+
+
+def draw_compared(
+    labels: list[str], scores: dict[str, list[dict[str, Any] | None]], path: Path, columns: int = 5
+) -> None:
+    """A panel per score: one dot with its interval for each evaluation, and the floor."""
+    rows = -(-len(scores) // columns)
+    made, axes = plots.figure(rows, columns, width=2.5, height=0.7 + 0.22 * len(labels))
+    for axis in axes.ravel()[len(scores) :]:
+        axis.set_visible(False)
+    y = np.arange(len(labels))[::-1]
+    for axis, (name, found) in zip(axes.ravel(), scores.items(), strict=False):
+        for at, colour, score in zip(y, plots.COLOURS * len(y), found, strict=False):
+            if score is not None:
+                if score["low"] is not None:
+                    axis.hlines(at, score["low"], score["high"], color=colour, alpha=0.4, linewidth=4)
+                axis.plot(score["value"], at, "o", color=colour, markersize=4)
+        if floor := next((s["floor"] for s in found if s and s["floor"] is not None), None):
+            axis.axvline(floor, color="black", linewidth=0.8, linestyle=":")
+            if name.startswith("spectrum."):
+                axis.axvspan(-floor, floor, color="black", alpha=0.08)
+        axis.set(yticks=y, ylim=(-0.7, len(labels) - 0.3))
+        axis.set_yticklabels(labels if axis in axes[:, 0] else [], fontsize=7)
+        axis.set_title(name, fontsize=8)
+        axis.tick_params(axis="x", labelsize=6)
+        axis.locator_params(axis="x", nbins=4)
+    made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
+    plots.save(made, path)

@@ -1,0 +1,126 @@
+"""Who sees whom at the inner level; every mixer maps inner tokens (N, T, S, E) to the same shape.
+
+`wide` says that it reaches past its own patch, so that tokens must know their place in the image.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.model.layers import Attention
+
+
+class PatchMixer(Attention):
+    """Attention among the S sub-patches of one patch, for all N*T patches at once."""
+
+    wide: ClassVar[bool] = False
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
+
+    @staticmethod
+    def length(model: ModelConfig) -> int:
+        """Tokens that one token sees."""
+        return model.sub_patches
+
+    @classmethod
+    def macs(cls, model: ModelConfig) -> int:
+        """Per inner token."""
+        return 4 * model.inner.width**2 + 2 * cls.length(model) * model.inner.width
+
+    def group(self, x: Tensor) -> Tensor:
+        """(N, T, S, E) -> (groups, length, E)."""
+        return x.flatten(0, 1)
+
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(groups, length, E) -> (N, T, S, E)."""
+        return x.view(shape)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, each (groups, heads, length, d)."""
+        return super().heads(self.group(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ungroup(super().forward(x), x.shape)
+
+
+class WindowMixer(PatchMixer):
+    """Attention within fixed windows of `window` x `window` patches."""
+
+    wide = True
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        side = model.inner.window
+        self.sizes = {"h": model.grid[0] // side, "w": model.grid[1] // side, "a": side, "b": side}
+
+    @staticmethod
+    def length(model: ModelConfig) -> int:
+        """Tokens that one token sees."""
+        return model.inner.window**2 * model.sub_patches
+
+    def group(self, x: Tensor) -> Tensor:
+        """(N, T, S, E) -> (windows, length, E)."""
+        return rearrange(x, "n (h a w b) s e -> (n h w) (a b s) e", **self.sizes)
+
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(windows, length, E) -> (N, T, S, E)."""
+        return rearrange(x, "(n h w) (a b s) e -> n (h a w b) s e", **self.sizes)
+
+
+class ImageMixer(PatchMixer):
+    """Attention among all T*S sub-patches of the image."""
+
+    wide = True
+
+    @staticmethod
+    def length(model: ModelConfig) -> int:
+        """Tokens that one token sees."""
+        return model.patches * model.sub_patches
+
+    def group(self, x: Tensor) -> Tensor:
+        """(N, T, S, E) -> (N, T*S, E)."""
+        return x.flatten(1, 2)
+
+    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(N, T*S, E) -> (N, T, S, E)."""
+        return x.view(shape)
+
+
+class ConvMixer(nn.Module):
+    """A 3x3 depthwise convolution over the sub-patch grid of the image, zero beyond its border.
+
+    The block's MLP mixes the channels, as in ConvNeXt (Liu et al. 2022).
+    """
+
+    wide: ClassVar[bool] = True
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sizes = {"h": model.grid[0], "i": model.sub_grid, "j": model.sub_grid}
+        self.conv = nn.Conv2d(model.inner.width, model.inner.width, 3, padding=1, groups=model.inner.width)
+
+    @classmethod
+    def macs(cls, model: ModelConfig) -> int:
+        """Per inner token."""
+        return 9 * model.inner.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Whole tokens are moved, and the convolution takes their channels last, as they lie.
+        grid = rearrange(x, "n (h w) (i j) e -> n (h i) (w j) e", **self.sizes)
+        mixed = self.conv(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # N rows columns E
+        return rearrange(mixed, "n (h i) (w j) e -> n (h w) (i j) e", **self.sizes)
+
+
+MIXERS: dict[str, type[PatchMixer] | type[ConvMixer] | None] = {
+    "patch": PatchMixer,
+    "window": WindowMixer,
+    "image": ImageMixer,
+    "conv": ConvMixer,
+    "none": None,  # nobody sees anybody: the inner block is its MLP alone
+}

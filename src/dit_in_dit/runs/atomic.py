@@ -1,0 +1,100 @@
+"""Files and folders that are whole or not there: written beside, put on the disk, renamed.
+
+(Checkpoints do more: `checkpoint.save` reads what it wrote, and says what the disk did not take.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from dit_in_dit.config.errors import UserError
+
+
+def _beside(path: Path) -> Path:
+    """A name next to `path` that no user and no other process has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+
+
+def clear(folder: Path, names: Collection[str]) -> None:
+    """Delete what killed processes left of these files of the folder."""
+    for left in folder.glob(".*.part"):
+        known = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.part", left.name)
+        if known and known[1] in names:
+            left.unlink(missing_ok=True)
+
+
+@contextmanager
+def file(path: Path, *, once: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, at `path` once the block ends well. With `once`, one that is there by then stays.
+
+    A killed process leaves a hidden `.NAME.RANDOM.part`; an error leaves nothing.
+    """
+    beside = _beside(path)
+    try:
+        with beside.open("xb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        if not once:
+            beside.replace(path)
+        elif not path.exists():
+            _link(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _link(beside: Path, path: Path) -> None:
+    """Give the file its name, unless another has it: a rename would replace that one."""
+    with suppress(FileExistsError):
+        os.link(beside, path)
+
+
+def write(path: Path, content: bytes | str, *, once: bool = False) -> None:
+    """`file` with all of its content."""
+    with file(path, once=once) as opened:
+        opened.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_free(out: Path) -> None:
+    """UserError when a file, or a folder with something in it, is at `out`, or the user is inside of it."""
+    if out.name in ("", "..") or (out.is_dir() and Path.cwd().is_relative_to(out.resolve())):
+        raise UserError(f"--out {out} is the current folder, or one above it: give a new name")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} is there already: choose another --out")
+
+
+@contextmanager
+def folder(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, at `out` once the block ends well.
+
+    Raises:
+        UserError: something is there already.
+    """
+    check_free(out)
+    beside = _beside(out)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for written in beside.rglob("*"):
+            if written.is_file():
+                _settle(written, beside)
+        if out.is_dir():
+            out.rmdir()
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _settle(written: Path, folder: Path) -> None:
+    """Put a file on the disk, with the permissions that the umask gave its folder: safetensors writes for the owner
+    alone."""
+    written.chmod(folder.stat().st_mode & 0o666)
+    with written.open("rb") as opened:
+        os.fsync(opened.fileno())

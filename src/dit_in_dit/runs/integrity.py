@@ -1,0 +1,169 @@
+"""A folder of files that a manifest seals: put on the disk, and read again as whole or damaged, each file named.
+
+A file of tensors or arrays loads in silence with a bit flipped; its hash is the only guard.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import has_form
+
+FORM = {"step": int, "config": str, "classes": [str], "steady": bool, "bytes": dict, "sha256": dict}  # of a manifest
+DATA = {"digest": str, "place": str}  # of its data, where it notes them
+Kind = Literal["missing", "truncated", "flipped", "swapped", "extra", "unreadable"]
+KINDS: dict[Kind, str] = {
+    "missing": "is missing",
+    "truncated": "is truncated",
+    "flipped": "is not what was written",
+    "swapped": "belongs to another place or checkpoint",
+    "extra": "does not belong there",
+    "unreadable": "cannot be read",
+}
+
+
+class Damage(NamedTuple):
+    """What is wrong with one file of a checkpoint's folder.
+
+    kind: flipped is said of any other content; swapped where the content is that of another file, of this checkpoint
+    or one beside it; extra of a file too many (hidden ones are a file manager's or NFS's, and left alone).
+    """
+
+    folder: Path
+    file: str
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.folder / self.file} {KINDS[self.kind]}"
+
+
+class DamagedError(UserError):
+    """A checkpoint does not verify; `damages` has every damaged file."""
+
+    def __init__(self, damages: list[Damage]) -> None:
+        more = f", and {len(damages) - 1} more" if len(damages) > 1 else ""
+        super().__init__(f"damaged checkpoint: {damages[0]}{more}")
+        self.damages = damages
+
+
+class DamagedWarning(UserWarning):
+    """A damaged checkpoint was passed over, and an older one is used."""
+
+
+def write(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write a file to the disk; size and SHA-256 of what was meant to be in it, whatever the disk made of it."""
+    size, sha256 = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            sha256.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that reading it again reads the disk, not the memory of what was written
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return size, sha256.hexdigest()
+
+
+def sync(folder: Path) -> None:
+    """Put a folder's names on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's file: its last line is the SHA-256 of the rest."""
+    own = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": own}, indent=1).encode() + b"\n"
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, after every file was found as it was written; DamagedError names each that is not."""
+    manifest = read_manifest(checkpoint)
+    sha256: dict[str, str] = manifest["sha256"]
+    elsewhere = None
+    damages = []
+    for name, expected in sha256.items():
+        kind, found = _compare(checkpoint / name, manifest["bytes"][name], expected)
+        if kind and found:
+            elsewhere = elsewhere or _others(checkpoint) | set(sha256.values())
+            kind = "swapped" if found in elsewhere else kind
+        if kind:
+            damages.append(Damage(checkpoint, name, kind))
+    try:
+        others = sorted({path.name for path in checkpoint.iterdir()} - {"manifest.json", *sha256})
+        damages += [Damage(checkpoint, name, "extra") for name in others if not name.startswith(".")]
+    except OSError:
+        damages.append(Damage(checkpoint, "", "unreadable"))
+    if damages:
+        raise DamagedError(damages)
+    return manifest
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What manifest.json holds, if it is as it was written and of this step; the files that it names are not read."""
+    path, name = checkpoint / "manifest.json", checkpoint.name.partition(".")[0]
+    kind: Kind
+    try:
+        content = path.read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+        del manifest["seal"]
+        if content != seal(manifest) or not _has_all_parts(manifest):
+            raise ValueError
+        if not name.isdigit() or manifest["step"] == int(name):
+            return manifest
+        kind = "swapped"
+    except (FileNotFoundError, NotADirectoryError):
+        kind = "missing"
+    except OSError:
+        kind = "unreadable"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        kind = "flipped" if content.endswith(b"}\n") else "truncated"
+    raise DamagedError([Damage(checkpoint, "manifest.json", kind)])
+
+
+def _has_all_parts(manifest: dict[str, Any]) -> bool:
+    """Whether it says all that is read of a manifest, with a size and a hash of each file."""
+    if not has_form(manifest, FORM) or not has_form(manifest.get("data", dict.fromkeys(DATA, "")), DATA):
+        return False
+    if manifest["bytes"].keys() != manifest["sha256"].keys():
+        return False
+    return has_form([*manifest["bytes"].values()], [int]) and has_form([*manifest["sha256"].values()], [str])
+
+
+def _compare(path: Path, size: int, sha256: str) -> tuple[Kind | None, str]:
+    """What is wrong with a file, if anything, and its SHA-256 where it can be read."""
+    try:
+        with path.open("rb") as file:
+            there, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing", ""
+    except OSError:
+        return "unreadable", ""
+    if found == sha256:
+        return None, found
+    return "truncated" if there < size else "flipped", found
+
+
+def _others(checkpoint: Path) -> set[str]:
+    """SHA-256 of the files of the checkpoints beside this one, as far as their manifests can be read."""
+    found: set[str] = set()
+    for folder in checkpoint.parent.iterdir():
+        if folder != checkpoint:
+            with suppress(DamagedError):
+                found |= set(read_manifest(folder)["sha256"].values())
+    return found

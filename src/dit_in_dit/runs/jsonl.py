@@ -1,0 +1,169 @@
+"""Files of JSON lines beside a run: its log, which is a function of its config, and its clock."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.runs.checkpoint import SaveError
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.strict_json import has_form, parse_lines
+
+Line = dict[str, Any]
+MOST_STEP = 10**12  # as train.steps
+NUMBER = (int, float)
+ADVICE = "mend it, or start another run"
+
+
+def is_log_line(line: Line) -> bool:
+    """Whether an object can be a line of `log.jsonl`: a step with numbers, held-out errors or a roll-back."""
+    if not has_form(line, {"step": int}) or not 0 <= line["step"] <= MOST_STEP:
+        return False
+    if "rollback" in line:
+        return has_form(line["rollback"], {"to": int})
+    if "held_out" in line:
+        times = line["held_out"]
+        return isinstance(times, dict) and all(_is_number(t) and _are_errors(kinds) for t, kinds in times.items())
+    drawn = [value for name, value in line.items() if name in ("loss", "skipped") or name.startswith("grad_norm")]
+    return bool(drawn) and all(isinstance(value, NUMBER) for value in drawn)
+
+
+def is_clock_line(line: Line) -> bool:
+    """Whether an object can be a line of `timing.jsonl`."""
+    return has_form(line, {"step": int, "seconds": NUMBER}) and math.isfinite(line["seconds"])
+
+
+def check_lines(lines: list[Line], good: Callable[[Line], bool], what: str, advice: str) -> None:
+    """UserError with the first line that is none of its file."""
+    if wrong := next((line for line in lines if not good(line)), None):
+        raise UserError(f"{what} holds a line that no run writes, {shortened(json.dumps(wrong), 60)}: {advice}")
+
+
+def _are_errors(kinds: object) -> bool:
+    """Whether these are errors by kind; one that is not finite is written by its name."""
+    return isinstance(kinds, dict) and all(
+        isinstance(error, NUMBER) or (isinstance(error, str) and _is_number(error)) for error in kinds.values()
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Lines:
+    """An append-only file. Half a line of a killed process is cut off when it is opened.
+
+    A line that cannot be written (a full disk) waits in memory and is tried again with the next one.
+
+    Args:
+        path: the file; None: nothing is read or written, as in processes that do not lead.
+        good: whether an object can be a line of it.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+
+    def __init__(self, path: Path | None, good: Callable[[Line], bool]) -> None:
+        self.path, self.size, self.waiting = path, 0, b""
+        self.found: list[Line] = []
+        self.file: io.FileIO | None = None
+        if path is None:
+            return
+        whole = path.read_bytes() if path.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]
+        self.found = parse_lines(whole.splitlines(), str(path), ADVICE)
+        check_lines(self.found, good, str(path), ADVICE)
+        self.size = len(whole)
+        self.file = io.FileIO(path, "r+" if path.exists() else "w+")
+        self.file.truncate(self.size)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file:
+            self.file.close()
+
+    def add(self, line: Line) -> None:
+        """Append one line, or keep it until there is room."""
+        self.waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
+        with suppress(SaveError):  # it waits; `settle` is called again before anything builds on it
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what waits; SaveError when it cannot be: what was written before stays, and is not written again."""
+        if not self.file:
+            self.waiting = b""
+            return
+        self.file.seek(self.size)
+        try:
+            while self.waiting:
+                written = self.file.write(self.waiting)
+                self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+
+    def keep(self) -> None:
+        """Put all of it on the disk: what builds on these lines must not outlive them. SaveError when it cannot be."""
+        self.settle()
+        if self.file:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+
+
+class Log:
+    """`log.jsonl`. A resumed run does not write again what is there; one that was rolled back does."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.lines, self.done, rolled = Lines(path, is_log_line), set(), 0
+        for line in self.lines.found:
+            self.done.add((rolled, *self._name(line)))
+            rolled += "rollback" in line
+
+    @staticmethod
+    def _name(line: Line) -> tuple[int | None, str]:
+        return line.get("step"), next((kind for kind in ("held_out", "rollback") if kind in line), "step")
+
+    def has(self, rolled: int, line: Line) -> bool:
+        """Whether a line of this step and kind is there since the run was rolled back `rolled` times."""
+        return (rolled, *self._name(line)) in self.done
+
+    def write(self, rolled: int, line: Line) -> None:
+        """Append, unless it is there."""
+        if not self.has(rolled, line):
+            self.lines.add(line)
+
+
+class Clock:
+    """`timing.jsonl`: seconds spent in steps, over all resumes, and speed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.lines = Lines(path, is_clock_line)
+        self.seconds = max((line["seconds"] for line in self.lines.found), default=0.0)
+        self.start()
+
+    def start(self) -> None:
+        """Time from here."""
+        self.began = time.perf_counter()
+
+    def waited(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.began
+
+    def write(self, step: int, images: int) -> float:
+        """Note the time since the start, and return images per second."""
+        speed = images / self.waited()
+        self.seconds += self.waited()
+        self.lines.add({"step": step, "seconds": self.seconds, "images_per_second": speed})
+        return speed

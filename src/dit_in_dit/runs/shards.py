@@ -1,0 +1,128 @@
+"""Long work in files of a few images each: what is there is not done again, and processes share the rest.
+
+A file is written beside and renamed, so it is whole or not there. Part k of the work belongs to process k modulo their
+number (`RANK` and `WORLD_SIZE`, as torchrun sets them); results are read in index order, whoever made them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.runs import atomic
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import read_json
+
+Arrays = dict[str, NDArray[Any]]
+PATIENCE = 1800  # seconds without a new chunk after which the other processes are given up
+
+
+def process() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def claim(path: Path, identity: Mapping[str, Any]) -> None:
+    """Note what the files beside `path` are, once and by whichever process is first.
+
+    Raises:
+        UserError: it was noted already, and they are something else.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
+    stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
+    if field := first_difference(stored, json.loads(json.dumps(identity))):
+        raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
+
+
+def first_difference(a: Any, b: Any) -> str:
+    """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
+    waiting = [("", a, b)]  # no recursion: JSON may nest as deeply as Python's stack
+    while waiting:
+        where, a, b = waiting.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            names = reversed({**a, **b})
+            waiting += [(f"{where}.{name}" if where else str(name), a.get(name), b.get(name)) for name in names]
+        elif a != b:
+            return f"{where}: {json.dumps(a)} / {json.dumps(b)}"
+    return ""
+
+
+def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
+    """Make what is missing of `total` images, this process its parts of `size`; yields how many are there, until
+    all are.
+
+    Raises:
+        UserError: the other processes' did not come for `PATIENCE` seconds.
+    """
+    rank, world = process()
+    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    done = sum(len(part) for part in parts if there(part))
+    yield done
+    for part in parts[rank::world]:
+        if not there(part):
+            make(part)
+            done += len(part)
+            yield done
+    left, since = parts, time.monotonic()
+    while missing := [part for part in left if not there(part)]:
+        if len(missing) < len(left):
+            left, since = missing, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            raise UserError(f"images from number {left[0].start} on did not come within {PATIENCE} s: run it again")
+        yield total - sum(map(len, left))
+        time.sleep(0.1)
+    yield total
+
+
+def _path(folder: Path, part: range) -> Path:
+    return folder / f"{part.start:07d}-{part.stop:07d}.npz"
+
+
+def _paths(folder: Path, total: int, size: int) -> Iterator[Path]:
+    for start in range(0, total, size):
+        yield _path(folder, range(start, min(start + size, total)))
+
+
+def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
+    """Make the missing chunks of `size` images, yielding how many of the `total` are there; ends when all are."""
+
+    def keep(part: range) -> None:
+        content = io.BytesIO()
+        np.savez(content, **make(part))  # type: ignore[arg-type]
+        atomic.write(_path(folder, part), content.getvalue())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return share(total, size, lambda part: _path(folder, part).exists(), keep)
+
+
+def read(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
+    """One array of every chunk, in index order; UserError names a chunk that is damaged."""
+    for path in _paths(folder, total, size):
+        yield _load(path, name)
+
+
+def stored(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
+    """One array's rows by number; the chunk that was read last is kept."""
+    paths = list(_paths(folder, total, size))
+    load = lru_cache(maxsize=1)(lambda chunk: _load(paths[chunk], name))
+    return lambda numbers: np.stack([load(n // size)[n % size] for n in numbers])
+
+
+def _load(path: Path, name: str) -> NDArray[Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:60]}): remove it and run again") from None

@@ -1,0 +1,235 @@
+"""The pictures of a study of named arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.sampling.numbered import grid
+from dit_in_dit.study import formatting
+from dit_in_dit.study.metrics import WORDS, better, direction
+from dit_in_dit.study.results import Gathered
+from dit_in_dit.study.statistics import Difference
+from dit_in_dit.study.tables import BESIDE, seconds
+
+BETTER, WORSE, UNSEEN = COLOURS[0], COLOURS[1], "#8a97a3"
+MARKERS = "osD^vP*X"
+LONGEST = 56  # characters of an arm's name in a picture
+WIDEST = 1100  # pixels of a row of samples
+SAMPLES = 16
+
+
+def label(name: str, most: int = LONGEST) -> str:
+    """A name as a picture shows it: not too long, and nothing in it means anything to matplotlib."""
+    short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
+    return short.replace("$", r"\$").removeprefix("_") or "arm"
+
+
+# --------------------------------------------------------------------------------------- differences
+
+
+def draw_forest(study: Gathered, path: Path) -> None:
+    """The differences by the primary metric with both intervals, an arm a line."""
+    metric = study.primary
+    rows = [(arm, study.difference(arm, metric)) for arm in study.drawn]
+    scales = [formatting.scale(metric, found) for _, found in rows]
+    percent = all(scales[i] for i, (_, found) in enumerate(rows) if math.isfinite(found.mean) and not found.equal)
+    made, axes = figure(1, 1, width=7.6, height=1.1 + 0.3 * len(rows))
+    axis, y = axes[0, 0], np.arange(len(rows))[::-1]
+    units = [scale if percent and scale else 1.0 for scale in scales]
+    edge = _edge([found for _, found in rows], units)
+    for at, (_, found), unit in zip(y, rows, units, strict=True):
+        if math.isfinite(found.mean):
+            _draw_row(axis, at, found, unit, edge, _colour(metric, found))
+    control = study.plan.control.name
+    names = [label(a.name) + ("" if a.against == control else f"\nagainst {label(a.against)}") for a, _ in rows]
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set(yticks=y, ylim=(-0.7, len(rows) - 0.3), xlim=(-edge, edge))
+    axis.set_yticklabels(names, fontsize=8)
+    low, high = ("worse", "better") if direction(metric) == "higher" else ("better", "worse")
+    unit_name = "percent of the other's mean" if percent else "its own unit"
+    axis.set_xlabel(f"difference of {metric}, {unit_name}")
+    for side, align, text in ((0.0, "left", f"← {low}"), (1.0, "right", f"{high} →")):
+        axis.text(side, 1.0, text, ha=align, va="bottom", transform=axis.transAxes, fontsize=9)
+    many, title = len(study.compared), "one seed: no intervals, no claim"
+    if len(study.plan.study.seeds) > 1:
+        lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
+        title = f"{lines}; colour: excludes zero"
+    made.suptitle(title, fontsize=8)
+    save(made, path, colours=256)
+
+
+def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
+    """How far the axis goes: all means and 95% intervals; of the wide ones, those that leave the means visible."""
+
+    def reach(ends: Iterable[tuple[float | None, float]]) -> float:
+        return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
+
+    pairs = list(zip(found, units, strict=True))
+    means = reach((f.mean, unit) for f, unit in pairs)
+    alone = reach((end, unit) for f, unit in pairs for end in (f.low, f.high))
+    wide = reach((end, unit) for f, unit in pairs for end in (f.wide_low, f.wide_high))
+    return 1.1 * max(means, alone, min(wide, 8 * means)) or 1.0
+
+
+def _draw_row(axis: Any, at: float, found: Difference, unit: float, edge: float, colour: str) -> None:
+    for low, high, thick in ((found.wide_low, found.wide_high, 1.2), (found.low, found.high, 4.5)):
+        if low is None or high is None:
+            continue
+        axis.hlines(at, max(low * unit, -edge), min(high * unit, edge), color=colour, linewidth=thick, alpha=0.75)
+    for end, side in ((found.wide_low, -edge), (found.wide_high, edge)):
+        if end is not None and abs(end * unit) > edge and (end < 0) == (side < 0):
+            axis.plot(0.985 * side, at, "<" if side < 0 else ">", color=colour, markersize=5)
+    axis.plot(found.mean * unit, at, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+
+
+def _colour(metric: str, found: Difference) -> str:
+    if not found.marked:
+        return UNSEEN
+    return BETTER if better(metric, found.mean) else WORSE
+
+
+def draw_matrix(study: Gathered, path: Path) -> None:
+    """What every arm differs by in every ranked metric, in colour where the interval excludes zero."""
+    metrics, arms = study.ranked, study.drawn
+    made, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
+    axis = axes[0, 0]
+    axis.grid(visible=False)
+    for row, metric in enumerate(metrics):
+        for column, arm in enumerate(arms):
+            found = study.difference(arm, metric)
+            ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, found), "#f3f5f6")
+            axis.add_patch(_square(column, row, ground))
+            text = formatting.difference(metric, found).replace(" %", "")
+            weight = "bold" if found.marked else "normal"
+            ink = "black" if found.marked else "#66737e"
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, weight=weight, color=ink)
+    axis.set(xlim=(-0.5, len(arms) - 0.5), ylim=(len(metrics) - 0.5, -0.5))
+    turned = {"rotation": 45, "ha": "left"} if len(arms) > 2 else {}
+    axis.set_xticks(range(len(arms)), [label(arm.name) for arm in arms], fontsize=8, **turned)
+    axis.xaxis.tick_top()
+    signs = {"lower": "%", "higher": "%, higher is better", "zero": "to 0"}
+    heads = [f"{metric}  ({signs[direction(metric)]})" for metric in metrics]
+    axis.set_yticks(range(len(metrics)), heads, fontsize=8)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    save(made, path, colours=256)
+
+
+def _square(column: int, row: int, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="none")
+
+
+# --------------------------------------------------------------------------------------------- cost
+
+
+def draw_pareto(study: Gathered, path: Path) -> None:
+    """The primary metric against MACs and against time, with intervals."""
+    arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
+    panels: list[tuple[str, list[float | None]]] = [
+        ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
+    ]
+    if all("time" in arm.cost for arm in arms):
+        panels.append(
+            ("milliseconds of a training step, as measured when planned", [1e3 * arm.cost["time"] for arm in arms])
+        )
+    elif any(seconds(study, arm.name) is not None for arm in arms):
+        panels.append((f"training, seconds ({BESIDE})", [seconds(study, arm.name) for arm in arms]))
+    made, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
+    for axis, (name, costs) in zip(axes[0], panels, strict=True):
+        known = [x for x in costs if x]
+        wide = bool(known) and max(known) > 3 * min(known)
+        if wide:
+            axis.set_xscale("log")
+        elif known:
+            axis.ticklabel_format(axis="x", useOffset=False)
+            middle, half = (max(known) + min(known)) / 2, 0.56 * _span(costs)
+            axis.set_xlim(middle - half, middle + half)
+        for number, (arm, x) in enumerate(zip(arms, costs if wide else _apart(costs), strict=True)):
+            found = study.estimate(arm.name, study.primary)
+            if found is None or x is None or not math.isfinite(found.mean):
+                continue
+            colour = COLOURS[number % len(COLOURS)]
+            if found.low is not None and found.high is not None:
+                axis.vlines(x, found.low, found.high, color=colour, alpha=0.35, linewidth=2)
+            control = arm.name == study.plan.control.name
+            looks: dict[str, Any] = {"markersize": 10, "markeredgecolor": "black"} if control else {"markersize": 6}
+            marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+            axis.plot(x, found.mean, marker, color=colour, label=label(arm.name), linestyle="none", **looks)
+        axis.set_xlabel(name)
+    axes[0, 0].set_ylabel(f"{study.primary}\n({WORDS[direction(study.primary)].split(':')[0]})")
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    columns = max(1, min(3, 72 * len(panels) // (8 + max(map(len, names), default=0))))  # characters that fit
+    made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
+    made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
+    save(made, path, colours=256)
+
+
+def _span(costs: Sequence[float | None]) -> float:
+    """What an axis of costs spans: at least a tenth of the largest, so that matched arms do not look far apart."""
+    known = [x for x in costs if x is not None]
+    return max(max(known) - min(known), 0.1 * max(known)) if known else 1.0
+
+
+def _apart(costs: Sequence[float | None]) -> list[float | None]:
+    """Costs, those that are nearly one moved to the sides so that each can be seen."""
+    step = 0.016 * _span(costs)
+    moved = list(costs)
+    order = sorted((i for i, x in enumerate(costs) if x is not None), key=lambda i: costs[i] or 0.0)
+    while order:
+        first = costs[order[0]] or 0.0
+        near = [i for i in order if (costs[i] or 0.0) - first < step]
+        for place, i in enumerate(near):
+            moved[i] = (costs[i] or 0.0) + (place - (len(near) - 1) / 2) * step
+        order = order[len(near) :]
+    return moved
+
+
+# ------------------------------------------------------------------------------------------- samples
+
+
+def draw_samples(rows: dict[str, Path], path: Path) -> None:
+    """A row for each `drawn.npz` by name: images of the same noise and class stand below each other, real ones on top.
+
+    Raises:
+        UserError: a file does not hold images.
+    """
+    drawn = [(name, *_drawn(file)) for name, file in rows.items()]
+    _, images, real = drawn[0]
+    cell = images.shape[2] * max(1, 64 // max(images.shape[1:3])) + 2
+    columns = min(SAMPLES, len(images), max(4, WIDEST // cell))
+    strips = [("real images", grid(real[:columns], columns))] if len(real) else []
+    strips += [(label(name, 48).replace(r"\$", "$"), grid(images[:columns], columns)) for name, images, _ in drawn]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = 16 + int(max(ruler.textlength(name, font_size=14) for name, _ in strips))
+    height = sum(strip.height for _, strip in strips) + 10
+    sheet = Image.new("RGB", (margin + max(strip.width for _, strip in strips), height), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for name, strip in strips:
+        draw.text((8, top + strip.height // 2), name, fill="black", font_size=14, anchor="lm")
+        sheet.paste(strip, (margin, top))
+        top += strip.height + (10 if top == 0 else 0)
+    sheet.save(path)
+
+
+def _drawn(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, real = arrays["images"], arrays["real"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} does not hold the samples of a trial: {error}") from None
+    if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
+        raise UserError(f"{file} must hold uint8 images (n, H, W, C): got {images.dtype} {images.shape}")
+    return images, real

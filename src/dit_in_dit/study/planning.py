@@ -1,0 +1,114 @@
+"""From a study to the plan in its folder: everything that can be wrong is found before the first trial."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dit_in_dit import __version__
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.curves.convergence import check_same_held_out
+from dit_in_dit.data.source import open_source
+from dit_in_dit.diffusion.objective import EVALUATION_TIMES
+from dit_in_dit.metrics import pixels
+from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
+from dit_in_dit.metrics.feature_networks import Network, open_network
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.shards import first_difference
+from dit_in_dit.study.match import match_arms
+from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
+from dit_in_dit.training.loop import settled
+
+
+def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
+    """Match the arms and check all that can be checked before the first trial.
+
+    Raises:
+        UserError: a config, the data, the weights of a metric or a match is not to be had.
+    """
+    networks(study, device)
+    arms = match_arms(study, device, study.threads)
+    arms = tuple(replace(arm, config=settled(arm.config, device)) for arm in arms)  # the same on every worker's device
+    if "held_out" in study.metrics:
+        check_same_held_out({arm.name: arm.config for arm in arms})
+    digests: dict[str, str] = {}
+    for arm in arms:
+        source = open_source(arm.config.data, arm.config.model)
+        if arm.config.data.source not in digests:
+            digests[arm.config.data.source] = source.digest
+        if "held_out" in study.metrics and not source.held_out_size:
+            raise UserError(f"study.metrics: held_out needs held-out images, {arm.config.data.source} has none")
+        if study.metrics != ("held_out",) and arm.config.model.channels not in (1, 3):
+            raise UserError("study.metrics: only held_out can be measured of latents")
+        _check_primary(study, arm.config)
+    made = {
+        "id": uuid.uuid4().hex,  # two studies of one plan are two
+        "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
+        "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "data": digests,  # of the images, by the name of their source
+    }
+    return Plan(name, study, arms, made)
+
+
+def check_data(plan: Plan) -> None:
+    """UserError when images are not those that the study was planned on: arms and seeds would be of different ones.
+
+    An earlier version noted no digest; nothing is compared then.
+    """
+    noted = plan.made.get("data")
+    left = dict(noted) if isinstance(noted, dict) else {}
+    for config in (arm.config for arm in plan.arms):
+        digest = left.pop(config.data.source, None)
+        if digest is not None and open_source(config.data, config.model).digest != digest:
+            raise UserError(
+                f"{shortened(config.data.source, 60)} is not what the study was planned on (names, labels or sizes of "
+                "its images differ): put it back, or begin the study in another --out"
+            )
+
+
+def _check_primary(study: StudyConfig, config: RunConfig) -> None:
+    """UserError when the primary metric is none of those that will be measured."""
+    known = []
+    if "held_out" in study.metrics and config.train.evaluate_every:
+        known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
+    if "pixels" in study.metrics:
+        shape = (4, config.model.channels, *config.model.image_size)
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
+        known += pixels.score(images[:2], images, (config.model.patch_size,))
+    if study.primary in NAMES.values() and study.samples < ENOUGH:
+        raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
+    open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
+    if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
+        raise UserError(f"study.primary: {study.primary!r} is not measured{nearest(study.primary, known)}")
+
+
+def networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
+    """The feature networks of the study's metrics; UserError where their weights are not there."""
+    weights = {"inception": study.weights, "dinov2": study.dinov2}
+    wanted = [name for name in weights if name in study.metrics]
+    return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
+
+
+def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
+    """The plan in `out`; where there is none it is made and written, by one process only.
+
+    Args:
+        study: what the plan there must be of.
+
+    Raises:
+        UserError: `out` holds another study.
+    """
+    path = out / "plan.json"
+    if not path.exists():
+        atomic.write(path, make().to_json() + "\n", once=True)  # another process may be first
+    plan = read_plan(out)
+    if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
+        raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")
+    return plan

@@ -1,0 +1,76 @@
+"""Held-out error of each arm relative to what it is compared with, while both train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+
+from dit_in_dit.curves.convergence import FREQUENCIES
+from dit_in_dit.curves.logs import Curve, Floats
+from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.study.figures import label
+from dit_in_dit.study.results import Gathered
+
+COLUMNS = 4
+
+
+def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats, Floats]:
+    """Training MACs (V,) of a run at its evaluations and its error in percent above the other run's at equal MACs.
+
+    The other's is interpolated between its evaluations, in logarithms of both; where it has none, there is nothing.
+    """
+    macs, error = curve.macs(curve.evaluated), curve.held_out.get(at, np.empty(0))
+    theirs, base = other.macs(other.evaluated), other.held_out.get(at, np.empty(0))
+    if not len(error) or not len(base):
+        return np.empty(0), np.empty(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = np.interp(np.log(macs), np.log(theirs), np.log(base), left=np.nan, right=np.nan)
+        change = 100 * (error / np.exp(between) - 1)
+    known = np.isfinite(change)
+    return macs[known], change[known]
+
+
+def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
+    """A panel for each arm: its error above or below the other's, a line for each seed. What error it is: that of
+    the primary metric, if it is one of held-out images; None, and no picture, where no such error was logged."""
+    at = _which(study)
+    panels = []
+    for arm in study.drawn:
+        seeds = [
+            seed for seed in study.plan.study.seeds if {(arm.name, seed), (arm.against, seed)} <= study.logs.keys()
+        ]
+        pairs = [(study.logs[arm.name, seed], study.logs[arm.against, seed]) for seed in seeds]
+        lines = [line for curve, other in pairs if at and len((line := relative(curve, other, at))[0])]
+        if lines:
+            panels.append((arm, lines))
+    if not at or not panels:
+        return None
+    columns = min(COLUMNS, len(panels))
+    made, axes = figure(-(-len(panels) // columns), columns, width=2.7 if columns > 1 else 5.0, height=1.9)
+    most = max(float(np.abs(change).max()) for _, lines in panels for _, change in lines)
+    for axis in axes.ravel()[len(panels) :]:
+        axis.set_visible(False)
+    for number, (axis, (arm, lines)) in enumerate(zip(axes.ravel(), panels, strict=False)):
+        for macs, change in lines:
+            axis.plot(macs / 1e12, change, color=COLOURS[0], linewidth=1, alpha=0.8, marker=".", markersize=3)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_ylim(-1.1 * most or -1, 1.1 * most or 1)
+        against = "" if arm.against == study.plan.control.name else f" against {label(arm.against)}"
+        axis.set_title(fill(label(arm.name) + against, 38), fontsize=8)
+        axis.tick_params(labelsize=7)
+        if number % columns == 0:
+            axis.set_ylabel("error, % above", fontsize=8)
+        if number >= len(panels) - columns:
+            axis.set_xlabel("training TMACs", fontsize=8)
+    made.suptitle(f"t = {at[0]:g}, {FREQUENCIES[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
+    save(made, path, colours=256)
+    return at
+
+
+def _which(study: Gathered) -> tuple[float, str] | None:
+    """The time and frequencies of the primary metric, or else of the first that was logged."""
+    logged = [at for log in study.logs.values() for at in log.held_out]
+    named = [at for at in logged if study.primary == f"held_out.{at[0]:g}.{at[1]}"]
+    return next(iter([*named, *logged]), None)

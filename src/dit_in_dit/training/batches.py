@@ -1,0 +1,173 @@
+"""Training example number i is a function of (seed, i): image, flip, noise, time, dropped label."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.data.latents import LatentSource
+from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source import Source
+from dit_in_dit.diffusion.objective import draw_time
+from dit_in_dit.diffusion.path import make_path
+from dit_in_dit.runtime.seeding import generator
+
+
+class Batch(NamedTuple):
+    """Consecutive examples: images and noise (N, C, H, W), times (N,), labels (N,), image numbers (N,)."""
+
+    x: Tensor
+    noise: Tensor
+    t: Tensor
+    y: Tensor
+    image: Tensor
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return generator(seed, "order", epoch).permutation(size)
+
+
+def image_number(seed: int, index: int, size: int | None) -> int:
+    """Which training image example `index` shows: each once an epoch, or any of an endless source."""
+    if size is None:
+        return int(generator(seed, "order", index).integers(2**62))
+    epoch, position = divmod(index, size)
+    return int(_order(seed, epoch, size)[position])
+
+
+class Examples(Dataset[Batch]):
+    """Micro-batches by number, of process `rank` of `world`; alone, number k holds examples k * batch_size and on.
+
+    Of every step's examples each process has an equal share: with train.reduction=fast the same rows of each
+    micro-batch, with fixed whole micro-batches.
+    """
+
+    def __init__(self, source: Source, config: RunConfig, rank: int = 0, world: int = 1) -> None:
+        self.source, self.config = source, config
+        self.rank, self.world = rank, world
+        self.path = make_path(config.diffusion)
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches that this process has in an optimizer step."""
+        train = self.config.train
+        return train.accumulate // self.world if train.reduction == "fixed" else train.accumulate
+
+    def indices(self, number: int) -> range:
+        """Numbers of the training examples in this process's micro-batch `number`."""
+        train = self.config.train
+        if train.reduction == "fixed":
+            step, turn = divmod(number, self.per_step)
+            first = (step * train.accumulate + self.rank * self.per_step + turn) * train.batch_size
+            return range(first, first + train.batch_size)
+        rows = train.batch_size // self.world
+        first = number * train.batch_size + self.rank * rows
+        return range(first, first + rows)
+
+    def __getitem__(self, number: int) -> Batch:
+        """Micro-batch `number`; UserError when an image cannot be read."""
+        config = self.config
+        drop, flip = config.train.label_drop, config.data.flip
+        images, noises, uniforms, labels, numbers = [], [], [], [], []
+        for index in self.indices(number):
+            chosen = image_number(config.seed, index, self.source.train_size)
+            u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
+            image, label = self._shown(chosen, index, flip=flip and u_flip < 0.5)
+            images.append(image)
+            labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
+            uniforms.append(u_time)
+            noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
+            numbers.append(chosen)
+        return Batch(
+            torch.from_numpy(np.stack(images)),
+            torch.from_numpy(np.stack(noises)),
+            draw_time(self.path, torch.tensor(uniforms, dtype=torch.float64), config.diffusion),
+            torch.tensor(labels),
+            torch.tensor(numbers),
+        )
+
+    def _shown(self, chosen: int, index: int, *, flip: bool) -> tuple[Array, int]:
+        """Training image `chosen` as example `index` shows it, and its label."""
+        if isinstance(self.source, LatentSource):  # it knows the encoding of the mirror image, and the posterior
+            return self.source.example(chosen, self.config.seed, index, flip)
+        image, label = self.source.train(chosen)
+        return image[..., ::-1] if flip else image, label
+
+
+class _Messages(Dataset["Batch | str"]):
+    """Examples whose UserError is a value, so that it crosses from a worker process as it is."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __getitem__(self, number: int) -> Batch | str:
+        try:
+            return self.examples[number]
+        except UserError as error:
+            return str(error)
+
+
+def _begin_worker(_: int) -> None:
+    """A signal to the process group is the trainer's to answer: it still needs its workers to end the step.
+
+    A trainer that ends takes no more batches: that the thread which hands them over loses its other end is no error.
+    (A worker's own errors go to the trainer, and never to this hook.)
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def complain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = complain
+
+
+def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
+    """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes; where one cannot
+    be had, the message that says why."""
+    return DataLoader(
+        _Messages(examples),
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # its own: iterating must not draw from the global one
+        persistent_workers=False,
+    )
+
+
+def end_workers(batches: Iterator[Batch | str]) -> None:
+    """End the workers of an iterator over `load`. They ignore SIGTERM, with which Python ends its children when it ends
+    itself: it would wait for them for ever."""
+    if shutdown := getattr(batches, "_shutdown_workers", None):
+        shutdown()
+    for worker in getattr(batches, "_workers", ()):
+        worker.kill()  # where one still waits for its data
+
+
+def held_out(source: Source, num_classes: int, most: int) -> Batch:
+    """The first `most` held-out images, with noise that is the same for every run; times are the evaluation's."""
+    drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
+    noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
+    return Batch(
+        torch.from_numpy(np.stack([image for image, _ in drawn])),
+        torch.from_numpy(np.stack(noises)),
+        torch.zeros(len(drawn)),
+        torch.tensor([label if num_classes else 0 for _, label in drawn]),
+        torch.arange(len(drawn)),
+    )

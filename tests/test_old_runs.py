@@ -119,9 +119,9 @@ def test_a_version_with_more_keys_goes_on_with_what_the_first_one_wrote(old, tmp
 import sys
 from pathlib import Path
 import dit_in_dit
-from dit_in_dit import checkpoint
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.cli import main
-from dit_in_dit.study.board import Board
+from dit_in_dit.study.queue import Board
 from dit_in_dit.study.plan import read_plan
 assert dit_in_dit.__file__.startswith(sys.argv[1]), dit_in_dit.__file__
 assert not checkpoint.read_config(Path("run")).model.inner.newer

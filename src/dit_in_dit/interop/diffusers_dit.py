@@ -20,7 +20,8 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.program import MOST_BLOCKS
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.interop.diffusers_files import INDEX, WEIGHTS, read_json, read_weights
+from dit_in_dit.data.vae import WEIGHTS
+from dit_in_dit.interop.diffusers_files import INDEX, read_json, read_weights
 from dit_in_dit.interop.official import PATCHES, POSITION, Found, Predicted, Weights
 from dit_in_dit.interop.safe_load import unwrapped
 from dit_in_dit.model.layers import sincos

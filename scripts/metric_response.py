@@ -21,7 +21,7 @@ from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.pixels import Pixels, score
 from dit_in_dit.reporting import plots
-from dit_in_dit.sampling.numbered import beside, grid, to_pixels
+from dit_in_dit.reporting.images import beside, grid, to_pixels
 
 STRENGTHS = {
     "blur": (0, 0.5, 0.8, 1.2, 2.0),

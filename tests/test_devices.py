@@ -24,9 +24,10 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.deterministic import deterministic
+from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.training import distributed, loop
 from dit_in_dit.training.distributed import Whole
-from dit_in_dit.training.loop import pick_device, train
+from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import HELD_OUT_BATCH, Trainer
 from processes import run_together
 
@@ -144,7 +145,7 @@ def test_a_group_that_the_user_of_the_library_ended_is_not_ended_again(tmp_path)
     user = (
         "import torch, torch.distributed as dist\n"
         "from dit_in_dit.training import distributed\n"
-        "distributed.launched = lambda: 2\n"
+        "distributed.world_size = lambda: 2\n"
         "distributed.Joined = lambda timeout: None\n"
         "begin = dist.init_process_group\n"
         "dist.init_process_group = lambda *_, **__: begin('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"

@@ -10,7 +10,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective, draw_time, high_frequencies
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path, quantity
-from dit_in_dit.sampling.numbered import denoise, guided
+from dit_in_dit.diffusion.samplers import denoise, guided
 
 KINDS = ("velocity", "image", "noise")
 

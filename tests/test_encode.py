@@ -26,8 +26,9 @@ from dit_in_dit.config.run import DataConfig, SampleConfig, to_yaml
 from dit_in_dit.data.encode import Encoding, decoder, encode
 from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import open_source
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs.checkpoint import load_model, read_config
-from dit_in_dit.sampling.numbered import sample, to_pixels
+from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from test_cli import lines_of

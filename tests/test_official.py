@@ -29,12 +29,13 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import alpha_bar
+from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.interop.diffusers_dit import SCHEDULERS
 from dit_in_dit.interop.import_run import KEPT, ORIGIN, export_diffusers, export_official, import_run
 from dit_in_dit.interop.official import expected
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.sampling.numbered import denoise, guided, sample
+from dit_in_dit.sampling.numbered import sample
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
 CPU = torch.device("cpu")

@@ -44,6 +44,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.data.encode import Decoder
+from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.interop.export_pipeline import export, pipeline_of
@@ -51,9 +52,9 @@ from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.remote_code import bundle
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.sampling.numbered import denoise, guided, to_pixels
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
 WHOLE = 8  # samples of one micro-batch: of other numbers the last bits may differ

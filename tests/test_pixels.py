@@ -15,7 +15,7 @@ from dit_in_dit.metrics.detail import detail, scores
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
-from dit_in_dit.sampling.numbered import to_pixels
+from dit_in_dit.reporting.images import to_pixels
 
 COUNT = 128
 

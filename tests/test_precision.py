@@ -28,11 +28,12 @@ from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.metrics.report import compare
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.pretrained import shipped
+from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.results import _check_alike
-from dit_in_dit.training.loop import pick_device, train
+from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
 from test_model import EVERY_CHOICE, PROGRAMS
 

@@ -14,9 +14,11 @@ import torch
 from conftest import perturbed, small_model
 from dit_in_dit import sample
 from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
+from dit_in_dit.diffusion.samplers import trajectory
 from dit_in_dit.diffusion.schedulers import SCHEDULERS, make_scheduler, set_steps
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.sampling.numbered import grid, sample_batches, to_pixels, trajectory
+from dit_in_dit.reporting.images import grid, to_pixels
+from dit_in_dit.sampling.numbered import sample_batches
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, TrainConfig, config_hash, to_yaml
 from dit_in_dit.config.schema import key, to_dict
 from dit_in_dit.interop.release import export_slim
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import atomic, checkpoint, integrity, pretrained
-from dit_in_dit.sampling.numbered import to_pixels
 from dit_in_dit.training.loop import train
 
 

@@ -16,11 +16,13 @@ from dit_in_dit import cost, sample, train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig, override
 from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.variance import ancestral, posterior
 from dit_in_dit.inspection.hooks import watch_contribution
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.sampling.numbered import denoise, guided, sample_batches, to_pixels
+from dit_in_dit.sampling.numbered import sample_batches
 from test_cost import counted
 from test_model import PROGRAMS
 

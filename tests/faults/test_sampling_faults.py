@@ -19,8 +19,9 @@ from PIL import Image
 
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint, shards
-from dit_in_dit.sampling.numbered import sample_batches, to_pixels
+from dit_in_dit.sampling.numbered import sample_batches
 from dit_in_dit.training.loop import train
 
 NUM = 64

@@ -16,8 +16,8 @@ from dit_in_dit.attention_maps.record import Array, Level, Maps
 from dit_in_dit.attention_maps.tokens import evenly
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.pixels import Spectrum
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.reporting.plots import COLOURS, figure
-from dit_in_dit.sampling.numbered import to_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

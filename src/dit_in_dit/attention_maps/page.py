@@ -19,7 +19,7 @@ from dit_in_dit.attention_maps.findings import findings, missing, not_shown
 from dit_in_dit.attention_maps.record import Array, Level, Maps
 from dit_in_dit.attention_maps.tokens import SHOWN, evenly, left_out
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.sampling.numbered import picture, to_pixels
+from dit_in_dit.reporting.images import picture, to_pixels
 
 STRIP = 9  # steps of a sampling strip
 DATA = "/*DATA*/null"

@@ -24,6 +24,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.diffusion.samplers import guided, trajectory
 from dit_in_dit.inspection.hooks import (
     attentions,
     can_run_without_inner,
@@ -36,7 +37,7 @@ from dit_in_dit.model.layers import attention_weights
 from dit_in_dit.model.mixers import PatchMixer
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.sampling.numbered import guided, label, numbered_noise, trajectory
+from dit_in_dit.sampling.numbered import label, numbered_noise
 
 Array = NDArray[np.float32]
 SEARCHED = 512  # held-out images looked at to find some of each class

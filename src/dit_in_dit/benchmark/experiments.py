@@ -30,8 +30,8 @@ from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns, stopwatch, trainer_step
 from dit_in_dit.config.run import RunConfig, override
-from dit_in_dit.sampling.numbered import denoise, guided
-from dit_in_dit.training.loop import settled
+from dit_in_dit.diffusion.samplers import denoise, guided
+from dit_in_dit.runtime.device import settled
 
 Experiment = tuple[str, Callable[[], None]]
 Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs

@@ -20,8 +20,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runtime.device import settled
 from dit_in_dit.runtime.memory import keep_freed_memory
-from dit_in_dit.training.loop import settled
 
 Make = Callable[[RunConfig], nn.Module]
 

@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
+from dit_in_dit.runtime.device import settled
 from dit_in_dit.training.batches import Examples
-from dit_in_dit.training.loop import settled
 from dit_in_dit.training.trainer import Trainer
 
 TURN_SECONDS = 0.02  # a turn repeats its work for about so long: a single short one is lost in the clock's noise

@@ -28,6 +28,7 @@ from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import LeftOutWarning, UserError, hide_passwords, one_line
 from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
+from dit_in_dit.runtime.process import is_main
 
 _python_line = warnings.formatwarning
 
@@ -62,7 +63,7 @@ def _refuse(message: str, code: int = 2) -> NoReturn:
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
     """A warning of this package, as a line like any other; of others, what Python makes of them."""
-    if issubclass(category, LeftOutWarning) and os.environ.get("RANK", "0") != "0":
+    if issubclass(category, LeftOutWarning) and not is_main():
         return ""  # one of several processes speaks
     if issubclass(category, (DamagedWarning, LeftOutWarning, LocklessWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"

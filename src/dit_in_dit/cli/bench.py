@@ -89,8 +89,8 @@ def _bench(options: argparse.Namespace) -> None:
     from dit_in_dit.benchmark.suite import SUITES, check
     from dit_in_dit.benchmark.timing import on_threads
     from dit_in_dit.reporting.plots import figure
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.match import match
-    from dit_in_dit.training.loop import pick_device
 
     def twin(plain: RunConfig, like: RunConfig) -> RunConfig:
         return replace(plain, model=match(plain, like, "macs", tolerance=TWIN_TOLERANCE).model)

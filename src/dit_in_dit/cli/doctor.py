@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from dit_in_dit.doctor.examine import draw, examine
     from dit_in_dit.runs import checkpoint
-    from dit_in_dit.training.loop import pick_device
+    from dit_in_dit.runtime.device import pick_device
 
     run: Path | None = options.run_folder
     if run and (options.preset or options.config or options.set):

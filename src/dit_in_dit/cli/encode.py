@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from dit_in_dit.cli.options import Commands, add_device, whole
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.runtime.process import is_main
 
 
 def add(commands: Commands) -> None:
@@ -50,7 +50,7 @@ def _encode(options: argparse.Namespace) -> None:
 
     from dit_in_dit.data.encode import Encoding, encode
     from dit_in_dit.data.latents import read_index
-    from dit_in_dit.training.loop import pick_device
+    from dit_in_dit.runtime.device import pick_device
 
     device = pick_device(options.device)
     how = Encoding(
@@ -66,7 +66,7 @@ def _encode(options: argparse.Namespace) -> None:
     progress = encode(how, options.out, device)
     done, total = next(progress)  # first: a mistake is found here, before there is anything to show
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    leads = os.environ.get("RANK", "0") == "0"
+    leads = is_main()
     with Progress(*columns, console=Console(stderr=True), disable=not leads) as bar:
         task = bar.add_task("", total=total, completed=done)
         for done, _ in progress:

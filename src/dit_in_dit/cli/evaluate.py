@@ -22,6 +22,7 @@ from dit_in_dit.cli.options import (
 )
 from dit_in_dit.config.errors import UserError, nearest
 from dit_in_dit.runs.pretrained import find_run, results
+from dit_in_dit.runtime.process import is_main
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -78,8 +79,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from dit_in_dit.metrics.evaluate import evaluate, images_of, write_npz
     from dit_in_dit.metrics.feature_networks import open_network
     from dit_in_dit.metrics.subject import files_subject, reference, run_subject
-    from dit_in_dit.runs.shards import process
-    from dit_in_dit.training.loop import pick_device
+    from dit_in_dit.runtime.device import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
     for group in groups:
@@ -111,7 +111,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     real = reference(options.against, subject, wanted=2 * num)
     facts = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
     evaluation = _follow(facts)
-    if process()[0]:
+    if not is_main():
         return
     if options.npz:
         write_npz(out / "samples.npz", images_of(subject, out, num), num)

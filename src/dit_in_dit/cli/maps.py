@@ -46,7 +46,7 @@ def _maps(options: argparse.Namespace) -> None:
     from dit_in_dit.data.run_data import open_source_of
     from dit_in_dit.reporting.plots import figure, save
     from dit_in_dit.runs import checkpoint
-    from dit_in_dit.training.loop import pick_device
+    from dit_in_dit.runtime.device import pick_device
 
     figure()  # first: without matplotlib there is nothing to wait for
     device = pick_device(options.device)

@@ -44,8 +44,8 @@ def add(commands: Commands) -> None:
 
 def _match(options: argparse.Namespace) -> None:
     from dit_in_dit.benchmark.timing import estimate
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.match import costs, match, quick_times
-    from dit_in_dit.training.loop import pick_device
 
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")

@@ -23,6 +23,7 @@ from dit_in_dit.cli.options import (
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
+from dit_in_dit.runtime.process import is_main
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +64,8 @@ def _sample(options: argparse.Namespace) -> None:
 
     from dit_in_dit.data.encode import decoder
     from dit_in_dit.runs import checkpoint, shards
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.sampling.numbered import protocol, sample_batches
-    from dit_in_dit.training.loop import pick_device
 
     device = pick_device(options.device)
     model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
@@ -108,7 +109,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     size = config.sample.micro_batch
     shared = shards.share(options.num, -(-options.batch // size) * size, there, make)
-    if shards.process()[0]:
+    if not is_main():
         for _ in shared:
             pass
         return
@@ -147,7 +148,7 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.sampling.numbered import check_finite, picture, to_pixels
+    from dit_in_dit.reporting.images import check_finite, picture, to_pixels
 
     check_finite(image[None])
     content = io.BytesIO()
@@ -163,7 +164,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.sampling.numbered import grid, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels
 
     if latents:
         images = np.stack([_read(path) for path in paths])

@@ -99,8 +99,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.plan import read
-    from dit_in_dit.training.loop import pick_device
 
     _costs(_planned(options, read(options.study, options.set), pick_device(options.device)))
 
@@ -142,9 +142,9 @@ def _costs(plan: Plan) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.plan import read
     from dit_in_dit.study.planning import begin
-    from dit_in_dit.training.loop import pick_device
 
     study, device = read(options.study, options.set), pick_device(options.device)
     workers = _workers(options.workers)
@@ -314,8 +314,8 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
 
 
 def _work(options: argparse.Namespace) -> None:
+    from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.plan import read_plan
-    from dit_in_dit.training.loop import pick_device
 
     plan, device = read_plan(options.out), pick_device(options.device)
     with _board(plan, options) as board:

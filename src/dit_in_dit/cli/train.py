@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, who
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.runs import atomic
+from dit_in_dit.runtime.process import is_main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def _tracked(facts: Iterator[Fact], options: argparse.Namespace) -> Iterator[Fac
     """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
     from dit_in_dit.training.trackers import chosen, told
 
-    names = chosen(options.track, options.out) if os.environ.get("RANK", "0") == "0" else []
+    names = chosen(options.track, options.out) if is_main() else []
     return (
         told(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr)) if names else facts
     )
@@ -115,7 +115,7 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
 
     from dit_in_dit.runs import checkpoint
 
-    quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    quiet = not is_main()  # one of several processes speaks
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     start = next(facts)  # first: a mistake is found here, before there is anything to show
     config, values = checkpoint.read_config(out), start.values
@@ -171,7 +171,8 @@ def _devices(values: dict[str, Any]) -> str:
 
 def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
     """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
-    from dit_in_dit.sampling.numbered import grid, sample, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels
+    from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
 
     assert fact.model is not None
@@ -219,9 +220,11 @@ def _end(fact: Fact, console: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     """Train (or go on, or find done), sample, and put the samples beside real images."""
+    from dit_in_dit.reporting.images import beside, grid, to_pixels
     from dit_in_dit.runs import checkpoint
-    from dit_in_dit.sampling.numbered import beside, grid, sample, to_pixels
-    from dit_in_dit.training.loop import pick_device, train
+    from dit_in_dit.runtime.device import pick_device
+    from dit_in_dit.sampling.numbered import sample
+    from dit_in_dit.training.loop import train
 
     out: Path = options.out
     started = (out / "config.yaml").exists()
@@ -251,7 +254,8 @@ def _real(config: RunConfig, count: int) -> Any:
     import torch
 
     from dit_in_dit.data.source import open_source
-    from dit_in_dit.sampling.numbered import label, to_pixels
+    from dit_in_dit.reporting.images import to_pixels
+    from dit_in_dit.sampling.numbered import label
     from dit_in_dit.training.batches import image_number
 
     source = open_source(config.data, config.model)

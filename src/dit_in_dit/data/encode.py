@@ -8,7 +8,6 @@ bit, and is a function of the image's number alone, so neither an interruption n
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_
 from dit_in_dit.data.source import Source, count_classes, open_source
 from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, moments
 from dit_in_dit.runs import atomic
+from dit_in_dit.runtime import process
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DATA = "data_sha256"  # of a record: the digest of the images (data/digest.py); earlier versions wrote none
@@ -73,7 +73,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
         (range(start, min(start + how.shard, len(families))), out / f"{start // how.shard:06d}.safetensors")
         for start in range(0, len(families), how.shard)
     ]
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = process.rank(), process.world_size()
     mine = [part for number, part in enumerate(parts) if number % world == rank and not part[1].exists()]
     count = sum(len(numbers) for numbers, path in parts if path.exists())
     yield count, len(families)

@@ -19,10 +19,11 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError, nearest
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig, check_sampler
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
+from dit_in_dit.diffusion.samplers import guided
 from dit_in_dit.diffusion.schedulers import PREDICTIONS, matches_flow, set_steps, setting, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
-from dit_in_dit.sampling.numbered import check_finite, guided, picture, to_pixels
+from dit_in_dit.reporting.images import check_finite, picture, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 

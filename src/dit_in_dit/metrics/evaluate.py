@@ -28,6 +28,7 @@ from dit_in_dit.metrics.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runtime.precision import FULL, before_it_was_named, use_full_float32
+from dit_in_dit.runtime.process import is_main
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import held_out
 
@@ -99,7 +100,7 @@ def evaluate(
         for folder, source, count, what in _features(network, draw, num, real, out):
             for done in shards.fill(folder, count, batch, partial(_extract, network, source)):
                 yield Progress(f"{network.name} features of {what}", done, count)
-    if shards.process()[0]:
+    if not is_main():
         return
     yield Progress("pixel metrics", 0, 1)
     evaluation = _look(subject, draw, real, num)

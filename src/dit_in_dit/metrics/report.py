@@ -13,9 +13,9 @@ from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
+from dit_in_dit.reporting.images import beside, grid
 from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.precision import before_it_was_named
-from dit_in_dit.sampling.numbered import beside, grid
 
 SHOWN = 64
 NUMBER = (int, float)

@@ -20,9 +20,10 @@ from dit_in_dit.data.run_data import locate, open_source_of
 from dit_in_dit.data.source import Source, open_source, size_of
 from dit_in_dit.metrics.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.sampling.numbered import protocol, sample_batches, to_pixels
+from dit_in_dit.sampling.numbered import protocol, sample_batches
 from dit_in_dit.training.batches import image_number
 
 Pixels = NDArray[np.uint8]

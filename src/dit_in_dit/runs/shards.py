@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from dit_in_dit.runs import atomic
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import read_json
+from dit_in_dit.runtime import process
 
 Arrays = dict[str, NDArray[Any]]
 PATIENCE = 1800  # seconds without a new chunk after which the other processes are given up
 
 
-def process() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def claim(path: Path, identity: Mapping[str, Any]) -> None:
@@ -66,7 +64,7 @@ def share(total: int, size: int, there: Callable[[range], bool], make: Callable[
     Raises:
         UserError: the other processes' did not come for `PATIENCE` seconds.
     """
-    rank, world = process()
+    rank, world = process.rank(), process.world_size()
     parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
     done = sum(len(part) for part in parts if there(part))
     yield done

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.reporting.images import grid
 from dit_in_dit.reporting.plots import COLOURS, figure, save
-from dit_in_dit.sampling.numbered import grid
 from dit_in_dit.study import formatting
 from dit_in_dit.study.metrics import WORDS, better, direction
 from dit_in_dit.study.results import Gathered

@@ -22,9 +22,9 @@ from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.shards import first_difference
+from dit_in_dit.runtime.device import settled
 from dit_in_dit.study.match import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
-from dit_in_dit.training.loop import settled
 
 
 def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:

@@ -24,15 +24,17 @@ from dit_in_dit.data.source import open_source
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import atomic, checkpoint
 from dit_in_dit.runs.lock import BusyError
-from dit_in_dit.sampling.numbered import label, sample, to_pixels
+from dit_in_dit.runtime.device import settled
+from dit_in_dit.sampling.numbered import label, sample
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, budgeted, configure, describe
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.result import Result, read_result
-from dit_in_dit.training.loop import Fact, settled, train
+from dit_in_dit.training.loop import Fact, train
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class

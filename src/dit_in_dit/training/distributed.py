@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runtime.process import world_size
 
 T = TypeVar("T")
 ROLL_CALL = 3.0  # seconds in which a process that lives says so, after the engine has given up
@@ -165,12 +166,6 @@ class Joined(World):
         return []
 
 
-def launched() -> int:
-    """How many processes the launcher (torchrun, Slurm) says there are."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdecimal() else 1
-
-
 def leave() -> None:
     """End the group of processes, unless whoever uses the library did so."""
     if dist.is_initialized():
@@ -184,7 +179,7 @@ def join(device: torch.device, timeout: int) -> World:
         device: where gradients lie: NCCL sums them on CUDA, gloo elsewhere. A CUDA device has its number.
         timeout: seconds in which each must answer the others.
     """
-    if launched() == 1:
+    if world_size() == 1:
         return World()
     if not dist.is_initialized():
         # NCCL guesses a process's GPU from its rank where it is not named, and complains of a group that nobody ends.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import math
-import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.jsonl import Clock, Log
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
-from dit_in_dit.runtime.precision import use_full_float32
+from dit_in_dit.runtime.device import pick_device, settled
 from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.distributed import World, join
 from dit_in_dit.training.interrupt import Interrupted, Stop
@@ -48,36 +47,6 @@ class Fact:
     step: int
     values: dict[str, Any] = field(default_factory=dict)
     model: NestedDiT | None = None
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the best there is; under torchrun its own GPU. UserError when it is not there."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
-    kind, _, number = (there[0] if name == "auto" else name).partition(":")
-    if kind == "cuda" and not number:
-        number = os.environ.get("LOCAL_RANK", "")
-    if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
-        raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
-    if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
-        number = number or str(torch.cuda.current_device())
-        torch.cuda.set_device(int(number))
-    use_full_float32()  # here: whatever computes asks for its device first
-    return torch.device(f"{kind}:{number}" if number else kind)
-
-
-def _bfloat16_is_native(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def settled(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with train.precision=auto made what it is on this device."""
-    if config.train.precision != "auto":
-        return config
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
-    return replace(config, train=replace(config.train, precision=precision))
 
 
 def train(

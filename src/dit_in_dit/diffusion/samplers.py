@@ -1,0 +1,102 @@
+"""From noise to images by the schedulers of diffusers: never sees a network, only `predict(x, t, y)`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dit_in_dit.config.run import DiffusionConfig, SampleConfig, check_sampler
+from dit_in_dit.diffusion.objective import Predict
+from dit_in_dit.diffusion.path import convert, make_path
+from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.variance import ancestral, halves
+
+Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
+
+
+_made = cache(make_scheduler)  # diffusers looks through the signatures of 16 classes each time: 2 ms
+
+
+def denoise(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+) -> Tensor:
+    """Images (N, C, H, W) from noise, as `trajectory` takes it, along the configured path."""
+    last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
+    return last[0][-1]
+
+
+def trajectory(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
+    """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
+    to, and the next x, the last of which is the sample; tensors (N, C, H, W).
+
+    Args:
+        noise: (N, C, H, W), or a function that gives it first, and then that of each step of sampler ddpm.
+    """
+    path = make_path(diffusion)
+    for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
+        image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
+        yield float(times[0]), x, image, after
+
+
+def _calls(
+    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Each network call: times (N,), x_t, the prediction and the next x."""
+    check_sampler(diffusion.path, how.sampler, how.steps)
+    path, scheduler = make_path(diffusion), deepcopy(_made(diffusion, how.sampler, how.spacing))  # it counts its steps
+    set_steps(scheduler, how.steps)
+    wanted = wanted_by(scheduler)
+    random, draw = how.sampler == "ddpm", noise if callable(noise) else _one(noise)
+    x = draw()
+    following = [*scheduler.timesteps[1:].tolist(), -1]
+    for number, timestep in enumerate(scheduler.timesteps):
+        times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
+        prediction, fraction = halves(predict(x, times, y), x)
+        if random:
+            image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
+            after = ancestral(image, fraction, x, int(timestep), following[number], draw())
+        else:
+            step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
+            after = scheduler.step(step, timestep, x).prev_sample
+        yield times, x, prediction, after
+        x = after
+
+
+def _one(noise: Tensor) -> Noise:
+    """The noise at the start, and no other."""
+    left = [noise]
+
+    def draw() -> Tensor:
+        if not left:
+            raise ValueError("sampler ddpm draws noise at every step: give a function, such as numbered_noise(...)")
+        return left.pop()
+
+    return draw
+
+
+def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
+    """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t
+    (Kynkaanniemi et al. 2024); class `null` is no class. What tells the variance is the given class's."""
+    if how.guidance == 1 or null == 0:
+        return predict
+    low, high = how.interval
+    everywhere = (low, high) == (0, 1)  # then no time is read, and nothing waits for the device
+
+    def with_guidance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if y is None or not (everywhere or low <= float(t[0]) <= high):
+            return predict(x, t, y)
+        both = torch.cat([y, torch.full_like(y, null)])
+        given, none = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        guided = none + how.guidance * (given - none)
+        channels = how.guidance_channels or x.shape[1]
+        guided[:, channels:] = given[:, channels:]
+        return guided
+
+    return with_guidance

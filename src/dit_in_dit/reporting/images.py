@@ -1,0 +1,64 @@
+"""Pictures of images in [-1, 1]."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three.
+
+    Raises:
+        UserError: an image is not finite, which would become black pixels.
+    """
+    check_finite(images)
+    shown = images if images.shape[1] in (1, 3) else images[:, :3]
+    return (shown.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def check_finite(images: Tensor) -> None:
+    """UserError when images or latents (N, ...) hold NaN or infinity, as those of a diverged model or a VAE do."""
+    bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} of its batch: "
+            "use an earlier checkpoint, or float32; a model that diverged draws nothing"
+        )
+
+
+def picture(pixels: Pixels) -> Image.Image:
+    """One image from uint8 (H, W, 1 or 3)."""
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
+    """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged as they are."""
+    count, height, width, _ = pixels.shape
+    columns = columns or round(count**0.5 + 0.49)
+    scale, gap = max(1, 64 // max(height, width)), 2
+    cell_w, cell_h = width * scale + gap, height * scale + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
+    for number, image in enumerate(pixels):
+        tile = picture(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + number % columns * cell_w, gap + number // columns * cell_h))
+    return sheet
+
+
+def beside(pictures: dict[str, Image.Image]) -> Image.Image:
+    """Pictures side by side, each under its caption."""
+    top, gap = 28, 16
+    width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
+    sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + top + gap), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for caption, image in pictures.items():
+        draw.text((left + 2, 7), caption, fill="black", font_size=14)
+        sheet.paste(image, (left, top))
+        left += image.width + gap
+    return sheet

@@ -1,0 +1,43 @@
+"""The device of a run, and the precision that it computes in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.runtime.precision import use_full_float32
+from dit_in_dit.runtime.process import local_rank
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or the best there is; under torchrun its own GPU. UserError when it is not there."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = [kind for kind, count in counts.items() if count]
+    kind, _, number = (there[0] if name == "auto" else name).partition(":")
+    if kind == "cuda" and not number:
+        number = local_rank()
+    if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
+        raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
+    if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
+        number = number or str(torch.cuda.current_device())
+        torch.cuda.set_device(int(number))
+    use_full_float32()  # here: whatever computes asks for its device first
+    return torch.device(f"{kind}:{number}" if number else kind)
+
+
+def _bfloat16_is_native(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def settled(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with train.precision=auto made what it is on this device."""
+    if config.train.precision != "auto":
+        return config
+    precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
+    return replace(config, train=replace(config.train, precision=precision))

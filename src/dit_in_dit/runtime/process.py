@@ -1,0 +1,30 @@
+"""This process among those that a launcher (torchrun, Slurm) started: its variables are read here alone."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return _number("RANK", 0)
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> str:
+    """Number of this process on its machine, as CUDA counts its GPUs; empty without a launcher."""
+    return os.environ.get("LOCAL_RANK", "")
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all."""
+    return rank() == 0
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default

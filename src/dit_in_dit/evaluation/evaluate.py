@@ -25,7 +25,7 @@ from dit_in_dit.evaluation.nearest import NEAR, SIDE, Neighbours, neighbours, th
 from dit_in_dit.evaluation.pixels import Images, Score
 from dit_in_dit.evaluation.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.precision import FULL, before_it_was_named, use_full_float32
+from dit_in_dit.precision import FULL, use_full_float32
 from dit_in_dit.randomness import generator
 from dit_in_dit.training.example import held_out
 
@@ -85,7 +85,7 @@ def evaluate(
     use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
     identity: dict[str, Any] = {"samples": subject.samples, "subject": subject.about, **at_once}
-    if before_it_was_named(torch.__version__) != FULL:  # else images and features of before are the same ones
+    if torch.cuda.is_initialized():  # a GPU computes: before this was named, with convolutions in TF32
         identity["precision"] = FULL
     chunks.claim(out / "identity.json", identity)
     if subject.config is not None:

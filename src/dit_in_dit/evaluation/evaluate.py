@@ -85,7 +85,8 @@ def evaluate(
     use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
     identity: dict[str, Any] = {"samples": subject.samples, "subject": subject.about, **at_once}
-    if torch.cuda.is_initialized():  # a GPU computes: before this was named, with convolutions in TF32
+    gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if gpu:  # before this was named, its convolutions were in TF32
         identity["precision"] = FULL
     chunks.claim(out / "identity.json", identity)
     if subject.config is not None:

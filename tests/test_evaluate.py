@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dit_in_dit.cli import main
@@ -349,3 +350,13 @@ def test_reference_statistics_of_adms_layout_stand_in_for_real_features(folder_o
     expected = np.sum((mine.mean(0) - mean) ** 2) + np.trace(other + covariance - 2 * sqrtm(other @ covariance).real)
     assert result["scores"]["Frechet distance (N=14)"]["value"] == pytest.approx(expected, rel=1e-6)
     assert len(result["protocol"]["reference"]["statistics"]) == 64
+
+
+def test_chunks_that_a_gpu_made_before_the_precision_was_named_are_not_continued(run, tmp_path, monkeypatch, capsys):
+    arguments = ["evaluate", str(run), "-n", "4", "--device", "cpu", "--out", str(tmp_path)]
+    main(arguments)
+    assert "precision" not in json.loads((tmp_path / "identity.json").read_text())  # as before: a CPU has no TF32
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "precision: null" in capsys.readouterr().err

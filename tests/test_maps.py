@@ -459,7 +459,7 @@ def test_the_command_writes_the_page_and_every_figure(tmp_path, run_config, caps
 
 @pytest.mark.slow
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib, where a title leaves no room for pictures
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # a title leaves no room for pictures
 def test_one_image_at_one_time_has_room_in_every_figure(tmp_path, run_config):
     run = saved(tmp_path / "run", run_config)
     run_command(str(run), "--num", "1", "--times", "0.5", "--steps", "2", "--device", "cpu")

@@ -27,7 +27,7 @@ from dit_in_dit.metrics.pixels import Images, Score
 from dit_in_dit.metrics.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import atomic, shards
-from dit_in_dit.runtime.precision import FULL, before_it_was_named, use_full_float32
+from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.runtime.process import is_main
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import held_out
@@ -88,7 +88,8 @@ def evaluate(
     use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
     identity: dict[str, Any] = {"samples": subject.samples, "subject": subject.about, **at_once}
-    if before_it_was_named(torch.__version__) != FULL:  # else images and features of before are the same ones
+    gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if gpu:  # before this was named, its convolutions were in TF32
         identity["precision"] = FULL
     shards.claim(out / "identity.json", identity)
     if subject.config is not None:

@@ -336,7 +336,11 @@ def test_interpolation_goes_from_the_own_token_to_what_is_told():
     inner, outer, c = torch.randn(3, 8, 4, 16), torch.randn(3, 8, 32), torch.randn(3, 32)
     with torch.no_grad():
         spread.share.linear.weight.zero_()
-        for bias, expected in ((-30.0, inner), (30.0, spread.told(outer)), (0.0, (inner + spread.told(outer)) / 2)):
+        for bias, expected in (
+            (-30.0, inner),
+            (30.0, spread.message(outer)),
+            (0.0, (inner + spread.message(outer)) / 2),
+        ):
             spread.share.linear.bias.fill_(bias)
             torch.testing.assert_close(spread(inner, outer, c), expected)
 
@@ -345,7 +349,7 @@ def test_the_share_of_an_interpolation_follows_time_and_channel():
     spread = perturbed(NestedDiT(small_model("outer inner", inner={"spread": "interpolate"}))).spreads[0]
     inner, outer = torch.zeros(2, 8, 4, 16), torch.randn(1, 8, 32).expand(2, -1, -1)
     told = spread(inner, outer, torch.stack([torch.zeros(32), torch.ones(32)]))
-    share = told / spread.told(outer)
+    share = told / spread.message(outer)
     assert share.std(dim=(1, 2)).max() < 1e-4  # one for all sub-patches of an image
     assert (share[0] - share[1]).abs().max() > 1e-3
     assert share[1, 0, 0].std() > 1e-3

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_in_dit.config import presets as presets
+    from dit_in_dit.config.choices import register as register
     from dit_in_dit.config.errors import UserError as UserError
     from dit_in_dit.config.run import RunConfig as RunConfig
     from dit_in_dit.inspection import cost as cost
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "presets": ("dit_in_dit.config.presets", None),
     "cost": ("dit_in_dit.inspection.cost", None),
+    "register": ("dit_in_dit.config.choices", "register"),
     "RunConfig": ("dit_in_dit.config.run", "RunConfig"),
     "UserError": ("dit_in_dit.config.run", "UserError"),
     "inspect": ("dit_in_dit.inspection.trace", "inspect"),
@@ -26,7 +28,7 @@ _HOMES = {
     "sample": ("dit_in_dit.sampling.numbered", "sample"),
     "train": ("dit_in_dit.training.loop", "train"),
 }
-__all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", "sample", "train"]
+__all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", "register", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

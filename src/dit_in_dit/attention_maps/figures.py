@@ -16,6 +16,7 @@ from dit_in_dit.attention_maps.record import Array, Level, Maps
 from dit_in_dit.attention_maps.tokens import evenly
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.pixels import Spectrum
+from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.reporting.plots import COLOURS, figure
 
@@ -240,7 +241,9 @@ def aggregation(maps: Maps) -> Figure:
     model = maps.config.model
     name, found = list(maps.aggregation.items())[-1]
     columns = _spread(len(maps.views.times), 5)
-    if model.inner.aggregate == "weighted":  # learned: alike in all patches, images and times
+    if (
+        AGGREGATORS[model.inner.aggregate].weights_depend_on == "position"
+    ):  # learned: alike in all patches, images and times
         made, axes = _panels(1, 1, 3)
         weights = found.position[0, 0].reshape(model.sub_grid, -1)
         _bar(made, axes[0, 0].imshow(weights, WEIGHTS), axes, f"weight (starts at {1 / model.sub_patches:.3g})")

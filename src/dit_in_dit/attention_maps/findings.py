@@ -8,6 +8,8 @@ import torch
 from dit_in_dit.attention_maps.record import Array, Level, Maps
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.diffusion.objective import high_frequencies
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS
+from dit_in_dit.model.mixers import MIXERS
 
 
 def findings(maps: Maps) -> list[str]:
@@ -15,7 +17,7 @@ def findings(maps: Maps) -> list[str]:
     said = _attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)
     if maps.inner and maps.inner.tokens.per_patch > 1:
         said.append(_dependence(maps.inner))
-    if maps.config.model.inner.aggregate in ("attention", "concat"):
+    if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens":
         said += [_aggregation(name, found.maps, maps) for name, found in list(maps.aggregation.items())[-1:]]
     said += [_contribution(name, share, maps) for name, share in list(maps.contribution.items())[-1:]]
     if maps.without is not None:
@@ -30,17 +32,18 @@ def missing(model: ModelConfig) -> dict[str, str]:
     if not model.blocks("inner"):
         plain = "this is a plain DiT: it has no inner path"
         return dict.fromkeys(("inner", "aggregation", "contribution", "without"), plain)
-    if inner.mixer == "none":
-        why["inner"] = "mixer=none: inner tokens do not see each other"
-    if inner.mixer == "conv":
-        why["inner"] = "mixer=conv: inner tokens see their neighbours through a fixed 3x3 kernel, not by attention"
+    mixer = MIXERS[inner.mixer]
+    if mixer is None:
+        why["inner"] = f"mixer={inner.mixer}: inner tokens do not see each other"
+    elif not mixer.length(model):
+        why["inner"] = f"mixer={inner.mixer}: {mixer.why_no_attention}"
     joins = not (len(model.program) == 2 and ends_inner)
     if not joins:
         why["aggregation"] = "the program ends in inner blocks, which draw the image themselves: nothing is aggregated"
-    elif inner.aggregate == "mean":
-        why["aggregation"] = f"aggregate=mean: each of the {model.sub_patches} sub-patches weighs the same"
-    if joins and inner.fuse == "replace":
-        why["without"] = "fuse=replace: without the inner path nothing is left"
+    elif AGGREGATORS[inner.aggregate].weights_depend_on == "nothing":
+        why["aggregation"] = f"aggregate={inner.aggregate}: each of the {model.sub_patches} sub-patches weighs the same"
+    if joins and not FUSIONS[inner.fuse].keeps_outer:
+        why["without"] = f"fuse={inner.fuse}: without the inner path nothing is left"
     return why
 
 

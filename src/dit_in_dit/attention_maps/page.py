@@ -19,6 +19,7 @@ from dit_in_dit.attention_maps.findings import findings, missing, not_shown
 from dit_in_dit.attention_maps.record import Array, Level, Maps
 from dit_in_dit.attention_maps.tokens import SHOWN, evenly, left_out
 from dit_in_dit.config.program import format_stages
+from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import picture, to_pixels
 
 STRIP = 9  # steps of a sampling strip
@@ -59,12 +60,12 @@ def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict
         "aggregation": {
             name: {"kind": model.inner.aggregate, "maps": _bytes(found.maps[np.ix_(n, k)], 2)}
             for name, found in maps.aggregation.items()
-            if model.inner.aggregate in ("attention", "concat")
+            if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens"
         },
         "weighted": {
             name: _rounded(found.position[0, 0])
             for name, found in maps.aggregation.items()
-            if model.inner.aggregate == "weighted"
+            if AGGREGATORS[model.inner.aggregate].weights_depend_on == "position"
         },
         "contribution": {name: _floats(share[np.ix_(n, k)]) for name, share in maps.contribution.items()},
         "contribution_curves": {name: _rounded(share.mean((0, 2))) for name, share in maps.contribution.items()},

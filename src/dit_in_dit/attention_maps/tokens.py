@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.model.aggregate import AGGREGATORS
+from dit_in_dit.model.mixers import MIXERS
 
 MOST_BYTES = 3_000_000  # of the page's arrays and pictures; a third more when written as text
 SHOWN = 96  # pixels of the longer side of a picture in the page
@@ -44,7 +46,8 @@ def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
 def make_plan(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> Plan:
     """Everything if it fits into `most` bytes; else without what is missed least, one thing after another; where that
     is not enough, without who sees whom: first at the inner level, then at both."""
-    attends = model.inner.mixer in ("patch", "window", "image")
+    mixer = MIXERS[model.inner.mixer]
+    attends = mixer is not None and mixer.length(model) > 0
     whole = Plan(
         tuple(range(images)),
         tuple(range(times)),
@@ -87,13 +90,14 @@ _CUTS = (
 def size(model: ModelConfig, plan: Plan) -> int:
     """Bytes of what the plan keeps: a byte a weight, four a statistic, and the pictures."""
     patches, sub = model.patches, model.sub_patches
-    seen = {"patch": sub, "window": model.inner.window**2 * sub, "image": patches * sub}
-    reach = seen.get(model.inner.mixer, 0)
+    mixer = MIXERS[model.inner.mixer]
+    reach = mixer.length(model) if mixer else 0
     inner = _level(plan.inner, model.inner.num_heads, patches, sub, reach)
     outer = _level(plan.outer, model.outer.num_heads, patches, 1, patches)
     scale = min(1, SHOWN / max(model.image_size))
     pictures = 3 * 3 * round(model.image_size[0] * scale) * round(model.image_size[1] * scale)
-    joins = len(joining(model)) * patches * (4 + (sub if model.inner.aggregate in ("attention", "concat") else 0))
+    drawn = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
+    joins = len(joining(model)) * patches * (4 + drawn)
     return len(plan.images) * len(plan.times) * (inner + outer + pictures + joins)
 
 

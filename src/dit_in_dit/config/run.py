@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.config.schema import Section, key, keys, to_dict, to_hash
@@ -114,7 +115,7 @@ class ModelConfig(Section):
 
     def _check_inner(self) -> None:
         mixer = self.inner.mixer
-        if mixer in ("window", "image", "conv") and self.inner.width % 4:
+        if crosses_patches(mixer) and self.inner.width % 4:
             raise UserError(
                 f"model.inner.width must be a multiple of 4 (position, mixer={mixer}): got {self.inner.width}"
             )
@@ -138,8 +139,8 @@ class ModelConfig(Section):
     @property
     def reads_patches(self) -> bool:
         """Whether any stage reads the embedded patches: not if all are replaced before one does."""
-        replaced = self.program[0][0] == "inner" and self.inner.fuse == "replace"
-        return not (replaced and self.inner.condition == "image")
+        replaced = self.program[0][0] == "inner" and not keeps_outer(self.inner.fuse)
+        return not replaced or reads_outer(self.inner.condition)
 
     @property
     def out_channels(self) -> int:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from dit_in_dit.config import choices
 from dit_in_dit.config.errors import UserError, nearest, shortened
 
 
@@ -94,9 +95,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value not in parts:
-            raise UserError(f"{name} must be one of {', '.join(parts)}: got {shortened(value, 60)!r}")
-        return value
+        if value in parts or (choices.is_open(name) and value in choices.names(name)):
+            return value
+        known, way_out = (
+            (choices.names(name, parts), " (a plug-in's name needs --plugin)") if choices.is_open(name) else (parts, "")
+        )
+        raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {shortened(value, 60)!r}")
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)
     if origin is dict:

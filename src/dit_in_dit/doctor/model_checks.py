@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.doctor.data_checks import CHUNK, Patient, Section, batches, forward_budget, take
 from dit_in_dit.inspection.hooks import watch_aggregation, watch_attention, watch_blocks, watch_contribution
 from dit_in_dit.model.aggregate import Gate
+from dit_in_dit.model.embed import EMBEDS
+from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.batches import Batch, Examples
 from dit_in_dit.training.trainer import learning_rate
@@ -115,7 +118,8 @@ def observe(patient: Patient) -> dict[float, Observation]:
     """The averaged model on some held-out images, at the times of the held-out error."""
     model, device = patient.trainer.ema.model, patient.trainer.device
     config = patient.config.model
-    longest = max(config.patches, config.patches * config.sub_patches if config.inner.mixer == "image" else 0)
+    mixer = MIXERS[config.inner.mixer]
+    longest = max(config.patches, mixer.length(config) if mixer else 0)
     heads = config.outer.num_heads * config.blocks("outer") + config.inner.num_heads * config.blocks("inner")
     most = max(1, ATTENTION_BYTES // (4 * heads * longest**2))
     count = min(16, most, forward_budget(patient.config, device))
@@ -398,6 +402,6 @@ def _see_further(model: ModelConfig) -> str:
     """What would let a model draw over the borders of patches, as far as it does not do so yet."""
     if not model.blocks("inner"):
         return "train longer, or use smaller patches"
-    further = ["inner.embed=conv"] if model.inner.embed != "conv" else []
-    further += ["inner.mixer=window"] if model.inner.mixer in ("patch", "none") else []
+    further = [] if EMBEDS[model.inner.embed].crosses_patches else ["inner.embed=conv"]
+    further += [] if crosses_patches(model.inner.mixer) else ["inner.mixer=window"]
     return f"let the inner level see past its patch: {', '.join(further)}" if further else "train longer"

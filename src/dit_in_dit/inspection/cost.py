@@ -12,7 +12,7 @@ import torch
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, SPREADS
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
 from dit_in_dit.model.embed import EMBEDS, OuterEmbed
 from dit_in_dit.model.mixers import MIXERS
@@ -53,7 +53,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "condition": levels.count("inner") * condition.macs(model),
         "aggregate": pairs.count(("inner", "outer")) * AGGREGATORS[inner.aggregate].macs(model),
         "spread": pairs.count(("outer", "inner")) * SPREADS[inner.spread].macs(model),
-        "outer_head": 0 if ends_inner and inner.fuse == "replace" else outer_head,
+        "outer_head": 0 if ends_inner and not FUSIONS[inner.fuse].keeps_outer else outer_head,
         "inner_head": inner_head if ends_inner else 0,
     }
     return {**parts, "total": sum(parts.values())}

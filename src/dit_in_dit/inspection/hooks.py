@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from dit_in_dit.model.layers import Attention, Block, attention_weights
+from dit_in_dit.model.aggregate import FUSIONS
+from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
 from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead
 
 Look = Callable[[str, Tensor, Tensor], None]
@@ -93,7 +94,7 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
             def fused(
                 module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor], at: int = number
             ) -> None:
-                kept = torch.zeros_like(output[0]) if model.config.inner.fuse == "replace" else arguments[0]
+                kept = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
                 added = output[0] - kept
                 seen[f"aggregates.{at}"] = share(added.norm(dim=-1), kept.norm(dim=-1)).detach()
 
@@ -118,7 +119,7 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block | MlpBlock):
 
                 def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                     seen.pop(name, None)  # the order is that of the last pass
@@ -131,7 +132,7 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 def can_run_without_inner(model: NestedDiT) -> bool:
     """Whether anything is left when the inner path adds nothing: not where it replaces the outer tokens."""
     joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
-    return bool(model.inner_blocks) and not (joins and model.config.inner.fuse == "replace")
+    return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
 
 
 @contextmanager

@@ -1,6 +1,13 @@
-"""Between the levels: aggregate (inner -> outer), fuse with the outer tokens, spread (outer -> inner)."""
+"""Between the levels: aggregate (inner -> outer), fuse with the outer tokens, spread (outer -> inner).
+
+Each choice is a class in a table; its base class says what it must offer. A class outside the package joins by
+`dit_in_dit.register`.
+"""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +28,29 @@ def _widen_macs(model: ModelConfig) -> int:
     return 0 if same else model.patches * model.inner.width * model.outer.width
 
 
-class Mean(nn.Module):
+class Aggregator(nn.Module, ABC):
+    """Pooling of each patch's sub-patches, (N, T, S, E) -> (N, T, D); made by `cls(model)`."""
+
+    # What its weights depend on: nothing (all alike), the position in the patch (learned), or the tokens themselves.
+    weights_depend_on: ClassVar[Literal["nothing", "position", "tokens"]] = "tokens"
+
+    @staticmethod
+    @abstractmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image."""
+
+    @abstractmethod
+    def weights(self, inner: Tensor) -> Tensor:
+        """What each sub-patch weighs, (N, T, heads, S)."""
+
+    def initialise(self) -> None:
+        """Draw the parameters that `xavier_uniform_` on linear layers and convolutions does not suit."""
+
+
+class Mean(Aggregator):
     """The mean over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+
+    weights_depend_on = "nothing"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -41,8 +69,10 @@ class Mean(nn.Module):
         return self.proj(inner.mean(dim=2))
 
 
-class Weighted(nn.Module):
+class Weighted(Aggregator):
     """A learned weight per sub-patch position, from 1/S: it starts as the mean; (N, T, S, E) -> (N, T, D)."""
+
+    weights_depend_on = "position"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +92,7 @@ class Weighted(nn.Module):
         return self.proj(torch.einsum("ntse,s->nte", inner, self.weight))
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(Aggregator):
     """One learned query per head attends over the sub-patches; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
@@ -71,6 +101,10 @@ class AttentionPool(nn.Module):
         self.query = nn.Parameter(torch.zeros(heads, 1, width // heads))
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, model.outer.width)
+
+    def initialise(self) -> None:
+        """Start near the mean: small queries give nearly even weights."""
+        nn.init.normal_(self.query, std=0.02)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
@@ -95,7 +129,7 @@ class AttentionPool(nn.Module):
         return self.proj(pooled.view(*inner.shape[:2], -1))  # N T D
 
 
-class Concat(nn.Module):
+class Concat(Aggregator):
     """All sub-patches side by side and one linear layer, as TNT; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
@@ -117,7 +151,6 @@ class Concat(nn.Module):
         return self.proj(inner.flatten(2))
 
 
-Aggregator = Mean | Weighted | AttentionPool | Concat
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "mean": Mean,
     "weighted": Weighted,
@@ -126,33 +159,44 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
 }
 
 
-class Add(nn.Module):
-    """outer + aggregated."""
+class Fusion(nn.Module):
+    """Fusion of outer tokens and aggregated ones, both (N, T, D) -> (N, T, D); made by `cls(model)`."""
+
+    keeps_outer: ClassVar[bool] = True  # whether the outer tokens go on: false is the "no residual" ablation
+    starts_closed: ClassVar[bool] = False  # whether a new model gives what its outer blocks alone give
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+
+
+class Add(Fusion):
+    """outer + aggregated."""
 
     def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
         return outer + aggregated
 
 
-class Gate(nn.Module):
+class Gate(Fusion):
     """outer + gate * aggregated, a learned gate per channel from zero: it starts as the outer model alone."""
 
+    starts_closed = True
+
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(model)
         self.gate = nn.Parameter(torch.zeros(model.outer.width))
 
     def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
         return torch.addcmul(outer, self.gate, aggregated)
 
 
-class Replace(nn.Module):
+class Replace(Fusion):
     """aggregated alone, at its patch's position: the "no residual" ablation loses the outer tokens' content,
     not the place of its patches, without which no arrangement would work."""
 
+    keeps_outer = False
+
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(model)
         self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
         self.position: Tensor
 
@@ -160,11 +204,25 @@ class Replace(nn.Module):
         return aggregated + self.position
 
 
-FUSIONS = {"add": Add, "gate": Gate, "replace": Replace}
+FUSIONS: dict[str, type[Fusion]] = {"add": Add, "gate": Gate, "replace": Replace}
 
 
-class Spread(nn.Module):
-    """What each sub-patch is told by its outer token, added to it; (N, T, S, E) and (N, T, D) -> (N, T, S, E)."""
+class Spread(nn.Module, ABC):
+    """Broadcast of each patch's token to its sub-patches, (N, T, S, E), (N, T, D) and c (N, D) -> (N, T, S, E); made by
+    `cls(model)`."""
+
+    @staticmethod
+    @abstractmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image."""
+
+    @abstractmethod
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        """The sub-patch tokens with their patch's message."""
+
+
+class AddSpread(Spread):
+    """The message from its patch, added to each sub-patch token."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -176,18 +234,19 @@ class Spread(nn.Module):
         """Per image."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
-    def told(self, outer: Tensor) -> Tensor:
-        """What the sub-patches are told, (N, T, D) -> (N, T, S, E)."""
+    def message(self, outer: Tensor) -> Tensor:
+        """Messages to the sub-patches, (N, T, D) -> (N, T, S, E)."""
         return self.proj(norm(outer)).unflatten(-1, (self.sub_patches, -1))
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
-        return inner + self.told(outer)
+        return inner + self.message(outer)
 
 
-class Interpolate(Spread):
-    """The way from a sub-patch's own token to what it is told, as far as c says for each channel; half of it at first.
+class Interpolate(AddSpread):
+    """Per-channel interpolation between the sub-patch token and the message from its patch; the weight is predicted
+    from c and starts at 1/2.
 
-    Own tokens are noisy pixels: near the image they are the detail itself, near noise they hide what was told.
+    Sub-patch tokens are noisy pixels: near the image they are the detail itself, near noise they hide the message.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -197,13 +256,13 @@ class Interpolate(Spread):
     @staticmethod
     def macs(model: ModelConfig) -> int:
         """Per image."""
-        return Spread.macs(model) + model.outer.width * model.inner.width
+        return AddSpread.macs(model) + model.outer.width * model.inner.width
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
         (share,) = self.share(c)
         # In one type: under autocast tokens are wider than what a linear layer gives, and lerp does not promote.
-        told, share = (part.to(inner.dtype) for part in (self.told(outer), share.sigmoid()[:, None, None]))
-        return torch.lerp(inner, told, share)
+        message, share = (part.to(inner.dtype) for part in (self.message(outer), share.sigmoid()[:, None, None]))
+        return torch.lerp(inner, message, share)
 
 
-SPREADS = {"add": Spread, "interpolate": Interpolate}
+SPREADS: dict[str, type[Spread]] = {"add": AddSpread, "interpolate": Interpolate}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def _towards_image(t: Tensor) -> Tensor:
     return 1 - t
 
 
-CLOCKS: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers": _steps, "sit": _towards_image}
+TIME_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers": _steps, "sit": _towards_image}
 
 
 class TimeEmbed(nn.Module):
@@ -34,9 +36,15 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, width: int, kind: str = "dit") -> None:
         super().__init__()
-        self.clock = CLOCKS[kind]
+        self.clock = TIME_SCALES[kind]
         self.last = FREQUENCIES // 2 - (kind == "diffusers")  # the index at which frequencies reach 1/10000
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def initialise(self) -> None:
+        """Draw weights as DiT does."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
@@ -56,15 +64,43 @@ class LabelEmbed(nn.Module):
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, width)
 
+    def initialise(self) -> None:
+        """Draw the vectors as DiT does."""
+        nn.init.normal_(self.table.weight, std=0.02)
+
     def forward(self, y: Tensor | None) -> Tensor:
         return self.table.weight[-1] if y is None else self.table(y)
 
 
-class ImageCondition(nn.Module):
-    """c itself: one row per image; -> (N, 1, 1, D)."""
+class Condition(nn.Module, ABC):
+    """Conditioning rows of inner adaLN from c (N, D) and outer tokens (N, T, D), -> (N, 1|T, 1|S, width); made by
+    `cls(model)`."""
+
+    reads_outer: ClassVar[bool] = True  # whether the outer tokens decide the rows, or c alone
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+
+    @staticmethod
+    @abstractmethod
+    def width(model: ModelConfig) -> int:
+        """Width of a conditioning row."""
+
+    @staticmethod
+    @abstractmethod
+    def rows(model: ModelConfig) -> int:
+        """Conditioning rows per image."""
+
+    @staticmethod
+    @abstractmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image and inner stage."""
+
+
+class ImageCondition(Condition):
+    """c itself: one row per image; -> (N, 1, 1, D)."""
+
+    reads_outer = False
 
     @staticmethod
     def width(model: ModelConfig) -> int:
@@ -85,11 +121,21 @@ class ImageCondition(nn.Module):
         return c[:, None, None]
 
 
-class PatchCondition(ImageCondition):
+class PatchCondition(Condition):
     """c plus the normalised outer token: one row per patch; -> (N, T, 1, D).
 
     Normalised, because the outer stream grows with depth while c does not.
     """
+
+    @staticmethod
+    def width(model: ModelConfig) -> int:
+        """Width of a conditioning row."""
+        return model.outer.width
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image and inner stage."""
+        return 0
 
     @staticmethod
     def rows(model: ModelConfig) -> int:
@@ -100,7 +146,7 @@ class PatchCondition(ImageCondition):
         return (c[:, None] + norm(outer))[:, :, None]
 
 
-class SubPatchCondition(ImageCondition):
+class SubPatchCondition(Condition):
     """c plus the normalised outer token, spread to a vector per sub-patch; -> (N, T, S, E).
 
     Narrowed to the inner width first, as PixelDiT has to do: 6 E modulations of a D-wide row for each
@@ -131,4 +177,8 @@ class SubPatchCondition(ImageCondition):
         return self.proj(c[:, None] + norm(outer)).unflatten(-1, (self.sub_patches, -1))
 
 
-CONDITIONS = {"image": ImageCondition, "patch": PatchCondition, "sub_patch": SubPatchCondition}
+CONDITIONS: dict[str, type[Condition]] = {
+    "image": ImageCondition,
+    "patch": PatchCondition,
+    "sub_patch": SubPatchCondition,
+}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -62,7 +65,18 @@ class Cut(nn.Module):
         return rearrange(x, "n c (h i p) (w j q) -> n (h w) (i j) (c p q)", **self.sizes)
 
 
-class LinearEmbed(nn.Sequential):
+class Embed(nn.Module):
+    """Sub-patch embedding, (N, C, H, W) -> (N, T, S, E); made by `cls(model)`."""
+
+    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch
+
+    @staticmethod
+    @abstractmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image."""
+
+
+class LinearEmbed(nn.Sequential, Embed):
     """One linear layer per sub-patch, (N, C, H, W) -> (N, T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
@@ -76,9 +90,11 @@ class LinearEmbed(nn.Sequential):
         return model.patches * model.sub_patches * model.channels * inner.sub_patch**2 * inner.width
 
 
-class ConvEmbed(nn.Module):
+class ConvEmbed(Embed):
     """A padded convolution of `kernel` sub-patches, so that a token sees its neighbours, also across
     patch borders; (N, C, H, W) -> (N, T, S, E)."""
+
+    crosses_patches = True
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -97,31 +113,35 @@ class ConvEmbed(nn.Module):
         return rearrange(tokens, "n (h i) (w j) e -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
 
 
-EMBEDS: dict[str, type[LinearEmbed] | type[ConvEmbed]] = {"linear": LinearEmbed, "conv": ConvEmbed}
+EMBEDS: dict[str, type[Embed]] = {"linear": LinearEmbed, "conv": ConvEmbed}
 
 
 class InnerEmbed(nn.Module):
     """Sub-patches of the noisy image as tokens, plus their position; (N, C, H, W) -> (N, T, S, E).
 
-    A learned position tells the place in the patch. When the mixer reaches past the patch (`wide`), a
-    fixed one tells the place in the image.
+    A learned position gives the place in the patch. With `global_position`, for mixers that cross patches, a fixed one
+    gives the place in the image.
     """
 
-    def __init__(self, model: ModelConfig, *, wide: bool) -> None:
+    def __init__(self, model: ModelConfig, *, global_position: bool) -> None:
         super().__init__()
         self.embed = EMBEDS[model.inner.embed](model)
         self.position = nn.Parameter(torch.zeros(model.sub_patches, model.inner.width))
-        place = torch.zeros(())
-        if wide:
+        fixed = torch.zeros(())
+        if global_position:
             (h, w), i = model.grid, model.sub_grid
-            place = sincos(model.inner.width, h * i, w * i).view(h, i, w, i, -1)
+            fixed = sincos(model.inner.width, h * i, w * i).view(h, i, w, i, -1)
             # Not einops: its first use imports torch._dynamo, which PyTorch 2.6 cannot while a model is built on meta.
-            place = place.transpose(1, 2).reshape(h * w, i * i, -1)
-        self.register_buffer("place", place, persistent=False)
-        self.place: Tensor
+            fixed = fixed.transpose(1, 2).reshape(h * w, i * i, -1)
+        self.register_buffer("global_position", fixed, persistent=False)
+        self.global_position: Tensor
+
+    def initialise(self) -> None:
+        """Draw the learned position."""
+        nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embed(x) + (self.position + self.place)
+        return self.embed(x) + (self.position + self.global_position)
 
 
 class NoEmbed(nn.Module):

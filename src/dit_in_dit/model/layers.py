@@ -102,6 +102,10 @@ class Modulation(nn.Module):
         self.count = count
         self.linear = nn.Linear(condition, count * width)
 
+    def initialise(self) -> None:
+        """adaLN-Zero: every block starts as the identity."""
+        nn.init.zeros_(self.linear.weight)
+
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(c)).chunk(self.count, dim=-1)
 
@@ -121,24 +125,34 @@ class Block(nn.Module):
 
     Tokens (..., D) and condition (..., K) broadcast against each other, so that one modulation serves
     all tokens of its row: (N, 1, K) for outer tokens (N, T, D); (N, 1, 1, K), (N, T, 1, K) or
-    (N, T, S, K) for inner tokens (N, T, S, E). Without `mix` the block is its MLP alone.
+    (N, T, S, K) for inner tokens (N, T, S, E).
     """
 
-    def __init__(
-        self, width: int, condition: int, mix: nn.Module | None, mlp_ratio: float, mlp_norm_eps: float = EPS
-    ) -> None:
+    def __init__(self, width: int, condition: int, mix: nn.Module, mlp_ratio: float, mlp_norm_eps: float = EPS) -> None:
         super().__init__()
-        mlp = Mlp(width, int(width * mlp_ratio))
-        self.branches = nn.ModuleDict({"mlp": mlp} if mix is None else {"mix": mix, "mlp": mlp})
-        self.eps = (mlp_norm_eps,) if mix is None else (EPS, mlp_norm_eps)
-        self.modulation = Modulation(condition, width, 3 * len(self.branches))
+        self.branches = nn.ModuleDict({"mix": mix, "mlp": Mlp(width, int(width * mlp_ratio))})
+        self.mlp_norm_eps = mlp_norm_eps
+        self.modulation = Modulation(condition, width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        vectors = self.modulation(c)
-        for at, (branch, eps) in enumerate(zip(self.branches.values(), self.eps, strict=True)):
-            shift, scale, gate = vectors[3 * at : 3 * at + 3]
-            x = torch.addcmul(x, gate, branch(modulate(norm(x, eps), shift, scale)))
-        return x
+        mix, mlp = self.branches["mix"], self.branches["mlp"]
+        shift_mix, scale_mix, gate_mix, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
+        x = torch.addcmul(x, gate_mix, mix(modulate(norm(x), shift_mix, scale_mix)))
+        return torch.addcmul(x, gate_mlp, mlp(modulate(norm(x, self.mlp_norm_eps), shift_mlp, scale_mlp)))
+
+
+class MlpBlock(nn.Module):
+    """The adaLN-Zero block without mixing, where tokens do not see each other; shapes as `Block`."""
+
+    def __init__(self, width: int, condition: int, mlp_ratio: float, mlp_norm_eps: float = EPS) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict({"mlp": Mlp(width, int(width * mlp_ratio))})
+        self.mlp_norm_eps = mlp_norm_eps
+        self.modulation = Modulation(condition, width, 3)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(c)
+        return torch.addcmul(x, gate, self.branches["mlp"](modulate(norm(x, self.mlp_norm_eps), shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -148,6 +162,10 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.modulation = Modulation(condition, width, 2)
         self.linear = nn.Linear(width, out)
+
+    def initialise(self) -> None:
+        """The prediction starts at zero, with one head or two."""
+        nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)

@@ -1,10 +1,8 @@
-"""Who sees whom at the inner level; every mixer maps inner tokens (N, T, S, E) to the same shape.
-
-`wide` says that it reaches past its own patch, so that tokens must know their place in the image.
-"""
+"""Who sees whom at the inner level; every mixer maps inner tokens (N, T, S, E) to the same shape."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -15,10 +13,28 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import Attention
 
 
-class PatchMixer(Attention):
-    """Attention among the S sub-patches of one patch, for all N*T patches at once."""
+class Mixer(nn.Module, ABC):
+    """Mixing of inner tokens, (N, T, S, E) -> (N, T, S, E); made by `cls(model)`."""
 
-    wide: ClassVar[bool] = False
+    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch: then it gets its place in the image
+    why_no_attention: ClassVar[str] = "inner tokens are mixed without attention"  # shown where attention would be
+
+    @classmethod
+    @abstractmethod
+    def macs(cls, model: ModelConfig) -> int:
+        """MACs per inner token."""
+
+    @staticmethod
+    def length(model: ModelConfig) -> int:
+        """Tokens that one token attends to; 0 without attention."""
+        return 0
+
+    def initialise(self) -> None:
+        """Draw the parameters that `xavier_uniform_` on linear layers and convolutions does not suit."""
+
+
+class PatchMixer(Attention, Mixer):
+    """Attention among the S sub-patches of one patch, for all N*T patches at once."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
@@ -52,7 +68,7 @@ class PatchMixer(Attention):
 class WindowMixer(PatchMixer):
     """Attention within fixed windows of `window` x `window` patches."""
 
-    wide = True
+    crosses_patches = True
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
@@ -76,7 +92,7 @@ class WindowMixer(PatchMixer):
 class ImageMixer(PatchMixer):
     """Attention among all T*S sub-patches of the image."""
 
-    wide = True
+    crosses_patches = True
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -92,18 +108,23 @@ class ImageMixer(PatchMixer):
         return x.view(shape)
 
 
-class ConvMixer(nn.Module):
+class ConvMixer(Mixer):
     """A 3x3 depthwise convolution over the sub-patch grid of the image, zero beyond its border.
 
     The block's MLP mixes the channels, as in ConvNeXt (Liu et al. 2022).
     """
 
-    wide: ClassVar[bool] = True
+    crosses_patches = True
+    why_no_attention = "inner tokens see their neighbours through a fixed 3x3 kernel, not by attention"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.sizes = {"h": model.grid[0], "i": model.sub_grid, "j": model.sub_grid}
         self.conv = nn.Conv2d(model.inner.width, model.inner.width, 3, padding=1, groups=model.inner.width)
+
+    def initialise(self) -> None:
+        """Keep the variance of the tokens: nine taps."""
+        nn.init.normal_(self.conv.weight, std=1 / 3)
 
     @classmethod
     def macs(cls, model: ModelConfig) -> int:
@@ -117,7 +138,7 @@ class ConvMixer(nn.Module):
         return rearrange(mixed, "n (h i) (w j) e -> n (h w) (i j) e", **self.sizes)
 
 
-MIXERS: dict[str, type[PatchMixer] | type[ConvMixer] | None] = {
+MIXERS: dict[str, type[Mixer] | None] = {
     "patch": PatchMixer,
     "window": WindowMixer,
     "image": ImageMixer,

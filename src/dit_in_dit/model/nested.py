@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Spread
-from dit_in_dit.model.condition import CONDITIONS, LabelEmbed, TimeEmbed
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, Aggregator, Fusion, Spread
+from dit_in_dit.model.condition import CONDITIONS, Condition, LabelEmbed, TimeEmbed
 from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
-from dit_in_dit.model.layers import Attention, Block, FinalLayer, Modulation
-from dit_in_dit.model.mixers import MIXERS, ConvMixer
+from dit_in_dit.model.layers import Attention, Block, FinalLayer, MlpBlock
+from dit_in_dit.model.mixers import MIXERS
 
-Run = Callable[[Block, Tensor, Tensor], Tensor]
+AnyBlock = Block | MlpBlock
+Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
 
 
-def _plainly(block: Block, x: Tensor, c: Tensor) -> Tensor:
+def _plainly(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
     return block(x, c)
 
 
@@ -30,7 +30,7 @@ _recomputed: Run = partial(checkpoint, use_reentrant=False)
 class OuterStage(nn.Module):
     """Outer blocks, each token seeing every other; outer (N, T, D), c (N, D)."""
 
-    def __init__(self, blocks: list[Block], run: Run) -> None:
+    def __init__(self, blocks: list[AnyBlock], run: Run) -> None:
         super().__init__()
         self.blocks, self.run = nn.ModuleList(blocks), run
         self.name = f"outer*{len(blocks)}"
@@ -45,7 +45,7 @@ class OuterStage(nn.Module):
 class InnerStage(nn.Module):
     """Inner blocks, driven by the condition's rows; inner (N, T, S, E), c (N, D)."""
 
-    def __init__(self, blocks: list[Block], condition: nn.Module, run: Run) -> None:
+    def __init__(self, blocks: list[AnyBlock], condition: Condition, run: Run) -> None:
         super().__init__()
         self.blocks, self.condition, self.run = nn.ModuleList(blocks), condition, run
         self.name = f"inner*{len(blocks)}"
@@ -62,7 +62,7 @@ class AggregateStage(nn.Module):
 
     name = "aggregate"
 
-    def __init__(self, aggregate: nn.Module, fuse: nn.Module) -> None:
+    def __init__(self, aggregate: Aggregator, fuse: Fusion) -> None:
         super().__init__()
         self.aggregate, self.fuse = aggregate, fuse
 
@@ -71,7 +71,7 @@ class AggregateStage(nn.Module):
 
 
 class SpreadStage(nn.Module):
-    """Outer to inner: each sub-patch is told by its patch."""
+    """Outer to inner: each sub-patch gets a message from its patch."""
 
     name = "spread"
 
@@ -138,42 +138,50 @@ class NestedDiT(nn.Module):
         self.inner_blocks = nn.ModuleList(_inner_block(model) for _ in range(model.blocks("inner")))
         self.aggregates, self.fuses, self.spreads, self.conditions = (nn.ModuleList() for _ in range(4))
         mixer = MIXERS[model.inner.mixer]
-        wide = mixer is not None and mixer.wide
-        self.inner_embed = InnerEmbed(model, wide=wide) if self.inner_blocks else NoEmbed()
+        crosses = mixer is not None and mixer.crosses_patches
+        self.inner_embed = InnerEmbed(model, global_position=crosses) if self.inner_blocks else NoEmbed()
         # Tuples, not module lists: every block is registered once, above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
-        self.heads: tuple[OuterHead | InnerHead, ...] = tuple(self._finish(model))
+        self.heads = self._finish(model)
         initialise(self)
 
-    def _assemble(self, model: ModelConfig, recompute: str) -> Iterator[nn.Module]:
+    def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
         """The program's stages, with aggregate and spread between levels."""
         outer_run = _recomputed if recompute in ("outer", "both") else _plainly
         inner_run = _recomputed if recompute in ("inner", "both") else _plainly
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
+        stages: list[nn.Module] = []
         previous = None
         for level, count in model.program:
-            if level == "inner":
-                if previous == "outer":
-                    self.spreads.append(spread := SPREADS[model.inner.spread](model))
-                    yield SpreadStage(spread)
-                self.conditions.append(condition := CONDITIONS[model.inner.condition](model))
-                yield InnerStage(_take(inner, count), condition, inner_run)
+            if (previous, level) == ("outer", "inner"):
+                spread = SPREADS[model.inner.spread](model)
+                self.spreads.append(spread)
+                stages.append(SpreadStage(spread))
+            if (previous, level) == ("inner", "outer"):
+                aggregate, fuse = AGGREGATORS[model.inner.aggregate](model), FUSIONS[model.inner.fuse](model)
+                self.aggregates.append(aggregate)
+                self.fuses.append(fuse)
+                stages.append(AggregateStage(aggregate, fuse))
+            if level == "outer":
+                stages.append(OuterStage(_take(outer, count), outer_run))
             else:
-                if previous == "inner":
-                    self.aggregates.append(aggregate := AGGREGATORS[model.inner.aggregate](model))
-                    self.fuses.append(fuse := FUSIONS[model.inner.fuse](model))
-                    yield AggregateStage(aggregate, fuse)
-                yield OuterStage(_take(outer, count), outer_run)
+                condition = CONDITIONS[model.inner.condition](model)
+                self.conditions.append(condition)
+                stages.append(InnerStage(_take(inner, count), condition, inner_run))
             previous = level
+        return stages
 
-    def _finish(self, model: ModelConfig) -> Iterator[OuterHead | InnerHead]:
+    def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
+        """The heads: the last level's, and the outer one beside an inner one unless outer tokens are replaced."""
+        heads: list[OuterHead | InnerHead] = []
         ends_inner = model.program[-1][0] == "inner"
-        if not (ends_inner and model.inner.fuse == "replace"):
+        if not ends_inner or FUSIONS[model.inner.fuse].keeps_outer:
             self.outer_head = OuterHead(model)
-            yield self.outer_head
+            heads.append(self.outer_head)
         if ends_inner:
             self.inner_head = InnerHead(model)
-            yield self.inner_head
+            heads.append(self.inner_head)
+        return tuple(heads)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
@@ -215,37 +223,26 @@ def _outer_block(model: ModelConfig) -> Block:
     return Block(outer.width, outer.width, attention, outer.mlp_ratio, model.mlp_norm_eps)
 
 
-def _inner_block(model: ModelConfig) -> Block:
+def _inner_block(model: ModelConfig) -> AnyBlock:
     inner, mixer = model.inner, MIXERS[model.inner.mixer]
     rows = CONDITIONS[inner.condition].width(model)
-    return Block(inner.width, rows, mixer(model) if mixer else None, inner.mlp_ratio, model.mlp_norm_eps)
+    if mixer is None:
+        return MlpBlock(inner.width, rows, inner.mlp_ratio, model.mlp_norm_eps)
+    return Block(inner.width, rows, mixer(model), inner.mlp_ratio, model.mlp_norm_eps)
 
 
-def _take(blocks: Iterator[nn.Module], count: int) -> list[Block]:
+def _take(blocks: Iterator[nn.Module], count: int) -> list[AnyBlock]:
     return [next(blocks) for _ in range(count)]  # type: ignore[misc]
 
 
 @torch.no_grad()
 def initialise(model: NestedDiT) -> None:
-    """DiT's initialisation, and its like for the inner level."""
+    """DiT's initialisation, and its like for the inner level; a module's own `initialise` comes last."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))  # the fused qkv, and a convolution, as one matrix
-            nn.init.zeros_(cast(Tensor, module.bias))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for module in model.modules():
-        match module:
-            case TimeEmbed():
-                nn.init.normal_(cast(nn.Linear, module.mlp[0]).weight, std=0.02)
-                nn.init.normal_(cast(nn.Linear, module.mlp[2]).weight, std=0.02)
-            case LabelEmbed():
-                nn.init.normal_(module.table.weight, std=0.02)
-            case InnerEmbed():
-                nn.init.normal_(module.position, std=0.02)  # like any learned position
-            case AttentionPool():
-                nn.init.normal_(module.query, std=0.02)  # nearly even weights: it starts near the mean
-            case ConvMixer():
-                nn.init.normal_(module.conv.weight, std=1 / 3)  # nine taps: keeps the variance of what it mixes
-            case Modulation():
-                nn.init.zeros_(module.linear.weight)  # adaLN-Zero: every block starts as the identity
-            case FinalLayer():
-                nn.init.zeros_(module.linear.weight)  # the prediction starts at zero, with one head or two
+        if own := getattr(module, "initialise", None):
+            own()

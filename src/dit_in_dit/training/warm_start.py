@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.pretrained import find_run
@@ -82,9 +83,8 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
 def begins_as_its_outer_blocks(model: ModelConfig) -> bool:
     """Whether a new model of this arrangement gives what its outer blocks alone give."""
     aggregates = model.program[0][0] == "inner" or len(model.program) > 2
-    if model.inner.fuse == "replace":
-        return not model.blocks("inner")
-    return not model.blocks("inner") or not aggregates or model.inner.fuse == "gate"
+    fuse = FUSIONS[model.inner.fuse]
+    return not model.blocks("inner") or (fuse.keeps_outer and (not aggregates or fuse.starts_closed))
 
 
 def _chosen(theirs: ModelConfig, ours: ModelConfig, blocks: Sequence[int] | None, run: Path) -> list[int]:

@@ -1,0 +1,133 @@
+"""Choices: config keys whose value names a class or function in a table, which a user's own can join.
+
+    import dit_in_dit
+    from dit_in_dit.model.aggregate import Aggregator
+
+    class Max(Aggregator):
+        ...
+
+    dit_in_dit.register("aggregate", "max", Max)
+
+No torch here: a table is imported when it is asked for, which is for a name that the config does not know itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from dit_in_dit.config.errors import UserError, nearest, shortened
+
+PACKAGE = __name__.split(".", maxsplit=1)[0]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of choice.
+
+    Attributes:
+        key: the config key that names one; empty where a command or a study does.
+        module: where its table is.
+        table: name of the table, a dictionary.
+        base: name of the class that states what a choice must offer; empty: anything that can be called.
+    """
+
+    key: str
+    module: str
+    table: str
+    base: str = ""
+
+
+KINDS = {
+    "embed": Kind("model.inner.embed", "model.embed", "EMBEDS", "Embed"),
+    "aggregate": Kind("model.inner.aggregate", "model.aggregate", "AGGREGATORS", "Aggregator"),
+    "mixer": Kind("model.inner.mixer", "model.mixers", "MIXERS", "Mixer"),
+    "condition": Kind("model.inner.condition", "model.condition", "CONDITIONS", "Condition"),
+    "fuse": Kind("model.inner.fuse", "model.aggregate", "FUSIONS", "Fusion"),
+    "spread": Kind("model.inner.spread", "model.aggregate", "SPREADS", "Spread"),
+}
+KEYS = {kind.key: name for name, kind in KINDS.items()}
+
+# What a config's rules must know of the package's own choices; tests hold them equal to the classes.
+CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "none": False}
+KEEPS_OUTER = {"add": True, "gate": True, "replace": False}
+READS_OUTER = {"image": False, "patch": True, "sub_patch": True}
+
+
+def register(kind: str, name: str, thing: Any) -> None:
+    """Add a class or function to a table: the config key of that kind then takes its name.
+
+    Args:
+        kind: embed, aggregate, mixer, condition, fuse, spread ... (`dit_in_dit.config.choices.KINDS`).
+        name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
+        thing: a class with the base of its kind, or a function.
+
+    Raises:
+        UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
+    """
+    if kind not in KINDS:
+        raise UserError(f"register: no kind {shortened(kind, 40)!r} of choice{nearest(str(kind), KINDS)}")
+    if not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)):
+        raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {shortened(name, 40)!r}")
+    entries = table(kind)
+    if name in entries and not _is_same(entries[name], thing):
+        raise UserError(f"register: the {kind} {name!r} is there already: choose another name")
+    _check_contract(kind, name, thing)
+    entries[name] = thing
+
+
+def table(kind: str) -> dict[str, Any]:
+    """The table of a kind, by name."""
+    entries: dict[str, Any] = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].table)
+    return entries
+
+
+def is_open(key: str) -> bool:
+    """Whether a config key names a choice that a user's own can join."""
+    return key in KEYS
+
+
+def names(key: str, built_in: Iterable[str] = ()) -> list[str]:
+    """What a config key can be: the built-in names, then registered ones."""
+    return list(dict.fromkeys([*built_in, *table(KEYS[key])]))
+
+
+def crosses_patches(mixer: str) -> bool:
+    """Whether inner tokens see past their patch."""
+    return CROSSES_PATCHES[mixer] if mixer in CROSSES_PATCHES else bool(table("mixer")[mixer].crosses_patches)
+
+
+def keeps_outer(fuse: str) -> bool:
+    """Whether the outer tokens go on where aggregated ones join them."""
+    return KEEPS_OUTER[fuse] if fuse in KEEPS_OUTER else bool(table("fuse")[fuse].keeps_outer)
+
+
+def reads_outer(condition: str) -> bool:
+    """Whether outer tokens drive inner adaLN."""
+    return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
+
+
+def _check_contract(kind: str, name: str, thing: Any) -> None:
+    if not KINDS[kind].base:
+        if not callable(thing):
+            raise UserError(f"register: the {kind} {name!r} must be a class or a function: got {shortened(thing, 40)}")
+        return
+    base = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].base)
+    if not (inspect.isclass(thing) and issubclass(thing, base)):
+        raise UserError(
+            f"register: the {kind} {name!r} must be a class with the base {base.__module__}.{base.__name__}"
+        )
+    if lacks := sorted(getattr(thing, "__abstractmethods__", ())):
+        raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: write it")
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether a module that was run twice, as in another process's worker, defines the same thing again."""
+    return (getattr(one, "__module__", 1), getattr(one, "__qualname__", 1)) == (
+        getattr(other, "__module__", 2),
+        getattr(other, "__qualname__", 2),
+    )

@@ -14,7 +14,7 @@ import torch
 from conftest import with_train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves.logs import read_run
-from dit_in_dit.doctor.examine import examine
+from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop import diffusers_files
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.metrics import report

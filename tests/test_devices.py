@@ -196,7 +196,7 @@ def without_float64(monkeypatch):
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 def test_no_float64_reaches_a_device(run_config, tmp_path, monkeypatch, without_float64, path):
-    from dit_in_dit.doctor.examine import examine
+    from dit_in_dit.doctor.doctor import examine
     from dit_in_dit.sampling.numbered import sample
 
     samplers = {"flow": ("euler", "heun", "dpm++", "unipc"), "ddpm": ("ddim", "dpm++", "unipc", "ddpm")}[path]

@@ -23,7 +23,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, to_yaml
 from dit_in_dit.config.schema import keys
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
-from dit_in_dit.doctor.examine import Report, examine
+from dit_in_dit.doctor.doctor import Report, examine
 from dit_in_dit.doctor.model_checks import pattern, seam_peaks
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from dit_in_dit.memory import keep_freed_memory
+from dit_in_dit.runtime.memory import keep_freed_memory
 keep_freed_memory()
 for _ in range(12):  # aligned blocks find their place after some
     torch.ones(2**24)

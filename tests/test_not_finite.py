@@ -21,8 +21,8 @@ from dit_in_dit.config.run import DataConfig, RunConfig, to_yaml
 from dit_in_dit.curves.convergence import held_out, reach, tables
 from dit_in_dit.curves.logs import arms, notes, read_run
 from dit_in_dit.curves.plots import draw
-from dit_in_dit.doctor.examine import draw as draw_doctor
-from dit_in_dit.doctor.examine import examine
+from dit_in_dit.doctor.doctor import draw as draw_doctor
+from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.queue import Board
 from dit_in_dit.study.relative_error import relative
@@ -148,8 +148,8 @@ def test_a_run_whose_errors_are_finite_has_no_such_finding(trained):
 
 @pytest.mark.parametrize("value", [1e20, 3e38, math.inf])
 def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_path, monkeypatch):
+    from dit_in_dit.data import run_data
     from dit_in_dit.data.source import open_source
-    from dit_in_dit.doctor import examine
 
     def opened(*arguments: Any, **options: Any) -> Any:
         source = open_source(*arguments, **options)
@@ -157,7 +157,7 @@ def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_
         source.held_out = lambda i: (np.full_like(real(i)[0], value), real(i)[1]) if i == 1 else real(i)
         return source
 
-    monkeypatch.setattr(examine, "open_source", opened)
+    monkeypatch.setattr(run_data, "open_source", opened)
     found = examine(checkpoint.read_config(trained), CPU, trained)
     assert found.sections
     draw_doctor(found, tmp_path / "doctor.png")

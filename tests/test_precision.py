@@ -22,7 +22,7 @@ from dit_in_dit import cli, sample
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig
-from dit_in_dit.doctor.examine import examine
+from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.metrics.report import compare
@@ -286,9 +286,9 @@ def test_every_command_that_takes_a_device_picks_it():
     """And so computes in full float32."""
     commands = Path(cli.__file__).parent.glob("*.py")
     taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
-    assert taking.keys() >= {"run", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
+    assert taking.keys() >= {"train", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
     for name, text in taking.items():
-        assert "pick_device(" in text or name in ("options", "verify"), name  # `verify` runs `train`
+        assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`
 
 
 def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a_cpu_for_the_same(tmp_path):

@@ -37,7 +37,8 @@ def slow(owner, name, when=lambda count: True):
         return plain(*arguments, **keys)
     setattr(owner, name, slowly)
 
-from dit_in_dit import checkpoint, sampling, sealed
+from dit_in_dit.runs import checkpoint, integrity as sealed
+from dit_in_dit.sampling import numbered as sampling
 from dit_in_dit.data.source import ImageSource
 from dit_in_dit.training.trainer import Trainer
 {
@@ -144,7 +145,7 @@ def no_process_left(group: int) -> bool:
 
 
 MISTAKEN = """
-from dit_in_dit.config import UserError
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.data.source import ImageSource
 plain = ImageSource.train
 def train(self, index):
@@ -172,7 +173,7 @@ def test_a_mistake_that_a_worker_meets_ends_the_process_and_its_workers(tmp_path
 
 KEPT = """
 import sys
-from dit_in_dit.config import from_yaml
+from dit_in_dit.config.run import from_yaml
 from dit_in_dit.training.loop import train
 facts = train(from_yaml(open(sys.argv[1]).read()), sys.argv[2], device="cpu")
 print(next(facts).kind, next(facts).kind)

@@ -12,7 +12,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.pretrained import find_run
 
 if TYPE_CHECKING:
-    from dit_in_dit.doctor.examine import Report
+    from dit_in_dit.doctor.doctor import Report
 
 
 def add(commands: Commands) -> None:
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from dit_in_dit.doctor.examine import draw, examine
+    from dit_in_dit.doctor.doctor import draw, examine
     from dit_in_dit.runs import checkpoint
     from dit_in_dit.runtime.device import pick_device
 

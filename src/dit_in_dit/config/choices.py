@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import Any
 
 from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
 
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 
@@ -52,11 +53,6 @@ KINDS = {
 }
 KEYS = {kind.key: name for name, kind in KINDS.items()}
 
-# What a config's rules must know of the package's own choices; tests hold them equal to the classes.
-CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "none": False}
-KEEPS_OUTER = {"add": True, "gate": True, "replace": False}
-READS_OUTER = {"image": False, "patch": True, "sub_patch": True}
-
 
 def register(kind: str, name: str, thing: Any) -> None:
     """Add a class or function to a table: the config key of that kind then takes its name.
@@ -86,12 +82,12 @@ def table(kind: str) -> dict[str, Any]:
     return entries
 
 
-def is_open(key: str) -> bool:
+def is_choice(key: str) -> bool:
     """Whether a config key names a choice that a user's own can join."""
     return key in KEYS
 
 
-def names(key: str, built_in: Iterable[str] = ()) -> list[str]:
+def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
     """What a config key can be: the built-in names, then registered ones."""
     return list(dict.fromkeys([*built_in, *table(KEYS[key])]))
 

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dit_in_dit.config import choices
+from dit_in_dit.config.choices import choice_names, is_choice
 from dit_in_dit.config.errors import UserError, nearest, shortened
 
 
@@ -95,10 +95,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in parts or (choices.is_open(name) and value in choices.names(name)):
+        if value in parts or (is_choice(name) and value in choice_names(name)):
             return value
         known, way_out = (
-            (choices.names(name, parts), " (a plug-in's name needs --plugin)") if choices.is_open(name) else (parts, "")
+            (choice_names(name, parts), " (a plug-in's name needs --plugin)") if is_choice(name) else (parts, "")
         )
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {shortened(value, 60)!r}")
     if origin in (Union, types.UnionType):

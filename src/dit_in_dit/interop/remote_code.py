@@ -17,6 +17,7 @@ from symtable import symtable
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 # Modules that stay at home, and what goes in their place.
 STAND_INS = {
+    f"{PACKAGE}.config.choices": f"{PACKAGE}.interop.remote.choices",  # tables that a user's classes join
     f"{PACKAGE}.model.tiny": f"{PACKAGE}.interop.remote.tiny",  # a kernel is registered once per process
     f"{PACKAGE}.interop.carried": f"{PACKAGE}.interop.remote.carried",  # bundles from the package's sources
 }

@@ -1,0 +1,5 @@
+"""Facts of the package's own choices that a config's rules need, without torch; tests hold them equal to the classes."""
+
+CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "none": False}
+KEEPS_OUTER = {"add": True, "gate": True, "replace": False}
+READS_OUTER = {"image": False, "patch": True, "sub_patch": True}

@@ -25,7 +25,8 @@ from dit_in_dit.cli import (
     verify_resume,
 )
 from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config.errors import LeftOutWarning, UserError, hide_passwords, one_line
+from dit_in_dit.config import plugins
+from dit_in_dit.config.errors import LeftOutWarning, PluginWarning, UserError, hide_passwords, one_line
 from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
 from dit_in_dit.runtime.process import is_main
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2."""
     warnings.formatwarning = _line
     try:
+        for plugin in plugins.given(sys.argv[1:] if arguments is None else arguments):
+            plugins.load(plugin)
         options = parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
@@ -65,7 +68,7 @@ def _line(message: Warning | str, category: type[Warning], *where: Any, **more: 
     """A warning of this package, as a line like any other; of others, what Python makes of them."""
     if issubclass(category, LeftOutWarning) and not is_main():
         return ""  # one of several processes speaks
-    if issubclass(category, (DamagedWarning, LeftOutWarning, LocklessWarning)):
+    if issubclass(category, (DamagedWarning, LeftOutWarning, LocklessWarning, PluginWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
 

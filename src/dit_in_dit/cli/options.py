@@ -38,6 +38,13 @@ class Commands:
         """A command; add its arguments to what is returned."""
         made = self._commands.add_parser(name, help=about, description=about)
         made.set_defaults(run=run)
+        made.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="FILE.py|NAME",
+            help="load classes of your own from a file or an installed package (CONTRIBUTING.md); repeatable",
+        )
         return made
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_device, make_folder, whole
+from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 
@@ -283,6 +284,7 @@ def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int,
     logs = options.out / "workers"
     logs.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]
+    command += plugins.arguments()
     environment = {**os.environ, **({STORAGE: options.storage} if options.storage else {})}
     workers: list[subprocess.Popen[bytes]] = []
     for number in range(count):

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, whole
+from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.pretrained import find_run
 
@@ -58,7 +59,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _train(arguments: list[str]) -> None:
     """In a process of its own: nothing of one is left in another."""
-    command = [sys.executable, "-m", "dit_in_dit", "train", *arguments]
+    command = [sys.executable, "-m", "dit_in_dit", "train", *arguments, *plugins.arguments()]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing was said"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -90,6 +90,21 @@ def is_choice(key: str) -> bool:
 def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
     """What a config key can be: the built-in names, then registered ones."""
     return list(dict.fromkeys([*built_in, *table(KEYS[key])]))
+
+
+def check_travels(values: Mapping[str, Any]) -> None:
+    """UserError where a config, by dotted key, names a class of a user's: a pipeline's folder carries none.
+
+    Args:
+        values: every key of a config with its value.
+    """
+    for key, kind in KEYS.items():
+        made = table(kind)[values[key]]
+        if made is not None and made.__module__.split(".")[0] != PACKAGE:
+            raise UserError(
+                f"a pipeline carries the package's own code, and {key}={values[key]} is a plug-in's: "
+                "export --format run, which is read with --plugin"
+            )
 
 
 def crosses_patches(mixer: str) -> bool:

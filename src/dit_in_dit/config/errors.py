@@ -20,6 +20,10 @@ class LeftOutWarning(UserWarning):
     """A part of what the user gave is not used; its message is one line."""
 
 
+class PluginWarning(UserWarning):
+    """A plug-in is not the one that a run was made with; its message is one line."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""
     known = sorted(set(names))

@@ -1,4 +1,4 @@
-"""Facts of the package's own choices that a config's rules need, without torch; tests hold them equal to the classes."""
+"""Facts of the package's own choices that the rules of a config need, without torch; tests compare the classes."""
 
 CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "none": False}
 KEEPS_OUTER = {"add": True, "gate": True, "replace": False}

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.config.schema import to_dict
+from dit_in_dit.config.schema import keys, to_dict
 from dit_in_dit.data.latents import complete
 from dit_in_dit.data.vae import constants, load_vae
 from dit_in_dit.diffusion.schedulers import make_scheduler
@@ -38,6 +39,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
     atomic.check_free(out)
     model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
     checkpoint.check_weights(model.state_dict(), str(run))
+    check_travels({name: value for name, _, value in keys(config)})
     pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
     file = checkpoint.AVERAGED if averaged else checkpoint.STATE
     pictures = sorted((run / "samples").glob("*.png"))

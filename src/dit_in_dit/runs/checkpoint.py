@@ -36,7 +36,8 @@ from torch import Tensor
 from dit_in_dit import __version__
 from dit_in_dit.runs import atomic, lock, integrity
 from dit_in_dit.config.run import HASH_VERSION, RunConfig, config_hash, from_file, to_yaml
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config import plugins
+from dit_in_dit.config.errors import PluginWarning, UserError
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, read_manifest, verify
 
@@ -91,7 +92,20 @@ def read_config(run: Path) -> RunConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run at {run}: it has no config.yaml")
-    return from_file(path)
+    try:
+        return from_file(path)
+    except UserError as error:
+        if missing := plugins.missing(_noted(run)):
+            raise UserError(f"{run} was made with a plug-in: pass {missing} ({error})") from None
+        raise
+
+
+def _noted(run: Path) -> dict[str, Any]:
+    """The manifest of the newest checkpoint that has one; empty where none has."""
+    for folder in _folders(run):
+        with suppress(DamagedError):
+            return read_manifest(folder)
+    return {}
 
 
 class SaveError(UserError):
@@ -187,6 +201,7 @@ def save(
             "steady": steady,
             **({"data": dict(data)} if data else {}),
             "versions": _versions(),
+            **({"plugins": plugins.noted()} if plugins.noted() else {}),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
         }
@@ -303,6 +318,8 @@ def newest(run: Path, *, steady: bool = False) -> Found:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
                 _check_config(run, folder, manifest)
+                for name in plugins.changed(manifest):
+                    warnings.warn(f"{name} is not as it was when {folder} was written", PluginWarning, stacklevel=2)
                 return Found(folder, manifest, tuple(passed_over))
         except DamagedError as error:
             passed_over += error.damages
@@ -316,11 +333,8 @@ def newest(run: Path, *, steady: bool = False) -> Found:
 
 def noted_data(run: Path) -> dict[str, str] | None:
     """The digest and the place of the data that the run's newest checkpoint notes; None where none does."""
-    for folder in _folders(run):
-        with suppress(DamagedError):
-            noted: dict[str, str] | None = read_manifest(folder).get("data")
-            return noted
-    return None
+    noted: dict[str, str] | None = _noted(run).get("data")
+    return noted
 
 
 def _check_config(run: Path, checkpoint: Path, manifest: Mapping[str, Any]) -> None:

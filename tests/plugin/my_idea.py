@@ -1,0 +1,130 @@
+"""Parts of a user's, outside the package: what CONTRIBUTING.md shows, and tests train with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import dit_in_dit
+from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.model.aggregate import Aggregator, Fusion, Spread
+from dit_in_dit.model.condition import Condition
+from dit_in_dit.model.embed import Embed
+from dit_in_dit.model.mixers import Mixer
+
+
+class Softmax(Aggregator):
+    """Sub-patches weighed by a softmax over a learned score of each; (N, T, S, E) -> (N, T, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.score = nn.Linear(model.inner.width, 1)
+        self.proj = nn.Linear(model.inner.width, model.outer.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Scores, the weighted sum and the projection, per image."""
+        inner, outer = model.inner.width, model.outer.width
+        return model.patches * (2 * model.sub_patches * inner + inner * outer)
+
+    def weights(self, inner: Tensor) -> Tensor:
+        """(N, T, 1, S), rows sum to one."""
+        return self.score(inner).transpose(-1, -2).softmax(-1)
+
+    def forward(self, inner: Tensor) -> Tensor:
+        return self.proj((self.weights(inner) @ inner).squeeze(2))
+
+
+class Shift(Mixer):
+    """Every token takes a share of its patch's mean, per channel."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.zeros(model.inner.width))
+
+    @classmethod
+    def macs(cls, model: ModelConfig) -> int:
+        """None: sums and products of single numbers are not counted."""
+        return 0
+
+    def initialise(self) -> None:
+        """Begin with half of the mean."""
+        nn.init.constant_(self.share, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, x.mean(2, keepdim=True).expand_as(x), self.share.to(x.dtype))
+
+
+class Doubled(Fusion):
+    """outer + 2 * aggregated."""
+
+    def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
+        return outer + 2 * aggregated
+
+
+class Flat(Embed):
+    """The mean colour of each sub-patch, widened."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sub_patch, self.sub_grid = model.inner.sub_patch, model.sub_grid
+        self.proj = nn.Linear(model.channels, model.inner.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.sub_patches * model.channels * model.inner.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = nn.functional.avg_pool2d(x, self.sub_patch).permute(0, 2, 3, 1)  # N H/s W/s C
+        n, i = len(x), self.sub_grid
+        grouped = means.reshape(n, means.shape[1] // i, i, means.shape[2] // i, i, -1).transpose(2, 3)
+        return self.proj(grouped.reshape(n, -1, i * i, grouped.shape[-1]))
+
+
+class Same(Spread):
+    """One message for all sub-patches of a patch."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(model.outer.width, model.inner.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image."""
+        return model.patches * model.outer.width * model.inner.width
+
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        return inner + self.proj(outer)[:, :, None]
+
+
+class Halved(Condition):
+    """c / 2, one row per image."""
+
+    reads_outer = False
+
+    @staticmethod
+    def width(model: ModelConfig) -> int:
+        """Width of a conditioning row."""
+        return model.outer.width
+
+    @staticmethod
+    def rows(model: ModelConfig) -> int:
+        """Conditioning rows per image."""
+        return 1
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """Per image and inner stage."""
+        return 0
+
+    def forward(self, c: Tensor, outer: Tensor) -> Tensor:
+        return c[:, None, None] / 2
+
+
+dit_in_dit.register("aggregate", "softmax", Softmax)
+dit_in_dit.register("mixer", "shift", Shift)
+dit_in_dit.register("fuse", "doubled", Doubled)
+dit_in_dit.register("embed", "flat", Flat)
+dit_in_dit.register("spread", "same", Same)
+dit_in_dit.register("condition", "halved", Halved)

@@ -1,0 +1,202 @@
+"""Classes of a user's, in a file outside the package, go wherever the package's own go."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dit_in_dit
+from conftest import inputs, perturbed, small_model
+from dit_in_dit.config import choices, facts, plugins
+from dit_in_dit.config.errors import PluginWarning, UserError
+from dit_in_dit.inspection.cost import macs
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, Mean
+from dit_in_dit.model.condition import CONDITIONS
+from dit_in_dit.model.mixers import MIXERS
+from dit_in_dit.model.nested import NestedDiT
+
+IDEA = Path(__file__).parent / "plugin" / "my_idea.py"
+PARTS = {"embed": "flat", "aggregate": "softmax", "mixer": "shift", "condition": "halved", "fuse": "doubled"}
+PARTS |= {"spread": "same"}
+SMALL = [
+    "model.image_size=8",
+    "model.patch_size=4",
+    "model.num_classes=3",
+    "model.outer.width=16",
+    "model.outer.num_heads=2",
+    "model.inner.width=8",
+    "model.inner.num_heads=2",
+    "model.inner.sub_patch=2",
+    "data.held_out=0.2",
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.warmup=1",
+    "train.precision=float32",
+    "train.checkpoint_every=3",
+    "train.evaluate_every=3",
+    "train.sample_every=0",
+    "sample.steps=2",
+]
+
+
+def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugin: bool = True) -> str:
+    """What a command prints, in a process of its own: no test leaves its classes in another."""
+    with_plugin = ["--plugin", str(IDEA)] if plugin else []
+    line = [sys.executable, *launcher, "-m", "dit_in_dit", *map(str, words), *with_plugin]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=env, check=False, timeout=300)
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def settings(folder: Path) -> list[str]:
+    """`--set` for a small run with every part of the user's, on the small folder."""
+    values = [*SMALL, f"data.source={folder}", "model.stages=(inner outer)*2", "model.depth=null"]
+    values += [f"model.inner.{key}={value}" for key, value in PARTS.items()]
+    return ["--preset", "emoji", *(word for value in values for word in ("--set", value))]
+
+
+@pytest.fixture(scope="module")
+def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every part of the user's."""
+    out = tmp_path_factory.mktemp("plugins") / "run"
+    command("train", *settings, "--out", out, "--device", "cpu")
+    return out
+
+
+@pytest.fixture
+def loaded():
+    """The user's classes in this process, for one test."""
+    before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
+    known = dict(plugins._loaded)
+    plugins.load(str(IDEA))
+    sys.modules.pop(IDEA.stem)  # run anew in each test
+    yield
+    for kind, entries in before.items():
+        choices.table(kind).clear()
+        choices.table(kind).update(entries)
+    plugins._loaded.clear()
+    plugins._loaded.update(known)
+
+
+def test_a_run_with_a_users_parts_resumes_bit_for_bit_with_loader_workers(run, settings, tmp_path):
+    how = [*settings, "--set", "data.workers=2", "--out", tmp_path / "run", "--device", "cpu"]
+    command("train", *how, "--until", "3")
+    command("train", "--resume", "--out", tmp_path / "run", "--device", "cpu")
+    assert (tmp_path / "run/log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
+
+
+def test_two_processes_train_it(settings, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command("train", *settings, "--out", tmp_path / "run", "--device", "cpu", launcher=launcher)
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) >= 6
+
+
+def test_every_command_takes_it(run, settings, tmp_path):
+    assert "inner blocks" in command("inspect", *settings)
+    command("verify-resume", run, "--steps", "2", "--device", "cpu")
+    command("sample", run, "-n", "4", "--out", tmp_path / "samples", "--device", "cpu")
+    command("evaluate", run, "-n", "4", "--out", tmp_path / "evaluation", "--device", "cpu")
+    command("maps", run, "--num", "1", "--times", "0.5", "--out", tmp_path / "maps", "--device", "cpu")
+    command("match", *settings, "--like", run, "--json", "--device", "cpu")
+    command("export", run, "--format", "run", "--out", tmp_path / "given")
+    command("sample", tmp_path / "given", "-n", "2", "--out", tmp_path / "again", "--device", "cpu")
+    doctor = [sys.executable, "-m", "dit_in_dit", "doctor", str(run), "--device", "cpu", "--plugin", str(IDEA)]
+    done = subprocess.run(doctor, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr  # of six steps it may complain
+
+
+@pytest.mark.slow
+def test_a_study_on_two_workers_takes_it(settings, tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text(command("config", *settings))
+    study = {"base": str(base), "arms": {"mine": {}, "mean": {"model.inner.aggregate": "mean"}}, "seeds": [0]}
+    study |= {"budget": {"steps": 4}, "match": "none", "samples": 4, "primary": "held_out.0.2.whole"}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    command("study", "run", tmp_path / "study.yaml", "--workers", "2", "--out", tmp_path / "out", "--device", "cpu")
+    assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 2
+
+
+def test_a_pipeline_carries_no_class_of_a_users(run, tmp_path):
+    said = command("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline", code=2)
+    assert "is a plug-in's: export --format run" in said
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_without_the_plug_in_a_command_says_what_to_pass(run):
+    said = command("sample", run, "-n", "2", "--device", "cpu", code=2, plugin=False)
+    assert "was made with a plug-in: pass --plugin my_idea.py" in said
+    assert said.count("\n") == 1
+    manifest = json.loads(next((run / "checkpoints").glob("*/manifest.json")).read_text())
+    assert [entry["name"] for entry in manifest["plugins"]] == ["my_idea.py"]
+
+
+def test_another_source_of_the_plug_in_is_said(run, loaded, monkeypatch):
+    from dit_in_dit.runs import checkpoint
+
+    changed = plugins.Plugin("my_idea.py", "0" * 64)
+    monkeypatch.setitem(plugins._loaded, str(IDEA), changed)
+    with pytest.warns(PluginWarning, match=r"my_idea\.py is not as it was when"):
+        checkpoint.newest(run)
+
+
+@pytest.mark.parametrize("kind", sorted(PARTS))
+def test_a_users_part_stands_in_for_each_choice(kind, loaded):
+    model = small_model("(inner outer)*2", inner={kind: PARTS[kind]})
+    made = perturbed(NestedDiT(model))
+    x, t, y = inputs(model)
+    out = made(x, t, y)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert macs(model)["total"] > 0
+
+
+def test_register_names_what_is_wrong(loaded):
+    class Empty(dit_in_dit.model.aggregate.Aggregator):
+        pass
+
+    for arguments, said in (
+        (("agregate", "max", Mean), "no kind 'agregate' of choice; did you mean 'aggregate'"),
+        (("aggregate", "a b", Mean), "a name is letters"),
+        (("aggregate", "mean", AGGREGATORS["softmax"]), "'mean' is there already"),
+        (("aggregate", "max", torch.nn.Linear), "must be a class with the base dit_in_dit.model.aggregate.Aggregator"),
+        (("aggregate", "max", lambda: 0), "must be a class with the base"),
+        (("aggregate", "max", Empty), "Empty lacks macs, weights of Aggregator"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dit_in_dit.register(*arguments)
+
+
+def test_an_unknown_name_says_how_one_joins():
+    with pytest.raises(UserError, match=r"must be one of mean, .*--plugin\): got 'softmax'"):
+        small_model(inner={"aggregate": "softmax"})
+
+
+def test_a_plug_in_that_is_none_is_one_line(tmp_path):
+    broken = tmp_path / "broken_idea.py"
+    broken.write_text("1 / 0")
+    (tmp_path / "random.py").write_text("")
+    (tmp_path / "my-idea.py").write_text("")
+    for text, said in (
+        (tmp_path / "absent.py", "no such file"),
+        (broken, "ends with ZeroDivisionError"),
+        (tmp_path / "random.py", "a module named 'random' is there already"),
+        (tmp_path / "my-idea.py", "must be letters, digits and '_'"),
+        ("nobody", "no installed package has an entry point 'nobody'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            plugins.load(str(text))
+
+
+def test_what_a_config_knows_of_choices_is_what_the_classes_say():
+    crosses = {name: mixer is not None and mixer.crosses_patches for name, mixer in MIXERS.items()}
+    assert crosses == facts.CROSSES_PATCHES
+    assert {name: fuse.keeps_outer for name, fuse in FUSIONS.items()} == facts.KEEPS_OUTER
+    assert {name: condition.reads_outer for name, condition in CONDITIONS.items()} == facts.READS_OUTER

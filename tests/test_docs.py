@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -16,7 +18,12 @@ from dit_in_dit.config.run import override
 from dit_in_dit.study.plan import candidates, configure, read
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("models/*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("models/*/README.md")),
+]
 SMALL = (
     "train.steps=4", "train.batch_size=2", "train.sample_every=2", "train.evaluate_every=0", "train.warmup=0",
     "sample.steps=2", "model.outer.width=32", "model.stages=outer inner",
@@ -119,10 +126,23 @@ def test_every_other_block_is_a_study_or_commands(tmp_path):
         for language, text in blocks(page):
             assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
             if language == "python":
-                assert page.name == "README.md"
-                assert page.parent == ROOT
+                assert page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")  # tried above and below
             if language == "yaml" and text.startswith("question"):
                 (tmp_path / "study.yaml").write_text(text)
                 study = read(str(tmp_path / "study.yaml"))
                 for changes, _ in candidates(study).values():
                     configure(study, changes)
+
+
+def test_the_class_that_contributing_shows_is_the_one_that_tests_train_with(tmp_path):
+    """The page's file runs as it stands, and gives what its full twin in tests/plugin gives."""
+    ((_, shown),) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block[0] == "python"]
+    (tmp_path / "shown_idea.py").write_text(shown)
+    words = ["inspect", "--preset", "emoji-reference", "--set", "model.inner.aggregate=softmax", "--json"]
+    told = []
+    for path in (tmp_path / "shown_idea.py", ROOT / "tests/plugin/my_idea.py"):
+        line = [sys.executable, "-m", "dit_in_dit", *words, "--plugin", str(path)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert told[0] == told[1]

@@ -260,8 +260,8 @@ def texts() -> Table:
     yield "inspect golden", digest(run("inspect", *small, "--json"))
     commands = re.findall(r"^    ([\w-]+)(?:  |\n)", run("--help"), flags=re.MULTILINE)
     for command in commands:
-        words = sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", usage(command))))
-        yield f"options of {command}", digest(" ".join(words))
+        for word in sorted(set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", usage(command)))):
+            yield f"{command} {word}", digest(word)
 
 
 def usage(*command: str) -> str:

@@ -17,10 +17,19 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, nearest
-from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig, check_sampler
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig
+from dit_in_dit.config.samplers import check_sampler
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.samplers import guided
-from dit_in_dit.diffusion.schedulers import PREDICTIONS, matches_flow, set_steps, setting, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import (
+    PREDICTIONS,
+    is_ancestral,
+    matches_flow,
+    set_steps,
+    setting,
+    time_of,
+    wanted_by,
+)
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
 from dit_in_dit.reporting.images import check_finite, picture, to_pixels
@@ -115,7 +124,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         x = self._noise((count, *shape), generator, latents, device)
 
         path, predict = make_path(diffusion), guided(self._predict, self.null, how)
-        ancestral_steps = type(self.scheduler).__name__ == "DDPMScheduler"
+        ancestral_steps = is_ancestral(self.scheduler)
         wanted = "image" if ancestral_steps else wanted_by(self.scheduler)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
         options = self._step_options(generator, eta)

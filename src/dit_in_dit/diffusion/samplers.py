@@ -12,7 +12,7 @@ from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
-from dit_in_dit.diffusion.schedulers import is_ancestral, make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import is_ddpm, make_scheduler, set_steps, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 
 Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
@@ -55,11 +55,10 @@ def _calls(
     for number, timestep in enumerate(scheduler.timesteps):
         times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
         prediction, fraction = halves(predict(x, times, y), x)
-        if is_ancestral(scheduler):
-            image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
-            after = ancestral(image, fraction, x, int(timestep), following[number], draw())
+        step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
+        if is_ddpm(scheduler):
+            after = ancestral(step, fraction, x, int(timestep), following[number], draw())
         else:
-            step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
             options = {"noise": draw()} if stochastic else {}
             after = scheduler.step(step, timestep, x, **options).prev_sample
         yield times, x, prediction, after

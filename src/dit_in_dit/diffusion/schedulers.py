@@ -84,8 +84,8 @@ def matches_flow(scheduler: Any) -> bool:
     return any(kind.__name__ in STRAIGHT for kind in type(scheduler).__mro__)
 
 
-def is_ancestral(scheduler: Any) -> bool:
-    """Whether its steps are those of `variance.ancestral`: that of diffusers adds noise to the finished image."""
+def is_ddpm(scheduler: Any) -> bool:
+    """Whether its steps are taken by `variance.ancestral`: that of diffusers adds noise to the finished image."""
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
@@ -196,6 +196,6 @@ def time_of(scheduler: Any, path: str, number: int) -> float:
 
 def wanted_by(scheduler: Any) -> str:
     """The prediction that its step takes."""
-    if own := getattr(scheduler, "prediction", None):
+    if own := "image" if is_ddpm(scheduler) else getattr(scheduler, "prediction", None):
         return str(own)
     return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]

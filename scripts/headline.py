@@ -18,8 +18,8 @@ from typing import Any
 
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.metrics.metric import metric_of
 from dit_in_dit.reporting.plots import COLOURS, figure, save
-from dit_in_dit.study.metrics import ranked
 from dit_in_dit.study.statistics import Difference, difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,8 @@ def read(study: str) -> Found:
     with (STUDIES / study / "results.csv").open(newline="") as lines:
         for row in csv.DictReader(lines):
             if row["state"] == "done":
-                values[row["arm"], row["metric"]][int(row["seed"])] = ranked(row["metric"], float(row["value"]))
+                value = metric_of(row["metric"]).ranked(float(row["value"]))
+                values[row["arm"], row["metric"]][int(row["seed"])] = value
     against = {arm["name"]: arm["against"] for arm in plan["arms"] if arm["against"] != arm["name"]}
     return Found(plan, against, values)
 

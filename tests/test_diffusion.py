@@ -8,8 +8,15 @@ import torch
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, SampleConfig
-from dit_in_dit.diffusion.objective import Objective, draw_time, high_frequencies
-from dit_in_dit.diffusion.path import Ddpm, convert, make_path, quantity
+from dit_in_dit.diffusion.objective import (
+    LOSS_WEIGHTS,
+    TIME_DISTRIBUTIONS,
+    Objective,
+    draw_time,
+    high_frequencies,
+    min_snr,
+)
+from dit_in_dit.diffusion.path import PATHS, QUANTITIES, Ddpm, Flow, convert, make_path, quantity
 from dit_in_dit.diffusion.samplers import denoise, guided
 
 KINDS = ("velocity", "image", "noise")
@@ -94,6 +101,35 @@ def test_loss_weights_are_finite_at_the_ends(path, predict, weight):
     weights = Objective(DiffusionConfig(path=path, predict=predict, weight=weight)).weight(torch.tensor([0.0, 1.0]))
     assert weights.isfinite().all()
     assert weights.max() <= 500
+
+
+def test_min_snr_holds_for_a_prediction_that_it_does_not_know(monkeypatch):
+    t = torch.linspace(0.1, 0.9, 9)
+    for kind in KINDS:
+        monkeypatch.setitem(QUANTITIES, "mine", QUANTITIES[kind])
+        for path in (make_path(DiffusionConfig()), make_path(DiffusionConfig(path="ddpm"))):
+            torch.testing.assert_close(min_snr(path, "mine", t), min_snr(path, kind, t))
+
+
+def test_path_prediction_weight_and_times_are_looked_up_when_they_are_used(monkeypatch):
+    """What a user puts into a table counts from then on."""
+
+    class Curved(Flow):
+        def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (1 - t) ** 2, t
+
+    config, x, noise = DiffusionConfig(weight="image"), torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 3.0)
+    monkeypatch.setitem(PATHS, "flow", Curved)
+    monkeypatch.setitem(QUANTITIES, "velocity", lambda path, a, b: (2 * torch.ones_like(a), torch.ones_like(b)))
+    monkeypatch.setitem(LOSS_WEIGHTS, "image", lambda path, predict, t: 10 * t)
+    monkeypatch.setitem(TIME_DISTRIBUTIONS, "uniform", lambda uniform, config: uniform / 2)
+    objective = Objective(config)
+    t = draw_time(objective.path, torch.tensor([0.2, 1.0]), config)
+    assert t.tolist() == pytest.approx([0.1, 0.5])
+    seen = []
+    loss = objective.loss(lambda x_t, t, y: seen.append(x_t) or torch.zeros_like(x_t), x, noise, t, None)
+    assert seen[0].flatten(1)[:, 0].tolist() == pytest.approx([0.81 + 0.3, 0.25 + 1.5])
+    assert loss.tolist() == pytest.approx([25, 125])  # 10 t (2 x + e)^2
 
 
 def test_times_follow_their_distribution():

@@ -6,6 +6,7 @@ import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ import torch
 
 from conftest import perturbed, small_model
 from dit_in_dit import sample
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
+from dit_in_dit.config.samplers import SAMPLERS, Sampler, check_sampler
 from dit_in_dit.diffusion.samplers import trajectory
-from dit_in_dit.diffusion.schedulers import SCHEDULERS, make_scheduler, set_steps
+from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
+from dit_in_dit.interop.export_pipeline import pipeline_of
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import grid, to_pixels
 from dit_in_dit.sampling.numbered import sample_batches
@@ -92,7 +96,7 @@ def test_another_version_of_diffusers_with_other_times_draws_the_same_samples(pa
     """As UniPC's flow steps are 999, 800, ... in 0.42 and 999, 799, ... in 0.35."""
     times, levels = SPACED[path, sampler, spacing]
     diffusion = DiffusionConfig(path=path)
-    theirs = getattr(importlib.import_module("diffusers"), SCHEDULERS[sampler])
+    theirs = getattr(importlib.import_module("diffusers"), SAMPLERS[sampler].schedulers[path])
     spaced = theirs.set_timesteps
 
     def otherwise(self, steps, *rest, **options) -> None:
@@ -112,6 +116,55 @@ def test_another_version_of_diffusers_with_other_times_draws_the_same_samples(pa
     assert before[1].tolist()[-1:] in ([], [0])
     monkeypatch.setattr(theirs, "set_timesteps", otherwise)
     assert all(torch.equal(a, b) for a, b in zip(drawn(), before, strict=True))
+
+
+class Euler:
+    """A user's own: x + dt velocity, in even steps of t."""
+
+    prediction = "velocity"
+
+    def set_timesteps(self, steps: int) -> None:
+        self.sigmas = torch.linspace(1, 1 / steps, steps)
+        self.timesteps = 1000 * self.sigmas
+        self.following = [*self.sigmas[1:].tolist(), 0.0]
+
+    def step(self, prediction: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(prev_sample=x + (self.following.pop(0) - timestep / 1000) * prediction)
+
+
+def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": Euler}, spacings=()))
+    euler, mine = (replace(run_config, sample=SampleConfig(sampler=name, steps=5)) for name in ("euler", "mine"))
+    drawn = sample(model, mine, 10)  # of two batches: each has a scheduler of its own
+    assert torch.allclose(drawn, sample(model, euler, 10), atol=1e-5)
+    with pytest.raises(UserError, match=r"sampler=mine needs diffusion.path=flow: use ddim, .* with path ddpm"):
+        check_sampler("ddpm", "mine", 5)
+    with pytest.raises(UserError, match="spacing=leading does not fit sampler mine: use null"):
+        SampleConfig(sampler="mine", spacing="leading")
+    with pytest.raises(UserError, match="sampler=mine has no scheduler of diffusers, which an exported folder needs"):
+        pipeline_of(model, mine, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "image", "noise"])
+def test_a_stochastic_sampler_of_the_user_has_the_prediction_and_the_noise_it_asks_for(monkeypatch, prediction):
+    class Noisy(Euler):
+        def step(self, prediction: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, *, noise: torch.Tensor):
+            seen.append(prediction)
+            return SimpleNamespace(prev_sample=prediction + noise)
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(Noisy, "prediction", prediction)
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": Noisy}, stochastic=True))
+    draws = iter(torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    how = SampleConfig(sampler="mine", steps=2)
+    diffusion = DiffusionConfig(predict="image")
+    calls = list(trajectory(lambda x, t, y: x / 2, diffusion, how, lambda: next(draws), None))
+    for (t, x, image, after), given in zip(calls, seen, strict=True):
+        noise = (x - (1 - t) * image) / t
+        wanted = {"velocity": noise - image, "image": image, "noise": noise}[prediction]
+        assert torch.allclose(given, wanted, atol=1e-5)
+        assert not torch.equal(after, given)
+    assert next(draws, None) is None  # one at the start, one a step
 
 
 def test_seed_and_class_matter(run_config, model):

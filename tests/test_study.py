@@ -18,6 +18,7 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.metrics.metric import METRICS, Metric
 from dit_in_dit.runs.checkpoint import read_config
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.match import match
@@ -225,6 +226,16 @@ def test_every_arm_is_trained_with_every_seed_and_measured(base, tmp_path):
         with np.load(run / "drawn.npz") as drawn:
             assert drawn["images"].shape == drawn["real"].shape == (24, 8, 8, 3)
     assert found["one-s0"].metrics != found["one-s1"].metrics != found["two-s1"].metrics
+
+
+def test_a_metric_of_the_user_can_be_what_a_study_is_made_for(base, tmp_path, monkeypatch):
+    contrast = Metric("contrast", "Mine", "zero", lambda samples, real: float(samples.std() - real.std()))
+    monkeypatch.setitem(METRICS, "contrast", contrast)
+    finish(small(base, metrics=["Mine"], primary="contrast"), tmp_path)
+    for result in results(tmp_path).values():
+        assert result.state == "done"
+        assert result.metrics["contrast"] != 0
+        assert result.floors["contrast"] >= 0
 
 
 def test_a_finished_study_is_not_run_again(base, tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dit_in_dit.study.metrics import better, direction, grouped, ranked
+from dit_in_dit.metrics.metric import direction, metric_of
+from dit_in_dit.study.metrics import grouped
 from dit_in_dit.study.statistics import Difference, difference, estimate, standard_errors
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
@@ -151,6 +152,7 @@ def test_the_interval_of_a_planted_difference_holds_it_as_often_as_it_says():
         ("nearest.train", "listed"),
         ("memorised", "listed"),
         ("repeated", "listed"),
+        ("of another's making", "listed"),
     ],
 )
 def test_every_metric_has_its_direction(metric: str, expected: str):
@@ -158,15 +160,16 @@ def test_every_metric_has_its_direction(metric: str, expected: str):
 
 
 def test_signed_metrics_are_compared_by_their_size():
-    assert ranked("spectrum.1/4", -3.0) == 3.0
-    assert ranked("held_out.0.2.high", -3.0) == -3.0
-    assert better("spectrum.1/4", ranked("spectrum.1/4", -1.0) - ranked("spectrum.1/4", 2.0))
+    octave = metric_of("spectrum.1/4")
+    assert octave.ranked(-3.0) == 3.0
+    assert metric_of("held_out.0.2.high").ranked(-3.0) == -3.0
+    assert octave.better(octave.ranked(-1.0) - octave.ranked(2.0))
 
 
 def test_more_is_better_only_where_it_is():
-    assert better("precision", 0.1)
-    assert better("FID", -0.1)
-    assert not better("FID", 0.1)
+    assert metric_of("precision").better(0.1)
+    assert metric_of("FID").better(-0.1)
+    assert not metric_of("FID").better(0.1)
 
 
 def test_metrics_stand_in_groups_the_primary_one_first():

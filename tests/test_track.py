@@ -77,6 +77,32 @@ def test_tensorboard_holds_each_step_once_after_a_resume_and_the_pictures(config
     assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": "tensorboard"}
 
 
+def test_a_tracker_of_the_user_needs_no_package_of_its_name(no_curves, config, run, monkeypatch):
+    class Mine:
+        def __init__(self, run: Path, config: Any, identity: str, step: int) -> None:
+            self.identity = identity or "one"
+            made.append((identity, step))
+
+        def scalars(self, step: int, values: dict[str, float]) -> None:
+            losses.update({step: values["train/loss"]} if "train/loss" in values else {})
+
+        def image(self, *about: Any) -> None:
+            pass
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            made.append("closed")
+
+    made: list[Any] = []
+    losses: dict[int, float] = {}
+    monkeypatch.setitem(TRACKERS, "mine", Mine)
+    assert chosen("mine", run) == ["mine"]
+    assert twice(config, run, ["mine"]) == pytest.approx(losses)
+    assert made == [("", 0), "closed", ("one", 3), "closed"]
+
+
 # ----------------------------------------------------------- the others, where they are installed
 
 

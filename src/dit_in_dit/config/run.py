@@ -16,6 +16,7 @@ import yaml
 from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
+from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import Section, key, keys, to_dict, to_hash
 from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
@@ -280,7 +281,7 @@ class TrainConfig(Section):
 @dataclass(frozen=True)
 class SampleConfig(Section):
     prefix: ClassVar[str] = "sample"
-    sampler: Literal["euler", "heun", "ddim", "dpm++", "unipc", "ddpm"] = key(
+    sampler: str = key(
         "heun", "euler and heun need path flow, ddpm (ancestral, learned variance) path ddpm; on flow, ddim is euler"
     )
     steps: int = key(50, "sampler steps", low=1, high=1000)
@@ -297,8 +298,12 @@ class SampleConfig(Section):
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:
             raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
-        if self.sampler == "ddim" and self.spacing == "linspace":  # its step goes back by 1000 // steps
-            raise UserError("sample.spacing=linspace does not fit sampler ddim: use trailing or leading")
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"sample.sampler must be one of {', '.join(SAMPLERS)}: got {shortened(self.sampler, 60)!r}")
+        if self.spacing and self.spacing not in (known := SAMPLERS[self.sampler].spacings):
+            raise UserError(
+                f"sample.spacing={self.spacing} does not fit sampler {self.sampler}: use {' or '.join(known) or 'null'}"
+            )
 
 
 @dataclass(frozen=True)
@@ -326,20 +331,6 @@ class RunConfig(Section):
     def global_batch(self) -> int:
         """Examples per optimizer step."""
         return self.train.batch_size * self.train.accumulate
-
-
-def check_sampler(path: str, sampler: str, steps: int) -> None:
-    """UserError when diffusers has no such scheduler for this path and number of steps."""
-    if path == "ddpm" and 1000 % steps:  # diffusers' steps and times drift apart otherwise
-        raise UserError(f"sample.steps must divide 1000 with diffusion.path=ddpm: got {steps}; use 50, 100 or 250")
-    if path == "ddpm" and sampler in ("euler", "heun"):
-        raise UserError(
-            f"sample.sampler={sampler} needs diffusion.path=flow: use ddim, dpm++, unipc or ddpm with path ddpm"
-        )
-    if path == "flow" and sampler == "ddpm":
-        raise UserError("sample.sampler=ddpm needs diffusion.path=ddpm: use euler, heun, dpm++ or unipc with path flow")
-    if sampler == "ddpm" and steps < 2:
-        raise UserError("sample.sampler=ddpm needs at least 2 steps: set sample.steps=250")
 
 
 # ---------------------------------------------------------------------------------------- YAML, hash

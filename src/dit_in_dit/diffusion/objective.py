@@ -13,17 +13,68 @@ from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_pat
 from dit_in_dit.diffusion.variance import bound, halves
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Weight = Callable[[Flow, str, Tensor], Tensor]  # path, prediction, t (N,) -> factor (N,) on its squared error
 LOSS_FLOOR = 0.05  # weights stop growing where a determinant falls below this (JiT, Li & He 2025, section 4)
 MIN_SNR = 5.0  # gamma of Hang et al. 2023
 EVALUATION_TIMES = (0.2, 0.5, 0.8)
 
 
+def logit_normal(uniform: Tensor, config: DiffusionConfig) -> Tensor:
+    """Esser et al. 2024, section 3.1."""
+    inside = uniform.double().clamp(1e-12, 1 - 1e-12)
+    return torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(inside))
+
+
+TIME_DISTRIBUTIONS: dict[
+    str, Callable[[Tensor, DiffusionConfig], Tensor]
+] = {  # of t: inverses of their cumulative ones
+    "uniform": lambda uniform, config: uniform,
+    "logit_normal": logit_normal,
+}
+
+
 def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
-    """Training times in [0, 1] from uniform numbers in [0, 1), by the inverse of their distribution."""
-    if config.time == "logit_normal":  # Esser et al. 2024, section 3.1
-        inside = uniform.double().clamp(1e-12, 1 - 1e-12)
-        uniform = torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(inside))
-    return path.snap(uniform).float()
+    """Training times in [0, 1] from uniform numbers in [0, 1), by the configured distribution."""
+    return path.snap(TIME_DISTRIBUTIONS[config.time](uniform, config)).float()
+
+
+def loss_on(quantity: str) -> Weight:
+    """The weight that puts the loss on a quantity: the squared ratio of two determinants.
+
+    With x_t fixed, an error in one quantity is an error in any other times the ratio of their determinants, so that
+    "the loss is on the velocity" is a weight and needs no conversion.
+    """
+
+    def weight(path: Flow, predict: str, t: Tensor) -> Tensor:
+        if predict == quantity:
+            return torch.ones_like(t)
+        a, b = path.coefficients(t)
+        return (determinant(path, quantity, a, b, 0.0) / determinant(path, predict, a, b, LOSS_FLOOR)) ** 2
+
+    return weight
+
+
+def min_snr(path: Flow, predict: str, t: Tensor) -> Tensor:
+    """min(SNR, gamma) on the image's error, SNR = (a/b)^2, written so that neither end divides by zero."""
+    a, b = path.coefficients(t)
+    match predict:
+        case "image":
+            return (a / b.clamp(min=1e-6)).square().clamp(max=MIN_SNR)
+        case "noise":
+            return (MIN_SNR * (b / a.clamp(min=1e-6)).square()).clamp(max=1)
+        case "velocity":
+            return torch.minimum(a**2, MIN_SNR * b**2)
+        case _:
+            return torch.minimum(a**2, MIN_SNR * b**2) / determinant(path, predict, a, b, 1e-6) ** 2
+
+
+LOSS_WEIGHTS: dict[str, Weight] = {
+    "prediction": lambda path, predict, t: torch.ones_like(t),
+    "velocity": loss_on("velocity"),
+    "image": loss_on("image"),
+    "noise": loss_on("noise"),
+    "min_snr": min_snr,
+}
 
 
 class Objective:
@@ -38,26 +89,8 @@ class Objective:
         return a * x + b * noise
 
     def weight(self, t: Tensor) -> Tensor:
-        """Factor (N,) on the squared error of the prediction.
-
-        With x_t fixed, an error in one quantity is an error in any other times the ratio of their
-        determinants, so that "the loss is on the velocity" is a weight and needs no conversion.
-        """
-        config = self.config
-        if config.weight in ("prediction", config.predict):
-            return torch.ones_like(t)
-        a, b = self.path.coefficients(t)
-        given = determinant(self.path, config.predict, a, b, LOSS_FLOOR)
-        if config.weight != "min_snr":
-            return (determinant(self.path, config.weight, a, b, 0.0) / given) ** 2
-        # min(SNR, gamma) on the image's error, SNR = (a/b)^2, written so that neither end divides by zero.
-        match config.predict:
-            case "image":
-                return (a / b.clamp(min=1e-6)).square().clamp(max=MIN_SNR)
-            case "noise":
-                return (MIN_SNR * (b / a.clamp(min=1e-6)).square()).clamp(max=1)
-            case "velocity":
-                return torch.minimum(a**2, MIN_SNR * b**2)
+        """Factor (N,) on the squared error of the prediction."""
+        return LOSS_WEIGHTS[self.config.weight](self.path, self.config.predict, t)
 
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Weighted squared error per example (N,), in float32.

@@ -80,7 +80,7 @@ class Ddpm(Flow):
         return (t * DDPM_STEPS).floor().clamp(max=DDPM_STEPS - 1) / DDPM_STEPS
 
 
-PATHS = {"flow": Flow, "ddpm": Ddpm}
+PATHS: dict[str, Callable[[], Flow]] = {"flow": Flow, "ddpm": Ddpm}
 
 
 def make_path(config: DiffusionConfig) -> Flow:
@@ -88,15 +88,17 @@ def make_path(config: DiffusionConfig) -> Flow:
     return PATHS[config.path]()
 
 
+Quantity = Callable[[Flow, Tensor, Tensor], tuple[Tensor, Tensor]]  # path, a(t), b(t) -> u, w, shaped as a
+QUANTITIES: dict[str, Quantity] = {
+    "velocity": lambda path, a, b: path.velocity(a, b),
+    "image": lambda path, a, b: (torch.ones_like(a), torch.zeros_like(a)),
+    "noise": lambda path, a, b: (torch.zeros_like(a), torch.ones_like(a)),
+}
+
+
 def quantity(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients (u, w) of the named prediction, u x + w e."""
-    match name:
-        case "image":
-            return torch.ones_like(a), torch.zeros_like(a)
-        case "noise":
-            return torch.zeros_like(a), torch.ones_like(a)
-        case _:
-            return path.velocity(a, b)
+    return QUANTITIES[name](path, a, b)
 
 
 def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:

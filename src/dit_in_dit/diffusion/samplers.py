@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from dit_in_dit.config.run import DiffusionConfig, SampleConfig, check_sampler
+from dit_in_dit.config.run import DiffusionConfig, SampleConfig
+from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
-from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import is_ddpm, make_scheduler, set_steps, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 
 Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
-
-
-_made = cache(make_scheduler)  # diffusers looks through the signatures of 16 classes each time: 2 ms
 
 
 def denoise(
@@ -37,7 +33,7 @@ def trajectory(
     to, and the next x, the last of which is the sample; tensors (N, C, H, W).
 
     Args:
-        noise: (N, C, H, W), or a function that gives it first, and then that of each step of sampler ddpm.
+        noise: (N, C, H, W), or a function that gives it first, and then that of each step of a stochastic sampler.
     """
     path = make_path(diffusion)
     for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
@@ -50,21 +46,21 @@ def _calls(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each network call: times (N,), x_t, the prediction and the next x."""
     check_sampler(diffusion.path, how.sampler, how.steps)
-    path, scheduler = make_path(diffusion), deepcopy(_made(diffusion, how.sampler, how.spacing))  # it counts its steps
+    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing)
     set_steps(scheduler, how.steps)
     wanted = wanted_by(scheduler)
-    random, draw = how.sampler == "ddpm", noise if callable(noise) else _one(noise)
+    stochastic, draw = SAMPLERS[how.sampler].stochastic, noise if callable(noise) else _one(noise)
     x = draw()
     following = [*scheduler.timesteps[1:].tolist(), -1]
     for number, timestep in enumerate(scheduler.timesteps):
         times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
         prediction, fraction = halves(predict(x, times, y), x)
-        if random:
-            image = convert(path, prediction, x, times, given=diffusion.predict, wanted="image")
-            after = ancestral(image, fraction, x, int(timestep), following[number], draw())
+        step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
+        if is_ddpm(scheduler):
+            after = ancestral(step, fraction, x, int(timestep), following[number], draw())
         else:
-            step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
-            after = scheduler.step(step, timestep, x).prev_sample
+            options = {"noise": draw()} if stochastic else {}
+            after = scheduler.step(step, timestep, x, **options).prev_sample
         yield times, x, prediction, after
         x = after
 
@@ -75,7 +71,7 @@ def _one(noise: Tensor) -> Noise:
 
     def draw() -> Tensor:
         if not left:
-            raise ValueError("sampler ddpm draws noise at every step: give a function, such as numbered_noise(...)")
+            raise ValueError("this sampler draws noise at every step: give a function, such as numbered_noise(...)")
         return left.pop()
 
     return draw

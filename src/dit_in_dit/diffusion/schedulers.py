@@ -1,57 +1,92 @@
-"""Schedulers of diffusers for a path, with times that no version of diffusers changes."""
+"""Schedulers for a path: those of diffusers, with times that no version of it changes, and a user's own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from importlib import import_module
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dit_in_dit.config.run import DiffusionConfig
+from dit_in_dit.config.samplers import SAMPLERS
 from dit_in_dit.diffusion.path import DDPM_STEPS
 
 TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed
-SCHEDULERS = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "ddpm": "DDPMScheduler",
-}
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
+STRAIGHT = (  # classes of diffusers made for straight paths: they take the velocity
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
+)
 RESHAPING = (  # options that give a scheduler other noise levels
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas"),
     *("use_dynamic_shifting", "shift_terminal", "trained_betas", "rescale_betas_zero_snr"),
 )
 FULL = (None, -math.inf, "-inf")  # `lambda_min_clipped` where no step is clipped
+Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels where a class has some
+
+
+class Scheduler(Protocol):
+    """A scheduler of the user's own, as `config.samplers.SAMPLERS` may name for a path; made without arguments.
+
+    Attributes:
+        prediction: what `step` takes: velocity, image or noise.
+        timesteps: after `set_timesteps`, 1000 t of each network call, from noise to image. On path flow, `sigmas`, if
+            it has them, are t itself, free of rounding.
+    """
+
+    prediction: str
+    timesteps: Tensor
+
+    def set_timesteps(self, steps: int) -> None:
+        """Begin again, with this number of steps."""
+        ...
+
+    def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Any:
+        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's takes `noise` of x's shape
+        by name besides."""
+        ...
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """The scheduler of diffusers for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
+    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
+    rules = SAMPLERS[sampler]
+    scheduler = rules.schedulers[diffusion.path]
+    if not isinstance(scheduler, str):
+        return scheduler()
+    return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+
+
+@cache  # diffusers looks through the signatures of 16 classes each time: 2 ms
+def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochastic: bool) -> Any:
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
-    if diffusion.path == "flow":
-        options: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if name in STRAIGHT:
+        options: dict[str, Any] = {}
+    elif diffusion.path == "flow":
+        options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Trailing steps start at pure noise (Lin et al. 2024); so do those of linspace, which DiT is sampled with.
-        spacing = spacing or ("linspace" if sampler == "ddpm" else "trailing")
         # Images are not clipped, whatever class takes this over.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
-        options |= {"variance_type": "fixed_large"} if sampler == "ddpm" else {}  # where it is not learned
-    # DDIM's step on a straight path is Euler's.
-    name = SCHEDULERS["euler" if (diffusion.path, sampler) == ("flow", "ddim") else sampler]
-    return getattr(diffusers, name).from_config({} if name.startswith("FlowMatch") else options)
+        options |= {"variance_type": "fixed_large"} if stochastic else {}  # where it is not learned
+    return getattr(diffusers, name).from_config(options)
 
 
 def matches_flow(scheduler: Any) -> bool:
     """Whether it is one of those made for straight paths."""
-    return "FlowMatch" in type(scheduler).__name__
+    return any(kind.__name__ in STRAIGHT for kind in type(scheduler).__mro__)
+
+
+def is_ddpm(scheduler: Any) -> bool:
+    """Whether its steps are taken by `variance.ancestral`: that of diffusers adds noise to the finished image."""
+    return type(scheduler).__name__ == "DDPMScheduler"
 
 
 def setting(scheduler: Any, name: str) -> Any:
@@ -76,33 +111,66 @@ def set_steps(scheduler: Any, steps: int) -> None:
         scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
 
 
-def _own_steps(scheduler: Any, steps: int) -> tuple[NDArray[Any], NDArray[Any] | None] | None:
-    """Timesteps of a scheduler of `SCHEDULERS`, and its noise levels where it has some, as diffusers 0.42 spaces them.
+def _own_steps(scheduler: Any, steps: int) -> Steps | None:
+    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as diffusers 0.42 spaces them.
 
     Versions differ (UniPC's second of 25 flow steps is 960 in 0.42, 959 in 0.35), and samples must not. None where an
     option asks for other steps than these.
     """
-    name, config = type(scheduler).__name__, scheduler.config
-    cut = setting(scheduler, "final_sigmas_type") == "sigma_min" or setting(scheduler, "lambda_min_clipped") not in FULL
-    if name not in SCHEDULERS.values() or cut or any(setting(scheduler, key) for key in RESHAPING):
+    spaced = SPACED.get(type(scheduler).__name__)
+    if spaced is None or any(setting(scheduler, key) for key in RESHAPING):
         return None
+    cut = setting(scheduler, "final_sigmas_type") == "sigma_min" or setting(scheduler, "lambda_min_clipped") not in FULL
+    return None if cut else spaced(scheduler, steps)
+
+
+def _flow_steps(scheduler: Any, steps: int) -> Steps:
+    total = scheduler.config.num_train_timesteps
+    shift = vars(scheduler).get("_shift", scheduler.config.shift)  # `set_shift` leaves the config as it was
+    levels = _shifted(np.linspace(total, total / steps, steps) / total, shift).astype(np.float32)
+    return levels * np.float32(total), levels
+
+
+def _heun_steps(scheduler: Any, steps: int) -> Steps:
+    """A Heun step ends with a call at the next time."""
+    times, levels = (each.repeat(2)[1:] for each in _flow_steps(scheduler, steps) if each is not None)
+    return times, levels
+
+
+def _dpm_steps(scheduler: Any, steps: int) -> Steps:
+    return _multistep(scheduler, steps, lambda even: (1 - even)[:0:-1])
+
+
+def _unipc_steps(scheduler: Any, steps: int) -> Steps:
+    return _multistep(scheduler, steps, lambda even: even[:-1])
+
+
+def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
+    """Steps of either path; `straight` are the levels of a straight one, from steps + 1 even ones."""
+    config = scheduler.config
     total = config.num_train_timesteps
-    if matches_flow(scheduler):
-        shift = vars(scheduler).get("_shift", config.shift)  # `set_shift` leaves the config as it was
-        levels = _shifted(np.linspace(total, total / steps, steps) / total, shift).astype(np.float32)
-        levels = levels.repeat(2)[1:] if "Heun" in name else levels  # a Heun step ends with a call at the next time
-        return levels * np.float32(total), levels
     if setting(scheduler, "use_flow_sigmas"):
-        even = np.linspace(1, 1 / total, steps + 1)
-        sigmas = _shifted(even[:-1] if "UniPC" in name else (1 - even)[:0:-1], config.flow_shift)
+        sigmas = _shifted(straight(np.linspace(1, 1 / total, steps + 1)), config.flow_shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 UniPC takes the logarithm of zero
         return (sigmas * total).astype(np.int64), sigmas
-    multistep = hasattr(scheduler, "sigmas")
-    times = _spaced(config.timestep_spacing, total, steps, config.steps_offset, last=not multistep)
-    if not multistep:
-        return times, None
+    times = _spaced(config.timestep_spacing, total, steps, config.steps_offset, last=False)
     left = scheduler.alphas_cumprod.cpu()
     return times, np.interp(times, np.arange(total), (((1 - left) / left) ** 0.5).numpy())
+
+
+def _ddpm_steps(scheduler: Any, steps: int) -> Steps:
+    config = scheduler.config
+    return _spaced(config.timestep_spacing, config.num_train_timesteps, steps, config.steps_offset, last=True), None
+
+
+SPACED: dict[str, Callable[[Any, int], Steps]] = {
+    "FlowMatchEulerDiscreteScheduler": _flow_steps,
+    "FlowMatchHeunDiscreteScheduler": _heun_steps,
+    "DPMSolverMultistepScheduler": _dpm_steps,
+    "UniPCMultistepScheduler": _unipc_steps,
+    "DDIMScheduler": _ddpm_steps,
+    "DDPMScheduler": _ddpm_steps,
+}
 
 
 def _shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
@@ -122,9 +190,12 @@ def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) ->
 
 def time_of(scheduler: Any, path: str, number: int) -> float:
     """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself."""
-    return float(scheduler.sigmas[number] if path == "flow" else scheduler.timesteps[number] / DDPM_STEPS)
+    exact = path == "flow" and hasattr(scheduler, "sigmas")
+    return float(scheduler.sigmas[number] if exact else scheduler.timesteps[number] / DDPM_STEPS)
 
 
 def wanted_by(scheduler: Any) -> str:
     """The prediction that its step takes."""
+    if own := "image" if is_ddpm(scheduler) else getattr(scheduler, "prediction", None):
+        return str(own)
     return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 
 from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
@@ -65,12 +66,18 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A model as a pipeline that draws as its config says; it holds the model itself, not a copy."""
     diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
+    scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
+    if not isinstance(scheduler, SchedulerMixin):
+        raise UserError(
+            f"sample.sampler={config.sample.sampler} has no scheduler of diffusers, which an exported folder needs: "
+            "train with a built-in one"
+        )
     with torch.device("meta"):  # its weights are the model's
         transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
     transformer.nested = model
     return DiTInDiTPipeline(
         transformer.eval(),
-        make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing),
+        scheduler,
         vae,
         id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
         sample={key: how[key] for key in DEFAULTS},

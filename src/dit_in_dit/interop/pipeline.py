@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, nearest
-from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig, check_sampler
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig
+from dit_in_dit.config.samplers import check_sampler
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.samplers import guided
-from dit_in_dit.diffusion.schedulers import PREDICTIONS, matches_flow, set_steps, setting, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import PREDICTIONS, is_ddpm, matches_flow, set_steps, setting, time_of, wanted_by
 from dit_in_dit.diffusion.variance import ancestral, halves
 from dit_in_dit.interop.carried import code_of, installed
 from dit_in_dit.reporting.images import check_finite, picture, to_pixels
@@ -115,8 +116,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         x = self._noise((count, *shape), generator, latents, device)
 
         path, predict = make_path(diffusion), guided(self._predict, self.null, how)
-        ancestral_steps = type(self.scheduler).__name__ == "DDPMScheduler"
-        wanted = "image" if ancestral_steps else wanted_by(self.scheduler)
+        wanted = wanted_by(self.scheduler)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
         options = self._step_options(generator, eta)
         self._interrupt = False
@@ -128,7 +128,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                 x_t = scale(x, timestep)
                 output, fraction = halves(predict(x_t, t, y), x_t)
                 step = convert(path, output, x_t, t, given=diffusion.predict, wanted=wanted)
-                if ancestral_steps:
+                if is_ddpm(self.scheduler):
                     x = self._ancestral(step, fraction, x, number, generator)
                 else:
                     x = self.scheduler.step(step, timestep, x, **options).prev_sample

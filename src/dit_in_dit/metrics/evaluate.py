@@ -23,6 +23,7 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, thumbnails
+from dit_in_dit.metrics.metric import own_scores
 from dit_in_dit.metrics.pixels import Images, Score
 from dit_in_dit.metrics.subject import Draw, Pixels, Reference, Subject
 from dit_in_dit.model.nested import NestedDiT
@@ -188,6 +189,11 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
     if subject.model is not None and subject.config is not None and subject.config.data.source == "mosaic":
         scores |= _detail(subject.model, subject.config)
         metrics["detail"] = {"images": DETAIL_IMAGES, "times": list(DETAIL_TIMES)}
+    own = own_scores(images, theirs)
+    if taken := own.keys() & scores.keys():
+        raise UserError(f"metric {min(taken)} has the name of a built-in score: register it under another")
+    scores |= own
+    metrics |= {name: {"images": count} for name in own}
     first = np.argsort(near.train, kind="stable")[:SHOWN]
     protocol = {
         "images": num,

@@ -11,6 +11,7 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
+from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import beside, grid
@@ -80,13 +81,12 @@ def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
 
 
 def _draw_scores(axis: Any, scores: dict[str, dict[str, Any]]) -> None:
-    """Sizes as multiples of their floor, with intervals, on a logarithmic scale; what has no floor is left out."""
-    shares = ("detail", "nearest", "memorised", "repeated")
-    rows = [(name, s) for name, s in scores.items() if s["floor"] and name.split(".")[0] not in shares]
+    """Distances as multiples of their floor, with intervals, on a logarithmic scale; what has no floor is left out."""
+    rows = [(name, s) for name, s in scores.items() if s["floor"] and direction(name) in ("lower", "zero")]
     y = np.arange(len(rows))[::-1]
     floors = np.array([s["floor"] for _, s in rows])
     values = np.abs([s["value"] for _, s in rows]) / floors
-    reach = np.array([(s["high"] - s["low"]) / 2 for _, s in rows]) / floors
+    reach = np.array([0 if s["low"] is None else (s["high"] - s["low"]) / 2 for _, s in rows]) / floors
     left = np.maximum(values - reach, 0.1)
     axis.hlines(y, left, values + reach, color=plots.COLOURS[0], alpha=0.4, linewidth=4)
     axis.plot(np.maximum(values, 0.1), y, "o", color=plots.COLOURS[0], markersize=4)
@@ -187,7 +187,7 @@ def draw_compared(
                 axis.plot(score["value"], at, "o", color=colour, markersize=4)
         if floor := next((s["floor"] for s in found if s and s["floor"] is not None), None):
             axis.axvline(floor, color="black", linewidth=0.8, linestyle=":")
-            if name.startswith("spectrum."):
+            if direction(name) == "zero":
                 axis.axvspan(-floor, floor, color="black", alpha=0.08)
         axis.set(yticks=y, ylim=(-0.7, len(labels) - 0.3))
         axis.set_yticklabels(labels if axis in axes[:, 0] else [], fontsize=7)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.reporting.images import grid
 from dit_in_dit.reporting.plots import COLOURS, figure, save
 from dit_in_dit.study import formatting
-from dit_in_dit.study.metrics import WORDS, better, direction
 from dit_in_dit.study.results import Gathered
 from dit_in_dit.study.statistics import Difference
 from dit_in_dit.study.tables import BESIDE, seconds
@@ -94,7 +94,7 @@ def _draw_row(axis: Any, at: float, found: Difference, unit: float, edge: float,
 def _colour(metric: str, found: Difference) -> str:
     if not found.marked:
         return UNSEEN
-    return BETTER if better(metric, found.mean) else WORSE
+    return BETTER if metric_of(metric).better(found.mean) else WORSE
 
 
 def draw_matrix(study: Gathered, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dit_in_dit.study.metrics import better, direction
+from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.study.statistics import Difference, Estimate
 
 
@@ -72,7 +72,7 @@ def verdict(metric: str, found: Difference) -> str:
         return "one seed: no claim"
     if not found.marked:
         return "no difference seen"
-    return "better" if better(metric, found.mean) else "worse"
+    return "better" if metric_of(metric).better(found.mean) else "worse"
 
 
 def listing(names: list[str]) -> str:

@@ -22,6 +22,7 @@ from dit_in_dit.config.run import RunConfig, assigned, changed, from_file
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml
+from dit_in_dit.metrics.metric import own_metrics
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
@@ -75,11 +76,12 @@ class StudyConfig(Section):
                 raise UserError(f"study.budget.{kind} must be a number above 0: got {str(amount)[:40]!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"study.seeds must be different numbers, at least one: got {list(self.seeds)}")
+        known = dict.fromkeys((*GROUPS, *(metric.group for metric in own_metrics().values())))
         for group in self.metrics:
-            if group not in GROUPS:
-                raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
+            if group not in known:
+                raise UserError(f"unknown metrics {group!r}{nearest(group, known)}")
         if not self.metrics:
-            raise UserError(f"study.metrics is empty: choose from {', '.join(GROUPS)}")
+            raise UserError(f"study.metrics is empty: choose from {', '.join(known)}")
         if self.primary.split(".")[0] == "held_out" and "held_out" not in self.metrics:
             raise UserError(f"study.primary={self.primary} is not measured: add held_out to study.metrics")
         if self.prune and "held_out" not in self.metrics:

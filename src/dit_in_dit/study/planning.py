@@ -20,6 +20,7 @@ from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.metrics import pixels
 from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
 from dit_in_dit.metrics.feature_networks import Network, open_network
+from dit_in_dit.metrics.metric import own_metrics
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.device import settled
@@ -82,6 +83,8 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         shape = (4, config.model.channels, *config.model.image_size)
         images = np.random.default_rng(0).standard_normal(shape, np.float32)
         known += pixels.score(images[:2], images, (config.model.patch_size,))
+    if set(study.metrics) - {"held_out"}:
+        known += own_metrics()
     if study.primary in NAMES.values() and study.samples < ENOUGH:
         raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
     open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were

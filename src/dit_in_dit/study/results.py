@@ -15,10 +15,11 @@ from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.curves.convergence import check_comparable
 from dit_in_dit.curves.logs import Arm as CurveArm
 from dit_in_dit.curves.logs import Curve, last_step, read_run
+from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.runs.checkpoint import read_config
 from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.precision import FULL, before_it_was_named
-from dit_in_dit.study.metrics import direction, grouped, ranked
+from dit_in_dit.study.metrics import grouped
 from dit_in_dit.study.plan import Arm, Plan, read_plan
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
@@ -90,7 +91,7 @@ class Gathered:
     def difference(self, arm: Arm, metric: str) -> Difference:
         """An arm less what it is compared with, for as many comparisons as the study has planned."""
         mine, theirs = (
-            {seed: ranked(metric, value) for seed, value in self.values(name, metric).items()}
+            {seed: metric_of(metric).ranked(value) for seed, value in self.values(name, metric).items()}
             for name in (arm.name, arm.against)
         )
         return difference(mine, theirs, max(1, len(self.compared)))
@@ -147,7 +148,7 @@ class Searched:
         if tried.result is None or tried.result.state != "done":
             return math.nan
         value = tried.result.metrics.get(self.plan.study.primary)
-        return math.nan if value is None else ranked(self.plan.study.primary, float(value))
+        return math.nan if value is None else metric_of(self.plan.study.primary).ranked(float(value))
 
     @property
     def ranked(self) -> list[Tried]:

@@ -13,11 +13,11 @@ import yaml
 
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.inspection import cost
+from dit_in_dit.metrics.metric import WORDS, direction
 from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
 from dit_in_dit.reporting.plots import COLOURS, figure, save
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.figures import draw_samples
-from dit_in_dit.study.metrics import WORDS, direction
 from dit_in_dit.study.plan import describe
 from dit_in_dit.study.results import Searched, Tried
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.study import formatting
-from dit_in_dit.study.metrics import WORDS, direction, ranked
 from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.results import Gathered
 from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
@@ -36,7 +36,7 @@ def _name(study: Gathered) -> str:
 
 def _one_seed(study: Gathered) -> list[str]:
     values = {
-        arm.name: ranked(study.primary, next(iter(of_arm.values())))
+        arm.name: metric_of(study.primary).ranked(next(iter(of_arm.values())))
         for arm in study.plan.arms
         if (of_arm := study.values(arm.name, study.primary))
     }

@@ -15,9 +15,9 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import DEFINITIONS, reach, stability
 from dit_in_dit.curves.logs import Curve
+from dit_in_dit.metrics.metric import TITLES, direction, metric_of
 from dit_in_dit.reporting.document import Cell, Table
 from dit_in_dit.study import formatting
-from dit_in_dit.study.metrics import TITLES, direction
 from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.results import Gathered
 
@@ -157,7 +157,7 @@ def differences(study: Gathered) -> list[Table]:
             f"Difference ({_interval(study)}). In colour and with a word: the interval excludes zero. "
             "Corrected for the number of arms, not for the number of metrics."
         )
-        tables.append(Table(["arm", *metrics], rows, f"{TITLES[group]}: differences", note))
+        tables.append(Table(["arm", *metrics], rows, f"{TITLES.get(group, group)}: differences", note))
     return tables
 
 
@@ -180,7 +180,7 @@ def means(study: Gathered) -> list[Table]:
         if any(floor is not None for floor in floors):
             rows.append([Cell(FLOOR, "soft"), *(Cell(formatting.number(floor), "soft") for floor in floors)])
         note = "Mean over seeds ± half of its 95% interval (Student's t)."
-        tables.append(Table(["arm", *metrics], rows, TITLES[group], note))
+        tables.append(Table(["arm", *metrics], rows, TITLES.get(group, group), note))
     return tables
 
 
@@ -272,9 +272,10 @@ def paper(study: Gathered) -> tuple[list[str], list[list[str]], str]:
 
 def _in_paper(study: Gathered, group: str, metric: str) -> bool:
     """What fits on a page: no spectra, moments and seams unless the study was made for them."""
-    if direction(metric) == "listed":
+    known = metric_of(metric)
+    if known.direction == "listed":
         return False
-    return group in ("held_out", "standard") or metric == study.primary or metric.startswith("swd.")
+    return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)
 
 
 def results(study: Gathered) -> str:

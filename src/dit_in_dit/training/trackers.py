@@ -37,7 +37,7 @@ SCALARS = {"step": "train", "held_out": "held_out"}  # kinds of facts whose numb
 
 class Tracker(Protocol):
     """One place that is told. Made with the run's folder, its config, the name kept from before ("": the first time)
-    and the step that training goes on from."""
+    and the step that training goes on from; a user's own joins TRACKERS."""
 
     identity: str  # kept, and given back when the run is resumed
 
@@ -174,6 +174,7 @@ TRACKERS: dict[str, Callable[[Path, RunConfig, str, int], Tracker]] = {
     "trackio": _trackio,
     "mlflow": MLflow,
 }
+PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; a user's own need none
 
 
 def told(facts: Iterator[Fact], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Fact]:
@@ -240,7 +241,7 @@ def chosen(given: str | None, run: Path) -> list[str]:
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track: no {name[:40]!r}{nearest(name, [*TRACKERS, NONE])}")
-        if find_spec(name) is None:
+        if name in PACKAGES and find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
 

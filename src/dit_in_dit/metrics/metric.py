@@ -1,0 +1,136 @@
+"""Table of the scores: the group of each, which of its values are better, and the functions of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.metrics.pixels import Halves, Score
+
+Direction = Literal["lower", "higher", "zero", "listed"]
+Images = NDArray[np.uint8]
+Compute = Callable[[Images, Images], float | Score]
+
+WORDS: dict[Direction, str] = {
+    "lower": "lower is better",
+    "higher": "higher is better",
+    "zero": "nearer to zero is better: sizes are compared, without the sign",
+    "listed": "listed, not ranked",
+}
+TITLES = {  # of groups, in the order of a report; another group is its own title and comes after these
+    "held_out": "Held-out error",
+    "pixels": "Distances without a network",
+    "detail": "Known detail of mosaics",
+    "standard": "Standard metrics",
+    "listed": "Memorising and repeating (listed, not ranked)",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score, or a family of scores.
+
+    Attributes:
+        name: of the score in metrics.json; a `*` matches what differs within a family, such as the level of `swd.*`.
+        group: key of TITLES, or a title of the user's own.
+        direction: which values are better; `listed` scores are not ranked.
+        compute: from samples and as many real images, both uint8 (N, H, W, C), to a number, or to a Score with its
+            interval. The floor of a number is what other real images score. None: computed by this room's modules.
+    """
+
+    name: str
+    group: str
+    direction: Direction
+    compute: Compute | None = None
+
+    def __post_init__(self) -> None:
+        known = get_args(Direction)
+        if self.direction not in known:
+            raise UserError(f"metric {self.name}: unknown direction {self.direction!r}{nearest(self.direction, known)}")
+
+    def ranked(self, value: float) -> float:
+        """The value that is compared: its size where nearer to zero is better."""
+        return abs(value) if self.direction == "zero" else value
+
+    def better(self, change: float) -> bool:
+        """Whether a change of the compared value is for the better."""
+        return change > 0 if self.direction == "higher" else change < 0
+
+
+METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a report, within each group
+    metric.name: metric
+    for metric in (
+        Metric("held_out.*", "held_out", "lower"),
+        Metric("swd.*", "pixels", "lower"),
+        Metric("spectrum", "pixels", "lower"),
+        Metric("spectrum.*", "pixels", "zero"),  # octaves, in decibels
+        Metric("moments.*", "pixels", "lower"),
+        Metric("seam.*", "pixels", "lower"),
+        Metric("detail.*", "detail", "higher"),
+        Metric("* deviation", "listed", "listed"),  # over splits or subsets, which is no error of the mean
+        Metric("memorised", "listed", "listed"),  # near to training images is neither good nor bad by itself
+        Metric("nearest.train", "listed", "listed"),
+        Metric("repeated", "listed", "listed"),
+        Metric("FD-DINOv2", "standard", "lower"),
+        Metric("FID", "standard", "lower"),
+        Metric("Frechet distance (*)", "standard", "lower"),
+        Metric("IS", "standard", "higher"),
+        Metric("KID", "standard", "zero"),  # an unbiased estimate
+        Metric("KID (*)", "standard", "zero"),
+        Metric("coverage", "standard", "higher"),
+        Metric("density", "standard", "higher"),
+        Metric("precision", "standard", "higher"),
+        Metric("recall", "standard", "higher"),
+        Metric("sFID", "standard", "lower"),
+    )
+}
+
+
+def metric_of(score: str) -> Metric:
+    """The metric of a score's name; one that no registered metric has is listed, not ranked."""
+    matches = (metric for name, metric in METRICS.items() if fnmatchcase(score, name))
+    return METRICS.get(score) or next(matches, Metric(score, "listed", "listed"))
+
+
+def direction(score: str) -> Direction:
+    """Which values of a score are better."""
+    return metric_of(score).direction
+
+
+def own_metrics() -> dict[str, Metric]:
+    """The metrics that compute themselves: those of the user."""
+    return {name: metric for name, metric in METRICS.items() if metric.compute}
+
+
+def own_scores(images: Images, real: Images) -> dict[str, Score]:
+    """Scores of the user's metrics, of M images against a half of 2M real ones; the floor is that of the other half.
+
+    Raises:
+        UserError: a metric gives anything but a number or a Score.
+    """
+    halves = Halves.of(len(real))
+    first, second = real[halves.first[0]], real[halves.second[0]]
+    scores = {}
+    for name, metric in own_metrics().items():
+        score = _computed(name, metric, images, first)
+        if score.low is None and score.floor is None:
+            score = Score(score.value, floor=metric.ranked(_computed(name, metric, second, first).value))
+        scores[name] = score
+    return scores
+
+
+def _computed(name: str, metric: Metric, images: Images, real: Images) -> Score:
+    found = metric.compute(images, real) if metric.compute else None
+    if isinstance(found, Score):
+        return found
+    try:
+        return Score(float(found))  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        got = shortened(repr(found), 40)
+        raise UserError(f"metric {name} must give a number or a Score: got {got}; mend its compute") from None

@@ -16,6 +16,7 @@ from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import choices, facts, plugins
 from dit_in_dit.config.errors import PluginWarning, UserError
 from dit_in_dit.inspection.cost import macs
+from dit_in_dit.metrics.metric import METRICS
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, Mean
 from dit_in_dit.model.condition import CONDITIONS
 from dit_in_dit.model.mixers import MIXERS
@@ -42,6 +43,7 @@ SMALL = [
     "train.evaluate_every=3",
     "train.sample_every=0",
     "sample.steps=2",
+    "sample.sampler=even",
 ]
 
 
@@ -104,6 +106,7 @@ def test_every_command_takes_it(run, settings, tmp_path):
     command("verify-resume", run, "--steps", "2", "--device", "cpu")
     command("sample", run, "-n", "4", "--out", tmp_path / "samples", "--device", "cpu")
     command("evaluate", run, "-n", "4", "--out", tmp_path / "evaluation", "--device", "cpu")
+    assert "contrast" in json.loads((tmp_path / "evaluation/metrics.json").read_text())["scores"]
     command("maps", run, "--num", "1", "--times", "0.5", "--out", tmp_path / "maps", "--device", "cpu")
     command("match", *settings, "--like", run, "--json", "--device", "cpu")
     command("export", run, "--format", "run", "--out", tmp_path / "given")
@@ -169,6 +172,8 @@ def test_register_names_what_is_wrong(loaded):
         (("aggregate", "max", torch.nn.Linear), "must be a class with the base dit_in_dit.model.aggregate.Aggregator"),
         (("aggregate", "max", lambda: 0), "must be a class with the base"),
         (("aggregate", "max", Empty), "Empty lacks macs, weights of Aggregator"),
+        (("sampler", "other", Mean), "the sampler 'other' must be a Sampler of that name"),
+        (("metric", "other", METRICS["contrast"]), "the metric 'other' must be a Metric of that name"),
     ):
         with pytest.raises(UserError, match=said):
             dit_in_dit.register(*arguments)

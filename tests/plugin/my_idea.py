@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import dit_in_dit
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.samplers import Sampler
+from dit_in_dit.metrics.metric import Images, Metric
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Spread
 from dit_in_dit.model.condition import Condition
 from dit_in_dit.model.embed import Embed
@@ -122,6 +127,29 @@ class Halved(Condition):
         return c[:, None, None] / 2
 
 
+class EvenSteps:
+    """x + dt velocity, in even steps of t from 1 to 0: Euler's method."""
+
+    prediction = "velocity"
+
+    def set_timesteps(self, steps: int) -> None:
+        """Begin again, with this number of steps."""
+        self.sigmas = torch.linspace(1, 1 / steps, steps)
+        self.timesteps = 1000 * self.sigmas
+        self.following = [*self.sigmas[1:].tolist(), 0.0]
+
+    def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> SimpleNamespace:
+        """The next x."""
+        return SimpleNamespace(prev_sample=x + (self.following.pop(0) - timestep / 1000) * prediction)
+
+
+def contrast(samples: Images, real: Images) -> float:
+    """Deviation of the samples' pixels over that of real ones, in decibels."""
+    return float(20 * np.log10((samples.std() + 1e-6) / (real.std() + 1e-6)))
+
+
+dit_in_dit.register("sampler", "even", Sampler({"flow": EvenSteps}, spacings=()))
+dit_in_dit.register("metric", "contrast", Metric("contrast", "Mine", "zero", contrast))
 dit_in_dit.register("aggregate", "softmax", Softmax)
 dit_in_dit.register("mixer", "shift", Shift)
 dit_in_dit.register("fuse", "doubled", Doubled)

@@ -35,12 +35,14 @@ class Kind:
         module: where its table is.
         table: name of the table, a dictionary.
         base: name of the class that states what a choice must offer; empty: anything that can be called.
+        instance: whether the table holds instances of the base, not classes.
     """
 
     key: str
     module: str
     table: str
     base: str = ""
+    instance: bool = False
 
 
 KINDS = {
@@ -50,17 +52,25 @@ KINDS = {
     "condition": Kind("model.inner.condition", "model.condition", "CONDITIONS", "Condition"),
     "fuse": Kind("model.inner.fuse", "model.aggregate", "FUSIONS", "Fusion"),
     "spread": Kind("model.inner.spread", "model.aggregate", "SPREADS", "Spread"),
+    "path": Kind("diffusion.path", "diffusion.path", "PATHS"),
+    "predict": Kind("diffusion.predict", "diffusion.path", "QUANTITIES"),
+    "weight": Kind("diffusion.weight", "diffusion.objective", "LOSS_WEIGHTS"),
+    "time": Kind("diffusion.time", "diffusion.objective", "TIME_DISTRIBUTIONS"),
+    "sampler": Kind("sample.sampler", "config.samplers", "SAMPLERS", "Sampler", instance=True),
+    "metric": Kind("", "metrics.metric", "METRICS", "Metric", instance=True),
+    "tracker": Kind("", "training.trackers", "TRACKERS"),
 }
-KEYS = {kind.key: name for name, kind in KINDS.items()}
+KEYS = {kind.key: name for name, kind in KINDS.items() if kind.key}
+PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread")  # whose classes a model is made of
 
 
 def register(kind: str, name: str, thing: Any) -> None:
     """Add a class or function to a table: the config key of that kind then takes its name.
 
     Args:
-        kind: embed, aggregate, mixer, condition, fuse, spread ... (`dit_in_dit.config.choices.KINDS`).
+        kind: embed, aggregate, mixer, condition, fuse, spread, path, predict, weight, time, sampler, metric, tracker.
         name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
-        thing: a class with the base of its kind, or a function.
+        thing: a class with the base of its kind, a `Sampler`, a `Metric`, or a function.
 
     Raises:
         UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
@@ -98,7 +108,8 @@ def check_travels(values: Mapping[str, Any]) -> None:
     Args:
         values: every key of a config with its value.
     """
-    for key, kind in KEYS.items():
+    for kind in PARTS:
+        key = KINDS[kind].key
         made = table(kind)[values[key]]
         if made is not None and made.__module__.split(".")[0] != PACKAGE:
             raise UserError(
@@ -128,6 +139,10 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
             raise UserError(f"register: the {kind} {name!r} must be a class or a function: got {shortened(thing, 40)}")
         return
     base = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].base)
+    if KINDS[kind].instance:
+        if not isinstance(thing, base) or getattr(thing, "name", name) != name:
+            raise UserError(f"register: the {kind} {name!r} must be a {base.__name__} of that name")
+        return
     if not (inspect.isclass(thing) and issubclass(thing, base)):
         raise UserError(
             f"register: the {kind} {name!r} must be a class with the base {base.__module__}.{base.__name__}"
@@ -138,7 +153,7 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
 
 def _is_same(one: Any, other: Any) -> bool:
     """Whether a module that was run twice, as in another process's worker, defines the same thing again."""
-    return (getattr(one, "__module__", 1), getattr(one, "__qualname__", 1)) == (
-        getattr(other, "__module__", 2),
-        getattr(other, "__qualname__", 2),
-    )
+    if type(one) is type(other) and not callable(one):
+        return True if one == other else repr(one) == repr(other)
+    names = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]
+    return names[0] == names[1] and None not in names[0]

@@ -299,7 +299,10 @@ class SampleConfig(Section):
         if self.interval[0] > self.interval[1]:
             raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
         if self.sampler not in SAMPLERS:
-            raise UserError(f"sample.sampler must be one of {', '.join(SAMPLERS)}: got {shortened(self.sampler, 60)!r}")
+            raise UserError(
+                f"sample.sampler must be one of {', '.join(SAMPLERS)} (or name its plug-in with --plugin): "
+                f"got {shortened(self.sampler, 60)!r}"
+            )
         if self.spacing and self.spacing not in (known := SAMPLERS[self.sampler].spacings):
             raise UserError(
                 f"sample.spacing={self.spacing} does not fit sampler {self.sampler}: use {' or '.join(known) or 'null'}"

@@ -267,7 +267,7 @@ def test_real_data_is_used_whole_unless_it_comes_with_a_held_out_part(folder, fo
 FAKE = """
 import sys, torch
 from dit_in_dit.cli import main
-from dit_in_dit.evaluation import features
+from dit_in_dit.metrics import feature_networks as features
 
 torch.manual_seed(0)
 layers = torch.nn.Conv2d(3, 8, 3), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(288, 6)

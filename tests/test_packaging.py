@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-APART = {"eval", "app"}  # extras with environments of their own
+APART = {"eval"}  # an extra with an environment of its own
 
 
 def test_the_oldest_versions_are_those_that_are_tested():

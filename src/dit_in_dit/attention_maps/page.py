@@ -1,11 +1,10 @@
-"""Maps as one HTML page that needs no network: arrays as text in it, drawn by the script of `page.html`."""
+"""Maps as one HTML page that needs no network: arrays as text in it, drawn by the script of `page.html.j2`."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -21,16 +20,14 @@ from dit_in_dit.attention_maps.tokens import SHOWN, evenly, left_out
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import picture, to_pixels
+from dit_in_dit.reporting.templates import render
 
 STRIP = 9  # steps of a sampling strip
-DATA = "/*DATA*/null"
 
 
 def page(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> str:
     """The page's HTML."""
-    template = (files("dit_in_dit.attention_maps") / "page.html").read_text()
-    data = json.dumps(payload(maps, classes, title, step), separators=(",", ":"), allow_nan=False)
-    return template.replace(DATA, data.replace("<", "\\u003c"))  # no text of the user's can end the script
+    return render("attention_maps", "page.html.j2", data=payload(maps, classes, title, step))
 
 
 def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict[str, Any]:

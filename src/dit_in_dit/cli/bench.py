@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, whole
+from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, print_table, whole
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 
@@ -202,7 +202,9 @@ def _show_ratios(ratios: list[dict[str, Any]]) -> None:
         met = {True: "met", False: "NOT MET", None: ""}[ratio["met"]]
         spread = f"{low:.3f} to {high:.3f}" if len(ratio["rounds"]) > 1 else "exact"
         rows.append([ratio["name"], f"{ratio['ratio']:.3f}", spread, len(ratio["rounds"]), goal, met, ratio["how"]])
-    _table("ratios, measured in turns", ["", "ratio", "half of the rounds", "rounds", "goal", "", "of"], rows)
+    print_table(
+        ["", "ratio", "half of the rounds", "rounds", "goal", "", "of"], rows, title="ratios, measured in turns"
+    )
 
 
 def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
@@ -215,7 +217,7 @@ def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
         memory = [f"{found['kept_bytes'] / 1e6:,.1f}", peak]
         rows.append([name, f"{found['macs'] / 1e6:,.1f}", found["batch"], kind, *times, *rate, *memory])
     heads = ["", "MMACs", "batch", "", "forward, ms", "step, ms", "images/s", "GMAC/s", "share", "kept, MB", "peak, GB"]
-    _table("models (share: of the best matrix product, in training)", heads, rows)
+    print_table(heads, rows, title="models (share: of the best matrix product, in training)")
 
 
 def _show_parts(report: Report) -> None:
@@ -233,7 +235,7 @@ def _show_parts(report: Report) -> None:
             why = ", ".join(f"{kind} {value / whole_part:.0%}" for kind, value in mostly)
             rows.append([part, f"{1000 * taken:,.2f}", f"{taken / sum(seconds.values()):.0%}", rate, share, why])
         heads = ["", "ms", "time", "GMAC/s", "share", "by the profiler"]
-        _table(f"parts of a training step: {name}", heads, rows)
+        print_table(heads, rows, title=f"parts of a training step: {name}")
 
 
 def _show_sweeps(sweeps: Mapping[str, dict[str, Any]]) -> None:
@@ -247,15 +249,4 @@ def _show_sweeps(sweeps: Mapping[str, dict[str, Any]]) -> None:
         order = ("step", "inner", "macs", "inner_macs", "kept")
         rows.append(["exponent", *(f"{powers[what]:.2f}" if what in powers else "-" for what in order)])
         heads = [sweep["axis"], "step, ms", "inner path, ms", "MMACs", "of inner path", "kept, MB"]
-        _table(f"{name} (exponents against {sweep['label']})", heads, rows)
-
-
-def _table(title: str, heads: list[str], rows: list[list[Any]]) -> None:
-    """Columns as wide as their widest cell."""
-    if not rows:
-        return
-    cells = [heads, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print_table(heads, rows, title=f"{name} (exponents against {sweep['label']})")

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.cli.options import Commands, make_folder
+from dit_in_dit.cli.options import Commands, make_folder, print_table
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.pretrained import find_run, results
 
@@ -77,7 +77,7 @@ def _print_stability(found: dict[str, Any]) -> None:
         [*(row[name] for name in counts), _number(row["largest_gradient"]), row["largest_at"], _percent(row["clipped"])]
         for row in found["stability"]
     ]
-    _table("stability", [*heads, "largest gradient", "at step", "clipped"], rows)
+    print_table([*heads, "largest gradient", "at step", "clipped"], rows, title="stability")
     for name in ("loss_spikes", "gradient_spikes"):
         print(f"  {name.replace('_', ' ')}: {found['definitions'][name]}")
 
@@ -97,11 +97,11 @@ def _print_arms(arms: list[dict[str, Any]]) -> None:
         for millions in [f"{arm['forward_macs'] / 1e6:,.2f}"]
         for run in arm["runs"]
     ]
-    _table("arms", ["arm", "seed", "steps", "forward MMACs", "hours", "images/s", "run"], rows)
+    print_table(["arm", "seed", "steps", "forward MMACs", "hours", "images/s", "run"], rows, title="arms")
     differing = list(dict.fromkeys(key for arm in arms for key in arm["differs"]))
     if differing:
         table = [[key, *(arm["differs"].get(key, "-") for arm in arms)] for key in differing]
-        _table("they differ in", ["key", *(str(number + 1) for number in range(len(arms)))], table)
+        print_table(["key", *(str(number + 1) for number in range(len(arms)))], table, title="they differ in")
 
 
 def _print_held_out(rows: list[dict[str, Any]]) -> None:
@@ -112,7 +112,7 @@ def _print_held_out(rows: list[dict[str, Any]]) -> None:
         shown = "not finite" if row["mean"] is None else f"{row['mean']:.5f}{_between(row, '.5f')}"
         cells[f"t={row['t']:g} {row['frequencies']}"] = shown
     table = [[arm, step, *(cells.get(head, "-") for head in heads)] for (arm, step), cells in arms.items()]
-    _table("last held-out error (mean over seeds)", ["arm", "step", *heads], table)
+    print_table(["arm", "step", *heads], table, title="last held-out error (mean over seeds)")
 
 
 def _print_reach(rows: list[dict[str, Any]]) -> None:
@@ -136,7 +136,7 @@ def _print_reach(rows: list[dict[str, Any]]) -> None:
             cells.append(cell)
         table.append([target, row["arm"], f"by {row['reached']} of {row['seeds']} seeds", *cells])
     heads = ["held-out error", "arm", "reached", "steps", "training TMACs", "hours"]
-    _table("convergence speed (x: ratio to the first arm)", heads, table)
+    print_table(heads, table, title="convergence speed (x: ratio to the first arm)")
 
 
 def _between(values: dict[str, float], form: str) -> str:
@@ -151,14 +151,3 @@ def _number(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
-
-
-def _table(title: str, heads: list[str], rows: list[list[Any]]) -> None:
-    """Columns as wide as their widest cell."""
-    if not rows:
-        return
-    cells = [heads, *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder, print_table
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.pretrained import find_run
 
@@ -54,13 +55,8 @@ def _show(report: Report) -> None:
     for section in report.sections:
         if section.rows:
             print(f"\n{section.title}")
-        heading: tuple[str, ...] = ()
-        width = max((len(name) for name in section.rows), default=0) + 2
-        for name, row in section.rows.items():
-            if tuple(row) != heading:  # rows of one kind share a heading
-                heading = tuple(row)
-                print(f"  {'':<{width}}" + "  ".join(f"{column:>10}" for column in heading))
-            print(f"  {name:<{width}}" + "  ".join(f"{row[c]:>{max(10, len(c))}.4g}" for c in heading))
+        for heads, rows in groupby(section.rows.items(), key=lambda item: tuple(item[1])):  # of one kind: one head
+            print_table(["", *heads], [[name, *(f"{value:.4g}" for value in row.values())] for name, row in rows])
     print("\nfindings" if report.findings else "\nno findings")
     for finding in report.findings:
         print(f"  {finding.severity}: {finding.check}: {finding.seen}\n    -> {finding.advice}")

@@ -17,6 +17,7 @@ from dit_in_dit.cli.options import (
     add_sampling,
     add_vae,
     make_folder,
+    print_table,
     sampling,
     whole,
 )
@@ -150,20 +151,19 @@ def _follow(facts: Any) -> Any:
 
 def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
     """A row per score: each value with half its interval, and the floor."""
-    width = max(22, *(len(head) + 2 for head in heads))
-    name_width = max(len(name) for name in scores) + 2
-    print(f"{'':<{name_width}}{''.join(f'{head:>{width}}' for head in heads)}{'real vs real':>14}")
+    rows = []
     for name, found in scores.items():
         floor = next((s["floor"] for s in found if s and s["floor"] is not None), None)
-        cells = "".join(f"{_cell(score):>{width}}" for score in found)
-        print(f"{name:<{name_width}}{cells}{'' if floor is None else f'{floor:.4g}':>14}")
+        cells = [cell for score in found for cell in _cells(score)]
+        rows.append([name, *cells, "" if floor is None else f"{floor:.4g}"])
+    print_table(["", *(cell for head in heads for cell in (head, "")), "real vs real"], rows)
 
 
-def _cell(score: dict[str, Any] | None) -> str:
+def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
     if score is None:
-        return "-"
-    half = "" if score["low"] is None else f" +- {(score['high'] - score['low']) / 2:<7.2g}"
-    return f"{score['value']:.4g}{half}"
+        return "-", ""
+    half = "" if score["low"] is None else f"+- {(score['high'] - score['low']) / 2:.2g}"
+    return f"{score['value']:.4g}", half
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 
-from dit_in_dit.cli.options import Commands, add_config, chosen, whole
+from dit_in_dit.cli.options import Commands, add_config, chosen, print_table, whole
 from dit_in_dit.config import presets
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, from_file, to_yaml
@@ -51,8 +51,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print(json.dumps({**found, "plain": plain}, indent=1))
         return
     print(f"flow, batch {options.batch}")
-    for row in found["flow"]:
-        print(f"  {row['name']:<14} {tuple(row['shape'])}")
+    print_table([], [[row["name"], tuple(row["shape"])] for row in found["flow"]])
     for name, what in (
         ("tokens", "per image"),
         ("token_layers", "per image: a token in a block"),
@@ -62,10 +61,10 @@ def _inspect(options: argparse.Namespace) -> None:
     ):
         large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
         print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
-        print(f"  {'':<14} {'this':>12} {'plain DiT':>12} {'ratio':>7}")
+        rows = []
         for part in dict.fromkeys((*found[name], *plain[name])):
             here, there = found[name].get(part, 0), plain[name].get(part, 0)
             if here or there:
-                ratio = f"{here / there:7.3f}" if there else f"{'-':>7}"
-                numbers = " ".join(f"{n / scale:>12,.{3 if large else 0}f}" for n in (here, there))
-                print(f"  {part.replace('_', ' '):<14} {numbers} {ratio}")
+                amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (here, there))
+                rows.append([part.replace("_", " "), *amounts, f"{here / there:.3f}" if there else None])
+        print_table(["", "this", "plain DiT", "ratio"], rows)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder, print_table
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.run import RunConfig, from_file, to_yaml
@@ -110,18 +110,18 @@ def _show(
 ) -> None:
     start = ["--preset", options.preset] if options.preset else ["--config", str(options.config)]
     print(f"{start[1]}, matched to {options.like}\n")
-    print(f"  {'':<30} {'this':>12} {options.like[:20]:>20} {'ratio':>7}")
+    rows = []
     for name, (what, unit) in ROWS.items():
         if name not in pairs:
-            print(f"  {what:<30} not measured: it takes long here, or compiles")
             continue
-        mine, other = (_amount(value, unit) for value in pairs[name])
         verdict = (
             "matched" if name == options.by else "equal" if abs(ratios[name] - 1) <= options.tolerance else "unequal"
         )
-        print(f"  {what:<30} {mine:>12} {other:>20} {ratios[name]:7.3f}  {verdict}")
+        rows.append([what, *(_amount(value, unit) for value in pairs[name]), f"{ratios[name]:.3f}", verdict])
+    print_table(["", "this", options.like, "ratio", ""], rows)
+    for what in (ROWS[name][0] for name in ROWS if name not in pairs):
+        print(f"  {what}: not measured, it takes long here or compiles")
     print("\nchanged" if changed else "\nnothing changed: the costs agree")
-    for name, (before, after) in changed.items():
-        print(f"  {name:<24} {_yaml(before)} -> {_yaml(after)}")
+    print_table([], [[name, f"{_yaml(before)} -> {_yaml(after)}"] for name, (before, after) in changed.items()])
     given = [*start, *(word for assignment in (*options.set, *words) for word in ("--set", assignment))]
     print(f"\n  dit-in-dit train {shlex.join(given)} --out RUN")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import get_terminal_size
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
@@ -149,6 +151,17 @@ def seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1: got {text[:40]!r}")
     return int(text)
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
+    """Print a table below its title, in plain text; without rows, nothing. Only on a terminal do cells wrap."""
+    from dit_in_dit.reporting.tables import text_table
+
+    if not rows:
+        return
+    if title:
+        print(f"\n{title}")
+    print(text_table(heads, rows, width=get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 def make_folder(path: Path) -> None:

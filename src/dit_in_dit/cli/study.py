@@ -14,13 +14,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, make_folder, whole
+from dit_in_dit.cli.options import Commands, add_device, make_folder, print_table, whole
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 
 if TYPE_CHECKING:
-    from dit_in_dit.study.plan import Plan, StudyConfig
+    from dit_in_dit.study.plan import Arm, Plan, StudyConfig
     from dit_in_dit.study.queue import Board
 
 STORAGE = "DIT_IN_DIT_STORAGE"  # the environment's name of a URL, whose password `ps` would show
@@ -121,22 +121,29 @@ def _costs(plan: Plan) -> None:
     print(f"{plan.name}: {study.question}")
     held = "nothing is matched" if study.match == "none" else f"equal {study.match} within {study.tolerance:.1%}"
     print(f"  {held}; {plan.arms[0].config.train.steps} steps; seeds {', '.join(map(str, study.seeds))}")
-    width = max(len(arm.name) for arm in plan.arms) + 2
-    stages = {arm.name: format_stages(arm.config.model.program) for arm in plan.arms}
-    wide = max(map(len, stages.values())) + 2
-    print(f"  {'':<{width}}{'stages':<{wide}}{'D':>5}{'E':>5}{'MMACs':>10}{'':>8}{'M params':>10}{'':>8}{'ms/step':>9}")
-    for arm in plan.arms:
-        model = arm.config.model
-        inner = model.inner.width if model.blocks("inner") else "-"
-        gap = {name: "" if arm.against == arm.name else f"{value:+.1%}" for name, value in arm.gap.items()}
-        seconds = f"{1e3 * arm.cost['time']:.1f}" if "time" in arm.cost else "-"
-        print(
-            f"  {arm.name:<{width}}{stages[arm.name]:<{wide}}{model.outer.width:>5}{inner:>5}"
-            f"{arm.cost['macs'] / 1e6:>10.2f}{gap.get('macs', ''):>8}{arm.cost['params'] / 1e6:>10.3f}"
-            f"{gap.get('params', ''):>8}{seconds:>9}{gap.get('time', ''):>8}"
-        )
-        for name, (before, after) in arm.matched.items():
-            print(f"  {'':<{width}}matched: {name} {before} -> {after}")
+    print_table(
+        ["", "stages", "D", "E", "MMACs", "", "M params", "", "ms/step", "", "matched"],
+        [_arm_row(arm) for arm in plan.arms],
+    )
+
+
+def _arm_row(arm: Arm) -> list[Any]:
+    """Its size, each cost with the gap to the arm that it is compared with, and what matching changed."""
+    model = arm.config.model
+    gap = {name: "" if arm.against == arm.name else f"{value:+.1%}" for name, value in arm.gap.items()}
+    return [
+        arm.name,
+        format_stages(model.program),
+        model.outer.width,
+        model.inner.width if model.blocks("inner") else None,
+        f"{arm.cost['macs'] / 1e6:.2f}",
+        gap.get("macs", ""),
+        f"{arm.cost['params'] / 1e6:.3f}",
+        gap.get("params", ""),
+        f"{1e3 * arm.cost['time']:.1f}" if "time" in arm.cost else None,
+        gap.get("time", ""),
+        "\n".join(f"{name} {before} -> {after}" for name, (before, after) in arm.matched.items()),
+    ]
 
 
 # -------------------------------------------------------------------------------------------- running
@@ -331,9 +338,8 @@ def _status(options: argparse.Namespace) -> None:
     with _board(plan, options) as board:
         counts, trials = board.counts(), board.keys()
     print(f"{plan.name}: {_said(counts)}, of {board.total}")
-    for key, trial in sorted(trials.items()):
-        step = trial.user_attrs.get("beat", [0, 0])[1]
-        print(f"  {key:<40} {trial.state.name.lower():<10} step {step}")
+    steps = {key: trial.user_attrs.get("beat", [0, 0])[1] for key, trial in trials.items()}
+    print_table([], [[key, trials[key].state.name.lower(), f"step {steps[key]}"] for key in sorted(trials)])
 
 
 def _report(options: argparse.Namespace) -> None:

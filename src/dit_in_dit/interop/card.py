@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig, changed, config_hash, to_yaml
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.inspection import cost
+from dit_in_dit.reporting.templates import code, code_block, render
 
 EVALUATION = {  # of metrics.json, what a card reads
     "subject": {"checkpoint": str},
@@ -58,7 +60,7 @@ def card(
         decoded: whether a VAE makes images of what is drawn.
         licence: the Hub's name of the weights' licence.
         picture: an image beside the card.
-        use: how it is used, in Markdown; None: as a folder of diffusers.
+        use: how it is used, in Markdown that is not escaped; None: as a folder of diffusers.
     """
     model = config.model
     front = {
@@ -69,24 +71,24 @@ def card(
         + (["class-conditional"] if model.num_classes else []),
     }
     public = {"data.source": _public(config.data.source), "data.vae": _public(config.data.vae)}
-    parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
-        "A diffusion transformer whose every patch holds an inner transformer over its sub-patches (DiT-in-DiT)."
-        if model.blocks("inner")
-        else "A diffusion transformer (DiT).",
-        *([f"![samples]({picture})"] if picture else []),
-        f"## Use\n\n{use or _use(config, classes)}",
-        "## Model\n\n" + _table(_model(config, parameters)),
-        "## Training\n\n" + _table(_training(config, step)),
-        "## Sampling\n\n" + _table(_sampling(config, weights, decoded)),
-        "## Results\n\n" + _results(evaluation),
-        *([f"## Classes\n\n{', '.join(f'{i} {each}' for i, each in enumerate(classes))}"] if model.num_classes else []),
-        f"## Config\n\n```yaml\n{to_yaml(changed(config, public))}```",
-        "The code is under Apache-2.0."
-        + (" The licence of the weights has not been stated." if licence == "unknown" else ""),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return render(
+        "interop",
+        "card.md.j2",
+        front=Markup(yaml.safe_dump(front, sort_keys=False).rstrip()),
+        name=name,
+        model=model,
+        picture=picture,
+        use=Markup(use or _use(config, classes)),
+        rows={
+            "model": _model(config, parameters),
+            "training": _training(config, step),
+            "sampling": _sampling(config, weights, decoded),
+        },
+        evaluation=evaluation and _results(evaluation),
+        classes=classes if model.num_classes else (),
+        config=code_block(to_yaml(changed(config, public)), "yaml"),
+        licensed=licence != "unknown",
+    )
 
 
 def _public(name: str | None) -> str | None:
@@ -111,7 +113,7 @@ def _model(config: RunConfig, parameters: int) -> Rows:
     rows: dict[str, object] = {
         "image": f"{model.channels} channels, {model.image_size[0]} x {model.image_size[1]}",
         "classes": model.num_classes or "none",
-        "stages": f"`{format_stages(model.program)}`",
+        "stages": code(format_stages(model.program)),
         "outer": f"{model.patches} patches of {model.patch_size}, width {model.outer.width}",
     }
     if model.blocks("inner"):
@@ -134,31 +136,33 @@ def _training(config: RunConfig, step: int) -> Rows:
         "labels dropped": f"{train.label_drop:g}" if config.model.num_classes else "none",
         "precision": train.precision,
         "seed": config.seed,
-        "SHA-256 of the config": f"`{config_hash(config)}`",
+        "SHA-256 of the config": code(config_hash(config)),
     }
 
 
 def _sampling(config: RunConfig, weights: str, decoded: bool) -> Rows:
-    how, vae = config.sample, "in `vae`" if decoded else "none"
+    how, vae = config.sample, Markup("in `vae`") if decoded else "none"
     guidance = f"{how.guidance:g}" if how.guidance != 1 else "none"
     if how.guidance != 1 and tuple(how.interval) != (0, 1):
         guidance += f", for t from {how.interval[0]:g} to {how.interval[1]:g}"
     return {"sampler": how.sampler, "steps": how.steps, "guidance": guidance, "weights": weights, "VAE": vae}
 
 
-def _results(evaluation: dict[str, Any] | None) -> str:
-    if evaluation is None:
-        return "These weights have not been evaluated."
+def _results(evaluation: dict[str, Any]) -> dict[str, Any]:
     protocol = evaluation["protocol"]
     facts = {"images": protocol["images"], **{k: _words(v) for k, v in protocol["samples"].items()}}
     facts |= {f"real images: {k}": _words(v) for k, v in protocol["reference"].items() if k != "data"}
     facts["real images: data"] = _public(protocol["reference"]["data"])
-    scores = ["| | value | 95% interval | real against real |\n|---|---|---|---|"]
-    for name, score in evaluation["scores"].items():
-        floor = _number(score.get("floor"))
-        scores.append(f"| {name} | {_number(score['value'])} | {_interval(score)} | {floor} |")
-    warnings = [f"**{warning}**" for warning in evaluation.get("warnings", ())]
-    return "\n\n".join(["\n".join(scores), *warnings, "How they were made:", _table(facts)])
+    scores = [
+        {
+            "name": name,
+            "value": _number(score["value"]),
+            "interval": _interval(score),
+            "floor": _number(score.get("floor")),
+        }
+        for name, score in evaluation["scores"].items()
+    ]
+    return {"scores": scores, "warnings": evaluation.get("warnings", ()), "protocol": facts}
 
 
 def _interval(score: Mapping[str, Any]) -> str:
@@ -174,7 +178,3 @@ def _words(value: Any) -> str:
     if isinstance(value, list) and len(value) > 12:
         return f"{len(value)} values"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _table(rows: Rows) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.interop.card import card, evaluation_of
+from dit_in_dit.reporting.templates import code, code_block
 from dit_in_dit.runs import atomic, checkpoint
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -56,15 +58,16 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         evaluation_of(run, manifest["sha256"][checkpoint.AVERAGED]),
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
-        use=_use(name, config),
+        use=usage(name, config),
     )
     (run / "README.md").write_text(text)
 
 
-def _use(name: str, config: RunConfig) -> str:
+def usage(name: str, config: RunConfig) -> str:
+    """A card's Markdown of how a run of the package is sampled."""
     classes = " --classes 0,1" if config.model.num_classes else ""
+    command = code_block(f"dit-in-dit sample {shlex.quote(name)}{classes} --num 64")
     return (
-        f"```\ndit-in-dit sample {name}{classes} --num 64\n```\n\n"
-        "The folder is a run of the package `dit-in-dit` with the averaged weights alone: every command that takes a "
-        f"run takes it, by its path or, where it came with the package, as `{name}`."
+        f"{command}\n\nThe folder is a run of the package `dit-in-dit` with the averaged weights alone: every command "
+        f"that takes a run takes it, by its path or, where it came with the package, as {code(name)}."
     )

@@ -6,10 +6,11 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
+
+from dit_in_dit.reporting.templates import code_block, quoted, render
 
 Tone = Literal["", "better", "worse", "soft"]
 
@@ -54,6 +55,16 @@ class Picture:
     path: Path
     caption: str
 
+    @property
+    def name(self) -> str:
+        """The file's name in words."""
+        return self.path.stem.replace("-", " ")
+
+    @property
+    def data_uri(self) -> str:
+        """The PNG as text, for a page that loads nothing."""
+        return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
+
 
 @dataclass(frozen=True)
 class Verbatim:
@@ -73,6 +84,11 @@ class Chapter:
     title: str
     blocks: Sequence[Block]
 
+    @property
+    def anchor(self) -> str:
+        """The chapter's id within the page."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
 
 def plain(cell: str | Cell) -> str:
     """A cell's text."""
@@ -83,47 +99,8 @@ def plain(cell: str | Cell) -> str:
 
 
 def to_html(title: str, lead: str, chapters: Sequence[Chapter]) -> str:
-    """A page that needs nothing else: pictures are in it."""
-    page = (files("dit_in_dit.study") / "page.html").read_text()
-    contents = "".join(f'<li><a href="#{_anchor(c.title)}">{escape(c.title)}</a></li>' for c in chapters)
-    body = "\n".join(
-        f'<section id="{_anchor(c.title)}">\n<h2>{escape(c.title)}</h2>\n'
-        + "\n".join(_html(block) for block in c.blocks)
-        + "\n</section>"
-        for c in chapters
-    )
-    parts = {"TITLE": escape(title), "LEAD": escape(lead), "CONTENTS": contents, "BODY": body}
-    return re.sub(r"<!--([A-Z]+)-->", lambda found: parts[found[1]], page)
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _html(block: Block) -> str:
-    if isinstance(block, Text):
-        return f"<p>{escape(block.text)}</p>"
-    if isinstance(block, Bullets):
-        return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in block.items) + "</ul>"
-    if isinstance(block, Verbatim):
-        return f"<h3>{escape(block.title)}</h3>\n<pre>{escape(block.text)}</pre>"
-    if isinstance(block, Picture):
-        data = base64.b64encode(block.path.read_bytes()).decode()
-        name = escape(block.path.stem.replace("-", " "))
-        image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-        return f"<figure>{image}<figcaption>{escape(block.caption)}</figcaption></figure>"
-    heads = "".join(f"<th>{escape(head)}</th>" for head in block.heads)
-    rows = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in block.rows)
-    title = f"<h3>{escape(block.title)}</h3>\n" if block.title else ""
-    note = f'\n<p class="note">{escape(block.note)}</p>' if block.note else ""
-    kind = ' class="words"' if block.words else ""
-    table = f"<table{kind}><thead><tr>{heads}</tr></thead><tbody>\n{rows}\n</tbody></table>"
-    return f'{title}<div class="wide">{table}</div>{note}'
-
-
-def _html_cell(cell: str | Cell) -> str:
-    tone = f' class="{cell.tone}"' if isinstance(cell, Cell) and cell.tone else ""
-    return f"<td{tone}>{escape(plain(cell))}</td>"
+    """One HTML page with its pictures inside: it loads nothing."""
+    return render("reporting", "report.html.j2", title=title, lead=lead, chapters=chapters)
 
 
 # ----------------------------------------------------------------------------------------- Markdown
@@ -131,26 +108,25 @@ def _html_cell(cell: str | Cell) -> str:
 
 def to_markdown(title: str, lead: str, chapters: Sequence[Chapter], folder: Path) -> str:
     """The same as Markdown, with pictures by their paths below `folder`."""
-    parts = [f"# {_quoted(title)}", _quoted(lead)]
+    parts = [f"# {quoted(title)}", quoted(lead)]
     for chapter in chapters:
-        parts.append(f"## {_quoted(chapter.title)}")
+        parts.append(f"## {quoted(chapter.title)}")
         parts += [_markdown(block, folder) for block in chapter.blocks]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown(block: Block, folder: Path) -> str:
     if isinstance(block, Text):
-        return _quoted(block.text)
+        return quoted(block.text)
     if isinstance(block, Bullets):
-        return "\n".join(f"- {_quoted(item)}" for item in block.items)
+        return "\n".join(f"- {quoted(item)}" for item in block.items)
     if isinstance(block, Verbatim):
-        fence = "```" + "`" * max((len(run) for run in re.findall(r"`{3,}", block.text)), default=0)
-        return f"### {_quoted(block.title)}\n\n{fence}\n{block.text.rstrip()}\n{fence}"
+        return f"### {quoted(block.title)}\n\n{code_block(block.text)}"
     if isinstance(block, Picture):
-        path = block.path.relative_to(folder).as_posix()
-        return f"![{_quoted(block.path.stem.replace('-', ' '))}]({path})\n\n{_quoted(block.caption)}"
-    title = f"### {_quoted(block.title)}\n\n" if block.title else ""
-    note = f"\n\n{_quoted(block.note)}" if block.note else ""
+        path = quote(block.path.relative_to(folder).as_posix())
+        return f"![{quoted(block.name)}]({path})\n\n{quoted(block.caption)}"
+    title = f"### {quoted(block.title)}\n\n" if block.title else ""
+    note = f"\n\n{quoted(block.note)}" if block.note else ""
     return title + markdown_table(block.heads, block.rows) + note
 
 
@@ -161,15 +137,10 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -
         return "| " + " | ".join(map(shown, cells)) + " |"
 
     def shown(cell: str | Cell) -> str:
-        text = _quoted(plain(cell))
+        text = quoted(plain(cell))
         return f"**{text}**" if isinstance(cell, Cell) and cell.tone in ("better", "worse") else text
 
     return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
-
-
-def _quoted(text: str) -> str:
-    """Text in one line whose characters mean nothing to Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))
 
 
 # -------------------------------------------------------------------------------------------- LaTeX

@@ -19,7 +19,7 @@ from conftest import SHARDED, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
 from dit_in_dit.runs import checkpoint

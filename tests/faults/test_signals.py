@@ -38,7 +38,7 @@ def slow(owner, name, when=lambda count: True):
     setattr(owner, name, slowly)
 
 from dit_in_dit import checkpoint, sampling, sealed
-from dit_in_dit.data.source import ImageSource
+from dit_in_dit.data.images import ImageSource
 from dit_in_dit.training.trainer import Trainer
 {
     "step": lambda: slow(Trainer, "gradient_norms", lambda count: count == 5),
@@ -145,7 +145,7 @@ def no_process_left(group: int) -> bool:
 
 MISTAKEN = """
 from dit_in_dit.config import UserError
-from dit_in_dit.data.source import ImageSource
+from dit_in_dit.data.images import ImageSource
 plain = ImageSource.train
 def train(self, index):
     if index == 3:

@@ -253,7 +253,7 @@ def _real(config: RunConfig, count: int) -> Any:
     import numpy as np
     import torch
 
-    from dit_in_dit.data.source import open_source
+    from dit_in_dit.data.sources import open_source
     from dit_in_dit.reporting.images import to_pixels
     from dit_in_dit.sampling.numbered import label
     from dit_in_dit.training.batches import image_number

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import DataConfig, RunConfig
-from dit_in_dit.data import hub, tars
-from dit_in_dit.data.source import BUILT_IN, Source, open_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import kind_of, open_source, path_in
 from dit_in_dit.runs import checkpoint
 
 
@@ -33,7 +33,7 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
 
 def record(source: Source, data: DataConfig) -> dict[str, str]:
     """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
-    place, path = data.source, _path(data.source)
+    place, path = data.source, path_in(data.source)
     if _is_here(place):
         place = place.removesuffix(path) + os.path.abspath(path)
     return {"digest": source.digest, "place": place}
@@ -42,7 +42,7 @@ def record(source: Source, data: DataConfig) -> dict[str, str]:
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
     """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
     record of a checkpoint, says that it was."""
-    if not noted or data.source in BUILT_IN or _is_here(data.source):
+    if not noted or not path_in(data.source) or _is_here(data.source):
         return data
     return replace(data, source=noted["place"])
 
@@ -60,16 +60,12 @@ def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, wh
         )
 
 
-def _path(source: str) -> str:
-    return source.removeprefix(hub.PREFIX)
-
-
 def _is_here(source: str) -> bool:
-    """Whether a source is a path that this working folder has."""
-    path = _path(source)
-    if source in BUILT_IN or Path(path).exists():
-        return source not in BUILT_IN
+    """Whether this working folder has the path that a source names."""
+    path = path_in(source)
+    if not path or Path(path).exists():
+        return bool(path)
     try:
-        return path == source and bool(tars.find(path)[0])  # a pattern such as train-{000..009}.tar
+        return path == source and kind_of(source).by_path  # a pattern such as train-{000..009}.tar
     except UserError:
         return False

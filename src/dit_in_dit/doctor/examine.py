@@ -15,7 +15,8 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, parse_lines
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.run_data import open_source_of
-from dit_in_dit.data.source import Source, open_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take

@@ -161,7 +161,7 @@ def save(
     """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
 
     One that is not steady was made because somebody stopped the run: no run that diverges goes back to it. `data` is
-    the digest and the place of the images, as `data.source.record` gives them.
+    the digest and the place of the images, as `data.run_data.record` gives them.
 
     Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
     folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes

@@ -20,7 +20,7 @@ from dit_in_dit.benchmark.timing import step_seconds
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject

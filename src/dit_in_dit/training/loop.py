@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, first_difference
 from dit_in_dit.data.run_data import check_unchanged, locate, record
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint

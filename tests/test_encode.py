@@ -329,9 +329,7 @@ def test_training_on_latents_equals_training_through_the_vae_with_the_posterior_
 
     data = DataConfig(source=str(folder), held_out=0.2, posterior="mean")
     list(train(replace(config, data=data), tmp_path / "a", device="cpu"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_in_dit.training.loop.open_source", lambda *_: ThroughTheVae())
-        list(train(replace(config, data=data), tmp_path / "b", device="cpu"))
+    list(train(replace(config, data=data), tmp_path / "b", device="cpu", data=ThroughTheVae()))
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").open()] for run in "ab"]
     losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
     held_out = [[line["held_out"]["0.5"]["whole"] for line in log if "held_out" in line] for log in logs]

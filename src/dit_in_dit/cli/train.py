@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dit_in_dit.model.nested import NestedDiT
     from dit_in_dit.training.interrupt import Stop
-    from dit_in_dit.training.loop import Fact
+    from dit_in_dit.training.session import Fact
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36

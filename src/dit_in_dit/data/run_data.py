@@ -10,8 +10,29 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import kind_of, open_source, path_in
+from dit_in_dit.data.sources import check_source, kind_of, open_source, path_in
 from dit_in_dit.runs import checkpoint
+
+OBJECT = "object:"  # before the class of a source that was given to train()
+
+
+def class_name(thing: object) -> str:
+    """Module and name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def find_source(
+    config: RunConfig, given: str | Source | None, noted: Mapping[str, str] | None
+) -> tuple[Source, dict[str, str]]:
+    """The images to train on, and their record: those given, or else where the config or a checkpoint's record has
+    them."""
+    if isinstance(given, Source):
+        place = f"{OBJECT}{class_name(given)}"
+        check_source(given, place, config.model)
+        return given, {"digest": given.digest, "place": place}
+    data = replace(config.data, source=given) if given else locate(config.data, noted)
+    source = open_source(data, config.model)
+    return source, record(source, data)
 
 
 def open_source_of(run: Path, config: RunConfig) -> Source:
@@ -22,6 +43,11 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     """
     noted = checkpoint.noted_data(run)
     data = locate(config.data, noted)
+    if data.source.startswith(OBJECT):
+        raise UserError(
+            f"{shortened(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
+            "register its class, and name it by train --resume --data NAME"
+        )
     try:
         source = open_source(data, config.model)
     except UserError as error:
@@ -42,7 +68,10 @@ def record(source: Source, data: DataConfig) -> dict[str, str]:
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
     """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
     record of a checkpoint, says that it was."""
-    if not noted or not path_in(data.source) or _is_here(data.source):
+    if not noted:
+        return data
+    given = noted["place"].startswith(OBJECT)  # whatever the config says
+    if not given and (not path_in(data.source) or _is_here(data.source)):
         return data
     return replace(data, source=noted["place"])
 

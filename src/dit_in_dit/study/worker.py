@@ -34,7 +34,8 @@ from dit_in_dit.study.plan import Plan, budgeted, configure, describe
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.result import Result, read_result
-from dit_in_dit.training.loop import Fact, train
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.session import Fact
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class

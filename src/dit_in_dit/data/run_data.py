@@ -66,14 +66,15 @@ def record(source: Source, data: DataConfig) -> dict[str, str]:
 
 
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
-    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
-    record of a checkpoint, says that it was."""
+    """The data where they are: where `noted`, the record of a checkpoint, says that they were, if the config has a
+    relative path that this working folder lacks, or if they are of another named kind than the config says."""
     if not noted:
         return data
-    given = noted["place"].startswith(OBJECT)  # whatever the config says
+    place, kind = noted["place"], noted["place"].partition(":")[0]
+    given = place.startswith(OBJECT) or (path_in(place) != place and kind != data.source.partition(":")[0])
     if not given and (not path_in(data.source) or _is_here(data.source)):
         return data
-    return replace(data, source=noted["place"])
+    return replace(data, source=place)
 
 
 def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:

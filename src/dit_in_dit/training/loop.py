@@ -60,7 +60,7 @@ def train(
     run, place = Path(out), pick_device(device)
     config = settled(config, place)
     if model is None:
-        cost.check_fits(config.model, place)
+        cost.check_fits(config.model, place, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
     noted = checkpoint.noted_data(run) if resumed else None
     source, noting = find_source(config, data, noted)  # before the others wait: of many files it takes minutes

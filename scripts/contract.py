@@ -269,9 +269,13 @@ def usage(*command: str) -> str:
     return run(*command, "--help").split("\n\n")[0]
 
 
+ADDED = {"  optimizer: adamw"}  # keys that came after the record, at their default
+
+
 def keys_alone(text: str) -> str:
-    """YAML without its comments, which are prose."""
-    return "\n".join(line.split(" #")[0].rstrip() for line in text.splitlines() if not line.lstrip().startswith("#"))
+    """YAML without its comments, which are prose, and without keys added since."""
+    lines = [line.split(" #")[0].rstrip() for line in text.splitlines() if not line.lstrip().startswith("#")]
+    return "\n".join(line for line in lines if line not in ADDED)
 
 
 def studies() -> Table:

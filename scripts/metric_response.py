@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.pixels import Pixels, score

@@ -19,7 +19,7 @@ from conftest import small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.run import DataConfig
-from dit_in_dit.data.source import count_classes, open_source
+from dit_in_dit.data.sources import count_classes, open_source
 from test_data import everything
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".webp": "WEBP"}

@@ -20,7 +20,7 @@ from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.groups import is_held_out
 from dit_in_dit.data.mosaic import CLASSES, Mosaic
 from dit_in_dit.data.picture import fit
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 
 MODEL = small_model(image_size=(8, 8), num_classes=3)
 

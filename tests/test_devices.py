@@ -19,13 +19,13 @@ from conftest import SHARDED, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.deterministic import deterministic
 from dit_in_dit.runtime.device import pick_device
-from dit_in_dit.training import distributed, loop
+from dit_in_dit.training import distributed, loop, step_log
 from dit_in_dit.training.distributed import Whole
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import HELD_OUT_BATCH, Trainer
@@ -175,7 +175,7 @@ def test_numbers_of_many_steps_are_read_in_one_copy(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(len(self)) or real(self))
     monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a copy for one number"))
     steps = [{"loss": torch.tensor(1.5 + n), "rate": 0.1, "norm": torch.tensor(2.5)} for n in range(3)]
-    assert loop._read(steps) == [{"loss": 1.5 + n, "rate": 0.1, "norm": 2.5} for n in range(3)]
+    assert step_log._read(steps) == [{"loss": 1.5 + n, "rate": 0.1, "norm": 2.5} for n in range(3)]
     assert copies == [6]
 
 

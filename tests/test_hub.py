@@ -14,7 +14,7 @@ import test_data
 from conftest import small_model
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.run import DataConfig
-from dit_in_dit.data.source import count_classes, open_source
+from dit_in_dit.data.sources import count_classes, open_source
 from test_data import everything
 from test_tars import CLASSES, paths_of
 
@@ -54,7 +54,7 @@ def test_parquet_arrow_and_saved_datasets_hold_the_examples_of_the_folder_in_its
     datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     expected = everything(test_data.opened(folder))
-    monkeypatch.setattr("dit_in_dit.data.source.IN_MEMORY", 0)  # each row is read when it is asked for
+    monkeypatch.setattr("dit_in_dit.data.images.IN_MEMORY", 0)  # each row is read when it is asked for
     for place in (tmp_path / "set.parquet", tmp_path / "repository", tmp_path / "saved", tmp_path / "splits", arrow):
         source = opened(place)
         assert source.classes == CLASSES

@@ -27,7 +27,7 @@ from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.presets import get
 from dit_in_dit.config.run import DiffusionConfig, InnerConfig, ModelConfig, RunConfig, SampleConfig
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_contribution, watch_heads
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint

@@ -149,7 +149,7 @@ def test_a_run_whose_errors_are_finite_has_no_such_finding(trained):
 @pytest.mark.parametrize("value", [1e20, 3e38, math.inf])
 def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_path, monkeypatch):
     from dit_in_dit.data import run_data
-    from dit_in_dit.data.source import open_source
+    from dit_in_dit.data.sources import open_source
 
     def opened(*arguments: Any, **options: Any) -> Any:
         source = open_source(*arguments, **options)

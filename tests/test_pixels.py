@@ -8,7 +8,7 @@ import torch
 
 from dit_in_dit.config import presets
 from dit_in_dit.data.mosaic import Mosaic
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics import pixels
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, scores

@@ -18,7 +18,7 @@ from conftest import with_train
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import config_hash
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.release import export_slim, write_card
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate

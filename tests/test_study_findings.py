@@ -85,7 +85,7 @@ def _same_input(batch: Batch, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_in_dit.training.loop.Examples", Swapped)
+    monkeypatch.setattr("dit_in_dit.training.session.Examples", Swapped)
     arms = {"right": {}, "wrong": {"train.weight_decay": MARK}}
     study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole", set=steps(150))
     found = study.difference(study.plan.arm("wrong"), study.primary)

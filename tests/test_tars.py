@@ -17,7 +17,7 @@ import pytest
 from conftest import small_model
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.run import DataConfig
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from test_data import everything
 
 CLASSES = ("blue", "green", "red")
@@ -62,7 +62,7 @@ def test_shards_hold_the_examples_of_the_folder_in_its_order(folder, shards, mon
     expected = everything(opened(folder))
     for source in (shards, shards / "train-*.tar", shards / "train-{0000..0002}.tar"):
         assert everything(opened(source)) == expected
-    monkeypatch.setattr("dit_in_dit.data.source.IN_MEMORY", 0)  # read by offset when asked, also by a worker's copy
+    monkeypatch.setattr("dit_in_dit.data.images.IN_MEMORY", 0)  # read by offset when asked, also by a worker's copy
     source = pickle.loads(pickle.dumps(opened(shards)))
     assert everything(source) == expected
     assert source.train(7)[0].tobytes() == expected[7][0]

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.training.loop import Fact, train
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.session import Fact
 from dit_in_dit.training.trackers import TRACKERS, chosen, told
 from test_cli import TINY, lines_of
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from conftest import small_model, with_train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, to_yaml
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.lock import BusyError

@@ -25,7 +25,7 @@ from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data import picture
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.picture import FORMATS, fit
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import BAD, GOOD, encoded, files, png_of, training

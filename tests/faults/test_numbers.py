@@ -13,7 +13,7 @@ from conftest import with_train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.curves.logs import read_run
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.batches import Examples

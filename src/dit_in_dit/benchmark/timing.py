@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
 from dit_in_dit.runtime.device import settled
 from dit_in_dit.training.batches import Examples
@@ -205,24 +206,19 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-class _Noise:
+class _Noise(Source):
     """A source of white noise, for steps that teach nothing."""
 
-    train_size, held_out_size = None, 0
+    train_size = None
 
     def __init__(self, model: ModelConfig) -> None:
-        self.skipped: list[str] = []
-        self.digest = ""  # of no run
         self.classes = tuple(map(str, range(model.num_classes)))
-        self.labels: NDArray[np.int64] = np.arange(model.num_classes)
         self.shape = model.channels, *model.image_size
 
     def train(self, index: int) -> tuple[NDArray[np.float32], int]:
         """An image by number, and its label."""
         image = np.random.default_rng(index).standard_normal(self.shape, np.float32)
         return image, index % max(1, len(self.classes))
-
-    held_out = train
 
 
 def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dit_in_dit.model.nested import NestedDiT
     from dit_in_dit.training.interrupt import Stop
-    from dit_in_dit.training.loop import Fact
+    from dit_in_dit.training.session import Fact
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
@@ -253,7 +253,7 @@ def _real(config: RunConfig, count: int) -> Any:
     import numpy as np
     import torch
 
-    from dit_in_dit.data.source import open_source
+    from dit_in_dit.data.sources import open_source
     from dit_in_dit.reporting.images import to_pixels
     from dit_in_dit.sampling.numbered import label
     from dit_in_dit.training.batches import image_number

@@ -57,6 +57,8 @@ KINDS = {
     "weight": Kind("diffusion.weight", "diffusion.objective", "LOSS_WEIGHTS"),
     "time": Kind("diffusion.time", "diffusion.objective", "TIME_DISTRIBUTIONS"),
     "sampler": Kind("sample.sampler", "config.samplers", "SAMPLERS", "Sampler", instance=True),
+    "optimizer": Kind("train.optimizer", "training.optimizer", "OPTIMIZERS"),
+    "source": Kind("", "data.sources", "SOURCES", "Source"),
     "metric": Kind("", "metrics.metric", "METRICS", "Metric", instance=True),
     "tracker": Kind("", "training.trackers", "TRACKERS"),
 }
@@ -68,7 +70,8 @@ def register(kind: str, name: str, thing: Any) -> None:
     """Add a class or function to a table: the config key of that kind then takes its name.
 
     Args:
-        kind: embed, aggregate, mixer, condition, fuse, spread, path, predict, weight, time, sampler, metric, tracker.
+        kind: embed, aggregate, mixer, condition, fuse, spread, path, predict, weight, time, sampler, optimizer, source,
+            metric, tracker.
         name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
         thing: a class with the base of its kind, a `Sampler`, a `Metric`, or a function.
 

@@ -224,14 +224,17 @@ class TrainConfig(Section):
     steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
-    learning_rate: float = key(1e-4, "peak learning rate of AdamW", low=0, high=10)
+    optimizer: Literal["adamw", "adam"] = key(
+        "adamw", "adamw: decoupled weight decay; adam: weight decay is added to the gradient", added=2
+    )
+    learning_rate: float = key(1e-4, "peak learning rate", low=0, high=10)
     lr_scale: RateConfig = key(RateConfig, "factors on the learning rate")
     init: str | None = key(None, "a run whose averaged weights this one begins with; null: random ones")
     init_blocks: tuple[int, ...] | None = key(
         None, "which of its outer blocks, in order; null: all, or as many as there are, evenly spaced", low=0, high=999
     )
-    weight_decay: float = key(0.0, "decoupled weight decay of AdamW", low=0, high=10)
-    beta2: float = key(0.999, "decay of AdamW's average of squared gradients", low=0, high=0.9999999)
+    weight_decay: float = key(0.0, "weight decay", low=0, high=10)
+    beta2: float = key(0.999, "decay of Adam's average of squared gradients", low=0, high=0.9999999)
     warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
     label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
@@ -417,7 +420,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
-HASH_VERSION = 1  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
+HASH_VERSION = 2  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
 
 
 def config_hash(config: RunConfig) -> str:

@@ -15,11 +15,12 @@ from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split
 from dit_in_dit.data.names import left_out
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
+from dit_in_dit.data.source import Source
 
 MOST_GROWTH = 50  # of compressed arrays; pixels grow three times, zeros a thousand times
 
 
-class ArraySource:
+class ArraySource(Source):
     """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
 
     uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are taken as they are (latents). A family is a row.
@@ -27,8 +28,10 @@ class ArraySource:
     `notes` says which arrays are not read.
     """
 
-    def __init__(self, path: Path, data: DataConfig, model: ModelConfig) -> None:
-        self.skipped: list[str] = []
+    by_path = True
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        path = Path(data.source)
         self.notes: list[str] = []
         images, labels = load_arrays(path, self.notes)
         if images.dtype != np.uint8 and images.dtype.kind != "f":
@@ -58,6 +61,30 @@ class ArraySource:
         self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
         self.train_size, self.held_out_size = len(self._train), len(self._held)
         self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether there is such a file."""
+        return Path(source).suffix in (".npz", ".npy") and Path(source).exists()
+
+    @classmethod
+    def count_classes(cls, data: DataConfig) -> int:
+        """The greatest label and one more; 0 where there are no labels."""
+        labels = load_arrays(Path(data.source))[1]
+        if labels is None or not labels.size:
+            return 0
+        if labels.dtype.kind not in "biu":
+            raise UserError(f"labels of {data.source} must be whole numbers: got {labels.dtype}")
+        return int(labels.max()) + 1
+
+    @classmethod
+    def size_of(cls, path: Path) -> tuple[int, int, int]:
+        """Height, width and channels of pixels; UserError where the arrays are none."""
+        images, _ = load_arrays(path)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
+            raise UserError(f"images in {path} must be uint8 (N, H, W, 1 or 3): got {images.dtype} {images.shape}")
+        height, width, channels = images.shape[1:]
+        return height, width, channels
 
     @cached_property
     def digest(self) -> str:

@@ -25,7 +25,8 @@ from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
-from dit_in_dit.data.source import Source, count_classes, open_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import count_classes, open_source
 from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, moments
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime import process

@@ -11,6 +11,7 @@ from dit_in_dit.config.errors import UserError, nearest
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles, file_size
 from dit_in_dit.data.groups import family
+from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import left_out
 
@@ -108,15 +109,30 @@ def _has(column: Any, field: str) -> bool:
     return str(column.type).startswith("struct") and column.type.get_field_index(field) >= 0
 
 
-def count_classes(data: DataConfig) -> int:
-    """How many classes the label column speaks of; 0 where there is none."""
-    rows = load(data.source.removeprefix(PREFIX), data.split)
-    if data.label_column not in rows.column_names:
-        return 0
-    if names := getattr(rows.features[data.label_column], "names", None):
-        return len(names)
-    found = rows.data.column(data.label_column).unique().to_pylist()
-    return 1 + max(found) if all(isinstance(label, int) for label in found) else len(found)
+class HubSource(ImageSource):
+    """The rows of a dataset as a source, `hf:NAME`."""
+
+    by_path = False
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether it begins with `hf:`."""
+        return source.startswith(PREFIX)
+
+    @classmethod
+    def count_classes(cls, data: DataConfig) -> int:
+        """Classes that the label column speaks of; 0 where there is none."""
+        rows = load(data.source.removeprefix(PREFIX), data.split)
+        if data.label_column not in rows.column_names:
+            return 0
+        if names := getattr(rows.features[data.label_column], "names", None):
+            return len(names)
+        found = rows.data.column(data.label_column).unique().to_pylist()
+        return 1 + max(found) if all(isinstance(label, int) for label in found) else len(found)
+
+    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+        """The rows."""
+        return Rows(data, num_classes)
 
 
 def load(name: str, split: str) -> Any:

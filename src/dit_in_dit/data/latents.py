@@ -24,7 +24,7 @@ from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
 from dit_in_dit.data.names import HIDDEN, left_out
 from dit_in_dit.data.picture import Array
-from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.data.source import Source, Stream
 
 INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
@@ -114,16 +114,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class LatentSource:
+class LatentSource(Source):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
     `train` and `held_out` give the posterior's mean, `example` what `data.posterior` says.
     """
 
+    by_path = True
+
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), complete(data), model
         index = read_index(self.folder)
-        self.skipped: list[str] = []
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
         made = index["made"]
@@ -144,6 +145,11 @@ class LatentSource:
         self.notes = [left_out(len(others), others, "files that are not in the index")] if others else []
         self._tables(made["dtype"])
         self._split()
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether a folder holds latents."""
+        return is_index(source)
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The arrays of one file; UserError where they are not those of the index."""
@@ -229,15 +235,15 @@ class LatentSource:
         """Held-out image `index`: the posterior's mean."""
         return self._image(int(self._held[index]))
 
-    def example(self, index: int, seed: int, number: int, flip: bool) -> tuple[Array, int]:
-        """Training image `index` or its mirror image, as example `number` of the run `seed` shows it."""
+    def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
+        """Training image `index`, or the encoding of its mirror image: the posterior's mean, or drawn from it."""
         position, channels = int(self._train[index]), self.model.channels
         moments = self._find(position, "flipped" if flip else "moments")
         latent = self._mean_of(moments[:channels])
         if self.data.posterior == "sample":
             spread = moments[channels:]
             deviation = _look_up(self._deviations, spread) if self._means is not None else self._deviation(spread)
-            latent += deviation * generator(seed, "posterior", number).standard_normal(latent.shape, np.float32)
+            latent += deviation * stream().standard_normal(latent.shape, np.float32)
         return latent, int(self._labels[position])
 
 

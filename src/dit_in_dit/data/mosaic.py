@@ -10,15 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.data.digest import digest_values
+from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source import Source
 from dit_in_dit.runtime.seeding import generator
 
 LAYOUTS = ("disc", "square", "band")
 TEXTURES = {"fine": (2.6, 3.6), "medium": (3.6, 5.2), "coarse": (5.2, 8.0)}  # range of periods in pixels
 CLASSES = tuple(f"{layout}-{texture}" for layout in LAYOUTS for texture in TEXTURES)
-
-Array = NDArray[np.float32]
+HELD_OUT = 512
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,30 @@ class Mosaic:
             cover = self.mask(truth, region)
             canvas += cover * (dark + (light - dark) * mix.astype(np.float32) - canvas)
         return canvas, truth.label
+
+
+class MosaicSource(Source):
+    """The images as a source; held-out ones are the first, which no training index reaches."""
+
+    classes = CLASSES
+    train_size = None
+    held_out_size = HELD_OUT
+    digest = digest_values("mosaic", CLASSES, TEXTURES)
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        if model.channels != 3:
+            raise UserError(f"mosaic has 3 channels: set model.channels=3, got {model.channels}")
+        self.mosaic = Mosaic(model.image_size)
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether it is the name."""
+        return source == name
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self.mosaic.image(HELD_OUT + index)
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self.mosaic.image(index)

@@ -9,9 +9,30 @@ from pathlib import Path
 
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import DataConfig, RunConfig
-from dit_in_dit.data import hub, tars
-from dit_in_dit.data.source import BUILT_IN, Source, open_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import check_source, kind_of, open_source, path_in
 from dit_in_dit.runs import checkpoint
+
+OBJECT = "object:"  # before the class of a source that was given to train()
+
+
+def class_name(thing: object) -> str:
+    """Module and name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def find_source(
+    config: RunConfig, given: str | Source | None, noted: Mapping[str, str] | None
+) -> tuple[Source, dict[str, str]]:
+    """The images to train on, and their record: those given, or else where the config or a checkpoint's record has
+    them."""
+    if isinstance(given, Source):
+        place = f"{OBJECT}{class_name(given)}"
+        check_source(given, place, config.model)
+        return given, {"digest": given.digest, "place": place}
+    data = replace(config.data, source=given) if given else locate(config.data, noted)
+    source = open_source(data, config.model)
+    return source, record(source, data)
 
 
 def open_source_of(run: Path, config: RunConfig) -> Source:
@@ -22,6 +43,11 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     """
     noted = checkpoint.noted_data(run)
     data = locate(config.data, noted)
+    if data.source.startswith(OBJECT):
+        raise UserError(
+            f"{shortened(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
+            "register its class, and name it by train --resume --data NAME"
+        )
     try:
         source = open_source(data, config.model)
     except UserError as error:
@@ -33,18 +59,22 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
 
 def record(source: Source, data: DataConfig) -> dict[str, str]:
     """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
-    place, path = data.source, _path(data.source)
+    place, path = data.source, path_in(data.source)
     if _is_here(place):
         place = place.removesuffix(path) + os.path.abspath(path)
     return {"digest": source.digest, "place": place}
 
 
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
-    """The data where they are: a relative path that another working folder does not have is taken where `noted`, the
-    record of a checkpoint, says that it was."""
-    if not noted or data.source in BUILT_IN or _is_here(data.source):
+    """The data where they are: where `noted`, the record of a checkpoint, says that they were, if the config has a
+    relative path that this working folder lacks, or if they are of another named kind than the config says."""
+    if not noted:
         return data
-    return replace(data, source=noted["place"])
+    place, kind = noted["place"], noted["place"].partition(":")[0]
+    given = place.startswith(OBJECT) or (path_in(place) != place and kind != data.source.partition(":")[0])
+    if not given and (not path_in(data.source) or _is_here(data.source)):
+        return data
+    return replace(data, source=place)
 
 
 def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
@@ -60,16 +90,12 @@ def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, wh
         )
 
 
-def _path(source: str) -> str:
-    return source.removeprefix(hub.PREFIX)
-
-
 def _is_here(source: str) -> bool:
-    """Whether a source is a path that this working folder has."""
-    path = _path(source)
-    if source in BUILT_IN or Path(path).exists():
-        return source not in BUILT_IN
+    """Whether this working folder has the path that a source names."""
+    path = path_in(source)
+    if not path or Path(path).exists():
+        return bool(path)
     try:
-        return path == source and bool(tars.find(path)[0])  # a pattern such as train-{000..009}.tar
+        return path == source and kind_of(source).by_path  # a pattern such as train-{000..009}.tar
     except UserError:
         return False

@@ -8,8 +8,10 @@ from glob import glob
 from pathlib import Path
 
 from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import family
+from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import (
     HIDDEN,
@@ -166,6 +168,20 @@ class TarFiles(ImageFiles):
                 raise UserError(f"{self.path}: {name[:80]} has no .cls beside it, as others have")
             labels.append(self._labels[key])
         return label_names(labels, self.num_classes, str(self.path)), labels, families(names)
+
+
+class TarSource(ImageSource):
+    """Tar shards as a source (see `find`)."""
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether it names shards; UserError where some of them are missing."""
+        return bool(find(source)[0])
+
+    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+        """The members of all shards."""
+        shards, beside = find(data.source)
+        return TarFiles(data.source, shards, num_classes, beside)
 
 
 def families(names: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, parse_lines
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.run_data import open_source_of
-from dit_in_dit.data.source import Source, open_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
@@ -25,6 +27,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.optimizer import is_trained
 from dit_in_dit.training.trainer import Trainer
 
 EXAMPLES = 256  # training examples looked at
@@ -100,23 +103,25 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     if run is not None and trained:
         folder, manifest, passed_over = checkpoint.newest(run)
         checkpoint.warn(passed_over)
+        checkpoint.check_model(folder, manifest)
         try:
-            _restore(trainer, folder, manifest["step"])
+            _restore(trainer, folder, manifest)
         except (RuntimeError, KeyError):
             raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
     held = _held_out(source, config, max(data_checks.CHUNK, min(HELD_OUT, data_checks.MOST_NUMBERS // numbers)))
     return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
 
 
-def _restore(trainer: Trainer, folder: Path, step: int) -> None:
-    """A checkpoint's state; of a run that holds weights alone (exported or imported), its averaged weights."""
+def _restore(trainer: Trainer, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """A checkpoint's state; its averaged weights alone where it holds no more (exported or imported), or where the
+    optimizer was given to train() and is not here."""
     state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, checkpoint.AVERAGED)
-    if any(name.startswith("optimizer.") for name in state):
-        trainer.restore(state, averaged, step)
+    if is_trained(state) and "optimizer" not in manifest.get("objects", {}):
+        trainer.restore(state, averaged, manifest["step"])
         return
     for model in (trainer.model, trainer.ema.model):
         model.load_state_dict(averaged)
-    trainer.step = step
+    trainer.step = manifest["step"]
 
 
 @torch.no_grad()

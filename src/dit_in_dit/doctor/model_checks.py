@@ -21,6 +21,7 @@ from dit_in_dit.model.embed import EMBEDS
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.optimizer import touched
 from dit_in_dit.training.trainer import learning_rate
 
 LABEL_TIME = 0.7  # where the class tells most that the noisy image does not: .65 on mosaic, .8 on emoji
@@ -254,9 +255,9 @@ def null_class(patient: Patient) -> Section:
         section.find("note", "null class", "no label is dropped", "set train.label_drop above 0 to use guidance")
         return section
     table, initial = trainer.ema.model.label_embed.table.weight.cpu(), patient.initial[name]
-    moment = trainer.optimizer.state.get(trainer.model.label_embed.table.weight, {}).get("exp_avg_sq")
+    reached = touched(trainer.optimizer, trainer.model.label_embed.table.weight)
     advice = f"labels must be dropped to {null} (model.num_classes); train anew"
-    if torch.equal(table[-1], initial[-1]) or (moment is not None and not moment[-1].any()):
+    if torch.equal(table[-1], initial[-1]) or (reached is not None and not reached[-1].any()):
         section.find("fault", "null class", "the null class's row never moved from its initial value", advice)
         return section
     copies = (table[:-1] == table[-1]).all(1).nonzero().flatten().tolist()

@@ -13,6 +13,7 @@ from dit_in_dit.doctor.data_checks import MOST_NUMBERS, Line, Patient, Section, 
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.optimizer import adam_direction, touched
 from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.warm_start import is_inner
 
@@ -91,18 +92,15 @@ def update_ratios(patient: Patient) -> dict[str, float]:
     """What one step at the peak learning rate changes, against the initial weights, by part.
 
     rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
-    comes from the optimizer's moments; initial weights, because weights that a wrong rate has blown up hide it.
+    comes from the optimizer's moments, and an optimizer that keeps others has none; initial weights, because weights
+    that a wrong rate has blown up hide it.
     """
     optimizer, rate = patient.trainer.optimizer, patient.config.train.learning_rate
-    beta1, beta2 = optimizer.param_groups[0]["betas"]
     sums: dict[str, list[float]] = {}
     for name, parameter in patient.trainer.model.named_parameters():
-        state, initial = optimizer.state.get(parameter), patient.initial[name]
-        if not state or parameter.ndim < 2 or not initial.any():
+        direction, initial = adam_direction(optimizer, parameter), patient.initial[name]
+        if direction is None or parameter.ndim < 2 or not initial.any():
             continue
-        step = float(state["step"])
-        first, second = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
-        direction = first / (second.sqrt() + 1e-8)
         part = sums.setdefault(part_of(name), [0.0, 0.0])
         part[0] += float(direction.square().sum())
         part[1] += float(initial.square().sum())
@@ -165,14 +163,14 @@ def _judge_gradients(section: Section, patient: Patient) -> None:
         return
     still = []
     for name, parameter in patient.trainer.model.named_parameters():
-        state = optimizer.state.get(parameter, {})
+        reached = touched(optimizer, parameter)
         unmoved = (
             patient.trained
             and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen on purpose
             and bool(patient.initial[name].any())
             and torch.equal(parameter.cpu(), patient.initial[name])
         )
-        if "exp_avg_sq" not in state or not state["exp_avg_sq"].any() or unmoved:
+        if reached is None or not reached.any() or unmoved:
             still.append(name)
     if still:
         seen = f"{len(still)} parameters never got a gradient: {', '.join(still[:4])}{' ...' if still[4:] else ''}"

@@ -76,9 +76,13 @@ def held_bytes(model: ModelConfig) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def check_fits(model: ModelConfig, device: torch.device) -> None:
-    """UserError when this machine cannot hold the model in training: the system would end the process in silence."""
-    copies = 4 if device.type == "cpu" else 1  # the weights, their average and AdamW's two moments
+def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> None:
+    """UserError when this machine cannot hold the model in training: the system would end the process in silence.
+
+    Args:
+        moments: tensors that the optimizer keeps for each weight.
+    """
+    copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
     needed, there = copies * held_bytes(model), installed()
     if needed > there:
         raise UserError(

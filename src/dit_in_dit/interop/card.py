@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from markupsafe import Markup
 
@@ -127,12 +128,13 @@ def _model(config: RunConfig, parameters: int) -> Rows:
 
 def _training(config: RunConfig, step: int) -> Rows:
     train, diffusion = config.train, config.diffusion
+    name = next((name for name in vars(torch.optim) if name.lower() == train.optimizer), train.optimizer)
     return {
         "data": _public(config.data.source),
         "path, prediction, loss": f"{diffusion.path}, {diffusion.predict}, {diffusion.weight}",
         "steps": f"{step:,} of {train.steps:,}",
         "examples": f"{step * config.global_batch:,} ({config.global_batch} a step)",
-        "optimizer": f"AdamW, learning rate {train.learning_rate:g} ({train.schedule}), decay {train.weight_decay:g}",
+        "optimizer": f"{name}, learning rate {train.learning_rate:g} ({train.schedule}), decay {train.weight_decay:g}",
         "labels dropped": f"{train.label_drop:g}" if config.model.num_classes else "none",
         "precision": train.precision,
         "seed": config.seed,

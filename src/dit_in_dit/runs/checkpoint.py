@@ -171,11 +171,13 @@ def save(
     *,
     steady: bool = True,
     data: Mapping[str, str] | None = None,
+    objects: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
 
     One that is not steady was made because somebody stopped the run: no run that diverges goes back to it. `data` is
-    the digest and the place of the images, as `data.source.record` gives them.
+    the digest and the place of the images, as `data.run_data.record` gives them; `objects` the classes of a
+    model or optimizer that was given to train().
 
     Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
     folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
@@ -200,6 +202,7 @@ def save(
             "classes": list(classes),
             "steady": steady,
             **({"data": dict(data)} if data else {}),
+            **({"objects": dict(objects)} if objects else {}),
             "versions": _versions(),
             **({"plugins": plugins.noted()} if plugins.noted() else {}),
             "bytes": {name: size for name, (size, _) in written.items()},
@@ -403,12 +406,20 @@ def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
             raise UserError(f"{name[:80]} of {what} holds NaN or infinity: use an earlier checkpoint")
 
 
+def check_model(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """UserError when a checkpoint's weights are those of a model that was given to train(): the config builds
+    another."""
+    if model := manifest.get("objects", {}).get("model"):
+        raise UserError(f"{checkpoint} holds weights of a model given to train(), {model}: load {AVERAGED} into it")
+
+
 def load_model(run: Path, device: torch.device, *, ema: bool = True) -> tuple[NestedDiT, RunConfig, dict[str, Any]]:
     """The run's model from its newest good checkpoint (averaged weights unless `ema` is false), its config
     and the checkpoint's manifest. Of damaged newer ones it warns (DamagedWarning)."""
     config = read_config(run)
     folder, manifest, passed_over = newest(run)
     warn(passed_over)
+    check_model(folder, manifest)
     model = NestedDiT(config.model)
     if ema:
         weights = load_state(folder, AVERAGED)

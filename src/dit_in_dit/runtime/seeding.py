@@ -7,7 +7,7 @@ import numpy as np
 # The numbers are part of what a seed means: never change one, add the next.
 PURPOSES = {
     **{"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6},
-    "posterior": 7,
+    "source": 7,
 }
 
 

@@ -15,7 +15,7 @@ from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import check_same_held_out
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.metrics import pixels
 from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES

@@ -20,7 +20,7 @@ from dit_in_dit.benchmark.timing import step_seconds
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
-from dit_in_dit.data.source import open_source
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
@@ -34,7 +34,8 @@ from dit_in_dit.study.plan import Plan, budgeted, configure, describe
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.result import Result, read_result
-from dit_in_dit.training.loop import Fact, train
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.session import Fact
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.data.latents import LatentSource
-from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
@@ -85,7 +83,8 @@ class Examples(Dataset[Batch]):
         for index in self.indices(number):
             chosen = image_number(config.seed, index, self.source.train_size)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
-            image, label = self._shown(chosen, index, flip=flip and u_flip < 0.5)
+            stream = partial(generator, config.seed, "source", index)
+            image, label = self.source.example(chosen, stream, flip=flip and u_flip < 0.5)
             images.append(image)
             labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
@@ -98,13 +97,6 @@ class Examples(Dataset[Batch]):
             torch.tensor(labels),
             torch.tensor(numbers),
         )
-
-    def _shown(self, chosen: int, index: int, *, flip: bool) -> tuple[Array, int]:
-        """Training image `chosen` as example `index` shows it, and its label."""
-        if isinstance(self.source, LatentSource):  # it knows the encoding of the mirror image, and the posterior
-            return self.source.example(chosen, self.config.seed, index, flip)
-        image, label = self.source.train(chosen)
-        return image[..., ::-1] if flip else image, label
 
 
 class _Messages(Dataset["Batch | str"]):

@@ -249,7 +249,7 @@ class Whole(Mapping[str, Tensor]):
     """Tensors by name, each gathered from all processes when it is read: no process holds more than one of them whole.
 
     All processes must read each tensor once, in one order: process 0 as it writes the file, the others in
-    `_Course._save`. Type and shape of a tensor stand in `tensors` and cost nothing.
+    `Session._save`. Type and shape of a tensor stand in `tensors` and cost nothing.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

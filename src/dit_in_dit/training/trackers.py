@@ -27,7 +27,7 @@ from dit_in_dit.config.schema import Section, keys, to_dict
 from dit_in_dit.runs import atomic, checkpoint
 
 if TYPE_CHECKING:
-    from dit_in_dit.training.loop import Fact
+    from dit_in_dit.training.session import Fact
 
 PROJECT = "dit-in-dit"
 KEPT = "trackers.json"

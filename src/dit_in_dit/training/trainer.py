@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, TrainConfig
+from dit_in_dit.data.run_data import class_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training.batches import Batch, held_out
 from dit_in_dit.training.distributed import Whole, World, everywhere, local, shard, spread
+from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.optimizer import OPTIMIZERS, Groups, is_fused, is_trained, restore_state, state_of
+from dit_in_dit.training.tree import Tree
 from dit_in_dit.training.warm_start import begin_with, is_inner
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 HELD_OUT_BATCH = 64  # images in one of its forward passes, at most: a function of the config, not of the processes
-COUNTERS = ("shift", "rolled_back", "tries", "streak")  # of a Trainer, kept in the checkpoint
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -36,34 +41,6 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         return train.learning_rate
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class Tree:
-    """Gradients of micro-batches, summed in pairs, pairs of pairs and so on: an order that no number of processes
-    changes. Holds one sum for each power of two on its way."""
-
-    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
-        self.weights = list(weights)
-        self.sums: list[tuple[int, list[Tensor]]] = []
-
-    def take(self) -> None:
-        """Take the gradients off the weights, and add them to those of as many micro-batches."""
-        count, gradients = 1, [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
-        while self.sums and self.sums[-1][0] == count:
-            before = self.sums.pop()[1]
-            torch._foreach_add_(before, gradients)
-            count, gradients = 2 * count, before
-        self.sums.append((count, gradients))
-        for weight in self.weights:
-            weight.grad = None
-
-    def finish(self, world: World) -> None:
-        """Put the sum over all processes back on the weights."""
-        ((_, gradients),) = self.sums
-        self.sums.clear()
-        world.add(gradients)
-        for weight, gradient in zip(self.weights, gradients, strict=True):
-            weight.grad = gradient
 
 
 class Trainer:
@@ -80,15 +57,22 @@ class Trainer:
         device: torch.device,
         world: World | None = None,
         *,
-        fresh: bool = True,  # false: weights are restored, and train.init is not read again
+        fresh: bool = True,
+        model: NestedDiT | None = None,
+        make_optimizer: Callable[[Groups], Optimizer] | None = None,
     ) -> None:
+        """
+        Args:
+            fresh: false where weights are to be restored: train.init is not read again.
+            model: trained instead of the config's, from the weights that it has.
+            make_optimizer: the optimizer of groups of parameters, instead of train.optimizer. Groups have `params` and
+                `scale`; their `lr` is set at every step.
+        """
         self.config, self.source, self.device, self.world = config, source, device, world or World()
         train = config.train
         check_world(train, self.world.size)
         keep_freed_memory()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)  # the initial weights are drawn on the CPU: the same on every device
-            self.model = NestedDiT(config.model, recompute=train.recompute)
+        self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
             self.begun = begin_with(self.model, Path(train.init), train.init_blocks, digest=source.digest)
@@ -97,7 +81,10 @@ class Trainer:
         self.tree: Tree | None = None
         net: nn.Module = self.model
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
+        self.unsharded: NestedDiT | None = None  # a copy to draw with, of a model that the config does not describe
         if self.sharded:
+            if model is not None and self.world.leads:
+                self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
             shard(self.model)
             shard(self.ema.model)
         elif self.world.size > 1 and train.reduction == "fast":
@@ -106,25 +93,19 @@ class Trainer:
             self.tree = Tree(self.model.parameters())
         self.net = net
         self.weights = dict(self.model.named_parameters())
-        self.fused = device.type in ("cpu", "cuda")
-        self.optimizer: Any = torch.optim.AdamW(
-            self._groups(),
-            betas=(0.9, config.train.beta2),
-            weight_decay=train.weight_decay,
-            fused=self.fused,
-        )
+        groups = self._groups()
+        self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
+        own = {"model": model, "optimizer": make_optimizer and self.optimizer}
+        self.objects = {name: class_name(thing) for name, thing in own.items() if thing is not None}
         self.objective = Objective(config.diffusion)
         self.predict = torch.compile(net) if train.compile else net
         self.step = 0
-        self.shift = 0  # steps of examples that a rolled back run has passed over
-        self.rolled_back = 0  # how often
-        self.tries = 0  # how often since the last checkpoint that was due
-        self.streak = 0  # steps in a row, up to this one, that were skipped
+        self.divergence = Divergence()
         self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
         wanted = train.evaluate_every and source.held_out_size
         self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self) -> Groups:
         """The parameters of each level, with the factor on its learning rate."""
         scale = self.config.train.lr_scale
         if scale.outer == scale.inner:
@@ -189,7 +170,7 @@ class Trainer:
         gradients = [local(weight.grad) for weight in self.weights.values() if weight.grad is not None]
         if self.config.train.clip:
             torch._foreach_mul_(gradients, (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
-        if self.fused:  # told on the device: nobody waits for the answer
+        if is_fused(self.optimizer):  # told on the device: nobody waits for the answer
             weight = next(iter(self.weights.values()))
             self.optimizer.grad_scale, self.optimizer.found_inf = None, everywhere((~finite).float(), weight)
             self.optimizer.step()
@@ -242,12 +223,15 @@ class Trainer:
         processes must ask."""
         if not self.sharded:
             return self.ema.model
-        model = NestedDiT(self.config.model).to(self.device).eval().requires_grad_(False) if self.world.leads else None
-        copy = model.state_dict() if model is not None else {}
+        whole_ = None
+        if self.world.leads:
+            whole_ = self.unsharded or NestedDiT(self.config.model).eval().requires_grad_(False)
+            whole_.to(self.device)
+        weights = whole_.state_dict() if whole_ is not None else {}
         for name, tensor in self.averaged_state().items():
-            if name in copy:
-                copy[name].copy_(tensor)
-        return model
+            if name in weights:
+                weights[name].copy_(tensor)
+        return whole_
 
     def state(self) -> Whole:
         """Tensors that continue the run: weights and optimizer moments by parameter name, and counters.
@@ -255,10 +239,8 @@ class Trainer:
         The average's own counter is the step.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        return Whole(tensors | {f"run.{name}": torch.tensor(getattr(self, name)) for name in COUNTERS})
+        tensors |= state_of(self.optimizer, self.weights.items())
+        return Whole(tensors | self.divergence.tensors())
 
     def averaged_state(self) -> Whole:
         """The averaged weights."""
@@ -271,19 +253,20 @@ class Trainer:
         Raises:
             UserError: there are weights alone, as in an imported run.
         """
-        if not any(key.startswith("optimizer.") for key in state):
+        if not is_trained(state):
             raise UserError("imported weights have no optimizer to go on with: sample, evaluate or export them")
         for module, prefix, given in ((self.model, "model.", state), (self.ema.model, "", ema)):
             for name, tensor in module.state_dict().items():
                 local(tensor).copy_(local(spread(given[prefix + name], tensor)))
-        for name, parameter in self.model.named_parameters():
-            moments = (spread(state[f"optimizer.{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq"))
-            count = state[f"optimizer.step.{name}"].to(self.device if self.fused else "cpu", copy=True)
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = dict(zip(keys, (everywhere(count, parameter), *moments), strict=True))
-        self.step = step
-        for name in COUNTERS:
-            setattr(self, name, int(state.get(f"run.{name}", 0)))
+        restore_state(self.optimizer, self.weights.items(), state)
+        self.step, self.divergence = step, Divergence.read(state)
+
+
+def _new_model(config: RunConfig) -> NestedDiT:
+    """The config's model, its initial weights drawn on the CPU: the same on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return NestedDiT(config.model, recompute=config.train.recompute)
 
 
 def check_world(train: TrainConfig, size: int) -> None:

@@ -1,0 +1,139 @@
+"""Image files as a source: a folder, a .zip, and the embedded emoji."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.data.digest import digest_files
+from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.groups import split
+from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
+from dit_in_dit.data.source import Source
+
+
+class ImageSource(Source):
+    """A folder or .zip of image files (names.SUFFIXES), one folder per class (none: one class).
+
+    Subclasses list other files than those of a path (`list_files`).
+
+    The family of a file, which the split keeps together, is its name up to the first `~`:
+    `waving-hand~light-skin-tone.webp` is of the family `waving-hand`.
+    """
+
+    by_path = True
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        self.path, self.size, self.channels = Path(data.source), model.image_size, model.channels
+        if model.channels not in (1, 3):
+            raise UserError(f"image files have 1 or 3 channels: got model.channels={model.channels}")
+        self.files = self.list_files(data, model.num_classes)
+        self.names, self.notes = self.files.names, self.files.notes
+        self.skipped: list[str] = []
+        in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
+        self._pixels: list[NDArray[np.uint8]] | None = None
+        self.classes, self._labels, self.families = self.files.about(self.names)
+        if in_memory or data.corrupt == "skip":
+            self._check(data.corrupt, in_memory)
+        self._train, self._held = split(self.families, data.held_out, str(self.path))
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = np.asarray(self._labels, np.int64)[self._train]
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether there is such a file or folder."""
+        return Path(source).exists()
+
+    @classmethod
+    def size_of(cls, path: Path) -> tuple[int, int, int]:
+        """Height, width and 3 channels that all images have; UserError where they differ."""
+        files = ImageFiles(path)
+        sizes = {name: files.open(name, lambda image: upright(image).size[::-1]) for name in files.names}
+        first = files.names[0]
+        for name, size in sizes.items():
+            if size != sizes[first]:
+                raise UserError(
+                    f"images in {path} must be of one size: {first} is {sizes[first][0]}x{sizes[first][1]}, "
+                    f"{name} is {size[0]}x{size[1]}"
+                )
+        return *sizes[first], 3
+
+    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+        """The image files that are the source's."""
+        return ImageFiles(self.path, num_classes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the files hold; those that are skipped count too."""
+        return digest_files(self.files)
+
+    def _check(self, corrupt: str, in_memory: bool) -> None:
+        """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""
+        good, pixels = [], []
+        for position, name in enumerate(self.names):
+            try:
+                image = self.read(name)
+            except UserError:
+                if corrupt == "error":
+                    raise
+                self.skipped.append(name)
+                continue
+            good.append(position)
+            if in_memory:
+                pixels.append(image)
+        if not good:
+            raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
+        if lost := set(self._labels) - {self._labels[position] for position in good}:
+            raise UserError(
+                f"class {shortened(self.classes[min(lost)], 40)} of {shortened(self.path, 60)}: "
+                "none of its images can be read; mend one, or remove the class (later classes would move up)"
+            )
+        self.names = [self.names[position] for position in good]
+        self._labels = [self._labels[position] for position in good]
+        self.families = [self.families[position] for position in good]
+        self._pixels = pixels if in_memory else None
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""
+        return self.files.open(name, lambda image: fit(image, self.size, self.channels))
+
+    def _image(self, position: int) -> tuple[Array, int]:
+        pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        return self._image(self._train[index])
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self._image(self._held[index])
+
+
+class EmojiSource(ImageSource):
+    """The embedded images."""
+
+    by_path = False
+
+    @classmethod
+    def recognises(cls, source: str, name: str) -> bool:
+        """Whether it is the name."""
+        return source == name
+
+    @classmethod
+    def open(cls, data: DataConfig, model: ModelConfig) -> Source:
+        """The images, decoded once for all who ask: they never change, and it takes seconds."""
+        return cls._decode(model.image_size, model.channels, data.held_out)
+
+    @classmethod
+    @lru_cache(maxsize=2)
+    def _decode(cls, size: tuple[int, int], channels: int, held_out: float) -> Source:
+        path = str(files("dit_in_dit.data") / "emoji.zip")
+        model = ModelConfig(image_size=size, channels=channels, patch_size=1)
+        return cls(DataConfig(source=path, held_out=held_out), model)

@@ -1,0 +1,100 @@
+"""Sources of images: `open_source(data, model)` opens what `data.source` names, by the table SOURCES.
+
+To add a kind: a subclass of `data.source.Source`, and `dit_in_dit.register("source", NAME, CLASS)`. Then `data.source`
+takes NAME and NAME:REST.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from dit_in_dit.config.errors import LeftOutWarning, UserError, shortened
+from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.data.arrays import ArraySource
+from dit_in_dit.data.hub import HubSource
+from dit_in_dit.data.images import EmojiSource, ImageSource
+from dit_in_dit.data.latents import LatentSource
+from dit_in_dit.data.mosaic import MosaicSource
+from dit_in_dit.data.names import left_out
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.tars import TarSource
+
+SOURCES: dict[str, type[Source]] = {  # of several that recognise a place the last counts: one's own before ours
+    "image files": ImageSource,
+    "arrays": ArraySource,
+    "tar shards": TarSource,
+    "latents folder": LatentSource,
+    "hf": HubSource,
+    "mosaic": MosaicSource,
+    "emoji": EmojiSource,
+}
+
+
+def kind_of(source: str) -> type[Source]:
+    """The kind of a `data.source`: names come before what lies at a path.
+
+    Raises:
+        UserError: it is no name, and nothing is at the path.
+    """
+    for by_path in (False, True):
+        for name, kind in reversed(SOURCES.items()):
+            if kind.by_path is by_path and kind.recognises(source, name):
+                return kind
+    raise UserError(f"data.source: no such file or folder: {source}")
+
+
+def path_in(source: str) -> str:
+    """The path in a `data.source`: itself, or what follows a name and a colon; empty where it is a name alone."""
+    for name, kind in SOURCES.items():
+        if not kind.by_path and kind.recognises(source, name):
+            return source.removeprefix(name).removeprefix(":")
+    return source
+
+
+def open_source(data: DataConfig, model: ModelConfig) -> Source:
+    """The configured source at the model's size; UserError when it is missing, empty or does not fit.
+
+    What lies there and is not read is said by one LeftOutWarning.
+    """
+    source = kind_of(data.source).open(data, model)
+    check_classes(source, data.source, model)
+    notes = list(source.notes)
+    if source.skipped:
+        notes.append(left_out(len(source.skipped), source.skipped, "unreadable files"))
+    if notes:
+        warnings.warn(f"{shortened(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
+    return source
+
+
+def check_classes(source: Source, place: str, model: ModelConfig) -> None:
+    """UserError when the model has labels, and another number of classes than the source."""
+    if model.num_classes and len(source.classes) != model.num_classes:
+        raise UserError(
+            f"model.num_classes must be what the data has: got {model.num_classes}, {place} has {len(source.classes)}"
+        )
+
+
+def check_source(source: Source, place: str, model: ModelConfig) -> None:
+    """UserError when a source's classes or its first image are not what the model takes."""
+    check_classes(source, place, model)
+    image, shape = source.train(0)[0], (model.channels, *model.image_size)
+    if image.shape != shape or image.dtype != np.float32:
+        raise UserError(f"{place} must give float32 images {list(shape)}: got {image.dtype} {list(image.shape)}")
+
+
+def count_classes(data: DataConfig) -> int:
+    """Classes that the labels of arrays or of a dataset speak of; 0 where there are no labels, and for sources whose
+    folders or files say it when they are opened."""
+    return kind_of(data.source).count_classes(data)
+
+
+def size_of(path: Path) -> tuple[int, int, int]:
+    """Height, width and channels (1 or 3) that all images of a folder, .zip, .npz or .npy have.
+
+    Raises:
+        UserError: they differ, or the arrays are not pixels.
+    """
+    return kind_of(str(path)).size_of(path)

@@ -1,0 +1,113 @@
+"""Optimizers by name, and their state as tensors by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dit_in_dit.config.run import TrainConfig
+from dit_in_dit.training.distributed import everywhere, local, spread
+
+Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
+Named = Iterable[tuple[str, Tensor]]  # parameters by name
+PREFIX, NUMBER, GROUP = "optimizer.", "optimizer_number.", "optimizer_group."  # of names in a checkpoint
+
+
+def _fused(groups: Groups) -> bool:
+    """Whether the parameters' device has a fused step, which can skip itself without a wait for the device."""
+    return groups[0]["params"][0].device.type in ("cpu", "cuda")
+
+
+def adamw(groups: Groups, train: TrainConfig) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019): decoupled weight decay."""
+    return torch.optim.AdamW(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=_fused(groups))
+
+
+def adam(groups: Groups, train: TrainConfig) -> Optimizer:
+    """Adam (Kingma & Ba 2015): weight decay is added to the gradient."""
+    return torch.optim.Adam(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=_fused(groups))
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {"adamw": adamw, "adam": adam}
+
+
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether `step()` reads `found_inf` on the device, and does nothing where it is 1."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def is_trained(state: Iterable[str]) -> bool:
+    """Whether a checkpoint's tensors, by name, are those of a run that can continue: no weights alone."""
+    return any(name.startswith((PREFIX, "run.")) for name in state)
+
+
+def state_of(optimizer: Optimizer, parameters: Named) -> dict[str, Tensor]:
+    """All that the optimizer keeps, as tensors by name, sharded as the parameters are.
+
+    `optimizer.KEY.PARAMETER` is a tensor, `optimizer_number.KEY.PARAMETER` a number of Python's, and
+    `optimizer_group.GROUP.KEY` a number of a group of parameters that is not the optimizer's default.
+    """
+    tensors = {}
+    for name, parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{PREFIX}{key}.{name}"] = value
+            elif value is not None:
+                tensors[f"{NUMBER}{key}.{name}"] = _as_tensor(value)
+    for number, group in enumerate(optimizer.param_groups):
+        for key, default in optimizer.defaults.items():
+            if key != "lr" and type(group[key]) in (int, float) and group[key] != default:
+                tensors[f"{GROUP}{number}.{key}"] = _as_tensor(group[key])
+    return tensors
+
+
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
+
+
+def restore_state(optimizer: Optimizer, parameters: Named, state: Mapping[str, Tensor]) -> None:
+    """Give the optimizer what `state_of` read; copies."""
+    known = dict(parameters)
+    optimizer.state.clear()
+    for full in state:
+        kind, _, rest = full.partition(".")
+        first, _, name = rest.partition(".")
+        if f"{kind}." == PREFIX:
+            value = _placed(state[full], first, known[name], fused=is_fused(optimizer))
+            optimizer.state[known[name]][first] = value
+        elif f"{kind}." == NUMBER:
+            optimizer.state[known[name]][first] = state[full].item()
+        elif f"{kind}." == GROUP:
+            optimizer.param_groups[int(first)][name] = state[full].item()
+
+
+def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tensor:
+    """A copy of a value where PyTorch's optimizers have it: beside its parameter, but a count of steps on the CPU."""
+    if key != "step" and value.shape == parameter.shape:
+        return spread(value, parameter)
+    device = "cpu" if key == "step" and not fused else local(parameter).device
+    return everywhere(value.to(device, copy=True), parameter)
+
+
+def touched(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """Which numbers of a parameter the optimizer keeps something other than zero for: a gradient has reached them.
+
+    None where it keeps nothing of the parameter's shape.
+    """
+    kept = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
+    moments = [value != 0 for value in kept if value.shape == parameter.shape]
+    return torch.stack(moments).any(0) if moments else None
+
+
+def adam_direction(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+    """Adam's step over the learning rate, from the two moments; None for an optimizer that keeps others."""
+    state, betas = optimizer.state.get(parameter, {}), optimizer.param_groups[0].get("betas")
+    if not betas or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+        return None
+    step = float(state["step"])
+    first, second = state["exp_avg"] / (1 - betas[0] ** step), state["exp_avg_sq"] / (1 - betas[1] ** step)
+    return first / (second.sqrt() + 1e-8)

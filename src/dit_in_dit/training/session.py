@@ -1,0 +1,262 @@
+"""A run in progress: steps, checkpoints, evaluations and ways back, as facts."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, first_difference
+from dit_in_dit.data.run_data import check_unchanged
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
+from dit_in_dit.training.divergence import DivergedError
+from dit_in_dit.training.interrupt import Interrupted, Stop
+from dit_in_dit.training.step_log import StepLog, finite_or_name, is_finite
+from dit_in_dit.training.trainer import Trainer
+
+NAMED = 8  # examples named in the line of a skipped step
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that happened.
+
+    kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
+    part, learning rate), skipped (a step whose loss or gradient was not finite: its examples), rolled_back (to which
+    step, and why), held_out (denoising error by time), checkpoint (its path), unsaved (why one could not be written),
+    samples (due: draw with `model`, the averaged one; where the process leads), stopped (as it was asked to; the last).
+    """
+
+    kind: str
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+    model: NestedDiT | None = None
+
+
+class Session:
+    """The way of one run from the step it is at to step `last`, in every process of its world."""
+
+    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: dict[str, str]) -> None:
+        self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
+        self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
+        self.lines = StepLog(run, writes=self.world.leads, global_batch=self.config.global_batch)
+        self.batches: Iterator[Batch | str] = iter(())
+        self.saved = -1  # the last step that has a checkpoint
+
+    def restore(self, stored: RunConfig, *, steady: bool = False) -> tuple[str, ...]:
+        """Bring the trainer to the run's newest good (and steady) checkpoint, if it has one; the damaged ones that were
+        newer."""
+        trainer, run = self.trainer, self.run
+        if differing := first_difference(stored, self.config):
+            raise UserError(
+                f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
+            )
+        if not self.world.led(lambda: checkpoint.has_any(run)):
+            return ()
+        found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
+        if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
+            raise UserError(f"{self.data['place']} has other classes than when {run} was started")
+        _check_objects(trainer.objects, found.manifest.get("objects", {}), run)
+        noted = found.manifest.get("data")
+        self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
+        state = checkpoint.load_trained(found.folder)
+        trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
+        self.saved = trainer.step
+        return tuple(map(str, found.passed_over))
+
+    def facts(self) -> Iterator[Fact]:
+        """Until step `last`, or until somebody asks to stop."""
+        atexit.register(self._end_workers)  # where nobody drops this generator before Python ends
+        with self.lines.opened():
+            try:
+                yield from self._way()
+            finally:
+                self._end_workers()
+                atexit.unregister(self._end_workers)
+
+    def _way(self) -> Iterator[Fact]:
+        try:
+            yield from self._owed()
+            while self.trainer.step < self.last:
+                try:
+                    yield from self._steps()
+                except DivergedError as diverged:
+                    yield self._roll_back(diverged)
+        except Interrupted:
+            pass
+        if self.trainer.step < self.last or self.last < self.how.steps:
+            yield from self._stop()
+
+    def _end_workers(self) -> None:
+        batches, self.batches = self.batches, iter(())
+        end_workers(batches)
+
+    def _steps(self) -> Iterator[Fact]:
+        trainer, how = self.trainer, self.how
+        examples = Examples(trainer.source, self.config, self.world.rank, self.world.size)
+        first, last = ((step + trainer.divergence.shift) * examples.per_step for step in (trainer.step, self.last))
+        on_cuda = trainer.device.type == "cuda"
+        self.batches = iter(load(examples, first, last, self.config.data.workers, pin=on_cuda))
+        while trainer.step < self.last:
+            with self._waiting():
+                batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]
+            values = trainer.update(batches)
+            step = trainer.step
+            self.lines.add(step, values, trainer.each)
+            asked, flush = self.world.agree(self.stop.signal, self.lines.is_due())
+            if asked:
+                raise Interrupted
+            evaluate, draw = self._due(step)
+            save = _due(how.checkpoint_every, step, how.steps)
+            if evaluate or save or draw or flush:
+                yield from self._flush()
+            if evaluate:
+                yield self._evaluate()
+            if draw:
+                yield self._samples()
+            if save and (not trainer.divergence.streak or step == how.steps):  # nobody goes back into a streak
+                trainer.divergence.end_tries()
+                yield self._save(steady=True)
+            self.lines.start_clock()
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        """A wait that a signal cuts short, where no other process would be left waiting."""
+        return self.stop.waiting() if self.world.size == 1 else nullcontext()
+
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether the held-out error, and a picture, is due after this step."""
+        evaluate = _due(self.how.evaluate_every, step, self.how.steps) and self.trainer.held_out is not None
+        return evaluate, _due(self.how.sample_every, step, self.how.steps)
+
+    def _owed(self) -> Iterator[Fact]:
+        """What the restored step was to give, and did not come to."""
+        step = self.trainer.step
+        evaluate, draw = self._due(step) if step else (False, False)
+        line = {"step": step, "held_out": {}}
+        if evaluate and not self.world.led(lambda: self.lines.log.has(self.trainer.divergence.rolled_back, line)):
+            yield self._evaluate()
+        if draw:
+            yield self._samples()
+
+    def _flush(self) -> Iterator[Fact]:
+        """Read, log and tell the steps that wait on the device; DivergedError at the last of too many bad ones."""
+        steps, speed = self.lines.read()
+        divergence = self.trainer.divergence
+        for step, numbers, each in steps:
+            divergence.count(finite=is_finite(numbers))
+            if not divergence.streak:
+                self._note({"step": step, **numbers})
+                yield Fact("step", step, {**numbers, "images_per_second": speed})
+                continue
+            found = self._skipped(step, numbers, each)
+            self._note({"step": step, "skipped": True, "why": found})
+            yield Fact("skipped", step, found)
+            if divergence.streak > self.how.skip_most:
+                raise DivergedError(step, f"loss {found['loss']}, gradient norm {found['grad_norm']}")
+
+    def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
+        """What a skipped step saw: its examples, and those whose own loss was not finite, with their images."""
+        first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
+        bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
+        size = self.trainer.source.train_size
+        return {
+            "loss": str(numbers["loss"]),
+            "grad_norm": str(numbers["grad_norm"]),
+            "examples": [first, first + self.config.global_batch - 1],
+            "not_finite": bad,
+            "images": [image_number(self.config.seed, index, size) for index in bad],
+        }
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.lines.log.write(self.trainer.divergence.rolled_back, line)
+
+    def _evaluate(self) -> Fact:
+        with self._waiting():
+            errors = self.trainer.evaluate()
+        words = {t: {name: finite_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
+        self._note({"step": self.trainer.step, "held_out": words})
+        return Fact("held_out", self.trainer.step, errors)
+
+    def _samples(self) -> Fact:
+        model = self.trainer.averaged()
+        return Fact("samples", self.trainer.step, model=model if self.world.leads else None)
+
+    def _save(self, *, steady: bool = False) -> Fact:
+        """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up.
+        A steady one is a function of the config: not made because somebody stopped the run."""
+        trainer = self.trainer
+        state, ema = trainer.state(), trainer.averaged_state()
+
+        def write() -> Path:
+            config, classes, data, objects = self.config, trainer.source.classes, self.data, trainer.objects
+            return checkpoint.save(
+                self.run, config, trainer.step, state, ema, classes, steady=steady, data=data, objects=objects
+            )
+
+        try:
+            # No checkpoint without the lines before it; and where these cannot be kept, nobody gathers a part.
+            self.world.led(self.lines.log.lines.keep)
+            if trainer.sharded and not self.world.leads:
+                for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
+                    for name in checkpoint.order(tensors):
+                        tensors[name]
+            path = self.world.led(write)
+        except checkpoint.SaveError as error:
+            if trainer.step >= self.last:
+                raise
+            return Fact("unsaved", trainer.step, {"why": str(error)})
+        self.saved = trainer.step
+        return Fact("checkpoint", trainer.step, {"path": str(path)})
+
+    def _stop(self) -> Iterator[Fact]:
+        """Save where the run is, unless it has just gone astray: then what is saved already leads there again."""
+        try:
+            yield from self._flush()
+        except DivergedError:
+            pass
+        else:
+            self.last = self.trainer.step
+            if self.trainer.step not in (0, self.saved):
+                yield self._save()
+        yield Fact("stopped", self.trainer.step, {"signal": self.stop.signal})
+
+    def _roll_back(self, diverged: DivergedError) -> Fact:
+        """Go back to the last checkpoint, and on from there with the examples after those that led astray (as PaLM,
+        Chowdhery et al. 2022, section 5.1)."""
+        trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
+        has_checkpoint = partial(self.world.led, partial(checkpoint.has_any, self.run))
+        problem = before.check_way_back(diverged, self.how.on_divergence, has_checkpoint)
+        self.restore(self.config, steady=True)
+        trainer.divergence = before.after(step, trainer.step)
+        values = {"to": trainer.step, "shift": trainer.divergence.shift}
+        self.lines.log.write(before.rolled_back, {"step": step, "rollback": values})
+        self.lines.drop()
+        return Fact("rolled_back", step, {**values, "why": problem})
+
+
+def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path) -> None:
+    """UserError when another model or optimizer was given to train() than when the checkpoint was written."""
+    for name in ("model", "optimizer"):
+        if given.get(name) != noted.get(name):
+            before, now = (names.get(name, "the config's") for names in (noted, given))
+            raise UserError(f"{run} was trained with {name} {before}: give the same to train(), got {now}")
+
+
+def _whole(batch: Batch | str) -> Batch:
+    """The batch, or the UserError that a worker met: raised there, it would arrive as a traceback's text."""
+    if isinstance(batch, str):
+        raise UserError(batch)
+    return batch
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from dit_in_dit.cli.options import make_folder
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic, retention
+from dit_in_dit.runs.folder import create
 
 
 def test_a_folder_is_written_beside_under_a_name_that_nobody_has(tmp_path):
@@ -96,8 +97,8 @@ def test_a_run_keeps_what_it_did_not_write(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("the user's")
     make_folder(tmp_path)
-    checkpoint.create(tmp_path, RunConfig())
-    checkpoint.clear(tmp_path)
+    create(tmp_path, RunConfig())
+    retention.clear(tmp_path)
     assert (tmp_path / ".part").exists()
     assert (tmp_path / "config.yaml.part").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine.part"]

@@ -31,6 +31,7 @@ from dit_in_dit.data.source import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_contribution, watch_heads
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
 from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.training.batches import held_out
 
@@ -434,7 +435,7 @@ def run_command(*arguments: str) -> None:
 
 def saved(run: Path, config: RunConfig) -> Path:
     """A run folder with one checkpoint of a model that draws something."""
-    checkpoint.create(run, config)
+    create(run, config)
     state = perturbed(NestedDiT(config.model)).state_dict()
     names = open_source(config.data, config.model).classes
     checkpoint.save(run, config, 3, {f"model.{name}": value for name, value in state.items()}, state, names)

@@ -27,7 +27,7 @@ from dit_in_dit.config.run import (
     override,
     to_yaml,
 )
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, match_arms, parameters, twin
 from dit_in_dit.study.plan import StudyConfig

@@ -18,7 +18,7 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, to_yaml
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan

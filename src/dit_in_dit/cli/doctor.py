@@ -28,13 +28,13 @@ def add(commands: Commands) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     from dit_in_dit.doctor.examine import draw, examine
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
 
     run: Path | None = options.run_folder
     if run and (options.preset or options.config or options.set):
         raise UserError("RUN has its own config: leave out --preset, --config and --set, or leave out RUN")
-    config = checkpoint.read_config(run) if run else chosen(options)
+    config = read_config(run) if run else chosen(options)
     if options.out:
         make_folder(options.out)
     report = examine(config, pick_device(options.device), run)

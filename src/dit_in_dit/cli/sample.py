@@ -63,13 +63,15 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from dit_in_dit.data.encode import decoder
-    from dit_in_dit.runs import checkpoint, shards
+    from dit_in_dit.runs import shards
+    from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.sampling.numbered import protocol, sample_batches
 
     device = pick_device(options.device)
-    model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
-    config, classes = sampling(options, config, manifest["classes"])
+    saved = Checkpoint.open(options.run_folder)
+    model = saved.model(device, averaged=not options.raw)
+    config, classes = sampling(options, saved.config, saved.classes)
     decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
     out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
@@ -83,13 +85,12 @@ def _sample(options: argparse.Namespace) -> None:
         # Asked again: another process may have begun meanwhile, and it says what it draws before it draws.
         if foreign and not (out / IDENTITY).exists():
             raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
-    names = [manifest["classes"][c] for c in classes] or "all in turn"
+    names = [saved.classes[c] for c in classes] or "all in turn"
     labels = names if config.model.num_classes else "none"
-    weights = manifest["sha256"][checkpoint.STATE if options.raw else checkpoint.AVERAGED]
     identity = {
-        "step": manifest["step"],
-        "config": manifest["config"],
-        "checkpoint": weights,
+        "step": saved.step,
+        "config": saved.manifest["config"],
+        "checkpoint": saved.sha256(averaged=not options.raw),
         "samples": protocol(config, labels=labels, averaged=not options.raw, seed=options.seed),
         "micro_batch": config.sample.micro_batch,
         "made on": _made_on(device),

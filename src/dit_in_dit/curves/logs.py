@@ -20,7 +20,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys
 from dit_in_dit.config.strict_json import parse_lines
 from dit_in_dit.inspection import cost
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.jsonl import MOST_STEP, check_lines, is_log_line
 
 Floats = NDArray[np.floating[Any]]

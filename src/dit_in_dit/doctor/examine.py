@@ -21,7 +21,7 @@ from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS, figure, save
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import Batch, Examples
@@ -96,27 +96,26 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     count = max(data_checks.CHUNK, min(EXAMPLES, data_checks.MOST_NUMBERS // numbers))
     examples = take(Examples(source, config), 0, count)
     start = _losses(trainer, Batch(*(part[: data_checks.forward_budget(config, device)] for part in examples)))
-    trained = run is not None and checkpoint.has_any(run)
+    trained = run is not None and has_any(run)
     if run is not None and trained:
-        folder, manifest, passed_over = checkpoint.newest(run)
-        checkpoint.warn(passed_over)
+        saved = Checkpoint.open(run)
         try:
-            _restore(trainer, folder, manifest["step"])
+            _restore(trainer, saved)
         except (RuntimeError, KeyError):
-            raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
+            raise saved.misfit() from None
     held = _held_out(source, config, max(data_checks.CHUNK, min(HELD_OUT, data_checks.MOST_NUMBERS // numbers)))
     return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
 
 
-def _restore(trainer: Trainer, folder: Path, step: int) -> None:
+def _restore(trainer: Trainer, saved: Checkpoint) -> None:
     """A checkpoint's state; of a run that holds weights alone (exported or imported), its averaged weights."""
-    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, checkpoint.AVERAGED)
+    state = saved.state()
     if any(name.startswith("optimizer.") for name in state):
-        trainer.restore(state, averaged, step)
+        trainer.restore(state, saved.averaged(), saved.step)
         return
     for model in (trainer.model, trainer.ema.model):
-        model.load_state_dict(averaged)
-    trainer.step = step
+        model.load_state_dict(saved.weights())
+    trainer.step = saved.step
 
 
 @torch.no_grad()

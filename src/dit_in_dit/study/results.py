@@ -15,7 +15,7 @@ from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.curves.convergence import check_comparable
 from dit_in_dit.curves.logs import Arm as CurveArm
 from dit_in_dit.curves.logs import Curve, last_step, read_run
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.precision import FULL, before_it_was_named
 from dit_in_dit.study.metrics import direction, grouped, ranked

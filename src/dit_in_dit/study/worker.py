@@ -25,7 +25,9 @@ from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import settled
 from dit_in_dit.sampling.numbered import label, sample
@@ -113,7 +115,7 @@ def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[
     atomic.write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
     seed = plan.study.seeds[0]
     if (run / "config.yaml").exists():
-        return describe(changes), seed, checkpoint.read_config(run)
+        return describe(changes), seed, read_config(run)
     return describe(changes), seed, replace(_chosen(plan, changes, device), seed=seed)
 
 
@@ -185,7 +187,7 @@ def _follow(
     plan: Plan, board: Board, claim: Claim, run: Path, first: Fact, facts: Iterator[Fact]
 ) -> Generator[Event, None, bool]:
     """Tell the board how the training goes; whether it was pruned."""
-    steps = checkpoint.read_config(run).train.steps
+    steps = read_config(run).train.steps
     claim.step = claim.saved = first.step
     for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
         if step <= first.step:
@@ -221,8 +223,9 @@ def _held_out(run: Path) -> dict[str, float]:
 
 def _draw(run: Path, device: torch.device) -> None:
     """Samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
-    model, config, _ = checkpoint.load_model(run, device)
-    images = to_pixels(sample(model, config, DRAWN))
+    saved = Checkpoint.open(run)
+    config = saved.config
+    images = to_pixels(sample(saved.model(device), config, DRAWN))
     labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     with atomic.file(run / "drawn.npz") as file:
         np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))

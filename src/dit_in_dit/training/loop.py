@@ -20,7 +20,9 @@ from dit_in_dit.data.source import open_source
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create, hold, read_config
 from dit_in_dit.runs.jsonl import Clock, Log
+from dit_in_dit.runs.tensors import order
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, settled
 from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
@@ -89,8 +91,8 @@ def train(
         trainer = Trainer(config, source, place, world, fresh=not resumed)
         with world.watched():
             if not resume:
-                world.led(lambda: checkpoint.create(run, config))
-            stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
+                world.led(lambda: create(run, config))
+            stored = world.led(lambda: read_config(run))  # first: where no run is, there is nothing to hold
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
                 course = _Course(trainer, run, stop or Stop(), last, noting)
@@ -105,9 +107,9 @@ def train(
 
 @contextmanager
 def _held(run: Path, world: World) -> Iterator[None]:
-    """`checkpoint.hold` by the process that leads; its error is raised in all."""
+    """`hold` by the process that leads; its error is raised in all."""
     with ExitStack() as stack:
-        world.led(lambda: stack.enter_context(checkpoint.hold(run)))
+        world.led(lambda: stack.enter_context(hold(run)))
         yield
 
 
@@ -146,8 +148,7 @@ class _Course:
             raise UserError(f"{self.data['place']} has other classes than when {run} was started")
         noted = found.manifest.get("data")
         self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
-        state = checkpoint.load_trained(found.folder)
-        trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
+        trainer.restore(found.trained(), found.averaged(), found.step)
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 
@@ -287,7 +288,7 @@ class _Course:
             self.world.led(self.log.lines.keep)
             if trainer.sharded and not self.world.leads:
                 for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
-                    for name in checkpoint.order(tensors):
+                    for name in order(tensors):
                         tensors[name]
             path = self.world.led(write)
         except checkpoint.SaveError as error:

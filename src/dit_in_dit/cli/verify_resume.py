@@ -68,12 +68,11 @@ def _train(arguments: list[str]) -> None:
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
     """SHA-256 in both runs by what was hashed: weights and moments, averaged weights, the log."""
-    import hashlib
-
     from dit_in_dit.runs.checkpoint import newest
+    from dit_in_dit.runs.integrity import file_sha256
 
     found = []
     for run in (one, other):
         hashes = dict(newest(run).manifest["sha256"])
-        found.append(hashes | {"log.jsonl": hashlib.sha256((run / "log.jsonl").read_bytes()).hexdigest()})
+        found.append(hashes | {"log.jsonl": file_sha256(run / "log.jsonl")})
     return {name: (found[0][name], found[1].get(name, "missing")) for name in sorted(found[0])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -189,7 +190,7 @@ class ImageSource:
         self.files = images or ImageFiles(path, model.num_classes)
         self.names, self.notes = self.files.names, self.files.notes
         self.skipped: list[str] = []
-        in_memory = len(self.names) * model.channels * model.image_size[0] * model.image_size[1] <= IN_MEMORY
+        in_memory = len(self.names) * math.prod(model.image_shape) <= IN_MEMORY
         self._pixels: list[NDArray[np.uint8]] | None = None
         self.classes, self._labels, self.families = self.files.about(self.names)
         if in_memory or data.corrupt == "skip":

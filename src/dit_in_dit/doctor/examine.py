@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     source = open_source_of(run, config) if run else open_source(config.data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
-    numbers = config.model.channels * config.model.image_size[0] * config.model.image_size[1]
+    numbers = math.prod(config.model.image_shape)
     count = max(data_checks.CHUNK, min(EXAMPLES, data_checks.MOST_NUMBERS // numbers))
     examples = take(Examples(source, config), 0, count)
     start = _losses(trainer, Batch(*(part[: data_checks.forward_budget(config, device)] for part in examples)))

@@ -8,7 +8,6 @@ The weights keep their type and every bit; a model that is made of them computes
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from dit_in_dit.interop.official_checkpoint import read_checkpoint
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
 from dit_in_dit.runs.folder import create, read_config
+from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runs.tensors import check_weights
 
 ORIGIN = "origin.json"
@@ -63,7 +63,7 @@ def import_run(
         origin = {"format": "diffusers", "name": what, "config": theirs}
     else:
         found = read_checkpoint(source, kind)
-        origin = {"format": "official", "name": what, "sha256": _sha256(source)}
+        origin = {"format": "official", "name": what, "sha256": file_sha256(source)}
     found = replace(found, heads=heads or found.heads, classes=classes or found.classes)
     found = official.with_null_class(found, what)
     model = official.model_of(found, what)
@@ -95,11 +95,6 @@ def _settled(config: RunConfig, settings: Sequence[str], *, null_class: bool) ->
         if name == "train.label_drop" and not null_class:
             raise UserError(f"--set {name}: the weights have no null class, and guidance=1 is all that they allow")
     return override(config, settings)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.strict_json import has_form, read_json
+from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import beside, grid
-from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.precision import before_it_was_named
 
 SHOWN = 64
@@ -156,7 +155,7 @@ def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any]
     """
     results = [read(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
-        if field := first_difference(results[0]["protocol"], result["protocol"]):
+        if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
                 f"{paths[0]} and {path} cannot stand in one table, their protocols differ in {field}; "
                 "evaluate them alike"

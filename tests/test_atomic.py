@@ -84,12 +84,16 @@ def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
     assert modes == {"out": folder, "in": folder, "a.safetensors": file, "b": file, "c": file}
 
 
-def test_every_file_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+def test_files_and_folders_are_on_the_disk_before_and_after_they_have_their_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (done.append("rename"), rename(path, target)))
     with atomic.folder(tmp_path / "out") as beside:
-        (beside / "a").write_text("new")
-    assert synced == [(tmp_path / "out" / "a").stat().st_ino]
+        (beside / "in").mkdir()
+        (beside / "in" / "a").write_text("new")
+    number = {name: (tmp_path / name).stat().st_ino for name in ("", "out", "out/in", "out/in/a")}
+    assert set(done[:3]) == {number[name] for name in ("out", "out/in", "out/in/a")}
+    assert done[3:] == ["rename", number[""]]
 
 
 def test_a_run_keeps_what_it_did_not_write(tmp_path):

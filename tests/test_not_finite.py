@@ -169,7 +169,7 @@ def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config as a file; arms whose learning rate is 1e-4 diverge."""
-    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
     evaluate = Trainer.evaluate
 
     def diverging(self: Trainer) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _doctor(options: argparse.Namespace) -> None:
     else:
         _show(report)
     if options.out:
-        (options.out / "doctor.json").write_text(report.to_json())
+        atomic.write(options.out / "doctor.json", report.to_json())
         draw(report, options.out / "doctor.png")
     if any(finding.severity == "fault" for finding in report.findings):
         sys.exit(1)

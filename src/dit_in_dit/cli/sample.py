@@ -149,14 +149,12 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.reporting.images import check_finite, picture, to_pixels
+    from dit_in_dit.reporting.images import check_finite, picture, to_pixels, to_png
 
     check_finite(image[None])
-    content = io.BytesIO()
-    if latents:
-        np.save(content, image.numpy())
-    else:
-        picture(to_pixels(image[None])[0]).save(content, "png")
+    if not latents:
+        return to_png(picture(to_pixels(image[None])[0]))
+    np.save(content := io.BytesIO(), image.numpy())
     return content.getvalue()
 
 
@@ -165,7 +163,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.reporting.images import grid, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels, to_png
 
     if latents:
         images = np.stack([_read(path) for path in paths])
@@ -174,8 +172,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
         shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
     else:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
-    with atomic.file(out / "grid.png") as file:
-        grid(shown).save(file, "png")
+    atomic.write(out / "grid.png", to_png(grid(shown)))
     atomic.clear(out, {path.name for path in paths})  # of no others: another process may draw more
 
 

@@ -171,7 +171,7 @@ def _devices(values: dict[str, Any]) -> str:
 
 def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
     """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
-    from dit_in_dit.reporting.images import grid, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels, to_png
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
 
@@ -187,8 +187,7 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
             print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
             return
         path.parent.mkdir(exist_ok=True)
-        with atomic.file(path) as file:
-            grid(pixels).save(file, "png")
+        atomic.write(path, to_png(grid(pixels)))
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
@@ -220,7 +219,7 @@ def _end(fact: Fact, console: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     """Train (or go on, or find done), sample, and put the samples beside real images."""
-    from dit_in_dit.reporting.images import beside, grid, to_pixels
+    from dit_in_dit.reporting.images import beside, grid, to_pixels, to_png
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
@@ -237,10 +236,11 @@ def _demo(options: argparse.Namespace) -> None:
     model, config = saved.model(pick_device(options.device)), saved.config
     print("drawing samples ...", file=sys.stderr)
     drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))
-    drawn.save(out / "samples.png")
+    atomic.write(out / "samples.png", to_png(drawn))
     real = grid(_real(config, DEMO_IMAGES))
-    real.save(out / "real.png")
-    beside({"drawn by the model": drawn, "real training images": real}).save(out / "samples-beside-real.png")
+    atomic.write(out / "real.png", to_png(real))
+    both = beside({"drawn by the model": drawn, "real training images": real})
+    atomic.write(out / "samples-beside-real.png", to_png(both))
     print("\nThe pictures:")
     for name, what in (
         ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),

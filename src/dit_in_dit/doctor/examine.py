@@ -21,7 +21,8 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
 from dit_in_dit.inspection import cost
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
 from dit_in_dit.runtime.seeding import generator
@@ -189,7 +190,7 @@ def draw(report: Report, path: Path) -> None:
         if not axis.has_data():
             axis.text(0.5, 0.5, "not examined", ha="center", va="center", transform=axis.transAxes, color="grey")
             axis.set(xticks=[], yticks=[])
-    save(made, path)
+    atomic.write(path, to_png(made))
 
 
 def _draw_histogram(axis: Any, section: Section) -> None:

@@ -13,7 +13,8 @@ from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import beside, grid
+from dit_in_dit.reporting.images import beside, grid, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import before_it_was_named
 
 SHOWN = 64
@@ -27,7 +28,7 @@ def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
     samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
     step = max(1, len(evaluation.real) // SHOWN)
     pictures = {"evaluated": grid(evaluation.images[:SHOWN]), "real images": grid(evaluation.real[::step][:SHOWN])}
-    beside(pictures).save(samples)
+    atomic.write(samples, to_png(beside(pictures)))
     draw_nearest(evaluation, nearest)
     draw_metrics(evaluation, metrics)
     return [
@@ -46,7 +47,7 @@ def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
         mine, theirs = evaluation.nearest[part], evaluation.nearest_real[part]
         blank = np.full((columns - len(mine), *mine.shape[1:]), 255, np.uint8)
         rows += [mine, blank, theirs, blank]
-    grid(np.concatenate(rows), columns).save(path)
+    atomic.write(path, to_png(grid(np.concatenate(rows), columns)))
 
 
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
@@ -61,7 +62,7 @@ def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
     _draw_neighbours(axes[1, 1], evaluation)
     made.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
-    plots.save(made, path)
+    atomic.write(path, plots.to_png(made))
 
 
 def _periods(result: dict[str, Any]) -> tuple[int, ...]:
@@ -194,4 +195,4 @@ def draw_compared(
         axis.tick_params(axis="x", labelsize=6)
         axis.locator_params(axis="x", nbins=4)
     made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
-    plots.save(made, path)
+    atomic.write(path, plots.to_png(made))

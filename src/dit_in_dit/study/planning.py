@@ -23,7 +23,7 @@ from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.device import settled
-from dit_in_dit.study.match import match_arms
+from dit_in_dit.study.arms import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
 

@@ -31,8 +31,8 @@ from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import settled
 from dit_in_dit.sampling.numbered import label, sample
-from dit_in_dit.study.match import match
-from dit_in_dit.study.plan import Plan, budgeted, configure, describe
+from dit_in_dit.study.arms import budgeted, describe, matched
+from dit_in_dit.study.plan import Plan
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.result import Result, read_result
@@ -75,7 +75,7 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator
                 return
             else:  # others have what is left, or had it
                 yield Event("waiting", text=f"for {board.counts()['running']} trials that others have")
-                time.sleep(min(1.0, board.lease / BEATS))
+                _pause(board)
     finally:
         torch.set_num_threads(before)
 
@@ -106,6 +106,11 @@ def _try(
         yield Event("lost", claim.key)
 
 
+def _pause(board: Board) -> None:
+    """Leave other workers some time: as long as between two signs of their life, a second at most."""
+    time.sleep(min(1.0, board.lease / BEATS))
+
+
 def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
     """Arm, seed and config of a trial; of a search, they follow from what its sampler chose."""
     if not plan.study.search:
@@ -122,15 +127,11 @@ def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[
 def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunConfig:
     """The config that a sampler's choice makes, of the control's cost and within the budget; UserError without one."""
     study, threads = plan.study, plan.study.threads
-    config = configure(study, changes)
-    if study.match != "none":
-        like, fixed = plan.control.config, {*study.set, *changes}
-        found = match(config, like, study.match, tolerance=study.tolerance, fixed=fixed, device=device, threads=threads)
-        config = replace(config, model=found.model)
+    config, _ = matched(study, changes, plan.control.config, device, threads)
     seconds = None
     if "seconds" in study.budget:
         seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return settled(budgeted(study, config, {**study.set, **changes}, seconds), device)
+    return settled(budgeted(study, config, changes, seconds), device)
 
 
 def _train_and_measure(
@@ -178,7 +179,7 @@ def _train(
             except BusyError as busy:
                 claim.check()
                 yield Event("waiting", claim.key, text=str(busy))
-                time.sleep(min(1.0, board.lease / BEATS))
+                _pause(board)
                 continue
             return (yield from _follow(plan, board, claim, run, first, facts))
 

@@ -135,6 +135,27 @@ def test_trained_weights_are_loaded_without_the_moments(run_config, tmp_path, mo
     assert set(read) == set(weights)
 
 
+def test_an_opened_checkpoint_names_its_weights_and_warns_of_damaged_newer_ones(run_config, tmp_path):
+    model, run = NestedDiT(run_config.model), tmp_path / "run"
+    averaged = model.state_dict()
+    trained = {name: tensor + 1 for name, tensor in averaged.items()}
+    create(run, run_config)
+    for step in (3, 4):
+        checkpoint.save(run, run_config, step, {f"model.{k}": v for k, v in trained.items()}, averaged, ("a", "b"))
+    flip(run / "checkpoints/0000004/ema.safetensors")
+    with pytest.warns(
+        integrity.DamagedWarning, match=r"passed over: .*0000004/ema\.safetensors is not what was written"
+    ):
+        saved = Checkpoint.open(run)
+    assert (saved.step, saved.classes, saved.config) == (3, ("a", "b"), run_config)
+    for kind, weights, file in ((True, averaged, checkpoint.AVERAGED), (False, trained, checkpoint.STATE)):
+        assert saved.sha256(averaged=kind) == integrity.file_sha256(saved.folder / file)
+        given = saved.model(torch.device("cpu"), averaged=kind)
+        assert not given.training
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in given.state_dict().items())
+        assert saved.weights(averaged=kind).keys() == weights.keys()
+
+
 @pytest.mark.parametrize("data", [5, None, [], {}, {"digest": "a"}, {"digest": 5, "place": "b"}])
 def test_a_manifest_that_notes_data_of_another_form_is_damaged(tmp_path, data):
     folder = save(tmp_path, 10)

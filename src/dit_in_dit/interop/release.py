@@ -58,7 +58,7 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         picture=PICTURE if (run / PICTURE).exists() else None,
         use=_use(name, config),
     )
-    (run / "README.md").write_text(text)
+    atomic.write(run / "README.md", text)
 
 
 def _use(name: str, config: RunConfig) -> str:

@@ -22,6 +22,7 @@ from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.pixels import Pixels, score
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import beside, grid, to_pixels
+from dit_in_dit.runs import atomic
 
 STRENGTHS = {
     "blur": (0, 0.5, 0.8, 1.2, 2.0),
@@ -77,7 +78,7 @@ def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.set(title=name, xlabel=UNITS[name])
         axis.grid(visible=False)
     made.suptitle("size of each metric, as a multiple of real against real")
-    plots.save(made, path)
+    atomic.write(path, plots.to_png(made))
 
 
 if __name__ == "__main__":

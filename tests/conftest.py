@@ -62,7 +62,7 @@ def perturbed(model: NestedDiT, seed: int = 0) -> NestedDiT:
 def inputs(model: ModelConfig, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Seeded x, t, y for a model; the first label is the null class."""
     draw = torch.Generator().manual_seed(7)
-    x = torch.randn(batch, model.channels, *model.image_size, generator=draw)
+    x = torch.randn(batch, *model.image_shape, generator=draw)
     y = torch.arange(batch) % (model.num_classes + 1) if model.num_classes else None
     return x, torch.rand(batch, generator=draw), y
 

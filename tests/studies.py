@@ -11,7 +11,8 @@ import numpy as np
 
 from dit_in_dit.config.run import RunConfig, to_yaml
 from dit_in_dit.inspection import cost
-from dit_in_dit.study.plan import Arm, Plan, StudyConfig, Trial, candidates, configure
+from dit_in_dit.study.arms import budgeted, candidates, configure
+from dit_in_dit.study.plan import Arm, Plan, StudyConfig, Trial
 from dit_in_dit.study.result import Result
 
 Metrics = Callable[[str, int], dict[str, float]]
@@ -23,7 +24,7 @@ def plan_of(study: StudyConfig, name: str = "planted", *, timed: bool = True) ->
     counted: dict[str, tuple[RunConfig, dict[str, float]]] = {}
     found = candidates(study)
     for arm, (changes, _) in found.items():
-        config = configure(study, changes)
+        config = budgeted(study, configure(study, changes), changes)
         macs = cost.macs(config.model)["total"]
         parameters = {"macs": float(macs), "params": 1.5e6 + len(counted)}
         counted[arm] = config, {**parameters, "time": macs / 1e9} if timed else parameters

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import dit_in_dit
 from dit_in_dit.cli.options import make_folder
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic, retention
+from dit_in_dit.runs.folder import create
+
+ROOT = Path(dit_in_dit.__file__).parent
 
 
 def test_a_folder_is_written_beside_under_a_name_that_nobody_has(tmp_path):
@@ -83,12 +88,26 @@ def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
     assert modes == {"out": folder, "in": folder, "a.safetensors": file, "b": file, "c": file}
 
 
-def test_every_file_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    synced, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+def test_files_and_folders_are_on_the_disk_before_and_after_they_have_their_name(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (done.append("rename"), rename(path, target)))
     with atomic.folder(tmp_path / "out") as beside:
-        (beside / "a").write_text("new")
-    assert synced == [(tmp_path / "out" / "a").stat().st_ino]
+        (beside / "in").mkdir()
+        (beside / "in" / "a").write_text("new")
+    number = {name: (tmp_path / name).stat().st_ino for name in ("", "out", "out/in", "out/in/a")}
+    assert set(done[:3]) == {number[name] for name in ("out", "out/in", "out/in/a")}
+    assert done[3:] == ["rename", number[""]]
+
+
+def test_reports_and_pictures_are_written_atomically():
+    """Whoever opens one while it is written again sees the former one whole. Folders of an export are whole anyway."""
+    plainly = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if re.search(r"\.write_(text|bytes)\(|\.savefig\((?!drawn)", path.read_text())
+    }
+    assert {name for name in plainly if not name.startswith("interop/")} == {"cli/match.py"}  # may be given a pipe
 
 
 def test_a_run_keeps_what_it_did_not_write(tmp_path):
@@ -96,8 +115,8 @@ def test_a_run_keeps_what_it_did_not_write(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("the user's")
     make_folder(tmp_path)
-    checkpoint.create(tmp_path, RunConfig())
-    checkpoint.clear(tmp_path)
+    create(tmp_path, RunConfig())
+    retention.clear(tmp_path)
     assert (tmp_path / ".part").exists()
     assert (tmp_path / "config.yaml.part").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine.part"]

@@ -19,7 +19,10 @@ from conftest import with_train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, override, to_yaml
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs import checkpoint, integrity
+from dit_in_dit.runs import checkpoint, integrity, retention
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import create, hold
+from dit_in_dit.runs.tensors import Stored, load_tensors, serialize
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
 
@@ -58,7 +61,7 @@ def test_tensors_are_written_as_the_library_of_the_format_writes_them():
     tensors |= {"none": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": torch.randn(3, 4, generator=draw)}
     expected = safetensors.torch.save(tensors)
     tensors["turned"] = tensors["turned"].t().contiguous().t()  # the same values, laid out otherwise
-    assert b"".join(bytes(part) for part in checkpoint._safetensors(tensors)) == expected
+    assert b"".join(bytes(part) for part in serialize(tensors)) == expected
 
 
 def test_a_saved_checkpoint_is_read_back(tmp_path):
@@ -68,7 +71,7 @@ def test_a_saved_checkpoint_is_read_back(tmp_path):
     assert found.passed_over == ()
     assert (found.manifest["step"], found.manifest["classes"]) == (12, ["a", "b"])
     for file in ("state.safetensors", "ema.safetensors"):
-        loaded = checkpoint.load_state(folder, file)
+        loaded = load_tensors(folder / file)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
@@ -101,7 +104,7 @@ def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path, damaged):
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(tmp_path):
-    for attempt in (lambda: save(tmp_path, 20), lambda: checkpoint.hold(tmp_path).__enter__()):
+    for attempt in (lambda: save(tmp_path, 20), lambda: hold(tmp_path).__enter__()):
         (tmp_path / "checkpoints/0000010.part").mkdir(parents=True)
         (tmp_path / "checkpoints/0000010.part/state.safetensors").write_bytes(b"half")
         attempt()
@@ -114,9 +117,9 @@ def test_what_a_killed_deletion_left_is_cleared(tmp_path, monkeypatch, name):
     going = going.rename(going.with_name(name))
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", lambda folder: None)  # killed before the first file goes
-        checkpoint._drop(going)
+        retention._drop(going)
     assert names(tmp_path) == [f"{name}.gone.part"]
-    checkpoint.clear(tmp_path)
+    retention.clear(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -124,12 +127,33 @@ def test_trained_weights_are_loaded_without_the_moments(run_config, tmp_path, mo
     model, read = NestedDiT(run_config.model), list[str]()
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     moments = {f"optimizer.{name}": tensor for name, tensor in weights.items()}
-    checkpoint.create(tmp_path / "run", run_config)
+    create(tmp_path / "run", run_config)
     checkpoint.save(tmp_path / "run", run_config, 1, {**weights, **moments}, model.state_dict(), ())
-    whole = checkpoint.Stored.__getitem__
-    monkeypatch.setattr(checkpoint.Stored, "__getitem__", lambda self, name: read.append(name) or whole(self, name))
-    checkpoint.load_model(tmp_path / "run", torch.device("cpu"), ema=False)
+    whole = Stored.__getitem__
+    monkeypatch.setattr(Stored, "__getitem__", lambda self, name: read.append(name) or whole(self, name))
+    Checkpoint.open(tmp_path / "run").model(torch.device("cpu"), averaged=False)
     assert set(read) == set(weights)
+
+
+def test_an_opened_checkpoint_names_its_weights_and_warns_of_damaged_newer_ones(run_config, tmp_path):
+    model, run = NestedDiT(run_config.model), tmp_path / "run"
+    averaged = model.state_dict()
+    trained = {name: tensor + 1 for name, tensor in averaged.items()}
+    create(run, run_config)
+    for step in (3, 4):
+        checkpoint.save(run, run_config, step, {f"model.{k}": v for k, v in trained.items()}, averaged, ("a", "b"))
+    flip(run / "checkpoints/0000004/ema.safetensors")
+    with pytest.warns(
+        integrity.DamagedWarning, match=r"passed over: .*0000004/ema\.safetensors is not what was written"
+    ):
+        saved = Checkpoint.open(run)
+    assert (saved.step, saved.classes, saved.config) == (3, ("a", "b"), run_config)
+    for kind, weights, file in ((True, averaged, checkpoint.AVERAGED), (False, trained, checkpoint.STATE)):
+        assert saved.sha256(averaged=kind) == integrity.file_sha256(saved.folder / file)
+        given = saved.model(torch.device("cpu"), averaged=kind)
+        assert not given.training
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in given.state_dict().items())
+        assert saved.weights(averaged=kind).keys() == weights.keys()
 
 
 @pytest.mark.parametrize("data", [5, None, [], {}, {"digest": "a"}, {"digest": 5, "place": "b"}])
@@ -166,7 +190,8 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
     monkeypatch.setattr(os, "fsync", noted("sync", fsync, place))
     monkeypatch.setattr(Path, "rename", noted("rename", rename))
     monkeypatch.setattr(integrity, "write", noted("write", write))
-    monkeypatch.setattr(checkpoint, "verify", noted("verify", verify))
+    for module in (checkpoint, retention):
+        monkeypatch.setattr(module, "verify", noted("verify", verify))
     save(tmp_path, 30)
     part, files = "checkpoints/0000030.part", ("state.safetensors", "ema.safetensors", "manifest.json")
     written = [(word, f"{part}/{file}") for file in files for word in ("write", "sync")]
@@ -188,7 +213,7 @@ def test_replacing_a_checkpoint_leaves_no_moment_without_a_good_one(tmp_path, mo
     seen = []
 
     def look():
-        seen.append(float(checkpoint.load_state(checkpoint.newest(tmp_path).folder)["value"][1]))
+        seen.append(float(load_tensors(checkpoint.newest(tmp_path).folder / checkpoint.STATE)["value"][1]))
 
     def watched(function):
         def call(*arguments, **keys):

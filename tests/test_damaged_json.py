@@ -18,7 +18,7 @@ from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop import diffusers_files
 from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.metrics import report
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.jsonl import Lines
 from dit_in_dit.runs.shards import claim
 from dit_in_dit.study.plan import StudyConfig, read_plan

@@ -23,6 +23,8 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.tensors import Stored, load_tensors, order, serialize
 from dit_in_dit.runtime.deterministic import deterministic
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.training import distributed, loop, step_log
@@ -203,7 +205,8 @@ def test_no_float64_reaches_a_device(run_config, tmp_path, monkeypatch, without_
     how = replace(run_config.sample, sampler=samplers[0], steps=4)
     config = replace(run_config, diffusion=DiffusionConfig(path=path, time="uniform"), sample=how)
     list(train(config, tmp_path / "run", device="cpu"))
-    model, config, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    saved = Checkpoint.open(tmp_path / "run")
+    model, config = saved.model(torch.device("cpu")), saved.config
     for sampler in samplers:
         sample(model, replace(config, sample=replace(how, sampler=sampler)), 2)
     examine(config, torch.device("cpu"), tmp_path / "run")
@@ -266,7 +269,7 @@ def test_a_diverged_run_stops_as_promised_though_an_evaluation_is_due(run_config
 def test_a_file_of_a_checkpoint_is_read_a_tensor_at_a_time(run_config, tmp_path):
     list(train(run_config, tmp_path / "run", device="cpu"))
     folder = checkpoint.newest(tmp_path / "run").folder
-    stored, whole = checkpoint.Stored(folder / checkpoint.STATE), checkpoint.load_state(folder)
+    stored, whole = Stored(folder / checkpoint.STATE), load_tensors(folder / checkpoint.STATE)
     assert set(stored) == set(whole)
     assert all(torch.equal(stored[name], tensor) for name, tensor in whole.items())
     with pytest.raises(KeyError):
@@ -289,10 +292,10 @@ def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     gathered, written = [], []
     monkeypatch.setattr(distributed, "whole", lambda tensor: gathered.append(len(written)) or tensor)
     state = Whole({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
-    for part in checkpoint._safetensors(state):
+    for part in serialize(state):
         written.append(part)
     assert gathered == [2, 3, 4]  # after the header's two parts each is gathered when its turn has come
-    assert checkpoint.order(state) == ["weight0", "weight1", "weight2"]
+    assert order(state) == ["weight0", "weight1", "weight2"]
     assert len(gathered) == 3
 
 
@@ -303,7 +306,7 @@ def test_processes_do_not_wait_for_a_save_that_the_disk_refused(tmp_path, run_co
     with pytest.raises(checkpoint.SaveError):
         checkpoint.save(tmp_path, run_config, 1, state, ema, ("a",))
     for one in (state, ema):
-        assert one.read[-2:] == checkpoint.order(tensors)
+        assert one.read[-2:] == order(tensors)
 
 
 def _sharded(config, out):

@@ -15,7 +15,8 @@ import dit_in_dit
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
 from dit_in_dit.config.run import override
-from dit_in_dit.study.plan import candidates, configure, read
+from dit_in_dit.study.arms import candidates, configure
+from dit_in_dit.study.plan import read
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -26,6 +26,8 @@ from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import Report, examine
 from dit_in_dit.doctor.model_checks import pattern, seam_peaks
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create, read_config
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -75,10 +77,11 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
     """A copy of the run whose weights and averaged weights are edited in place, and whose config has other keys."""
     shutil.copytree(run, folder)
-    config = replace(checkpoint.read_config(run), **keys)
-    newest, manifest, _ = checkpoint.newest(folder)
+    config = replace(read_config(run), **keys)
+    saved = checkpoint.newest(folder)
+    newest, manifest = saved.folder, saved.manifest
     (folder / "config.yaml").write_text(to_yaml(config))
-    state, ema = checkpoint.load_state(newest), checkpoint.load_state(newest, "ema.safetensors")
+    state, ema = load_tensors(newest / checkpoint.STATE), load_tensors(newest / "ema.safetensors")
     edit({name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")})
     edit(ema)
     checkpoint.save(folder, config, manifest["step"], state, ema, tuple(manifest["classes"]))
@@ -95,7 +98,7 @@ def set_already(advice: str, config: RunConfig) -> list[str]:
 
 def look(run: Path) -> Report:
     """The report on a run; none of its advice is set already."""
-    config = checkpoint.read_config(run)
+    config = read_config(run)
     report = examine(config, CPU, run)
     assert not [advice for finding in report.findings for advice in set_already(finding.advice, config)]
     return report
@@ -250,7 +253,7 @@ def test_a_class_without_images_and_copies_are_noticed(config, tmp_path):
 
 def test_a_run_that_stopped_before_its_first_checkpoint_is_examined_by_its_log(config, tmp_path):
     stopped = with_train(config, learning_rate=100 * config.train.learning_rate)
-    checkpoint.create(tmp_path / "run", stopped)
+    create(tmp_path / "run", stopped)
     first = examine(stopped, CPU).sections[1].rows["loss"]["measured"]
     lines = [{"step": n, "loss": first * n, "grad_norm": 1.0, "learning_rate": 0.4} for n in range(1, 31)]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 31, "lo')

@@ -28,7 +28,8 @@ from dit_in_dit.data.latents import FORMAT, complete, read_index
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs.checkpoint import load_model, read_config
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
@@ -435,7 +436,8 @@ def test_a_run_on_latents_knows_its_vae_and_draws_images_with_it(latents, vae, r
         main(["sample", str(run), *words, "--device", "cpu", "--out", str(tmp_path / name)])
     drawn = np.stack([np.asarray(Image.open(tmp_path / f"six/{i:06d}.png")) for i in range(6)])
     assert drawn.shape == (6, SIDE, SIDE, 3)
-    model, stored, _ = load_model(run, CPU)
+    saved = Checkpoint.open(run)
+    model, stored = saved.model(CPU), saved.config
     normalised = sample(model, stored, 6)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(vae).decode(normalised / 0.5 + 0.25).sample

@@ -21,10 +21,10 @@ from PIL import Image
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
+from dit_in_dit.config.strict_json import json_difference
 from dit_in_dit.metrics.report import compare
 from dit_in_dit.metrics.subject import files_subject, reference
 from dit_in_dit.runs import shards
-from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.training.loop import train
 
 
@@ -248,9 +248,9 @@ def test_different_protocols_are_refused_with_the_field_that_differs(run, tmp_pa
 
 
 def test_the_first_difference_names_its_path():
-    assert first_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c: 2 / 3"
-    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == "b: null / 2"
-    assert first_difference({"a": [1, 2]}, {"a": [1, 2]}) == ""
+    assert json_difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == "a.c: 2 / 3"
+    assert json_difference({"a": 1}, {"a": 1, "b": 2}) == "b: null / 2"
+    assert json_difference({"a": [1, 2]}, {"a": [1, 2]}) == ""
 
 
 def test_real_data_is_used_whole_unless_it_comes_with_a_held_out_part(folder, folder_of_samples):

@@ -31,6 +31,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_contribution, watch_heads
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
 from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.training.batches import held_out
 
@@ -40,7 +41,7 @@ WIDE = (16, 24)  # 4x6 patches: the order of windows is not its own inverse
 
 def views(model: ModelConfig, images: int = 2, times: tuple[float, ...] = TIMES) -> Views:
     draw = np.random.default_rng(0)
-    shape = (images, model.channels, *model.image_size)
+    shape = (images, *model.image_shape)
     pictures, noise = draw.uniform(-1, 1, shape).astype(np.float32), draw.standard_normal(shape).astype(np.float32)
     labels = tuple(i if model.num_classes else 0 for i in range(images))
     return Views("held-out", tuple(range(images)), labels, pictures, noise, times)
@@ -226,7 +227,7 @@ def test_samples_are_those_of_the_sampler_and_of_the_plain_dit():
 def views_noise(seed: int, index: int, model: ModelConfig) -> np.ndarray:
     from dit_in_dit.runtime.seeding import generator
 
-    return generator(seed, "sample", index).standard_normal((model.channels, *model.image_size), np.float32)
+    return generator(seed, "sample", index).standard_normal(model.image_shape, np.float32)
 
 
 def test_images_are_of_different_classes_with_the_noise_of_training(run_config):
@@ -434,7 +435,7 @@ def run_command(*arguments: str) -> None:
 
 def saved(run: Path, config: RunConfig) -> Path:
     """A run folder with one checkpoint of a model that draws something."""
-    checkpoint.create(run, config)
+    create(run, config)
     state = perturbed(NestedDiT(config.model)).state_dict()
     names = open_source(config.data, config.model).classes
     checkpoint.save(run, config, 3, {f"model.{name}": value for name, value in state.items()}, state, names)

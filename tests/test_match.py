@@ -27,9 +27,10 @@ from dit_in_dit.config.run import (
     override,
     to_yaml,
 )
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
-from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, match_arms, parameters, twin
+from dit_in_dit.study.arms import match_arms
+from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, parameters, twin
 from dit_in_dit.study.plan import StudyConfig
 from test_cli import lines_of
 from test_cost import counted
@@ -271,7 +272,8 @@ SMALL = {
 @pytest.fixture
 def quickly(monkeypatch):
     """Times that only have to be there."""
-    monkeypatch.setattr("dit_in_dit.study.match.SECONDS_EACH", 0.1)
+    for module in ("arms", "match"):
+        monkeypatch.setattr(f"dit_in_dit.study.{module}.SECONDS_EACH", 0.1)
 
 
 def study(**values) -> StudyConfig:

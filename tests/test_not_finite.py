@@ -23,7 +23,7 @@ from dit_in_dit.curves.logs import arms, notes, read_run
 from dit_in_dit.curves.plots import draw
 from dit_in_dit.doctor.doctor import draw as draw_doctor
 from dit_in_dit.doctor.doctor import examine
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study.queue import Board
 from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import report
@@ -128,7 +128,7 @@ def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path
         shutil.rmtree(run / "checkpoints")
     log = (run / "log.jsonl").read_text() + json.dumps(errors({12: "inf"})[0]) + "\n"
     (run / "log.jsonl").write_text(log + json.dumps({"step": 13, "skipped": True, "why": {"loss": "nan"}}) + "\n")
-    found = examine(checkpoint.read_config(run), CPU, run)
+    found = examine(read_config(run), CPU, run)
     draw_doctor(found, tmp_path / "doctor.png")
     said = [f for f in found.findings if f.check == "held-out error"]
     assert len(said) == 1
@@ -142,7 +142,7 @@ def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path
 
 
 def test_a_run_whose_errors_are_finite_has_no_such_finding(trained):
-    found = examine(checkpoint.read_config(trained), CPU, trained)
+    found = examine(read_config(trained), CPU, trained)
     assert not [f for f in found.findings if f.check == "held-out error"]
 
 
@@ -158,7 +158,7 @@ def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_
         return source
 
     monkeypatch.setattr(run_data, "open_source", opened)
-    found = examine(checkpoint.read_config(trained), CPU, trained)
+    found = examine(read_config(trained), CPU, trained)
     assert found.sections
     draw_doctor(found, tmp_path / "doctor.png")
 
@@ -169,7 +169,7 @@ def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config as a file; arms whose learning rate is 1e-4 diverge."""
-    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
     evaluate = Trainer.evaluate
 
     def diverging(self: Trainer) -> dict[str, dict[str, float]]:

@@ -35,6 +35,9 @@ from dit_in_dit.interop.import_run import KEPT, ORIGIN, export_diffusers, export
 from dit_in_dit.interop.official import expected
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.sampling.numbered import sample
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
@@ -130,7 +133,7 @@ def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype, full):
         torch.save(weights, tmp_path / "theirs.pt")
         import_run(tmp_path / "theirs.pt", run)
         letter = size[4].lower()
-        assert checkpoint.read_config(run).model.outer.num_heads == presets.SIZES[letter][2]
+        assert read_config(run).model.outer.num_heads == presets.SIZES[letter][2]
     assert not export_official(run, tmp_path / "back.pt")
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
@@ -222,7 +225,7 @@ def test_a_position_of_other_last_bits_comes_back_as_it_was(tmp_path):
     weights["pos_embed"] = weights["pos_embed"].clone()
     weights["pos_embed"][0, 3, 5] = torch.nextafter(weights["pos_embed"][0, 3, 5], torch.tensor(2.0))
     run = imported(tmp_path, weights)
-    assert KEPT in checkpoint.load_state(checkpoint.newest(run).folder)
+    assert KEPT in load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
     export_official(run, tmp_path / "back.pt")
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
@@ -234,7 +237,7 @@ def test_a_plain_run_of_ours_becomes_official_weights_and_comes_back(tmp_path, r
     list(train(config, tmp_path / "ours"))
     main(["export", str(tmp_path / "ours"), "--format", "official", "--out", str(tmp_path / "DiT.pt")])
     import_run(tmp_path / "DiT.pt", tmp_path / "again", heads=4)
-    (one, _, _), (two, _, _) = (checkpoint.load_model(tmp_path / name, CPU) for name in ("ours", "again"))
+    one, two = (Checkpoint.open(tmp_path / name).model(CPU) for name in ("ours", "again"))
     assert same(one.state_dict(), two.state_dict())
 
 
@@ -242,7 +245,8 @@ def test_a_plain_run_of_ours_becomes_official_weights_and_comes_back(tmp_path, r
 
 
 def test_forward_is_that_of_the_official_dit(dit):
-    model, config, _ = checkpoint.load_model(dit, CPU)
+    saved = Checkpoint.open(dit)
+    model, config = saved.model(CPU), saved.config
     assert (config.model.learn_variance, config.diffusion.path, config.diffusion.predict) == (True, "ddpm", "noise")
     with torch.no_grad():
         out = model(golden("x"), golden("t") / 1000, golden("y"))
@@ -251,7 +255,8 @@ def test_forward_is_that_of_the_official_dit(dit):
 
 @pytest.mark.parametrize(("name", "channels"), [("guided_three", 3), ("guided_all", None)])
 def test_guidance_is_that_of_the_official_dit(dit, name, channels):
-    model, _, _ = checkpoint.load_model(dit, CPU)
+    saved = Checkpoint.open(dit)
+    model = saved.model(CPU)
     predict = guided(model, 10, SampleConfig(guidance=4.0, guidance_channels=channels))
     with torch.no_grad():
         out = predict(golden("x")[:2], golden("t")[2:] / 1000, torch.tensor([3, 7]))
@@ -259,7 +264,8 @@ def test_guidance_is_that_of_the_official_dit(dit, name, channels):
 
 
 def test_the_loss_is_that_of_the_official_dit(dit):
-    model, config, _ = checkpoint.load_model(dit, CPU)
+    saved = Checkpoint.open(dit)
+    model, config = saved.model(CPU), saved.config
     with torch.no_grad():
         loss = Objective(config.diffusion).loss(
             model, golden("image"), golden("noise"), golden("steps") / 1000, golden("y")
@@ -271,7 +277,8 @@ def test_the_loss_is_that_of_the_official_dit(dit):
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_samples_are_those_of_the_official_dit(dit, name):
-    model, config, _ = checkpoint.load_model(dit, CPU)
+    saved = Checkpoint.open(dit)
+    model, config = saved.model(CPU), saved.config
     official_way = {
         "ddpm": SampleConfig(sampler="ddpm", steps=10, guidance=4.0, guidance_channels=3),
         "ddim": SampleConfig(sampler="ddim", steps=10, spacing="leading"),
@@ -287,7 +294,8 @@ def test_samples_are_those_of_the_official_dit(dit, name):
 def test_forward_is_that_of_the_official_sit(tmp_path):
     """At SiT's time tau ours is 1 - tau, and the velocity, from image to noise, is the opposite of SiT's."""
     run = imported(tmp_path, name="SiT-tiny.pt")
-    model, config, _ = checkpoint.load_model(run, CPU)
+    saved = Checkpoint.open(run)
+    model, config = saved.model(CPU), saved.config
     assert (config.diffusion.path, config.diffusion.predict) == ("flow", "velocity")
     tau, y = golden("tau"), golden("y")
     with torch.no_grad():
@@ -309,7 +317,8 @@ def test_forward_is_that_of_diffusers(made, tmp_path, steps, eps):
     config = json.loads((made / "config.json").read_text())
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"norm_eps": eps}))
     import_run(tmp_path / "theirs", tmp_path / "run")
-    ours, config, _ = checkpoint.load_model(tmp_path / "run", CPU)
+    saved = Checkpoint.open(tmp_path / "run")
+    ours, config = saved.model(CPU), saved.config
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "theirs").eval()
     t = torch.tensor(steps)
     with torch.no_grad():
@@ -351,7 +360,8 @@ def test_ddim_samples_are_those_of_the_pipeline_of_diffusers(tmp_path, guidance)
     import_run(tmp_path / "pipe", tmp_path / "run", settings=settings)
     images = pipe([3, 7], guidance, torch.Generator().manual_seed(1), num_inference_steps=20, output_type="np").images
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    model, config, _ = checkpoint.load_model(tmp_path / "run", CPU)
+    saved = Checkpoint.open(tmp_path / "run")
+    model, config = saved.model(CPU), saved.config
     how = replace(config.sample, guidance=guidance)
     with torch.no_grad():
         latents = denoise(guided(model, 1000, how), config.diffusion, how, noise, torch.tensor([3, 7]))
@@ -363,7 +373,8 @@ def test_ddim_samples_are_those_of_the_pipeline_of_diffusers(tmp_path, guidance)
 def test_an_imported_run_is_sampled_by_the_command(dit, tmp_path):
     main(["sample", str(dit), "--num", "3", "--steps", "2", "--classes", "3,7", "--out", str(tmp_path / "images")])
     assert np.load(tmp_path / "images" / "samples.npz")["images"].shape == (3, 4, 8, 8)
-    model, config, _ = checkpoint.load_model(dit, CPU)
+    saved = Checkpoint.open(dit)
+    model, config = saved.model(CPU), saved.config
     drawn = sample(model, replace(config, sample=replace(config.sample, steps=2)), 3, classes=[3, 7])
     assert torch.equal(torch.from_numpy(np.load(tmp_path / "images" / "samples.npz")["images"]), drawn)
 
@@ -383,10 +394,12 @@ def without_null(shift: float = 0.0) -> dict[str, Tensor]:
 def test_a_table_without_a_null_row_keeps_its_last_class(tmp_path, said):
     weights = {"model": without_null(0.1), "ema": without_null(), **said}
     run = imported(tmp_path, weights, **({} if said else {"classes": 10}))
-    model, config, manifest = checkpoint.load_model(run, CPU)
+    saved = Checkpoint.open(run)
+    model, config, manifest = saved.model(CPU), saved.config, saved.manifest
     assert config.model.num_classes == len(manifest["classes"]) == 10
     assert (config.sample.guidance, config.train.label_drop) == (1.0, 0.0)
-    whole, _, _ = checkpoint.load_model(imported(tmp_path / "whole"), CPU)
+    saved = Checkpoint.open(imported(tmp_path / "whole"))
+    whole = saved.model(CPU)
     y = torch.arange(10)
     x, t = normal(draw(3), 10, 4, 8, 8), torch.full((10,), 0.3)
     with torch.no_grad():
@@ -651,7 +664,7 @@ def test_kinds_are_read_from_args_then_the_name_and_unknown_outputs_refused(tmp_
         ("SiT.pt", argparse.Namespace(model="DiT-XL/2"), "dit"),
     ):
         run = imported(tmp_path, {"ema": tiny(), "args": args}, name=name)
-        assert checkpoint.read_config(run).model.time_embed == kind
+        assert read_config(run).model.time_embed == kind
         shutil.rmtree(run)
     args = argparse.Namespace(model="SiT-XL/2", path_type="GVP", prediction="velocity")
     with pytest.raises(UserError, match="known are path Linear"):
@@ -662,7 +675,7 @@ def test_settings_may_not_say_what_the_weights_say(tmp_path):
     with pytest.raises(UserError, match="the weights say that"):
         imported(tmp_path, settings=["model.time_embed=sit"])
     run = imported(tmp_path, settings=["sample.guidance_channels=3", "data.source=latents.npz"])
-    assert checkpoint.read_config(run).sample.guidance_channels == 3
+    assert read_config(run).sample.guidance_channels == 3
 
 
 def test_embeddings_that_differ_from_block_to_block_are_refused(made, tmp_path):
@@ -714,4 +727,4 @@ def test_an_imported_run_has_no_optimizer_to_go_on_with(tmp_path):
     np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(20) % 10)
     run = imported(tmp_path, settings=[f"data.source={tmp_path / 'latents.npz'}", "train.precision=float32"])
     with pytest.raises(UserError, match="no optimizer to go on with"):
-        list(train(checkpoint.read_config(run), run, resume=True))
+        list(train(read_config(run), run, resume=True))

@@ -17,6 +17,8 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.run import config_hash
 from dit_in_dit.interop.release import export_slim
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.study.plan import read_plan
 
@@ -43,7 +45,8 @@ def counts(study: Path) -> dict[str, int]:
 
 def test_an_old_run_and_its_export_load_verify_and_sample(tmp_path):
     for name in ("run", "slim"):
-        model, config, manifest = checkpoint.load_model(OLD / name, torch.device("cpu"))
+        saved = Checkpoint.open(OLD / name)
+        model, config, manifest = saved.model(torch.device("cpu")), saved.config, saved.manifest
         assert "hash_version" not in manifest
         assert manifest["config"] == config_hash(config)
         assert sample(model, config, 2).isfinite().all()
@@ -53,7 +56,7 @@ def test_an_old_run_and_its_export_load_verify_and_sample(tmp_path):
 def test_an_old_run_resumes_as_if_it_had_never_stopped_and_says_that_it_notes_no_data(old):
     from dit_in_dit.training.loop import train
 
-    config = checkpoint.read_config(old / "run")
+    config = read_config(old / "run")
     list(train(config, old / "again", device="cpu"))
     facts = list(train(config, old / "run", resume=True, device="cpu"))
     assert facts[0].step == 2
@@ -119,12 +122,12 @@ def test_a_version_with_more_keys_goes_on_with_what_the_first_one_wrote(old, tmp
 import sys
 from pathlib import Path
 import dit_in_dit
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.cli import main
 from dit_in_dit.study.queue import Board
 from dit_in_dit.study.plan import read_plan
 assert dit_in_dit.__file__.startswith(sys.argv[1]), dit_in_dit.__file__
-assert not checkpoint.read_config(Path("run")).model.inner.newer
+assert not read_config(Path("run")).model.inner.newer
 assert Board(read_plan(Path("study")), Path("study")).counts()["done"] == 1
 for line in (
     "sample run --num 2 --out drawn", "evaluate run --num 4", "train --resume --out run",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_in_dit.doctor.doctor import examine
 
 from conftest import small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, to_yaml
 from dit_in_dit.data.sources import SOURCES
+from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train

@@ -54,6 +54,8 @@ from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import create
 from dit_in_dit.runtime.seeding import generator
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
@@ -93,7 +95,7 @@ def pipe() -> DiTInDiTPipeline:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint and a picture."""
     made = tmp_path_factory.mktemp("runs") / "mine"
-    checkpoint.create(made, FLOW)
+    create(made, FLOW)
     weights = seeded(FLOW).state_dict()
     checkpoint.save(made, FLOW, 1200, {f"model.{k}": v + 1 for k, v in weights.items()}, weights, tuple(CLASSES))
     (made / "samples").mkdir()
@@ -505,7 +507,7 @@ def test_export_takes_the_run_s_vae_along_and_its_scale(said, tmp_path):
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
-    checkpoint.create(tmp_path / "run", config)
+    create(tmp_path / "run", config)
     checkpoint.save(tmp_path / "run", config, 1, {}, seeded(config).state_dict(), tuple(CLASSES))
     export(tmp_path / "run", tmp_path / "out")
     loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))
@@ -866,7 +868,8 @@ def evaluated(run: Path, weights: str, step: int = 1200) -> None:
 
 def test_the_card_holds_protocol_and_results(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    *_, manifest = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    saved = Checkpoint.open(tmp_path / "run")
+    manifest = saved.manifest
     evaluated(tmp_path / "run", manifest["sha256"]["ema.safetensors"])
     export(tmp_path / "run", tmp_path / "nested-cats", licence="cc-by-4.0")
     text = (tmp_path / "nested-cats" / "README.md").read_text()

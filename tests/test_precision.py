@@ -130,7 +130,7 @@ def shrunk(config: RunConfig, data: Path) -> RunConfig:
     path = data / f"{model.channels}-{patch}.npz"
     if not path.exists():
         draw = np.random.default_rng(0)
-        images = draw.standard_normal((12, model.channels, *model.image_size), np.float32)
+        images = draw.standard_normal((12, *model.image_shape), np.float32)
         np.savez(path, images=images, labels=np.arange(12) % 3)
     tried = replace(config.train, steps=1, batch_size=2, evaluate_every=1, sample_every=0, checkpoint_every=1)
     return replace(config, model=model, data=DataConfig(source=str(path), held_out=0.2), train=tried)

@@ -24,6 +24,9 @@ from dit_in_dit.interop.release import export_slim, write_card
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.subject import reference, run_subject
 from dit_in_dit.runs import atomic, checkpoint, pretrained
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 from test_cli import lines_of
 
@@ -52,7 +55,7 @@ def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path
     folder = checkpoint.newest(tmp_path / "slim").folder
     kept, own = (
         load_file(folder / "ema.safetensors"),
-        checkpoint.load_state(checkpoint.newest(run).folder, "ema.safetensors"),
+        load_tensors(checkpoint.newest(run).folder / "ema.safetensors"),
     )
     assert kept.keys() == own.keys()
     assert {tensor.dtype for tensor in kept.values()} == {getattr(torch, precision)}
@@ -76,7 +79,7 @@ def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_pat
     with pytest.raises(UserError, match="holds averaged weights alone"):
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
     with pytest.raises(UserError, match="holds averaged weights alone"):
-        checkpoint.load_model(tmp_path / "slim", torch.device("cpu"), ema=False)
+        Checkpoint.open(tmp_path / "slim").model(torch.device("cpu"), averaged=False)
     begun = next(train(with_train(run_config, init=str(tmp_path / "slim")), tmp_path / "next", device="cpu"))
     assert begun.values["begun"].new == 0
 
@@ -86,10 +89,10 @@ def test_what_cannot_be_given_away_is_one_line_and_leaves_nothing(run, tmp_path)
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
         export_slim(run, tmp_path / "taken")
-    state = checkpoint.load_state(checkpoint.newest(run).folder)
-    average = checkpoint.load_state(checkpoint.newest(run).folder, "ema.safetensors")
+    state = load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
+    average = load_tensors(checkpoint.newest(run).folder / "ema.safetensors")
     average["label_embed.table.weight"][0, 0] = 1e6
-    config = checkpoint.read_config(run)
+    config = read_config(run)
     checkpoint.save(run, config, 99, state, average, tuple(checkpoint.newest(run).manifest["classes"]))
     with pytest.raises(UserError, match=r"label_embed.table.weight .* too large for float16: use --precision bfloat16"):
         export_slim(run, tmp_path / "slim")
@@ -195,8 +198,8 @@ def test_a_shipped_run_has_a_name_that_no_preset_takes(small, capsys, monkeypatc
 
 
 def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, run):
-    report = examine(checkpoint.read_config(small), torch.device("cpu"), small)
-    whole = examine(checkpoint.read_config(run), torch.device("cpu"), run)
+    report = examine(read_config(small), torch.device("cpu"), small)
+    whole = examine(read_config(run), torch.device("cpu"), run)
     assert report.step == whole.step
     assert {section.title for section in whole.sections} == {section.title for section in report.sections}
     training = report.sections[-1]
@@ -212,9 +215,10 @@ def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
     run = MODELS / name
     assert pretrained.shipped()[name].samefile(run)
     assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < MOST_BYTES
-    folder, manifest, passed_over = checkpoint.newest(run)
+    saved = checkpoint.newest(run)
+    folder, manifest, passed_over = saved.folder, saved.manifest, saved.passed_over
     assert not passed_over
-    config = checkpoint.read_config(run)
+    config = read_config(run)
     assert manifest["config"] == config_hash(config)
     assert manifest["classes"] == list(open_source(config.data, config.model).classes)
     card = (run / "README.md").read_text()
@@ -230,7 +234,7 @@ def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
 def test_the_shipped_pair_costs_the_same_and_learnt_the_same_examples():
     from dit_in_dit.inspection import cost
 
-    a, b = (checkpoint.read_config(MODELS / name) for name in SHIPPED)
+    a, b = (read_config(MODELS / name) for name in SHIPPED)
     assert cost.macs(a.model)["total"] == pytest.approx(cost.macs(b.model)["total"], rel=0.02)
     assert a.model.blocks("inner")
     assert not b.model.blocks("inner")

@@ -14,6 +14,8 @@ from dit_in_dit.config.run import override
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
@@ -31,7 +33,7 @@ def plain(run_config, tmp_path):
     trainer.update([Examples(trainer.source, config)[0]])  # the optimizer's moments are there
     perturbed(trainer.model)
     trainer.ema.model.load_state_dict(trainer.model.state_dict())
-    checkpoint.create(run, config)
+    create(run, config)
     checkpoint.save(run, config, 1, trainer.state(), trainer.averaged_state(), trainer.source.classes)
     return config, run, trainer
 
@@ -67,7 +69,7 @@ def test_a_nested_model_begins_as_the_dit_bit_for_bit_and_then_learns_inside(pla
         of_the_dit = trainer.objective.loss(trainer.model, batch.x, batch.noise, batch.t, batch.y).mean().item()
     assert losses(facts)[0] == of_the_dit
     before = dict(begun.model.named_parameters())
-    state = checkpoint.load_state(checkpoint.newest(tmp_path / order).folder)
+    state = load_tensors(checkpoint.newest(tmp_path / order).folder / checkpoint.STATE)
     assert [name for name, weight in before.items() if torch.equal(state[f"model.{name}"], weight)] == []
 
 
@@ -109,7 +111,7 @@ def test_frozen_outer_weights_stay_and_a_lower_rate_moves_them_less(plain, tmp_p
             nested(config, run, "outer*4 inner"), [f"train.lr_scale.outer={scale}", "train.weight_decay=0.1"]
         )
         list(train(ours, tmp_path / str(scale), device="cpu"))
-        state = checkpoint.load_state(checkpoint.newest(tmp_path / str(scale)).folder)
+        state = load_tensors(checkpoint.newest(tmp_path / str(scale)).folder / checkpoint.STATE)
         theirs = trainer.model.state_dict()
         outer = [(state[f"model.{n}"] - theirs[n]).norm() for n, _ in trainer.model.named_parameters()]
         steps[scale] = torch.stack(outer).norm().item()

@@ -19,9 +19,9 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, to_yaml
 from dit_in_dit.metrics.metric import METRICS, Metric
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
+from dit_in_dit.study import arms
 from dit_in_dit.study import plan as plans
-from dit_in_dit.study.match import match
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 from dit_in_dit.study.planning import begin, make_plan
 from dit_in_dit.study.queue import MOST_LOSSES, Board, LostError
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step times, which these studies do not need, are not measured."""
-    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
 
 
 @pytest.fixture
@@ -76,23 +76,21 @@ def results(out: Path) -> dict[str, Result]:
 def test_every_shipped_study_can_be_planned(name):
     study = plans.read(name)
     assert study.question.endswith("?")
-    for changes, _ in plans.candidates(study).values():
-        assert plans.configure(study, changes).train.steps >= 1000
+    for changes, _ in arms.candidates(study).values():
+        assert arms.budgeted(study, arms.configure(study, changes), changes).train.steps >= 1000
 
 
 def test_whatever_the_search_of_tuning_chooses_can_be_matched():
     study = plans.read("tuning")
-    like = plans.configure(study, {})
+    like = arms.configure(study, {})
     for values in product(*study.search.values()):
-        chosen = dict(zip(study.search, values, strict=True))
-        fixed = {*study.set, *chosen}
-        config = plans.configure(study, chosen)
-        assert abs(match(config, like, study.match, tolerance=study.tolerance, fixed=fixed).gap) <= study.tolerance
+        _, twin = arms.matched(study, dict(zip(study.search, values, strict=True)), like, CPU)
+        assert abs(twin.gap) <= study.tolerance
 
 
 def test_a_grid_is_every_combination():
     study = StudyConfig(grid={"model.inner.width": [16, 32], "model.inner.mixer": ["patch", "conv"]})
-    assert list(plans.candidates(study)) == [
+    assert list(arms.candidates(study)) == [
         "width=16, mixer=patch", "width=16, mixer=conv", "width=32, mixer=patch", "width=32, mixer=conv",
     ]  # fmt: skip
 
@@ -112,7 +110,7 @@ def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
     from dit_in_dit.inspection import cost
 
     study = StudyConfig(base="emoji", arms={"one": {}}, budget=budget)
-    found = plans.configure(study, {}).train.steps
+    found = arms.budgeted(study, arms.configure(study, {}), {}).train.steps
     if "macs" in budget:
         steps = round(1e9 / cost.macs(presets.get("emoji").model)["total"])
     assert found == steps
@@ -120,7 +118,8 @@ def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
 
 def test_what_a_study_names_does_not_follow_the_number_of_steps():
     study = StudyConfig(base="emoji", arms={"one": {}}, budget={"steps": 100}, set={"train.warmup": 60})
-    train = plans.configure(study, {"train.evaluate_every": 3}).train
+    changes = {"train.evaluate_every": 3}
+    train = arms.budgeted(study, arms.configure(study, changes), changes).train
     assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
 
 
@@ -310,7 +309,7 @@ def test_a_search_tries_what_its_sampler_chooses(base, tmp_path):
     for key, result in found.items():
         changes = json.loads((tmp_path / "runs" / key / "changes.json").read_text())["changes"]
         assert 1e-4 <= changes["train.learning_rate"] <= 1e-2
-        assert result.arm == plans.describe(changes)
+        assert result.arm == arms.describe(changes)
         stored = (tmp_path / "runs" / key / "config.yaml").read_text()
         assert f"mixer: {changes['model.inner.mixer']}" in stored
 

@@ -21,7 +21,8 @@ from dit_in_dit.config.run import changed
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
-from dit_in_dit.study.plan import Plan, StudyConfig, Trial, describe
+from dit_in_dit.study.arms import describe
+from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import Report, report
 from dit_in_dit.study.results import gather

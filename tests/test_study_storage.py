@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A config of a few steps on the small folder, as a file; step times are not measured."""
-    monkeypatch.setattr("dit_in_dit.study.match._times", lambda *_: {})
+    monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
     path = tmp_path / "base.yaml"
     path.write_text(to_yaml(with_train(run_config, steps=8)))
     return str(path)

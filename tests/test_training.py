@@ -26,6 +26,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.lock import BusyError
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import Examples, image_number, load
 from dit_in_dit.training.ema import Ema, ema_decay
@@ -38,7 +39,7 @@ def run(config, out: Path, **keys) -> list:
 
 
 def hashes(out: Path) -> dict[str, str]:
-    return checkpoint.verify(checkpoint.newest(out)[0])["sha256"]
+    return checkpoint.verify(checkpoint.newest(out).folder)["sha256"]
 
 
 def examples(config) -> Examples:
@@ -106,8 +107,9 @@ def test_a_run_is_not_resumed_with_an_edited_config_or_other_classes(run_config,
     with pytest.raises(UserError, match="was changed since"):
         run(edited, out, resume=True)
     (out / "config.yaml").write_text(to_yaml(run_config))
-    folder, manifest, _ = checkpoint.newest(out)
-    state, ema = (checkpoint.load_state(folder, f"{name}.safetensors") for name in ("state", "ema"))
+    saved = checkpoint.newest(out)
+    folder, manifest = saved.folder, saved.manifest
+    state, ema = (load_tensors(folder / f"{name}.safetensors") for name in ("state", "ema"))
     checkpoint.save(out, run_config, manifest["step"], state, ema, ("a", "b", "c"))
     with pytest.raises(UserError, match="other classes"):
         run(run_config, out, resume=True)
@@ -246,14 +248,15 @@ def test_log_and_timing_are_json_lines(run_config, tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
     run(run_config, tmp_path / "run")
-    folder, manifest, _ = checkpoint.newest(tmp_path / "run")
+    saved = checkpoint.newest(tmp_path / "run")
+    folder, manifest = saved.folder, saved.manifest
     assert manifest["step"] == 6
     content = bytearray((folder / "ema.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "ema.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"ema\.safetensors is not what was written"):
         checkpoint.verify(folder)
-    assert checkpoint.newest(tmp_path / "run")[1]["step"] == 3
+    assert checkpoint.newest(tmp_path / "run").step == 3
 
 
 def test_only_the_newest_checkpoints_stay(run_config, tmp_path):
@@ -275,8 +278,8 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, tmp_path):
     list(train(with_train(run_config, steps=3), tmp_path / "run"))
     hold = (
-        "import sys, time; from pathlib import Path; from dit_in_dit.runs import checkpoint\n"
-        "with checkpoint.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from dit_in_dit.runs.folder import hold\n"
+        "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)
     try:
@@ -389,7 +392,7 @@ def test_a_relative_place_is_found_from_another_working_folder(run_config, folde
 def test_a_checkpoint_that_notes_no_data_resumes_and_says_so(half_run):
     config, out, _ = half_run
     newest = checkpoint.newest(out)
-    state, ema = (checkpoint.load_state(newest.folder, f"{name}.safetensors") for name in ("state", "ema"))
+    state, ema = (load_tensors(newest.folder / f"{name}.safetensors") for name in ("state", "ema"))
     checkpoint.save(out, config, 3, state, ema, tuple(newest.manifest["classes"]))
     facts = run(config, out, resume=True)
     assert facts[0].values["unrecorded"]

@@ -21,6 +21,9 @@ from dit_in_dit.config.schema import key, to_dict
 from dit_in_dit.interop.release import export_slim
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import atomic, checkpoint, integrity, pretrained
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 
 
@@ -64,8 +67,8 @@ def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, r
 
 def test_a_config_that_is_only_written_otherwise_is_the_same(trained):
     path = trained / "config.yaml"
-    path.write_text("# mine\n" + to_yaml(checkpoint.read_config(trained)))
-    checkpoint.load_model(trained, torch.device("cpu"))
+    path.write_text("# mine\n" + to_yaml(read_config(trained)))
+    Checkpoint.open(trained).model(torch.device("cpu"))
 
 
 def test_a_hash_of_a_later_version_is_not_taken_for_an_edited_config(trained, run_config, monkeypatch):
@@ -110,7 +113,7 @@ def test_the_hash_of_a_config_is_the_one_that_was_written_down():
     assert config_hash(RunConfig()) == "baeaf33b0f8a7be0e35cb22089e4720a7ff3bcfc09b75a74e53588fe52cc12f7"
     for run in pretrained.shipped().values():
         manifest = checkpoint.newest(run).manifest
-        assert manifest["config"] == config_hash(checkpoint.read_config(run))
+        assert manifest["config"] == config_hash(read_config(run))
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -120,9 +123,9 @@ def test_the_hash_of_a_config_is_the_one_that_was_written_down():
 def broken(trained):
     """A run whose averaged weights hold one NaN."""
     found = checkpoint.newest(trained)
-    state, ema = (checkpoint.load_state(found.folder, name) for name in (checkpoint.STATE, checkpoint.AVERAGED))
+    state, ema = (load_tensors(found.folder / name) for name in (checkpoint.STATE, checkpoint.AVERAGED))
     ema["outer_head.final.linear.bias"][0] = torch.nan
-    checkpoint.save(trained, checkpoint.read_config(trained), 6, state, ema, tuple(found.manifest["classes"]))
+    checkpoint.save(trained, read_config(trained), 6, state, ema, tuple(found.manifest["classes"]))
     return trained
 
 
@@ -157,7 +160,8 @@ def test_pixels_are_of_finite_images_alone():
 def test_a_pipeline_gives_no_image_that_is_not_finite(broken, output_type):
     from dit_in_dit.interop.export_pipeline import pipeline_of
 
-    model, config, manifest = checkpoint.load_model(broken, torch.device("cpu"))
+    saved = Checkpoint.open(broken)
+    model, config, manifest = saved.model(torch.device("cpu")), saved.config, saved.manifest
     with pytest.raises(UserError, match="NaN or infinity"):
         pipeline_of(model, config, manifest["classes"])(0, output_type=output_type)
 

@@ -21,7 +21,7 @@ from dit_in_dit.diffusion.variance import ancestral, posterior
 from dit_in_dit.inspection.hooks import watch_contribution
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.sampling.numbered import sample_batches
 from test_cost import counted
 from test_model import PROGRAMS
@@ -227,7 +227,8 @@ def test_a_run_learns_its_variance(config, tmp_path):
     run = with_train(config, steps=6, checkpoint_every=6)
     kinds = [fact.kind for fact in train(run, tmp_path / "run")]
     assert kinds.count("step") == 6
-    model, _, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    saved = Checkpoint.open(tmp_path / "run")
+    model = saved.model(torch.device("cpu"))
     rows = model.outer_head.final.linear.weight.view(16, 6, -1)
     assert rows[:, 3:].abs().max() > 0
     assert sample(model, run, 2).shape == (2, 3, 8, 8)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dit_in_dit.cli import main, verify_resume
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
 from dit_in_dit.training.trainer import Trainer
 
 
 @pytest.fixture
 def run(run_config, tmp_path, full, monkeypatch):
     """A run that has only begun; the command's own trainings run in this process, but when all is tried."""
-    checkpoint.create(tmp_path / "run", run_config)
+    create(tmp_path / "run", run_config)
     if not full:
         monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     return tmp_path / "run"

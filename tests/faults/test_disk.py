@@ -22,6 +22,7 @@ from calls import is_of_the_system
 from conftest import with_train
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
 from dit_in_dit.training.loop import train
 
 DRAW = torch.Generator().manual_seed(0)
@@ -32,7 +33,7 @@ KEPT, LEFT = ["0000010", "0000020"], "0000015.part"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Two checkpoints, and what a killed save left."""
-    checkpoint.create(tmp_path, RunConfig())
+    create(tmp_path, RunConfig())
     for step in (10, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / LEFT).mkdir()
@@ -201,7 +202,7 @@ def test_a_disk_that_is_full_in_truth_loses_nothing(small_disk):
     needed = None
     for free in range(0, 100_000, 4096):
         run, other = small_disk / "run", small_disk / "other"
-        checkpoint.create(run, RunConfig())
+        create(run, RunConfig())
         for step in (10, 20):
             save(run, step)
         disk = os.statvfs(small_disk)

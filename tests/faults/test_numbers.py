@@ -16,6 +16,7 @@ from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
@@ -46,7 +47,7 @@ def lines(out):
 
 def finite(out) -> bool:
     folder = checkpoint.newest(out).folder
-    files = (checkpoint.load_state(folder, name) for name in ("state.safetensors", "ema.safetensors"))
+    files = (load_tensors(folder / name) for name in ("state.safetensors", "ema.safetensors"))
     return all(tensor.isfinite().all() for state in files for tensor in state.values())
 
 

@@ -21,6 +21,7 @@ from conftest import SHARDED, small_model, with_train
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, to_yaml
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import check_world
 from processes import Together, run_together, trained
@@ -35,7 +36,7 @@ def hashes(out) -> dict[str, str]:
 
 def state(out) -> dict[str, torch.Tensor]:
     folder = checkpoint.newest(out).folder
-    return checkpoint.load_state(folder) | checkpoint.load_state(folder, "ema.safetensors")
+    return load_tensors(folder / checkpoint.STATE) | load_tensors(folder / "ema.safetensors")
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from PIL import Image
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs import checkpoint, shards
+from dit_in_dit.runs import shards
+from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.sampling.numbered import sample_batches
 from dit_in_dit.training.loop import train
 
@@ -139,7 +140,8 @@ def test_more_images_and_single_ones_are_the_same(run, words, unbroken, tmp_path
     more[3] = "100"
     main([*more, str(tmp_path / "more")])
     assert tree(tmp_path / "more").items() >= {k: v for k, v in tree(unbroken).items() if k != "grid.png"}.items()
-    model, config, _ = checkpoint.load_model(run, torch.device("cpu"))
+    saved = Checkpoint.open(run)
+    model, config = saved.model(torch.device("cpu")), saved.config
     for indices, images in sample_batches(model, config, [63, 2, 17, 18]):
         for index, pixels in zip(indices, to_pixels(images), strict=True):
             assert np.array_equal(pixels, np.asarray(Image.open(unbroken / f"{index:06d}.png")))
@@ -264,7 +266,8 @@ def test_latents_are_numbered_files_and_one_array_in_the_end_with_the_same_bits(
     kept = (out / "000005.npy").stat().st_mtime_ns
     main([*words, "--num", "9", "--batch", "7"])
     assert (out / "000005.npy").stat().st_mtime_ns == kept
-    model, config, _ = checkpoint.load_model(tmp_path / "run", torch.device("cpu"))
+    saved = Checkpoint.open(tmp_path / "run")
+    model, config = saved.model(torch.device("cpu")), saved.config
     expected = torch.cat([images for _, images in sample_batches(model, config, range(9))]).numpy()
     with np.load(out / "samples.npz") as found:
         assert np.array_equal(found["images"], expected)

@@ -82,7 +82,8 @@ def arguments(folder: Path, out: Path, workers: int) -> list[str]:
 
 
 def outcome(out: Path) -> tuple:
-    folder, manifest, _ = checkpoint.newest(out)
+    saved = checkpoint.newest(out)
+    folder, manifest = saved.folder, saved.manifest
     checkpoint.verify(folder)
     pictures = {path.name: path.read_bytes() for path in (out / "samples").glob("*.png")}
     return manifest["step"], manifest["sha256"], (out / "log.jsonl").read_bytes(), pictures

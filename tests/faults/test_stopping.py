@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from conftest import with_train
 from dit_in_dit.config.run import DataConfig, RunConfig, override
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 
 STEPS = 8
@@ -85,10 +87,10 @@ def test_what_is_saved_comes_back_bit_for_bit(shapes, step):
         tensors[name] = raw.view(kind).reshape(shape)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        checkpoint.create(run, RunConfig())
+        create(run, RunConfig())
         checkpoint.save(run, RunConfig(), step, tensors, {}, ("a",))
         found = checkpoint.newest(run)
-        back = checkpoint.load_state(found.folder)
+        back = load_tensors(found.folder / checkpoint.STATE)
         assert found.manifest["step"] == step
         assert back.keys() == tensors.keys()
         for name, tensor in tensors.items():

@@ -260,14 +260,13 @@ def record(
         x, noise = (torch.from_numpy(part[n : n + 1]).to(device) for part in (views.images, views.noise))
         t = objective.path.snap(torch.full((1,), views.times[k], device=device))
         y = torch.tensor(views.labels[n : n + 1], device=device)
-        x_t = objective.noisy(x, noise, t)
         levels.at = n, k
         with (
             watch_heads(model, levels.look),
             watch_aggregation(model) as weights,
             watch_contribution(model) as contribution,
         ):
-            estimate = objective.image(model(x_t, t, y), x_t, t)
+            x_t, estimate = objective.estimate(model, x, noise, t, y)
         if not estimate.isfinite().all():
             raise UserError(
                 f"the model's output is not finite at t={views.times[k]:g}: run `dit-in-dit doctor` on the run"
@@ -275,7 +274,7 @@ def record(
         pictures["noisy"][n, k], pictures["on"][n, k] = x_t[0].cpu().numpy(), estimate[0].cpu().numpy()
         if off:
             with without_inner(model):
-                pictures["off"][n, k] = objective.image(model(x_t, t, y), x_t, t)[0].cpu().numpy()
+                pictures["off"][n, k] = objective.estimate(model, x, noise, t, y)[1][0].cpu().numpy()
         for name, share in contribution.items():
             shares.setdefault(name, np.zeros((*shape, config.model.patches), np.float32))[n, k] = share[0].cpu().numpy()
         for name, weight in weights.items():
@@ -471,7 +470,7 @@ def draw(
 ) -> Draws:
     """Samples 0 to num - 1, those of `sample_batches`, with the inner path on and off."""
     device, classified = next(model.parameters()).device, config.model.num_classes
-    shape = (config.model.channels, *config.model.image_size)
+    shape = config.model.image_shape
     labels = tuple(label(i, classes or range(classified or 1)) for i in range(num))
     y = torch.tensor(labels, device=device) if classified else None
     predict = guided(model, classified, config.sample)

@@ -31,6 +31,7 @@ from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns, stopwatch, trainer_step
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.diffusion.samplers import denoise, guided
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.runtime.device import settled
 
 Experiment = tuple[str, Callable[[], None]]
@@ -264,7 +265,7 @@ def _rate(bench: Bench, suite: Suite, name: str) -> None:
     run, limit = suite.rates[name]
     (found,) = bench.compare({name: (run, nested)}).values()
     best = bench.report.products[found.precision]
-    shares = tuple(3 * found.macs * found.batch / seconds / best for seconds in found.step.rounds)
+    shares = tuple(FORWARDS_PER_STEP * found.macs * found.batch / seconds / best for seconds in found.step.rounds)
     bench.add(Goal(f"share of the matrix rate, {name}", "training step", limit, at_least=True), shares)
 
 

@@ -258,9 +258,9 @@ class FirstWritten(nn.Module):
         image = torch.zeros((), device=outer.device, dtype=outer.dtype)
         if last == "outer" or model.inner.fuse != "replace":
             pixels = self.outer_head(outer, c).reshape(-1, rows, columns, p, p, model.channels)
-            image = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, model.channels, *model.image_size)
+            image = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, *model.image_shape)
         if last == "inner":
             pixels = self.inner_head(inner, per_patch).reshape(-1, rows, columns, side, side, s, s, model.channels)
             pixels = pixels.permute(0, 7, 1, 3, 5, 2, 4, 6)
-            image = image + pixels.reshape(-1, model.channels, *model.image_size)
+            image = image + pixels.reshape(-1, *model.image_shape)
         return image

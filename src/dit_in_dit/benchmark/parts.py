@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +19,7 @@ from dit_in_dit.benchmark.subjects import Subject
 from dit_in_dit.benchmark.timing import WARM_UP, clock, wait
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.hooks import forward_hooks
 from dit_in_dit.model.nested import NestedDiT
 
 INNER = ("inner_embed", "inner_blocks", "aggregate", "spread", "inner_head")  # the inner path
@@ -90,10 +91,10 @@ def marked(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
 
     Backward, autograd takes up what was made last first, so that a part ends where the one before it begins.
     """
-    with ExitStack() as stack:
-        for part, module in parts_of(model):
-            stack.callback(module.register_forward_pre_hook(partial(_begin, mark, part)).remove)
-            stack.callback(module.register_forward_hook(partial(_end, mark, part)).remove)
+    parts = parts_of(model)
+    begin = [(module, partial(_begin, mark, part)) for part, module in parts]
+    end = [(module, partial(_end, mark, part)) for part, module in parts]
+    with forward_hooks(end, begin):
         yield
 
 
@@ -134,10 +135,10 @@ def part_seconds(subject: Subject) -> dict[str, float]:
 
 
 def part_macs(subject: Subject) -> dict[str, int]:
-    """MACs of a training step by part, for the whole batch: backward counts twice."""
-    found = cost.macs(subject.run.model)
+    """MACs of a training step by part, for the whole batch."""
+    found = cost.training_macs(subject.run.model)
     found["inner_blocks"] += found.pop("condition")  # computed there
-    return {part: 3 * subject.run.train.batch_size * number for part, number in found.items() if part != "total"}
+    return {part: subject.run.train.batch_size * number for part, number in found.items() if part != "total"}
 
 
 def shown(parts: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,8 @@ from dit_in_dit import __version__
 from dit_in_dit.benchmark.parts import SHOWN, shown
 from dit_in_dit.benchmark.subjects import Measured, to_dict
 from dit_in_dit.benchmark.sweep import Sweep
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +183,7 @@ def draw(report: Report, out: Path) -> list[Path]:
     paths = []
     for name, found in made.items():
         if found:
-            save(drawn[name](report), out / name)
+            atomic.write(out / name, to_png(drawn[name](report)))
             paths.append(out / name)
     return paths
 

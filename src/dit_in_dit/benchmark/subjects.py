@@ -129,7 +129,7 @@ class Subject:
             torch.manual_seed(run.seed)
             self.model = make(self.run).to(device)
         draw = torch.Generator().manual_seed(run.seed)
-        shape = train.batch_size, model.channels, *model.image_size
+        shape = train.batch_size, *model.image_shape
         x, target = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
         t = torch.rand(train.batch_size, generator=draw).to(device)
         y = (torch.arange(train.batch_size) % max(1, model.num_classes)).to(device)
@@ -178,7 +178,7 @@ class Measured:
     """One subject's numbers.
 
     Attributes:
-        macs: of a forward pass per image; a step counts three times that, as backward costs two.
+        macs: of a forward pass per image; `macs_per_second` counts those of whole steps.
         forward, step: seconds for the whole batch.
         kept: bytes kept for the backward pass, the whole batch.
         peak: most bytes in use on a CUDA device during a step, other subjects' weights included.
@@ -203,7 +203,7 @@ class Measured:
     @property
     def macs_per_second(self) -> float:
         """In training."""
-        return 3 * self.macs * self.images_per_second
+        return cost.FORWARDS_PER_STEP * self.macs * self.images_per_second
 
 
 def measure(subjects: Mapping[str, Subject], seconds: float) -> dict[str, Measured]:

@@ -152,7 +152,7 @@ def wait(device: torch.device) -> None:
 
 def estimate(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
     """Roughly the seconds that warming up and one round of `step_seconds` take, without building the models."""
-    macs = sum(3 * cost.macs(c.model)["total"] * c.global_batch for c in configs.values())  # backward costs two
+    macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
     with on_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))
 
@@ -213,7 +213,7 @@ class _Noise(Source):
 
     def __init__(self, model: ModelConfig) -> None:
         self.classes = tuple(map(str, range(model.num_classes)))
-        self.shape = model.channels, *model.image_size
+        self.shape = model.image_shape
 
     def train(self, index: int) -> tuple[NDArray[np.float32], int]:
         """An image by number, and its label."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, print_table, whole
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
     from dit_in_dit.benchmark.report import Report
@@ -119,7 +120,7 @@ def _bench(options: argparse.Namespace) -> None:
     else:
         _show(bench.report, found)
     if options.out:
-        (options.out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        atomic.write(options.out / "bench.json", json.dumps(found, indent=1) + "\n")
         written = [path.name for path in draw(bench.report, options.out)]
         if not options.json:
             print(f"\n{', '.join([*written, 'bench.json'])} in {options.out}")

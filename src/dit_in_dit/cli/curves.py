@@ -10,6 +10,7 @@ from typing import Any
 
 from dit_in_dit.cli.options import Commands, make_folder, print_table
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results
 
 
@@ -55,7 +56,7 @@ def _curves(options: argparse.Namespace) -> None:
     out: Path = options.out or results(options.runs[0], "curves")
     make_folder(out)
     pictures = draw(compared, out)
-    (out / "curves.json").write_text(json.dumps(found, indent=1) + "\n")
+    atomic.write(out / "curves.json", json.dumps(found, indent=1) + "\n")
     _print(found)
     print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
 

@@ -22,6 +22,7 @@ from dit_in_dit.cli.options import (
     whole,
 )
 from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results
 from dit_in_dit.runtime.process import is_main
 
@@ -176,6 +177,6 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out:
         make_folder(options.out)
         table = {"evaluations": list(map(str, options.evaluations)), "scores": scores}
-        (options.out / "compare.json").write_text(json.dumps(table, indent=1) + "\n")
+        atomic.write(options.out / "compare.json", json.dumps(table, indent=1) + "\n")
         draw_compared(labels, scores, options.out / "compare.png")
         print(f"compare.json and compare.png in {options.out}")

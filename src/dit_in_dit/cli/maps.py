@@ -44,15 +44,16 @@ def _maps(options: argparse.Namespace) -> None:
     from dit_in_dit.attention_maps.page import page
     from dit_in_dit.attention_maps.record import choose, record
     from dit_in_dit.data.run_data import open_source_of
-    from dit_in_dit.reporting.plots import figure, save
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.reporting.plots import figure, to_png
+    from dit_in_dit.runs import atomic
+    from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
 
     figure()  # first: without matplotlib there is nothing to wait for
     device = pick_device(options.device)
-    model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
-    names = tuple(manifest["classes"])
-    config, classes = sampling(options, config, names)
+    saved = Checkpoint.open(options.run_folder)
+    model, names = saved.model(device, averaged=not options.raw), saved.classes
+    config, classes = sampling(options, saved.config, names)
     source = open_source_of(options.run_folder, config)
     views = choose(source, config, options.num, options.times, classes)
     out: Path = options.out or results(options.run_folder, "maps")
@@ -72,9 +73,9 @@ def _maps(options: argparse.Namespace) -> None:
         )
     title = options.run_folder.resolve().name
     written = [("maps.html", "all of it in one page: open it in a browser, move t, click a patch")]
-    (out / "maps.html").write_text(page(seen, names, title, manifest["step"]))
+    atomic.write(out / "maps.html", page(seen, names, title, saved.step))
     for name, what, made in figures(seen, names):
-        save(made, out / name)
+        atomic.write(out / name, to_png(made))
         written.append((name, what))
     for name, what in written:
         print(f"{out / name}  {what}")

@@ -80,7 +80,7 @@ def _match(options: argparse.Namespace) -> None:
 
 def _named(name: str) -> RunConfig:
     """The preset, or the config in a YAML file or in a run's folder."""
-    from dit_in_dit.runs.checkpoint import read_config
+    from dit_in_dit.runs.folder import read_config
 
     if name in presets.NAMES:
         return presets.get(name)

@@ -63,13 +63,15 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.progress import Progress
 
     from dit_in_dit.data.encode import decoder
-    from dit_in_dit.runs import checkpoint, shards
+    from dit_in_dit.runs import shards
+    from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.sampling.numbered import protocol, sample_batches
 
     device = pick_device(options.device)
-    model, config, manifest = checkpoint.load_model(options.run_folder, device, ema=not options.raw)
-    config, classes = sampling(options, config, manifest["classes"])
+    saved = Checkpoint.open(options.run_folder)
+    model = saved.model(device, averaged=not options.raw)
+    config, classes = sampling(options, saved.config, saved.classes)
     decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
     out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
@@ -83,13 +85,12 @@ def _sample(options: argparse.Namespace) -> None:
         # Asked again: another process may have begun meanwhile, and it says what it draws before it draws.
         if foreign and not (out / IDENTITY).exists():
             raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
-    names = [manifest["classes"][c] for c in classes] or "all in turn"
+    names = [saved.classes[c] for c in classes] or "all in turn"
     labels = names if config.model.num_classes else "none"
-    weights = manifest["sha256"][checkpoint.STATE if options.raw else checkpoint.AVERAGED]
     identity = {
-        "step": manifest["step"],
-        "config": manifest["config"],
-        "checkpoint": weights,
+        "step": saved.step,
+        "config": saved.manifest["config"],
+        "checkpoint": saved.sha256(averaged=not options.raw),
         "samples": protocol(config, labels=labels, averaged=not options.raw, seed=options.seed),
         "micro_batch": config.sample.micro_batch,
         "made on": _made_on(device),
@@ -148,14 +149,12 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.reporting.images import check_finite, picture, to_pixels
+    from dit_in_dit.reporting.images import check_finite, picture, to_pixels, to_png
 
     check_finite(image[None])
-    content = io.BytesIO()
-    if latents:
-        np.save(content, image.numpy())
-    else:
-        picture(to_pixels(image[None])[0]).save(content, "png")
+    if not latents:
+        return to_png(picture(to_pixels(image[None])[0]))
+    np.save(content := io.BytesIO(), image.numpy())
     return content.getvalue()
 
 
@@ -164,7 +163,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.reporting.images import grid, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels, to_png
 
     if latents:
         images = np.stack([_read(path) for path in paths])
@@ -173,8 +172,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
         shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
     else:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
-    with atomic.file(out / "grid.png") as file:
-        grid(shown).save(file, "png")
+    atomic.write(out / "grid.png", to_png(grid(shown)))
     atomic.clear(out, {path.name for path in paths})  # of no others: another process may draw more
 
 

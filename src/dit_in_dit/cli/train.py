@@ -58,7 +58,7 @@ def add(commands: Commands) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.data.latents import complete
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.runs.folder import read_config
     from dit_in_dit.training.loop import train
 
     if options.data and not options.resume:
@@ -67,7 +67,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
     if options.resume:
-        stored = checkpoint.read_config(options.out)
+        stored = read_config(options.out)
         config = chosen(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen(options)
@@ -113,12 +113,12 @@ def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.runs.folder import read_config
 
     quiet = not is_main()  # one of several processes speaks
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
     start = next(facts)  # first: a mistake is found here, before there is anything to show
-    config, values = checkpoint.read_config(out), start.values
+    config, values = read_config(out), start.values
     console.print(
         f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
@@ -171,7 +171,7 @@ def _devices(values: dict[str, Any]) -> str:
 
 def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
     """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
-    from dit_in_dit.reporting.images import grid, to_pixels
+    from dit_in_dit.reporting.images import grid, to_pixels, to_png
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
 
@@ -187,8 +187,7 @@ def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
             print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
             return
         path.parent.mkdir(exist_ok=True)
-        with atomic.file(path) as file:
-            grid(pixels).save(file, "png")
+        atomic.write(path, to_png(grid(pixels)))
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
@@ -220,8 +219,9 @@ def _end(fact: Fact, console: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     """Train (or go on, or find done), sample, and put the samples beside real images."""
-    from dit_in_dit.reporting.images import beside, grid, to_pixels
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.reporting.images import beside, grid, to_pixels, to_png
+    from dit_in_dit.runs.checkpoint import Checkpoint
+    from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.loop import train
@@ -229,16 +229,18 @@ def _demo(options: argparse.Namespace) -> None:
     out: Path = options.out
     started = (out / "config.yaml").exists()
     asked = options.preset or options.config or options.set
-    config = checkpoint.read_config(out) if started and not asked else chosen(options, "emoji")
+    config = read_config(out) if started and not asked else chosen(options, "emoji")
     stop = _signals()
     _follow(train(config, out, resume=started, device=options.device, stop=stop), out, stop)
-    model, config, _ = checkpoint.load_model(out, pick_device(options.device))
+    saved = Checkpoint.open(out)
+    model, config = saved.model(pick_device(options.device)), saved.config
     print("drawing samples ...", file=sys.stderr)
     drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))
-    drawn.save(out / "samples.png")
+    atomic.write(out / "samples.png", to_png(drawn))
     real = grid(_real(config, DEMO_IMAGES))
-    real.save(out / "real.png")
-    beside({"drawn by the model": drawn, "real training images": real}).save(out / "samples-beside-real.png")
+    atomic.write(out / "real.png", to_png(real))
+    both = beside({"drawn by the model": drawn, "real training images": real})
+    atomic.write(out / "samples-beside-real.png", to_png(both))
     print("\nThe pictures:")
     for name, what in (
         ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),

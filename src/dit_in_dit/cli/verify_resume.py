@@ -29,10 +29,11 @@ def add(commands: Commands) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     from dit_in_dit.data.run_data import locate
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.runs.checkpoint import noted_data
+    from dit_in_dit.runs.folder import read_config
 
-    config = checkpoint.read_config(options.run_folder)
-    data = locate(config.data, checkpoint.noted_data(options.run_folder))
+    config = read_config(options.run_folder)
+    data = locate(config.data, noted_data(options.run_folder))
     steps = min(options.steps, config.train.steps)
     stop = options.stop or steps // 2
     if not 0 < stop < steps:
@@ -68,12 +69,11 @@ def _train(arguments: list[str]) -> None:
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
     """SHA-256 in both runs by what was hashed: weights and moments, averaged weights, the log."""
-    import hashlib
-
-    from dit_in_dit.runs import checkpoint
+    from dit_in_dit.runs.checkpoint import newest
+    from dit_in_dit.runs.integrity import file_sha256
 
     found = []
     for run in (one, other):
-        hashes = dict(checkpoint.newest(run).manifest["sha256"])
-        found.append(hashes | {"log.jsonl": hashlib.sha256((run / "log.jsonl").read_bytes()).hexdigest()})
+        hashes = dict(newest(run).manifest["sha256"])
+        found.append(hashes | {"log.jsonl": file_sha256(run / "log.jsonl")})
     return {name: (found[0][name], found[1].get(name, "missing")) for name in sorted(found[0])}

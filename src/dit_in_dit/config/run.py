@@ -149,6 +149,11 @@ class ModelConfig(Section):
         return self.channels * (2 if self.learn_variance else 1)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image or a latent."""
+        return self.channels, *self.image_size
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size

@@ -75,3 +75,16 @@ def has_form(value: object, form: Any) -> bool:
         return isinstance(value, list) and all(has_form(one, form[0]) for one in value)
     types = form if isinstance(form, tuple) else (form,)
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+def json_difference(a: Any, b: Any) -> str:
+    """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
+    waiting = [("", a, b)]  # no recursion: JSON may nest as deeply as Python's stack
+    while waiting:
+        where, a, b = waiting.pop()
+        if isinstance(a, dict) and isinstance(b, dict):
+            names = reversed({**a, **b})
+            waiting += [(f"{where}.{name}" if where else str(name), a.get(name), b.get(name)) for name in names]
+        elif a != b:
+            return f"{where}: {json.dumps(a)} / {json.dumps(b)}"
+    return ""

@@ -13,8 +13,9 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys
-from dit_in_dit.curves.logs import BACKWARD, Arm, Curve, Floats, last_step
+from dit_in_dit.curves.logs import Arm, Curve, Floats, last_step
 from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 
 MEDIAN_STEPS = 100  # previous steps whose median a spike is measured against
 LOSS_SPIKE = 3.0  # times that median; healthy runs with batch 32 stay below 2.6
@@ -23,7 +24,7 @@ FREQUENCIES = {"whole": "whole image", "high": "high frequencies"}
 COMPARABLE = ("data.source", "data.held_out", "model.image_size", "model.channels", "diffusion.path")
 
 DEFINITIONS = {
-    "macs": f"training MACs: {BACKWARD} x forward MACs per image (backward: twice the forward) x images; "
+    "macs": f"training MACs: {FORWARDS_PER_STEP} x forward MACs per image (backward: twice the forward) x images; "
     "recomputed activations are not counted",
     "hours": "time spent in training steps on the machine of each run; steps that a resumed run repeats count once",
     "held_out": "mean squared error of the averaged model's image estimate on held-out images, noise the same for "

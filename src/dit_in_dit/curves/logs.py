@@ -20,7 +20,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys
 from dit_in_dit.config.strict_json import parse_lines
 from dit_in_dit.inspection import cost
-from dit_in_dit.runs.checkpoint import read_config
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.jsonl import MOST_STEP, check_lines, is_log_line
 
 Floats = NDArray[np.floating[Any]]
@@ -28,7 +28,6 @@ Floats = NDArray[np.floating[Any]]
 ADVICE = "mend it, or leave the run out"
 CHUNK_BYTES = 1 << 20  # of a log, parsed at once
 LONGEST_NAME = 48  # characters of an arm's name; above it, folders' names are used
-BACKWARD = 3  # MACs of a training step over those of its forward pass: the backward pass costs two
 
 
 # -------------------------------------------------------------------------------------------- logs
@@ -52,7 +51,7 @@ class Curve:
 
     def macs(self, steps: Floats) -> Floats:
         """Training MACs up to these steps."""
-        per_step = BACKWARD * cost.macs(self.config.model)["total"] * self.config.global_batch
+        per_step = cost.training_macs(self.config.model)["total"] * self.config.global_batch
         return steps * float(per_step)
 
     def hours(self, steps: Floats) -> Floats:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_in_dit.curves.convergence import FREQUENCIES, check_comparable, held_out, times
-from dit_in_dit.curves.logs import BACKWARD, Arm, Curve, Floats, last_step, unlike_losses
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.curves.logs import Arm, Curve, Floats, last_step, unlike_losses
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -42,7 +44,7 @@ def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
     for name, page in pages.items():
         if page:
             paths.append(out / f"{name}.png")
-            save(page, paths[-1], colours=256)
+            atomic.write(paths[-1], to_png(page, colours=256))
     return paths
 
 
@@ -60,7 +62,7 @@ def _acrosses(compared: Sequence[Arm]) -> list[_Across]:
     found = [
         _Across("steps", lambda arm, steps: steps),
         _Across(
-            f"training MACs / $10^{{{power}}}$  ({BACKWARD} x forward x images)",
+            f"training MACs / $10^{{{power}}}$  ({FORWARDS_PER_STEP} x forward x images)",
             lambda arm, steps: arm.curves[0].macs(steps) / 10.0**power,
         ),
     ]

@@ -37,7 +37,7 @@ class ArraySource(Source):
         if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise UserError(f"images in {path} must be uint8 (pixels) or floats (latents): got {images.dtype}")
         self._pixels = images.dtype == np.uint8
-        image_shape = (*model.image_size, model.channels) if self._pixels else (model.channels, *model.image_size)
+        image_shape = (*model.image_size, model.channels) if self._pixels else model.image_shape
         if images.shape[1:] != image_shape:
             raise UserError(f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})")
         if labels is None and model.num_classes:

@@ -8,7 +8,6 @@ bit, and is a function of the image's number alone, so neither an interruption n
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.groups import family_number
-from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard, sha256
+from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, open_source
 from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, moments
-from dit_in_dit.runs import atomic
+from dit_in_dit.runs import atomic, shards
+from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime import process
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -200,14 +200,15 @@ def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
 
 def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
     """Until the other processes' files are there too."""
-    total, missing, since = parts[-1][0].stop, len(parts), time.monotonic()
-    while left := [numbers for numbers, path in parts if not path.exists()]:
-        if len(left) < missing:
-            missing, since = len(left), time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(f"{len(left)} files of {parts[0][1].parent} did not come within {PATIENCE} s: run it again")
+    total, paths = parts[-1][0].stop, {part.start: path for part, path in parts}
+    folder = parts[0][1].parent
+    for left in shards.missing(
+        [part for part, _ in parts],
+        lambda part: paths[part.start].exists(),
+        PATIENCE,
+        lambda left: f"{len(left)} files of {folder}",
+    ):
         yield total - sum(map(len, left)), total
-        time.sleep(0.1)
 
 
 def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict[str, Any]]) -> None:
@@ -216,7 +217,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     counts, sums = 0, np.zeros((3, index["made"]["shape"][0]))
     for path in paths:
         arrays = open_shard(path)
-        shards.append({"file": path.name, "count": len(arrays["label"]), "sha256": sha256(path)})
+        shards.append({"file": path.name, "count": len(arrays["label"]), "sha256": file_sha256(path)})
         for name in ("moments", "flipped")[: 1 + index["made"]["flips"]]:
             mean, log_variance = np.split(_float64(arrays[name]), 2, axis=1)
             variance = np.exp(np.clip(log_variance, *LOG_VARIANCE))

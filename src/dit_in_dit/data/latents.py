@@ -9,7 +9,6 @@ mirror image of the encoding. `family` is the family's number, which decides the
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -108,12 +107,6 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class LatentSource(Source):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
@@ -130,7 +123,7 @@ class LatentSource(Source):
         made = index["made"]
         if made["dtype"] not in STORED:
             raise UserError(f"{shortened(self.folder / INDEX)}: latents are {', '.join(STORED)}; encode again")
-        shape = (model.channels, *model.image_size)
+        shape = model.image_shape
         if list(shape) != made["shape"]:
             raise UserError(
                 f"{self.folder} holds latents {made['shape']}: set model.channels and model.image_size to them, "

@@ -111,6 +111,13 @@ class Objective:
         """The image (N, C, H, W) that a model's output amounts to."""
         return convert(self.path, halves(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
 
+    def estimate(
+        self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x_t from images, noise and times (N,), and the image (N, C, H, W) that the prediction there amounts to."""
+        x_t = self.noisy(x, noise, t)
+        return x_t, self.image(predict(x_t, t, y).float(), x_t, t)
+
     def denoising_error(
         self, predict: Predict, x: Tensor, noise: Tensor, t: float, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -119,8 +126,7 @@ class Objective:
         High frequencies are what 2x2 averaging removes: the finest level of a Haar pyramid.
         """
         times = self.path.snap(torch.full((len(x),), t, device=x.device))
-        x_t = self.noisy(x, noise, times)
-        error = self.image(predict(x_t, times, y).float(), x_t, times) - x
+        error = self.estimate(predict, x, noise, times, y)[1] - x
         return error.square().flatten(1).mean(1), high_frequencies(error).square().flatten(1).mean(1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
 from dit_in_dit.inspection import cost
-from dit_in_dit.reporting.plots import COLOURS, figure, save
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import Batch, Examples
@@ -95,33 +96,32 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     source = open_source_of(run, config) if run else open_source(config.data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
-    numbers = config.model.channels * config.model.image_size[0] * config.model.image_size[1]
+    numbers = math.prod(config.model.image_shape)
     count = max(data_checks.CHUNK, min(EXAMPLES, data_checks.MOST_NUMBERS // numbers))
     examples = take(Examples(source, config), 0, count)
     start = _losses(trainer, Batch(*(part[: data_checks.forward_budget(config, device)] for part in examples)))
-    trained = run is not None and checkpoint.has_any(run)
+    trained = run is not None and has_any(run)
     if run is not None and trained:
-        folder, manifest, passed_over = checkpoint.newest(run)
-        checkpoint.warn(passed_over)
-        checkpoint.check_model(folder, manifest)
+        saved = Checkpoint.open(run)
+        saved.check_model()
         try:
-            _restore(trainer, folder, manifest)
+            _restore(trainer, saved)
         except (RuntimeError, KeyError):
-            raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
+            raise saved.misfit() from None
     held = _held_out(source, config, max(data_checks.CHUNK, min(HELD_OUT, data_checks.MOST_NUMBERS // numbers)))
     return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
 
 
-def _restore(trainer: Trainer, folder: Path, manifest: Mapping[str, Any]) -> None:
+def _restore(trainer: Trainer, saved: Checkpoint) -> None:
     """A checkpoint's state; its averaged weights alone where it holds no more (exported or imported), or where the
     optimizer was given to train() and is not here."""
-    state, averaged = checkpoint.load_state(folder), checkpoint.load_state(folder, checkpoint.AVERAGED)
-    if is_trained(state) and "optimizer" not in manifest.get("objects", {}):
-        trainer.restore(state, averaged, manifest["step"])
+    state = saved.state()
+    if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
+        trainer.restore(state, saved.averaged(), saved.step)
         return
     for model in (trainer.model, trainer.ema.model):
-        model.load_state_dict(averaged)
-    trainer.step = manifest["step"]
+        model.load_state_dict(saved.weights())
+    trainer.step = saved.step
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def draw(report: Report, path: Path) -> None:
         if not axis.has_data():
             axis.text(0.5, 0.5, "not examined", ha="center", va="center", transform=axis.transAxes, color="grey")
             axis.set(xticks=[], yticks=[])
-    save(made, path)
+    atomic.write(path, to_png(made))
 
 
 def _draw_histogram(axis: Any, section: Section) -> None:

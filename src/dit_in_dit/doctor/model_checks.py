@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.doctor.data_checks import CHUNK, Patient, Section, batches, forward_budget, take
-from dit_in_dit.inspection.hooks import watch_aggregation, watch_attention, watch_blocks, watch_contribution
+from dit_in_dit.inspection.hooks import (
+    forward_hooks,
+    watch_aggregation,
+    watch_attention,
+    watch_blocks,
+    watch_contribution,
+)
 from dit_in_dit.model.aggregate import Gate
 from dit_in_dit.model.embed import EMBEDS
 from dit_in_dit.model.mixers import MIXERS
@@ -38,18 +45,16 @@ ATTENTION_BYTES = 2**28
 def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]]]:
     """The first module whose output is not finite in a forward pass of `images` images, by name, and the image."""
     found: list[tuple[str, int]] = []
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
 
-            def hook(module: nn.Module, given: object, output: object, name: str = name) -> None:
-                tensors = output if isinstance(output, tuple) else (output,)
-                for tensor in tensors if not found else ():
-                    bad = ~torch.isfinite(tensor)
-                    if bad.any():  # rows are images, or groups of tokens of image after image
-                        row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
-                        found.append((name, row * images // len(tensor)))
+    def hook(name: str, module: nn.Module, given: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors if not found else ():
+            bad = ~torch.isfinite(tensor)
+            if bad.any():  # rows are images, or groups of tokens of image after image
+                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+                found.append((name, row * images // len(tensor)))
 
-            stack.callback(module.register_forward_hook(hook).remove)
+    with forward_hooks((module, partial(hook, name)) for name, module in model.named_modules()):
         yield found
 
 
@@ -368,8 +373,7 @@ def seams(patient: Patient) -> Section:
     for part in batches(Batch(*(column[keep] for column in patient.held))):
         x, noise, _, y, _ = (tensor.to(trainer.device) for tensor in part)
         t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
-        x_t = trainer.objective.noisy(x, noise, t)
-        estimates.append(trainer.objective.image(trainer.ema.model(x_t, t, y), x_t, t).cpu())
+        estimates.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())
     images = torch.cat(estimates)
     inner = {config.inner.sub_patch: "sub-patch"} if config.blocks("inner") else {}
     for period, what in ({**inner, config.patch_size: "patch"}).items():

@@ -19,6 +19,8 @@ from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import installed
 
+FORWARDS_PER_STEP = 3  # MACs of a training step over those of its forward pass: the backward pass costs two
+
 
 def macs(model: ModelConfig) -> dict[str, int]:
     """MACs per image of each part, and their `total`.
@@ -57,6 +59,11 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "inner_head": inner_head if ends_inner else 0,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def training_macs(model: ModelConfig) -> dict[str, int]:
+    """MACs of a training step per image, by the parts of `macs`, and their `total`."""
+    return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:

@@ -5,8 +5,10 @@ Each of these is a context; while it is open, every forward pass of the model is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,21 @@ from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weight
 from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead
 
 Look = Callable[[str, Tensor, Tensor], None]
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def forward_hooks(
+    after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = ()
+) -> Iterator[None]:
+    """While open, `hook(module, arguments, output)` is called after each forward pass of its module, and hooks of
+    `before` with (module, arguments) before it. What one returns replaces the output (the arguments), unless None."""
+    with ExitStack() as stack:
+        for module, hook in before:
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        for module, hook in after:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def attentions(model: NestedDiT) -> dict[str, Attention]:
@@ -31,15 +48,13 @@ def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for
     mixer=window. `attention_weights` makes weights of them; for long sequences, some queries at a time.
     """
-    with ExitStack() as stack:
-        for name, module in attentions(model).items():
 
-            @torch.no_grad()
-            def hook(module: Attention, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                q, k, _ = (x.reshape(len(arguments[0]), -1, *x.shape[1:]) for x in module.heads(*arguments))
-                look(name, q, k)
+    @torch.no_grad()
+    def hook(name: str, module: Attention, arguments: tuple[Tensor], output: Tensor) -> None:
+        q, k, _ = (x.reshape(len(arguments[0]), -1, *x.shape[1:]) for x in module.heads(*arguments))
+        look(name, q, k)
 
-            stack.callback(module.register_forward_hook(hook).remove)
+    with forward_hooks((module, partial(hook, name)) for name, module in attentions(model).items()):
         yield
 
 
@@ -63,13 +78,11 @@ def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
     """What each sub-patch weighed in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for number, module in enumerate(model.aggregates):
 
-            def hook(module: nn.Module, arguments: tuple[Tensor], output: Tensor, at: int = number) -> None:
-                seen[f"aggregates.{at}"] = module.weights(*arguments).detach()  # type: ignore[operator]
+    def hook(number: int, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        seen[f"aggregates.{number}"] = module.weights(*arguments).detach()  # type: ignore[operator]
 
-            stack.callback(module.register_forward_hook(hook).remove)
+    with forward_hooks((module, partial(hook, number)) for number, module in enumerate(model.aggregates)):
         yield seen
 
 
@@ -88,28 +101,21 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
     def share(part: Tensor, rest: Tensor) -> Tensor:
         return part / (part + rest).clamp(min=torch.finfo(part.dtype).tiny)
 
-    with ExitStack() as stack:
-        for number, stage in enumerate(stages):
+    def fused(number: int, module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        kept = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
+        added = output[0] - kept
+        seen[f"aggregates.{number}"] = share(added.norm(dim=-1), kept.norm(dim=-1)).detach()
 
-            def fused(
-                module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor], at: int = number
-            ) -> None:
-                kept = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
-                added = output[0] - kept
-                seen[f"aggregates.{at}"] = share(added.norm(dim=-1), kept.norm(dim=-1)).detach()
+    def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        shown = output[:, : model.config.channels]  # not what tells the variance
+        patches = shown.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
+        images[module.name] = patches.flatten(2).norm(dim=-1).detach()
+        if module.name == "inner head":  # the last to run
+            inner = images["inner head"]
+            seen["inner_head"] = share(inner, images.get("outer head", torch.zeros_like(inner)))
 
-            stack.callback(stage.register_forward_hook(fused).remove)
-
-        def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            shown = output[:, : model.config.channels]  # not what tells the variance
-            patches = shown.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
-            images[module.name] = patches.flatten(2).norm(dim=-1).detach()
-            if module.name == "inner head":  # the last to run
-                inner = images["inner head"]
-                seen["inner_head"] = share(inner, images.get("outer head", torch.zeros_like(inner)))
-
-        for head in model.heads:
-            stack.callback(head.register_forward_hook(drawn).remove)
+    joining = [(stage, partial(fused, number)) for number, stage in enumerate(stages)]
+    with forward_hooks([*joining, *((head, drawn) for head in model.heads)]):
         yield seen
 
 
@@ -117,15 +123,13 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
     """Output tokens of every block in the last forward pass, by name, in the order in which they ran."""
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, Block | MlpBlock):
 
-                def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-                    seen.pop(name, None)  # the order is that of the last pass
-                    seen[name] = output.detach()
+    def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.pop(name, None)  # the order is that of the last pass
+        seen[name] = output.detach()
 
-                stack.callback(module.register_forward_hook(hook).remove)
+    blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, Block | MlpBlock))
+    with forward_hooks((module, partial(hook, name)) for name, module in blocks):
         yield seen
 
 
@@ -138,13 +142,9 @@ def can_run_without_inner(model: NestedDiT) -> bool:
 @contextmanager
 def without_inner(model: NestedDiT) -> Iterator[None]:
     """The inner path adds nothing, as with a gate of zero: to outer tokens, nor to the image."""
-    with ExitStack() as stack:
-        for stage in model.stages:
-            if isinstance(stage, AggregateStage):
-                stack.callback(stage.register_forward_hook(lambda module, given, output: given[:2]).remove)
-        for head in model.heads:
-            if isinstance(head, InnerHead):
-                stack.callback(
-                    head.register_forward_hook(lambda module, given, output: torch.zeros_like(output)).remove
-                )
+    joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
+    heads = [head for head in model.heads if isinstance(head, InnerHead)]
+    unchanged = [(stage, lambda module, given, output: given[:2]) for stage in joins]
+    blank = [(head, lambda module, given, output: torch.zeros_like(output)) for head in heads]
+    with forward_hooks([*unchanged, *blank]):
         yield

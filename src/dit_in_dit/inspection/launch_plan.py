@@ -15,6 +15,7 @@ from typing import Any
 
 from dit_in_dit.config.errors import UserError, nearest
 from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.inspection.trace import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS, by NVIDIA's data sheets
@@ -30,7 +31,8 @@ MFU = 0.35  # an assumption
 ROOM = 0.9  # of the memory is planned for
 # Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
 STATE_BYTES = 22
-FLOPS_PER_MAC = {"none": 6, "both": 8}  # 2 forward, 4 backward, and 2 where the forward pass is done twice
+# Of a training step by the MACs of a forward pass; recomputing does the forward pass twice.
+FLOPS_PER_MAC = {"none": 2 * FORWARDS_PER_STEP, "both": 2 * (FORWARDS_PER_STEP + 1)}
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
         for head in net.heads:
             watch(head.final, head.name)
             account(head, head.name.replace(" ", "_"))
-        x = torch.empty(batch, model.channels, *model.image_size)
+        x = torch.empty(batch, *model.image_shape)
         note("image", x)
         with saved_tensors_hooks(keep, lambda tensor: tensor):
             out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))

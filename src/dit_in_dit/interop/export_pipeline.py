@@ -21,7 +21,9 @@ from dit_in_dit.interop.card import card, evaluation_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.interop.transformer import DiTInDiTTransformer2DModel
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.tensors import check_weights
 
 READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
 
@@ -38,19 +40,19 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         UserError: there is no such run, `out` is taken, or the VAE is none for these latents.
     """
     atomic.check_free(out)
-    model, config, manifest = checkpoint.load_model(run, torch.device("cpu"), ema=averaged)
-    checkpoint.check_weights(model.state_dict(), str(run))
+    saved = Checkpoint.open(run)
+    model, config, classes = saved.model(torch.device("cpu"), averaged=averaged), saved.config, list(saved.classes)
+    check_weights(model.state_dict(), str(run))
     check_travels({name: value for name, _, value in keys(config)})
-    pipe = pipeline_of(model, config, manifest["classes"], vae=_open_vae(vae, config))
-    file = checkpoint.AVERAGED if averaged else checkpoint.STATE
+    pipe = pipeline_of(model, config, classes, vae=_open_vae(vae, config))
     pictures = sorted((run / "samples").glob("*.png"))
     text = card(
         out.resolve().name,
         config,
-        manifest["step"],
-        list(manifest["classes"]),
+        saved.step,
+        classes,
         sum(p.numel() for p in model.parameters()),
-        evaluation_of(run, manifest["sha256"][file]),
+        evaluation_of(run, saved.sha256(averaged=averaged)),
         weights="averaged" if averaged else "trained",
         decoded=pipe.vae is not None,
         licence=licence,

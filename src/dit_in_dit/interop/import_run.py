@@ -8,7 +8,6 @@ The weights keep their type and every bit; a model that is made of them computes
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,11 @@ from dit_in_dit.config.run import RunConfig, assigned, override
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.official import POSITION, TABLE, Found, Kind
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint, save
+from dit_in_dit.runs.folder import create, read_config
+from dit_in_dit.runs.integrity import file_sha256
+from dit_in_dit.runs.tensors import check_weights
 
 ORIGIN = "origin.json"
 KEPT = f"official.{POSITION}"  # in the checkpoint's state, where it is not bit for bit what is computed here
@@ -60,7 +63,7 @@ def import_run(
         origin = {"format": "diffusers", "name": what, "config": theirs}
     else:
         found = read_checkpoint(source, kind)
-        origin = {"format": "official", "name": what, "sha256": _sha256(source)}
+        origin = {"format": "official", "name": what, "sha256": file_sha256(source)}
     found = replace(found, heads=heads or found.heads, classes=classes or found.classes)
     found = official.with_null_class(found, what)
     model = official.model_of(found, what)
@@ -75,11 +78,11 @@ def import_run(
     if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
         state[KEPT] = position
     for part in (averaged, trained):
-        checkpoint.check_weights(part, what)
+        check_weights(part, what)
     names = tuple(str(number) for number in range(model.num_classes))
     with atomic.folder(out) as beside:
-        checkpoint.create(beside, config)
-        checkpoint.save(beside, config, found.step, state, averaged, names)
+        create(beside, config)
+        save(beside, config, found.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
 
@@ -94,11 +97,6 @@ def _settled(config: RunConfig, settings: Sequence[str], *, null_class: bool) ->
     return override(config, settings)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -108,7 +106,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def is_theirs(run: Path) -> bool:
     """Whether diffusers' own DiT computes what the run does."""
-    config = checkpoint.read_config(run)
+    config = read_config(run)
     return _fits_theirs(config) and config.model.time_embed == "diffusers" and config.diffusion.predict == "noise"
 
 
@@ -145,7 +143,7 @@ def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str
     Raises:
         UserError: the run is no plain DiT on the ddpm path with square images and classes, or `out` is there.
     """
-    if not _fits_theirs(checkpoint.read_config(run)):
+    if not _fits_theirs(read_config(run)):
         raise UserError(f"{run} is none of diffusers' DiT (plain, ddpm, square, classes): use --format pipeline")
     config, weights = _official_weights(run, averaged=averaged)
     theirs = _origin(run).get("config") or diffusers_dit.config_of(config.model)
@@ -166,7 +164,7 @@ _FLOW = "the official code samples along the ddpm path: it loads these weights o
 
 def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str, Tensor]]:
     """A plain run's weights under official names, the position first."""
-    config = checkpoint.read_config(run)
+    config = read_config(run)
     model = config.model
     if model.blocks("inner"):
         raise UserError(f"{run} has inner blocks, which no official DiT has: use --format pipeline")
@@ -176,18 +174,13 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
-    folder, _, passed_over = checkpoint.newest(run)
-    checkpoint.warn(passed_over)
-    state = checkpoint.Stored(folder / checkpoint.STATE)  # optimizer's moments are not read
-    ours = {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
-    kept = state.get(KEPT)
-    if averaged:
-        ours = checkpoint.load_state(folder, checkpoint.AVERAGED)
-    checkpoint.check_weights(ours, str(run))
+    saved = Checkpoint.open(run)
+    ours, kept = saved.weights(averaged=averaged), saved.state().get(KEPT)
+    check_weights(ours, str(run))
     try:
         weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))
     except (KeyError, RuntimeError):
-        raise UserError(f"{folder} does not fit {run / 'config.yaml'}: the model was changed since") from None
+        raise saved.misfit() from None
     first = official.position(model, weights[official.PATCHES].dtype) if kept is None else kept
     return config, {POSITION: first, **weights}
 

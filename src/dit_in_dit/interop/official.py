@@ -25,7 +25,7 @@ from dit_in_dit.config.program import MOST_BLOCKS
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs.checkpoint import DTYPES
+from dit_in_dit.runs.tensors import DTYPES
 
 Weights = Mapping[str, Tensor]
 Kind = Literal["dit", "sit"]

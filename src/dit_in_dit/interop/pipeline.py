@@ -152,8 +152,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
 
     def _shape(self) -> tuple[int, int, int]:
         """C, H, W."""
-        model = ModelConfig.from_dict(self.transformer.config.model)
-        return model.channels, *model.image_size
+        return ModelConfig.from_dict(self.transformer.config.model).image_shape
 
     def _how(self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None) -> SampleConfig:
         """Steps and guidance, of the call or by default."""

@@ -13,7 +13,10 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.interop.card import card, evaluation_of
 from dit_in_dit.reporting.templates import code, code_block
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint, newest, save
+from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.tensors import check_weights
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PICTURE = "samples.png"
@@ -29,38 +32,35 @@ def export_slim(run: Path, out: Path, *, precision: Precision = "float16", licen
         UserError: there is no such run, `out` is taken, or a weight is too large for the precision.
     """
     atomic.check_free(out)
-    config = checkpoint.read_config(run)
-    folder, manifest, passed_over = checkpoint.newest(run)
-    checkpoint.warn(passed_over)
-    dtype = getattr(torch, precision)
-    stored = checkpoint.load_state(folder, checkpoint.AVERAGED)
-    checkpoint.check_weights(stored, str(run))
-    averaged = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    saved, dtype = Checkpoint.open(run), getattr(torch, precision)
+    weights = saved.weights()
+    check_weights(weights, str(run))
+    averaged = {name: tensor.to(dtype) for name, tensor in weights.items()}
     for name, tensor in averaged.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} of {run} has a value too large for {precision}: use --precision bfloat16")
     with atomic.folder(out) as beside:
-        checkpoint.create(beside, config)
-        checkpoint.save(beside, config, manifest["step"], {}, averaged, tuple(manifest["classes"]))
+        create(beside, saved.config)
+        save(beside, saved.config, saved.step, {}, averaged, saved.classes)
         write_card(beside, out.resolve().name, licence=licence)
 
 
 def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
     """README.md of a run, with what its own evaluation found and the picture beside it."""
-    config = checkpoint.read_config(run)
-    _, manifest, _ = checkpoint.newest(run)
+    saved = newest(run)
+    config = saved.config
     text = card(
         name,
         config,
-        manifest["step"],
-        list(manifest["classes"]),
+        saved.step,
+        list(saved.classes),
         cost.parameters(config.model)["total"],
-        evaluation_of(run, manifest["sha256"][checkpoint.AVERAGED]),
+        evaluation_of(run, saved.sha256()),
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
         use=usage(name, config),
     )
-    (run / "README.md").write_text(text)
+    atomic.write(run / "README.md", text)
 
 
 def usage(name: str, config: RunConfig) -> str:

@@ -240,8 +240,7 @@ def _detail(model: NestedDiT, config: RunConfig) -> dict[str, Score]:
     scores: dict[str, Score] = {}
     for t in DETAIL_TIMES:
         times = objective.path.snap(torch.full((len(x),), t, device=device))
-        x_t = objective.noisy(x, noise, times)
-        estimates = objective.image(model(x_t, times, y), x_t, times).cpu().numpy()
+        estimates = objective.estimate(model, x, noise, times, y)[1].cpu().numpy()
         found = [detail.detail(mosaic, truth, image) for truth, image in zip(truths, estimates, strict=True)]
         scores |= {f"{name}@{t}": score for name, score in detail.scores(found, true).items()}
     return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
 
 Array = NDArray[np.float64]
@@ -263,7 +263,7 @@ def read_reference(path: Path) -> Reference:
         raise UserError(f"no such file of statistics: {path}") from None
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} as a .npz of numbers: {str(error)[:80]}") from None
-    return Reference(path, sha256(path), found)
+    return Reference(path, file_sha256(path), found)
 
 
 def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:
@@ -279,9 +279,3 @@ def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:
     if np.abs(covariance - covariance.T).max() > 1e-5 * np.abs(covariance).max():
         raise UserError(f"{path}: {name} must be symmetric, as covariances are")
     return Moments(None, mean, covariance)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

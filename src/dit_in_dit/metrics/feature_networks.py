@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.metrics.feature_distances import sha256
+from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.precision import use_full_float32
 
 Pixels = NDArray[np.uint8]
@@ -197,7 +197,7 @@ def _fix_positions(model: Any, grid: int) -> None:
 
 
 def _identity(name: str, weights: Path, package: str) -> dict[str, str]:
-    return {"name": name, "sha256": sha256(weights), package: version(package)}
+    return {"name": name, "sha256": file_sha256(weights), package: version(package)}
 
 
 def _not_importable(package: str, module: str, error: Exception) -> UserError:

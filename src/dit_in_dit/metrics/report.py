@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.strict_json import has_form, read_json
+from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import beside, grid
-from dit_in_dit.runs.shards import first_difference
+from dit_in_dit.reporting.images import beside, grid, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import before_it_was_named
 
 SHOWN = 64
@@ -29,7 +29,7 @@ def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
     samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
     step = max(1, len(evaluation.real) // SHOWN)
     pictures = {"evaluated": grid(evaluation.images[:SHOWN]), "real images": grid(evaluation.real[::step][:SHOWN])}
-    beside(pictures).save(samples)
+    atomic.write(samples, to_png(beside(pictures)))
     draw_nearest(evaluation, nearest)
     draw_metrics(evaluation, metrics)
     return [
@@ -48,7 +48,7 @@ def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
         mine, theirs = evaluation.nearest[part], evaluation.nearest_real[part]
         blank = np.full((columns - len(mine), *mine.shape[1:]), 255, np.uint8)
         rows += [mine, blank, theirs, blank]
-    grid(np.concatenate(rows), columns).save(path)
+    atomic.write(path, to_png(grid(np.concatenate(rows), columns)))
 
 
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
@@ -63,7 +63,7 @@ def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
     _draw_neighbours(axes[1, 1], evaluation)
     made.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
-    plots.save(made, path)
+    atomic.write(path, plots.to_png(made))
 
 
 def _periods(result: dict[str, Any]) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any]
     """
     results = [read(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
-        if field := first_difference(results[0]["protocol"], result["protocol"]):
+        if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
                 f"{paths[0]} and {path} cannot stand in one table, their protocols differ in {field}; "
                 "evaluate them alike"
@@ -195,4 +195,4 @@ def draw_compared(
         axis.tick_params(axis="x", labelsize=6)
         axis.locator_params(axis="x", nbins=4)
     made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
-    plots.save(made, path)
+    atomic.write(path, plots.to_png(made))

@@ -22,7 +22,7 @@ from dit_in_dit.data.sources import open_source, size_of
 from dit_in_dit.metrics.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.numbered import protocol, sample_batches
 from dit_in_dit.training.batches import image_number
@@ -96,16 +96,17 @@ def run_subject(
         configure: from the run's config and class names, the config to sample with and the classes that take turns.
         decoder: what makes images of latents, if there is something.
     """
-    model, config, manifest = checkpoint.load_model(run, device, ema=averaged)
-    config = replace(config, data=locate(config.data, manifest.get("data")))
+    saved = Checkpoint.open(run)
+    model, config = saved.model(device, averaged=averaged), saved.config
+    config = replace(config, data=locate(config.data, saved.manifest.get("data")))
     decode = decoder(config.data)
     if decode is None and config.model.channels not in (1, 3):
         raise UserError(
             f"evaluation needs images of 1 or 3 channels: {run} draws latents of {config.model.channels}; "
             "name the VAE that decodes them with --vae"
         )
-    config, classes = configure(config, manifest["classes"])
-    names: str | list[str] = [manifest["classes"][c] for c in classes]
+    config, classes = configure(config, saved.classes)
+    names: str | list[str] = [saved.classes[c] for c in classes]
     if config.model.num_classes and not classes:
         classes, names = _common_labels(run, config), "as often as in the training data"
 
@@ -117,9 +118,8 @@ def run_subject(
 
     labels = names if config.model.num_classes else "none"
     samples = protocol(config, labels=labels, averaged=averaged, seed=seed)
-    file = checkpoint.AVERAGED if averaged else checkpoint.STATE
-    about = {"name": str(run), "step": manifest["step"], "config": manifest["config"]}
-    about["checkpoint"] = manifest["sha256"][file]
+    about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
+    about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
     if decode:
         samples["vae"] = decode.about()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -62,3 +64,9 @@ def beside(pictures: dict[str, Image.Image]) -> Image.Image:
         sheet.paste(image, (left, top))
         left += image.width + gap
     return sheet
+
+
+def to_png(image: Image.Image) -> bytes:
+    """An image as the bytes of a PNG file."""
+    image.save(content := io.BytesIO(), "PNG")
+    return content.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -44,15 +43,17 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         return made, made.subplots(rows, columns, squeeze=False)
 
 
-def save(made: Figure, path: Path, *, colours: int | None = None) -> None:
-    """Write a PNG; the same figure gives the same bytes.
+def to_png(made: Figure, *, colours: int | None = None) -> bytes:
+    """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 
     Args:
         colours: at most 256; lines and letters need no more, and take a third of the bytes.
     """
+    made.savefig(drawn := io.BytesIO(), dpi=110, metadata={"Software": None})
     if colours is None:
-        made.savefig(path, dpi=110, metadata={"Software": None})
-        return
-    made.savefig(drawn := io.BytesIO(), dpi=110)
+        return drawn.getvalue()
     with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+        picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
+            few := io.BytesIO(), "PNG", optimize=True
+        )
+    return few.getvalue()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import integrity
 
 
 def _beside(path: Path) -> Path:
@@ -82,12 +83,15 @@ def folder(out: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for written in beside.rglob("*"):
-            if written.is_file():
+        for written in (beside, *beside.rglob("*")):
+            if written.is_dir():
+                integrity.sync(written)
+            elif written.is_file():
                 _settle(written, beside)
         if out.is_dir():
             out.rmdir()
         beside.rename(out)
+        integrity.sync(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -73,6 +73,12 @@ def write(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
     return size, sha256.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(folder: Path) -> None:
     """Put a folder's names on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -148,8 +154,7 @@ def _has_all_parts(manifest: dict[str, Any]) -> bool:
 def _compare(path: Path, size: int, sha256: str) -> tuple[Kind | None, str]:
     """What is wrong with a file, if anything, and its SHA-256 where it can be read."""
     try:
-        with path.open("rb") as file:
-            there, found = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        there, found = path.stat().st_size, file_sha256(path)
     except (FileNotFoundError, NotADirectoryError):
         return "missing", ""
     except OSError:

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.runs.checkpoint import SaveError
 from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.strict_json import has_form, parse_lines
+from dit_in_dit.runs.checkpoint import SaveError
 
 Line = dict[str, Any]
 MOST_STEP = 10**12  # as train.steps

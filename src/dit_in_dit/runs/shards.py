@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.runs import atomic
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.strict_json import read_json
+from dit_in_dit.config.strict_json import json_difference, read_json
+from dit_in_dit.runs import atomic
 from dit_in_dit.runtime import process
 
 Arrays = dict[str, NDArray[Any]]
 PATIENCE = 1800  # seconds without a new chunk after which the other processes are given up
-
-
 
 
 def claim(path: Path, identity: Mapping[str, Any]) -> None:
@@ -40,21 +37,8 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     if not path.exists():
         atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
     stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
-    if field := first_difference(stored, json.loads(json.dumps(identity))):
+    if field := json_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
-
-
-def first_difference(a: Any, b: Any) -> str:
-    """`path: this / that` of the first field in which two JSON values differ; empty when they are equal."""
-    waiting = [("", a, b)]  # no recursion: JSON may nest as deeply as Python's stack
-    while waiting:
-        where, a, b = waiting.pop()
-        if isinstance(a, dict) and isinstance(b, dict):
-            names = reversed({**a, **b})
-            waiting += [(f"{where}.{name}" if where else str(name), a.get(name), b.get(name)) for name in names]
-        elif a != b:
-            return f"{where}: {json.dumps(a)} / {json.dumps(b)}"
-    return ""
 
 
 def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
@@ -73,15 +57,30 @@ def share(total: int, size: int, there: Callable[[range], bool], make: Callable[
             make(part)
             done += len(part)
             yield done
-    left, since = parts, time.monotonic()
-    while missing := [part for part in left if not there(part)]:
-        if len(missing) < len(left):
-            left, since = missing, time.monotonic()
-        if time.monotonic() - since > PATIENCE:
-            raise UserError(f"images from number {left[0].start} on did not come within {PATIENCE} s: run it again")
+    for left in missing(parts, there, PATIENCE, lambda left: f"images from number {left[0].start} on"):
         yield total - sum(map(len, left))
-        time.sleep(0.1)
     yield total
+
+
+def missing(
+    parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
+) -> Iterator[Sequence[range]]:
+    """Wait for other processes' parts: yields those that are missing ten times a second, until all are there.
+
+    Args:
+        what: names missing parts, for the error.
+
+    Raises:
+        UserError: no part came for `patience` seconds.
+    """
+    left, since = parts, time.monotonic()
+    while found := [part for part in left if not there(part)]:
+        if len(found) < len(left):
+            left, since = found, time.monotonic()
+        if time.monotonic() - since > patience:
+            raise UserError(f"{what(left)} did not come within {patience} s: run it again")
+        yield left
+        time.sleep(0.1)
 
 
 def _path(folder: Path, part: range) -> Path:

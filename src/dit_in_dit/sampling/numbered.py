@@ -65,7 +65,7 @@ def sample_batches(
     """
     keep_freed_memory()
     use_full_float32()
-    device, shape = next(model.parameters()).device, (model.config.channels, *model.config.image_size)
+    device, shape = next(model.parameters()).device, model.config.image_shape
     chosen = classes or range(model.config.num_classes or 1)
     predict = guided(in_its_type(model), model.config.num_classes, config.sample)
     size = config.sample.micro_batch

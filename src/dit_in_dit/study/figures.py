@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics.metric import WORDS, direction, metric_of
-from dit_in_dit.reporting.images import grid
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting import images as pictures
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting
 from dit_in_dit.study.results import Gathered
 from dit_in_dit.study.statistics import Difference
@@ -64,7 +65,7 @@ def draw_forest(study: Gathered, path: Path) -> None:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
     made.suptitle(title, fontsize=8)
-    save(made, path, colours=256)
+    atomic.write(path, to_png(made, colours=256))
 
 
 def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
@@ -122,7 +123,7 @@ def draw_matrix(study: Gathered, path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    save(made, path, colours=256)
+    atomic.write(path, to_png(made, colours=256))
 
 
 def _square(column: int, row: int, colour: str) -> Any:
@@ -174,7 +175,7 @@ def draw_pareto(study: Gathered, path: Path) -> None:
     made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
     made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
-    save(made, path, colours=256)
+    atomic.write(path, to_png(made, colours=256))
 
 
 def _span(costs: Sequence[float | None]) -> float:
@@ -210,8 +211,10 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
     _, images, real = drawn[0]
     cell = images.shape[2] * max(1, 64 // max(images.shape[1:3])) + 2
     columns = min(SAMPLES, len(images), max(4, WIDEST // cell))
-    strips = [("real images", grid(real[:columns], columns))] if len(real) else []
-    strips += [(label(name, 48).replace(r"\$", "$"), grid(images[:columns], columns)) for name, images, _ in drawn]
+    strips = [("real images", pictures.grid(real[:columns], columns))] if len(real) else []
+    strips += [
+        (label(name, 48).replace(r"\$", "$"), pictures.grid(images[:columns], columns)) for name, images, _ in drawn
+    ]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 16 + int(max(ruler.textlength(name, font_size=14) for name, _ in strips))
     height = sum(strip.height for _, strip in strips) + 10
@@ -221,7 +224,7 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
         draw.text((8, top + strip.height // 2), name, fill="black", font_size=14, anchor="lm")
         sheet.paste(strip, (margin, top))
         top += strip.height + (10 if top == 0 else 0)
-    sheet.save(path)
+    atomic.write(path, pictures.to_png(sheet))
 
 
 def _drawn(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -23,7 +23,6 @@ from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.config.schema import Section, keys
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.trace import inspect
-from dit_in_dit.study.plan import Arm, StudyConfig, candidates, configure
 
 By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
@@ -334,69 +333,6 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
     return math.exp(x - y / slope)
 
 
-# --------------------------------------------------------------------------------------------- arms
-
-
-def match_arms(study: StudyConfig, device: torch.device, threads: int | None = None) -> tuple[Arm, ...]:
-    """The study's arms, each of the cost of the arm it is compared with, within its budget.
-
-    Keys that the study or the arm names are not changed. Step times are measured where matching or the budget needs
-    them, and where it takes seconds.
-
-    Raises:
-        UserError: an arm cannot be matched, or arms are compared with each other in a circle.
-    """
-    found = candidates(study)
-    configs: dict[str, RunConfig] = {}
-    matched: dict[str, dict[str, tuple[Any, Any]]] = {}
-    time_gaps = dict.fromkeys(found, 0.0)
-    for name in _in_order(found):
-        named, against = found[name]
-        configs[name], matched[name] = configure(study, named), {}
-        if name == against or study.match == "none":
-            continue
-        try:
-            made = match(
-                configs[name],
-                configs[against],
-                study.match,
-                tolerance=study.tolerance,
-                fixed={*study.set, *named},
-                device=device,
-                threads=threads,
-            )
-        except NoTwin as error:
-            ratio, what = 1 + error.nearest.gap, NAMES[study.match]
-            raise UserError(
-                f"study: arm {name!r} costs {ratio:.3g}x {against!r} in {what}, more than "
-                f"tolerance {study.tolerance:g} allows: raise study.tolerance, name fewer keys, or set match: none"
-            ) from None
-        matched[name], time_gaps[name] = made.changed, made.gap
-        configs[name] = replace(configs[name], model=made.model)
-    times = _times(study, configs, device, threads)
-    arms = []
-    for name, (named, against) in found.items():
-        after = {key: value for key, (_, value) in matched[name].items()}
-        seconds = times[name].seconds if times else None
-        gap = {by: count(configs[name].model) / count(configs[against].model) - 1 for by, count in COUNTS.items()}
-        if times:
-            gap["time"] = time_gaps[name] if study.match == "time" else times[name].over(times[against]) - 1
-        costs = {by: float(count(configs[name].model)) for by, count in COUNTS.items()}
-        costs |= {"time": seconds} if seconds is not None else {}
-        config = configure(study, {**named, **after}, seconds)
-        arms.append(Arm(name, named, against, config, matched[name], costs, gap))
-    return tuple(arms)
-
-
-def _times(
-    study: StudyConfig, configs: Mapping[str, RunConfig], device: torch.device, threads: int | None
-) -> dict[str, Times]:
-    """Step times of all arms in turns; none where nobody needs them and they take long."""
-    if study.match == "time" or "seconds" in study.budget:
-        return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
-    return quick_times(configs, device, threads)
-
-
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
     """Step times in turns, or none where they would take more than half a minute or much memory."""
     compiles = any(config.train.compile for config in configs.values())
@@ -406,15 +342,3 @@ def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads:
         return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
     except UserError:
         return {}
-
-
-def _in_order(found: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
-    """Arms by name, each after the one that it is compared with; those compared with themselves first."""
-    order: list[str] = []
-    while len(order) < len(found):
-        ready = [n for n, (_, against) in found.items() if n not in order and (against == n or against in order)]
-        if not ready:
-            left = ", ".join(name for name in found if name not in order)
-            raise UserError(f"study.arms: {left} are compared in a circle: one must be against a control")
-        order += ready
-    return order

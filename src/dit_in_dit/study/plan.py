@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, nearest, shortened
-from dit_in_dit.config.run import RunConfig, assigned, changed, from_file
+from dit_in_dit.config.run import RunConfig, assigned
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml
@@ -26,8 +24,6 @@ from dit_in_dit.metrics.metric import own_metrics
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
-AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
-MOST_ARMS = 1000
 NUMBER = (int, float)
 COSTS = {"macs": NUMBER, "params": NUMBER}
 ARM_FORM = {"name": str, "changes": dict, "against": str, "config": dict, "matched": dict, "cost": COSTS, "gap": COSTS}
@@ -264,91 +260,3 @@ def _arm_from_dict(values: dict[str, Any]) -> Arm:
 def slug(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "arm"
-
-
-def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
-    """Config keys of every arm by name, and the arm that it is compared with; not matched yet."""
-    if study.grid:
-        named = dict(_combinations(study.grid))
-    else:
-        named = {name: changes or {} for name, changes in study.arms.items()} or {"base": {}}
-    for name, changes in named.items():
-        if not isinstance(changes, Mapping):
-            raise UserError(f"study.arms.{name} must be a group of config keys: got {str(changes)[:40]!r}")
-    control = study.control or next(iter(named))
-    if control not in named:
-        raise UserError(f"study.control: no arm {control!r}{nearest(control, named)}")
-    found = {}
-    for name, changes in named.items():
-        against = control if name == control else changes.get(AGAINST, control)
-        if against not in named:
-            raise UserError(f"study.arms.{name}: no arm {str(against)!r}{nearest(str(against), named)}")
-        found[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
-    slugs: dict[str, str] = {}
-    for name in found:
-        if (other := slugs.setdefault(slug(name), name)) != name:
-            raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: name them apart")
-    return found
-
-
-def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    if count > MOST_ARMS:
-        raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
-    for chosen in product(*grid.values()):
-        changes = dict(zip(grid, chosen, strict=True))
-        yield describe(changes), changes
-
-
-def describe(changes: Mapping[str, Any]) -> str:
-    """Changes as a name: each value with the end of its key, the whole key where ends are the same."""
-    ends = [name.rpartition(".")[2] for name in changes]
-    return ", ".join(
-        f"{name if ends.count(e) > 1 else e}={changes[name]}" for name, e in zip(changes, ends, strict=True)
-    )
-
-
-def _base(name: str) -> RunConfig:
-    """The config that all arms start from."""
-    if not name.endswith((".yaml", ".yml")):
-        return presets.get(name)
-    return from_file(Path(name), "study.base")
-
-
-def configure(study: StudyConfig, changes: Mapping[str, Any], step_seconds: float | None = None) -> RunConfig:
-    """The config of an arm within the study's budget, before matching.
-
-    What the study and the arm do not name follows the number of steps: ten held-out evaluations, eight checkpoints,
-    no grids, and a warm-up of at most a tenth.
-
-    Args:
-        step_seconds: measured, for a budget of seconds.
-    """
-    named = {**study.set, **changes}
-    return budgeted(study, changed(_base(study.base), named), named, step_seconds)
-
-
-def budgeted(
-    study: StudyConfig, config: RunConfig, named: Mapping[str, Any], step_seconds: float | None = None
-) -> RunConfig:
-    """The config with the steps that the study's budget gives it."""
-    from dit_in_dit.inspection import cost
-
-    train = config.train
-    for kind, amount in study.budget.items():
-        per_step = {
-            "steps": 1.0,
-            "images": float(config.global_batch),
-            "macs": 3.0 * cost.macs(config.model)["total"] * config.global_batch,  # the backward pass costs two
-            "seconds": step_seconds or 1.0,
-        }[kind]
-        train = replace(train, steps=max(1, round(amount / per_step)))
-    every: dict[str, Any] = {
-        "evaluate_every": max(1, train.steps // 10),
-        "checkpoint_every": max(1, train.steps // 8),
-        "sample_every": 0,
-        "warmup": min(train.warmup, train.steps // 10),
-    }
-    return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))

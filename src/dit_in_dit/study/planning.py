@@ -14,6 +14,7 @@ from dit_in_dit import __version__
 from dit_in_dit.config.errors import UserError, nearest, shortened
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import to_dict
+from dit_in_dit.config.strict_json import json_difference
 from dit_in_dit.curves.convergence import check_same_held_out
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
@@ -22,9 +23,8 @@ from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.metrics.metric import own_metrics
 from dit_in_dit.runs import atomic
-from dit_in_dit.runs.shards import first_difference
 from dit_in_dit.runtime.device import settled
-from dit_in_dit.study.match import match_arms
+from dit_in_dit.study.arms import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
 
@@ -80,7 +80,7 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
     if "held_out" in study.metrics and config.train.evaluate_every:
         known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
     if "pixels" in study.metrics:
-        shape = (4, config.model.channels, *config.model.image_size)
+        shape = (4, *config.model.image_shape)
         images = np.random.default_rng(0).standard_normal(shape, np.float32)
         known += pixels.score(images[:2], images, (config.model.patch_size,))
     if set(study.metrics) - {"held_out"}:
@@ -112,6 +112,6 @@ def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None)
     if not path.exists():
         atomic.write(path, make().to_json() + "\n", once=True)  # another process may be first
     plan = read_plan(out)
-    if study is not None and (field := first_difference(to_dict(plan.study), to_dict(study))):
+    if study is not None and (field := json_difference(to_dict(plan.study), to_dict(study))):
         raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")
     return plan

@@ -9,7 +9,8 @@ import numpy as np
 
 from dit_in_dit.curves.convergence import FREQUENCIES
 from dit_in_dit.curves.logs import Curve, Floats
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.study.figures import label
 from dit_in_dit.study.results import Gathered
 
@@ -65,7 +66,7 @@ def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
         if number >= len(panels) - columns:
             axis.set_xlabel("training TMACs", fontsize=8)
     made.suptitle(f"t = {at[0]:g}, {FREQUENCIES[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
-    save(made, path, colours=256)
+    atomic.write(path, to_png(made, colours=256))
     return at
 
 

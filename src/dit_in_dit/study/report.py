@@ -20,6 +20,7 @@ from dit_in_dit.reporting.document import (
     to_markdown,
 )
 from dit_in_dit.reporting.plots import COLOURS
+from dit_in_dit.runs import atomic
 from dit_in_dit.study import figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
@@ -90,7 +91,7 @@ def report(out: Path) -> Report:
     if curve_numbers is not None:
         written["curves.csv"] = (curve_numbers, "every held-out error on the way")
     for name, (text, _) in written.items():
-        (out / name).write_text(text, encoding="utf-8")
+        atomic.write(out / name, text)
     return Report(summary, [(out / name, what) for name, (_, what) in written.items()])
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.config.strict_json import has_form, read_json
+from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.curves.convergence import check_comparable
 from dit_in_dit.curves.logs import Arm as CurveArm
 from dit_in_dit.curves.logs import Curve, last_step, read_run
 from dit_in_dit.metrics.metric import direction, metric_of
-from dit_in_dit.runs.checkpoint import read_config
-from dit_in_dit.runs.shards import first_difference
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.precision import FULL, before_it_was_named
 from dit_in_dit.study.metrics import grouped
 from dit_in_dit.study.plan import Arm, Plan, read_plan
@@ -211,7 +210,7 @@ def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
             seeds = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
         for key, compared in ((result.seed, protocol), (None, seeds)):
             first, theirs = firsts.setdefault(key, (path, compared))
-            if field_ := first_difference(theirs, compared):
+            if field_ := json_difference(theirs, compared):
                 raise UserError(
                     f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
                     f"{field_}; evaluate them alike"

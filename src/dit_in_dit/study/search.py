@@ -15,10 +15,11 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.inspection import cost
 from dit_in_dit.metrics.metric import WORDS, direction
 from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
+from dit_in_dit.study.arms import describe
 from dit_in_dit.study.figures import draw_samples
-from dit_in_dit.study.plan import describe
 from dit_in_dit.study.results import Searched, Tried
 
 CONFIRMED = 3  # best trials that the proposed study takes
@@ -140,7 +141,7 @@ def _draw(searched: Searched, path: Path) -> None:
         axis.set_xlabel(name)
         if number % columns == 0:
             axis.set_ylabel(searched.plan.study.primary)
-    save(made, path)
+    atomic.write(path, to_png(made))
 
 
 def confirm(searched: Searched) -> str:

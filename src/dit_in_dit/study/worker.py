@@ -25,12 +25,14 @@ from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
 from dit_in_dit.reporting.images import to_pixels
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import settled
 from dit_in_dit.sampling.numbered import label, sample
-from dit_in_dit.study.match import match
-from dit_in_dit.study.plan import Plan, budgeted, configure, describe
+from dit_in_dit.study.arms import budgeted, describe, matched
+from dit_in_dit.study.plan import Plan
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
 from dit_in_dit.study.result import Result, read_result
@@ -74,7 +76,7 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator
                 return
             else:  # others have what is left, or had it
                 yield Event("waiting", text=f"for {board.counts()['running']} trials that others have")
-                time.sleep(min(1.0, board.lease / BEATS))
+                _pause(board)
     finally:
         torch.set_num_threads(before)
 
@@ -105,6 +107,11 @@ def _try(
         yield Event("lost", claim.key)
 
 
+def _pause(board: Board) -> None:
+    """Leave other workers some time: as long as between two signs of their life, a second at most."""
+    time.sleep(min(1.0, board.lease / BEATS))
+
+
 def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
     """Arm, seed and config of a trial; of a search, they follow from what its sampler chose."""
     if not plan.study.search:
@@ -114,22 +121,18 @@ def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[
     atomic.write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
     seed = plan.study.seeds[0]
     if (run / "config.yaml").exists():
-        return describe(changes), seed, checkpoint.read_config(run)
+        return describe(changes), seed, read_config(run)
     return describe(changes), seed, replace(_chosen(plan, changes, device), seed=seed)
 
 
 def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunConfig:
     """The config that a sampler's choice makes, of the control's cost and within the budget; UserError without one."""
     study, threads = plan.study, plan.study.threads
-    config = configure(study, changes)
-    if study.match != "none":
-        like, fixed = plan.control.config, {*study.set, *changes}
-        found = match(config, like, study.match, tolerance=study.tolerance, fixed=fixed, device=device, threads=threads)
-        config = replace(config, model=found.model)
+    config, _ = matched(study, changes, plan.control.config, device, threads)
     seconds = None
     if "seconds" in study.budget:
         seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return settled(budgeted(study, config, {**study.set, **changes}, seconds), device)
+    return settled(budgeted(study, config, changes, seconds), device)
 
 
 def _train_and_measure(
@@ -177,7 +180,7 @@ def _train(
             except BusyError as busy:
                 claim.check()
                 yield Event("waiting", claim.key, text=str(busy))
-                time.sleep(min(1.0, board.lease / BEATS))
+                _pause(board)
                 continue
             return (yield from _follow(plan, board, claim, run, first, facts))
 
@@ -186,7 +189,7 @@ def _follow(
     plan: Plan, board: Board, claim: Claim, run: Path, first: Fact, facts: Iterator[Fact]
 ) -> Generator[Event, None, bool]:
     """Tell the board how the training goes; whether it was pruned."""
-    steps = checkpoint.read_config(run).train.steps
+    steps = read_config(run).train.steps
     claim.step = claim.saved = first.step
     for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
         if step <= first.step:
@@ -222,8 +225,9 @@ def _held_out(run: Path) -> dict[str, float]:
 
 def _draw(run: Path, device: torch.device) -> None:
     """Samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
-    model, config, _ = checkpoint.load_model(run, device)
-    images = to_pixels(sample(model, config, DRAWN))
+    saved = Checkpoint.open(run)
+    config = saved.config
+    images = to_pixels(sample(saved.model(device), config, DRAWN))
     labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     with atomic.file(run / "drawn.npz") as file:
         np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))

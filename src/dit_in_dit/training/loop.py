@@ -14,6 +14,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import create, hold, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, settled
 from dit_in_dit.training.distributed import World, join
@@ -70,8 +71,8 @@ def train(
         trainer = Trainer(config, source, place, world, fresh=not resumed, model=model, make_optimizer=optimizer)
         with world.watched():
             if not resume:
-                world.led(lambda: checkpoint.create(run, config))
-            stored = world.led(lambda: checkpoint.read_config(run))  # first: where no run is, there is nothing to hold
+                world.led(lambda: create(run, config))
+            stored = world.led(lambda: read_config(run))  # first: where no run is, there is nothing to hold
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
                 session = Session(trainer, run, stop or Stop(), last, noting)
@@ -86,7 +87,7 @@ def train(
 
 @contextmanager
 def _held(run: Path, world: World) -> Iterator[None]:
-    """`checkpoint.hold` by the process that leads; its error is raised in all."""
+    """`hold` by the process that leads; its error is raised in all."""
     with ExitStack() as stack:
-        world.led(lambda: stack.enter_context(checkpoint.hold(run)))
+        world.led(lambda: stack.enter_context(hold(run)))
         yield

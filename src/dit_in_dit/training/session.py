@@ -17,6 +17,7 @@ from dit_in_dit.config.run import RunConfig, first_difference
 from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.tensors import order
 from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, Stop
@@ -68,8 +69,7 @@ class Session:
         _check_objects(trainer.objects, found.manifest.get("objects", {}), run)
         noted = found.manifest.get("data")
         self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
-        state = checkpoint.load_trained(found.folder)
-        trainer.restore(state, checkpoint.Stored(found.folder / checkpoint.AVERAGED), found.manifest["step"])
+        trainer.restore(found.trained(), found.averaged(), found.step)
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 
@@ -207,7 +207,7 @@ class Session:
             self.world.led(self.lines.log.lines.keep)
             if trainer.sharded and not self.world.leads:
                 for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
-                    for name in checkpoint.order(tensors):
+                    for name in order(tensors):
                         tensors[name]
             path = self.world.led(write)
         except checkpoint.SaveError as error:

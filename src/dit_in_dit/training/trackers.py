@@ -24,7 +24,8 @@ from PIL import Image
 from dit_in_dit.config.errors import UserError, nearest
 from dit_in_dit.config.run import RunConfig, to_yaml
 from dit_in_dit.config.schema import Section, keys, to_dict
-from dit_in_dit.runs import atomic, checkpoint
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.folder import read_config
 
 if TYPE_CHECKING:
     from dit_in_dit.training.session import Fact
@@ -187,7 +188,7 @@ def told(facts: Iterator[Fact], names: Sequence[str], run: Path, warn: Callable[
         UserError: at the first fact, when a tracker cannot be begun.
     """
     first = next(facts)
-    config, kept = checkpoint.read_config(run), _kept(run)
+    config, kept = read_config(run), _kept(run)
     trackers = {name: _begin(name, run, config, kept.get(name, ""), first.step) for name in names}
     atomic.write(run / KEPT, json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
 

@@ -13,8 +13,9 @@ from dit_in_dit.config.errors import UserError, shortened
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.nested import NestedDiT, part_of
-from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.checkpoint import newest
 from dit_in_dit.runs.pretrained import find_run
+from dit_in_dit.runs.tensors import check_weights
 
 INNER = ("inner_embed", "inner_blocks", "inner_head", "aggregate", "fuse", "spread", "condition")  # parts of a model
 BLOCKS = "outer_blocks."
@@ -55,9 +56,9 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
         UserError: there is no such run, or the tensors of both do not fit.
     """
     run = find_run(str(run))
-    theirs, found = checkpoint.read_config(run).model, checkpoint.newest(run)
-    given = checkpoint.load_state(found.folder, checkpoint.AVERAGED)
-    checkpoint.check_weights(given, str(run))
+    found = newest(run)
+    theirs, given = found.config.model, found.weights()
+    check_weights(given, str(run))
     chosen = _chosen(theirs, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()
     for name, weight in own.items():
@@ -77,7 +78,7 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
     exact = whole and begins_as_its_outer_blocks(model.config)
     noted = found.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
-    return Begun(str(run), found.manifest["step"], len(taken), len(own) - len(taken), exact, other_data)
+    return Begun(str(run), found.step, len(taken), len(own) - len(taken), exact, other_data)
 
 
 def begins_as_its_outer_blocks(model: ModelConfig) -> bool:

@@ -1,0 +1,1 @@
+"""The run folder: checkpoints, their integrity, logs, locks, atomic files."""

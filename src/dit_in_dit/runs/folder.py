@@ -1,0 +1,69 @@
+"""A run is a folder; this makes it, locks it and reads its config.
+
+    config.yaml            everything the run is
+    log.jsonl              one line per step and per held-out evaluation, a function of the config
+    timing.jsonl           what the clock said
+    checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
+    samples/0001200.png
+    lock                   who trains it, while somebody does
+
+Nothing that is loaded can run code: YAML (safe), JSON and safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dit_in_dit.config import plugins
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig, from_file, to_yaml
+from dit_in_dit.runs import atomic, integrity, lock
+from dit_in_dit.runs.retention import clear, folders
+
+
+def create(run: Path, config: RunConfig) -> None:
+    """Make the run's folder with its config; UserError when a run is there already or it cannot be written."""
+    if (run / "config.yaml").exists():
+        raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        atomic.write(run / "config.yaml", to_yaml(config, meanings=True))
+        integrity.sync(run)
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keep other processes, and other callers in this one, from training the run.
+
+    Raises:
+        BusyError: another has it; named with its machine.
+    """
+    with lock.hold(run / "lock", f"{run} is being trained"):
+        clear(run)
+        yield
+
+
+def read_config(run: Path) -> RunConfig:
+    """The run's config; UserError when there is no run."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"no run at {run}: it has no config.yaml")
+    try:
+        return from_file(path)
+    except UserError as error:
+        if missing := plugins.missing(noted_manifest(run)):
+            raise UserError(f"{run} was made with a plug-in: pass {missing} ({error})") from None
+        raise
+
+
+def noted_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of the newest checkpoint that has one; empty where none has."""
+    for folder in folders(run):
+        with suppress(integrity.DamagedError):
+            return integrity.read_manifest(folder)
+    return {}

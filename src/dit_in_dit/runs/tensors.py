@@ -1,0 +1,95 @@
+"""Tensors in safetensors files: written a tensor at a time, and read one at a time or all at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError
+
+DTYPES = {  # as safetensors names them, in the order in which it writes them
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors as they follow each other in a file: by type, then by name."""
+    rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
+    return sorted(described, key=lambda name: (rank[described[name].dtype], name))
+
+
+def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same types and shapes that cost nothing to read, where reading a tensor means gathering it."""
+    found: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
+    return found
+
+
+def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, a tensor at a time: byte for byte what `safetensors.torch.save` makes.
+
+    Written here because that function holds all tensors a second time, and its sibling for files says neither what it
+    wrote nor, in one word, what went wrong.
+    """
+    names, described = order(tensors), _described(tensors)
+    header, end = {}, 0
+    for name in names:
+        tensor, start = described[name], end
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors lie aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of one file of a checkpoint, each read when it is asked for: no process holds the whole file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.path, self._file = path, safe_open(path, "pt")
+            self._names = tuple(self._file.keys())  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
+    """UserError when weights that are to be given away or taken in are not finite."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{name[:80]} of {what} holds NaN or infinity: use an earlier checkpoint")

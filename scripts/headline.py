@@ -19,7 +19,7 @@ from typing import Any
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.metric import metric_of
-from dit_in_dit.reporting.plots import COLOURS, figure, save
+from dit_in_dit.reporting.plots import COLOURS, figure, to_png
 from dit_in_dit.study.statistics import Difference, difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,7 +254,7 @@ def draw(path: Path) -> None:
     made.suptitle(
         "change to plain DiT in percent, with 95% intervals for all arms together; left of 0: better", fontsize=8
     )
-    save(made, path)
+    path.write_bytes(to_png(made))
 
 
 def filled(text: str) -> str:

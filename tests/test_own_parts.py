@@ -15,6 +15,7 @@ from dit_in_dit.data.sources import SOURCES
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.optimizer import OPTIMIZERS, restore_state, state_of
 from test_sources import Dots
@@ -97,11 +98,11 @@ def manifest(run: Path) -> dict:
 def test_an_optimizer_of_the_table_resumes_bit_for_bit(run_config, tmp_path, name):
     how = replace(run_config.train, optimizer=name, weight_decay=0.1, steps=6, checkpoint_every=3)
     run = in_one_go_and_in_two(replace(run_config, train=how), tmp_path)
-    state = checkpoint.load_state(run / "checkpoints/0000006")
+    state = checkpoint.newest(run).state()
     kept = {key.split(".")[1] for key in state if key.startswith("optimizer")}
     assert kept == {"step", "exp_avg", "exp_avg_sq"}
     assert "objects" not in manifest(run)
-    assert ("optimizer: adam\n" in to_yaml(checkpoint.read_config(run))) == (name == "adam")
+    assert ("optimizer: adam\n" in to_yaml(read_config(run))) == (name == "adam")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_ones_own_source_and_optimizer_resume_bit_for_bit(config, tmp_path, opti
     run = in_one_go_and_in_two(config, tmp_path, data=lambda: dots(config), optimizer=lambda: optimizer)
     assert manifest(run)["objects"] == {"optimizer": named}
     assert manifest(run)["data"] == {"digest": "dots 1", "place": "object:test_sources.Dots"}
-    checkpoint.load_model(run, torch.device("cpu"))
+    checkpoint.Checkpoint.open(run).model(torch.device("cpu"))
 
 
 def test_ones_own_optimizer_resumes_over_factors_on_the_rate(config, tmp_path):
@@ -128,7 +129,7 @@ def test_ones_own_model_resumes_bit_for_bit_and_is_not_taken_for_the_configs(con
     run = in_one_go_and_in_two(config, tmp_path, data=lambda: dots(config), model=model)
     assert manifest(run)["objects"] == {"model": "test_own_parts.Doubled"}
     with pytest.raises(UserError, match=r"a model given to train.*Doubled: load ema.safetensors into it"):
-        checkpoint.load_model(run, torch.device("cpu"))
+        checkpoint.Checkpoint.open(run).model(torch.device("cpu"))
     monkeypatch.setitem(SOURCES, "dots", Dots)
     with pytest.raises(UserError, match=r"model test_own_parts.Doubled: give the same to train.*got the config's"):
         list(train(config, run, resume=True, device="cpu", data="dots"))
@@ -142,11 +143,11 @@ def test_a_run_asks_for_the_source_and_optimizer_that_it_was_trained_with(config
     with pytest.raises(UserError, match=r"no such file or folder: object:test_sources.Dots"):
         list(train(config, run, device="cpu", resume=True, optimizer=Sum))
     with pytest.raises(UserError, match=r"trained on a source given to train.*register its class"):
-        examine(checkpoint.read_config(run), torch.device("cpu"), run)
+        examine(read_config(run), torch.device("cpu"), run)
     monkeypatch.setitem(SOURCES, "dots", Dots)
     list(train(config, run, device="cpu", resume=True, **{**own, "data": "dots"}))  # named from here on
     assert manifest(run)["data"] == {"digest": "dots 1", "place": "dots"}
-    examine(checkpoint.read_config(run), torch.device("cpu"), run)
+    examine(read_config(run), torch.device("cpu"), run)
 
 
 def test_ones_own_source_must_fit_the_model(config, tmp_path):

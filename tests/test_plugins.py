@@ -58,9 +58,15 @@ def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugi
 
 
 @pytest.fixture(scope="module")
-def settings(folder: Path) -> list[str]:
-    """`--set` for a small run with every part of the user's, on the small folder."""
-    values = [*SMALL, f"data.source={folder}", "model.stages=(inner outer)*2", "model.depth=null"]
+def settings() -> list[str]:
+    """`--set` for a small run with every part of the user's."""
+    values = [
+        *SMALL,
+        "data.source=dots",
+        "train.optimizer=momentum",
+        "model.stages=(inner outer)*2",
+        "model.depth=null",
+    ]
     values += [f"model.inner.{key}={value}" for key, value in PARTS.items()]
     return ["--preset", "emoji", *(word for value in values for word in ("--set", value))]
 

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import dit_in_dit
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.run import DataConfig, ModelConfig, TrainConfig
 from dit_in_dit.config.samplers import Sampler
+from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.metric import Images, Metric
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Spread
 from dit_in_dit.model.condition import Condition
 from dit_in_dit.model.embed import Embed
 from dit_in_dit.model.mixers import Mixer
+from dit_in_dit.training.optimizer import Groups
 
 
 class Softmax(Aggregator):
@@ -148,6 +151,34 @@ def contrast(samples: Images, real: Images) -> float:
     return float(20 * np.log10((samples.std() + 1e-6) / (real.std() + 1e-6)))
 
 
+class Dots(Source):
+    """A bright square at a place that the number decides, in as many classes as the model has."""
+
+    train_size, held_out_size, digest = 96, 8, "dots 1"
+
+    def __init__(self, data: DataConfig, model: ModelConfig) -> None:
+        self.shape = model.image_shape
+        self.classes = tuple(f"dots {number}" for number in range(max(1, model.num_classes)))
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index`."""
+        _, height, width = self.shape
+        image = np.full(self.shape, -1, np.float32)
+        image[:, index % (height - 1) :, index // 7 % (width - 1) :] = 1
+        return image, index % len(self.classes)
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index`."""
+        return self.train(self.train_size + index)
+
+
+def momentum(groups: Groups, train: TrainConfig) -> torch.optim.Optimizer:
+    """Gradient descent with momentum."""
+    return torch.optim.SGD(groups, momentum=0.9, weight_decay=train.weight_decay)
+
+
+dit_in_dit.register("source", "dots", Dots)
+dit_in_dit.register("optimizer", "momentum", momentum)
 dit_in_dit.register("sampler", "even", Sampler({"flow": EvenSteps}, spacings=()))
 dit_in_dit.register("metric", "contrast", Metric("contrast", "Mine", "zero", contrast))
 dit_in_dit.register("aggregate", "softmax", Softmax)

@@ -37,7 +37,7 @@ check: .venv/dev
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@ .venv/core
 
-# The feature networks' packages, against their own numbers: apart, because what they need breaks others (docs/decisions.md).
+# The feature networks' packages, against their own numbers: apart, because what they need breaks others (docs/decisions/dependencies.md).
 EVAL := .venv-eval/bin/python
 
 test-eval: .venv-eval/made

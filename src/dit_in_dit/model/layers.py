@@ -40,7 +40,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over the last axis but one; q (B, heads, L, d), k and v (B, heads, L', d).
 
-    By the kernel that was the fastest where it was measured (docs/decisions.md, Speed).
+    By the kernel that was the fastest where it was measured (docs/decisions/benchmark.md).
     """
     if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and fits(q, k):
         return tiny_attention(q, k, v)

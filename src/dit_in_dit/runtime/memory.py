@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Have glibc keep freed pages for the next step, as every other allocator of tensors does.
 
     By default it gives large blocks back at once, and the system hands out zeroed ones anew: thousands of page
-    faults a step. Training takes hardly more for it (docs/decisions.md). Without glibc nothing happens.
+    faults a step. Training takes hardly more for it (docs/decisions/benchmark.md). Without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -135,7 +135,7 @@ def _default_name(options: argparse.Namespace) -> str:
 
 
 def _made_on(device: torch.device) -> dict[str, str]:
-    """What else the last bits depend on. (The number of CPU threads was not seen to matter: docs/decisions/sampling.md.)"""
+    """What else the last bits depend on: the number of CPU threads did not matter (docs/decisions/sampling.md)."""
     import torch
 
     from dit_in_dit.runtime.precision import FULL

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from dit_in_dit.cli import main as command
-from dit_in_dit.interop.release import PICTURE, export_slim, write_card
+from dit_in_dit.interop.release import PICTURE, export_release, write_card
 from dit_in_dit.runs import checkpoint
 
 KEPT = ("metrics.json", "metrics.png", "nearest.png")  # of an evaluation; the images themselves can be drawn again
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--licence", default="apache-2.0")
     options = parser.parse_args()
     out: Path = options.out
-    export_slim(options.run, out, licence=options.licence)
+    export_release(options.run, out, licence=options.licence)
     step = checkpoint.newest(out).folder.name
     with tempfile.TemporaryDirectory() as place:
         drawn, measured = Path(place) / "samples", Path(place) / "evaluation"

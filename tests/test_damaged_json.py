@@ -23,7 +23,7 @@ from dit_in_dit.runs.jsonl import Lines
 from dit_in_dit.runs.shards import claim
 from dit_in_dit.study.plan import StudyConfig, read_plan
 from dit_in_dit.study.result import read_result
-from dit_in_dit.study.results import gather, gather_search
+from dit_in_dit.study.results import read_search, read_study
 from dit_in_dit.training import trackers
 from dit_in_dit.training.loop import train
 from studies import plan_of, write_study
@@ -89,7 +89,7 @@ def test_a_file_that_holds_no_object_is_one_line(text, study, run):
     result = next(iter(study.glob("runs/*/result.json")))
     places: list[tuple[Path, Callable[[], Any]]] = [
         (result, lambda: read_result(result.parent)),
-        (result, lambda: gather(study)),
+        (result, lambda: read_study(study)),
         (study / "plan.json", lambda: read_plan(study)),
         (run / "metrics.json", lambda: report.read(run / "metrics.json")),
         (run / "identity.json", lambda: claim(run / "identity.json", {"a": 1})),
@@ -150,7 +150,7 @@ def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
 def test_a_plan_with_a_part_of_another_kind_is_one_line(path, value, study):
     whole = json.loads((study / "plan.json").read_text())
     (study / "plan.json").write_text(json.dumps(with_value(whole, path, value)))
-    refused(lambda: gather(study))
+    refused(lambda: read_study(study))
 
 
 @pytest.mark.parametrize("key", ["arm", "seed", "state", "step", "metrics", "floors", "protocol", "reason", "another"])
@@ -161,7 +161,7 @@ def test_a_result_with_a_part_of_another_kind_is_one_line(key, study):
         if key == "protocol" and isinstance(value, dict):
             continue
         path.write_text(json.dumps(with_value(whole, (key,), value)))
-        refused(lambda: gather(study))
+        refused(lambda: read_study(study))
 
 
 @pytest.mark.parametrize("text", [*TEXTS, '{"number": "3", "changes": {}}', '{"number": 3, "changes": []}'])
@@ -171,7 +171,7 @@ def test_what_a_trial_of_a_search_changed_is_one_line_too(text, tmp_path):
     (out / "runs" / "t0000").mkdir(parents=True)
     (out / "plan.json").write_text(plan_of(search).to_json())
     (out / "runs" / "t0000" / "changes.json").write_text(text)
-    refused(lambda: gather_search(out))
+    refused(lambda: read_search(out))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.metric import METRICS, Metric, Score
 from dit_in_dit.metrics.subject import files_subject, reference
 from dit_in_dit.study.plan import StudyConfig
-from dit_in_dit.study.results import gather
+from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise
 from dit_in_dit.study.tables import differences, means
 from studies import plan_of, write_study
@@ -107,7 +107,7 @@ def test_a_study_ranks_it_by_its_own_direction(tmp_path: Path):
     draw = np.random.default_rng(0)
     levels = {"a": -3.0, "b": 1.0}
     out = write_study(tmp_path / "out", plan_of(study), lambda arm, _: {"contrast": levels[arm] + draw.normal(0, 0.01)})
-    found = gather(out)
+    found = read_study(out)
     assert found.metrics == {"Mine": ["contrast"]}
     assert "'b' is better than 'a': -2, 95% interval" in "\n".join(summarise(found))
     assert [table.title for table in (*differences(found), *means(found))] == ["Mine: differences", "Mine"]
@@ -116,7 +116,7 @@ def test_a_study_ranks_it_by_its_own_direction(tmp_path: Path):
 def test_a_study_of_an_unregistered_metric_lists_it(tmp_path: Path):
     study = StudyConfig(question="?", arms={"a": {}, "b": {}}, primary="contrast", metrics=("pixels",))
     out = write_study(tmp_path / "out", plan_of(study), lambda arm, seed: {"contrast": 1.0 + seed})
-    assert "it is listed, not ranked" in "\n".join(summarise(gather(out)))
+    assert "it is listed, not ranked" in "\n".join(summarise(read_study(out)))
     assert metric.metric_of("contrast").direction == "listed"
     with pytest.raises(UserError, match="unknown metrics 'Mine'"):
         StudyConfig(question="?", arms={"a": {}}, metrics=("Mine",))

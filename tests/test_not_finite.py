@@ -24,7 +24,7 @@ from dit_in_dit.curves.plots import draw
 from dit_in_dit.doctor.doctor import draw as draw_doctor
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.runs.folder import read_config
-from dit_in_dit.study.queue import Board
+from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import report
 from dit_in_dit.study.result import Result, read_result
@@ -187,7 +187,7 @@ def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_diverged_trial_stays_in_the_table_as_diverged(prune, base, tmp_path):
     out = tmp_path / "study"
     plan = planned(small(base, seeds=[0, 1], prune=prune), out)
-    board = Board(plan, out)
+    board = Queue(plan, out)
     kinds = [event.kind for event in work(plan, out, board, CPU)]
     assert kinds.count("failed") == 2
     assert board.counts()["failed"] == 2
@@ -205,7 +205,7 @@ def test_a_search_goes_on_after_a_trial_that_diverged(base, tmp_path):
     out = tmp_path / "search"
     study = small(base, search={"train.learning_rate": [1e-4, 1e-3]}, trials=4)
     plan = planned(study, out)
-    list(work(plan, out, Board(plan, out), CPU))
+    list(work(plan, out, Queue(plan, out), CPU))
     states = [result.state for result in results(out).values()]
     assert len(states) == 4
     assert "failed" in states

@@ -15,7 +15,7 @@ import torch
 import dit_in_dit
 from dit_in_dit.cli import main
 from dit_in_dit.config.run import config_hash
-from dit_in_dit.interop.release import export_slim
+from dit_in_dit.interop.release import export_release
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
@@ -38,9 +38,9 @@ def lines(path: Path) -> list[str]:
 
 
 def counts(study: Path) -> dict[str, int]:
-    from dit_in_dit.study.queue import Board
+    from dit_in_dit.study.queue import Queue
 
-    return {state: count for state, count in Board(read_plan(study), study).counts().items() if count}
+    return {state: count for state, count in Queue(read_plan(study), study).counts().items() if count}
 
 
 def test_an_old_run_and_its_export_load_verify_and_sample(tmp_path):
@@ -50,7 +50,7 @@ def test_an_old_run_and_its_export_load_verify_and_sample(tmp_path):
         assert "hash_version" not in manifest
         assert manifest["config"] == config_hash(config)
         assert sample(model, config, 2).isfinite().all()
-    export_slim(OLD / "run", tmp_path / "given")
+    export_release(OLD / "run", tmp_path / "given")
 
 
 def test_an_old_run_resumes_as_if_it_had_never_stopped_and_says_that_it_notes_no_data(old):
@@ -124,7 +124,7 @@ from pathlib import Path
 import dit_in_dit
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.cli import main
-from dit_in_dit.study.queue import Board
+from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.plan import read_plan
 assert dit_in_dit.__file__.startswith(sys.argv[1]), dit_in_dit.__file__
 assert not read_config(Path("run")).model.inner.newer

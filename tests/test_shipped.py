@@ -20,7 +20,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import config_hash
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
-from dit_in_dit.interop.release import export_slim, write_card
+from dit_in_dit.interop.release import export_release, write_card
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.subject import reference, run_subject
 from dit_in_dit.runs import atomic, checkpoint, pretrained
@@ -68,14 +68,14 @@ def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path
 
 
 def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
-    export_slim(run, tmp_path / "slim")
+    export_release(run, tmp_path / "slim")
     for folder in (tmp_path / "slim", *(MODELS / name for name in SHIPPED)):
         front = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
         assert front["library_name"] == "dit-in-dit", folder  # diffusers' classes load a pipeline's folder alone
 
 
 def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_path):
-    export_slim(run, tmp_path / "slim")
+    export_release(run, tmp_path / "slim")
     with pytest.raises(UserError, match="holds averaged weights alone"):
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
     with pytest.raises(UserError, match="holds averaged weights alone"):
@@ -88,20 +88,20 @@ def test_what_cannot_be_given_away_is_one_line_and_leaves_nothing(run, tmp_path)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
-        export_slim(run, tmp_path / "taken")
+        export_release(run, tmp_path / "taken")
     state = load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
     average = load_tensors(checkpoint.newest(run).folder / "ema.safetensors")
     average["label_embed.table.weight"][0, 0] = 1e6
     config = read_config(run)
     checkpoint.save(run, config, 99, state, average, tuple(checkpoint.newest(run).manifest["classes"]))
     with pytest.raises(UserError, match=r"label_embed.table.weight .* too large for float16: use --precision bfloat16"):
-        export_slim(run, tmp_path / "slim")
+        export_release(run, tmp_path / "slim")
     assert not (tmp_path / "slim").exists()
-    export_slim(run, tmp_path / "slim", precision="bfloat16")
+    export_release(run, tmp_path / "slim", precision="bfloat16")
 
 
 def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_path):
-    export_slim(run, tmp_path / "slim", licence="apache-2.0")
+    export_release(run, tmp_path / "slim", licence="apache-2.0")
     assert "have not been evaluated" in (tmp_path / "slim/README.md").read_text()
     subject = run_subject(
         tmp_path / "slim", torch.device("cpu"), lambda config, names: (config, []), seed=0, averaged=True
@@ -116,7 +116,7 @@ def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_p
 
 
 def test_a_shipped_run_is_found_by_its_name_unless_something_lies_there(run, tmp_path, monkeypatch):
-    export_slim(run, tmp_path / "models" / "small")
+    export_release(run, tmp_path / "models" / "small")
     monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", tmp_path / "models"))
     monkeypatch.chdir(tmp_path)
     assert np.array_equal(drawn("small", tmp_path / "a"), drawn(tmp_path / "models/small", tmp_path / "b"))
@@ -157,7 +157,7 @@ def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
 def small(run, tmp_path, monkeypatch):
     """The folder of a shipped run of the name `small`, evaluated as it ships, seen from an empty working folder."""
     out = tmp_path / "package" / "models" / "small"
-    export_slim(run, out)
+    export_release(run, out)
     main(["evaluate", str(out), "-n", "5", "--device", "cpu"])
     monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", out.parent))
     (tmp_path / "work").mkdir()

@@ -24,7 +24,7 @@ from dit_in_dit.study import arms
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 from dit_in_dit.study.planning import begin, make_plan
-from dit_in_dit.study.queue import MOST_LOSSES, Board, LostError
+from dit_in_dit.study.queue import MOST_LOSSES, LostError, Queue
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.worker import work
 from dit_in_dit.training.loop import train
@@ -61,7 +61,7 @@ def planned(study: StudyConfig, out: Path) -> Plan:
 def finish(study: StudyConfig, out: Path, **board) -> Plan:
     """Run a study in this process."""
     plan = planned(study, out)
-    list(work(plan, out, Board(plan, out, **board), CPU))
+    list(work(plan, out, Queue(plan, out, **board), CPU))
     return plan
 
 
@@ -240,17 +240,17 @@ def test_a_metric_of_the_user_can_be_what_a_study_is_made_for(base, tmp_path, mo
 def test_a_finished_study_is_not_run_again(base, tmp_path):
     plan = finish(small(base), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
-    assert list(work(plan, tmp_path, Board(plan, tmp_path), CPU)) == []
+    assert list(work(plan, tmp_path, Queue(plan, tmp_path), CPU)) == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")} == before
 
 
 def test_a_stopped_worker_gives_its_trial_back_and_the_next_goes_on(base, tmp_path):
     study = small(base, set={"train.checkpoint_every": 2})
     plan = planned(study, tmp_path / "stopped")
-    events = work(plan, tmp_path / "stopped", Board(plan, tmp_path / "stopped"), CPU)
+    events = work(plan, tmp_path / "stopped", Queue(plan, tmp_path / "stopped"), CPU)
     next(event for event in events if event.step >= 4)
     events.close()  # as Ctrl-C does
-    board = Board(plan, tmp_path / "stopped")
+    board = Queue(plan, tmp_path / "stopped")
     assert board.counts()["running"] == 0
     later = list(work(plan, tmp_path / "stopped", board, CPU))
     assert [event.key for event in later if event.text == "continued" and event.step >= 2] == ["one-s0"]
@@ -263,12 +263,12 @@ def test_a_study_does_not_go_on_with_data_that_changed(base, folder, tmp_path):
     shutil.copytree(folder, images := tmp_path / "set")
     study = small(base, set={"data.source": str(images), "train.checkpoint_every": 2})
     plan = planned(study, out := tmp_path / "study")
-    with closing(work(plan, out, Board(plan, out), CPU)) as events:
+    with closing(work(plan, out, Queue(plan, out), CPU)) as events:
         next(event for event in events if event.step >= 4)
     path = sorted(images.rglob("*.*"))[0]
     shutil.move(path, tmp_path / path.name)
     Image.open(tmp_path / path.name).transpose(Image.Transpose.ROTATE_90).save(path)
-    board = Board(plan, out)
+    board = Queue(plan, out)
     with pytest.raises(
         UserError, match=r"set is not what the study was planned on .* begin the study in another --out"
     ):
@@ -276,7 +276,7 @@ def test_a_study_does_not_go_on_with_data_that_changed(base, folder, tmp_path):
     assert results(out) == {}  # no trial has failed of it
     earlier = replace(plan, made={name: value for name, value in plan.made.items() if name != "data"})
     (tmp_path / "earlier").mkdir()
-    begun = list(work(earlier, tmp_path / "earlier", Board(earlier, tmp_path / "earlier"), CPU))
+    begun = list(work(earlier, tmp_path / "earlier", Queue(earlier, tmp_path / "earlier"), CPU))
     assert "done" in {event.kind for event in begun}  # earlier versions did not note the data
     shutil.move(tmp_path / path.name, path)
     list(work(plan, out, board, CPU))
@@ -296,7 +296,7 @@ def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_p
     found = results(tmp_path)
     assert found["good-s0"].state == "done"
     assert (found["wild-s0"].state, found["wild-s0"].reason) == ("failed", "step 8: training diverged")
-    board = Board(plan, tmp_path)
+    board = Queue(plan, tmp_path)
     assert board.finished()
     assert +board.counts() == {"done": 1, "failed": 1}
 
@@ -335,7 +335,7 @@ def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
-    dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    dead, other = (Queue(plan, tmp_path, lease=10) for _ in range(2))
     lost = dead.claim()
     assert lost is not None
     assert other.claim() is None
@@ -356,7 +356,7 @@ def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
-    busy, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    busy, other = (Queue(plan, tmp_path, lease=10) for _ in range(2))
     claim = busy.claim()
     for number in range(5):
         claim.trial.set_user_attr("beat", [number, 0, 0])
@@ -366,7 +366,7 @@ def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
 
 def test_a_trial_put_up_twice_is_done_once(base, tmp_path):
     plan = planned(small(base), tmp_path)
-    first, second = Board(plan, tmp_path), Board(plan, tmp_path)
+    first, second = Queue(plan, tmp_path), Queue(plan, tmp_path)
     for board in (first, second):  # as two workers that start at the same moment
         for trial in plan.trials:
             board.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
@@ -379,11 +379,11 @@ def test_a_trial_that_takes_its_workers_with_it_is_given_up(base, tmp_path, monk
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     for _ in range(MOST_LOSSES):
-        board = Board(plan, tmp_path, lease=10)
+        board = Queue(plan, tmp_path, lease=10)
         while (claim := board.claim()) is None:
             clock[0] += 11.0
         claim.trial.set_user_attr("beat", [0, 3, 2])
-    board = Board(plan, tmp_path, lease=10)
+    board = Queue(plan, tmp_path, lease=10)
     assert board.claim() is None
     clock[0] += 11.0
     monkeypatch.undo()
@@ -397,14 +397,14 @@ def test_a_result_whose_worker_was_lost_before_it_told_is_told_by_the_next(base,
     finish(study, tmp_path / "a")
     plan = planned(study, tmp_path / "b")
     shutil.copytree(tmp_path / "a" / "runs", tmp_path / "b" / "runs")
-    board = Board(plan, tmp_path / "b")
+    board = Queue(plan, tmp_path / "b")
     assert [event.kind for event in work(plan, tmp_path / "b", board, CPU)] == ["done"]
     assert board.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
 
 
 def test_a_search_tries_no_more_than_it_should_whoever_asks(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": [1e-3, 1e-4]}, trials=3), tmp_path)
-    boards = [Board(plan, tmp_path) for _ in range(5)]
+    boards = [Queue(plan, tmp_path) for _ in range(5)]
     claims = [board.claim() for board in boards]
     assert [claim and claim.key for claim in claims] == ["t0000", "t0001", "t0002", None, None]
 
@@ -413,7 +413,7 @@ def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypa
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=2), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
-    dead, other = (Board(plan, tmp_path, lease=10) for _ in range(2))
+    dead, other = (Queue(plan, tmp_path, lease=10) for _ in range(2))
     lost, own = dead.claim(), other.claim()
     other.done(own, "done", 1.0)
     assert other.claim() is None
@@ -424,26 +424,26 @@ def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypa
 
 def test_workers_of_a_search_choose_apart_and_a_search_that_goes_on_does_not_begin_again(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=6), tmp_path)
-    chosen = [Board(plan, tmp_path).claim().trial.params["train.learning_rate"] for _ in range(6)]
+    chosen = [Queue(plan, tmp_path).claim().trial.params["train.learning_rate"] for _ in range(6)]
     assert len(set(chosen)) == 6
 
 
 def test_half_a_line_in_the_journal_is_mended(base, tmp_path):
     plan = planned(small(base), tmp_path)
-    Board(plan, tmp_path).claim()
+    Queue(plan, tmp_path).claim()
     with (tmp_path / "journal.log").open("ab") as journal:
         journal.write(b'{"op_code": 6, "wor')  # its writer's machine went down
-    assert Board(plan, tmp_path).claim().key == "two-s0"
+    assert Queue(plan, tmp_path).claim().key == "two-s0"
 
 
 def test_the_same_study_under_another_arm_order_is_another(base, tmp_path):
     first = planned(small(base), tmp_path / "a")
     second = replace(first, made={**first.made, "id": "another"})
     url = f"sqlite:///{tmp_path}/trials.db"
-    assert Board(first, tmp_path, url).claim().key == Board(second, tmp_path, url).claim().key == "one-s0"
+    assert Queue(first, tmp_path, url).claim().key == Queue(second, tmp_path, url).claim().key == "one-s0"
 
 
 def test_a_storage_that_cannot_be_opened_is_one_line(base, tmp_path):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match="cannot open --storage"):
-        Board(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")
+        Queue(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")

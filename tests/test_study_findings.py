@@ -11,8 +11,8 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.run import changed, to_yaml
 from dit_in_dit.study.plan import StudyConfig
 from dit_in_dit.study.planning import begin, make_plan
-from dit_in_dit.study.queue import Board
-from dit_in_dit.study.results import Gathered, gather
+from dit_in_dit.study.queue import Queue
+from dit_in_dit.study.results import StudyResults, read_study
 from dit_in_dit.study.summary import summarise
 from dit_in_dit.study.worker import work
 from dit_in_dit.training.batches import Batch, Examples
@@ -44,13 +44,13 @@ def steps(count: int) -> dict:
     return {"train.steps": count, "train.evaluate_every": 1000}
 
 
-def ran(base: str, out: Path, arms: dict, **keys) -> Gathered:
+def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
     """The study's numbers, three seeds."""
     study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
     plan = begin(out, lambda: make_plan("study", study, CPU))
-    list(work(plan, out, Board(plan, out), CPU))
-    return gather(out)
+    list(work(plan, out, Queue(plan, out), CPU))
+    return read_study(out)
 
 
 def test_the_same_config_twice_shows_no_difference(base, tmp_path):

@@ -25,7 +25,7 @@ from dit_in_dit.study.arms import describe
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import Report, report
-from dit_in_dit.study.results import gather
+from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
 
@@ -63,7 +63,7 @@ def noisy(effects: dict[str, float], spread: float = 0.002) -> Any:
 
 
 def says(out: Path) -> str:
-    return "\n".join(summarise(gather(out)))
+    return "\n".join(summarise(read_study(out)))
 
 
 class Page(HTMLParser):
@@ -135,7 +135,7 @@ def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Pat
 
 def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, Report]):
     out, made = whole
-    states = {(arm, seed): (state, reason) for arm, seed, state, reason in gather(out).missing()}
+    states = {(arm, seed): (state, reason) for arm, seed, state, reason in read_study(out).missing()}
     assert states == {
         ("gate", 2): ("failed", "loss is not finite at step 7"),
         ("full", 1): ("under way", "step 40 logged"),
@@ -154,7 +154,7 @@ def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, Report]):
 def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, Report]):
     out, _ = whole
     rows = list(csv.DictReader((out / "results.csv").open(newline="")))
-    study = gather(out)
+    study = read_study(out)
     for (arm, seed), result in study.done.items():
         mine = {r["metric"]: r for r in rows if (r["arm"], r["seed"]) == (arm, str(seed))}
         assert {name: float(row["value"]) for name, row in mine.items()} == result.metrics
@@ -168,7 +168,7 @@ def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, 
     out, _ = whole
     rows = list(csv.DictReader((out / "curves.csv").open(newline="")))
     assert rows
-    for (arm, seed), log in gather(out).logs.items():
+    for (arm, seed), log in read_study(out).logs.items():
         for (t, kind), errors in log.held_out.items():
             mine = [r for r in rows if (r["arm"], r["seed"], r["metric"]) == (arm, str(seed), f"held_out.{t}.{kind}")]
             assert [int(row["step"]) for row in mine] == log.evaluated.tolist()
@@ -244,7 +244,7 @@ def test_a_planted_difference_is_found_with_its_sign(tmp_path: Path, effect: flo
     text = says(out)
     assert "A difference is seen for 1 of them" in text
     assert f"'other' is {word} than 'full': {'+' if effect > 0 else '-'}" in text
-    found = gather(out).difference(plan.arm("other"), PRIMARY)
+    found = read_study(out).difference(plan.arm("other"), PRIMARY)
     assert found.percent == pytest.approx(100 * effect, abs=2)
     assert found.wide_low is not None
     assert "No difference is seen for 'alike'" in text
@@ -281,7 +281,7 @@ def test_noise_is_seldom_called_a_difference(tmp_path: Path):
     out = write_plan(tmp_path / "out", plan)
     for trial in plan.trials:
         write_trial(out, trial, {PRIMARY: 1.0})
-    study, draw, claims = gather(out), np.random.default_rng(0), 0
+    study, draw, claims = read_study(out), np.random.default_rng(0), 0
     for _ in range(200):
         drawn = {
             key: replace(result, metrics={PRIMARY: 1 + draw.normal(0, 0.1)}) for key, result in study.results.items()
@@ -338,7 +338,7 @@ def test_a_primary_metric_that_was_not_measured_is_said(tmp_path: Path):
 def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dit_in_dit.study.results.MOST_DRAWN", 1)
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({}))
-    study = gather(out)
+    study = read_study(out)
     assert [arm.name for arm in study.shown] == ["full", "plain"]
     assert len(study.compared) == 3
     report(out)
@@ -378,9 +378,11 @@ def test_real_images_may_differ_between_seeds_and_not_within_one(tmp_path: Path)
             write_trial(out, trial, {PRIMARY: 1.0}, protocol={**PROTOCOL, "reference": reference})
         return out
 
-    assert len(gather(written(tmp_path / "endless", lambda trial: f"of seed {trial.seed}")).done) == len(plan.trials)
+    assert len(read_study(written(tmp_path / "endless", lambda trial: f"of seed {trial.seed}")).done) == len(
+        plan.trials
+    )
     with pytest.raises(UserError, match=r"cannot stand in one table.*reference\.sha256"):
-        gather(written(tmp_path / "other", lambda trial: trial.key))
+        read_study(written(tmp_path / "other", lambda trial: trial.key))
 
 
 def test_other_held_out_images_are_refused(tmp_path: Path):

@@ -16,7 +16,7 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, to_yaml
-from dit_in_dit.study.queue import Board
+from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.storage import AwayError, Storage, _reason, parse_url, show
 from dit_in_dit.study.worker import work
 from test_study import planned, results, small
@@ -120,7 +120,7 @@ def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(
     def done(name: str, every: int) -> dict[str, Any]:
         out, url = tmp_path / name, f"sqlite:///{tmp_path / name}.db"
         plan = planned(small(base), out)
-        board = Board(plan, out, url, lease=30)
+        board = Queue(plan, out, url, lease=30)
         inner = board.storage._storage
 
         draw = random.Random(0)  # not every n-th call: one and the same call of each round would fail for ever
@@ -143,7 +143,7 @@ def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(
 @pytest.mark.parametrize("state", ["done", "failed", "pruned"])
 def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_path, state):
     plan = planned(small(base), tmp_path)
-    board = Board(plan, tmp_path, f"sqlite:///{tmp_path}/trials.db")
+    board = Queue(plan, tmp_path, f"sqlite:///{tmp_path}/trials.db")
     claim, inner = board.claim(), board.storage._storage
     real, asked = inner.set_trial_state_values, []
 
@@ -162,7 +162,7 @@ def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_pat
 
 def test_workers_are_not_taken_for_lost_because_the_storage_was_away(base, tmp_path):
     plan, url = planned(small(base), tmp_path), f"sqlite:///{tmp_path}/trials.db"
-    worker, other = Board(plan, tmp_path, url, lease=1), Board(plan, tmp_path, url, lease=1)
+    worker, other = Queue(plan, tmp_path, url, lease=1), Queue(plan, tmp_path, url, lease=1)
     worker.claim().trial.set_user_attr("beat", [0, 0, 0])
     other._give_up_lost()
     other.storage._storage = Flaky(other.storage._storage, 10_000)  # and nobody's beat arrives either
@@ -180,14 +180,14 @@ def test_workers_are_not_taken_for_lost_because_the_storage_was_away(base, tmp_p
 
 def test_a_storage_that_stays_away_ends_the_command_with_one_line(base, tmp_path, monkeypatch, capsys):
     planned(small(base), tmp_path / "study")
-    real = Board.claim
+    real = Queue.claim
 
-    def claim(board: Board) -> Any:
+    def claim(board: Queue) -> Any:
         if not isinstance(board.storage._storage, Flaky):
             board.storage._storage = Flaky(board.storage._storage, 10_000)
         return real(board)
 
-    monkeypatch.setattr(Board, "claim", claim)
+    monkeypatch.setattr(Queue, "claim", claim)
     url = f"sqlite:///{tmp_path}/trials.db"
     with pytest.raises(SystemExit) as ended:
         main(["study", "work", str(tmp_path / "study"), "--storage", url, "--lease", "1", "--device", "cpu"])
@@ -236,7 +236,7 @@ def test_a_url_is_shown_without_its_password(url, shown):
 def test_a_url_that_would_be_read_wrongly_is_refused_without_being_repeated(base, tmp_path, url):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match=r"cannot open --storage: .*; write it as postgresql\+psycopg://") as found:
-        Board(plan, tmp_path, url)
+        Queue(plan, tmp_path, url)
     assert not re.search("sec|ret", str(found.value).replace("--storage", ""))
 
 

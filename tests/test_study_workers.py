@@ -24,7 +24,7 @@ from dit_in_dit.config.schema import to_dict
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.planning import begin, make_plan
-from dit_in_dit.study.queue import OUTCOME, Board
+from dit_in_dit.study.queue import OUTCOME, Queue
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.worker import work
 from postgres import Server
@@ -77,7 +77,7 @@ def serial(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The table of one undisturbed worker."""
     out = tmp_path_factory.mktemp("serial") / "study"
     plan = planned(study, out)
-    list(work(plan, out, Board(plan, out), CPU))
+    list(work(plan, out, Queue(plan, out), CPU))
     found = table(out)
     assert len(found) == 8
     return found
@@ -108,12 +108,12 @@ def saved(run: Path) -> int:
 
 def kill_while_they_work(
     plan: Plan, out: Path, workers: int, url: str | None, kills: int
-) -> tuple[Board, dict[str, int]]:
+) -> tuple[Queue, dict[str, int]]:
     """Let workers do a study and kill some, each in the middle of another trial; each is replaced.
 
     Returns the board, and for each trial whose worker was killed the step it had saved.
     """
-    board = Board(plan, out, url)
+    board = Queue(plan, out, url)
     alive = {number: start(out, number, url) for number in range(workers)}
     left: dict[str, int] = {}
     number = workers
@@ -139,7 +139,7 @@ def kill_while_they_work(
     return board, left
 
 
-def check(board: Board, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
+def check(board: Queue, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
     """Every trial done once, each lost one from the step it had saved on, and the table that of the serial run."""
     assert table(out) == serial
     tries = board.trials()
@@ -232,7 +232,7 @@ def test_a_database_that_is_away_for_seconds_ends_nothing_and_its_password_is_no
 def test_a_database_that_refuses_is_one_line_at_once(study, tmp_path, server, password, database, reason):
     plan, began = planned(study, tmp_path / "study"), time.monotonic()
     with pytest.raises(UserError, match=f"cannot open --storage postgresql.*study:\\*\\*\\*@.*{reason}") as found:
-        Board(plan, tmp_path / "study", server.url(password, database))
+        Queue(plan, tmp_path / "study", server.url(password, database))
     assert time.monotonic() - began < 5
     assert not re.search(r"no@ne|no%40ne|p@ss|p%40ss", str(found.value))
 

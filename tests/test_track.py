@@ -17,7 +17,7 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.session import Fact
+from dit_in_dit.training.session import Event
 from dit_in_dit.training.trackers import TRACKERS, chosen, told
 from test_cli import TINY, lines_of
 
@@ -239,7 +239,7 @@ def test_a_tracker_that_cannot_begin_costs_one_line(config, run, monkeypatch):
 def test_the_facts_are_those_without_trackers(no_curves, config, tmp_path):
     def facts(run: Path, names: list[str]) -> Iterator[tuple[str, int]]:
         for fact in told(train(config, run, device="cpu"), names, run, print):
-            assert isinstance(fact, Fact)
+            assert isinstance(fact, Event)
             yield fact.kind, fact.step
 
     assert list(facts(tmp_path / "a", ["tensorboard"])) == list(facts(tmp_path / "b", []))

@@ -18,7 +18,7 @@ from dit_in_dit.cli.options import class_numbers
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, TrainConfig, config_hash, to_yaml
 from dit_in_dit.config.schema import key, to_dict
-from dit_in_dit.interop.release import export_slim
+from dit_in_dit.interop.release import export_release
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import atomic, checkpoint, integrity, pretrained
 from dit_in_dit.runs.checkpoint import Checkpoint
@@ -224,7 +224,7 @@ def test_what_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tm
     bad.mkdir(parents=True)
     (bad / "metrics.json").write_text(content)
     assert "metrics.json" in refused(capsys, "compare", good, bad)
-    export_slim(trained, tmp_path / "given")
+    export_release(trained, tmp_path / "given")
     assert "have not been evaluated" in (tmp_path / "given/README.md").read_text()
 
 
@@ -300,7 +300,7 @@ def test_a_recipe_keeps_what_it_was_given_and_its_defaults_fit(capsys):
 def test_a_folder_of_the_same_name_with_part_is_a_users_own(trained, tmp_path):
     (tmp_path / "keep.part").mkdir()
     (tmp_path / "keep.part/mine.txt").write_text("mine")
-    export_slim(trained, tmp_path / "keep")
+    export_release(trained, tmp_path / "keep")
     assert (tmp_path / "keep.part/mine.txt").read_text() == "mine"
     with pytest.raises(UserError), atomic.folder(Path()):
         pass

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main
-from dit_in_dit.config.errors import LINE, UserError, one_line, shortened
+from dit_in_dit.config.errors import LINE, UserError, one_line, truncate
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data import picture
 from dit_in_dit.data.files import ImageFiles
@@ -405,5 +405,5 @@ def test_a_line_keeps_its_end_when_paths_are_long():
 
 
 def test_nothing_that_a_terminal_obeys_is_printed():
-    assert shortened("a\nb\x1b[2J\udcff\u202e", 80) == "a\\nb\\x1b[2J\\udcff\\u202e"
-    assert shortened("x" * 10**7, 40) == "x" * 13 + "..." + "x" * 24
+    assert truncate("a\nb\x1b[2J\udcff\u202e", 80) == "a\\nb\\x1b[2J\\udcff\\u202e"
+    assert truncate("x" * 10**7, 40) == "x" * 13 + "..." + "x" * 24

@@ -32,7 +32,7 @@ from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_t
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
-from dit_in_dit.runtime.device import settled
+from dit_in_dit.runtime.device import resolve_precision
 
 Experiment = tuple[str, Callable[[], None]]
 Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
@@ -66,7 +66,7 @@ class Bench:
 
     def measure_product(self, run: RunConfig) -> None:
         """The best matrix product in the precision of a run: the best of all that were measured, with each model."""
-        precision = settled(run, self.device).train.precision
+        precision = resolve_precision(run, self.device).train.precision
         speed = best_product(self.device, DTYPES[precision])
         self.report.products[precision] = max(speed, self.report.products.get(precision, 0.0))
 
@@ -94,7 +94,10 @@ class Bench:
         rounds = in_turns({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
         middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
         self.report.parts[name] = Parts(
-            settled(run, self.device).train.precision, middle, part_macs(subject), profiled(subject, PROFILE_STEPS)
+            resolve_precision(run, self.device).train.precision,
+            middle,
+            part_macs(subject),
+            profiled(subject, PROFILE_STEPS),
         )
         return rounds
 

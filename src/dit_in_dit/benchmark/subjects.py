@@ -20,7 +20,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runtime.device import settled
+from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.runtime.memory import keep_freed_memory
 
 Make = Callable[[RunConfig], nn.Module]
@@ -122,7 +122,7 @@ class Subject:
     """
 
     def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
-        self.run, self.device = settled(run, device), device
+        self.run, self.device = resolve_precision(run, device), device
         keep_freed_memory()  # as training does
         model, train = self.run.model, self.run.train
         with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ import torch
 
 from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
 from dit_in_dit.benchmark.timing import in_turns
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import ModelConfig, RunConfig, changed
 
 
@@ -111,7 +111,7 @@ def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunCo
         UserError: there is no such axis or no such config, or fewer than two values.
     """
     if axis not in AXES:
-        raise UserError(f"--sweep: unknown quantity {axis!r}{nearest(axis, AXES)}")
+        raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
     if len(set(values)) < 2:
         raise UserError(f"--sweep {axis}: two values or more make a curve: got {len(set(values))}")
     return {str(value): changed(run, AXES[axis].keys(run.model, value)) for value in sorted(set(values))}

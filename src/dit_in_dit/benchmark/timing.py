@@ -19,7 +19,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
-from dit_in_dit.runtime.device import settled
+from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import Trainer
 
@@ -223,7 +223,7 @@ class _Noise(Source):
 
 def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:
     """A training step of the config, on the same batch each time."""
-    config = settled(config, device)
+    config = resolve_precision(config, device)
     config = replace(config, train=replace(config.train, evaluate_every=0))
     source = _Noise(config.model)
     trainer = Trainer(config, source, device)

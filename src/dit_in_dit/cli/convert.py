@@ -78,11 +78,11 @@ def _export(options: argparse.Namespace) -> None:
     elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_theirs(run)):
         notes = import_run.export_diffusers(run, out, averaged=averaged)
     elif options.format == "run":
-        from dit_in_dit.interop.release import export_slim
+        from dit_in_dit.interop.release import export_release
 
         if options.raw:
             raise UserError("--format run holds averaged weights: leave out --raw")
-        export_slim(run, out, precision=options.precision, licence=options.licence)
+        export_release(run, out, precision=options.precision, licence=options.licence)
     else:
         from dit_in_dit.interop.export_pipeline import export
 

@@ -21,7 +21,7 @@ from dit_in_dit.cli.options import (
     sampling,
     whole,
 )
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results
 from dit_in_dit.runtime.process import is_main
@@ -86,7 +86,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     groups = [group for group in options.metrics.split(",") if group]
     for group in groups:
         if group not in GROUPS:
-            raise UserError(f"unknown metrics {group!r}{nearest(group, GROUPS)}")
+            raise UserError(f"unknown metrics {group!r}{did_you_mean(group, GROUPS)}")
     device = pick_device(options.device)
     weights = {"inception": options.weights, "dinov2": options.dinov2}
     networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder, print_table
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, from_file, to_yaml
 from dit_in_dit.runs.pretrained import ROOM, find_run, shipped
 
@@ -66,7 +66,7 @@ def _match(options: argparse.Namespace) -> None:
         pairs["time"] = times["this"].seconds, times["like"].seconds
         ratios["time"] = times["this"].over(times["like"])
     if options.like in presets.NAMES and (run := find_run(options.like) / "config.yaml").is_file():
-        print(f"--like {options.like} is the preset; the run of that name is {shortened(run.parent)}", file=sys.stderr)
+        print(f"--like {options.like} is the preset; the run of that name is {truncate(run.parent)}", file=sys.stderr)
     words = [f"{name}={_yaml(after)}" for name, (_, after) in twin.changed.items()]
     if options.out:
         options.out.write_text(to_yaml(matched))
@@ -89,7 +89,7 @@ def _named(name: str) -> RunConfig:
     if (run := find_run(name)).is_dir():
         return read_config(run)
     runs = [f"{ROOM}/{shipping}" for shipping in shipped()]
-    raise UserError(f"--like: no preset, file or run {shortened(name)!r}{nearest(name, [*presets.NAMES, *runs])}")
+    raise UserError(f"--like: no preset, file or run {truncate(name)!r}{did_you_mean(name, [*presets.NAMES, *runs])}")
 
 
 def _yaml(value: Any) -> str:

@@ -14,7 +14,7 @@ from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, from_file, override
 
 MOST = 10**7  # images asked for at once
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
             names = wrong[3].replace("'", "").split(", ")
-            raise UserError(f"{wrong[1]}: no {wrong[2][:40]!r}{nearest(wrong[2], names)}")
+            raise UserError(f"{wrong[1]}: no {wrong[2][:40]!r}{did_you_mean(wrong[2], names)}")
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
@@ -132,7 +132,7 @@ def class_numbers(text: str, known: Sequence[str]) -> list[int]:
         elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
             numbers.append(int(name))
         else:
-            raise UserError(f"unknown class {name!r}{nearest(name, known)}")
+            raise UserError(f"unknown class {name!r}{did_you_mean(name, known)}")
     return numbers
 
 
@@ -171,5 +171,5 @@ def make_folder(path: Path) -> None:
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(
-            f"cannot write to {shortened(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"
+            f"cannot write to {truncate(path)}: {getattr(error, 'strerror', None) or error}; choose another --out"
         ) from None

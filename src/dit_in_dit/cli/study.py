@@ -21,7 +21,7 @@ from dit_in_dit.config.program import format_stages
 
 if TYPE_CHECKING:
     from dit_in_dit.study.plan import Arm, Plan, StudyConfig
-    from dit_in_dit.study.queue import Board
+    from dit_in_dit.study.queue import Queue
 
 STORAGE = "DIT_IN_DIT_STORAGE"  # the environment's name of a URL, whose password `ps` would show
 PATIENCE = 10.0  # seconds that workers have to give their trials back
@@ -168,21 +168,21 @@ def _run(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _board(plan: Plan, options: argparse.Namespace) -> Iterator[Board]:
+def _board(plan: Plan, options: argparse.Namespace) -> Iterator[Queue]:
     """The study's board. A storage that is away is said on stderr, and after a lease ends the command."""
-    from dit_in_dit.study.queue import Board
+    from dit_in_dit.study.queue import Queue
     from dit_in_dit.study.storage import AwayError
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
-        yield Board(plan, options.out, options.storage, options.lease, say)
+        yield Queue(plan, options.out, options.storage, options.lease, say)
     except AwayError as error:
         raise UserError(str(error)) from None
 
 
-def _do(plan: Plan, options: argparse.Namespace, board: Board, workers: int | None, device: Any) -> Counter[str]:
+def _do(plan: Plan, options: argparse.Namespace, board: Queue, workers: int | None, device: Any) -> Counter[str]:
     """Do all trials here or in worker processes; how they ended."""
     count = workers or _as_memory_allows(plan, device)
     cores = (os.cpu_count() or 1) // plan.study.threads
@@ -221,7 +221,7 @@ def _as_memory_allows(plan: Plan, device: Any) -> int:
 
 
 @contextmanager
-def _progress(plan: Plan, board: Board) -> Iterator[Callable[..., None]]:
+def _progress(plan: Plan, board: Queue) -> Iterator[Callable[..., None]]:
     """A bar over all training steps; the function shows how far the study is, and of the trial at hand."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -250,7 +250,7 @@ def _said(counts: Counter[str]) -> str:
     )
 
 
-def _alone(plan: Plan, out: Path, board: Board, device: Any) -> None:
+def _alone(plan: Plan, out: Path, board: Queue, device: Any) -> None:
     """Do the trials in this process."""
     from dit_in_dit.study.worker import work
 
@@ -284,7 +284,7 @@ def _terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _together(plan: Plan, options: argparse.Namespace, board: Board, count: int, device: Any) -> None:
+def _together(plan: Plan, options: argparse.Namespace, board: Queue, count: int, device: Any) -> None:
     """Start workers and look on until they have done all."""
     import torch
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from dit_in_dit.model.nested import NestedDiT
     from dit_in_dit.training.interrupt import Stop
-    from dit_in_dit.training.session import Fact
+    from dit_in_dit.training.session import Event
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
@@ -85,7 +85,7 @@ def _train(options: argparse.Namespace) -> None:
     _follow(_tracked(facts, options), options.out, stop)
 
 
-def _tracked(facts: Iterator[Fact], options: argparse.Namespace) -> Iterator[Fact]:
+def _tracked(facts: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
     """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
     from dit_in_dit.training.trackers import chosen, told
 
@@ -105,7 +105,7 @@ def _signals() -> Stop:
     return stop
 
 
-def _follow(facts: Iterator[Fact], out: Path, stop: Stop) -> None:
+def _follow(facts: Iterator[Event], out: Path, stop: Stop) -> None:
     """Show training facts as a progress bar and lines; draw sample grids when they are due.
 
     When the run was stopped, ends the process as its signal would have.
@@ -169,7 +169,7 @@ def _devices(values: dict[str, Any]) -> str:
     return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
 
 
-def _draw_grid(fact: Fact, config: RunConfig, out: Path, stop: Stop) -> None:
+def _draw_grid(fact: Event, config: RunConfig, out: Path, stop: Stop) -> None:
     """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
     from dit_in_dit.reporting.images import grid, to_pixels, to_png
     from dit_in_dit.sampling.numbered import sample
@@ -207,7 +207,7 @@ def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
     return torch.cat([decode(some) for some in few])
 
 
-def _end(fact: Fact, console: Any) -> None:
+def _end(fact: Event, console: Any) -> None:
     """Say where the run stopped; after a signal, exit as it asks to."""
     console.print(f"step {fact.step}  stopped; it goes on with --resume")
     if number := fact.values["signal"]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
 
 PACKAGE = __name__.split(".", maxsplit=1)[0]
@@ -79,9 +79,9 @@ def register(kind: str, name: str, thing: Any) -> None:
         UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
     """
     if kind not in KINDS:
-        raise UserError(f"register: no kind {shortened(kind, 40)!r} of choice{nearest(str(kind), KINDS)}")
+        raise UserError(f"register: no kind {truncate(kind, 40)!r} of choice{did_you_mean(str(kind), KINDS)}")
     if not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)):
-        raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {shortened(name, 40)!r}")
+        raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {truncate(name, 40)!r}")
     entries = table(kind)
     if name in entries and not _is_same(entries[name], thing):
         raise UserError(f"register: the {kind} {name!r} is there already: choose another name")
@@ -139,7 +139,7 @@ def reads_outer(condition: str) -> bool:
 def _check_contract(kind: str, name: str, thing: Any) -> None:
     if not KINDS[kind].base:
         if not callable(thing):
-            raise UserError(f"register: the {kind} {name!r} must be a class or a function: got {shortened(thing, 40)}")
+            raise UserError(f"register: the {kind} {name!r} must be a class or a function: got {truncate(thing, 40)}")
         return
     base = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].base)
     if KINDS[kind].instance:

@@ -24,7 +24,7 @@ class PluginWarning(UserWarning):
     """A plug-in is not the one that a run was made with; its message is one line."""
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""
     known = sorted(set(names))
     close = difflib.get_close_matches(name[:LINE], known, n=3, cutoff=0.0)
@@ -35,7 +35,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; the nearest of {len(known)} are {', '.join(close)}"
 
 
-def shortened(value: object, most: int = 80) -> str:
+def truncate(value: object, most: int = 80) -> str:
     """A value as text that fits in a line: what would break the line is escaped, the middle of what is too long left
     out."""
     try:
@@ -53,11 +53,11 @@ def shortened(value: object, most: int = 80) -> str:
 def one_line(message: str, most: int = LINE) -> str:
     """The message in at most `most` characters: paths and other long words lose their middle first, so that the way
     out at the end stays."""
-    line = shortened(message, max(most, len(message) * 10))
+    line = truncate(message, max(most, len(message) * 10))
     for room in (80, 60, 40, 25):
         if len(line) > most:
-            line = " ".join(shortened(word, room) for word in line.split(" "))
-    return shortened(line, most)
+            line = " ".join(truncate(word, room) for word in line.split(" "))
+    return truncate(line, most)
 
 
 def hide_passwords(text: str) -> str:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 GROUP = "dit_in_dit.plugins"
 
@@ -50,8 +50,8 @@ def load(text: str) -> None:
     except UserError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {shortened(error, 100)}"
-        raise UserError(f"--plugin {shortened(text, 60)} ends with {problem}") from error
+        problem = f"{type(error).__name__}: {truncate(error, 100)}"
+        raise UserError(f"--plugin {truncate(text, 60)} ends with {problem}") from error
     source = Path(str(made.__file__))
     _loaded[name] = Plugin(Path(text).name, hashlib.sha256(source.read_bytes()).hexdigest())
 
@@ -97,7 +97,7 @@ def _module_of(path: Path) -> str:
     """The name under which a file can be imported, by this process and by those that it starts: its folder goes to the
     end of the search path, so that nothing installed is hidden."""
     if not path.is_file():
-        raise UserError(f"--plugin: no such file: {shortened(path, 80)}")
+        raise UserError(f"--plugin: no such file: {truncate(path, 80)}")
     if not path.stem.isidentifier():
         raise UserError(f"--plugin: a file is imported by its name: {path.name!r} must be letters, digits and '_'")
     if str(path.parent) not in sys.path:
@@ -112,7 +112,7 @@ def _entry_point(name: str) -> str:
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name not in points:
         raise UserError(
-            f"--plugin: no installed package has an entry point {shortened(name, 40)!r} in {GROUP}"
-            f"{nearest(name, points)}; a file ends in .py"
+            f"--plugin: no installed package has an entry point {truncate(name, 40)!r} in {GROUP}"
+            f"{did_you_mean(name, points)}; a file ends in .py"
         )
     return points[name].module

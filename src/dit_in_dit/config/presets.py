@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import (
     DataConfig,
     DiffusionConfig,
@@ -125,5 +125,5 @@ NAMES = tuple(PRESETS)
 def get(name: str) -> RunConfig:
     """The named run's config; UserError with the nearest name when there is none."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import Section, key, keys, to_dict, to_hash
@@ -104,7 +104,7 @@ class ModelConfig(Section):
             raise UserError(f"model.depth is needed by the named order {self.stages!r}: set model.depth=N")
         if self.stages not in ORDERS and self.depth is not None:
             if re.fullmatch(r"\w+", self.stages) and self.stages not in ("inner", "outer"):
-                raise UserError(f"unknown stages {self.stages!r}{nearest(self.stages, ORDERS)}")
+                raise UserError(f"unknown stages {self.stages!r}{did_you_mean(self.stages, ORDERS)}")
             raise UserError(f"model.depth={self.depth} clashes with the program {self.stages!r}: set model.depth=null")
         for level in ("outer", "inner"):
             if self.blocks(level) > MOST_BLOCKS:
@@ -309,7 +309,7 @@ class SampleConfig(Section):
         if self.sampler not in SAMPLERS:
             raise UserError(
                 f"sample.sampler must be one of {', '.join(SAMPLERS)} (or name its plug-in with --plugin): "
-                f"got {shortened(self.sampler, 60)!r}"
+                f"got {truncate(self.sampler, 60)!r}"
             )
         if self.spacing and self.spacing not in (known := SAMPLERS[self.sampler].spacings):
             raise UserError(
@@ -363,12 +363,12 @@ def from_yaml(text: str, what: str = "config") -> RunConfig:
 
 def from_file(path: Path, what: str = "") -> RunConfig:
     """A run from a YAML file; UserError, which says `what` it was given for, where that cannot be had."""
-    return _run(read_yaml(path, f"{what} " if what else ""), shortened(path))
+    return _run(read_yaml(path, f"{what} " if what else ""), truncate(path))
 
 
 def _run(values: Any, what: str) -> RunConfig:
     if not isinstance(values, dict):
-        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {shortened(values, 40)!r}")
+        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {truncate(values, 40)!r}")
     return RunConfig.from_dict(values)
 
 
@@ -412,14 +412,14 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     values, known = to_dict(config), RunConfig.names()
     for name, value in changes.items():
         if name not in known:
-            raise UserError(f"unknown key {name!r}{nearest(name, known)}")
+            raise UserError(f"unknown key {name!r}{did_you_mean(name, known)}")
         *groups, last = name.split(".")
         target = values
         for group in groups:
             target = target[group]
             if not isinstance(target, dict):
                 raise UserError(
-                    f"{name}: {group} was set to {shortened(target, 40)!r}, which has no keys: leave out one"
+                    f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one"
                 )
         target[last] = value
     return RunConfig.from_dict(values)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dit_in_dit.config.choices import choice_names, is_choice
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
 def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
@@ -59,8 +59,8 @@ class Section:
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
-                full = f"{cls.prefix}.{shortened(name)}" if cls.prefix else shortened(name)
-                raise UserError(f"unknown key {full!r}{nearest(full, cls.names())}")
+                full = f"{cls.prefix}.{truncate(name)}" if cls.prefix else truncate(name)
+                raise UserError(f"unknown key {full!r}{did_you_mean(full, cls.names())}")
         return cls(**values)
 
     @classmethod
@@ -85,13 +85,13 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type `hint`, from what YAML or Python gives; UserError when it is something else."""
 
     def wrong() -> UserError:
-        return UserError(f"{name} must be {_spell(hint)}: got {shortened(value, 60)!r}")
+        return UserError(f"{name} must be {_spell(hint)}: got {truncate(value, 60)!r}")
 
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return hint.from_dict(value)  # type: ignore[union-attr]
         if not isinstance(value, hint):  # type: ignore[arg-type]
-            raise UserError(f"{name} must be a group of keys: got {shortened(value, 60)!r}")
+            raise UserError(f"{name} must be a group of keys: got {truncate(value, 60)!r}")
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -100,7 +100,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         known, way_out = (
             (choice_names(name, parts), " (a plug-in's name needs --plugin)") if is_choice(name) else (parts, "")
         )
-        raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {shortened(value, 60)!r}")
+        raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)
     if origin is dict:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 
 MOST_BYTES = 2**28  # five times the labels of ImageNet
 
@@ -24,7 +24,7 @@ def parse_json(content: str | bytes, what: str, advice: str = "write it again") 
     except RecursionError:
         problem = "nests too deeply"
     except ValueError as error:
-        problem = f"is not valid JSON: {shortened(error, 70)}"
+        problem = f"is not valid JSON: {truncate(error, 70)}"
     raise UserError(f"{what} {problem}; {advice}")
 
 
@@ -35,7 +35,7 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
         UserError: it cannot be read, is too long, or holds anything else. The line names `what` the file was given
             for (such as `the plan `) and its path, and ends with `advice`.
     """
-    shown = f"{what}{shortened(path)}"
+    shown = f"{what}{truncate(path)}"
     try:
         with path.open("rb") as file:  # no more is read than is allowed: a device has no end
             content = file.read(MOST_BYTES + 1)

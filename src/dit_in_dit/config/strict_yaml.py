@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 
 MOST_BYTES = 2**16  # ten times the longest config; PyYAML may take seconds for as much
 DEEPEST = 50  # brackets within brackets, of which PyYAML's time is the square
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
             name = self.construct_object(key_node)
             if name in seen:
                 line = key_node.start_mark.line + 1
-                raise UserError(f"key {shortened(repr(name), 60)} is given twice, the second on line {line}")
+                raise UserError(f"key {truncate(repr(name), 60)} is given twice, the second on line {line}")
             seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -52,7 +52,7 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{what} is not valid YAML{where}: {shortened(problem, 70)}; mend it") from None
+        raise UserError(f"{what} is not valid YAML{where}: {truncate(problem, 70)}; mend it") from None
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
@@ -72,7 +72,7 @@ def read_yaml(path: Path, what: str = "") -> Any:
 
     No more is read than a config can have: a device, a pipe or a file of any size costs no memory.
     """
-    shown = shortened(path)
+    shown = truncate(path)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

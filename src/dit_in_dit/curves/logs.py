@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys
@@ -89,7 +89,7 @@ def read_run(path: Path) -> Curve:
             raise
         for rows in _rows(log):  # only now: looking at every line takes longer than reading them
             check_lines(rows, is_log_line, str(log), ADVICE)
-        raise UserError(f"{log} is not a training log: {shortened(error, 60)}; {ADVICE}") from None
+        raise UserError(f"{log} is not a training log: {truncate(error, 60)}; {ADVICE}") from None
     if (np.diff(step) <= 0).any():
         raise UserError(f"{log} goes back from step {step[:-1][np.diff(step) <= 0][0]:.0f}: it holds more than one run")
     absent = np.full(len(step), np.nan)

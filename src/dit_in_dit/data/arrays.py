@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split
@@ -95,7 +95,7 @@ class ArraySource(Source):
         image = np.asarray(self._images[position], np.float32)
         if not np.isfinite(image).all():
             raise UserError(
-                f"image {position} of {shortened(self._path)} holds NaN or infinite values: mend or remove it"
+                f"image {position} of {truncate(self._path)} holds NaN or infinite values: mend or remove it"
             )
         if self._pixels:
             image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
@@ -147,7 +147,7 @@ def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.
         if "pickle" in problem:  # NumPy's advice is to trust the file
             problem = "it holds Python objects, or is no file of arrays"
         raise UserError(
-            f"cannot read arrays from {shortened(path, 60)}: {shortened(problem, 70)}; write it with numpy again"
+            f"cannot read arrays from {truncate(path, 60)}: {truncate(problem, 70)}; write it with numpy again"
         ) from None
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
         raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard
@@ -134,7 +134,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
         del made[DATA]
     elif there[DATA] != made[DATA]:
         raise UserError(
-            f"{shortened(out, 60)} holds latents of other images than {shortened(made['source'], 60)} has now: "
+            f"{truncate(out, 60)} holds latents of other images than {truncate(made['source'], 60)} has now: "
             "put those back, choose another --out, or delete it"
         )
     for name, value in made.items():

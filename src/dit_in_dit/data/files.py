@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import parse_json
 from dit_in_dit.data.groups import family
 from dit_in_dit.data.labels import TABLE, WAY, find_table, label_names, table_labels
@@ -50,7 +50,7 @@ class ImageFiles:
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._linked: set[str] = set()  # folders of an archive that are links
         self._members: dict[str, str] = {}  # of an archive: its own name for a file, where that is another
-        shown = shortened(path, 60)
+        shown = truncate(path, 60)
         names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
         if SAMPLES in names:  # a folder of `sample`: its grid is no sample
             names = [name for name in names if name not in (SAMPLES, "grid.png")]
@@ -76,7 +76,7 @@ class ImageFiles:
         except UNREADABLE as error:
             if isinstance(error, UserError):
                 raise
-            problem = shortened(getattr(error, "strerror", None) or error, 60)
+            problem = truncate(getattr(error, "strerror", None) or error, 60)
             raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}; name one") from None
 
     def _list_archive(self, shown: str) -> list[str]:
@@ -85,7 +85,7 @@ class ImageFiles:
         for member in archive.infolist():
             name = member.filename.replace("\\", "/")  # as some programs on Windows write them
             if name.startswith("/") or ".." in name.split("/"):
-                out = shortened(name, 40)
+                out = truncate(name, 40)
                 raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
             if not (name := tidy(name)):  # the archive's root
                 continue
@@ -109,11 +109,11 @@ class ImageFiles:
         place = find_table(others, self.names)
         if place is None:
             return None
-        shown = shortened(self.path / place, 60)
+        shown = truncate(self.path / place, 60)
         try:
             content = self.content(place)
         except UNREADABLE as error:
-            raise UserError(f"cannot read {shown}: {shortened(error, 60)}; {WAY}") from None
+            raise UserError(f"cannot read {shown}: {truncate(error, 60)}; {WAY}") from None
         table = parse_json(content, shown, WAY)
         if not isinstance(table, dict) or "labels" not in table:
             if all(SHARD.match(name, len(place) - len(TABLE)) for name in self.names):
@@ -166,7 +166,7 @@ class ImageFiles:
             folders = class_folders(names) if self._labels is None else ["images"] * len(names)
             return *number_classes(folders), families
         labels = [self._labels[name] for name in names]
-        return label_names(labels, self.num_classes, shortened(self.path, 60)), labels, families
+        return label_names(labels, self.num_classes, truncate(self.path, 60)), labels, families
 
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """What `look` makes of one image; UserError with its name when it cannot be decoded."""
@@ -174,8 +174,8 @@ class ImageFiles:
             return look_at(self.content(name), look)
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        place = shortened(self.path / name, 60)
-        raise UserError(f"cannot read {place}: {shortened(problem, 60)}; mend or remove it, or set data.corrupt=skip")
+        place = truncate(self.path / name, 60)
+        raise UserError(f"cannot read {place}: {truncate(problem, 60)}; mend or remove it, or set data.corrupt=skip")
 
 
 def file_size(path: Path) -> int:

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles, file_size
 from dit_in_dit.data.groups import family
@@ -33,7 +33,7 @@ class Rows(ImageFiles):
             if column not in self.rows.column_names:
                 what = "image" if column == data.image_column else "label"
                 raise UserError(
-                    f"data.{what}_column: {data.source} has no {column!r}{nearest(column, self.rows.column_names)}"
+                    f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
         self.notes = [left_out(len(other), other, "columns")] if other else []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
@@ -91,7 +91,7 @@ class ImageSource(Source):
             raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
         if lost := set(self._labels) - {self._labels[position] for position in good}:
             raise UserError(
-                f"class {shortened(self.classes[min(lost)], 40)} of {shortened(self.path, 60)}: "
+                f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: "
                 "none of its images can be read; mend one, or remove the class (later classes would move up)"
             )
         self.names = [self.names[position] for position in good]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.names import left_out, tidy
 
@@ -52,7 +52,7 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
     if len(named) < len(rows):
         raise UserError(f"{shown} gives labels to one image twice; {WAY}")
     if missing := [name for name in images if name not in named]:
-        raise UserError(f"{shown} has no label for {len(missing)} images, such as {shortened(missing[0], 50)}; {WAY}")
+        raise UserError(f"{shown} has no label for {len(missing)} images, such as {truncate(missing[0], 50)}; {WAY}")
     labels = {name: named.pop(name) for name in images}
     if lost := set(named.values()) - set(labels.values()):
         raise UserError(f"{shown} names images of class {min(lost)}, of which there are none: get them again")

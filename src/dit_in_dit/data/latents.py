@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
@@ -52,9 +52,9 @@ def load_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     index = read_json(path, advice="encode again")
     if index.get("format") != FORMAT:
-        raise UserError(f"{shortened(path)} is not of the format {FORMAT!r}: encode again")
+        raise UserError(f"{truncate(path)} is not of the format {FORMAT!r}: encode again")
     if wrong := next((key for key, form in FORM.items() if not has_form(index.get(key), form)), None):
-        raise UserError(f"{shortened(path)} is damaged: what it says of {wrong!r} makes no sense; encode again")
+        raise UserError(f"{truncate(path)} is damaged: what it says of {wrong!r} makes no sense; encode again")
     return index
 
 
@@ -62,12 +62,12 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of finished latents; UserError where they are not finished or of another format."""
     index = load_index(folder)
     if not index["shards"]:
-        raise UserError(f"{shortened(folder)} is not encoded to its end: run the same `dit-in-dit encode` again")
+        raise UserError(f"{truncate(folder)} is not encoded to its end: run the same `dit-in-dit encode` again")
     size, counts = index["made"]["shard"], [shard["count"] for shard in index["shards"]]
     if not all(count == size for count in counts[:-1]) or not 0 < counts[-1] <= size:
-        raise UserError(f"{shortened(folder / INDEX)} is damaged: files must have {size} images each; encode again")
+        raise UserError(f"{truncate(folder / INDEX)} is damaged: files must have {size} images each; encode again")
     if any(Path(shard["file"]).name != shard["file"] for shard in index["shards"]):
-        raise UserError(f"{shortened(folder / INDEX)} is damaged: it names files outside its folder; encode again")
+        raise UserError(f"{truncate(folder / INDEX)} is damaged: it names files outside its folder; encode again")
     return index
 
 
@@ -102,7 +102,7 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
                 arrays[name] = np.memmap(path, kind, "r", start + first, tuple(about["shape"])).view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
-            f"{shortened(path)} is damaged ({shortened(error, 60)}): remove it and run `dit-in-dit encode` again"
+            f"{truncate(path)} is damaged ({truncate(error, 60)}): remove it and run `dit-in-dit encode` again"
         ) from None
     return arrays
 
@@ -122,7 +122,7 @@ class LatentSource(Source):
         self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
         made = index["made"]
         if made["dtype"] not in STORED:
-            raise UserError(f"{shortened(self.folder / INDEX)}: latents are {', '.join(STORED)}; encode again")
+            raise UserError(f"{truncate(self.folder / INDEX)}: latents are {', '.join(STORED)}; encode again")
         shape = model.image_shape
         if list(shape) != made["shape"]:
             raise UserError(
@@ -157,7 +157,7 @@ class LatentSource(Source):
             wanted[name] = (STORED[made["dtype"]], (count, 2 * channels, height, width))
         for name, form in wanted.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != form:
-                raise UserError(f"{shortened(path)} does not hold the {name!r} that {INDEX} speaks of: encode again")
+                raise UserError(f"{truncate(path)} does not hold the {name!r} that {INDEX} speaks of: encode again")
         return arrays
 
     def __reduce__(self) -> tuple[type[LatentSource], tuple[DataConfig, ModelConfig]]:
@@ -202,7 +202,7 @@ class LatentSource(Source):
             )
         if not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise UserError(
-                f"labels of {shortened(self.folder)} must be from 0 to {len(self.classes) - 1}: "
+                f"labels of {truncate(self.folder)} must be from 0 to {len(self.classes) - 1}: "
                 f"got {labels.min()} to {labels.max()}; encode again"
             )
         self._labels = labels if self.model.num_classes else np.zeros_like(labels)

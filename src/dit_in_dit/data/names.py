@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),
@@ -23,7 +23,7 @@ MOST_LINKS = 40  # from link to link, as Linux follows them
 
 def left_out(count: int, examples: Sequence[str], what: str) -> str:
     """A clause on what is not read: how much of it, and two examples."""
-    return f"left out {what}: {count}, such as {', '.join(shortened(name, 30) for name in examples[:2])}"
+    return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
 
 
 def tidy(name: str) -> str:
@@ -78,7 +78,7 @@ def check_classes(
     for name in sorted(classes):
         if not name.isprintable():
             raise UserError(
-                f"class folder {shortened(repr(name))} of {shortened(place, 50)} cannot be printed: rename it"
+                f"class folder {truncate(repr(name))} of {truncate(place, 50)} cannot be printed: rename it"
             )
     without: dict[str, str] = {}  # folder -> a file in it
     for name in others:
@@ -87,7 +87,7 @@ def check_classes(
         if path[:depth] == wrapped and len(path) > depth + (not folder) and path[depth] not in classes:
             without[path[depth]] = without.get(path[depth]) or ("" if folder else path[-1])
     for name, example in sorted(without.items()):
-        shown = shortened("/".join((place, *wrapped, name)))
+        shown = truncate("/".join((place, *wrapped, name)))
         if not example and "/".join((*wrapped, f"{name}/")) in linked:
             raise UserError(
                 f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
@@ -97,7 +97,7 @@ def check_classes(
             raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")
         if classes:  # else the images are of no class, and the folder is none
             raise UserError(
-                f"class folder {shown} holds {shortened(example, 30)}, but no image of a kind that is read: "
+                f"class folder {shown} holds {truncate(example, 30)}, but no image of a kind that is read: "
                 "convert it, or move the folder away (later classes would move up)"
             )
 
@@ -106,8 +106,8 @@ def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}",
     """UserError when two or more of the classes in `place` are splits of a data set: one of them is meant."""
     splits = sorted(name for name in classes if name.lower() in SPLITS)
     if len({name.lower() for name in splits}) > 1:
-        ways = " or ".join(shortened(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
-        raise UserError(f"data.source: {shortened(place, 40)} holds splits, not classes: {way.format(ways)}")
+        ways = " or ".join(truncate(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
+        raise UserError(f"data.source: {truncate(place, 40)} holds splits, not classes: {way.format(ways)}")
 
 
 def follow(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import check_source, kind_of, open_source, path_in
@@ -45,13 +45,13 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     data = locate(config.data, noted)
     if data.source.startswith(OBJECT):
         raise UserError(
-            f"{shortened(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
+            f"{truncate(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
             "register its class, and name it by train --resume --data NAME"
         )
     try:
         source = open_source(data, config.model)
     except UserError as error:
-        raise UserError(f"the data of {shortened(run, 60)}: {error}") from None
+        raise UserError(f"the data of {truncate(run, 60)}: {error}") from None
     if noted:
         check_unchanged(record(source, data), noted, str(run))
     return source
@@ -85,7 +85,7 @@ def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, wh
     """
     if noted and data["digest"] != noted["digest"]:
         raise UserError(
-            f"{shortened(data['place'], 60)} changed since {shortened(what, 60)} was trained on it: put its images "
+            f"{truncate(data['place'], 60)} changed since {truncate(what, 60)} was trained on it: put its images "
             "back, give their place (train --resume --data PLACE) or begin a new run (--init)"
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.picture import Array
 
@@ -69,7 +69,7 @@ class Source(ABC):
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:
         """Height, width and channels (1 or 3) that all images have as they are stored; UserError where they differ."""
-        raise UserError(f"{shortened(path, 60)} has no size of its own: give a folder, .zip, .npz or .npy of images")
+        raise UserError(f"{truncate(path, 60)} has no size of its own: give a folder, .zip, .npz or .npy of images")
 
     @cached_property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_in_dit.config.errors import LeftOutWarning, UserError, shortened
+from dit_in_dit.config.errors import LeftOutWarning, UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.arrays import ArraySource
 from dit_in_dit.data.hub import HubSource
@@ -65,7 +65,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     if source.skipped:
         notes.append(left_out(len(source.skipped), source.skipped, "unreadable files"))
     if notes:
-        warnings.warn(f"{shortened(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
+        warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
 
 

@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.data.names import HIDDEN, SUFFIXES, beside, follow, tidy
 from dit_in_dit.runs import atomic
@@ -90,7 +90,7 @@ def _walk(shard: Path, length: int) -> dict[str, Any]:
             return {**members.index(file, shard), "trailing": length - start}
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.source: {shortened(shard, 60)} is not a plain .tar: {shortened(error, 70)}; unpack or mend it"
+            f"data.source: {truncate(shard, 60)} is not a plain .tar: {truncate(error, 70)}; unpack or mend it"
         ) from None
 
 
@@ -133,7 +133,7 @@ class _Members:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):
             raise UserError(
-                f"data.source: {shortened(shard, 60)} is cut off: at byte {end} is neither a member nor a tar's end "
+                f"data.source: {truncate(shard, 60)} is cut off: at byte {end} is neither a member nor a tar's end "
                 "mark; get it again"
             )
         return end
@@ -188,5 +188,5 @@ def _label(file: BinaryIO, place: tuple[int, int], shard: Path, name: str) -> in
     offset, size = place
     text = os.pread(file.fileno(), min(size, 32), max(offset, 0)).decode("ascii").strip()
     if not text.isdecimal():
-        raise UserError(f"{shortened(shard, 60)}: {shortened(name)} must hold a class number: got {text[:20]!r}")
+        raise UserError(f"{truncate(shard, 60)}: {truncate(name)} must hold a class number: got {text[:20]!r}")
     return int(text)

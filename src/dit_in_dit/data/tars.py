@@ -7,7 +7,7 @@ import re
 from glob import glob
 from pathlib import Path
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import family
@@ -47,7 +47,7 @@ def find(source: str) -> tuple[list[Path], list[str]]:
             return [], []
         if packed := next((found.name for found in inside if PACKED.search(found.name)), None):
             raise UserError(
-                f"data.source: {shortened(packed, 40)} lies among the .tar files of {shortened(path, 50)}: "
+                f"data.source: {truncate(packed, 40)} lies among the .tar files of {truncate(path, 50)}: "
                 "unpack it to a plain .tar, or move it away"
             )
         _refuse_splits(shards, path)
@@ -123,7 +123,7 @@ class TarFiles(ImageFiles):
             labels = {self._labels[key] for key in keys if key in self._labels}
             if lost := set(self._labels.values()) - labels:
                 raise UserError(
-                    f"data.source: {shortened(self.path, 60)}: a .cls names class {min(lost)}, but no image is of it"
+                    f"data.source: {truncate(self.path, 60)}: a .cls names class {min(lost)}, but no image is of it"
                 )
         elif self._in_folders:
             inside = [name.split("/", 1)[1] for name in folders]
@@ -133,7 +133,7 @@ class TarFiles(ImageFiles):
             filled = {name.split("/", 1)[0] for name in self.names}
             if empty := next((shard for shard in shards if shard.name not in filled), None):
                 raise UserError(
-                    f"data.source: no images in {shortened(empty, 60)}: convert what it holds, or move it away "
+                    f"data.source: no images in {truncate(empty, 60)}: convert what it holds, or move it away "
                     "(later classes would move up)"
                 )
 

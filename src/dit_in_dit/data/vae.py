@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.latents import LOG_VARIANCE
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
@@ -53,7 +53,7 @@ def load_vae(name: str, device: torch.device) -> Any:
             continue
         if kind in CLASSES:
             return _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
-        problem = f"it is a {shortened(kind, 40)}, known are {', '.join(CLASSES)}"
+        problem = f"it is a {truncate(kind, 40)}, known are {', '.join(CLASSES)}"
     raise UserError(f"no VAE (folder or hub id) at {name!r}: {problem}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, quantity
-from dit_in_dit.diffusion.variance import bound, halves
+from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Weight = Callable[[Flow, str, Tensor], Tensor]  # path, prediction, t (N,) -> factor (N,) on its squared error
@@ -99,17 +99,17 @@ class Objective:
         section 3.4: L_simple + L_vlb / 1000, whose expectation over 1000 steps this is).
         """
         x_t = self.noisy(x, noise, t)
-        prediction, fraction = halves(predict(x_t, t, y).float(), x)
+        prediction, fraction = split_prediction(predict(x_t, t, y).float(), x)
         u, w = quantity(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
         error = (prediction - (u * x + w * noise)).square().flatten(1).mean(1)
         loss = self.weight(t) * error
         if fraction is None or not isinstance(self.path, Ddpm):
             return loss
-        return loss + bound(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))
+        return loss + vlb_term(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))
 
     def image(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The image (N, C, H, W) that a model's output amounts to."""
-        return convert(self.path, halves(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
+        return convert(self.path, split_prediction(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
 
     def estimate(
         self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None

@@ -13,7 +13,7 @@ from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
 from dit_in_dit.diffusion.schedulers import is_ddpm, make_scheduler, set_steps, time_of, wanted_by
-from dit_in_dit.diffusion.variance import ancestral, halves
+from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
 Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
 
@@ -54,7 +54,7 @@ def _calls(
     following = [*scheduler.timesteps[1:].tolist(), -1]
     for number, timestep in enumerate(scheduler.timesteps):
         times = torch.full((len(x),), time_of(scheduler, diffusion.path, number), device=x.device)
-        prediction, fraction = halves(predict(x, times, y), x)
+        prediction, fraction = split_prediction(predict(x, times, y), x)
         step = convert(path, prediction, x, times, given=diffusion.predict, wanted=wanted)
         if is_ddpm(scheduler):
             after = ancestral(step, fraction, x, int(timestep), following[number], draw())

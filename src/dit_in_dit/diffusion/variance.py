@@ -19,7 +19,7 @@ from dit_in_dit.diffusion.path import DDPM_STEPS, alpha_bar, on_device
 BIN = 1 / 255  # half of one of 256 grey values in [-1, 1]
 
 
-def halves(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_prediction(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The prediction in a model's output for x (N, C, H, W), and the fraction v where there are 2C channels."""
     channels = x.shape[1]
     return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
@@ -78,7 +78,7 @@ def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, 
     return at.mean(image, noisy) + (0.5 * at.log_variance(largest)).exp() * noise
 
 
-def bound(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
+def vlb_term(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
     """The variational bound's term at `step` (N,), per example (N,), in bits per dimension; no gradient goes through
     the image estimate (Nichol & Dhariwal 2021, section 3.3).
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.inspection.trace import inspect
@@ -77,7 +77,7 @@ def recipe(
         UserError: the GPUs cannot share the batch, or not even one image fits.
     """
     if gpu not in GPUS:
-        raise UserError(f"--gpu: no {gpu[:40]!r}{nearest(gpu, GPUS)}")
+        raise UserError(f"--gpu: no {gpu[:40]!r}{did_you_mean(gpu, GPUS)}")
     total = config.global_batch
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.vae import WEIGHTS
@@ -145,14 +145,14 @@ def _predicts(path: Path) -> Predicted:
     config = read_json(path)
     if (name := str(config.get("_class_name"))) not in SCHEDULERS:
         raise UserError(
-            f"{path} is of {name[:40]!r}, which is not known to have DiT's noise{nearest(name, SCHEDULERS)}"
+            f"{path} is of {name[:40]!r}, which is not known to have DiT's noise{did_you_mean(name, SCHEDULERS)}"
         )
     for key, value in config.items():
-        said = shortened(value, 40)
+        said = truncate(value, 40)
         if key in SCHEDULE and value != SCHEDULE[key]:
             raise UserError(f"{path}: only {key}={SCHEDULE[key]}, as DiT's schedule has it, is known: got {said}")
         if key not in (*SCHEDULE, *SAMPLING, "prediction_type") and not key.startswith("_") and value not in UNSET:
-            raise UserError(f"{path}: {shortened(key, 40)}={said} is not known: give a scheduler of DiT's own schedule")
+            raise UserError(f"{path}: {truncate(key, 40)}={said} is not known: give a scheduler of DiT's own schedule")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type must be one of {', '.join(PREDICTIONS)}: got {str(kind)[:40]!r}")

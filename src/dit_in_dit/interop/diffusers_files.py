@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_in_dit.config import strict_json
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.vae import WEIGHTS, variant_of
 from dit_in_dit.interop.safe_load import read_pt, read_safetensors
 
@@ -48,5 +48,5 @@ def _read_shards(index: Path, kind: str) -> dict[str, Tensor]:
 def _read(file: Path) -> dict[str, Tensor]:
     found = read_pt(file)
     if wrong := [name for name, value in found.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{shortened(str(file), 80)} holds no weights of a DiT: {wrong[0][:40]!r} is no tensor")
+        raise UserError(f"{truncate(str(file), 80)} holds no weights of a DiT: {wrong[0][:40]!r} is no tensor")
     return found

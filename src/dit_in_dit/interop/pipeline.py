@@ -16,13 +16,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig
 from dit_in_dit.config.samplers import check_sampler
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.samplers import guided
 from dit_in_dit.diffusion.schedulers import PREDICTIONS, is_ddpm, matches_flow, set_steps, setting, time_of, wanted_by
-from dit_in_dit.diffusion.variance import ancestral, halves
+from dit_in_dit.diffusion.variance import ancestral, split_prediction
 from dit_in_dit.interop.carried import code_of, installed
 from dit_in_dit.reporting.images import check_finite, picture, to_pixels
 
@@ -99,7 +99,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         """
         how = self._how(num_inference_steps, guidance_scale, guidance_interval)
         if output_type not in OUTPUTS:
-            raise UserError(f"output_type {str(output_type)[:40]!r} is unknown{nearest(str(output_type), OUTPUTS)}")
+            raise UserError(
+                f"output_type {str(output_type)[:40]!r} is unknown{did_you_mean(str(output_type), OUTPUTS)}"
+            )
         shape = self._shape()
         if output_type != "latent" and self.vae is None and shape[0] not in (1, 3):
             raise UserError(f"latents of {shape[0]} channels need a VAE: give vae=, or take output_type='latent'")
@@ -126,7 +128,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                     continue
                 t = torch.full((count,), time_of(self.scheduler, diffusion.path, number), device=device)
                 x_t = scale(x, timestep)
-                output, fraction = halves(predict(x_t, t, y), x_t)
+                output, fraction = split_prediction(predict(x_t, t, y), x_t)
                 step = convert(path, output, x_t, t, given=diffusion.predict, wanted=wanted)
                 if is_ddpm(self.scheduler):
                     x = self._ancestral(step, fraction, x, number, generator)
@@ -174,7 +176,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             return self.null
         if isinstance(label, str):
             if label not in self.labels:
-                raise UserError(f"unknown class {label[:40]!r}{nearest(label, self.labels)}")
+                raise UserError(f"unknown class {label[:40]!r}{did_you_mean(label, self.labels)}")
             return self.labels[label]
         if not 0 <= int(label) <= self.null:
             raise UserError(f"class numbers go from 0 to {self.null - 1}, {self.null} is no class: got {label}")

@@ -22,7 +22,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 PICTURE = "samples.png"
 
 
-def export_slim(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
+def export_release(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
     """Write `out`, a run of the newest checkpoint's averaged weights alone, and its card; whole or not there.
 
     It is sampled, evaluated, drawn and exported like any run, and a new run may begin with it (`train.init`).

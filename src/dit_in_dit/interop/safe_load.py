@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # bool is an int
 DEEPEST = 20  # groups within groups; an optimizer's state has five
@@ -73,7 +73,7 @@ def unwrapped(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
     for name, value in weights.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in found:
-            raise UserError(f"{what} has two weights {shortened(bare, 60)!r}, wrapped and not: keep one of them")
+            raise UserError(f"{what} has two weights {truncate(bare, 60)!r}, wrapped and not: keep one of them")
         if name != "n_averaged":  # the counter of torch's AveragedModel
             found[bare] = value
     while prefix := next((p for p in MODELS if found and all(name.startswith(p) for name in found)), None):
@@ -82,7 +82,7 @@ def unwrapped(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def _refused(path: Path, reason: str) -> UserError:
-    return UserError(f"cannot read {shortened(str(path), 60)}: {reason}; get it again, or as .safetensors")
+    return UserError(f"cannot read {truncate(str(path), 60)}: {reason}; get it again, or as .safetensors")
 
 
 def _size(path: Path) -> int:
@@ -124,7 +124,7 @@ def _reason(error: Exception) -> str:
     message = str(error)
     named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
     if named:
-        return f"it is made of {shortened(named[1], 40)}, which could run code"
+        return f"it is made of {truncate(named[1], 40)}, which could run code"
     if "TorchScript" in message:
         return "it is a TorchScript program, not weights"
     if isinstance(error, OSError) and error.strerror:
@@ -154,7 +154,7 @@ class _Plain:
         if isinstance(value, Tensor):
             ordinary = type(value) in (Tensor, torch.nn.Parameter) and not value.is_quantized
             if not ordinary or value.layout != torch.strided or value.device.type != "cpu":
-                raise ValueError(f"it holds a {shortened(type(value).__name__, 40)} that is no ordinary tensor")
+                raise ValueError(f"it holds a {truncate(type(value).__name__, 40)} that is no ordinary tensor")
             self.bytes += value.numel() * value.element_size()
             return value.detach()
         if isinstance(value, dict):
@@ -164,7 +164,7 @@ class _Plain:
         for kind in (list, tuple, set):
             if isinstance(value, kind):
                 return kind(self(part, depth) for part in value)
-        raise ValueError(f"it holds a {shortened(type(value).__name__, 40)}, which is no plain value")
+        raise ValueError(f"it holds a {truncate(type(value).__name__, 40)}, which is no plain value")
 
 
 def _plain(path: Path, found: Any, size: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.metrics.pixels import Halves, Score
 
 Direction = Literal["lower", "higher", "zero", "listed"]
@@ -52,7 +52,9 @@ class Metric:
     def __post_init__(self) -> None:
         known = get_args(Direction)
         if self.direction not in known:
-            raise UserError(f"metric {self.name}: unknown direction {self.direction!r}{nearest(self.direction, known)}")
+            raise UserError(
+                f"metric {self.name}: unknown direction {self.direction!r}{did_you_mean(self.direction, known)}"
+            )
 
     def ranked(self, value: float) -> float:
         """The value that is compared: its size where nearer to zero is better."""
@@ -132,5 +134,5 @@ def _computed(name: str, metric: Metric, images: Images, real: Images) -> Score:
     try:
         return Score(float(found))  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        got = shortened(repr(found), 40)
+        got = truncate(repr(found), 40)
         raise UserError(f"metric {name} must give a number or a Score: got {got}; mend its compute") from None

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form, parse_lines
 from dit_in_dit.runs.checkpoint import SaveError
 
@@ -43,7 +43,7 @@ def is_clock_line(line: Line) -> bool:
 def check_lines(lines: list[Line], good: Callable[[Line], bool], what: str, advice: str) -> None:
     """UserError with the first line that is none of its file."""
     if wrong := next((line for line in lines if not good(line)), None):
-        raise UserError(f"{what} holds a line that no run writes, {shortened(json.dumps(wrong), 60)}: {advice}")
+        raise UserError(f"{what} holds a line that no run writes, {truncate(json.dumps(wrong), 60)}: {advice}")
 
 
 def _are_errors(kinds: object) -> bool:

@@ -35,7 +35,7 @@ def _bfloat16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def settled(config: RunConfig, device: torch.device) -> RunConfig:
+def resolve_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with train.precision=auto made what it is on this device."""
     if config.train.precision != "auto":
         return config

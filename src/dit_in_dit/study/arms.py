@@ -15,7 +15,7 @@ import torch
 
 from dit_in_dit.benchmark.timing import Times, step_seconds
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig, changed, from_file
 from dit_in_dit.inspection import cost
 from dit_in_dit.study.match import COUNTS, NAMES, SECONDS_EACH, NoTwin, Twin, match, quick_times
@@ -39,12 +39,12 @@ def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
             raise UserError(f"study.arms.{name} must be a group of config keys: got {str(changes)[:40]!r}")
     control = study.control or next(iter(named))
     if control not in named:
-        raise UserError(f"study.control: no arm {control!r}{nearest(control, named)}")
+        raise UserError(f"study.control: no arm {control!r}{did_you_mean(control, named)}")
     found = {}
     for name, changes in named.items():
         against = control if name == control else changes.get(AGAINST, control)
         if against not in named:
-            raise UserError(f"study.arms.{name}: no arm {str(against)!r}{nearest(str(against), named)}")
+            raise UserError(f"study.arms.{name}: no arm {str(against)!r}{did_you_mean(str(against), named)}")
         found[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
     slugs: dict[str, str] = {}
     for name in found:

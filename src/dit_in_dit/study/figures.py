@@ -17,7 +17,7 @@ from dit_in_dit.reporting import images as pictures
 from dit_in_dit.reporting.plots import COLOURS, figure, to_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting
-from dit_in_dit.study.results import Gathered
+from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import Difference
 from dit_in_dit.study.tables import BESIDE, seconds
 
@@ -37,7 +37,7 @@ def label(name: str, most: int = LONGEST) -> str:
 # --------------------------------------------------------------------------------------- differences
 
 
-def draw_forest(study: Gathered, path: Path) -> None:
+def draw_forest(study: StudyResults, path: Path) -> None:
     """The differences by the primary metric with both intervals, an arm a line."""
     metric = study.primary
     rows = [(arm, study.difference(arm, metric)) for arm in study.drawn]
@@ -98,7 +98,7 @@ def _colour(metric: str, found: Difference) -> str:
     return BETTER if metric_of(metric).better(found.mean) else WORSE
 
 
-def draw_matrix(study: Gathered, path: Path) -> None:
+def draw_matrix(study: StudyResults, path: Path) -> None:
     """What every arm differs by in every ranked metric, in colour where the interval excludes zero."""
     metrics, arms = study.ranked, study.drawn
     made, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
@@ -135,7 +135,7 @@ def _square(column: int, row: int, colour: str) -> Any:
 # --------------------------------------------------------------------------------------------- cost
 
 
-def draw_pareto(study: Gathered, path: Path) -> None:
+def draw_pareto(study: StudyResults, path: Path) -> None:
     """The primary metric against MACs and against time, with intervals."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
     panels: list[tuple[str, list[float | None]]] = [

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, assigned
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
@@ -75,7 +75,7 @@ class StudyConfig(Section):
         known = dict.fromkeys((*GROUPS, *(metric.group for metric in own_metrics().values())))
         for group in self.metrics:
             if group not in known:
-                raise UserError(f"unknown metrics {group!r}{nearest(group, known)}")
+                raise UserError(f"unknown metrics {group!r}{did_you_mean(group, known)}")
         if not self.metrics:
             raise UserError(f"study.metrics is empty: choose from {', '.join(known)}")
         if self.primary.split(".")[0] == "held_out" and "held_out" not in self.metrics:
@@ -115,10 +115,10 @@ def read(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
     """
     path = shipped().get(name, Path(name))
     if name not in shipped() and path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"unknown study {name!r}{nearest(name, shipped())}, or give a .yaml file")
+        raise UserError(f"unknown study {name!r}{did_you_mean(name, shipped())}, or give a .yaml file")
     values = read_yaml(path, "the study ")
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys such as 'base:' and 'arms:': got {shortened(values, 40)!r}")
+        raise UserError(f"{path} must hold keys such as 'base:' and 'arms:': got {truncate(values, 40)!r}")
     for assignment in assignments:
         _assign(values, *assigned(assignment))
     return StudyConfig.from_dict(values)
@@ -134,10 +134,10 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     elif group in ("set", "grid", "search"):
         before = values.get(group) or {}
         if not isinstance(before, dict):
-            raise UserError(f"study.{group} was set to {shortened(before, 40)!r}, which has no keys: leave out one")
+            raise UserError(f"study.{group} was set to {truncate(before, 40)!r}, which has no keys: leave out one")
         values[group] = {**before, rest: value}
     else:
-        raise UserError(f"unknown key 'study.{name}'{nearest(f'study.{name}', StudyConfig.names())}")
+        raise UserError(f"unknown key 'study.{name}'{did_you_mean(f'study.{name}', StudyConfig.names())}")
 
 
 # --------------------------------------------------------------------------------------------- arms
@@ -249,9 +249,9 @@ def read_plan(out: Path) -> Plan:
 
 def _arm_from_dict(values: dict[str, Any]) -> Arm:
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in values["matched"].values()):
-        raise UserError(f"this is no plan of a study: what was matched of {shortened(values['name'], 40)!r} is no pair")
+        raise UserError(f"this is no plan of a study: what was matched of {truncate(values['name'], 40)!r} is no pair")
     if not all(has_form(number, NUMBER) for kind in ("cost", "gap") for number in values[kind].values()):
-        raise UserError(f"this is no plan of a study: a cost of {shortened(values['name'], 40)!r} is no number")
+        raise UserError(f"this is no plan of a study: a cost of {truncate(values['name'], 40)!r} is no number")
     matched = {name: (before, after) for name, (before, after) in values["matched"].items()}
     parts = {f.name: values[f.name] for f in fields(Arm)}
     return Arm(**{**parts, "config": RunConfig.from_dict(values["config"]), "matched": matched})

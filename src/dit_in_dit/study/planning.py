@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dit_in_dit import __version__
-from dit_in_dit.config.errors import UserError, nearest, shortened
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.config.strict_json import json_difference
@@ -23,7 +23,7 @@ from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.metrics.metric import own_metrics
 from dit_in_dit.runs import atomic
-from dit_in_dit.runtime.device import settled
+from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.study.arms import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
@@ -36,7 +36,7 @@ def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
     """
     networks(study, device)
     arms = match_arms(study, device, study.threads)
-    arms = tuple(replace(arm, config=settled(arm.config, device)) for arm in arms)  # the same on every worker's device
+    arms = tuple(replace(arm, config=resolve_precision(arm.config, device)) for arm in arms)  # alike on every worker
     if "held_out" in study.metrics:
         check_same_held_out({arm.name: arm.config for arm in arms})
     digests: dict[str, str] = {}
@@ -69,7 +69,7 @@ def check_data(plan: Plan) -> None:
         digest = left.pop(config.data.source, None)
         if digest is not None and open_source(config.data, config.model).digest != digest:
             raise UserError(
-                f"{shortened(config.data.source, 60)} is not what the study was planned on (names, labels or sizes of "
+                f"{truncate(config.data.source, 60)} is not what the study was planned on (names, labels or sizes of "
                 "its images differ): put it back, or begin the study in another --out"
             )
 
@@ -89,7 +89,7 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
     open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
     if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
-        raise UserError(f"study.primary: {study.primary!r} is not measured{nearest(study.primary, known)}")
+        raise UserError(f"study.primary: {study.primary!r} is not measured{did_you_mean(study.primary, known)}")
 
 
 def networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:

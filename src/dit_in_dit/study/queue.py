@@ -38,7 +38,7 @@ class LostError(Exception):
 
 
 @dataclass
-class Claim:
+class Lease:
     """A trial that this worker has.
 
     Attributes:
@@ -60,7 +60,7 @@ class Claim:
             raise LostError(self.key)
 
 
-class Board:
+class Queue:
     """A study's trials, for one worker or for looking on.
 
     Args:
@@ -97,7 +97,7 @@ class Board:
         )
         self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its beat, and since when it stands still
         self._outages = 0  # of the storage, when that was noted
-        self._mine: Claim | None = None
+        self._mine: Lease | None = None
 
     # ------------------------------------------------------------------------------------- looking on
 
@@ -141,7 +141,7 @@ class Board:
 
     # ---------------------------------------------------------------------------------------- claiming
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> Lease | None:
         """A trial to work on; None when all are done or in other hands."""
         while True:
             self._give_up_lost()
@@ -153,7 +153,7 @@ class Board:
             self._suggest(trial)
             key = trial.user_attrs.get("key")
             if key is not None and self._is_first(key, trial.number):
-                self._mine = Claim(key, trial, losses=self._losses(key))
+                self._mine = Lease(key, trial, losses=self._losses(key))
                 return self._mine
             trial.set_user_attr(OUTCOME, "surplus")
             self.study.tell(trial, state=self.states.FAIL)
@@ -227,7 +227,7 @@ class Board:
     # ------------------------------------------------------------------------------------------ holding
 
     @contextmanager
-    def keep(self, claim: Claim) -> Iterator[None]:
+    def keep(self, claim: Lease) -> Iterator[None]:
         """Give signs of life while the trial is worked on, and look after the others' meanwhile.
 
         A trial that was not told when this is left is given back, for the next who asks.
@@ -243,7 +243,7 @@ class Board:
             self._mine = None
             self._give_back(claim)
 
-    def _beats(self, claim: Claim, done: threading.Event) -> None:
+    def _beats(self, claim: Lease, done: threading.Event) -> None:
         number, heard = 0, time.monotonic()
         while not claim.lost.is_set():
             try:
@@ -259,7 +259,7 @@ class Board:
             if done.wait(self.lease / BEATS):
                 return
 
-    def _give_back(self, claim: Claim) -> None:
+    def _give_back(self, claim: Lease) -> None:
         try:
             with self.storage.at_once():
                 claim.trial.set_user_attr(OUTCOME, "given back")
@@ -276,7 +276,7 @@ class Board:
             return ended.state == state and (state != self.states.FAIL or ended.user_attrs.get(OUTCOME) == "failed")
         return True
 
-    def report(self, claim: Claim, value: float, step: int) -> bool:
+    def report(self, claim: Lease, value: float, step: int) -> bool:
         """Tell an error on the way; whether the trial should stop there. One that is not finite is not compared: its
         run goes on, or ends as a diverged one."""
         if not math.isfinite(value):
@@ -287,7 +287,7 @@ class Board:
             raise LostError(claim.key) from None
         return self.plan.study.prune and claim.trial.should_prune()
 
-    def done(self, claim: Claim, state: str, value: float | None) -> None:
+    def done(self, claim: Lease, state: str, value: float | None) -> None:
         """Tell the result: done with the primary metric's value, pruned or failed.
 
         Raises:

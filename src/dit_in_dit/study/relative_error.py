@@ -12,7 +12,7 @@ from dit_in_dit.curves.logs import Curve, Floats
 from dit_in_dit.reporting.plots import COLOURS, figure, to_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study.figures import label
-from dit_in_dit.study.results import Gathered
+from dit_in_dit.study.results import StudyResults
 
 COLUMNS = 4
 
@@ -33,7 +33,7 @@ def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats,
     return macs[known], change[known]
 
 
-def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
+def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
     """A panel for each arm: its error above or below the other's, a line for each seed. What error it is: that of
     the primary metric, if it is one of held-out images; None, and no picture, where no such error was logged."""
     at = _which(study)
@@ -70,7 +70,7 @@ def draw_relative(study: Gathered, path: Path) -> tuple[float, str] | None:
     return at
 
 
-def _which(study: Gathered) -> tuple[float, str] | None:
+def _which(study: StudyResults) -> tuple[float, str] | None:
     """The time and frequencies of the primary metric, or else of the first that was logged."""
     logged = [at for log in study.logs.values() for at in log.held_out]
     named = [at for at in logged if study.primary == f"held_out.{at[0]:g}.{at[1]}"]

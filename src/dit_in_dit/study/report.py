@@ -24,7 +24,7 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.study import figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
-from dit_in_dit.study.results import Gathered, gather, gather_search
+from dit_in_dit.study.results import StudyResults, read_search, read_study
 from dit_in_dit.study.summary import summarise
 
 MATRIX = (
@@ -64,12 +64,12 @@ def report(out: Path) -> Report:
     plan, curve_numbers = read_plan(out), None
     (out / "figures").mkdir(exist_ok=True)
     if plan.study.search:
-        searched = gather_search(out)
+        searched = read_search(out)
         summary, chapters = search.summarise(searched), search.chapters(searched, out)
         heads, rows, caption = search.paper(searched)
         numbers = search.results(searched)
     else:
-        study = gather(out)
+        study = read_study(out)
         summary = [*summarise(study), *tables.not_finite(study)]
         chapters = _chapters(study, out)
         heads, rows, caption = tables.paper(study)
@@ -95,7 +95,7 @@ def report(out: Path) -> Report:
     return Report(summary, [(out / name, what) for name, (_, what) in written.items()])
 
 
-def _chapters(study: Gathered, out: Path) -> list[Chapter]:
+def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
     found = [
         Chapter("Protocol", tables.protocol(study.plan, evaluated)),
@@ -110,7 +110,7 @@ def _chapters(study: Gathered, out: Path) -> list[Chapter]:
     return [chapter for chapter in found if chapter.blocks]
 
 
-def _results(study: Gathered, out: Path) -> list[Block]:
+def _results(study: StudyResults, out: Path) -> list[Block]:
     if not study.done:
         return [Text("No trial is done yet.")]
     blocks: list[Block] = []
@@ -130,7 +130,7 @@ def _results(study: Gathered, out: Path) -> list[Block]:
     return [*blocks, Bullets(explain(name for names in study.metrics.values() for name in names))]
 
 
-def _cost(study: Gathered, out: Path) -> list[Block]:
+def _cost(study: StudyResults, out: Path) -> list[Block]:
     if study.primary not in study.ranked:
         return []
     path = out / "figures" / "cost.png"
@@ -138,7 +138,7 @@ def _cost(study: Gathered, out: Path) -> list[Block]:
     return [Picture(path, f"{study.primary} against what it costs.")]
 
 
-def _curves(study: Gathered, out: Path) -> list[Block]:
+def _curves(study: StudyResults, out: Path) -> list[Block]:
     groups = [[replace(arm, name=figures.label(arm.name)) for arm in group] for group in _groups(study)]
     try:
         drawn = []
@@ -157,7 +157,7 @@ def _curves(study: Gathered, out: Path) -> list[Block]:
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
 
 
-def _groups(study: Gathered) -> list[list[logs.Arm]]:
+def _groups(study: StudyResults) -> list[list[logs.Arm]]:
     """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
     with, and the control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
@@ -172,7 +172,7 @@ def _groups(study: Gathered) -> list[list[logs.Arm]]:
     return [group for group in found if group]
 
 
-def _convergence(study: Gathered) -> list[Block]:
+def _convergence(study: StudyResults) -> list[Block]:
     if not study.logs:
         return []
     try:
@@ -182,7 +182,7 @@ def _convergence(study: Gathered) -> list[Block]:
     return [*found, tables.stable(study)]
 
 
-def _samples(study: Gathered, out: Path) -> list[Block]:
+def _samples(study: StudyResults, out: Path) -> list[Block]:
     rows = {}
     for (arm, _), folder in study.folders.items():  # seed by seed: the first seed that has them
         if arm not in rows and (folder / "drawn.npz").exists():

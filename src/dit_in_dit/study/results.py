@@ -27,7 +27,7 @@ MOST_DRAWN = 60  # compared arms in a picture
 
 
 @dataclass(frozen=True)
-class Gathered:
+class StudyResults:
     """A study of named arms, as far as it got.
 
     Attributes:
@@ -124,7 +124,7 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Tried:
+class SearchTrial:
     """One trial of a search: its number, what it changed, its config (None: it never had one, as where no match was
     found), and what became of it (None: not yet)."""
 
@@ -136,13 +136,13 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchResults:
     """A search as far as it got, its trials by number."""
 
     plan: Plan
-    trials: list[Tried]
+    trials: list[SearchTrial]
 
-    def value(self, tried: Tried) -> float:
+    def value(self, tried: SearchTrial) -> float:
         """The primary metric as it is compared; NaN where there is none."""
         if tried.result is None or tried.result.state != "done":
             return math.nan
@@ -150,14 +150,14 @@ class Searched:
         return math.nan if value is None else metric_of(self.plan.study.primary).ranked(float(value))
 
     @property
-    def ranked(self) -> list[Tried]:
+    def ranked(self) -> list[SearchTrial]:
         """The trials with a finite primary metric, the best first."""
         sign = -1 if direction(self.plan.study.primary) == "higher" else 1
         finite = [tried for tried in self.trials if math.isfinite(self.value(tried))]
         return sorted(finite, key=lambda tried: (sign * self.value(tried), tried.number))
 
 
-def gather(out: Path) -> Gathered:
+def read_study(out: Path) -> StudyResults:
     """Read a study of named arms.
 
     Raises:
@@ -172,15 +172,15 @@ def gather(out: Path) -> Gathered:
             results[key] = result
         if (folder / "config.yaml").exists() and len((log := read_run(folder)).step):
             read[key] = log
-    gathered = Gathered(plan, results, folders, read)
+    gathered = StudyResults(plan, results, folders, read)
     _check_alike(plan, {folders[key]: result for key, result in gathered.done.items()})
     if "held_out" in gathered.metrics:
         check_comparable(gathered.arms_of_curves())
     return gathered
 
 
-def gather_search(out: Path) -> Searched:
-    """Read a search; errors as `gather`."""
+def read_search(out: Path) -> SearchResults:
+    """Read a search; errors as `read_study`."""
     plan, found = read_plan(out), []
     for path in sorted(out.glob("runs/*/changes.json")):
         made, folder = read_json(path), path.parent
@@ -188,9 +188,9 @@ def gather_search(out: Path) -> Searched:
             raise UserError(f"{path} is not what a trial of a search changed")
         number, changes = made["number"], made["changes"]
         config = read_config(folder) if (folder / "config.yaml").exists() else None
-        found.append(Tried(number, changes, config, folder, read_result(folder)))
+        found.append(SearchTrial(number, changes, config, folder, read_result(folder)))
     _check_alike(plan, {t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
-    return Searched(plan, sorted(found, key=lambda tried: tried.number))
+    return SearchResults(plan, sorted(found, key=lambda tried: tried.number))
 
 
 def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:

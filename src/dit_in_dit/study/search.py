@@ -20,13 +20,13 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.arms import describe
 from dit_in_dit.study.figures import draw_samples
-from dit_in_dit.study.results import Searched, Tried
+from dit_in_dit.study.results import SearchResults, SearchTrial
 
 CONFIRMED = 3  # best trials that the proposed study takes
 SHOWN = 6  # best trials whose samples are drawn
 
 
-def summarise(searched: Searched) -> list[str]:
+def summarise(searched: SearchResults) -> list[str]:
     """Sentences: how much was tried, what came out best, and what that is worth."""
     study = searched.plan.study
     states = {
@@ -49,11 +49,11 @@ def summarise(searched: Searched) -> list[str]:
     return found
 
 
-def _state(tried: Tried) -> str:
+def _state(tried: SearchTrial) -> str:
     return "not done" if tried.result is None else tried.result.state
 
 
-def chapters(searched: Searched, out: Path) -> list[Chapter]:
+def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
     """Protocol, what was tried, panels and samples."""
     evaluated = next((t.result.protocol for t in searched.trials if t.result and t.result.protocol), {})
     found = [Chapter("Protocol", tables.protocol(searched.plan, evaluated)), Chapter("Tried", [_table(searched)])]
@@ -73,11 +73,11 @@ def chapters(searched: Searched, out: Path) -> list[Chapter]:
     return found
 
 
-def _keys(searched: Searched) -> list[str]:
+def _keys(searched: SearchResults) -> list[str]:
     return list(dict.fromkeys(name for tried in searched.trials for name in tried.changes))
 
 
-def _rows(searched: Searched) -> list[tuple[Tried, list[str]]]:
+def _rows(searched: SearchResults) -> list[tuple[SearchTrial, list[str]]]:
     """Every trial, the best first and those without a number last, and its cells."""
     ranked = searched.ranked
     known = {tried.number for tried in ranked}
@@ -92,17 +92,17 @@ def _rows(searched: Searched) -> list[tuple[Tried, list[str]]]:
     return found
 
 
-def _macs(tried: Tried) -> float | None:
+def _macs(tried: SearchTrial) -> float | None:
     """Millions for an image, forward."""
     return cost.macs(tried.config.model)["total"] / 1e6 if tried.config else None
 
 
-def _heads(searched: Searched) -> list[str]:
+def _heads(searched: SearchResults) -> list[str]:
     keys = [name.removeprefix("model.") for name in _keys(searched)]
     return ["number", *keys, "million MACs", searched.plan.study.primary]
 
 
-def _table(searched: Searched) -> Table:
+def _table(searched: SearchResults) -> Table:
     rows: list[list[str | Cell]] = []
     for tried, cells in _rows(searched):
         step = f"at step {tried.result.step}" if tried.result else ""
@@ -114,7 +114,7 @@ def _table(searched: Searched) -> Table:
     return Table(heads, rows, note="Sorted by the primary metric; one seed each.")
 
 
-def _draw(searched: Searched, path: Path) -> None:
+def _draw(searched: SearchResults, path: Path) -> None:
     """A panel for each key, and one for MACs."""
     ranked = searched.ranked
     values = [searched.value(tried) for tried in ranked]
@@ -144,12 +144,12 @@ def _draw(searched: Searched, path: Path) -> None:
     atomic.write(path, to_png(made))
 
 
-def confirm(searched: Searched) -> str:
+def confirm(searched: SearchResults) -> str:
     """YAML of a study of the best trials against the base, with seeds that the search has not used."""
     plan = searched.plan
     study, used = plan.study, set(plan.study.seeds)
     fresh = [seed for seed in range(len(used) + 5) if seed not in used][:5]
-    best: list[Tried] = []
+    best: list[SearchTrial] = []
     for tried in searched.ranked:  # a sampler may choose the same twice
         if len(best) < CONFIRMED and all(tried.changes != other.changes for other in best):
             best.append(tried)
@@ -174,14 +174,14 @@ def confirm(searched: Searched) -> str:
     return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
-def paper(searched: Searched) -> tuple[list[str], list[list[str]], str]:
+def paper(searched: SearchResults) -> tuple[list[str], list[list[str]], str]:
     """Heads, rows and caption of a table to paste: the trials with a number."""
     rows = [cells for tried, cells in _rows(searched) if math.isfinite(searched.value(tried))]
     caption = f"{searched.plan.study.question or searched.plan.name} A search, one seed each: a lead, no claim."
     return _heads(searched), rows, caption
 
 
-def results(searched: Searched) -> str:
+def results(searched: SearchResults) -> str:
     """CSV: a line for each trial and metric, with what it changed; one without a metric for a trial that has none."""
     made, keys = io.StringIO(), _keys(searched)
     table = csv.writer(made, lineterminator="\n")

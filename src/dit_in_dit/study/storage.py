@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import lock
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def parse_url(url: str) -> sqlalchemy.URL:
 
 def show(parsed: sqlalchemy.URL) -> str:
     """The URL without its password, and without its query, which may hold one."""
-    return shortened(parsed.set(query={}).render_as_string(hide_password=True), 60)
+    return truncate(parsed.set(query={}).render_as_string(hide_password=True), 60)
 
 
 def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
@@ -62,7 +62,7 @@ def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote_plus(secret)} - {""}:
             text = text.replace(form, "***")
-    return shortened(text.splitlines()[0], 90)
+    return truncate(text.splitlines()[0], 90)
 
 
 def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -7,14 +7,14 @@ import math
 from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.study import formatting
 from dit_in_dit.study.plan import Arm, Plan
-from dit_in_dit.study.results import Gathered
+from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
 
 FALSE = 1 - LEVEL
 MOST_NAMED = 14  # arms that a sentence lists
 
 
-def summarise(study: Gathered) -> list[str]:
+def summarise(study: StudyResults) -> list[str]:
     """Sentences: the primary metric first, then the others, what they hold for, and what is missing."""
     found = []
     if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
@@ -30,11 +30,11 @@ def summarise(study: Gathered) -> list[str]:
     return [*found, scope(study.plan), *_unequal(study.plan), *_missing(study)]
 
 
-def _name(study: Gathered) -> str:
+def _name(study: StudyResults) -> str:
     return f"{study.primary} ({WORDS[direction(study.primary)]})"
 
 
-def _one_seed(study: Gathered) -> list[str]:
+def _one_seed(study: StudyResults) -> list[str]:
     values = {
         arm.name: metric_of(study.primary).ranked(next(iter(of_arm.values())))
         for arm in study.plan.arms
@@ -51,7 +51,7 @@ def _one_seed(study: Gathered) -> list[str]:
     return found
 
 
-def _primary(study: Gathered) -> list[str]:
+def _primary(study: StudyResults) -> list[str]:
     metric, many = study.primary, len(study.compared)
     seeds = formatting.count(len(study.plan.study.seeds), "seed")
     if direction(metric) == "listed":
@@ -82,12 +82,12 @@ def _primary(study: Gathered) -> list[str]:
     return found
 
 
-def _interval(study: Gathered) -> str:
+def _interval(study: StudyResults) -> str:
     many = len(study.compared)
     return "95% interval" if many == 1 else f"interval for all {many} comparisons together"
 
 
-def _allowed(study: Gathered, unseen: list[tuple[Arm, Difference]]) -> str:
+def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
     """How large the differences may be that were not seen."""
     percents = [formatting.scale(study.primary, change) for _, change in unseen]
     ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
@@ -97,7 +97,7 @@ def _allowed(study: Gathered, unseen: list[tuple[Arm, Difference]]) -> str:
     return f"That is no proof of equality: differences of up to {formatting.number(max(ends), 2)} fit the numbers."
 
 
-def _strength(study: Gathered, seeds: set[int]) -> str:
+def _strength(study: StudyResults, seeds: set[int]) -> str:
     """How far the intervals reach, for each number of seeds that there is."""
     many, parts = len(study.compared), []
     for amount in sorted(seeds):
@@ -107,7 +107,7 @@ def _strength(study: Gathered, seeds: set[int]) -> str:
     return f"An interval reaches {', '.join(parts)}: what is smaller, or less steady over the seeds, cannot be seen."
 
 
-def _secondary(study: Gathered) -> list[str]:
+def _secondary(study: StudyResults) -> list[str]:
     others = [name for name in study.ranked if name != study.primary]
     if not others or len(study.plan.study.seeds) < 2:
         return []
@@ -162,7 +162,7 @@ def _unequal(plan: Plan) -> list[str]:
     return [f"{matched}. Not {within}: {', '.join(found)}."] if found else []
 
 
-def _missing(study: Gathered) -> list[str]:
+def _missing(study: StudyResults) -> list[str]:
     states: dict[str, int] = {}
     lost: dict[str, None] = {}
     for arm, _, state, _ in study.missing():

@@ -19,7 +19,7 @@ from dit_in_dit.metrics.metric import TITLES, direction, metric_of
 from dit_in_dit.reporting.document import Cell, Table
 from dit_in_dit.study import formatting
 from dit_in_dit.study.plan import Arm, Plan
-from dit_in_dit.study.results import Gathered
+from dit_in_dit.study.results import StudyResults
 
 BESIDE = "other trials may have run beside"  # whatever the clock said
 FLOOR = "real against real"
@@ -61,7 +61,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 # --------------------------------------------------------------------------------------------- cost
 
 
-def cost(study: Gathered) -> Table:
+def cost(study: StudyResults) -> Table:
     """What every arm is and costs, with the gaps to what it is compared with."""
     kinds = {"macs": ("million MACs", 1e-6), "params": ("million parameters", 1e-6), "time": ("ms a step", 1e3)}
     if not any("time" in arm.cost for arm in study.plan.arms):
@@ -78,7 +78,7 @@ def cost(study: Gathered) -> Table:
     return Table(heads, rows, note=note)
 
 
-def _cost_row(study: Gathered, arm: Arm, scales: Mapping[str, float]) -> list[str]:
+def _cost_row(study: StudyResults, arm: Arm, scales: Mapping[str, float]) -> list[str]:
     model, itself = arm.config.model, arm.against == arm.name
     inner = str(model.inner.width) if model.blocks("inner") else "-"
     row = [arm.name, "-" if itself else arm.against, format_stages(model.program), str(model.outer.width), inner]
@@ -92,7 +92,7 @@ def _cost_row(study: Gathered, arm: Arm, scales: Mapping[str, float]) -> list[st
     return [*row, "-" if spent is None else f"{spent:,.0f}", changed or "-"]
 
 
-def seconds(study: Gathered, arm: str) -> float | None:
+def seconds(study: StudyResults, arm: str) -> float | None:
     """Seconds of training, mean over the seeds that are done; None without a clock."""
     logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
     found = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
@@ -102,7 +102,7 @@ def seconds(study: Gathered, arm: str) -> float | None:
 # ------------------------------------------------------------------------------------------ results
 
 
-def primary(study: Gathered) -> Table:
+def primary(study: StudyResults) -> Table:
     """The differences by the primary metric, with all that belongs to them."""
     metric, many = study.primary, len(study.compared)
     together = [f"interval, all {many} together"] if many > 1 else []
@@ -129,7 +129,7 @@ def primary(study: Gathered) -> Table:
     return Table(heads, rows, f"Differences by {metric}", note)
 
 
-def _interval(study: Gathered) -> str:
+def _interval(study: StudyResults) -> str:
     many = len(study.compared)
     return f"interval for all {many} comparisons together (Bonferroni)" if many > 1 else "95% interval"
 
@@ -142,7 +142,7 @@ def _verdict(verdict: str, text: str = "") -> Cell:
     return Cell(text or verdict, "soft")
 
 
-def differences(study: Gathered) -> list[Table]:
+def differences(study: StudyResults) -> list[Table]:
     """The differences by every ranked metric, a table for each group."""
     tables = []
     for group, members in study.metrics.items():
@@ -161,14 +161,14 @@ def differences(study: Gathered) -> list[Table]:
     return tables
 
 
-def _difference(study: Gathered, arm: Arm, metric: str) -> Cell:
+def _difference(study: StudyResults, arm: Arm, metric: str) -> Cell:
     found = study.difference(arm, metric)
     verdict, between = formatting.verdict(metric, found), formatting.interval(metric, found, wide=True)
     text = formatting.difference(metric, found) + (f" ({between})" if between else "")
     return _verdict(verdict, f"{text} {verdict}" if found.marked else text)
 
 
-def means(study: Gathered) -> list[Table]:
+def means(study: StudyResults) -> list[Table]:
     """Mean and interval of every arm by every metric, a table for each group."""
     tables = []
     for group, metrics in study.metrics.items():
@@ -187,7 +187,7 @@ def means(study: Gathered) -> list[Table]:
 # --------------------------------------------------------------------------------------- convergence
 
 
-def convergence(study: Gathered) -> list[Table]:
+def convergence(study: StudyResults) -> list[Table]:
     """When each arm reached the error at which the worst run ended, a table for each time t.
 
     Raises:
@@ -212,7 +212,7 @@ def convergence(study: Gathered) -> list[Table]:
     ]
 
 
-def stable(study: Gathered) -> Table:
+def stable(study: StudyResults) -> Table:
     """How smoothly the arms trained, over their seeds."""
     rows: list[list[str | Cell]] = []
     for arm in study.arms_of_curves():
@@ -238,7 +238,7 @@ def _stability(curves: Sequence[Curve]) -> list[str]:
     return [*(f"{amount:,d}" for amount in sums), formatting.number(largest), share]
 
 
-def missing(study: Gathered) -> Table:
+def missing(study: StudyResults) -> Table:
     """Every trial without numbers, and why."""
     rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
     return Table(["arm", "seed", "state", "reason"], rows, words=True)
@@ -247,7 +247,7 @@ def missing(study: Gathered) -> Table:
 # ------------------------------------------------------------------------------------------ to paste
 
 
-def paper(study: Gathered) -> tuple[list[str], list[list[str]], str]:
+def paper(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
     """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
     shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
     heads = ["arm", "MACs (M)", "params (M)", *shown]
@@ -270,7 +270,7 @@ def paper(study: Gathered) -> tuple[list[str], list[list[str]], str]:
     return heads, rows, caption + (marks if most > 1 else ": a lead, no claim") + "."
 
 
-def _in_paper(study: Gathered, group: str, metric: str) -> bool:
+def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
     """What fits on a page: no spectra, moments and seams unless the study was made for them."""
     known = metric_of(metric)
     if known.direction == "listed":
@@ -278,7 +278,7 @@ def _in_paper(study: Gathered, group: str, metric: str) -> bool:
     return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)
 
 
-def results(study: Gathered) -> str:
+def results(study: StudyResults) -> str:
     """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
     made = io.StringIO()
     table = csv.writer(made, lineterminator="\n")
@@ -296,7 +296,7 @@ def results(study: Gathered) -> str:
     return made.getvalue()
 
 
-def held_out_curves(study: Gathered) -> str:
+def held_out_curves(study: StudyResults) -> str:
     """CSV: a line for each arm, seed, evaluated step and held-out error."""
     made = io.StringIO()
     table = csv.writer(made, lineterminator="\n")
@@ -308,7 +308,7 @@ def held_out_curves(study: Gathered) -> str:
     return made.getvalue()
 
 
-def not_finite(study: Gathered) -> list[str]:
+def not_finite(study: StudyResults) -> list[str]:
     """Arms and metrics whose values are not all finite numbers."""
     return [
         f"'{arm.name}': {metric} is not finite in {formatting.count(bad, 'seed')}."

@@ -29,22 +29,22 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
-from dit_in_dit.runtime.device import settled
+from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.sampling.numbered import label, sample
 from dit_in_dit.study.arms import budgeted, describe, matched
 from dit_in_dit.study.plan import Plan
 from dit_in_dit.study.planning import check_data, networks
-from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Board, Claim, LostError
+from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LostError, Queue
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.session import Fact
+from dit_in_dit.training.session import Event
 
 DRAWN = 24  # images that a trial draws to be looked at
 SEARCHED = 200  # images of an endless source looked through for some of each class
 
 
 @dataclass(frozen=True)
-class Event:
+class WorkerEvent:
     """What a worker does: `kind` is waiting, training, measuring, done, failed, pruned or lost."""
 
     kind: str
@@ -54,7 +54,7 @@ class Event:
     text: str = ""
 
 
-def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator[Event, None, None]:
+def work(plan: Plan, out: Path, board: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
     """Do trials until none is left. Close the generator to stop: its trial is given back.
 
     Raises:
@@ -75,15 +75,15 @@ def work(plan: Plan, out: Path, board: Board, device: torch.device) -> Generator
             elif board.finished():
                 return
             else:  # others have what is left, or had it
-                yield Event("waiting", text=f"for {board.counts()['running']} trials that others have")
+                yield WorkerEvent("waiting", text=f"for {board.counts()['running']} trials that others have")
                 _pause(board)
     finally:
         torch.set_num_threads(before)
 
 
 def _try(
-    plan: Plan, out: Path, board: Board, claim: Claim, device: torch.device, networks: tuple[Network, ...]
-) -> Generator[Event, None, None]:
+    plan: Plan, out: Path, board: Queue, claim: Lease, device: torch.device, networks: tuple[Network, ...]
+) -> Generator[WorkerEvent, None, None]:
     """One trial, from where it was left to its result."""
     run = out / "runs" / claim.key
     run.mkdir(parents=True, exist_ok=True)
@@ -102,17 +102,17 @@ def _try(
             claim.check()
             atomic.write(run / "result.json", result.to_json() + "\n")
         board.done(claim, result.state, result.metrics.get(plan.study.primary))
-        yield Event(result.state, claim.key, result.step, result.step, result.reason)
+        yield WorkerEvent(result.state, claim.key, result.step, result.step, result.reason)
     except LostError:
-        yield Event("lost", claim.key)
+        yield WorkerEvent("lost", claim.key)
 
 
-def _pause(board: Board) -> None:
+def _pause(board: Queue) -> None:
     """Leave other workers some time: as long as between two signs of their life, a second at most."""
     time.sleep(min(1.0, board.lease / BEATS))
 
 
-def _config(plan: Plan, claim: Claim, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
+def _config(plan: Plan, claim: Lease, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
     """Arm, seed and config of a trial; of a search, they follow from what its sampler chose."""
     if not plan.study.search:
         trial = next(trial for trial in plan.trials if trial.key == claim.key)
@@ -132,24 +132,24 @@ def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunCon
     seconds = None
     if "seconds" in study.budget:
         seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return settled(budgeted(study, config, changes, seconds), device)
+    return resolve_precision(budgeted(study, config, changes, seconds), device)
 
 
 def _train_and_measure(
     plan: Plan,
-    board: Board,
-    claim: Claim,
+    board: Queue,
+    claim: Lease,
     run: Path,
     what: tuple[str, int, RunConfig],
     device: torch.device,
     networks: tuple[Network, ...],
-) -> Generator[Event, None, Result]:
+) -> Generator[WorkerEvent, None, Result]:
     arm, seed, config = what
     total = config.train.steps
     pruned = yield from _train(plan, board, claim, run, config, device)
     if pruned:
         return Result(arm, seed, "pruned", claim.step, _held_out(run), {}, {})
-    yield Event("measuring", claim.key, total, total)
+    yield WorkerEvent("measuring", claim.key, total, total)
     metrics, floors, protocol = _held_out(run), {}, {}
     if not math.isfinite(metrics.get(plan.study.primary, 0.0)):
         raise UserError(f"diverged: {plan.study.primary} is not finite at step {total}")
@@ -169,8 +169,8 @@ def _train_and_measure(
 
 
 def _train(
-    plan: Plan, board: Board, claim: Claim, run: Path, config: RunConfig, device: torch.device
-) -> Generator[Event, None, bool]:
+    plan: Plan, board: Queue, claim: Lease, run: Path, config: RunConfig, device: torch.device
+) -> Generator[WorkerEvent, None, bool]:
     """Train from the last checkpoint on; whether it was pruned. Waits while a lost worker still holds the run."""
     while True:
         started = (run / "config.yaml").exists()
@@ -179,22 +179,22 @@ def _train(
                 first = next(facts)
             except BusyError as busy:
                 claim.check()
-                yield Event("waiting", claim.key, text=str(busy))
+                yield WorkerEvent("waiting", claim.key, text=str(busy))
                 _pause(board)
                 continue
             return (yield from _follow(plan, board, claim, run, first, facts))
 
 
 def _follow(
-    plan: Plan, board: Board, claim: Claim, run: Path, first: Fact, facts: Iterator[Fact]
-) -> Generator[Event, None, bool]:
+    plan: Plan, board: Queue, claim: Lease, run: Path, first: Event, facts: Iterator[Event]
+) -> Generator[WorkerEvent, None, bool]:
     """Tell the board how the training goes; whether it was pruned."""
     steps = read_config(run).train.steps
     claim.step = claim.saved = first.step
     for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
         if step <= first.step:
             board.report(claim, error, step)
-    yield Event("training", claim.key, first.step, steps, "continued" if first.step else "")
+    yield WorkerEvent("training", claim.key, first.step, steps, "continued" if first.step else "")
     for fact in facts:
         claim.check()
         claim.step = fact.step
@@ -204,7 +204,7 @@ def _follow(
             found = dict(_errors(run, plan.study.primary))
             if fact.step in found and board.report(claim, found[fact.step], fact.step) and fact.step < steps:
                 return True
-        yield Event("training", claim.key, fact.step, steps)
+        yield WorkerEvent("training", claim.key, fact.step, steps)
     return False
 
 

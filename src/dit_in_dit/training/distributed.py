@@ -32,7 +32,7 @@ class LostError(UserError):
     code = 1
 
 
-class World:
+class Process:
     """One process, alone: what `join` gives without a launcher. Process `rank` of `size`; process 0 leads."""
 
     rank, size = 0, 1
@@ -68,7 +68,7 @@ class World:
         yield
 
 
-class Joined(World):
+class ProcessGroup(Process):
     """One of several processes, as torchrun or Slurm started them."""
 
     def __init__(self, timeout: int) -> None:
@@ -172,7 +172,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def join(device: torch.device, timeout: int) -> World:
+def join(device: torch.device, timeout: int) -> Process:
     """This process among those that the launcher started; alone when it started no other.
 
     Args:
@@ -180,13 +180,13 @@ def join(device: torch.device, timeout: int) -> World:
         timeout: seconds in which each must answer the others.
     """
     if world_size() == 1:
-        return World()
+        return Process()
     if not dist.is_initialized():
         # NCCL guesses a process's GPU from its rank where it is not named, and complains of a group that nobody ends.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
         atexit.register(leave)
-    return Joined(timeout)
+    return ProcessGroup(timeout)
 
 
 # ------------------------------------------------------------------------------------------ sharding

@@ -16,11 +16,11 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create, hold, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
-from dit_in_dit.runtime.device import pick_device, settled
-from dit_in_dit.training.distributed import World, join
+from dit_in_dit.runtime.device import pick_device, resolve_precision
+from dit_in_dit.training.distributed import Process, join
 from dit_in_dit.training.interrupt import Stop
 from dit_in_dit.training.optimizer import Groups
-from dit_in_dit.training.session import Fact, Session
+from dit_in_dit.training.session import Event, Session
 from dit_in_dit.training.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def train(
     data: str | Source | None = None,
     model: NestedDiT | None = None,
     optimizer: Callable[[Groups], Optimizer] | None = None,
-) -> Generator[Fact, None, None]:
+) -> Generator[Event, None, None]:
     """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
 
     Under a launcher (torchrun, Slurm) its processes share the run, whatever their number was before.
@@ -59,7 +59,7 @@ def train(
         LostError: another process of the run ended or does not answer.
     """
     run, place = Path(out), pick_device(device)
-    config = settled(config, place)
+    config = resolve_precision(config, place)
     if model is None:
         cost.check_fits(config.model, place, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
@@ -81,12 +81,12 @@ def train(
                 values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
                 values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
                 values |= {"unrecorded": resumed and not noted}
-                yield Fact("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+                yield Event("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
                 yield from session.facts()
 
 
 @contextmanager
-def _held(run: Path, world: World) -> Iterator[None]:
+def _held(run: Path, world: Process) -> Iterator[None]:
     """`hold` by the process that leads; its error is raised in all."""
     with ExitStack() as stack:
         world.led(lambda: stack.enter_context(hold(run)))

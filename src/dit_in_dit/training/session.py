@@ -28,7 +28,7 @@ NAMED = 8  # examples named in the line of a skipped step
 
 
 @dataclass(frozen=True)
-class Fact:
+class Event:
     """Something that happened.
 
     kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
@@ -73,7 +73,7 @@ class Session:
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 
-    def facts(self) -> Iterator[Fact]:
+    def facts(self) -> Iterator[Event]:
         """Until step `last`, or until somebody asks to stop."""
         atexit.register(self._end_workers)  # where nobody drops this generator before Python ends
         with self.lines.opened():
@@ -83,7 +83,7 @@ class Session:
                 self._end_workers()
                 atexit.unregister(self._end_workers)
 
-    def _way(self) -> Iterator[Fact]:
+    def _way(self) -> Iterator[Event]:
         try:
             yield from self._owed()
             while self.trainer.step < self.last:
@@ -100,7 +100,7 @@ class Session:
         batches, self.batches = self.batches, iter(())
         end_workers(batches)
 
-    def _steps(self) -> Iterator[Fact]:
+    def _steps(self) -> Iterator[Event]:
         trainer, how = self.trainer, self.how
         examples = Examples(trainer.source, self.config, self.world.rank, self.world.size)
         first, last = ((step + trainer.divergence.shift) * examples.per_step for step in (trainer.step, self.last))
@@ -137,7 +137,7 @@ class Session:
         evaluate = _due(self.how.evaluate_every, step, self.how.steps) and self.trainer.held_out is not None
         return evaluate, _due(self.how.sample_every, step, self.how.steps)
 
-    def _owed(self) -> Iterator[Fact]:
+    def _owed(self) -> Iterator[Event]:
         """What the restored step was to give, and did not come to."""
         step = self.trainer.step
         evaluate, draw = self._due(step) if step else (False, False)
@@ -147,7 +147,7 @@ class Session:
         if draw:
             yield self._samples()
 
-    def _flush(self) -> Iterator[Fact]:
+    def _flush(self) -> Iterator[Event]:
         """Read, log and tell the steps that wait on the device; DivergedError at the last of too many bad ones."""
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
@@ -155,11 +155,11 @@ class Session:
             divergence.count(finite=is_finite(numbers))
             if not divergence.streak:
                 self._note({"step": step, **numbers})
-                yield Fact("step", step, {**numbers, "images_per_second": speed})
+                yield Event("step", step, {**numbers, "images_per_second": speed})
                 continue
             found = self._skipped(step, numbers, each)
             self._note({"step": step, "skipped": True, "why": found})
-            yield Fact("skipped", step, found)
+            yield Event("skipped", step, found)
             if divergence.streak > self.how.skip_most:
                 raise DivergedError(step, f"loss {found['loss']}, gradient norm {found['grad_norm']}")
 
@@ -179,18 +179,18 @@ class Session:
     def _note(self, line: dict[str, Any]) -> None:
         self.lines.log.write(self.trainer.divergence.rolled_back, line)
 
-    def _evaluate(self) -> Fact:
+    def _evaluate(self) -> Event:
         with self._waiting():
             errors = self.trainer.evaluate()
         words = {t: {name: finite_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
         self._note({"step": self.trainer.step, "held_out": words})
-        return Fact("held_out", self.trainer.step, errors)
+        return Event("held_out", self.trainer.step, errors)
 
-    def _samples(self) -> Fact:
+    def _samples(self) -> Event:
         model = self.trainer.averaged()
-        return Fact("samples", self.trainer.step, model=model if self.world.leads else None)
+        return Event("samples", self.trainer.step, model=model if self.world.leads else None)
 
-    def _save(self, *, steady: bool = False) -> Fact:
+    def _save(self, *, steady: bool = False) -> Event:
         """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up.
         A steady one is a function of the config: not made because somebody stopped the run."""
         trainer = self.trainer
@@ -213,11 +213,11 @@ class Session:
         except checkpoint.SaveError as error:
             if trainer.step >= self.last:
                 raise
-            return Fact("unsaved", trainer.step, {"why": str(error)})
+            return Event("unsaved", trainer.step, {"why": str(error)})
         self.saved = trainer.step
-        return Fact("checkpoint", trainer.step, {"path": str(path)})
+        return Event("checkpoint", trainer.step, {"path": str(path)})
 
-    def _stop(self) -> Iterator[Fact]:
+    def _stop(self) -> Iterator[Event]:
         """Save where the run is, unless it has just gone astray: then what is saved already leads there again."""
         try:
             yield from self._flush()
@@ -227,9 +227,9 @@ class Session:
             self.last = self.trainer.step
             if self.trainer.step not in (0, self.saved):
                 yield self._save()
-        yield Fact("stopped", self.trainer.step, {"signal": self.stop.signal})
+        yield Event("stopped", self.trainer.step, {"signal": self.stop.signal})
 
-    def _roll_back(self, diverged: DivergedError) -> Fact:
+    def _roll_back(self, diverged: DivergedError) -> Event:
         """Go back to the last checkpoint, and on from there with the examples after those that led astray (as PaLM,
         Chowdhery et al. 2022, section 5.1)."""
         trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
@@ -240,7 +240,7 @@ class Session:
         values = {"to": trainer.step, "shift": trainer.divergence.shift}
         self.lines.log.write(before.rolled_back, {"step": step, "rollback": values})
         self.lines.drop()
-        return Fact("rolled_back", step, {**values, "why": problem})
+        return Event("rolled_back", step, {**values, "why": problem})
 
 
 def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path) -> None:

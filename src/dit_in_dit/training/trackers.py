@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from dit_in_dit.config.errors import UserError, nearest
+from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig, to_yaml
 from dit_in_dit.config.schema import Section, keys, to_dict
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.folder import read_config
 
 if TYPE_CHECKING:
-    from dit_in_dit.training.session import Fact
+    from dit_in_dit.training.session import Event
 
 PROJECT = "dit-in-dit"
 KEPT = "trackers.json"
@@ -178,7 +178,7 @@ TRACKERS: dict[str, Callable[[Path, RunConfig, str, int], Tracker]] = {
 PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; a user's own need none
 
 
-def told(facts: Iterator[Fact], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Fact]:
+def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
     """The facts of a run as they are, told to trackers on the way; `warn` gets a line for one that fails.
 
     A sample grid is told once it lies in the run's folder, where whoever takes the fact draws it; curves are told when
@@ -241,7 +241,7 @@ def chosen(given: str | None, run: Path) -> list[str]:
     names = list(_kept(run)) if given is None else [name for name in given.split(",") if name not in ("", NONE)]
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"--track: no {name[:40]!r}{nearest(name, [*TRACKERS, NONE])}")
+            raise UserError(f"--track: no {name[:40]!r}{did_you_mean(name, [*TRACKERS, NONE])}")
         if name in PACKAGES and find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install {name}, or leave it out")
     return list(dict.fromkeys(names))

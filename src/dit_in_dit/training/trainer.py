@@ -22,12 +22,12 @@ from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training.batches import Batch, held_out
-from dit_in_dit.training.distributed import Whole, World, everywhere, local, shard, spread
+from dit_in_dit.training.distributed import Process, Whole, everywhere, local, shard, spread
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.optimizer import OPTIMIZERS, Groups, is_fused, is_trained, restore_state, state_of
 from dit_in_dit.training.tree import Tree
-from dit_in_dit.training.warm_start import begin_with, is_inner
+from dit_in_dit.training.warm_start import is_inner, warm_start
 
 HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
 HELD_OUT_BATCH = 64  # images in one of its forward passes, at most: a function of the config, not of the processes
@@ -55,7 +55,7 @@ class Trainer:
         config: RunConfig,
         source: Source,
         device: torch.device,
-        world: World | None = None,
+        world: Process | None = None,
         *,
         fresh: bool = True,
         model: NestedDiT | None = None,
@@ -68,14 +68,14 @@ class Trainer:
             make_optimizer: the optimizer of groups of parameters, instead of train.optimizer. Groups have `params` and
                 `scale`; their `lr` is set at every step.
         """
-        self.config, self.source, self.device, self.world = config, source, device, world or World()
+        self.config, self.source, self.device, self.world = config, source, device, world or Process()
         train = config.train
         check_world(train, self.world.size)
         keep_freed_memory()
         self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
-            self.begun = begin_with(self.model, Path(train.init), train.init_blocks, digest=source.digest)
+            self.begun = warm_start(self.model, Path(train.init), train.init_blocks, digest=source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.tree: Tree | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dit_in_dit.training.distributed import World
+from dit_in_dit.training.distributed import Process
 
 
 class Tree:
@@ -29,7 +29,7 @@ class Tree:
         for weight in self.weights:
             weight.grad = None
 
-    def finish(self, world: World) -> None:
+    def finish(self, world: Process) -> None:
         """Put the sum over all processes back on the weights."""
         ((_, gradients),) = self.sums
         self.sums.clear()

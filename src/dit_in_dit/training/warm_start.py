@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, shortened
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.nested import NestedDiT, part_of
@@ -22,7 +22,7 @@ BLOCKS = "outer_blocks."
 
 
 @dataclass(frozen=True)
-class Begun:
+class WarmStart:
     """What a model began with: the run and its step, how many of its tensors are new, whether its output is still
     the other's, and whether it was trained on other data (unknown: false)."""
 
@@ -40,7 +40,9 @@ def is_inner(name: str) -> bool:
 
 
 @torch.no_grad()
-def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None, *, digest: str | None = None) -> Begun:
+def warm_start(
+    model: NestedDiT, run: Path, blocks: Sequence[int] | None = None, *, digest: str | None = None
+) -> WarmStart:
     """Give the model the averaged weights of a run, wherever names agree; the rest stays as it was drawn.
 
     Zero gates and zero heads at first leave the output that of the outer blocks, bit for bit: so a DiT becomes a nested
@@ -67,18 +69,18 @@ def begin_with(model: NestedDiT, run: Path, blocks: Sequence[int] | None = None,
             continue
         if given[source].shape != weight.shape:
             raise UserError(
-                f"train.init: {name} is {_shape(given[source])} in {shortened(run)} and {_shape(weight)} here: "
+                f"train.init: {name} is {_shape(given[source])} in {truncate(run)} and {_shape(weight)} here: "
                 "give both models the same outer width, patch, channels and classes"
             )
         weight.copy_(given[source])
         taken.add(name)
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
-        raise UserError(f"train.init: {shortened(run)} has no {lost[0]}, which this model needs")
+        raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
     whole = chosen == list(range(theirs.blocks("outer"))) and not theirs.blocks("inner")
     exact = whole and begins_as_its_outer_blocks(model.config)
     noted = found.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
-    return Begun(str(run), found.step, len(taken), len(own) - len(taken), exact, other_data)
+    return WarmStart(str(run), found.step, len(taken), len(own) - len(taken), exact, other_data)
 
 
 def begins_as_its_outer_blocks(model: ModelConfig) -> bool:
@@ -94,14 +96,14 @@ def _chosen(theirs: ModelConfig, ours: ModelConfig, blocks: Sequence[int] | None
     if blocks is None:
         if here > there:
             raise UserError(
-                f"train.init: {shortened(run)} has {there} outer blocks, fewer than the {here} here: use fewer"
+                f"train.init: {truncate(run)} has {there} outer blocks, fewer than the {here} here: use fewer"
             )
         # The first and the last always stay: they are next to what is read and drawn.
         return [round(number * (there - 1) / max(1, here - 1)) for number in range(here)]
     if len(blocks) != here or max(blocks) >= there:
         raise UserError(
-            f"train.init_blocks must name {here} of the {there} outer blocks (from 0) of {shortened(run)}: "
-            f"got {shortened(list(blocks))}"
+            f"train.init_blocks must name {here} of the {there} outer blocks (from 0) of {truncate(run)}: "
+            f"got {truncate(list(blocks))}"
         )
     return list(blocks)
 

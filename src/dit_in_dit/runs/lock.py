@@ -85,6 +85,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
             raise
         problem = error.strerror or error
         warnings.warn(f"cannot lock {path} ({problem}): see that nobody else uses it", LocklessWarning, stacklevel=4)
+    let_go = _held.discard  # names of a module are gone when Python ends, and an unfinished run ends then
     try:
         if file:
             file.truncate(0)
@@ -92,4 +93,5 @@ def hold(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         if file:
-            release(file)
+            file.close()
+            let_go(file)

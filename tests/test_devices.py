@@ -148,7 +148,7 @@ def test_a_group_that_the_user_of_the_library_ended_is_not_ended_again(tmp_path)
         "import torch, torch.distributed as dist\n"
         "from dit_in_dit.training import distributed\n"
         "distributed.world_size = lambda: 2\n"
-        "distributed.Joined = lambda timeout: None\n"
+        "distributed.ProcessGroup = lambda timeout: None\n"
         "begin = dist.init_process_group\n"
         "dist.init_process_group = lambda *_, **__: begin('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "distributed.join(torch.device('cpu'), 60)\n"

@@ -128,7 +128,7 @@ from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.plan import read_plan
 assert dit_in_dit.__file__.startswith(sys.argv[1]), dit_in_dit.__file__
 assert not read_config(Path("run")).model.inner.newer
-assert Board(read_plan(Path("study")), Path("study")).counts()["done"] == 1
+assert Queue(read_plan(Path("study")), Path("study")).counts()["done"] == 1
 for line in (
     "sample run --num 2 --out drawn", "evaluate run --num 4", "train --resume --out run",
     "sample slim --num 2 --out drawn-slim", "study work study",

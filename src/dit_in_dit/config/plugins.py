@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,8 @@ def _module_of(path: Path) -> str:
 
 
 def _entry_point(name: str) -> str:
+    from importlib.metadata import entry_points  # here: every command would wait for it
+
     points = {point.name: point for point in entry_points(group=GROUP)}
     if name not in points:
         raise UserError(

@@ -171,3 +171,32 @@ def test_the_state_of_an_optimizer_survives_as_it_was():
     restore_state(optimizers[1], weights.items(), state)
     assert str(optimizers[1].state_dict()) == str(optimizers[0].state_dict())
     assert type(optimizers[1].state[weights["b"]]["count"]) is int
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (lambda groups: None, "must be a torch.optim.Optimizer: got NoneType"),
+        (lambda groups: torch.optim.SGD([w for g in groups for w in g["params"]], 0.1), "lost the factors"),
+        (
+            lambda groups: torch.optim.SGD([{**g, "params": g["params"][:1]} for g in groups], 0.1),
+            "of the model's weights",
+        ),
+    ],
+)
+def test_a_function_that_gives_no_optimizer_of_the_model_is_one_line(config, tmp_path, optimizer, said):
+    with pytest.raises(UserError, match=said):
+        list(train(config, tmp_path / "run", device="cpu", data=dots(config), optimizer=optimizer))
+
+
+def test_a_users_class_that_has_other_weights_by_now_is_one_line(config, tmp_path):
+    class Grown(Doubled):
+        def __init__(self, *arguments, **keys) -> None:
+            super().__init__(*arguments, **keys)
+            self.extra = torch.nn.Linear(2, 2)
+
+    Grown.__module__, Grown.__qualname__ = Doubled.__module__, Doubled.__qualname__
+    list(train(config, tmp_path / "run", device="cpu", data=dots(config), model=Doubled(config.model), until=3))
+    grown = Grown(config.model)
+    with pytest.raises(UserError, match="the model was changed since"):
+        list(train(config, tmp_path / "run", device="cpu", data=dots(config), model=grown, resume=True))

@@ -171,13 +171,18 @@ def test_register_names_what_is_wrong(loaded):
     class Empty(dit_in_dit.model.aggregate.Aggregator):
         pass
 
+    class Forwardless(dit_in_dit.model.aggregate.Fusion):
+        pass
+
     for arguments, said in (
         (("agregate", "max", Mean), "no kind 'agregate' of choice; did you mean 'aggregate'"),
         (("aggregate", "a b", Mean), "a name is letters"),
         (("aggregate", "mean", AGGREGATORS["softmax"]), "'mean' is there already"),
         (("aggregate", "max", torch.nn.Linear), "must be a class with the base dit_in_dit.model.aggregate.Aggregator"),
         (("aggregate", "max", lambda: 0), "must be a class with the base"),
-        (("aggregate", "max", Empty), "Empty lacks macs, weights of Aggregator"),
+        (("aggregate", "max", Empty), "Empty lacks forward, macs, weights of Aggregator"),
+        (("fuse", "max", Forwardless), "Forwardless lacks forward of Fusion"),
+        (("optimizer", None, Mean), "a name is letters"),
         (("sampler", "other", Mean), "the sampler 'other' must be a Sampler of that name"),
         (("metric", "other", METRICS["contrast"]), "the metric 'other' must be a Metric of that name"),
     ):
@@ -194,10 +199,12 @@ def test_a_plug_in_that_is_none_is_one_line(tmp_path):
     broken = tmp_path / "broken_idea.py"
     broken.write_text("1 / 0")
     (tmp_path / "random.py").write_text("")
+    (tmp_path / "leaving_idea.py").write_text("raise SystemExit(0)")
     (tmp_path / "my-idea.py").write_text("")
     for text, said in (
         (tmp_path / "absent.py", "no such file"),
         (broken, "ends with ZeroDivisionError"),
+        (tmp_path / "leaving_idea.py", "ends with SystemExit"),
         (tmp_path / "random.py", "a module named 'random' is there already"),
         (tmp_path / "my-idea.py", "must be letters, digits and '_'"),
         ("nobody", "no installed package has an entry point 'nobody'"),

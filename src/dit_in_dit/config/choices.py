@@ -80,7 +80,7 @@ def register(kind: str, name: str, thing: Any) -> None:
     """
     if kind not in KINDS:
         raise UserError(f"register: no kind {truncate(kind, 40)!r} of choice{did_you_mean(str(kind), KINDS)}")
-    if not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
         raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {truncate(name, 40)!r}")
     entries = table(kind)
     if name in entries and not _is_same(entries[name], thing):
@@ -150,7 +150,8 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
         raise UserError(
             f"register: the {kind} {name!r} must be a class with the base {base.__module__}.{base.__name__}"
         )
-    if lacks := sorted(getattr(thing, "__abstractmethods__", ())):
+    unwritten = {"forward"} if kind in PARTS and getattr(thing, "forward", 0) is getattr(base, "forward", 1) else set()
+    if lacks := sorted({*getattr(thing, "__abstractmethods__", ()), *unwritten}):
         raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: write it")
 
 

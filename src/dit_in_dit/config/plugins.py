@@ -48,7 +48,7 @@ def load(text: str) -> None:
         made = import_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {truncate(error, 100)}"
         raise UserError(f"--plugin {truncate(text, 60)} ends with {problem}") from error
     source = Path(str(made.__file__))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import TrainConfig
 from dit_in_dit.training.distributed import everywhere, local, spread
 
@@ -33,6 +34,17 @@ def adam(groups: Groups, train: TrainConfig) -> Optimizer:
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {"adamw": adamw, "adam": adam}
+
+
+def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:
+    """UserError when a user's function gave no optimizer of all these weights, in the groups that it was given."""
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"the optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}; return one")
+    if not all("scale" in group for group in optimizer.param_groups):
+        raise UserError("the optimizer lost the factors on its learning rate: give it the groups as they come")
+    taken = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    if lost := sum(weight.requires_grad and id(weight) not in taken for weight in weights):
+        raise UserError(f"the optimizer lacks {lost} of the model's weights: give it the groups as they come")
 
 
 def is_fused(optimizer: Optimizer) -> bool:

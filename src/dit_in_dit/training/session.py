@@ -69,7 +69,10 @@ class Session:
         _check_objects(trainer.objects, found.manifest.get("objects", {}), run)
         noted = found.manifest.get("data")
         self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
-        trainer.restore(found.trained(), found.averaged(), found.step)
+        try:
+            trainer.restore(found.trained(), found.averaged(), found.step)
+        except (KeyError, RuntimeError):  # of a class of the user's that has other weights by now
+            raise found.misfit() from None
         self.saved = trainer.step
         return tuple(map(str, found.passed_over))
 

@@ -25,7 +25,15 @@ from dit_in_dit.training.batches import Batch, held_out
 from dit_in_dit.training.distributed import Process, Whole, everywhere, local, shard, spread
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
-from dit_in_dit.training.optimizer import OPTIMIZERS, Groups, is_fused, is_trained, restore_state, state_of
+from dit_in_dit.training.optimizer import (
+    OPTIMIZERS,
+    Groups,
+    check_optimizer,
+    is_fused,
+    is_trained,
+    restore_state,
+    state_of,
+)
 from dit_in_dit.training.tree import Tree
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
@@ -95,6 +103,7 @@ class Trainer:
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
+        check_optimizer(self.optimizer, self.weights.values())
         own = {"model": model, "optimizer": make_optimizer and self.optimizer}
         self.objects = {name: class_name(thing) for name, thing in own.items() if thing is not None}
         self.objective = Objective(config.diffusion)

@@ -167,6 +167,25 @@ def test_a_users_part_stands_in_for_each_choice(kind, loaded):
     assert macs(model)["total"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", sorted(PARTS))
+def test_a_users_part_runs_in_half_precision(kind, dtype, loaded):
+    model = small_model("(inner outer)*2 inner", inner={kind: PARTS[kind]})
+    x, t, y = inputs(model)
+    assert NestedDiT(model).to(dtype)(x.to(dtype), t, y).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        out = NestedDiT(model)(x, t, y)
+    out.float().sum().backward()
+
+
+def test_a_run_in_bfloat16_resumes_and_is_sampled_from_another_working_folder(settings, tmp_path, monkeypatch):
+    command("train", *settings, "--set", "train.precision=bfloat16", "--out", tmp_path / "run", "--until", "3")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    command("train", "--resume", "--out", "../run")
+    command("sample", "../run", "-n", "2", "--out", "drawn")
+
+
 def test_register_names_what_is_wrong(loaded):
     class Empty(dit_in_dit.model.aggregate.Aggregator):
         pass

@@ -127,7 +127,7 @@ def crosses_patches(mixer: str) -> bool:
 
 
 def keeps_outer(fuse: str) -> bool:
-    """Whether the outer tokens go on where aggregated ones join them."""
+    """Whether a fusion keeps the outer tokens (false: the aggregated ones replace them)."""
     return KEEPS_OUTER[fuse] if fuse in KEEPS_OUTER else bool(table("fuse")[fuse].keeps_outer)
 
 

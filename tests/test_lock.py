@@ -66,8 +66,7 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_parent(run_folder):
     held = (
         "import os, sys, time; from pathlib import Path; from dit_in_dit.runs.folder import hold\n"
         "with hold(Path(sys.argv[1])):\n"
-        "    child = os.fork()\n"
-        "    if child: print(child, flush=True)\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)  # the child says so itself: by then it has let go\n"
         "    time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", held, str(run_folder)], stdout=subprocess.PIPE)

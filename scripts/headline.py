@@ -19,8 +19,8 @@ from typing import Any
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.metric import metric_of
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
-from dit_in_dit.study.statistics import Difference, difference
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
+from dit_in_dit.study.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "results" / "studies"
@@ -93,7 +93,7 @@ class Found:
         other = self.against[arm]
         if (arm, metric) not in self.values:
             return None
-        return difference(self.values[arm, metric], self.values[other, metric], len(self.against))
+        return paired_difference(self.values[arm, metric], self.values[other, metric], len(self.against))
 
 
 def read(study: str) -> Found:
@@ -254,7 +254,7 @@ def draw(path: Path) -> None:
     made.suptitle(
         "change to plain DiT in percent, with 95% intervals for all arms together; left of 0: better", fontsize=8
     )
-    path.write_bytes(to_png(made))
+    path.write_bytes(figure_png(made))
 
 
 def filled(text: str) -> str:

@@ -21,7 +21,7 @@ from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.pixels import Pixels, score
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import beside, grid, to_pixels
+from dit_in_dit.reporting.images import image_grid, side_by_side, to_pixels
 from dit_in_dit.runs import atomic
 
 STRENGTHS = {
@@ -59,8 +59,8 @@ def main() -> None:
     (options.out / "metric-response.json").write_text(json.dumps(table, indent=1) + "\n")
     draw(answers, options.out / "metric-response.png")
     rows = {name: np.concatenate([CORRUPTIONS[name](damaged[:6], s) for s in row]) for name, row in STRENGTHS.items()}
-    shown = {f"{name}: {', '.join(map(str, STRENGTHS[name]))}": grid(row, 6) for name, row in rows.items()}
-    beside(shown).save(options.out / "corruptions.png")
+    shown = {f"{name}: {', '.join(map(str, STRENGTHS[name]))}": image_grid(row, 6) for name, row in rows.items()}
+    side_by_side(shown).save(options.out / "corruptions.png")
 
 
 def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -78,7 +78,7 @@ def draw(answers: dict[str, dict[str, list[float]]], path: Path) -> None:
         axis.set(title=name, xlabel=UNITS[name])
         axis.grid(visible=False)
     made.suptitle("size of each metric, as a multiple of real against real")
-    atomic.write(path, plots.to_png(made))
+    atomic.write_atomic(path, plots.figure_png(made))
 
 
 if __name__ == "__main__":

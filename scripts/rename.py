@@ -23,7 +23,16 @@ ROW = re.compile(r"^\| ([\w.]+) \| (\w+) \| (\w+) \|$", re.MULTILINE)
 def table() -> dict[tuple[str, str], str]:
     """(module, old name): new name."""
     text = (ROOT / "docs" / "glossary.md").read_text().partition("## Renamed")[2]
-    return {(f"{PACKAGE}.{module}", old): new for module, old, new in ROW.findall(text) if module != "module"}
+    rows = [row for row in ROW.findall(text) if row[0] != "module"]
+    return {(f"{PACKAGE}.{module}", old): new for module, old, new in rows if not defines(module, new)}
+
+
+def defines(module: str, name: str) -> bool:
+    """Whether a module of the package has the name already: its row is done."""
+    tree = ast.parse((ROOT / "src" / PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return name in {n.name for n in named} | {t.id for t in targets if isinstance(t, ast.Name)}
 
 
 class Uses(ast.NodeVisitor):

@@ -41,7 +41,7 @@ def test_a_block_that_fails_leaves_nothing(tmp_path):
 def test_a_file_is_written_beside_under_a_name_that_nobody_has(tmp_path):
     mine = tmp_path / f"a.png.0.{os.getpid()}.part"
     mine.write_text("the user's")
-    atomic.write(tmp_path / "a.png", "new")
+    atomic.write_atomic(tmp_path / "a.png", "new")
     assert mine.read_text() == "the user's"
     assert (tmp_path / "a.png").read_text() == "new"
 
@@ -50,7 +50,7 @@ def test_what_killed_processes_left_of_some_files_is_deleted_and_nothing_else(tm
     kept = ["a.part", ".a.part", ".b.0123abcd.part", ".a.0123ABCD.part", "a.0123abcd.part", ".a.png.0123abcd.part"]
     for name in [*kept, ".a.0123abcd.part", ".a.89abcdef.part"]:
         (tmp_path / name).touch()
-    atomic.clear(tmp_path, {"a"})
+    atomic.clear_temporary(tmp_path, {"a"})
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
@@ -81,7 +81,7 @@ def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
             (beside / "in").mkdir()
             save_file({"a": torch.zeros(1)}, beside / "in" / "a.safetensors")
             (beside / "b").touch()
-        atomic.write(tmp_path / "c", "")
+        atomic.write_atomic(tmp_path / "c", "")
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
@@ -116,7 +116,7 @@ def test_a_run_keeps_what_it_did_not_write(tmp_path):
         (tmp_path / name).write_text("the user's")
     make_folder(tmp_path)
     create(tmp_path, RunConfig())
-    retention.clear(tmp_path)
+    retention.clear_unfinished(tmp_path)
     assert (tmp_path / ".part").exists()
     assert (tmp_path / "config.yaml.part").exists()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine.part"]

@@ -16,8 +16,8 @@ from conftest import small_model
 from dit_in_dit import inspect
 from dit_in_dit.benchmark.attention import broadcast, matrices, ways
 from dit_in_dit.benchmark.experiments import Bench, experiments
-from dit_in_dit.benchmark.parts import INNER, kind_of, part_macs, part_seconds, parted, profiled
-from dit_in_dit.benchmark.subjects import Subject, diffusers_dit, measure, nested, official_dit
+from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, parted, profiled
+from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, in_turns, on_threads, stopwatch
@@ -102,7 +102,7 @@ def test_a_short_piece_of_work_is_repeated_until_the_clock_can_see_it():
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_planted_pause_is_found_in_the_step():
-    found = measure({"plain": Subject(PLAIN, CPU), "slow": Subject(PLAIN, CPU, slow)}, 0.5)
+    found = measure_subjects({"plain": BenchmarkSubject(PLAIN, CPU), "slow": BenchmarkSubject(PLAIN, CPU, slow)}, 0.5)
     extra = found["slow"].step.seconds - found["plain"].step.seconds
     assert 1.9 * PAUSE < extra < 3 * PAUSE
     assert found["slow"].step.over(found["plain"].step) > 2
@@ -115,7 +115,7 @@ def test_bytes_kept_are_those_that_inspect_counts():
         run = run_of("inner*2 outer*2")
         run = replace(run, train=replace(run.train, recompute=recompute))
         expected = inspect(run.model, 2, recompute)["activation_bytes"]["total"]
-        assert Subject(run, CPU).kept_bytes() == pytest.approx(expected, rel=0.02)
+        assert BenchmarkSubject(run, CPU).kept_bytes() == pytest.approx(expected, rel=0.02)
 
 
 def test_matrix_products_are_faster_than_nothing_and_leave_the_global_generator_alone():
@@ -188,7 +188,7 @@ def test_the_profiler_sees_every_part_and_its_products():
     ],
 )
 def test_operations_have_a_kind(operation, kind):
-    assert kind_of(operation) == kind
+    assert operation_kind(operation) == kind
 
 
 # ------------------------------------------------------------------------------------------ sweeps
@@ -230,7 +230,7 @@ def test_every_axis_makes_models_of_the_wanted_size(axis, values, sizes):
 
 
 def test_models_of_other_people_are_of_the_same_size():
-    ours, theirs = Subject(PLAIN, CPU), Subject(PLAIN, CPU, diffusers_dit)
+    ours, theirs = BenchmarkSubject(PLAIN, CPU), BenchmarkSubject(PLAIN, CPU, diffusers_dit)
     assert theirs.forward().shape == ours.forward().shape
     blocks = [sum(p.numel() for p in part.parameters()) for part in (ours.model.outer_blocks[0],)]
     theirs_block = theirs.model.model.transformer_blocks[0]
@@ -249,7 +249,7 @@ def test_the_official_code_is_taken_from_a_checkout(tmp_path):
         "        assert float(t.max()) > 1 and y.dtype == torch.int64\n"
         "        return self.scale * x\n"
     )
-    subject = Subject(PLAIN, CPU, official_dit(tmp_path))
+    subject = BenchmarkSubject(PLAIN, CPU, official_dit(tmp_path))
     subject.step()
     assert subject.model.model.sizes["depth"] == 2
 

@@ -21,7 +21,7 @@ from dit_in_dit.config.run import RunConfig, override, to_yaml
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint, integrity, retention
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.folder import create, hold
+from dit_in_dit.runs.folder import create, lock_run
 from dit_in_dit.runs.tensors import Stored, load_tensors, serialize
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path, damaged):
 
 
 def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(tmp_path):
-    for attempt in (lambda: save(tmp_path, 20), lambda: hold(tmp_path).__enter__()):
+    for attempt in (lambda: save(tmp_path, 20), lambda: lock_run(tmp_path).__enter__()):
         (tmp_path / "checkpoints/0000010.part").mkdir(parents=True)
         (tmp_path / "checkpoints/0000010.part/state.safetensors").write_bytes(b"half")
         attempt()
@@ -119,7 +119,7 @@ def test_what_a_killed_deletion_left_is_cleared(tmp_path, monkeypatch, name):
         patched.setattr(shutil, "rmtree", lambda folder: None)  # killed before the first file goes
         retention._drop(going)
     assert names(tmp_path) == [f"{name}.gone.part"]
-    retention.clear(tmp_path)
+    retention.clear_unfinished(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -171,7 +171,7 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
     for step in (10, 20):
         save(tmp_path, step)
     said = []
-    fsync, rename, write, verify = os.fsync, Path.rename, integrity.write, checkpoint.verify
+    fsync, rename, write, verify = os.fsync, Path.rename, integrity.write_hashed, checkpoint.verify
 
     def name(path) -> str:
         return str(Path(path).relative_to(tmp_path))
@@ -189,7 +189,7 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
 
     monkeypatch.setattr(os, "fsync", noted("sync", fsync, place))
     monkeypatch.setattr(Path, "rename", noted("rename", rename))
-    monkeypatch.setattr(integrity, "write", noted("write", write))
+    monkeypatch.setattr(integrity, "write_hashed", noted("write", write))
     for module in (checkpoint, retention):
         monkeypatch.setattr(module, "verify", noted("verify", verify))
     save(tmp_path, 30)
@@ -244,7 +244,7 @@ def test_a_checkpoint_being_replaced_when_its_process_was_killed_is_found(tmp_pa
 def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
     for step in (10, 20):
         save(tmp_path, step)
-    write = integrity.write
+    write = integrity.write_hashed
 
     def lying(path, parts):
         told = write(path, parts)
@@ -252,7 +252,7 @@ def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoin
             flip(path)
         return told
 
-    monkeypatch.setattr(integrity, "write", lying)
+    monkeypatch.setattr(integrity, "write_hashed", lying)
     with pytest.raises(
         checkpoint.SaveError, match="reads otherwise than it was written; older checkpoints are as they"
     ):
@@ -271,7 +271,7 @@ def test_what_was_written_is_read_again_from_the_disk_and_not_from_memory(tmp_pa
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if pages_in_memory(path):
         pytest.skip("the tests' folder is on a file system that lives in memory")
-    integrity.write(path, [bytes(1 << 20)])
+    integrity.write_hashed(path, [bytes(1 << 20)])
     assert pages_in_memory(path) == 0
 
 

@@ -18,7 +18,7 @@ from conftest import small_model
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import ORDERS, format_stages, parse_stages
-from dit_in_dit.config.run import RunConfig, SampleConfig, changed, config_hash, from_yaml, override, to_yaml
+from dit_in_dit.config.run import RunConfig, SampleConfig, config_hash, from_yaml, override, replace_keys, to_yaml
 from dit_in_dit.config.schema import to_dict
 
 
@@ -267,7 +267,7 @@ def test_any_valid_config_survives_its_yaml(changes):
     config = RunConfig()
     for change in changes:
         with suppress(UserError):  # not with what was changed before
-            config = changed(config, dict([change]))
+            config = replace_keys(config, dict([change]))
     for meanings in (False, True):
         assert from_yaml(to_yaml(config, meanings=meanings)) == config
     again = RunConfig.from_dict(json.loads(json.dumps(to_dict(config))))

@@ -17,9 +17,9 @@ from dit_in_dit.cli import curves as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig, override, to_yaml
-from dit_in_dit.curves.convergence import held_out, reach, stability, tables
-from dit_in_dit.curves.logs import Arm, Curve, arms, notes, read_run
-from dit_in_dit.curves.plots import draw
+from dit_in_dit.curves.convergence import errors_by_seed, reach, stability, tables
+from dit_in_dit.curves.logs import Curve, RunGroup, arms, notes, read_run
+from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS
 
@@ -57,7 +57,7 @@ def write(run: Path, rows: list[dict], *assignments: str, seed: int = 0, seconds
     return run
 
 
-def read_arms(*runs: Path) -> list[Arm]:
+def read_arms(*runs: Path) -> list[RunGroup]:
     return arms([read_run(run) for run in runs])
 
 
@@ -215,7 +215,7 @@ def test_a_band_is_the_range_of_the_seeds(tmp_path: Path):
         for seed, level in levels.items()
     ]
     (arm,) = read_arms(*paths)
-    at, rows = held_out(arm, 0.5, "high")
+    at, rows = errors_by_seed(arm, 0.5, "high")
     assert at.tolist() == [30, 60]
     assert (rows.min(0), rows.mean(0), rows.max(0)) == (
         pytest.approx([0.55, 0.05]),
@@ -227,7 +227,7 @@ def test_a_band_is_the_range_of_the_seeds(tmp_path: Path):
 def test_seeds_are_compared_where_all_of_them_were_evaluated(tmp_path: Path):
     short = write(tmp_path / "a", steps(40) + evaluations({30: 0.4}))
     long = write(tmp_path / "b", steps(90) + evaluations({30: 0.2, 60: 0.1}), seed=1)
-    at, rows = held_out(read_arms(short, long)[0], 0.5, "whole")
+    at, rows = errors_by_seed(read_arms(short, long)[0], 0.5, "whole")
     assert at.tolist() == [30]
     assert rows.tolist() == [[0.4], [0.2]]
 
@@ -297,7 +297,7 @@ def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assign
     ours = write(tmp_path / "a", rows, *euler)
     theirs = write(tmp_path / "b", rows, assignment, *euler)
     mixed = read_arms(ours, theirs)
-    for use in (lambda: reach(mixed), lambda: tables(mixed), lambda: draw(mixed, tmp_path)):
+    for use in (lambda: reach(mixed), lambda: tables(mixed), lambda: draw_curves(mixed, tmp_path)):
         with pytest.raises(UserError, match=assignment.split("=", maxsplit=1)[0]):
             use()
 
@@ -426,7 +426,7 @@ def test_one_run_has_its_curves_in_its_own_folder_and_no_hours_without_timing(tm
 
 def test_a_run_of_a_few_steps_beside_a_long_one_is_drawn(tmp_path: Path):
     found = read_arms(write(tmp_path / "a", steps()), write(tmp_path / "b", steps(1), "model.stages=outer*3"))
-    assert {path.name for path in draw(found, tmp_path)} == {"loss.png", "gradients.png", "throughput.png"}
+    assert {path.name for path in draw_curves(found, tmp_path)} == {"loss.png", "gradients.png", "throughput.png"}
 
 
 def test_several_runs_need_a_place_to_go(tmp_path: Path):
@@ -449,8 +449,8 @@ def test_smoothed_loss_is_the_mean_of_equal_windows(tmp_path: Path):
         return b""
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_in_dit.curves.plots.to_png", keep)
-        draw(found, tmp_path)
+        patch.setattr("dit_in_dit.curves.plots.figure_png", keep)
+        draw_curves(found, tmp_path)
     page = shown[0]
     assert "mean of 5 steps" in page.get_suptitle()
     (line,) = page.axes[0].lines

@@ -91,7 +91,7 @@ def test_a_file_that_holds_no_object_is_one_line(text, study, run):
         (result, lambda: read_result(result.parent)),
         (result, lambda: read_study(study)),
         (study / "plan.json", lambda: read_plan(study)),
-        (run / "metrics.json", lambda: report.read(run / "metrics.json")),
+        (run / "metrics.json", lambda: report.read_evaluation(run / "metrics.json")),
         (run / "identity.json", lambda: claim(run / "identity.json", {"a": 1})),
     ]
     for path, action in places:
@@ -120,7 +120,7 @@ def test_a_log_with_such_a_line_is_one_line(text, run):
 def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
     for text in TEXTS[:8]:
         (run / trackers.KEPT).write_text(text)
-        refused(lambda: trackers.chosen(None, run))
+        refused(lambda: trackers.chosen_trackers(None, run))
         (run / "evaluation" / "0000004").mkdir(parents=True, exist_ok=True)
         (run / "evaluation" / "0000004" / "metrics.json").write_text(text)
         assert evaluation_of(run, "0") is None
@@ -220,11 +220,11 @@ def test_an_evaluation_or_a_way_back_of_another_kind_is_one_line(line, run):
 def test_an_evaluation_with_scores_of_another_kind_is_one_line(scores, tmp_path):
     whole = {"subject": {"name": "run"}, "protocol": {}, "scores": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(whole))
-    refused(lambda: report.read(tmp_path / "metrics.json"))
+    refused(lambda: report.read_evaluation(tmp_path / "metrics.json"))
 
 
 @pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS[:9]), b"\xff\xfe{", b'{"a": 1}' + b" " * 100])
 def test_a_config_of_diffusers_that_is_none_or_has_no_end_is_one_line(content, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.config.strict_json.MOST_BYTES", 100)
     (tmp_path / "config.json").write_bytes(content)
-    refused(lambda: diffusers_files.read_json(tmp_path / "config.json"))
+    refused(lambda: diffusers_files.read_diffusers_json(tmp_path / "config.json"))

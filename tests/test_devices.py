@@ -290,7 +290,7 @@ class Counted(dict):
 
 def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     gathered, written = [], []
-    monkeypatch.setattr(distributed, "whole", lambda tensor: gathered.append(len(written)) or tensor)
+    monkeypatch.setattr(distributed, "full_tensor", lambda tensor: gathered.append(len(written)) or tensor)
     state = Whole({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
     for part in serialize(state):
         written.append(part)

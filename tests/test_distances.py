@@ -20,11 +20,11 @@ from dit_in_dit.metrics import feature_distances
 from dit_in_dit.metrics.feature_distances import (
     Moments,
     density_coverage,
+    feature_moments,
     frechet,
     frechet_name,
     inception_score,
     kernel_distance,
-    moments,
     precision_recall,
     read_reference,
 )
@@ -39,7 +39,7 @@ def normal(count: int, dimension: int, seed: int = 0, *, shift: float = 0.0, sca
 
 
 def of(*sets: np.ndarray) -> list[Moments]:
-    return [moments([rows]) for rows in sets]
+    return [feature_moments([rows]) for rows in sets]
 
 
 class Colours(nn.Module):
@@ -61,7 +61,7 @@ class Colours(nn.Module):
 
 def test_moments_are_numpys():
     rows = normal(1300, 7)
-    found = moments(np.array_split(rows, 5))
+    found = feature_moments(np.array_split(rows, 5))
     assert found.count == 1300
     np.testing.assert_allclose(found.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-11)
@@ -70,20 +70,23 @@ def test_moments_are_numpys():
 @pytest.mark.parametrize("chunk", [1, 10, 20, 511, 1299])
 def test_chunks_change_no_bit_of_the_moments(chunk):
     rows = normal(1300, 7)
-    whole, parts = moments([rows]), moments(rows[i : i + chunk] for i in range(0, 1300, chunk))
+    whole, parts = feature_moments([rows]), feature_moments(rows[i : i + chunk] for i in range(0, 1300, chunk))
     np.testing.assert_array_equal(whole.mean, parts.mean)
     np.testing.assert_array_equal(whole.covariance, parts.covariance)
 
 
 def test_a_large_mean_does_not_swallow_the_covariance():
     rows = np.random.default_rng(0).integers(-4, 5, (900, 5)).astype(np.float64)
-    near, far = moments([rows]), moments([rows + 2.0**40])  # exact in float64: only the sums could lose digits
+    near, far = (
+        feature_moments([rows]),
+        feature_moments([rows + 2.0**40]),
+    )  # exact in float64: only the sums could lose digits
     np.testing.assert_allclose(far.covariance, near.covariance, rtol=1e-12, atol=1e-12)
 
 
 def test_one_image_has_no_covariance():
     with pytest.raises(UserError, match="at least 2 images: got 1"):
-        moments([np.ones((1, 3))])
+        feature_moments([np.ones((1, 3))])
 
 
 # Frechet distance
@@ -162,7 +165,7 @@ def test_a_frechet_distance_is_called_fid_from_2048_images_on():
     assert frechet_name("inception", "spatial", 50_000) == "sFID"
     assert frechet_name("dinov2", "pool", 50_000) == "FD-DINOv2"
     assert frechet_name("inception", "pool", 2047) == "Frechet distance (N=2047)"
-    few = [frechet_name(*kind, 9) for kind in feature_distances.NAMES]
+    few = [frechet_name(*kind, 9) for kind in feature_distances.DISTANCE_NAMES]
     assert len(set(few)) == 3
     assert not any("FID" in name or "FD" in name for name in few)
 

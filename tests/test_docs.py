@@ -16,7 +16,7 @@ from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
 from dit_in_dit.config.run import override
 from dit_in_dit.study.arms import candidates, configure
-from dit_in_dit.study.plan import read
+from dit_in_dit.study.plan import read_study_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -130,7 +130,7 @@ def test_every_other_block_is_a_study_or_commands(tmp_path):
                 assert page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")  # tried above and below
             if language == "yaml" and text.startswith("question"):
                 (tmp_path / "study.yaml").write_text(text)
-                study = read(str(tmp_path / "study.yaml"))
+                study = read_study_config(str(tmp_path / "study.yaml"))
                 for changes, _ in candidates(study).values():
                     configure(study, changes)
 

@@ -23,7 +23,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig, to_yaml
 from dit_in_dit.config.schema import keys
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
-from dit_in_dit.doctor.doctor import Report, examine
+from dit_in_dit.doctor.doctor import DoctorReport, examine
 from dit_in_dit.doctor.model_checks import pattern, seam_peaks
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create, read_config
@@ -96,7 +96,7 @@ def set_already(advice: str, config: RunConfig) -> list[str]:
     return [f"{own}={value}" for own, value in held if own.removesuffix(".0") == value]
 
 
-def look(run: Path) -> Report:
+def look(run: Path) -> DoctorReport:
     """The report on a run; none of its advice is set already."""
     config = read_config(run)
     report = examine(config, CPU, run)
@@ -104,12 +104,12 @@ def look(run: Path) -> Report:
     return report
 
 
-def raised(report: Report) -> set[str]:
+def raised(report: DoctorReport) -> set[str]:
     """Checks that found more than a note."""
     return {finding.check for finding in report.findings if finding.severity != "note"}
 
 
-def only(report: Report, check: str) -> str:
+def only(report: DoctorReport, check: str) -> str:
     """What the only finding saw: a fault of this check."""
     assert raised(report) == {check}, report.findings
     assert report.findings[0].severity == "fault"
@@ -117,7 +117,7 @@ def only(report: Report, check: str) -> str:
     return report.findings[0].seen
 
 
-def rows(report: Report, title: str) -> dict[str, dict[str, float]]:
+def rows(report: DoctorReport, title: str) -> dict[str, dict[str, float]]:
     """A section's table."""
     return next(section.rows for section in report.sections if section.title.startswith(title))
 

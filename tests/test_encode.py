@@ -24,7 +24,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.run import DataConfig, SampleConfig, to_yaml
 from dit_in_dit.data.encode import Encoding, decoder, encode
-from dit_in_dit.data.latents import FORMAT, complete, read_index
+from dit_in_dit.data.latents import FORMAT, complete, read_latents_index
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.reporting.images import to_pixels
@@ -158,7 +158,7 @@ def test_labels_classes_and_the_held_out_split_are_those_of_the_images(images, l
 
 
 def test_the_index_has_the_constants_of_the_vae_and_those_that_were_measured(latents, vae, posteriors):
-    index = read_index(latents)
+    index = read_latents_index(latents)
     assert index["vae"] == {"name": str(vae), "mean": [0.25], "scale": [0.5]}
     draw = torch.Generator().manual_seed(0)
     mean, log_variance = torch.cat(list(posteriors.values())).chunk(2, 1)
@@ -174,7 +174,7 @@ def test_a_vae_without_constants_gets_those_of_stable_diffusion(images, vae, tmp
     model.register_to_config(scaling_factor=None, shift_factor=None)
     model.save_pretrained(tmp_path / "vae")
     folder = made(tmp_path / "latents", how(images, tmp_path / "vae", flips=False))
-    assert read_index(folder)["vae"] == {"name": str(tmp_path / "vae"), "mean": [0.0], "scale": [0.18215]}
+    assert read_latents_index(folder)["vae"] == {"name": str(tmp_path / "vae"), "mean": [0.0], "scale": [0.18215]}
 
 
 def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(images, vae, latents, tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_images_that_moved_are_encoded_to_the_end(half_done, vae, latents):
     assert {name: finished[name] for name in finished if name != "latents.json"} == {
         name: expected[name] for name in expected if name != "latents.json"
     }
-    assert read_index(folder)["made"]["source"] == str(moved)
+    assert read_latents_index(folder)["made"]["source"] == str(moved)
     assert opened(folder).digest == opened(latents).digest
 
 
@@ -297,7 +297,7 @@ def test_latents_that_an_earlier_version_began_go_on_by_name_and_get_no_digest(h
     with pytest.raises(UserError, match=r"source is .*set, not .*another --out"):
         made(folder, how(shutil.copytree(images, images.parent / "moved"), vae))
     made(folder, how(images, vae))
-    assert "data_sha256" not in read_index(folder)["made"]  # nobody knows whether all files are of these images
+    assert "data_sha256" not in read_latents_index(folder)["made"]  # nobody knows whether all files are of these images
     assert opened(folder).digest == opened(latents).digest  # and it is trained on as ever
     finished = content(folder)
     assert content(made(folder, how(images, vae))) == finished
@@ -482,7 +482,7 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
 def test_arrays_and_tables_bring_their_labels(vae, tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((6, SIDE, SIDE, 3), np.uint8), labels=np.array([0, 1, 2, 2, 1, 0]))
     folder = made(tmp_path / "latents", how(tmp_path / "set.npz", vae))
-    assert read_index(folder)["classes"] == ["0", "1", "2"]
+    assert read_latents_index(folder)["classes"] == ["0", "1", "2"]
     assert load_file(folder / "000000.safetensors")["label"].tolist() == [0, 1, 2, 2, 1, 0]
 
 
@@ -525,7 +525,7 @@ WRONG = {
 def test_an_index_that_makes_no_sense_costs_one_line(images, vae, latents, tmp_path):
     folder = tmp_path / "latents"
     shutil.copytree(latents, folder)
-    index = read_index(folder)
+    index = read_latents_index(folder)
     bad = {name: (damaged(index, name.strip(), value), part) for name, (value, part) in WRONG.items()}
     bad |= {"deep": (b"[" * 200_000, "nests too deeply"), "list": (b"[]", "JSON object"), "text": (b"hi", "not valid")}
     bad["one class fewer"] = damaged(index, "classes", ["one"]), "from 0 to 0: got 0 to 1"
@@ -575,6 +575,6 @@ def test_encode_writes_the_labels_of_dataset_json(images, vae, tmp_path):
     rows = [[name, number * 7 % 3] for number, name in enumerate(names)]
     (tmp_path / "set/dataset.json").write_text(json.dumps({"labels": rows}))
     folder = made(tmp_path / "latents", how(tmp_path / "set", vae))
-    assert read_index(folder)["classes"] == ["0", "1", "2"]
+    assert read_latents_index(folder)["classes"] == ["0", "1", "2"]
     stored = np.concatenate([load_file(path)["label"].numpy() for path in sorted(folder.glob("*.safetensors"))])
     assert stored.tolist() == [label for _, label in rows]

@@ -84,7 +84,7 @@ def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
     with np.load(tmp_path / "a/samples.npz") as archive:
         assert archive["arr_0"].shape == (9, 8, 8, 3)
         assert archive["arr_0"].dtype == np.uint8
-        stored = np.concatenate(list(shards.read(tmp_path / "a/samples", 9, 8, "images")))
+        stored = np.concatenate(list(shards.read_chunks(tmp_path / "a/samples", 9, 8, "images")))
         assert (archive["arr_0"] == stored).all()
     assert "swd.8" in capsys.readouterr().out
 

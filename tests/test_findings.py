@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import perturbed, small_model, with_train
-from dit_in_dit.attention_maps.findings import missing
+from dit_in_dit.attention_maps.findings import missing_parts
 from dit_in_dit.config.run import RateConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
-from dit_in_dit.doctor.data_checks import Patient, Section, loss_at_start
+from dit_in_dit.doctor.data_checks import CheckResult, Patient, loss_at_start
 from dit_in_dit.inspection.hooks import can_run_without_inner
 from dit_in_dit.metrics.memorization import neighbours
 from dit_in_dit.model.nested import NestedDiT
@@ -30,7 +30,7 @@ def patient(config: RunConfig, **parts: object) -> Patient:
     return SimpleNamespace(**given)  # type: ignore[return-value]
 
 
-def advice(section: Section) -> str:
+def advice(section: CheckResult) -> str:
     """Of the one finding."""
     assert len(section.findings) == 1, section.findings
     return section.findings[0].advice
@@ -68,7 +68,7 @@ def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
 @pytest.mark.parametrize("mixer", ["patch", "window", "image", "conv", "none"])
 def test_a_seam_asks_for_what_would_see_further_and_is_not_there(mixer, embed):
     config = RunConfig(model=small_model(inner={"mixer": mixer, "embed": embed}))
-    section = Section("seams")
+    section = CheckResult("seams")
     model_checks._judge_seams(section, config.model, "patch", 2.0, 0.0, 100.0)
     said = advice(section)
     assert not set_already(said, config)
@@ -77,21 +77,21 @@ def test_a_seam_asks_for_what_would_see_further_and_is_not_there(mixer, embed):
 
 
 def test_a_seam_of_a_plain_model_asks_for_nothing_inner():
-    section = Section("seams")
+    section = CheckResult("seams")
     model_checks._judge_seams(section, small_model("outer*2"), "patch", 2.0, 0.0, 100.0)
     assert "inner" not in advice(section)
 
 
 @pytest.mark.parametrize(("stages", "head"), [("inner outer", "outer"), ("outer inner", "inner")])
 def test_a_pattern_of_sub_patches_names_the_head_that_draws_them(stages, head):
-    section = Section("seams")
+    section = CheckResult("seams")
     model_checks._judge_seams(section, small_model(stages), "sub-patch", 0.0, 0.9, 1000.0)
     assert f"bias of the {head} head" in advice(section)
 
 
 @pytest.mark.parametrize(("check", "other"), [("gate", True), ("inner path", False)])
 def test_adding_the_inner_path_is_advised_where_it_is_not_added(run_config, check, other):
-    section = Section("inner path", rows={"aggregates.0: share": {"t=0.5": 1e-5}})
+    section = CheckResult("inner path", rows={"aggregates.0: share": {"t=0.5": 1e-5}})
     model_checks._judge_share(section, patient(run_config), "aggregates.0", check, "here")
     assert ("inner.fuse=add" in advice(section)) == other
 
@@ -102,7 +102,7 @@ def test_a_frozen_level_is_no_parameter_without_a_gradient(run_config):
     state = {parameter: {"exp_avg_sq": torch.ones_like(parameter)} for parameter in model.parameters()}
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     trainer = SimpleNamespace(model=model, optimizer=SimpleNamespace(state=state))
-    section = Section("training")
+    section = CheckResult("training")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if training_checks.is_inner(name):
@@ -115,11 +115,11 @@ def test_a_frozen_level_is_no_parameter_without_a_gradient(run_config):
 
 def test_bright_images_that_a_reader_has_scaled_are_no_fault():
     bright = torch.randint(128, 256, (8, 3, 8, 8)) / 127.5 - 1
-    section = Section("data")
+    section = CheckResult("data")
     data_checks._judge_range(section, bright.float())
     assert not section.findings
     for given, said in ((bright.clamp(0, 1) * 0.77 + 0.111, "[0, 1]"), (torch.rand(8, 3, 8, 8) * 255, "[0, 255]")):
-        section = Section("data")
+        section = CheckResult("data")
         data_checks._judge_range(section, given)
         assert said in section.findings[0].seen
 
@@ -170,4 +170,4 @@ def test_less_guidance_is_advised_where_there_was_some(guided):
 def test_replacing_takes_everything_away_only_where_the_levels_join(stages, left):
     config = small_model(stages, inner={"fuse": "replace"})
     assert can_run_without_inner(perturbed(NestedDiT(config))) == left
-    assert ("without" in missing(config)) == (not left)
+    assert ("without" in missing_parts(config)) == (not left)

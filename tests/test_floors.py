@@ -70,7 +70,7 @@ LONG_FILES = {
     "study/tables.py": "a table a function",
 }
 LONG_FUNCTIONS = {
-    "attention_maps/record.py: record": "one pass over images and times, under four hooks",
+    "attention_maps/record.py: record_maps": "one pass over images and times, under four hooks",
     "cli/evaluate.py: _evaluate": "a command from options to files",
     "cli/sample.py: _sample": "to move into sampling/, as a library",
     "cli/train.py: _follow": "a line for each kind of event",
@@ -98,3 +98,46 @@ def test_long_files_and_functions_are_those_that_are_listed():
                 functions.add(f"{name}: {node.name}")
     assert files == LONG_FILES.keys()
     assert functions == LONG_FUNCTIONS.keys()
+
+
+def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
+    """What a module defines at its top, by name, without what is private."""
+    named: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            named[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            named |= {target.id: node for target in targets if isinstance(target, ast.Name)}
+    return {name: node for name, node in named.items() if not name.startswith("_")}
+
+
+def uses(tree: ast.Module) -> set[tuple[str, str]]:
+    """(module, name) of what a module takes from others of the package."""
+    taken, modules = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dit_in_dit"):
+            taken |= {(str(node.module), alias.name) for alias in node.names}
+            modules |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    read = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    return taken | {(modules[node.value.id], node.attr) for node in read if node.value.id in modules}
+
+
+SAME_EVERYWHERE = {"add"}  # every command has its own, which the table of commands calls
+
+
+def test_a_public_name_means_one_thing_in_the_whole_package():
+    """A constant is public where another module takes it. The stand-ins of `interop/remote` keep the names of what
+    they stand for."""
+    trees = {
+        ".".join(("dit_in_dit", *path.relative_to(ROOT).with_suffix("").parts)): ast.parse(path.read_text())
+        for path in ROOT.rglob("*.py")
+        if "remote" not in path.parts
+    }
+    taken, homes = set().union(*map(uses, trees.values())), dict[str, list[str]]()
+    for module, tree in trees.items():
+        for name, node in definitions(tree).items():
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) or (module, name) in taken:
+                homes.setdefault(name, []).append(module)
+    assert len(homes) > 500
+    assert {name: where for name, where in homes.items() if len(where) > 1 and name not in SAME_EVERYWHERE} == {}

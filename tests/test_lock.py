@@ -17,12 +17,13 @@ import pytest
 
 from conftest import with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.runs.folder import create, hold
+from dit_in_dit.runs.folder import create, lock_run
 from dit_in_dit.runs.lock import BusyError, LocklessWarning
 from dit_in_dit.training.loop import train
 
 TRY = (
-    "import sys; from pathlib import Path; from dit_in_dit.runs.folder import hold\nwith hold(Path(sys.argv[1])): pass"
+    "import sys; from pathlib import Path; from dit_in_dit.runs.folder import lock_run\n"
+    "with lock_run(Path(sys.argv[1])): pass"
 )
 
 
@@ -64,20 +65,20 @@ def test_a_generator_that_is_dropped_frees_its_run(run_config, tmp_path):
 
 def test_a_child_does_not_keep_the_lock_of_a_killed_parent(run_folder):
     held = (
-        "import os, sys, time; from pathlib import Path; from dit_in_dit.runs.folder import hold\n"
-        "with hold(Path(sys.argv[1])):\n"
+        "import os, sys, time; from pathlib import Path; from dit_in_dit.runs.folder import lock_run\n"
+        "with lock_run(Path(sys.argv[1])):\n"
         "    if not os.fork(): print(os.getpid(), flush=True)  # the child says so itself: by then it has let go\n"
         "    time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", held, str(run_folder)], stdout=subprocess.PIPE)
     child = int(parent.stdout.readline())
     try:
-        with pytest.raises(BusyError), hold(run_folder):
+        with pytest.raises(BusyError), lock_run(run_folder):
             pass
         parent.kill()
         parent.wait()
         os.kill(child, 0)  # it lives
-        with hold(run_folder):
+        with lock_run(run_folder):
             pass
     finally:
         os.kill(child, 9)
@@ -88,7 +89,7 @@ def test_a_file_system_without_locks_is_said_and_the_run_trained(run_folder, mon
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", without)
-    with pytest.warns(LocklessWarning, match=r"cannot lock .*lock \(No locks available\)"), hold(run_folder):
+    with pytest.warns(LocklessWarning, match=r"cannot lock .*lock \(No locks available\)"), lock_run(run_folder):
         pass
 
 

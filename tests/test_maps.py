@@ -18,10 +18,18 @@ from scipy import stats
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.attention_maps import record as recording
 from dit_in_dit.attention_maps.figures import figures
-from dit_in_dit.attention_maps.findings import findings, fine_share, missing, not_shown
+from dit_in_dit.attention_maps.findings import findings, fine_share, missing_parts, not_shown
 from dit_in_dit.attention_maps.page import page, payload
-from dit_in_dit.attention_maps.record import Maps, Views, choose, inner_tokens, measure, outer_tokens, record
-from dit_in_dit.attention_maps.tokens import MOST_BYTES, evenly, joining, left_out, make_plan, size
+from dit_in_dit.attention_maps.record import (
+    Maps,
+    Views,
+    choose,
+    inner_tokens,
+    measure_attention,
+    outer_tokens,
+    record_maps,
+)
+from dit_in_dit.attention_maps.tokens import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
 from dit_in_dit.cli import maps as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
@@ -33,7 +41,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create
 from dit_in_dit.sampling.numbered import sample
-from dit_in_dit.training.batches import held_out
+from dit_in_dit.training.batches import held_out_batch
 
 TIMES = (0.1, 0.5, 0.9)
 WIDE = (16, 24)  # 4x6 patches: the order of windows is not its own inverse
@@ -57,7 +65,7 @@ def run_of(model: ModelConfig, **diffusion) -> RunConfig:
 def maps_of(stages: str = "inner*2 outer", /, *, diffusion: dict | None = None, **keys) -> Maps:
     config = run_of(small_model(stages, **keys), **(diffusion or {}))
     torch.manual_seed(0)
-    return record(perturbed(NestedDiT(config.model)), config, views(config.model), samples=2)
+    return record_maps(perturbed(NestedDiT(config.model)), config, views(config.model), samples=2)
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -77,7 +85,7 @@ def test_measures_are_those_of_the_weights(monkeypatch, mixer, chunk):
     ):
         model(x, t, y)
     tokens = inner_tokens(model.config, model.inner_blocks[0].branches["mix"])
-    found = measure(*heads["inner_blocks.0"], tokens)
+    found = measure_attention(*heads["inner_blocks.0"], tokens)
     weights = seen["inner_blocks.0"][0].numpy()  # groups heads L L
     groups, _, length, _ = weights.shape
     for patch in range(24):
@@ -120,7 +128,7 @@ def test_tokens_lie_where_their_patch_does(mixer, groups):
 def test_even_attention_has_full_entropy_and_the_mean_distance():
     tokens = outer_tokens(small_model())
     still = torch.zeros(1, 2, 8, 4)
-    found = measure(still, still, tokens)
+    found = measure_attention(still, still, tokens)
     np.testing.assert_allclose(found.entropy, 1, rtol=1e-5)
     np.testing.assert_allclose(found.own, 1 / 8, rtol=1e-5)
     points = np.array([(r, c) for r in range(4) for c in range(2)], float)
@@ -130,7 +138,7 @@ def test_even_attention_has_full_entropy_and_the_mean_distance():
 
 def test_attention_to_itself_has_no_entropy_and_no_distance():
     alone = 100 * torch.eye(8).expand(1, 1, 8, 8)
-    found = measure(alone, alone, outer_tokens(small_model()))
+    found = measure_attention(alone, alone, outer_tokens(small_model()))
     assert found.entropy.max() < 1e-5
     assert found.own.min() > 1 - 1e-5
     assert found.distance.max() < 1e-5
@@ -157,7 +165,7 @@ def test_the_variance_of_weights_is_laid_to_what_moves_them(planted):
 def test_what_is_recorded_is_what_the_hooks_see():
     config = run_of(small_model("inner outer*2 inner"), predict="image")
     model, seen = perturbed(NestedDiT(config.model)), views(config.model)
-    maps = record(model, config, seen, samples=2)
+    maps = record_maps(model, config, seen, samples=2)
     x, noise = torch.from_numpy(seen.images[1:]), torch.from_numpy(seen.noise[1:])
     t = torch.tensor([0.5])
     x_t = 0.5 * x + 0.5 * noise
@@ -198,7 +206,7 @@ def test_every_kind_of_model_can_be_looked_at(case):
         assert level.entropy.max() <= 1 + 1e-5
     shown = payload(maps, ("a", "b"), "run", 1)
     assert json.dumps(shown, allow_nan=False)
-    assert ("without" in missing(maps.config.model)) == (maps.without is None) == (case == "none")
+    assert ("without" in missing_parts(maps.config.model)) == (maps.without is None) == (case == "none")
     assert all(sentence.endswith(".") for sentence in findings(maps))
 
 
@@ -207,13 +215,13 @@ def test_a_model_that_gives_nan_is_refused():
     model = NestedDiT(config.model)
     torch.nn.init.constant_(model.outer_head.final.linear.bias, float("nan"))
     with pytest.raises(UserError, match=r"not finite at t=0\.1"):
-        record(model, config, views(config.model), samples=1)
+        record_maps(model, config, views(config.model), samples=1)
 
 
 def test_samples_are_those_of_the_sampler_and_of_the_plain_dit():
     config = run_of(small_model("inner outer", inner={"fuse": "gate"}))
     model = perturbed(NestedDiT(config.model))
-    drawn = recording.draw(model, config, 3, seed=5)
+    drawn = recording.draw_on_and_off(model, config, 3, seed=5)
     np.testing.assert_allclose(drawn.on, sample(model, config, 3, seed=5), rtol=1e-4, atol=1e-4)
     plain = replace(config, model=replace(config.model, use_inner=False))
     outer = NestedDiT(plain.model)
@@ -234,7 +242,7 @@ def test_images_are_of_different_classes_with_the_noise_of_training(run_config):
     source = open_source(run_config.data, run_config.model)
     chosen = choose(source, run_config, 3, TIMES)
     assert sorted(chosen.labels) == [0, 1, 2]
-    batch = held_out(source, 3, source.held_out_size)
+    batch = held_out_batch(source, 3, source.held_out_size)
     for number, image, noise, label in zip(chosen.numbers, chosen.images, chosen.noise, chosen.labels, strict=True):
         assert np.array_equal(image, batch.x[number])
         assert np.array_equal(noise, batch.noise[number])
@@ -266,18 +274,18 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_model_fits_a_page_and_the_page_says_what_is_left_out(name):
-    plan = make_plan(LARGE[name], 6, 9)
+    plan = plan_maps(LARGE[name], 6, 9)
     assert size(LARGE[name], plan) <= MOST_BYTES
     assert plan.images
     assert len(plan.times) >= 3
-    assert left_out(LARGE[name], plan, 6, 9)
+    assert left_out_sentences(LARGE[name], plan, 6, 9)
 
 
 def test_a_small_model_is_kept_whole():
     model = get("emoji").model
-    plan = make_plan(model, 6, 9)
+    plan = plan_maps(model, 6, 9)
     assert plan.images == tuple(range(6))
-    assert left_out(model, plan, 6, 9) == []
+    assert left_out_sentences(model, plan, 6, 9) == []
 
 
 def test_the_size_of_a_plan_is_that_of_what_is_kept():

@@ -30,7 +30,7 @@ from dit_in_dit.config.run import (
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.study.arms import match_arms
-from dit_in_dit.study.match import COUNTS, NoTwin, macs, match, parameters, twin
+from dit_in_dit.study.match import COUNTS, NoTwin, count_parameters, forward_macs, match, twin
 from dit_in_dit.study.plan import StudyConfig
 from test_cli import lines_of
 from test_cost import counted
@@ -72,7 +72,7 @@ def random_nested(seed: int) -> ModelConfig:
 
 
 def total(model: ModelConfig, by: str) -> int:
-    return cost.macs(model)["total"] if by == "macs" else parameters(model)
+    return cost.macs(model)["total"] if by == "macs" else count_parameters(model)
 
 
 def dearer_plain(nested: ModelConfig, by: str, seed: int) -> ModelConfig:
@@ -106,45 +106,45 @@ def test_twenty_random_models_have_a_twin_within_a_percent(by, way):
 def test_twins_cost_the_same_by_the_flop_counter():
     for seed in range(4):
         nested = replace(random_nested(seed), num_classes=9)
-        plain = twin(replace(nested, use_inner=False), macs(nested), macs).model
+        plain = twin(replace(nested, use_inner=False), forward_macs(nested), forward_macs).model
         assert counted(plain) == pytest.approx(counted(nested), rel=0.015)
 
 
 def test_parameters_are_counted_without_building_every_block():
     for seed in range(10):
         model = random_nested(seed)
-        assert parameters(model) == cost.parameters(model)["total"]
+        assert count_parameters(model) == cost.parameters(model)["total"]
     for stages in ("first", "interleaved", "last", "both"):
         model = small_model(stages, depth=9)
-        assert parameters(model) == cost.parameters(model)["total"]
+        assert count_parameters(model) == cost.parameters(model)["total"]
 
 
 def test_depth_alone_where_that_is_enough():
-    found = twin(presets.get("dit-xl2").model, macs(presets.get("dit-in-dit-xl2").model), macs)
+    found = twin(presets.get("dit-xl2").model, forward_macs(presets.get("dit-in-dit-xl2").model), forward_macs)
     assert found.changed == {"model.depth": (28, None), "model.stages": ("first", "outer*55")}
     assert abs(found.gap) < 0.001
 
 
 def test_outer_blocks_are_shared_among_the_stages_in_proportion():
     model = small_model("outer*4 inner outer*2 inner outer*2")
-    block = macs(small_model("outer*2")) - macs(small_model("outer*1"))
+    block = forward_macs(small_model("outer*2")) - forward_macs(small_model("outer*1"))
     for blocks, stages in (
         (16, "outer*8 inner*1 outer*4 inner*1 outer*4"),
         (3, "outer*1 inner*1 outer*1 inner*1 outer*1"),
     ):
-        assert twin(model, macs(model) + (blocks - 8) * block, macs).model.stages == stages
+        assert twin(model, forward_macs(model) + (blocks - 8) * block, forward_macs).model.stages == stages
 
 
 def test_a_named_order_becomes_a_program_with_the_same_inner_blocks():
     model = small_model("both", depth=8, inner={"depth_ratio": 0.5})
-    found = twin(model, 1.5 * macs(model), macs, tolerance=0.05)
+    found = twin(model, 1.5 * forward_macs(model), forward_macs, tolerance=0.05)
     assert found.model.depth is None
     assert levels(found.model) == [("inner", 2), ("outer", None), ("inner", 2)]
 
 
 def test_a_fixed_ratio_keeps_its_meaning():
     model = small_model("last", depth=8, inner={"depth_ratio": 0.5})
-    found = twin(model, 2 * macs(model), macs, tolerance=0.1, fixed=["model.inner.depth_ratio"])
+    found = twin(model, 2 * forward_macs(model), forward_macs, tolerance=0.1, fixed=["model.inner.depth_ratio"])
     assert found.changed == {"model.depth": (8, found.model.depth)}
     assert found.model.blocks("inner") == found.model.depth // 2
 
@@ -161,7 +161,7 @@ def test_a_fixed_ratio_keeps_its_meaning():
 )
 def test_fixed_keys_are_not_changed(fixed, changed):
     model = random_nested(0)
-    found = twin(model, 1.3 * macs(model), macs, tolerance=0.03, fixed=fixed)
+    found = twin(model, 1.3 * forward_macs(model), forward_macs, tolerance=0.03, fixed=fixed)
     assert found.changed.keys() <= changed
     assert found.changed
 
@@ -169,7 +169,7 @@ def test_fixed_keys_are_not_changed(fixed, changed):
 def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
     for seed in range(20):
         model = random_nested(seed)
-        outer = twin(model, 1.37 * macs(model), macs, fixed=["model.depth"]).model.outer
+        outer = twin(model, 1.37 * forward_macs(model), forward_macs, fixed=["model.depth"]).model.outer
         assert outer.num_heads == model.outer.num_heads
         if model.outer.width // model.outer.num_heads % 2 == 0:
             assert outer.width // outer.num_heads % 2 == 0
@@ -178,7 +178,7 @@ def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
 def test_another_mlp_is_taken_before_a_width_far_off():
     """Six blocks, 4% more: no number of blocks of a width nearby has it, a width half as large might."""
     model = ModelConfig(stages="outer*6", outer=OuterConfig(192, 4))
-    found = twin(model, 1.04 * macs(model), macs, tolerance=0.001)
+    found = twin(model, 1.04 * forward_macs(model), forward_macs, tolerance=0.001)
     assert found.changed.keys() >= {"model.outer.mlp_ratio"}
     assert abs(found.model.outer.width / 192 - 1) <= 0.2
     hidden = found.model.outer.width * found.model.outer.mlp_ratio
@@ -187,19 +187,19 @@ def test_another_mlp_is_taken_before_a_width_far_off():
 
 def test_what_is_near_enough_stays():
     model = random_nested(3)
-    assert twin(model, 1.009 * macs(model), macs).changed == {}
+    assert twin(model, 1.009 * forward_macs(model), forward_macs).changed == {}
 
 
 def test_no_twin_is_said_in_one_line():
     dear = small_model("inner*40 outer*1", inner={"width": 128})
     with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink its inner"):
-        twin(dear, macs(small_model("outer*2")), macs)
+        twin(dear, forward_macs(small_model("outer*2")), forward_macs)
     model = small_model("outer*2")
     with pytest.raises(NoTwin, match="free more of depth"):
-        twin(model, 2 * macs(model), macs, fixed=["model.outer", "model.depth"])
+        twin(model, 2 * forward_macs(model), forward_macs, fixed=["model.outer", "model.depth"])
     huge = replace(model, outer=replace(model.outer, mlp_ratio=40))
     with pytest.raises(NoTwin, match="free more of depth"):
-        twin(huge, 9 * macs(huge), macs, fixed=["model.outer.width", "model.depth"])
+        twin(huge, 9 * forward_macs(huge), forward_macs, fixed=["model.outer.width", "model.depth"])
 
 
 # --------------------------------------------------------------------------------------------- time
@@ -379,7 +379,7 @@ def test_the_command_names_the_keys_that_make_the_twin(capsys, tmp_path):
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     made = from_yaml((tmp_path / "twin.yaml").read_text())
     assert override(presets.get("emoji-reference"), sets) == made
-    assert macs(made.model) == pytest.approx(macs(like.model), rel=0.01)
+    assert forward_macs(made.model) == pytest.approx(forward_macs(like.model), rel=0.01)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -403,10 +403,10 @@ def test_a_run_and_a_shipped_model_can_be_what_a_twin_costs(capsys, tmp_path, mo
     for name, config in {**wanted, "mine": wanted["models/emoji"]}.items():
         main(["match", "--preset", "emoji-dit", "--like", name, "--device", "cpu", "--json"])
         costs = json.loads(capsys.readouterr().out)["costs"]
-        assert costs["macs"]["like"] == macs(config.model)
+        assert costs["macs"]["like"] == forward_macs(config.model)
     main(["match", "--preset", "emoji-dit", "--like", "emoji", "--device", "cpu", "--json"])
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["costs"]["macs"]["like"] == macs(presets.get("emoji").model)
+    assert json.loads(printed.out)["costs"]["macs"]["like"] == forward_macs(presets.get("emoji").model)
     assert "--like emoji is the preset; the run of that name is" in printed.err
 
 

@@ -16,7 +16,7 @@ from dit_in_dit.metrics.metric import METRICS, Metric, Score
 from dit_in_dit.metrics.subject import files_subject, reference
 from dit_in_dit.study.plan import StudyConfig
 from dit_in_dit.study.results import read_study
-from dit_in_dit.study.summary import summarise
+from dit_in_dit.study.summary import summarise_study
 from dit_in_dit.study.tables import differences, means
 from studies import plan_of, write_study
 
@@ -54,7 +54,7 @@ def test_a_metric_of_the_user_is_computed_drawn_and_compared(tmp_path: Path):
     assert score["low"] is score["high"] is None
     assert 0 < score["floor"] < 5
     assert found["protocol"]["metrics"]["contrast"] == {"images": 10}
-    report.draw(evaluation, tmp_path)
+    report.draw_evaluation(evaluation, tmp_path)
     labels, scores = report.compare([tmp_path / "out0", tmp_path / "out1"])
     assert len(scores["contrast"]) == 2
     report.draw_compared(labels, scores, tmp_path / "compare.png")
@@ -109,14 +109,14 @@ def test_a_study_ranks_it_by_its_own_direction(tmp_path: Path):
     out = write_study(tmp_path / "out", plan_of(study), lambda arm, _: {"contrast": levels[arm] + draw.normal(0, 0.01)})
     found = read_study(out)
     assert found.metrics == {"Mine": ["contrast"]}
-    assert "'b' is better than 'a': -2, 95% interval" in "\n".join(summarise(found))
+    assert "'b' is better than 'a': -2, 95% interval" in "\n".join(summarise_study(found))
     assert [table.title for table in (*differences(found), *means(found))] == ["Mine: differences", "Mine"]
 
 
 def test_a_study_of_an_unregistered_metric_lists_it(tmp_path: Path):
     study = StudyConfig(question="?", arms={"a": {}, "b": {}}, primary="contrast", metrics=("pixels",))
     out = write_study(tmp_path / "out", plan_of(study), lambda arm, seed: {"contrast": 1.0 + seed})
-    assert "it is listed, not ranked" in "\n".join(summarise(read_study(out)))
+    assert "it is listed, not ranked" in "\n".join(summarise_study(read_study(out)))
     assert metric.metric_of("contrast").direction == "listed"
     with pytest.raises(UserError, match="unknown metrics 'Mine'"):
         StudyConfig(question="?", arms={"a": {}}, metrics=("Mine",))

@@ -18,10 +18,10 @@ import torch
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.run import DataConfig, RunConfig, to_yaml
-from dit_in_dit.curves.convergence import held_out, reach, tables
+from dit_in_dit.curves.convergence import errors_by_seed, reach, tables
 from dit_in_dit.curves.logs import arms, notes, read_run
-from dit_in_dit.curves.plots import draw
-from dit_in_dit.doctor.doctor import draw as draw_doctor
+from dit_in_dit.curves.plots import draw_curves
+from dit_in_dit.doctor.doctor import draw_report as draw_doctor
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study.queue import Queue
@@ -70,7 +70,7 @@ def test_a_curve_has_a_gap_where_its_error_is_not_finite_and_the_note_says_so(tm
     bad = write(tmp_path / "bad", steps(280) + errors(DIVERGED))
     good = write(tmp_path / "good", steps(280) + evaluations(HEALTHY), "model.inner.mixer=none")
     curves = [read_run(bad), read_run(good)]
-    at, rows = held_out(arms(curves)[0], 0.5, "whole")
+    at, rows = errors_by_seed(arms(curves)[0], 0.5, "whole")
     assert at.tolist() == list(DIVERGED)
     assert np.isfinite(rows[0]).tolist() == [True] * 4 + [False] * 3
     start = f"{bad}: the held-out error is not finite at 3 of 7 evaluations, first at step 200"
@@ -92,7 +92,7 @@ def test_a_run_of_numbers_that_are_not_finite_is_drawn_with_and_without_any_befo
     rows = (steps(280) if after != "no loss" else logged) + errors(values)
     found = arms([read_run(write(tmp_path / "run", rows, *([] if after == "before" else ["seed=3"])))])
     (tmp_path / "out").mkdir()
-    assert "held-out.png" in {path.name for path in draw(found, tmp_path / "out")}
+    assert "held-out.png" in {path.name for path in draw_curves(found, tmp_path / "out")}
     assert len(reach(found)) == (1 if after == "before" else 0)
     json.dumps(tables(found), allow_nan=False)
 

@@ -27,7 +27,7 @@ from dit_in_dit.reporting.document import (
     to_html,
     to_markdown,
 )
-from dit_in_dit.reporting.images import grid
+from dit_in_dit.reporting.images import image_grid
 from dit_in_dit.reporting.templates import code, code_block
 from test_maps import maps_of
 
@@ -63,7 +63,7 @@ def markdown_tokens(text: str) -> list[Any]:
 def chapters(name: str, folder: Path) -> list[Chapter]:
     """A chapter with every kind of block, the name in every place."""
     path = folder / f"{name.replace('/', '')}.png"
-    grid(np.zeros((1, 8, 8, 3), np.uint8)).save(path)
+    image_grid(np.zeros((1, 8, 8, 3), np.uint8)).save(path)
     rows = [[name, Cell(name, "better")], ["plain", Cell(name, "")]]
     tables = [Table([name, "value"], rows, name, name), Table([name], [[name]], words=True)]
     return [Chapter(name, [Text(name), Bullets([name]), *tables, Picture(path, name), Verbatim(name, name)])]

@@ -43,7 +43,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
 from dit_in_dit.config.schema import to_dict
-from dit_in_dit.data.encode import Decoder
+from dit_in_dit.data.encode import LatentDecoder
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
 from dit_in_dit.interop.card import evaluation_of
@@ -512,7 +512,7 @@ def test_export_takes_the_run_s_vae_along_and_its_scale(said, tmp_path):
     export(tmp_path / "run", tmp_path / "out")
     loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))
     images = loaded(LABELS, latents=noise(WHOLE, (4, 16, 8)), output_type="pt").images
-    wanted = Decoder(data, torch.device("cpu"))(sample(seeded(config), config, WHOLE))
+    wanted = LatentDecoder(data, torch.device("cpu"))(sample(seeded(config), config, WHOLE))
     torch.testing.assert_close(images, (wanted / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics import pixels
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
-from dit_in_dit.metrics.detail import detail, scores
+from dit_in_dit.metrics.detail import detail, detail_scores
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
@@ -265,7 +265,7 @@ def test_true_mosaics_have_all_their_detail_and_others_have_none():
     truths, images = [mosaic.truth(i) for i in range(24)], [mosaic.image(i)[0] for i in range(24)]
     real = [detail(mosaic, t, x) for t, x in zip(truths, images, strict=True)]
     wrong = [detail(mosaic, t, x) for t, x in zip(truths, images[1:] + images[:1], strict=True)]
-    found, foreign = scores(real, real), scores(wrong, real)
+    found, foreign = detail_scores(real, real), detail_scores(wrong, real)
     assert all(s.value > 0.95 and s.value == s.floor for s in found.values())
     assert foreign["detail.period"].value < 0.4
     assert foreign["detail.direction"].value < 0.4
@@ -280,7 +280,9 @@ def test_blur_takes_contrast_then_texture_then_layout_from_mosaics():
     truths, images = [mosaic.truth(i) for i in range(24)], [mosaic.image(i)[0] for i in range(24)]
     real = [detail(mosaic, t, x) for t, x in zip(truths, images, strict=True)]
     steps = [
-        scores([detail(mosaic, t, gaussian_filter(x, (0, s, s))) for t, x in zip(truths, images, strict=True)], real)
+        detail_scores(
+            [detail(mosaic, t, gaussian_filter(x, (0, s, s))) for t, x in zip(truths, images, strict=True)], real
+        )
         for s in (0.5, 1.0, 2.0)
     ]
     for name in ("detail.contrast", "detail.period", "detail.layout"):

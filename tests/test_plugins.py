@@ -84,7 +84,7 @@ def loaded():
     """The user's classes in this process, for one test."""
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
     known = dict(plugins._loaded)
-    plugins.load(str(IDEA))
+    plugins.load_plugin(str(IDEA))
     sys.modules.pop(IDEA.stem)  # run anew in each test
     yield
     for kind, entries in before.items():
@@ -229,7 +229,7 @@ def test_a_plug_in_that_is_none_is_one_line(tmp_path):
         ("nobody", "no installed package has an entry point 'nobody'"),
     ):
         with pytest.raises(UserError, match=said):
-            plugins.load(str(text))
+            plugins.load_plugin(str(text))
 
 
 def test_what_a_config_knows_of_choices_is_what_the_classes_say():

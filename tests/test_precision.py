@@ -27,7 +27,7 @@ from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.metrics.report import compare
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs.pretrained import shipped
+from dit_in_dit.runs.pretrained import pretrained_models
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.study.plan import Plan, StudyConfig
@@ -194,9 +194,9 @@ def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, 
 
 
 @halves
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", pretrained_models())
 def test_every_shipped_model_is_a_pipeline_in_half_precision(name, half, tmp_path):
-    export(shipped()[name], tmp_path / "pipeline")
+    export(pretrained_models()[name], tmp_path / "pipeline")
     whole = DiTInDiTPipeline.from_pretrained(tmp_path / "pipeline")
     check_draws(whole, [loaded(tmp_path / "pipeline", half)], half)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from dit_in_dit.cli import main, parser
-from dit_in_dit.cli.options import chosen
+from dit_in_dit.cli.options import chosen_config
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import first_difference, override
@@ -25,7 +25,7 @@ def launched(command: str):
         words = shlex.split(words[words.index("--wrap") + 1])
     processes = nodes * int(words[words.index("--nproc-per-node") + 1]) if "--nproc-per-node" in words else 1
     options = parser().parse_args(words[words.index("train") :])
-    return chosen(options), processes
+    return chosen_config(options), processes
 
 
 @pytest.mark.parametrize("name", ["dit-s2", "dit-in-dit-s16", "dit-xl2"])

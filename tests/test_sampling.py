@@ -21,7 +21,7 @@ from dit_in_dit.diffusion.samplers import trajectory
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
 from dit_in_dit.interop.export_pipeline import pipeline_of
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.reporting.images import grid, to_pixels
+from dit_in_dit.reporting.images import image_grid, to_pixels
 from dit_in_dit.sampling.numbered import sample_batches
 
 
@@ -177,10 +177,10 @@ def test_seed_and_class_matter(run_config, model):
 
 def test_grids_keep_every_pixel():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
-    sheet = np.asarray(grid(pixels, columns=3))
+    sheet = np.asarray(image_grid(pixels, columns=3))
     assert sheet.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
     assert np.array_equal(sheet[68:132:2, 2:66:2], pixels[3])
-    assert grid(pixels[..., :1]).size[0] > 0
+    assert image_grid(pixels[..., :1]).size[0] > 0
 
 
 def test_pixels_cover_the_range():
@@ -189,12 +189,12 @@ def test_pixels_cover_the_range():
 
 
 def test_a_protocol_names_the_times_that_once_were_those_of_the_installed_diffusers():
-    from dit_in_dit.sampling.numbered import protocol
+    from dit_in_dit.sampling.numbered import sampling_protocol
 
     def times(path, sampler):
         how = SampleConfig(sampler=sampler, steps=4)
         config = RunConfig(model=small_model(), diffusion=DiffusionConfig(path=path), sample=how)
-        return protocol(config, labels="none", averaged=True, seed=0).get("times")
+        return sampling_protocol(config, labels="none", averaged=True, seed=0).get("times")
 
     assert times("flow", "unipc") == "of diffusers 0.42"
     assert [times("flow", "dpm++"), times("flow", "heun"), times("ddpm", "unipc")] == [None] * 3

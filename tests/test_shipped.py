@@ -213,7 +213,7 @@ def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
     run = MODELS / name
-    assert pretrained.shipped()[name].samefile(run)
+    assert pretrained.pretrained_models()[name].samefile(run)
     assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < MOST_BYTES
     saved = checkpoint.newest(run)
     folder, manifest, passed_over = saved.folder, saved.manifest, saved.passed_over
@@ -267,8 +267,8 @@ def test_a_file_is_there_once_it_is_whole(tmp_path):
     with pytest.raises(TypeError), atomic.file(path) as opened:
         opened.writelines([b"half", None])
     assert path.read_bytes() == b"new"
-    atomic.write(path, "newer")
-    atomic.write(path, "not this", once=True)
+    atomic.write_atomic(path, "newer")
+    atomic.write_atomic(path, "not this", once=True)
     assert path.read_text() == "newer"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -11,9 +11,9 @@ import torch
 from conftest import small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
-from dit_in_dit.data.run_data import locate, record
+from dit_in_dit.data.run_data import data_record, locate
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import SOURCES, count_classes, kind_of, open_source
+from dit_in_dit.data.sources import SOURCES, count_classes, open_source, source_kind
 from dit_in_dit.training.batches import Examples
 
 
@@ -61,9 +61,9 @@ def test_a_name_in_the_table_opens_its_class(named, source, rest):
 
 def test_a_kind_of_ones_own_comes_before_ours_at_a_path(named, tmp_path):
     (tmp_path / "a.shelf").mkdir()
-    assert kind_of(str(tmp_path / "a.shelf")) is Shelf
+    assert source_kind(str(tmp_path / "a.shelf")) is Shelf
     with pytest.raises(UserError, match="no such file or folder: dotty"):
-        kind_of("dotty")
+        source_kind("dotty")
 
 
 def test_what_a_source_leaves_out_has_defaults(named):
@@ -95,7 +95,7 @@ def test_the_path_after_a_name_is_noted_as_one(named, tmp_path, monkeypatch, exi
     if exists:
         (tmp_path / "here").mkdir()
     data = DataConfig(source="dots:here")
-    noted = record(open_source(data, small_model(num_classes=2)), data)
+    noted = data_record(open_source(data, small_model(num_classes=2)), data)
     assert noted == {"digest": "dots 1", "place": f"dots:{tmp_path / 'here'}" if exists else "dots:here"}
     monkeypatch.chdir("/")
     assert locate(data, noted).source == noted["place"]

@@ -23,8 +23,8 @@ from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import arms
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
-from dit_in_dit.study.planning import begin, make_plan
-from dit_in_dit.study.queue import MOST_LOSSES, LostError, Queue
+from dit_in_dit.study.planning import begin, plan_study
+from dit_in_dit.study.queue import MOST_LOSSES, LeaseLostError, Queue
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.worker import work
 from dit_in_dit.training.loop import train
@@ -55,7 +55,7 @@ def small(base: str, **keys) -> StudyConfig:
 
 def planned(study: StudyConfig, out: Path) -> Plan:
     out.mkdir(parents=True, exist_ok=True)
-    return begin(out, lambda: make_plan("small", study, CPU), study)
+    return begin(out, lambda: plan_study("small", study, CPU), study)
 
 
 def finish(study: StudyConfig, out: Path, **board) -> Plan:
@@ -72,16 +72,16 @@ def results(out: Path) -> dict[str, Result]:
 # -------------------------------------------------------------------------------------------- writing one
 
 
-@pytest.mark.parametrize("name", plans.shipped())
+@pytest.mark.parametrize("name", plans.shipped_studies())
 def test_every_shipped_study_can_be_planned(name):
-    study = plans.read(name)
+    study = plans.read_study_config(name)
     assert study.question.endswith("?")
     for changes, _ in arms.candidates(study).values():
         assert arms.budgeted(study, arms.configure(study, changes), changes).train.steps >= 1000
 
 
 def test_whatever_the_search_of_tuning_chooses_can_be_matched():
-    study = plans.read("tuning")
+    study = plans.read_study_config("tuning")
     like = arms.configure(study, {})
     for values in product(*study.search.values()):
         _, twin = arms.matched(study, dict(zip(study.search, values, strict=True)), like, CPU)
@@ -96,7 +96,9 @@ def test_a_grid_is_every_combination():
 
 
 def test_assignments_reach_into_the_groups_of_a_study():
-    study = plans.read("ablation", ["budget.steps=7", "set.train.batch_size=16", "seeds=[4, 5]", "samples=9"])
+    study = plans.read_study_config(
+        "ablation", ["budget.steps=7", "set.train.batch_size=16", "seeds=[4, 5]", "samples=9"]
+    )
     assert (study.budget, study.seeds, study.samples) == ({"steps": 7}, (4, 5), 9)
     assert study.set["train.batch_size"] == 16
 
@@ -191,9 +193,9 @@ def test_a_folder_holds_one_study(base, tmp_path):
 def test_shipped_studies_are_listed_and_shown_as_they_are(capsys):
     main(["study", "list"])
     said = capsys.readouterr().out
-    assert all(name in said for name in plans.shipped())
+    assert all(name in said for name in plans.shipped_studies())
     main(["study", "show", "order"])
-    assert capsys.readouterr().out == plans.shipped()["order"].read_text()
+    assert capsys.readouterr().out == plans.shipped_studies()["order"].read_text()
 
 
 def test_a_plan_shows_what_every_arm_costs(base, tmp_path, capsys):
@@ -346,7 +348,7 @@ def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(
     assert taken is not None
     assert taken.key == lost.key
     assert taken.losses == 0  # it had saved nothing
-    with pytest.raises(LostError):
+    with pytest.raises(LeaseLostError):
         dead.done(lost, "done", 1.0)
     other.done(taken, "done", 2.0)
     assert [trial.value for trial in other.keys().values()] == [2.0]

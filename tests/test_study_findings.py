@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.run import changed, to_yaml
+from dit_in_dit.config.run import replace_keys, to_yaml
 from dit_in_dit.study.plan import StudyConfig
-from dit_in_dit.study.planning import begin, make_plan
+from dit_in_dit.study.planning import begin, plan_study
 from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.results import StudyResults, read_study
-from dit_in_dit.study.summary import summarise
+from dit_in_dit.study.summary import summarise_study
 from dit_in_dit.study.worker import work
 from dit_in_dit.training.batches import Batch, Examples
 
@@ -25,7 +25,7 @@ MARK = 1e-9  # a weight decay that changes nothing, by which the planted arm is 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """Emoji at half their size: seconds a run."""
-    config = changed(
+    config = replace_keys(
         presets.get("emoji"),
         {
             "model.image_size": 16,
@@ -48,7 +48,7 @@ def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
     """The study's numbers, three seeds."""
     study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
-    plan = begin(out, lambda: make_plan("study", study, CPU))
+    plan = begin(out, lambda: plan_study("study", study, CPU))
     list(work(plan, out, Queue(plan, out), CPU))
     return read_study(out)
 
@@ -61,7 +61,7 @@ def test_the_same_config_twice_shows_no_difference(base, tmp_path):
     for metric in study.ranked:
         assert study.values("a", metric) == study.values("b", metric)
         assert not study.difference(arm, metric).marked
-    said = " ".join(summarise(study))
+    said = " ".join(summarise_study(study))
     assert "better" not in said.replace("lower is better", "")
     assert "worse" not in said
 
@@ -91,10 +91,10 @@ def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypa
     found = study.difference(study.plan.arm("wrong"), study.primary)
     assert found.marked
     assert found.mean > 0
-    assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise(study))
+    assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise_study(study))
 
 
 def test_more_steps_are_found_to_be_better(base, tmp_path):
     arms = {"short": {}, "long": {"train.steps": 200}}
     study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], set=steps(60))
-    assert any("'long' is better than 'short'" in sentence for sentence in summarise(study))
+    assert any("'long' is better than 'short'" in sentence for sentence in summarise_study(study))

@@ -17,16 +17,16 @@ import yaml
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import changed
+from dit_in_dit.config.run import replace_keys
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
 from dit_in_dit.study.arms import describe
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
-from dit_in_dit.study.report import Report, report
+from dit_in_dit.study.report import StudyReport, report
 from dit_in_dit.study.results import read_study
-from dit_in_dit.study.summary import summarise
+from dit_in_dit.study.summary import summarise_study
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
 
 EMOJI = presets.get("emoji").model
@@ -63,7 +63,7 @@ def noisy(effects: dict[str, float], spread: float = 0.002) -> Any:
 
 
 def says(out: Path) -> str:
-    return "\n".join(summarise(read_study(out)))
+    return "\n".join(summarise_study(read_study(out)))
 
 
 class Page(HTMLParser):
@@ -91,7 +91,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
     """A study with a planted difference, an arm that is compared with another than the control, one with a name that
     means something to every format, a failed trial, one under way, and one that never started."""
     out = write_plan(tmp_path_factory.mktemp("study") / "out", plan := study_of({**ARMS, EVIL: {"train.clip": 0}}))
@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     return out, report(out)
 
 
-def test_the_page_asks_for_nothing(whole: tuple[Path, Report]):
+def test_the_page_asks_for_nothing(whole: tuple[Path, StudyReport]):
     text = (whole[0] / "report.html").read_text()
     page = Page(text)
     assert all(source.startswith(("data:", "#")) for source in page.sources)
@@ -118,7 +118,7 @@ def test_the_page_asks_for_nothing(whole: tuple[Path, Report]):
     assert set(anchors) <= set(page.ids)
 
 
-def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Path, Report]):
+def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Path, StudyReport]):
     out, _ = whole
     page = Page((out / "report.html").read_text())
     for text in [*ARMS, EVIL, "does it help?", PRIMARY, "spectrum.1/4", "precision", "memorised", EMOJI.stages]:
@@ -133,7 +133,7 @@ def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Pat
     assert sorted(linked) == sorted(path.relative_to(out).as_posix() for path in figures)
 
 
-def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, Report]):
+def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, StudyReport]):
     out, made = whole
     states = {(arm, seed): (state, reason) for arm, seed, state, reason in read_study(out).missing()}
     assert states == {
@@ -147,11 +147,11 @@ def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, R
     assert any(sentence.startswith("Seeds of 'gate' failed") and "flatters" in sentence for sentence in made.summary)
 
 
-def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, Report]):
+def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, StudyReport]):
     assert (whole[0] / "report.md").read_text().count("other trials may have run beside") >= 4
 
 
-def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, Report]):
+def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, StudyReport]):
     out, _ = whole
     rows = list(csv.DictReader((out / "results.csv").open(newline="")))
     study = read_study(out)
@@ -164,7 +164,7 @@ def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, Report]):
     assert rest == {("gate", "2"): "failed", ("full", "1"): "under way", (EVIL, "2"): "not started"}
 
 
-def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, Report]):
+def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, StudyReport]):
     out, _ = whole
     rows = list(csv.DictReader((out / "curves.csv").open(newline="")))
     assert rows
@@ -175,7 +175,7 @@ def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, 
             assert [float(row["value"]) for row in mine] == errors.tolist()
 
 
-def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, Report]):
+def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, StudyReport]):
     out, _ = whole
     names = ("report.html", "report.md", "results.csv", "table.md", "table.tex", "curves.csv")
     before = {name: (out / name).read_bytes() for name in names}
@@ -202,7 +202,7 @@ def test_what_is_not_the_reports_stays_beside_its_figures(tmp_path: Path):
     assert (out / "figures/curves/loss.png").exists()
 
 
-def test_a_name_means_nothing_to_html_markdown_and_latex(whole: tuple[Path, Report]):
+def test_a_name_means_nothing_to_html_markdown_and_latex(whole: tuple[Path, StudyReport]):
     out, _ = whole
     assert "<script" not in (out / "report.html").read_text()
     table = (out / "table.md").read_text().splitlines()
@@ -286,7 +286,7 @@ def test_noise_is_seldom_called_a_difference(tmp_path: Path):
         drawn = {
             key: replace(result, metrics={PRIMARY: 1 + draw.normal(0, 0.1)}) for key, result in study.results.items()
         }
-        claims += "seen for none" not in "\n".join(summarise(replace(study, results=drawn)))
+        claims += "seen for none" not in "\n".join(summarise_study(replace(study, results=drawn)))
     assert 0 < claims <= 20
 
 
@@ -427,7 +427,7 @@ def test_an_error_is_compared_at_equal_macs(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
     """Six trials: the third is the best, the fourth failed before it had a config, the fifth was pruned, the sixth is
     not done."""
     search = {"model.inner.width": [16, 32, 64], "model.inner.aggregate": ["mean", "concat"]}
@@ -439,7 +439,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
             "model.inner.width": (16, 32, 64)[number % 3],
             "model.inner.aggregate": ("mean", "concat")[number % 2],
         }
-        trial = Trial(f"t{number}", 0, changed(base.arms[0].config, changes))
+        trial = Trial(f"t{number}", 0, replace_keys(base.arms[0].config, changes))
         value = {PRIMARY: 0.5 - number / 10} if state == "done" else {}
         folder = write_trial(out, trial, value if state else None, state=state or "done", reason="no memory")
         (folder / "changes.json").write_text(json.dumps({"changes": changes, "number": number}))
@@ -448,7 +448,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     return out, report(out)
 
 
-def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, Report]):
+def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, StudyReport]):
     out, made = searched
     table = (out / "table.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == ["2", "1", "0"]
@@ -459,7 +459,7 @@ def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, Repo
     assert sum(source.startswith("data:image/png") for source in page.sources) == 2
 
 
-def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[Path, Report]):
+def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[Path, StudyReport]):
     out, made = searched
     assert "a lead, no claim" in made.summary[2]
     text = re.search(r"```\n(question: .*?)```", (out / "report.md").read_text(), re.DOTALL)
@@ -471,7 +471,7 @@ def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[P
     assert plan_of(proposed).control.name == "base"
 
 
-def test_the_numbers_of_a_search_come_back_from_csv(searched: tuple[Path, Report]):
+def test_the_numbers_of_a_search_come_back_from_csv(searched: tuple[Path, StudyReport]):
     rows = list(csv.DictReader((searched[0] / "results.csv").open(newline="")))
     assert [(row["number"], row["state"]) for row in rows] == [
         ("0", "done"), ("1", "done"), ("2", "done"), ("3", "failed"), ("4", "pruned"), ("5", "not done")

@@ -12,7 +12,7 @@ from scipy import stats
 
 from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.study.metrics import grouped
-from dit_in_dit.study.statistics import Difference, difference, estimate, standard_errors
+from dit_in_dit.study.statistics import Difference, mean_interval, paired_difference, standard_errors
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
 
@@ -24,7 +24,7 @@ def by_seed(values: list[float]) -> dict[int, float]:
 @settings(max_examples=200, deadline=None)
 @given(VALUES)
 def test_a_mean_has_the_t_interval_of_scipy(values: list[float]):
-    found = estimate(values)
+    found = mean_interval(values)
     error = stats.sem(values)
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), error) if error else (np.mean(values),) * 2
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
@@ -35,7 +35,7 @@ def test_a_mean_has_the_t_interval_of_scipy(values: list[float]):
 @given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=12), st.integers(1, 40))
 def test_a_difference_has_the_paired_t_test_of_scipy(pairs: list[tuple[float, float]], comparisons: int):
     a, b = ([round(x, 4) for x in column] for column in zip(*pairs, strict=True))
-    found = difference(by_seed(a), by_seed(b), comparisons)
+    found = paired_difference(by_seed(a), by_seed(b), comparisons)
     if found.equal or found.constant:
         assert np.ptp(np.subtract(a, b)) < 1e-9
         return
@@ -50,45 +50,45 @@ def test_a_difference_has_the_paired_t_test_of_scipy(pairs: list[tuple[float, fl
 
 
 def test_only_seeds_that_both_arms_have_are_paired():
-    found = difference({0: 1.0, 1: 2.0, 5: 9.0}, {5: 5.0, 1: 1.0, 7: 0.0})
+    found = paired_difference({0: 1.0, 1: 2.0, 5: 9.0}, {5: 5.0, 1: 1.0, 7: 0.0})
     assert found.seeds == (1, 5)
     assert found.mean == 2.5
     assert found.percent == pytest.approx(100 * 2.5 / 3)
 
 
 def test_percent_is_of_the_size_of_the_other_mean():
-    assert difference({0: -3.0}, {0: -2.0}).percent == -50
-    assert difference({0: 1.0}, {0: 0.0}).percent is None
+    assert paired_difference({0: -3.0}, {0: -2.0}).percent == -50
+    assert paired_difference({0: 1.0}, {0: 0.0}).percent is None
 
 
 def test_equal_values_are_no_difference():
     values = {seed: 0.1 * seed for seed in range(5)}
-    found = difference(values, dict(values), 7)
+    found = paired_difference(values, dict(values), 7)
     assert found == Difference((0, 1, 2, 3, 4), 0.0, None, equal=True)
     assert not found.marked
 
 
 def test_rounding_is_no_difference():
     a = {0: 0.1 + 0.2, 1: 0.7}
-    assert difference(a, {0: 0.3, 1: 0.7}).equal
+    assert paired_difference(a, {0: 0.3, 1: 0.7}).equal
 
 
 def test_differences_without_any_spread_have_no_interval_and_no_mark():
-    found = difference({0: 0.3, 1: 0.5, 2: 0.8}, {0: 0.2, 1: 0.4, 2: 0.7})
+    found = paired_difference({0: 0.3, 1: 0.5, 2: 0.8}, {0: 0.2, 1: 0.4, 2: 0.7})
     assert found.constant
     assert found.mean == pytest.approx(0.1)
     assert (found.low, found.p, found.marked) == (None, None, False)
 
 
 def test_one_seed_has_no_interval_and_is_never_marked():
-    found = difference({3: 5.0}, {3: 1.0})
+    found = paired_difference({3: 5.0}, {3: 1.0})
     assert (found.mean, found.low, found.wide_low, found.p, found.marked) == (4.0, None, None, None, False)
-    assert estimate([5.0]).low is None
+    assert mean_interval([5.0]).low is None
     assert standard_errors(1) == math.inf
 
 
 def test_no_common_seed_is_no_difference_at_all():
-    found = difference({0: 1.0}, {1: 1.0})
+    found = paired_difference({0: 1.0}, {1: 1.0})
     assert found.seeds == ()
     assert math.isnan(found.mean)
     assert not found.marked
@@ -96,11 +96,11 @@ def test_no_common_seed_is_no_difference_at_all():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_never_marked(bad: float):
-    found = difference({0: 5.0, 1: bad, 2: 5.1}, {0: 1.0, 1: 1.0, 2: 1.1})
+    found = paired_difference({0: 5.0, 1: bad, 2: 5.1}, {0: 1.0, 1: 1.0, 2: 1.1})
     assert math.isnan(found.mean)
     assert not found.marked
-    assert math.isnan(estimate([1.0, bad]).mean)
-    assert estimate([1.0, bad]).low is None
+    assert math.isnan(mean_interval([1.0, bad]).mean)
+    assert mean_interval([1.0, bad]).low is None
 
 
 def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
@@ -109,7 +109,9 @@ def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
     marked = 0
     for _ in range(studies):
         control = by_seed(draw.normal(size=4).tolist())
-        marked += any(difference(by_seed(draw.normal(size=4).tolist()), control, arms).marked for _ in range(arms))
+        marked += any(
+            paired_difference(by_seed(draw.normal(size=4).tolist()), control, arms).marked for _ in range(arms)
+        )
     assert marked / studies < 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
     assert marked  # the test can fail: something is marked now and then
 
@@ -118,7 +120,7 @@ def test_the_interval_of_a_planted_difference_holds_it_as_often_as_it_says():
     draw, inside = np.random.default_rng(1), 0
     for _ in range(1000):
         shared = draw.normal(size=3)
-        found = difference(by_seed((shared + draw.normal(0.7, 0.2, 3)).tolist()), by_seed(shared.tolist()))
+        found = paired_difference(by_seed((shared + draw.normal(0.7, 0.2, 3)).tolist()), by_seed(shared.tolist()))
         inside += found.low is not None and found.high is not None and found.low <= 0.7 <= found.high
     assert abs(inside / 1000 - 0.95) < 3 * math.sqrt(0.05 * 0.95 / 1000)
 

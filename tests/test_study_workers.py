@@ -23,7 +23,7 @@ from dit_in_dit.config.run import RunConfig, to_yaml
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.plan import Plan, StudyConfig
-from dit_in_dit.study.planning import begin, make_plan
+from dit_in_dit.study.planning import begin, plan_study
 from dit_in_dit.study.queue import OUTCOME, Queue
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.worker import work
@@ -65,7 +65,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig
 
 def planned(study: StudyConfig, out: Path) -> Plan:
     out.mkdir(parents=True)
-    return begin(out, lambda: make_plan("killed", study, CPU))
+    return begin(out, lambda: plan_study("killed", study, CPU))
 
 
 def table(out: Path) -> dict[str, Result]:

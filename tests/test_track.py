@@ -18,7 +18,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
-from dit_in_dit.training.trackers import TRACKERS, chosen, told
+from dit_in_dit.training.trackers import TRACKERS, chosen_trackers, told
 from test_cli import TINY, lines_of
 
 STEPS = 6
@@ -58,7 +58,7 @@ def no_curves(monkeypatch):
 def twice(config, run: Path, names) -> dict[int, float]:
     """Killed after step 5, two steps past its checkpoint, and resumed; the losses that the log has."""
     assert not follow(config, run, names, stop=5)
-    assert not follow(config, run, chosen(None, run), resume=True)
+    assert not follow(config, run, chosen_trackers(None, run), resume=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").open()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == [1, 2, 3, 4, 5, 6]
@@ -99,7 +99,7 @@ def test_a_tracker_of_the_user_needs_no_package_of_its_name(no_curves, config, r
     made: list[Any] = []
     losses: dict[int, float] = {}
     monkeypatch.setitem(TRACKERS, "mine", Mine)
-    assert chosen("mine", run) == ["mine"]
+    assert chosen_trackers("mine", run) == ["mine"]
     assert twice(config, run, ["mine"]) == pytest.approx(losses)
     assert made == [("", 0), "closed", ("one", 3), "closed"]
 
@@ -256,8 +256,8 @@ def test_the_command_tells_who_it_is_asked_to_and_goes_on_doing_so(no_curves, fo
     assert not run.exists()
     main([*words, "--track", "tensorboard"])
     main(["train", "--resume", "--out", str(run)])
-    assert chosen(None, run) == ["tensorboard"]
-    assert chosen("none", run) == []
+    assert chosen_trackers(None, run) == ["tensorboard"]
+    assert chosen_trackers("none", run) == []
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert len(events.Scalars("train/loss")) == 4
     assert [event.step for event in events.Images("samples")] == [4]

@@ -28,7 +28,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.batches import Examples, image_number, load
+from dit_in_dit.training.batches import Examples, image_number, load_batches
 from dit_in_dit.training.ema import Ema, ema_decay
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer, learning_rate
@@ -144,7 +144,7 @@ def test_accumulation_changes_neither_examples_nor_gradients(run_config, tmp_pat
 @pytest.mark.slow
 def test_workers_change_nothing(run_config):
     reader = examples(run_config)
-    for a, b in zip(load(reader, 2, 6, 0, pin=False), load(reader, 2, 6, 2, pin=False), strict=True):
+    for a, b in zip(load_batches(reader, 2, 6, 0, pin=False), load_batches(reader, 2, 6, 2, pin=False), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -278,7 +278,7 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, tmp_path):
     list(train(with_train(run_config, steps=3), tmp_path / "run"))
     hold = (
-        "import sys, time; from pathlib import Path; from dit_in_dit.runs.folder import hold\n"
+        "import sys, time; from pathlib import Path; from dit_in_dit.runs.folder import lock_run\n"
         "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)

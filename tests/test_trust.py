@@ -111,7 +111,7 @@ def test_a_key_that_came_later_counts_in_the_hash_only_where_it_is_set():
 
 def test_the_hash_of_a_config_is_the_one_that_was_written_down():
     assert config_hash(RunConfig()) == "baeaf33b0f8a7be0e35cb22089e4720a7ff3bcfc09b75a74e53588fe52cc12f7"
-    for run in pretrained.shipped().values():
+    for run in pretrained.pretrained_models().values():
         manifest = checkpoint.newest(run).manifest
         assert manifest["config"] == config_hash(read_config(run))
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from conftest import perturbed, small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
-from dit_in_dit.data.encode import Decoder, Encoding, encode
-from dit_in_dit.data.latents import complete, read_index
+from dit_in_dit.data.encode import Encoding, LatentDecoder, encode
+from dit_in_dit.data.latents import complete, read_latents_index
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.data.vae import constants, factor, load_vae, moments
+from dit_in_dit.data.vae import constants, factor, load_vae, posterior_moments
 from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.model.nested import NestedDiT
@@ -93,7 +93,7 @@ def test_each_class_encodes_trains_and_decodes(name, images, tmp_path):
     theirs.save_pretrained(tmp_path / "vae")
     folder = encoded(images, tmp_path / "vae", tmp_path / "latents", dtype="float32")
     side = 16 // smaller
-    assert read_index(folder)["made"]["shape"] == [channels, side, side]
+    assert read_latents_index(folder)["made"]["shape"] == [channels, side, side]
     with torch.inference_mode():
         first = theirs.encode(x)[0]
         mean = first if isinstance(first, torch.Tensor) else first.mean
@@ -105,7 +105,7 @@ def test_each_class_encodes_trains_and_decodes(name, images, tmp_path):
     data = complete(DataConfig(source=str(folder), held_out=0.0))
     source = open_source(data, small_model(image_size=(side, side), channels=channels, num_classes=2))
     assert source.train(0)[0].shape == (channels, side, side)
-    draw = Decoder(data, CPU)
+    draw = LatentDecoder(data, CPU)
     assert draw.factor == smaller
     scale = torch.tensor(draw.constants["scale"])
     torch.testing.assert_close(draw(mean * scale), back, rtol=1e-3, atol=1e-3)
@@ -128,7 +128,7 @@ def test_each_class_travels_with_an_exported_pipeline(name, tmp_path):
     latents = pipe([0, 1] * 4, latents=noise, output_type="latent").images
     drawn = pipe([0, 1] * 4, latents=noise, output_type="pt").images
     assert drawn.shape == (8, 3, 8 * smaller, 8 * smaller)
-    torch.testing.assert_close(drawn, (Decoder(data, CPU)(latents) / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drawn, (LatentDecoder(data, CPU)(latents) / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
     own = load_vae(str(tmp_path / "pipe"), CPU)  # a pipeline's folder, whose VAE says the run's constants
     assert constants(own) == ([0.5] * channels, [2.0] * channels)
 
@@ -154,7 +154,7 @@ def test_means_and_deviations_of_a_vae_are_its_constants(images, tmp_path):
     data = complete(DataConfig(source=str(folder), held_out=0.0, posterior="mean"))
     assert (data.latent_mean, data.latent_scale) == ((0.1, 0.2, 0.3, 0.4), (1.0, 0.5, 0.25, 0.125))
     source = open_source(data, small_model(image_size=(8, 8), channels=4, num_classes=2))
-    latent = moments(vae, pixels_of(images)[:1])[0, :4]
+    latent = posterior_moments(vae, pixels_of(images)[:1])[0, :4]
     wanted = (latent - torch.tensor(numbers["latents_mean"])[:, None, None]) * torch.tensor([1.0, 0.5, 0.25, 0.125])[
         :, None, None
     ]

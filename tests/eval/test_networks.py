@@ -253,7 +253,7 @@ def test_the_frechet_distance_of_as_many_images_as_numbers_equals_torch_fidelity
     network = open_network("inception", path, CPU)
     chunks = [[network(part)["pool"] for part in np.split(images, COUNT // BATCH)] for images in (made, real)]
     assert (np.concatenate(chunks[0]).std(0) > 0).sum() == 18
-    found = feature_distances.frechet(*map(feature_distances.moments, chunks))
+    found = feature_distances.frechet(*map(feature_distances.feature_moments, chunks))
     expected = fidelity(made, real, path, fid=True)["frechet_inception_distance"]
     assert found == pytest.approx(expected, rel=1e-6)
 

@@ -239,7 +239,7 @@ def test_an_evaluation_looks_at_the_very_images_that_are_drawn(run, words, tmp_p
     main([*words, str(tmp_path / "drawn"), "--classes", "red,green"])
     asked = ["evaluate", str(run), "--num", "10", "--classes", "red,green", "--device", "cpu"]
     main([*asked, "--out", str(tmp_path / "evaluated")])
-    images = np.concatenate(list(shards.read(tmp_path / "evaluated/samples", 10, 4, "images")))
+    images = np.concatenate(list(shards.read_chunks(tmp_path / "evaluated/samples", 10, 4, "images")))
     for number, pixels in enumerate(images):
         assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / f"drawn/{number:06d}.png")))
 

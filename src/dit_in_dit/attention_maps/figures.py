@@ -11,10 +11,11 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
-from dit_in_dit.attention_maps.findings import missing
-from dit_in_dit.attention_maps.record import Array, Level, Maps
+from dit_in_dit.attention_maps.findings import missing_parts
+from dit_in_dit.attention_maps.record import LevelAttention, Maps
 from dit_in_dit.attention_maps.tokens import evenly
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.data.picture import Array
 from dit_in_dit.metrics.pixels import Spectrum
 from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import to_pixels
@@ -31,7 +32,7 @@ WEIGHTS = "GnBu"  # light is little
 
 def figures(maps: Maps, classes: tuple[str, ...]) -> Iterator[tuple[str, str, Figure]]:
     """Every figure that this model has: file name, what it shows, figure."""
-    why = missing(maps.config.model)
+    why = missing_parts(maps.config.model)
     if maps.inner:
         if maps.inner.tokens.per_patch > 1:
             yield "inner-attention.png", "who sees whom inside a patch, averaged", average(maps, maps.inner)
@@ -130,7 +131,7 @@ def _plot_below(made: Figure, axes: Any) -> Any:
 # --------------------------------------------------------------------------------------- attention
 
 
-def average(maps: Maps, level: Level) -> Figure:
+def average(maps: Maps, level: LevelAttention) -> Figure:
     """Weights inside a patch, mean over images and patches: a small map for each looking sub-patch, at its place."""
     side = maps.config.model.sub_grid
     rows = [(layer, head) for layer in _spread(len(level.blocks), 4) for head in _spread(level.average.shape[2], 2)]
@@ -152,7 +153,7 @@ def average(maps: Maps, level: Level) -> Figure:
     return made
 
 
-def received(maps: Maps, level: Level) -> Figure:
+def received(maps: Maps, level: LevelAttention) -> Figure:
     """What a sub-patch gets from all that see it, over the images; the last layer that is kept, mean over heads."""
     model, plan = maps.config.model, maps.plan
     rows, columns = _spread(len(plan.images), ROWS), _spread(len(plan.times), COLUMNS - 4)

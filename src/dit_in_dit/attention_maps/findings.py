@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dit_in_dit.attention_maps.record import Array, Level, Maps
+from dit_in_dit.attention_maps.record import LevelAttention, Maps
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.data.picture import Array
 from dit_in_dit.diffusion.objective import high_frequencies
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS
 from dit_in_dit.model.mixers import MIXERS
@@ -25,7 +26,7 @@ def findings(maps: Maps) -> list[str]:
     return said
 
 
-def missing(model: ModelConfig) -> dict[str, str]:
+def missing_parts(model: ModelConfig) -> dict[str, str]:
     """Why a part is not shown, by part: inner, aggregation, contribution, without."""
     inner, why = model.inner, {}
     ends_inner = model.program[-1][0] == "inner"
@@ -55,7 +56,7 @@ def not_shown(model: ModelConfig) -> list[str]:
         "contribution": "share of the inner path",
         "without": "pictures without the inner path",
     }
-    why = missing(model)
+    why = missing_parts(model)
     return [f"No {_list([names[part] for part in why if why[part] == r])}: {r}." for r in dict.fromkeys(why.values())]
 
 
@@ -74,7 +75,7 @@ def _list(items: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
-def _attention(name: str, level: Level, maps: Maps) -> list[str]:
+def _attention(name: str, level: LevelAttention, maps: Maps) -> list[str]:
     entropy, own, distance = (x.mean((0, 2, 3, 4)) for x in (level.entropy, level.own, level.distance))
     token = "sub-patch" if name == "Inner" else "patch"
     seen = level.tokens.seen
@@ -88,7 +89,7 @@ def _attention(name: str, level: Level, maps: Maps) -> list[str]:
     ]
 
 
-def _dependence(level: Level) -> str:
+def _dependence(level: LevelAttention) -> str:
     parts = level.variance()
     if not any(parts.values()):
         return "All inner attention weights are alike."

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dit_in_dit.attention_maps.figures import spectra
-from dit_in_dit.attention_maps.findings import findings, missing, not_shown
-from dit_in_dit.attention_maps.record import Array, Level, Maps
-from dit_in_dit.attention_maps.tokens import SHOWN, evenly, left_out
+from dit_in_dit.attention_maps.findings import findings, missing_parts, not_shown
+from dit_in_dit.attention_maps.record import LevelAttention, Maps
+from dit_in_dit.attention_maps.tokens import PICTURE_PIXELS, evenly, left_out_sentences
 from dit_in_dit.config.program import format_stages
+from dit_in_dit.data.picture import Array
 from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import picture, to_pixels
 from dit_in_dit.reporting.templates import render
@@ -42,8 +43,8 @@ def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict
         + (f" of {model.sub_patches} sub-patches" if model.blocks("inner") else "")
         + f", {views.split} images, no guidance",
         "findings": findings(maps),
-        "left_out": left_out(model, plan, len(views.images), len(views.times)),
-        "missing": missing(model),
+        "left_out": left_out_sentences(model, plan, len(views.images), len(views.times)),
+        "missing": missing_parts(model),
         "not_shown": not_shown(model),
         "times": [views.times[j] for j in k],
         "all_times": list(views.times),
@@ -70,7 +71,7 @@ def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict
     }
 
 
-def _level(level: Level, n: list[int], k: list[int]) -> dict[str, Any]:
+def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
     layers = list(level.plan.layers)
 
     def per_patch(values: Array) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def _level(level: Level, n: list[int], k: list[int]) -> dict[str, Any]:
     }
 
 
-def _group_of_patch(level: Level) -> list[int]:
+def _group_of_patch(level: LevelAttention) -> list[int]:
     groups = np.zeros(level.tokens.patches.size, int)
     groups[level.tokens.patches] = np.arange(len(level.tokens.patches))[:, None]
     return groups.tolist()
@@ -155,12 +156,12 @@ def _rounded(values: NDArray[Any]) -> Any:
 
 def _sheet(images: Array) -> dict[str, Any]:
     """Pictures (rows, columns, C, H, W) as one image in text, with the size of each: PNG, or JPEG of large ones,
-    which are shown at `SHOWN` pixels."""
+    which are shown at `PICTURE_PIXELS` pixels."""
     rows, columns = images.shape[:2]
     tiles = [picture(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]
     width, height = tiles[0].size
-    if small := max(width, height) > SHOWN:
-        scale = SHOWN / max(width, height)
+    if small := max(width, height) > PICTURE_PIXELS:
+        scale = PICTURE_PIXELS / max(width, height)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
         tiles = [tile.resize((width, height), Image.Resampling.LANCZOS) for tile in tiles]
     pixels = np.stack([np.asarray(tile.convert("RGB")) for tile in tiles])

@@ -19,9 +19,10 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_in_dit.attention_maps.tokens import LevelPlan, Plan, evenly, make_plan
+from dit_in_dit.attention_maps.tokens import LevelPlan, MapsPlan, evenly, plan_maps
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.samplers import guided, trajectory
@@ -37,9 +38,8 @@ from dit_in_dit.model.layers import attention_weights
 from dit_in_dit.model.mixers import PatchMixer
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.sampling.numbered import label, numbered_noise
+from dit_in_dit.sampling.numbered import class_of, numbered_noise
 
-Array = NDArray[np.float32]
 SEARCHED = 512  # held-out images looked at to find some of each class
 MOST_WEIGHTS = 2**22  # attention weights at a time; more leave the cache and are slower
 STRIPS = 4  # samples whose way from noise is kept
@@ -94,7 +94,7 @@ def inner_tokens(model: ModelConfig, mixer: PatchMixer) -> Tokens:
 
 
 @dataclass(frozen=True)
-class Level:
+class LevelAttention:
     """The attention of one level.
 
     Attributes:
@@ -194,12 +194,12 @@ class Maps:
 
     config: RunConfig
     views: Views
-    plan: Plan
+    plan: MapsPlan
     noisy: Array
     estimate: Array
     without: Array | None
-    inner: Level | None
-    outer: Level
+    inner: LevelAttention | None
+    outer: LevelAttention
     aggregation: dict[str, Aggregation]
     contribution: dict[str, Array]
     draws: Draws
@@ -229,7 +229,7 @@ def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], 
 
 
 @torch.inference_mode()
-def record(
+def record_maps(
     model: NestedDiT,
     config: RunConfig,
     views: Views,
@@ -249,7 +249,7 @@ def record(
         UserError: the model gives numbers that are not finite.
     """
     objective, device = Objective(config.diffusion), next(model.parameters()).device
-    plan = make_plan(config.model, len(views.images), len(views.times))
+    plan = plan_maps(config.model, len(views.images), len(views.times))
     levels = _Levels(model, plan, len(views.images), len(views.times))
     shape = (len(views.images), len(views.times))
     pictures = {name: np.zeros((*shape, *views.images.shape[1:]), np.float32) for name in ("noisy", "on", "off")}
@@ -292,7 +292,7 @@ def record(
         outer=outer,
         aggregation=pooled,
         contribution=shares,
-        draws=draw(model, config, samples, seed=seed, classes=classes, advance=advance),
+        draws=draw_on_and_off(model, config, samples, seed=seed, classes=classes, advance=advance),
     )
 
 
@@ -314,9 +314,9 @@ def _pool(
 class _Levels:
     """Takes in the attention of one block, image and time after another."""
 
-    def __init__(self, model: NestedDiT, plan: Plan, images: int, times: int) -> None:
+    def __init__(self, model: NestedDiT, plan: MapsPlan, images: int, times: int) -> None:
         self.plan, self.at = plan, (0, 0)
-        self.levels: dict[str, Level] = {}
+        self.levels: dict[str, LevelAttention] = {}
         modules = attentions(model)
         for name, kept in (("inner", plan.inner), ("outer", plan.outer)):
             blocks = tuple(block for block in modules if block.startswith(name))
@@ -333,7 +333,7 @@ class _Levels:
         layer = level.blocks.index(block)
         images, times, layers = self.plan.images, self.plan.times, level.plan.layers
         kept = n in images and t in times and layer in layers
-        seen = measure(q[0], k[0], level.tokens, matrices=kept and level.plan.matrices)
+        seen = measure_attention(q[0], k[0], level.tokens, matrices=kept and level.plan.matrices)
         here = n, t, layer
         level.entropy[here], level.own[here], level.distance[here] = seen.entropy, seen.own, seen.distance
         level.average[t, layer] += seen.average / len(level.entropy)
@@ -344,7 +344,7 @@ class _Levels:
                 if held.size:
                     held[place] = part if level.plan.heads else part.mean(0, keepdims=True)
 
-    def finish(self) -> tuple[Level | None, Level]:
+    def finish(self) -> tuple[LevelAttention | None, LevelAttention]:
         """Both levels."""
         return self.levels.get("inner"), self.levels["outer"]
 
@@ -355,9 +355,9 @@ def _empty(
     tokens: Tokens,
     patches: int,
     kept: LevelPlan,
-    plan: Plan,
+    plan: MapsPlan,
     shape: tuple[int, int],
-) -> Level:
+) -> LevelAttention:
     layers, s = len(blocks), tokens.per_patch
     all_ = (*shape, layers, heads, patches)
     few = (len(plan.images), len(plan.times), len(kept.layers), heads if kept.heads else 1)
@@ -365,7 +365,7 @@ def _empty(
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, np.float32)
 
-    return Level(
+    return LevelAttention(
         blocks=blocks,
         tokens=tokens,
         entropy=zeros(*all_),
@@ -381,12 +381,12 @@ def _empty(
 
 
 @dataclass(frozen=True)
-class Measured:
+class AttentionMeasures:
     """One block's attention in one image.
 
     `entropy`, `own`, `distance` (heads, T), `received` (heads, tokens of the image), `average` (heads, S, S) over
     patches and `squares` (heads,), then, where asked for, `inside` (heads, T, S, S) and `reach` (heads, T, L);
-    see `Level`.
+    see `LevelAttention`.
     """
 
     entropy: Array
@@ -399,7 +399,7 @@ class Measured:
     reach: Array
 
 
-def measure(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = True) -> Measured:
+def measure_attention(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = True) -> AttentionMeasures:
     """From queries and keys (groups, heads, L, d), with `MOST_WEIGHTS` weights in memory at a time."""
     groups, heads, length, _ = q.shape
     s, patches = tokens.per_patch, tokens.patches.size
@@ -430,7 +430,7 @@ def measure(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = True) -> M
         """(groups, heads, L or L / S, ...) -> (heads, tokens or patches of the image, ...)."""
         return found.transpose(0, 1).flatten(1, 2)[:, np.argsort(numbers.ravel())].cpu().numpy()
 
-    return Measured(
+    return AttentionMeasures(
         entropy=in_order(entropy, tokens.patches),
         own=in_order(own, tokens.patches),
         distance=in_order(distance, tokens.patches),
@@ -459,7 +459,7 @@ def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tu
 
 
 @torch.inference_mode()
-def draw(
+def draw_on_and_off(
     model: NestedDiT,
     config: RunConfig,
     num: int,
@@ -471,7 +471,7 @@ def draw(
     """Samples 0 to num - 1, those of `sample_batches`, with the inner path on and off."""
     device, classified = next(model.parameters()).device, config.model.num_classes
     shape = config.model.image_shape
-    labels = tuple(label(i, classes or range(classified or 1)) for i in range(num))
+    labels = tuple(class_of(i, classes or range(classified or 1)) for i in range(num))
     y = torch.tensor(labels, device=device) if classified else None
     predict = guided(model, classified, config.sample)
     way = []

@@ -14,7 +14,7 @@ from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.model.mixers import MIXERS
 
 MOST_BYTES = 3_000_000  # of the page's arrays and pictures; a third more when written as text
-SHOWN = 96  # pixels of the longer side of a picture in the page
+PICTURE_PIXELS = 96  # pixels of the longer side of a picture in the page
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LevelPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MapsPlan:
     """Positions of the images, times and layers that are kept."""
 
     images: tuple[int, ...]
@@ -43,12 +43,12 @@ def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
     return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
 
 
-def make_plan(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> Plan:
+def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
     """Everything if it fits into `most` bytes; else without what is missed least, one thing after another; where that
     is not enough, without who sees whom: first at the inner level, then at both."""
     mixer = MIXERS[model.inner.mixer]
     attends = mixer is not None and mixer.length(model) > 0
-    whole = Plan(
+    whole = MapsPlan(
         tuple(range(images)),
         tuple(range(times)),
         LevelPlan(tuple(range(model.blocks("inner") if attends else 0))),
@@ -64,19 +64,19 @@ def make_plan(model: ModelConfig, images: int, times: int, most: int = MOST_BYTE
     return plan
 
 
-def _images(most: int) -> Callable[[Plan], Plan]:
+def _images(most: int) -> Callable[[MapsPlan], MapsPlan]:
     return lambda plan: replace(plan, images=evenly(plan.images, most))
 
 
-def _times(most: int) -> Callable[[Plan], Plan]:
+def _times(most: int) -> Callable[[MapsPlan], MapsPlan]:
     return lambda plan: replace(plan, times=evenly(plan.times, most))
 
 
-def _inner(most: int = 1000, **changes: bool) -> Callable[[Plan], Plan]:
+def _inner(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
     return lambda plan: replace(plan, inner=replace(plan.inner, layers=evenly(plan.inner.layers, most), **changes))
 
 
-def _outer(most: int = 1000, **changes: bool) -> Callable[[Plan], Plan]:
+def _outer(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
     return lambda plan: replace(plan, outer=replace(plan.outer, layers=evenly(plan.outer.layers, most), **changes))
 
 
@@ -87,14 +87,14 @@ _CUTS = (
 )
 
 
-def size(model: ModelConfig, plan: Plan) -> int:
+def size(model: ModelConfig, plan: MapsPlan) -> int:
     """Bytes of what the plan keeps: a byte a weight, four a statistic, and the pictures."""
     patches, sub = model.patches, model.sub_patches
     mixer = MIXERS[model.inner.mixer]
     reach = mixer.length(model) if mixer else 0
     inner = _level(plan.inner, model.inner.num_heads, patches, sub, reach)
     outer = _level(plan.outer, model.outer.num_heads, patches, 1, patches)
-    scale = min(1, SHOWN / max(model.image_size))
+    scale = min(1, PICTURE_PIXELS / max(model.image_size))
     pictures = 3 * 3 * round(model.image_size[0] * scale) * round(model.image_size[1] * scale)
     drawn = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
     joins = len(joining(model)) * patches * (4 + drawn)
@@ -115,7 +115,7 @@ def _level(plan: LevelPlan, heads: int, patches: int, sub: int, reach: int) -> i
     return len(plan.layers) * (heads if plan.heads else 1) * patches * per_patch
 
 
-def left_out(model: ModelConfig, plan: Plan, images: int, times: int) -> list[str]:
+def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: int) -> list[str]:
     """What the plan leaves out, a sentence each."""
     said = []
     for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):

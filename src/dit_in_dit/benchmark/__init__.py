@@ -1,6 +1,6 @@
 """How fast a model is, where its time goes, and how that compares with its cost."""
 
 from dit_in_dit.benchmark.timing import Times as Times
-from dit_in_dit.benchmark.timing import estimate as estimate
+from dit_in_dit.benchmark.timing import estimate_seconds as estimate_seconds
 from dit_in_dit.benchmark.timing import product_speed as product_speed
 from dit_in_dit.benchmark.timing import step_seconds as step_seconds

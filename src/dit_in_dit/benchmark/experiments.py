@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.benchmark.attention import group_times
-from dit_in_dit.benchmark.first_written import check as check_first_written
+from dit_in_dit.benchmark.first_written import check_first_written
 from dit_in_dit.benchmark.parts import INNER, OUTER, part_macs, part_seconds, parted, per_mac, profiled
-from dit_in_dit.benchmark.report import Goal, Parts, Ratio, Report
+from dit_in_dit.benchmark.report import BenchmarkReport, Goal, Parts, Ratio
 from dit_in_dit.benchmark.subjects import (
+    BenchmarkSubject,
     Make,
-    Measured,
-    Subject,
+    Measurements,
     check_theirs,
     diffusers_dit,
     first_written,
-    measure,
+    measure_subjects,
     nested,
     official_dit,
 )
@@ -56,7 +56,7 @@ class Bench:
 
     def __init__(self, command: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
         self.device, self.seconds, self.twin = device, seconds, twin
-        self.report = Report(command, device)
+        self.report = BenchmarkReport(command, device)
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > BUSY * cores:
             self.report.notes.append(f"a load of {load:.1f} on {cores} cores before the start: others use the machine")
@@ -70,16 +70,16 @@ class Bench:
         speed = best_product(self.device, DTYPES[precision])
         self.report.products[precision] = max(speed, self.report.products.get(precision, 0.0))
 
-    def subject(self, run: RunConfig, make: Make = nested) -> Subject:
+    def subject(self, run: RunConfig, make: Make = nested) -> BenchmarkSubject:
         """A model in training."""
         self.measure_product(run)
-        return Subject(run, self.device, make)
+        return BenchmarkSubject(run, self.device, make)
 
-    def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measured]:
+    def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
         """Measure subjects in turns, for `longer` times the usual seconds."""
         with enough_memory(subjects, self.device):
             made = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
-            found = measure(made, longer * self.seconds)
+            found = measure_subjects(made, longer * self.seconds)
         self.report.subjects |= found
         return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.condition import FREQUENCIES
+from dit_in_dit.model.condition import TIME_FREQUENCIES
 from dit_in_dit.model.layers import sdpa, sincos
 
 _NAMES = (  # of NestedDiT, and here
@@ -156,7 +156,7 @@ class FirstSpread(nn.Module):
         return self.proj(F.layer_norm(outer, outer.shape[-1:], eps=1e-6)).reshape(self.shape)
 
 
-def check(model: ModelConfig) -> None:
+def check_first_written(model: ModelConfig) -> None:
     """UserError where the config has what came later."""
     if model.qk_norm:
         raise UserError("as first written there is model.qk_norm=false: got true")
@@ -177,11 +177,11 @@ class FirstWritten(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         outer, inner = model.outer, model.inner
-        check(model)
+        check_first_written(model)
         self.config, levels = model, [level for level, _ in model.program]
         self.register_buffer("position", sincos(outer.width, *model.grid), persistent=False)
         self.position: Tensor
-        self.time_in, self.time_out = nn.Linear(FREQUENCIES, outer.width), nn.Linear(outer.width, outer.width)
+        self.time_in, self.time_out = nn.Linear(TIME_FREQUENCIES, outer.width), nn.Linear(outer.width, outer.width)
         self.label_table = nn.Embedding(model.num_classes + 1, outer.width)
         if model.reads_patches:
             self.outer_conv = nn.Conv2d(model.channels, outer.width, model.patch_size, stride=model.patch_size)
@@ -238,7 +238,7 @@ class FirstWritten(nn.Module):
 
     def condition(self, t: Tensor) -> Tensor:
         """Times (N,) to vectors (N, D)."""
-        half = FREQUENCIES // 2
+        half = TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)
         features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.time_in.weight.dtype)

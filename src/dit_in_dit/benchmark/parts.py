@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
-from dit_in_dit.benchmark.subjects import Subject
+from dit_in_dit.benchmark.subjects import BenchmarkSubject
 from dit_in_dit.benchmark.timing import WARM_UP, clock, wait
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
@@ -24,7 +24,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 INNER = ("inner_embed", "inner_blocks", "aggregate", "spread", "inner_head")  # the inner path
 OUTER = ("outer_embed", "outer_blocks", "outer_head")
-SHOWN = {  # what the table shows, and the parts that it is made of
+SHOWN_PARTS = {  # what the table shows, and the parts that it is made of
     "outer blocks": ("outer_blocks",),
     "inner blocks": ("inner_blocks",),
     "aggregate": ("aggregate",),
@@ -110,9 +110,9 @@ def _end(mark: Callable[[str], None], part: str, module: nn.Module, given: tuple
             tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the backward pass begins with its maker
 
 
-def parted(run: RunConfig, device: torch.device) -> Subject:
+def parted(run: RunConfig, device: torch.device) -> BenchmarkSubject:
     """A warm subject for `part_seconds`. What is to be compiled is compiled block by block: hooks go on working."""
-    subject = Subject(replace(run, train=replace(run.train, compile=False)), device)
+    subject = BenchmarkSubject(replace(run, train=replace(run.train, compile=False)), device)
     assert isinstance(subject.model, NestedDiT)
     if run.train.compile:
         for block in (*subject.model.outer_blocks, *subject.model.inner_blocks):
@@ -122,7 +122,7 @@ def parted(run: RunConfig, device: torch.device) -> Subject:
     return subject
 
 
-def part_seconds(subject: Subject) -> dict[str, float]:
+def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
     """Seconds of one training step of a `parted` subject by part of `cost.macs`, and loss, optimizer and rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = Marks(subject.device)
@@ -134,7 +134,7 @@ def part_seconds(subject: Subject) -> dict[str, float]:
     return marks.seconds()
 
 
-def part_macs(subject: Subject) -> dict[str, int]:
+def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     """MACs of a training step by part, for the whole batch."""
     found = cost.training_macs(subject.run.model)
     found["inner_blocks"] += found.pop("condition")  # computed there
@@ -143,7 +143,7 @@ def part_macs(subject: Subject) -> dict[str, int]:
 
 def shown(parts: Mapping[str, float]) -> dict[str, float]:
     """Parts as the table shows them; those without any are left out."""
-    sums = {name: sum(parts.get(part, 0) for part in those) for name, those in SHOWN.items()}
+    sums = {name: sum(parts.get(part, 0) for part in those) for name, those in SHOWN_PARTS.items()}
     return {name: value for name, value in sums.items() if value}
 
 
@@ -152,7 +152,7 @@ def per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[
     return sum(seconds.get(part, 0.0) for part in parts) / sum(macs[part] for part in parts)
 
 
-def profiled(subject: Subject, steps: int = 3) -> dict[str, dict[str, float]]:
+def profiled(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
     """Seconds of a step of a `parted` subject by part and, in it, by kind of operation, as torch's profiler sees them.
 
     Kinds are those of `KINDS` and `other`; on a CUDA device it is the device's time.
@@ -175,12 +175,12 @@ def profiled(subject: Subject, steps: int = 3) -> dict[str, dict[str, float]]:
             continue
         taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         kinds = found.setdefault(part, {})
-        kind = kind_of(event.name)
+        kind = operation_kind(event.name)
         kinds[kind] = kinds.get(kind, 0.0) + taken / 1e6 / steps
     return found
 
 
-def kind_of(operation: str) -> str:
+def operation_kind(operation: str) -> str:
     """The kind of an operation, by its name."""
     return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "other")
 
@@ -188,7 +188,7 @@ def kind_of(operation: str) -> str:
 def kinds_shown(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Seconds by kind of operation for the parts that the table shows."""
     found: dict[str, dict[str, float]] = {}
-    for name, those in SHOWN.items():
+    for name, those in SHOWN_PARTS.items():
         for part in those:
             for kind, seconds in kinds.get(part, {}).items():
                 found.setdefault(name, {})

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_in_dit import __version__
-from dit_in_dit.benchmark.parts import SHOWN, shown
-from dit_in_dit.benchmark.subjects import Measured, to_dict
+from dit_in_dit.benchmark.parts import SHOWN_PARTS, shown
+from dit_in_dit.benchmark.subjects import Measurements, measurements_dict
 from dit_in_dit.benchmark.sweep import Sweep
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Parts:
 
 
 @dataclass
-class Report:
+class BenchmarkReport:
     """Everything that was measured.
 
     Attributes:
@@ -90,12 +90,12 @@ class Report:
     device: torch.device
     products: dict[str, float] = field(default_factory=dict)
     ratios: list[Ratio] = field(default_factory=list)
-    subjects: dict[str, Measured] = field(default_factory=dict)
+    subjects: dict[str, Measurements] = field(default_factory=dict)
     parts: dict[str, Parts] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def share(self, measured: Measured) -> float:
+    def share(self, measured: Measurements) -> float:
         """MACs per second in training over those of the best matrix product."""
         return measured.macs_per_second / self.products[measured.precision]
 
@@ -119,7 +119,7 @@ class Report:
                 }
                 for ratio in self.ratios
             ],
-            "subjects": {name: {**to_dict(m), "share": self.share(m)} for name, m in self.subjects.items()},
+            "subjects": {name: {**measurements_dict(m), "share": self.share(m)} for name, m in self.subjects.items()},
             "parts": {
                 name: {
                     "seconds": dict(p.seconds),
@@ -172,7 +172,7 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------- plots
 
 
-def draw(report: Report, out: Path) -> list[Path]:
+def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
     """Write parts.png, throughput.png and sweeps.png, those for which there is something to show.
 
     Raises:
@@ -183,16 +183,16 @@ def draw(report: Report, out: Path) -> list[Path]:
     paths = []
     for name, found in made.items():
         if found:
-            atomic.write(out / name, to_png(drawn[name](report)))
+            atomic.write_atomic(out / name, figure_png(drawn[name](report)))
             paths.append(out / name)
     return paths
 
 
-def _draw_parts(report: Report) -> Figure:
+def _draw_parts(report: BenchmarkReport) -> Figure:
     """Bars of seconds by part, and what each part has of the time over what it has of the MACs."""
     rows = {name: shown(parts.seconds) for name, parts in report.parts.items()}
     page, axes = figure(1, 2, width=5.0, height=1.2 + 0.5 * len(rows))
-    colour = dict(zip(SHOWN, (*COLOURS, "#BBBBBB"), strict=True))
+    colour = dict(zip(SHOWN_PARTS, (*COLOURS, "#BBBBBB"), strict=True))
     for at, (name, row) in enumerate(rows.items()):
         macs, left = shown(report.parts[name].macs), 0.0
         time, count = sum(row.values()), sum(macs.values())
@@ -213,7 +213,7 @@ def _draw_parts(report: Report) -> Figure:
     return page
 
 
-def _draw_throughput(report: Report) -> Figure:
+def _draw_throughput(report: BenchmarkReport) -> Figure:
     page, axes = figure(1, 1, width=8.0, height=4.5)
     for number, (name, measured) in enumerate(report.subjects.items()):
         at = measured.macs / 1e6, measured.macs_per_second / 1e9
@@ -230,7 +230,7 @@ def _draw_throughput(report: Report) -> Figure:
     return page
 
 
-def _draw_sweeps(report: Report) -> Figure:
+def _draw_sweeps(report: BenchmarkReport) -> Figure:
     columns = min(2, len(report.sweeps))
     page, axes = figure(-(-len(report.sweeps) // columns), columns)
     for axis, (name, sweep) in zip(axes.flat, report.sweeps.items(), strict=False):

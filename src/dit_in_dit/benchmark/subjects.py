@@ -110,7 +110,7 @@ def check_theirs(model: ModelConfig, whose: str) -> None:
         )
 
 
-class Subject:
+class BenchmarkSubject:
     """A model in training, with a batch of white noise of its own.
 
     Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data are
@@ -174,7 +174,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """One subject's numbers.
 
     Attributes:
@@ -206,7 +206,7 @@ class Measured:
         return cost.FORWARDS_PER_STEP * self.macs * self.images_per_second
 
 
-def measure(subjects: Mapping[str, Subject], seconds: float) -> dict[str, Measured]:
+def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -> dict[str, Measurements]:
     """Forward passes and steps of all subjects in turns, and their memory."""
     turns, compiling = {}, {}
     for name, subject in subjects.items():
@@ -220,7 +220,7 @@ def measure(subjects: Mapping[str, Subject], seconds: float) -> dict[str, Measur
     for name, subject in subjects.items():
         forwards, steps = zip(*found[name], strict=True)
         train = subject.run.train
-        measured[name] = Measured(
+        measured[name] = Measurements(
             subject.macs,
             train.batch_size,
             train.precision,
@@ -238,7 +238,7 @@ def _both(forward: Callable[[], float], step: Callable[[], float]) -> Callable[[
     return lambda: (forward(), step())
 
 
-def to_dict(measured: Measured) -> dict[str, Any]:
+def measurements_dict(measured: Measurements) -> dict[str, Any]:
     """Plain values, as JSON holds them."""
     return {
         "macs": measured.macs,

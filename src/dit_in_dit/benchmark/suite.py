@@ -153,7 +153,7 @@ _QUICK = Suite(
 SUITES = {"cpu": _CPU, "cuda": _CUDA, "quick": _QUICK}
 
 
-def check(suite: str, device: torch.device) -> None:
+def check_suite(suite: str, device: torch.device) -> None:
     """UserError where the suite cannot run on the device."""
     if suite not in ("quick", device.type):
         raise UserError(f"--suite {suite} needs a {suite.upper()} device: got --device {device}")

@@ -15,7 +15,7 @@ import torch
 from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
 from dit_in_dit.benchmark.timing import in_turns
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import ModelConfig, RunConfig, changed
+from dit_in_dit.config.run import ModelConfig, RunConfig, replace_keys
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunCo
         raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
     if len(set(values)) < 2:
         raise UserError(f"--sweep {axis}: two values or more make a curve: got {len(set(values))}")
-    return {str(value): changed(run, AXES[axis].keys(run.model, value)) for value in sorted(set(values))}
+    return {str(value): replace_keys(run, AXES[axis].keys(run.model, value)) for value in sorted(set(values))}
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:

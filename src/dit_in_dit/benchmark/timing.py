@@ -150,7 +150,7 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def estimate(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
+def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
     """Roughly the seconds that warming up and one round of `step_seconds` take, without building the models."""
     macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
     with on_threads(threads):

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.formatwarning = _line
     try:
         for plugin in plugins.given(sys.argv[1:] if arguments is None else arguments):
-            plugins.load(plugin)
+            plugins.load_plugin(plugin)
         options = parser().parse_args(arguments)
         options.run(options)
     except UserError as error:

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, chosen, make_folder, print_table, whole
+from dit_in_dit.cli.options import Commands, add_device, chosen_config, make_folder, print_table, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
-    from dit_in_dit.benchmark.report import Report
+    from dit_in_dit.benchmark.report import BenchmarkReport
 
 BESIDE = ("plain", "first-written", "diffusers", "official")
 TWIN_TOLERANCE = 0.02  # in MACs, of the plain twin
@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
     )
     bench.add_argument("--dit", type=Path, metavar="DIR", help="a checkout of facebookresearch/DiT to compare with")
     add_device(bench)
-    bench.add_argument("--threads", type=whole, help="CPU threads (default: as many as torch takes)")
+    bench.add_argument("--threads", type=whole_number, help="CPU threads (default: as many as torch takes)")
     bench.add_argument(
         "--seconds", type=_seconds, help="of measuring, for each comparison (default: the suite's, or 5)"
     )
@@ -66,7 +66,7 @@ def _others(text: str) -> tuple[str, ...]:
 def _swept(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, values = text.partition("=")
     try:
-        return name, tuple(whole(value) for value in values.split(","))
+        return name, tuple(whole_number(value) for value in values.split(","))
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"must be KEY=A,B,... with whole numbers, such as E=32,64,128: got {text[:40]!r}"
@@ -86,8 +86,8 @@ def _seconds(text: str) -> float:
 def _bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
     from dit_in_dit.benchmark.experiments import Bench, comparison, experiments, sweeps
-    from dit_in_dit.benchmark.report import draw
-    from dit_in_dit.benchmark.suite import SUITES, check
+    from dit_in_dit.benchmark.report import draw_benchmark
+    from dit_in_dit.benchmark.suite import SUITES, check_suite
     from dit_in_dit.benchmark.timing import on_threads
     from dit_in_dit.reporting.plots import figure
     from dit_in_dit.runtime.device import pick_device
@@ -100,7 +100,7 @@ def _bench(options: argparse.Namespace) -> None:
     runs, asked = _runs(options), dict(options.sweep)
     suite = options.suite or (None if runs or asked else "cuda" if device.type == "cuda" else "cpu")
     if suite:
-        check(suite, device)
+        check_suite(suite, device)
     if options.out:
         figure()  # first: without matplotlib there is nothing to wait for
         make_folder(options.out)
@@ -111,7 +111,7 @@ def _bench(options: argparse.Namespace) -> None:
     if suite == "quick":
         bench.report.notes.append("models of --suite quick are far too small for its goals to mean anything")
     todo = [*(experiments(SUITES[suite], bench) if suite else ()), *comparison(runs, options.beside, bench)]
-    todo += sweeps(runs or {"emoji": chosen(_start(options, "emoji"))}, asked, bench)
+    todo += sweeps(runs or {"emoji": chosen_config(_start(options, "emoji"))}, asked, bench)
     with on_threads(options.threads):
         _run(todo)
         found = bench.report.to_dict()
@@ -120,8 +120,8 @@ def _bench(options: argparse.Namespace) -> None:
     else:
         _show(bench.report, found)
     if options.out:
-        atomic.write(options.out / "bench.json", json.dumps(found, indent=1) + "\n")
-        written = [path.name for path in draw(bench.report, options.out)]
+        atomic.write_atomic(options.out / "bench.json", json.dumps(found, indent=1) + "\n")
+        written = [path.name for path in draw_benchmark(bench.report, options.out)]
         if not options.json:
             print(f"\n{', '.join([*written, 'bench.json'])} in {options.out}")
 
@@ -136,11 +136,11 @@ def _device(options: argparse.Namespace) -> str:
 def _runs(options: argparse.Namespace) -> dict[str, RunConfig]:
     if options.set and not options.preset and not options.sweep:
         raise UserError("--set changes what --preset names: give --preset NAME")
-    return {name: chosen(_start(options, name)) for name in options.preset}
+    return {name: chosen_config(_start(options, name)) for name in options.preset}
 
 
 def _start(options: argparse.Namespace, name: str) -> argparse.Namespace:
-    """The arguments of `chosen` for a preset or a file."""
+    """The arguments of `chosen_config` for a preset or a file."""
     is_file = Path(name).suffix in (".yaml", ".yml")
     return argparse.Namespace(preset=None if is_file else name, config=Path(name) if is_file else None, set=options.set)
 
@@ -180,7 +180,7 @@ def _run(todo: list[Any]) -> None:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def _show(report: Report, found: Mapping[str, Any]) -> None:
+def _show(report: BenchmarkReport, found: Mapping[str, Any]) -> None:
     hardware = found["hardware"]
     place = hardware.get("accelerator", f"{hardware['processor']}, {hardware['threads']} threads")
     print(f"{place}, torch {found['versions']['torch']}")
@@ -221,7 +221,7 @@ def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
     print_table(heads, rows, title="models (share: of the best matrix product, in training)")
 
 
-def _show_parts(report: Report) -> None:
+def _show_parts(report: BenchmarkReport) -> None:
     from dit_in_dit.benchmark.parts import kinds_shown, shown
 
     for name, parts in report.parts.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, whole
+from dit_in_dit.cli.options import Commands, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.runs.pretrained import find_run
@@ -22,10 +22,10 @@ def add(commands: Commands) -> None:
     take.add_argument(
         "--kind", choices=("dit", "sit"), help="they look the same (default: as args or the name say, else dit)"
     )
-    take.add_argument("--num-heads", type=whole, help="attention heads, where the size is no published one")
+    take.add_argument("--num-heads", type=whole_number, help="attention heads, where the size is no published one")
     take.add_argument(
         "--num-classes",
-        type=whole,
+        type=whole_number,
         help="classes, where the file does not say: if the table has exactly this many rows, there is no null class",
     )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")

@@ -11,7 +11,7 @@ from typing import Any
 from dit_in_dit.cli.options import Commands, make_folder, print_table
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs import atomic
-from dit_in_dit.runs.pretrained import find_run, results
+from dit_in_dit.runs.pretrained import find_run, results_folder
 
 
 def add(commands: Commands) -> None:
@@ -46,17 +46,17 @@ def _target(text: str) -> tuple[float, float]:
 def _curves(options: argparse.Namespace) -> None:
     from dit_in_dit.curves.convergence import tables
     from dit_in_dit.curves.logs import arms, notes, read_run
-    from dit_in_dit.curves.plots import draw
+    from dit_in_dit.curves.plots import draw_curves
 
     if not options.out and len(options.runs) > 1:
         raise UserError("curves of several runs belong to none of them: name a folder with --out DIR")
     curves = [read_run(run) for run in options.runs]
     compared = arms(curves)
     found = {**tables(compared, options.reach), "notes": notes(curves)}
-    out: Path = options.out or results(options.runs[0], "curves")
+    out: Path = options.out or results_folder(options.runs[0], "curves")
     make_folder(out)
-    pictures = draw(compared, out)
-    atomic.write(out / "curves.json", json.dumps(found, indent=1) + "\n")
+    pictures = draw_curves(compared, out)
+    atomic.write_atomic(out / "curves.json", json.dumps(found, indent=1) + "\n")
     _print(found)
     print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
 

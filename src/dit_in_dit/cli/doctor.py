@@ -8,13 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder, print_table
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, make_folder, print_table
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
 
 if TYPE_CHECKING:
-    from dit_in_dit.doctor.doctor import Report
+    from dit_in_dit.doctor.doctor import DoctorReport
 
 
 def add(commands: Commands) -> None:
@@ -29,14 +29,14 @@ def add(commands: Commands) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from dit_in_dit.doctor.doctor import draw, examine
+    from dit_in_dit.doctor.doctor import draw_report, examine
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
 
     run: Path | None = options.run_folder
     if run and (options.preset or options.config or options.set):
         raise UserError("RUN has its own config: leave out --preset, --config and --set, or leave out RUN")
-    config = read_config(run) if run else chosen(options)
+    config = read_config(run) if run else chosen_config(options)
     if options.out:
         make_folder(options.out)
     report = examine(config, pick_device(options.device), run)
@@ -45,13 +45,13 @@ def _doctor(options: argparse.Namespace) -> None:
     else:
         _show(report)
     if options.out:
-        atomic.write(options.out / "doctor.json", report.to_json())
-        draw(report, options.out / "doctor.png")
+        atomic.write_atomic(options.out / "doctor.json", report.to_json())
+        draw_report(report, options.out / "doctor.png")
     if any(finding.severity == "fault" for finding in report.findings):
         sys.exit(1)
 
 
-def _show(report: Report) -> None:
+def _show(report: DoctorReport) -> None:
     print(f"{report.subject}, step {report.step}")
     for section in report.sections:
         if section.rows:

@@ -8,7 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_device, whole
+from dit_in_dit.cli.options import Commands, add_device, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.runtime.process import is_main
@@ -23,8 +23,8 @@ def add(commands: Commands) -> None:
     encode.add_argument("--size", type=_size, default=(256, 256), help="of the images, as 256 or 256x384 (default 256)")
     encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="as stored")
     encode.add_argument("--no-flips", action="store_true", help="leave out the encodings of the mirror images")
-    encode.add_argument("--batch", type=whole, default=32, help="images at a time (default 32)")
-    encode.add_argument("--shard", type=whole, default=2048, help="images in a file (default 2048)")
+    encode.add_argument("--batch", type=whole_number, default=32, help="images at a time (default 32)")
+    encode.add_argument("--shard", type=whole_number, default=2048, help="images in a file (default 2048)")
     encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="processes that read")
     encode.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of data; repeatable"
@@ -49,7 +49,7 @@ def _encode(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from dit_in_dit.data.encode import Encoding, encode
-    from dit_in_dit.data.latents import read_index
+    from dit_in_dit.data.latents import read_latents_index
     from dit_in_dit.runtime.device import pick_device
 
     device = pick_device(options.device)
@@ -73,7 +73,7 @@ def _encode(options: argparse.Namespace) -> None:
             bar.update(task, completed=done)
     if not leads:
         return
-    index = read_index(options.out)
+    index = read_latents_index(options.out)
     channels, height, width = index["made"]["shape"]
     mean, scale = index["measured"]["mean"], [1 / deviation for deviation in index["measured"]["deviation"]]
     print(

@@ -19,11 +19,11 @@ from dit_in_dit.cli.options import (
     make_folder,
     print_table,
     sampling,
-    whole,
+    whole_number,
 )
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
-from dit_in_dit.runs.pretrained import find_run, results
+from dit_in_dit.runs.pretrained import find_run, results_folder
 from dit_in_dit.runtime.process import is_main
 
 GROUPS = ("pixels", "inception", "dinov2")
@@ -59,7 +59,9 @@ def add(commands: Commands) -> None:
     add_sampling(evaluate, classes="as often as in the training data")
     add_micro_batch(evaluate)
     add_vae(evaluate)
-    evaluate.add_argument("--batch", type=whole, default=64, help="images at a time in feature networks (default 64)")
+    evaluate.add_argument(
+        "--batch", type=whole_number, default=64, help="images at a time in feature networks (default 64)"
+    )
     add_device(evaluate)
     evaluate.add_argument(
         "--out",
@@ -102,7 +104,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             averaged=not options.raw,
             decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
         )
-        out = options.out or results(options.subject, "evaluation") / f"{subject.about['step']:07d}"
+        out = options.out or results_folder(options.subject, "evaluation") / f"{subject.about['step']:07d}"
     else:
         subject = files_subject(options.subject)
         if options.out is None:
@@ -122,7 +124,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     _print_table({name: [score] for name, score in result["scores"].items()}, ["value"])
     files = [(out / "metrics.json", "every number and how it was made")]
     try:
-        files += report.draw(evaluation, out)
+        files += report.draw_evaluation(evaluation, out)
     except UserError as error:  # no matplotlib: the numbers are there
         print(f"dit-in-dit: {error}", file=sys.stderr)
     for path, what in files:
@@ -177,6 +179,6 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out:
         make_folder(options.out)
         table = {"evaluations": list(map(str, options.evaluations)), "scores": scores}
-        atomic.write(options.out / "compare.json", json.dumps(table, indent=1) + "\n")
+        atomic.write_atomic(options.out / "compare.json", json.dumps(table, indent=1) + "\n")
         draw_compared(labels, scores, options.out / "compare.png")
         print(f"compare.json and compare.png in {options.out}")

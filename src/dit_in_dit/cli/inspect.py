@@ -6,11 +6,11 @@ import argparse
 import json
 from dataclasses import replace
 
-from dit_in_dit.cli.options import Commands, add_config, chosen, print_table, whole
+from dit_in_dit.cli.options import Commands, add_config, chosen_config, print_table, whole_number
 from dit_in_dit.config import presets
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, from_file, to_yaml
-from dit_in_dit.runs.pretrained import ROOM, shipped
+from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 
 
 def add(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
     add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
     inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
     add_config(inspect)
-    inspect.add_argument("--batch", type=whole, default=1, help="images in the batch (default 1)")
+    inspect.add_argument("--batch", type=whole_number, default=1, help="images in the batch (default 1)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -27,7 +27,7 @@ def _presets(options: argparse.Namespace) -> None:
     for name in presets.NAMES:
         _print_model(name, presets.get(name).model)
     print("\nTrained models, for commands that take a run (models/NAME where a preset is meant by NAME):")
-    for name, run in sorted(shipped().items()):
+    for name, run in sorted(pretrained_models().items()):
         _print_model(f"{ROOM}/{name}", from_file(run / "config.yaml").model)
 
 
@@ -38,13 +38,13 @@ def _print_model(name: str, model: ModelConfig) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    print(to_yaml(chosen(options), meanings=True), end="")
+    print(to_yaml(chosen_config(options), meanings=True), end="")
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from dit_in_dit.inspection.trace import inspect
 
-    config = chosen(options)
+    config = chosen_config(options)
     found = inspect(config.model, options.batch, config.train.recompute)
     plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
     if options.json:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole
-from dit_in_dit.runs.pretrained import find_run, results
+from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole_number
+from dit_in_dit.runs.pretrained import find_run, results_folder
 
 MOST_TIMES = 99
 
@@ -15,8 +15,10 @@ def add(commands: Commands) -> None:
     """Add the command."""
     maps = commands.add("maps", _maps, "look inside a trained run: attention, the inner path's part, trajectories")
     maps.add_argument("run_folder", type=find_run, metavar="RUN")
-    maps.add_argument("--num", type=whole, default=6, help="held-out images, and samples (default 6)")
-    maps.add_argument("--times", type=times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9")
+    maps.add_argument("--num", type=whole_number, default=6, help="held-out images, and samples (default 6)")
+    maps.add_argument(
+        "--times", type=parse_times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9"
+    )
     add_sampling(maps)
     add_device(maps)
     maps.add_argument(
@@ -24,7 +26,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def times(text: str) -> tuple[float, ...]:
+def parse_times(text: str) -> tuple[float, ...]:
     """Times between 0 and 1, with commas, in order."""
     try:
         found = sorted({float(part) for part in text.split(",")})
@@ -42,9 +44,9 @@ def _maps(options: argparse.Namespace) -> None:
     from dit_in_dit.attention_maps.figures import figures
     from dit_in_dit.attention_maps.findings import findings, not_shown
     from dit_in_dit.attention_maps.page import page
-    from dit_in_dit.attention_maps.record import choose, record
+    from dit_in_dit.attention_maps.record import choose, record_maps
     from dit_in_dit.data.run_data import open_source_of
-    from dit_in_dit.reporting.plots import figure, to_png
+    from dit_in_dit.reporting.plots import figure, figure_png
     from dit_in_dit.runs import atomic
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
@@ -56,13 +58,13 @@ def _maps(options: argparse.Namespace) -> None:
     config, classes = sampling(options, saved.config, names)
     source = open_source_of(options.run_folder, config)
     views = choose(source, config, options.num, options.times, classes)
-    out: Path = options.out or results(options.run_folder, "maps")
+    out: Path = options.out or results_folder(options.run_folder, "maps")
     make_folder(out)
     with Progress(
         TextColumn("looking"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task("", total=len(views.images) * len(views.times) + 2 * config.sample.steps)
-        seen = record(
+        seen = record_maps(
             model,
             config,
             views,
@@ -73,9 +75,9 @@ def _maps(options: argparse.Namespace) -> None:
         )
     title = options.run_folder.resolve().name
     written = [("maps.html", "all of it in one page: open it in a browser, move t, click a patch")]
-    atomic.write(out / "maps.html", page(seen, names, title, saved.step))
+    atomic.write_atomic(out / "maps.html", page(seen, names, title, saved.step))
     for name, what, made in figures(seen, names):
-        atomic.write(out / name, to_png(made))
+        atomic.write_atomic(out / name, figure_png(made))
         written.append((name, what))
     for name, what in written:
         print(f"{out / name}  {what}")

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, make_folder, print_table
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, make_folder, print_table
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, from_file, to_yaml
-from dit_in_dit.runs.pretrained import ROOM, find_run, shipped
+from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
 
 ROWS = {  # key: what it is, and its unit
     "macs": ("MACs per image", ""),
@@ -43,17 +43,17 @@ def add(commands: Commands) -> None:
 
 
 def _match(options: argparse.Namespace) -> None:
-    from dit_in_dit.benchmark.timing import estimate
+    from dit_in_dit.benchmark.timing import estimate_seconds
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.match import costs, match, quick_times
 
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
-    config, device = chosen(options), pick_device(options.device)
+    config, device = chosen_config(options), pick_device(options.device)
     like = replace(config, model=_named(options.like).model)  # trained alike: only then do times compare
     if options.out:
         make_folder(options.out.parent)
-    if options.by == "time" and (seconds := estimate({"this": config, "like": like}, device)) > 10:
+    if options.by == "time" and (seconds := estimate_seconds({"this": config, "like": like}, device)) > 10:
         print(f"about {seconds:.0f} s for each of several measurements", file=sys.stderr)
     fixed = {assignment.partition("=")[0] for assignment in options.set}
     twin = match(config, like, options.by, tolerance=options.tolerance, fixed=fixed, device=device)
@@ -88,7 +88,7 @@ def _named(name: str) -> RunConfig:
         return from_file(Path(name), "--like")
     if (run := find_run(name)).is_dir():
         return read_config(run)
-    runs = [f"{ROOM}/{shipping}" for shipping in shipped()]
+    runs = [f"{ROOM}/{shipping}" for shipping in pretrained_models()]
     raise UserError(f"--like: no preset, file or run {truncate(name)!r}{did_you_mean(name, [*presets.NAMES, *runs])}")
 
 

@@ -51,13 +51,13 @@ class Commands:
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
-    """Arguments that name a config, for `chosen`."""
+    """Arguments that name a config, for `chosen_config`."""
     command.add_argument("--preset", help="start from this preset (see `dit-in-dit presets`)")
     command.add_argument("--config", type=Path, help="start from this YAML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
 
 
-def chosen(options: argparse.Namespace, default: str | None = None) -> RunConfig:
+def chosen_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
     """The config that --preset or --config and --set name."""
     if options.preset and options.config:
         raise UserError("--preset and --config both name a start: give one of them")
@@ -77,14 +77,14 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 def add_num(command: argparse.ArgumentParser, default: int) -> None:
     """-n and --num; torchrun takes the latter for the beginning of an option of its own, wherever it stands."""
-    command.add_argument("-n", "--num", type=whole, default=default, help=f"how many images (default {default})")
+    command.add_argument("-n", "--num", type=whole_number, default=default, help=f"how many images (default {default})")
 
 
 def add_micro_batch(command: argparse.ArgumentParser) -> None:
     """--micro-batch, for `sampling`, where whole micro-batches are drawn."""
     command.add_argument(
         "--micro-batch",
-        type=whole,
+        type=whole_number,
         metavar="N",
         help="images in one forward pass, to which samples belong bit for bit (default: the run's)",
     )
@@ -99,7 +99,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
     """Arguments that say how images are drawn, for `sampling`; without --classes, labels are `classes`."""
     command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
     command.add_argument("--classes", help=f"names or numbers, with commas; they take turns (default: {classes})")
-    command.add_argument("--steps", type=whole, help="sampler steps (default: the run's)")
+    command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
     command.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")
     command.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
@@ -141,7 +141,7 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST}: got {text[:40]!r}")
     return int(text)

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from dit_in_dit.cli.options import Commands, whole
+from dit_in_dit.cli.options import Commands, whole_number
 from dit_in_dit.config import presets
 from dit_in_dit.config.run import override
 
@@ -20,14 +20,14 @@ def add(commands: Commands) -> None:
     recipe.add_argument("preset", help="see `dit-in-dit presets`")
     recipe.add_argument(
         "--gpus",
-        type=whole,
+        type=whole_number,
         action="append",
         metavar="N",
         help="repeatable (default: 1, 8 and 64, as far as they divide a step)",
     )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
     recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
-    recipe.add_argument("--per-node", type=whole, default=8, metavar="N", help="GPUs in a machine (default 8)")
+    recipe.add_argument("--per-node", type=whole_number, default=8, metavar="N", help="GPUs in a machine (default 8)")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     recipe.add_argument("--json", action="store_true", help="print JSON")
 

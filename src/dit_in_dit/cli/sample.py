@@ -18,7 +18,7 @@ from dit_in_dit.cli.options import (
     add_vae,
     make_folder,
     sampling,
-    whole,
+    whole_number,
 )
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs import atomic
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     add_micro_batch(sample)
     sample.add_argument(
         "--batch",
-        type=whole,
+        type=whole_number,
         default=1,
         help="images that a process draws and then writes, in whole micro-batches; changes no byte (default: one)",
     )
@@ -66,7 +66,7 @@ def _sample(options: argparse.Namespace) -> None:
     from dit_in_dit.runs import shards
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
-    from dit_in_dit.sampling.numbered import protocol, sample_batches
+    from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 
     device = pick_device(options.device)
     saved = Checkpoint.open(options.run_folder)
@@ -91,7 +91,7 @@ def _sample(options: argparse.Namespace) -> None:
         "step": saved.step,
         "config": saved.manifest["config"],
         "checkpoint": saved.sha256(averaged=not options.raw),
-        "samples": protocol(config, labels=labels, averaged=not options.raw, seed=options.seed),
+        "samples": sampling_protocol(config, labels=labels, averaged=not options.raw, seed=options.seed),
         "micro_batch": config.sample.micro_batch,
         "made on": _made_on(device),
         **({"vae": decode.about()} if decode else {}),
@@ -106,7 +106,7 @@ def _sample(options: argparse.Namespace) -> None:
         for indices, drawn in list(sample_batches(model, config, missing, seed=options.seed, classes=classes)):
             images = decode.numbered(indices, drawn, size) if decode else drawn
             for index, image in zip(indices, images, strict=True):
-                atomic.write(path(index), _encoded(image, latents))
+                atomic.write_atomic(path(index), _encoded(image, latents))
 
     size = config.sample.micro_batch
     shared = shards.share(options.num, -(-options.batch // size) * size, there, make)
@@ -149,11 +149,11 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) as the bytes of a .png, or of a .npy."""
     import numpy as np
 
-    from dit_in_dit.reporting.images import check_finite, picture, to_pixels, to_png
+    from dit_in_dit.reporting.images import check_finite, image_png, picture, to_pixels
 
     check_finite(image[None])
     if not latents:
-        return to_png(picture(to_pixels(image[None])[0]))
+        return image_png(picture(to_pixels(image[None])[0]))
     np.save(content := io.BytesIO(), image.numpy())
     return content.getvalue()
 
@@ -163,7 +163,7 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     import numpy as np
     import torch
 
-    from dit_in_dit.reporting.images import grid, to_pixels, to_png
+    from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
 
     if latents:
         images = np.stack([_read(path) for path in paths])
@@ -172,8 +172,8 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
         shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
     else:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
-    atomic.write(out / "grid.png", to_png(grid(shown)))
-    atomic.clear(out, {path.name for path in paths})  # of no others: another process may draw more
+    atomic.write_atomic(out / "grid.png", image_png(image_grid(shown)))
+    atomic.clear_temporary(out, {path.name for path in paths})  # of no others: another process may draw more
 
 
 def _read(path: Path) -> NDArray[Any]:

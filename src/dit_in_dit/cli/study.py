@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, make_folder, print_table, whole
+from dit_in_dit.cli.options import Commands, add_device, make_folder, print_table, whole_number
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
@@ -84,35 +84,35 @@ def _seconds(text: str) -> float:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.plan import read, shipped
+    from dit_in_dit.study.plan import read_study_config, shipped_studies
 
-    for name in shipped():
-        study = read(name)
+    for name in shipped_studies():
+        study = read_study_config(name)
         many = f"{study.trials} trials" if study.search else f"{len(study.arms)} arms x {len(study.seeds)} seeds"
         print(f"{name:<12} {study.question}\n{'':<12} from {study.base}, {many}, equal {study.match}")
 
 
 def _show(options: argparse.Namespace) -> None:
-    from dit_in_dit.study.plan import read, shipped
+    from dit_in_dit.study.plan import read_study_config, shipped_studies
 
-    read(options.study)  # a mistake in it is said, not shown
-    print(shipped().get(options.study, Path(options.study)).read_text(), end="")
+    read_study_config(options.study)  # a mistake in it is said, not shown
+    print(shipped_studies().get(options.study, Path(options.study)).read_text(), end="")
 
 
 def _plan(options: argparse.Namespace) -> None:
     from dit_in_dit.runtime.device import pick_device
-    from dit_in_dit.study.plan import read
+    from dit_in_dit.study.plan import read_study_config
 
-    _costs(_planned(options, read(options.study, options.set), pick_device(options.device)))
+    _costs(_planned(options, read_study_config(options.study, options.set), pick_device(options.device)))
 
 
 def _planned(options: argparse.Namespace, study: StudyConfig, device: Any) -> Plan:
     from rich.console import Console
 
-    from dit_in_dit.study.planning import make_plan
+    from dit_in_dit.study.planning import plan_study
 
     with Console(stderr=True).status("matching the arms and timing a step of each"):
-        return make_plan(Path(options.study).stem, study, device)
+        return plan_study(Path(options.study).stem, study, device)
 
 
 def _costs(plan: Plan) -> None:
@@ -151,10 +151,10 @@ def _arm_row(arm: Arm) -> list[Any]:
 
 def _run(options: argparse.Namespace) -> None:
     from dit_in_dit.runtime.device import pick_device
-    from dit_in_dit.study.plan import read
+    from dit_in_dit.study.plan import read_study_config
     from dit_in_dit.study.planning import begin
 
-    study, device = read(options.study, options.set), pick_device(options.device)
+    study, device = read_study_config(options.study, options.set), pick_device(options.device)
     workers = _workers(options.workers)
     make_folder(options.out)
     plan = begin(options.out, lambda: _planned(options, study, device), study)
@@ -200,7 +200,7 @@ def _workers(text: str) -> int | None:
     if text == "auto":
         return None
     try:
-        return whole(text)
+        return whole_number(text)
     except argparse.ArgumentTypeError as error:
         raise UserError(f"--workers {error}, or auto") from None
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen, whole
+from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.runs import atomic
@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
         metavar="NAMES",
         help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
     )
-    train.add_argument("--until", type=whole, metavar="STEP", help="end after this step, to go on another time")
+    train.add_argument("--until", type=whole_number, metavar="STEP", help="end after this step, to go on another time")
     train.add_argument(
         "--deterministic", action="store_true", help="the same bits on CUDA too, slower (always with reduction=fixed)"
     )
@@ -68,9 +68,9 @@ def _train(options: argparse.Namespace) -> None:
         options.set.append(f"train.init={json.dumps(options.init)}")
     if options.resume:
         stored = read_config(options.out)
-        config = chosen(options) if options.preset or options.config else override(stored, options.set)
+        config = chosen_config(options) if options.preset or options.config else override(stored, options.set)
     else:
-        config = chosen(options)
+        config = chosen_config(options)
     config = replace(config, data=complete(config.data))  # so that the run knows its VAE wherever the latents are
     facts = train(
         config,
@@ -87,9 +87,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _tracked(facts: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
     """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
-    from dit_in_dit.training.trackers import chosen, told
+    from dit_in_dit.training.trackers import chosen_trackers, told
 
-    names = chosen(options.track, options.out) if is_main() else []
+    names = chosen_trackers(options.track, options.out) if is_main() else []
     return (
         told(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr)) if names else facts
     )
@@ -171,7 +171,7 @@ def _devices(values: dict[str, Any]) -> str:
 
 def _draw_grid(fact: Event, config: RunConfig, out: Path, stop: Stop) -> None:
     """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
-    from dit_in_dit.reporting.images import grid, to_pixels, to_png
+    from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
 
@@ -187,7 +187,7 @@ def _draw_grid(fact: Event, config: RunConfig, out: Path, stop: Stop) -> None:
             print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
             return
         path.parent.mkdir(exist_ok=True)
-        atomic.write(path, to_png(grid(pixels)))
+        atomic.write_atomic(path, image_png(image_grid(pixels)))
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
@@ -219,7 +219,7 @@ def _end(fact: Event, console: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     """Train (or go on, or find done), sample, and put the samples beside real images."""
-    from dit_in_dit.reporting.images import beside, grid, to_pixels, to_png
+    from dit_in_dit.reporting.images import image_grid, image_png, side_by_side, to_pixels
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
@@ -229,18 +229,18 @@ def _demo(options: argparse.Namespace) -> None:
     out: Path = options.out
     started = (out / "config.yaml").exists()
     asked = options.preset or options.config or options.set
-    config = read_config(out) if started and not asked else chosen(options, "emoji")
+    config = read_config(out) if started and not asked else chosen_config(options, "emoji")
     stop = _signals()
     _follow(train(config, out, resume=started, device=options.device, stop=stop), out, stop)
     saved = Checkpoint.open(out)
     model, config = saved.model(pick_device(options.device)), saved.config
     print("drawing samples ...", file=sys.stderr)
-    drawn = grid(to_pixels(sample(model, config, DEMO_IMAGES)))
-    atomic.write(out / "samples.png", to_png(drawn))
-    real = grid(_real(config, DEMO_IMAGES))
-    atomic.write(out / "real.png", to_png(real))
-    both = beside({"drawn by the model": drawn, "real training images": real})
-    atomic.write(out / "samples-beside-real.png", to_png(both))
+    drawn = image_grid(to_pixels(sample(model, config, DEMO_IMAGES)))
+    atomic.write_atomic(out / "samples.png", image_png(drawn))
+    real = image_grid(_real(config, DEMO_IMAGES))
+    atomic.write_atomic(out / "real.png", image_png(real))
+    both = side_by_side({"drawn by the model": drawn, "real training images": real})
+    atomic.write_atomic(out / "samples-beside-real.png", image_png(both))
     print("\nThe pictures:")
     for name, what in (
         ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),
@@ -257,7 +257,7 @@ def _real(config: RunConfig, count: int) -> Any:
 
     from dit_in_dit.data.sources import open_source
     from dit_in_dit.reporting.images import to_pixels
-    from dit_in_dit.sampling.numbered import label
+    from dit_in_dit.sampling.numbered import class_of
     from dit_in_dit.training.batches import image_number
 
     source = open_source(config.data, config.model)
@@ -266,5 +266,5 @@ def _real(config: RunConfig, count: int) -> Any:
         image, y = source.train(image_number(config.seed, index, source.train_size))
         images.setdefault(y if config.model.num_classes else 0, []).append(image)
     every = sorted(images)  # a small class may have no training image
-    chosen = [images[label(i, every)][i // len(every) % len(images[label(i, every)])] for i in range(count)]
+    chosen = [images[class_of(i, every)][i // len(every) % len(images[class_of(i, every)])] for i in range(count)]
     return to_pixels(torch.from_numpy(np.stack(chosen)))

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_device, whole
+from dit_in_dit.cli.options import Commands, add_device, whole_number
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.pretrained import find_run
@@ -21,8 +21,10 @@ def add(commands: Commands) -> None:
     verify.add_argument(
         "run_folder", type=find_run, metavar="RUN", help="the run whose config is tried; nothing in it changes"
     )
-    verify.add_argument("--steps", type=whole, default=20, help="steps of the unbroken run (default 20)")
-    verify.add_argument("--stop", type=whole, metavar="STEP", help="where the other one stops (default: half way)")
+    verify.add_argument("--steps", type=whole_number, default=20, help="steps of the unbroken run (default 20)")
+    verify.add_argument(
+        "--stop", type=whole_number, metavar="STEP", help="where the other one stops (default: half way)"
+    )
     verify.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs there (default: a temporary folder)")
     add_device(verify)
 

@@ -31,7 +31,7 @@ class Plugin:
 _loaded: dict[str, Plugin] = {}  # by the text that named it, in the order of loading
 
 
-def load(text: str) -> None:
+def load_plugin(text: str) -> None:
     """Run a plug-in, once in a process.
 
     Args:
@@ -65,13 +65,13 @@ def noted() -> list[dict[str, str]]:
     return [asdict(plugin) for plugin in _loaded.values()]
 
 
-def missing(manifest: Mapping[str, Any]) -> str:
+def missing_plugins(manifest: Mapping[str, Any]) -> str:
     """What to pass for the plug-ins that a manifest notes and that are not loaded; empty where none is missing."""
     known = {plugin.name for plugin in _loaded.values()}
     return " ".join(f"--plugin {entry['name']}" for entry in manifest.get("plugins", ()) if entry["name"] not in known)
 
 
-def changed(manifest: Mapping[str, Any]) -> list[str]:
+def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the loaded plug-ins whose source is not the one that a manifest notes."""
     known = {plugin.name: plugin.sha256 for plugin in _loaded.values()}
     return [

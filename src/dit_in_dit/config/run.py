@@ -396,7 +396,7 @@ def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
 
 def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """The config with `key.path=value` assignments applied together, values read as YAML."""
-    return changed(config, dict(assigned(assignment) for assignment in assignments))
+    return replace_keys(config, dict(assigned(assignment) for assignment in assignments))
 
 
 def assigned(assignment: str) -> tuple[str, Any]:
@@ -407,7 +407,7 @@ def assigned(assignment: str) -> tuple[str, Any]:
     return name, parse_yaml(text, f"--set {name}") if text else ""
 
 
-def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The config with other values at some dotted keys, set together. Raises UserError."""
     values, known = to_dict(config), RunConfig.names()
     for name, value in changes.items():

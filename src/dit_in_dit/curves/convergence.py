@@ -13,14 +13,14 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys
-from dit_in_dit.curves.logs import Arm, Curve, Floats, last_step
+from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 
 MEDIAN_STEPS = 100  # previous steps whose median a spike is measured against
 LOSS_SPIKE = 3.0  # times that median; healthy runs with batch 32 stay below 2.6
 GRADIENT_SPIKE = 10.0
-FREQUENCIES = {"whole": "whole image", "high": "high frequencies"}
+ERROR_BANDS = {"whole": "whole image", "high": "high frequencies"}
 COMPARABLE = ("data.source", "data.held_out", "model.image_size", "model.channels", "diffusion.path")
 
 DEFINITIONS = {
@@ -42,7 +42,7 @@ DEFINITIONS = {
 # ----------------------------------------------------------------------------------------- held-out
 
 
-def check_comparable(compared: Sequence[Arm]) -> None:
+def check_comparable(compared: Sequence[RunGroup]) -> None:
     """UserError when held-out errors of these arms are not of the same images at the same noise."""
     check_same_held_out({arm.name: arm.config for arm in compared if any(len(c.evaluated) for c in arm.curves)})
 
@@ -60,7 +60,7 @@ def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
                 )
 
 
-def held_out(arm: Arm, t: float, kind: str) -> tuple[Floats, Floats]:
+def errors_by_seed(arm: RunGroup, t: float, kind: str) -> tuple[Floats, Floats]:
     """Steps (V,) at which every seed was evaluated, and each seed's errors at time t (seeds, V); NaN: not finite."""
     found = [_logged(curve, t, kind) for curve in arm.curves]
     common = sorted(set.intersection(*(set(errors) for errors in found)))
@@ -78,7 +78,7 @@ def _evaluations(curve: Curve, t: float) -> dict[float, float]:
     return {step: error for step, error in _logged(curve, t).items() if math.isfinite(error)}
 
 
-def times(compared: Sequence[Arm]) -> list[float]:
+def logged_times(compared: Sequence[RunGroup]) -> list[float]:
     """The times t at which held-out errors were logged."""
     return sorted({t for arm in compared for curve in arm.curves for t, _ in curve.held_out})
 
@@ -107,14 +107,14 @@ class Reach:
     ratio: dict[str, float]  # of the means, to the first arm's; empty where one is missing or a bound
 
 
-def reach(compared: Sequence[Arm], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
+def reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
     """How soon each arm reached each (t, error); by default, for each t, the error that the worst run is at.
 
     Raises:
         UserError: an error was never logged at that t, or the arms' held-out sets differ.
     """
     check_comparable(compared)
-    known = times(compared)
+    known = logged_times(compared)
     for t, _ in targets:
         if t not in known:
             way_out = (
@@ -137,10 +137,12 @@ def reach(compared: Sequence[Arm], targets: Sequence[tuple[float, float]] = ()) 
     return found
 
 
-def _worst(compared: Sequence[Arm]) -> list[tuple[float, float]]:
+def _worst(compared: Sequence[RunGroup]) -> list[tuple[float, float]]:
     """For each t, the largest of the runs' last errors: every run that was evaluated has reached it."""
     curves = [curve for arm in compared for curve in arm.curves]
-    last = {t: [list(errors.values())[-1] for c in curves if (errors := _evaluations(c, t))] for t in times(compared)}
+    last = {
+        t: [list(errors.values())[-1] for c in curves if (errors := _evaluations(c, t))] for t in logged_times(compared)
+    }
     return [(t, max(errors)) for t, errors in last.items() if errors]
 
 
@@ -223,7 +225,7 @@ def _medians(values: Floats) -> Floats:
     return np.array(medians)
 
 
-def tables(compared: Sequence[Arm], targets: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
+def tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
     """Arms, last held-out errors, convergence speed and stability, as plain values for JSON.
 
     Raises:
@@ -242,7 +244,7 @@ def tables(compared: Sequence[Arm], targets: Sequence[tuple[float, float]] = ())
     }
 
 
-def _summary(arm: Arm) -> dict[str, Any]:
+def _summary(arm: RunGroup) -> dict[str, Any]:
     """An arm's cost and its runs; hours and speed are None without a clock."""
     runs = []
     for curve in arm.curves:
@@ -253,12 +255,12 @@ def _summary(arm: Arm) -> dict[str, Any]:
     return {"arm": arm.name, "differs": arm.differs, "forward_macs": cost.macs(arm.config.model)["total"], "runs": runs}
 
 
-def _ends(arm: Arm) -> list[dict[str, Any]]:
+def _ends(arm: RunGroup) -> list[dict[str, Any]]:
     """The held-out errors at the last step at which every seed was evaluated; None where one is not finite."""
     found = []
-    for t in times([arm]):
-        for kind in FREQUENCIES:
-            steps, rows = held_out(arm, t, kind)
+    for t in logged_times([arm]):
+        for kind in ERROR_BANDS:
+            steps, rows = errors_by_seed(arm, t, kind)
             if len(steps):
                 last = rows[:, -1].tolist()
                 finite = all(map(math.isfinite, last))

@@ -181,7 +181,7 @@ def _clock(path: Path) -> tuple[Floats, Floats]:
 
 
 @dataclass(frozen=True)
-class Arm:
+class RunGroup:
     """Runs whose configs differ in the seed alone."""
 
     name: str
@@ -199,7 +199,7 @@ class Arm:
         return f"{self.name} ({len(self.curves)} {'seed' if len(self.curves) == 1 else 'seeds'})"
 
 
-def arms(curves: Sequence[Curve]) -> list[Arm]:
+def arms(curves: Sequence[Curve]) -> list[RunGroup]:
     """The arms in the order of their first runs, named by what differs; runs that logged no step are left out.
 
     Raises:
@@ -221,7 +221,7 @@ def arms(curves: Sequence[Curve]) -> list[Arm]:
     differing = [name for name in names if len({known[name] for known in settings if name in known}) > 1]
     found = list(groups.values())
     return [
-        Arm(name, {key: known[key] for key in differing if key in known}, tuple(group))
+        RunGroup(name, {key: known[key] for key in differing if key in known}, tuple(group))
         for name, known, group in zip(_names(settings, differing, found), settings, found, strict=True)
     ]
 
@@ -260,7 +260,7 @@ def notes(curves: Sequence[Curve]) -> list[str]:
             found.append(f"{curve.run}: no step logged yet, left out")
         elif done < wanted:
             found.append(f"{curve.run}: {done:.0f} of {wanted} steps so far")
-        if len(bad := not_finite(curve)):
+        if len(bad := not_finite_steps(curve)):
             found.append(
                 f"{curve.run}: the held-out error is not finite at {len(bad)} of {len(curve.evaluated)} evaluations, "
                 f"first at step {bad[0]:.0f}; it is left out there"
@@ -278,7 +278,7 @@ def notes(curves: Sequence[Curve]) -> list[str]:
     return found
 
 
-def not_finite(curve: Curve) -> Floats:
+def not_finite_steps(curve: Curve) -> Floats:
     """Steps of the evaluations at which an error is not finite."""
     bad = [np.isnan(errors) for errors in curve.held_out.values()]
     return curve.evaluated[np.logical_or.reduce(bad)] if bad else np.empty(0)

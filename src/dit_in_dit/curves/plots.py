@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_in_dit.curves.convergence import FREQUENCIES, check_comparable, held_out, times
-from dit_in_dit.curves.logs import Arm, Curve, Floats, last_step, unlike_losses
+from dit_in_dit.curves.convergence import ERROR_BANDS, check_comparable, errors_by_seed, logged_times
+from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step, unlike_losses
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ ROW = 0.2  # inches of a legend's row
 POINTS = 200  # most windows of steps along a curve
 
 
-def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
+def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
     """Write loss.png, held-out.png, gradients.png and throughput.png (those that there is data for); their paths.
 
     Raises:
@@ -36,7 +36,7 @@ def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
     check_comparable(compared)
     pages = {
         "loss": _draw_loss(compared),
-        "held-out": _draw_held_out(compared) if times(compared) else None,
+        "held-out": _draw_held_out(compared) if logged_times(compared) else None,
         "gradients": _draw_gradients(compared),
         "throughput": _draw_throughput(compared) if _has_hours(compared) else None,
     }
@@ -44,7 +44,7 @@ def draw(compared: Sequence[Arm], out: Path) -> list[Path]:
     for name, page in pages.items():
         if page:
             paths.append(out / f"{name}.png")
-            atomic.write(paths[-1], to_png(page, colours=256))
+            atomic.write_atomic(paths[-1], figure_png(page, colours=256))
     return paths
 
 
@@ -53,10 +53,10 @@ class _Across:
     """What is drawn against: a label, and the position of an arm's steps."""
 
     label: str
-    place: Callable[[Arm, Floats], Floats]
+    place: Callable[[RunGroup, Floats], Floats]
 
 
-def _acrosses(compared: Sequence[Arm]) -> list[_Across]:
+def _acrosses(compared: Sequence[RunGroup]) -> list[_Across]:
     most = max(float(curve.macs(curve.step[-1:])[0]) for arm in compared for curve in arm.curves)
     power = 3 * int(math.log10(most) // 3)
     found = [
@@ -80,11 +80,11 @@ def _acrosses(compared: Sequence[Arm]) -> list[_Across]:
     return found
 
 
-def _has_hours(compared: Sequence[Arm]) -> bool:
+def _has_hours(compared: Sequence[RunGroup]) -> bool:
     return any(len(curve.timed) for arm in compared for curve in arm.curves)
 
 
-def _window(compared: Sequence[Arm]) -> int:
+def _window(compared: Sequence[RunGroup]) -> int:
     """Steps that make one point: the same for all arms, so that all are smoothed alike."""
     return math.ceil(max(last_step(curve) for arm in compared for curve in arm.curves) / POINTS)
 
@@ -94,7 +94,7 @@ def _smoothed(window: int) -> str:
 
 
 def _binned(
-    arm: Arm, window: int, values: Callable[[Curve], Floats], *, largest: bool = False
+    arm: RunGroup, window: int, values: Callable[[Curve], Floats], *, largest: bool = False
 ) -> tuple[Floats, Floats]:
     """Middle steps (B,) of the windows that every seed has completed, and each seed's means (or largest; seeds, B)."""
     rows = []
@@ -117,7 +117,7 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _lines(
-    axes: Axes, compared: Sequence[Arm], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
+    axes: Axes, compared: Sequence[RunGroup], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
 ) -> None:
     """For each arm the mean of its rows (seeds, B) and their range, at its steps (B,)."""
     for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
@@ -161,7 +161,7 @@ def _finish(page: Figure, title: str) -> Figure:
     return page
 
 
-def _draw_loss(compared: Sequence[Arm]) -> Figure:
+def _draw_loss(compared: Sequence[RunGroup]) -> Figure:
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))
     curves = [_binned(arm, window, lambda curve: curve.loss) for arm in compared]
@@ -178,22 +178,22 @@ def _draw_loss(compared: Sequence[Arm]) -> Figure:
     return _finish(page, f"training loss, {_smoothed(window)}{unlike}")
 
 
-def _draw_held_out(compared: Sequence[Arm]) -> Figure:
-    rows = [(t, kind) for t in times(compared) for kind in FREQUENCIES]
+def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
+    rows = [(t, kind) for t in logged_times(compared) for kind in ERROR_BANDS]
     acrosses = _acrosses(compared)
     page, axes = figure(len(rows), len(acrosses), height=2.1)
     for (t, kind), line in zip(rows, axes, strict=True):
-        curves = [held_out(arm, t, kind) for arm in compared]
+        curves = [errors_by_seed(arm, t, kind) for arm in compared]
         for at, across in zip(line, acrosses, strict=True):
             _lines(at, compared, across, curves, marker=".", markersize=4)
             _log_scale(at)
-        line[0].set_ylabel(f"t = {t:g}, {FREQUENCIES[kind]}\nmean squared error")
+        line[0].set_ylabel(f"t = {t:g}, {ERROR_BANDS[kind]}\nmean squared error")
     for at, across in zip(axes[-1], acrosses, strict=True):
         at.set_xlabel(across.label)
     return _finish(page, "held-out error of the averaged model's image estimate")
 
 
-def _draw_gradients(compared: Sequence[Arm]) -> Figure:
+def _draw_gradients(compared: Sequence[RunGroup]) -> Figure:
     """The norm of all against every axis, then of each level and part against steps."""
     window, acrosses = _window(compared), _acrosses(compared)
     parts = sorted({part for arm in compared for curve in arm.curves for part in curve.parts})
@@ -235,7 +235,7 @@ def _norm(curve: Curve, panel: str) -> Floats:
     return np.sqrt(np.sum(np.square(norms), axis=0)) if norms else np.full(len(curve.step), np.nan)
 
 
-def _draw_throughput(compared: Sequence[Arm]) -> Figure:
+def _draw_throughput(compared: Sequence[RunGroup]) -> Figure:
     """Images of a window over the time that it took."""
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))

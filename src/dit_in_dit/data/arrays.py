@@ -13,7 +13,7 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split
-from dit_in_dit.data.names import left_out
+from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.data.source import Source
 
@@ -135,7 +135,7 @@ def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.
                 _check_growth(archive.zip)
                 images, labels = archive[found[0][0]], archive.get(found[0][1])
                 if notes is not None and (other := [name for name in archive if name not in found[0]]):
-                    notes.append(left_out(len(other), other, "arrays"))
+                    notes.append(left_out_clause(len(other), other, "arrays"))
         else:
             beside = path.with_suffix(".labels.npy")
             images = np.load(path, mmap_mode="r", allow_pickle=False)

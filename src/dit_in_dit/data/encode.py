@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.groups import family_number
-from dit_in_dit.data.latents import FORMAT, INDEX, LOG_VARIANCE, complete, load_index, open_shard
+from dit_in_dit.data.latents import FORMAT, LATENTS_INDEX, LOG_VARIANCE, complete, load_index, open_shard
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, open_source
-from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, moments
+from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, posterior_moments
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime import process
@@ -82,7 +82,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
         mine, _encoded(vae, source, how, [numbers for numbers, _ in mine]), strict=True
     ):
         tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in numbers], np.uint64))
-        atomic.write(path, save(tensors))
+        atomic.write_atomic(path, save(tensors))
         count += len(numbers)
         yield count, len(families)
     yield from _wait(parts)
@@ -125,7 +125,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        atomic.write(out / INDEX, json.dumps(index, indent=1), once=True)
+        atomic.write_atomic(out / LATENTS_INDEX, json.dumps(index, indent=1), once=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
     found = load_index(out)
@@ -185,7 +185,7 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
 
 def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
     """Moments of images as they are stored; UserError where they cannot be, which names the images."""
-    exact = moments(vae, images)
+    exact = posterior_moments(vae, images)
     for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
         finite = tensor.isfinite().flatten(1).all(1)
         if finite.all():
@@ -202,7 +202,7 @@ def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
     """Until the other processes' files are there too."""
     total, paths = parts[-1][0].stop, {part.start: path for part, path in parts}
     folder = parts[0][1].parent
-    for left in shards.missing(
+    for left in shards.wait_for_missing(
         [part for part, _ in parts],
         lambda part: paths[part.start].exists(),
         PATIENCE,
@@ -231,8 +231,8 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
     index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
-    atomic.clear(out, {INDEX, *(path.name for path in paths)})
-    atomic.write(out / INDEX, json.dumps(index, indent=1))
+    atomic.clear_temporary(out, {LATENTS_INDEX, *(path.name for path in paths)})
+    atomic.write_atomic(out / LATENTS_INDEX, json.dumps(index, indent=1))
 
 
 def _float64(numbers: Any) -> Any:
@@ -244,7 +244,7 @@ def _float64(numbers: Any) -> Any:
 # ------------------------------------------------------------------------------------------ decode
 
 
-class Decoder:
+class LatentDecoder:
     """Latents as a model knows them to images, by the VAE that a run names."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
@@ -277,7 +277,7 @@ class Decoder:
 
 
 @lru_cache(maxsize=1)
-def decoder(data: DataConfig, device: torch.device) -> Decoder | None:
+def decoder(data: DataConfig, device: torch.device) -> LatentDecoder | None:
     """The decoder of a run, kept for the next time; None where it trains on pixels, or on latents of no known VAE."""
     data = complete(data)
-    return Decoder(data, device) if data.vae is not None else None
+    return LatentDecoder(data, device) if data.vae is not None else None

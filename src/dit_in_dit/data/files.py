@@ -14,15 +14,15 @@ from PIL import Image
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import parse_json
 from dit_in_dit.data.groups import family
-from dit_in_dit.data.labels import TABLE, WAY, find_table, label_names, table_labels
+from dit_in_dit.data.labels import DATASET_JSON, WAY, find_table, label_names, table_labels
 from dit_in_dit.data.names import (
     HIDDEN,
     SUFFIXES,
-    beside,
-    check_classes,
+    check_class_names,
     class_folders,
     follow,
-    left_out,
+    left_out_clause,
+    link_target,
     number_classes,
     tidy,
     wrapper,
@@ -61,9 +61,9 @@ class ImageFiles:
         self.notes: list[str] = []
         self._labels = self._read_table(others)
         if self._labels is None:
-            check_classes(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
+            check_class_names(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
         if unread := [name for name in others if not name.endswith("/")]:
-            self.notes.append(left_out(len(unread), unread, "files that are no images"))
+            self.notes.append(left_out_clause(len(unread), unread, "files that are no images"))
 
     def _list(self, shown: str) -> list[str]:
         """All names; those of folders end with `/`."""
@@ -92,7 +92,7 @@ class ImageFiles:
             names[name] = None
             self._members[name] = member.filename
             if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK:
-                links[name] = beside(name, archive.read(member).decode(errors="replace"))
+                links[name] = link_target(name, archive.read(member).decode(errors="replace"))
         for name, end in follow(links, names.keys() - links.keys()).items():
             if end in self._members and not end.endswith("/"):
                 self._members[name] = self._members[end]
@@ -116,11 +116,11 @@ class ImageFiles:
             raise UserError(f"cannot read {shown}: {truncate(error, 60)}; {WAY}") from None
         table = parse_json(content, shown, WAY)
         if not isinstance(table, dict) or "labels" not in table:
-            if all(SHARD.match(name, len(place) - len(TABLE)) for name in self.names):
+            if all(SHARD.match(name, len(place) - len(DATASET_JSON)) for name in self.names):
                 raise UserError(f"{shown} has no labels, and folders such as 00000 are no classes: {WAY}")
             return None
         others.remove(place)
-        labels, notes = table_labels(table["labels"], shown, place.removesuffix(TABLE), self.names)
+        labels, notes = table_labels(table["labels"], shown, place.removesuffix(DATASET_JSON), self.names)
         self.notes += notes
         return labels
 

@@ -13,13 +13,13 @@ from dit_in_dit.data.files import ImageFiles, file_size
 from dit_in_dit.data.groups import family
 from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
-from dit_in_dit.data.names import left_out
+from dit_in_dit.data.names import left_out_clause
 
 PREFIX = "hf:"
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
-class Rows(ImageFiles):
+class HubRows(ImageFiles):
     """The rows of a dataset, in its order; UserError when it cannot be had or has other columns.
 
     The family of a row is its image's file name up to the first `~`, as that of a file in a folder, or its number
@@ -28,7 +28,7 @@ class Rows(ImageFiles):
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
         self.path, self.data, self.num_classes = Path(data.source), data, num_classes
-        self.rows = load(data.source.removeprefix(PREFIX), data.split)
+        self.rows = load_hub(data.source.removeprefix(PREFIX), data.split)
         for column in (data.image_column, data.label_column)[: 2 if num_classes else 1]:
             if column not in self.rows.column_names:
                 what = "image" if column == data.image_column else "label"
@@ -36,7 +36,7 @@ class Rows(ImageFiles):
                     f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
-        self.notes = [left_out(len(other), other, "columns")] if other else []
+        self.notes = [left_out_clause(len(other), other, "columns")] if other else []
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:
@@ -122,7 +122,7 @@ class HubSource(ImageSource):
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
         """Classes that the label column speaks of; 0 where there is none."""
-        rows = load(data.source.removeprefix(PREFIX), data.split)
+        rows = load_hub(data.source.removeprefix(PREFIX), data.split)
         if data.label_column not in rows.column_names:
             return 0
         if names := getattr(rows.features[data.label_column], "names", None):
@@ -132,10 +132,10 @@ class HubSource(ImageSource):
 
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
         """The rows."""
-        return Rows(data, num_classes)
+        return HubRows(data, num_classes)
 
 
-def load(name: str, split: str) -> Any:
+def load_hub(name: str, split: str) -> Any:
     """One split of a dataset: `NAME[:SUBSET][@REVISION]` on the hub, or a local file or folder."""
     try:
         datasets: Any = import_module("datasets")

@@ -7,9 +7,9 @@ from typing import Any
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form
-from dit_in_dit.data.names import left_out, tidy
+from dit_in_dit.data.names import left_out_clause, tidy
 
-TABLE = "dataset.json"
+DATASET_JSON = "dataset.json"
 WAY = "mend it, or rename it if it is none of StyleGAN, EDM2 or REPA"
 MOST_CLASSES = 10_000_000  # as model.num_classes
 
@@ -26,8 +26,8 @@ def label_names(labels: list[int], count: int, what: str, known: Sequence[str] =
 
 def find_table(names: Sequence[str], images: Sequence[str]) -> str | None:
     """The `dataset.json` that speaks of all images: in the folder that holds them all, or one of its parents."""
-    tables = (name for name in names if name.split("/")[-1] == TABLE)
-    above = [name for name in tables if all(image.startswith(name.removesuffix(TABLE)) for image in images)]
+    tables = (name for name in names if name.split("/")[-1] == DATASET_JSON)
+    above = [name for name in tables if all(image.startswith(name.removesuffix(DATASET_JSON)) for image in images)]
     return min(above, key=len, default=None)
 
 
@@ -56,4 +56,6 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
     labels = {name: named.pop(name) for name in images}
     if lost := set(named.values()) - set(labels.values()):
         raise UserError(f"{shown} names images of class {min(lost)}, of which there are none: get them again")
-    return labels, [left_out(len(named), list(named), f"labels of {TABLE} without an image")] if named else []
+    return labels, [
+        left_out_clause(len(named), list(named), f"labels of {DATASET_JSON} without an image")
+    ] if named else []

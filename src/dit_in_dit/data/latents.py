@@ -21,11 +21,11 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
-from dit_in_dit.data.names import HIDDEN, left_out
+from dit_in_dit.data.names import HIDDEN, left_out_clause
 from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source, Stream
 
-INDEX = "latents.json"
+LATENTS_INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
 KINDS: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -44,12 +44,12 @@ LOG_VARIANCE = (-30.0, 20.0)  # as AutoencoderKL clamps it
 
 def is_index(source: str) -> bool:
     """Whether a folder holds latents."""
-    return (Path(source) / INDEX).is_file()
+    return (Path(source) / LATENTS_INDEX).is_file()
 
 
 def load_index(folder: Path) -> dict[str, Any]:
     """The index of latents, finished or not; UserError where it is none, or of another format."""
-    path = folder / INDEX
+    path = folder / LATENTS_INDEX
     index = read_json(path, advice="encode again")
     if index.get("format") != FORMAT:
         raise UserError(f"{truncate(path)} is not of the format {FORMAT!r}: encode again")
@@ -58,16 +58,20 @@ def load_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_latents_index(folder: Path) -> dict[str, Any]:
     """The index of finished latents; UserError where they are not finished or of another format."""
     index = load_index(folder)
     if not index["shards"]:
         raise UserError(f"{truncate(folder)} is not encoded to its end: run the same `dit-in-dit encode` again")
     size, counts = index["made"]["shard"], [shard["count"] for shard in index["shards"]]
     if not all(count == size for count in counts[:-1]) or not 0 < counts[-1] <= size:
-        raise UserError(f"{truncate(folder / INDEX)} is damaged: files must have {size} images each; encode again")
+        raise UserError(
+            f"{truncate(folder / LATENTS_INDEX)} is damaged: files must have {size} images each; encode again"
+        )
     if any(Path(shard["file"]).name != shard["file"] for shard in index["shards"]):
-        raise UserError(f"{truncate(folder / INDEX)} is damaged: it names files outside its folder; encode again")
+        raise UserError(
+            f"{truncate(folder / LATENTS_INDEX)} is damaged: it names files outside its folder; encode again"
+        )
     return index
 
 
@@ -75,7 +79,7 @@ def complete(data: DataConfig) -> DataConfig:
     """The keys with what the latents say where they are null: the VAE, and its mean and scale."""
     if not is_index(data.source):
         return data
-    found = read_index(Path(data.source))["vae"]
+    found = read_latents_index(Path(data.source))["vae"]
     return replace(
         data,
         vae=found["name"] if data.vae is None else data.vae,
@@ -117,12 +121,12 @@ class LatentSource(Source):
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), complete(data), model
-        index = read_index(self.folder)
+        index = read_latents_index(self.folder)
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
         made = index["made"]
         if made["dtype"] not in STORED:
-            raise UserError(f"{truncate(self.folder / INDEX)}: latents are {', '.join(STORED)}; encode again")
+            raise UserError(f"{truncate(self.folder / LATENTS_INDEX)}: latents are {', '.join(STORED)}; encode again")
         shape = model.image_shape
         if list(shape) != made["shape"]:
             raise UserError(
@@ -133,9 +137,11 @@ class LatentSource(Source):
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         self.size = made["shard"]
         self.shards = [self._open(shard, made) for shard in index["shards"]]
-        others = sorted({path.name for path in self.folder.iterdir()} - {INDEX, *(s["file"] for s in index["shards"])})
+        others = sorted(
+            {path.name for path in self.folder.iterdir()} - {LATENTS_INDEX, *(s["file"] for s in index["shards"])}
+        )
         others = [name for name in others if not HIDDEN.search(name)]
-        self.notes = [left_out(len(others), others, "files that are not in the index")] if others else []
+        self.notes = [left_out_clause(len(others), others, "files that are not in the index")] if others else []
         self._tables(made["dtype"])
         self._split()
 
@@ -157,7 +163,9 @@ class LatentSource(Source):
             wanted[name] = (STORED[made["dtype"]], (count, 2 * channels, height, width))
         for name, form in wanted.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != form:
-                raise UserError(f"{truncate(path)} does not hold the {name!r} that {INDEX} speaks of: encode again")
+                raise UserError(
+                    f"{truncate(path)} does not hold the {name!r} that {LATENTS_INDEX} speaks of: encode again"
+                )
         return arrays
 
     def __reduce__(self) -> tuple[type[LatentSource], tuple[DataConfig, ModelConfig]]:

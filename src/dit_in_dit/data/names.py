@@ -17,11 +17,11 @@ HIDDEN = re.compile(  # what file managers and file systems leave behind: a part
     r"|(eh)?thumbs\.db|desktop\.ini|Icon\r)(/|$)",
     re.IGNORECASE,
 )
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 MOST_LINKS = 40  # from link to link, as Linux follows them
 
 
-def left_out(count: int, examples: Sequence[str], what: str) -> str:
+def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
     """A clause on what is not read: how much of it, and two examples."""
     return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
 
@@ -59,7 +59,7 @@ def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
     return tuple(first.values()), [labels[folder] for folder in folders]
 
 
-def check_classes(
+def check_class_names(
     images: list[str], others: Iterable[str], place: str, *, packed: bool, linked: Container[str] = ()
 ) -> None:
     """UserError when the classes of `place` would not be those that a person sees there: they are splits, have a name
@@ -104,7 +104,7 @@ def check_classes(
 
 def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
     """UserError when two or more of the classes in `place` are splits of a data set: one of them is meant."""
-    splits = sorted(name for name in classes if name.lower() in SPLITS)
+    splits = sorted(name for name in classes if name.lower() in SPLIT_NAMES)
     if len({name.lower() for name in splits}) > 1:
         ways = " or ".join(truncate(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
         raise UserError(f"data.source: {truncate(place, 40)} holds splits, not classes: {way.format(ways)}")
@@ -139,7 +139,7 @@ def _end(name: str, known: Mapping[str, str], links: Mapping[str, str]) -> str:
     return ""
 
 
-def beside(name: str, target: str) -> str:
+def link_target(name: str, target: str) -> str:
     """Where a symbolic link leads, from the root of the archive; `` for a place out of it."""
     parts = name.split("/")[:-1]
     if target.startswith("/"):

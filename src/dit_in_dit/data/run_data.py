@@ -10,7 +10,7 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import check_source, kind_of, open_source, path_in
+from dit_in_dit.data.sources import check_source, open_source, path_in, source_kind
 from dit_in_dit.runs import checkpoint
 
 OBJECT = "object:"  # before the class of a source that was given to train()
@@ -32,7 +32,7 @@ def find_source(
         return given, {"digest": given.digest, "place": place}
     data = replace(config.data, source=given) if given else locate(config.data, noted)
     source = open_source(data, config.model)
-    return source, record(source, data)
+    return source, data_record(source, data)
 
 
 def open_source_of(run: Path, config: RunConfig) -> Source:
@@ -53,11 +53,11 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     except UserError as error:
         raise UserError(f"the data of {truncate(run, 60)}: {error}") from None
     if noted:
-        check_unchanged(record(source, data), noted, str(run))
+        check_unchanged(data_record(source, data), noted, str(run))
     return source
 
 
-def record(source: Source, data: DataConfig) -> dict[str, str]:
+def data_record(source: Source, data: DataConfig) -> dict[str, str]:
     """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
     place, path = data.source, path_in(data.source)
     if _is_here(place):
@@ -96,6 +96,6 @@ def _is_here(source: str) -> bool:
     if not path or Path(path).exists():
         return bool(path)
     try:
-        return path == source and kind_of(source).by_path  # a pattern such as train-{000..009}.tar
+        return path == source and source_kind(source).by_path  # a pattern such as train-{000..009}.tar
     except UserError:
         return False

@@ -18,7 +18,7 @@ from dit_in_dit.data.hub import HubSource
 from dit_in_dit.data.images import EmojiSource, ImageSource
 from dit_in_dit.data.latents import LatentSource
 from dit_in_dit.data.mosaic import MosaicSource
-from dit_in_dit.data.names import left_out
+from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.tars import TarSource
 
@@ -33,7 +33,7 @@ SOURCES: dict[str, type[Source]] = {  # of several that recognise a place the la
 }
 
 
-def kind_of(source: str) -> type[Source]:
+def source_kind(source: str) -> type[Source]:
     """The kind of a `data.source`: names come before what lies at a path.
 
     Raises:
@@ -59,17 +59,17 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
 
     What lies there and is not read is said by one LeftOutWarning.
     """
-    source = kind_of(data.source).open(data, model)
-    check_classes(source, data.source, model)
+    source = source_kind(data.source).open(data, model)
+    check_class_count(source, data.source, model)
     notes = list(source.notes)
     if source.skipped:
-        notes.append(left_out(len(source.skipped), source.skipped, "unreadable files"))
+        notes.append(left_out_clause(len(source.skipped), source.skipped, "unreadable files"))
     if notes:
         warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
 
 
-def check_classes(source: Source, place: str, model: ModelConfig) -> None:
+def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
     """UserError when the model has labels, and another number of classes than the source."""
     if model.num_classes and len(source.classes) != model.num_classes:
         raise UserError(
@@ -79,7 +79,7 @@ def check_classes(source: Source, place: str, model: ModelConfig) -> None:
 
 def check_source(source: Source, place: str, model: ModelConfig) -> None:
     """UserError when a source's classes or its first image are not what the model takes."""
-    check_classes(source, place, model)
+    check_class_count(source, place, model)
     image, shape = source.train(0)[0], (model.channels, *model.image_size)
     if image.shape != shape or image.dtype != np.float32:
         raise UserError(f"{place} must give float32 images {list(shape)}: got {image.dtype} {list(image.shape)}")
@@ -88,7 +88,7 @@ def check_source(source: Source, place: str, model: ModelConfig) -> None:
 def count_classes(data: DataConfig) -> int:
     """Classes that the labels of arrays or of a dataset speak of; 0 where there are no labels, and for sources whose
     folders or files say it when they are opened."""
-    return kind_of(data.source).count_classes(data)
+    return source_kind(data.source).count_classes(data)
 
 
 def size_of(path: Path) -> tuple[int, int, int]:
@@ -97,4 +97,4 @@ def size_of(path: Path) -> tuple[int, int, int]:
     Raises:
         UserError: they differ, or the arrays are not pixels.
     """
-    return kind_of(str(path)).size_of(path)
+    return source_kind(str(path)).size_of(path)

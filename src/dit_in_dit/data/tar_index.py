@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form, read_json
-from dit_in_dit.data.names import HIDDEN, SUFFIXES, beside, follow, tidy
+from dit_in_dit.data.names import HIDDEN, SUFFIXES, follow, link_target, tidy
 from dit_in_dit.runs import atomic
 
 VERSION = 3  # of the index files
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 2**20  # bytes of zeros at a time
-INDEX = ".index.json"  # behind a shard's name
+TAR_INDEX = ".index.json"  # behind a shard's name
 FORM = {
     **{"images": [list], "labels": dict, "others": int, "examples": [str]},
     **{"folders": [str], "linked": [str], "trailing": int},
@@ -36,7 +36,7 @@ def extension(name: str) -> str:
     return PurePosixPath(name).name.partition(".")[2].lower()
 
 
-def read_index(shard: Path) -> dict[str, Any]:
+def read_tar_index(shard: Path) -> dict[str, Any]:
     """Where a shard's images lie: {images: [[name, offset, size]], labels: {key: number}}, offset -1 for one that
     cannot be read in place; what else there is: {others: how many, examples, folders, linked: folders that are links},
     and how many bytes follow the end mark that are no tar: {trailing}.
@@ -48,7 +48,7 @@ def read_index(shard: Path) -> dict[str, Any]:
     identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-in-dit" / "tars"
     places = (
-        shard.with_name(f"{shard.name}{INDEX}"),
+        shard.with_name(f"{shard.name}{TAR_INDEX}"),
         cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json",
     )
     for place in places:
@@ -60,7 +60,7 @@ def read_index(shard: Path) -> dict[str, Any]:
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(place, json.dumps(made))
+            atomic.write_atomic(place, json.dumps(made))
             break
     return made
 
@@ -154,10 +154,10 @@ class _Members:
         if member.islnk():
             self.links[name] = tidy(member.linkname)
         elif member.issym():
-            self.links[name] = beside(name, member.linkname)
+            self.links[name] = link_target(name, member.linkname)
 
     def index(self, file: BinaryIO, shard: Path) -> dict[str, Any]:
-        """What `read_index` gives, links resolved."""
+        """What `read_tar_index` gives, links resolved."""
         ends = follow(self.links, self.files.keys() - self.links.keys())
         linked = []
         for name, end in ends.items():

@@ -15,16 +15,16 @@ from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import (
     HIDDEN,
-    SPLITS,
+    SPLIT_NAMES,
     SUFFIXES,
-    check_classes,
+    check_class_names,
     class_folders,
-    left_out,
+    left_out_clause,
     number_classes,
     refuse_splits,
 )
 from dit_in_dit.data.picture import MOST_BYTES
-from dit_in_dit.data.tar_index import INDEX, example_key, extension, read_index
+from dit_in_dit.data.tar_index import TAR_INDEX, example_key, extension, read_tar_index
 
 MOST_SHARDS = 100_000
 PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # are not read
@@ -51,7 +51,7 @@ def find(source: str) -> tuple[list[Path], list[str]]:
                 "unpack it to a plain .tar, or move it away"
             )
         _refuse_splits(shards, path)
-        return shards, [found.name for found in inside if not found.name.lower().endswith((".tar", f".tar{INDEX}"))]
+        return shards, [found.name for found in inside if not found.name.lower().endswith((".tar", f".tar{TAR_INDEX}"))]
     if not source.endswith(".tar"):
         return [], []
     if numbers := re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source):
@@ -70,7 +70,7 @@ def find(source: str) -> tuple[list[Path], list[str]]:
 def _refuse_splits(shards: list[Path], folder: Path) -> None:
     """UserError when a folder holds `train-0000.tar` beside `val-0000.tar` and the like."""
     words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
-    first = {next((word for word in several if word.lower() in SPLITS), "") for several in words}
+    first = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
     refuse_splits(first, str(folder), "name one, {}", "*{}*.tar")
 
 
@@ -85,7 +85,7 @@ class TarFiles(ImageFiles):
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
         """`beside` names files that lie beside the shards and are not read."""
         self.path, self.num_classes = Path(source), num_classes
-        self.notes = [left_out(len(beside), beside, "files beside the shards")] if beside else []
+        self.notes = [left_out_clause(len(beside), beside, "files beside the shards")] if beside else []
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._labels = {}
         if len({shard.name for shard in shards}) < len(shards):
@@ -94,7 +94,7 @@ class TarFiles(ImageFiles):
         trailing: dict[str, int] = {}
         self._linked = set()
         for shard in shards:
-            index = read_index(shard)
+            index = read_tar_index(shard)
             self._labels |= {f"{shard.name}/{key}": label for key, label in index["labels"].items()}
             self._places |= {f"{shard.name}/{name}": (shard, at, size) for name, at, size in index["images"]}
             others += index["others"]
@@ -111,9 +111,9 @@ class TarFiles(ImageFiles):
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {source}")
         self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
         if others:
-            self.notes.append(left_out(others, examples, "members that are no images"))
+            self.notes.append(left_out_clause(others, examples, "members that are no images"))
         if trailing:
-            self.notes.append(left_out(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
+            self.notes.append(left_out_clause(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
         self._check(folders, shards)
 
     def _check(self, folders: list[str], shards: list[Path]) -> None:
@@ -128,7 +128,7 @@ class TarFiles(ImageFiles):
         elif self._in_folders:
             inside = [name.split("/", 1)[1] for name in folders]
             names = [name.split("/", 1)[1] for name in self.names]
-            check_classes(names, inside, str(self.path), packed=True, linked=self._linked)
+            check_class_names(names, inside, str(self.path), packed=True, linked=self._linked)
         else:
             filled = {name.split("/", 1)[0] for name in self.names}
             if empty := next((shard for shard in shards if shard.name not in filled), None):

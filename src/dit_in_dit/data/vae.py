@@ -102,7 +102,7 @@ def fingerprint(vae: Any) -> str:
 
 
 @torch.inference_mode()
-def moments(vae: Any, images: Tensor) -> Tensor:
+def posterior_moments(vae: Any, images: Tensor) -> Tensor:
     """Mean and log variance (n, 2C, h, w) of the posterior, on the CPU, of images (n, 3, H, W) in [-1, 1]; of an
     encoder without one, its latents and the smallest variance."""
     encoded = vae.encode(images.to(vae.device))[0]

@@ -40,7 +40,7 @@ class Finding:
 
 
 @dataclass
-class Section:
+class CheckResult:
     """One check's statistics: row -> column -> number, its findings, and series for the picture."""
 
     title: str
@@ -85,7 +85,7 @@ def forward_budget(config: RunConfig, device: torch.device) -> int:
     return max(2, int((2e10 if device.type == "cpu" else 2e12) // macs(config.model)["total"]))
 
 
-def take(examples: Examples, first: int, count: int) -> Batch:
+def take_examples(examples: Examples, first: int, count: int) -> Batch:
     """Training examples `first` to `first + count - 1`, whatever the run's batch size."""
     config = examples.config
     train = replace(config.train, batch_size=1)
@@ -102,9 +102,9 @@ def batches(batch: Batch, size: int = CHUNK) -> list[Batch]:
 # ------------------------------------------------------------------------------------------ data
 
 
-def data(patient: Patient) -> Section:
+def data(patient: Patient) -> CheckResult:
     """Range, deviation, constant images, duplicates, labels and dropped labels of the first training examples."""
-    section, config = Section("data"), patient.config
+    section, config = CheckResult("data"), patient.config
     _, first = np.unique(patient.examples.image.numpy(), return_index=True)
     images = patient.examples.x[torch.from_numpy(first)]  # an image that came twice is one image
     for channel, values in enumerate(images.double().transpose(0, 1).flatten(1)):
@@ -132,7 +132,7 @@ def data(patient: Patient) -> Section:
     return section
 
 
-def _judge_range(section: Section, images: Tensor) -> None:
+def _judge_range(section: CheckResult, images: Tensor) -> None:
     low, high, deviation = images.min().item(), images.max().item(), images.double().std().item()
     seen = f"values from {low:.3g} to {high:.3g}, deviation {deviation:.3g}"
     if not torch.isfinite(images).all():
@@ -164,7 +164,7 @@ def _from_bytes(images: Tensor) -> bool:
     return bool((levels - levels.round()).abs().max() < 1e-3) and bool(levels.max() < 256)
 
 
-def _labels(section: Section, patient: Patient) -> None:
+def _labels(section: CheckResult, patient: Patient) -> None:
     """Classes without images, and what became of labels in training examples."""
     config, source, batch = patient.config, patient.trainer.source, patient.examples
     classes, drop = config.model.num_classes, config.train.label_drop
@@ -218,9 +218,9 @@ def expected_loss(config: RunConfig, power: float) -> float:
     return (objective.weight(t) * (u**2 * power + w**2)).double().mean().item()
 
 
-def loss_at_start(patient: Patient) -> Section:
+def loss_at_start(patient: Patient) -> CheckResult:
     """The untrained model's loss against what a prediction of zero (its heads start there) must give."""
-    section, config, batch = Section("loss at start"), patient.config, patient.examples
+    section, config, batch = CheckResult("loss at start"), patient.config, patient.examples
     zero = zero_loss(patient.trainer.objective, batch)[: len(patient.start)]
     analytic = expected_loss(config, batch.x.square().mean().item())
     measured, expected = patient.start.mean().item(), zero.mean().item()

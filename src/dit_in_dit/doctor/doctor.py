@@ -20,9 +20,9 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
-from dit_in_dit.doctor.data_checks import Finding, Line, Patient, Section, batches, take
+from dit_in_dit.doctor.data_checks import CheckResult, Finding, Line, Patient, batches, take_examples
 from dit_in_dit.inspection import cost
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
@@ -39,12 +39,12 @@ STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line 
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """All sections, in the order in which they were examined; `step` is that of the weights."""
 
     subject: str
     step: int
-    sections: list[Section]
+    sections: list[CheckResult]
 
     @property
     def findings(self) -> list[Finding]:
@@ -58,7 +58,7 @@ class Report:
         return json.dumps(_finite(whole), indent=1, allow_nan=False)
 
 
-def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> Report:
+def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> DoctorReport:
     """Examine what `config` would train or, with `run`, what it has trained. Nothing is written.
 
     What follows from a fault is not reported: a section that finds data out of range or numbers that are not finite
@@ -68,7 +68,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
         UserError: the data is not there or does not fit, or the run is damaged.
     """
     patient = _admit(config, device, run)
-    report = Report(str(run or "config"), patient.trainer.step, [])
+    report = DoctorReport(str(run or "config"), patient.trainer.step, [])
     for check in (data_checks.data, data_checks.loss_at_start, model_checks.finite):
         report.sections.append(check(patient))
         if any(f.severity == "fault" and f.check in ("data range", "non-finite") for f in report.findings):
@@ -98,7 +98,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}
     numbers = math.prod(config.model.image_shape)
     count = max(data_checks.CHUNK, min(EXAMPLES, data_checks.MOST_NUMBERS // numbers))
-    examples = take(Examples(source, config), 0, count)
+    examples = take_examples(Examples(source, config), 0, count)
     start = _losses(trainer, Batch(*(part[: data_checks.forward_budget(config, device)] for part in examples)))
     trained = run is not None and has_any(run)
     if run is not None and trained:
@@ -181,7 +181,7 @@ def _finite(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------ picture
 
 
-def draw(report: Report, path: Path) -> None:
+def draw_report(report: DoctorReport, path: Path) -> None:
     """Six plots: data, loss, gradients, activations, attention, seams; UserError without matplotlib."""
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
     made, axes = figure(2, 3)
@@ -194,10 +194,10 @@ def draw(report: Report, path: Path) -> None:
         if not axis.has_data():
             axis.text(0.5, 0.5, "not examined", ha="center", va="center", transform=axis.transAxes, color="grey")
             axis.set(xticks=[], yticks=[])
-    atomic.write(path, to_png(made))
+    atomic.write_atomic(path, figure_png(made))
 
 
-def _draw_histogram(axis: Any, section: Section) -> None:
+def _draw_histogram(axis: Any, section: CheckResult) -> None:
     axis.set_title("training data")
     if section.series:
         edges = np.array(section.series["edges"])
@@ -206,7 +206,7 @@ def _draw_histogram(axis: Any, section: Section) -> None:
         axis.set(xlabel="value", ylabel="share of the values", yscale="log")
 
 
-def _draw_training(losses: Any, gradients: Any, sections: dict[str, Section]) -> None:
+def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]) -> None:
     losses.set_title("loss")
     gradients.set_title("gradient norm by part")
     if "training" not in sections or not sections["training"].series:
@@ -238,7 +238,7 @@ def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
     return [np.mean(np.array(steps)[p]) for p in split], [np.median(np.array(values)[p]) for p in split]
 
 
-def _draw_rows(axis: Any, section: Section | None, prefix: str, label: str) -> None:
+def _draw_rows(axis: Any, section: CheckResult | None, prefix: str, label: str) -> None:
     if not section or not section.rows:
         return
     columns = [c for c in next(iter(section.rows.values())) if c.startswith(prefix) and c != "length"]
@@ -253,7 +253,7 @@ def _draw_rows(axis: Any, section: Section | None, prefix: str, label: str) -> N
     axis.legend(fontsize=7, frameon=False)
 
 
-def _draw_seams(axis: Any, section: Section | None) -> None:
+def _draw_seams(axis: Any, section: CheckResult | None) -> None:
     axis.set_title("seams")
     if not section or not section.series:
         return

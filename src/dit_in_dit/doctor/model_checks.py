@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
-from dit_in_dit.doctor.data_checks import CHUNK, Patient, Section, batches, forward_budget, take
+from dit_in_dit.doctor.data_checks import CHUNK, CheckResult, Patient, batches, forward_budget, take_examples
 from dit_in_dit.inspection.hooks import (
     forward_hooks,
     watch_aggregation,
@@ -59,9 +59,9 @@ def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]
 
 
 @torch.no_grad()
-def finite(patient: Patient) -> Section:
+def finite(patient: Patient) -> CheckResult:
     """Parameters, and a forward pass on the examples that training would see next."""
-    section, trainer = Section("finite"), patient.trainer
+    section, trainer = CheckResult("finite"), patient.trainer
     bad = {
         f"{name} ({which})": int((~torch.isfinite(parameter)).sum())
         for which, model in (("trained", trainer.model), ("averaged", trainer.ema.model))
@@ -70,7 +70,7 @@ def finite(patient: Patient) -> Section:
     }
     first = trainer.step * patient.config.global_batch
     count = min(len(patient.examples.x), forward_budget(patient.config, trainer.device))
-    batch = take(Examples(trainer.source, patient.config), first, count)
+    batch = take_examples(Examples(trainer.source, patient.config), first, count)
     model, where = (trainer.model, "trained") if bad else (trainer.ema.model, "averaged")
     seen: list[tuple[str, int]] = []
     for number, part in enumerate(batches(batch)):
@@ -144,9 +144,9 @@ def observe(patient: Patient) -> dict[float, Observation]:
     return seen
 
 
-def activations(patient: Patient, seen: dict[float, Observation]) -> Section:
+def activations(patient: Patient, seen: dict[float, Observation]) -> CheckResult:
     """Size and shape of every block's tokens."""
-    section, middle = Section("activations"), list(seen.values())[len(seen) // 2].blocks
+    section, middle = CheckResult("activations"), list(seen.values())[len(seen) // 2].blocks
     for name in middle:
         tokens = torch.stack([o.blocks[name].float() for o in seen.values()])
         rms = tokens.flatten(1).square().mean(1).sqrt()
@@ -172,9 +172,9 @@ def activations(patient: Patient, seen: dict[float, Observation]) -> Section:
     return section
 
 
-def attention(patient: Patient, seen: dict[float, Observation]) -> Section:
+def attention(patient: Patient, seen: dict[float, Observation]) -> CheckResult:
     """Entropy of the attention over log(length), of every block: 0 is one token, 1 is all alike."""
-    section = Section("attention entropy / log(length)")
+    section = CheckResult("attention entropy / log(length)")
     for name in next(iter(seen.values())).attention:
         weights = torch.stack([o.attention[name] for o in seen.values()])  # times N groups heads L L
         length = weights.shape[-1]
@@ -202,9 +202,9 @@ def attention(patient: Patient, seen: dict[float, Observation]) -> Section:
     return section
 
 
-def inner_path(patient: Patient, seen: dict[float, Observation]) -> Section:
+def inner_path(patient: Patient, seen: dict[float, Observation]) -> CheckResult:
     """Weights of the sub-patch positions, gates, and the inner path's share of the outer tokens' norm."""
-    section, model = Section("inner path"), patient.trainer.ema.model
+    section, model = CheckResult("inner path"), patient.trainer.ema.model
     for name in next(iter(seen.values())).aggregation:
         weights = torch.stack([o.aggregation[name] for o in seen.values()]).abs().flatten(0, 3).mean(0)
         share = weights * len(weights) / weights.sum().clamp(min=1e-12)
@@ -232,7 +232,7 @@ def inner_path(patient: Patient, seen: dict[float, Observation]) -> Section:
     return section
 
 
-def _judge_share(section: Section, patient: Patient, name: str, check: str, where: str) -> None:
+def _judge_share(section: CheckResult, patient: Patient, name: str, check: str, where: str) -> None:
     """A fault where the inner path adds less than bfloat16 rounds away (1/256, and a margin of four)."""
     share = max(section.rows[f"{name}: share"].values())
     if patient.trained and share < 1e-3:
@@ -246,13 +246,13 @@ def _judge_share(section: Section, patient: Patient, name: str, check: str, wher
 
 
 @torch.no_grad()
-def null_class(patient: Patient) -> Section:
+def null_class(patient: Patient) -> CheckResult:
     """Whether the label table's last row means "no class": it has moved, is no copy, and belongs to no class.
 
     The last by what a row does: row k must fit images of class k better, against the null row, than it fits
     others. A difference of differences, so that it does not matter how well each row is trained.
     """
-    section, config, trainer = Section("null class"), patient.config, patient.trainer
+    section, config, trainer = CheckResult("null class"), patient.config, patient.trainer
     null, name = config.model.num_classes, "label_embed.table.weight"
     if not null or not patient.trained:
         return section
@@ -273,7 +273,7 @@ def null_class(patient: Patient) -> Section:
     return section
 
 
-def _judge_rows(section: Section, patient: Patient) -> None:
+def _judge_rows(section: CheckResult, patient: Patient) -> None:
     trainer, null = patient.trainer, patient.config.model.num_classes
     names, present = trainer.source.classes, sorted(set(patient.held.y.tolist()))
     if len(present) < 2:
@@ -362,9 +362,13 @@ def pattern(errors: Tensor, period: int) -> float:
 
 
 @torch.no_grad()
-def seams(patient: Patient) -> Section:
+def seams(patient: Patient) -> CheckResult:
     """Traces of the patch and sub-patch grid in image estimates of held-out images, against the images' own."""
-    section, trainer, config = Section(f"seams, estimates at t={SEAM_TIME:g}"), patient.trainer, patient.config.model
+    section, trainer, config = (
+        CheckResult(f"seams, estimates at t={SEAM_TIME:g}"),
+        patient.trainer,
+        patient.config.model,
+    )
     if not patient.trained:
         return section
     count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
@@ -391,7 +395,9 @@ def seams(patient: Patient) -> Section:
     return section
 
 
-def _judge_seams(section: Section, model: ModelConfig, what: str, peak: float, repeats: float, cells: float) -> None:
+def _judge_seams(
+    section: CheckResult, model: ModelConfig, what: str, peak: float, repeats: float, cells: float
+) -> None:
     # Errors that know nothing of the grid average to 1/sqrt(cells); healthy runs show twice that, since errors of
     # neighbours go together. A quarter of the error is a pattern that everyone sees.
     if repeats > max(0.25, 5 / math.sqrt(cells)):

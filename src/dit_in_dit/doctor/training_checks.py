@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from dit_in_dit.curves.logs import held_out_errors
-from dit_in_dit.doctor.data_checks import MOST_NUMBERS, Line, Patient, Section, batches, forward_budget, take, zero_loss
+from dit_in_dit.doctor.data_checks import (
+    MOST_NUMBERS,
+    CheckResult,
+    Line,
+    Patient,
+    batches,
+    forward_budget,
+    take_examples,
+    zero_loss,
+)
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.batches import Examples
@@ -33,7 +42,7 @@ def probe(trainer: Trainer) -> list[Line]:
     steps = min(PROBE_STEPS, images // size) if size else 0
     examples, first = Examples(trainer.source, config), trainer.step * config.global_batch
     for number in range(steps):
-        batch = take(examples, first + number * size, size)
+        batch = take_examples(examples, first + number * size, size)
         zero = zero_loss(trainer.objective, batch).mean().item()
         values = {name: float(value) for name, value in trainer.update(batches(batch, config.train.batch_size)).items()}
         lines.append({"step": trainer.step, **values, "relative": values["loss"] / zero})
@@ -42,9 +51,9 @@ def probe(trainer: Trainer) -> list[Line]:
     return lines
 
 
-def training(patient: Patient) -> Section:
+def training(patient: Patient) -> CheckResult:
     """Loss and gradients over the log, or over a probe where there is no log; see `probe`."""
-    section, train = Section("training"), patient.config.train
+    section, train = CheckResult("training"), patient.config.train
     _judge_held_out(section, patient)
     if patient.trained and not patient.trainer.optimizer.state:
         seen = "the run holds weights alone: no log and no moments, so gradients and rates cannot be judged"
@@ -107,7 +116,7 @@ def update_ratios(patient: Patient) -> dict[str, float]:
     return {part: rate * math.sqrt(step / weight) for part, (step, weight) in sums.items()}
 
 
-def _judge_held_out(section: Section, patient: Patient) -> None:
+def _judge_held_out(section: CheckResult, patient: Patient) -> None:
     """Whether a held-out error in the log is not finite."""
     errors = {line["step"]: held_out_errors(line).values() for line in patient.log if "held_out" in line}
     bad = sorted(step for step, values in errors.items() if not all(map(math.isfinite, values)))
@@ -117,7 +126,7 @@ def _judge_held_out(section: Section, patient: Patient) -> None:
         section.find("fault", "held-out error", seen, way)
 
 
-def _judge_rate(section: Section, patient: Patient, lines: list[Line], logged: list[Line]) -> None:
+def _judge_rate(section: CheckResult, patient: Patient, lines: list[Line], logged: list[Line]) -> None:
     """Whether the learning rate is too high, or nothing is learned, or the loss is not finite."""
     ratios = update_ratios(patient)
     for part, ratio in ratios.items():
@@ -151,12 +160,12 @@ def _relative(patient: Patient, logged: list[Line]) -> list[float]:
     count = min(config.global_batch, max(1, MOST_NUMBERS // patient.examples.x[0].numel()))
     ratios = []
     for line in (*sorted(logged, key=lambda line: -line["loss"])[:10], *logged[-10:]):
-        zero = zero_loss(objective, take(examples, (line["step"] - 1) * config.global_batch, count))
+        zero = zero_loss(objective, take_examples(examples, (line["step"] - 1) * config.global_batch, count))
         ratios.append(line["loss"] / zero.mean().item())
     return ratios
 
 
-def _judge_gradients(section: Section, patient: Patient) -> None:
+def _judge_gradients(section: CheckResult, patient: Patient) -> None:
     """Parameters that no gradient has reached, or that are what they were at the start."""
     optimizer, scale = patient.trainer.optimizer, patient.config.train.lr_scale
     if not optimizer.state:

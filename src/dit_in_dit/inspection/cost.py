@@ -17,7 +17,7 @@ from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
 from dit_in_dit.model.embed import EMBEDS, OuterEmbed
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT, part_of
-from dit_in_dit.runtime.memory import installed
+from dit_in_dit.runtime.memory import installed_memory
 
 FORWARDS_PER_STEP = 3  # MACs of a training step over those of its forward pass: the backward pass costs two
 
@@ -90,7 +90,7 @@ def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> No
         moments: tensors that the optimizer keeps for each weight.
     """
     copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
-    needed, there = copies * held_bytes(model), installed()
+    needed, there = copies * held_bytes(model), installed_memory()
     if needed > there:
         raise UserError(
             f"training needs {needed / 1e9:,.0f} GB for the weights alone, there are {there / 1e9:,.0f}: "

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.config.run import RunConfig, changed, config_hash, to_yaml
+from dit_in_dit.config.run import RunConfig, config_hash, replace_keys, to_yaml
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.templates import code, code_block, render
@@ -87,7 +87,7 @@ def card(
         },
         evaluation=evaluation and _results(evaluation),
         classes=classes if model.num_classes else (),
-        config=code_block(to_yaml(changed(config, public)), "yaml"),
+        config=code_block(to_yaml(replace_keys(config, public)), "yaml"),
         licensed=licence != "unknown",
     )
 

@@ -21,8 +21,8 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.vae import WEIGHTS
-from dit_in_dit.interop.diffusers_files import INDEX, read_json, read_weights
-from dit_in_dit.interop.official import PATCHES, POSITION, Found, Predicted, Weights
+from dit_in_dit.interop.diffusers_files import PIPELINE_INDEX, read_diffusers_json, read_weights
+from dit_in_dit.interop.official import PATCHES, POSITION, OfficialWeights, Predicted, Weights
 from dit_in_dit.interop.safe_load import unwrapped
 from dit_in_dit.model.layers import sincos
 
@@ -87,7 +87,7 @@ HEADS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # official: one matrix
 # -------------------------------------------------------------------------------------------- read
 
 
-def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
+def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     """A folder with config.json and weights, alone or of a whole `DiTPipeline`, as official weights; and its config.
 
     Raises:
@@ -95,7 +95,7 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     """
     inside = folder / "transformer"
     model = inside if inside.is_dir() else folder
-    config = read_json(model / CONFIG)
+    config = read_diffusers_json(model / CONFIG)
     what = str(model.name)
     if config.get("_class_name") not in CLASSES:
         raise UserError(f"{model / CONFIG} is of {str(config.get('_class_name'))[:40]!r}: known is {CLASSES[0]}")
@@ -117,7 +117,7 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     fixed = sincos(width, size // patch, size // patch)[None]
     weights[POSITION] = fixed.to(weights[PATCHES].dtype)
     scheduler = model.parent / "scheduler" / "scheduler_config.json"
-    piped = inside.is_dir() or (model.parent / INDEX).exists()  # the model alone is one of noise
+    piped = inside.is_dir() or (model.parent / PIPELINE_INDEX).exists()  # the model alone is one of noise
     predict = _predicts(scheduler) if piped else "noise"
     classes = config.get("num_embeds_ada_norm")
     if classes is not None:
@@ -125,7 +125,7 @@ def read_folder(folder: Path) -> tuple[Found, dict[str, Any]]:
     eps = config.get("norm_eps", 1e-5)
     if not isinstance(eps, float) or not 0 < eps <= 1:
         raise UserError(f"{model / CONFIG}: norm_eps must be a number from 0 to 1: got {str(eps)[:40]!r}")
-    found = Found(weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps, classes=classes)
+    found = OfficialWeights(weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps, classes=classes)
     return found, config
 
 
@@ -142,7 +142,7 @@ def _predicts(path: Path) -> Predicted:
     Of its config, all that says the noise levels and times the model was trained with is checked; how many steps are
     taken on the way, and how, is the run's own `sample`.
     """
-    config = read_json(path)
+    config = read_diffusers_json(path)
     if (name := str(config.get("_class_name"))) not in SCHEDULERS:
         raise UserError(
             f"{path} is of {name[:40]!r}, which is not known to have DiT's noise{did_you_mean(name, SCHEDULERS)}"

@@ -12,10 +12,10 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.vae import WEIGHTS, variant_of
 from dit_in_dit.interop.safe_load import read_pt, read_safetensors
 
-INDEX = "model_index.json"  # of a pipeline
+PIPELINE_INDEX = "model_index.json"  # of a pipeline
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_diffusers_json(path: Path) -> dict[str, Any]:
     """The names and values of a file. Raises UserError."""
     return strict_json.read_json(path, advice="give a folder of diffusers' DiTTransformer2DModel")
 
@@ -38,7 +38,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path, kind: str) -> dict[str, Tensor]:
-    files = read_json(index).get("weight_map")
+    files = read_diffusers_json(index).get("weight_map")
     listed = {str(name) for name in files.values()} if isinstance(files, dict) else set()
     if not listed or any(Path(name).name != name or not name.endswith(f".{kind}") for name in listed):
         raise UserError(f"{index} must name .{kind} files beside it: get the folder again")

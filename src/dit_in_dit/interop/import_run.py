@@ -20,7 +20,7 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, assigned, override
 from dit_in_dit.interop import diffusers_dit, official
-from dit_in_dit.interop.official import POSITION, TABLE, Found, Kind
+from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
@@ -36,7 +36,7 @@ def import_run(
     source: Path,
     out: Path,
     *,
-    kind: Kind | None = None,
+    kind: OfficialKind | None = None,
     heads: int | None = None,
     classes: int | None = None,
     settings: Sequence[str] = (),
@@ -56,7 +56,7 @@ def import_run(
     atomic.check_free(out)
     if (source / "config.yaml").exists():
         raise UserError(f"{source} is a run already: import takes weights of others")
-    what, found = source.name, Found({}, {})
+    what, found = source.name, OfficialWeights({}, {})
     origin: dict[str, Any] = {}
     if source.is_dir():
         found, theirs = diffusers_dit.read_folder(source)
@@ -67,7 +67,7 @@ def import_run(
     found = replace(found, heads=heads or found.heads, classes=classes or found.classes)
     found = official.with_null_class(found, what)
     model = official.model_of(found, what)
-    official.check(found.trained, model, what)
+    official.check_official(found.trained, model, what)
     config = _settled(official.run_of(found, model), settings, null_class=found.null_class)
     if not found.null_class:
         origin["null_class"] = False
@@ -128,7 +128,7 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
     config, weights = _official_weights(run, averaged=averaged)
     atomic.check_free(out)
     if _origin(run).get("null_class") is False:
-        weights[TABLE] = weights[TABLE][:-1].clone()  # as it was read
+        weights[LABEL_TABLE] = weights[LABEL_TABLE][:-1].clone()  # as it was read
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(out) as file:
         torch.save(weights, file)

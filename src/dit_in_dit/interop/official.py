@@ -28,7 +28,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.tensors import DTYPES
 
 Weights = Mapping[str, Tensor]
-Kind = Literal["dit", "sit"]
+OfficialKind = Literal["dit", "sit"]
 Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
 
@@ -49,13 +49,13 @@ AFTER = {
     "final_layer.linear": "outer_head.final.linear",
     "final_layer.adaLN_modulation.1": "outer_head.final.modulation.linear",
 }
-TABLE = "y_embedder.embedding_table.weight"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 PATCHES = "x_embedder.proj.weight"
 POSITION = "pos_embed"
 
 
 @dataclass(frozen=True)
-class Found:
+class OfficialWeights:
     """Weights of others under official names.
 
     averaged, trained: the average over training and the last step's; the same where there is one of them.
@@ -71,7 +71,7 @@ class Found:
     averaged: Weights
     trained: Weights
     step: int = 0
-    kind: Kind = "dit"
+    kind: OfficialKind = "dit"
     predict: Predicted = "noise"
     heads: int | None = None
     clock: Clock = "dit"
@@ -112,7 +112,7 @@ def _turned(weights: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------- what the shapes tell
 
 
-def model_of(found: Found, what: str) -> ModelConfig:
+def model_of(found: OfficialWeights, what: str) -> ModelConfig:
     """The architecture of weights; without a number of heads, that of the published size of their depth and width.
 
     Args:
@@ -143,25 +143,25 @@ def model_of(found: Found, what: str) -> ModelConfig:
         image_size=(side * patch, side * patch),
         channels=channels,
         patch_size=patch,
-        num_classes=_shape(weights, TABLE, 2, what)[0] - 1,
+        num_classes=_shape(weights, LABEL_TABLE, 2, what)[0] - 1,
         stages=f"outer*{depth}",
         learn_variance=out == 2 * channels * patch**2,
         time_embed=found.clock,
         mlp_norm_eps=found.eps,
         outer=OuterConfig(width=width, num_heads=heads, mlp_ratio=(hidden if exact else hidden + 0.5) / width),
     )
-    check(weights, model, what)
+    check_official(weights, model, what)
     return model
 
 
-def with_null_class(found: Found, what: str) -> Found:
+def with_null_class(found: OfficialWeights, what: str) -> OfficialWeights:
     """The same, with a row of zeros for no class where the table of labels has rows for the classes alone: models that
     were trained with every label. Nothing reads that row.
 
     Raises:
         UserError: the table fits neither.
     """
-    rows = {_shape(weights, TABLE, 2, what)[0] for weights in (found.averaged, found.trained)}
+    rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (found.averaged, found.trained)}
     if found.classes is None and rows == {1}:
         raise UserError(f"{what} has one row for its classes: say --num-classes 1 if it is a class's")
     if found.classes is None or rows == {found.classes + 1}:
@@ -169,7 +169,7 @@ def with_null_class(found: Found, what: str) -> Found:
     if rows != {found.classes}:
         raise UserError(f"{what} has {found.classes} classes, and {max(rows)} rows for them: say --num-classes")
     averaged, trained = (
-        {**weights, TABLE: torch.cat([weights[TABLE], torch.zeros_like(weights[TABLE][:1])])}
+        {**weights, LABEL_TABLE: torch.cat([weights[LABEL_TABLE], torch.zeros_like(weights[LABEL_TABLE][:1])])}
         for weights in (found.averaged, found.trained)
     )
     return replace(found, averaged=averaged, trained=trained, null_class=False)
@@ -191,7 +191,7 @@ def expected(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}
 
 
-def check(weights: Weights, model: ModelConfig, what: str) -> None:
+def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
     """UserError where official weights are not exactly those of the model, or not of floating-point numbers."""
     wanted = {POSITION: (1, model.patches, model.outer.width), **expected(model)}
     for name in [*wanted, *weights]:
@@ -224,7 +224,7 @@ def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 
 
-def run_of(found: Found, model: ModelConfig) -> RunConfig:
+def run_of(found: OfficialWeights, model: ModelConfig) -> RunConfig:
     """The run that imported weights are of, sampled with the guidance of their authors' `sample.py`."""
     base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
     guidance = 4.0 if model.num_classes and found.null_class else 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.interop.official import Found, Kind, Predicted, Weights
+from dit_in_dit.interop.official import OfficialKind, OfficialWeights, Predicted, Weights
 from dit_in_dit.interop.safe_load import read_pt, unwrapped
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # weights in a file of several things
@@ -20,7 +20,7 @@ TRAINED = ("model", "state_dict", "model_state_dict", "module")
 EMA = re.compile(r"(module\.|_orig_mod\.)*ema(_model)?\.")  # the average as a part of a module
 
 
-def read_checkpoint(path: Path, kind: Kind | None = None) -> Found:
+def read_checkpoint(path: Path, kind: OfficialKind | None = None) -> OfficialWeights:
     """A file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
 
     Args:
@@ -37,7 +37,9 @@ def read_checkpoint(path: Path, kind: Kind | None = None) -> Found:
     predict, heads = _output(known, said, path)
     classes = said.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
-    return Found(averaged, trained, _step(content.get("opt")), known, predict, heads, clock=known, classes=classes)
+    return OfficialWeights(
+        averaged, trained, _step(content.get("opt")), known, predict, heads, clock=known, classes=classes
+    )
 
 
 def _groups(content: Mapping[str, Any], path: Path) -> tuple[Weights, Weights]:
@@ -65,12 +67,12 @@ def _check_tensors(weights: Mapping[Any, Any], path: Path) -> None:
         raise UserError(f"{path.name} holds no weights of a DiT: {str(wrong[0])[:40]!r} is no tensor")
 
 
-def _kind(name: str) -> Kind | None:
+def _kind(name: str) -> OfficialKind | None:
     found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
     return None if found is None else "sit" if found[1] == "sit" else "dit"
 
 
-def _output(kind: Kind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
+def _output(kind: OfficialKind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
     """What the output stands for, and the heads of the size that args name."""
     size = re.search(r"-(S|B|L|XL)/", str(args.get("model", "")))
     heads = presets.SIZES[size[1].lower()][2] if size else None

@@ -60,7 +60,7 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         picture=PICTURE if (run / PICTURE).exists() else None,
         use=usage(name, config),
     )
-    atomic.write(run / "README.md", text)
+    atomic.write_atomic(run / "README.md", text)
 
 
 def usage(name: str, config: RunConfig) -> str:

@@ -50,7 +50,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Found:
+class Definition:
     """Statement `number` of a module."""
 
     module: str
@@ -83,9 +83,9 @@ def _import_lines(imports: set[tuple[str, str]]) -> str:
     return "".join(plain + [f"from {m} import {', '.join(sorted(names))}\n" for m, names in sorted(together.items())])
 
 
-def _gather(module: str, name: str) -> tuple[list[str], set[Found], set[tuple[str, str]]]:
+def _gather(module: str, name: str) -> tuple[list[str], set[Definition], set[tuple[str, str]]]:
     """Modules in the order of their imports, the statements needed, and the imports from outside."""
-    needed: set[Found] = set()
+    needed: set[Definition] = set()
     imports: set[tuple[str, str]] = set()
     waiting = [(module, name)]
     seen: set[tuple[str, str]] = set()
@@ -106,7 +106,7 @@ def _gather(module: str, name: str) -> tuple[list[str], set[Found], set[tuple[st
             for number in _defining(here, wanted):
                 if late := here.statements[number].late:
                     raise NotImplementedError(f"{home}: {wanted} imports {late} when it is too late")
-                needed.add(Found(home, number))
+                needed.add(Definition(home, number))
                 waiting += [(home, used) for used in here.statements[number].names]
     return _order(module), needed, imports
 
@@ -128,7 +128,7 @@ def _order(module: str, done: tuple[str, ...] = ()) -> list[str]:
     return [*order, module] if module not in order else order
 
 
-def _check_names(needed: set[Found]) -> None:
+def _check_names(needed: set[Definition]) -> None:
     """One file has one namespace: no two modules may define the same name."""
     homes: dict[str, str] = {}
     for found in needed:

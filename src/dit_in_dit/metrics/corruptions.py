@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runtime.seeding import generator
-
-Pixels = NDArray[np.uint8]
 
 
 def blur(images: Pixels, strength: float) -> Pixels:
@@ -35,7 +34,7 @@ def jpeg(images: Pixels, strength: float) -> Pixels:
     return _each(images, through) if strength else images
 
 
-def grid(images: Pixels, strength: float, period: int = 8) -> Pixels:
+def patch_grid(images: Pixels, strength: float, period: int = 8) -> Pixels:
     """The last row and column of every patch darker by `strength` (of a range of 1)."""
     lines = np.zeros(images.shape[1:3])
     lines[period - 1 :: period], lines[:, period - 1 :: period] = 1, 1
@@ -53,7 +52,7 @@ CORRUPTIONS: dict[str, Callable[[Pixels, float], Pixels]] = {
     "blur": blur,
     "noise": noise,
     "jpeg": jpeg,
-    "grid": grid,
+    "grid": patch_grid,
     "colour": colour,
 }
 

@@ -11,7 +11,7 @@ from dit_in_dit.data.mosaic import Mosaic, Region, Truth
 from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
 from dit_in_dit.runtime.seeding import generator
 
-Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 Image = NDArray[np.float32]
 
 PERIODS = np.geomspace(2.1, 12, 36)  # searched, in pixels: steps of 5%
@@ -28,9 +28,9 @@ class Detail:
     """Of one image: per visible region, whether period and direction are recovered and the share of the true
     contrast that is there; and the share of pixels that look like the region they belong to."""
 
-    period: Array
-    direction: Array
-    contrast: Array
+    period: Float64Array
+    direction: Float64Array
+    contrast: Float64Array
     layout: float
 
 
@@ -55,7 +55,7 @@ def visible(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
     return owner
 
 
-def _mix(region: Region, image: Image) -> Array:
+def _mix(region: Region, image: Image) -> Float64Array:
     """Where between its two colours a region's pixels lie; (3, ...) -> (...), 0 dark to 1 light."""
     dark, light = (np.asarray(c, float) for c in region.colours)
     axis = (light - dark) / np.sum((light - dark) ** 2)
@@ -82,7 +82,7 @@ def _texture(region: Region, pixels: NDArray[np.int64], image: Image) -> tuple[b
     )
 
 
-def _powers(wave: Array, along: Array) -> Array:
+def _powers(wave: Float64Array, along: Float64Array) -> Float64Array:
     """Power of the wave at each of PERIODS along one direction."""
     angle = 2 * np.pi * along / PERIODS[:, None]
     centred = wave - wave.mean()
@@ -101,13 +101,13 @@ def _layout(mosaic: Mosaic, truth: Truth, owner: NDArray[np.int64], image: Image
     return float(np.mean(np.argmin(misfits, axis=0)[sure] == owner[sure]))
 
 
-def _surroundings(values: Array) -> Array:
+def _surroundings(values: Float64Array) -> Float64Array:
     """Mean over (2 REACH + 1)^2 pixels, mirrored at the border."""
     wide = np.pad(values, REACH, mode="reflect")
     return np.lib.stride_tricks.sliding_window_view(wide, (2 * REACH + 1,) * 2).mean((2, 3))
 
 
-def scores(found: list[Detail], real: list[Detail]) -> dict[str, Score]:
+def detail_scores(found: list[Detail], real: list[Detail]) -> dict[str, Score]:
     """Shares over all regions, `detail.period`, `detail.direction`, `detail.contrast` and `detail.layout`; the floor is
     what the true images score."""
     made = {}

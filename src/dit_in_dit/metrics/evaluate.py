@@ -24,14 +24,15 @@ from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, thumbnails
 from dit_in_dit.metrics.metric import own_scores
-from dit_in_dit.metrics.pixels import Images, Score
-from dit_in_dit.metrics.subject import Draw, Pixels, Reference, Subject
+from dit_in_dit.metrics.pixels import FloatImages, Score
+from dit_in_dit.metrics.subject import Draw, RealImages, Subject
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.runtime.process import is_main
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.batches import held_out
+from dit_in_dit.training.batches import held_out_batch
 
 PIXELS_AT_ONCE = 2**28  # numbers of a set of images that the pixel metrics hold
 SHOWN = 64  # images drawn
@@ -62,13 +63,13 @@ class Evaluation:
 
 def evaluate(
     subject: Subject,
-    real: Reference,
+    real: RealImages,
     out: Path,
     num: int,
     *,
     batch: int = 64,
     networks: tuple[Network, ...] = (),
-    statistics: feature_distances.Reference | None = None,
+    statistics: feature_distances.ReferenceStatistics | None = None,
 ) -> Iterator[Progress | Evaluation]:
     """Compute everything about the first `num` images into `out/metrics.json`: progress, then the evaluation.
 
@@ -115,14 +116,14 @@ def evaluate(
             for folder, _, count, _ in _features(network, draw, num, real, out)
         )
         used = statistics if network.name == "inception" else None
-        scores = fid_family.scores(network.name, mine, theirs, used)
+        scores = fid_family.feature_scores(network.name, mine, theirs, used)
         result["scores"] |= {name: asdict(score) for name, score in scores.items()}
         result["protocol"]["metrics"][network.name] = network.identity
         yield Progress(f"{network.name} metrics", 1, 1)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
-    atomic.write(out / "metrics.json", json.dumps(result, indent=1) + "\n")
+    atomic.write_atomic(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     yield evaluation
 
 
@@ -138,7 +139,7 @@ def _extract(network: Network, draw: Draw, part: range) -> shards.Arrays:
 
 
 def _features(
-    network: Network, draw: Draw, num: int, real: Reference, out: Path
+    network: Network, draw: Draw, num: int, real: RealImages, out: Path
 ) -> Iterator[tuple[Path, Draw, int, str]]:
     """Where a network's features of samples and of real images go, whence they come, how many, and what they are."""
     name = f"{network.name}-{network.identity['sha256'][:8]}"
@@ -163,7 +164,7 @@ def _rgb(images: Pixels) -> Pixels:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation:
+def _look(subject: Subject, draw: Draw, real: RealImages, num: int) -> Evaluation:
     """Everything that needs no network."""
     count = min(num, real.count // 2, max(2, PIXELS_AT_ONCE // int(np.prod(subject.shape))))
     order = generator(0, "evaluation", pixels.DRAWS["order"]).permutation(real.count)
@@ -178,7 +179,7 @@ def _look(subject: Subject, draw: Draw, real: Reference, num: int) -> Evaluation
             "images": count,
             "patches": pixels.POINTS,
             "projections": pixels.PROJECTIONS,
-            "halvings": pixels.SPLITS,
+            "halvings": pixels.FLOOR_SPLITS,
             "resamples": pixels.RESAMPLES,
         },
         "nearest": {
@@ -218,7 +219,7 @@ def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
 
 
-def floats(images: Pixels) -> Images:
+def floats(images: Pixels) -> FloatImages:
     """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 
@@ -232,7 +233,7 @@ def _thumbnails(draw: Draw, count: int, block: int = 1024) -> torch.Tensor:
 def _detail(model: NestedDiT, config: RunConfig) -> dict[str, Score]:
     """What of the held-out mosaics' truth is in the model's image estimates, by time."""
     objective, mosaic = Objective(config.diffusion), Mosaic(config.model.image_size)
-    batch = held_out(open_source(config.data, config.model), config.model.num_classes, DETAIL_IMAGES)
+    batch = held_out_batch(open_source(config.data, config.model), config.model.num_classes, DETAIL_IMAGES)
     truths = [mosaic.truth(i) for i in range(DETAIL_IMAGES)]
     true = [detail.detail(mosaic, truth, x) for truth, x in zip(truths, batch.x.numpy(), strict=True)]
     device = next(model.parameters()).device
@@ -242,5 +243,5 @@ def _detail(model: NestedDiT, config: RunConfig) -> dict[str, Score]:
         times = objective.path.snap(torch.full((len(x),), t, device=device))
         estimates = objective.estimate(model, x, noise, times, y)[1].cpu().numpy()
         found = [detail.detail(mosaic, truth, image) for truth, image in zip(truths, estimates, strict=True)]
-        scores |= {f"{name}@{t}": score for name, score in detail.scores(found, true).items()}
+        scores |= {f"{name}@{t}": score for name, score in detail.detail_scores(found, true).items()}
     return scores

@@ -17,10 +17,10 @@ from dit_in_dit.metrics.pixels import DRAWS
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
 
-Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 
 ENOUGH = 2048  # images on each side below which a Frechet distance does not get a published metric's name
-NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
+DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
 ROWS = 512  # rows summed by one matrix product
 BLOCK = 2**23  # distances held at once
 
@@ -30,11 +30,11 @@ class Moments:
     """Mean (d,) and unbiased covariance (d, d) of `count` rows; None: a reference file does not say how many."""
 
     count: int | None
-    mean: Array
-    covariance: Array
+    mean: Float64Array
+    covariance: Float64Array
 
 
-def moments(chunks: Iterable[NDArray[Any]]) -> Moments:
+def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
     """Moments of features that come in chunks (n, d): sums in index order, the same whatever the chunks.
 
     Sums are about the first row, because squares of large means would swallow a small covariance.
@@ -56,9 +56,9 @@ def moments(chunks: Iterable[NDArray[Any]]) -> Moments:
     return Moments(count, origin + total / count, covariance)
 
 
-def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Array]:
+def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Float64Array]:
     """The same rows in blocks of `ROWS`, so that where a chunk ends changes no bit of the sums."""
-    held: list[Array] = []
+    held: list[Float64Array] = []
     waiting = 0
     for chunk in chunks:
         held.append(np.asarray(chunk, np.float64))
@@ -92,7 +92,7 @@ def frechet(a: Moments, b: Moments) -> float:
     return max(float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared), 0.0)
 
 
-def _root(covariance: Array) -> Array:
+def _root(covariance: Float64Array) -> Float64Array:
     """R (d, rank) with R R' = S, from the eigenvalues that are not rounding errors."""
     values, vectors = np.linalg.eigh(covariance)
     kept = values > values.max(initial=0) * len(values) * np.finfo(np.float64).eps
@@ -104,7 +104,7 @@ def frechet_name(network: str, features: str, count: int) -> str:
 
     Below that its bias, which falls with the number of images, is larger than what it is meant to show.
     """
-    name = NAMES[network, features]
+    name = DISTANCE_NAMES[network, features]
     if count >= ENOUGH:
         return name
     which = {"FID": "", "sFID": "spatial, ", "FD-DINOv2": "DINOv2, "}[name]
@@ -128,14 +128,14 @@ def kernel_distance(
         )
     draw = generator(seed, "evaluation", DRAWS["subsets"])
 
-    def subset(rows: NDArray[Any]) -> Array:
+    def subset(rows: NDArray[Any]) -> Float64Array:
         return rows[draw.choice(len(rows), size, replace=False)].astype(np.float64)
 
     found = [_discrepancy(subset(real), subset(generated)) for _ in range(subsets)]
     return float(np.mean(found)), float(np.std(found))
 
 
-def _discrepancy(x: Array, y: Array) -> float:
+def _discrepancy(x: Float64Array, y: Float64Array) -> float:
     """Unbiased squared maximum mean discrepancy of two samples of one size (Gretton et al. 2012, eq. 3)."""
     size, dimension = x.shape
     within = 0.0
@@ -179,7 +179,7 @@ def density_coverage(real: NDArray[Any], generated: NDArray[Any], k: int = 5) ->
     return balls / (k * len(generated)), float(covered.mean())
 
 
-def _radii(rows: NDArray[Any], k: int) -> Array:
+def _radii(rows: NDArray[Any], k: int) -> Float64Array:
     """Squared distance (n,) of each row to its k-th neighbour among the others."""
     if len(rows) <= k:
         raise UserError(f"the {k} nearest neighbours need more than {k} images: got {len(rows)}")
@@ -191,7 +191,7 @@ def _radii(rows: NDArray[Any], k: int) -> Array:
     return radii
 
 
-def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, Array]]:
+def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, Float64Array]]:
     """Squared distances of rows of `a`, from the given one on, to all of `b`, in blocks of at most `BLOCK` numbers."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     centre = b.mean(0)  # the expanded square loses what the norms have in common
@@ -231,7 +231,7 @@ def inception_score(logits: NDArray[Any], splits: int = 10, seed: int = 0) -> tu
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStatistics:
     """Statistics of a set of real images that someone else computed: `moments` by kind of feature."""
 
     path: Path
@@ -239,7 +239,7 @@ class Reference:
     moments: dict[str, Moments]
 
 
-def read_reference(path: Path) -> Reference:
+def read_reference(path: Path) -> ReferenceStatistics:
     """Statistics from a `.npz` of ADM's layout (Dhariwal & Nichol 2021): `mu`, `sigma` of the pooled Inception
     features, `mu_s`, `sigma_s` of the spatial ones; other arrays (`arr_0`: images) are not read.
 
@@ -263,7 +263,7 @@ def read_reference(path: Path) -> Reference:
         raise UserError(f"no such file of statistics: {path}") from None
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} as a .npz of numbers: {str(error)[:80]}") from None
-    return Reference(path, file_sha256(path), found)
+    return ReferenceStatistics(path, file_sha256(path), found)
 
 
 def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.precision import use_full_float32
-
-Pixels = NDArray[np.uint8]
 
 SPATIAL_CHANNELS = 7  # of ADM's spatial features: 17 * 17 * 7 = 2023 numbers, about as many as the pooled ones
 DINOV2_SIDE = 224  # pixels; Stein et al. 2023

@@ -30,15 +30,15 @@ class Features:
 
     def read(self, name: str) -> Iterator[NDArray[Any]]:
         """One kind of feature, chunk by chunk in index order."""
-        return shards.read(self.folder, self.count, self.batch, name)
+        return shards.read_chunks(self.folder, self.count, self.batch, name)
 
     def whole(self, name: str) -> NDArray[Any]:
         """All rows of one kind."""
         return np.concatenate(list(self.read(name)))
 
 
-def scores(
-    network: str, mine: Features, theirs: Features, statistics: feature_distances.Reference | None
+def feature_scores(
+    network: str, mine: Features, theirs: Features, statistics: feature_distances.ReferenceStatistics | None
 ) -> dict[str, Score]:
     """Every number that the features of samples (`mine`) and of real images give, by name.
 
@@ -48,9 +48,9 @@ def scores(
     """
     found: dict[str, Score] = {}
     for kind in ("pool", "spatial") if network == "inception" else ("pool",):
-        real = statistics.moments[kind] if statistics else feature_distances.moments(theirs.read(kind))
+        real = statistics.moments[kind] if statistics else feature_distances.feature_moments(theirs.read(kind))
         smaller = mine.count if statistics else min(mine.count, theirs.count)
-        distance = feature_distances.frechet(feature_distances.moments(mine.read(kind)), real)
+        distance = feature_distances.frechet(feature_distances.feature_moments(mine.read(kind)), real)
         found[feature_distances.frechet_name(network, kind, smaller)] = Score(distance)
     if network != "inception":
         return found

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runtime.seeding import generator
 
-Array = NDArray[np.float64]
-Pixels = NDArray[np.uint8]
+Float64Array = NDArray[np.float64]
 
 SIDE = 32  # images are averaged down to this side at most before they are compared
 BLOCK = 2**26  # distances held at once
@@ -34,11 +34,11 @@ class Neighbours:
     between neighbouring pixels, of samples over that of training images.
     """
 
-    train: Array
+    train: Float64Array
     number: NDArray[np.int64]
-    other: Array
-    unseen_train: Array
-    unseen_other: Array
+    other: Float64Array
+    unseen_train: Float64Array
+    unseen_other: Float64Array
     detail: float
 
     @property
@@ -115,7 +115,7 @@ def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrore
     return Neighbours(distance, number, others, unseen_train, real_others, detail)
 
 
-def _steps(images: Tensor) -> Array:
+def _steps(images: Tensor) -> Float64Array:
     """Root mean square of the steps between neighbouring pixels, down and across, of each image (N, C, h, w)."""
     squares = [images.diff(dim=axis).double().square().flatten(1).sum(1) for axis in (2, 3)]
     count = sum(images[0].diff(dim=axis).numel() for axis in (1, 2))
@@ -124,7 +124,7 @@ def _steps(images: Tensor) -> Array:
 
 def _either_way(
     images: Tensor, base: Tensor, *, mirrored: bool, itself: bool = False
-) -> tuple[Array, NDArray[np.int64]]:
+) -> tuple[Float64Array, NDArray[np.int64]]:
     """`nearest` of images (N, C, h, w), or of their mirror images where those come nearer."""
     distance, number = nearest(images.flatten(1), base, itself=itself)
     if mirrored:
@@ -141,7 +141,7 @@ def thumbnails(images: Pixels) -> Tensor:
     return F.adaptive_avg_pool2d(rows, (height, width))
 
 
-def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Array, NDArray[np.int64]]:
+def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Float64Array, NDArray[np.int64]]:
     """Distance (N,) and row (N,) of each query's nearest row of `base`; with `itself`, query i is row i, which
     does not count."""
     norms = base.square().sum(1)

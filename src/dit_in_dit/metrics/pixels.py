@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from dit_in_dit.runtime.seeding import generator
 
-Array = NDArray[np.float64]
-Images = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
-Compare = Callable[[Array, Array], dict[str, float]]
+Float64Array = NDArray[np.float64]
+FloatImages = NDArray[np.float32]
+Compare = Callable[[Float64Array, Float64Array], dict[str, float]]
 
 NEIGHBOURHOOD = 7  # side of the patches of the sliced Wasserstein distance (Karras et al. 2018, section 5)
 SMALLEST_LEVEL = 8  # shorter side of the pyramid's last level, in pixels
@@ -28,7 +27,7 @@ POINTS = 16384  # patches per set and level
 MOST_PATCHES = 128  # per image, as Karras et al.
 PROJECTIONS = 64
 RESAMPLED_PROJECTIONS = 16  # that the bootstrap looks at
-SPLITS = 64  # halvings of the reference that the floor is averaged over
+FLOOR_SPLITS = 64  # halvings of the reference that the floor is averaged over
 SLICED_SPLITS = 8  # the same for sliced Wasserstein distances, which are slow and vary less
 RESAMPLES = 100  # of the bootstrap
 DRAWS = {"halves": 0, "resamples": 1, "projections": 2, "order": 3, "subsets": 4}  # streams of the purpose "evaluation"
@@ -56,11 +55,11 @@ class Halves:
     def of(cls, count: int) -> Halves:
         """Random halves of `count` images, an odd one left out."""
         draw, half = generator(0, "evaluation", DRAWS["halves"]), count // 2
-        orders = np.stack([draw.permutation(count) for _ in range(SPLITS)])
+        orders = np.stack([draw.permutation(count) for _ in range(FLOOR_SPLITS)])
         return cls(orders[:, :half], orders[:, half : 2 * half])
 
 
-def score(images: Images, real: Images, periods: tuple[int, ...] = ()) -> dict[str, Score]:
+def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ()) -> dict[str, Score]:
     """Every distance of M images to a half of 2M real ones; the floor is that of the other half.
 
     Args:
@@ -78,7 +77,7 @@ def score(images: Images, real: Images, periods: tuple[int, ...] = ()) -> dict[s
     return sliced_wasserstein(images, real, halves) | scores
 
 
-def resamples(count: int) -> Iterator[tuple[Array, Array]]:
+def resamples(count: int) -> Iterator[tuple[Float64Array, Float64Array]]:
     """Weights (count,) of mean one, for the images and for the reference, as drawing with replacement gives them."""
     draw = generator(0, "evaluation", DRAWS["resamples"])
     even = np.full(count, 1 / count)
@@ -96,10 +95,12 @@ def _make_score(value: float, resampled: list[float], floors: list[float]) -> Sc
 # ------------------------------------------------------------------------------------------ statistics
 
 
-def statistics(shape: tuple[int, ...], periods: tuple[int, ...]) -> list[tuple[Callable[[Images], Array], Compare]]:
+def statistics(
+    shape: tuple[int, ...], periods: tuple[int, ...]
+) -> list[tuple[Callable[[FloatImages], Float64Array], Compare]]:
     """Per-image statistics of images (C, H, W), each with the distances between two sets' means."""
     spectrum = Spectrum(shape[1], shape[2])
-    found: list[tuple[Callable[[Images], Array], Compare]] = [
+    found: list[tuple[Callable[[FloatImages], Float64Array], Compare]] = [
         (spectrum, spectrum.compare),
         (channel_moments, compare_moments),
     ]
@@ -110,7 +111,7 @@ def statistics(shape: tuple[int, ...], periods: tuple[int, ...]) -> list[tuple[C
     return found
 
 
-def _statistic_scores(images: Array, real: Array, compare: Compare, halves: Halves) -> dict[str, Score]:
+def _statistic_scores(images: Float64Array, real: Float64Array, compare: Compare, halves: Halves) -> dict[str, Score]:
     """Scores from per-image statistics (M, K) and (2M, K)."""
     first = real[halves.first[0]]
     values = compare(images.mean(0), first.mean(0))
@@ -143,7 +144,7 @@ class Spectrum:
         octaves = np.clip(np.floor(-np.log2(frequency)), 1, None).astype(int)  # 1: from 1/4 to 1/2 and above
         self.octaves = {f"1/{2 ** (o + 1)}": octaves == o for o in range(1, octaves.max() + 1)}
 
-    def __call__(self, images: Images) -> Array:
+    def __call__(self, images: FloatImages) -> Float64Array:
         """(N, C, H, W) -> power (N, bins)."""
         powers = []
         for block in _blocks(images):
@@ -152,7 +153,7 @@ class Spectrum:
             powers.append(power.sum(1).reshape(len(block), -1) @ self.average.T)
         return np.concatenate(powers)
 
-    def compare(self, images: Array, real: Array) -> dict[str, float]:
+    def compare(self, images: Float64Array, real: Float64Array) -> dict[str, float]:
         """Distances in decibels between mean powers (bins,)."""
         tiny = 1e-12 * real.max() + np.finfo(float).tiny  # constant images have no power at all
         decibels = 10 * np.log10((images + tiny) / (real + tiny))
@@ -160,7 +161,7 @@ class Spectrum:
         return values | {f"spectrum.{name}": float(decibels[bins].mean()) for name, bins in self.octaves.items()}
 
 
-def channel_moments(images: Images) -> Array:
+def channel_moments(images: FloatImages) -> Float64Array:
     """Raw moments per image: x, x^2, x^3, x^4 of each channel, then products of each pair; (N, 4C + C(C-1)/2)."""
     found = []
     for block in _blocks(images):
@@ -170,13 +171,13 @@ def channel_moments(images: Images) -> Array:
     return np.concatenate(found)
 
 
-def compare_moments(images: Array, real: Array) -> dict[str, float]:
+def compare_moments(images: Float64Array, real: Float64Array) -> dict[str, float]:
     """The largest difference over channels in mean, deviation, skewness, kurtosis and correlation of channels."""
     a, b = _central(images), _central(real)
     return {f"moments.{name}": float(np.max(np.abs(a[name] - b[name]))) for name in a if a[name].size}
 
 
-def _central(raw: Array) -> dict[str, Array]:
+def _central(raw: Float64Array) -> dict[str, Float64Array]:
     """Central moments from raw ones."""
     channels = next(c for c in range(1, len(raw) + 1) if 4 * c + c * (c - 1) // 2 == len(raw))
     m1, m2, m3, m4 = raw[: 4 * channels].reshape(4, channels)
@@ -210,11 +211,11 @@ class Seams:
         """Whether images (C, H, W) have seams of this period."""
         return 1 < self.period < max(shape[1:]) and self.period != self.skip
 
-    def __call__(self, images: Images) -> Array:
+    def __call__(self, images: FloatImages) -> Float64Array:
         """(N, C, H, W) -> mean |difference| by place, down and across: (N, 2 * period)."""
         return np.concatenate([np.column_stack([self._fold(b, 2), self._fold(b, 3)]) for b in _blocks(images)])
 
-    def _fold(self, images: Images, axis: int) -> Array:
+    def _fold(self, images: FloatImages, axis: int) -> Float64Array:
         """Profile (N, period) along one axis; the last place is the border. Axes of one period have none: zeros."""
         steps = np.abs(np.diff(images, axis=axis)).mean(axis=(1, 5 - axis), dtype=np.float64)  # N, length - 1
         place = np.arange(steps.shape[1])
@@ -223,18 +224,18 @@ class Seams:
             return np.zeros((len(images), self.period))
         return np.column_stack([steps[:, kept & (place % self.period == k)].mean(1) for k in range(self.period)])
 
-    def compare(self, images: Array, real: Array) -> dict[str, float]:
+    def compare(self, images: Float64Array, real: Float64Array) -> dict[str, float]:
         """The distance between mean profiles (2 * period,)."""
         return {f"seam.{self.period}": float(np.sqrt(np.mean(self.deviation(images, real) ** 2)))}
 
-    def deviation(self, images: Array, real: Array) -> Array:
+    def deviation(self, images: Float64Array, real: Float64Array) -> Float64Array:
         """What the profile exceeds the real one by at each place, (2, period): down and across."""
         a, b = (x.reshape(2, self.period) for x in (images, real))
         tiny = 1e-6  # of a range of 2: real images without any edge
         return ((a - a.mean(1, keepdims=True)) - (b - b.mean(1, keepdims=True))) / (b.mean(1, keepdims=True) + tiny)
 
 
-def _blocks(images: Images, most: int = 2**24) -> Iterator[Images]:
+def _blocks(images: FloatImages, most: int = 2**24) -> Iterator[FloatImages]:
     """The images in blocks of bounded size: temporaries are several times as large."""
     size = max(1, most // max(1, images[0].size))
     for start in range(0, len(images), size):
@@ -244,7 +245,7 @@ def _blocks(images: Images, most: int = 2**24) -> Iterator[Images]:
 # -------------------------------------------------------------------------- sliced Wasserstein distance
 
 
-def laplacian_pyramid(images: Images) -> list[Images]:
+def laplacian_pyramid(images: FloatImages) -> list[FloatImages]:
     """Band-pass levels from fine to coarse and the low-pass rest (Burt & Adelson 1983); images are their sum,
     each level brought up to full size."""
     levels = []
@@ -255,14 +256,14 @@ def laplacian_pyramid(images: Images) -> list[Images]:
     return [*levels, images]
 
 
-def enlarge(images: Images) -> Images:
+def enlarge(images: FloatImages) -> FloatImages:
     """Twice the size: zeros between the pixels, smoothed."""
     spread = np.zeros((*images.shape[:2], 2 * images.shape[2], 2 * images.shape[3]), images.dtype)
     spread[..., ::2, ::2] = 4 * images
     return _smooth(spread)
 
 
-def _smooth(images: Images) -> Images:
+def _smooth(images: FloatImages) -> FloatImages:
     """The binomial filter 1 4 6 4 1 along both axes, mirrored at the border."""
     for axis in (2, 3):
         pad = [(0, 0)] * 4
@@ -273,7 +274,7 @@ def _smooth(images: Images) -> Images:
     return images
 
 
-def sliced_wasserstein(images: Images, real: Images, halves: Halves) -> dict[str, Score]:
+def sliced_wasserstein(images: FloatImages, real: FloatImages, halves: Halves) -> dict[str, Score]:
     """Sliced Wasserstein-1 distance per level, `swd.SIDE` with the level's shorter side in pixels.
 
     7x7 patches, as Karras et al. 2018 (section 5), but in deviations of the real patches rather than each set's
@@ -293,7 +294,7 @@ def sliced_wasserstein(images: Images, real: Images, halves: Halves) -> dict[str
     return scores
 
 
-def _patches(level: Images, count: int, first: int) -> Images:
+def _patches(level: FloatImages, count: int, first: int) -> FloatImages:
     """`count` random patches of each image, (N, count, C, 49); which ones depends on the image's number alone."""
     side = min(NEIGHBOURHOOD, *level.shape[2:])
     windows = sliding_window_view(level, (side, side), axis=(2, 3))  # N C y x side side
@@ -305,10 +306,10 @@ def _patches(level: Images, count: int, first: int) -> Images:
     return windows[np.arange(len(level))[:, None], :, y, x].reshape(len(level), count, level.shape[1], -1)
 
 
-def _wasserstein_score(images: Images, real: Images, halves: Halves) -> Score:
+def _wasserstein_score(images: FloatImages, real: FloatImages, halves: Halves) -> Score:
     """Score of projected patches (PROJECTIONS, M, count) against (PROJECTIONS, 2M, count)."""
 
-    def distance(a: Images, b: Images) -> float:
+    def distance(a: FloatImages, b: FloatImages) -> float:
         a, b = (np.sort(x.reshape(len(x), -1)) for x in (a, b))
         return float(np.mean(np.abs(a - b), dtype=np.float64))
 
@@ -319,7 +320,7 @@ def _wasserstein_score(images: Images, real: Images, halves: Halves) -> Score:
     return _make_score(distance(images, first), list(again), floors)
 
 
-def resampled_wasserstein(a: Images, b: Images) -> Iterator[float]:
+def resampled_wasserstein(a: FloatImages, b: FloatImages) -> Iterator[float]:
     """Distances between (projections, M, count) each when images are drawn again with replacement: the area between
     two weighted distribution functions, whose order is found once for all resamples."""
     projections, images, count = a.shape

@@ -14,7 +14,7 @@ from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import beside, grid, to_png
+from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import before_it_was_named
 
@@ -24,12 +24,15 @@ SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType
 FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
 
 
-def draw(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
+def draw_evaluation(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
     """Write the figures; their paths, each with what it shows."""
     samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
     step = max(1, len(evaluation.real) // SHOWN)
-    pictures = {"evaluated": grid(evaluation.images[:SHOWN]), "real images": grid(evaluation.real[::step][:SHOWN])}
-    atomic.write(samples, to_png(beside(pictures)))
+    pictures = {
+        "evaluated": image_grid(evaluation.images[:SHOWN]),
+        "real images": image_grid(evaluation.real[::step][:SHOWN]),
+    }
+    atomic.write_atomic(samples, image_png(side_by_side(pictures)))
     draw_nearest(evaluation, nearest)
     draw_metrics(evaluation, metrics)
     return [
@@ -48,7 +51,7 @@ def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
         mine, theirs = evaluation.nearest[part], evaluation.nearest_real[part]
         blank = np.full((columns - len(mine), *mine.shape[1:]), 255, np.uint8)
         rows += [mine, blank, theirs, blank]
-    atomic.write(path, to_png(grid(np.concatenate(rows), columns)))
+    atomic.write_atomic(path, image_png(image_grid(np.concatenate(rows), columns)))
 
 
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
@@ -63,7 +66,7 @@ def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
     _draw_neighbours(axes[1, 1], evaluation)
     made.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
-    atomic.write(path, plots.to_png(made))
+    atomic.write_atomic(path, plots.figure_png(made))
 
 
 def _periods(result: dict[str, Any]) -> tuple[int, ...]:
@@ -132,7 +135,7 @@ def _draw_neighbours(axis: Any, evaluation: Evaluation) -> None:
 # --------------------------------------------------------------------------------------------- compare
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_evaluation(path: Path) -> dict[str, Any]:
     """An evaluation from its `metrics.json`, its folder, or a run's newest evaluation."""
     places = [path, path / "metrics.json", *sorted((path / "evaluation").glob("*/metrics.json"), reverse=True)]
     found = next((place for place in places if place.is_file()), None)
@@ -154,7 +157,7 @@ def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any]
     Raises:
         UserError: the protocols differ; it names the first field that does.
     """
-    results = [read(path) for path in paths]
+    results = [read_evaluation(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
         if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
@@ -195,4 +198,4 @@ def draw_compared(
         axis.tick_params(axis="x", labelsize=6)
         axis.locator_params(axis="x", nbins=4)
     made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
-    atomic.write(path, plots.to_png(made))
+    atomic.write_atomic(path, plots.figure_png(made))

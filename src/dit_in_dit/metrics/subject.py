@@ -21,20 +21,19 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source, size_of
 from dit_in_dit.metrics.pixels import DRAWS
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.reporting.images import to_pixels
+from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.sampling.numbered import protocol, sample_batches
+from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import image_number
 
-Pixels = NDArray[np.uint8]
 Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
 NAMED = ("emoji", "mosaic")  # sources that come with a held-out part
 MOST_REAL = 50_000  # real images used of a larger set, drawn at random
 
 
-class Decoder(Protocol):
+class ImageDecoder(Protocol):
     """What makes images of latents."""
 
     factor: int  # pixels to a latent pixel, along a side
@@ -71,7 +70,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Reference:
+class RealImages:
     """Real images: those that samples are compared with, and unseen ones, if there are any."""
 
     draw: Draw
@@ -88,7 +87,7 @@ def run_subject(
     *,
     seed: int,
     averaged: bool,
-    decoder: Callable[[DataConfig], Decoder | None] = lambda data: None,
+    decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
@@ -117,7 +116,7 @@ def run_subject(
         return np.concatenate([to_pixels(some) for some in images])
 
     labels = names if config.model.num_classes else "none"
-    samples = protocol(config, labels=labels, averaged=averaged, seed=seed)
+    samples = sampling_protocol(config, labels=labels, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
     about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
@@ -147,7 +146,7 @@ def files_subject(path: Path) -> Subject:
     return Subject(draw, shape, {"made by": "files, as they are"}, about, count=count)
 
 
-def reference(against: str | None, subject: Subject, wanted: int) -> Reference:
+def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
     """Real images for a subject.
 
     `against` None means the data that the run was trained on. That, and the embedded sources, have a held-out
@@ -184,7 +183,7 @@ def reference(against: str | None, subject: Subject, wanted: int) -> Reference:
         "resize": "box halving, bicubic, centre crop",
         "sha256": _sha256(train, count),
     }
-    return Reference(train, count, _pixels(source.held_out), source.held_out_size, about)
+    return RealImages(train, count, _pixels(source.held_out), source.held_out_size, about)
 
 
 def _open(data: DataConfig, shape: tuple[int, int, int]) -> Source:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import norm
 
-FREQUENCIES = 256  # sinusoidal features of time, as in DiT
+TIME_FREQUENCIES = 256  # sinusoidal features of time, as in DiT
 
 
 def _steps(t: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ class TimeEmbed(nn.Module):
     def __init__(self, width: int, kind: str = "dit") -> None:
         super().__init__()
         self.clock = TIME_SCALES[kind]
-        self.last = FREQUENCIES // 2 - (kind == "diffusers")  # the index at which frequencies reach 1/10000
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.last = TIME_FREQUENCIES // 2 - (kind == "diffusers")  # the index at which frequencies reach 1/10000
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def initialise(self) -> None:
         """Draw weights as DiT does."""
@@ -49,10 +49,10 @@ class TimeEmbed(nn.Module):
     @staticmethod
     def macs(model: ModelConfig) -> int:
         """Per image."""
-        return FREQUENCIES * model.outer.width + model.outer.width**2
+        return TIME_FREQUENCIES * model.outer.width + model.outer.width**2
 
     def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        steps = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device)
+        steps = torch.arange(TIME_FREQUENCIES // 2, dtype=torch.float32, device=t.device)
         angle = self.clock(t.float())[:, None] * torch.exp(-math.log(10000) * steps / self.last)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
 

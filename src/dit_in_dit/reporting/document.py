@@ -74,7 +74,7 @@ class Verbatim:
     text: str
 
 
-Block = Text | Bullets | Table | Picture | Verbatim
+DocumentPart = Text | Bullets | Table | Picture | Verbatim
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Chapter:
     """A heading and what stands below it."""
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[DocumentPart]
 
     @property
     def anchor(self) -> str:
@@ -115,7 +115,7 @@ def to_markdown(title: str, lead: str, chapters: Sequence[Chapter], folder: Path
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _markdown(block: Block, folder: Path) -> str:
+def _markdown(block: DocumentPart, folder: Path) -> str:
     if isinstance(block, Text):
         return quoted(block.text)
     if isinstance(block, Bullets):

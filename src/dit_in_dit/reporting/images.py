@@ -40,7 +40,7 @@ def picture(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
+def image_grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
     """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged as they are."""
     count, height, width, _ = pixels.shape
     columns = columns or round(count**0.5 + 0.49)
@@ -53,7 +53,7 @@ def grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
     return sheet
 
 
-def beside(pictures: dict[str, Image.Image]) -> Image.Image:
+def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
     """Pictures side by side, each under its caption."""
     top, gap = 28, 16
     width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
@@ -66,7 +66,7 @@ def beside(pictures: dict[str, Image.Image]) -> Image.Image:
     return sheet
 
 
-def to_png(image: Image.Image) -> bytes:
+def image_png(image: Image.Image) -> bytes:
     """An image as the bytes of a PNG file."""
     image.save(content := io.BytesIO(), "PNG")
     return content.getvalue()

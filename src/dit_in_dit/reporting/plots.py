@@ -43,7 +43,7 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         return made, made.subplots(rows, columns, squeeze=False)
 
 
-def to_png(made: Figure, *, colours: int | None = None) -> bytes:
+def figure_png(made: Figure, *, colours: int | None = None) -> bytes:
     """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 
     Args:

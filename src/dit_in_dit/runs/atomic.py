@@ -23,7 +23,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
-def clear(folder: Path, names: Collection[str]) -> None:
+def clear_temporary(folder: Path, names: Collection[str]) -> None:
     """Delete what killed processes left of these files of the folder."""
     for left in folder.glob(".*.part"):
         known = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.part", left.name)
@@ -57,7 +57,7 @@ def _link(beside: Path, path: Path) -> None:
         os.link(beside, path)
 
 
-def write(path: Path, content: bytes | str, *, once: bool = False) -> None:
+def write_atomic(path: Path, content: bytes | str, *, once: bool = False) -> None:
     """`file` with all of its content."""
     with file(path, once=once) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)

@@ -25,7 +25,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import integrity
 from dit_in_dit.runs.folder import noted_manifest, read_config
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, verify
-from dit_in_dit.runs.retention import clear, folders, make_way, prune
+from dit_in_dit.runs.retention import clear_unfinished, folders, make_way, prune
 from dit_in_dit.runs.tensors import Stored, load_tensors, serialize
 
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
@@ -170,11 +170,11 @@ def save(
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
     files = {name: serialize(tensors) for name, tensors in ((STATE, state), (AVERAGED, ema))}
     try:
-        clear(run)
+        clear_unfinished(run)
         folder.mkdir(parents=True, exist_ok=True)
         integrity.sync(run)
         beside.mkdir()
-        written = {name: integrity.write(beside / name, content) for name, content in files.items()}
+        written = {name: integrity.write_hashed(beside / name, content) for name, content in files.items()}
         manifest = {
             "step": step,
             "config": config_hash(config),
@@ -188,7 +188,7 @@ def save(
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
         }
-        integrity.write(beside / "manifest.json", [integrity.seal(manifest)])
+        integrity.write_hashed(beside / "manifest.json", [integrity.seal(manifest)])
         integrity.sync(beside)
         verify(beside)
         make_way(target)
@@ -232,7 +232,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
                 _check_config(config, folder, manifest)
-                for name in plugins.changed(manifest):
+                for name in plugins.changed_sources(manifest):
                     warnings.warn(f"{name} is not as it was when {folder} was written", PluginWarning, stacklevel=2)
                 return Checkpoint(folder, config, manifest, tuple(passed_over))
         except DamagedError as error:

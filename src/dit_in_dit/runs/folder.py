@@ -21,7 +21,7 @@ from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, from_file, to_yaml
 from dit_in_dit.runs import atomic, integrity, lock
-from dit_in_dit.runs.retention import clear, folders
+from dit_in_dit.runs.retention import clear_unfinished, folders
 
 
 def create(run: Path, config: RunConfig) -> None:
@@ -30,21 +30,21 @@ def create(run: Path, config: RunConfig) -> None:
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        atomic.write(run / "config.yaml", to_yaml(config, meanings=True))
+        atomic.write_atomic(run / "config.yaml", to_yaml(config, meanings=True))
         integrity.sync(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
 
 
 @contextmanager
-def hold(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Keep other processes, and other callers in this one, from training the run.
 
     Raises:
         BusyError: another has it; named with its machine.
     """
-    with lock.hold(run / "lock", f"{run} is being trained"):
-        clear(run)
+    with lock.lock_file(run / "lock", f"{run} is being trained"):
+        clear_unfinished(run)
         yield
 
 
@@ -56,7 +56,7 @@ def read_config(run: Path) -> RunConfig:
     try:
         return from_file(path)
     except UserError as error:
-        if missing := plugins.missing(noted_manifest(run)):
+        if missing := plugins.missing_plugins(noted_manifest(run)):
             raise UserError(f"{run} was made with a plug-in: pass {missing} ({error})") from None
         raise
 

@@ -58,7 +58,7 @@ class DamagedWarning(UserWarning):
     """A damaged checkpoint was passed over, and an older one is used."""
 
 
-def write(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
     """Write a file to the disk; size and SHA-256 of what was meant to be in it, whatever the disk made of it."""
     size, sha256 = 0, hashlib.sha256()
     with path.open("wb") as file:

@@ -38,7 +38,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def take(path: Path, *, wait: bool) -> io.FileIO:
+def open_locked(path: Path, *, wait: bool) -> io.FileIO:
     """Open the file, which is made where there is none, and lock it; for `release`.
 
     Raises:
@@ -62,7 +62,7 @@ def release(file: io.FileIO) -> None:
 
 
 @contextmanager
-def hold(path: Path, what: str) -> Iterator[None]:
+def lock_file(path: Path, what: str) -> Iterator[None]:
     """Keep others from taking the same file; it names its holder. Where the file system keeps no locks, warn
     (LocklessWarning) and go on without.
 
@@ -75,7 +75,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     file = None
     try:
-        file = take(path, wait=False)
+        file = open_locked(path, wait=False)
     except BlockingIOError:
         other = path.read_text(errors="replace").strip()
         named = f"another caller in this process ({owner})" if other == owner else other or "another process"

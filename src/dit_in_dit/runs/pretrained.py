@@ -9,7 +9,7 @@ ROOM = "models"  # `models/NAME` is the model where a preset has the same name, 
 PLACES = (HERE / ROOM, HERE.parents[1] / ROOM)  # installed; in a checkout
 
 
-def shipped() -> dict[str, Path]:
+def pretrained_models() -> dict[str, Path]:
     """The runs that ship with the package, by name."""
     found = (path.parent for place in PLACES for path in sorted(place.glob("*/config.yaml")))
     return {run.name: run for run in reversed(list(found))}
@@ -22,10 +22,10 @@ def find_run(text: str) -> Path:
         taken = path.exists()
     except (OSError, ValueError):  # too long for a name, or a NUL in it: whoever reads it says so
         return path
-    return path if taken else shipped().get(text.removeprefix(f"{ROOM}/"), path)
+    return path if taken else pretrained_models().get(text.removeprefix(f"{ROOM}/"), path)
 
 
-def results(run: Path, kind: str) -> Path:
+def results_folder(run: Path, kind: str) -> Path:
     """The folder for what a command writes about a run: KIND in the run, or KIND/NAME in the working folder for a
     shipped one."""
     shipping = run.resolve().parent in {place.resolve() for place in PLACES}

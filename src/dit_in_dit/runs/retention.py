@@ -82,7 +82,7 @@ def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
                 _drop(folder)
 
 
-def clear(run: Path) -> None:
+def clear_unfinished(run: Path) -> None:
     """Delete what a killed save left. Only for who trains the run."""
     for folder in (run / "checkpoints").glob("*.part"):
         if LEFT.fullmatch(folder.name):  # else it is the user's

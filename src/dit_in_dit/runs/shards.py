@@ -35,7 +35,7 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        atomic.write(path, json.dumps(identity, indent=1) + "\n", once=True)
+        atomic.write_atomic(path, json.dumps(identity, indent=1) + "\n", once=True)
     stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
     if field := json_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
@@ -57,12 +57,12 @@ def share(total: int, size: int, there: Callable[[range], bool], make: Callable[
             make(part)
             done += len(part)
             yield done
-    for left in missing(parts, there, PATIENCE, lambda left: f"images from number {left[0].start} on"):
+    for left in wait_for_missing(parts, there, PATIENCE, lambda left: f"images from number {left[0].start} on"):
         yield total - sum(map(len, left))
     yield total
 
 
-def missing(
+def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
     """Wait for other processes' parts: yields those that are missing ten times a second, until all are there.
@@ -98,13 +98,13 @@ def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -
     def keep(part: range) -> None:
         content = io.BytesIO()
         np.savez(content, **make(part))  # type: ignore[arg-type]
-        atomic.write(_path(folder, part), content.getvalue())
+        atomic.write_atomic(_path(folder, part), content.getvalue())
 
     folder.mkdir(parents=True, exist_ok=True)
     return share(total, size, lambda part: _path(folder, part).exists(), keep)
 
 
-def read(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
+def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
     """One array of every chunk, in index order; UserError names a chunk that is damaged."""
     for path in _paths(folder, total, size):
         yield _load(path, name)

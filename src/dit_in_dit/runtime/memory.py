@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def installed() -> float:
+def installed_memory() -> float:
     """Bytes of memory of this machine; infinity where that is not known."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

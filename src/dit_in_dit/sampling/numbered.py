@@ -37,7 +37,7 @@ def in_its_type(model: NestedDiT) -> Predict:
     return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
 
 
-def label(index: int, classes: Sequence[int]) -> int:
+def class_of(index: int, classes: Sequence[int]) -> int:
     """The class of sample `index`: the wanted classes take turns."""
     return classes[index % len(classes)]
 
@@ -72,7 +72,7 @@ def sample_batches(
     for number, wanted in groupby(indices, lambda i: i // size):
         whole, part = range(number * size, (number + 1) * size), list(wanted)
         noise = numbered_noise(seed, whole, shape, device)
-        y = torch.tensor([label(i, chosen) for i in whole], device=device) if model.config.num_classes else None
+        y = torch.tensor([class_of(i, chosen) for i in whole], device=device) if model.config.num_classes else None
         x = denoise(predict, config.diffusion, config.sample, noise, y)
         yield part, x.cpu()[[i - whole.start for i in part]]
 
@@ -89,7 +89,7 @@ def sample(
     return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
 
 
-def protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
+def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
     """How samples are drawn, as JSON holds it; `labels` are names of classes, or words for them."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}

@@ -16,9 +16,9 @@ import torch
 from dit_in_dit.benchmark.timing import Times, step_seconds
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import RunConfig, changed, from_file
+from dit_in_dit.config.run import RunConfig, from_file, replace_keys
 from dit_in_dit.inspection import cost
-from dit_in_dit.study.match import COUNTS, NAMES, SECONDS_EACH, NoTwin, Twin, match, quick_times
+from dit_in_dit.study.match import COST_NAMES, COUNTS, SECONDS_EACH, NoTwin, Twin, match, quick_times
 from dit_in_dit.study.plan import Arm, StudyConfig, slug
 
 AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
@@ -91,7 +91,7 @@ def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The study's base with its own keys and an arm's, neither matched nor budgeted."""
     named = study.base.endswith((".yaml", ".yml"))
     base = from_file(Path(study.base), "study.base") if named else presets.get(study.base)
-    return changed(base, {**study.set, **changes})
+    return replace_keys(base, {**study.set, **changes})
 
 
 def matched(
@@ -167,7 +167,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
         try:
             configs[name], twins[name] = matched(study, changes, configs.get(against), device, threads)
         except NoTwin as error:
-            ratio, what = 1 + error.nearest.gap, NAMES[study.match]
+            ratio, what = 1 + error.nearest.gap, COST_NAMES[study.match]
             raise UserError(
                 f"study: arm {name!r} costs {ratio:.3g}x {against!r} in {what}, more than "
                 f"tolerance {study.tolerance:g} allows: raise study.tolerance, name fewer keys, or set match: none"

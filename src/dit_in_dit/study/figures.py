@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.reporting import images as pictures
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting
 from dit_in_dit.study.results import StudyResults
@@ -28,7 +28,7 @@ WIDEST = 1100  # pixels of a row of samples
 SAMPLES = 16
 
 
-def label(name: str, most: int = LONGEST) -> str:
+def picture_label(name: str, most: int = LONGEST) -> str:
     """A name as a picture shows it: not too long, and nothing in it means anything to matplotlib."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
     return short.replace("$", r"\$").removeprefix("_") or "arm"
@@ -51,7 +51,10 @@ def draw_forest(study: StudyResults, path: Path) -> None:
         if math.isfinite(found.mean):
             _draw_row(axis, at, found, unit, edge, _colour(metric, found))
     control = study.plan.control.name
-    names = [label(a.name) + ("" if a.against == control else f"\nagainst {label(a.against)}") for a, _ in rows]
+    names = [
+        picture_label(a.name) + ("" if a.against == control else f"\nagainst {picture_label(a.against)}")
+        for a, _ in rows
+    ]
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(yticks=y, ylim=(-0.7, len(rows) - 0.3), xlim=(-edge, edge))
     axis.set_yticklabels(names, fontsize=8)
@@ -65,7 +68,7 @@ def draw_forest(study: StudyResults, path: Path) -> None:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
     made.suptitle(title, fontsize=8)
-    atomic.write(path, to_png(made, colours=256))
+    atomic.write_atomic(path, figure_png(made, colours=256))
 
 
 def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
@@ -109,13 +112,13 @@ def draw_matrix(study: StudyResults, path: Path) -> None:
             found = study.difference(arm, metric)
             ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, found), "#f3f5f6")
             axis.add_patch(_square(column, row, ground))
-            text = formatting.difference(metric, found).replace(" %", "")
+            text = formatting.format_difference(metric, found).replace(" %", "")
             weight = "bold" if found.marked else "normal"
             ink = "black" if found.marked else "#66737e"
             axis.text(column, row, text, ha="center", va="center", fontsize=7, weight=weight, color=ink)
     axis.set(xlim=(-0.5, len(arms) - 0.5), ylim=(len(metrics) - 0.5, -0.5))
     turned = {"rotation": 45, "ha": "left"} if len(arms) > 2 else {}
-    axis.set_xticks(range(len(arms)), [label(arm.name) for arm in arms], fontsize=8, **turned)
+    axis.set_xticks(range(len(arms)), [picture_label(arm.name) for arm in arms], fontsize=8, **turned)
     axis.xaxis.tick_top()
     signs = {"lower": "%", "higher": "%, higher is better", "zero": "to 0"}
     heads = [f"{metric}  ({signs[direction(metric)]})" for metric in metrics]
@@ -123,7 +126,7 @@ def draw_matrix(study: StudyResults, path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    atomic.write(path, to_png(made, colours=256))
+    atomic.write_atomic(path, figure_png(made, colours=256))
 
 
 def _square(column: int, row: int, colour: str) -> Any:
@@ -167,7 +170,7 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
             control = arm.name == study.plan.control.name
             looks: dict[str, Any] = {"markersize": 10, "markeredgecolor": "black"} if control else {"markersize": 6}
             marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-            axis.plot(x, found.mean, marker, color=colour, label=label(arm.name), linestyle="none", **looks)
+            axis.plot(x, found.mean, marker, color=colour, label=picture_label(arm.name), linestyle="none", **looks)
         axis.set_xlabel(name)
     axes[0, 0].set_ylabel(f"{study.primary}\n({WORDS[direction(study.primary)].split(':')[0]})")
     lines, names = axes[0, 0].get_legend_handles_labels()
@@ -175,7 +178,7 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
     made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
     made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
-    atomic.write(path, to_png(made, colours=256))
+    atomic.write_atomic(path, figure_png(made, colours=256))
 
 
 def _span(costs: Sequence[float | None]) -> float:
@@ -211,9 +214,10 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
     _, images, real = drawn[0]
     cell = images.shape[2] * max(1, 64 // max(images.shape[1:3])) + 2
     columns = min(SAMPLES, len(images), max(4, WIDEST // cell))
-    strips = [("real images", pictures.grid(real[:columns], columns))] if len(real) else []
+    strips = [("real images", pictures.image_grid(real[:columns], columns))] if len(real) else []
     strips += [
-        (label(name, 48).replace(r"\$", "$"), pictures.grid(images[:columns], columns)) for name, images, _ in drawn
+        (picture_label(name, 48).replace(r"\$", "$"), pictures.image_grid(images[:columns], columns))
+        for name, images, _ in drawn
     ]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = 16 + int(max(ruler.textlength(name, font_size=14) for name, _ in strips))
@@ -224,7 +228,7 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
         draw.text((8, top + strip.height // 2), name, fill="black", font_size=14, anchor="lm")
         sheet.paste(strip, (margin, top))
         top += strip.height + (10 if top == 0 else 0)
-    atomic.write(path, pictures.to_png(sheet))
+    atomic.write_atomic(path, pictures.image_png(sheet))
 
 
 def _drawn(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if math.isfinite(value) else "not finite"
 
 
-def estimate(found: Estimate | None) -> str:
+def format_estimate(found: Estimate | None) -> str:
     """Mean and half the width of its interval, with two digits of the smaller (not more than two below the other)."""
     if found is None:
         return "-"
@@ -38,7 +38,7 @@ def signed(percent: float) -> str:
     return text if text.strip("+-0.") else text[1:]
 
 
-def difference(metric: str, found: Difference) -> str:
+def format_difference(metric: str, found: Difference) -> str:
     """The mean difference with its sign, and its unit."""
     if found.equal:
         return "0"
@@ -49,7 +49,7 @@ def difference(metric: str, found: Difference) -> str:
 
 
 def interval(metric: str, found: Difference, *, wide: bool) -> str:
-    """An interval of a difference in the unit of `difference`: for all comparisons together, or for this one."""
+    """An interval of a difference in the unit of `format_difference`: for all comparisons together, or for this one."""
     low, high = (found.wide_low, found.wide_high) if wide else (found.low, found.high)
     if low is None or high is None:
         return ""

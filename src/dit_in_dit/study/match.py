@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from dit_in_dit.benchmark.timing import Times, estimate, step_seconds
+from dit_in_dit.benchmark.timing import Times, estimate_seconds, step_seconds
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import MOST_BLOCKS, format_stages
 from dit_in_dit.config.run import ModelConfig, RunConfig
@@ -26,7 +26,7 @@ from dit_in_dit.inspection.trace import inspect
 
 By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
-NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
+COST_NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
 SPAN = 4  # with a width or an MLP so many times larger or smaller it is another model and no twin
 NEAR = 1 / 8  # a width further off changes more than an MLP that makes up for a gap of so much
 TRIES = 6  # models measured in a search by time
@@ -67,12 +67,12 @@ class NoTwin(UserError):
 # ------------------------------------------------------------------------------------------- counts
 
 
-def macs(model: ModelConfig) -> int:
+def forward_macs(model: ModelConfig) -> int:
     """MACs of a forward pass per image."""
     return cost.macs(model)["total"]
 
 
-def parameters(model: ModelConfig) -> int:
+def count_parameters(model: ModelConfig) -> int:
     """Trainable numbers; blocks of one level have equally many, so a model of few blocks tells."""
     few = replace(model, stages=format_stages(tuple((level, 1) for level, _ in model.program)), depth=None)
     total, each = _parameters_of_few(few)
@@ -93,7 +93,7 @@ def costs(config: RunConfig) -> dict[str, float]:
     return {**{by: float(count(config.model)) for by, count in COUNTS.items()}, "activation_bytes": float(kept)}
 
 
-COUNTS: dict[str, Count] = {"macs": macs, "params": parameters}
+COUNTS: dict[str, Count] = {"macs": forward_macs, "params": count_parameters}
 
 # ------------------------------------------------------------------------------------------- search
 
@@ -275,7 +275,7 @@ def match(
         return _match_time(config, like, tolerance, fixed, device or torch.device("cpu"), threads)
     found = _nearest(config.model, COUNTS[by](like.model), COUNTS[by], tolerance, fixed)
     if abs(found.gap) > tolerance:
-        raise NoTwin(found, NAMES[by], tolerance)
+        raise NoTwin(found, COST_NAMES[by], tolerance)
     return found
 
 
@@ -316,16 +316,16 @@ def _match_time(
         best = min(seen, key=lambda m: abs(math.log1p(seen[m])))
         # From the best, and no finer than it is far: at equal MACs another shape takes another time.
         step = max(tolerance, abs(math.log1p(seen[best]))) / 4
-        model = _nearest(best, _macs_of_equal_time(seen), macs, step, fixed).model
+        model = _nearest(best, _macs_of_equal_time(seen), forward_macs, step, fixed).model
     found = measured(best, 4 * SECONDS_EACH)
     if abs(found.gap) > tolerance:
-        raise NoTwin(found, NAMES["time"], tolerance)
+        raise NoTwin(found, COST_NAMES["time"], tolerance)
     return found
 
 
 def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
     """MACs at which the gap in time would be none, by a line through the two nearest models in logarithms."""
-    points = sorted(((math.log(macs(m)), math.log1p(gap)) for m, gap in seen.items()), key=lambda p: abs(p[1]))
+    points = sorted(((math.log(forward_macs(m)), math.log1p(gap)) for m, gap in seen.items()), key=lambda p: abs(p[1]))
     x, y = points[0]
     slope = 1.0
     if len(points) > 1 and points[1][0] != x:
@@ -336,7 +336,7 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
     """Step times in turns, or none where they would take more than half a minute or much memory."""
     compiles = any(config.train.compile for config in configs.values())
-    if compiles or estimate(configs, device, threads=threads) > SECONDS_TO_SPARE:
+    if compiles or estimate_seconds(configs, device, threads=threads) > SECONDS_TO_SPARE:
         return {}
     try:
         return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))

@@ -100,22 +100,22 @@ def _check_values(name: str, values: Any, what: str) -> None:
 # ------------------------------------------------------------------------------------------- reading
 
 
-def shipped() -> dict[str, Path]:
+def shipped_studies() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(files("dit_in_dit.study") / "shipped"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
+def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
     """A shipped study or a YAML file, with `key=value` assignments such as `budget.steps=400` or
     `set.train.batch_size=16` applied.
 
     Raises:
         UserError: there is no such study, or it is not one.
     """
-    path = shipped().get(name, Path(name))
-    if name not in shipped() and path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"unknown study {name!r}{did_you_mean(name, shipped())}, or give a .yaml file")
+    path = shipped_studies().get(name, Path(name))
+    if name not in shipped_studies() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"unknown study {name!r}{did_you_mean(name, shipped_studies())}, or give a .yaml file")
     values = read_yaml(path, "the study ")
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys such as 'base:' and 'arms:': got {truncate(values, 40)!r}")

@@ -19,7 +19,7 @@ from dit_in_dit.curves.convergence import check_same_held_out
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.metrics import pixels
-from dit_in_dit.metrics.feature_distances import ENOUGH, NAMES
+from dit_in_dit.metrics.feature_distances import DISTANCE_NAMES, ENOUGH
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.metrics.metric import own_metrics
 from dit_in_dit.runs import atomic
@@ -28,7 +28,7 @@ from dit_in_dit.study.arms import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
 
-def make_plan(name: str, study: StudyConfig, device: torch.device) -> Plan:
+def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
     """Match the arms and check all that can be checked before the first trial.
 
     Raises:
@@ -85,7 +85,7 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         known += pixels.score(images[:2], images, (config.model.patch_size,))
     if set(study.metrics) - {"held_out"}:
         known += own_metrics()
-    if study.primary in NAMES.values() and study.samples < ENOUGH:
+    if study.primary in DISTANCE_NAMES.values() and study.samples < ENOUGH:
         raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
     open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
     if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
@@ -110,7 +110,7 @@ def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None)
     """
     path = out / "plan.json"
     if not path.exists():
-        atomic.write(path, make().to_json() + "\n", once=True)  # another process may be first
+        atomic.write_atomic(path, make().to_json() + "\n", once=True)  # another process may be first
     plan = read_plan(out)
     if study is not None and (field := json_difference(to_dict(plan.study), to_dict(study))):
         raise UserError(f"{out} holds another study, {field[:90]}; choose another --out")

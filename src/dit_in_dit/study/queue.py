@@ -33,7 +33,7 @@ MOST_LOSSES = 5  # workers that a trial may take with it before it has saved any
 OUTCOME = "outcome"  # of a try that Optuna calls failed: failed, surplus or given back; none: its worker was lost
 
 
-class LostError(Exception):
+class LeaseLostError(Exception):
     """The trial is not this worker's any more."""
 
 
@@ -57,7 +57,7 @@ class Lease:
     def check(self) -> None:
         """LostError when the trial was given to somebody else, because this worker's beat stood still."""
         if self.lost.is_set():
-            raise LostError(self.key)
+            raise LeaseLostError(self.key)
 
 
 class Queue:
@@ -284,7 +284,7 @@ class Queue:
         try:
             claim.trial.report(value, step)
         except self.errors:
-            raise LostError(claim.key) from None
+            raise LeaseLostError(claim.key) from None
         return self.plan.study.prune and claim.trial.should_prune()
 
     def done(self, claim: Lease, state: str, value: float | None) -> None:
@@ -297,10 +297,10 @@ class Queue:
             if state == "failed":
                 claim.trial.set_user_attr(OUTCOME, "failed")
         except self.errors:
-            raise LostError(claim.key) from None
+            raise LeaseLostError(claim.key) from None
         ends = {"done": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
         if not self._end(claim.trial.number, ends[state], value if state == "done" else None):
-            raise LostError(claim.key)
+            raise LeaseLostError(claim.key)
 
 
 def _spacing(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from textwrap import fill
 
 import numpy as np
 
-from dit_in_dit.curves.convergence import FREQUENCIES
+from dit_in_dit.curves.convergence import ERROR_BANDS
 from dit_in_dit.curves.logs import Curve, Floats
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
-from dit_in_dit.study.figures import label
+from dit_in_dit.study.figures import picture_label
 from dit_in_dit.study.results import StudyResults
 
 COLUMNS = 4
@@ -58,15 +58,15 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
             axis.plot(macs / 1e12, change, color=COLOURS[0], linewidth=1, alpha=0.8, marker=".", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_ylim(-1.1 * most or -1, 1.1 * most or 1)
-        against = "" if arm.against == study.plan.control.name else f" against {label(arm.against)}"
-        axis.set_title(fill(label(arm.name) + against, 38), fontsize=8)
+        against = "" if arm.against == study.plan.control.name else f" against {picture_label(arm.against)}"
+        axis.set_title(fill(picture_label(arm.name) + against, 38), fontsize=8)
         axis.tick_params(labelsize=7)
         if number % columns == 0:
             axis.set_ylabel("error, % above", fontsize=8)
         if number >= len(panels) - columns:
             axis.set_xlabel("training TMACs", fontsize=8)
-    made.suptitle(f"t = {at[0]:g}, {FREQUENCIES[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
-    atomic.write(path, to_png(made, colours=256))
+    made.suptitle(f"t = {at[0]:g}, {ERROR_BANDS[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
+    atomic.write_atomic(path, figure_png(made, colours=256))
     return at
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves import logs, plots
 from dit_in_dit.reporting.document import (
-    Block,
     Bullets,
     Chapter,
+    DocumentPart,
     Picture,
     Text,
     Verbatim,
@@ -25,7 +25,7 @@ from dit_in_dit.study import figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
-from dit_in_dit.study.summary import summarise
+from dit_in_dit.study.summary import summarise_study
 
 MATRIX = (
     "Differences by all ranked metrics: in percent of the other's mean, or (to 0) of their sizes, in the metric's own "
@@ -45,14 +45,14 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class Report:
+class StudyReport:
     """What was found, in sentences, and the files that say so, each with what it is."""
 
     summary: list[str]
     files: list[tuple[Path, str]]
 
 
-def report(out: Path) -> Report:
+def report(out: Path) -> StudyReport:
     """Write the report of a study's folder, finished or not, into it: the same folder gives the same bytes.
 
     Nothing is deleted: figures of an earlier report that this one does not have stay, and it does not name them.
@@ -65,15 +65,15 @@ def report(out: Path) -> Report:
     (out / "figures").mkdir(exist_ok=True)
     if plan.study.search:
         searched = read_search(out)
-        summary, chapters = search.summarise(searched), search.chapters(searched, out)
-        heads, rows, caption = search.paper(searched)
-        numbers = search.results(searched)
+        summary, chapters = search.summarise_search(searched), search.chapters(searched, out)
+        heads, rows, caption = search.search_paper_table(searched)
+        numbers = search.search_csv(searched)
     else:
         study = read_study(out)
-        summary = [*summarise(study), *tables.not_finite(study)]
+        summary = [*summarise_study(study), *tables.not_finite_metrics(study)]
         chapters = _chapters(study, out)
-        heads, rows, caption = tables.paper(study)
-        numbers, curve_numbers = tables.results(study), tables.held_out_curves(study)
+        heads, rows, caption = tables.paper_table(study)
+        numbers, curve_numbers = tables.results_csv(study), tables.held_out_curves(study)
     pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),
@@ -91,29 +91,29 @@ def report(out: Path) -> Report:
     if curve_numbers is not None:
         written["curves.csv"] = (curve_numbers, "every held-out error on the way")
     for name, (text, _) in written.items():
-        atomic.write(out / name, text)
-    return Report(summary, [(out / name, what) for name, (_, what) in written.items()])
+        atomic.write_atomic(out / name, text)
+    return StudyReport(summary, [(out / name, what) for name, (_, what) in written.items()])
 
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
     found = [
-        Chapter("Protocol", tables.protocol(study.plan, evaluated)),
+        Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
         Chapter("Error against cost", _cost(study, out)),
         Chapter("Curves", _curves(study, out)),
         Chapter("Convergence and stability", _convergence(study)),
         Chapter("Samples", _samples(study, out)),
-        Chapter("Trials without numbers", [tables.missing(study)] if any(study.missing()) else []),
+        Chapter("Trials without numbers", [tables.missing_trials(study)] if any(study.missing()) else []),
     ]
     return [chapter for chapter in found if chapter.blocks]
 
 
-def _results(study: StudyResults, out: Path) -> list[Block]:
+def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
     if not study.done:
         return [Text("No trial is done yet.")]
-    blocks: list[Block] = []
+    blocks: list[DocumentPart] = []
     measured = study.primary in study.ranked
     if study.compared and measured:
         path = out / "figures" / "differences.png"
@@ -130,7 +130,7 @@ def _results(study: StudyResults, out: Path) -> list[Block]:
     return [*blocks, Bullets(explain(name for names in study.metrics.values() for name in names))]
 
 
-def _cost(study: StudyResults, out: Path) -> list[Block]:
+def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
     if study.primary not in study.ranked:
         return []
     path = out / "figures" / "cost.png"
@@ -138,17 +138,17 @@ def _cost(study: StudyResults, out: Path) -> list[Block]:
     return [Picture(path, f"{study.primary} against what it costs.")]
 
 
-def _curves(study: StudyResults, out: Path) -> list[Block]:
-    groups = [[replace(arm, name=figures.label(arm.name)) for arm in group] for group in _groups(study)]
+def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
+    groups = [[replace(arm, name=figures.picture_label(arm.name)) for arm in group] for group in _groups(study)]
     try:
         drawn = []
         for number, group in enumerate(groups, 1):
             folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
             folder.mkdir(exist_ok=True)
-            drawn += plots.draw(group, folder)
+            drawn += plots.draw_curves(group, folder)
     except UserError as error:  # their held-out errors are of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
-    first: list[Block] = []
+    first: list[DocumentPart] = []
     against = out / "figures" / "relative.png"
     if relative_error.draw_relative(study, against):
         first.append(Picture(against, RELATIVE))
@@ -157,7 +157,7 @@ def _curves(study: StudyResults, out: Path) -> list[Block]:
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
 
 
-def _groups(study: StudyResults) -> list[list[logs.Arm]]:
+def _groups(study: StudyResults) -> list[list[logs.RunGroup]]:
     """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
     with, and the control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
@@ -172,17 +172,17 @@ def _groups(study: StudyResults) -> list[list[logs.Arm]]:
     return [group for group in found if group]
 
 
-def _convergence(study: StudyResults) -> list[Block]:
+def _convergence(study: StudyResults) -> list[DocumentPart]:
     if not study.logs:
         return []
     try:
-        found: list[Block] = [*tables.convergence(study)]
+        found: list[DocumentPart] = [*tables.convergence(study)]
     except UserError as error:
         found = [Text(f"Convergence is not compared: {error}.")]
     return [*found, tables.stable(study)]
 
 
-def _samples(study: StudyResults, out: Path) -> list[Block]:
+def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
     rows = {}
     for (arm, _), folder in study.folders.items():  # seed by seed: the first seed that has them
         if arm not in rows and (folder / "drawn.npz").exists():

@@ -13,15 +13,14 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.curves.convergence import check_comparable
-from dit_in_dit.curves.logs import Arm as CurveArm
-from dit_in_dit.curves.logs import Curve, last_step, read_run
+from dit_in_dit.curves.logs import Curve, RunGroup, last_step, read_run
 from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.precision import FULL, before_it_was_named
 from dit_in_dit.study.metrics import grouped
 from dit_in_dit.study.plan import Arm, Plan, read_plan
 from dit_in_dit.study.result import Result, read_result
-from dit_in_dit.study.statistics import Difference, Estimate, difference, estimate
+from dit_in_dit.study.statistics import Difference, Estimate, mean_interval, paired_difference
 
 MOST_DRAWN = 60  # compared arms in a picture
 
@@ -85,7 +84,7 @@ class StudyResults:
     def estimate(self, arm: str, metric: str) -> Estimate | None:
         """Mean and interval over the seeds that are done."""
         values = self.values(arm, metric)
-        return estimate(list(values.values())) if values else None
+        return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: Arm, metric: str) -> Difference:
         """An arm less what it is compared with, for as many comparisons as the study has planned."""
@@ -93,7 +92,7 @@ class StudyResults:
             {seed: metric_of(metric).ranked(value) for seed, value in self.values(name, metric).items()}
             for name in (arm.name, arm.against)
         )
-        return difference(mine, theirs, max(1, len(self.compared)))
+        return paired_difference(mine, theirs, max(1, len(self.compared)))
 
     def floor(self, metric: str) -> float | None:
         """What real images score against real ones."""
@@ -110,7 +109,7 @@ class StudyResults:
             elif result.state != "done":
                 yield *key, result.state, result.reason or f"at step {result.step}"
 
-    def arms_of_curves(self) -> list[CurveArm]:
+    def arms_of_curves(self) -> list[RunGroup]:
         """The arms for curves, two of one config stay two: trials that are done, or all that logged where none is.
 
         A trial that failed or is under way would end the arm's curve where it stands.
@@ -119,7 +118,7 @@ class StudyResults:
         for arm in self.plan.arms:
             own = {key: log for key, log in self.logs.items() if key[0] == arm.name}
             if chosen := [log for key, log in own.items() if key in self.done] or list(own.values()):
-                found.append(CurveArm(arm.name, {}, tuple(chosen)))
+                found.append(RunGroup(arm.name, {}, tuple(chosen)))
         return found
 
 

@@ -15,7 +15,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.inspection import cost
 from dit_in_dit.metrics.metric import WORDS, direction
 from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
-from dit_in_dit.reporting.plots import COLOURS, figure, to_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.arms import describe
@@ -26,7 +26,7 @@ CONFIRMED = 3  # best trials that the proposed study takes
 SHOWN = 6  # best trials whose samples are drawn
 
 
-def summarise(searched: SearchResults) -> list[str]:
+def summarise_search(searched: SearchResults) -> list[str]:
     """Sentences: how much was tried, what came out best, and what that is worth."""
     study = searched.plan.study
     states = {
@@ -56,7 +56,10 @@ def _state(tried: SearchTrial) -> str:
 def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
     """Protocol, what was tried, panels and samples."""
     evaluated = next((t.result.protocol for t in searched.trials if t.result and t.result.protocol), {})
-    found = [Chapter("Protocol", tables.protocol(searched.plan, evaluated)), Chapter("Tried", [_table(searched)])]
+    found = [
+        Chapter("Protocol", tables.protocol_tables(searched.plan, evaluated)),
+        Chapter("Tried", [_table(searched)]),
+    ]
     if searched.ranked:
         panels, samples = out / "figures" / "search.png", out / "figures" / "samples.png"
         _draw(searched, panels)
@@ -141,7 +144,7 @@ def _draw(searched: SearchResults, path: Path) -> None:
         axis.set_xlabel(name)
         if number % columns == 0:
             axis.set_ylabel(searched.plan.study.primary)
-    atomic.write(path, to_png(made))
+    atomic.write_atomic(path, figure_png(made))
 
 
 def confirm(searched: SearchResults) -> str:
@@ -174,14 +177,14 @@ def confirm(searched: SearchResults) -> str:
     return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
-def paper(searched: SearchResults) -> tuple[list[str], list[list[str]], str]:
+def search_paper_table(searched: SearchResults) -> tuple[list[str], list[list[str]], str]:
     """Heads, rows and caption of a table to paste: the trials with a number."""
     rows = [cells for tried, cells in _rows(searched) if math.isfinite(searched.value(tried))]
     caption = f"{searched.plan.study.question or searched.plan.name} A search, one seed each: a lead, no claim."
     return _heads(searched), rows, caption
 
 
-def results(searched: SearchResults) -> str:
+def search_csv(searched: SearchResults) -> str:
     """CSV: a line for each trial and metric, with what it changed; one without a metric for a trial that has none."""
     made, keys = io.StringIO(), _keys(searched)
     table = csv.writer(made, lineterminator="\n")

@@ -66,7 +66,7 @@ class Difference:
         return self.wide_low is not None and self.wide_high is not None and (self.wide_low > 0 or self.wide_high < 0)
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean and 95% interval of one value a seed; at least one."""
     mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
     if len(values) < 2 or math.isnan(mean):
@@ -75,7 +75,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach, len(values))
 
 
-def difference(arm: Mapping[int, float], other: Mapping[int, float], comparisons: int = 1) -> Difference:
+def paired_difference(arm: Mapping[int, float], other: Mapping[int, float], comparisons: int = 1) -> Difference:
     """The paired difference of two arms' values by seed.
 
     Args:

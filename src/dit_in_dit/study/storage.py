@@ -174,7 +174,7 @@ class JournalLock:
         """Wait for the lock. UserError where the file system keeps none, or the journal is gone; then it is free."""
         self.threads.acquire()
         try:
-            self.file = lock.take(self.path.with_name(self.path.name + ".lock"), wait=True)
+            self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)
         except OSError as error:
             self.threads.release()
             problem = error.strerror or error

@@ -14,7 +14,7 @@ FALSE = 1 - LEVEL
 MOST_NAMED = 14  # arms that a sentence lists
 
 
-def summarise(study: StudyResults) -> list[str]:
+def summarise_study(study: StudyResults) -> list[str]:
     """Sentences: the primary metric first, then the others, what they hold for, and what is missing."""
     found = []
     if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
@@ -68,7 +68,7 @@ def _primary(study: StudyResults) -> list[str]:
     for arm, change in marked:
         found.append(
             f"'{arm.name}' is {formatting.verdict(metric, change)} than '{arm.against}': "
-            f"{formatting.difference(metric, change)}, {_interval(study)} "
+            f"{formatting.format_difference(metric, change)}, {_interval(study)} "
             f"{formatting.interval(metric, change, wide=True)}, {len(change.seeds)} seeds."
         )
     if unseen := groups.pop("no difference seen", []):

@@ -25,7 +25,7 @@ BESIDE = "other trials may have run beside"  # whatever the clock said
 FLOOR = "real against real"
 
 
-def protocol(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
+def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
     """How the study was made, and how its samples were evaluated."""
     study = []
     for name, value in to_dict(plan.study).items():
@@ -114,13 +114,17 @@ def primary(study: StudyResults) -> Table:
         row: list[str | Cell] = [
             arm.name,
             _verdict(formatting.verdict(metric, found)),
-            formatting.difference(metric, found),
+            formatting.format_difference(metric, found),
         ]
         row += [
             formatting.interval(metric, found, wide=wide) or "-" for wide in ((True, False) if many > 1 else (False,))
         ]
-        row += [formatting.number(found.p, 2), formatting.estimate(study.estimate(arm.name, metric)), arm.against]
-        rows.append([*row, formatting.estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
+        row += [
+            formatting.number(found.p, 2),
+            formatting.format_estimate(study.estimate(arm.name, metric)),
+            arm.against,
+        ]
+        rows.append([*row, formatting.format_estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
     note = (
         "Difference: arm less the other, seed by seed; in percent of the other's mean. Student's t over the seeds that "
         f"both have. A verdict is better or worse where the {_interval(study)} excludes zero. p is of the single "
@@ -164,7 +168,7 @@ def differences(study: StudyResults) -> list[Table]:
 def _difference(study: StudyResults, arm: Arm, metric: str) -> Cell:
     found = study.difference(arm, metric)
     verdict, between = formatting.verdict(metric, found), formatting.interval(metric, found, wide=True)
-    text = formatting.difference(metric, found) + (f" ({between})" if between else "")
+    text = formatting.format_difference(metric, found) + (f" ({between})" if between else "")
     return _verdict(verdict, f"{text} {verdict}" if found.marked else text)
 
 
@@ -173,7 +177,7 @@ def means(study: StudyResults) -> list[Table]:
     tables = []
     for group, metrics in study.metrics.items():
         rows: list[list[str | Cell]] = [
-            [arm.name, *(formatting.estimate(study.estimate(arm.name, metric)) for metric in metrics)]
+            [arm.name, *(formatting.format_estimate(study.estimate(arm.name, metric)) for metric in metrics)]
             for arm in study.plan.arms
         ]
         floors = [study.floor(metric) for metric in metrics]
@@ -238,7 +242,7 @@ def _stability(curves: Sequence[Curve]) -> list[str]:
     return [*(f"{amount:,d}" for amount in sums), formatting.number(largest), share]
 
 
-def missing(study: StudyResults) -> Table:
+def missing_trials(study: StudyResults) -> Table:
     """Every trial without numbers, and why."""
     rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
     return Table(["arm", "seed", "state", "reason"], rows, words=True)
@@ -247,7 +251,7 @@ def missing(study: StudyResults) -> Table:
 # ------------------------------------------------------------------------------------------ to paste
 
 
-def paper(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
+def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
     """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
     shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
     heads = ["arm", "MACs (M)", "params (M)", *shown]
@@ -256,7 +260,7 @@ def paper(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
         cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
         for metric in shown:
             marked = arm.against != arm.name and study.difference(arm, metric).marked
-            cells.append(formatting.estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
+            cells.append(formatting.format_estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
         rows.append(cells)
     done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
     fewest, most = min(done), max(done)
@@ -278,7 +282,7 @@ def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
     return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)
 
 
-def results(study: StudyResults) -> str:
+def results_csv(study: StudyResults) -> str:
     """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
     made = io.StringIO()
     table = csv.writer(made, lineterminator="\n")
@@ -308,7 +312,7 @@ def held_out_curves(study: StudyResults) -> str:
     return made.getvalue()
 
 
-def not_finite(study: StudyResults) -> list[str]:
+def not_finite_metrics(study: StudyResults) -> list[str]:
     """Arms and metrics whose values are not all finite numbers."""
     return [
         f"'{arm.name}': {metric} is not finite in {formatting.count(bad, 'seed')}."

@@ -30,11 +30,11 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import resolve_precision
-from dit_in_dit.sampling.numbered import label, sample
+from dit_in_dit.sampling.numbered import class_of, sample
 from dit_in_dit.study.arms import budgeted, describe, matched
 from dit_in_dit.study.plan import Plan
 from dit_in_dit.study.planning import check_data, networks
-from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LostError, Queue
+from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LeaseLostError, Queue
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
@@ -100,10 +100,10 @@ def _try(
                 reason = str(error).splitlines()[0][:200]
                 result = Result(arm, seed, "failed", claim.step, {}, {}, {}, reason)
             claim.check()
-            atomic.write(run / "result.json", result.to_json() + "\n")
+            atomic.write_atomic(run / "result.json", result.to_json() + "\n")
         board.done(claim, result.state, result.metrics.get(plan.study.primary))
         yield WorkerEvent(result.state, claim.key, result.step, result.step, result.reason)
-    except LostError:
+    except LeaseLostError:
         yield WorkerEvent("lost", claim.key)
 
 
@@ -118,7 +118,7 @@ def _config(plan: Plan, claim: Lease, run: Path, device: torch.device) -> tuple[
         trial = next(trial for trial in plan.trials if trial.key == claim.key)
         return trial.arm, trial.seed, trial.config
     changes = claim.trial.params
-    atomic.write(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
+    atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
     seed = plan.study.seeds[0]
     if (run / "config.yaml").exists():
         return describe(changes), seed, read_config(run)
@@ -228,7 +228,7 @@ def _draw(run: Path, device: torch.device) -> None:
     saved = Checkpoint.open(run)
     config = saved.config
     images = to_pixels(sample(saved.model(device), config, DRAWN))
-    labels = [label(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
+    labels = [class_of(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     with atomic.file(run / "drawn.npz") as file:
         np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))
 

@@ -128,7 +128,7 @@ def _begin_worker(_: int) -> None:
     sys.excepthook = complain
 
 
-def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
+def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
     """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes; where one cannot
     be had, the message that says why."""
     return DataLoader(
@@ -144,15 +144,17 @@ def load(examples: Examples, first: int, last: int, workers: int, *, pin: bool) 
 
 
 def end_workers(batches: Iterator[Batch | str]) -> None:
-    """End the workers of an iterator over `load`. They ignore SIGTERM, with which Python ends its children when it ends
-    itself: it would wait for them for ever."""
+    """End the workers of an iterator over `load_batches`.
+
+    They ignore SIGTERM, with which Python ends its children when it ends itself: it would wait for them for ever.
+    """
     if shutdown := getattr(batches, "_shutdown_workers", None):
         shutdown()
     for worker in getattr(batches, "_workers", ()):
         worker.kill()  # where one still waits for its data
 
 
-def held_out(source: Source, num_classes: int, most: int) -> Batch:
+def held_out_batch(source: Source, num_classes: int, most: int) -> Batch:
     """The first `most` held-out images, with noise that is the same for every run; times are the evaluation's."""
     drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
     noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]

@@ -26,7 +26,7 @@ T = TypeVar("T")
 ROLL_CALL = 3.0  # seconds in which a process that lives says so, after the engine has given up
 
 
-class LostError(UserError):
+class ProcessLostError(UserError):
     """Another process of the run ended or does not answer."""
 
     code = 1
@@ -136,7 +136,7 @@ class ProcessGroup(Process):
                 raise
             raise self._lost() from None
 
-    def _lost(self) -> LostError:
+    def _lost(self) -> ProcessLostError:
         """Who does not answer a roll call; ended where it can be, so that its job ends too."""
         atexit.unregister(leave)  # it would wait for them once more
         missing = self._missing()
@@ -148,7 +148,9 @@ class ProcessGroup(Process):
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)  # a stopped one hears nothing else
         who = ", ".join(names[:4]) or "a process"
-        lost = LostError(f"{who} ended or did not answer within {self.timeout} s: start the job again with --resume")
+        lost = ProcessLostError(
+            f"{who} ended or did not answer within {self.timeout} s: start the job again with --resume"
+        )
         lost.quiet = self.rank != min({*range(self.size)} - {*missing}, default=self.rank)
         return lost
 
@@ -220,7 +222,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; of a sharded one, gathered from all processes."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -256,7 +258,7 @@ class Whole(Mapping[str, Tensor]):
         self.tensors = tensors
 
     def __getitem__(self, name: str) -> Tensor:
-        return whole(self.tensors[name])
+        return full_tensor(self.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -14,7 +14,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create, hold, read_config
+from dit_in_dit.runs.folder import create, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, resolve_precision
 from dit_in_dit.training.distributed import Process, join
@@ -87,7 +87,7 @@ def train(
 
 @contextmanager
 def _held(run: Path, world: Process) -> Iterator[None]:
-    """`hold` by the process that leads; its error is raised in all."""
+    """`lock_run` by the process that leads; its error is raised in all."""
     with ExitStack() as stack:
-        world.led(lambda: stack.enter_context(hold(run)))
+        world.led(lambda: stack.enter_context(lock_run(run)))
         yield

@@ -18,7 +18,7 @@ from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import order
-from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load
+from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load_batches
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, Stop
 from dit_in_dit.training.step_log import StepLog, finite_or_name, is_finite
@@ -108,7 +108,7 @@ class Session:
         examples = Examples(trainer.source, self.config, self.world.rank, self.world.size)
         first, last = ((step + trainer.divergence.shift) * examples.per_step for step in (trainer.step, self.last))
         on_cuda = trainer.device.type == "cuda"
-        self.batches = iter(load(examples, first, last, self.config.data.workers, pin=on_cuda))
+        self.batches = iter(load_batches(examples, first, last, self.config.data.workers, pin=on_cuda))
         while trainer.step < self.last:
             with self._waiting():
                 batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]

@@ -190,7 +190,7 @@ def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable
     first = next(facts)
     config, kept = read_config(run), _kept(run)
     trackers = {name: _begin(name, run, config, kept.get(name, ""), first.step) for name in names}
-    atomic.write(run / KEPT, json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
+    atomic.write_atomic(run / KEPT, json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
 
     def tell(what: str, *about: Any) -> None:
         for name, tracker in list(trackers.items()):
@@ -236,7 +236,7 @@ def _curves(run: Path) -> list[Path]:
     return list(draw(arms([read_run(run)]), out))
 
 
-def chosen(given: str | None, run: Path) -> list[str]:
+def chosen_trackers(given: str | None, run: Path) -> list[str]:
     """Names from `--track`, or those the run has told before; UserError for one that is unknown or not installed."""
     names = list(_kept(run)) if given is None else [name for name in given.split(",") if name not in ("", NONE)]
     for name in names:

@@ -21,7 +21,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
-from dit_in_dit.training.batches import Batch, held_out
+from dit_in_dit.training.batches import Batch, held_out_batch
 from dit_in_dit.training.distributed import Process, Whole, everywhere, local, shard, spread
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
@@ -112,7 +112,7 @@ class Trainer:
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
         wanted = train.evaluate_every and source.held_out_size
-        self.held_out = held_out(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
+        self.held_out = held_out_batch(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
 
     def _groups(self) -> Groups:
         """The parameters of each level, with the factor on its learning rate."""

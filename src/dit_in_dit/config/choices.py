@@ -63,10 +63,11 @@ KINDS = {
     "tracker": Kind("", "training.trackers", "TRACKERS"),
 }
 KEYS = {kind.key: name for name, kind in KINDS.items() if kind.key}
+PLUGIN_KEYS: dict[str, Any] = {}  # the section of config keys that a user's class declares, by the name of its choice
 PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread")  # whose classes a model is made of
 
 
-def register(kind: str, name: str, thing: Any) -> None:
+def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
     """Add a class or function to a table: the config key of that kind then takes its name.
 
     Args:
@@ -74,6 +75,8 @@ def register(kind: str, name: str, thing: Any) -> None:
             metric, tracker.
         name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
         thing: a class with the base of its kind, a `Sampler`, a `Metric`, or a function.
+        keys: config keys of its own, a `config.schema.Section`: `plugins.NAME` sets them, and `plugins["NAME"]` of the
+            group of keys that `thing` is given reads them. For model parts, optimizers and sources.
 
     Raises:
         UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
@@ -86,6 +89,10 @@ def register(kind: str, name: str, thing: Any) -> None:
     if name in entries and not _is_same(entries[name], thing):
         raise UserError(f"register: the {kind} {name!r} is there already: choose another name")
     _check_contract(kind, name, thing)
+    if keys is not None:
+        _check_keys(kind, name, keys)
+        keys.prefix = f"plugins.{name}"
+        PLUGIN_KEYS[name] = keys
     entries[name] = thing
 
 
@@ -93,6 +100,11 @@ def table(kind: str) -> dict[str, Any]:
     """The table of a kind, by name."""
     entries: dict[str, Any] = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].table)
     return entries
+
+
+def plugin_keys() -> dict[str, Any]:
+    """The section of keys that each registered name declares, for those that declare one."""
+    return PLUGIN_KEYS
 
 
 def is_choice(key: str) -> bool:
@@ -153,6 +165,25 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
     unwritten = {"forward"} if kind in PARTS and getattr(thing, "forward", 0) is getattr(base, "forward", 1) else set()
     if lacks := sorted({*getattr(thing, "__abstractmethods__", ()), *unwritten}):
         raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: write it")
+
+
+def _check_keys(kind: str, name: str, keys: Any) -> None:
+    from dit_in_dit.config.schema import Section  # which imports this module
+
+    if kind not in (*PARTS, "optimizer", "source"):
+        raise UserError(f"register: a {kind} has no keys of its own: leave out keys")
+    if not (inspect.isclass(keys) and issubclass(keys, Section)):
+        raise UserError(
+            f"register: the keys of {name!r} must be a class with the base dit_in_dit.config.schema.Section"
+        )
+    if keys.prefix not in ("", f"plugins.{name}"):
+        raise UserError(f"register: these keys are {keys.prefix}'s: give {name!r} a class of its own")
+    if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
+        raise UserError(f"register: plugins.{name} is there already: choose another name")
+    try:
+        keys()
+    except TypeError as error:
+        raise UserError(f"register: each of the keys of {name!r} must have a default: {truncate(error, 80)}") from None
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -29,6 +29,9 @@ class OuterConfig(Section):
     width: int = key(384, "width of the tokens (D of outer, E of inner ones)", low=1, high=65536)
     num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+    norm: Literal["layer", "rms"] = key(
+        "layer", "norm of blocks and head: layer (no parameters), rms (a learned weight per channel)", added=2
+    )
 
     def check(self) -> None:
         if self.width % self.num_heads:

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.inspection.cost import macs, parameters
+from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import Cut
 from dit_in_dit.model.nested import AggregateStage, NestedDiT
 
@@ -28,6 +29,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
         parameters, macs: {part: count, ..., total}; MACs for one image.
         activation_bytes: {part: bytes, ..., total} kept for the backward pass, float32, whole batch.
     """
+    check_plugin_parts(model)
     flow, activation_bytes = _trace(model, batch, recompute)
     tokens = {
         "outer": model.patches,

@@ -12,6 +12,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import find_source
 from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create, lock_run, read_config
@@ -61,6 +62,7 @@ def train(
     run, place = Path(out), pick_device(device)
     config = resolve_precision(config, place)
     if model is None:
+        check_plugin_parts(config.model)
         cost.check_fits(config.model, place, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
     noted = checkpoint.noted_data(run) if resumed else None

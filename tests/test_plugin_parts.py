@@ -1,0 +1,108 @@
+"""A user's part that gives another shape or no MACs is refused before it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import small_model
+from dit_in_dit.config import choices
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.inspection.plugin_parts import check_plugin_parts
+from dit_in_dit.inspection.trace import inspect
+from dit_in_dit.model.aggregate import FUSIONS, SPREADS, Mean
+from dit_in_dit.model.condition import ImageCondition, PatchCondition
+from dit_in_dit.model.embed import LinearEmbed
+from dit_in_dit.model.mixers import ConvMixer
+from dit_in_dit.model.norms import LayerNorm
+from dit_in_dit.training.loop import train
+
+
+def altered(base: type[nn.Module], change: Any) -> type[nn.Module]:
+    """A user's class: the base with its output changed."""
+
+    class Altered(base):  # type: ignore[misc,valid-type]
+        def forward(self, *inputs: Tensor) -> Any:
+            return change(super().forward(*inputs))
+
+    return Altered
+
+
+BASES = {
+    "embed": LinearEmbed,
+    "aggregate": Mean,
+    "mixer": ConvMixer,
+    "condition": PatchCondition,
+    "fuse": FUSIONS["add"],
+    "spread": SPREADS["add"],
+    "norm": LayerNorm,
+}
+
+
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    """The tables as they were, after each test."""
+    before = {kind: dict(choices.table(kind)) for kind in choices.PARTS}
+    yield
+    for kind, entries in before.items():
+        choices.table(kind).clear()
+        choices.table(kind).update(entries)
+
+
+def config(kind: str, part: type[nn.Module]) -> Any:
+    choices.register(kind, "mine", part)
+    return small_model("(inner outer)*2 inner", inner={kind: "mine"})
+
+
+def test_every_kind_of_part_is_tried():
+    assert BASES.keys() == set(choices.PARTS)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_part_with_the_right_shape_passes(kind):
+    check_plugin_parts(config(kind, altered(BASES[kind], lambda out: out + 1)))
+
+
+@pytest.mark.parametrize("change", [lambda out: out[:1], lambda out: out[..., :1], lambda out: (out, out)])
+@pytest.mark.parametrize("kind", BASES)
+def test_another_shape_is_refused_in_one_line(kind, change):
+    with pytest.raises(UserError, match=rf"inner\.{kind}=mine: Altered must give a tensor \[2, .*\]: got (\[|tuple)"):
+        inspect(config(kind, altered(BASES[kind], change)))
+
+
+def test_a_condition_may_give_one_row_for_all():
+    check_plugin_parts(config("condition", altered(ImageCondition, lambda out: out)))
+
+
+@pytest.mark.parametrize(
+    ("macs", "said"),
+    [
+        (staticmethod(lambda model: "many"), "macs must give a whole number of at least 0: got 'many'"),
+        (staticmethod(lambda model: 1.5), "a whole number of at least 0: got 1.5"),
+        (staticmethod(lambda model: -1), "a whole number of at least 0: got -1"),
+        (lambda self, model: 1, "macs takes the model's config, as a staticmethod"),
+    ],
+)
+def test_macs_that_are_no_number_are_refused_in_one_line(macs, said):
+    part = altered(Mean, lambda out: out)
+    part.macs = macs
+    with pytest.raises(UserError, match=said):
+        check_plugin_parts(config("aggregate", part))
+
+
+def test_a_part_that_reads_numbers_is_not_checked():
+    check_plugin_parts(config("aggregate", altered(Mean, lambda out: out * out.sum().item())))
+
+
+def test_training_refuses_it_before_a_folder_is_made(run_config, tmp_path):
+    from dataclasses import replace
+
+    model = config("aggregate", altered(Mean, lambda out: out[:, :1]))
+    with pytest.raises(UserError, match="must give a tensor"):
+        list(train(replace(run_config, model=model), tmp_path / "run", device="cpu"))
+    assert not (tmp_path / "run").exists()
+    assert torch.is_grad_enabled()

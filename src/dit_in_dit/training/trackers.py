@@ -225,15 +225,16 @@ def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable
 
 def _curves(run: Path) -> list[Path]:
     """Pictures of the run's curves; none where nothing can draw them."""
-    try:
-        draw = import_module("dit_in_dit.curves.plots").draw_curves
-    except ImportError:
-        return []
     from dit_in_dit.curves.logs import arms, read_run
+
+    try:
+        from dit_in_dit.curves.plots import draw_curves
+    except ImportError:  # matplotlib is of an extra
+        return []
 
     out = run / "curves"
     out.mkdir(exist_ok=True)
-    return list(draw(arms([read_run(run)]), out))
+    return list(draw_curves(arms([read_run(run)]), out))
 
 
 def chosen_trackers(given: str | None, run: Path) -> list[str]:

@@ -269,7 +269,7 @@ def usage(*command: str) -> str:
     return run(*command, "--help").split("\n\n")[0]
 
 
-ADDED = {"  optimizer: adamw"}  # keys that came after the record, at their default
+ADDED = {"  optimizer: adamw", "    norm: layer"}  # keys that came after the record, at their default
 
 
 def keys_alone(text: str) -> str:

@@ -16,20 +16,15 @@ import torch
 from scipy import stats
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.attention_maps import record as recording
+from dit_in_dit.attention_maps import attention, record
+from dit_in_dit.attention_maps.attention import measure_attention
 from dit_in_dit.attention_maps.figures import figures
 from dit_in_dit.attention_maps.findings import findings, fine_share, missing_parts, not_shown
 from dit_in_dit.attention_maps.page import page, payload
-from dit_in_dit.attention_maps.record import (
-    Maps,
-    Views,
-    choose,
-    inner_tokens,
-    measure_attention,
-    outer_tokens,
-    record_maps,
-)
-from dit_in_dit.attention_maps.tokens import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
+from dit_in_dit.attention_maps.plan import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
+from dit_in_dit.attention_maps.record import Maps, Views, choose, record_maps
+from dit_in_dit.attention_maps.samples import draw_on_and_off
+from dit_in_dit.attention_maps.tokens import inner_tokens, outer_tokens
 from dit_in_dit.cli import maps as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
@@ -74,7 +69,7 @@ def maps_of(stages: str = "inner*2 outer", /, *, diffusion: dict | None = None, 
 @pytest.mark.parametrize("mixer", ["patch", "window", "image"])
 @pytest.mark.parametrize("chunk", [2**24, 100])
 def test_measures_are_those_of_the_weights(monkeypatch, mixer, chunk):
-    monkeypatch.setattr(recording, "MOST_WEIGHTS", chunk)  # small: some queries, or some groups, at a time
+    monkeypatch.setattr(attention, "MOST_WEIGHTS", chunk)  # small: some queries, or some groups, at a time
     model = perturbed(NestedDiT(small_model("inner outer", image_size=WIDE, inner={"mixer": mixer})))
     x, t, y = inputs(model.config, batch=1)
     heads = {}
@@ -221,7 +216,7 @@ def test_a_model_that_gives_nan_is_refused():
 def test_samples_are_those_of_the_sampler_and_of_the_plain_dit():
     config = run_of(small_model("inner outer", inner={"fuse": "gate"}))
     model = perturbed(NestedDiT(config.model))
-    drawn = recording.draw_on_and_off(model, config, 3, seed=5)
+    drawn = draw_on_and_off(model, config, 3, seed=5)
     np.testing.assert_allclose(drawn.on, sample(model, config, 3, seed=5), rtol=1e-4, atol=1e-4)
     plain = replace(config, model=replace(config.model, use_inner=False))
     outer = NestedDiT(plain.model)
@@ -302,9 +297,7 @@ def test_the_size_of_a_plan_is_that_of_what_is_kept():
 
 def test_a_plan_that_drops_heads_keeps_their_mean(monkeypatch):
     full = maps_of("inner*2 outer")
-    monkeypatch.setattr(
-        recording, "make_plan", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False))
-    )
+    monkeypatch.setattr(record, "plan_maps", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False)))
     mean = maps_of("inner*2 outer")
     np.testing.assert_allclose(mean.inner.inside[:, :, :, 0], full.inner.inside.mean(3), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mean.inner.entropy, full.inner.entropy)

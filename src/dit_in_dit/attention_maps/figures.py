@@ -11,9 +11,10 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
+from dit_in_dit.attention_maps.attention import LevelAttention
 from dit_in_dit.attention_maps.findings import missing_parts
-from dit_in_dit.attention_maps.record import LevelAttention, Maps
-from dit_in_dit.attention_maps.tokens import evenly
+from dit_in_dit.attention_maps.plan import evenly
+from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.metrics.pixels import Spectrum
@@ -148,7 +149,7 @@ def average(maps: Maps, level: LevelAttention) -> Figure:
                 axis.set_title(f"t = {maps.views.times[k]:g}")
         line[0].set_ylabel(f"{level.blocks[layer]}\nhead {head}", fontsize=8)
     if shown.max() > 0:
-        _bar(made, drawn, axes, f"weight (all alike: {1 / level.tokens.seen:.3g})")
+        _bar(made, drawn, axes, f"weight (all alike: {1 / level.tokens.length:.3g})")
     _title(made, "Who sees whom inside a patch: each small square is what the sub-patch at its place looks at")
     return made
 
@@ -178,7 +179,7 @@ def over_time(maps: Maps) -> Figure:
     made, axes = figure(len(levels), 3, width=3.6, height=2.8)
     times, mark = maps.views.times, "-" if len(maps.views.times) > 1 else "o"
     for (name, level), line in zip(levels, axes, strict=True):
-        token, seen = ("sub-patch" if name == "inner" else "patch"), level.tokens.seen
+        token, seen = ("sub-patch" if name == "inner" else "patch"), level.tokens.length
         for axis, values, even, text in (
             (line[0], level.entropy, 1.0, f"{name} entropy / log {seen}"),
             (line[1], level.own, 1 / seen, f"{name}: weight on itself"),
@@ -224,7 +225,7 @@ def outer(maps: Maps) -> Figure:
         for axis in line if level.reach.size else ():
             corner = (patch % w * p - 0.5, patch // w * p - 0.5)
             axis.add_patch(_outline(corner, p))
-    _bar(made, scale, axes, f"weight (all alike: {1 / level.tokens.seen:.3g})")
+    _bar(made, scale, axes, f"weight (all alike: {1 / level.tokens.length:.3g})")
     return made
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dit_in_dit.attention_maps.record import LevelAttention, Maps
+from dit_in_dit.attention_maps.attention import LevelAttention
+from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.diffusion.objective import high_frequencies
@@ -78,7 +79,7 @@ def _list(items: list[str]) -> str:
 def _attention(name: str, level: LevelAttention, maps: Maps) -> list[str]:
     entropy, own, distance = (x.mean((0, 2, 3, 4)) for x in (level.entropy, level.own, level.distance))
     token = "sub-patch" if name == "Inner" else "patch"
-    seen = level.tokens.seen
+    seen = level.tokens.length
     even = format(1 / seen, ".1%" if seen < 100 else ".2%")
     if seen == 1:
         return [f"{name} attention: a {token} sees itself alone."]

@@ -13,10 +13,11 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
+from dit_in_dit.attention_maps.attention import LevelAttention
 from dit_in_dit.attention_maps.figures import spectra
 from dit_in_dit.attention_maps.findings import findings, missing_parts, not_shown
-from dit_in_dit.attention_maps.record import LevelAttention, Maps
-from dit_in_dit.attention_maps.tokens import PICTURE_PIXELS, evenly, left_out_sentences
+from dit_in_dit.attention_maps.plan import PICTURE_PIXELS, evenly, left_out_sentences
+from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.data.picture import Array
 from dit_in_dit.model.aggregate import AGGREGATORS
@@ -84,7 +85,7 @@ def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
         "heads": level.entropy.shape[3],
         "each_head": level.plan.heads,
         "per_patch": level.tokens.per_patch,
-        "seen": level.tokens.seen,
+        "seen": level.tokens.length,
         "even_distance": level.tokens.even_distance,
         "grid": level.tokens.grid,
         "places": level.tokens.places.ravel().tolist() if level.reach.size else [],

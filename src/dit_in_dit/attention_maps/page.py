@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dit_in_dit.attention_maps.attention import LevelAttention
-from dit_in_dit.attention_maps.figures import spectra
 from dit_in_dit.attention_maps.findings import findings, missing_parts, not_shown
+from dit_in_dit.attention_maps.inner_figures import spectra
 from dit_in_dit.attention_maps.plan import PICTURE_PIXELS, evenly, left_out_sentences
 from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.program import format_stages

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_in_dit.attention_maps.attention import LevelAttention, level_recorders
+from dit_in_dit.attention_maps.attention import LevelAttention, LevelRecorder, level_recorders
 from dit_in_dit.attention_maps.plan import MapsPlan, evenly, plan_maps
 from dit_in_dit.attention_maps.samples import Draws, draw_on_and_off
 from dit_in_dit.config.errors import UserError
@@ -23,7 +23,6 @@ from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.inspection.hooks import (
-    Look,
     can_run_without_inner,
     watch_aggregation,
     watch_contribution,
@@ -147,11 +146,7 @@ def record_maps(
     plan = plan_maps(config.model, *shape)
     recorders, passes = level_recorders(model, plan, shape), []
     for n, k in np.ndindex(shape):
-
-        def look(block: str, queries: Tensor, keys: Tensor, at: tuple[int, ...] = (n, k)) -> None:
-            recorders[block[: len("inner")]].add(block, queries, keys, *at)
-
-        passes.append(_record(model, Objective(config.diffusion), views, n, k, look))
+        passes.append(_record(model, Objective(config.diffusion), views, n, k, recorders))
         advance()
 
     def stack(arrays: Sequence[Array]) -> Array:
@@ -177,8 +172,14 @@ def record_maps(
     )
 
 
-def _record(model: NestedDiT, objective: Objective, views: Views, n: int, k: int, look: Look) -> _Pass:
-    """Run the model on image n at time k under hooks; `look` gets each block's queries and keys."""
+def _record(
+    model: NestedDiT, objective: Objective, views: Views, n: int, k: int, recorders: dict[str, LevelRecorder]
+) -> _Pass:
+    """Run the model on image n at time k under hooks; the recorders measure each block's attention."""
+
+    def look(block: str, queries: Tensor, keys: Tensor) -> None:
+        recorders[block[: len("inner")]].add(block, queries, keys, n, k)
+
     device = next(model.parameters()).device
     x, noise = (torch.from_numpy(part[n : n + 1]).to(device) for part in (views.images, views.noise))
     t = objective.path.snap(torch.full((1,), views.times[k], device=device))

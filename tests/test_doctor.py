@@ -24,7 +24,7 @@ from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, Sample
 from dit_in_dit.config.schema import keys
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import DoctorReport, examine
-from dit_in_dit.doctor.model_checks import pattern, seam_peaks
+from dit_in_dit.doctor.observe import pattern, seam_peaks
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create, read_config
 from dit_in_dit.runs.tensors import load_tensors

@@ -14,6 +14,7 @@ from dit_in_dit.config.run import RateConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, Patient, loss_at_start
+from dit_in_dit.doctor.observe import Observation
 from dit_in_dit.inspection.hooks import can_run_without_inner
 from dit_in_dit.metrics.memorization import neighbours
 from dit_in_dit.model.nested import NestedDiT
@@ -52,14 +53,14 @@ def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_is_added_or_raised(run_config, decay):
     tokens = torch.randn(4, 3, 8) * 1e5
-    seen = {0.5: model_checks.Observation({"outer_blocks.0": tokens}, {}, {}, {})}
+    seen = {0.5: Observation({"outer_blocks.0": tokens}, {}, {}, {})}
     said = advice(model_checks.activations(patient(with_train(run_config, weight_decay=decay)), seen))
     assert f"{'raise' if decay else 'add'} train.weight_decay" in said
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
 def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
-    seen = {0.5: model_checks.Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
+    seen = {0.5: Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
     said = advice(model_checks.attention(patient(run_config), seen))
     assert ("mixer=none" in said) == (level == "inner")
 

@@ -21,6 +21,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, Finding, Line, Patient, batches, take_examples
+from dit_in_dit.doctor.observe import observe
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
@@ -73,10 +74,10 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
         report.sections.append(check(patient))
         if any(f.severity == "fault" and f.check in ("data range", "non-finite") for f in report.findings):
             return report
-    seen = model_checks.observe(patient)
+    observations = observe(patient)
     for look in (model_checks.activations, model_checks.attention, model_checks.inner_path):
-        report.sections.append(look(patient, seen))
-    del seen
+        report.sections.append(look(patient, observations))
+    del observations
     for check in (
         model_checks.null_class,
         model_checks.seams,
@@ -224,11 +225,11 @@ def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]
         axis.set(xlabel="step", ylabel=label, yscale="log")
         low, high = axis.get_ylim()
         axis.set_yticks([m * 10.0**e for e in range(-9, 10) for m in ((1, 2, 5) if high < 200 * low else (1,))])
-        low = max(low, high * 1e-5)
-        axis.set_ylim(low if axis is losses else low * (low / high) ** 0.6, high)  # room for a long legend
+        axis.set_ylim(max(low, high * 1e-5), high)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        axis.legend(fontsize=7, frameon=False, ncols=1 if axis is losses else 2)
+    losses.legend(fontsize=7, frameon=False)
+    gradients.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # up to a dozen parts
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
@@ -258,9 +259,9 @@ def _draw_seams(axis: Any, section: CheckResult | None) -> None:
     if not section or not section.series:
         return
     for number, (name, values) in enumerate(section.series.items()):
-        axis.plot(
-            range(len(values)), values, "o-", ms=4, lw=1.2, label=name.removesuffix(" profile"), color=COLOURS[number]
-        )
+        label = name.removesuffix(" profile")
+        axis.plot(range(len(values)), values, "o-", ms=4, lw=1.2, label=label, color=COLOURS[number])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="position within the cell, pixels (last: its border)", ylabel="log steps, estimates / real")
     axis.axhline(0, color="grey", lw=0.8)
     axis.legend(fontsize=7, frameon=False)

@@ -60,7 +60,6 @@ LONG_FILES = {
     "benchmark/experiments.py": "to be split: a goal a function",
     "cli/study.py": "eight subcommands; to be split by subcommand",
     "config/run.py": "every key of a run with its meaning, and YAML of it",
-    "curves/logs.py": "reading a log; arms of runs are to move out",
     "metrics/pixels.py": "four statistics of images and their comparison",
     "study/match.py": "the search for a twin, by three costs",
     "study/queue.py": "a queue on Optuna's storage",

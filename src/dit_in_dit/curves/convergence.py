@@ -13,7 +13,8 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys
-from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step
+from dit_in_dit.curves.arms import RunGroup
+from dit_in_dit.curves.logs import Curve, Floats, last_step
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 

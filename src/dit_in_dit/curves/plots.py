@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_in_dit.curves.arms import RunGroup, unlike_losses
 from dit_in_dit.curves.convergence import ERROR_BANDS, check_comparable, errors_by_seed, logged_times
-from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step, unlike_losses
+from dit_in_dit.curves.logs import Curve, Floats, last_step
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic

@@ -185,7 +185,7 @@ def _finite(value: Any) -> Any:
 def draw_report(report: DoctorReport, path: Path) -> None:
     """Six plots: data, loss, gradients, activations, attention, seams; UserError without matplotlib."""
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
-    made, axes = figure(2, 3)
+    made, axes = figure(2, 3, width=4.3)
     _draw_histogram(axes[0, 0], sections["data"])
     _draw_training(axes[0, 1], axes[0, 2], sections)
     _draw_rows(axes[1, 0], sections.get("activations"), "rms", "rms of the block's tokens")
@@ -228,7 +228,7 @@ def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]
         axis.set_ylim(max(low, high * 1e-5), high)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    losses.legend(fontsize=7, frameon=False)
+    losses.legend(fontsize=7, frameon=False, loc="lower left")
     gradients.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # up to a dozen parts
 
 

@@ -1,6 +1,6 @@
-"""Which images, times, layers and heads keep their attention in full: the page must stay small enough to send.
+"""Choice of the images, times, layers and heads whose attention is kept in full, to bound the size of the page.
 
-Statistics are taken over everything, whatever is kept.
+Statistics are always taken over everything.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.model.mixers import MIXERS
 
-MOST_BYTES = 3_000_000  # of the page's arrays and pictures; a third more when written as text
-PICTURE_PIXELS = 96  # pixels of the longer side of a picture in the page
+MOST_BYTES = 3_000_000  # of the page's arrays and pictures; base64 adds a third
+PICTURE_PIXELS = 96  # longer side of a picture in the page
 
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """Which layers are kept, their heads one by one or as a mean, and whether who sees whom or its summary alone."""
+    """Recordings kept for one level.
+
+    Attributes:
+        layers: numbers of the layers.
+        heads: whether heads are kept one by one, or as their mean.
+        matrices: whether weights are kept, or only their summaries.
+    """
 
     layers: tuple[int, ...]
     heads: bool = True
@@ -28,7 +34,7 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class MapsPlan:
-    """Positions of the images, times and layers that are kept."""
+    """Recordings kept, by number of the image and of the time, and by level."""
 
     images: tuple[int, ...]
     times: tuple[int, ...]
@@ -37,25 +43,28 @@ class MapsPlan:
 
 
 def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """At most `most` of the items, evenly spread, the first and the last among them where `most` is above one."""
+    """At most `most` of the items, evenly spaced; they include the first and the last where `most` is above 1."""
     if len(items) <= most:
         return items
     return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
 
 
 def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
-    """Everything if it fits into `most` bytes; else without what is missed least, one thing after another; where that
-    is not enough, without who sees whom: first at the inner level, then at both."""
+    """Keep everything, or cut until it fits into `most` bytes.
+
+    Cuts are made one by one, least important first (`_CUTS`). Where all of them do not suffice, they are made again
+    without the weights of the inner level, then without those of both levels.
+    """
     mixer = MIXERS[model.inner.mixer]
     attends = mixer is not None and mixer.length(model) > 0
-    whole = MapsPlan(
+    full = MapsPlan(
         tuple(range(images)),
         tuple(range(times)),
         LevelPlan(tuple(range(model.blocks("inner") if attends else 0))),
         LevelPlan(tuple(range(model.blocks("outer")))),
     )
-    plan = whole
-    for start in (whole, _inner(matrices=False)(whole), _outer(matrices=False)(_inner(matrices=False)(whole))):
+    plan = full
+    for start in (full, _inner(matrices=False)(full), _outer(matrices=False)(_inner(matrices=False)(full))):
         plan = start
         for cut in _CUTS:
             if size(model, plan) <= most:
@@ -88,7 +97,7 @@ _CUTS = (
 
 
 def size(model: ModelConfig, plan: MapsPlan) -> int:
-    """Bytes of what the plan keeps: a byte a weight, four a statistic, and the pictures."""
+    """Bytes in the page under a plan: one per weight, four per statistic, and the pictures."""
     patches, sub = model.patches, model.sub_patches
     mixer = MIXERS[model.inner.mixer]
     reach = mixer.length(model) if mixer else 0
@@ -96,31 +105,31 @@ def size(model: ModelConfig, plan: MapsPlan) -> int:
     outer = _level(plan.outer, model.outer.num_heads, patches, 1, patches)
     scale = min(1, PICTURE_PIXELS / max(model.image_size))
     pictures = 3 * 3 * round(model.image_size[0] * scale) * round(model.image_size[1] * scale)
-    drawn = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
-    joins = len(joining(model)) * patches * (4 + drawn)
+    pooled = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
+    joins = len(joining(model)) * patches * (4 + pooled)
     return len(plan.images) * len(plan.times) * (inner + outer + pictures + joins)
 
 
 def joining(model: ModelConfig) -> list[str]:
-    """Where inner tokens join the outer ones or the image, by the names of `watch_contribution`."""
+    """Places where inner tokens join the outer ones or the image, by the names of `watch_contribution`."""
     levels = [level for level, _ in model.program]
     aggregates = sum(pair == ("inner", "outer") for pair in pairwise(levels))
     return [f"aggregates.{i}" for i in range(aggregates)] + ["inner_head"] * (levels[-1] == "inner")
 
 
 def _level(plan: LevelPlan, heads: int, patches: int, sub: int, reach: int) -> int:
-    per_patch = sub + 12  # what its tokens receive; its entropy, weight on itself and distance
+    per_patch = sub + 12  # weight received by each token; entropy, weight on itself and distance as float32
     if plan.matrices:
         per_patch += (sub**2 if sub > 1 else 0) + (reach if reach > sub else 0)
     return len(plan.layers) * (heads if plan.heads else 1) * patches * per_patch
 
 
 def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: int) -> list[str]:
-    """What the plan leaves out, a sentence each."""
-    said = []
+    """Sentences on what the plan leaves out."""
+    sentences = []
     for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):
         if len(kept) < all_:
-            said.append(f"{len(kept)} of {all_} {name} are shown.")
+            sentences.append(f"{len(kept)} of {all_} {name} are shown.")
     for name, level, heads in (
         ("inner", plan.inner, model.inner.num_heads),
         ("outer", plan.outer, model.outer.num_heads),
@@ -128,9 +137,9 @@ def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: i
         if not level.layers:
             continue
         if len(level.layers) < model.blocks(name):
-            said.append(f"{len(level.layers)} of {model.blocks(name)} {name} layers are shown patch by patch.")
+            sentences.append(f"{len(level.layers)} of {model.blocks(name)} {name} layers are shown patch by patch.")
         if not level.heads and heads > 1:
-            said.append(f"The {heads} {name} heads are averaged.")
+            sentences.append(f"The {heads} {name} heads are averaged.")
         if not level.matrices:
-            said.append(f"Who sees whom is too large for a page at the {name} level: only its summary is shown.")
-    return said
+            sentences.append(f"The weights of the {name} level are too large for a page: only their summary is shown.")
+    return sentences

@@ -156,14 +156,17 @@ def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tu
 
 
 class LevelRecorder:
-    """Measures of one level, block by block, for each image and time."""
+    """Accumulator of the measures of one level, filled block by block for each image and time.
+
+    It keeps `received`, `inside` and `reach` only as far as the plan does, and sums of `average` and `squares`.
+    """
 
     def __init__(
         self, blocks: tuple[str, ...], tokens: Tokens, level: LevelPlan, plan: MapsPlan, shape: tuple[int, int]
     ) -> None:
         self.blocks, self.tokens, self.level, self.shape = blocks, tokens, level, shape
         self.kept = plan.images, plan.times, level.layers
-        self.seen: dict[tuple[int, ...], AttentionMeasures] = {}  # by image, time and layer
+        self.measures: dict[tuple[int, ...], AttentionMeasures] = {}  # by image, time and layer
         self.average: dict[tuple[int, ...], Any] = defaultdict(int)  # by time and layer, (heads, S, S)
         self.squares: dict[int, Any] = defaultdict(int)  # by layer, (heads,)
 
@@ -181,7 +184,7 @@ class LevelRecorder:
             return values if self.level.heads or not values.size else values.mean(0, keepdims=True)
 
         arrays = {name: reduced(getattr(measures, name)) for name in ("received", "inside", "reach")}
-        self.seen[image, time, layer] = replace(measures, average=NOTHING, squares=NOTHING, **arrays)
+        self.measures[image, time, layer] = replace(measures, average=NOTHING, squares=NOTHING, **arrays)
 
     def result(self) -> LevelAttention:
         """All measures, stacked."""
@@ -189,7 +192,7 @@ class LevelRecorder:
         every = range(self.shape[0]), range(self.shape[1]), layers
 
         def stack(name: str, axes: Sequence[Sequence[int]]) -> Array:
-            arrays = np.stack([getattr(self.seen[at], name) for at in product(*axes)])
+            arrays = np.stack([getattr(self.measures[at], name) for at in product(*axes)])
             return arrays.reshape(*map(len, axes), *arrays.shape[1:])
 
         return LevelAttention(

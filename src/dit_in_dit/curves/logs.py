@@ -99,7 +99,7 @@ def _read_log(log: Path) -> tuple[dict[Any, Floats], dict[Any, Floats]]:
             steps = [{name: values[columns["step"] <= back] for name, values in columns.items()} for columns in steps]
     trained, tested = _concatenate(steps), _columns(evaluations)
     if not (np.append(trained.get("step", ()), tested.get("step", ())) <= MOST_STEP).all():
-        raise ValueError("a step is no step")
+        raise ValueError(f"a step is not a number up to {MOST_STEP}")
     return trained, tested
 
 
@@ -159,7 +159,7 @@ def _clock(path: Path) -> tuple[Floats, Floats]:
         rows = [(row["step"], row["seconds"]) for chunk in _rows(path) for row in chunk]
         step, seconds = np.array(rows, float).reshape(-1, 2).T
     except (KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path} is not a log of the clock") from None
+        raise error if isinstance(error, UserError) else UserError(f"{path} is not a timing log; {ADVICE}") from None
     before = np.append(0, np.maximum.accumulate(step))[:-1]
     new = step > before
     covered = (step - np.append(0, step)[:-1])[new]

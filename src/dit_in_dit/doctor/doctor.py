@@ -63,7 +63,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     """Examine a config before training or, with `run`, its trained model. Writes nothing.
 
     Consequences of a fault are not reported. Data out of range and numbers that are not finite end the examination. A
-    run that diverged by its learning rate has no other findings.
+    run that diverged because of its learning rate has no other findings.
 
     Raises:
         UserError: the data is missing or does not fit the config, or the run is damaged.

@@ -71,24 +71,26 @@ def training(patient: Patient) -> CheckResult:
     parts = sorted({name for line in (*logged, *probed) for name in line if name.startswith("grad_norm.")})
     for part in parts:
         values = [line[part] for line in probed or logged if part in line]
-        section.rows[part] = {"first": values[0], "median": float(np.median(values)), "last": values[-1]}
+        section.rows[part] = _ends_and_median(values)
     loss, norm = (np.array([line[name] for line in lines]) for name in ("loss", "grad_norm"))
     clipped = float((norm > (train.clip or math.inf)).mean())
-    section.rows["loss"] = {"first": loss[0], "median": float(np.median(loss)), "last": loss[-1]}
-    section.rows["grad_norm"] = {"first": norm[0], "median": float(np.median(norm)), "last": norm[-1]}
-    section.rows["steps"] = {"looked at": len(lines), "clipped": clipped, "spikes": _spikes(norm)}
+    spikes = _spikes(norm)
+    section.rows |= {"loss": _ends_and_median(loss), "grad_norm": _ends_and_median(norm)}
+    section.rows["steps"] = {"looked at": len(lines), "clipped": clipped, "spikes": spikes}
     named = ("step", "loss", "grad_norm", *(part for part in parts if part in lines[-1]))
     section.series = {name: [line.get(name, math.nan) for line in lines] for name in named}
     # Small batches and loss weights such as 1/t^2 have heavy tails: healthy runs have single spikes of up to 40.
-    if section.rows["steps"]["spikes"] > 0.01:
-        seen = (
-            f"the gradient norm is above 10x its running median in {section.rows['steps']['spikes']:.1%} of the steps"
-        )
+    if spikes > 0.01:
+        seen = f"the gradient norm is above 10x its running median in {spikes:.1%} of the steps"
         clip = "" if train.clip else ", or set train.clip=1"
         section.find("warning", "training", seen, f"lower train.learning_rate{clip}")
     _judge_rate(section, patient, lines, logged)
     _judge_gradients(section, patient)
     return section
+
+
+def _ends_and_median(values: Any) -> dict[str, float]:
+    return {"first": values[0], "median": float(np.median(values)), "last": values[-1]}
 
 
 def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
@@ -103,7 +105,7 @@ def update_ratios(patient: Patient) -> dict[str, float]:
     """Relative size of one update at the peak learning rate, by part of the model.
 
     It is rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
-    comes from the optimizer's moments; without Adam's moments there is no ratio. Initial weights are used, since
+    comes from Adam's moments: other optimizers give no ratios. Initial weights are used, since
     weights that a wrong rate has inflated would hide it.
     """
     optimizer, rate = patient.trainer.optimizer, patient.config.train.learning_rate

@@ -158,8 +158,10 @@ def _clock(path: Path) -> tuple[Floats, Floats]:
     try:
         rows = [(row["step"], row["seconds"]) for chunk in _rows(path) for row in chunk]
         step, seconds = np.array(rows, float).reshape(-1, 2).T
-    except (KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path} is not a timing log; {ADVICE}") from None
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is not a timing log; {ADVICE}") from None
     before = np.append(0, np.maximum.accumulate(step))[:-1]
     new = step > before
     covered = (step - np.append(0, step)[:-1])[new]

@@ -1,4 +1,4 @@
-"""Training curves, from logs written by hand, whose answers are known."""
+"""Training curves, from synthetic logs with known results."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from dit_in_dit.cli import curves as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig, override, to_yaml
+from dit_in_dit.curves.arms import RunGroup, arms, notes
 from dit_in_dit.curves.convergence import errors_by_seed, reach, stability, tables
-from dit_in_dit.curves.logs import Curve, RunGroup, arms, notes, read_run
+from dit_in_dit.curves.logs import Curve, read_run
 from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS
@@ -46,7 +47,7 @@ def evaluations(errors: dict[int, float], t: str = "0.5") -> list[dict]:
 
 
 def write(run: Path, rows: list[dict], *assignments: str, seed: int = 0, seconds: float | None = 1.0) -> Path:
-    """A run folder; each step took `seconds` (None: no timing), read from the clock at every tenth."""
+    """A run folder whose steps took `seconds` each (None: no timing), with a clock reading at every tenth."""
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(to_yaml(override(replace(CONFIG, seed=seed), assignments)))
     (run / "log.jsonl").write_text(lines(rows))
@@ -99,7 +100,7 @@ def test_a_log_longer_than_a_chunk_is_read_whole(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("cut", [1, 20, 40])
-def test_half_a_last_line_is_left_out(tmp_path: Path, cut: int):
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path, cut: int):
     run = write(tmp_path / "run", steps(20))
     for name in ("log.jsonl", "timing.jsonl"):
         whole = (run / name).read_text()
@@ -109,7 +110,7 @@ def test_half_a_last_line_is_left_out(tmp_path: Path, cut: int):
     assert len(curve.timed) == (1 if cut <= 20 else 0)
 
 
-def test_a_damaged_line_inside_a_log_is_an_error_that_names_the_file(tmp_path: Path):
+def test_a_damaged_line_is_an_error_that_names_the_file(tmp_path: Path):
     run = write(tmp_path / "run", steps(20))
     for damage in ('{"step": 21, \n', "17\n", '{"step": 21}, {"step": 22}\n', '{"loss": 1.0}\n'):
         (run / "log.jsonl").write_text(lines(steps(20)) + damage + lines([{"step": 30}]))
@@ -122,13 +123,13 @@ def test_a_log_of_two_runs_is_refused(tmp_path: Path):
         read_run(write(tmp_path / "run", steps(20) + steps(20)))
 
 
-def test_macs_are_three_forward_passes_for_every_image(tmp_path: Path):
+def test_training_macs_are_three_forward_passes_per_image(tmp_path: Path):
     curve = read_run(write(tmp_path / "run", steps(30)))
     images = 17 * 4 * 3  # steps, batch_size, accumulate
     assert curve.macs(np.array([17.0])) == 3 * cost.macs(CONFIG.model)["total"] * images
 
 
-def test_hours_are_read_between_the_clocks_readings(tmp_path: Path):
+def test_hours_are_interpolated_between_clock_readings(tmp_path: Path):
     curve = read_run(write(tmp_path / "run", steps(30), seconds=36.0))
     assert curve.hours(np.array([0.0, 5.0, 25.0, 30.0])) == pytest.approx([0, 0.05, 0.25, 0.3])
     assert math.isnan(curve.hours(np.array([31.0]))[0])
@@ -154,7 +155,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path):
     assert plain.label == "stages=outer*3 (1 seed)"
 
 
-def test_arms_have_the_fewest_keys_that_tell_them_apart_and_list_all(tmp_path: Path):
+def test_arms_are_named_by_the_fewest_distinguishing_keys_and_list_all(tmp_path: Path):
     paths = [
         write(tmp_path / "a", steps(20), "train.learning_rate=0.1", "train.warmup=1"),
         write(tmp_path / "b", steps(20), "train.learning_rate=0.2", "train.warmup=1", "train.ema=0.5"),
@@ -169,20 +170,20 @@ def test_arms_have_the_fewest_keys_that_tell_them_apart_and_list_all(tmp_path: P
     assert found[1].differs == {"train.learning_rate": 0.2, "train.warmup": 1, "train.ema": 0.5}
 
 
-def test_keys_that_a_plain_dit_does_not_read_do_not_tell_it_from_another(tmp_path: Path):
+def test_keys_that_a_plain_dit_ignores_do_not_distinguish_arms(tmp_path: Path):
     plain = [write(tmp_path / f"{n}", steps(9), "model.stages=outer*2", f"model.inner.width={16 * n}", seed=n) for n in
              (1, 2)]  # fmt: skip
     (arm,) = read_arms(*plain)
     assert len(arm.curves) == 2
 
 
-def test_arms_whose_names_would_be_long_are_named_by_their_folders(tmp_path: Path):
+def test_arms_with_long_names_are_named_by_their_folders(tmp_path: Path):
     interleaved = "model.stages=(inner outer)*4 inner"
     paths = [write(tmp_path / "zig", steps(9), interleaved), write(tmp_path / "zag", steps(9))]
     assert [arm.name for arm in read_arms(*paths)] == ["zig", "zag"]
 
 
-def test_a_program_and_the_named_order_that_spells_it_are_one_arm(tmp_path: Path):
+def test_a_program_and_its_named_order_are_one_arm(tmp_path: Path):
     named = write(tmp_path / "a", steps(9), "model.stages=last", "model.depth=2", "model.inner.depth_ratio=0.5")
     spelled = write(tmp_path / "b", steps(9), seed=1)
     assert len(read_arms(named, spelled)) == 1
@@ -194,7 +195,7 @@ def test_the_same_seed_twice_is_refused(tmp_path: Path):
         read_arms(*paths)
 
 
-def test_a_run_without_a_step_is_left_out_and_said(tmp_path: Path):
+def test_a_run_without_a_step_is_left_out_with_a_note(tmp_path: Path):
     paths = [write(tmp_path / "a", steps(20)), write(tmp_path / "b", [], seed=1, seconds=None)]
     (paths[1] / "log.jsonl").unlink()
     curves = [read_run(path) for path in paths]
@@ -224,7 +225,7 @@ def test_a_band_is_the_range_of_the_seeds(tmp_path: Path):
     )
 
 
-def test_seeds_are_compared_where_all_of_them_were_evaluated(tmp_path: Path):
+def test_seeds_are_compared_at_common_evaluations(tmp_path: Path):
     short = write(tmp_path / "a", steps(40) + evaluations({30: 0.4}))
     long = write(tmp_path / "b", steps(90) + evaluations({30: 0.2, 60: 0.1}), seed=1)
     at, rows = errors_by_seed(read_arms(short, long)[0], 0.5, "whole")
@@ -232,7 +233,7 @@ def test_seeds_are_compared_where_all_of_them_were_evaluated(tmp_path: Path):
     assert rows.tolist() == [[0.4], [0.2]]
 
 
-def test_an_error_is_reached_on_the_line_between_two_evaluations(tmp_path: Path):
+def test_the_step_of_an_error_is_interpolated_between_evaluations(tmp_path: Path):
     quick = write(tmp_path / "a", steps() + evaluations({100: 0.5, 200: 0.3, 300: 0.4, 400: 0.1}))
     slow = write(tmp_path / "b", steps() + evaluations({100: 0.8, 200: 0.6, 400: 0.2}), "model.stages=outer*3")
     first, second = reach(read_arms(quick, slow), [(0.5, 0.35)])
@@ -246,7 +247,7 @@ def test_an_error_is_reached_on_the_line_between_two_evaluations(tmp_path: Path)
     assert second.ratio["macs"] == pytest.approx(325 * per_image["outer*3"] / (175 * per_image["outer*2 inner*1"]))
 
 
-def test_seeds_reach_an_error_each_at_its_own_step(tmp_path: Path):
+def test_each_seed_reaches_an_error_at_its_own_step(tmp_path: Path):
     paths = [
         write(tmp_path / str(seed), steps() + evaluations({100: 0.4, 200: end}), seed=seed)
         for seed, end in enumerate((0.2, 0.0, 0.3))
@@ -271,7 +272,7 @@ def test_every_run_reaches_the_default_error(tmp_path: Path):
     assert second.needed["steps"].mean == 300
 
 
-def test_what_the_first_evaluation_has_passed_already_is_a_bound_without_a_ratio(tmp_path: Path):
+def test_an_error_passed_before_the_first_evaluation_is_a_bound_without_a_ratio(tmp_path: Path):
     good = write(tmp_path / "a", steps() + evaluations({100: 0.2, 300: 0.1}))
     bad = write(tmp_path / "b", steps() + evaluations({100: 0.9, 300: 0.3}), "model.stages=outer*3")
     first, second = reach(read_arms(good, bad))
@@ -302,14 +303,14 @@ def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assign
             use()
 
 
-def test_predictions_of_other_quantities_are_compared_but_their_losses_are_not(tmp_path: Path):
+def test_other_predictions_are_compared_but_their_losses_are_not(tmp_path: Path):
     rows = steps() + evaluations({100: 0.2})
     paths = [write(tmp_path / "a", rows), write(tmp_path / "b", rows, "diffusion.predict=image")]
     assert len(reach(read_arms(*paths))) == 2
     assert any("not comparable" in note for note in notes([read_run(path) for path in paths]))
 
 
-def test_cosine_schedules_of_other_lengths_are_pointed_out(tmp_path: Path):
+def test_cosine_schedules_of_other_lengths_are_noted(tmp_path: Path):
     def said(schedule: str) -> bool:
         lengths = [(f"train.schedule={schedule}", f"train.steps={n}") for n in (400, 800)]
         runs = [write(tmp_path / schedule / f"{n}", steps(20), *set_) for n, set_ in enumerate(lengths)]
@@ -345,14 +346,14 @@ def test_planted_spikes_are_counted(tmp_path: Path):
     assert (found.skipped, found.non_finite) == (0, 0)
 
 
-def test_a_spike_is_measured_against_the_steps_before_it(tmp_path: Path):
+def test_a_spike_is_relative_to_the_steps_before_it(tmp_path: Path):
     falling = stability(curve_of(tmp_path, steps(loss=lambda s: 100 * 0.98**s)))
     rising = stability(curve_of(tmp_path / "rising", steps(loss=lambda s: 0.01 * 1.05**s)))
     assert falling.loss_spikes == 0
     assert rising.loss_spikes == 1  # 1.05^50 = 11 times the median: one stretch from step 101 on
 
 
-def test_the_running_median_is_that_of_the_previous_hundred(tmp_path: Path):
+def test_the_running_median_covers_the_previous_hundred(tmp_path: Path):
     draw_ = np.random.default_rng(0).lognormal(0, 1.5, 400)
     found = stability(curve_of(tmp_path, steps(loss=lambda s: draw_[s - 1])))
     above = [draw_[i] > 3 * np.median(draw_[i - 100 : i]) for i in range(100, 400)]
@@ -361,13 +362,13 @@ def test_the_running_median_is_that_of_the_previous_hundred(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("at", "spikes"), [(201, 0), (202, 1)])
-def test_the_median_turns_when_most_of_the_previous_hundred_are_low(tmp_path: Path, at: int, spikes: int):
-    """At step 201, 50 of them are high and 50 low: the median is 0.55; one step on it is 0.1."""
+def test_the_median_drops_when_most_of_the_previous_hundred_are_low(tmp_path: Path, at: int, spikes: int):
+    """At step 201, 50 of them are high and 50 low: the median is 0.55; one step later it is 0.1."""
     found = curve_of(tmp_path, steps(loss=lambda s: 1.2 if s == at else 1.0 if s <= 150 else 0.1))
     assert stability(found).loss_spikes == spikes
 
 
-def test_skipped_and_non_finite_steps_are_counted_and_are_no_spikes(tmp_path: Path):
+def test_skipped_and_non_finite_steps_are_counted_but_not_as_spikes(tmp_path: Path):
     rows = steps()
     rows[199] |= {"loss": math.nan, "grad_norm": math.inf, "skipped": True}
     rows[299] |= {"loss": math.inf, "skipped": True}
@@ -377,7 +378,7 @@ def test_skipped_and_non_finite_steps_are_counted_and_are_no_spikes(tmp_path: Pa
     assert found.largest_gradient == 0.5
 
 
-def test_without_clipping_no_share_is_given(tmp_path: Path):
+def test_without_clipping_there_is_no_clipped_share(tmp_path: Path):
     assert stability(curve_of(tmp_path, steps(20), "train.clip=0")).clipped is None
 
 
@@ -385,7 +386,7 @@ def test_without_clipping_no_share_is_given(tmp_path: Path):
 
 
 def pixels_of(colour: str, path: Path) -> int:
-    """Pixels in a picture that have a line's colour, but for smoothing."""
+    """Number of pixels that have a line's colour, up to anti-aliasing."""
     wanted = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
     picture = np.asarray(Image.open(path).convert("RGB"), int)
     return int((np.abs(picture - wanted).max(-1) < 8).sum())
@@ -417,7 +418,7 @@ def test_the_command_draws_and_writes_what_it_prints(tmp_path: Path, capsys: pyt
         assert text in printed
 
 
-def test_one_run_has_its_curves_in_its_own_folder_and_no_hours_without_timing(tmp_path: Path):
+def test_curves_of_one_run_are_in_its_folder_without_hours_if_untimed(tmp_path: Path):
     run = write(tmp_path / "run", steps(200), seconds=None)  # still training, and not evaluated yet
     run_command(run)
     assert {path.name for path in (run / "curves").iterdir()} == {"loss.png", "gradients.png", "curves.json"}
@@ -429,13 +430,13 @@ def test_a_run_of_a_few_steps_beside_a_long_one_is_drawn(tmp_path: Path):
     assert {path.name for path in draw_curves(found, tmp_path)} == {"loss.png", "gradients.png", "throughput.png"}
 
 
-def test_several_runs_need_a_place_to_go(tmp_path: Path):
+def test_several_runs_need_an_out_folder(tmp_path: Path):
     with pytest.raises(UserError, match="--out"):
         run_command(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.5:", "2:0.1", "0.5:nan", "0.5:-1", "half:0.1"])
-def test_a_target_that_is_none_is_refused(tmp_path: Path, text: str):
+def test_an_invalid_target_is_refused(tmp_path: Path, text: str):
     with pytest.raises(UserError, match="must be T:ERROR"):
         run_command(tmp_path, "--reach", text)
 

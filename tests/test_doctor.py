@@ -1,4 +1,4 @@
-"""`doctor` finds what was planted in a small trained run, and nothing in the run as it was."""
+"""`doctor` finds faults planted in a small trained run, and nothing in the healthy run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, Sample
 from dit_in_dit.config.schema import keys
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import DoctorReport, examine
-from dit_in_dit.doctor.model_checks import pattern, seam_peaks
+from dit_in_dit.doctor.observe import pattern, seam_peaks
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create, read_config
 from dit_in_dit.runs.tensors import load_tensors
@@ -62,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def trained(config: RunConfig, folder: Path) -> Path:
-    """The folder of a run of `config`."""
+    """Train `config`; returns the run folder."""
     for _ in train(config, folder, device="cpu"):
         pass
     return folder
@@ -89,7 +89,7 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
 
 
 def set_already(advice: str, config: RunConfig) -> list[str]:
-    """Of an advice, each `key=value` to set that the config holds; "lower KEY=VALUE" says what it is."""
+    """Each `key=value` that an advice sets although the config has it; "lower KEY=VALUE" only states the value."""
     values = {name: str(value) for name, _, value in keys(config)}
     pairs = re.findall(r"(?<!lower )\b([a-z_.]+)=([\w.]+)", advice)
     held = ((values.get(name, values.get(f"model.{name}", "")), value) for name, value in pairs)
@@ -97,7 +97,7 @@ def set_already(advice: str, config: RunConfig) -> list[str]:
 
 
 def look(run: Path) -> DoctorReport:
-    """The report on a run; none of its advice is set already."""
+    """Report on a run, whose advice is checked to change the config."""
     config = read_config(run)
     report = examine(config, CPU, run)
     assert not [advice for finding in report.findings for advice in set_already(finding.advice, config)]
@@ -105,12 +105,12 @@ def look(run: Path) -> DoctorReport:
 
 
 def raised(report: DoctorReport) -> set[str]:
-    """Checks that found more than a note."""
+    """Names of the checks with a warning or fault."""
     return {finding.check for finding in report.findings if finding.severity != "note"}
 
 
 def only(report: DoctorReport, check: str) -> str:
-    """What the only finding saw: a fault of this check."""
+    """Observation of the only finding, which is a fault of this check."""
     assert raised(report) == {check}, report.findings
     assert report.findings[0].severity == "fault"
     assert report.findings[0].advice
@@ -118,20 +118,20 @@ def only(report: DoctorReport, check: str) -> str:
 
 
 def rows(report: DoctorReport, title: str) -> dict[str, dict[str, float]]:
-    """A section's table."""
+    """Table of the section with this title."""
     return next(section.rows for section in report.sections if section.title.startswith(title))
 
 
 # ------------------------------------------------------------------------------------------ healthy
 
 
-def test_a_healthy_run_is_healthy(run):
+def test_a_healthy_run_has_no_findings(run):
     report = look(run)
     assert not report.findings
     assert report.step == 200
 
 
-def test_a_healthy_config_is_healthy_before_training(config):
+def test_a_healthy_config_has_no_findings_before_training(config):
     report = examine(config, CPU)
     assert not raised(report)
     assert rows(report, "training")["steps"]["looked at"] == 40  # a probe in memory
@@ -180,7 +180,7 @@ def test_a_null_class_that_is_a_copy_or_was_never_trained_is_found(run, config, 
 
 
 @pytest.mark.parametrize(("scale", "shift", "what"), [(127.5, 127.5, "[0, 255]"), (0.5, 0.5, "[0, 1]")])
-def test_pixels_that_are_not_from_minus_one_to_one_are_found(run, config, tmp_path, scale, shift, what):
+def test_pixels_outside_minus_one_to_one_are_found(run, config, tmp_path, scale, shift, what):
     images, labels = waves_of_classes()
     floats = (images.transpose(0, 3, 1, 2) / 127.5 - 1) * scale + shift
     np.savez(tmp_path / "floats.npz", images=floats.astype(np.float32), labels=labels)
@@ -202,7 +202,7 @@ def test_a_dead_gate_is_found(run, tmp_path, value):
     assert "fuses.0" in only(report, "gate")
 
 
-def test_a_nan_names_its_layer_and_the_first_example(run, tmp_path):
+def test_a_nan_is_reported_with_its_layer_and_first_example(run, tmp_path):
     name = "outer_blocks.2.branches.mlp.0"
 
     def plant(weights: dict[str, Tensor]) -> None:
@@ -214,7 +214,7 @@ def test_a_nan_names_its_layer_and_the_first_example(run, tmp_path):
     assert f"example {200 * 32}" in seen  # the first that training would see next
 
 
-def test_an_overflow_names_the_layer_where_it_happens_though_all_parameters_are_finite(run, tmp_path):
+def test_an_overflow_with_finite_parameters_is_reported_with_its_layer(run, tmp_path):
     def plant(weights: dict[str, Tensor]) -> None:
         weights["outer_blocks.1.branches.mlp.2.weight"].fill_(3e38)
 
@@ -235,14 +235,14 @@ def test_a_pattern_that_repeats_with_every_patch_is_found(run, tmp_path, kind):
 # ------------------------------------------------------------------------------------------ more findings
 
 
-def test_data_that_changed_since_the_first_step_is_noticed(run, config, tmp_path):
+def test_data_that_changed_since_the_first_step_is_found(run, config, tmp_path):
     images, labels = waves_of_classes()
     np.savez(tmp_path / "other.npz", images=images[:, ::-1] // 2, labels=labels)
     data = replace(config.data, source=str(tmp_path / "other.npz"))
     assert "loss at start" in raised(look(planted(run, tmp_path / "run", lambda weights: None, data=data)))
 
 
-def test_a_class_without_images_and_copies_are_noticed(config, tmp_path):
+def test_a_class_without_images_and_copies_are_found(config, tmp_path):
     images, labels = waves_of_classes(80)
     np.savez(tmp_path / "few.npz", images=np.concatenate([images[:40]] * 2), labels=labels % 2)
     few = replace(config, data=replace(config.data, source=str(tmp_path / "few.npz")))
@@ -251,7 +251,7 @@ def test_a_class_without_images_and_copies_are_noticed(config, tmp_path):
     assert "copies of another" in seen
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_is_examined_by_its_log(config, tmp_path):
+def test_a_run_without_a_checkpoint_is_examined_by_its_log(config, tmp_path):
     stopped = with_train(config, learning_rate=100 * config.train.learning_rate)
     create(tmp_path / "run", stopped)
     first = examine(stopped, CPU).sections[1].rows["loss"]["measured"]
@@ -263,7 +263,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_is_examined_by_its_log(c
 # ------------------------------------------------------------------------------------------ the numbers
 
 
-def test_expected_loss_of_a_zero_prediction_is_the_closed_form():
+def test_expected_loss_of_a_zero_prediction_matches_the_closed_form():
     velocity = expected_loss(RunConfig(), 0.3)
     assert velocity == pytest.approx(1 + 0.3, rel=1e-3)  # E (e - x)^2
     noise = RunConfig(diffusion=DiffusionConfig(path="ddpm", predict="noise"), sample=SampleConfig(sampler="ddim"))
@@ -273,13 +273,13 @@ def test_expected_loss_of_a_zero_prediction_is_the_closed_form():
     assert expected_loss(image, 0.3) == pytest.approx(0.3 * (20 + 19), rel=1e-2)
 
 
-def test_the_untrained_loss_is_what_it_must_be(config, run):
+def test_the_untrained_loss_is_that_of_a_zero_prediction(config, run):
     loss = rows(look(run), "loss at start")["loss"]
     assert loss["measured"] == pytest.approx(loss["these examples"], rel=1e-5)  # image prediction: no noise in it
     assert loss["again"] == pytest.approx(loss["logged"], rel=1e-5)
 
 
-def test_a_step_at_every_border_is_a_peak_at_the_last_position():
+def test_a_step_at_every_border_peaks_at_the_last_position():
     ramp = torch.arange(32).float().expand(2, 3, 32, 32)
     stairs = ramp + 3 * (ramp // 8)  # one more a pixel, four more over a border
     down, across = seam_peaks(stairs, 8) - seam_peaks(ramp + 1e-6, 8)
@@ -287,7 +287,7 @@ def test_a_step_at_every_border_is_a_peak_at_the_last_position():
     assert not down.any()
 
 
-def test_pattern_is_the_share_of_what_repeats():
+def test_pattern_is_the_repeating_share():
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(64, 3, 32, 32, generator=draw)
     tile = torch.randn(3, 8, 8, generator=draw)
@@ -338,13 +338,13 @@ def test_the_command_prints_writes_and_draws(run, tmp_path, capsys):
     assert (tmp_path / "doctor.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_ends_with_one_when_there_is_a_fault(run, tmp_path, capsys):
+def test_the_exit_code_is_one_after_a_fault(run, tmp_path, capsys):
     dead = planted(run, tmp_path / "run", lambda weights: weights["fuses.0.gate"].zero_())
     assert call(str(dead), "--json", "--out", str(tmp_path / "out")) == 1
     assert json.loads(capsys.readouterr().out)["findings"][0]["check"] == "gate"
 
 
-def test_the_picture_of_a_run_that_could_not_be_looked_into_is_drawn(run, tmp_path):
+def test_the_picture_is_drawn_without_activations(run, tmp_path):
     nan = planted(
         run, tmp_path / "run", lambda weights: weights["outer_blocks.0.modulation.linear.bias"].fill_(math.nan)
     )
@@ -352,7 +352,7 @@ def test_the_picture_of_a_run_that_could_not_be_looked_into_is_drawn(run, tmp_pa
     assert (tmp_path / "out" / "doctor.png").exists()
 
 
-def test_a_run_and_a_config_together_are_a_mistake(run):
+def test_a_run_and_a_config_together_are_refused(run):
     with pytest.raises(UserError, match="RUN has its own config"):
         call(str(run), "--preset", "emoji")
     with pytest.raises(UserError, match="name what to start from"):

@@ -1,4 +1,4 @@
-"""No finding without its condition: no advice is set already, and an alarm asks first whether it can be meant."""
+"""Findings are conditional: advice changes the config, and warnings appear only where they apply."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dit_in_dit.config.run import RateConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, Patient, loss_at_start
+from dit_in_dit.doctor.observe import Observation
 from dit_in_dit.inspection.hooks import can_run_without_inner
 from dit_in_dit.metrics.memorization import neighbours
 from dit_in_dit.model.nested import NestedDiT
@@ -24,14 +25,14 @@ CPU = torch.device("cpu")
 
 
 def patient(config: RunConfig, **parts: object) -> Patient:
-    """A patient of which a check reads these parts alone."""
+    """A patient with only the parts that a check reads."""
     trainer = SimpleNamespace(device=CPU, step=0, optimizer=SimpleNamespace(state={"weight": {}}), begun=None)
     given = {"trainer": trainer, "config": config, "trained": True, "log": [], **parts}
     return SimpleNamespace(**given)  # type: ignore[return-value]
 
 
 def advice(section: CheckResult) -> str:
-    """Of the one finding."""
+    """Advice of the only finding."""
     assert len(section.findings) == 1, section.findings
     return section.findings[0].advice
 
@@ -45,45 +46,45 @@ def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
         monkeypatch.setattr(training_checks, judge, lambda *parts: None)
     norms = [100.0 if step % 20 == 0 else 1.0 for step in range(200)]
     log = [{"step": n, "loss": 1.0, "grad_norm": norm, "grad_norm.head": norm} for n, norm in enumerate(norms, 1)]
-    said = advice(training_checks.training(patient(with_train(run_config, clip=clip), log=log)))
-    assert ("train.clip" in said) == (clip == 0)
+    text = advice(training_checks.training(patient(with_train(run_config, clip=clip), log=log)))
+    assert ("train.clip" in text) == (clip == 0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_weight_decay_is_added_or_raised(run_config, decay):
     tokens = torch.randn(4, 3, 8) * 1e5
-    seen = {0.5: model_checks.Observation({"outer_blocks.0": tokens}, {}, {}, {})}
-    said = advice(model_checks.activations(patient(with_train(run_config, weight_decay=decay)), seen))
-    assert f"{'raise' if decay else 'add'} train.weight_decay" in said
+    seen = {0.5: Observation({"outer_blocks.0": tokens}, {}, {}, {})}
+    text = advice(model_checks.activations(patient(with_train(run_config, weight_decay=decay)), seen))
+    assert f"{'raise' if decay else 'add'} train.weight_decay" in text
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
 def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
-    seen = {0.5: model_checks.Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
-    said = advice(model_checks.attention(patient(run_config), seen))
-    assert ("mixer=none" in said) == (level == "inner")
+    seen = {0.5: Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
+    text = advice(model_checks.attention(patient(run_config), seen))
+    assert ("mixer=none" in text) == (level == "inner")
 
 
 @pytest.mark.parametrize("embed", ["linear", "conv"])
 @pytest.mark.parametrize("mixer", ["patch", "window", "image", "conv", "none"])
-def test_a_seam_asks_for_what_would_see_further_and_is_not_there(mixer, embed):
+def test_a_seam_advises_only_changes_that_widen_the_receptive_field(mixer, embed):
     config = RunConfig(model=small_model(inner={"mixer": mixer, "embed": embed}))
     section = CheckResult("seams")
     model_checks._judge_seams(section, config.model, "patch", 2.0, 0.0, 100.0)
-    said = advice(section)
-    assert not set_already(said, config)
-    assert ("inner.embed=conv" in said) == (embed == "linear")
-    assert ("inner.mixer=window" in said) == (mixer in ("patch", "none"))
+    text = advice(section)
+    assert not set_already(text, config)
+    assert ("inner.embed=conv" in text) == (embed == "linear")
+    assert ("inner.mixer=window" in text) == (mixer in ("patch", "none"))
 
 
-def test_a_seam_of_a_plain_model_asks_for_nothing_inner():
+def test_a_seam_of_a_plain_model_advises_nothing_inner():
     section = CheckResult("seams")
     model_checks._judge_seams(section, small_model("outer*2"), "patch", 2.0, 0.0, 100.0)
     assert "inner" not in advice(section)
 
 
 @pytest.mark.parametrize(("stages", "head"), [("inner outer", "outer"), ("outer inner", "inner")])
-def test_a_pattern_of_sub_patches_names_the_head_that_draws_them(stages, head):
+def test_a_pattern_of_sub_patches_names_the_responsible_head(stages, head):
     section = CheckResult("seams")
     model_checks._judge_seams(section, small_model(stages), "sub-patch", 0.0, 0.9, 1000.0)
     assert f"bias of the {head} head" in advice(section)
@@ -96,7 +97,7 @@ def test_adding_the_inner_path_is_advised_where_it_is_not_added(run_config, chec
     assert ("inner.fuse=add" in advice(section)) == other
 
 
-def test_a_frozen_level_is_no_parameter_without_a_gradient(run_config):
+def test_a_frozen_level_is_not_reported_as_without_gradient(run_config):
     config = with_train(run_config, lr_scale=RateConfig(outer=0))
     model = NestedDiT(config.model)
     state = {parameter: {"exp_avg_sq": torch.ones_like(parameter)} for parameter in model.parameters()}
@@ -113,18 +114,18 @@ def test_a_frozen_level_is_no_parameter_without_a_gradient(run_config):
     assert "never got a gradient" in section.findings[0].seen
 
 
-def test_bright_images_that_a_reader_has_scaled_are_no_fault():
+def test_bright_images_scaled_by_a_reader_are_no_fault():
     bright = torch.randint(128, 256, (8, 3, 8, 8)) / 127.5 - 1
     section = CheckResult("data")
     data_checks._judge_range(section, bright.float())
     assert not section.findings
-    for given, said in ((bright.clamp(0, 1) * 0.77 + 0.111, "[0, 1]"), (torch.rand(8, 3, 8, 8) * 255, "[0, 255]")):
+    for given, text in ((bright.clamp(0, 1) * 0.77 + 0.111, "[0, 1]"), (torch.rand(8, 3, 8, 8) * 255, "[0, 255]")):
         section = CheckResult("data")
         data_checks._judge_range(section, given)
-        assert said in section.findings[0].seen
+        assert text in section.findings[0].seen
 
 
-def test_a_model_that_begins_with_weights_need_not_predict_zero_at_first(run_config):
+def test_a_warm_started_model_need_not_predict_zero(run_config):
     x = torch.randn(16, 3, 8, 8)
     batch = Batch(x, torch.randn_like(x), torch.full((16,), 0.5), torch.zeros(16, dtype=torch.int64), torch.arange(16))
     for begun, many in ((None, 1), (object(), 0)):
@@ -137,7 +138,7 @@ def test_a_model_that_begins_with_weights_need_not_predict_zero_at_first(run_con
 
 
 def images(count: int, seed: int) -> torch.Tensor:
-    """Flat squares of random places and colours on grey: sharp edges, and no mean image among them."""
+    """Flat squares at random places in random colours, on grey: sharp edges, unlike their mean image."""
     draw = np.random.default_rng(seed)
     found = torch.zeros(count, 3, 16, 16)
     for image in found:
@@ -146,12 +147,12 @@ def images(count: int, seed: int) -> torch.Tensor:
     return found
 
 
-def test_blurred_samples_are_not_called_copies_and_copies_are():
+def test_copies_are_reported_and_blurred_samples_are_not():
     train, unseen = images(400, 0), images(100, 1)
     blurred = train.mean(0) + 0.01 * torch.randn(100, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    said = neighbours(blurred, train, unseen).warnings(guided=True)
-    assert len(said) == 1
-    assert "says nothing yet; train longer" in said[0]
+    text = neighbours(blurred, train, unseen).warnings(guided=True)
+    assert len(text) == 1
+    assert "says nothing yet; train longer" in text[0]
     copies = neighbours(train[:100] + 0.001, train, unseen)
     assert copies.detail == pytest.approx(1, abs=0.2)
     assert any(line.startswith("MEMORISING") for line in copies.warnings(guided=False))
@@ -159,15 +160,15 @@ def test_blurred_samples_are_not_called_copies_and_copies_are():
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_less_guidance_is_advised_where_there_was_some(guided):
+def test_less_guidance_is_advised_only_for_guided_samples(guided):
     train, unseen = images(400, 0), images(100, 1)
-    said = neighbours(unseen[:10].repeat(10, 1, 1, 1), train, images(100, 2)).warnings(guided=guided)
-    assert [line.split(":")[0] for line in said] == ["REPEATING"]
-    assert ("less guidance" in said[0]) == guided
+    text = neighbours(unseen[:10].repeat(10, 1, 1, 1), train, images(100, 2)).warnings(guided=guided)
+    assert [line.split(":")[0] for line in text] == ["REPEATING"]
+    assert ("less guidance" in text[0]) == guided
 
 
 @pytest.mark.parametrize(("stages", "left"), [("outer*2 inner", True), ("inner outer*2", False)])
-def test_replacing_takes_everything_away_only_where_the_levels_join(stages, left):
+def test_replace_leaves_nothing_without_the_inner_path_only_where_levels_join(stages, left):
     config = small_model(stages, inner={"fuse": "replace"})
     assert can_run_without_inner(perturbed(NestedDiT(config))) == left
     assert ("without" in missing_parts(config)) == (not left)

@@ -1,4 +1,4 @@
-"""Maps: what is measured is what attention did, what is shown is what was measured, and the page needs nothing else."""
+"""Maps: measures match the attention weights, figures and findings match the measures, the page is self-contained."""
 
 from __future__ import annotations
 
@@ -16,20 +16,15 @@ import torch
 from scipy import stats
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.attention_maps import record as recording
+from dit_in_dit.attention_maps import attention, record
+from dit_in_dit.attention_maps.attention import measure_attention
 from dit_in_dit.attention_maps.figures import figures
 from dit_in_dit.attention_maps.findings import findings, fine_share, missing_parts, not_shown
 from dit_in_dit.attention_maps.page import page, payload
-from dit_in_dit.attention_maps.record import (
-    Maps,
-    Views,
-    choose,
-    inner_tokens,
-    measure_attention,
-    outer_tokens,
-    record_maps,
-)
-from dit_in_dit.attention_maps.tokens import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
+from dit_in_dit.attention_maps.plan import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
+from dit_in_dit.attention_maps.record import Maps, Views, choose, record_maps
+from dit_in_dit.attention_maps.samples import draw_on_and_off
+from dit_in_dit.attention_maps.tokens import inner_tokens, outer_tokens
 from dit_in_dit.cli import maps as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
@@ -73,8 +68,8 @@ def maps_of(stages: str = "inner*2 outer", /, *, diffusion: dict | None = None, 
 
 @pytest.mark.parametrize("mixer", ["patch", "window", "image"])
 @pytest.mark.parametrize("chunk", [2**24, 100])
-def test_measures_are_those_of_the_weights(monkeypatch, mixer, chunk):
-    monkeypatch.setattr(recording, "MOST_WEIGHTS", chunk)  # small: some queries, or some groups, at a time
+def test_measures_match_the_attention_weights(monkeypatch, mixer, chunk):
+    monkeypatch.setattr(attention, "MOST_WEIGHTS", chunk)  # small: some queries, or some groups, at a time
     model = perturbed(NestedDiT(small_model("inner outer", image_size=WIDE, inner={"mixer": mixer})))
     x, t, y = inputs(model.config, batch=1)
     heads = {}
@@ -85,7 +80,7 @@ def test_measures_are_those_of_the_weights(monkeypatch, mixer, chunk):
     ):
         model(x, t, y)
     tokens = inner_tokens(model.config, model.inner_blocks[0].branches["mix"])
-    found = measure_attention(*heads["inner_blocks.0"], tokens)
+    measures = measure_attention(*heads["inner_blocks.0"], tokens)
     weights = seen["inner_blocks.0"][0].numpy()  # groups heads L L
     groups, _, length, _ = weights.shape
     for patch in range(24):
@@ -95,17 +90,17 @@ def test_measures_are_those_of_the_weights(monkeypatch, mixer, chunk):
         places = tokens.places[group]
         entropy = np.mean([stats.entropy(row) for row in w]) / np.log(length)
         distance = np.mean([np.sum(row * away(places[q], places)) for q, row in enumerate(w, rows.start)])
-        assert found.entropy[1, patch] == pytest.approx(entropy, rel=1e-4)
-        assert found.own[1, patch] == pytest.approx(np.mean([w[i, rows.start + i] for i in range(4)]), rel=1e-4)
-        assert found.distance[1, patch] == pytest.approx(distance, rel=1e-4)
-        np.testing.assert_allclose(found.inside[1, patch], w[:, rows], rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found.reach[1, patch], w.mean(0), rtol=1e-4, atol=1e-6)
+        assert measures.entropy[1, patch] == pytest.approx(entropy, rel=1e-4)
+        assert measures.own[1, patch] == pytest.approx(np.mean([w[i, rows.start + i] for i in range(4)]), rel=1e-4)
+        assert measures.distance[1, patch] == pytest.approx(distance, rel=1e-4)
+        np.testing.assert_allclose(measures.inside[1, patch], w[:, rows], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(measures.reach[1, patch], w.mean(0), rtol=1e-4, atol=1e-6)
     received = np.zeros(96)
     for group in range(groups):
         received[tokens.places[group]] += weights[group, 1].sum(0)
-    np.testing.assert_allclose(found.received[1], received, rtol=1e-4)
-    np.testing.assert_allclose(found.average, found.inside.mean(1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.squares, np.square(found.inside).mean((1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(measures.received[1], received, rtol=1e-4)
+    np.testing.assert_allclose(measures.average, measures.inside.mean(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(measures.squares, np.square(measures.inside).mean((1, 2, 3)), rtol=1e-4)
 
 
 def away(place: int, places: np.ndarray, columns: int = 12) -> np.ndarray:
@@ -114,7 +109,7 @@ def away(place: int, places: np.ndarray, columns: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("mixer", "groups"), [("patch", 24), ("window", 6), ("image", 1)])
-def test_tokens_lie_where_their_patch_does(mixer, groups):
+def test_tokens_are_grouped_with_their_patch(mixer, groups):
     model = NestedDiT(small_model("inner outer", image_size=WIDE, inner={"mixer": mixer}))
     tokens = inner_tokens(model.config, model.inner_blocks[0].branches["mix"])
     assert tokens.grid == (8, 12)
@@ -125,27 +120,27 @@ def test_tokens_lie_where_their_patch_does(mixer, groups):
     assert np.array_equal(owners, np.repeat(tokens.patches, 4, axis=1))
 
 
-def test_even_attention_has_full_entropy_and_the_mean_distance():
+def test_uniform_attention_has_maximal_entropy_and_mean_distance():
     tokens = outer_tokens(small_model())
-    still = torch.zeros(1, 2, 8, 4)
-    found = measure_attention(still, still, tokens)
-    np.testing.assert_allclose(found.entropy, 1, rtol=1e-5)
-    np.testing.assert_allclose(found.own, 1 / 8, rtol=1e-5)
+    zeros = torch.zeros(1, 2, 8, 4)
+    measures = measure_attention(zeros, zeros, tokens)
+    np.testing.assert_allclose(measures.entropy, 1, rtol=1e-5)
+    np.testing.assert_allclose(measures.own, 1 / 8, rtol=1e-5)
     points = np.array([(r, c) for r in range(4) for c in range(2)], float)
-    assert found.distance.mean() == pytest.approx(np.linalg.norm(points[:, None] - points, axis=-1).mean(), rel=1e-5)
-    assert tokens.even_distance == pytest.approx(found.distance.mean(), rel=1e-5)
+    assert measures.distance.mean() == pytest.approx(np.linalg.norm(points[:, None] - points, axis=-1).mean(), rel=1e-5)
+    assert tokens.even_distance == pytest.approx(measures.distance.mean(), rel=1e-5)
 
 
-def test_attention_to_itself_has_no_entropy_and_no_distance():
+def test_attention_to_itself_has_zero_entropy_and_zero_distance():
     alone = 100 * torch.eye(8).expand(1, 1, 8, 8)
-    found = measure_attention(alone, alone, outer_tokens(small_model()))
-    assert found.entropy.max() < 1e-5
-    assert found.own.min() > 1 - 1e-5
-    assert found.distance.max() < 1e-5
+    measures = measure_attention(alone, alone, outer_tokens(small_model()))
+    assert measures.entropy.max() < 1e-5
+    assert measures.own.min() > 1 - 1e-5
+    assert measures.distance.max() < 1e-5
 
 
 @pytest.mark.parametrize("planted", ["position", "time", "content"])
-def test_the_variance_of_weights_is_laid_to_what_moves_them(planted):
+def test_variance_is_attributed_to_the_planted_cause(planted):
     draw = np.random.default_rng(1)
     shape = {"position": (1, 1, 4, 4), "time": (3, 1, 1, 1), "content": (1, 50, 1, 1)}[planted]
     moved = draw.random(shape).astype(np.float32)
@@ -162,7 +157,7 @@ def test_the_variance_of_weights_is_laid_to_what_moves_them(planted):
 # ------------------------------------------------------------------------------------------ record
 
 
-def test_what_is_recorded_is_what_the_hooks_see():
+def test_recordings_match_the_hooks():
     config = run_of(small_model("inner outer*2 inner"), predict="image")
     model, seen = perturbed(NestedDiT(config.model)), views(config.model)
     maps = record_maps(model, config, seen, samples=2)
@@ -196,7 +191,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_kind_of_model_can_be_looked_at(case):
+def test_every_kind_of_model_is_recorded(case):
     maps = maps_of("inner outer", **CASES[case])
     assert np.isfinite(maps.estimate).all()
     assert (maps.inner is None) == (case in ("conv", "none"))
@@ -210,7 +205,7 @@ def test_every_kind_of_model_can_be_looked_at(case):
     assert all(sentence.endswith(".") for sentence in findings(maps))
 
 
-def test_a_model_that_gives_nan_is_refused():
+def test_a_model_with_nan_output_is_refused():
     config = run_of(small_model("inner outer"))
     model = NestedDiT(config.model)
     torch.nn.init.constant_(model.outer_head.final.linear.bias, float("nan"))
@@ -218,10 +213,10 @@ def test_a_model_that_gives_nan_is_refused():
         record_maps(model, config, views(config.model), samples=1)
 
 
-def test_samples_are_those_of_the_sampler_and_of_the_plain_dit():
+def test_samples_match_the_sampler_and_the_plain_dit():
     config = run_of(small_model("inner outer", inner={"fuse": "gate"}))
     model = perturbed(NestedDiT(config.model))
-    drawn = recording.draw_on_and_off(model, config, 3, seed=5)
+    drawn = draw_on_and_off(model, config, 3, seed=5)
     np.testing.assert_allclose(drawn.on, sample(model, config, 3, seed=5), rtol=1e-4, atol=1e-4)
     plain = replace(config, model=replace(config.model, use_inner=False))
     outer = NestedDiT(plain.model)
@@ -238,7 +233,7 @@ def views_noise(seed: int, index: int, model: ModelConfig) -> np.ndarray:
     return generator(seed, "sample", index).standard_normal(model.image_shape, np.float32)
 
 
-def test_images_are_of_different_classes_with_the_noise_of_training(run_config):
+def test_images_have_different_classes_and_the_noise_of_training(run_config):
     source = open_source(run_config.data, run_config.model)
     chosen = choose(source, run_config, 3, TIMES)
     assert sorted(chosen.labels) == [0, 1, 2]
@@ -251,7 +246,7 @@ def test_images_are_of_different_classes_with_the_noise_of_training(run_config):
     assert len(choose(source, run_config, 99, TIMES).numbers) == source.held_out_size
 
 
-def test_training_images_stand_in_where_none_is_held_out(run_config):
+def test_training_images_are_used_without_held_out_ones(run_config):
     config = replace(run_config, data=replace(run_config.data, held_out=0.0))
     chosen = choose(open_source(config.data, config.model), config, 2, TIMES)
     assert chosen.split == "training"
@@ -273,7 +268,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_model_fits_a_page_and_the_page_says_what_is_left_out(name):
+def test_a_large_model_fits_a_page_that_lists_what_is_left_out(name):
     plan = plan_maps(LARGE[name], 6, 9)
     assert size(LARGE[name], plan) <= MOST_BYTES
     assert plan.images
@@ -281,43 +276,41 @@ def test_a_large_model_fits_a_page_and_the_page_says_what_is_left_out(name):
     assert left_out_sentences(LARGE[name], plan, 6, 9)
 
 
-def test_a_small_model_is_kept_whole():
+def test_a_small_model_is_kept_in_full():
     model = get("emoji").model
     plan = plan_maps(model, 6, 9)
     assert plan.images == tuple(range(6))
     assert left_out_sentences(model, plan, 6, 9) == []
 
 
-def test_the_size_of_a_plan_is_that_of_what_is_kept():
+def test_the_size_of_a_plan_matches_the_arrays():
     for keys in ({"inner": {"aggregate": "attention"}}, {"inner": {"mixer": "image", "aggregate": "concat"}}):
         maps = maps_of("inner*2 outer", **keys)
         levels = [level for level in (maps.inner, maps.outer) if level]
         weights = sum(level.received.size + level.inside.size + level.reach.size for level in levels)
         floats = 3 * 4 * sum(level.entropy.size for level in levels)
         floats += 4 * sum(share.size for share in maps.contribution.values())
-        pooled = sum(found.maps.size for found in maps.aggregation.values())
+        pooled = sum(aggregation.maps.size for aggregation in maps.aggregation.values())
         pictures = 3 * (maps.noisy.size + maps.estimate.size + maps.estimate.size)
         assert size(maps.config.model, maps.plan) == weights + floats + pooled + pictures // 3
 
 
 def test_a_plan_that_drops_heads_keeps_their_mean(monkeypatch):
     full = maps_of("inner*2 outer")
-    monkeypatch.setattr(
-        recording, "plan_maps", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False))
-    )
+    monkeypatch.setattr(record, "plan_maps", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False)))
     mean = maps_of("inner*2 outer")
     np.testing.assert_allclose(mean.inner.inside[:, :, :, 0], full.inner.inside.mean(3), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mean.inner.entropy, full.inner.entropy)
 
 
-def test_even_choices_hold_both_ends():
+def test_even_choices_include_both_ends():
     assert evenly((1, 2, 3, 4, 5, 6, 7, 8, 9), 5) == (1, 3, 5, 7, 9)
     assert evenly((4, 5), 3) == (4, 5)
     assert evenly((4, 5, 6), 1) == (4,)
 
 
 @pytest.mark.parametrize("stages", ["inner outer", "(inner outer)*2", "outer inner", "inner outer inner", "outer"])
-def test_joining_places_are_those_that_contribute(stages):
+def test_joining_places_match_the_contributions(stages):
     model = NestedDiT(small_model(stages))
     with torch.no_grad(), watch_contribution(model) as seen:
         model(*inputs(model.config))
@@ -327,23 +320,23 @@ def test_joining_places_are_those_that_contribute(stages):
 # ------------------------------------------------------------------------------------------ findings
 
 
-def test_findings_tell_a_checkerboard_from_a_ramp():
+def test_fine_share_separates_a_checkerboard_from_a_ramp():
     y, x = np.mgrid[0:16, 0:16].astype(np.float32)
     checkers, ramp = ((x + y) % 2)[None, None], (x / 16)[None, None]
     assert fine_share(checkers) == pytest.approx(1, abs=1e-5)
     assert fine_share(ramp) < 0.05
 
 
-def test_findings_hold_the_numbers():
+def test_findings_contain_the_numbers():
     maps = maps_of("inner outer")
-    said = " ".join(findings(maps))
-    assert f"{maps.inner.entropy[:, 0].mean():.0%}" in said
-    assert f"{maps.contribution['aggregates.0'][:, -1].mean():.0%}" in said
-    assert "t = 0.1" in said
-    assert f"{maps.inner.variance()['time']:.1%} between times" in said
+    text = " ".join(findings(maps))
+    assert f"{maps.inner.entropy[:, 0].mean():.0%}" in text
+    assert f"{maps.contribution['aggregates.0'][:, -1].mean():.0%}" in text
+    assert "t = 0.1" in text
+    assert f"{maps.inner.variance()['time']:.1%} between times" in text
 
 
-def test_what_is_missing_is_said_once():
+def test_missing_parts_are_reported_once():
     assert not_shown(small_model("outer*2")) == [
         "No inner attention, aggregation weights, share of the inner path and pictures without the inner path: "
         "this is a plain DiT: it has no inner path."
@@ -357,7 +350,7 @@ def test_what_is_missing_is_said_once():
 # ---------------------------------------------------------------------------------------- the page
 
 
-def test_packed_weights_come_back_to_a_level_of_255():
+def test_packed_weights_are_exact_to_one_level_of_255():
     maps = maps_of("inner outer")
     packed = payload(maps, (), "run", 1)["inner"]["inside"]
     levels = np.frombuffer(base64.b64decode(packed["bytes"]), np.uint8).reshape(packed["shape"])
@@ -366,7 +359,7 @@ def test_packed_weights_come_back_to_a_level_of_255():
     assert np.abs(back - maps.inner.inside).max() <= 0.5 / 255 * most.max() + 1e-6
 
 
-def test_the_page_loads_nothing_and_no_name_ends_its_script():
+def test_the_page_loads_nothing_and_escapes_names():
     text = page(maps_of("inner outer"), ("</script><b>", "b"), "</script>", 1)
     assert text.count("</script>") == 1
     assert not re.search(r"https?://|//cdn|@import|\bfetch\(", text)
@@ -374,7 +367,7 @@ def test_the_page_loads_nothing_and_no_name_ends_its_script():
 
 
 def shown(tmp_path: Path, text: str, fragment: str) -> str:
-    """The page after its script ran, from a browser that may not reach anything."""
+    """DOM of the page after its script ran, in a browser without network access."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
@@ -409,11 +402,11 @@ def test_a_browser_shows_the_chosen_patch_with_its_numbers(tmp_path):
     body = dom[: dom.index("<script>")]
     assert 'data-ready="yes"' in dom
     assert "data-error" not in dom
-    found = {key: float(value) for key, value in re.findall(r'data-key="([\w.-]+)" data-value="([^"]+)"', body)}
+    numbers = {key: float(value) for key, value in re.findall(r'data-key="([\w.-]+)" data-value="([^"]+)"', body)}
     for name in ("entropy", "own", "distance"):
-        assert found[f"inner-{name}"] == pytest.approx(getattr(maps.inner, name)[1, 2, 0, 1, 5], rel=1e-5)
-        assert found[f"outer-{name}"] == pytest.approx(getattr(maps.outer, name)[1, 2, 1, :, 5].mean(), rel=1e-5)
-    assert found["aggregates.0"] == pytest.approx(maps.contribution["aggregates.0"][1, 2, 5], rel=1e-5)
+        assert numbers[f"inner-{name}"] == pytest.approx(getattr(maps.inner, name)[1, 2, 0, 1, 5], rel=1e-5)
+        assert numbers[f"outer-{name}"] == pytest.approx(getattr(maps.outer, name)[1, 2, 1, :, 5].mean(), rel=1e-5)
+    assert numbers["aggregates.0"] == pytest.approx(maps.contribution["aggregates.0"][1, 2, 5], rel=1e-5)
     assert "Patch 5: row 2, column 1 of image 1 (blue), t = 0.9" in body
     weights = maps.inner.inside[1, 2, 0, 1, 5, 3]
     place = divmod(int(weights.argmax()), 2)
@@ -442,7 +435,7 @@ def run_command(*arguments: str) -> None:
 
 
 def saved(run: Path, config: RunConfig) -> Path:
-    """A run folder with one checkpoint of a model that draws something."""
+    """A run folder with one checkpoint of a model whose output is not zero."""
     create(run, config)
     state = perturbed(NestedDiT(config.model)).state_dict()
     names = open_source(config.data, config.model).classes
@@ -454,22 +447,21 @@ def saved(run: Path, config: RunConfig) -> Path:
 def test_the_command_writes_the_page_and_every_figure(tmp_path, run_config, capsys):
     run = saved(tmp_path / "run", run_config)
     run_command(str(run), "--num", "2", "--times", "0.9,0.2", "--steps", "2", "--device", "cpu")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     written = {path.name for path in (run / "maps").iterdir()}
     assert written == {
         *("maps.html", "attention-over-t.png", "contribution.png", "inner-attention.png", "inner-attention-images.png"),
         *("inner-draws.png", "inner-on-off.png", "outer-attention.png", "trajectories.png"),
     }
     for name in written:
-        assert f"{run / 'maps' / name}  " in said
-    assert "at t = 0.2 and 0.9" in said
-    assert "No aggregation weights" in said
+        assert f"{run / 'maps' / name}  " in printed
+    assert "at t = 0.2 and 0.9" in printed
+    assert "No aggregation weights" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:constrained_layout not applied")  # a title leaves no room for pictures
-def test_one_image_at_one_time_has_room_in_every_figure(tmp_path, run_config):
+def test_one_image_at_one_time_fits_every_figure(tmp_path, run_config):
     run = saved(tmp_path / "run", run_config)
     run_command(str(run), "--num", "1", "--times", "0.5", "--steps", "2", "--device", "cpu")
 
@@ -488,7 +480,7 @@ def test_a_large_image_and_all_aggregates_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("given", ["", "0", "1", "0.5,x", "0.5,1.2", "nan"])
-def test_times_that_are_none_are_refused(tmp_path, given):
+def test_invalid_times_are_refused(tmp_path, given):
     with pytest.raises(UserError, match="must be times above 0 and below 1"):
         run_command(str(tmp_path), "--times", given)
 

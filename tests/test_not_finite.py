@@ -1,4 +1,4 @@
-"""Held-out errors that are not finite, by divergence or by data: whatever reads them says so and goes on."""
+"""Non-finite held-out errors, from divergence or data: every reader reports them and continues."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import torch
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.run import DataConfig, RunConfig, to_yaml
+from dit_in_dit.curves.arms import arms, notes
 from dit_in_dit.curves.convergence import errors_by_seed, reach, tables
-from dit_in_dit.curves.logs import arms, notes, read_run
+from dit_in_dit.curves.logs import read_run
 from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.doctor.doctor import draw_report as draw_doctor
 from dit_in_dit.doctor.doctor import examine
@@ -45,7 +46,7 @@ HEALTHY = {step: 0.5 / (1 + step / 100) for step in range(40, 281, 40)}
 
 @pytest.fixture(autouse=True)
 def no_warning() -> Iterator[None]:
-    """NumPy and matplotlib warn of numbers that nobody looked at."""
+    """Turn NumPy's and matplotlib's warnings about non-finite numbers into errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
@@ -54,19 +55,19 @@ def no_warning() -> Iterator[None]:
 
 
 def errors(values: dict[int, Any]) -> list[dict[str, Any]]:
-    """Lines of held-out errors, those that are not finite by their names."""
+    """Log lines of held-out errors, the non-finite ones by name."""
     return [{"step": step, "held_out": {"0.5": {"whole": e, "high": e}}} for step, e in values.items()]
 
 
 def huge(self: Trainer) -> dict[str, dict[str, float]]:
-    """What a diverged model's evaluation gives."""
+    """Evaluation of a diverged model."""
     return {str(t): {"whole": math.inf, "high": math.nan} for t in (0.2, 0.5, 0.8)}
 
 
 # ----------------------------------------------------------------------------------------------- curves
 
 
-def test_a_curve_has_a_gap_where_its_error_is_not_finite_and_the_note_says_so(tmp_path, capsys):
+def test_a_non_finite_error_is_a_gap_in_the_curve_and_noted(tmp_path, capsys):
     bad = write(tmp_path / "bad", steps(280) + errors(DIVERGED))
     good = write(tmp_path / "good", steps(280) + evaluations(HEALTHY), "model.inner.mixer=none")
     curves = [read_run(bad), read_run(good)]
@@ -79,14 +80,14 @@ def test_a_curve_has_a_gap_where_its_error_is_not_finite_and_the_note_says_so(tm
     assert (ends["step"], ends["mean"], ends["low"], ends["high"]) == (280, None, None, None)
     assert all(row["mean"] > 0 for row in others)
     main(["curves", str(bad), str(good), "--out", str(tmp_path / "out")])
-    said = capsys.readouterr().out
-    assert re.search(r"not finite\s+not finite", said)
-    assert f"note: {note}" in said
+    printed = capsys.readouterr().out
+    assert re.search(r"not finite\s+not finite", printed)
+    assert f"note: {note}" in printed
     json.loads((tmp_path / "out" / "curves.json").read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("after", ["before", "never finite", "no loss"])
-def test_a_run_of_numbers_that_are_not_finite_is_drawn_with_and_without_any_before(after, tmp_path):
+def test_non_finite_runs_are_drawn_with_and_without_finite_steps(after, tmp_path):
     values: dict[int, Any] = {40: "nan", 80: "inf"} if after != "before" else DIVERGED
     logged = [{"step": n, "skipped": True, "why": {"loss": "nan"}} for n in range(1, 281)]
     rows = (steps(280) if after != "no loss" else logged) + errors(values)
@@ -97,7 +98,7 @@ def test_a_run_of_numbers_that_are_not_finite_is_drawn_with_and_without_any_befo
     json.dumps(tables(found), allow_nan=False)
 
 
-def test_the_errors_of_an_arm_beside_a_diverged_one_are_not_called_better(tmp_path):
+def test_relative_errors_skip_the_diverged_part(tmp_path):
     bad = read_run(write(tmp_path / "bad", steps(280) + errors(DIVERGED)))
     good = read_run(write(tmp_path / "good", steps(280) + evaluations(HEALTHY)))
     for first, second in ((good, bad), (bad, good)):
@@ -111,7 +112,7 @@ def test_the_errors_of_an_arm_beside_a_diverged_one_are_not_called_better(tmp_pa
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A run of some steps."""
+    """A run of twelve steps."""
     config = RunConfig(
         model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
         data=DataConfig(source=str(folder), held_out=0.2),
@@ -122,7 +123,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path, capsys):
+def test_doctor_reports_non_finite_evaluations(trains, trained, tmp_path, capsys):
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     if not trains:
         shutil.rmtree(run / "checkpoints")
@@ -130,10 +131,10 @@ def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path
     (run / "log.jsonl").write_text(log + json.dumps({"step": 13, "skipped": True, "why": {"loss": "nan"}}) + "\n")
     found = examine(read_config(run), CPU, run)
     draw_doctor(found, tmp_path / "doctor.png")
-    said = [f for f in found.findings if f.check == "held-out error"]
-    assert len(said) == 1
-    assert said[0].severity == "fault"
-    assert "first at step 12" in said[0].seen
+    findings = [f for f in found.findings if f.check == "held-out error"]
+    assert len(findings) == 1
+    assert findings[0].severity == "fault"
+    assert "first at step 12" in findings[0].seen
     with pytest.raises(SystemExit) as ended:
         main(["doctor", str(run), "--device", "cpu"])
     assert ended.value.code == 1  # a finding, and no traceback
@@ -141,13 +142,13 @@ def test_doctor_names_evaluations_that_were_not_finite(trains, trained, tmp_path
     json.loads(found.to_json(), parse_constant=pytest.fail)
 
 
-def test_a_run_whose_errors_are_finite_has_no_such_finding(trained):
+def test_doctor_reports_no_finite_evaluations(trained):
     found = examine(read_config(trained), CPU, trained)
     assert not [f for f in found.findings if f.check == "held-out error"]
 
 
 @pytest.mark.parametrize("value", [1e20, 3e38, math.inf])
-def test_doctor_looks_at_a_run_with_one_huge_held_out_image(value, trained, tmp_path, monkeypatch):
+def test_doctor_examines_a_run_with_one_huge_held_out_image(value, trained, tmp_path, monkeypatch):
     from dit_in_dit.data import run_data
     from dit_in_dit.data.sources import open_source
 
@@ -184,7 +185,7 @@ def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("prune", [False, True])
-def test_a_diverged_trial_stays_in_the_table_as_diverged(prune, base, tmp_path):
+def test_a_diverged_trial_is_reported_as_diverged(prune, base, tmp_path):
     out = tmp_path / "study"
     plan = planned(small(base, seeds=[0, 1], prune=prune), out)
     board = Queue(plan, out)
@@ -201,7 +202,7 @@ def test_a_diverged_trial_stays_in_the_table_as_diverged(prune, base, tmp_path):
     assert "two,0,failed,8" in (out / "results.csv").read_text()
 
 
-def test_a_search_goes_on_after_a_trial_that_diverged(base, tmp_path):
+def test_a_search_continues_after_a_diverged_trial(base, tmp_path):
     out = tmp_path / "search"
     study = small(base, search={"train.learning_rate": [1e-4, 1e-3]}, trials=4)
     plan = planned(study, out)
@@ -213,7 +214,7 @@ def test_a_search_goes_on_after_a_trial_that_diverged(base, tmp_path):
     assert any("1 failed" in sentence for sentence in written.summary)
 
 
-def test_a_secondary_metric_that_is_not_finite_is_kept_and_shown_as_such(tmp_path):
+def test_a_non_finite_secondary_metric_is_kept_and_shown(tmp_path):
     from dit_in_dit.study.plan import StudyConfig
 
     study = StudyConfig(
@@ -240,7 +241,7 @@ def test_a_secondary_metric_that_is_not_finite_is_kept_and_shown_as_such(tmp_pat
     assert "held_out.0.5.high,inf," in (out / "results.csv").read_text()
 
 
-def test_a_result_of_before_with_a_number_that_json_does_not_know_still_loads():
+def test_an_older_result_with_nan_still_loads():
     result = Result("one", 0, "done", 8, {"a": math.nan, "b": math.inf, "c": 1.0}, {}, {})
     old = json.dumps({**json.loads(result.to_json()), "metrics": {"a": math.nan, "b": math.inf, "c": 1.0}})
     for text in (result.to_json(), old):
@@ -249,7 +250,7 @@ def test_a_result_of_before_with_a_number_that_json_does_not_know_still_loads():
         assert (read["b"], read["c"]) == (math.inf, 1.0)
 
 
-def test_a_study_of_runs_that_diverged_on_the_way_is_reported(tmp_path):
+def test_a_study_with_diverged_runs_is_reported(tmp_path):
     from dit_in_dit.study.plan import StudyConfig
 
     arms_ = {"one": {}, "two": {"model.use_inner": False}, "three": {"model.inner.mixer": "none"}}
@@ -270,7 +271,7 @@ def test_a_study_of_runs_that_diverged_on_the_way_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_tracker_takes_an_error_that_is_not_finite(name, run_config, tmp_path, monkeypatch):
+def test_a_tracker_accepts_a_non_finite_error(name, run_config, tmp_path, monkeypatch):
     pytest.importorskip(name)
     for variable in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(variable, str(tmp_path / "there") if "DIR" in variable else f"sqlite:///{tmp_path}/ml.db")
@@ -280,7 +281,7 @@ def test_a_tracker_takes_an_error_that_is_not_finite(name, run_config, tmp_path,
     assert follow(run_config, tmp_path / "run", [name]) == []
 
 
-def test_the_command_trains_on_and_prints_it(run_config, tmp_path, monkeypatch, capsys):
+def test_training_continues_and_prints_a_non_finite_error(run_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "evaluate", huge)
     (tmp_path / "config.yaml").write_text(to_yaml(run_config))
     main(["train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"])

@@ -1,11 +1,12 @@
-"""What was seen, in sentences with numbers; and why a part is missing."""
+"""Findings of `maps` as sentences with numbers, and the reasons why a part is missing."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from dit_in_dit.attention_maps.record import LevelAttention, Maps
+from dit_in_dit.attention_maps.attention import LevelAttention
+from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.diffusion.objective import high_frequencies
@@ -14,20 +15,20 @@ from dit_in_dit.model.mixers import MIXERS
 
 
 def findings(maps: Maps) -> list[str]:
-    """Three or four sentences: entropy and locality, what attention depends on, contribution, inner on and off."""
-    said = _attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)
+    """One sentence each: entropy and locality, variance of inner weights, aggregation, contribution, inner path off."""
+    sentences = _attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)
     if maps.inner and maps.inner.tokens.per_patch > 1:
-        said.append(_dependence(maps.inner))
+        sentences.append(_dependence(maps.inner))
     if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens":
-        said += [_aggregation(name, found.maps, maps) for name, found in list(maps.aggregation.items())[-1:]]
-    said += [_contribution(name, share, maps) for name, share in list(maps.contribution.items())[-1:]]
+        sentences += [_aggregation(name, weights.maps, maps) for name, weights in list(maps.aggregation.items())[-1:]]
+    sentences += [_contribution(name, share, maps) for name, share in list(maps.contribution.items())[-1:]]
     if maps.without is not None:
-        said.append(_on_off(maps.estimate, maps.without, maps))
-    return said
+        sentences.append(_on_off(maps.estimate, maps.without, maps))
+    return sentences
 
 
 def missing_parts(model: ModelConfig) -> dict[str, str]:
-    """Why a part is not shown, by part: inner, aggregation, contribution, without."""
+    """The reason why a part is missing, by part: inner, aggregation, contribution, without."""
     inner, why = model.inner, {}
     ends_inner = model.program[-1][0] == "inner"
     if not model.blocks("inner"):
@@ -35,21 +36,21 @@ def missing_parts(model: ModelConfig) -> dict[str, str]:
         return dict.fromkeys(("inner", "aggregation", "contribution", "without"), plain)
     mixer = MIXERS[inner.mixer]
     if mixer is None:
-        why["inner"] = f"mixer={inner.mixer}: inner tokens do not see each other"
+        why["inner"] = f"mixer={inner.mixer}: inner tokens do not attend to each other"
     elif not mixer.length(model):
         why["inner"] = f"mixer={inner.mixer}: {mixer.why_no_attention}"
     joins = not (len(model.program) == 2 and ends_inner)
     if not joins:
-        why["aggregation"] = "the program ends in inner blocks, which draw the image themselves: nothing is aggregated"
+        why["aggregation"] = "the program ends in inner blocks, which predict the image: nothing is aggregated"
     elif AGGREGATORS[inner.aggregate].weights_depend_on == "nothing":
-        why["aggregation"] = f"aggregate={inner.aggregate}: each of the {model.sub_patches} sub-patches weighs the same"
+        why["aggregation"] = f"aggregate={inner.aggregate}: all {model.sub_patches} sub-patches have the same weight"
     if joins and not FUSIONS[inner.fuse].keeps_outer:
         why["without"] = f"fuse={inner.fuse}: without the inner path nothing is left"
     return why
 
 
 def not_shown(model: ModelConfig) -> list[str]:
-    """What is missing, a sentence for each reason."""
+    """The missing parts, one sentence per reason."""
     names = {
         "inner": "inner attention",
         "aggregation": "aggregation weights",
@@ -61,14 +62,14 @@ def not_shown(model: ModelConfig) -> list[str]:
 
 
 def _ends(values: Array, maps: Maps, form: str = ".0%", unit: str = "") -> str:
-    """Values (K,) at the first and the last time, and the extreme between them if it stands out from both."""
+    """Values (K,) at the first and the last time, and an extreme between them that differs from both by over 2%."""
     times, last = maps.views.times, len(values) - 1
-    turns = {int(values.argmin()), int(values.argmax())} - {0, last}
-    far = {k for k in turns if min(abs(values[k] - values[0]), abs(values[k] - values[last])) > 0.02 * abs(values[k])}
-    chosen = sorted({0, last} | far)
+    extremes = {int(values.argmin()), int(values.argmax())} - {0, last}
+    distinct = {k for k in extremes if np.abs(values[k] - values[[0, last]]).min() > 0.02 * abs(values[k])}
+    chosen = sorted({0, last} | distinct)
     form = ".2%" if form == ".0%" and max(values[chosen]) < 0.01 else form
-    seen, when = [format(values[k], form) for k in chosen], [f"{times[k]:g}" for k in chosen]
-    return f"{_list(seen)}{unit} at t = {_list(when)}"
+    numbers, when = [format(values[k], form) for k in chosen], [f"{times[k]:g}" for k in chosen]
+    return f"{_list(numbers)}{unit} at t = {_list(when)}"
 
 
 def _list(items: list[str]) -> str:
@@ -78,25 +79,26 @@ def _list(items: list[str]) -> str:
 def _attention(name: str, level: LevelAttention, maps: Maps) -> list[str]:
     entropy, own, distance = (x.mean((0, 2, 3, 4)) for x in (level.entropy, level.own, level.distance))
     token = "sub-patch" if name == "Inner" else "patch"
-    seen = level.tokens.seen
-    even = format(1 / seen, ".1%" if seen < 100 else ".2%")
-    if seen == 1:
-        return [f"{name} attention: a {token} sees itself alone."]
+    length = level.tokens.length
+    even = format(1 / length, ".1%" if length < 100 else ".2%")
+    if length == 1:
+        return [f"{name} attention: a {token} attends to itself alone."]
     return [
-        f"{name} attention has an entropy of {_ends(entropy, maps)}, where 100% is all {seen} alike: "
-        f"a {token} gives itself {_ends(own, maps)} (all alike: {even}) and looks on average "
-        f"{_ends(distance, maps, '.2f', f' {token}es away')} (all alike: {level.tokens.even_distance:.2f})."
+        f"{name} attention has an entropy of {_ends(entropy, maps)}, where 100% is uniform attention to {length} "
+        f"{token}es. The weight of a {token} on itself is {_ends(own, maps)} (uniform: {even}). The mean distance to "
+        f"what it attends to is {_ends(distance, maps, '.2f', f' {token}es')} (uniform: "
+        f"{level.tokens.even_distance:.2f})."
     ]
 
 
 def _dependence(level: LevelAttention) -> str:
     parts = level.variance()
     if not any(parts.values()):
-        return "All inner attention weights are alike."
+        return "All inner attention weights are equal."
     most = max(parts, key=lambda name: parts[name])
-    name = {"content": "what the patch holds", "position": "the positions", "time": "the time"}[most]
+    name = {"content": "the content of the patch", "position": "position", "time": "time"}[most]
     return (
-        f"Who sees whom depends most on {name}: of the variance of the inner weights, {parts['content']:.0%} lies "
+        f"Inner attention depends most on {name}: of the variance of its weights, {parts['content']:.0%} lies "
         f"between patches and images, {parts['position']:.0%} between pairs of positions and {parts['time']:.1%} "
         "between times."
     )
@@ -105,13 +107,13 @@ def _dependence(level: LevelAttention) -> str:
 def _aggregation(name: str, weights: Array, maps: Maps) -> str:
     heaviest = weights.max(-1).mean((0, 2)) * weights.shape[-1]
     return (
-        f"Where a patch's token is made ({name}), the heaviest of its sub-patches weighs "
+        f"In the aggregation ({name}), the largest weight of a sub-patch in its patch is "
         f"{_ends(heaviest, maps, '.2f', ' times the mean')}."
     )
 
 
 def _contribution(name: str, share: Array, maps: Maps) -> str:
-    of = "the pixels that the two heads draw" if name == "inner_head" else f"a patch's token where it joins ({name})"
+    of = "the pixels that the two heads predict" if name == "inner_head" else f"a patch token at the fusion ({name})"
     return f"By norm, the inner path's share of {of} is {_ends(share.mean((0, 2)), maps)}."
 
 
@@ -120,20 +122,21 @@ def _on_off(on: Array, off: Array, maps: Maps) -> str:
     rms = np.sqrt(np.square(change).mean((0, 2, 3, 4)))
     if not rms.any():
         return "Without the inner path the image estimate is the same."
-    said = (
+    sentence = (
         "Without the inner path the image estimate changes by a root mean square of "
         f"{_ends(rms, maps, '.2f')} (images lie in [-1, 1]); "
     )
     k = len(maps.views.times) // 2
-    return said + (
-        f"at t = {maps.views.times[k]:g}, {fine_share(change[:, k]):.0%} of the change is finest detail "
-        f"(lost in 2x2 averages), of the estimate itself {fine_share(on[:, k]):.0%}, "
-        f"of what is left {fine_share(off[:, k]):.0%}."
+    fine = [f"{fine_share(images[:, k]):.0%}" for images in (change, on, off)]
+    return sentence + (
+        f"at t = {maps.views.times[k]:g}, the finest detail (removed by 2x2 averaging) is {fine[0]} "
+        f"of the change, {fine[1]} of the estimate with the inner path "
+        f"and {fine[2]} of the estimate without it."
     )
 
 
 def fine_share(images: Array) -> float:
-    """Share of the variance within images (N, C, H, W) that 2x2 averages lose: the finest Haar level."""
+    """Share of the variance within images (N, C, H, W) that 2x2 averaging removes: the finest Haar level."""
     x = torch.from_numpy(images)
     centred = x - x.mean((2, 3), keepdim=True)
     return float(high_frequencies(x).square().sum() / centred.square().sum().clamp(min=1e-12))

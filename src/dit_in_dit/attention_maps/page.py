@@ -1,4 +1,5 @@
-"""Maps as one HTML page that needs no network: arrays as text in it, drawn by the script of `page.html.j2`."""
+"""Maps as one HTML page without network access: it embeds the arrays as text, and the script of `page.html.j2`
+draws them."""
 
 from __future__ import annotations
 
@@ -13,26 +14,27 @@ from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
 
-from dit_in_dit.attention_maps.figures import spectra
+from dit_in_dit.attention_maps.attention import LevelAttention
 from dit_in_dit.attention_maps.findings import findings, missing_parts, not_shown
-from dit_in_dit.attention_maps.record import LevelAttention, Maps
-from dit_in_dit.attention_maps.tokens import PICTURE_PIXELS, evenly, left_out_sentences
+from dit_in_dit.attention_maps.inner_figures import spectra
+from dit_in_dit.attention_maps.plan import PICTURE_PIXELS, evenly, left_out_sentences
+from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.data.picture import Array
 from dit_in_dit.model.aggregate import AGGREGATORS
 from dit_in_dit.reporting.images import picture, to_pixels
 from dit_in_dit.reporting.templates import render
 
-STRIP = 9  # steps of a sampling strip
+STRIP = 9  # most sampler steps in a strip
 
 
 def page(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> str:
-    """The page's HTML."""
+    """HTML of the page."""
     return render("attention_maps", "page.html.j2", data=payload(maps, classes, title, step))
 
 
 def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict[str, Any]:
-    """What the page's script draws from."""
+    """Data for the script of the page; its keys are those that the script reads."""
     model, plan, views = maps.config.model, maps.plan, maps.views
     n, k = list(plan.images), list(plan.times)
     names = [classes[y] if model.num_classes and y < len(classes) else "" for y in views.labels]
@@ -56,13 +58,13 @@ def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict
         "inner": None if maps.inner is None else _level(maps.inner, n, k),
         "outer": _level(maps.outer, n, k),
         "aggregation": {
-            name: {"kind": model.inner.aggregate, "maps": _bytes(found.maps[np.ix_(n, k)], 2)}
-            for name, found in maps.aggregation.items()
+            name: {"kind": model.inner.aggregate, "maps": _bytes(weights.maps[np.ix_(n, k)], 2)}
+            for name, weights in maps.aggregation.items()
             if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens"
         },
         "weighted": {
-            name: _rounded(found.position[0, 0])
-            for name, found in maps.aggregation.items()
+            name: _rounded(weights.position[0, 0])
+            for name, weights in maps.aggregation.items()
             if AGGREGATORS[model.inner.aggregate].weights_depend_on == "position"
         },
         "contribution": {name: _floats(share[np.ix_(n, k)]) for name, share in maps.contribution.items()},
@@ -84,7 +86,7 @@ def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
         "heads": level.entropy.shape[3],
         "each_head": level.plan.heads,
         "per_patch": level.tokens.per_patch,
-        "seen": level.tokens.seen,
+        "seen": level.tokens.length,
         "even_distance": level.tokens.even_distance,
         "grid": level.tokens.grid,
         "places": level.tokens.places.ravel().tolist() if level.reach.size else [],
@@ -103,30 +105,33 @@ def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
 
 
 def _group_of_patch(level: LevelAttention) -> list[int]:
+    """The number of the group of each patch."""
     groups = np.zeros(level.tokens.patches.size, int)
     groups[level.tokens.patches] = np.arange(len(level.tokens.patches))[:, None]
     return groups.tolist()
 
 
 def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
-    found, how = maps.draws, maps.config.sample
-    labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in found.labels]
-    calls = list(evenly(tuple(range(len(found.times))), STRIP))
-    given: dict[str, Any] = {
+    """Data on the samples: trajectories, and inner path on and off."""
+    samples, how = maps.draws, maps.config.sample
+    labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in samples.labels]
+    calls = list(evenly(tuple(range(len(samples.times))), STRIP))
+    data: dict[str, Any] = {
         "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g}",
         "labels": labels,
-        "strip_times": [found.times[c] for c in calls],
+        "strip_times": [samples.times[c] for c in calls],
         "strips": [
-            _sheet(np.stack([x[calls, i] for x in (found.noisy, found.estimate)])) for i in range(found.noisy.shape[1])
+            _sheet(np.stack([x[calls, i] for x in (samples.noisy, samples.estimate)]))
+            for i in range(samples.noisy.shape[1])
         ],
     }
-    if found.off is not None and maps.without is not None:
-        rows = {"inner on": found.on, "inner off": found.off, "difference": found.on - found.off}
-        given["on_off"] = _sheet(np.stack(list(rows.values())))
-        given["spectra"] = {name: _rounded(spectra(images[:, None])[1][0]) for name, images in rows.items()}
+    if samples.off is not None and maps.without is not None:
+        rows = {"inner on": samples.on, "inner off": samples.off, "difference": samples.on - samples.off}
+        data["on_off"] = _sheet(np.stack(list(rows.values())))
+        data["spectra"] = {name: _rounded(spectra(images[:, None])[1][0]) for name, images in rows.items()}
         frequency, power = spectra(maps.estimate - maps.without)
-        given["frequency"], given["change"] = _rounded(frequency), _rounded(power[list(maps.plan.times)])
-    return given
+        data["frequency"], data["change"] = _rounded(frequency), _rounded(power[list(maps.plan.times)])
+    return data
 
 
 # ----------------------------------------------------------------------------------------- as text
@@ -137,12 +142,12 @@ def _text(raw: bytes) -> str:
 
 
 def _floats(values: Array) -> dict[str, Any]:
-    """Little-endian float32."""
+    """An array as little-endian float32, base64."""
     return {"shape": values.shape, "floats": _text(values.astype("<f4").tobytes())}
 
 
 def _bytes(values: Array, axes: int) -> dict[str, Any]:
-    """A byte a value from 0 to the largest of its block, the last `axes` axes; the largest as floats."""
+    """An array as one byte per value, scaled by the maximum of its block (the last `axes` axes), and the maxima."""
     blocks = tuple(range(values.ndim - axes, values.ndim))
     most = values.max(blocks, keepdims=True, initial=0)
     levels = np.rint(values / np.maximum(most, 1e-30) * 255).astype(np.uint8)
@@ -150,13 +155,15 @@ def _bytes(values: Array, axes: int) -> dict[str, Any]:
 
 
 def _rounded(values: NDArray[Any]) -> Any:
-    """Nested lists of five digits."""
+    """Nested lists of numbers with five digits."""
     return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
 def _sheet(images: Array) -> dict[str, Any]:
-    """Pictures (rows, columns, C, H, W) as one image in text, with the size of each: PNG, or JPEG of large ones,
-    which are shown at `PICTURE_PIXELS` pixels."""
+    """Pictures (rows, columns, C, H, W) as one image in base64, and the size of each picture.
+
+    PNG; pictures larger than `PICTURE_PIXELS` are scaled down to it, and the image is a JPEG.
+    """
     rows, columns = images.shape[:2]
     tiles = [picture(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]
     width, height = tiles[0].size

@@ -1,136 +1,69 @@
-"""Which images, times, layers and heads keep their attention in full: the page must stay small enough to send.
+"""Token layout of a level: which tokens one attention call sees together, and where they lie in the image.
 
-Statistics are taken over everything, whatever is kept.
+A token is a sub-patch at the inner level and a patch at the outer one. Letters: T patches, S sub-patches per patch,
+L tokens per group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.aggregate import AGGREGATORS
-from dit_in_dit.model.mixers import MIXERS
-
-MOST_BYTES = 3_000_000  # of the page's arrays and pictures; a third more when written as text
-PICTURE_PIXELS = 96  # pixels of the longer side of a picture in the page
+from dit_in_dit.model.mixers import PatchMixer
 
 
 @dataclass(frozen=True)
-class LevelPlan:
-    """Which layers are kept, their heads one by one or as a mean, and whether who sees whom or its summary alone."""
+class Tokens:
+    """The groups within which the tokens of one level attend to each other.
 
-    layers: tuple[int, ...]
-    heads: bool = True
-    matrices: bool = True
+    Attributes:
+        grid: tokens down and across the image.
+        per_patch: tokens per patch: S at the inner level, 1 at the outer one.
+        places: token numbers of each group, (groups, L). Tokens are numbered row by row over the image. Tokens of one
+            patch are adjacent in a group.
+        patches: patch numbers of each group, (groups, L / per_patch).
+    """
 
+    grid: tuple[int, int]
+    per_patch: int
+    places: NDArray[np.int64]
+    patches: NDArray[np.int64]
 
-@dataclass(frozen=True)
-class MapsPlan:
-    """Positions of the images, times and layers that are kept."""
+    @property
+    def length(self) -> int:
+        """L, the number of tokens that one token attends to, itself included."""
+        return self.places.shape[1]
 
-    images: tuple[int, ...]
-    times: tuple[int, ...]
-    inner: LevelPlan
-    outer: LevelPlan
+    def distances(self, rows: slice) -> Tensor:
+        """Distances, in tokens, from the tokens `rows` of a group to all tokens of it, (rows, L).
 
+        They are the same in every group.
+        """
+        y, x = (torch.from_numpy(part).float() for part in np.divmod(self.places[0], self.grid[1]))
+        return torch.hypot(y[rows, None] - y, x[rows, None] - x)
 
-def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """At most `most` of the items, evenly spread, the first and the last among them where `most` is above one."""
-    if len(items) <= most:
-        return items
-    return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
-
-
-def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
-    """Everything if it fits into `most` bytes; else without what is missed least, one thing after another; where that
-    is not enough, without who sees whom: first at the inner level, then at both."""
-    mixer = MIXERS[model.inner.mixer]
-    attends = mixer is not None and mixer.length(model) > 0
-    whole = MapsPlan(
-        tuple(range(images)),
-        tuple(range(times)),
-        LevelPlan(tuple(range(model.blocks("inner") if attends else 0))),
-        LevelPlan(tuple(range(model.blocks("outer")))),
-    )
-    plan = whole
-    for start in (whole, _inner(matrices=False)(whole), _outer(matrices=False)(_inner(matrices=False)(whole))):
-        plan = start
-        for cut in _CUTS:
-            if size(model, plan) <= most:
-                return plan
-            plan = cut(plan)
-    return plan
+    @property
+    def even_distance(self) -> float:
+        """Mean distance under uniform attention, in tokens."""
+        return float(np.mean([self.distances(slice(i, i + 1)).mean() for i in range(self.length)]))
 
 
-def _images(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, images=evenly(plan.images, most))
+def outer_tokens(model: ModelConfig) -> Tokens:
+    """Layout of the outer level: every patch attends to every patch."""
+    numbers = np.arange(model.patches)[None]
+    return Tokens(model.grid, 1, numbers, numbers)
 
 
-def _times(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, times=evenly(plan.times, most))
-
-
-def _inner(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, inner=replace(plan.inner, layers=evenly(plan.inner.layers, most), **changes))
-
-
-def _outer(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, outer=replace(plan.outer, layers=evenly(plan.outer.layers, most), **changes))
-
-
-_CUTS = (
-    *(_images(12), _times(12), _images(6), _times(9)),
-    *(_outer(heads=False), _inner(heads=False), _outer(4), _inner(4), _times(5)),
-    *(_images(3), _times(3), _outer(2), _inner(2), _images(2), _images(1)),
-)
-
-
-def size(model: ModelConfig, plan: MapsPlan) -> int:
-    """Bytes of what the plan keeps: a byte a weight, four a statistic, and the pictures."""
-    patches, sub = model.patches, model.sub_patches
-    mixer = MIXERS[model.inner.mixer]
-    reach = mixer.length(model) if mixer else 0
-    inner = _level(plan.inner, model.inner.num_heads, patches, sub, reach)
-    outer = _level(plan.outer, model.outer.num_heads, patches, 1, patches)
-    scale = min(1, PICTURE_PIXELS / max(model.image_size))
-    pictures = 3 * 3 * round(model.image_size[0] * scale) * round(model.image_size[1] * scale)
-    drawn = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
-    joins = len(joining(model)) * patches * (4 + drawn)
-    return len(plan.images) * len(plan.times) * (inner + outer + pictures + joins)
-
-
-def joining(model: ModelConfig) -> list[str]:
-    """Where inner tokens join the outer ones or the image, by the names of `watch_contribution`."""
-    levels = [level for level, _ in model.program]
-    aggregates = sum(pair == ("inner", "outer") for pair in pairwise(levels))
-    return [f"aggregates.{i}" for i in range(aggregates)] + ["inner_head"] * (levels[-1] == "inner")
-
-
-def _level(plan: LevelPlan, heads: int, patches: int, sub: int, reach: int) -> int:
-    per_patch = sub + 12  # what its tokens receive; its entropy, weight on itself and distance
-    if plan.matrices:
-        per_patch += (sub**2 if sub > 1 else 0) + (reach if reach > sub else 0)
-    return len(plan.layers) * (heads if plan.heads else 1) * patches * per_patch
-
-
-def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: int) -> list[str]:
-    """What the plan leaves out, a sentence each."""
-    said = []
-    for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):
-        if len(kept) < all_:
-            said.append(f"{len(kept)} of {all_} {name} are shown.")
-    for name, level, heads in (
-        ("inner", plan.inner, model.inner.num_heads),
-        ("outer", plan.outer, model.outer.num_heads),
-    ):
-        if not level.layers:
-            continue
-        if len(level.layers) < model.blocks(name):
-            said.append(f"{len(level.layers)} of {model.blocks(name)} {name} layers are shown patch by patch.")
-        if not level.heads and heads > 1:
-            said.append(f"The {heads} {name} heads are averaged.")
-        if not level.matrices:
-            said.append(f"Who sees whom is too large for a page at the {name} level: only its summary is shown.")
-    return said
+def inner_tokens(model: ModelConfig, mixer: PatchMixer) -> Tokens:
+    """Layout of the inner level, with the groups that the mixer forms."""
+    (h, w), i = model.grid, model.sub_grid
+    numbers = rearrange(torch.arange(h * i * w * i), "(h i w j) -> 1 (h w) (i j) 1", h=h, i=i, w=w, j=i)
+    patches = torch.arange(h * w)[None, :, None, None].expand(-1, -1, i * i, -1)
+    places, owners = (mixer.group(x)[..., 0].numpy() for x in (numbers, patches))
+    return Tokens((h * i, w * i), i * i, places, owners[:, :: i * i])

@@ -44,8 +44,9 @@ def _target(text: str) -> tuple[float, float]:
 
 
 def _curves(options: argparse.Namespace) -> None:
+    from dit_in_dit.curves.arms import arms, notes
     from dit_in_dit.curves.convergence import tables
-    from dit_in_dit.curves.logs import arms, notes, read_run
+    from dit_in_dit.curves.logs import read_run
     from dit_in_dit.curves.plots import draw_curves
 
     if not options.out and len(options.runs) > 1:

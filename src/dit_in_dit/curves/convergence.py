@@ -1,4 +1,4 @@
-"""How soon, how far and how smoothly runs trained, as tables."""
+"""Convergence speed, final held-out error and stability of runs, as tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys
-from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step
+from dit_in_dit.curves.arms import RunGroup
+from dit_in_dit.curves.logs import Curve, Floats, last_step
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 
-MEDIAN_STEPS = 100  # previous steps whose median a spike is measured against
-LOSS_SPIKE = 3.0  # times that median; healthy runs with batch 32 stay below 2.6
+MEDIAN_STEPS = 100  # a spike is a multiple of the median over this many previous steps
+LOSS_SPIKE = 3.0  # multiple of the median; healthy runs with batch 32 stay below 2.6
 GRADIENT_SPIKE = 10.0
 ERROR_BANDS = {"whole": "whole image", "high": "high frequencies"}
 COMPARABLE = ("data.source", "data.held_out", "model.image_size", "model.channels", "diffusion.path")
@@ -43,12 +44,12 @@ DEFINITIONS = {
 
 
 def check_comparable(compared: Sequence[RunGroup]) -> None:
-    """UserError when held-out errors of these arms are not of the same images at the same noise."""
+    """Raise UserError unless the held-out errors of these arms are of the same images with the same noise."""
     check_same_held_out({arm.name: arm.config for arm in compared if any(len(c.evaluated) for c in arm.curves)})
 
 
 def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
-    """UserError when runs of these configs, by name, are not evaluated on the same images at the same noise."""
+    """Raise UserError unless runs of these configs, by name, are evaluated on the same images with the same noise."""
     for name in COMPARABLE:
         values = {arm: {key: value for key, _, value in keys(config)}[name] for arm, config in configs.items()}
         first = next(iter(values), "")
@@ -56,15 +57,15 @@ def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
             if value != values[first]:
                 raise UserError(
                     f"held-out errors cannot be compared: {name} is {values[first]} for {first!r} and {value} for "
-                    f"{other!r}; draw them apart"
+                    f"{other!r}; compare them separately"
                 )
 
 
 def errors_by_seed(arm: RunGroup, t: float, kind: str) -> tuple[Floats, Floats]:
-    """Steps (V,) at which every seed was evaluated, and each seed's errors at time t (seeds, V); NaN: not finite."""
-    found = [_logged(curve, t, kind) for curve in arm.curves]
-    common = sorted(set.intersection(*(set(errors) for errors in found)))
-    rows = np.array([[errors[step] for step in common] for errors in found])
+    """Steps (V,) at which every seed was evaluated, and each seed's errors at time t, (seeds, V); NaN: not finite."""
+    by_seed = [_logged(curve, t, kind) for curve in arm.curves]
+    common = sorted(set.intersection(*(set(errors) for errors in by_seed)))
+    rows = np.array([[errors[step] for step in common] for errors in by_seed])
     return np.array(common), rows
 
 
@@ -79,13 +80,13 @@ def _evaluations(curve: Curve, t: float) -> dict[float, float]:
 
 
 def logged_times(compared: Sequence[RunGroup]) -> list[float]:
-    """The times t at which held-out errors were logged."""
+    """Times t at which held-out errors were logged."""
     return sorted({t for arm in compared for curve in arm.curves for t, _ in curve.held_out})
 
 
 @dataclass(frozen=True)
 class Range:
-    """Over seeds."""
+    """Mean, least and greatest value over seeds."""
 
     mean: float
     low: float
@@ -94,21 +95,25 @@ class Range:
 
 @dataclass(frozen=True)
 class Reach:
-    """What an arm needed until its whole-image error at time t was first at most `error`."""
+    """Training of one arm until its whole-image error at time t was first at most `error`."""
 
     t: float
     error: float
     arm: str
     seeds: int
-    reached: int  # seeds that did
+    reached: int  # seeds that reached it
     best: float | None  # least error of any seed so far
-    bound: bool  # a seed was there at its first evaluation already: the numbers are upper bounds
+    bound: bool  # a seed was below it at its first evaluation: the numbers are upper bounds
     needed: dict[str, Range]  # steps, macs, hours; empty unless every seed reached it
-    ratio: dict[str, float]  # of the means, to the first arm's; empty where one is missing or a bound
+    ratio: dict[str, float]  # of the means, to the first arm's; empty where one of them is missing or a bound
 
 
 def reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
-    """How soon each arm reached each (t, error); by default, for each t, the error that the worst run is at.
+    """The training that each arm needed to reach each (t, error).
+
+    Args:
+        targets: by default, for each t, the last error of the worst run.
+
 
     Raises:
         UserError: an error was never logged at that t, or the arms' held-out sets differ.
@@ -121,7 +126,7 @@ def reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] =
                 f"choose from {', '.join(map(str, known))}" if known else "train with train.evaluate_every above 0"
             )
             raise UserError(f"no held-out error is logged at t={t:g}: {way_out}")
-    found = []
+    rows = []
     for t, error in targets or _worst(compared):
         first: dict[str, Range] = {}
         for arm in compared:
@@ -133,12 +138,12 @@ def reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] =
                 first = needed
             ratio = {k: needed[k].mean / first[k].mean for k in needed if k in first and not bound}
             best = min((e for c in arm.curves for e in _evaluations(c, t).values()), default=None)
-            found.append(Reach(t, error, arm.name, len(arm.curves), len(reached), best, bound, needed, ratio))
-    return found
+            rows.append(Reach(t, error, arm.name, len(arm.curves), len(reached), best, bound, needed, ratio))
+    return rows
 
 
 def _worst(compared: Sequence[RunGroup]) -> list[tuple[float, float]]:
-    """For each t, the largest of the runs' last errors: every run that was evaluated has reached it."""
+    """For each t, the largest of the runs' last errors, which every evaluated run has reached."""
     curves = [curve for arm in compared for curve in arm.curves]
     last = {
         t: [list(errors.values())[-1] for c in curves if (errors := _evaluations(c, t))] for t in logged_times(compared)
@@ -147,7 +152,7 @@ def _worst(compared: Sequence[RunGroup]) -> list[tuple[float, float]]:
 
 
 def _crossing(evaluations: Mapping[float, float], error: float) -> tuple[float | None, bool]:
-    """The step at which the error is first reached (None: not yet), and whether the first evaluation was below it."""
+    """The step at which the error is first reached (None: not yet), and whether the first evaluation is below it."""
     previous: tuple[float, float] | None = None
     for step, value in evaluations.items():
         if value <= error:
@@ -178,7 +183,7 @@ def _needed(reached: Sequence[tuple[Curve, float]]) -> dict[str, Range]:
 
 @dataclass(frozen=True)
 class Stability:
-    """How smoothly a run trained; what the counts mean is in DEFINITIONS."""
+    """Stability of a run; DEFINITIONS defines the counts."""
 
     steps: int
     skipped: int
@@ -191,7 +196,7 @@ class Stability:
 
 
 def stability(curve: Curve) -> Stability:
-    """Skipped steps, spikes, the largest gradient norm and the share of clipped steps of a run."""
+    """Count the skipped steps and the spikes of a run, and find its largest gradient norm."""
     finite = np.isfinite(curve.grad_norm)
     largest = int(np.argmax(np.where(finite, curve.grad_norm, -np.inf))) if finite.any() else None
     clip = curve.config.train.clip
@@ -208,13 +213,13 @@ def stability(curve: Curve) -> Stability:
 
 
 def _spikes(values: Floats, times_median: float) -> int:
-    """Stretches of finite values above a multiple of the median of those before."""
+    """Number of stretches of finite values above a multiple of the running median."""
     high = np.isfinite(values[MEDIAN_STEPS:]) & (values[MEDIAN_STEPS:] > times_median * _medians(values))
     return int((high & ~np.append(False, high)[:-1]).sum())
 
 
 def _medians(values: Floats) -> Floats:
-    """For each value but the first MEDIAN_STEPS, the median of the MEDIAN_STEPS before it; one not finite is large."""
+    """For each value but the first MEDIAN_STEPS, the median of the MEDIAN_STEPS before it; NaN counts as infinite."""
     known = np.where(np.isfinite(values), values, np.inf).tolist()
     window = sorted(known[:MEDIAN_STEPS])
     middle, medians = MEDIAN_STEPS // 2, []
@@ -226,7 +231,7 @@ def _medians(values: Floats) -> Floats:
 
 
 def tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
-    """Arms, last held-out errors, convergence speed and stability, as plain values for JSON.
+    """Arms, last held-out errors, convergence speed and stability, as values for JSON.
 
     Raises:
         UserError: as `reach`.
@@ -235,7 +240,7 @@ def tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] 
         "definitions": DEFINITIONS,
         "arms": [_summary(arm) for arm in compared],
         "held_out": [row for arm in compared for row in _ends(arm)],
-        "reach": [asdict(found) for found in reach(compared, targets)],
+        "reach": [asdict(row) for row in reach(compared, targets)],
         "stability": [
             {"arm": arm.name, "run": str(curve.run), "seed": curve.config.seed, **asdict(stability(curve))}
             for arm in compared
@@ -245,7 +250,7 @@ def tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] 
 
 
 def _summary(arm: RunGroup) -> dict[str, Any]:
-    """An arm's cost and its runs; hours and speed are None without a clock."""
+    """An arm's cost and its runs; hours and speed are None without timing."""
     runs = []
     for curve in arm.curves:
         seconds = float(curve.seconds[-1]) if len(curve.seconds) else None
@@ -256,8 +261,8 @@ def _summary(arm: RunGroup) -> dict[str, Any]:
 
 
 def _ends(arm: RunGroup) -> list[dict[str, Any]]:
-    """The held-out errors at the last step at which every seed was evaluated; None where one is not finite."""
-    found = []
+    """Held-out errors at the last step at which every seed was evaluated; None where one is not finite."""
+    ends = []
     for t in logged_times([arm]):
         for kind in ERROR_BANDS:
             steps, rows = errors_by_seed(arm, t, kind)
@@ -265,5 +270,5 @@ def _ends(arm: RunGroup) -> list[dict[str, Any]]:
                 last = rows[:, -1].tolist()
                 finite = all(map(math.isfinite, last))
                 error = asdict(_range(last)) if finite else dict.fromkeys(("mean", "low", "high"))
-                found.append({"arm": arm.name, "t": t, "frequencies": kind, "step": int(steps[-1]), **error})
-    return found
+                ends.append({"arm": arm.name, "t": t, "frequencies": kind, "step": int(steps[-1]), **error})
+    return ends

@@ -1,4 +1,4 @@
-"""Training curves as pictures: a line is the mean over an arm's seeds, a band their range."""
+"""Plots of training curves: a line is the mean over an arm's seeds, a band their range."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_in_dit.curves.arms import RunGroup, unlike_losses
 from dit_in_dit.curves.convergence import ERROR_BANDS, check_comparable, errors_by_seed, logged_times
-from dit_in_dit.curves.logs import Curve, Floats, RunGroup, last_step, unlike_losses
+from dit_in_dit.curves.logs import Curve, Floats, last_step
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # units of an axis, and how many are an hour
-ROW = 0.2  # inches of a legend's row
-POINTS = 200  # most windows of steps along a curve
+CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # units of an axis, per hour
+ROW = 0.2  # inches per row of a legend
+POINTS = 200  # most points of a curve; each is the mean of a window of steps
 
 
 def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
-    """Write loss.png, held-out.png, gradients.png and throughput.png (those that there is data for); their paths.
+    """Write loss.png, held-out.png, gradients.png and throughput.png, as far as there is data; returns their paths.
 
     Raises:
         UserError: the arms' held-out sets differ, or matplotlib is not installed.
@@ -50,7 +51,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Across:
-    """What is drawn against: a label, and the position of an arm's steps."""
+    """A horizontal axis: its label, and the position of an arm's steps."""
 
     label: str
     place: Callable[[RunGroup, Floats], Floats]
@@ -59,7 +60,7 @@ class _Across:
 def _acrosses(compared: Sequence[RunGroup]) -> list[_Across]:
     most = max(float(curve.macs(curve.step[-1:])[0]) for arm in compared for curve in arm.curves)
     power = 3 * int(math.log10(most) // 3)
-    found = [
+    acrosses = [
         _Across("steps", lambda arm, steps: steps),
         _Across(
             f"training MACs / $10^{{{power}}}$  ({FORWARDS_PER_STEP} x forward x images)",
@@ -71,13 +72,13 @@ def _acrosses(compared: Sequence[RunGroup]) -> list[_Across]:
             float(curve.hours(curve.timed[-1:])[0]) for a in compared for curve in a.curves if len(curve.timed)
         )
         unit, per_hour = next((unit, n) for unit, n in CLOCK.items() if longest * n >= 2 or unit == "seconds")
-        found.append(
+        acrosses.append(
             _Across(
                 f"training time / {unit}",
                 lambda arm, steps: per_hour * np.mean([c.hours(steps) for c in arm.curves], axis=0),
             )
         )
-    return found
+    return acrosses
 
 
 def _has_hours(compared: Sequence[RunGroup]) -> bool:
@@ -85,7 +86,7 @@ def _has_hours(compared: Sequence[RunGroup]) -> bool:
 
 
 def _window(compared: Sequence[RunGroup]) -> int:
-    """Steps that make one point: the same for all arms, so that all are smoothed alike."""
+    """Steps per point, the same for all arms: all are smoothed equally."""
     return math.ceil(max(last_step(curve) for arm in compared for curve in arm.curves) / POINTS)
 
 
@@ -96,13 +97,13 @@ def _smoothed(window: int) -> str:
 def _binned(
     arm: RunGroup, window: int, values: Callable[[Curve], Floats], *, largest: bool = False
 ) -> tuple[Floats, Floats]:
-    """Middle steps (B,) of the windows that every seed has completed, and each seed's means (or largest; seeds, B)."""
+    """Middle steps (B,) of the windows that every seed has completed, and each seed's means or maxima, (seeds, B)."""
     rows = []
     for curve in arm.curves:
         edges = np.arange(int(last_step(curve)) // window + 1) * window
         first = np.searchsorted(curve.step, edges, side="right")  # a window holds steps edge + 1 to edge + window
         count = np.diff(first)
-        padded = np.append(values(curve), 0)  # reduceat wants every start to exist
+        padded = np.append(values(curve), 0)  # reduceat needs every start to exist
         binned = (np.maximum if largest else np.add).reduceat(padded, first)[:-1]
         rows.append(np.where(count, binned / (1 if largest else np.maximum(count, 1)), np.nan))
     shortest = min(map(len, rows))
@@ -111,7 +112,7 @@ def _binned(
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Colour and line of arm `number`."""
+    """Colour and line style of arm `number`."""
     lines = ("-", "--", ":", "-.")
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": lines[number // len(COLOURS) % len(lines)]}
 
@@ -119,7 +120,7 @@ def _style(number: int) -> dict[str, Any]:
 def _lines(
     axes: Axes, compared: Sequence[RunGroup], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
 ) -> None:
-    """For each arm the mean of its rows (seeds, B) and their range, at its steps (B,)."""
+    """Draw the mean and the range of each arm's rows (seeds, B) at its steps (B,)."""
     for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
         if not rows.size or np.isnan(rows).all():
             continue
@@ -130,7 +131,7 @@ def _lines(
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic scale for what is drawn, its ticks plain numbers also where it spans less than a decade."""
+    """Set a logarithmic scale, with plain numbers as ticks even where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     if not any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
@@ -147,7 +148,7 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _finish(page: Figure, title: str) -> Figure:
-    """Title, and one legend for all axes."""
+    """Add a title, and one legend for all axes."""
     shown: dict[str, Artist] = {}
     for axes in page.axes:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -156,7 +157,7 @@ def _finish(page: Figure, title: str) -> Figure:
         "; band: range of the seeds, as far as all of them got" if any(axes.collections for axes in page.axes) else ""
     )
     page.suptitle(title + bands, fontsize=10)
-    page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # or the legend takes it from the axes
+    page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # else the legend shrinks the axes
     page.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False)
     return page
 
@@ -194,7 +195,7 @@ def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
 
 
 def _draw_gradients(compared: Sequence[RunGroup]) -> Figure:
-    """The norm of all against every axis, then of each level and part against steps."""
+    """Total norm against each horizontal axis, then the norm of each level and part against steps."""
     window, acrosses = _window(compared), _acrosses(compared)
     parts = sorted({part for arm in compared for curve in arm.curves for part in curve.parts})
     panels = [f"{level} level" for level in ("outer", "inner") if any(_in(level, part) for part in parts)] + parts
@@ -227,7 +228,7 @@ def _in(level: str, part: str) -> bool:
 
 
 def _norm(curve: Curve, panel: str) -> Floats:
-    """Gradient norm of a part, or of a level: all parts whose names begin with it."""
+    """Gradient norm of a part, or of a level: of all parts whose names begin with it."""
     level, _, is_level = panel.partition(" ")
     if not is_level:
         return curve.parts.get(panel, np.full(len(curve.step), np.nan))
@@ -236,7 +237,7 @@ def _norm(curve: Curve, panel: str) -> Floats:
 
 
 def _draw_throughput(compared: Sequence[RunGroup]) -> Figure:
-    """Images of a window over the time that it took."""
+    """Images per second of each window."""
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))
     curves = []

@@ -1,7 +1,7 @@
-"""What `doctor` examines, what it may find, and its checks of data and of the loss at start.
+"""Subject and results of `doctor`, and its checks of the data and of the initial loss.
 
-A check measures, then judges what it measured; every threshold stands beside its reason. `behaviour` and `learning`
-have the other checks.
+A check measures, then judges. A threshold has its reason beside it. `model_checks` and `training_checks` hold the other
+checks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dit_in_dit.training.trainer import Trainer
 Severity = Literal["fault", "warning", "note"]
 Line = dict[str, Any]
 
-MOST_NUMBERS = 2**25  # of images held at once: 128 MB of float32
+MOST_NUMBERS = 2**25  # of the images in memory at a time: 128 MB of float32
 CHUNK = 16  # examples at a time
 LABELS_READ = 4096  # training images read for their labels
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen, with numbers, by which check, and what to do about it."""
+    """One finding: severity, name of the check, observation with numbers, and advice."""
 
     severity: Severity
     check: str
@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass
 class CheckResult:
-    """One check's statistics: row -> column -> number, its findings, and series for the picture."""
+    """Result of one check: statistics (row -> column -> number), findings, and series for the picture."""
 
     title: str
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -55,15 +55,15 @@ class CheckResult:
 
 @dataclass
 class Patient:
-    """What is examined: a model with its optimizer, as built or as a run left it, and its data.
+    """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data.
 
     Attributes:
         initial: parameters before training, by name.
         examples: the first training examples.
         start: the initial model's loss on each of them.
-        held: held-out images, spread over all there are, with noise that is the same for every run.
+        held: held-out images, evenly spaced over all of them, with noise that is the same for every run.
         log: the lines of log.jsonl.
-        trained: whether the weights are a checkpoint's.
+        trained: whether the weights are from a checkpoint.
     """
 
     trainer: Trainer
@@ -76,12 +76,12 @@ class Patient:
 
     @property
     def config(self) -> RunConfig:
-        """The run's."""
+        """Config of the run."""
         return self.trainer.config
 
 
 def forward_budget(config: RunConfig, device: torch.device) -> int:
-    """Images that may pass forward in about two seconds: 1e10 MACs a second on a processor core, 1e12 on a GPU."""
+    """Images per forward pass of about two seconds, at 1e10 MACs per second on a CPU core and 1e12 on a GPU."""
     return max(2, int((2e10 if device.type == "cpu" else 2e12) // macs(config.model)["total"]))
 
 
@@ -95,7 +95,7 @@ def take_examples(examples: Examples, first: int, count: int) -> Batch:
 
 
 def batches(batch: Batch, size: int = CHUNK) -> list[Batch]:
-    """The batch in pieces of at most `size`."""
+    """Split the batch into pieces of at most `size` examples."""
     return [Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.x), size)]
 
 
@@ -103,10 +103,10 @@ def batches(batch: Batch, size: int = CHUNK) -> list[Batch]:
 
 
 def data(patient: Patient) -> CheckResult:
-    """Range, deviation, constant images, duplicates, labels and dropped labels of the first training examples."""
+    """Check range, deviation, constant images, duplicates and labels of the first training examples."""
     section, config = CheckResult("data"), patient.config
     _, first = np.unique(patient.examples.image.numpy(), return_index=True)
-    images = patient.examples.x[torch.from_numpy(first)]  # an image that came twice is one image
+    images = patient.examples.x[torch.from_numpy(first)]  # each image once
     for channel, values in enumerate(images.double().transpose(0, 1).flatten(1)):
         section.rows[f"channel {channel}"] = {
             "min": values.min().item(),
@@ -119,9 +119,9 @@ def data(patient: Patient) -> CheckResult:
     constant = (flat.amax(1) == flat.amin(1)).double().mean().item()
     copies = 1 - len({image.numpy().tobytes() for image in flat}) / len(flat)
     section.rows["images"] = {"looked at": len(flat), "constant": constant, "duplicates": copies}
-    if constant > 0.1:  # a few blank tiles are usual; a tenth is a reader that fails in silence
-        section.find("warning", "data", f"{constant:.0%} of the images are constant", "look at them; leave them out")
-    if copies > 0.05 and len(flat) >= 32:  # held-out images may have copies in training too: errors would flatter
+    if constant > 0.1:  # a few blank images are usual; a tenth suggests a reader that fails silently
+        section.find("warning", "data", f"{constant:.0%} of the images are constant", "look at them; remove them")
+    if copies > 0.05 and len(flat) >= 32:  # copies of held-out images in training would bias the held-out error
         section.find("warning", "data", f"{copies:.0%} of the images are copies of another", "remove duplicates")
     low, high = images.min().item(), images.max().item()
     if math.isfinite(low + high):
@@ -137,20 +137,20 @@ def _judge_range(section: CheckResult, images: Tensor) -> None:
     seen = f"values from {low:.3g} to {high:.3g}, deviation {deviation:.3g}"
     if not torch.isfinite(images).all():
         row = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
-        section.find("fault", "data range", f"values that are not finite, such as in image {row}", "mend data.source")
+        section.find("fault", "data range", f"values that are not finite, first in image {row}", "fix data.source")
         return
-    slack = 1e-3  # rounding of a conversion
+    slack = 1e-3  # rounding
     pixels = images.shape[1] in (1, 3)
-    as_given = pixels and low >= 0 and not _from_bytes(images)
-    if as_given and high > 1 + slack:
+    not_scaled = pixels and low >= 0 and not _from_bytes(images)
+    if not_scaled and high > 1 + slack:
         section.find("fault", "data range", f"{seen}: pixels in [0, 255]", "store uint8, or floats x / 127.5 - 1")
-    elif as_given:
+    elif not_scaled:
         section.find("fault", "data range", f"{seen}: pixels in [0, 1]", "store uint8, or floats 2 x - 1")
     elif max(-low, high) <= 1 + slack and pixels:
-        if deviation < 0.05:  # signal to noise 400 times below that of usual pictures (deviation about .5, squared 100)
-            section.find("warning", "data range", f"{seen}: hardly any contrast", "scale the images to [-1, 1]")
-    # The noise has deviation 1. A factor of two shifts every signal-to-noise ratio by as much as one deviation of
-    # logit-normal times does; beyond ten the network sees either noise alone or none.
+        if deviation < 0.05:  # usual images have about .5: a signal-to-noise ratio 100 times that
+            section.find("warning", "data range", f"{seen}: almost no contrast", "scale the images to [-1, 1]")
+    # The noise has deviation 1. A factor of two shifts every signal-to-noise ratio as much as one deviation of
+    # logit-normal times. Beyond a factor of ten the network sees either only noise or none.
     elif not 0.1 < deviation < 10:
         advice = "scale latents to deviation 1 (a VAE's scaling_factor), pixels to [-1, 1]"
         section.find("fault", "data range", seen, advice)
@@ -159,19 +159,19 @@ def _judge_range(section: CheckResult, images: Tensor) -> None:
 
 
 def _from_bytes(images: Tensor) -> bool:
-    """Whether all values are x / 127.5 - 1 of whole x: then a reader has scaled them, and they are bright images."""
+    """Whether all values are x / 127.5 - 1 for integers x. A reader has then scaled them: the images are bright."""
     levels = (images.double() + 1) * 127.5
     return bool((levels - levels.round()).abs().max() < 1e-3) and bool(levels.max() < 256)
 
 
 def _labels(section: CheckResult, patient: Patient) -> None:
-    """Classes without images, and what became of labels in training examples."""
+    """Check for classes without images, and the labels of training examples."""
     config, source, batch = patient.config, patient.trainer.source, patient.examples
     classes, drop = config.model.num_classes, config.train.label_drop
     true = torch.tensor([source.train(int(number))[1] for number in batch.image])
     size, most = source.train_size, MOST_NUMBERS // batch.x[0].numel()
-    whole = size is not None and size <= min(LABELS_READ, most)
-    labels = torch.tensor([source.train(i)[1] for i in range(size or 0)]) if whole else true
+    complete = size is not None and size <= min(LABELS_READ, most)
+    labels = torch.tensor([source.train(i)[1] for i in range(size or 0)]) if complete else true
     outside = int(((labels < 0) | (labels >= classes)).sum())
     if outside:
         advice = "number classes from 0, or raise model.num_classes"
@@ -187,31 +187,33 @@ def _labels(section: CheckResult, patient: Patient) -> None:
         "dropped": share,
     }
     empty = (counts == 0).nonzero().flatten().tolist()
-    if empty and (whole or n / classes > 20):  # by chance a class of even share is unseen once in e^20 times
+    if empty and (complete or n / classes > 20):  # the chance that a class of equal share is absent is e^-20
         names = ", ".join(source.classes[number] for number in empty[:5])
-        section.find("warning", "labels", f"no training image of {len(empty)} classes: {names}", "drop the class")
+        section.find("warning", "labels", f"no training image of {len(empty)} classes: {names}", "remove the class")
     if not torch.equal(batch.y[~dropped], true[~dropped]):
         section.find(
             "fault", "null class", "training examples carry labels that are neither the image's nor num_classes",
             f"a dropped label must be {classes} (model.num_classes)",
         )  # fmt: skip
-    if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four deviations of a binomial share
+    if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four standard deviations of a binomial share
         seen = f"{share:.1%} of the labels are dropped, not {drop:.1%}"
-        section.find("fault", "null class", seen, f"label {classes} must be drawn with train.label_drop")
+        section.find("fault", "null class", seen, f"replace labels by {classes} with probability train.label_drop")
 
 
 # ------------------------------------------------------------------------------------------ loss at start
 
 
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:
-    """The expected loss (N,) of predicting zero for these images at these times, over the noise:
-    weight(t) (u(t)^2 x^2 + w(t)^2) for a prediction of u x + w e."""
+    """Expected loss (N,) over the noise of a zero prediction, for these images at these times.
+
+    It is weight(t) (u(t)^2 x^2 + w(t)^2) where the target is u x + w e.
+    """
     u, w = quantity(objective.path, objective.config.predict, *objective.path.coefficients(batch.t))
     return objective.weight(batch.t) * (u**2 * batch.x.square().flatten(1).mean(1) + w**2)
 
 
 def expected_loss(config: RunConfig, power: float) -> float:
-    """The same over the configured times, for images of mean square `power`."""
+    """Expected loss of a zero prediction over the configured times, for images of mean square `power`."""
     objective, even = Objective(config.diffusion), (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
     t = draw_time(objective.path, even, config.diffusion)
     u, w = quantity(objective.path, config.diffusion.predict, *objective.path.coefficients(t))
@@ -219,14 +221,14 @@ def expected_loss(config: RunConfig, power: float) -> float:
 
 
 def loss_at_start(patient: Patient) -> CheckResult:
-    """The untrained model's loss against what a prediction of zero (its heads start there) must give."""
+    """Check that the untrained model's loss is that of a zero prediction, since its heads start at zero."""
     section, config, batch = CheckResult("loss at start"), patient.config, patient.examples
     zero = zero_loss(patient.trainer.objective, batch)[: len(patient.start)]
     analytic = expected_loss(config, batch.x.square().mean().item())
     measured, expected = patient.start.mean().item(), zero.mean().item()
     section.rows["loss"] = {"analytic": analytic, "these examples": expected, "measured": measured}
-    # Only the noise is left between them: its mean square strays by sqrt(2 / numbers), far below a tenth. A model that
-    # begins with a run's weights (train.init) predicts more than zero.
+    # The two differ only by the noise, whose mean square deviates by sqrt(2 / numbers), far below a tenth. A model that
+    # starts from a run's weights (train.init) does not predict zero.
     if patient.trainer.begun is None and not abs(measured / expected - 1) < 0.1:
         section.find(
             "warning", "loss at start",
@@ -235,15 +237,15 @@ def loss_at_start(patient: Patient) -> CheckResult:
         )  # fmt: skip
     error = zero.std().item() / math.sqrt(len(zero))
     if len(zero) >= 64 and abs(expected - analytic) > 5 * error:
-        seen = f"the times drawn give {expected:.4g}, the configured distribution {analytic:.4g} (+- {error:.2g})"
+        seen = f"the sampled times give {expected:.4g}, the configured distribution {analytic:.4g} (+- {error:.2g})"
         section.find("warning", "loss at start", seen, "check diffusion.time and the weight")
     logged = patient.log[0]["loss"] if patient.log and patient.log[0].get("step") == 1 else None
     if logged is not None and config.global_batch <= len(patient.start):
         again = patient.start[: config.global_batch].mean().item()
         section.rows["loss"] |= {"logged": logged, "again": again}
-        if not abs(logged / again - 1) < 0.05:  # the same examples and weights: only precision may differ
+        if not abs(logged / again - 1) < 0.05:  # same examples and weights: only the precision can differ
             section.find(
                 "warning", "loss at start", f"step 1 logged {logged:.4g}; the same examples now give {again:.4g}",
-                "data.source or the code changed since: train anew, or restore it",
+                "data.source or the code changed since: restore it, or train again",
             )  # fmt: skip
     return section

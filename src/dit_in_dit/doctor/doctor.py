@@ -1,4 +1,4 @@
-"""Examining a run, or what a run would be: data, loss, gradients, and what happens inside the model."""
+"""Examination of a run, or of a config before training: data, loss, gradients and the model's inside."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, Finding, Line, Patient, batches, take_examples
+from dit_in_dit.doctor.observe import observe
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
@@ -31,8 +32,8 @@ from dit_in_dit.training.batches import Batch, Examples
 from dit_in_dit.training.optimizer import is_trained
 from dit_in_dit.training.trainer import Trainer
 
-EXAMPLES = 256  # training examples looked at
-HELD_OUT = 512  # held-out images: what the null class does shows in small differences
+EXAMPLES = 256  # training examples examined
+HELD_OUT = 512  # held-out images; the null class makes small differences
 SEVERITIES = ("fault", "warning", "note")
 CURVE_POINTS = 400
 STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line of a log
@@ -40,7 +41,7 @@ STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All sections, in the order in which they were examined; `step` is that of the weights."""
+    """All results, in the order of the checks; `step` is that of the weights."""
 
     subject: str
     step: int
@@ -48,24 +49,24 @@ class DoctorReport:
 
     @property
     def findings(self) -> list[Finding]:
-        """Of all sections, faults first."""
+        """Findings of all checks, faults first."""
         every = [finding for section in self.sections for finding in section.findings]
         return sorted(every, key=lambda finding: SEVERITIES.index(finding.severity))
 
     def to_json(self) -> str:
         """The report as JSON; numbers that are not finite are null."""
-        whole = {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
-        return json.dumps(_finite(whole), indent=1, allow_nan=False)
+        values = {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
+        return json.dumps(_finite(values), indent=1, allow_nan=False)
 
 
 def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> DoctorReport:
-    """Examine what `config` would train or, with `run`, what it has trained. Nothing is written.
+    """Examine a config before training or, with `run`, its trained model. Writes nothing.
 
-    What follows from a fault is not reported: a section that finds data out of range or numbers that are not finite
-    is the last, and a run that its learning rate has blown up has no other findings.
+    Consequences of a fault are not reported. Data out of range and numbers that are not finite end the examination. A
+    run that diverged because of its learning rate has no other findings.
 
     Raises:
-        UserError: the data is not there or does not fit, or the run is damaged.
+        UserError: the data is missing or does not fit the config, or the run is damaged.
     """
     patient = _admit(config, device, run)
     report = DoctorReport(str(run or "config"), patient.trainer.step, [])
@@ -73,24 +74,20 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
         report.sections.append(check(patient))
         if any(f.severity == "fault" and f.check in ("data range", "non-finite") for f in report.findings):
             return report
-    seen = model_checks.observe(patient)
-    for look in (model_checks.activations, model_checks.attention, model_checks.inner_path):
-        report.sections.append(look(patient, seen))
-    del seen
-    for check in (
-        model_checks.null_class,
-        model_checks.seams,
-        training_checks.training,
-    ):  # last: a probe changes the weights
+    observations = observe(patient)
+    for check_inside in (model_checks.activations, model_checks.attention, model_checks.inner_path):
+        report.sections.append(check_inside(patient, observations))
+    del observations
+    for check in (model_checks.null_class, model_checks.seams, training_checks.training):  # a probe changes the weights
         report.sections.append(check(patient))
     if patient.trained and any(f.check == "learning rate" for f in report.findings):
         for section in report.sections[:-1]:
-            section.findings.clear()  # what a blown-up model looks like inside
+            section.findings.clear()  # consequences of the divergence
     return replace(report, sections=[section for section in report.sections if section.rows or section.findings])
 
 
 def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient:
-    """The model as it starts, its loss on the first examples, then the weights of the run's newest checkpoint."""
+    """Build the model, measure its initial loss, then load the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
     cost.check_fits(config.model, device)
     source = open_source_of(run, config) if run else open_source(config.data, config.model)
@@ -113,8 +110,10 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """A checkpoint's state; its averaged weights alone where it holds no more (exported or imported), or where the
-    optimizer was given to train() and is not here."""
+    """Load a checkpoint: all of its state, or only its averaged weights.
+
+    An exported or imported checkpoint holds nothing else. An optimizer that was passed to train() is not available.
+    """
     state = saved.state()
     if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
         trainer.restore(state, saved.averaged(), saved.step)
@@ -126,6 +125,7 @@ def _restore(trainer: Trainer, saved: Checkpoint) -> None:
 
 @torch.no_grad()
 def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
+    """The model's loss on each example."""
     losses, objective = [], Objective(trainer.config.diffusion)
     for batch in batches(examples):
         x, noise, t, y, _ = (part.to(trainer.device) for part in batch)
@@ -135,39 +135,39 @@ def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
 
 
 def _held_out(source: Source, config: RunConfig, most: int) -> Batch:
-    """Held-out images, evenly over all there are, for classes come sorted; without any, training images."""
+    """Held-out images, or training images without any; evenly spaced, since data is often sorted by class."""
     size = source.held_out_size or source.train_size or most
     read = source.held_out if source.held_out_size else source.train
     chosen = np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
-    drawn = [read(number) for number in chosen]
-    noise = [generator(0, "held_out", n).standard_normal(drawn[0][0].shape, np.float32) for n in chosen]
+    examples = [read(number) for number in chosen]
+    noise = [generator(0, "held_out", n).standard_normal(examples[0][0].shape, np.float32) for n in chosen]
     return Batch(
-        torch.from_numpy(np.stack([image for image, _ in drawn])),
+        torch.from_numpy(np.stack([image for image, _ in examples])),
         torch.from_numpy(np.stack(noise)),
-        torch.zeros(len(drawn)),
-        torch.tensor([label if config.model.num_classes else 0 for _, label in drawn]),
+        torch.zeros(len(examples)),
+        torch.tensor([label if config.model.num_classes else 0 for _, label in examples]),
         torch.tensor(chosen),
     )
 
 
 def _read_log(run: Path | None) -> list[Line]:
-    """Whole lines of the run's log."""
+    """Complete lines of the run's log."""
     path = run / "log.jsonl" if run else None
     if path is None or not path.exists():
         return []
-    whole = path.read_bytes()
-    lines = parse_lines(whole[: whole.rfind(b"\n") + 1].splitlines(), str(path), ADVICE)
+    text = path.read_bytes()
+    lines = parse_lines(text[: text.rfind(b"\n") + 1].splitlines(), str(path), ADVICE)
     check_lines(lines, is_log_line, str(path), ADVICE)
     for line in lines:
         numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
         if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
             raise UserError(f"{path} is not a training log: a step of it lacks a number; {ADVICE}")
-    read_run(path.parent)  # its held-out errors are numbers
+    read_run(path.parent)  # checks that held-out errors are numbers
     return lines
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not know."""
+    """The value with None for numbers that JSON cannot hold."""
     match value:
         case dict():
             return {key: _finite(part) for key, part in value.items()}
@@ -182,9 +182,13 @@ def _finite(value: Any) -> Any:
 
 
 def draw_report(report: DoctorReport, path: Path) -> None:
-    """Six plots: data, loss, gradients, activations, attention, seams; UserError without matplotlib."""
+    """Draw six plots: data, loss, gradients, activations, attention and seams.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
-    made, axes = figure(2, 3)
+    fig, axes = figure(2, 3, width=4.3)
     _draw_histogram(axes[0, 0], sections["data"])
     _draw_training(axes[0, 1], axes[0, 2], sections)
     _draw_rows(axes[1, 0], sections.get("activations"), "rms", "rms of the block's tokens")
@@ -194,7 +198,7 @@ def draw_report(report: DoctorReport, path: Path) -> None:
         if not axis.has_data():
             axis.text(0.5, 0.5, "not examined", ha="center", va="center", transform=axis.transAxes, color="grey")
             axis.set(xticks=[], yticks=[])
-    atomic.write_atomic(path, figure_png(made))
+    atomic.write_atomic(path, figure_png(fig))
 
 
 def _draw_histogram(axis: Any, section: CheckResult) -> None:
@@ -224,15 +228,15 @@ def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]
         axis.set(xlabel="step", ylabel=label, yscale="log")
         low, high = axis.get_ylim()
         axis.set_yticks([m * 10.0**e for e in range(-9, 10) for m in ((1, 2, 5) if high < 200 * low else (1,))])
-        low = max(low, high * 1e-5)
-        axis.set_ylim(low if axis is losses else low * (low / high) ** 0.6, high)  # room for a long legend
+        axis.set_ylim(max(low, high * 1e-5), high)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        axis.legend(fontsize=7, frameon=False, ncols=1 if axis is losses else 2)
+    losses.legend(fontsize=7, frameon=False, loc="lower left")
+    gradients.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # up to a dozen parts
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
-    """Medians over equal stretches of steps, so that a long log is a line and not a band."""
+    """Medians over equal stretches of steps: a long log would be drawn as a band."""
     parts = max(1, min(CURVE_POINTS, len(steps)) // (1 if len(steps) <= CURVE_POINTS else 4))
     split = np.array_split(np.arange(len(steps)), parts)
     return [np.mean(np.array(steps)[p]) for p in split], [np.median(np.array(values)[p]) for p in split]
@@ -258,9 +262,9 @@ def _draw_seams(axis: Any, section: CheckResult | None) -> None:
     if not section or not section.series:
         return
     for number, (name, values) in enumerate(section.series.items()):
-        axis.plot(
-            range(len(values)), values, "o-", ms=4, lw=1.2, label=name.removesuffix(" profile"), color=COLOURS[number]
-        )
+        label = name.removesuffix(" profile")
+        axis.plot(range(len(values)), values, "o-", ms=4, lw=1.2, label=label, color=COLOURS[number])
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="position within the cell, pixels (last: its border)", ylabel="log steps, estimates / real")
     axis.axhline(0, color="grey", lw=0.8)
     axis.legend(fontsize=7, frameon=False)

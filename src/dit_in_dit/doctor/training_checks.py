@@ -1,4 +1,4 @@
-"""What `doctor` checks about learning: loss, gradients and updates, from a log or from some steps in memory."""
+"""Checks of training: loss, gradients and updates, from a log or from a probe of some steps in memory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.warm_start import is_inner
 
 PROBE_STEPS = 40
-PROBE_LEAST = 8  # fewer optimizer steps say nothing: Adam's first ones have unit size whatever the gradient
+PROBE_LEAST = 8  # Adam's first steps have unit size whatever the gradient: fewer steps are not informative
 
 
 def probe(trainer: Trainer) -> list[Line]:
-    """Optimizer steps in memory, as log lines; none where they would take long.
+    """Run optimizer steps in memory; returns log lines, or none where the steps would take too long.
 
-    The budget is about twenty seconds: a forward pass, and a backward pass of twice its cost. Where it is short the
-    batch is cut, but not the number of steps below `PROBE_LEAST`.
+    The budget is about twenty seconds; a backward pass costs twice a forward pass. The batch size is reduced to keep
+    at least `PROBE_LEAST` steps.
     """
     config, lines = trainer.config, []
     images = 10 * forward_budget(config, trainer.device) // 3
@@ -52,36 +52,36 @@ def probe(trainer: Trainer) -> list[Line]:
 
 
 def training(patient: Patient) -> CheckResult:
-    """Loss and gradients over the log, or over a probe where there is no log; see `probe`."""
+    """Check loss and gradients over the log, or over a `probe` where there is no log."""
     section, train = CheckResult("training"), patient.config.train
     _judge_held_out(section, patient)
     if patient.trained and not patient.trainer.optimizer.state:
-        seen = "the run holds weights alone: no log and no moments, so gradients and rates cannot be judged"
-        section.find("note", "training", seen, "run doctor on the run that it was exported from, if there is one")
+        seen = "the run holds weights only, no log and no optimizer state: gradients and learning rate cannot be judged"
+        section.find("note", "training", seen, "run doctor on the run from which it was exported, if there is one")
         return section
     logged = [line for line in patient.log if "loss" in line]
     in_log = bool(logged) and any(name.startswith("grad_norm.") for name in logged[-1])
     probed = [] if in_log and patient.trained else probe(patient.trainer)
     lines = logged or probed
     if not lines:
-        seen = f"{macs(patient.config.model)['total'] / 1e9:.0f} GMACs an image: too large to probe here"
+        seen = f"{macs(patient.config.model)['total'] / 1e9:.0f} GMACs per image: too large to probe here"
         gpu = "on a GPU, or " if patient.trainer.device.type == "cpu" else ""
         section.find("note", "training", seen, f"run doctor {gpu}on the run once it has logged steps")
         return section
     parts = sorted({name for line in (*logged, *probed) for name in line if name.startswith("grad_norm.")})
     for part in parts:
         values = [line[part] for line in probed or logged if part in line]
-        section.rows[part] = {"first": values[0], "median": float(np.median(values)), "last": values[-1]}
+        section.rows[part] = _ends_and_median(values)
     loss, norm = (np.array([line[name] for line in lines]) for name in ("loss", "grad_norm"))
     clipped = float((norm > (train.clip or math.inf)).mean())
-    section.rows["loss"] = {"first": loss[0], "median": float(np.median(loss)), "last": loss[-1]}
-    section.rows["grad_norm"] = {"first": norm[0], "median": float(np.median(norm)), "last": norm[-1]}
-    section.rows["steps"] = {"looked at": len(lines), "clipped": clipped, "spikes": _spikes(norm)}
+    spikes = _spikes(norm)
+    section.rows |= {"loss": _ends_and_median(loss), "grad_norm": _ends_and_median(norm)}
+    section.rows["steps"] = {"looked at": len(lines), "clipped": clipped, "spikes": spikes}
     named = ("step", "loss", "grad_norm", *(part for part in parts if part in lines[-1]))
     section.series = {name: [line.get(name, math.nan) for line in lines] for name in named}
-    # Small batches and weights such as 1/t^2 have heavy tails: single spikes of up to 40 are seen in healthy runs.
-    if section.rows["steps"]["spikes"] > 0.01:
-        seen = f"the gradient norm is over 10x its running median in {section.rows['steps']['spikes']:.1%} of the steps"
+    # Small batches and loss weights such as 1/t^2 have heavy tails: healthy runs have single spikes of up to 40.
+    if spikes > 0.01:
+        seen = f"the gradient norm is above 10x its running median in {spikes:.1%} of the steps"
         clip = "" if train.clip else ", or set train.clip=1"
         section.find("warning", "training", seen, f"lower train.learning_rate{clip}")
     _judge_rate(section, patient, lines, logged)
@@ -89,8 +89,12 @@ def training(patient: Patient) -> CheckResult:
     return section
 
 
+def _ends_and_median(values: Any) -> dict[str, float]:
+    return {"first": values[0], "median": float(np.median(values)), "last": values[-1]}
+
+
 def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
-    """Share of values over ten times the median of the `window` before them."""
+    """Share of values above ten times the median of the `window` values before them."""
     if len(values) <= window:
         return 0.0
     before = np.lib.stride_tricks.sliding_window_view(values[:-1], window)
@@ -98,11 +102,11 @@ def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
 
 
 def update_ratios(patient: Patient) -> dict[str, float]:
-    """What one step at the peak learning rate changes, against the initial weights, by part.
+    """Relative size of one update at the peak learning rate, by part of the model.
 
-    rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
-    comes from the optimizer's moments, and an optimizer that keeps others has none; initial weights, because weights
-    that a wrong rate has blown up hide it.
+    It is rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
+    comes from Adam's moments: other optimizers give no ratios. Initial weights are used, since
+    weights that a wrong rate has inflated would hide it.
     """
     optimizer, rate = patient.trainer.optimizer, patient.config.train.learning_rate
     sums: dict[str, list[float]] = {}
@@ -117,44 +121,44 @@ def update_ratios(patient: Patient) -> dict[str, float]:
 
 
 def _judge_held_out(section: CheckResult, patient: Patient) -> None:
-    """Whether a held-out error in the log is not finite."""
+    """Report held-out errors in the log that are not finite."""
     errors = {line["step"]: held_out_errors(line).values() for line in patient.log if "held_out" in line}
     bad = sorted(step for step, values in errors.items() if not all(map(math.isfinite, values)))
     if bad:
         seen = f"the held-out error is not finite at {len(bad)} of {len(errors)} evaluations, first at step {bad[0]}"
-        way = "where the loss rises too, lower train.learning_rate; where it does not, look at the held-out images"
+        way = "if the loss rises too, lower train.learning_rate; if not, look at the held-out images"
         section.find("fault", "held-out error", seen, way)
 
 
 def _judge_rate(section: CheckResult, patient: Patient, lines: list[Line], logged: list[Line]) -> None:
-    """Whether the learning rate is too high, or nothing is learned, or the loss is not finite."""
+    """Report a learning rate that is too high, a model that does not learn, and a loss that is not finite."""
     ratios = update_ratios(patient)
     for part, ratio in ratios.items():
         section.rows[f"update / weight: {part}"] = {"peak rate": ratio}
     relative = _relative(patient, logged) if logged else [line["relative"] for line in lines]
-    left, worst = float(np.median(relative[-10:])), max(relative)
-    section.rows["loss / a zero prediction's"] = {"worst": worst, "last": left}
+    last, worst = float(np.median(relative[-10:])), max(relative)
+    section.rows["loss / a zero prediction's"] = {"worst": worst, "last": last}
     highest = max((ratio for part, ratio in ratios.items() if part.endswith("_blocks")), default=0.0)
     rate = patient.config.train.learning_rate
     lower = f"lower train.learning_rate={rate:g} to about {rate * 1e-2 / max(highest, 0.3):.0e}"
     if not math.isfinite(lines[-1]["loss"] + lines[-1]["grad_norm"]):
         section.find("fault", "learning rate", f"the loss is not finite at step {lines[-1]['step']}", lower)
-    # Healthy updates lie between 1e-4 and 3e-2; at a tenth, some hundred noisy steps replace every weight. A loss
-    # above that of predicting nothing is no noise: both are of the same examples. Healthy runs stay below 1.
-    elif highest > 0.1 or left > 1.5 or worst > 3:
+    # Healthy updates lie between 1e-4 and 3e-2. At a tenth, a hundred noisy steps replace every weight. A loss above
+    # that of a zero prediction is not noise: both are of the same examples. Healthy runs stay below 1.
+    elif highest > 0.1 or last > 1.5 or worst > 3:
         seen = (
-            f"a step at the peak rate is {highest:.2g} of the blocks' weights; the loss was up to {worst:.2g} times, "
+            f"a step at the peak rate changes the blocks' weights by {highest:.2g} of their size; the loss is up to "
+            f"{worst:.2g} times, at the end {last:.2g} times that of a zero prediction"
         )
-        section.find("fault", "learning rate", f"{seen}at last {left:.2g} times that of a zero prediction", lower)
-    elif (
-        len(logged) >= patient.config.train.warmup + 100 and left > 0.9
-    ):  # the mean image is learned in some steps, and is a tenth
-        seen = f"after {len(logged)} steps the loss is still {left:.2g} of a zero prediction's"
+        section.find("fault", "learning rate", seen, lower)
+    # The mean image is learned within some steps, and lowers the loss by a tenth.
+    elif len(logged) >= patient.config.train.warmup + 100 and last > 0.9:
+        seen = f"after {len(logged)} steps the loss is still {last:.2g} times that of a zero prediction"
         section.find("warning", "training", seen, "nothing is learned: change train.learning_rate, or check the data")
 
 
 def _relative(patient: Patient, logged: list[Line]) -> list[float]:
-    """Loss over that of a zero prediction for the same examples, of the ten largest losses and of the last ten."""
+    """Ratios of the ten largest and the ten last losses to those of a zero prediction for the same examples."""
     config, objective = patient.config, patient.trainer.objective
     examples = Examples(patient.trainer.source, config)
     count = min(config.global_batch, max(1, MOST_NUMBERS // patient.examples.x[0].numel()))
@@ -166,7 +170,7 @@ def _relative(patient: Patient, logged: list[Line]) -> list[float]:
 
 
 def _judge_gradients(section: CheckResult, patient: Patient) -> None:
-    """Parameters that no gradient has reached, or that are what they were at the start."""
+    """Report parameters that no gradient has reached, or that still have their initial values."""
     optimizer, scale = patient.trainer.optimizer, patient.config.train.lr_scale
     if not optimizer.state:
         return
@@ -175,7 +179,7 @@ def _judge_gradients(section: CheckResult, patient: Patient) -> None:
         reached = touched(optimizer, parameter)
         unmoved = (
             patient.trained
-            and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen on purpose
+            and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen by the config
             and bool(patient.initial[name].any())
             and torch.equal(parameter.cpu(), patient.initial[name])
         )
@@ -183,4 +187,4 @@ def _judge_gradients(section: CheckResult, patient: Patient) -> None:
             still.append(name)
     if still:
         seen = f"{len(still)} parameters never got a gradient: {', '.join(still[:4])}{' ...' if still[4:] else ''}"
-        section.find("warning", "gradients", seen, "nothing reads them, or a zero before them stops the gradient")
+        section.find("warning", "gradients", seen, "they are unused, or a factor of zero blocks the gradient")

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.curves import logs, plots
+from dit_in_dit.curves import plots
+from dit_in_dit.curves.arms import RunGroup
 from dit_in_dit.reporting.document import (
     Bullets,
     Chapter,
@@ -157,7 +158,7 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
 
 
-def _groups(study: StudyResults) -> list[list[logs.RunGroup]]:
+def _groups(study: StudyResults) -> list[list[RunGroup]]:
     """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
     with, and the control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}

@@ -12,8 +12,9 @@ from typing import Any
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
+from dit_in_dit.curves.arms import RunGroup
 from dit_in_dit.curves.convergence import check_comparable
-from dit_in_dit.curves.logs import Curve, RunGroup, last_step, read_run
+from dit_in_dit.curves.logs import Curve, last_step, read_run
 from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.precision import FULL, before_it_was_named

@@ -225,7 +225,8 @@ def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable
 
 def _curves(run: Path) -> list[Path]:
     """Pictures of the run's curves; none where nothing can draw them."""
-    from dit_in_dit.curves.logs import arms, read_run
+    from dit_in_dit.curves.arms import arms
+    from dit_in_dit.curves.logs import read_run
 
     try:
         from dit_in_dit.curves.plots import draw_curves

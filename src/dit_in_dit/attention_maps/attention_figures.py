@@ -1,0 +1,127 @@
+"""Figures of attention weights at both levels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dit_in_dit.attention_maps.attention import LevelAttention
+from dit_in_dit.attention_maps.panels import (
+    MOST_COLUMNS,
+    MOST_ROWS,
+    WEIGHT_COLOURS,
+    colour_bar,
+    evenly_spaced,
+    image_aspect,
+    overlay,
+    panels,
+    set_times,
+    set_title,
+    show_image,
+)
+from dit_in_dit.attention_maps.record import Maps
+from dit_in_dit.reporting.plots import COLOURS, figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_inside_patches(maps: Maps, level: LevelAttention) -> Figure:
+    """Weights inside a patch, mean over images and patches: a small map per query sub-patch, at its position."""
+    side = maps.config.model.sub_grid
+    blocks, heads = evenly_spaced(len(level.blocks), 4), evenly_spaced(level.average.shape[2], 2)
+    rows = [(layer, head) for layer in blocks for head in heads]
+    columns = evenly_spaced(len(maps.views.times), MOST_COLUMNS)
+    fig, axes = panels(len(rows), len(columns), 1.7)
+    fig.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr, call-arg]
+    weights = np.stack([level.average[list(columns), layer, head] for layer, head in rows])
+    for (layer, head), line, values in zip(rows, axes, weights, strict=True):
+        for axis, matrix in zip(line, values, strict=True):
+            squares = matrix.reshape(side, side, side, side).transpose(0, 2, 1, 3)  # query row, key row, ...
+            padded = np.pad(squares, ((0, 0), (0, 1), (0, 0), (0, 1)), constant_values=np.nan)
+            shown = axis.imshow(
+                padded.reshape(side * (side + 1), -1)[:-1, :-1], WEIGHT_COLOURS, vmin=0, vmax=weights.max()
+            )
+        line[0].set_ylabel(f"{level.blocks[layer]}\nhead {head}", fontsize=8)
+    set_times(axes[0], [maps.views.times[k] for k in columns])
+    if weights.max() > 0:
+        colour_bar(fig, shown, axes, f"weight (all alike: {1 / level.tokens.length:.3g})")
+    set_title(fig, "Who sees whom inside a patch: each small square is what the sub-patch at its place looks at")
+    return fig
+
+
+def draw_received(maps: Maps, level: LevelAttention) -> Figure:
+    """Weight that each sub-patch receives, over the images; last recorded layer, mean over heads."""
+    plan = maps.plan
+    rows = evenly_spaced(len(plan.images), MOST_ROWS)
+    columns = evenly_spaced(len(plan.times), MOST_COLUMNS)
+    fig, axes = panels(len(rows), len(columns) + 1, aspect=image_aspect(maps.config.model))
+    values = level.received[list(rows)][:, list(columns), -1].mean(2)
+    high = max(float(np.quantile(values, 0.999)), 1.0)
+    for n, line, of_image in zip(rows, axes, values, strict=True):
+        image = maps.views.images[plan.images[n]]
+        show_image(line[0], image)
+        for axis, weights in zip(line[1:], of_image, strict=True):
+            scale = overlay(axis, weights.reshape(level.tokens.grid), image, 0, high)
+    set_times(axes[0, 1:], [maps.views.times[plan.times[k]] for k in columns])
+    colour_bar(fig, scale, axes, "weight received (mean 1)")
+    set_title(fig, f"What inner attention looks at: {level.blocks[level.plan.layers[-1]]}, mean over heads")
+    return fig
+
+
+def draw_over_time(maps: Maps) -> Figure:
+    """Entropy, weight on itself and distance of every layer over t; thin lines are single heads."""
+    levels = [(name, level) for name, level in (("inner", maps.inner), ("outer", maps.outer)) if level]
+    fig, axes = figure(len(levels), 3, width=3.6, height=2.8)
+    times, mark = maps.views.times, "-" if len(maps.views.times) > 1 else "o"
+    for (name, level), line in zip(levels, axes, strict=True):
+        token, length = ("sub-patch" if name == "inner" else "patch"), level.tokens.length
+        for axis, values, even, text in (
+            (line[0], level.entropy, 1.0, f"{name} entropy / log {length}"),
+            (line[1], level.own, 1 / length, f"{name}: weight on itself"),
+            (line[2], level.distance, level.tokens.even_distance, f"{name}: mean distance / {token}es"),
+        ):
+            curves = values.mean((0, 4))  # K layers heads
+            for layer, colour in zip(evenly_spaced(len(level.blocks), len(COLOURS)), COLOURS, strict=False):
+                mean, label = curves[:, layer].mean(1), f"block {layer}"
+                axis.plot(times, curves[:, layer], mark, color=colour, alpha=0.3, linewidth=0.8)
+                axis.plot(times, mean, mark, color=colour, label=label, linewidth=2)
+            axis.axhline(even, color="0.4", linestyle=":", label="all alike")
+            axis.set(xlabel="time t (1: noise)", ylabel=text, xlim=(0, 1))
+            axis.set_ylim(0, None)
+        line[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    set_title(fig, "Attention over t, mean over images and patches; thin: single heads")
+    return fig
+
+
+def draw_outer(maps: Maps) -> Figure:
+    """Outer attention of one central patch, mean over heads, by layer and time; without it, the weight received."""
+    model, plan, level = maps.config.model, maps.plan, maps.outer
+    (h, w), has_reach = model.grid, bool(level.reach.size)
+    patch = h // 2 * w + w // 2
+    layers, columns = evenly_spaced(len(level.plan.layers), MOST_ROWS), evenly_spaced(len(plan.times), MOST_COLUMNS)
+    fig, axes = panels(len(layers), len(columns) + 1, aspect=image_aspect(model))
+    looks = "Where the middle patch looks at the outer level, mean over heads"
+    set_title(fig, looks if has_reach else "What outer attention looks at, mean over heads and patches")
+    image = maps.views.images[plan.images[0]]
+    values = level.reach[0, :, :, :, patch].mean(2) if has_reach else level.received[0].mean(2)
+    high = float(values.max())
+    for layer, line in zip(layers, axes, strict=True):
+        show_image(line[0], image)
+        line[0].set_ylabel(level.blocks[level.plan.layers[layer]], fontsize=8)
+        for k, axis in zip(columns, line[1:], strict=True):
+            scale = overlay(axis, values[k, layer].reshape(h, w), image, 0, high)
+        for axis in line if has_reach else ():
+            axis.add_patch(_outline(patch % w, patch // w, model.patch_size))
+    set_times(axes[0, 1:], [maps.views.times[plan.times[k]] for k in columns])
+    colour_bar(fig, scale, axes, f"weight (all alike: {1 / level.tokens.length:.3g})")
+    return fig
+
+
+def _outline(column: int, row: int, side: int) -> Any:
+    """The border of a patch, whose side is in pixels."""
+    from matplotlib.patches import Rectangle
+
+    corner = column * side - 0.5, row * side - 0.5
+    return Rectangle(corner, side, side, fill=False, edgecolor=COLOURS[1], linewidth=1.5)

@@ -1,0 +1,145 @@
+"""Choice of the images, times, layers and heads whose attention is kept in full, to bound the size of the page.
+
+Statistics are always taken over everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.model.aggregate import AGGREGATORS
+from dit_in_dit.model.mixers import MIXERS
+
+MOST_BYTES = 3_000_000  # of the page's arrays and pictures; base64 adds a third
+PICTURE_PIXELS = 96  # longer side of a picture in the page
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """Recordings kept for one level.
+
+    Attributes:
+        layers: numbers of the layers.
+        heads: whether heads are kept one by one, or as their mean.
+        matrices: whether weights are kept, or only their summaries.
+    """
+
+    layers: tuple[int, ...]
+    heads: bool = True
+    matrices: bool = True
+
+
+@dataclass(frozen=True)
+class MapsPlan:
+    """Recordings kept, by number of the image and of the time, and by level."""
+
+    images: tuple[int, ...]
+    times: tuple[int, ...]
+    inner: LevelPlan
+    outer: LevelPlan
+
+
+def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """At most `most` of the items, evenly spaced; they include the first and the last where `most` is above 1."""
+    if len(items) <= most:
+        return items
+    return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
+
+
+def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
+    """Keep everything, or cut until it fits into `most` bytes.
+
+    Cuts are made one by one, least important first (`_CUTS`). Where all of them do not suffice, they are made again
+    without the weights of the inner level, then without those of both levels.
+    """
+    mixer = MIXERS[model.inner.mixer]
+    attends = mixer is not None and mixer.length(model) > 0
+    full = MapsPlan(
+        tuple(range(images)),
+        tuple(range(times)),
+        LevelPlan(tuple(range(model.blocks("inner") if attends else 0))),
+        LevelPlan(tuple(range(model.blocks("outer")))),
+    )
+    plan = full
+    for start in (full, _inner(matrices=False)(full), _outer(matrices=False)(_inner(matrices=False)(full))):
+        plan = start
+        for cut in _CUTS:
+            if size(model, plan) <= most:
+                return plan
+            plan = cut(plan)
+    return plan
+
+
+def _images(most: int) -> Callable[[MapsPlan], MapsPlan]:
+    return lambda plan: replace(plan, images=evenly(plan.images, most))
+
+
+def _times(most: int) -> Callable[[MapsPlan], MapsPlan]:
+    return lambda plan: replace(plan, times=evenly(plan.times, most))
+
+
+def _inner(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
+    return lambda plan: replace(plan, inner=replace(plan.inner, layers=evenly(plan.inner.layers, most), **changes))
+
+
+def _outer(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
+    return lambda plan: replace(plan, outer=replace(plan.outer, layers=evenly(plan.outer.layers, most), **changes))
+
+
+_CUTS = (
+    *(_images(12), _times(12), _images(6), _times(9)),
+    *(_outer(heads=False), _inner(heads=False), _outer(4), _inner(4), _times(5)),
+    *(_images(3), _times(3), _outer(2), _inner(2), _images(2), _images(1)),
+)
+
+
+def size(model: ModelConfig, plan: MapsPlan) -> int:
+    """Bytes in the page under a plan: one per weight, four per statistic, and the pictures."""
+    patches, sub = model.patches, model.sub_patches
+    mixer = MIXERS[model.inner.mixer]
+    reach = mixer.length(model) if mixer else 0
+    inner = _level(plan.inner, model.inner.num_heads, patches, sub, reach)
+    outer = _level(plan.outer, model.outer.num_heads, patches, 1, patches)
+    scale = min(1, PICTURE_PIXELS / max(model.image_size))
+    pictures = 3 * 3 * round(model.image_size[0] * scale) * round(model.image_size[1] * scale)
+    pooled = sub if AGGREGATORS[model.inner.aggregate].weights_depend_on == "tokens" else 0
+    joins = len(joining(model)) * patches * (4 + pooled)
+    return len(plan.images) * len(plan.times) * (inner + outer + pictures + joins)
+
+
+def joining(model: ModelConfig) -> list[str]:
+    """Places where inner tokens join the outer ones or the image, by the names of `watch_contribution`."""
+    levels = [level for level, _ in model.program]
+    aggregates = sum(pair == ("inner", "outer") for pair in pairwise(levels))
+    return [f"aggregates.{i}" for i in range(aggregates)] + ["inner_head"] * (levels[-1] == "inner")
+
+
+def _level(plan: LevelPlan, heads: int, patches: int, sub: int, reach: int) -> int:
+    per_patch = sub + 12  # weight received by each token; entropy, weight on itself and distance as float32
+    if plan.matrices:
+        per_patch += (sub**2 if sub > 1 else 0) + (reach if reach > sub else 0)
+    return len(plan.layers) * (heads if plan.heads else 1) * patches * per_patch
+
+
+def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: int) -> list[str]:
+    """Sentences on what the plan leaves out."""
+    sentences = []
+    for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):
+        if len(kept) < all_:
+            sentences.append(f"{len(kept)} of {all_} {name} are shown.")
+    for name, level, heads in (
+        ("inner", plan.inner, model.inner.num_heads),
+        ("outer", plan.outer, model.outer.num_heads),
+    ):
+        if not level.layers:
+            continue
+        if len(level.layers) < model.blocks(name):
+            sentences.append(f"{len(level.layers)} of {model.blocks(name)} {name} layers are shown patch by patch.")
+        if not level.heads and heads > 1:
+            sentences.append(f"The {heads} {name} heads are averaged.")
+        if not level.matrices:
+            sentences.append(f"The weights of the {name} level are too large for a page: only their summary is shown.")
+    return sentences

@@ -1,0 +1,126 @@
+"""Arms: runs whose configs differ in the seed alone, named by the keys in which the arms differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import Section, keys
+from dit_in_dit.curves.logs import Curve, last_step, not_finite_steps
+
+LONGEST_NAME = 48  # characters of an arm's name; longer ones are replaced by folders' names
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs whose configs differ in the seed alone."""
+
+    name: str
+    differs: dict[str, Any]  # each key in which the arms differ, with this arm's value
+    curves: tuple[Curve, ...]
+
+    @property
+    def config(self) -> RunConfig:
+        """Config of the first seed."""
+        return self.curves[0].config
+
+    @property
+    def label(self) -> str:
+        """Name and number of seeds."""
+        return f"{self.name} ({len(self.curves)} {'seed' if len(self.curves) == 1 else 'seeds'})"
+
+
+def arms(curves: Sequence[Curve]) -> list[RunGroup]:
+    """Group runs into arms, in the order of their first runs; runs without a logged step are left out.
+
+    Raises:
+        UserError: no run has logged a step, or two runs have the same config and seed.
+    """
+    groups: dict[tuple[Any, ...], list[Curve]] = {}
+    for curve in curves:
+        if not len(curve.step):
+            continue
+        group = groups.setdefault(tuple(_settings(curve.config).items()), [])
+        for other in group:
+            if other.config.seed == curve.config.seed:
+                raise UserError(f"{other.run} and {curve.run} are one config with one seed: leave one of them out")
+        group.append(curve)
+    if not groups:
+        raise UserError("no step is logged yet in " + ", ".join(str(curve.run) for curve in curves))
+    settings = [dict(group) for group in groups]
+    names = dict.fromkeys(name for known in settings for name in known)
+    differing = [name for name in names if len({known[name] for known in settings if name in known}) > 1]
+    grouped = list(groups.values())
+    return [
+        RunGroup(name, {key: known[key] for key in differing if key in known}, tuple(group))
+        for name, known, group in zip(_names(settings, differing, grouped), settings, grouped, strict=True)
+    ]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Config keys that identify an arm: no seed, stages as a program, and no key that the model ignores."""
+    settings = {name: value for name, _, value in keys(config) if not isinstance(value, Section)}
+    settings["model.stages"] = format_stages(config.model.program)
+    spelled = ("seed", "model.depth", "model.use_inner", "model.inner.depth_ratio")
+    unread = () if config.model.blocks("inner") else tuple(name for name in settings if name.startswith("model.inner."))
+    return {name.removeprefix("model."): settings[name] for name in settings if name not in spelled + unread}
+
+
+def _names(settings: list[dict[str, Any]], differing: list[str], groups: list[list[Curve]]) -> list[str]:
+    """A name for each arm, from the fewest keys that distinguish the arms, or from the folders where that is long."""
+
+    def distinguished(by: Sequence[str]) -> int:
+        return len({tuple(known.get(name) for name in by) for known in settings})
+
+    chosen = [name for name in differing or ["stages"] if distinguished([name]) == len(settings)][:1]
+    for name in differing:
+        if distinguished([*chosen, name]) > distinguished(chosen):
+            chosen.append(name)
+    names = [", ".join(f"{name}={known[name]}" for name in chosen if name in known) for known in settings]
+    folders = [group[0].run.resolve().name for group in groups]
+    long = max(map(len, names)) > LONGEST_NAME
+    return folders if long and len(set(folders)) == len(folders) else names
+
+
+def notes(curves: Sequence[Curve]) -> list[str]:
+    """Caveats: runs left out or unfinished, missing timing, and schedules or losses that are not comparable."""
+    lines = []
+    for curve in curves:
+        done, wanted = last_step(curve), curve.config.train.steps
+        if not done:
+            lines.append(f"{curve.run}: no step logged yet, left out")
+        elif done < wanted:
+            lines.append(f"{curve.run}: {done:.0f} of {wanted} steps so far")
+        if len(bad := not_finite_steps(curve)):
+            lines.append(
+                f"{curve.run}: the held-out error is not finite at {len(bad)} of {len(curve.evaluated)} evaluations, "
+                f"first at step {bad[0]:.0f}; it is left out there"
+            )
+        if done and not len(curve.timed):
+            lines.append(f"{curve.run}: no timing.jsonl, so no hours and no throughput")
+    if len({(c.config.train.schedule, c.config.train.steps) for c in curves}) > 1 and any(
+        c.config.train.schedule == "cosine" for c in curves
+    ):
+        lines.append(
+            "learning-rate schedules have other lengths (train.schedule, train.steps): speeds are not comparable"
+        )
+    if unlike_losses(curves):
+        lines.append("training losses are of different quantities (diffusion.weight, predict or time): not comparable")
+    return lines
+
+
+def unlike_losses(curves: Sequence[Curve]) -> bool:
+    """Whether the runs' training losses measure different quantities."""
+    return len({_loss_of(curve.config) for curve in curves}) > 1
+
+
+def _loss_of(config: RunConfig) -> tuple[Any, ...]:
+    """The quantity that the training loss measures: error of which target, at which times."""
+    diffusion = config.diffusion
+    of = diffusion.predict if diffusion.weight == "prediction" else diffusion.weight
+    spread = (diffusion.time_mean, diffusion.time_std) if diffusion.time == "logit_normal" else ()
+    return diffusion.path, of, diffusion.time, spread

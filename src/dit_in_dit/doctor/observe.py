@@ -1,0 +1,204 @@
+"""Observations of the model for `doctor`: non-finite numbers, activations, attention, errors by label, and seams.
+
+`model_checks` judges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.diffusion.objective import EVALUATION_TIMES
+from dit_in_dit.doctor.data_checks import CHUNK, Patient, batches, forward_budget, take_examples
+from dit_in_dit.inspection.hooks import (
+    forward_hooks,
+    watch_aggregation,
+    watch_attention,
+    watch_blocks,
+    watch_contribution,
+)
+from dit_in_dit.model.mixers import MIXERS
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.training.batches import Batch, Examples
+
+LABEL_TIME = 0.7  # the label lowers the error most near t = 0.65 (mosaic) to 0.8 (emoji)
+SEAM_TIME = 0.5  # estimates are neither copies of the input nor a mean image
+SEAM_IMAGES = 64
+ROWS = 12  # classes tried on every held-out image
+ATTENTION_BYTES = 2**28
+
+
+# ------------------------------------------------------------------------------------------ non-finite
+
+
+@contextmanager
+def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]]]:
+    """The first module whose output is not finite in a forward pass of `images` images, by name, and the image."""
+    failures: list[tuple[str, int]] = []
+
+    def hook(name: str, module: nn.Module, arguments: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors if not failures else ():
+            bad = ~torch.isfinite(tensor)
+            if bad.any():  # rows are images, or the groups of tokens of each image in turn
+                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+                failures.append((name, row * images // len(tensor)))
+
+    with forward_hooks((module, partial(hook, name)) for name, module in model.named_modules()):
+        yield failures
+
+
+def non_finite_parameters(patient: Patient) -> dict[str, int]:
+    """Non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
+    return {
+        f"{name} ({which})": int((~torch.isfinite(parameter)).sum())
+        for which, model in (("trained", patient.trainer.model), ("averaged", patient.trainer.ema.model))
+        for name, parameter in model.named_parameters()
+        if not torch.isfinite(parameter).all()
+    }
+
+
+def non_finite_outputs(patient: Patient, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
+    """The first layer whose output is not finite, with its example's number, on the examples due next in training.
+
+    Returns:
+        The layer's name and the example's number, or nothing; and the number of examples in the pass.
+    """
+    trainer = patient.trainer
+    first = trainer.step * patient.config.global_batch
+    count = min(len(patient.examples.x), forward_budget(patient.config, trainer.device))
+    batch = take_examples(Examples(trainer.source, patient.config), first, count)
+    for number, part in enumerate(batches(batch)):
+        x, noise, t, y, _ = (tensor.to(trainer.device) for tensor in part)
+        with watch_finite(model, len(x)) as failures, trainer.autocast():
+            model(trainer.objective.noisy(x, noise, t), t, y)
+        if failures:
+            return [(name, first + number * CHUNK + row) for name, row in failures], len(batch.x)
+    return [], len(batch.x)
+
+
+# ------------------------------------------------------------------------------------------ inside
+
+
+@dataclass
+class Observation:
+    """Output of the hooks at one time t: tokens by block, attention and aggregation weights, the inner path's share."""
+
+    blocks: dict[str, Tensor]
+    attention: dict[str, Tensor]
+    aggregation: dict[str, Tensor]
+    contribution: dict[str, Tensor]
+
+
+@torch.no_grad()
+def observe(patient: Patient) -> dict[float, Observation]:
+    """Run the averaged model on some held-out images, at the times of the held-out error."""
+    model, device = patient.trainer.ema.model, patient.trainer.device
+    config = patient.config.model
+    mixer = MIXERS[config.inner.mixer]
+    longest = max(config.patches, mixer.length(config) if mixer else 0)
+    heads = config.outer.num_heads * config.blocks("outer") + config.inner.num_heads * config.blocks("inner")
+    most = max(1, ATTENTION_BYTES // (4 * heads * longest**2))
+    count = min(16, most, forward_budget(patient.config, device))
+    x, noise, _, y, _ = (part[:: max(1, len(part) // count)][:count].to(device) for part in patient.held)
+    observations = {}
+    for t in EVALUATION_TIMES:
+        times = patient.trainer.objective.path.snap(torch.full((len(x),), t, device=device))
+        with (
+            watch_blocks(model) as blocks,
+            watch_attention(model) as attention,
+            watch_aggregation(model) as aggregation,
+            watch_contribution(model) as contribution,
+        ):
+            model(patient.trainer.objective.noisy(x, noise, times), times, y)
+        observations[t] = Observation(blocks, attention, aggregation, contribution)
+    return observations
+
+
+# ------------------------------------------------------------------------------------------ labels
+
+
+@dataclass
+class LabelErrors:
+    """Held-out errors of M images at t = `LABEL_TIME` under several labels.
+
+    Attributes:
+        y: true labels, (M,).
+        right, null: errors under the true label and under the null class, (M,).
+        by_class: errors of all images under one class, (M,), by class number.
+    """
+
+    y: Tensor
+    right: Tensor
+    null: Tensor
+    by_class: dict[int, Tensor]
+
+    @property
+    def wrong(self) -> Tensor:
+        """Mean error under the wrong classes that were tried, (M,); NaN where none was."""
+        errors = [torch.where(self.y == k, torch.nan, errors) for k, errors in self.by_class.items()]
+        return torch.stack(errors).nanmean(0)
+
+
+def label_errors(patient: Patient) -> LabelErrors | None:
+    """Errors of held-out images under right, wrong and null labels; None with fewer than two classes."""
+    trainer, null, held = patient.trainer, patient.config.model.num_classes, patient.held
+    present = sorted(set(held.y.tolist()))
+    if len(present) < 2:
+        return None
+    tried = present if len(present) <= ROWS else present[:: -(-len(present) // ROWS)]
+    images = min(len(held.y), 5 * forward_budget(patient.config, trainer.device) // (len(tried) + 2))
+    keep = torch.linspace(0, len(held.y) - 1, max(images, 2)).long()
+    x, noise, y = held.x[keep], held.noise[keep], held.y[keep]
+
+    def errors(labels: Tensor) -> Tensor:
+        parts = []
+        for part in batches(Batch(x, noise, torch.zeros(len(x)), labels, labels)):
+            images, its_noise, _, its_labels, _ = (tensor.to(trainer.device) for tensor in part)
+            error = trainer.objective.denoising_error(trainer.ema.model, images, its_noise, LABEL_TIME, its_labels)
+            parts.append(error[0].cpu().double())
+        return torch.cat(parts)
+
+    by_class = {k: errors(torch.full_like(y, k)) for k in tried}
+    return LabelErrors(y, errors(y), errors(torch.full_like(y, null)), by_class)
+
+
+# ------------------------------------------------------------------------------------------ seams
+
+
+def seam_peaks(images: Tensor, period: int) -> Tensor:
+    """Log of the mean |difference of neighbours| by position mod `period`, down and across, (2, period).
+
+    Entry period - 1 is the step over the border between two cells. Needs images larger than the period.
+    """
+    profiles = []
+    for axis in (2, 3):
+        steps = images.diff(dim=axis).abs().movedim(axis, 0).flatten(1).mean(1)
+        cells = torch.nn.functional.pad(steps, (0, -len(steps) % period), value=torch.nan).view(-1, period)
+        profiles.append(cells.nanmean(0))
+    return torch.stack(profiles).clamp(min=1e-12).log()
+
+
+def pattern(errors: Tensor, period: int) -> float:
+    """The part of errors (N, C, H, W) that repeats every `period` pixels, rms over that of the errors."""
+    cells = errors.unfold(2, period, period).unfold(3, period, period).mean((0, 2, 3))  # C period period
+    repeats = cells - cells.mean((1, 2), keepdim=True)
+    return (repeats.square().mean() / errors.square().mean().clamp(min=1e-30)).sqrt().item()
+
+
+def estimates(patient: Patient) -> tuple[Tensor, Tensor]:
+    """Image estimates at t = `SEAM_TIME` of some held-out images, and those images, (M, C, H, W) each."""
+    trainer = patient.trainer
+    count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
+    keep = torch.linspace(0, len(patient.held.x) - 1, count).long()
+    parts = []
+    for part in batches(Batch(*(column[keep] for column in patient.held))):
+        x, noise, _, y, _ = (tensor.to(trainer.device) for tensor in part)
+        t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
+        parts.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())
+    return torch.cat(parts), patient.held.x[keep]

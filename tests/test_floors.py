@@ -72,7 +72,6 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "attention_maps/record.py: record_maps": "one pass over images and times, under four hooks",
     "cli/evaluate.py: _evaluate": "a command from options to files",
-    "cli/sample.py: _sample": "to move into sampling/, as a library",
     "cli/train.py: _follow": "a line for each kind of event",
     "doctor/model_checks.py: _judge_rows": "a judgement for each measure of attention",
     "inspection/trace.py: _trace": "a hook for each line of the table",

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
@@ -24,6 +23,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.folder import ImageDecoder
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import image_number
 
@@ -31,20 +31,6 @@ Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
 NAMED = ("emoji", "mosaic")  # sources that come with a held-out part
 MOST_REAL = 50_000  # real images used of a larger set, drawn at random
-
-
-class ImageDecoder(Protocol):
-    """What makes images of latents."""
-
-    factor: int  # pixels to a latent pixel, along a side
-
-    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
-        """Images (n, 3, H, W) of samples of one micro-batch of `size`."""
-        ...
-
-    def about(self) -> dict[str, Any]:
-        """What decides the images."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,3 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
         "seed": seed,
         **{name: value for name, value in special.items() if value is not None},
     }
-
-
-# ---------------------------------------------------------------------------------------- pictures

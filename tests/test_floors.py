@@ -71,14 +71,12 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "attention_maps/record.py: record_maps": "one pass over images and times, under four hooks",
-    "cli/evaluate.py: _evaluate": "a command from options to files",
     "cli/train.py: _follow": "a line for each kind of event",
     "doctor/model_checks.py: _judge_rows": "a judgement for each measure of attention",
     "inspection/trace.py: _trace": "a hook for each line of the table",
     "interop/card.py: card": "the values of a card's template",
     "interop/import_run.py: import_run": "weights of three layouts into one run",
     "interop/pipeline.py: __call__": "the signature and checks of a pipeline of diffusers",
-    "metrics/evaluate.py: evaluate": "the parts of an evaluation, in order",
     "metrics/feature_networks.py: _dinov2": "the network as its paper prepares images",
     "runs/checkpoint.py: save": "one order of writes, whose every break is tested",
     "training/loop.py: train": "arguments and errors documented; what a run needs, in order",

@@ -12,7 +12,15 @@ from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
-from dit_in_dit.diffusion.schedulers import is_ddpm, make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import (
+    check_timesteps,
+    is_ddpm,
+    make_scheduler,
+    next_sample,
+    set_steps,
+    time_of,
+    wanted_by,
+)
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
 Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
@@ -48,6 +56,7 @@ def _calls(
     check_sampler(diffusion.path, how.sampler, how.steps)
     path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing)
     set_steps(scheduler, how.steps)
+    check_timesteps(scheduler, how.sampler)
     wanted = wanted_by(scheduler)
     stochastic, draw = SAMPLERS[how.sampler].stochastic, noise if callable(noise) else _one(noise)
     x = draw()
@@ -60,7 +69,7 @@ def _calls(
             after = ancestral(step, fraction, x, int(timestep), following[number], draw())
         else:
             options = {"noise": draw()} if stochastic else {}
-            after = scheduler.step(step, timestep, x, **options).prev_sample
+            after = next_sample(scheduler.step(step, timestep, x, **options), x, how.sampler)
         yield times, x, prediction, after
         x = after
 

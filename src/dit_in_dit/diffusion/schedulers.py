@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.config.samplers import SAMPLERS
-from dit_in_dit.diffusion.path import DDPM_STEPS
+from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
 
 TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
@@ -33,12 +34,12 @@ Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels 
 
 
 class Scheduler(Protocol):
-    """A scheduler of the user's own, as `config.samplers.SAMPLERS` may name for a path; made without arguments.
+    """A scheduler of the user's own, which a `config.samplers.Sampler` names for a path; created without arguments.
 
     Attributes:
-        prediction: what `step` takes: velocity, image or noise.
+        prediction: the prediction that `step` takes: velocity, image or noise.
         timesteps: after `set_timesteps`, 1000 t of each network call, from noise to image. On path flow, `sigmas`, if
-            it has them, are t itself, free of rounding.
+            the scheduler has them, are t itself, free of rounding.
     """
 
     prediction: str
@@ -49,18 +50,78 @@ class Scheduler(Protocol):
         ...
 
     def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Any:
-        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's takes `noise` of x's shape
-        by name besides."""
+        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's step also takes the keyword
+        `noise`, of x's shape."""
         ...
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
+    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`).
+
+    Raises:
+        UserError: a user's scheduler cannot be created, or lacks something that `Scheduler` asks for.
+    """
     rules = SAMPLERS[sampler]
     scheduler = rules.schedulers[diffusion.path]
-    if not isinstance(scheduler, str):
-        return scheduler()
-    return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+    if isinstance(scheduler, str):
+        return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+    return _own_scheduler(scheduler, sampler, rules.stochastic)
+
+
+def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) -> Any:
+    """A new scheduler of a user's, checked."""
+    name = f"sampler {sampler}: {getattr(create, '__name__', 'its scheduler')}"
+    try:
+        scheduler = create()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {truncate(error, 80)}"
+        raise UserError(f"{name}() ends with {problem}; a scheduler is created without arguments") from error
+    noise = ["noise"] if stochastic and not is_ddpm(scheduler) else []
+    for method, arguments, keywords in (
+        ("set_timesteps", ["steps"], []),
+        ("step", ["prediction", "timestep", "x"], noise),
+    ):
+        wanted = ", ".join([*arguments, *(f"{keyword}=" for keyword in keywords)])
+        if not callable(bound := getattr(scheduler, method, None)):
+            raise UserError(f"{name} lacks {method}: write {method}({wanted})")
+        takes = signature(bound)
+        try:
+            takes.bind(*arguments, **dict.fromkeys(keywords))
+        except TypeError:
+            got = truncate(takes, 60)
+            raise UserError(f"{name}.{method} must take ({wanted}): got {got}; change its arguments") from None
+    try:
+        prediction = wanted_by(scheduler)
+    except (AttributeError, KeyError):  # neither a prediction of its own, nor a class of diffusers with a known one
+        prediction = ""
+    if prediction not in QUANTITIES:
+        hint = did_you_mean(prediction, QUANTITIES)
+        raise UserError(f"{name}.prediction must name what step takes: got {truncate(prediction or 'none', 40)}{hint}")
+    return scheduler
+
+
+def check_timesteps(scheduler: Any, sampler: str) -> None:
+    """UserError where `set_timesteps` has left no finite timesteps (K,)."""
+    times = getattr(scheduler, "timesteps", None)
+    if isinstance(times, Tensor) and times.ndim == 1 and len(times) and bool(times.isfinite().all()):
+        return
+    got = f"a tensor {list(times.shape)}: {times.tolist()}" if isinstance(times, Tensor) else type(times).__name__
+    raise UserError(
+        f"sampler {sampler}: set_timesteps must set timesteps, a tensor (K,) of 1000 t for each network call: "
+        f"got {truncate(got, 60)}; correct them"
+    )
+
+
+def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
+    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError where there is none."""
+    after = getattr(step, "prev_sample", None)
+    if isinstance(after, Tensor) and after.shape == x.shape:
+        return after
+    got = f"prev_sample {list(after.shape)}" if isinstance(after, Tensor) else type(step).__name__
+    raise UserError(
+        f"sampler {sampler}: step must return an object whose prev_sample is a tensor {list(x.shape)}: got {got}; "
+        "correct what it returns"
+    )
 
 
 @cache  # diffusers looks through the signatures of 16 classes each time: 2 ms
@@ -76,6 +137,11 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
         # Images are not clipped, whatever class takes this over.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
         options |= {"variance_type": "fixed_large"} if stochastic else {}  # where it is not learned
+    if not hasattr(diffusers, name):
+        known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
+        raise UserError(
+            f"a sampler names a scheduler class of diffusers: got {truncate(name, 40)}{did_you_mean(name, known)}"
+        )
     return getattr(diffusers, name).from_config(options)
 
 

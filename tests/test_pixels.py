@@ -9,12 +9,13 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.metrics import pixels
+from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, detail_scores
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
-from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
+from dit_in_dit.metrics.pixels import Seams, Spectrum, channel_moments, compare_moments, score
+from dit_in_dit.metrics.score import Halves, resamples
 from dit_in_dit.reporting.images import to_pixels
 
 COUNT = 128
@@ -114,10 +115,10 @@ def test_images_equal_to_the_reference_half_are_at_distance_zero(emoji):
 
 def test_pyramid_levels_add_up_to_the_image(emoji):
     images = floats(emoji[:4])
-    levels = pixels.laplacian_pyramid(images)
+    levels = wasserstein.laplacian_pyramid(images)
     total = levels[-1]
     for level in reversed(levels[:-1]):
-        total = pixels.enlarge(total) + level
+        total = wasserstein.enlarge(total) + level
     assert [level.shape[-1] for level in levels] == [32, 16, 8]
     np.testing.assert_allclose(total, images, atol=1e-5)
 
@@ -127,8 +128,8 @@ def test_a_one_dimensional_wasserstein_distance_is_the_one_of_scipy():
 
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(1, 6, 4)).astype(np.float32), draw.normal(1, 2, size=(1, 6, 4)).astype(np.float32)
-    again = next(iter(pixels.resampled_wasserstein(a, b)))
-    u, v = next(pixels.resamples(6))
+    again = next(iter(wasserstein.resampled_wasserstein(a, b)))
+    u, v = next(resamples(6))
     expected = wasserstein_distance(a.ravel(), b.ravel(), np.repeat(u, 4), np.repeat(v, 4))
     assert again == pytest.approx(expected, rel=1e-5)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.data.mosaic import Mosaic, Region, Truth
-from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]

@@ -20,11 +20,11 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels
+from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, thumbnails
 from dit_in_dit.metrics.metric import own_scores
-from dit_in_dit.metrics.pixels import FloatImages, Score
+from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels
@@ -192,7 +192,7 @@ def _rgb(images: Pixels) -> Pixels:
 def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) -> Evaluation:
     """All scores without a feature network: distances of pixels, neighbours, detail of mosaics, the user's metrics."""
     count = min(num, real.count // 2, max(2, PIXELS_AT_ONCE // int(np.prod(subject.shape))))
-    order = generator(0, "evaluation", pixels.DRAWS["order"]).permutation(real.count)
+    order = generator(0, "evaluation", DRAWS["order"]).permutation(real.count)
     images, real_images = draw(range(count)), _one_by_one(real.draw, np.sort(order[: 2 * count]))
     scores = pixels.score(floats(images), floats(real_images), subject.periods)
     mirrored = subject.config is not None and subject.config.data.flip  # training showed mirror images
@@ -202,10 +202,10 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     metrics: dict[str, Any] = {
         "pixels": {
             "images": count,
-            "patches": pixels.POINTS,
-            "projections": pixels.PROJECTIONS,
-            "halvings": pixels.FLOOR_SPLITS,
-            "resamples": pixels.RESAMPLES,
+            "patches": wasserstein.POINTS,
+            "projections": wasserstein.PROJECTIONS,
+            "halvings": FLOOR_SPLITS,
+            "resamples": RESAMPLES,
         },
         "nearest": {
             **{"among": real.count, "side": SIDE, "unseen": real.unseen_count, "near": NEAR},
@@ -244,7 +244,7 @@ def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
 
 
-def floats(images: Pixels) -> FloatImages:
+def floats(images: Pixels) -> wasserstein.FloatImages:
     """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 

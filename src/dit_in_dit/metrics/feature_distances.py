@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
 

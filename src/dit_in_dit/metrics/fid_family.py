@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.metrics import feature_distances
-from dit_in_dit.metrics.pixels import Score
+from dit_in_dit.metrics.score import Score
 from dit_in_dit.runs import shards
 
 SPLITS = 10  # of the Inception Score

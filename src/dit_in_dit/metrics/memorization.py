@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runtime.seeding import generator
 

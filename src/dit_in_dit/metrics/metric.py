@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.metrics.pixels import Halves, Score
+from dit_in_dit.metrics.score import Halves, Score
 
 Direction = Literal["lower", "higher", "zero", "listed"]
 Images = NDArray[np.uint8]

@@ -12,7 +12,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.metric import direction
-from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
+from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
+from dit_in_dit.metrics.score import Halves
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
 from dit_in_dit.runs import atomic

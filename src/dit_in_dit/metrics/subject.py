@@ -18,7 +18,7 @@ from dit_in_dit.data import latents
 from dit_in_dit.data.run_data import locate, open_source_of
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source, size_of
-from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint

@@ -76,7 +76,6 @@ LONG_FUNCTIONS = {
     "interop/card.py: card": "the values of a card's template",
     "interop/import_run.py: import_run": "weights of three layouts into one run",
     "interop/pipeline.py: __call__": "the signature and checks of a pipeline of diffusers",
-    "metrics/feature_networks.py: _dinov2": "the network as its paper prepares images",
     "runs/checkpoint.py: save": "one order of writes, whose every break is tested",
     "training/loop.py: train": "arguments and errors documented; what a run needs, in order",
     "training/trainer.py: __init__": "what training changes, in the order that seeds ask for",

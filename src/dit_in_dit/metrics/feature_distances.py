@@ -21,6 +21,7 @@ Float64Array = NDArray[np.float64]
 
 ENOUGH = 2048  # images on each side below which a Frechet distance does not get a published metric's name
 DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # arrays of ADM's layout
 ROWS = 512  # rows summed by one matrix product
 BLOCK = 2**23  # distances held at once
 
@@ -246,24 +247,28 @@ def read_reference(path: Path) -> ReferenceStatistics:
     Raises:
         UserError: not such a file.
     """
+    arrays = _read_npz(path)
+    if missing := set(STATISTICS) - set(arrays):
+        raise UserError(f"{path} must hold {', '.join(STATISTICS)}: it lacks {', '.join(sorted(missing))}")
+    moments = {
+        "pool": _checked(path, arrays["mu"], arrays["sigma"], "sigma"),
+        "spatial": _checked(path, arrays["mu_s"], arrays["sigma_s"], "sigma_s"),
+    }
+    return ReferenceStatistics(path, file_sha256(path), moments)
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of STATISTICS that a `.npz` holds; UserError where it cannot be read."""
     try:
         arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} must be a .npz of ADM's layout: it holds a single array")
-        with arrays:
-            if missing := {"mu", "sigma", "mu_s", "sigma_s"} - set(arrays):
-                raise UserError(f"{path} must hold mu, sigma, mu_s and sigma_s: it lacks {', '.join(sorted(missing))}")
-            found = {
-                "pool": _checked(path, arrays["mu"], arrays["sigma"], "sigma"),
-                "spatial": _checked(path, arrays["mu_s"], arrays["sigma_s"], "sigma_s"),
-            }
-    except UserError:
-        raise
+        if isinstance(arrays, np.lib.npyio.NpzFile):
+            with arrays:
+                return {name: arrays[name] for name in STATISTICS if name in arrays}
     except FileNotFoundError:
         raise UserError(f"no such file of statistics: {path}") from None
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} as a .npz of numbers: {str(error)[:80]}") from None
-    return ReferenceStatistics(path, file_sha256(path), found)
+    raise UserError(f"{path} must be a .npz of ADM's layout: it holds a single array")
 
 
 def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:

@@ -18,13 +18,13 @@ Compare = Callable[[Float64Array, Float64Array], dict[str, float]]
 
 
 def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ()) -> dict[str, Score]:
-    """Every distance of M images to a half of 2M real ones; the floor is that of the other half.
+    """Every distance of M images to a half of 2M real ones; the floor is the distance of the other half.
 
     Args:
         images: (M, C, H, W).
         real: (2M, C, H, W), M at least 2.
-        periods: patch and sub-patch sizes, whose seams are looked for; each but the first is measured within
-            the patches of the first.
+        periods: patch and sub-patch sizes whose seams are measured; seams of all but the first are measured within the
+            patches of the first.
     """
     if len(real) != 2 * len(images) or len(images) < 2:
         raise ValueError(f"real must be twice as many images, at least 4: got {len(real)} for {len(images)}")
@@ -41,17 +41,17 @@ def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ())
 def statistics(
     shape: tuple[int, ...], periods: tuple[int, ...]
 ) -> list[tuple[Callable[[FloatImages], Float64Array], Compare]]:
-    """Per-image statistics of images (C, H, W), each with the distances between two sets' means."""
+    """Statistics of an image (C, H, W), each with a function from two sets' means to their distances."""
     spectrum = Spectrum(shape[1], shape[2])
-    found: list[tuple[Callable[[FloatImages], Float64Array], Compare]] = [
+    chosen: list[tuple[Callable[[FloatImages], Float64Array], Compare]] = [
         (spectrum, spectrum.compare),
         (channel_moments, compare_moments),
     ]
     for period in periods:
         seams = Seams(period, 0 if period == periods[0] else periods[0])
         if seams.exist(shape):
-            found.append((seams, seams.compare))
-    return found
+            chosen.append((seams, seams.compare))
+    return chosen
 
 
 def _statistic_scores(images: Float64Array, real: Float64Array, compare: Compare, halves: Halves) -> dict[str, Score]:
@@ -59,28 +59,28 @@ def _statistic_scores(images: Float64Array, real: Float64Array, compare: Compare
     first = real[halves.first[0]]
     values = compare(images.mean(0), first.mean(0))
     floors = [compare(real[b].mean(0), real[a].mean(0)) for a, b in zip(halves.first, halves.second, strict=True)]
-    again = [compare((u @ images) / len(u), (v @ first) / len(v)) for u, v in resamples(len(images))]
-    return {n: bootstrap_score(values[n], [s[n] for s in again], [f[n] for f in floors]) for n in values}
+    resampled = [compare((u @ images) / len(u), (v @ first) / len(v)) for u, v in resamples(len(images))]
+    return {n: bootstrap_score(values[n], [s[n] for s in resampled], [f[n] for f in floors]) for n in values}
 
 
 class Spectrum:
     """Power over radial frequency, Hann-windowed, summed over channels; compared in decibels.
 
-    `spectrum` is the root mean square over the radial bins; `spectrum.1/4` is the signed difference of the octave
-    from 1/4 to 1/2 cycles a pixel (and the corners above), `spectrum.1/8` that of the next, and so on: negative
-    means that detail is missing.
+    `spectrum` is the root mean square over the radial bins. `spectrum.1/4` is the signed difference of the octave
+    from 1/4 to 1/2 cycles a pixel (and the corners above), `spectrum.1/8` that of the octave below, and so on. A
+    negative one means missing detail.
     """
 
     def __init__(self, height: int, width: int) -> None:
         fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.rfftfreq(width), indexing="ij")
         radius, self.step = np.hypot(fy, fx), 1 / max(height, width)
         self.window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
-        # A column of the half plane stands for its mirror image too.
+        # A column of the half plane also counts for its mirror image.
         twice = np.where((fx == 0) | (fx == 0.5), 1.0, 2.0)
         bins = np.maximum(np.round(radius / self.step).astype(int) - 1, 0).ravel()
-        used = (radius > 0).ravel()
+        not_mean = (radius > 0).ravel()
         self.average = np.zeros((bins.max() + 1, bins.size))
-        self.average[bins[used], np.flatnonzero(used)] = twice.ravel()[used]
+        self.average[bins[not_mean], np.flatnonzero(not_mean)] = twice.ravel()[not_mean]
         self.average /= self.average.sum(1, keepdims=True)
         frequency = (np.arange(bins.max() + 1) + 1) * self.step
         self.frequency = frequency
@@ -98,20 +98,20 @@ class Spectrum:
 
     def compare(self, images: Float64Array, real: Float64Array) -> dict[str, float]:
         """Distances in decibels between mean powers (bins,)."""
-        tiny = 1e-12 * real.max() + np.finfo(float).tiny  # constant images have no power at all
+        tiny = 1e-12 * real.max() + np.finfo(float).tiny  # constant images have no power
         decibels = 10 * np.log10((images + tiny) / (real + tiny))
         values = {"spectrum": float(np.sqrt(np.mean(decibels**2)))}
         return values | {f"spectrum.{name}": float(decibels[bins].mean()) for name, bins in self.octaves.items()}
 
 
 def channel_moments(images: FloatImages) -> Float64Array:
-    """Raw moments per image: x, x^2, x^3, x^4 of each channel, then products of each pair; (N, 4C + C(C-1)/2)."""
-    found = []
+    """Raw moments (N, 4C + C(C-1)/2) of images: x, x^2, x^3, x^4 of each channel, then the product of each pair."""
+    moments = []
     for block in _blocks(images):
         powers = [np.mean(block**k, axis=(2, 3)) for k in (1, 2, 3, 4)]
         pairs = [np.mean(block[:, i] * block[:, j], axis=(1, 2)) for i, j in combinations(range(block.shape[1]), 2)]
-        found.append(np.column_stack([*powers, *pairs]))
-    return np.concatenate(found)
+        moments.append(np.column_stack([*powers, *pairs]))
+    return np.concatenate(moments)
 
 
 def compare_moments(images: Float64Array, real: Float64Array) -> dict[str, float]:
@@ -121,7 +121,7 @@ def compare_moments(images: Float64Array, real: Float64Array) -> dict[str, float
 
 
 def _central(raw: Float64Array) -> dict[str, Float64Array]:
-    """Central moments from raw ones."""
+    """Central moments by name, from raw ones."""
     channels = next(c for c in range(1, len(raw) + 1) if 4 * c + c * (c - 1) // 2 == len(raw))
     m1, m2, m3, m4 = raw[: 4 * channels].reshape(4, channels)
     variance = np.maximum(m2 - m1**2, 1e-12)
@@ -139,12 +139,12 @@ def _central(raw: Float64Array) -> dict[str, Float64Array]:
 
 
 class Seams:
-    """Where a grid of `period` pixels prints itself into the image.
+    """Visible borders between patches of `period` pixels.
 
-    The mean difference between neighbouring pixels, folded by its place in the period, per axis: real images are
-    nearly even over the places, a model that draws patch by patch is not. `seam.P` is the root mean square, over
-    places and axes, of what a profile's excess over its own mean has more than the real images' excess has, in
-    units of the real mean. Differences across the borders of a coarser grid `skip` are left out.
+    A profile is the mean |difference| between neighbouring pixels by its place in the period, per axis. It is nearly
+    even for real images, and uneven for a model that draws patch by patch. The excess is the profile less its own mean,
+    in units of the real mean. `seam.P` is the root mean square, over places and axes, of the excess less that of real
+    images. Differences across the borders of a coarser grid `skip` are left out.
     """
 
     def __init__(self, period: int, skip: int = 0) -> None:
@@ -155,31 +155,31 @@ class Seams:
         return 1 < self.period < max(shape[1:]) and self.period != self.skip
 
     def __call__(self, images: FloatImages) -> Float64Array:
-        """(N, C, H, W) -> mean |difference| by place, down and across: (N, 2 * period)."""
+        """Profiles (N, 2 * period), down and across, of images (N, C, H, W)."""
         return np.concatenate([np.column_stack([self._fold(b, 2), self._fold(b, 3)]) for b in _blocks(images)])
 
     def _fold(self, images: FloatImages, axis: int) -> Float64Array:
-        """Profile (N, period) along one axis; the last place is the border. Axes of one period have none: zeros."""
+        """Profile (N, period) along one axis; the last place is the border. Zeros for an axis of a single period."""
         steps = np.abs(np.diff(images, axis=axis)).mean(axis=(1, 5 - axis), dtype=np.float64)  # N, length - 1
         place = np.arange(steps.shape[1])
-        kept = (place + 1) % self.skip != 0 if self.skip else np.full(len(place), True)
+        measured = (place + 1) % self.skip != 0 if self.skip else np.full(len(place), True)
         if steps.shape[1] < self.period:
             return np.zeros((len(images), self.period))
-        return np.column_stack([steps[:, kept & (place % self.period == k)].mean(1) for k in range(self.period)])
+        return np.column_stack([steps[:, measured & (place % self.period == k)].mean(1) for k in range(self.period)])
 
     def compare(self, images: Float64Array, real: Float64Array) -> dict[str, float]:
         """The distance between mean profiles (2 * period,)."""
         return {f"seam.{self.period}": float(np.sqrt(np.mean(self.deviation(images, real) ** 2)))}
 
     def deviation(self, images: Float64Array, real: Float64Array) -> Float64Array:
-        """What the profile exceeds the real one by at each place, (2, period): down and across."""
+        """Excess less that of real images at each place, (2, period): down and across."""
         a, b = (x.reshape(2, self.period) for x in (images, real))
         tiny = 1e-6  # of a range of 2: real images without any edge
         return ((a - a.mean(1, keepdims=True)) - (b - b.mean(1, keepdims=True))) / (b.mean(1, keepdims=True) + tiny)
 
 
 def _blocks(images: FloatImages, most: int = 2**24) -> Iterator[FloatImages]:
-    """The images in blocks of bounded size: temporaries are several times as large."""
+    """The images in blocks of at most `most` values: temporaries are several times as large."""
     size = max(1, most // max(1, images[0].size))
     for start in range(0, len(images), size):
         yield images[start : start + size]

@@ -35,19 +35,19 @@ def laplacian_pyramid(images: FloatImages) -> list[FloatImages]:
 
 
 def enlarge(images: FloatImages) -> FloatImages:
-    """Twice the size: zeros between the pixels, smoothed."""
+    """Images of twice the size: zeros between the pixels, smoothed."""
     zeros = np.zeros((*images.shape[:2], 2 * images.shape[2], 2 * images.shape[3]), images.dtype)
     zeros[..., ::2, ::2] = 4 * images
     return _smooth(zeros)
 
 
 def _smooth(images: FloatImages) -> FloatImages:
-    """The binomial filter 1 4 6 4 1 along both axes, mirrored at the border."""
+    """Filter by the binomial 1 4 6 4 1 along both axes, mirrored at the border."""
     for axis in (2, 3):
         pad = [(0, 0)] * 4
         pad[axis] = (2, 2)
-        wide, size = np.pad(images, pad, mode="reflect"), images.shape[axis]
-        taps = ((k, np.take(wide, range(k, k + size), axis)) for k in range(5))
+        padded, size = np.pad(images, pad, mode="reflect"), images.shape[axis]
+        taps = ((k, np.take(padded, range(k, k + size), axis)) for k in range(5))
         images = sum(np.float32((1, 4, 6, 4, 1)[k] / 16) * tap for k, tap in taps)  # type: ignore[assignment]
     return images
 

@@ -70,7 +70,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "attention_maps/record.py: record_maps": "one pass over images and times, under four hooks",
-    "cli/train.py: _follow": "a line for each kind of event",
     "doctor/model_checks.py: _judge_rows": "a judgement for each measure of attention",
     "inspection/trace.py: _trace": "a hook for each line of the table",
     "interop/card.py: card": "the values of a card's template",

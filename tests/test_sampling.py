@@ -43,7 +43,7 @@ def test_a_sample_has_the_same_bits_whatever_is_drawn_with_it(run_config, model,
         assert torch.equal(torch.cat([images for _, images in drawn]), together[asked])
 
 
-def test_every_forward_pass_is_of_one_size_with_the_same_rows_whichever_are_asked_for(run_config, model):
+def test_every_forward_pass_has_one_size_and_the_same_rows_whichever_samples_are_wanted(run_config, model):
     config = replace(run_config, sample=replace(run_config.sample, micro_batch=5))
 
     def inputs(asked) -> list[torch.Tensor]:
@@ -62,7 +62,7 @@ def test_every_forward_pass_is_of_one_size_with_the_same_rows_whichever_are_aske
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
-def test_trajectories_drawn_in_turns_are_those_drawn_alone(run_config, sampler):
+def test_interleaved_trajectories_equal_separate_ones(run_config, sampler):
     how = replace(run_config.sample, sampler=sampler, steps=5)
     noises = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -148,7 +148,7 @@ def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeyp
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "image", "noise"])
-def test_a_stochastic_sampler_of_the_user_has_the_prediction_and_the_noise_it_asks_for(monkeypatch, prediction):
+def test_a_stochastic_sampler_of_the_user_gets_its_prediction_and_noise(monkeypatch, prediction):
     class Noisy(Euler):
         def step(self, prediction: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, *, noise: torch.Tensor):
             seen.append(prediction)
@@ -276,7 +276,7 @@ def test_pixels_cover_the_range():
     assert to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_protocol_names_the_times_that_once_were_those_of_the_installed_diffusers():
+def test_a_protocol_names_times_that_once_came_from_the_installed_diffusers():
     from dit_in_dit.sampling.numbered import sampling_protocol
 
     def times(path, sampler):

@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: how good the images are, and which run's are better."""
+"""`evaluate`: measure images against real ones; `compare`: put several evaluations into one table."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def add(commands: Commands) -> None:
     evaluate.add_argument(
         "--metrics",
         default="pixels",
-        help="with commas: pixels (no network; always there), inception (FID, sFID, IS, KID, precision, recall, "
-        "density, coverage), dinov2 (FD-DINOv2)",
+        help="separated by commas: pixels (no network; always computed), inception (FID, sFID, IS, KID, precision, "
+        "recall, density, coverage), dinov2 (FD-DINOv2)",
     )
     evaluate.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
     evaluate.add_argument("--dinov2", type=Path, metavar="DIR", help="folder of DINOv2 ViT-L/14 for transformers")
@@ -68,7 +68,7 @@ def add(commands: Commands) -> None:
     add_micro_batch(evaluate)
     add_vae(evaluate)
     evaluate.add_argument(
-        "--batch", type=whole_number, default=64, help="images at a time in feature networks (default 64)"
+        "--batch", type=whole_number, default=64, help="images in a batch of the feature networks (default 64)"
     )
     add_device(evaluate)
     evaluate.add_argument(
@@ -78,7 +78,7 @@ def add(commands: Commands) -> None:
         help="default for a run: RUN/evaluation/STEP; for a shipped one evaluation/RUN/STEP",
     )
 
-    compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
+    compare = commands.add("compare", _compare, "one table and one picture of evaluations with equal protocols")
     compare.add_argument(
         "evaluations", type=find_run, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
     )
@@ -100,8 +100,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     make_folder(out)
     num = min(options.num, subject.count or options.num)
     real = reference(options.against, subject, wanted=2 * num)
-    facts = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
-    evaluation = _follow(facts)
+    events = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
+    evaluation = _follow(events)
     if evaluation is None:  # process 0 reports
         return
     if options.npz:
@@ -164,7 +164,7 @@ def _report(evaluation: Evaluation, out: Path) -> None:
         print(f"\n!!! {warning}", file=sys.stderr)
 
 
-def _follow(facts: Iterator[Progress | Evaluation]) -> Evaluation | None:
+def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
     """Show the progress; returns the evaluation, on process 0 alone."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -175,21 +175,21 @@ def _follow(facts: Iterator[Progress | Evaluation]) -> Evaluation | None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
     with Bar(*columns, console=Console(stderr=True)) as bar:
-        for fact in facts:
-            if isinstance(fact, Evaluation):
-                return fact
-            if fact.part not in tasks:
-                tasks[fact.part] = bar.add_task(fact.part, total=fact.total)
-            bar.update(tasks[fact.part], completed=fact.done)
+        for event in events:
+            if isinstance(event, Evaluation):
+                return event
+            if event.part not in tasks:
+                tasks[event.part] = bar.add_task(event.part, total=event.total)
+            bar.update(tasks[event.part], completed=event.done)
     return None
 
 
 def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
-    """A row per score: each value with half its interval, and the floor."""
+    """Print a row per score: each value with half its interval, and the floor."""
     rows = []
-    for name, found in scores.items():
-        floor = next((s["floor"] for s in found if s and s["floor"] is not None), None)
-        cells = [cell for score in found for cell in _cells(score)]
+    for name, entries in scores.items():
+        floor = next((s["floor"] for s in entries if s and s["floor"] is not None), None)
+        cells = [cell for score in entries for cell in _cells(score)]
         rows.append([name, *cells, "" if floor is None else f"{floor:.4g}"])
     print_table(["", *(cell for head in heads for cell in (head, "")), "real vs real"], rows)
 
@@ -205,7 +205,7 @@ def _compare(options: argparse.Namespace) -> None:
     from dit_in_dit.metrics.report import compare, draw_compared
 
     if len(options.evaluations) < 2:
-        raise UserError("compare takes two evaluations or more")
+        raise UserError("compare needs two evaluations or more: got one; name another")
     labels, scores = compare(options.evaluations)
     _print_table(scores, labels)
     if options.out:

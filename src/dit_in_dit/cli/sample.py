@@ -1,4 +1,4 @@
-"""`sample`: from a run to numbered images, by any number of processes, which may be killed and started again."""
+"""`sample`: draw numbered images from a run; any number of processes share the work, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
         "--batch",
         type=whole_number,
         default=1,
-        help="images that a process draws and then writes, in whole micro-batches; changes no byte (default: one)",
+        help="images that a process draws between writes, in whole micro-batches; changes no byte (default: one)",
     )
     add_vae(sample)
     add_device(sample)
@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the images (default samples/RUN, with what is given besides: samples/RUN-seed5)",
+        help="folder for the images (default samples/RUN, with options that change images: samples/RUN-seed5)",
     )
 
 
@@ -72,7 +72,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _default_name(options: argparse.Namespace) -> str:
-    """The run's name and the options that change the samples, such as `emoji-seed5`: each kind has its own folder."""
+    """The run's name and the options that change the samples, such as `emoji-seed5`: other samples, another folder."""
     given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

@@ -1,4 +1,4 @@
-"""Schedulers for a path: those of diffusers, with times that no version of it changes, and a user's own."""
+"""Schedulers for a path: those of diffusers, with times that are the same in every version, and a user's own."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.config.samplers import SAMPLERS
 from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
 
-TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed
+TIMES = "of diffusers 0.42"  # times of a sampler's steps, in every installed version
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
-STRAIGHT = (  # classes of diffusers made for straight paths: they take the velocity
+STRAIGHT = (  # classes of diffusers for straight paths, whose step takes the velocity
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
 )
-RESHAPING = (  # options that give a scheduler other noise levels
+RESHAPING = (  # options that change the noise levels of a scheduler
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas"),
     *("use_dynamic_shifting", "shift_terminal", "trained_betas", "rescale_betas_zero_snr"),
 )
@@ -124,7 +124,7 @@ def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
     )
 
 
-@cache  # diffusers looks through the signatures of 16 classes each time: 2 ms
+@cache  # diffusers reads the signatures of 16 classes each time: 2 ms
 def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochastic: bool) -> Any:
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
     if name in STRAIGHT:
@@ -134,7 +134,7 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Images are not clipped, whatever class takes this over.
+        # No class that takes this config over clips images.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
         options |= {"variance_type": "fixed_large"} if stochastic else {}  # where it is not learned
     if not hasattr(diffusers, name):
@@ -146,26 +146,28 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
 
 
 def matches_flow(scheduler: Any) -> bool:
-    """Whether it is one of those made for straight paths."""
+    """Whether a scheduler is one of diffusers for straight paths."""
     return any(kind.__name__ in STRAIGHT for kind in type(scheduler).__mro__)
 
 
 def is_ddpm(scheduler: Any) -> bool:
-    """Whether its steps are taken by `variance.ancestral`: that of diffusers adds noise to the finished image."""
+    """Whether `variance.ancestral` replaces a scheduler's step: that of diffusers adds noise to the finished image."""
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
 def setting(scheduler: Any, name: str) -> Any:
-    """The value of an option of the scheduler's class, else None. Its config alone does not say: `from_config` keeps
-    the unused options of the class that it is swapped for."""
+    """The value of an option of the scheduler's class; None where the class has no such option.
+
+    The config alone is not enough: `from_config` keeps unused options of the class that was replaced.
+    """
     return scheduler.config.get(name) if name in signature(type(scheduler).__init__).parameters else None
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
     """Begin again, with this number of steps."""
     if matches_flow(scheduler):
-        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
-        # velocity is 1000 times its error, and Heun's correction with it.
+        # Even steps of 1/steps down to zero. By default the last but one ends at 1/1000, where the velocity, and with
+        # it Heun's correction, is 1000 times the error of the image.
         scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
     if (own := _own_steps(scheduler, steps)) is not None:
@@ -174,14 +176,14 @@ def set_steps(scheduler: Any, steps: int) -> None:
         if sigmas is not None:
             scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
+        scheduler.set_begin_index(0)  # else it looks up its place by a time that rounding may repeat
 
 
 def _own_steps(scheduler: Any, steps: int) -> Steps | None:
-    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as diffusers 0.42 spaces them.
+    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as in diffusers 0.42.
 
-    Versions differ (UniPC's second of 25 flow steps is 960 in 0.42, 959 in 0.35), and samples must not. None where an
-    option asks for other steps than these.
+    Versions differ: UniPC's second of 25 flow steps is 960 in 0.42 and 959 in 0.35. None where an option of the
+    scheduler asks for other steps.
     """
     spaced = SPACED.get(type(scheduler).__name__)
     if spaced is None or any(setting(scheduler, key) for key in RESHAPING):
@@ -198,7 +200,7 @@ def _flow_steps(scheduler: Any, steps: int) -> Steps:
 
 
 def _heun_steps(scheduler: Any, steps: int) -> Steps:
-    """A Heun step ends with a call at the next time."""
+    """Each Heun step ends with a network call at the next time."""
     times, levels = (each.repeat(2)[1:] for each in _flow_steps(scheduler, steps) if each is not None)
     return times, levels
 
@@ -212,7 +214,7 @@ def _unipc_steps(scheduler: Any, steps: int) -> Steps:
 
 
 def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
-    """Steps of either path; `straight` are the levels of a straight one, from steps + 1 even ones."""
+    """Steps on either path; `straight` picks the levels of a straight path from steps + 1 even ones."""
     config = scheduler.config
     total = config.num_train_timesteps
     if setting(scheduler, "use_flow_sigmas"):
@@ -245,7 +247,7 @@ def _shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
 
 
 def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) -> NDArray[np.int64]:
-    """Times of the ddpm path from the noisy end; `last`: the first time of all is one of them, else the one before."""
+    """Times of the ddpm path from the noisy end; `last`: whether the cleanest of evenly spaced times is one of them."""
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round().astype(np.int64) - 1
     points = steps + (not last)
@@ -255,13 +257,13 @@ def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) ->
 
 
 def time_of(scheduler: Any, path: str, number: int) -> float:
-    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself."""
+    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are t without rounding."""
     exact = path == "flow" and hasattr(scheduler, "sigmas")
     return float(scheduler.sigmas[number] if exact else scheduler.timesteps[number] / DDPM_STEPS)
 
 
 def wanted_by(scheduler: Any) -> str:
-    """The prediction that its step takes."""
+    """The quantity that a scheduler's step takes."""
     if own := "image" if is_ddpm(scheduler) else getattr(scheduler, "prediction", None):
         return str(own)
     return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]

@@ -39,13 +39,15 @@ def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
-def small_model(stages: str = "inner*2 outer*2", /, *, inner: dict | None = None, **keys) -> ModelConfig:
+def small_model(
+    stages: str = "inner*2 outer*2", /, *, inner: dict | None = None, outer: dict | None = None, **keys
+) -> ModelConfig:
     """16x8 images (not square), p=4, s=2, D=32, E=16: T=8 patches of S=4 sub-patches."""
     defaults = {"image_size": (16, 8), "channels": 3, "patch_size": 4, "num_classes": 5}
     return ModelConfig(
         **{**defaults, **keys},
         stages=stages,
-        outer=OuterConfig(width=32, num_heads=4),
+        outer=OuterConfig(**{"width": 32, "num_heads": 4, **(outer or {})}),
         inner=InnerConfig(**{"sub_patch": 2, "width": 16, "num_heads": 2, **(inner or {})}),
     )
 

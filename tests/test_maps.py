@@ -303,7 +303,7 @@ def test_the_size_of_a_plan_is_that_of_what_is_kept():
 def test_a_plan_that_drops_heads_keeps_their_mean(monkeypatch):
     full = maps_of("inner*2 outer")
     monkeypatch.setattr(
-        recording, "make_plan", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False))
+        recording, "plan_maps", lambda *a: replace(full.plan, inner=replace(full.plan.inner, heads=False))
     )
     mean = maps_of("inner*2 outer")
     np.testing.assert_allclose(mean.inner.inside[:, :, :, 0], full.inner.inside.mean(3), rtol=1e-5, atol=1e-6)

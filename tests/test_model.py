@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig
@@ -20,6 +21,7 @@ from dit_in_dit.model.embed import EMBEDS, ConvEmbed, Cut, InnerUnpatch, LinearE
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.norms import NORMS, RmsNorm
 
 GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"
 PROGRAMS = ("inner*2 outer*2", "(inner outer*2)*2", "outer*2 inner*2", "inner outer*2 inner", "outer*2")
@@ -30,6 +32,7 @@ TABLES = {
     "condition": CONDITIONS,
     "spread": SPREADS,
     "fuse": FUSIONS,
+    "norm": NORMS,
 }
 
 
@@ -43,8 +46,10 @@ def choices(section: type) -> dict[str, tuple]:
 
 CHOICES = choices(InnerConfig)
 # Arguments of `small_model`: every value of every choice, those that a later version adds included.
-EVERY_CHOICE = [{"inner": {key: value}} for key, values in CHOICES.items() for value in values] + [
-    {key: value} for key, values in choices(ModelConfig).items() for value in values
+EVERY_CHOICE = [
+    *({"inner": {key: value}} for key, values in CHOICES.items() for value in values),
+    *({"outer": {key: value}} for key, values in choices(OuterConfig).items() for value in values),
+    *({key: value} for key, values in choices(ModelConfig).items() for value in values),
 ]
 
 
@@ -353,6 +358,17 @@ def test_the_share_of_an_interpolation_follows_time_and_channel():
     assert share.std(dim=(1, 2)).max() < 1e-4  # one for all sub-patches of an image
     assert (share[0] - share[1]).abs().max() > 1e-3
     assert share[1, 0, 0].std() > 1e-3
+
+
+def test_rms_norm_is_its_formula_and_the_blocks_of_a_level_have_it():
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    norm = RmsNorm(8, 1e-6).double()
+    nn.init.normal_(norm.weight)
+    torch.testing.assert_close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    model = NestedDiT(small_model("(inner outer)*2 inner", inner={"norm": "rms"}))
+    weights = [name for name, _ in model.named_parameters() if "norm" in name]
+    assert len(weights) == 3 * 2 + 1  # two a block, one of the head
+    assert all(name.startswith("inner") for name in weights)
 
 
 @pytest.mark.parametrize("stages", PROGRAMS)

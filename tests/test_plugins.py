@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ import torch
 
 import dit_in_dit
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.config import choices, facts, plugins
+from dit_in_dit.config import choices, facts, plugins, presets
 from dit_in_dit.config.errors import PluginWarning, UserError
+from dit_in_dit.config.run import RunConfig, config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.metrics.metric import METRICS
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, Mean
@@ -64,6 +68,7 @@ def settings() -> list[str]:
         *SMALL,
         "data.source=dots",
         "train.optimizer=momentum",
+        "plugins.softmax.temperature=0.5",
         "model.stages=(inner outer)*2",
         "model.depth=null",
     ]
@@ -83,15 +88,16 @@ def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded():
     """The user's classes in this process, for one test."""
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
-    known = dict(plugins._loaded)
+    known, keys = dict(plugins._loaded), dict(choices.PLUGIN_KEYS)
     plugins.load_plugin(str(IDEA))
     sys.modules.pop(IDEA.stem)  # run anew in each test
     yield
     for kind, entries in before.items():
         choices.table(kind).clear()
         choices.table(kind).update(entries)
-    plugins._loaded.clear()
-    plugins._loaded.update(known)
+    for current, past in ((plugins._loaded, known), (choices.PLUGIN_KEYS, keys)):
+        current.clear()
+        current.update(past)
 
 
 def test_a_run_with_a_users_parts_resumes_bit_for_bit_with_loader_workers(run, settings, tmp_path):
@@ -126,11 +132,12 @@ def test_every_command_takes_it(run, settings, tmp_path):
 def test_a_study_on_two_workers_takes_it(settings, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(command("config", *settings))
-    study = {"base": str(base), "arms": {"mine": {}, "mean": {"model.inner.aggregate": "mean"}}, "seeds": [0]}
+    arms = {"mine": {}, "hot": {"plugins.softmax.temperature": 2}, "mean": {"model.inner.aggregate": "mean"}}
+    study = {"base": str(base), "arms": arms, "seeds": [0]}
     study |= {"budget": {"steps": 4}, "match": "none", "samples": 4, "primary": "held_out.0.2.whole"}
     (tmp_path / "study.yaml").write_text(json.dumps(study))
     command("study", "run", tmp_path / "study.yaml", "--workers", "2", "--out", tmp_path / "out", "--device", "cpu")
-    assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 2
+    assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 3
 
 
 def test_a_pipeline_carries_no_class_of_a_users(run, tmp_path):
@@ -209,6 +216,68 @@ def test_register_names_what_is_wrong(loaded):
             dit_in_dit.register(*arguments)
 
 
+def small_run(*assignments):
+    return override(presets.get("emoji"), [*SMALL, "sample.sampler=heun", *assignments])
+
+
+def test_keys_of_a_users_class_reach_it_and_the_hash(loaded):
+    plain, mine = small_run(), small_run("model.inner.aggregate=softmax")
+    assert "plugins" not in to_yaml(plain)
+    assert mine.plugins["softmax"].temperature == 1
+    hot = override(mine, ["plugins.softmax.temperature=2"])
+    assert AGGREGATORS["softmax"](hot.model).temperature == 2
+    assert config_hash(hot) != config_hash(mine) != config_hash(plain)
+    assert first_difference(mine, hot) == "plugins.softmax.temperature is 1.0, not 2.0"
+    text = to_yaml(hot, meanings=True)
+    assert re.search(r"temperature: 2.0 +# divides the scores", text)
+    assert from_yaml(text) == hot == RunConfig.from_dict(to_dict(hot))
+    assert override(plain, ["model.inner.aggregate=softmax", "plugins.softmax.temperature=2"]) == hot
+
+
+def test_a_config_file_without_the_plug_in_of_its_keys_says_so():
+    text = to_yaml(small_run()) + "plugins: {softmax: {temperature: 2}}"
+    with pytest.raises(UserError, match=r"unknown key 'plugins\.softmax': name the plug-in that has it with --plugin"):
+        from_yaml(text)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("plugins.softmax.temperature=0", r"plugins\.softmax\.temperature must be from 0\.01 to 100: got 0"),
+        ("plugins.softmax.temperature=hot", r"plugins\.softmax\.temperature must be a finite number: got 'hot'"),
+        (
+            "plugins.softmax.temprature=1",
+            r"'plugins\.softmax\.temprature'; did you mean 'plugins\.softmax\.temperature'",
+        ),
+        ("plugins.sofmax.temperature=1", r"'plugins\.sofmax\.temperature'; did you mean"),
+        ("plugins.softmax=1", r"plugins\.softmax must be a group of keys: got '1'"),
+        ("plugins=1", "plugins must be a group of keys: got '1'"),
+    ],
+)
+def test_a_wrong_key_of_a_users_class_is_one_line(assignment, said, loaded):
+    with pytest.raises(UserError, match=said):
+        small_run("model.inner.aggregate=softmax", assignment)
+
+
+def test_register_names_what_is_wrong_with_keys(loaded):
+    @dataclass(frozen=True)
+    class Other(Section):
+        other: int = key(1, "a number")
+
+    @dataclass(frozen=True)
+    class Needed(Section):
+        needed: int
+
+    for kind, name, keys, said in (
+        ("metric", "contrast", Other, "a metric has no keys of its own"),
+        ("aggregate", "softmax", dict, r"must be a class with the base dit_in_dit\.config\.schema\.Section"),
+        ("aggregate", "softmax", Other, r"plugins\.softmax is there already"),
+        ("mixer", "shift", Needed, "each of the keys of 'shift' must have a default"),
+    ):
+        with pytest.raises(UserError, match=said):
+            dit_in_dit.register(kind, name, choices.table(kind)[name], keys=keys)
+
+
 def test_an_unknown_name_says_how_one_joins():
     with pytest.raises(UserError, match=r"must be one of mean, .*--plugin\): got 'softmax'"):
         small_model(inner={"aggregate": "softmax"})
@@ -224,7 +293,7 @@ def test_a_plug_in_that_is_none_is_one_line(tmp_path):
         (tmp_path / "absent.py", "no such file"),
         (broken, "ends with ZeroDivisionError"),
         (tmp_path / "leaving_idea.py", "ends with SystemExit"),
-        (tmp_path / "random.py", "a module named 'random' is there already"),
+        (tmp_path / "random.py", r"Python has a module 'random' already \(.*random\.py\): rename random\.py"),
         (tmp_path / "my-idea.py", "must be letters, digits and '_'"),
         ("nobody", "no installed package has an entry point 'nobody'"),
     ):

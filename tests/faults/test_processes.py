@@ -201,4 +201,4 @@ def test_a_process_that_dies_is_named(shared, tmp_path):
     assert found[1] == (False, "")
     good, why = found[0]
     assert not good
-    assert why.startswith("LostError: process 1 of 2 (pid ")
+    assert why.startswith("ProcessLostError: process 1 of 2 (pid ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import dit_in_dit
 from dit_in_dit.config.run import DataConfig, ModelConfig, TrainConfig
 from dit_in_dit.config.samplers import Sampler
+from dit_in_dit.config.schema import Section, key
 from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.metric import Images, Metric
@@ -21,11 +23,19 @@ from dit_in_dit.model.mixers import Mixer
 from dit_in_dit.training.optimizer import Groups
 
 
+@dataclass(frozen=True)
+class SoftmaxKeys(Section):
+    """How Softmax weighs."""
+
+    temperature: float = key(1.0, "divides the scores", low=0.01, high=100)
+
+
 class Softmax(Aggregator):
     """Sub-patches weighed by a softmax over a learned score of each; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        self.temperature = model.plugins["softmax"].temperature
         self.score = nn.Linear(model.inner.width, 1)
         self.proj = nn.Linear(model.inner.width, model.outer.width)
 
@@ -37,7 +47,7 @@ class Softmax(Aggregator):
 
     def weights(self, inner: Tensor) -> Tensor:
         """(N, T, 1, S), rows sum to one."""
-        return self.score(inner).transpose(-1, -2).softmax(-1)
+        return (self.score(inner).transpose(-1, -2) / self.temperature).softmax(-1)
 
     def forward(self, inner: Tensor) -> Tensor:
         return self.proj((self.weights(inner) @ inner).squeeze(2))
@@ -181,7 +191,7 @@ dit_in_dit.register("source", "dots", Dots)
 dit_in_dit.register("optimizer", "momentum", momentum)
 dit_in_dit.register("sampler", "even", Sampler({"flow": EvenSteps}, spacings=()))
 dit_in_dit.register("metric", "contrast", Metric("contrast", "Mine", "zero", contrast))
-dit_in_dit.register("aggregate", "softmax", Softmax)
+dit_in_dit.register("aggregate", "softmax", Softmax, keys=SoftmaxKeys)
 dit_in_dit.register("mixer", "shift", Shift)
 dit_in_dit.register("fuse", "doubled", Doubled)
 dit_in_dit.register("embed", "flat", Flat)

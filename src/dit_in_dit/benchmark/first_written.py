@@ -160,6 +160,9 @@ def check_first_written(model: ModelConfig) -> None:
     """UserError where the config has what came later."""
     if model.qk_norm:
         raise UserError("as first written there is model.qk_norm=false: got true")
+    for level in (model.outer, model.inner):
+        if level.norm != "layer":
+            raise UserError(f"as first written there is {level.prefix}.norm=layer: got {level.norm}")
     if not model.blocks("inner"):
         return
     for name, first in {"mixer": "patch", "condition": "image", "spread": "add"}.items():

@@ -5,25 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NoReturn
 
 from dit_in_dit import __version__
-from dit_in_dit.cli import (
-    bench,
-    convert,
-    curves,
-    doctor,
-    encode,
-    evaluate,
-    inspect,
-    maps,
-    match,
-    recipe,
-    sample,
-    study,
-    train,
-    verify_resume,
-)
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import LeftOutWarning, PluginWarning, UserError, hide_passwords, one_line
@@ -31,6 +17,10 @@ from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
 from dit_in_dit.runtime.process import is_main
 
+ORDER = (  # of the help; a module of this folder that is not here comes after them
+    *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),
+    *("curves", "doctor", "maps", "match", "study", "bench", "verify_resume"),
+)
 _python_line = warnings.formatwarning
 
 
@@ -38,9 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on stderr and exit code 2."""
     warnings.formatwarning = _line
     try:
-        for plugin in plugins.given(sys.argv[1:] if arguments is None else arguments):
-            plugins.load_plugin(plugin)
         options = parser().parse_args(arguments)
+        for plugin in getattr(options, "plugin", ()):
+            plugins.load_plugin(plugin)
         options.run(options)
     except UserError as error:
         _refuse("" if error.quiet else str(error), error.code)
@@ -78,10 +68,7 @@ def parser() -> Parser:
     made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
     made.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
     commands = Commands(made)
-    rooms = (
-        *(inspect, recipe, encode, convert, train, sample, evaluate),
-        *(curves, doctor, maps, match, study, bench, verify_resume),
-    )
-    for room in rooms:
-        room.add(commands)
+    modules = {module.name for module in iter_modules(__path__)} - {"options"}
+    for name in sorted(modules, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
+        import_module(f"{__name__}.{name}").add(commands)
     return made

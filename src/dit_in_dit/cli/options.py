@@ -43,7 +43,7 @@ class Commands:
         made.add_argument(
             "--plugin",
             action="append",
-            default=[],
+            default=argparse.SUPPRESS,
             metavar="FILE.py|NAME",
             help="load classes of your own from a file or an installed package (CONTRIBUTING.md); repeatable",
         )

@@ -31,14 +31,14 @@ class Kind:
     """A kind of choice.
 
     Attributes:
-        key: the config key that names one; empty where a command or a study does.
+        keys: the config keys that name one; none where a command or a study does.
         module: where its table is.
         table: name of the table, a dictionary.
         base: name of the class that states what a choice must offer; empty: anything that can be called.
         instance: whether the table holds instances of the base, not classes.
     """
 
-    key: str
+    keys: tuple[str, ...]
     module: str
     table: str
     base: str = ""
@@ -46,34 +46,38 @@ class Kind:
 
 
 KINDS = {
-    "embed": Kind("model.inner.embed", "model.embed", "EMBEDS", "Embed"),
-    "aggregate": Kind("model.inner.aggregate", "model.aggregate", "AGGREGATORS", "Aggregator"),
-    "mixer": Kind("model.inner.mixer", "model.mixers", "MIXERS", "Mixer"),
-    "condition": Kind("model.inner.condition", "model.condition", "CONDITIONS", "Condition"),
-    "fuse": Kind("model.inner.fuse", "model.aggregate", "FUSIONS", "Fusion"),
-    "spread": Kind("model.inner.spread", "model.aggregate", "SPREADS", "Spread"),
-    "path": Kind("diffusion.path", "diffusion.path", "PATHS"),
-    "predict": Kind("diffusion.predict", "diffusion.path", "QUANTITIES"),
-    "weight": Kind("diffusion.weight", "diffusion.objective", "LOSS_WEIGHTS"),
-    "time": Kind("diffusion.time", "diffusion.objective", "TIME_DISTRIBUTIONS"),
-    "sampler": Kind("sample.sampler", "config.samplers", "SAMPLERS", "Sampler", instance=True),
-    "optimizer": Kind("train.optimizer", "training.optimizer", "OPTIMIZERS"),
-    "source": Kind("", "data.sources", "SOURCES", "Source"),
-    "metric": Kind("", "metrics.metric", "METRICS", "Metric", instance=True),
-    "tracker": Kind("", "training.trackers", "TRACKERS"),
+    "embed": Kind(("model.inner.embed",), "model.embed", "EMBEDS", "Embed"),
+    "aggregate": Kind(("model.inner.aggregate",), "model.aggregate", "AGGREGATORS", "Aggregator"),
+    "mixer": Kind(("model.inner.mixer",), "model.mixers", "MIXERS", "Mixer"),
+    "condition": Kind(("model.inner.condition",), "model.condition", "CONDITIONS", "Condition"),
+    "fuse": Kind(("model.inner.fuse",), "model.aggregate", "FUSIONS", "Fusion"),
+    "spread": Kind(("model.inner.spread",), "model.aggregate", "SPREADS", "Spread"),
+    "norm": Kind(("model.outer.norm", "model.inner.norm"), "model.norms", "NORMS", "Norm"),
+    "path": Kind(("diffusion.path",), "diffusion.path", "PATHS"),
+    "predict": Kind(("diffusion.predict",), "diffusion.path", "QUANTITIES"),
+    "weight": Kind(("diffusion.weight",), "diffusion.objective", "LOSS_WEIGHTS"),
+    "time": Kind(("diffusion.time",), "diffusion.objective", "TIME_DISTRIBUTIONS"),
+    "sampler": Kind(("sample.sampler",), "config.samplers", "SAMPLERS", "Sampler", instance=True),
+    "optimizer": Kind(("train.optimizer",), "training.optimizer", "OPTIMIZERS"),
+    "source": Kind((), "data.sources", "SOURCES", "Source"),
+    "metric": Kind((), "metrics.metric", "METRICS", "Metric", instance=True),
+    "tracker": Kind((), "training.trackers", "TRACKERS"),
 }
-KEYS = {kind.key: name for name, kind in KINDS.items() if kind.key}
-PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread")  # whose classes a model is made of
+KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}
+PLUGIN_KEYS: dict[str, Any] = {}  # the section of config keys that a user's class declares, by the name of its choice
+PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # whose classes a model is made of
 
 
-def register(kind: str, name: str, thing: Any) -> None:
+def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
     """Add a class or function to a table: the config key of that kind then takes its name.
 
     Args:
-        kind: embed, aggregate, mixer, condition, fuse, spread, path, predict, weight, time, sampler, optimizer, source,
-            metric, tracker.
+        kind: embed, aggregate, mixer, condition, fuse, spread, norm, path, predict, weight, time, sampler, optimizer,
+            source, metric, tracker.
         name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
         thing: a class with the base of its kind, a `Sampler`, a `Metric`, or a function.
+        keys: config keys of its own, a `config.schema.Section`: `plugins.NAME` sets them, and `plugins["NAME"]` of the
+            group of keys that `thing` is given reads them. For model parts, optimizers and sources.
 
     Raises:
         UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
@@ -86,6 +90,10 @@ def register(kind: str, name: str, thing: Any) -> None:
     if name in entries and not _is_same(entries[name], thing):
         raise UserError(f"register: the {kind} {name!r} is there already: choose another name")
     _check_contract(kind, name, thing)
+    if keys is not None:
+        _check_keys(kind, name, keys)
+        keys.prefix = f"plugins.{name}"
+        PLUGIN_KEYS[name] = keys
     entries[name] = thing
 
 
@@ -93,6 +101,11 @@ def table(kind: str) -> dict[str, Any]:
     """The table of a kind, by name."""
     entries: dict[str, Any] = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].table)
     return entries
+
+
+def plugin_keys() -> dict[str, Any]:
+    """The section of keys that each registered name declares, for those that declare one."""
+    return PLUGIN_KEYS
 
 
 def is_choice(key: str) -> bool:
@@ -111,9 +124,8 @@ def check_travels(values: Mapping[str, Any]) -> None:
     Args:
         values: every key of a config with its value.
     """
-    for kind in PARTS:
-        key = KINDS[kind].key
-        made = table(kind)[values[key]]
+    for key in (key for kind in PARTS for key in KINDS[kind].keys):
+        made = table(KEYS[key])[values[key]]
         if made is not None and made.__module__.split(".")[0] != PACKAGE:
             raise UserError(
                 f"a pipeline carries the package's own code, and {key}={values[key]} is a plug-in's: "
@@ -153,6 +165,25 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
     unwritten = {"forward"} if kind in PARTS and getattr(thing, "forward", 0) is getattr(base, "forward", 1) else set()
     if lacks := sorted({*getattr(thing, "__abstractmethods__", ()), *unwritten}):
         raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: write it")
+
+
+def _check_keys(kind: str, name: str, keys: Any) -> None:
+    from dit_in_dit.config.schema import Section  # which imports this module
+
+    if kind not in (*PARTS, "optimizer", "source"):
+        raise UserError(f"register: a {kind} has no keys of its own: leave out keys")
+    if not (inspect.isclass(keys) and issubclass(keys, Section)):
+        raise UserError(
+            f"register: the keys of {name!r} must be a class with the base dit_in_dit.config.schema.Section"
+        )
+    if keys.prefix not in ("", f"plugins.{name}"):
+        raise UserError(f"register: these keys are {keys.prefix}'s: give {name!r} a class of its own")
+    if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
+        raise UserError(f"register: plugins.{name} is there already: choose another name")
+    try:
+        keys()
+    except TypeError as error:
+        raise UserError(f"register: each of the keys of {name!r} must have a default: {truncate(error, 80)}") from None
 
 
 def _is_same(one: Any, other: Any) -> bool:

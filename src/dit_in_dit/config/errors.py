@@ -27,6 +27,8 @@ class PluginWarning(UserWarning):
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""
     known = sorted(set(names))
+    if not known:
+        return ""
     close = difflib.get_close_matches(name[:LINE], known, n=3, cutoff=0.0)
     if close and difflib.SequenceMatcher(None, name[:LINE], close[0]).ratio() >= 0.6:
         return f"; did you mean {close[0]!r}?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -81,17 +81,6 @@ def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def given(words: Sequence[str]) -> Iterable[str]:
-    """What `--plugin` names on a command line, before the rest of it is read: a plug-in adds to what that may say."""
-    for place, word in enumerate(words):
-        if word == "--":
-            return
-        if word == "--plugin" and place + 1 < len(words):
-            yield words[place + 1]
-        elif word.startswith("--plugin="):
-            yield word.removeprefix("--plugin=")
-
-
 def _module_of(path: Path) -> str:
     """The name under which a file can be imported, by this process and by those that it starts: its folder goes to the
     end of the search path, so that nothing installed is hidden."""
@@ -103,7 +92,8 @@ def _module_of(path: Path) -> str:
         sys.path.append(str(path.parent))
     found = find_spec(path.stem)
     if found is None or found.origin is None or Path(found.origin).resolve() != path:
-        raise UserError(f"--plugin: a module named {path.stem!r} is there already: rename {path.name}")
+        place = f" ({truncate(found.origin, 60)})" if found and found.origin else ""
+        raise UserError(f"--plugin: Python has a module {path.stem!r} already{place}: rename {path.name}")
     return path.stem
 
 

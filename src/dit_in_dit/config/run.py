@@ -7,17 +7,17 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
 
-from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
+from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
-from dit_in_dit.config.schema import Section, key, keys, to_dict, to_hash
+from dit_in_dit.config.schema import PluginKeys, Section, key, keys, to_dict, to_hash
 from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
 
@@ -29,6 +29,9 @@ class OuterConfig(Section):
     width: int = key(384, "width of the tokens (D of outer, E of inner ones)", low=1, high=65536)
     num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
     mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+    norm: Literal["layer", "rms"] = key(
+        "layer", "norm of blocks and head: layer (no parameters), rms (a learned weight per channel)", added=2
+    )
 
     def check(self) -> None:
         if self.width % self.num_heads:
@@ -70,6 +73,7 @@ class InnerConfig(OuterConfig):
 @dataclass(frozen=True)
 class ModelConfig(Section):
     prefix: ClassVar[str] = "model"
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
     image_size: tuple[int, int] = key((32, 32), "height and width, or one number for both", low=1, high=65536)
     channels: int = key(3, "channels of the image or latent", low=1, high=4096)
     patch_size: int = key(8, "patch size p in pixels; divides height and width", low=1, high=4096)
@@ -192,6 +196,7 @@ class DiffusionConfig(Section):
 @dataclass(frozen=True)
 class DataConfig(Section):
     prefix: ClassVar[str] = "data"
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
     source: str = key(
         "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
     )
@@ -226,6 +231,7 @@ class RateConfig(Section):
 @dataclass(frozen=True)
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
     steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
@@ -325,6 +331,16 @@ class RunConfig(Section):
     data: DataConfig = key(DataConfig, "the images")
     train: TrainConfig = key(TrainConfig, "the training loop")
     sample: SampleConfig = key(SampleConfig, "how images are drawn")
+    plugins: PluginKeys = key(PluginKeys(), "keys of your own classes, by the name of each (--plugin)", added=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values = {name: value for name, _, value in keys(self)}
+        names = [values[name] for name in KEYS] + [self.data.source.partition(":")[0]]
+        object.__setattr__(self, "plugins", self.plugins.including(names))
+        for group in ("model", "data", "train"):
+            if getattr(self, group).plugins != self.plugins:
+                object.__setattr__(self, group, replace(getattr(self, group), plugins=self.plugins))
 
     def check(self) -> None:
         check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
@@ -374,8 +390,9 @@ def _run(values: Any, what: str) -> RunConfig:
 
 def first_difference(stored: RunConfig, given: RunConfig) -> str:
     """The first key in which two configs differ, with both values; empty when they are equal."""
-    for (name, _, a), (_, _, b) in zip(keys(stored), keys(given), strict=True):
-        if a != b and not isinstance(a, Section):
+    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, given))
+    for name in before | now:
+        if (a := before.get(name)) != (b := now.get(name)) and not isinstance(a, Section):
             return f"{name} is {a}, not {b}"
     return ""
 
@@ -409,14 +426,14 @@ def assigned(assignment: str) -> tuple[str, Any]:
 
 def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The config with other values at some dotted keys, set together. Raises UserError."""
-    values, known = to_dict(config), RunConfig.names()
+    values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
     for name, value in changes.items():
         if name not in known:
             raise UserError(f"unknown key {name!r}{did_you_mean(name, known)}")
         *groups, last = name.split(".")
         target = values
         for group in groups:
-            target = target[group]
+            target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise UserError(
                     f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dit_in_dit.config.choices import choice_names, is_choice
+from dit_in_dit.config.choices import choice_names, is_choice, plugin_keys
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
@@ -40,7 +40,7 @@ class Section:
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes the __hash__ of instances for the class's
-        for f in fields(self):
+        for f in _fields(self):
             name = f"{self.prefix}.{f.name}" if self.prefix else f.name
             value = _typed(getattr(self, f.name), hints[f.name], name)
             low, high = f.metadata["low"], f.metadata["high"]
@@ -56,7 +56,7 @@ class Section:
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         """Build from nested mappings; an unknown key is an error that names the nearest known one."""
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in _fields(cls)}
         for name in values:
             if name not in known:
                 full = f"{cls.prefix}.{truncate(name)}" if cls.prefix else truncate(name)
@@ -67,6 +67,62 @@ class Section:
     def names(cls) -> list[str]:
         """Dotted keys of this section and of the groups below it: those that an unknown one may have meant."""
         return [name for name, _, _ in keys(cls(), f"{cls.prefix}." if cls.prefix else "")]
+
+    def items(self) -> Iterator[tuple[str, str, Any]]:
+        """(key, meaning, value) of every key of this section."""
+        for f in _fields(self):
+            yield f.name, f.metadata["meaning"], getattr(self, f.name)
+
+
+@dataclass(frozen=True)
+class PluginKeys(Section):
+    """Keys of users' own classes: a section for each name that a plug-in registered with keys.
+
+    `model.plugins["max"]` in a class that was registered as `max` gives its section; the groups `data`, `train` and
+    `sample` have `plugins` too.
+    """
+
+    prefix: ClassVar[str] = "plugins"
+    sections: tuple[tuple[str, Section], ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.sections).get(name) or plugin_keys()[name]()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PluginKeys:
+        """Build from a mapping for each name. Raises UserError."""
+        registered = plugin_keys()
+        for name, section in values.items():
+            if name not in registered:
+                raise UserError(
+                    f"unknown key 'plugins.{truncate(name)}'{did_you_mean(str(name), registered)}: "
+                    "name the plug-in that has it with --plugin"
+                )
+            if not isinstance(section, Mapping):
+                raise UserError(f"plugins.{name} must be a group of keys: got {truncate(section, 60)!r}")
+        return cls(tuple((name, registered[name].from_dict(section)) for name, section in values.items()))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Dotted keys of the loaded plug-ins."""
+        full = PluginKeys().including(plugin_keys())
+        return [name for name, _, _ in keys(full, f"{cls.prefix}.")]
+
+    def items(self) -> Iterator[tuple[str, str, Any]]:
+        """(name, meaning, section) of every section."""
+        for name, section in self.sections:
+            yield name, (type(section).__doc__ or "").partition("\n")[0], section
+
+    def including(self, names: Iterable[str]) -> PluginKeys:
+        """These sections, and the defaults of those of `names` that have keys and no section yet."""
+        known, registered = dict(self.sections), plugin_keys()
+        missing = sorted({name for name in names if name in registered and name not in known})
+        return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))
+
+
+def _fields(section: Any) -> list[Field[Any]]:
+    """The fields of a section, or of its class, that are keys."""
+    return [f for f in fields(section) if "meaning" in f.metadata]
 
 
 @cache
@@ -144,23 +200,22 @@ def _spell(hint: Any) -> str:
 
 def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """(dotted key, meaning, value) of every key below a section, groups included."""
-    for f in fields(section):
-        value = getattr(section, f.name)
-        yield prefix + f.name, f.metadata["meaning"], value
+    for name, meaning, value in section.items():
+        yield prefix + name, meaning, value
         if isinstance(value, Section):
-            yield from keys(value, f"{prefix}{f.name}.")
+            yield from keys(value, f"{prefix}{name}.")
 
 
 def to_hash(config: Section) -> dict[str, Any]:
     """`to_dict` without later keys that still have their default."""
     plain = to_dict(config)
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.metadata.get("added", 1) > 1 and value == _default(f):
-            del plain[f.name]
-        elif isinstance(value, Section):
-            plain[f.name] = to_hash(value)
-    return plain
+    for f in _fields(config):
+        if f.metadata["added"] > 1 and getattr(config, f.name) == _default(f):
+            plain.pop(f.name, None)
+    return {
+        **plain,
+        **{name: to_hash(value) for name, _, value in config.items() if name in plain and isinstance(value, Section)},
+    }
 
 
 def _default(f: Field[Any]) -> Any:
@@ -168,6 +223,9 @@ def _default(f: Field[Any]) -> Any:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain values, as JSON and YAML hold them."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
+    """Nested plain values, as JSON and YAML hold them; keys of plug-ins are left out where there are none."""
+    return {
+        name: to_dict(value) if isinstance(value, Section) else json.loads(json.dumps(value, default=asdict))
+        for name, _, value in config.items()
+        if value != PluginKeys()
+    }

@@ -114,6 +114,7 @@ def _fits_theirs(config: RunConfig) -> bool:
     plain = (
         not config.model.blocks("inner")
         and not config.model.qk_norm
+        and config.model.outer.norm == "layer"
         and config.model.image_size[0] == config.model.image_size[1]
     )
     return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
@@ -174,6 +175,8 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
+    if model.outer.norm != "layer":
+        raise UserError(f"{run} has model.outer.norm={model.outer.norm}, an official DiT layer: use --format pipeline")
     saved = Checkpoint.open(run)
     ours, kept = saved.weights(averaged=averaged), saved.state().get(KEPT)
     check_weights(ours, str(run))

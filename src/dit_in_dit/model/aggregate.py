@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.layers import Modulation, attend, attention_weights, norm, sincos
+from dit_in_dit.model.layers import Modulation, attend, attention_weights, layer_norm, sincos
 
 
 def _widen(model: ModelConfig) -> nn.Module:
@@ -115,7 +115,7 @@ class AttentionPool(Aggregator):
 
     def heads(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N*T, heads, 1, d), keys and values (N*T, heads, S, d)."""
-        kv = self.kv(norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
+        kv = self.kv(layer_norm(inner)).flatten(0, 1).unflatten(-1, (2, self.query.shape[0], -1))  # NT S 2 heads d
         k, v = (part.transpose(1, 2) for part in kv.unbind(2))
         return self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v
 
@@ -236,7 +236,7 @@ class AddSpread(Spread):
 
     def message(self, outer: Tensor) -> Tensor:
         """Messages to the sub-patches, (N, T, D) -> (N, T, S, E)."""
-        return self.proj(norm(outer)).unflatten(-1, (self.sub_patches, -1))
+        return self.proj(layer_norm(outer)).unflatten(-1, (self.sub_patches, -1))
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
         return inner + self.message(outer)

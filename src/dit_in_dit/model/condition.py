@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.layers import norm
+from dit_in_dit.model.layers import layer_norm
 
 TIME_FREQUENCIES = 256  # sinusoidal features of time, as in DiT
 
@@ -143,7 +143,7 @@ class PatchCondition(Condition):
         return model.patches
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:
-        return (c[:, None] + norm(outer))[:, :, None]
+        return (c[:, None] + layer_norm(outer))[:, :, None]
 
 
 class SubPatchCondition(Condition):
@@ -174,7 +174,7 @@ class SubPatchCondition(Condition):
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:
-        return self.proj(c[:, None] + norm(outer)).unflatten(-1, (self.sub_patches, -1))
+        return self.proj(c[:, None] + layer_norm(outer)).unflatten(-1, (self.sub_patches, -1))
 
 
 CONDITIONS: dict[str, type[Condition]] = {

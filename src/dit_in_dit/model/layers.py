@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_in_dit.model.gelu import Gelu
+from dit_in_dit.model.norms import EPS, LayerNorm, Norm
 from dit_in_dit.model.tiny import fits, tiny_attention
 
 # The longest groups that go to the Triton kernel, by device type. Empty: it has not been measured on any GPU yet.
@@ -16,7 +17,6 @@ TINY_UP_TO: dict[str, int] = {}
 # backward pass sums queries' gradients in a buffer of tokens in tiles of 128, and counts its numbers in 32 bits.
 LIMITED = frozenset({"cuda"})
 MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
-EPS = 1e-6  # DiT's, in every norm
 
 
 def most_sequences(heads: int, length: int, width: int) -> int:
@@ -110,9 +110,9 @@ class Modulation(nn.Module):
         return self.linear(F.silu(c)).chunk(self.count, dim=-1)
 
 
-def norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """LayerNorm over the width without parameters: adaLN brings scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the width without parameters, on the way between the levels."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -128,38 +128,56 @@ class Block(nn.Module):
     (N, T, S, K) for inner tokens (N, T, S, E).
     """
 
-    def __init__(self, width: int, condition: int, mix: nn.Module, mlp_ratio: float, mlp_norm_eps: float = EPS) -> None:
+    def __init__(
+        self,
+        width: int,
+        condition: int,
+        mix: nn.Module,
+        mlp_ratio: float,
+        *,
+        norm: type[Norm] = LayerNorm,
+        mlp_norm_eps: float = EPS,
+    ) -> None:
         super().__init__()
+        self.norm_mix, self.norm_mlp = norm(width), norm(width, mlp_norm_eps)
         self.branches = nn.ModuleDict({"mix": mix, "mlp": Mlp(width, int(width * mlp_ratio))})
-        self.mlp_norm_eps = mlp_norm_eps
         self.modulation = Modulation(condition, width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         mix, mlp = self.branches["mix"], self.branches["mlp"]
         shift_mix, scale_mix, gate_mix, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
-        x = torch.addcmul(x, gate_mix, mix(modulate(norm(x), shift_mix, scale_mix)))
-        return torch.addcmul(x, gate_mlp, mlp(modulate(norm(x, self.mlp_norm_eps), shift_mlp, scale_mlp)))
+        x = torch.addcmul(x, gate_mix, mix(modulate(self.norm_mix(x), shift_mix, scale_mix)))
+        return torch.addcmul(x, gate_mlp, mlp(modulate(self.norm_mlp(x), shift_mlp, scale_mlp)))
 
 
 class MlpBlock(nn.Module):
     """The adaLN-Zero block without mixing, where tokens do not see each other; shapes as `Block`."""
 
-    def __init__(self, width: int, condition: int, mlp_ratio: float, mlp_norm_eps: float = EPS) -> None:
+    def __init__(
+        self,
+        width: int,
+        condition: int,
+        mlp_ratio: float,
+        *,
+        norm: type[Norm] = LayerNorm,
+        mlp_norm_eps: float = EPS,
+    ) -> None:
         super().__init__()
+        self.norm_mlp = norm(width, mlp_norm_eps)
         self.branches = nn.ModuleDict({"mlp": Mlp(width, int(width * mlp_ratio))})
-        self.mlp_norm_eps = mlp_norm_eps
         self.modulation = Modulation(condition, width, 3)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(c)
-        return torch.addcmul(x, gate, self.branches["mlp"](modulate(norm(x, self.mlp_norm_eps), shift, scale)))
+        return torch.addcmul(x, gate, self.branches["mlp"](modulate(self.norm_mlp(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):
     """adaLN and a linear layer to pixels, both from zero; (..., D) and (..., K) -> (..., out)."""
 
-    def __init__(self, width: int, condition: int, out: int) -> None:
+    def __init__(self, width: int, condition: int, out: int, norm: type[Norm] = LayerNorm) -> None:
         super().__init__()
+        self.norm = norm(width)
         self.modulation = Modulation(condition, width, 2)
         self.linear = nn.Linear(width, out)
 
@@ -169,7 +187,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)
-        return self.linear(modulate(norm(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:

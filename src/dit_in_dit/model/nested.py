@@ -15,6 +15,7 @@ from dit_in_dit.model.condition import CONDITIONS, Condition, LabelEmbed, TimeEm
 from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
+from dit_in_dit.model.norms import NORMS
 
 AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
@@ -91,7 +92,8 @@ class OuterHead(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         width = model.outer.width
-        self.final = FinalLayer(width, width, model.patch_size**2 * model.out_channels)
+        out = model.patch_size**2 * model.out_channels
+        self.final = FinalLayer(width, width, out, NORMS[model.outer.norm])
         self.unpatch = OuterUnpatch(model)
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ class InnerHead(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.final = FinalLayer(model.inner.width, model.outer.width, model.inner.sub_patch**2 * model.out_channels)
+        out = model.inner.sub_patch**2 * model.out_channels
+        self.final = FinalLayer(model.inner.width, model.outer.width, out, NORMS[model.inner.norm])
         self.unpatch = InnerUnpatch(model)
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
@@ -220,15 +223,16 @@ def part_of(name: str) -> str:
 def _outer_block(model: ModelConfig) -> Block:
     outer = model.outer
     attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm)
-    return Block(outer.width, outer.width, attention, outer.mlp_ratio, model.mlp_norm_eps)
+    norm, eps = NORMS[outer.norm], model.mlp_norm_eps
+    return Block(outer.width, outer.width, attention, outer.mlp_ratio, norm=norm, mlp_norm_eps=eps)
 
 
 def _inner_block(model: ModelConfig) -> AnyBlock:
     inner, mixer = model.inner, MIXERS[model.inner.mixer]
-    rows = CONDITIONS[inner.condition].width(model)
+    rows, norm, eps = CONDITIONS[inner.condition].width(model), NORMS[inner.norm], model.mlp_norm_eps
     if mixer is None:
-        return MlpBlock(inner.width, rows, inner.mlp_ratio, model.mlp_norm_eps)
-    return Block(inner.width, rows, mixer(model), inner.mlp_ratio, model.mlp_norm_eps)
+        return MlpBlock(inner.width, rows, inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
+    return Block(inner.width, rows, mixer(model), inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
 
 
 def _take(blocks: Iterator[nn.Module], count: int) -> list[AnyBlock]:

@@ -226,7 +226,7 @@ def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable
 def _curves(run: Path) -> list[Path]:
     """Pictures of the run's curves; none where nothing can draw them."""
     try:
-        draw = import_module("dit_in_dit.curves.plots").draw
+        draw = import_module("dit_in_dit.curves.plots").draw_curves
     except ImportError:
         return []
     from dit_in_dit.curves.logs import arms, read_run

@@ -1,8 +1,14 @@
 """In place of `config.choices`: no class of a user's travels, so a choice is one of the package's own."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
+
+
+def plugin_keys() -> dict[str, Any]:
+    """The section of keys that each registered name declares: none here."""
+    return {}
 
 
 def is_choice(key: str) -> bool:

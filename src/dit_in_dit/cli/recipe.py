@@ -38,7 +38,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share above 0 and at most 1: got {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"must be above 0, and 1 at most: got {text[:40]!r}")
     return value
 
 

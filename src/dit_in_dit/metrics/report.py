@@ -167,8 +167,7 @@ def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any]
     for path, result in zip(paths[1:], results[1:], strict=True):
         if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
-                f"evaluations are compared under one protocol: {paths[0]} and {path} differ in {field}; "
-                "evaluate them alike"
+                f"{paths[0]} and {path} cannot be compared, their protocols differ in {field}; evaluate them alike"
             )
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     return [_label(r) for r in results], {name: [r["scores"].get(name) for r in results] for name in names}

@@ -32,7 +32,7 @@ from dit_in_dit.metrics.feature_networks import open_network
 
 
 def normal(count: int, dimension: int, seed: int = 0, *, shift: float = 0.0, scale: float = 1.0) -> np.ndarray:
-    """Rows of correlated normal numbers, float32 as networks give them."""
+    """Rows of correlated normal numbers, float32 as features are."""
     draw = np.random.default_rng(seed)
     mix = np.random.default_rng(9).normal(size=(dimension, dimension))
     return (shift + scale * draw.normal(size=(count, dimension)) @ mix).astype(np.float32)
@@ -43,7 +43,7 @@ def of(*sets: np.ndarray) -> list[Moments]:
 
 
 class Colours(nn.Module):
-    """Twelve features of an image (N, 3, 6, 6): what torchmetrics takes in Inception's place."""
+    """Twelve features of an image (N, 3, 6, 6), in place of Inception's in torchmetrics."""
 
     num_features = 12
 
@@ -59,7 +59,7 @@ class Colours(nn.Module):
 # Moments
 
 
-def test_moments_are_numpys():
+def test_moments_equal_those_of_numpy():
     rows = normal(1300, 7)
     found = feature_moments(np.array_split(rows, 5))
     assert found.count == 1300
@@ -75,7 +75,7 @@ def test_chunks_change_no_bit_of_the_moments(chunk):
     np.testing.assert_array_equal(whole.covariance, parts.covariance)
 
 
-def test_a_large_mean_does_not_swallow_the_covariance():
+def test_a_large_mean_leaves_the_covariance_exact():
     rows = np.random.default_rng(0).integers(-4, 5, (900, 5)).astype(np.float64)
     near, far = (
         feature_moments([rows]),
@@ -203,7 +203,7 @@ def test_too_few_images_for_a_kernel_subset_are_refused():
 
 
 def brute(real: np.ndarray, made: np.ndarray, k: int) -> dict[str, float]:
-    """The four definitions, word by word, on whole matrices of distances."""
+    """Precision, recall, density and coverage by their definitions, on whole matrices of distances."""
     apart = cdist(real.astype(np.float64), made.astype(np.float64))
     around_real = np.sort(cdist(real, real), 1)[:, k, None]  # place 0 is the image itself
     around_made = np.sort(cdist(made, made), 1)[:, k]
@@ -304,7 +304,7 @@ def test_statistics_of_adms_layout_are_read_as_written(tmp_path):
         assert found.moments[kind].count is None
 
 
-def test_single_precision_statistics_are_computed_with_in_double(tmp_path):
+def test_single_precision_statistics_are_converted_to_double(tmp_path):
     pool = of(normal(50, 6))[0]
     path = layout(tmp_path / "r.npz", mu=pool.mean.astype(np.float32), sigma=pool.covariance.astype(np.float32))
     found = read_reference(path).moments["pool"]

@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: numbers that say how they were made, made once, by any number of processes."""
+"""`evaluate` and `compare`: scores with their protocol, computed once, by any number of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory, run_config_of) -> Path:
 
 @pytest.fixture(scope="module")
 def run_config_of(folder):
-    """Makes trained runs."""
+    """Function that trains a run."""
     from conftest import small_model
     from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 
@@ -63,7 +63,7 @@ def result_of(path: Path) -> dict:
     return json.loads((path / "metrics.json").read_text())
 
 
-def test_an_evaluation_says_how_it_was_made_and_draws(run, tmp_path, capsys):
+def test_an_evaluation_records_its_protocol_and_draws_figures(run, tmp_path, capsys):
     evaluate(run, "--num", 9, "--out", tmp_path / "a", "--npz", "--guidance", 1.5, "--seed", 3)
     found = result_of(tmp_path / "a")
     protocol = found["protocol"]
@@ -120,7 +120,7 @@ def folder_of_samples(tmp_path_factory) -> tuple[Path, Path, Path]:
     return root / "png", root / "samples.npz", root / "samples.zip"
 
 
-def test_two_processes_find_what_one_finds(run, tmp_path):
+def test_two_processes_give_the_scores_of_one(run, tmp_path):
     evaluate(run, "--num", 20, "--micro-batch", 4, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "20", "--micro-batch", "4"]
     command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
@@ -135,7 +135,7 @@ def test_two_processes_find_what_one_finds(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_json(run, tmp_path):
+def test_a_killed_evaluation_resumes_to_the_same_json(run, tmp_path):
     evaluate(run, "--num", 60, "--micro-batch", 2, "--out", tmp_path / "whole")
     command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "60", "--micro-batch", "2"]
     command += ["--out", str(tmp_path / "killed"), "--device", "cpu"]
@@ -152,7 +152,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_json(run, tmp_path):
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())  # not made again
 
 
-def test_a_folder_holds_one_evaluation_and_says_which_field_is_another(run, tmp_path, capsys):
+def test_a_folder_holds_one_evaluation_and_names_the_field_of_another(run, tmp_path, capsys):
     evaluate(run, "--num", 4, "--out", tmp_path / "a")
     with pytest.raises(SystemExit) as stop:
         evaluate(run, "--num", 4, "--out", tmp_path / "a", "--guidance", 3)
@@ -180,7 +180,7 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
     assert scores["detail.direction@0.5"]["floor"] > 0.9  # the true images have it
 
 
-# --------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
         (["{run}", "--statistics", "{png}/000.png", "--out", "{tmp}/x"], "000.png"),
     ],
 )
-def test_a_mistake_is_one_line(run, folder, folder_of_samples, tmp_path, capsys, arguments, words):
+def test_a_users_error_is_one_line(run, folder, folder_of_samples, tmp_path, capsys, arguments, words):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for side in (8, 9):
@@ -223,7 +223,7 @@ def test_a_damaged_chunk_is_named(run, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------- compare
 
 
-def test_evaluations_made_alike_stand_in_one_table_and_picture(run, run_config_of, tmp_path, capsys):
+def test_evaluations_of_one_protocol_share_a_table_and_a_picture(run, run_config_of, tmp_path, capsys):
     other = run_config_of(tmp_path, "another", seed=1)
     for subject in (run, other):
         evaluate(subject, "--num", 6)
@@ -253,7 +253,7 @@ def test_the_first_difference_names_its_path():
     assert json_difference({"a": [1, 2]}, {"a": [1, 2]}) == ""
 
 
-def test_real_data_is_used_whole_unless_it_comes_with_a_held_out_part(folder, folder_of_samples):
+def test_all_real_data_is_used_except_a_held_out_part(folder, folder_of_samples):
     subject = files_subject(folder_of_samples[1])
     whole = reference(str(folder), subject, 10)
     assert (whole.count, whole.unseen_count, whole.about["part"]) == (30, 0, "all images")
@@ -332,7 +332,7 @@ def test_standard_scores_agree_in_any_batch_and_number_of_processes(folder_of_sa
         assert values == pytest.approx([values[0]] * 3, rel=1e-9, abs=1e-12), name
 
 
-def test_reference_statistics_of_adms_layout_stand_in_for_real_features(folder_of_samples, folder, tmp_path):
+def test_statistics_of_adms_layout_replace_real_features(folder_of_samples, folder, tmp_path):
     draw = np.random.default_rng(0).normal(size=(50, 6))
     mean, covariance = draw.mean(0), np.cov(draw.T)
     statistics = {"mu": mean, "sigma": covariance, "mu_s": mean[:4], "sigma_s": covariance[:4, :4]}
@@ -352,7 +352,7 @@ def test_reference_statistics_of_adms_layout_stand_in_for_real_features(folder_o
     assert len(result["protocol"]["reference"]["statistics"]) == 64
 
 
-def test_chunks_that_a_gpu_made_before_the_precision_was_named_are_not_continued(run, tmp_path, monkeypatch, capsys):
+def test_chunks_of_a_gpu_without_a_recorded_precision_are_not_continued(run, tmp_path, monkeypatch, capsys):
     arguments = ["evaluate", str(run), "-n", "4", "--device", "cpu", "--out", str(tmp_path)]
     main(arguments)
     assert "precision" not in json.loads((tmp_path / "identity.json").read_text())  # as before: a CPU has no TF32

@@ -1,4 +1,4 @@
-"""A metric of the user's own: computed, compared and ranked as the built-in ones are."""
+"""Metrics of a user: they are checked, and computed, compared and ranked as the built-in ones are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_in_dit.config.choices import register
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics import metric, report
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
@@ -22,7 +23,7 @@ from studies import plan_of, write_study
 
 
 def contrast(samples: Any, real: Any) -> float:
-    """How far the samples' deviation is from that of the real images, signed."""
+    """Standard deviation of the samples, less that of the real images."""
     assert samples.shape == real.shape
     assert samples.dtype == real.dtype == np.uint8
     return float(samples.std() - real.std())
@@ -60,7 +61,7 @@ def test_a_metric_of_the_user_is_computed_drawn_and_compared(tmp_path: Path):
     report.draw_compared(labels, scores, tmp_path / "compare.png")
 
 
-def test_other_scores_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_metric_of_the_user_changes_no_other_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     without = evaluated(tmp_path)[0]["scores"]
     monkeypatch.setitem(METRICS, "contrast", Metric("contrast", "Mine", "zero", contrast))
     scores = evaluated(tmp_path)[0]["scores"]
@@ -68,21 +69,88 @@ def test_other_scores_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     assert without.items() <= scores.items()
 
 
-def test_a_score_with_an_interval_stands_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    given = Score(1.0, 0.5, 1.5)
-    monkeypatch.setitem(METRICS, "mine", Metric("mine", "pixels", "higher", lambda samples, real: given))
-    found = evaluated(tmp_path)[0]["scores"]["mine"]
-    assert found == {"value": 1.0, "low": 0.5, "high": 1.5, "floor": None}
+def compute_with(monkeypatch: pytest.MonkeyPatch, compute: Any) -> None:
+    """Register metric `mine`."""
+    monkeypatch.setitem(METRICS, "mine", Metric("mine", "pixels", "higher", compute))
 
 
-@pytest.mark.parametrize("bad", [None, "a lot", [1.0, 2.0]])
+def test_a_score_with_an_interval_is_written_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute_with(monkeypatch, lambda samples, real: Score(np.float32(1), 0.5, 1.5))
+    assert evaluated(tmp_path)[0]["scores"]["mine"] == {"value": 1.0, "low": 0.5, "high": 1.5, "floor": None}
+
+
+@pytest.mark.parametrize("bad", [None, "a lot", [1.0, 2.0], 10**400, Score("high"), Score(1.0, low=[2])])
 def test_anything_but_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any):
-    monkeypatch.setitem(METRICS, "mine", Metric("mine", "pixels", "higher", lambda samples, real: bad))
-    with pytest.raises(UserError, match="metric mine must give a number or a Score: got"):
+    compute_with(monkeypatch, lambda samples, real: bad)
+    with pytest.raises(UserError, match=r"metric mine must return a number or a Score: got .*; fix its compute"):
+        evaluated(tmp_path)
+    assert not (tmp_path / "out0/metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (float("nan"), "got nan"),
+        (np.float32("-inf"), "got -inf"),
+        (Score(1.0, 0.5, float("inf")), r"got Score\(.*inf"),
+        (Score(1.0, floor=float("nan")), r"got Score\(.*nan"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any, named: str):
+    compute_with(monkeypatch, lambda samples, real: bad)
+    with pytest.raises(UserError, match=f"metric mine must return finite numbers: {named}.*; fix its compute"):
+        evaluated(tmp_path)
+    assert not (tmp_path / "out0/metrics.json").exists()
+
+
+def test_a_floor_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute_with(monkeypatch, lambda samples, real: 1.0 if samples.min() >= 64 else float("nan"))
+    with pytest.raises(UserError, match="metric mine must return finite numbers: got nan"):
         evaluated(tmp_path)
 
 
-def test_a_name_that_a_built_in_score_has_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_half_an_interval_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute_with(monkeypatch, lambda samples, real: Score(1.0, low=0.5))
+    with pytest.raises(UserError, match="metric mine must return both ends of an interval, or none: got Score"):
+        evaluated(tmp_path)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division\nby zero"), UserError("no such file"), SystemExit(3)])
+def test_a_metric_that_raises_is_one_line_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+):
+    def fails(samples: Any, real: Any) -> float:
+        raise error
+
+    compute_with(monkeypatch, fails)
+    with pytest.raises(
+        UserError, match=rf"metric mine ends with {type(error).__name__}: .*; fix its compute"
+    ) as refusal:
+        evaluated(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (3.0, "must be a function of samples and real images: got 3.0; give a function"),
+        (lambda samples: 0.0, r"must take two arguments, samples and real images: got \(samples\); change"),
+        (lambda samples, real, scale: 0.0, r"must take two arguments, .*: got \(samples, real, scale\)"),
+        (lambda *, samples, real: 0.0, r"must take two arguments, .*: got \(\*, samples, real\)"),
+    ],
+)
+def test_a_compute_that_cannot_be_called_is_refused_when_it_is_registered(compute: Any, message: str):
+    with pytest.raises(UserError, match=f"metric mine: compute {message}"):
+        register("metric", "mine", Metric("mine", "pixels", "higher", compute))
+    assert "mine" not in METRICS
+
+
+@pytest.mark.parametrize("compute", [max, contrast, lambda *images: 0.0, lambda samples, real, scale=1: 0.0])
+def test_a_compute_that_takes_two_arguments_is_accepted(compute: Any):
+    assert Metric("mine", "pixels", "higher", compute).compute is compute
+
+
+def test_the_name_of_a_built_in_score_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(METRICS, "swd.8", Metric("swd.8", "pixels", "lower", contrast))
     with pytest.raises(UserError, match=r"metric swd\.8 has the name of a built-in score"):
         evaluated(tmp_path)

@@ -1,4 +1,4 @@
-"""The network-free metrics against known damage, known spectra and known neighbours."""
+"""Metrics without a network against known corruptions, spectra and neighbours."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.data.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.metrics import pixels
+from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, detail_scores
 from dit_in_dit.metrics.evaluate import floats
 from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
-from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, channel_moments, compare_moments, score
+from dit_in_dit.metrics.pixels import Seams, Spectrum, channel_moments, compare_moments, score
+from dit_in_dit.metrics.score import Halves, resamples
 from dit_in_dit.reporting.images import to_pixels
 
 COUNT = 128
@@ -37,7 +38,7 @@ def clean(emoji):
 
 @pytest.fixture(scope="module")
 def answers(emoji, clean):
-    """Scores of damaged real images, by corruption, from no damage to strong."""
+    """Scores of corrupted real images, by corruption, from strength 0 up."""
     strengths = {
         "blur": (0.6, 1.2, 2.0), "noise": (0.05, 0.1, 0.2), "jpeg": (0.5, 0.8, 0.95),
         "grid": (0.02, 0.04, 0.08), "colour": (0.05, 0.1, 0.2),
@@ -54,7 +55,7 @@ def sizes(found, name):
     return [abs(f[name].value) / found[0][name].floor for f in found]
 
 
-def test_real_images_against_real_ones_sit_at_the_floor(clean):
+def test_real_images_against_real_ones_score_the_floor(clean):
     multiples = [abs(s.value) / s.floor for s in clean.values()]
     assert max(multiples) < 3.5
     assert 0.5 < np.median(multiples) < 2
@@ -71,14 +72,14 @@ def test_real_images_against_real_ones_sit_at_the_floor(clean):
         ("colour", "moments.mean"), ("colour", "swd.8"),
     ],
 )  # fmt: skip
-def test_a_metric_grows_with_the_damage_it_is_for(answers, corruption, metric):
+def test_a_metric_grows_with_its_corruption(answers, corruption, metric):
     multiples = sizes(answers[corruption], metric)
     assert multiples[1:] == sorted(multiples[1:])
     assert multiples[-1] > 3 > multiples[0] / 1.2
 
 
 @pytest.mark.slow
-def test_blur_takes_from_the_finest_octave_and_noise_adds_to_it(answers):
+def test_blur_lowers_the_finest_octave_and_noise_raises_it(answers):
     assert answers["blur"][-1]["spectrum.1/4"].high < 0 < answers["noise"][-1]["spectrum.1/4"].low
 
 
@@ -91,14 +92,14 @@ def test_blur_hurts_the_finest_level_of_the_pyramid_most(answers):
 
 
 @pytest.mark.slow
-def test_a_grid_lights_up_the_seams_and_nothing_else_much(answers):
+def test_a_grid_raises_the_seams_and_little_else(answers):
     multiples = {name: sizes(answers["grid"], name)[3] for name in answers["grid"][0]}
     others = {name: size for name, size in multiples.items() if not name.startswith("seam")}
     assert multiples["seam.8"] > 5
     assert multiples["seam.8"] > 2 * max(others.values())
 
 
-def test_the_same_images_and_halves_give_the_same_scores_whatever_was_drawn_before(emoji):
+def test_scores_do_not_depend_on_earlier_draws(emoji):
     small = floats(emoji[:8]), floats(emoji[8:24])
     first = score(*small, (8,))
     np.random.default_rng().random(5)
@@ -114,10 +115,10 @@ def test_images_equal_to_the_reference_half_are_at_distance_zero(emoji):
 
 def test_pyramid_levels_add_up_to_the_image(emoji):
     images = floats(emoji[:4])
-    levels = pixels.laplacian_pyramid(images)
+    levels = wasserstein.laplacian_pyramid(images)
     total = levels[-1]
     for level in reversed(levels[:-1]):
-        total = pixels.enlarge(total) + level
+        total = wasserstein.enlarge(total) + level
     assert [level.shape[-1] for level in levels] == [32, 16, 8]
     np.testing.assert_allclose(total, images, atol=1e-5)
 
@@ -127,8 +128,8 @@ def test_a_one_dimensional_wasserstein_distance_is_the_one_of_scipy():
 
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(1, 6, 4)).astype(np.float32), draw.normal(1, 2, size=(1, 6, 4)).astype(np.float32)
-    again = next(iter(pixels.resampled_wasserstein(a, b)))
-    u, v = next(pixels.resamples(6))
+    again = next(iter(wasserstein.resampled_wasserstein(a, b)))
+    u, v = next(resamples(6))
     expected = wasserstein_distance(a.ravel(), b.ravel(), np.repeat(u, 4), np.repeat(v, 4))
     assert again == pytest.approx(expected, rel=1e-5)
 
@@ -217,7 +218,7 @@ def sets():
     return thumbnails(to_pixels(torch.from_numpy(train))), thumbnails(to_pixels(torch.from_numpy(held)))
 
 
-def test_copied_training_images_give_a_loud_warning(sets):
+def test_copied_training_images_give_a_warning(sets):
     train, held = sets
     half = len(held) // 2
     copies = train[::20][:half] + 0.02 * torch.randn(half, *train.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -273,7 +274,7 @@ def test_true_mosaics_have_all_their_detail_and_others_have_none():
     assert foreign["detail.layout"].value < 0.6
 
 
-def test_blur_takes_contrast_then_texture_then_layout_from_mosaics():
+def test_blur_removes_contrast_then_texture_then_layout_of_mosaics():
     from scipy.ndimage import gaussian_filter
 
     mosaic = Mosaic((32, 32))
@@ -304,7 +305,7 @@ def test_contrast_is_the_share_of_the_true_amplitude():
 
 
 def pixels_of(mosaic, truth, number):
-    """Where a region alone is seen."""
+    """Mask of the pixels that show one region alone."""
     from dit_in_dit.metrics.detail import visible
 
     return visible(mosaic, truth) == number

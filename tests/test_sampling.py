@@ -14,10 +14,12 @@ import torch
 
 from conftest import perturbed, small_model
 from dit_in_dit import sample
+from dit_in_dit.config.choices import register
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, Sampler, check_sampler
-from dit_in_dit.diffusion.samplers import trajectory
+from dit_in_dit.diffusion.path import PATHS
+from dit_in_dit.diffusion.samplers import denoise, trajectory
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps
 from dit_in_dit.interop.export_pipeline import pipeline_of
 from dit_in_dit.model.nested import NestedDiT
@@ -41,7 +43,7 @@ def test_a_sample_has_the_same_bits_whatever_is_drawn_with_it(run_config, model,
         assert torch.equal(torch.cat([images for _, images in drawn]), together[asked])
 
 
-def test_every_forward_pass_is_of_one_size_with_the_same_rows_whichever_are_asked_for(run_config, model):
+def test_every_forward_pass_has_one_size_and_the_same_rows_whichever_samples_are_wanted(run_config, model):
     config = replace(run_config, sample=replace(run_config.sample, micro_batch=5))
 
     def inputs(asked) -> list[torch.Tensor]:
@@ -60,7 +62,7 @@ def test_every_forward_pass_is_of_one_size_with_the_same_rows_whichever_are_aske
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
-def test_trajectories_drawn_in_turns_are_those_drawn_alone(run_config, sampler):
+def test_interleaved_trajectories_equal_separate_ones(run_config, sampler):
     how = replace(run_config.sample, sampler=sampler, steps=5)
     noises = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -146,7 +148,7 @@ def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeyp
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "image", "noise"])
-def test_a_stochastic_sampler_of_the_user_has_the_prediction_and_the_noise_it_asks_for(monkeypatch, prediction):
+def test_a_stochastic_sampler_of_the_user_gets_its_prediction_and_noise(monkeypatch, prediction):
     class Noisy(Euler):
         def step(self, prediction: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, *, noise: torch.Tensor):
             seen.append(prediction)
@@ -165,6 +167,92 @@ def test_a_stochastic_sampler_of_the_user_has_the_prediction_and_the_noise_it_as
         assert torch.allclose(given, wanted, atol=1e-5)
         assert not torch.equal(after, given)
     assert next(draws, None) is None  # one at the start, one a step
+
+
+class NoStep:
+    """Lacks `step`."""
+
+    prediction = "velocity"
+    set_timesteps = Euler.set_timesteps
+
+
+@pytest.mark.parametrize(
+    ("schedulers", "message"),
+    [
+        ({"flwo": Euler}, "serves paths that are registered: got 'flwo'; did you mean 'flow'"),
+        ({3: Euler}, "serves paths that are registered: got 3"),
+        ({}, "needs a scheduler by path, such as {'flow': MyScheduler}: got {}"),
+        (Euler, "needs a scheduler by path, .*: got <class"),
+        ({"flow": 3}, "for path flow must be a class, or the name of one in diffusers: got 3"),
+        ({"flow": NoStep}, "needs step: write them in NoStep"),
+        ({"ddpm": SimpleNamespace}, "needs set_timesteps and step: write them in SimpleNamespace"),
+    ],
+)
+def test_a_sampler_without_a_usable_scheduler_is_refused_when_it_is_registered(schedulers, message):
+    with pytest.raises(UserError, match=f"sampler('s scheduler)? {message}"):
+        register("sampler", "mine", Sampler(schedulers))
+    assert "mine" not in SAMPLERS
+
+
+def test_a_sampler_serves_a_path_of_the_user_once_it_is_registered(monkeypatch):
+    monkeypatch.setitem(PATHS, "curved", PATHS["flow"])
+    assert Sampler({"curved": Euler}).schedulers == {"curved": Euler}
+
+
+def with_euler(**changes):
+    """A scheduler class with other attributes than Euler."""
+    return type("Other", (Euler,), changes)
+
+
+def refused(monkeypatch, scheduler, **rules) -> str:
+    """The error of drawing with a sampler of this scheduler."""
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": scheduler}, **rules))
+    noise = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(UserError) as refusal:
+        denoise(lambda x, t, y: x, DiffusionConfig(), SampleConfig(sampler="mine", steps=2), lambda: noise, None)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ("EulerSchedule", "a sampler names a scheduler class of diffusers: got EulerSchedule; did you mean"),
+        (with_euler(prediction="speed"), "Other.prediction must name what step takes: got speed; choose from image"),
+        (with_euler(prediction=None), "Other.prediction must name what step takes: got none; choose from"),
+        (lambda: SimpleNamespace(step=print), "lacks set_timesteps: write set_timesteps(steps)"),
+        (lambda: SimpleNamespace(set_timesteps=print), "lacks step: write step(prediction, timestep, x)"),
+        (with_euler(__init__=lambda self, path: None), "Other() ends with TypeError: "),
+        (with_euler(step=lambda self, x: x), "Other.step must take (prediction, timestep, x): got (x); change"),
+        (with_euler(set_timesteps=lambda self: None), "Other.set_timesteps must take (steps): got (); change"),
+        (with_euler(set_timesteps=lambda self, steps: None), "must set timesteps, a tensor (K,) of 1000 t"),
+        (with_euler(set_timesteps=lambda self, steps: setattr(self, "timesteps", [500])), "call: got list; correct"),
+        (with_euler(set_timesteps=lambda self, steps: setattr(self, "timesteps", torch.ones(0))), "got a tensor [0]"),
+        (with_euler(step=lambda self, v, t, x: x - v), "whose prev_sample is a tensor [2, 3, 4, 4]: got Tensor;"),
+        (with_euler(step=lambda self, v, t, x: SimpleNamespace(prev_sample=x[0])), "got prev_sample [3, 4, 4];"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_one_line_with_the_samplers_name(monkeypatch, scheduler, message):
+    error = refused(monkeypatch, scheduler)
+    assert message in error
+    assert error.startswith("sampler mine: " if not isinstance(scheduler, str) else "a sampler names")
+
+
+def test_a_stochastic_step_must_take_noise(monkeypatch):
+    error = refused(monkeypatch, Euler, stochastic=True)
+    assert "Euler.step must take (prediction, timestep, x, noise=): got (prediction" in error
+
+
+@pytest.mark.parametrize(("name", "path"), [("FlowMatchEulerDiscreteScheduler", "flow"), ("DDPMScheduler", "ddpm")])
+def test_a_class_of_diffusers_is_a_scheduler_of_the_user_too(monkeypatch, name, path):
+    monkeypatch.setitem(
+        SAMPLERS,
+        "mine",
+        Sampler({path: getattr(importlib.import_module("diffusers"), name)}, stochastic=path == "ddpm"),
+    )
+    how, diffusion = SampleConfig(sampler="mine", steps=2), DiffusionConfig(path=path, predict="noise")
+    drawn = denoise(lambda x, t, y: x, diffusion, how, lambda: torch.zeros(2, 3, 4, 4), None)
+    assert drawn.shape == (2, 3, 4, 4)
 
 
 def test_seed_and_class_matter(run_config, model):
@@ -188,7 +276,7 @@ def test_pixels_cover_the_range():
     assert to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_protocol_names_the_times_that_once_were_those_of_the_installed_diffusers():
+def test_a_protocol_names_times_that_once_came_from_the_installed_diffusers():
     from dit_in_dit.sampling.numbered import sampling_protocol
 
     def times(path, sampler):

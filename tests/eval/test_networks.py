@@ -36,7 +36,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics import feature_distances
 from dit_in_dit.metrics.feature_networks import open_network
-from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.runtime.seeding import generator
 
 COUNT = 21  # images on each side; a network takes a fifth of a second for one

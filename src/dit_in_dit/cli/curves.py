@@ -1,4 +1,4 @@
-"""`curves`: what several runs reached during training, when, and how smoothly."""
+"""`curves`: loss, held-out error, convergence speed and stability of several runs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="T:ERROR",
-        help="tell when the held-out error at time T got to ERROR, such as 0.5:0.04; repeatable "
-        "(default: where the worst run is)",
+        help="report when the held-out error at time T reached ERROR, such as 0.5:0.04; repeatable "
+        "(default: the last error of the worst run)",
     )
     curves.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default, for one run: in it)")
 
@@ -50,38 +50,37 @@ def _curves(options: argparse.Namespace) -> None:
     from dit_in_dit.curves.plots import draw_curves
 
     if not options.out and len(options.runs) > 1:
-        raise UserError("curves of several runs belong to none of them: name a folder with --out DIR")
+        raise UserError("curves of several runs need a folder of their own: give --out DIR")
     curves = [read_run(run) for run in options.runs]
     compared = arms(curves)
-    found = {**tables(compared, options.reach), "notes": notes(curves)}
+    result = {**tables(compared, options.reach), "notes": notes(curves)}
     out: Path = options.out or results_folder(options.runs[0], "curves")
     make_folder(out)
     pictures = draw_curves(compared, out)
-    atomic.write_atomic(out / "curves.json", json.dumps(found, indent=1) + "\n")
-    _print(found)
+    atomic.write_atomic(out / "curves.json", json.dumps(result, indent=1) + "\n")
+    _print(result)
     print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
 
 
-def _print(found: dict[str, Any]) -> None:
-    """The tables as text."""
-    _print_arms(found["arms"])
-    _print_held_out(found["held_out"])
-    _print_reach(found["reach"])
-    _print_stability(found)
-    for note in found["notes"]:
+def _print(result: dict[str, Any]) -> None:
+    _print_arms(result["arms"])
+    _print_held_out(result["held_out"])
+    _print_reach(result["reach"])
+    _print_stability(result)
+    for note in result["notes"]:
         print(f"note: {note}")
 
 
-def _print_stability(found: dict[str, Any]) -> None:
+def _print_stability(result: dict[str, Any]) -> None:
     heads = ["arm", "seed", "steps", "skipped", "non-finite", "loss spikes", "gradient spikes"]
     counts = ("arm", "seed", "steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
     rows = [
         [*(row[name] for name in counts), _number(row["largest_gradient"]), row["largest_at"], _percent(row["clipped"])]
-        for row in found["stability"]
+        for row in result["stability"]
     ]
     print_table([*heads, "largest gradient", "at step", "clipped"], rows, title="stability")
     for name in ("loss_spikes", "gradient_spikes"):
-        print(f"  {name.replace('_', ' ')}: {found['definitions'][name]}")
+        print(f"  {name.replace('_', ' ')}: {result['definitions'][name]}")
 
 
 def _print_arms(arms: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with a run, or with what one would be."""
+"""`doctor`: examine a run, or a config before it is trained, for faults."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "examine a run, or what a config would train; exit code 0: healthy or warnings, 1: a fault, 2: cannot look"
+    about = "examine a run or a config; exit code 0: healthy, or warnings alone; 1: a fault; 2: it cannot be examined"
     doctor = commands.add("doctor", _doctor, about)
-    doctor.add_argument("run_folder", type=find_run, nargs="?", metavar="RUN", help="a run's folder, or name a config:")
+    doctor.add_argument(
+        "run_folder", type=find_run, nargs="?", metavar="RUN", help="a run's folder; without it, name a config:"
+    )
     add_config(doctor)
     add_device(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -56,7 +58,9 @@ def _show(report: DoctorReport) -> None:
     for section in report.sections:
         if section.rows:
             print(f"\n{section.title}")
-        for heads, rows in groupby(section.rows.items(), key=lambda item: tuple(item[1])):  # of one kind: one head
+        for heads, rows in groupby(
+            section.rows.items(), key=lambda item: tuple(item[1])
+        ):  # rows with the same columns share a head
             print_table(["", *heads], [[name, *(f"{value:.4g}" for value in row.values())] for name, row in rows])
     print("\nfindings" if report.findings else "\nno findings")
     for finding in report.findings:

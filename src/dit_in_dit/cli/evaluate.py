@@ -1,13 +1,14 @@
-"""`evaluate` and `compare`: how good the images are, and which run's are better."""
+"""`evaluate`: measure images against real ones; `compare`: put several evaluations into one table."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import (
     Commands,
@@ -24,7 +25,14 @@ from dit_in_dit.cli.options import (
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results_folder
-from dit_in_dit.runtime.process import is_main
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit_in_dit.metrics.evaluate import Evaluation, Progress
+    from dit_in_dit.metrics.feature_distances import ReferenceStatistics
+    from dit_in_dit.metrics.feature_networks import Network
+    from dit_in_dit.metrics.subject import Subject
 
 GROUPS = ("pixels", "inception", "dinov2")
 
@@ -44,8 +52,8 @@ def add(commands: Commands) -> None:
     evaluate.add_argument(
         "--metrics",
         default="pixels",
-        help="with commas: pixels (no network; always there), inception (FID, sFID, IS, KID, precision, recall, "
-        "density, coverage), dinov2 (FD-DINOv2)",
+        help="separated by commas: pixels (no network; always computed), inception (FID, sFID, IS, KID, precision, "
+        "recall, density, coverage), dinov2 (FD-DINOv2)",
     )
     evaluate.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
     evaluate.add_argument("--dinov2", type=Path, metavar="DIR", help="folder of DINOv2 ViT-L/14 for transformers")
@@ -60,7 +68,7 @@ def add(commands: Commands) -> None:
     add_micro_batch(evaluate)
     add_vae(evaluate)
     evaluate.add_argument(
-        "--batch", type=whole_number, default=64, help="images at a time in feature networks (default 64)"
+        "--batch", type=whole_number, default=64, help="images in a batch of the feature networks (default 64)"
     )
     add_device(evaluate)
     evaluate.add_argument(
@@ -70,7 +78,7 @@ def add(commands: Commands) -> None:
         help="default for a run: RUN/evaluation/STEP; for a shipped one evaluation/RUN/STEP",
     )
 
-    compare = commands.add("compare", _compare, "one table and one picture of evaluations made alike")
+    compare = commands.add("compare", _compare, "one table and one picture of evaluations with equal protocols")
     compare.add_argument(
         "evaluations", type=find_run, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
     )
@@ -78,11 +86,8 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from dit_in_dit.data.encode import decoder
-    from dit_in_dit.metrics import feature_distances, report
     from dit_in_dit.metrics.evaluate import evaluate, images_of, write_npz
-    from dit_in_dit.metrics.feature_networks import open_network
-    from dit_in_dit.metrics.subject import files_subject, reference, run_subject
+    from dit_in_dit.metrics.subject import reference
     from dit_in_dit.runtime.device import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
@@ -90,11 +95,40 @@ def _evaluate(options: argparse.Namespace) -> None:
         if group not in GROUPS:
             raise UserError(f"unknown metrics {group!r}{did_you_mean(group, GROUPS)}")
     device = pick_device(options.device)
+    networks, statistics = _networks(options, groups, device)
+    subject, out = _subject(options, device)
+    make_folder(out)
+    num = min(options.num, subject.count or options.num)
+    real = reference(options.against, subject, wanted=2 * num)
+    events = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
+    evaluation = _follow(events)
+    if evaluation is None:  # process 0 reports
+        return
+    if options.npz:
+        write_npz(out / "samples.npz", images_of(subject, out, num), num)
+    _report(evaluation, out)
+
+
+def _networks(
+    options: argparse.Namespace, groups: list[str], device: torch.device
+) -> tuple[tuple[Network, ...], ReferenceStatistics | None]:
+    """The feature networks of the groups, and the statistics of --statistics."""
+    from dit_in_dit.metrics.feature_distances import read_reference
+    from dit_in_dit.metrics.feature_networks import open_network
+
     weights = {"inception": options.weights, "dinov2": options.dinov2}
-    networks = tuple(open_network(g, weights[g], device) for g in GROUPS[1:] if g in groups)
-    statistics = feature_distances.read_reference(options.statistics) if options.statistics else None
+    networks = tuple(open_network(group, weights[group], device) for group in GROUPS[1:] if group in groups)
+    statistics = read_reference(options.statistics) if options.statistics else None
     if statistics and "inception" not in groups:
         raise UserError("--statistics is for FID: give --metrics inception with it")
+    return networks, statistics
+
+
+def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject, Path]:
+    """The images to evaluate, and the folder of the evaluation."""
+    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.metrics.subject import files_subject, run_subject
+
     if (options.subject / "config.yaml").is_file():
         subject = run_subject(
             options.subject,
@@ -104,28 +138,25 @@ def _evaluate(options: argparse.Namespace) -> None:
             averaged=not options.raw,
             decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
         )
-        out = options.out or results_folder(options.subject, "evaluation") / f"{subject.about['step']:07d}"
-    else:
-        subject = files_subject(options.subject)
-        if options.out is None:
-            raise UserError("say where the evaluation goes: --out DIR")
-        out = options.out
-    make_folder(out)
-    num = min(options.num, subject.count or options.num)
-    real = reference(options.against, subject, wanted=2 * num)
-    facts = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
-    evaluation = _follow(facts)
-    if not is_main():
-        return
-    if options.npz:
-        write_npz(out / "samples.npz", images_of(subject, out, num), num)
+        step = f"{subject.about['step']:07d}"
+        return subject, options.out or results_folder(options.subject, "evaluation") / step
+    subject = files_subject(options.subject)
+    if options.out is None:
+        raise UserError("an evaluation of images needs a folder for its results: give --out DIR")
+    return subject, options.out
+
+
+def _report(evaluation: Evaluation, out: Path) -> None:
+    """Print the scores, the files and the warnings; draw the figures."""
+    from dit_in_dit.metrics import report
+
     result = evaluation.result
     print(report.caption(result["subject"], result["protocol"]))
     _print_table({name: [score] for name, score in result["scores"].items()}, ["value"])
     files = [(out / "metrics.json", "every number and how it was made")]
     try:
         files += report.draw_evaluation(evaluation, out)
-    except UserError as error:  # no matplotlib: the numbers are there
+    except UserError as error:  # without matplotlib the numbers remain
         print(f"dit-in-dit: {error}", file=sys.stderr)
     for path, what in files:
         print(f"  {path}  {what}")
@@ -133,31 +164,32 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"\n!!! {warning}", file=sys.stderr)
 
 
-def _follow(facts: Any) -> Any:
-    """Show progress; the evaluation at the end (None for processes that only help)."""
+def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
+    """Show the progress; returns the evaluation, on process 0 alone."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     from dit_in_dit.metrics.evaluate import Evaluation
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        for fact in facts:
-            if isinstance(fact, Evaluation):
-                return fact
-            if fact.part not in tasks:
-                tasks[fact.part] = bar.add_task(fact.part, total=fact.total)
-            bar.update(tasks[fact.part], completed=fact.done)
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        for event in events:
+            if isinstance(event, Evaluation):
+                return event
+            if event.part not in tasks:
+                tasks[event.part] = bar.add_task(event.part, total=event.total)
+            bar.update(tasks[event.part], completed=event.done)
     return None
 
 
 def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
-    """A row per score: each value with half its interval, and the floor."""
+    """Print a row per score: each value with half its interval, and the floor."""
     rows = []
-    for name, found in scores.items():
-        floor = next((s["floor"] for s in found if s and s["floor"] is not None), None)
-        cells = [cell for score in found for cell in _cells(score)]
+    for name, entries in scores.items():
+        floor = next((s["floor"] for s in entries if s and s["floor"] is not None), None)
+        cells = [cell for score in entries for cell in _cells(score)]
         rows.append([name, *cells, "" if floor is None else f"{floor:.4g}"])
     print_table(["", *(cell for head in heads for cell in (head, "")), "real vs real"], rows)
 
@@ -173,7 +205,7 @@ def _compare(options: argparse.Namespace) -> None:
     from dit_in_dit.metrics.report import compare, draw_compared
 
     if len(options.evaluations) < 2:
-        raise UserError("compare takes two evaluations or more")
+        raise UserError("compare needs two evaluations or more: got one; name another")
     labels, scores = compare(options.evaluations)
     _print_table(scores, labels)
     if options.out:

@@ -1,4 +1,4 @@
-"""`presets`, `config` and `inspect`: what there is to run, before anything runs."""
+"""`presets`, `config` and `inspect`: presets, configs, and the cost of a model before it is trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
 def _presets(options: argparse.Namespace) -> None:
     for name in presets.NAMES:
         _print_model(name, presets.get(name).model)
-    print("\nTrained models, for commands that take a run (models/NAME where a preset is meant by NAME):")
+    print("\nTrained models, for commands that take a run (write models/NAME where NAME is also a preset):")
     for name, run in sorted(pretrained_models().items()):
         _print_model(f"{ROOM}/{name}", from_file(run / "config.yaml").model)
 
@@ -45,13 +45,13 @@ def _inspect(options: argparse.Namespace) -> None:
     from dit_in_dit.inspection.trace import inspect
 
     config = chosen_config(options)
-    found = inspect(config.model, options.batch, config.train.recompute)
+    traced = inspect(config.model, options.batch, config.train.recompute)
     plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
     if options.json:
-        print(json.dumps({**found, "plain": plain}, indent=1))
+        print(json.dumps({**traced, "plain": plain}, indent=1))
         return
     print(f"flow, batch {options.batch}")
-    print_table([], [[row["name"], tuple(row["shape"])] for row in found["flow"]])
+    print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
     for name, what in (
         ("tokens", "per image"),
         ("token_layers", "per image: a token in a block"),
@@ -62,9 +62,9 @@ def _inspect(options: argparse.Namespace) -> None:
         large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
         print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
         rows = []
-        for part in dict.fromkeys((*found[name], *plain[name])):
-            here, there = found[name].get(part, 0), plain[name].get(part, 0)
-            if here or there:
-                amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (here, there))
-                rows.append([part.replace("_", " "), *amounts, f"{here / there:.3f}" if there else None])
+        for part in dict.fromkeys((*traced[name], *plain[name])):
+            this, baseline = traced[name].get(part, 0), plain[name].get(part, 0)
+            if this or baseline:
+                amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
+                rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)

@@ -1,4 +1,4 @@
-"""`maps`: look inside a trained run."""
+"""`maps`: attention, the effect of the inner path and trajectories of a trained run, as a page and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_TIMES = 99
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    maps = commands.add("maps", _maps, "look inside a trained run: attention, the inner path's part, trajectories")
+    maps = commands.add("maps", _maps, "look inside a trained run: attention, effect of the inner path, trajectories")
     maps.add_argument("run_folder", type=find_run, metavar="RUN")
     maps.add_argument("--num", type=whole_number, default=6, help="held-out images, and samples (default 6)")
     maps.add_argument(
@@ -27,14 +27,14 @@ def add(commands: Commands) -> None:
 
 
 def parse_times(text: str) -> tuple[float, ...]:
-    """Times between 0 and 1, with commas, in order."""
+    """Sorted times above 0 and below 1, from numbers separated by commas."""
     try:
-        found = sorted({float(part) for part in text.split(",")})
+        times = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        found = []
-    if not 1 <= len(found) <= MOST_TIMES or not 0 < found[0] <= found[-1] < 1:
+        times = []
+    if not 1 <= len(times) <= MOST_TIMES or not 0 < times[0] <= times[-1] < 1:
         raise argparse.ArgumentTypeError(f"must be times above 0 and below 1, such as 0.1,0.5,0.9: got {text[:40]!r}")
-    return tuple(found)
+    return tuple(times)
 
 
 def _maps(options: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def _maps(options: argparse.Namespace) -> None:
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
 
-    figure()  # first: without matplotlib there is nothing to wait for
+    figure()  # first: a missing matplotlib is reported before the long work
     device = pick_device(options.device)
     saved = Checkpoint.open(options.run_folder)
     model, names = saved.model(device, averaged=not options.raw), saved.classes
@@ -64,7 +64,7 @@ def _maps(options: argparse.Namespace) -> None:
         TextColumn("looking"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task("", total=len(views.images) * len(views.times) + 2 * config.sample.steps)
-        seen = record_maps(
+        record = record_maps(
             model,
             config,
             views,
@@ -74,13 +74,13 @@ def _maps(options: argparse.Namespace) -> None:
             advance=lambda: bar.advance(task),
         )
     title = options.run_folder.resolve().name
-    written = [("maps.html", "all of it in one page: open it in a browser, move t, click a patch")]
-    atomic.write_atomic(out / "maps.html", page(seen, names, title, saved.step))
-    for name, what, made in figures(seen, names):
-        atomic.write_atomic(out / name, figure_png(made))
+    written = [("maps.html", "all of them in one page: open it in a browser, move t, click a patch")]
+    atomic.write_atomic(out / "maps.html", page(record, names, title, saved.step))
+    for name, what, drawn in figures(record, names):
+        atomic.write_atomic(out / name, figure_png(drawn))
         written.append((name, what))
     for name, what in written:
         print(f"{out / name}  {what}")
     print()
-    for sentence in findings(seen) + not_shown(config.model):
+    for sentence in findings(record) + not_shown(config.model):
         print(sentence)

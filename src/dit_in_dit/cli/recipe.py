@@ -1,4 +1,4 @@
-"""`recipe`: how to launch a preset on GPUs, with memory and time estimated."""
+"""`recipe`: the command that trains a preset on GPUs, with estimated memory and time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.run import override
 
 USUAL = (1, 8, 64)  # GPUs
-FEW = 8  # images in a forward pass, below which a GPU is likely to wait for its host
+FEW = 8  # images in a forward pass, below which a GPU probably waits for its host
 
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with memory and time estimated")
+    recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with estimated memory and time")
     recipe.add_argument("preset", help="see `dit-in-dit presets`")
     recipe.add_argument(
         "--gpus",
         type=whole_number,
         action="append",
         metavar="N",
-        help="repeatable (default: 1, 8 and 64, as far as they divide a step)",
+        help="number of GPUs; repeatable (default: those of 1, 8 and 64 that divide the batch)",
     )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
-    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="of the peak that a step reaches")
+    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="share of the peak that a step reaches")
     recipe.add_argument("--per-node", type=whole_number, default=8, metavar="N", help="GPUs in a machine (default 8)")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     recipe.add_argument("--json", action="store_true", help="print JSON")
@@ -48,7 +48,7 @@ def _recipe(options: argparse.Namespace) -> None:
     config = override(presets.get(options.preset), options.set)
     mfu = options.mfu or MFU
     usual = [gpus for gpus in USUAL if config.global_batch % gpus == 0]
-    found = [
+    recipes = [
         recipe(
             options.preset,
             config,
@@ -61,14 +61,14 @@ def _recipe(options: argparse.Namespace) -> None:
         for gpus in options.gpus or usual
     ]
     if options.json:
-        print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in found]}, indent=1))
+        print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in recipes]}, indent=1))
         return
     capacity, peak = GPUS[options.gpu]
     assumed = "" if options.mfu else " (an assumption)"
     print(f"{options.preset}: {config.train.steps:,} steps of {config.global_batch} examples")
     print(f"on {options.gpu}: {capacity} GB, {peak} TFLOPS in bfloat16, of which a step reaches {mfu:g}{assumed}.")
     print("Estimated from counts; nothing of this was measured on a GPU.")
-    for one in found:
+    for one in recipes:
         again = "" if one.recompute == "none" else f", recompute {one.recompute}"
         print(f"\n{one.gpus} GPU{'s' if one.gpus > 1 else ''}")
         print(f"  each {one.rows} images x {one.accumulate} passes{again}: at most {one.memory / 1e9:.0f} GB")

@@ -1,4 +1,4 @@
-"""`train` and `demo`: from a config to a run."""
+"""`train` and `demo`: train a config into a run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
-REAL_SEARCHED = 1000  # training images looked at to find real ones of each class
+REAL_SEARCHED = 1000  # training images among which real ones of each class are looked for
 
 
 def add(commands: Commands) -> None:
@@ -36,21 +36,25 @@ def add(commands: Commands) -> None:
     train = commands.add("train", _train, "train a model into a run folder")
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--init", metavar="RUN", help="begin with the weights of a run or a shipped model (train.init)")
+    train.add_argument("--init", metavar="RUN", help="start from the weights of a run or a shipped model (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
-    train.add_argument("--data", metavar="PLACE", help="with --resume: where the run's data are now; the same data")
+    train.add_argument(
+        "--data", metavar="PLACE", help="with --resume: the new place of the run's data, which must be the same data"
+    )
     train.add_argument(
         "--track",
         metavar="NAMES",
-        help="tell trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those told before)",
+        help="log to trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those used before)",
     )
-    train.add_argument("--until", type=whole_number, metavar="STEP", help="end after this step, to go on another time")
+    train.add_argument("--until", type=whole_number, metavar="STEP", help="stop after this step, to resume later")
     train.add_argument(
-        "--deterministic", action="store_true", help="the same bits on CUDA too, slower (always with reduction=fixed)"
+        "--deterministic",
+        action="store_true",
+        help="the same bits on CUDA too; slower (always on with reduction=fixed)",
     )
     add_device(train)
 
-    demo = commands.add("demo", _demo, "train a small model on emoji and draw with it, from nothing")
+    demo = commands.add("demo", _demo, "train a small model on emoji from scratch and draw samples")
     add_config(demo)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default runs/demo")
     add_device(demo)
@@ -62,7 +66,9 @@ def _train(options: argparse.Namespace) -> None:
     from dit_in_dit.training.loop import train
 
     if options.data and not options.resume:
-        raise UserError("--data is the new place of a resumed run's data: use it with --resume, or --set data.source")
+        raise UserError(
+            "--data is the new place of a resumed run's data: use it with --resume, or use --set data.source"
+        )
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -71,8 +77,8 @@ def _train(options: argparse.Namespace) -> None:
         config = chosen_config(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen_config(options)
-    config = replace(config, data=complete(config.data))  # so that the run knows its VAE wherever the latents are
-    facts = train(
+    config = replace(config, data=complete(config.data))  # the config then names the VAE of its latents
+    events = train(
         config,
         options.out,
         resume=options.resume,
@@ -82,21 +88,23 @@ def _train(options: argparse.Namespace) -> None:
         deterministic=options.deterministic,
         data=options.data,
     )
-    _follow(_tracked(facts, options), options.out, stop)
+    _follow(_tracked(events, options), options.out, stop)
 
 
-def _tracked(facts: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
-    """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
+def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
+    """The events, logged to the chosen trackers on process 0."""
     from dit_in_dit.training.trackers import chosen_trackers, told
 
     names = chosen_trackers(options.track, options.out) if is_main() else []
     return (
-        told(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr)) if names else facts
+        told(events, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
+        if names
+        else events
     )
 
 
 def _signals() -> Stop:
-    """From here on SIGINT and SIGTERM end a run between two steps, saved."""
+    """Make SIGINT and SIGTERM stop a run between two steps, with a checkpoint."""
     from dit_in_dit.training.interrupt import Stop
 
     stop = Stop()
@@ -105,93 +113,105 @@ def _signals() -> Stop:
     return stop
 
 
-def _follow(facts: Iterator[Event], out: Path, stop: Stop) -> None:
-    """Show training facts as a progress bar and lines; draw sample grids when they are due.
+def _follow(events: Iterator[Event], out: Path, stop: Stop) -> None:
+    """Show events of training as a progress bar and lines; draw sample grids when they are due.
 
-    When the run was stopped, ends the process as its signal would have.
+    When a signal stopped the run, ends the process with that signal's code.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dit_in_dit.runs.folder import read_config
 
-    quiet = not is_main()  # one of several processes speaks
+    quiet = not is_main()
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
-    start = next(facts)  # first: a mistake is found here, before there is anything to show
-    config, values = read_config(out), start.values
-    console.print(
+    start = next(events)  # first: a user's mistake is raised here, before anything is shown
+    config = read_config(out)
+    for line in _start_lines(start.values):
+        console.print(line)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=quiet) as bar:
+        task = bar.add_task("", total=config.train.steps, completed=start.step)
+        for event in events:
+            if event.kind == "step":
+                text = f"loss {event.values['loss']:.4f}  {event.values['images_per_second']:.0f} images/s"
+                bar.update(task, completed=event.step, description=text)
+            elif event.kind == "samples" and event.model is not None:
+                _draw_grid(event, config, out, stop)
+            elif event.kind == "stopped":
+                bar.stop()
+                _end(event, console)
+            elif line := _event_line(event):
+                console.print(line)
+
+
+def _start_lines(values: dict[str, Any]) -> Iterator[str]:
+    """Lines about the model, the data and the checkpoint that training starts with."""
+    yield (
         f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
     for damage in values["passed_over"]:
-        console.print(f"passed over: {damage}")
+        yield f"passed over: {damage}"
     if begun := values["begun"]:
-        console.print(
-            f"begins with {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
+        yield (
+            f"starts from {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
             + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
         )
         if begun.other_data:
-            console.print(f"{begun.run} was trained on other data: it may have seen images that are held out here")
+            yield f"{begun.run} was trained on other data: it may have seen images that are held out here"
     if values["unrecorded"]:
-        console.print("the checkpoint does not say which data it was trained on: whether these changed is not known")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task("", total=config.train.steps, completed=start.step)
-        for fact in facts:
-            values = fact.values
-            if fact.kind == "step":
-                text = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
-                bar.update(task, completed=fact.step, description=text)
-            elif fact.kind == "held_out":
-                parts = (f"t={t}: {e['whole']:.5f} (high {e['high']:.5f})" for t, e in values.items())
-                console.print(f"step {fact.step}  held-out error  {'  '.join(parts)}")
-            elif fact.kind == "samples" and fact.model is not None:
-                _draw_grid(fact, config, out, stop)
-            elif fact.kind == "checkpoint":
-                console.print(f"step {fact.step}  saved {values['path']}")
-            elif fact.kind == "unsaved":
-                console.print(f"step {fact.step}  {values['why']}; the next checkpoint tries again")
-            elif fact.kind == "skipped":
-                low, high = values["examples"]
-                seen = (
-                    f"examples {low} to {high}, not finite: {', '.join(map(str, values['not_finite'])) or 'none alone'}"
-                )
-                numbers = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
-                console.print(f"step {fact.step}  skipped: {numbers} ({seen})")
-            elif fact.kind == "rolled_back":
-                console.print(f"{values['why']}: back to step {values['to']}, and on with later examples")
-            elif fact.kind == "stopped":
-                bar.stop()
-                _end(fact, console)
+        yield "the checkpoint does not record its data: whether the data changed is unknown"
+
+
+def _event_line(event: Event) -> str:
+    """The line about an event; empty for a kind that is not shown."""
+    values = event.values
+    match event.kind:
+        case "held_out":
+            parts = (f"t={t}: {e['whole']:.5f} (high {e['high']:.5f})" for t, e in values.items())
+            return f"step {event.step}  held-out error  {'  '.join(parts)}"
+        case "checkpoint":
+            return f"step {event.step}  saved {values['path']}"
+        case "unsaved":
+            return f"step {event.step}  {values['why']}; the next checkpoint tries again"
+        case "skipped":
+            low, high = values["examples"]
+            bad = ", ".join(map(str, values["not_finite"])) or "none alone"
+            numbers = f"loss {values['loss']}, gradient norm {values['grad_norm']}"
+            return f"step {event.step}  skipped: {numbers} (examples {low} to {high}, not finite: {bad})"
+        case "rolled_back":
+            return f"{values['why']}: back to step {values['to']}, and on with later examples"
+    return ""
 
 
 def _devices(values: dict[str, Any]) -> str:
     return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
 
 
-def _draw_grid(fact: Event, config: RunConfig, out: Path, stop: Stop) -> None:
-    """The grid of a step, unless a run that goes on finds it drawn; one cut short is drawn when the run goes on."""
+def _draw_grid(event: Event, config: RunConfig, out: Path, stop: Stop) -> None:
+    """Draw the grid of a step, unless it exists; one that a signal interrupts is drawn when the run is resumed."""
     from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
 
-    assert fact.model is not None
-    path = out / "samples" / f"{fact.step:07d}.png"
+    assert event.model is not None
+    path = out / "samples" / f"{event.step:07d}.png"
     if path.exists():
         return
     with suppress(Interrupted), stop.waiting():
-        images = _pixels(sample(fact.model, config, GRID_IMAGES), config, fact.model)
+        images = _pixels(sample(event.model, config, GRID_IMAGES), config, event.model)
         try:
             pixels = to_pixels(images)
-        except UserError as error:  # the run goes the way that train.on_divergence says
-            print(f"dit-in-dit: no grid of step {fact.step}: {error}", file=sys.stderr)
+        except UserError as error:  # train.on_divergence decides how the run continues
+            print(f"dit-in-dit: no grid of step {event.step}: {error}", file=sys.stderr)
             return
         path.parent.mkdir(exist_ok=True)
         atomic.write_atomic(path, image_png(image_grid(pixels)))
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
-    """The images that latents stand for, if the run's VAE can be had: a grid must not end a run."""
+    """Images decoded from latents, or the latents where the VAE cannot be loaded: a grid must not end a run."""
     import torch
 
     from dit_in_dit.data.encode import decoder
@@ -203,22 +223,22 @@ def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
         return images
     if decode is None:
         return images
-    few = [images[start : start + 4] for start in range(0, len(images), 4)]  # a training step has most of the memory
-    return torch.cat([decode(some) for some in few])
+    batches = [images[start : start + 4] for start in range(0, len(images), 4)]  # training occupies most of the memory
+    return torch.cat([decode(batch) for batch in batches])
 
 
-def _end(fact: Event, console: Any) -> None:
-    """Say where the run stopped; after a signal, exit as it asks to."""
-    console.print(f"step {fact.step}  stopped; it goes on with --resume")
-    if number := fact.values["signal"]:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader takes the end of a worker for a fault
+def _end(event: Event, console: Any) -> None:
+    """Print the step at which the run stopped; after a signal, exit with its code."""
+    console.print(f"step {event.step}  stopped; continue it with --resume")
+    if number := event.values["signal"]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader takes the end of a worker for a fault
         for child in multiprocessing.active_children():
-            child.kill()  # it may still wait for its data
+            child.kill()  # it may be waiting for data
         sys.exit(128 + number)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    """Train (or go on, or find done), sample, and put the samples beside real images."""
+    """Train or resume, sample, and put the samples beside real images."""
     from dit_in_dit.reporting.images import image_grid, image_png, side_by_side, to_pixels
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runs.folder import read_config
@@ -228,8 +248,8 @@ def _demo(options: argparse.Namespace) -> None:
 
     out: Path = options.out
     started = (out / "config.yaml").exists()
-    asked = options.preset or options.config or options.set
-    config = read_config(out) if started and not asked else chosen_config(options, "emoji")
+    config_named = options.preset or options.config or options.set
+    config = read_config(out) if started and not config_named else chosen_config(options, "emoji")
     stop = _signals()
     _follow(train(config, out, resume=started, device=options.device, stop=stop), out, stop)
     saved = Checkpoint.open(out)
@@ -245,13 +265,13 @@ def _demo(options: argparse.Namespace) -> None:
     for name, what in (
         ("samples-beside-real.png", "samples of the trained model beside real images of the same classes"),
         ("samples.png", "the samples alone"),
-        ("samples/", "how they came about during training"),
+        ("samples/", "samples during training"),
     ):
         print(f"  {out / name}  {what}")
 
 
 def _real(config: RunConfig, count: int) -> Any:
-    """Training images whose classes take turns as those of the samples do; uint8 (count, H, W, C)."""
+    """Training images, uint8 (count, H, W, C), whose classes take turns as in the samples."""
     import numpy as np
     import torch
 
@@ -265,6 +285,6 @@ def _real(config: RunConfig, count: int) -> Any:
     for index in range(REAL_SEARCHED):
         image, y = source.train(image_number(config.seed, index, source.train_size))
         images.setdefault(y if config.model.num_classes else 0, []).append(image)
-    every = sorted(images)  # a small class may have no training image
-    chosen = [images[class_of(i, every)][i // len(every) % len(images[class_of(i, every)])] for i in range(count)]
+    classes = sorted(images)  # a small class may have no training image
+    chosen = [images[class_of(i, classes)][i // len(classes) % len(images[class_of(i, classes)])] for i in range(count)]
     return to_pixels(torch.from_numpy(np.stack(chosen)))

@@ -1,4 +1,4 @@
-"""`verify-resume`: the promise that a stopped run ends as an unbroken one, put to the test on one's own run."""
+"""`verify-resume`: test on a run that stopping and resuming changes no bit of the result."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dit_in_dit.runs.pretrained import find_run
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "train a run's config twice for a few steps, once with a stop, and compare every hash"
+    about = "train a run's config twice for a few steps, once stopped and resumed, and compare every hash"
     verify = commands.add("verify-resume", _verify, about)
     verify.add_argument(
-        "run_folder", type=find_run, metavar="RUN", help="the run whose config is tried; nothing in it changes"
+        "run_folder", type=find_run, metavar="RUN", help="the run whose config is trained; nothing in it changes"
     )
     verify.add_argument("--steps", type=whole_number, default=20, help="steps of the unbroken run (default 20)")
     verify.add_argument(
-        "--stop", type=whole_number, metavar="STEP", help="where the other one stops (default: half way)"
+        "--stop", type=whole_number, metavar="STEP", help="the step at which the other run stops (default: half way)"
     )
     verify.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs there (default: a temporary folder)")
     add_device(verify)
@@ -56,26 +56,26 @@ def _verify(options: argparse.Namespace) -> None:
         print(f"{'same' if one == other else 'DIFFERENT':<10} {name:<20} {one[:16]}  {other[:16]}")
     print(f"{steps} steps, and {stop} steps + a stop + {steps - stop} steps, on {options.device}")
     if any(one != other for one, other in compared.values()):
-        print("dit-in-dit: a stopped run does NOT end as an unbroken one here", file=sys.stderr)
+        print("dit-in-dit: a stopped and resumed run does NOT end as an unbroken one here", file=sys.stderr)
         sys.exit(1)
 
 
 def _train(arguments: list[str]) -> None:
-    """In a process of its own: nothing of one is left in another."""
+    """Train in a process of its own, so that runs share no state."""
     command = [sys.executable, "-m", "dit_in_dit", "train", *arguments, *plugins.arguments()]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise UserError(f"training ended with code {done.returncode}: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or ["without a message"]
+        raise UserError(f"training ended with code {done.returncode}: {lines[-1]}")
 
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
-    """SHA-256 in both runs by what was hashed: weights and moments, averaged weights, the log."""
+    """SHA-256 in both runs by name of the file: weights and moments, averaged weights, the log."""
     from dit_in_dit.runs.checkpoint import newest
     from dit_in_dit.runs.integrity import file_sha256
 
-    found = []
+    by_run = []
     for run in (one, other):
         hashes = dict(newest(run).manifest["sha256"])
-        found.append(hashes | {"log.jsonl": file_sha256(run / "log.jsonl")})
-    return {name: (found[0][name], found[1].get(name, "missing")) for name in sorted(found[0])}
+        by_run.append(hashes | {"log.jsonl": file_sha256(run / "log.jsonl")})
+    return {name: (by_run[0][name], by_run[1].get(name, "missing")) for name in sorted(by_run[0])}

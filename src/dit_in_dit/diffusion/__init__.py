@@ -1,1 +1,1 @@
-"""Noise, targets and loss: never sees a network, only `predict(x, t, y)`."""
+"""Path, loss and samplers; the network is a function `predict(x, t, y)` here."""

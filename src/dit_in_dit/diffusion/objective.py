@@ -1,4 +1,4 @@
-"""What training minimises, and the held-out error that tells how it goes."""
+"""Training loss, and the held-out denoising error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Weight = Callable[[Flow, str, Tensor], Tensor]  # path, prediction, t (N,) -> factor (N,) on its squared error
-LOSS_FLOOR = 0.05  # weights stop growing where a determinant falls below this (JiT, Li & He 2025, section 4)
+LOSS_FLOOR = 0.05  # lower bound of a determinant in a weight (JiT, Li & He 2025, section 4)
 MIN_SNR = 5.0  # gamma of Hang et al. 2023
 EVALUATION_TIMES = (0.2, 0.5, 0.8)
 
 
 def logit_normal(uniform: Tensor, config: DiffusionConfig) -> Tensor:
-    """Esser et al. 2024, section 3.1."""
+    """Logit-normal times from uniform numbers (Esser et al. 2024, section 3.1)."""
     inside = uniform.double().clamp(1e-12, 1 - 1e-12)
     return torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(inside))
 
 
 TIME_DISTRIBUTIONS: dict[
     str, Callable[[Tensor, DiffusionConfig], Tensor]
-] = {  # of t: inverses of their cumulative ones
+] = {  # of t: inverse cumulative distribution functions
     "uniform": lambda uniform, config: uniform,
     "logit_normal": logit_normal,
 }
@@ -41,8 +41,8 @@ def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
 def loss_on(quantity: str) -> Weight:
     """The weight that puts the loss on a quantity: the squared ratio of two determinants.
 
-    With x_t fixed, an error in one quantity is an error in any other times the ratio of their determinants, so that
-    "the loss is on the velocity" is a weight and needs no conversion.
+    At a fixed x_t, an error in one quantity is an error in any other times the ratio of their determinants. So a loss
+    on the velocity needs a weight and no conversion.
     """
 
     def weight(path: Flow, predict: str, t: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def loss_on(quantity: str) -> Weight:
 
 
 def min_snr(path: Flow, predict: str, t: Tensor) -> Tensor:
-    """min(SNR, gamma) on the image's error, SNR = (a/b)^2, written so that neither end divides by zero."""
+    """min(SNR, gamma) on the error of the image, SNR = (a/b)^2; finite at both ends of the path."""
     a, b = path.coefficients(t)
     match predict:
         case "image":
@@ -78,7 +78,7 @@ LOSS_WEIGHTS: dict[str, Weight] = {
 
 
 class Objective:
-    """The configured loss. The squared error is that of `predict`, weighted into the space of `weight`."""
+    """The configured loss: squared error of the prediction, times a weight that puts it on the quantity of `weight`."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config, self.path = config, make_path(config)
@@ -95,8 +95,8 @@ class Objective:
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Weighted squared error per example (N,), in float32.
 
-        Where the variance is learned on the ddpm path, the variational bound's term is added (Nichol & Dhariwal 2021,
-        section 3.4: L_simple + L_vlb / 1000, whose expectation over 1000 steps this is).
+        With a learned variance on the ddpm path, the term of the variational bound is added: in expectation this is
+        L_simple + L_vlb / 1000 (Nichol & Dhariwal 2021, section 3.4).
         """
         x_t = self.noisy(x, noise, t)
         prediction, fraction = split_prediction(predict(x_t, t, y).float(), x)
@@ -108,22 +108,22 @@ class Objective:
         return loss + vlb_term(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))
 
     def image(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The image (N, C, H, W) that a model's output amounts to."""
+        """The image estimate (N, C, H, W) of a model's output."""
         return convert(self.path, split_prediction(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
 
     def estimate(
         self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x_t from images, noise and times (N,), and the image (N, C, H, W) that the prediction there amounts to."""
+        """x_t from images, noise and times (N,), and the image estimate (N, C, H, W) of the prediction at x_t."""
         x_t = self.noisy(x, noise, t)
         return x_t, self.image(predict(x_t, t, y).float(), x_t, t)
 
     def denoising_error(
         self, predict: Predict, x: Tensor, noise: Tensor, t: float, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Squared error of the image estimate per example (N,): whole, and of its high frequencies.
+        """Squared error of the image estimate per example (N,): over all frequencies, and over the high ones.
 
-        High frequencies are what 2x2 averaging removes: the finest level of a Haar pyramid.
+        2x2 averaging removes the high frequencies: they are the finest level of a Haar pyramid.
         """
         times = self.path.snap(torch.full((len(x),), t, device=x.device))
         error = self.estimate(predict, x, noise, times, y)[1] - x

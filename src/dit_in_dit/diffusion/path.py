@@ -1,7 +1,7 @@
-"""The path from image x to noise e, x_t = a(t) x + b(t) e, and what a model may predict on it.
+"""The path from image x to noise e, x_t = a(t) x + b(t) e, and the quantities that a model may predict on it.
 
-Every prediction is a pair of coefficients: velocity, image and noise are all u x + w e. With x_t that
-makes two equations in x and e, so that any prediction turns into any other by one 2x2 solve.
+Every prediction is a pair of coefficients: velocity, image and noise are all u x + w e. A prediction and x_t are two
+equations in x and e, so that one 2x2 solve converts any prediction into any other.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from dit_in_dit.config.run import DiffusionConfig
 
 DDPM_STEPS = 1000
-SMALLEST_DETERMINANT = 1e-3  # keeps conversions finite at the ends, where one unknown drops out
+SMALLEST_DETERMINANT = 1e-3  # keeps conversions finite at the ends of the path, where the system is singular
 
 
 def alpha_bar() -> Tensor:
-    """(1000,) float64: the share of the image's variance that is left after each step of DiT's linear schedule."""
+    """Share of the image's variance that is left after each step of DiT's linear schedule, (1000,) float64."""
     betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
     return (1 - betas).cumprod(0)
 
 
 def on_device(make: Callable[[], Tensor]) -> Callable[[torch.device], Tensor]:
-    """A table of constants, copied to each device once: a copy in every step makes the host wait for the device."""
+    """Cache a table of constants on each device: a copy in every step would make the host wait for the device."""
 
     @lru_cache(maxsize=8)
     def table(device: torch.device) -> Tensor:
-        with torch.inference_mode(False):  # training may use what sampling asked for first
+        with torch.inference_mode(False):  # training may use a table that sampling computed
             return make().to(device)
 
     return table
@@ -47,7 +47,7 @@ class Flow:
         return -torch.ones_like(a), torch.ones_like(b)
 
     def snap(self, t: Tensor) -> Tensor:
-        """The nearest time the path knows: every one."""
+        """The time itself: every time is on the path."""
         return t
 
 
@@ -76,7 +76,7 @@ class Ddpm(Flow):
         return -b, a
 
     def snap(self, t: Tensor) -> Tensor:
-        """The step at or before t."""
+        """The time of the last step at or before t."""
         return (t * DDPM_STEPS).floor().clamp(max=DDPM_STEPS - 1) / DDPM_STEPS
 
 
@@ -102,14 +102,14 @@ def quantity(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tenso
 
 
 def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:
-    """a w - b u of the 2x2 system, kept `floor` away from zero with its sign."""
+    """a w - b u of the 2x2 system, at least `floor` in size, with its sign."""
     u, w = quantity(path, name, a, b)
     det = a * w - b * u
     return torch.where(det < 0, -1.0, 1.0) * det.abs().clamp(min=floor)
 
 
 def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: str, wanted: str) -> Tensor:
-    """A prediction (N, ...) of `given` at x_t (N, ...) and t (N,), as the `wanted` one."""
+    """Convert a prediction (N, ...) of quantity `given`, at x_t (N, ...) and t (N,), to quantity `wanted`."""
     if given == wanted:
         return prediction
     t = t.view(-1, *[1] * (x_t.ndim - 1))
@@ -117,5 +117,5 @@ def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: st
     u, w = quantity(path, given, a, b)
     det = determinant(path, given, a, b, SMALLEST_DETERMINANT)
     v, z = quantity(path, wanted, a, b)
-    # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det: in all one factor for each of the two.
+    # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det; collected into a factor of each.
     return (a * z - b * v) / det * prediction + (w * v - u * z) / det * x_t

@@ -1,4 +1,4 @@
-"""From noise to images by the schedulers of diffusers: never sees a network, only `predict(x, t, y)`."""
+"""Sampling, from noise to images, with the schedulers of diffusers or a user's own."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import convert, make_path
-from dit_in_dit.diffusion.schedulers import is_ddpm, make_scheduler, set_steps, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import (
+    check_timesteps,
+    is_ddpm,
+    make_scheduler,
+    next_sample,
+    set_steps,
+    time_of,
+    wanted_by,
+)
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
-Noise = Callable[[], Tensor]  # the next noise (N, C, H, W) of a batch
+Noise = Callable[[], Tensor]  # returns the next noise (N, C, H, W) of a batch
 
 
 def denoise(
     predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Tensor:
-    """Images (N, C, H, W) from noise, as `trajectory` takes it, along the configured path."""
+    """Images (N, C, H, W) from noise along the configured path; arguments and errors are those of `trajectory`."""
     last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
     return last[0][-1]
 
@@ -29,11 +37,16 @@ def denoise(
 def trajectory(
     predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
-    """Each network call on the way from noise to images: its time t, x_t, the image that the prediction amounts
-    to, and the next x, the last of which is the sample; tensors (N, C, H, W).
+    """Each network call from noise to images: its time t, x_t, the image estimate, and the next x, all (N, C, H, W).
+
+    The last x is the sample.
 
     Args:
-        noise: (N, C, H, W), or a function that gives it first, and then that of each step of a stochastic sampler.
+        noise: (N, C, H, W), or a function that returns it first, and then the noise of each step of a stochastic
+            sampler.
+
+    Raises:
+        UserError: the sampler does not serve the path or the number of steps, or a user's scheduler does not fit.
     """
     path = make_path(diffusion)
     for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
@@ -48,6 +61,7 @@ def _calls(
     check_sampler(diffusion.path, how.sampler, how.steps)
     path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing)
     set_steps(scheduler, how.steps)
+    check_timesteps(scheduler, how.sampler)
     wanted = wanted_by(scheduler)
     stochastic, draw = SAMPLERS[how.sampler].stochastic, noise if callable(noise) else _one(noise)
     x = draw()
@@ -60,30 +74,32 @@ def _calls(
             after = ancestral(step, fraction, x, int(timestep), following[number], draw())
         else:
             options = {"noise": draw()} if stochastic else {}
-            after = scheduler.step(step, timestep, x, **options).prev_sample
+            after = next_sample(scheduler.step(step, timestep, x, **options), x, how.sampler)
         yield times, x, prediction, after
         x = after
 
 
 def _one(noise: Tensor) -> Noise:
-    """The noise at the start, and no other."""
-    left = [noise]
+    """A function that returns the noise once."""
+    unused = [noise]
 
     def draw() -> Tensor:
-        if not left:
+        if not unused:
             raise ValueError("this sampler draws noise at every step: give a function, such as numbered_noise(...)")
-        return left.pop()
+        return unused.pop()
 
     return draw
 
 
 def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
-    """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t
-    (Kynkaanniemi et al. 2024); class `null` is no class. What tells the variance is the given class's."""
+    """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t (Kynkaanniemi et al. 2024).
+
+    Class `null` is no class. Channels of the variance are not guided: they are those of the given class.
+    """
     if how.guidance == 1 or null == 0:
         return predict
     low, high = how.interval
-    everywhere = (low, high) == (0, 1)  # then no time is read, and nothing waits for the device
+    everywhere = (low, high) == (0, 1)  # then no time is read, so that the host does not wait for the device
 
     def with_guidance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if y is None or not (everywhere or low <= float(t[0]) <= high):

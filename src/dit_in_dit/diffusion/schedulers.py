@@ -1,4 +1,4 @@
-"""Schedulers for a path: those of diffusers, with times that no version of it changes, and a user's own."""
+"""Schedulers for a path: those of diffusers, with times that are the same in every version, and a user's own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.config.samplers import SAMPLERS
-from dit_in_dit.diffusion.path import DDPM_STEPS
+from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
 
-TIMES = "of diffusers 0.42"  # those of a sampler's steps, whatever version is installed
+TIMES = "of diffusers 0.42"  # times of a sampler's steps, in every installed version
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
-STRAIGHT = (  # classes of diffusers made for straight paths: they take the velocity
+STRAIGHT = (  # classes of diffusers for straight paths, whose step takes the velocity
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
 )
-RESHAPING = (  # options that give a scheduler other noise levels
+RESHAPING = (  # options that change the noise levels of a scheduler
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas"),
     *("use_dynamic_shifting", "shift_terminal", "trained_betas", "rescale_betas_zero_snr"),
 )
@@ -33,12 +34,12 @@ Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels 
 
 
 class Scheduler(Protocol):
-    """A scheduler of the user's own, as `config.samplers.SAMPLERS` may name for a path; made without arguments.
+    """A scheduler of the user's own, which a `config.samplers.Sampler` names for a path; created without arguments.
 
     Attributes:
-        prediction: what `step` takes: velocity, image or noise.
+        prediction: the prediction that `step` takes: velocity, image or noise.
         timesteps: after `set_timesteps`, 1000 t of each network call, from noise to image. On path flow, `sigmas`, if
-            it has them, are t itself, free of rounding.
+            the scheduler has them, are t itself, free of rounding.
     """
 
     prediction: str
@@ -49,21 +50,81 @@ class Scheduler(Protocol):
         ...
 
     def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Any:
-        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's takes `noise` of x's shape
-        by name besides."""
+        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's step also takes the keyword
+        `noise`, of x's shape."""
         ...
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`)."""
+    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`).
+
+    Raises:
+        UserError: a user's scheduler cannot be created, or lacks something that `Scheduler` asks for.
+    """
     rules = SAMPLERS[sampler]
     scheduler = rules.schedulers[diffusion.path]
-    if not isinstance(scheduler, str):
-        return scheduler()
-    return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+    if isinstance(scheduler, str):
+        return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+    return _own_scheduler(scheduler, sampler, rules.stochastic)
 
 
-@cache  # diffusers looks through the signatures of 16 classes each time: 2 ms
+def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) -> Any:
+    """A new scheduler of a user's, checked."""
+    name = f"sampler {sampler}: {getattr(create, '__name__', 'its scheduler')}"
+    try:
+        scheduler = create()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {truncate(error, 80)}"
+        raise UserError(f"{name}() ends with {problem}; a scheduler is created without arguments") from error
+    noise = ["noise"] if stochastic and not is_ddpm(scheduler) else []
+    for method, arguments, keywords in (
+        ("set_timesteps", ["steps"], []),
+        ("step", ["prediction", "timestep", "x"], noise),
+    ):
+        wanted = ", ".join([*arguments, *(f"{keyword}=" for keyword in keywords)])
+        if not callable(bound := getattr(scheduler, method, None)):
+            raise UserError(f"{name} lacks {method}: write {method}({wanted})")
+        takes = signature(bound)
+        try:
+            takes.bind(*arguments, **dict.fromkeys(keywords))
+        except TypeError:
+            got = truncate(takes, 60)
+            raise UserError(f"{name}.{method} must take ({wanted}): got {got}; change its arguments") from None
+    try:
+        prediction = wanted_by(scheduler)
+    except (AttributeError, KeyError):  # neither a prediction of its own, nor a class of diffusers with a known one
+        prediction = ""
+    if prediction not in QUANTITIES:
+        hint = did_you_mean(prediction, QUANTITIES)
+        raise UserError(f"{name}.prediction must name what step takes: got {truncate(prediction or 'none', 40)}{hint}")
+    return scheduler
+
+
+def check_timesteps(scheduler: Any, sampler: str) -> None:
+    """UserError where `set_timesteps` has left no finite timesteps (K,)."""
+    times = getattr(scheduler, "timesteps", None)
+    if isinstance(times, Tensor) and times.ndim == 1 and len(times) and bool(times.isfinite().all()):
+        return
+    got = f"a tensor {list(times.shape)}: {times.tolist()}" if isinstance(times, Tensor) else type(times).__name__
+    raise UserError(
+        f"sampler {sampler}: set_timesteps must set timesteps, a tensor (K,) of 1000 t for each network call: "
+        f"got {truncate(got, 60)}; correct them"
+    )
+
+
+def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
+    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError where there is none."""
+    after = getattr(step, "prev_sample", None)
+    if isinstance(after, Tensor) and after.shape == x.shape:
+        return after
+    got = f"prev_sample {list(after.shape)}" if isinstance(after, Tensor) else type(step).__name__
+    raise UserError(
+        f"sampler {sampler}: step must return an object whose prev_sample is a tensor {list(x.shape)}: got {got}; "
+        "correct what it returns"
+    )
+
+
+@cache  # diffusers reads the signatures of 16 classes each time: 2 ms
 def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochastic: bool) -> Any:
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
     if name in STRAIGHT:
@@ -73,33 +134,40 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # Images are not clipped, whatever class takes this over.
+        # No class that takes this config over clips images.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
         options |= {"variance_type": "fixed_large"} if stochastic else {}  # where it is not learned
+    if not hasattr(diffusers, name):
+        known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
+        raise UserError(
+            f"a sampler names a scheduler class of diffusers: got {truncate(name, 40)}{did_you_mean(name, known)}"
+        )
     return getattr(diffusers, name).from_config(options)
 
 
 def matches_flow(scheduler: Any) -> bool:
-    """Whether it is one of those made for straight paths."""
+    """Whether a scheduler is one of diffusers for straight paths."""
     return any(kind.__name__ in STRAIGHT for kind in type(scheduler).__mro__)
 
 
 def is_ddpm(scheduler: Any) -> bool:
-    """Whether its steps are taken by `variance.ancestral`: that of diffusers adds noise to the finished image."""
+    """Whether `variance.ancestral` replaces a scheduler's step: that of diffusers adds noise to the finished image."""
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
 def setting(scheduler: Any, name: str) -> Any:
-    """The value of an option of the scheduler's class, else None. Its config alone does not say: `from_config` keeps
-    the unused options of the class that it is swapped for."""
+    """The value of an option of the scheduler's class; None where the class has no such option.
+
+    The config alone is not enough: `from_config` keeps unused options of the class that was replaced.
+    """
     return scheduler.config.get(name) if name in signature(type(scheduler).__init__).parameters else None
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
     """Begin again, with this number of steps."""
     if matches_flow(scheduler):
-        # Even steps of 1/steps down to zero. The default's last but one ends at 1/1000, where an image's
-        # velocity is 1000 times its error, and Heun's correction with it.
+        # Even steps of 1/steps down to zero. By default the last but one ends at 1/1000, where the velocity, and with
+        # it Heun's correction, is 1000 times the error of the image.
         scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
     if (own := _own_steps(scheduler, steps)) is not None:
@@ -108,14 +176,14 @@ def set_steps(scheduler: Any, steps: int) -> None:
         if sigmas is not None:
             scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks for its place by a time that rounding may repeat
+        scheduler.set_begin_index(0)  # else it looks up its place by a time that rounding may repeat
 
 
 def _own_steps(scheduler: Any, steps: int) -> Steps | None:
-    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as diffusers 0.42 spaces them.
+    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as in diffusers 0.42.
 
-    Versions differ (UniPC's second of 25 flow steps is 960 in 0.42, 959 in 0.35), and samples must not. None where an
-    option asks for other steps than these.
+    Versions differ: UniPC's second of 25 flow steps is 960 in 0.42 and 959 in 0.35. None where an option of the
+    scheduler asks for other steps.
     """
     spaced = SPACED.get(type(scheduler).__name__)
     if spaced is None or any(setting(scheduler, key) for key in RESHAPING):
@@ -132,7 +200,7 @@ def _flow_steps(scheduler: Any, steps: int) -> Steps:
 
 
 def _heun_steps(scheduler: Any, steps: int) -> Steps:
-    """A Heun step ends with a call at the next time."""
+    """Each Heun step ends with a network call at the next time."""
     times, levels = (each.repeat(2)[1:] for each in _flow_steps(scheduler, steps) if each is not None)
     return times, levels
 
@@ -146,7 +214,7 @@ def _unipc_steps(scheduler: Any, steps: int) -> Steps:
 
 
 def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
-    """Steps of either path; `straight` are the levels of a straight one, from steps + 1 even ones."""
+    """Steps on either path; `straight` picks the levels of a straight path from steps + 1 even ones."""
     config = scheduler.config
     total = config.num_train_timesteps
     if setting(scheduler, "use_flow_sigmas"):
@@ -179,7 +247,7 @@ def _shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
 
 
 def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) -> NDArray[np.int64]:
-    """Times of the ddpm path from the noisy end; `last`: the first time of all is one of them, else the one before."""
+    """Times of the ddpm path from the noisy end; `last`: whether the cleanest of evenly spaced times is one of them."""
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round().astype(np.int64) - 1
     points = steps + (not last)
@@ -189,13 +257,13 @@ def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) ->
 
 
 def time_of(scheduler: Any, path: str, number: int) -> float:
-    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are exact, and are t itself."""
+    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are t without rounding."""
     exact = path == "flow" and hasattr(scheduler, "sigmas")
     return float(scheduler.sigmas[number] if exact else scheduler.timesteps[number] / DDPM_STEPS)
 
 
 def wanted_by(scheduler: Any) -> str:
-    """The prediction that its step takes."""
+    """The quantity that a scheduler's step takes."""
     if own := "image" if is_ddpm(scheduler) else getattr(scheduler, "prediction", None):
         return str(own)
     return "velocity" if matches_flow(scheduler) else PREDICTIONS[scheduler.config.prediction_type]

@@ -1,7 +1,7 @@
-"""The reverse process's variance, learned between its two bounds (Nichol & Dhariwal 2021, sections 3.1 and 3.4).
+"""Learned variance of the reverse process, between its two bounds (Nichol & Dhariwal 2021, sections 3.1 and 3.4).
 
-A model with `learn_variance` gives twice the channels: its prediction, and v in about [-1, 1]. Going from step k back
-to step j < k of the ddpm path, the logarithm of the variance lies (v + 1) / 2 of the way from that of the posterior,
+A model with `learn_variance` has twice the channels: the prediction, and v in about [-1, 1]. From step k to step
+j < k of the ddpm path, the logarithm of the variance lies (v + 1) / 2 of the way from that of the posterior,
 beta' (1 - alpha_bar_j) / (1 - alpha_bar_k), to that of beta' = 1 - alpha_bar_k / alpha_bar_j.
 """
 
@@ -20,7 +20,7 @@ BIN = 1 / 255  # half of one of 256 grey values in [-1, 1]
 
 
 def split_prediction(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction in a model's output for x (N, C, H, W), and the fraction v where there are 2C channels."""
+    """The prediction in a model's output for x (N, C, H, W), and the fraction v where the output has 2C channels."""
     channels = x.shape[1]
     return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
 
@@ -34,17 +34,19 @@ class Posterior(NamedTuple):
     log_large: Tensor
 
     def mean(self, image: Tensor, noisy: Tensor) -> Tensor:
-        """Ho et al. 2020, equation 7, for an image and x_k."""
+        """The mean for an image and x_k (Ho et al. 2020, equation 7)."""
         return self.image * image + self.noisy * noisy
 
     def log_variance(self, fraction: Tensor) -> Tensor:
-        """Nichol & Dhariwal 2021, equation 15, with v in [-1, 1] for their [0, 1], as their code and DiT's have it."""
+        """The log variance for v in [-1, 1], as in DiT's code (Nichol & Dhariwal 2021, equation 15, has [0, 1])."""
         return torch.lerp(self.log_small, self.log_large, (fraction + 1) / 2)
 
 
 def posterior(step: Tensor, before: Tensor) -> Posterior:
-    """From step k to step j < k, int64 on the CPU, of any shape; j = -1 is the image itself, whose posterior variance
-    of zero is taken as that of the step above it, since a logarithm is needed."""
+    """The posterior from step k to step j < k, int64 on the CPU, of any shape.
+
+    j = -1 is the image itself. Its posterior variance is zero and has no logarithm: that of the step above is used.
+    """
     left = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar()])  # left[k + 1] is alpha_bar_k
     now, then = left[step + 1], left[before + 1]
     beta = 1 - now / then
@@ -69,8 +71,10 @@ def _between(step: int, before: int, device: torch.device) -> Posterior:
 
 
 def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, before: int, noise: Tensor) -> Tensor:
-    """x_j from x_k, the image estimate and noise, all (N, C, H, W): one step of DDPM's sampler, of any length. Without
-    a learned fraction the variance is the largest; the last step (j = -1) has none."""
+    """One step of DDPM's sampler, of any length: x_j from x_k, the image estimate and noise, all (N, C, H, W).
+
+    Without a learned fraction the variance is the largest. The last step (j = -1) adds no noise.
+    """
     if before < 0:
         return image
     at = _between(step, before, noisy.device)
@@ -79,15 +83,15 @@ def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, 
 
 
 def vlb_term(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Tensor) -> Tensor:
-    """The variational bound's term at `step` (N,), per example (N,), in bits per dimension; no gradient goes through
-    the image estimate (Nichol & Dhariwal 2021, section 3.3).
+    """The term of the variational bound at `step` (N,), per example (N,), in bits per dimension.
 
-    At step 0 it is the likelihood of x, taken as 256 grey values in [-1, 1]; latents are treated so too, as DiT does.
+    No gradient passes through the image estimate (Nichol & Dhariwal 2021, section 3.3). At step 0 the term is the
+    likelihood of x as one of 256 grey values in [-1, 1]; for latents too, as in DiT.
     """
     at = Posterior(*_by_step(step.device)[:, step, None, None, None])
     log_variance = at.log_variance(fraction)
     error = x - image.detach()
-    apart = (at.image * error).square() * (-log_variance).exp()  # the means differ by the image's error alone
+    apart = (at.image * error).square() * (-log_variance).exp()  # the means differ only by the error of the image
     divergence = 0.5 * (log_variance - at.log_small + (at.log_small - log_variance).exp() - 1 + apart)
     likelihood = _grey_log_likelihood(x, error, log_variance)
     nats = torch.where(step[:, None, None, None] == 0, -likelihood, divergence)
@@ -95,8 +99,8 @@ def vlb_term(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Te
 
 
 def _grey_log_likelihood(x: Tensor, error: Tensor, log_variance: Tensor) -> Tensor:
-    """Log-probability of x's grey value under a normal distribution whose mean is x - error; the first and the last
-    value take the tails."""
+    """Log-probability of the grey value of x under a normal distribution of mean x - error; the first and the last
+    value include the tails."""
     deviation = (-0.5 * log_variance).exp()
     above, below = ((error + side) * deviation for side in (BIN, -BIN))
     inside = (torch.special.ndtr(above) - torch.special.ndtr(below)).clamp(min=1e-12).log()

@@ -1,1 +1,1 @@
-"""Samples measured against real images."""
+"""Metrics of samples against real images."""

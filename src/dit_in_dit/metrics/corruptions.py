@@ -1,4 +1,4 @@
-"""Known damage to real images, by strength from 0 (none): what a metric must see, and how much of it."""
+"""Corruptions of real images, by strength from 0 (none), to which metrics must respond."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from dit_in_dit.runtime.seeding import generator
 
 
 def blur(images: Pixels, strength: float) -> Pixels:
-    """Gaussian blur; strength is its deviation in pixels."""
+    """Gaussian blur; strength is its standard deviation in pixels."""
     return _each(images, lambda image: image.filter(ImageFilter.GaussianBlur(strength))) if strength else images
 
 
 def noise(images: Pixels, strength: float) -> Pixels:
-    """White noise of deviation `strength` (of a range of 1)."""
+    """White noise of standard deviation `strength` (of a range of 1)."""
     draws = [generator(0, "noise", i).standard_normal(image.shape) for i, image in enumerate(images)]
     return _pixels(images + 255 * strength * np.stack(draws))
 
 
 def jpeg(images: Pixels, strength: float) -> Pixels:
-    """JPEG of quality 100 (1 - strength), colours subsampled."""
+    """JPEG of quality 100 (1 - strength), with chroma subsampling."""
 
-    def through(image: Image.Image) -> Image.Image:
+    def compress(image: Image.Image) -> Image.Image:
         image.save(buffer := io.BytesIO(), "JPEG", quality=max(1, round(100 * (1 - strength))))
         return Image.open(buffer)
 
-    return _each(images, through) if strength else images
+    return _each(images, compress) if strength else images
 
 
 def patch_grid(images: Pixels, strength: float, period: int = 8) -> Pixels:
-    """The last row and column of every patch darker by `strength` (of a range of 1)."""
+    """Darken the last row and column of every patch by `strength` (of a range of 1); patches have `period` pixels."""
     lines = np.zeros(images.shape[1:3])
     lines[period - 1 :: period], lines[:, period - 1 :: period] = 1, 1
     return _pixels(images - 255 * strength * lines[..., None])
 
 
 def colour(images: Pixels, strength: float) -> Pixels:
-    """The first channel lighter, the last darker by `strength` (of a range of 1)."""
+    """Lighten the first channel and darken the last by `strength` (of a range of 1)."""
     shift = np.zeros(images.shape[-1])
     shift[0], shift[-1] = 255 * strength, -255 * strength
     return _pixels(images + shift)

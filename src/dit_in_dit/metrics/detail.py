@@ -1,4 +1,4 @@
-"""How much of a mosaic's known truth is in an image: texture of each region, and which region lies where."""
+"""Detail of a mosaic that an image has: the texture of each region, and the layout of the regions."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.data.mosaic import Mosaic, Region, Truth
-from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 Image = NDArray[np.float32]
 
-PERIODS = np.geomspace(2.1, 12, 36)  # searched, in pixels: steps of 5%
-DIRECTIONS = np.arange(0, np.pi, np.pi / 36)  # steps of 5 degrees
-RIGHT_PERIOD = 0.1  # relative error of a recovered period
-RIGHT_DIRECTION = np.pi / 18  # error of a recovered direction: ten degrees
+PERIODS = np.geomspace(2.1, 12, 36)  # search grid, in pixels: steps of 5%
+DIRECTIONS = np.arange(0, np.pi, np.pi / 36)  # search grid: steps of 5 degrees
+RIGHT_PERIOD = 0.1  # largest relative error of a recovered period
+RIGHT_DIRECTION = np.pi / 18  # largest error of a recovered direction: ten degrees
 SMALLEST_REGION = 48  # visible pixels: a few waves of any texture
-MOST_PIXELS = 1024  # of a region that are looked at, those nearest to its middle
-REACH = 2  # the texture that explains a pixel is judged over (2 REACH + 1)^2 pixels
+MOST_PIXELS = 1024  # of a region that are analysed, the nearest to its centroid
+REACH = 2  # a pixel is assigned to a region by (2 REACH + 1)^2 pixels around it
 
 
 @dataclass(frozen=True)
 class Detail:
-    """Of one image: per visible region, whether period and direction are recovered and the share of the true
-    contrast that is there; and the share of pixels that look like the region they belong to."""
+    """Detail of one image.
+
+    Attributes:
+        period: 1 per visible region whose period is recovered, else 0.
+        direction: the same for the direction.
+        contrast: share of the true contrast, per visible region.
+        layout: share of pixels whose surroundings fit the texture of their own region best.
+    """
 
     period: Float64Array
     direction: Float64Array
@@ -35,19 +41,19 @@ class Detail:
 
 
 def detail(mosaic: Mosaic, truth: Truth, image: Image) -> Detail:
-    """Compare an image (3, H, W) with what mosaic number `truth.index` is made of."""
+    """Compare an image (3, H, W) with the regions of mosaic number `truth.index`."""
     owner = visible(mosaic, truth)
-    found = []
+    textures = []
     for number, region in enumerate(truth.regions):
         pixels = np.argwhere(owner == number)
         if len(pixels) >= SMALLEST_REGION:
-            found.append(_texture(region, pixels, image))
-    period, direction, contrast = np.array(found, float).reshape(-1, 3).T
+            textures.append(_texture(region, pixels, image))
+    period, direction, contrast = np.array(textures, float).reshape(-1, 3).T
     return Detail(period, direction, contrast, _layout(mosaic, truth, owner, image))
 
 
 def visible(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
-    """The region that each pixel shows (H, W); -1 where edges mix two."""
+    """Number of the region that each pixel shows (H, W); -1 where an edge mixes two."""
     owner = np.zeros(mosaic.size, np.int64)
     for number, region in enumerate(truth.regions):
         cover = mosaic.mask(truth, region)
@@ -56,7 +62,7 @@ def visible(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
 
 
 def _mix(region: Region, image: Image) -> Float64Array:
-    """Where between its two colours a region's pixels lie; (3, ...) -> (...), 0 dark to 1 light."""
+    """Position of pixels between the two colours of their region; (3, ...) -> (...), 0 dark to 1 light."""
     dark, light = (np.asarray(c, float) for c in region.colours)
     axis = (light - dark) / np.sum((light - dark) ** 2)
     return np.tensordot(axis, image, 1) - axis @ dark
@@ -70,55 +76,55 @@ def _texture(region: Region, pixels: NDArray[np.int64], image: Image) -> tuple[b
     wave = _mix(region, image[:, pixels[:, 0], pixels[:, 1]])
     power = np.array([_powers(wave, x * np.cos(d) + y * np.sin(d)) for d in DIRECTIONS])
     best_direction, best_period = np.unravel_index(np.argmax(power), power.shape)
-    turn = abs(DIRECTIONS[best_direction] - region.direction)
+    angle = abs(DIRECTIONS[best_direction] - region.direction)
     along = x * np.cos(region.direction) + y * np.sin(region.direction)
     phase = 2 * np.pi * along / region.period + region.phase
     parts = np.column_stack([np.ones_like(phase), np.sin(phase), np.cos(phase)])
     amplitude = np.linalg.lstsq(parts, wave, rcond=None)[0][1]  # in step with the true wave
     return (
         abs(PERIODS[best_period] / region.period - 1) < RIGHT_PERIOD,
-        min(turn, np.pi - turn) < RIGHT_DIRECTION,
+        min(angle, np.pi - angle) < RIGHT_DIRECTION,
         float(amplitude / (0.5 * region.contrast)),
     )
 
 
 def _powers(wave: Float64Array, along: Float64Array) -> Float64Array:
-    """Power of the wave at each of PERIODS along one direction."""
+    """Power of the wave at each of PERIODS, along one direction."""
     angle = 2 * np.pi * along / PERIODS[:, None]
     centred = wave - wave.mean()
     return (np.cos(angle) @ centred) ** 2 + (np.sin(angle) @ centred) ** 2
 
 
 def _layout(mosaic: Mosaic, truth: Truth, owner: NDArray[np.int64], image: Image) -> float:
-    """Share of pixels whose surroundings fit their own region's texture better than any other's."""
+    """Share of pixels whose surroundings fit the texture of their own region best."""
     misfits = []
     for region in truth.regions:
         wave = mosaic.x * np.cos(region.direction) + mosaic.y * np.sin(region.direction)
         mix = 0.5 + 0.5 * region.contrast * np.sin(2 * np.pi * wave / region.period + region.phase)
         dark, light = (np.asarray(c)[:, None, None] for c in region.colours)
         misfits.append(_surroundings(np.square(image - (dark + (light - dark) * mix)).sum(0)))
-    sure = owner >= 0
-    return float(np.mean(np.argmin(misfits, axis=0)[sure] == owner[sure]))
+    unmixed = owner >= 0
+    return float(np.mean(np.argmin(misfits, axis=0)[unmixed] == owner[unmixed]))
 
 
 def _surroundings(values: Float64Array) -> Float64Array:
-    """Mean over (2 REACH + 1)^2 pixels, mirrored at the border."""
-    wide = np.pad(values, REACH, mode="reflect")
-    return np.lib.stride_tricks.sliding_window_view(wide, (2 * REACH + 1,) * 2).mean((2, 3))
+    """Mean over the (2 REACH + 1)^2 pixels around each, mirrored at the border."""
+    padded = np.pad(values, REACH, mode="reflect")
+    return np.lib.stride_tricks.sliding_window_view(padded, (2 * REACH + 1,) * 2).mean((2, 3))
 
 
-def detail_scores(found: list[Detail], real: list[Detail]) -> dict[str, Score]:
-    """Shares over all regions, `detail.period`, `detail.direction`, `detail.contrast` and `detail.layout`; the floor is
-    what the true images score."""
-    made = {}
+def detail_scores(details: list[Detail], real: list[Detail]) -> dict[str, Score]:
+    """Scores `detail.period`, `detail.direction`, `detail.contrast` and `detail.layout`: means over all regions of all
+    images. The floor is the score of the real images."""
+    scores = {}
     for name in ("period", "direction", "contrast", "layout"):
-        each, true = ([np.atleast_1d(getattr(d, name)) for d in ds] for ds in (found, real))
+        each, true = ([np.atleast_1d(getattr(d, name)) for d in ds] for ds in (details, real))
         draw = generator(0, "evaluation", DRAWS["resamples"])
-        again = [
+        resampled = [
             np.mean(np.concatenate([each[i] for i in draw.integers(len(each), size=len(each))]))
             for _ in range(RESAMPLES)
         ]
-        value, deviation = float(np.mean(np.concatenate(each))), float(np.std(again, ddof=1))
+        value, deviation = float(np.mean(np.concatenate(each))), float(np.std(resampled, ddof=1))
         floor = float(np.mean(np.concatenate(true)))
-        made[f"detail.{name}"] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation, floor)
-    return made
+        scores[f"detail.{name}"] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation, floor)
+    return scores

@@ -1,4 +1,4 @@
-"""Distances between two sets of features, of whatever network, in float64."""
+"""Distances between two sets of features of any network, in float64."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 
-ENOUGH = 2048  # images on each side below which a Frechet distance does not get a published metric's name
+ENOUGH = 2048  # images on each side, below which a Frechet distance does not get the name of a published metric
 DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # arrays of ADM's layout
 ROWS = 512  # rows summed by one matrix product
-BLOCK = 2**23  # distances held at once
+BLOCK = 2**23  # distances in memory
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and unbiased covariance (d, d) of `count` rows; None: a reference file does not say how many."""
+    """Mean (d,) and unbiased covariance (d, d) of `count` rows; None: unknown, as in a file of statistics."""
 
     count: int | None
     mean: Float64Array
@@ -35,9 +36,9 @@ class Moments:
 
 
 def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
-    """Moments of features that come in chunks (n, d): sums in index order, the same whatever the chunks.
+    """Moments of features in chunks (n, d); the size of the chunks changes no bit.
 
-    Sums are about the first row, because squares of large means would swallow a small covariance.
+    Sums are about the first row: beside squares of a large mean, a small covariance would be lost to rounding.
 
     Raises:
         UserError: fewer than two rows.
@@ -57,7 +58,7 @@ def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
 
 
 def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Float64Array]:
-    """The same rows in blocks of `ROWS`, so that where a chunk ends changes no bit of the sums."""
+    """The rows of all chunks in blocks of `ROWS`, so that the size of the chunks changes no bit of the sums."""
     held: list[Float64Array] = []
     waiting = 0
     for chunk in chunks:
@@ -75,12 +76,12 @@ def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Float64Array]:
 def frechet(a: Moments, b: Moments) -> float:
     """Frechet (2-Wasserstein) distance, squared, of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2, where the last trace is the sum of the singular values of R1' R2
-    with S = R R'. Their errors are of the size of rounding; roots of eigenvalues of S1 S2 err by its root, once for
-    every dimension that fewer images than dimensions leave empty.
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2. The last trace is the sum of the singular values of R1' R2 with
+    S = R R', which are exact to rounding. Square roots of the eigenvalues of S1 S2 are not: with fewer images than
+    dimensions, each empty dimension adds an error of the square root of rounding.
 
     Raises:
-        UserError: the two have different dimensions.
+        UserError: the features have different dimensions.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
@@ -93,16 +94,16 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def _root(covariance: Float64Array) -> Float64Array:
-    """R (d, rank) with R R' = S, from the eigenvalues that are not rounding errors."""
+    """R (d, rank) with R R' = S, from the eigenvalues above rounding."""
     values, vectors = np.linalg.eigh(covariance)
-    kept = values > values.max(initial=0) * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
+    positive = values > values.max(initial=0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, positive] * np.sqrt(values[positive])
 
 
 def frechet_name(network: str, features: str, count: int) -> str:
-    """What a Frechet distance is called: FID and the like only from 2,048 images on either side.
+    """Name of a Frechet distance: FID, sFID or FD-DINOv2 only from 2,048 images on each side.
 
-    Below that its bias, which falls with the number of images, is larger than what it is meant to show.
+    With fewer images the bias, which falls with their number, exceeds the differences between models.
     """
     name = DISTANCE_NAMES[network, features]
     if count >= ENOUGH:
@@ -116,7 +117,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Mean and deviation over random subsets of the kernel distance, squared (KID; Binkowski et al. 2018, section 4).
 
-    The unbiased estimate with the kernel (x.y / d + 1)^3; it may be negative. Subsets are drawn without replacement.
+    The estimate is unbiased, with the kernel (x.y / d + 1)^3, and may be negative. Subsets are drawn without
+    replacement.
 
     Raises:
         UserError: a side has fewer than `size` images.
@@ -131,8 +133,8 @@ def kernel_distance(
     def subset(rows: NDArray[Any]) -> Float64Array:
         return rows[draw.choice(len(rows), size, replace=False)].astype(np.float64)
 
-    found = [_discrepancy(subset(real), subset(generated)) for _ in range(subsets)]
-    return float(np.mean(found)), float(np.std(found))
+    distances = [_discrepancy(subset(real), subset(generated)) for _ in range(subsets)]
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def _discrepancy(x: Float64Array, y: Float64Array) -> float:
@@ -141,17 +143,18 @@ def _discrepancy(x: Float64Array, y: Float64Array) -> float:
     within = 0.0
     for rows in (x, y):
         kernel = (rows @ rows.T / dimension + 1) ** 3
-        within += kernel.sum() - np.trace(kernel)  # a pair is two rows
+        within += kernel.sum() - np.trace(kernel)  # without each row with itself
     return float(within / (size * (size - 1)) - 2 * ((x @ y.T / dimension + 1) ** 3).mean())
 
 
 def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real among the generated (Kynkaanniemi et al. 2019, eq. 2).
+    """Precision, the share of generated images among the real ones, and recall, the share of real among the generated.
 
-    Among: no farther from some image than that image's k-th neighbour on its own side.
+    Among: no farther from some image than the k-th neighbour of that image on its own side (Kynkaanniemi et al. 2019,
+    eq. 2).
 
     Raises:
-        UserError: a side has no k-th neighbour.
+        UserError: a side has k images or fewer.
     """
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
     among_real, among_generated = np.zeros(len(generated), bool), np.zeros(len(real), bool)
@@ -163,14 +166,15 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) ->
 
 
 def density_coverage(real: NDArray[Any], generated: NDArray[Any], k: int = 5) -> tuple[float, float]:
-    """How many real images' balls a generated image lies in, in units of k, and the share of balls that hold one.
+    """Density, the mean number of balls that hold a generated image, over k; coverage, the share of balls with one.
 
-    Naeem et al. 2020, eqs. 3 and 4. As in the authors' code a ball is open: the k-th neighbour itself is outside.
+    A ball reaches from a real image to its k-th real neighbour, which is outside as in the authors' code (Naeem et al.
+    2020, eqs. 3 and 4).
 
     Raises:
-        UserError: there is no k-th neighbour among the real images.
+        UserError: there are k real images or fewer.
     """
-    radii = _radii(real, k) * (1 - 1e-9)  # open whatever the rounding
+    radii = _radii(real, k) * (1 - 1e-9)  # open in spite of rounding
     covered, balls = np.zeros(len(real), bool), 0
     for _, distances in _squared_distances(generated, real):
         inside = distances < radii
@@ -192,9 +196,9 @@ def _radii(rows: NDArray[Any], k: int) -> Float64Array:
 
 
 def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, Float64Array]]:
-    """Squared distances of rows of `a`, from the given one on, to all of `b`, in blocks of at most `BLOCK` numbers."""
+    """Squared distances of rows of `a` to all of `b`, in blocks of at most `BLOCK`; each block after its first row."""
     a, b = a.astype(np.float64), b.astype(np.float64)
-    centre = b.mean(0)  # the expanded square loses what the norms have in common
+    centre = b.mean(0)  # else the expanded square loses digits to the common part of the norms
     a, b = a - centre, b - centre
     norms_a, norms_b = np.square(a).sum(1), np.square(b).sum(1)
     step = max(1, BLOCK // len(b))
@@ -202,16 +206,16 @@ def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, 
         part = slice(start, start + step)
         norms = norms_a[part, None] + norms_b
         distances = norms - 2 * (a[part] @ b.T)
-        yield start, np.where(distances > 1e-12 * norms, distances, 0.0)  # equal rows, whatever the rounding
+        yield start, np.where(distances > 1e-12 * norms, distances, 0.0)  # equal rows are at 0 in spite of rounding
 
 
 def inception_score(logits: NDArray[Any], splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Mean and deviation over splits of exp E KL(p(y|x) | p(y)) (Salimans et al. 2016, section 4).
 
-    Rows are put in random order first: images sorted by class would give splits of few classes each.
+    Rows are shuffled first: splits of images sorted by class would have few classes each.
 
     Args:
-        logits: (N, classes), without bias (the original graph's are computed so).
+        logits: (N, classes), without bias, as in the original graph.
 
     Raises:
         UserError: fewer images than splits.
@@ -222,17 +226,17 @@ def inception_score(logits: NDArray[Any], splits: int = 10, seed: int = 0) -> tu
     logits = logits[generator(seed, "evaluation", DRAWS["order"]).permutation(count)].astype(np.float64)
     logits = logits - logits.max(1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    found = []
+    scores = []
     for split in range(splits):
         part = logs[split * count // splits : (split + 1) * count // splits]
         marginal = np.logaddexp.reduce(part, axis=0) - np.log(len(part))
-        found.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
-    return float(np.mean(found)), float(np.std(found))
+        scores.append(np.exp((np.exp(part) * (part - marginal)).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Statistics of a set of real images that someone else computed: `moments` by kind of feature."""
+    """Published statistics of a set of real images: `moments` by kind of feature."""
 
     path: Path
     sha256: str
@@ -240,34 +244,40 @@ class ReferenceStatistics:
 
 
 def read_reference(path: Path) -> ReferenceStatistics:
-    """Statistics from a `.npz` of ADM's layout (Dhariwal & Nichol 2021): `mu`, `sigma` of the pooled Inception
-    features, `mu_s`, `sigma_s` of the spatial ones; other arrays (`arr_0`: images) are not read.
+    """Statistics from a `.npz` of ADM's layout (Dhariwal & Nichol 2021).
+
+    `mu`, `sigma` are of the pooled Inception features, `mu_s`, `sigma_s` of the spatial ones. Other arrays (`arr_0`:
+    images) are not read.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file cannot be read, or lacks such an array.
     """
+    arrays = _read_npz(path)
+    if missing := set(STATISTICS) - set(arrays):
+        raise UserError(f"{path} must hold {', '.join(STATISTICS)}: it lacks {', '.join(sorted(missing))}")
+    moments = {
+        "pool": _checked(path, arrays["mu"], arrays["sigma"], "sigma"),
+        "spatial": _checked(path, arrays["mu_s"], arrays["sigma_s"], "sigma_s"),
+    }
+    return ReferenceStatistics(path, file_sha256(path), moments)
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of STATISTICS that a `.npz` holds; UserError where it cannot be read."""
     try:
         arrays = np.load(path, allow_pickle=False)
-        if not isinstance(arrays, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} must be a .npz of ADM's layout: it holds a single array")
-        with arrays:
-            if missing := {"mu", "sigma", "mu_s", "sigma_s"} - set(arrays):
-                raise UserError(f"{path} must hold mu, sigma, mu_s and sigma_s: it lacks {', '.join(sorted(missing))}")
-            found = {
-                "pool": _checked(path, arrays["mu"], arrays["sigma"], "sigma"),
-                "spatial": _checked(path, arrays["mu_s"], arrays["sigma_s"], "sigma_s"),
-            }
-    except UserError:
-        raise
+        if isinstance(arrays, np.lib.npyio.NpzFile):
+            with arrays:
+                return {name: arrays[name] for name in STATISTICS if name in arrays}
     except FileNotFoundError:
         raise UserError(f"no such file of statistics: {path}") from None
     except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {path} as a .npz of numbers: {str(error)[:80]}") from None
-    return ReferenceStatistics(path, file_sha256(path), found)
+    raise UserError(f"{path} must be a .npz of ADM's layout: it holds a single array")
 
 
 def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:
-    """The two arrays as moments; UserError when they cannot be a mean and its covariance."""
+    """The two arrays as moments; UserError where they are not a mean (d,) and its covariance (d, d)."""
     mean, covariance = np.asarray(mean), np.asarray(covariance)
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise UserError(f"{path}: statistics must be floats: {name} and its mean are {covariance.dtype}, {mean.dtype}")

@@ -1,6 +1,6 @@
 """Feature networks of the standard metrics: torch-fidelity's Inception, and DINOv2. Needs the extra `eval`.
 
-Weights are files that the user has; nothing is ever downloaded.
+The user provides the files of weights; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,10 +36,12 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Network:
-    """Images (N, H, W, C), uint8, to features (N, d), float32, by kind: `pool`, and of Inception `spatial`, `logits`.
+    """Maps images (N, H, W, C), uint8, to features (N, d), float32, by kind.
+
+    DINOv2 has `pool`; Inception has `pool`, `spatial` and `logits`.
 
     Attributes:
-        identity: what the numbers depend on: the package's version, the SHA-256 of the weights.
+        identity: the package's version and the SHA-256 of the weights, on which features depend.
         compute: the network on images of three channels.
     """
 
@@ -47,11 +50,11 @@ class Network:
     compute: Callable[[Pixels], dict[str, Tensor]]
 
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
-        """Features of each image; grey ones count as colour. UserError when the weights give no finite number."""
+        """Features of each image; grey ones are repeated to three channels. UserError where a feature is not finite."""
         colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         with torch.inference_mode():
-            features = {kind: found.float().cpu().numpy() for kind, found in self.compute(colour).items()}
-        if not all(np.isfinite(found).all() for found in features.values()):
+            features = {kind: values.float().cpu().numpy() for kind, values in self.compute(colour).items()}
+        if not all(np.isfinite(values).all() for values in features.values()):
             raise UserError(f"{self.name} features are not finite: its weights are damaged; get them again")
         return features
 
@@ -62,7 +65,7 @@ def open_network(name: str, weights: Path | None, device: torch.device) -> Netwo
     Raises:
         UserError: a package or the weights are missing, or do not fit.
     """
-    use_full_float32()  # else features would depend on the device
+    use_full_float32()  # else features depend on the device
     return {"inception": _inception, "dinov2": _dinov2}[name](weights, device)
 
 
@@ -84,7 +87,7 @@ def _inception(path: Path | None, device: torch.device) -> Network:
         raise UserError(
             f"no Inception weights at {path}: get {URL_INCEPTION_V3} and put it at {cache}, or give --weights FILE"
         )
-    # torch-fidelity unpickles the file that it is given without restriction, so it is given one written here.
+    # torch-fidelity unpickles its file without restriction: give it one that is written here.
     safe = io.BytesIO()
     torch.save(_tensors(path), safe)
     safe.seek(0)
@@ -93,27 +96,27 @@ def _inception(path: Path | None, device: torch.device) -> Network:
     except RuntimeError:
         raise UserError(f"{path} does not hold the weights of torch-fidelity's Inception: give another file") from None
     extractor.to(device).eval()
-    found: dict[str, Tensor] = {}
+    hooked: dict[str, Tensor] = {}
 
     def keep(_: nn.Module, __: tuple[Tensor], output: Tensor) -> None:
-        found["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        hooked["spatial"] = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
     extractor.Mixed_6d.branch1x1.register_forward_hook(keep)
 
     def compute(pixels: Pixels) -> dict[str, Tensor]:
         pool, logits = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device))
-        return {"pool": pool, "logits": logits, "spatial": found.pop("spatial")}
+        return {"pool": pool, "logits": logits, "spatial": hooked.pop("spatial")}
 
     return Network("inception", _identity("Inception", path, "torch-fidelity"), compute)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file by name, read without running any of it; UserError when that cannot be done."""
+    """The tensors of a `.pth` file by name, read without running code from it; UserError where it cannot be read so."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of bytes that make no sense; what comes of them is said below
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(name): tensor.clone() for name, tensor in found.items()}  # nothing else that hangs on a tensor
-    except Exception as error:  # what torch raises on damaged bytes is anything from AssertionError to struct.error
+        with warnings.catch_warnings(action="ignore"):  # about damaged bytes: the error below reports them
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor.clone() for name, tensor in tensors.items()}  # a clone has no other attributes
+    except Exception as error:  # on damaged bytes torch raises anything from AssertionError to struct.error
         reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors by name"
         raise UserError(f"cannot read the weights in {path}: {reason}; get the file again") from None
 
@@ -127,39 +130,7 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"no {name} in {folder}: --dinov2 needs the files of facebook/dinov2-large")
-    try:
-        from transformers import Dinov2Model
-        from transformers.utils import logging as their_logging
-    except (ImportError, RuntimeError) as error:
-        raise _not_importable("transformers", "transformers", error) from None
-    # It prints a table of every weight that does not fit; one line below says what is wrong.
-    their_logging.set_verbosity(logging.CRITICAL)
-    their_logging.disable_progress_bar()
-    try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-        if kind != "dinov2":
-            raise UserError(f"{folder} must hold a model of type dinov2: got {kind!r}")
-        model, report = Dinov2Model.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            attn_implementation="sdpa",  # a config can name a repository of kernels, which would be got and run
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-        wrong = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
-        if differing := sorted(name for name in wrong if not name.startswith("classifier")):
-            raise UserError(
-                f"{folder} must hold one model: model.safetensors and config.json differ in {len(differing)} weights, "
-                f"{differing[0]} first; get both again"
-            )
-        _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
-    except UserError:
-        raise
-    except Exception as error:  # a config can be wrong in as many ways as there are lines that read it
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"cannot read DINOv2 from {folder}: {reason}; get the files again") from None
-    model.to(device, torch.float32).eval()
+    model = _read_dinov2(folder).to(device, torch.float32).eval()
 
     def compute(pixels: Pixels) -> dict[str, Tensor]:
         x = torch.from_numpy(_resized(pixels)).to(device).permute(0, 3, 1, 2) / 255
@@ -175,15 +146,59 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
     return Network("dinov2", {**identity, "network": shape}, compute)
 
 
+def _read_dinov2(folder: Path) -> Any:
+    """The model in a folder, for images of DINOV2_SIDE pixels; UserError where the folder does not hold one."""
+    try:
+        from transformers import Dinov2Model
+        from transformers.utils import logging as transformers_logging
+    except (ImportError, RuntimeError) as error:
+        raise _not_importable("transformers", "transformers", error) from None
+    # transformers prints a table of every weight that does not fit; one line below says what is wrong.
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    with _reading(folder):
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    if kind != "dinov2":
+        raise UserError(f"{folder} must hold a model of type dinov2: got {kind!r}")
+    with _reading(folder):
+        model, report = Dinov2Model.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation="sdpa",  # else a config could name a repository of kernels to download and run
+            ignore_mismatched_sizes=True,  # they are in the report
+        )
+    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if differing := sorted(name for name in wrong if not name.startswith("classifier")):
+        raise UserError(
+            f"{folder} must hold one model: model.safetensors and config.json differ in {len(differing)} weights, "
+            f"{differing[0]} first; get both again"
+        )
+    with _reading(folder):
+        _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
+    return model
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Any error within becomes a UserError: transformers raises every kind of error over a config."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise UserError(f"cannot read DINOv2 from {folder}: {reason}; get the files again") from None
+
+
 def _resized(pixels: Pixels) -> Pixels:
-    """Images at DINOv2's size by Pillow's bicubic filter, which widens when it shrinks."""
+    """Images at DINOv2's size by Pillow's bicubic filter, which is antialiased."""
     size = (DINOV2_SIDE, DINOV2_SIDE)
     return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in pixels])
 
 
 def _fix_positions(model: Any, grid: int) -> None:
-    """Bring the position table to grid x grid patches once, as DINOv2's own code does: by a scale of
-    (grid + 0.1) / side. transformers has changed its formula between versions."""
+    """Resize the position table to grid x grid patches, as DINOv2's own code does: by a scale of (grid + 0.1) / side.
+    Versions of transformers use different formulas."""
     embeddings = model.embeddings
     table = embeddings.position_embeddings.detach()  # (1, 1 + side^2, D), the class token's first
     side = math.isqrt(table.shape[1] - 1)

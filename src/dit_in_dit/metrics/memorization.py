@@ -1,4 +1,4 @@
-"""Memorising and repeating: how near samples come to training images, and to each other."""
+"""Memorising and repeating: distances of samples to training images, and to each other."""
 
 from __future__ import annotations
 
@@ -12,48 +12,43 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_in_dit.metrics.pixels import DRAWS, RESAMPLES, Score
+from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 
-SIDE = 32  # images are averaged down to this side at most before they are compared
-BLOCK = 2**26  # distances held at once
-NEAR = 0.01  # share of unseen real images that lie as near to a training image: what "too near" means
-LOUD = 0.05  # share of samples too near that is worth a warning
-DETAILED = 0.5  # share of real images' detail below which samples are blurs: these lie near to images and each other
+SIDE = 32  # longest side of an image that is compared, in pixels; larger ones are averaged down
+BLOCK = 2**26  # distances in memory
+NEAR = 0.01  # "too near": as near to a training image as this share of unseen real images
+LOUD = 0.05  # share of samples that are too near, above which a warning is given
+DETAILED = 0.5  # share of real detail below which samples are blurred: blurred images are near to all others
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Of each sample, the distance to the nearest training image and its number, and the distance to the nearest
-    other sample; the same distances of unseen real images, and where "too near" begins.
+    """Nearest neighbours of samples and real images. A distance is a root mean square over pixels, of a range of 2."""
 
-    Distances are root mean squares over the pixels, of a range of 2. `detail` is the median root mean square of steps
-    between neighbouring pixels, of samples over that of training images.
-    """
-
-    train: Float64Array
-    number: NDArray[np.int64]
-    other: Float64Array
-    unseen_train: Float64Array
-    unseen_other: Float64Array
-    detail: float
+    train: Float64Array  # of each sample to its nearest training image
+    number: NDArray[np.int64]  # of that training image
+    other: Float64Array  # of each sample to its nearest other sample
+    unseen_train: Float64Array  # as `train`, of unseen real images
+    unseen_other: Float64Array  # as `other`, of real images
+    detail: float  # median root mean square of steps between neighbouring pixels, samples over training images
 
     @property
     def too_near_train(self) -> float:
-        """Distance below which one in a hundred unseen real images has a training image."""
+        """Distance within which one in a hundred unseen real images has a training image."""
         return float(np.quantile(self.unseen_train, NEAR))
 
     @property
     def too_near_other(self) -> float:
-        """Distance below which one in a hundred real images has another real one."""
+        """Distance within which one in a hundred real images has another real one."""
         return float(np.quantile(self.unseen_other, NEAR))
 
     def scores(self) -> dict[str, Score]:
-        """`nearest.train`: median distance to the training images; `memorised` and `repeated`: shares of samples
-        that are too near to a training image, or to another sample. The floor is that of unseen real images."""
+        """`nearest.train`: median distance to the nearest training image; `memorised` and `repeated`: shares of samples
+        that are too near to a training image, or to another sample. The floor is the score of unseen real images."""
         return {
             "nearest.train": _score(self.train, self.unseen_train, np.median),
             "memorised": _score(self.train <= self.too_near_train, self.unseen_train <= self.too_near_train, np.mean),
@@ -61,26 +56,26 @@ class Neighbours:
         }
 
     def warnings(self, *, guided: bool) -> list[str]:
-        """Loud lines about memorising and repeating; empty when there is nothing to say.
+        """Warnings of memorising and repeating.
 
         Args:
-            guided: samples were drawn with guidance, which there could be less of.
+            guided: samples were drawn with guidance, so that less guidance is a way out.
         """
         scores = self.scores()
-        loud = [name for name in ("memorised", "repeated") if _stands_out(scores[name])]
-        if loud and self.detail < DETAILED:
+        standing_out = [name for name in ("memorised", "repeated") if _stands_out(scores[name])]
+        if standing_out and self.detail < DETAILED:
             return [
                 f"the samples have {self.detail:.0%} of the detail of training images: how near they come to these and "
-                f"to each other ({', '.join(loud)}) says nothing yet; train longer"
+                f"to each other ({', '.join(standing_out)}) says nothing yet; train longer"
             ]
-        said = {
+        messages = {
             "memorised": f"MEMORISING: {scores['memorised'].value:.0%} of the samples are nearer to a training image "
             f"than {1 - NEAR:.0%} of unseen real images are (look at nearest.png): "
             "train on more data or for fewer steps",
             "repeated": f"REPEATING: {scores['repeated'].value:.0%} of the samples are nearer to another sample than "
             f"{1 - NEAR:.0%} of real images are to another: {'less guidance, or ' if guided else ''}more varied data",
         }
-        return [said[name] for name in loud]
+        return [messages[name] for name in standing_out]
 
 
 def _stands_out(score: Score) -> bool:
@@ -88,7 +83,7 @@ def _stands_out(score: Score) -> bool:
 
 
 def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[Any]], Any]) -> Score:
-    """The summary over samples with its bootstrap interval, and over real images."""
+    """A summary over samples with its bootstrap interval; the floor is the summary over real images."""
     draw = generator(0, "evaluation", DRAWS["resamples"])
     drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
     value, reach = float(summary(each)), 1.96 * float(np.std([summary(d) for d in drawn], ddof=1))
@@ -96,12 +91,12 @@ def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[An
 
 
 def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrored: bool = False) -> Neighbours:
-    """Search all training images; each set as `thumbnails` (N, C, h, w).
+    """Nearest neighbours among all training images; each set as `thumbnails` (N, C, h, w).
 
     Args:
-        unseen: real images that are not among the training ones; None: training images stand in, each compared
+        unseen: real images that are not among the training ones; None: training images take their place, each compared
             with all others.
-        mirrored: training showed mirror images too (data.flip): one of a training image is as near as the image.
+        mirrored: training showed mirror images too (data.flip): the mirror image of a sample is searched for as well.
     """
     base = train.flatten(1)
     real = train[: len(samples)]  # as many as there are samples: more would lie closer together
@@ -125,11 +120,11 @@ def _steps(images: Tensor) -> Float64Array:
 def _either_way(
     images: Tensor, base: Tensor, *, mirrored: bool, itself: bool = False
 ) -> tuple[Float64Array, NDArray[np.int64]]:
-    """`nearest` of images (N, C, h, w), or of their mirror images where those come nearer."""
+    """`nearest` of images (N, C, h, w), or of their mirror images where those are nearer."""
     distance, number = nearest(images.flatten(1), base, itself=itself)
     if mirrored:
-        other, its = nearest(images.flip(-1).flatten(1), base, itself=itself)
-        distance, number = np.minimum(distance, other), np.where(other < distance, its, number)
+        flipped, flipped_number = nearest(images.flip(-1).flatten(1), base, itself=itself)
+        distance, number = np.minimum(distance, flipped), np.where(flipped < distance, flipped_number, number)
     return distance, number
 
 
@@ -142,8 +137,8 @@ def thumbnails(images: Pixels) -> Tensor:
 
 
 def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Float64Array, NDArray[np.int64]]:
-    """Distance (N,) and row (N,) of each query's nearest row of `base`; with `itself`, query i is row i, which
-    does not count."""
+    """Distance (N,) and number (N,) of the row of `base` nearest to each query; with `itself`, query i is row i and
+    only other rows count."""
     norms = base.square().sum(1)
     rows = max(1, BLOCK // len(base))
     numbers = []
@@ -154,6 +149,6 @@ def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Flo
             squares[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
         numbers.append(squares.argmin(1))
     number = torch.cat(numbers)
-    # Again from the difference: the expanded square loses small distances.
-    found = [(q.double() - base[n].double()).square().mean().sqrt() for q, n in zip(queries, number, strict=True)]
-    return torch.stack(found).numpy(), number.numpy()
+    # Computed again from the difference: the expanded square loses small distances.
+    distances = [(q.double() - base[n].double()).square().mean().sqrt() for q, n in zip(queries, number, strict=True)]
+    return torch.stack(distances).numpy(), number.numpy()

@@ -1,9 +1,11 @@
-"""Table of the scores: the group of each, which of its values are better, and the functions of a user's own."""
+"""Table of the metrics: the group of each, which of its values are better, and the functions of a user's metrics."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.metrics.pixels import Halves, Score
+from dit_in_dit.metrics.score import Halves, Score
 
 Direction = Literal["lower", "higher", "zero", "listed"]
 Images = NDArray[np.uint8]
@@ -23,7 +25,7 @@ WORDS: dict[Direction, str] = {
     "zero": "nearer to zero is better: sizes are compared, without the sign",
     "listed": "listed, not ranked",
 }
-TITLES = {  # of groups, in the order of a report; another group is its own title and comes after these
+TITLES = {  # of groups, in the order of a report; any other group is its own title and comes after these
     "held_out": "Held-out error",
     "pixels": "Distances without a network",
     "detail": "Known detail of mosaics",
@@ -40,8 +42,12 @@ class Metric:
         name: of the score in metrics.json; a `*` matches what differs within a family, such as the level of `swd.*`.
         group: key of TITLES, or a title of the user's own.
         direction: which values are better; `listed` scores are not ranked.
-        compute: from samples and as many real images, both uint8 (N, H, W, C), to a number, or to a Score with its
-            interval. The floor of a number is what other real images score. None: computed by this room's modules.
+        compute: a function of samples and as many real images, both uint8 (N, H, W, C). It returns a finite number, or
+            a Score with an interval. The floor of a number is the score of other real images. None: the package
+            computes the score.
+
+    Raises:
+        UserError: the direction is unknown, or `compute` is no function of two arguments.
     """
 
     name: str
@@ -53,8 +59,10 @@ class Metric:
         known = get_args(Direction)
         if self.direction not in known:
             raise UserError(
-                f"metric {self.name}: unknown direction {self.direction!r}{did_you_mean(self.direction, known)}"
+                f"metric {self.name}: unknown direction {self.direction!r}{did_you_mean(str(self.direction), known)}"
             )
+        if self.compute is not None:
+            _check_signature(self.name, self.compute)
 
     def ranked(self, value: float) -> float:
         """The value that is compared: its size where nearer to zero is better."""
@@ -106,7 +114,7 @@ def direction(score: str) -> Direction:
 
 
 def own_metrics() -> dict[str, Metric]:
-    """The metrics that compute themselves: those of the user."""
+    """The metrics of the user, which compute their own score."""
     return {name: metric for name, metric in METRICS.items() if metric.compute}
 
 
@@ -114,25 +122,58 @@ def own_scores(images: Images, real: Images) -> dict[str, Score]:
     """Scores of the user's metrics, of M images against a half of 2M real ones; the floor is that of the other half.
 
     Raises:
-        UserError: a metric gives anything but a number or a Score.
+        UserError: a metric raises an error, or returns anything but a finite number or a Score of these.
     """
     halves = Halves.of(len(real))
     first, second = real[halves.first[0]], real[halves.second[0]]
     scores = {}
     for name, metric in own_metrics().items():
-        score = _computed(name, metric, images, first)
+        score = _compute(name, metric, images, first)
         if score.low is None and score.floor is None:
-            score = Score(score.value, floor=metric.ranked(_computed(name, metric, second, first).value))
+            floor = _compute(name, metric, second, first).value
+            score = Score(score.value, floor=metric.ranked(floor))
         scores[name] = score
     return scores
 
 
-def _computed(name: str, metric: Metric, images: Images, real: Images) -> Score:
-    found = metric.compute(images, real) if metric.compute else None
-    if isinstance(found, Score):
-        return found
+def _check_signature(name: str, compute: object) -> None:
+    """UserError where `compute` cannot be called with samples and real images."""
+    if not callable(compute):
+        raise UserError(
+            f"metric {name}: compute must be a function of samples and real images: got {truncate(repr(compute), 40)}; "
+            "give a function"
+        )
     try:
-        return Score(float(found))  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        got = truncate(repr(found), 40)
-        raise UserError(f"metric {name} must give a number or a Score: got {got}; mend its compute") from None
+        signature = inspect.signature(compute)
+    except (TypeError, ValueError):  # a function written in C may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"metric {name}: compute must take two arguments, samples and real images: got {truncate(signature, 60)}; "
+            "change its arguments"
+        ) from None
+
+
+def _compute(name: str, metric: Metric, images: Images, real: Images) -> Score:
+    """The checked score of a user's metric."""
+    assert metric.compute is not None
+    try:
+        result = metric.compute(images, real)
+    except (Exception, SystemExit) as error:
+        problem = f"{type(error).__name__}: {truncate(error, 100)}"
+        raise UserError(f"metric {name} ends with {problem}; fix its compute") from error
+    try:
+        numbers = astuple(result) if isinstance(result, Score) else (result, None, None, None)
+        score = Score(float(numbers[0]), *(None if number is None else float(number) for number in numbers[1:]))
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"metric {name} must return a number or a Score: got {truncate(repr(result), 60)}; fix its compute"
+        ) from None
+    if not all(number is None or math.isfinite(number) for number in astuple(score)):
+        got = score if isinstance(result, Score) else score.value
+        raise UserError(f"metric {name} must return finite numbers: got {got}; fix its compute")
+    if (score.low is None) != (score.high is None):
+        raise UserError(f"metric {name} must return both ends of an interval, or none: got {score}; fix its compute")
+    return score

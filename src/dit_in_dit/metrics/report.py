@@ -1,4 +1,4 @@
-"""Evaluations as pictures and tables, and several of them side by side when their protocols allow it."""
+"""Figures and tables of an evaluation, and of several with equal protocols."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.metrics.evaluate import Evaluation, floats
 from dit_in_dit.metrics.metric import direction
-from dit_in_dit.metrics.pixels import Halves, Seams, Spectrum, statistics
+from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
+from dit_in_dit.metrics.score import Halves
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import before_it_was_named
 
-SHOWN = 64
+SHOWN = 64  # images in a grid
 NUMBER = (int, float)
 SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType), "floor": (*NUMBER, NoneType)}
 FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
 
 
 def draw_evaluation(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
-    """Write the figures; their paths, each with what it shows."""
+    """Write the figures; returns their paths, each with what it shows."""
     samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
     step = max(1, len(evaluation.real) // SHOWN)
     pictures = {
@@ -43,20 +44,20 @@ def draw_evaluation(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]
 
 
 def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
-    """The nearest samples, each above its training image."""
+    """Draw the samples nearest to training images, each above its training image."""
     count = min(columns * 2, len(evaluation.nearest))
     rows = []
     for start in range(0, count, columns):
         part = slice(start, min(start + columns, count))
-        mine, theirs = evaluation.nearest[part], evaluation.nearest_real[part]
-        blank = np.full((columns - len(mine), *mine.shape[1:]), 255, np.uint8)
-        rows += [mine, blank, theirs, blank]
+        samples, real = evaluation.nearest[part], evaluation.nearest_real[part]
+        blank = np.full((columns - len(samples), *samples.shape[1:]), 255, np.uint8)
+        rows += [samples, blank, real, blank]
     atomic.write_atomic(path, image_png(image_grid(np.concatenate(rows), columns)))
 
 
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
-    """Every score against its floor, and the curves behind the spectrum, the seams and the neighbours."""
-    made, axes = plots.figure(2, 2, width=5.2, height=3.9)
+    """Draw every score against its floor, the power spectra, the seams and the distances to training images."""
+    figure, axes = plots.figure(2, 2, width=5.2, height=3.9)
     images, real = floats(evaluation.images), floats(evaluation.real)
     first = Halves.of(len(real)).first[0]
     _draw_scores(axes[0, 0], evaluation.result["scores"])
@@ -65,8 +66,8 @@ def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     seams = [s for s, _ in statistics(images.shape[1:], _periods(evaluation.result)) if isinstance(s, Seams)]
     _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
     _draw_neighbours(axes[1, 1], evaluation)
-    made.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
-    atomic.write_atomic(path, plots.figure_png(made))
+    figure.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
+    atomic.write_atomic(path, plots.figure_png(figure))
 
 
 def _periods(result: dict[str, Any]) -> tuple[int, ...]:
@@ -74,7 +75,7 @@ def _periods(result: dict[str, Any]) -> tuple[int, ...]:
 
 
 def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
-    """One line that says what was evaluated and how."""
+    """One line about what was evaluated and how."""
     samples, real = protocol["samples"], protocol["reference"]
     how = samples["made by"]
     if how == "sampling":
@@ -84,7 +85,8 @@ def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
 
 
 def _draw_scores(axis: Any, scores: dict[str, dict[str, Any]]) -> None:
-    """Distances as multiples of their floor, with intervals, on a logarithmic scale; what has no floor is left out."""
+    """Draw distances as multiples of their floor, with intervals, on a logarithmic scale; those without a floor are
+    left out."""
     rows = [(name, s) for name, s in scores.items() if s["floor"] and direction(name) in ("lower", "zero")]
     y = np.arange(len(rows))[::-1]
     floors = np.array([s["floor"] for _, s in rows])
@@ -108,14 +110,14 @@ def _draw_spectra(axis: Any, spectrum: Spectrum, spectra: dict[str, Any]) -> Non
     axis.legend()
 
 
-def _draw_seams(axis: Any, found: list[tuple[Seams, Any]]) -> None:
-    for colour, (seams, deviation) in zip(plots.COLOURS, found, strict=False):
+def _draw_seams(axis: Any, deviations: list[tuple[Seams, Any]]) -> None:
+    for colour, (seams, deviation) in zip(plots.COLOURS, deviations, strict=False):
         for line, name, places in zip(("-", "--"), ("down", "across"), deviation, strict=True):
             x = (np.arange(seams.period) + 1) / seams.period
             axis.plot(x, places, line, color=colour, marker=".", label=f"{seams.period} px, {name}")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="place in the period (1: the border)", ylabel="excess step over real images")
-    if found:
+    if deviations:
         axis.legend(fontsize=7)
 
 
@@ -136,15 +138,19 @@ def _draw_neighbours(axis: Any, evaluation: Evaluation) -> None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation from its `metrics.json`, its folder, or a run's newest evaluation."""
+    """An evaluation from its `metrics.json`, its folder, or a run with evaluations (the newest).
+
+    Raises:
+        UserError: there is no evaluation, or its file is damaged.
+    """
     places = [path, path / "metrics.json", *sorted((path / "evaluation").glob("*/metrics.json"), reverse=True)]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         raise UserError(f"no evaluation at {path}: run `dit-in-dit evaluate {path}` first")
     advice = "run `dit-in-dit evaluate` again"
-    result = read_json(found, "the evaluation ", advice)
+    result = read_json(file, "the evaluation ", advice)
     if not has_form(result, FORM) or not all(has_form(score, SCORE) for score in result["scores"].values()):
-        raise UserError(f"{found} is not an evaluation: it lacks a part, or holds another in its place; {advice}")
+        raise UserError(f"{file} is not an evaluation: a part is missing or of another type; {advice}")
     made_with = result.get("made with")
     torch = made_with.get("torch") if isinstance(made_with, dict) else None
     result["protocol"].setdefault("precision", before_it_was_named(torch if isinstance(torch, str) else ""))
@@ -152,17 +158,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any] | None]]]:
-    """Names and, per score, one entry for each evaluation (None where it has none).
+    """Names of the evaluations and, by score, an entry of each (None: it lacks the score).
 
     Raises:
-        UserError: the protocols differ; it names the first field that does.
+        UserError: the protocols differ; the message names the first field that does.
     """
     results = [read_evaluation(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
         if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
-                f"{paths[0]} and {path} cannot stand in one table, their protocols differ in {field}; "
-                "evaluate them alike"
+                f"{paths[0]} and {path} cannot be compared, their protocols differ in {field}; evaluate them alike"
             )
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     return [_label(r) for r in results], {name: [r["scores"].get(name) for r in results] for name in names}
@@ -176,19 +181,19 @@ def _label(result: dict[str, Any]) -> str:
 def draw_compared(
     labels: list[str], scores: dict[str, list[dict[str, Any] | None]], path: Path, columns: int = 5
 ) -> None:
-    """A panel per score: one dot with its interval for each evaluation, and the floor."""
+    """Draw a panel per score: the floor, and a dot with its interval for each evaluation."""
     rows = -(-len(scores) // columns)
-    made, axes = plots.figure(rows, columns, width=2.5, height=0.7 + 0.22 * len(labels))
+    figure, axes = plots.figure(rows, columns, width=2.5, height=0.7 + 0.22 * len(labels))
     for axis in axes.ravel()[len(scores) :]:
         axis.set_visible(False)
     y = np.arange(len(labels))[::-1]
-    for axis, (name, found) in zip(axes.ravel(), scores.items(), strict=False):
-        for at, colour, score in zip(y, plots.COLOURS * len(y), found, strict=False):
+    for axis, (name, entries) in zip(axes.ravel(), scores.items(), strict=False):
+        for at, colour, score in zip(y, plots.COLOURS * len(y), entries, strict=False):
             if score is not None:
                 if score["low"] is not None:
                     axis.hlines(at, score["low"], score["high"], color=colour, alpha=0.4, linewidth=4)
                 axis.plot(score["value"], at, "o", color=colour, markersize=4)
-        if floor := next((s["floor"] for s in found if s and s["floor"] is not None), None):
+        if floor := next((s["floor"] for s in entries if s and s["floor"] is not None), None):
             axis.axvline(floor, color="black", linewidth=0.8, linestyle=":")
             if direction(name) == "zero":
                 axis.axvspan(-floor, floor, color="black", alpha=0.08)
@@ -197,5 +202,5 @@ def draw_compared(
         axis.set_title(name, fontsize=8)
         axis.tick_params(axis="x", labelsize=6)
         axis.locator_params(axis="x", nbins=4)
-    made.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
-    atomic.write_atomic(path, plots.figure_png(made))
+    figure.suptitle("dots with 95% intervals; dotted: real against real", fontsize=8)
+    atomic.write_atomic(path, plots.figure_png(figure))

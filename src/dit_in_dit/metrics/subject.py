@@ -1,4 +1,4 @@
-"""What is evaluated and what against: numbered images of a run, a folder or arrays, and of real data."""
+"""Images to evaluate, of a run, a folder or arrays, and the real images they are compared with; all numbered."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
@@ -19,63 +18,53 @@ from dit_in_dit.data import latents
 from dit_in_dit.data.run_data import locate, open_source_of
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source, size_of
-from dit_in_dit.metrics.pixels import DRAWS
+from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.folder import ImageDecoder
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import image_number
 
 Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
-NAMED = ("emoji", "mosaic")  # sources that come with a held-out part
-MOST_REAL = 50_000  # real images used of a larger set, drawn at random
-
-
-class ImageDecoder(Protocol):
-    """What makes images of latents."""
-
-    factor: int  # pixels to a latent pixel, along a side
-
-    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
-        """Images (n, 3, H, W) of samples of one micro-batch of `size`."""
-        ...
-
-    def about(self) -> dict[str, Any]:
-        """What decides the images."""
-        ...
+NAMED = ("emoji", "mosaic")  # sources with a held-out part of their own
+MOST_REAL = 50_000  # real images drawn at random from a larger set
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Images that are evaluated, how they are made (part of the protocol) and what they are of (not part of it)."""
+    """Images to evaluate."""
 
     draw: Draw
     shape: tuple[int, int, int]  # H, W, C
-    samples: dict[str, Any]
-    about: dict[str, Any]
-    count: int | None = None  # how many there are; None: as many as wanted
+    samples: dict[str, Any]  # how images are drawn: part of the protocol
+    about: dict[str, Any]  # which checkpoint or files: not part of the protocol
+    count: int | None = None  # number of images; None: unlimited
     model: NestedDiT | None = None
     config: RunConfig | None = None
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """Patch and, if there is an inner path, sub-patch size."""
+        """Patch size in pixels and, with an inner path, sub-patch size."""
         if self.config is None:
             return ()
-        model, scale = self.config.model, self.shape[0] // self.config.model.image_size[0]  # of latents, when decoded
+        model, scale = (
+            self.config.model,
+            self.shape[0] // self.config.model.image_size[0],
+        )  # 1 unless latents are decoded
         periods = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
         return tuple(period * scale for period in periods)
 
 
 @dataclass(frozen=True)
 class RealImages:
-    """Real images: those that samples are compared with, and unseen ones, if there are any."""
+    """Real images."""
 
-    draw: Draw
+    draw: Draw  # those that samples are compared with
     count: int
-    unseen: Draw
+    unseen: Draw  # held out
     unseen_count: int
     about: dict[str, Any]
 
@@ -92,8 +81,12 @@ def run_subject(
     """Samples of a run's newest checkpoint.
 
     Args:
-        configure: from the run's config and class names, the config to sample with and the classes that take turns.
-        decoder: what makes images of latents, if there is something.
+        configure: from the run's config and class names to the config to sample with, and the class numbers that take
+            turns (empty: as often as in the training data).
+        decoder: from the run's data to the decoder of its latents; None: samples are images.
+
+    Raises:
+        UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
     """
     saved = Checkpoint.open(run)
     model, config = saved.model(device, averaged=averaged), saved.config
@@ -113,7 +106,7 @@ def run_subject(
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
         size = config.sample.micro_batch
         images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
-        return np.concatenate([to_pixels(some) for some in images])
+        return np.concatenate([to_pixels(batch) for batch in images])
 
     labels = names if config.model.num_classes else "none"
     samples = sampling_protocol(config, labels=labels, averaged=averaged, seed=seed)
@@ -127,13 +120,13 @@ def run_subject(
 
 
 def _common_labels(run: Path, config: RunConfig) -> list[int]:
-    """The training images' labels in a fixed random order: a set of samples then has the data's mix of classes."""
+    """Labels of the training images in a fixed random order: samples then have the class frequencies of the data."""
     source = open_source_of(run, config)
     return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:
-    """The images of a folder, .zip, .npz or .npy, in the order of their names, as they are."""
+    """The images of a folder, .zip, .npz or .npy, in the order of their names, unchanged."""
     if not path.exists():
         raise UserError(f"no such run, folder or file: {path}")
     if path.is_file() and path.suffix not in (".zip", ".npz", ".npy"):
@@ -141,7 +134,7 @@ def files_subject(path: Path) -> Subject:
     shape = size_of(path)
     source = _open(DataConfig(source=str(path), held_out=0), shape)
     draw, count = _pixels(source.train), source.train_size or 0
-    # Of all images, though fewer may be measured: chunks of features are kept, and the next evaluation may want more.
+    # Of all images, even where fewer are measured: features are stored, and the next evaluation may measure more.
     about = {"name": str(path), "sha256": _sha256(draw, count)}
     return Subject(draw, shape, {"made by": "files, as they are"}, about, count=count)
 
@@ -149,19 +142,21 @@ def files_subject(path: Path) -> Subject:
 def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
     """Real images for a subject.
 
-    `against` None means the data that the run was trained on. That, and the embedded sources, have a held-out
-    part, which is kept apart; other data is used whole.
-
     Args:
-        wanted: images needed of an endless source.
+        against: a source; None: the data that the run was trained on. That data and NAMED sources have a held-out part,
+            which is left out; all of any other source is used.
+        wanted: number of images of an endless source.
+
+    Raises:
+        UserError: there is no such data, or none is named for images without a run or with latents.
     """
     if against is None and subject.config is None:
         raise UserError(
-            "say what the images are compared with: --against DATA (emoji, mosaic, a folder, .zip or arrays)"
+            "images need real ones to be compared with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
     if against is None and latents.is_index(data.source):
-        raise UserError(f"the run was trained on latents: name the images that {data.source} was made of by --against")
+        raise UserError(f"the run was trained on latents: name the images that {data.source} encodes with --against")
     seed = subject.config.seed if subject.config else 0
     if against is not None and against != data.source:
         data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
@@ -175,10 +170,10 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
         order = generator(0, "evaluation", DRAWS["order"]).permutation(total)
         numbers = sorted(map(int, order[:count]))
     train = _pixels(lambda i: source.train(numbers[i]))
-    whole = "all images" if not source.held_out_size else "the training part"
+    everything = "all images" if not source.held_out_size else "the training part"
     about = {
         "data": data.source,
-        "part": whole if total == count else f"{count} of {whole}",
+        "part": everything if total == count else f"{count} of {everything}",
         "images": count,
         "resize": "box halving, bicubic, centre crop",
         "sha256": _sha256(train, count),
@@ -187,13 +182,13 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
 
 
 def _open(data: DataConfig, shape: tuple[int, int, int]) -> Source:
-    """The source at a size, whatever its classes."""
+    """The source at an image size (H, W, C), without its classes."""
     size = replace(ModelConfig(image_size=shape[:2], channels=shape[2], patch_size=1), num_classes=0)
     return open_source(data, size)
 
 
 def _pixels(image: Callable[[int], tuple[NDArray[np.float32], int]]) -> Draw:
-    """Images as uint8, from a function that gives one in [-1, 1]."""
+    """Images as uint8, from a function to one in [-1, 1]."""
 
     def draw(numbers: range) -> Pixels:
         return to_pixels(torch.from_numpy(np.stack([image(i)[0] for i in numbers])))
@@ -202,7 +197,7 @@ def _pixels(image: Callable[[int], tuple[NDArray[np.float32], int]]) -> Draw:
 
 
 def _sha256(draw: Draw, count: int, block: int = 256) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for start in range(0, count, block):
-        found.update(draw(range(start, min(start + block, count))).tobytes())
-    return found.hexdigest()
+        sha256.update(draw(range(start, min(start + block, count))).tobytes())
+    return sha256.hexdigest()

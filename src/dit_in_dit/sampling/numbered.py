@@ -1,4 +1,4 @@
-"""From a model to images: schedulers of diffusers behind one function, and samples that are numbered."""
+"""Numbered samples of a model: sample i depends on the seed and i, not on the samples drawn with it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from dit_in_dit.runtime.seeding import generator
 
 
 def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
-    """The noise of samples `indices`, each (*shape) and from its own stream of (seed, number): a function that gives
-    (N, *shape), anew at each call."""
+    """Function that returns the next noise (N, *shape) of samples `indices`, each from its own stream of (seed, i)."""
     streams = [generator(seed, "sample", i) for i in indices]
 
     def draw() -> Tensor:
@@ -32,13 +31,13 @@ def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], devi
 
 
 def in_its_type(model: NestedDiT) -> Predict:
-    """The model's prediction in the type of x, computed in that of the weights."""
+    """The model as a function that computes in the type of its weights and returns the type of x."""
     dtype = next(model.parameters()).dtype
     return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
 
 
 def class_of(index: int, classes: Sequence[int]) -> int:
-    """The class of sample `index`: the wanted classes take turns."""
+    """The class of sample `index`: the classes take turns."""
     return classes[index % len(classes)]
 
 
@@ -53,28 +52,28 @@ def sample_batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
-    Sample i has its noise from (seed, i) and its class from i. It is always drawn together with the same others, in
-    its place of micro-batch i // `sample.micro_batch`, whichever of them are wanted: sums in a batch of another size,
-    or in another of its rows, may end in other bits.
+    Sample i has its noise from (seed, i) and its class from i. It is always drawn in its own row of micro-batch
+    i // `sample.micro_batch`, and that micro-batch is drawn whole: sums in a batch of another size, or in another row,
+    may end in other bits.
 
     Args:
-        model: computes where its weights are and in their type; steps are taken, and images given, in float32.
-        config: whose `diffusion` and `sample` are used.
-        indices: numbers of the samples; in order, no micro-batch is drawn twice.
+        model: computes on the device and in the type of its weights; steps and images are in float32.
+        config: its `diffusion` and `sample` are used.
+        indices: numbers of the samples; sorted, so that no micro-batch is drawn twice.
         classes: class numbers that take turns; empty: all classes.
     """
     keep_freed_memory()
     use_full_float32()
     device, shape = next(model.parameters()).device, model.config.image_shape
-    chosen = classes or range(model.config.num_classes or 1)
+    turns = classes or range(model.config.num_classes or 1)
     predict = guided(in_its_type(model), model.config.num_classes, config.sample)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
-        whole, part = range(number * size, (number + 1) * size), list(wanted)
-        noise = numbered_noise(seed, whole, shape, device)
-        y = torch.tensor([class_of(i, chosen) for i in whole], device=device) if model.config.num_classes else None
+        batch, part = range(number * size, (number + 1) * size), list(wanted)
+        noise = numbered_noise(seed, batch, shape, device)
+        y = torch.tensor([class_of(i, turns) for i in batch], device=device) if model.config.num_classes else None
         x = denoise(predict, config.diffusion, config.sample, noise, y)
-        yield part, x.cpu()[[i - whole.start for i in part]]
+        yield part, x.cpu()[[i - batch.start for i in part]]
 
 
 def sample(
@@ -90,10 +89,10 @@ def sample(
 
 
 def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
-    """How samples are drawn, as JSON holds it; `labels` are names of classes, or words for them."""
+    """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase about them."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
-    # Before times were ours, they were those of whichever diffusers was installed, and these differed here alone.
+    # Times once came from the installed version of diffusers; only those of this pair have changed since.
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     return {
         "made by": "sampling",
@@ -107,6 +106,3 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
         "seed": seed,
         **{name: value for name, value in special.items() if value is not None},
     }
-
-
-# ---------------------------------------------------------------------------------------- pictures

@@ -1,0 +1,59 @@
+"""A score of images against real ones, with its interval and its floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_in_dit.runtime.seeding import generator
+
+Float64Array = NDArray[np.float64]
+
+FLOOR_SPLITS = 64  # random halvings of the reference that the floor is the mean over
+RESAMPLES = 100  # of the bootstrap
+DRAWS = {"halves": 0, "resamples": 1, "projections": 2, "order": 3, "subsets": 4}  # streams of the purpose "evaluation"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number, its 95% interval, and its floor, the score of real images against real ones; None where unknown."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    floor: float | None = None
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Positions of disjoint halves of the reference, `first` and `second` each (FLOOR_SPLITS, M)."""
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, count: int) -> Halves:
+        """Random halves of `count` images; an odd one is left out."""
+        draw, half = generator(0, "evaluation", DRAWS["halves"]), count // 2
+        orders = np.stack([draw.permutation(count) for _ in range(FLOOR_SPLITS)])
+        return cls(orders[:, :half], orders[:, half : 2 * half])
+
+
+def resamples(count: int) -> Iterator[tuple[Float64Array, Float64Array]]:
+    """Bootstrap weights (count,) of mean one, for the images and for the reference: multinomial counts."""
+    draw = generator(0, "evaluation", DRAWS["resamples"])
+    even = np.full(count, 1 / count)
+    for _ in range(RESAMPLES):
+        yield draw.multinomial(count, even).astype(float), draw.multinomial(count, even).astype(float)
+
+
+def bootstrap_score(value: float, resampled: list[float], floors: list[float]) -> Score:
+    """A distance with the interval value +- 1.96 bootstrap deviations.
+
+    Percentiles of a resampled distance all lie above the value, because resampling adds a distance of its own.
+    """
+    deviation = float(np.std(resampled, ddof=1))
+    return Score(value, value - 1.96 * deviation, value + 1.96 * deviation, float(np.mean(np.abs(floors))))

@@ -1,0 +1,168 @@
+"""Numbered samples as files in a folder, which any number of processes fill, and which a killed one can resume."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import check_finite, image_grid, image_png, picture, to_pixels
+from dit_in_dit.runs import atomic, shards
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runtime.precision import FULL
+from dit_in_dit.runtime.process import is_main
+from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
+
+GRID_MOST = 1024  # images in grid.png
+IDENTITY = "samples.json"
+
+
+class ImageDecoder(Protocol):
+    """Decodes latents into images."""
+
+    factor: int  # pixels to a latent pixel, along a side
+
+    def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
+        """Images (n, 3, H, W) of the samples `indices`, from their latents (n, C, h, w); all of one micro-batch of
+        `size`."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """Everything that the images depend on, as JSON holds it."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """A folder of a run's samples: `000000.png` and on (.npy for latents without a decoder), and `grid.png`.
+
+    Attributes:
+        saved: the checkpoint whose weights `model` has.
+        config: how to sample; its `diffusion` and `sample` are used.
+        classes: class numbers that take turns; empty: all classes.
+        averaged: the model has the averaged weights.
+    """
+
+    out: Path
+    saved: Checkpoint
+    model: NestedDiT
+    config: RunConfig
+    classes: Sequence[int] = ()
+    seed: int = 0
+    averaged: bool = True
+    decode: ImageDecoder | None = None
+
+    @property
+    def latents(self) -> bool:
+        """Whether the files hold latents."""
+        return self.decode is None and self.config.model.channels not in (1, 3)
+
+    def path(self, index: int) -> Path:
+        """The file of sample `index`."""
+        return self.out / f"{index:06d}.{'npy' if self.latents else 'png'}"
+
+    def fill(self, num: int, batch: int = 1) -> Iterator[int]:
+        """Check the folder, then draw this process's share of the first `num` samples that are missing; yields how
+        many exist, until all do.
+
+        Process 0 then draws the grid of all samples in the folder, and for latents writes `samples.npz`.
+
+        Args:
+            batch: images to draw between writes, rounded up to whole micro-batches.
+
+        Raises:
+            UserError: the folder holds other images, a file in it is damaged, or another process stopped drawing.
+        """
+        self._claim(num)
+        return self._fill(num, batch)
+
+    def _fill(self, num: int, batch: int) -> Iterator[int]:
+        size = self.config.sample.micro_batch
+        yield from shards.share(num, -(-batch // size) * size, self._exists, self._draw)
+        if is_main():
+            count = num
+            while self.path(count).exists():  # an earlier call drew more: the grid shows them too
+                count += 1
+            _finish(self.out, [self.path(index) for index in range(count)], self.latents)
+
+    def _claim(self, num: int) -> None:
+        """Write what the samples depend on; UserError when the folder holds images that depend on anything else."""
+        if not (self.out / IDENTITY).exists():
+            foreign = next((self.path(index) for index in range(num) if self.path(index).exists()), None)
+            # Looked for again: another process may have begun meanwhile, and it writes the identity first.
+            if foreign and not (self.out / IDENTITY).exists():
+                raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
+        names = [self.saved.classes[c] for c in self.classes] or "all in turn"
+        labels = names if self.config.model.num_classes else "none"
+        identity = {
+            "step": self.saved.step,
+            "config": self.saved.manifest["config"],
+            "checkpoint": self.saved.sha256(averaged=self.averaged),
+            "samples": sampling_protocol(self.config, labels=labels, averaged=self.averaged, seed=self.seed),
+            "micro_batch": self.config.sample.micro_batch,
+            "made on": _machine(next(self.model.parameters()).device),
+            **({"vae": self.decode.about()} if self.decode else {}),
+        }
+        shards.claim(self.out / IDENTITY, identity)
+
+    def _exists(self, part: range) -> bool:
+        return all(self.path(index).exists() for index in part)
+
+    def _draw(self, part: range) -> None:
+        missing = [index for index in part if not self.path(index).exists()]
+        batches = sample_batches(self.model, self.config, missing, seed=self.seed, classes=self.classes)
+        for indices, drawn in list(batches):
+            size = self.config.sample.micro_batch
+            images = self.decode.numbered(indices, drawn, size) if self.decode else drawn
+            for index, image in zip(indices, images, strict=True):
+                atomic.write_atomic(self.path(index), _encoded(image, self.latents))
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """The machine, on which the last bits depend; the number of CPU threads does not matter
+    (docs/decisions/sampling.md)."""
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": name, "torch": torch.__version__, **({"precision": FULL} if gpu else {})}
+
+
+def _encoded(image: Tensor, latents: bool) -> bytes:
+    """An image (C, H, W) in [-1, 1] as the bytes of a .png; latents as those of a .npy."""
+    check_finite(image[None])
+    if not latents:
+        return image_png(picture(to_pixels(image[None])[0]))
+    np.save(content := io.BytesIO(), image.numpy())
+    return content.getvalue()
+
+
+def _finish(out: Path, paths: list[Path], latents: bool) -> None:
+    """Write the grid, and all latents as one array; delete what killed processes left of these files."""
+    if latents:
+        images = np.stack([_read(path) for path in paths])
+        with atomic.file(out / "samples.npz") as file:
+            np.savez(file, images=images)
+        shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
+    else:
+        shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
+    atomic.write_atomic(out / "grid.png", image_png(image_grid(shown)))
+    atomic.clear_temporary(out, {path.name for path in paths})  # of no others: another process may draw more
+
+
+def _read(path: Path) -> NDArray[Any]:
+    """The array of a .npy, or pixels (H, W, 1 or 3) of a .png; UserError when the file is damaged."""
+    try:
+        array = np.asarray(np.load(path, allow_pickle=False) if path.suffix == ".npy" else Image.open(path))
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{path} is damaged: remove it and run again") from None
+    return array[..., None] if array.ndim == 2 else array

@@ -1,4 +1,4 @@
-"""A source of the user's own: named in the config, or given to train()."""
+"""A user's own source: named in the config, or given to train()."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dit_in_dit.data.run_data import data_record, locate
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import SOURCES, count_classes, open_source, source_kind
 from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.loop import train
 
 
 class Dots(Source):
@@ -100,3 +101,98 @@ def test_the_path_after_a_name_is_noted_as_one(named, tmp_path, monkeypatch, exi
     monkeypatch.chdir("/")
     assert locate(data, noted).source == noted["place"]
     assert locate(DataConfig(source="dots"), noted).source == "dots"
+
+
+WRONG_ATTRIBUTES = [
+    ({"classes": 5}, "classes must be a tuple of texts: got 5"),
+    ({"classes": (1, 2)}, r"classes must be a tuple of texts: got \(1, 2\)"),
+    ({"classes": "ab"}, "classes must be a tuple of texts: got ab"),
+    ({"train_size": 0}, "train_size must be at least 1, or None for an endless source: got 0"),
+    ({"train_size": 2.5}, "train_size must be at least 1, or None for an endless source: got 2.5"),
+    ({"held_out_size": -1}, "held_out_size must be a whole number from 0: got -1"),
+    ({"digest": b"dots"}, "digest must be a text: got b'dots'"),
+    ({"shape": (3, 9, 8)}, r"images must be float32 arrays \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
+    ({"fill": float("nan")}, "images must be finite: got NaN or infinity in training image 0"),
+    ({"train": lambda self, index: 1}, r"an example must be a pair \(image, label\): got int"),
+    ({"train": lambda self, index: (1.0, 0)}, r"images must be float32 arrays \[3, 8, 8\]: got float \[\]"),
+    ({"train": lambda self, index: (np.zeros(self.shape), 0)}, r"got float64 \[3, 8, 8\]"),
+    (
+        {"train": lambda self, index: (np.zeros(self.shape, np.float32), "odd")},
+        "labels must be whole numbers: got 'odd'",
+    ),
+    ({"train": lambda self, index: (np.zeros(self.shape, np.float32), 3)}, "labels must be from 0 to 2: got 3"),
+]
+
+
+class Wrong(Dots):
+    """Flat images of three classes, but for what a test replaces."""
+
+    classes, shape, fill, held_out_size = ("a", "b", "c"), (3, 8, 8), 0.5, 0
+
+    def __init__(self, *_):
+        pass
+
+    def train(self, index):
+        return np.full(self.shape, self.fill, np.float32), 0
+
+
+@pytest.mark.parametrize("how", ["named", "given"])
+@pytest.mark.parametrize(("attributes", "message"), WRONG_ATTRIBUTES)
+def test_a_wrong_source_is_refused_when_it_is_opened(attributes, message, how, run_config, tmp_path, monkeypatch):
+    kind = type("Wrong", (Wrong,), attributes)
+    monkeypatch.setitem(SOURCES, "wrong", kind)
+    config, given = (
+        (replace(run_config, data=DataConfig(source="wrong")), None) if how == "named" else (run_config, kind())
+    )
+    with pytest.raises(UserError, match=f"^source Wrong: .*{message}; fix the class$"):
+        list(train(config, tmp_path / "run", device="cpu", data=given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_of_classes_and_labels_of_numpy_are_taken(run_config, tmp_path):
+    labels = {"train": lambda self, index: (np.zeros(self.shape, np.float32), np.uint8(index % 3))}
+    source = type("Listed", (Wrong,), {"classes": ["a", "b", "c"], **labels})()
+    assert list(train(run_config, tmp_path / "run", device="cpu", data=source))[-1].step == run_config.train.steps
+
+
+class Late(Wrong):
+    """Right in its first image, wrong in the others."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def train(self, index):
+        image = np.full(self.shape, self.fill, np.float32)
+        return (image, 0) if index == 0 else self.wrong(image)
+
+    def held_out(self, index):
+        return np.full(self.shape, self.fill, np.float32), 0 if index == 0 else -1
+
+
+def with_double(image):
+    return image.astype(np.float64), 0
+
+
+def with_label(image):
+    return image, 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (with_double, r"images must be float32 arrays \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
+        (with_label, "labels must be from 0 to 2: got 7"),
+    ],
+)
+def test_a_wrong_example_ends_training_in_one_line(wrong, message, workers, run_config, tmp_path):
+    config = replace(run_config, data=replace(run_config.data, workers=workers))
+    with pytest.raises(UserError, match=f"^source Late: {message}; fix the class$"):
+        list(train(config, tmp_path / "run", device="cpu", data=Late(wrong)))
+
+
+def test_a_wrong_held_out_example_ends_training_in_one_line(run_config, tmp_path):
+    source = Late(with_label)
+    source.held_out_size = 2
+    with pytest.raises(UserError, match=r"^source Late: labels must be from 0 to 2: got -1; fix the class$"):
+        list(train(run_config, tmp_path / "run", device="cpu", data=source))

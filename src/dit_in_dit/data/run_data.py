@@ -10,7 +10,8 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import check_source, open_source, path_in, source_kind
+from dit_in_dit.data.source_checks import check_opened
+from dit_in_dit.data.sources import check_class_count, open_source, path_in, source_kind
 from dit_in_dit.runs import checkpoint
 
 OBJECT = "object:"  # before the class of a source that was given to train()
@@ -28,7 +29,8 @@ def find_source(
     them."""
     if isinstance(given, Source):
         place = f"{OBJECT}{class_name(given)}"
-        check_source(given, place, config.model)
+        check_opened(given, config.model)
+        check_class_count(given, place, config.model)
         return given, {"digest": given.digest, "place": place}
     data = replace(config.data, source=given) if given else locate(config.data, noted)
     source = open_source(data, config.model)

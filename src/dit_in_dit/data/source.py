@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source_checks import check_opened
 
 Stream = Callable[[], np.random.Generator]  # a training example's own random numbers, made when they are asked for
 
@@ -59,7 +60,9 @@ class Source(ABC):
     @classmethod
     def open(cls, data: DataConfig, model: ModelConfig) -> Source:
         """The source at the model's size; UserError when it is missing, empty or does not fit."""
-        return cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
+        source = cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
+        check_opened(source, model)
+        return source
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:

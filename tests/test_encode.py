@@ -185,7 +185,7 @@ def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(image
         for _ in range(stop + 1):
             next(part)
         part.close()
-        with pytest.raises(UserError, match="not encoded to its end"):
+        with pytest.raises(UserError, match="not encoded completely"):
             opened(folder)
         (folder / ".000005.safetensors.0123abcd.part").write_bytes(b"what a killed process leaves")
         (tmp_path / f"{stop}/mine.part").write_bytes(b"the user's")
@@ -468,7 +468,7 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
         (["--data", str(images), "--vae", str(tmp_path / "empty")], "no VAE"),
         (["--data", str(images), "--vae", "somebody/never-made"], "no VAE"),
         (["--data", str(tmp_path / "absent"), "--vae", str(vae)], "no such file"),
-        (["--data", "mosaic", "--vae", str(vae)], "has no end"),
+        (["--data", "mosaic", "--vae", str(vae)], "is endless"),
         ([*good, "--size", "15"], "multiple of 2"),
         ([*good, "--size", "wide"], "such as 256"),
         ([*good, "--shard", "33"], "multiple of --batch"),
@@ -504,18 +504,18 @@ def damaged(index: dict, path: str, value: object) -> bytes:
 
 
 WRONG = {
-    "classes": ("ab", "damaged: what it says of 'classes'"),
-    "classes ": ([1, 2], "damaged: what it says of 'classes'"),
-    "made": (3, "damaged: what it says of 'made'"),
-    "made.shard": ("8", "damaged: what it says of 'made'"),
+    "classes": ("ab", "damaged: its 'classes' has the wrong form"),
+    "classes ": ([1, 2], "damaged: its 'classes' has the wrong form"),
+    "made": (3, "damaged: its 'made' has the wrong form"),
+    "made.shard": ("8", "damaged: its 'made' has the wrong form"),
     "made.shard ": (0, "must have 0 images each"),
     "made.dtype": ("int8", "latents are float16"),
     "made.dtype ": ("float32", "does not hold the 'moments'"),
-    "vae": (None, "damaged: what it says of 'vae'"),
-    "vae.scale": ([True], "damaged: what it says of 'vae'"),
+    "vae": (None, "damaged: its 'vae' has the wrong form"),
+    "vae.scale": ([True], "damaged: its 'vae' has the wrong form"),
     "vae.scale ": ([float("nan")], "data.latent_scale"),
-    "shards": ({"a": 1}, "damaged: what it says of 'shards'"),
-    "shards.0": (7, "damaged: what it says of 'shards'"),
+    "shards": ({"a": 1}, "damaged: its 'shards' has the wrong form"),
+    "shards.0": (7, "damaged: its 'shards' has the wrong form"),
     "shards.1.file": ("../other.safetensors", "outside its folder"),
     "shards.5.count": (3, "does not hold the 'label'"),
     "format": ("another", "is not of the format"),

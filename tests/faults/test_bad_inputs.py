@@ -173,7 +173,7 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
 @pytest.mark.parametrize(
     ("place", "mode", "part"),
     [
-        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; mend or remove it"),
+        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove it"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
         ("data", 0o000, "Permission denied"),
         (".", 0o500, "cannot write to run: Permission denied"),
@@ -398,10 +398,10 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
 
 def test_a_line_keeps_its_end_when_paths_are_long():
     path = "/" + "/".join(["folder"] * 60)
-    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; mend or remove it, or set data.corrupt=skip")
+    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
     assert len(line) <= LINE
     assert line.startswith("dit-in-dit: cannot read /folder/")
-    assert line.endswith("/x.png: it is torn; mend or remove it, or set data.corrupt=skip")
+    assert line.endswith("/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
 
 
 def test_nothing_that_a_terminal_obeys_is_printed():

@@ -151,7 +151,7 @@ from dit_in_dit.data.images import ImageSource
 plain = ImageSource.train
 def train(self, index):
     if index == 3:
-        raise UserError("image 3 is torn: mend it")
+        raise UserError("image 3 is torn: fix it")
     return plain(self, index)
 ImageSource.train = train
 import sys
@@ -168,7 +168,7 @@ def test_a_mistake_that_a_worker_meets_ends_the_process_and_its_workers(tmp_path
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
     _, said = finish(job)
     assert job.returncode == 2
-    assert said.strip().splitlines()[-1] == "dit-in-dit: image 3 is torn: mend it"
+    assert said.strip().splitlines()[-1] == "dit-in-dit: image 3 is torn: fix it"
     assert no_process_left(job.pid)
 
 

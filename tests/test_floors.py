@@ -76,8 +76,6 @@ LONG_FUNCTIONS = {
     "cli/train.py: _follow": "a line for each kind of event",
     "doctor/model_checks.py: _judge_rows": "a judgement for each measure of attention",
     "inspection/trace.py: _trace": "a hook for each line of the table",
-    "interop/card.py: card": "the values of a card's template",
-    "interop/import_run.py: import_run": "weights of three layouts into one run",
     "interop/pipeline.py: __call__": "the signature and checks of a pipeline of diffusers",
     "metrics/evaluate.py: evaluate": "the parts of an evaluation, in order",
     "metrics/feature_networks.py: _dinov2": "the network as its paper prepares images",

@@ -31,7 +31,7 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import alpha_bar
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.interop.diffusers_dit import SCHEDULERS
-from dit_in_dit.interop.import_run import KEPT, ORIGIN, export_diffusers, export_official, import_run
+from dit_in_dit.interop.import_run import IMPORTED_POSITION, ORIGIN, export_diffusers, export_official, import_run
 from dit_in_dit.interop.official import expected
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs import checkpoint
@@ -225,7 +225,7 @@ def test_a_position_of_other_last_bits_comes_back_as_it_was(tmp_path):
     weights["pos_embed"] = weights["pos_embed"].clone()
     weights["pos_embed"][0, 3, 5] = torch.nextafter(weights["pos_embed"][0, 3, 5], torch.tensor(2.0))
     run = imported(tmp_path, weights)
-    assert KEPT in load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
+    assert IMPORTED_POSITION in load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
     export_official(run, tmp_path / "back.pt")
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
@@ -718,7 +718,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, run_config, dit):
             main(["export", str(tmp_path / "nested"), "--format", name, "--out", str(tmp_path / name)])
         assert stopped.value.code == 2
         assert not (tmp_path / name).exists()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_official(dit, dit / ORIGIN)
 
 

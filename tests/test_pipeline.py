@@ -933,7 +933,7 @@ def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     export(run, tmp_path / "out")  # what the broken one left is no hindrance
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    with pytest.raises(UserError, match="is there already: choose another --out"):
+    with pytest.raises(UserError, match="exists already: choose another --out"):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match="no run at"):
         export(tmp_path / "nowhere", tmp_path / "other")

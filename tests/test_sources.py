@@ -111,10 +111,10 @@ WRONG_ATTRIBUTES = [
     ({"train_size": 2.5}, "train_size must be at least 1, or None for an endless source: got 2.5"),
     ({"held_out_size": -1}, "held_out_size must be a whole number from 0: got -1"),
     ({"digest": b"dots"}, "digest must be a text: got b'dots'"),
-    ({"shape": (3, 9, 8)}, r"images must be float32 arrays \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
+    ({"shape": (3, 9, 8)}, r"it must give float32 images \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
     ({"fill": float("nan")}, "images must be finite: got NaN or infinity in training image 0"),
     ({"train": lambda self, index: 1}, r"an example must be a pair \(image, label\): got int"),
-    ({"train": lambda self, index: (1.0, 0)}, r"images must be float32 arrays \[3, 8, 8\]: got float \[\]"),
+    ({"train": lambda self, index: (1.0, 0)}, r"it must give float32 images \[3, 8, 8\]: got float \[\]"),
     ({"train": lambda self, index: (np.zeros(self.shape), 0)}, r"got float64 \[3, 8, 8\]"),
     (
         {"train": lambda self, index: (np.zeros(self.shape, np.float32), "odd")},
@@ -181,7 +181,7 @@ def with_label(image):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (with_double, r"images must be float32 arrays \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
+        (with_double, r"it must give float32 images \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
         (with_label, "labels must be from 0 to 2: got 7"),
     ],
 )

@@ -117,11 +117,11 @@ def test_a_failure_at_any_call_to_the_system_loses_nothing(run, tmp_path_factory
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (errno.ENOSPC, "No space left on device; older checkpoints are as they were: make room"),
+        (errno.ENOSPC, "No space left on device; older checkpoints are unchanged: make room"),
         (errno.EDQUOT, "make room within your quota"),
         (errno.EFBIG, r"raise the limit of file sizes \(ulimit -f\)"),
-        (errno.EROFS, "Read-only file system; older checkpoints are as they were: mount it to be written"),
-        (errno.EIO, "Input/output error; older checkpoints are as they were: check the disk"),
+        (errno.EROFS, "Read-only file system; older checkpoints are unchanged: mount it writable"),
+        (errno.EIO, "Input/output error; older checkpoints are unchanged: check the disk"),
     ],
 )
 def test_what_went_wrong_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):

@@ -55,7 +55,7 @@ def check_example(source: Source, example: object, model: ModelConfig, classes: 
     image, label = example
     if not isinstance(image, np.ndarray) or image.dtype != np.float32 or image.shape != model.image_shape:
         shape = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
-        raise _wrong(source, f"images must be float32 arrays {list(model.image_shape)}", shape)
+        raise _wrong(source, f"it must give float32 images {list(model.image_shape)}", shape)
     classes = model.num_classes if classes is None else classes
     try:
         number = index(label)

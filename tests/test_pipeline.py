@@ -832,9 +832,9 @@ def test_a_bundle_has_what_is_needed_in_order(package):
             "from planted.first import f\ng = 2\nh = lambda: f() + g\n",
             "rename one",
         ),
-        ("def f(): return 1\n", "def h():\n    from planted.first import f\n    return f()\n", "too late"),
+        ("def f(): return 1\n", "def h():\n    from planted.first import f\n    return f()\n", "inside a statement"),
         ("def f(): return 1\n", "from planted.first import f as g\nh = lambda: g()\n", "imported as g"),
-        ("", "def h(): return nowhere\n", "nowhere is defined in no place"),
+        ("", "def h(): return nowhere\n", "no top-level statement defines nowhere"),
     ],
 )
 def test_a_bundle_that_would_be_wrong_is_none(package, first, second, says):

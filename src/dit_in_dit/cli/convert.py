@@ -39,8 +39,8 @@ def add(commands: Commands) -> None:
         choices=FORMATS,
         required=True,
         help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (plain DiT, path ddpm); "
-        "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if that "
-        "computes the run's outputs, else pipeline; run: an inference-only copy, its averaged weights in half the bytes",
+        "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
+        "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes",
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
     give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")

@@ -35,7 +35,7 @@ class Dots(Source):
 
 
 class Shelf(Dots):
-    """A kind that is recognised by what lies at a path."""
+    """A kind that is recognised by a path."""
 
     by_path = True
 
@@ -60,14 +60,14 @@ def test_a_name_in_the_table_opens_its_class(named, source, rest):
     assert count_classes(DataConfig(source=source)) == 0
 
 
-def test_a_kind_of_ones_own_comes_before_ours_at_a_path(named, tmp_path):
+def test_a_registered_kind_takes_a_path_before_the_built_in_ones(named, tmp_path):
     (tmp_path / "a.shelf").mkdir()
     assert source_kind(str(tmp_path / "a.shelf")) is Shelf
     with pytest.raises(UserError, match="no such file or folder: dotty"):
         source_kind("dotty")
 
 
-def test_what_a_source_leaves_out_has_defaults(named):
+def test_optional_attributes_of_a_source_have_defaults(named):
     source = open_source(DataConfig(source="dots"), small_model(num_classes=2))
     assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert source.held_out_size == 0
@@ -77,12 +77,12 @@ def test_what_a_source_leaves_out_has_defaults(named):
         _ = type("Bare", (Source,), {"train": None})().digest
 
 
-def test_classes_of_ones_own_source_are_counted(named):
+def test_classes_of_a_registered_source_are_counted(named):
     with pytest.raises(UserError, match="must be what the data has: got 5, dots has 2"):
         open_source(DataConfig(source="dots"), small_model(num_classes=5))
 
 
-def test_examples_of_ones_own_source_depend_on_seed_and_number_alone(named, run_config):
+def test_examples_of_a_registered_source_depend_on_seed_and_number_alone(named, run_config):
     config = replace(run_config, data=DataConfig(source="dots", flip=True), model=small_model(num_classes=2))
     first, again = (Examples(open_source(config.data, config.model), config)[3] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -91,7 +91,7 @@ def test_examples_of_ones_own_source_depend_on_seed_and_number_alone(named, run_
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_the_path_after_a_name_is_noted_as_one(named, tmp_path, monkeypatch, exists):
+def test_the_path_after_a_name_is_recorded_as_absolute(named, tmp_path, monkeypatch, exists):
     monkeypatch.chdir(tmp_path)
     if exists:
         (tmp_path / "here").mkdir()
@@ -125,7 +125,7 @@ WRONG_ATTRIBUTES = [
 
 
 class Wrong(Dots):
-    """Flat images of three classes, but for what a test replaces."""
+    """Flat images of three classes; a test replaces an attribute."""
 
     classes, shape, fill, held_out_size = ("a", "b", "c"), (3, 8, 8), 0.5, 0
 
@@ -149,14 +149,14 @@ def test_a_wrong_source_is_refused_when_it_is_opened(attributes, message, how, r
     assert not (tmp_path / "run").exists()
 
 
-def test_a_list_of_classes_and_labels_of_numpy_are_taken(run_config, tmp_path):
+def test_a_list_of_classes_and_numpy_labels_are_accepted(run_config, tmp_path):
     labels = {"train": lambda self, index: (np.zeros(self.shape, np.float32), np.uint8(index % 3))}
     source = type("Listed", (Wrong,), {"classes": ["a", "b", "c"], **labels})()
     assert list(train(run_config, tmp_path / "run", device="cpu", data=source))[-1].step == run_config.train.steps
 
 
 class Late(Wrong):
-    """Right in its first image, wrong in the others."""
+    """A source whose first image is right and whose others are wrong."""
 
     def __init__(self, wrong):
         self.wrong = wrong

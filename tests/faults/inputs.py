@@ -1,5 +1,5 @@
-"""Bad inputs by name: each makes its files in the current folder and gives the words of a command that must refuse
-them, and a part of the line that must say so."""
+"""Bad inputs by name: each writes its files into the current folder and gives a command that must refuse them, with a
+part of the expected line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ THREE = {"a/1.png": GOOD, "a/2.png": GOOD, "b/1.png": GOOD}
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A small file that says it is large."""
+    """A small file whose header claims a large image."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -141,7 +141,7 @@ def folder(name: str, content: bytes) -> Callable[[], Words]:
 
 
 def beside(put: Callable[[Path], object]) -> Callable[[], Words]:
-    """Good images, and what `put` puts into their folder."""
+    """Good images, and the files that `put` adds to their folder."""
 
     def make() -> Words:
         files()

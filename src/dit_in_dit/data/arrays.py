@@ -16,13 +16,13 @@ from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
-from dit_in_dit.data.source import Source
+from dit_in_dit.data.source import SplitSource
 
 MOST_GROWTH = 50  # of compressed arrays: pixels grow threefold, zeros a thousandfold
 NAMES = (("images", "labels"), ("arr_0", "arr_1"))  # of arrays in a .npz: ours, and ADM's
 
 
-class ArraySource(Source):
+class ArraySource(SplitSource):
     """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
 
     uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are used unchanged (latents). Each row is its own family.
@@ -60,9 +60,7 @@ class ArraySource(Source):
         if not self._pixels and images.nbytes <= IN_MEMORY:  # larger arrays are checked image by image, when read
             for position in range(len(images)):
                 self._image(position)
-        self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = np.asarray(self._labels, np.int64)[self._train]
+        self._set_split(*split([str(i) for i in range(len(images))], data.held_out, str(path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
@@ -102,14 +100,6 @@ class ArraySource(Source):
         if self._pixels:
             image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
         return image, int(self._labels[position])
-
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`."""
-        return self._image(self._train[index])
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`."""
-        return self._image(self._held[index])
 
 
 def _commas(shape: tuple[int, ...]) -> str:

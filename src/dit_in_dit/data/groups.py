@@ -29,9 +29,14 @@ def split(families: list[str], share: float, what: str) -> tuple[list[int], list
     """Positions of the training and the held-out images; UserError when either list would be empty."""
     held = [i for i, family in enumerate(families) if is_held_out(family, share)]
     trained = sorted(set(range(len(families))) - set(held))
+    check_split(len(trained), len(held), share, what)
+    return trained, held
+
+
+def check_split(trained: int, held: int, share: float, what: str) -> None:
+    """UserError when a split leaves no training image, or no held-out image though a share of them is wanted."""
     if not trained or (share and not held):
         raise UserError(
-            f"data.held_out={share} leaves {len(trained)} training and {len(held)} held-out images of "
-            f"{what}: change it (0: none held out)"
+            f"data.held_out={share} leaves {trained} training and {held} held-out images of {what}: "
+            "change it (0: none held out)"
         )
-    return trained, held

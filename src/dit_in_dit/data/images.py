@@ -15,10 +15,10 @@ from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import split
 from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
-from dit_in_dit.data.source import Source
+from dit_in_dit.data.source import Source, SplitSource
 
 
-class ImageSource(Source):
+class ImageSource(SplitSource):
     """A folder or .zip of image files (names.SUFFIXES) with a folder per class; without folders, one class.
 
     Subclasses list other files (`list_files`).
@@ -41,9 +41,7 @@ class ImageSource(Source):
         self.classes, self._labels, self.families = self.files.about(self.names)
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        self._train, self._held = split(self.families, data.held_out, str(self.path))
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = np.asarray(self._labels, np.int64)[self._train]
+        self._set_split(*split(self.families, data.held_out, str(self.path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
@@ -106,14 +104,6 @@ class ImageSource(Source):
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
-
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`."""
-        return self._image(self._train[index])
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`."""
-        return self._image(self._held[index])
 
 
 class EmojiSource(ImageSource):

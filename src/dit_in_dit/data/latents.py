@@ -21,9 +21,10 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
+from dit_in_dit.data.groups import check_split
 from dit_in_dit.data.names import HIDDEN, left_out_clause
 from dit_in_dit.data.picture import Array
-from dit_in_dit.data.source import Source, Stream
+from dit_in_dit.data.source import SplitSource, Stream
 
 LATENTS_INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
@@ -111,7 +112,7 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-class LatentSource(Source):
+class LatentSource(SplitSource):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
     `train` and `held_out` give the posterior's mean. `example` gives the mean or a draw, by `data.posterior`.
@@ -202,20 +203,14 @@ class LatentSource(Source):
         labels = np.concatenate([shard["label"] for shard in self.shards])
         # The exact integer, so that an image and its latent are on the same side of the split.
         held = families < np.uint64(math.ceil(self.data.held_out * 2**64))
-        self._train, self._held = np.flatnonzero(~held), np.flatnonzero(held)
-        if not len(self._train) or (self.data.held_out and not len(self._held)):
-            raise UserError(
-                f"data.held_out={self.data.held_out} leaves {len(self._train)} training and {len(self._held)} held-out "
-                f"images of {self.folder}: change it (0: none held out)"
-            )
+        check_split(int((~held).sum()), int(held.sum()), self.data.held_out, str(self.folder))
         if not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise UserError(
                 f"labels of {truncate(self.folder)} must be from 0 to {len(self.classes) - 1}: "
                 f"got {labels.min()} to {labels.max()}; encode again"
             )
         self._labels = labels if self.model.num_classes else np.zeros_like(labels)
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = self._labels[self._train]
+        self._set_split(np.flatnonzero(~held), np.flatnonzero(held), self._labels)
 
     def _find(self, position: int, which: str) -> NDArray[Any]:
         shard, row = divmod(position, self.size)
@@ -227,14 +222,6 @@ class LatentSource(Source):
     def _image(self, position: int) -> tuple[Array, int]:
         mean = self._find(position, "moments")[: self.model.channels]
         return self._mean_of(mean), int(self._labels[position])
-
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`: the posterior's mean."""
-        return self._image(int(self._train[index]))
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`: the posterior's mean."""
-        return self._image(int(self._held[index]))
 
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
         """Training image `index` or its mirror image: the mean of its posterior, or a draw."""

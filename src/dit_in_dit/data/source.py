@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
@@ -102,3 +102,25 @@ class Source(ABC):
         """
         image, label = self.train(index)
         return image[..., ::-1] if flip else image, label
+
+
+class SplitSource(Source):
+    """A source of images by position, split into training and held-out ones."""
+
+    def _set_split(self, train: ArrayLike, held_out: ArrayLike, labels: ArrayLike) -> None:
+        """Set the attributes of `Source`, from the positions of both parts and the label of every position."""
+        self._train, self._held = np.asarray(train, np.int64), np.asarray(held_out, np.int64)
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = np.asarray(labels, np.int64)[self._train]
+
+    @abstractmethod
+    def _image(self, position: int) -> tuple[Array, int]:
+        """The image at a position and its label."""
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index` and its label."""
+        return self._image(int(self._train[index]))
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index` and its label."""
+        return self._image(int(self._held[index]))

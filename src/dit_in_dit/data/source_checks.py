@@ -22,7 +22,7 @@ def check_opened(source: Source, model: ModelConfig) -> None:
     """Check the attributes and the first image of a user's source; the package's own sources check their files.
 
     Raises:
-        UserError: an attribute or the image is not what `Source` says.
+        UserError: an attribute or the image breaks the contract of `Source`.
     """
     if type(source).__module__.split(".")[0] == PACKAGE:
         return

@@ -157,17 +157,18 @@ class TarFiles(ImageFiles):
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
         """The classes, and the labels and families of `names`."""
+        families = list(map(family, names))
         if not self._labels:
             inside = [name.split("/", 1)[1] for name in names]
             classes, numbers = number_classes(class_folders(inside if self._in_folders else names))
-            return tuple(name.removesuffix(".tar") for name in classes), numbers, families(names)
+            return tuple(name.removesuffix(".tar") for name in classes), numbers, families
         labels = []
         for name in names:
             key = example_key(name)
             if key not in self._labels:
                 raise UserError(f"{self.path}: {name[:80]} has no .cls beside it, as others have")
             labels.append(self._labels[key])
-        return label_names(labels, self.num_classes, str(self.path)), labels, families(names)
+        return label_names(labels, self.num_classes, str(self.path)), labels, families
 
 
 class TarSource(ImageSource):
@@ -182,8 +183,3 @@ class TarSource(ImageSource):
         """The members of all shards."""
         shards, beside = find(data.source)
         return TarFiles(data.source, shards, num_classes, beside)
-
-
-def families(names: list[str]) -> list[str]:
-    """The family of each image."""
-    return [family(name) for name in names]

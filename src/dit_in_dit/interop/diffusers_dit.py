@@ -173,22 +173,22 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
             raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
         return left.pop(name)
 
-    for ours, theirs in OUTSIDE.items():
+    for official, name in OUTSIDE.items():
         for part in ("weight", "bias"):
-            yield f"{ours}.{part}", take(f"{theirs}.{part}")
-    for ours, theirs in EMBEDDINGS.items():
-        copies = [take(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
+            yield f"{official}.{part}", take(f"{name}.{part}")
+    for official, name in EMBEDDINGS.items():
+        copies = [take(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth)]
         if not all(_equal(copies[0], copy) for copy in copies[1:]):
-            raise UserError(f"{what}: {theirs} is not the same in every block: a DiT has one; give weights of a DiT")
-        yield ours, copies[0]
+            raise UserError(f"{what}: {name} is not the same in every block: a DiT has one; give weights of a DiT")
+        yield official, copies[0]
     for i in range(depth):
         for part in ("weight", "bias"):
             apart = [take(f"transformer_blocks.{i}.{name}.{part}") for name in HEADS]
             if len({(tensor.shape, tensor.dtype) for tensor in apart}) > 1 or not apart[0].ndim:
                 raise UserError(f"{what}: queries, keys and values of block {i} differ in shape: get the folder again")
             yield f"blocks.{i}.attn.qkv.{part}", torch.cat(apart)
-            for ours, theirs in BLOCK.items():
-                yield f"blocks.{i}.{ours}.{part}", take(f"transformer_blocks.{i}.{theirs}.{part}")
+            for official, name in BLOCK.items():
+                yield f"blocks.{i}.{official}.{part}", take(f"transformer_blocks.{i}.{name}.{part}")
     if left:
         raise UserError(f"{what}: {CLASSES[0]} of {depth} blocks has no {min(left)[:60]!r}; get the folder again")
 
@@ -218,15 +218,12 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     """config.json of a `DiTTransformer2DModel` with the model's sizes."""
     return {
         "_class_name": CLASSES[0],
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
+        **FIXED,
         "attention_head_dim": model.outer.width // model.outer.num_heads,
         "dropout": 0.0,
         "in_channels": model.channels,
-        "norm_elementwise_affine": False,
         "norm_eps": model.mlp_norm_eps,
         "norm_num_groups": 32,
-        "norm_type": "ada_norm_zero",
         "num_attention_heads": model.outer.num_heads,
         "num_embeds_ada_norm": model.num_classes,
         "num_layers": model.blocks("outer"),

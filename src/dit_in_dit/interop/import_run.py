@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, assigned, override
+from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
@@ -103,7 +104,7 @@ def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: b
     """The config with `settings`; UserError for keys that the weights determine."""
     for name, _ in map(assigned, settings):
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
-            raise UserError(f"--set {name[:60]}: the weights say that; what is sampled, trained and read may be set")
+            raise UserError(f"--set {name[:60]}: the weights determine this key; set keys of sample, train or data")
         if name == "train.label_drop" and not null_class:
             raise UserError(f"--set {name}: the weights have no null class, and guidance=1 is all that they allow")
     return override(config, settings)
@@ -201,9 +202,4 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
 def _origin(run: Path) -> dict[str, Any]:
     """The content of origin.json of an imported run; empty for other runs."""
     path = run / ORIGIN
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(f"cannot read {path}: import the weights again") from None
+    return read_json(path, advice="import the weights again") if path.exists() else {}

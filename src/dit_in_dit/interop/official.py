@@ -135,7 +135,7 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
     published = {(blocks, wide): number for blocks, wide, number in presets.SIZES.values()}
     heads = official.heads or published.get((depth, width))
     if heads is None:
-        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: say --num-heads")
+        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: give --num-heads")
     out = _shape(weights, "final_layer.linear.weight", 2, what)[0]
     hidden = _shape(weights, "blocks.0.mlp.fc1.weight", 2, what)[0]
     exact = int(width * (hidden / width)) == hidden
@@ -163,11 +163,11 @@ def with_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     """
     rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:
-        raise UserError(f"{what} has one row for its classes: say --num-classes 1 if it is a class's")
+        raise UserError(f"{what} has one row for its classes: give --num-classes 1 if it belongs to a class")
     if official.classes is None or rows == {official.classes + 1}:
         return official
     if rows != {official.classes}:
-        raise UserError(f"{what} has {official.classes} classes, and {max(rows)} rows for them: say --num-classes")
+        raise UserError(f"{what} has {official.classes} classes, and {max(rows)} rows for them: give --num-classes")
     averaged, trained = (
         {**weights, LABEL_TABLE: torch.cat([weights[LABEL_TABLE], torch.zeros_like(weights[LABEL_TABLE][:1])])}
         for weights in (official.averaged, official.trained)

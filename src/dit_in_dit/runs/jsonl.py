@@ -76,14 +76,14 @@ class Lines:
 
     def __init__(self, path: Path | None, good: Callable[[Line], bool]) -> None:
         self.path, self.size, self.waiting = path, 0, b""
-        self.found: list[Line] = []
+        self.stored: list[Line] = []
         self.file: io.FileIO | None = None
         if path is None:
             return
         whole = path.read_bytes() if path.exists() else b""
         whole = whole[: whole.rfind(b"\n") + 1]
-        self.found = parse_lines(whole.splitlines(), str(path), ADVICE)
-        check_lines(self.found, good, str(path), ADVICE)
+        self.stored = parse_lines(whole.splitlines(), str(path), ADVICE)
+        check_lines(self.stored, good, str(path), ADVICE)
         self.size = len(whole)
         self.file = io.FileIO(path, "r+" if path.exists() else "w+")
         self.file.truncate(self.size)
@@ -127,7 +127,7 @@ class Log:
 
     def __init__(self, path: Path | None) -> None:
         self.lines, self.done, rolled = Lines(path, is_log_line), set(), 0
-        for line in self.lines.found:
+        for line in self.lines.stored:
             self.done.add((rolled, *self._name(line)))
             rolled += "rollback" in line
 
@@ -150,7 +150,7 @@ class Clock:
 
     def __init__(self, path: Path | None) -> None:
         self.lines = Lines(path, is_clock_line)
-        self.seconds = max((line["seconds"] for line in self.lines.found), default=0.0)
+        self.seconds = max((line["seconds"] for line in self.lines.stored), default=0.0)
         self.start()
 
     def start(self) -> None:

@@ -38,21 +38,21 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         "legend.frameon": False,
     }
     with rc_context(style):  # applies to new axes; a caller's own settings are unchanged
-        drawn = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        FigureCanvasAgg(drawn)
-        return drawn, drawn.subplots(rows, columns, squeeze=False)
+        plot = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        FigureCanvasAgg(plot)
+        return plot, plot.subplots(rows, columns, squeeze=False)
 
 
-def figure_png(drawn: Figure, *, colours: int | None = None) -> bytes:
+def figure_png(plot: Figure, *, colours: int | None = None) -> bytes:
     """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 
     Args:
         colours: reduce to this many, at most 256: enough for lines and letters, in a third of the bytes.
     """
-    drawn.savefig(png := io.BytesIO(), dpi=110, metadata={"Software": None})
+    plot.savefig(drawn := io.BytesIO(), dpi=110, metadata={"Software": None})
     if colours is None:
-        return png.getvalue()
-    with Image.open(png) as picture:
+        return drawn.getvalue()
+    with Image.open(drawn) as picture:
         picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
             few := io.BytesIO(), "PNG", optimize=True
         )

@@ -20,21 +20,12 @@ def add(commands: Commands) -> None:
     encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: any value of data.source")
     encode.add_argument("--vae", required=True, help="a VAE of diffusers, or a pipeline with one: a folder or a hub id")
     encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the latents")
-    encode.add_argument(
-        "--size", type=_size, default=(256, 256), help="of the images, such as 256 or 256x384 (default 256)"
-    )
-    encode.add_argument(
-        "--dtype",
-        choices=("float16", "bfloat16", "float32"),
-        default="float16",
-        help="of the stored latents (default float16)",
-    )
+    encode.add_argument("--size", type=_size, default=(256, 256), help="of the images: 256 or 256x384 (default 256)")
+    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the latents")
     encode.add_argument("--no-flips", action="store_true", help="do not encode the mirror images")
     encode.add_argument("--batch", type=whole_number, default=32, help="images per batch (default 32)")
     encode.add_argument("--shard", type=whole_number, default=2048, help="images per file (default 2048)")
-    encode.add_argument(
-        "--workers", type=int, default=0, choices=range(257), metavar="N", help="processes that read images"
-    )
+    encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="reading processes")
     encode.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of data; repeatable"
     )

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.picture import UNREADABLE
 
 MOST_CONTENT = 2**28  # bytes of all files up to which contents are read: uncompressed images all have one size
@@ -22,29 +23,7 @@ MOST_ARRAY = 2**32  # bytes of an array up to which all rows count
 CHUNK = 2**24  # bytes of an array in memory at a time
 
 
-class Listing(Protocol):
-    """Images by name (data.files.ImageFiles)."""
-
-    names: list[str]
-
-    def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the label and family of each of `names`."""
-        ...
-
-    def inside(self) -> list[str]:
-        """The names, in order, without folders that only wrap the images."""
-        ...
-
-    def sizes(self) -> list[int]:
-        """The size of each file in bytes, in order; -1 where it cannot be read."""
-        ...
-
-    def content(self, name: str) -> bytes:
-        """The stored bytes of one file."""
-        ...
-
-
-def digest_files(files: Listing) -> str:
+def digest_files(files: ImageFiles) -> str:
     """SHA-256, in hex, of image files: classes, names, labels, families, and contents or sizes, in order."""
     classes, labels, families = files.about(files.names)
     sizes, digest = files.sizes(), hashlib.sha256()
@@ -55,7 +34,7 @@ def digest_files(files: Listing) -> str:
     return digest.hexdigest()
 
 
-def _content(files: Listing, name: str) -> str | None:
+def _content(files: ImageFiles, name: str) -> str | None:
     try:
         return hashlib.sha256(files.content(name)).hexdigest()
     except UNREADABLE:

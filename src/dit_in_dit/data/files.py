@@ -80,16 +80,11 @@ class ImageFiles:
 
     def _read_directory(self) -> list[tuple[str, str | None]]:
         """Stored name of each member of the archive, and the target of a symbolic link."""
-        archive = self._open()
-        return [
-            (
-                member.filename,
-                archive.read(member).decode(errors="replace")
-                if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK
-                else None,
-            )
-            for member in archive.infolist()
-        ]
+        archive, members = self._open(), []
+        for member in archive.infolist():
+            linked = stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK
+            members.append((member.filename, archive.read(member).decode(errors="replace") if linked else None))
+        return members
 
     def _list_archive(self, members: list[tuple[str, str | None]], shown: str) -> list[str]:
         """All names of an archive; of several members with one name the last counts, as when it is unpacked."""

@@ -15,14 +15,8 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.latents import LOG_VARIANCE
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-)  # raised by diffusers on damaged files
+# Errors of diffusers on damaged files.
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
 SD_SCALE = 0.18215  # of Stable Diffusion (Rombach et al. 2022), for a VAE without its own
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, before the variant
 
@@ -81,8 +75,7 @@ def _line(error: Exception) -> str:
 
 
 def constants(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and scale of a VAE's latents from its config, one or one per channel; Stable Diffusion's scale by
-    default."""
+    """Mean and scale of a VAE's latents by its config, one or one per channel; by default Stable Diffusion's."""
     config = vae.config
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")

@@ -49,17 +49,10 @@ SCHEDULE = {
     **{"sigma_min": None, "sigma_max": None},
 }
 SAMPLING = (  # keys that only affect the choice of steps
-    *(
-        "timestep_spacing",
-        "steps_offset",
-        "set_alpha_to_one",
-        "skip_prk_steps",
-        "final_sigmas_type",
-        "lambda_min_clipped",
-    ),
-    *("clip_sample", "clip_sample_range", "sample_max_value", "thresholding", "dynamic_thresholding_ratio"),
-    *("algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final", "euler_at_final"),
-    *("predict_x0", "disable_corrector", "interpolation_type", "time_shift_type", "variance_type"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "final_sigmas_type"),
+    *("lambda_min_clipped", "clip_sample", "clip_sample_range", "sample_max_value", "thresholding"),
+    *("dynamic_thresholding_ratio", "algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final"),
+    *("euler_at_final", "predict_x0", "disable_corrector", "interpolation_type", "time_shift_type", "variance_type"),
 )
 UNSET = (None, False)
 

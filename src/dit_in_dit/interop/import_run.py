@@ -29,6 +29,7 @@ from dit_in_dit.runs.folder import create, read_config
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runs.tensors import check_weights
 
+Tensors = dict[str, Tensor]
 ORIGIN = "origin.json"
 IMPORTED_POSITION = f"official.{POSITION}"  # in the checkpoint's state, if it is not bit for bit the computed table
 
@@ -85,9 +86,7 @@ def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dic
     return weights, {"format": "official", "name": source.name, "sha256": file_sha256(source)}
 
 
-def _checkpoint_tensors(
-    weights: OfficialWeights, config: RunConfig, what: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) -> tuple[Tensors, Tensors]:
     """State and averaged weights of the run's checkpoint; UserError when a weight is not finite."""
     model, turn = config.model, official.turns(config.model, config.diffusion)
     averaged, trained = (official.to_ours(part, model, turn=turn) for part in (weights.averaged, weights.trained))
@@ -125,12 +124,9 @@ def is_diffusers_dit(run: Path) -> bool:
 
 def _fits_diffusers(config: RunConfig) -> bool:
     """Whether diffusers' DiT can hold the weights: a plain DiT with classes on the ddpm path, square images."""
-    plain = (
-        not config.model.blocks("inner")
-        and not config.model.qk_norm
-        and config.model.image_size[0] == config.model.image_size[1]
-    )
-    return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
+    model, square = config.model, config.model.image_size[0] == config.model.image_size[1]
+    plain = not model.blocks("inner") and not model.qk_norm and square
+    return plain and config.diffusion.path == "ddpm" and model.num_classes > 0
 
 
 def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]:

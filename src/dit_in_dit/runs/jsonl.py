@@ -99,7 +99,7 @@ class Lines:
         with suppress(SaveError):  # `settle` is called again before anything depends on the line
             self.settle()
 
-    def settle(self) -> None:
+    def settle(self, *, sync: bool = False) -> None:
         """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again."""
         if not self.file:
             self.waiting = b""
@@ -109,17 +109,14 @@ class Lines:
             while self.waiting:
                 written = self.file.write(self.waiting)
                 self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
+            if sync:
+                os.fsync(self.file.fileno())
         except OSError as error:
             raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
     def keep(self) -> None:
         """Write and sync all lines, before anything that depends on them is saved; SaveError when the disk refuses."""
-        self.settle()
-        if self.file:
-            try:
-                os.fsync(self.file.fileno())
-            except OSError as error:
-                raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+        self.settle(sync=True)
 
 
 class Log:

@@ -54,7 +54,7 @@ def share(total: int, size: int, there: Callable[[range], bool], make: Callable[
         UserError: no new part of another process appeared for `PATIENCE` seconds.
     """
     rank, world = process.rank(), process.world_size()
-    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    parts = _parts(total, size)
     done = sum(len(part) for part in parts if there(part))
     yield done
     for part in parts[rank::world]:
@@ -93,9 +93,8 @@ def _path(folder: Path, part: range) -> Path:
     return folder / f"{part.start:07d}-{part.stop:07d}.npz"
 
 
-def _paths(folder: Path, total: int, size: int) -> Iterator[Path]:
-    for start in range(0, total, size):
-        yield _path(folder, range(start, min(start + size, total)))
+def _parts(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
@@ -112,14 +111,14 @@ def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -
 
 def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
     """One array of every chunk, in index order; UserError naming a damaged chunk."""
-    for path in _paths(folder, total, size):
-        yield _load(path, name)
+    for part in _parts(total, size):
+        yield _load(_path(folder, part), name)
 
 
 def stored(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
     """A function from image numbers to rows of one array; it caches the last chunk."""
-    paths = list(_paths(folder, total, size))
-    load = lru_cache(maxsize=1)(lambda chunk: _load(paths[chunk], name))
+    parts = _parts(total, size)
+    load = lru_cache(maxsize=1)(lambda chunk: _load(_path(folder, parts[chunk]), name))
     return lambda numbers: np.stack([load(n // size)[n % size] for n in numbers])
 
 

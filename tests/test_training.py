@@ -279,7 +279,7 @@ def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, t
     list(train(with_train(run_config, steps=3), tmp_path / "run"))
     hold = (
         "import sys, time; from pathlib import Path; from dit_in_dit.runs.folder import lock_run\n"
-        "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with lock_run(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE)
     try:

@@ -59,7 +59,10 @@ class Source(ABC):
 
     @classmethod
     def open(cls, data: DataConfig, model: ModelConfig) -> Source:
-        """The source at the model's size; UserError when it is missing, empty or does not fit the model."""
+        """The source at the model's size; UserError when it is missing, empty or does not fit the model.
+
+        A user's class is checked here (check_opened): an override has to do the same.
+        """
         source = cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
         check_opened(source, model)
         return source

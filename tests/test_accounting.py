@@ -1,4 +1,4 @@
-"""Folders and archives are read as a person sees them: every image, its class or label, and a word on all else."""
+"""Folders and archives are read as a person sees them: every image with its class, and a report on all else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def image(place: Path, colour: str | int = "red", kind: str | None = None) -> No
 
 
 def fruits(root: Path, **files: str) -> Path:
-    """A folder of two classes and what else it is given, as text."""
+    """A folder of two classes with further text files."""
     for name in ("apple", "cherry"):
         image(root / name / "0.png")
     for name, text in files.items():
@@ -58,7 +58,7 @@ def zipped(folder: Path, place: Path, separator: str = "/") -> Path:
 
 
 def said(source: Path, **keys) -> str:
-    """The one line on what is left out."""
+    """The one line on things that are left out."""
     with pytest.warns(LeftOutWarning) as caught:
         opened(source, **keys)
     [line] = caught
@@ -94,7 +94,7 @@ def test_several_frames_in_one_file_are_refused_or_skipped(suffix, tmp_path):
     assert "unreadable files: 1" in said(tmp_path, corrupt="skip")
 
 
-def test_avif_that_this_pillow_does_not_read_says_so(tmp_path, monkeypatch):
+def test_avif_that_pillow_cannot_read_is_reported(tmp_path, monkeypatch):
     image(tmp_path / "0.png")
     (tmp_path / "1.avif").write_bytes(b"\0\0\0\x20ftypavif" + bytes(100))
     monkeypatch.setattr("dit_in_dit.data.picture.FORMATS", ("PNG",))
@@ -105,7 +105,7 @@ def test_avif_that_this_pillow_does_not_read_says_so(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ what is left
 
 
-def test_a_class_that_loses_all_its_images_is_refused(tmp_path):
+def test_a_class_without_readable_files_is_refused(tmp_path):
     root = fruits(tmp_path / "set")
     for name in ("0.heic", "0.svg", "notes.txt"):
         (root / "banana").mkdir()
@@ -119,7 +119,7 @@ def test_a_class_that_loses_all_its_images_is_refused(tmp_path):
         opened(root, 2)
 
 
-def test_a_class_of_unreadable_images_does_not_let_later_labels_move_up(tmp_path):
+def test_a_class_of_unreadable_images_never_shifts_later_labels(tmp_path):
     root = fruits(tmp_path / "set", **{"banana/0.png": "no image"})
     with pytest.raises(UserError, match=r"class banana of .*set: none of its images can be read"):
         opened(root, 2, corrupt="skip")
@@ -128,7 +128,7 @@ def test_a_class_of_unreadable_images_does_not_let_later_labels_move_up(tmp_path
     assert (source.classes, source.labels.tolist()) == (("apple", "banana", "cherry"), [0, 1, 2])
 
 
-def test_what_is_no_image_is_said_in_one_line(tmp_path):
+def test_files_that_are_no_images_are_reported_in_one_line(tmp_path):
     root = fruits(tmp_path / "set", **{"README.txt": "", "apple/0.json": "{}", "Thumbs.db": "", "apple/._0.png": ""})
     for source in (root, zipped(root, tmp_path / "set.zip")):
         line = said(source, classes=2)
@@ -136,7 +136,7 @@ def test_what_is_no_image_is_said_in_one_line(tmp_path):
         assert str(source)[-8:] in line
 
 
-def test_the_command_says_it_once_and_other_processes_do_not(tmp_path, monkeypatch, capsys):
+def test_the_command_reports_it_once_and_other_processes_do_not(tmp_path, monkeypatch, capsys):
     fruits(tmp_path / "set", **{"README.txt": ""})
     words = ["train", "--preset", "emoji", "--out", str(tmp_path / "run"), "--device", "cpu"]
     keys = ("data.source=" + str(tmp_path / "set"), "data.held_out=0", "model.num_classes=2", "train.steps=1")
@@ -153,12 +153,12 @@ def test_the_command_says_it_once_and_other_processes_do_not(tmp_path, monkeypat
         assert capsys.readouterr().out == ""
 
 
-def test_arrays_say_what_they_do_not_read(tmp_path):
+def test_arrays_that_are_not_read_are_reported(tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((3, 8, 8, 3), np.uint8), label=np.arange(3), captions=np.arange(3))
     assert said(tmp_path / "set.npz").endswith("left out arrays: 2, such as label, captions")
 
 
-def test_what_systems_leave_behind_is_no_class(tmp_path):
+def test_files_of_operating_systems_are_no_classes(tmp_path):
     root = fruits(tmp_path / "set", **{"apple/desktop.ini": "", "apple/Thumbs.db": ""})
     for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", ".Trash-0", "__MACOSX"):
         image(root / name / "0.png")
@@ -166,7 +166,7 @@ def test_what_systems_leave_behind_is_no_class(tmp_path):
         assert opened(source, 2).classes == ("apple", "cherry")
 
 
-def test_a_folder_of_the_system_that_cannot_be_listed_is_not_entered(tmp_path, monkeypatch):
+def test_an_unreadable_system_folder_is_not_entered(tmp_path, monkeypatch):
     root = fruits(tmp_path / "set")
     (root / "lost+found").mkdir()
     walk = os.scandir
@@ -205,7 +205,7 @@ def test_names_in_a_zip_that_begin_with_a_dot_and_a_slash_are_read(folder, tmp_p
     assert everything(opened(tmp_path / "set.zip", 3)) == everything(opened(folder, 3))
 
 
-def test_links_in_a_zip_are_the_files_they_lead_to(tmp_path):
+def test_links_in_a_zip_are_read_as_their_targets(tmp_path):
     root = fruits(tmp_path / "set")
     image(root / "store/blob", "lime", "PNG")
     with zipfile.ZipFile(zipped(root, tmp_path / "set.zip"), "a") as archive:
@@ -217,7 +217,7 @@ def test_links_in_a_zip_are_the_files_they_lead_to(tmp_path):
     assert np.round((source.train(1)[0][:, 0, 0] + 1) * 127.5).tolist() == [0, 255, 0]
 
 
-def test_a_class_that_is_a_link_to_a_folder_in_a_zip_is_refused_with_its_reason(tmp_path):
+def test_a_class_folder_in_a_zip_that_is_a_link_is_refused(tmp_path):
     root = fruits(tmp_path / "set")
     with zipfile.ZipFile(zipped(root, tmp_path / "set.zip"), "a") as archive:
         entry = zipfile.ZipInfo("banana")
@@ -227,7 +227,7 @@ def test_a_class_that_is_a_link_to_a_folder_in_a_zip_is_refused_with_its_reason(
         opened(tmp_path / "set.zip", 3)
 
 
-def test_two_normal_forms_of_a_name_are_one_class_and_its_place_is_that_of_the_first(tmp_path):
+def test_two_unicode_forms_of_a_name_are_one_class_sorted_by_the_first(tmp_path):
     forms = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     for number, name in enumerate((*forms, "cafz", "cap", "zebra")):
         image(tmp_path / name / f"{number}.png")
@@ -238,7 +238,7 @@ def test_two_normal_forms_of_a_name_are_one_class_and_its_place_is_that_of_the_f
     }  # fmt: skip
 
 
-def test_one_normal_form_alone_keeps_the_order_of_its_names(tmp_path):
+def test_one_unicode_form_alone_keeps_the_order_of_its_names(tmp_path):
     for name in ("cafe\u0301", "cafz", "zebra"):
         image(tmp_path / name / "0.png")
     assert opened(tmp_path, 3).classes == ("cafe\u0301", "cafz", "zebra")
@@ -288,7 +288,7 @@ def test_null_in_dataset_json_means_images_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize("table", ["{}", "[]", "5"])
-def test_a_table_without_labels_does_not_make_classes_of_shard_folders(table, tmp_path):
+def test_a_table_without_labels_does_not_turn_shard_folders_into_classes(table, tmp_path):
     root = tmp_path / "set"
     for number in range(2):
         (root / f"0000{number}").mkdir(parents=True)
@@ -322,7 +322,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_dataset_json_that_does_not_fit_costs_one_line(name, tmp_path):
+def test_a_wrong_dataset_json_is_one_line(name, tmp_path):
     root = edm(tmp_path / "set", None)
     (root / "dataset.json").write_text(BAD[name][0])
     with pytest.raises(UserError, match=BAD[name][1]) as refused:
@@ -335,7 +335,7 @@ def test_a_label_of_a_huge_class_takes_no_memory(tmp_path):
         opened(edm(tmp_path / "set", [[name, 10**12] for name in NAMES]))
 
 
-def test_labels_of_images_that_are_not_there_are_said(tmp_path):
+def test_labels_of_missing_images_are_reported(tmp_path):
     line = said(edm(tmp_path / "set", [*ROWS, ["00009/lost.png", 3]]), classes=4)
     assert line.endswith("left out labels of dataset.json without an image: 1, such as 00009/lost.png")
 
@@ -346,7 +346,7 @@ def test_labels_of_images_that_are_not_there_are_said(tmp_path):
 @pytest.mark.parametrize(
     ("one", "other"), [("train", "val"), ("train", "test"), ("Train", "Valid"), ("training", "validation")]
 )
-def test_a_folder_of_splits_asks_which_is_meant(one, other, tmp_path):
+def test_a_folder_of_splits_is_refused(one, other, tmp_path):
     for split in (one, other):
         fruits(tmp_path / "set" / split)
     for source in (tmp_path / "set", tmp_path):
@@ -379,7 +379,7 @@ def test_labels_of_arrays_may_be_false_and_true(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [np.full(4, np.nan), np.full(4, 0.5), np.array(["a"] * 4)])
-def test_labels_that_are_no_whole_numbers_are_not_counted(labels, tmp_path):
+def test_labels_that_are_no_whole_numbers_are_refused_when_counted(labels, tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=labels)
     with pytest.raises(UserError, match="must be whole numbers"):
         count_classes(DataConfig(source=str(tmp_path / "set.npz")))

@@ -1,4 +1,4 @@
-"""Files and folders are whole or not there, and nothing of the user's is in the way."""
+"""Files and folders are complete or absent, and files of the user are never touched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_in_dit.runs.folder import create
 ROOT = Path(dit_in_dit.__file__).parent
 
 
-def test_a_folder_is_written_beside_under_a_name_that_nobody_has(tmp_path):
+def test_a_folder_is_written_under_a_unique_temporary_name(tmp_path):
     (tmp_path / "keep.part").mkdir()
     (tmp_path / "keep.part" / "mine").write_text("the user's")
     with atomic.folder(tmp_path / "keep") as beside:
@@ -38,7 +38,7 @@ def test_a_block_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_is_written_beside_under_a_name_that_nobody_has(tmp_path):
+def test_a_file_is_written_under_a_unique_temporary_name(tmp_path):
     mine = tmp_path / f"a.png.0.{os.getpid()}.part"
     mine.write_text("the user's")
     atomic.write_atomic(tmp_path / "a.png", "new")
@@ -46,7 +46,7 @@ def test_a_file_is_written_beside_under_a_name_that_nobody_has(tmp_path):
     assert (tmp_path / "a.png").read_text() == "new"
 
 
-def test_what_killed_processes_left_of_some_files_is_deleted_and_nothing_else(tmp_path):
+def test_only_temporary_files_of_killed_processes_are_deleted(tmp_path):
     kept = ["a.part", ".a.part", ".b.0123abcd.part", ".a.0123ABCD.part", "a.0123abcd.part", ".a.png.0123abcd.part"]
     for name in [*kept, ".a.0123abcd.part", ".a.89abcdef.part"]:
         (tmp_path / name).touch()
@@ -55,7 +55,7 @@ def test_what_killed_processes_left_of_some_files_is_deleted_and_nothing_else(tm
 
 
 @pytest.mark.parametrize("out", [".", "..", "../empty", "/"])
-def test_the_current_folder_and_those_above_are_no_place_for_an_export(out, tmp_path, monkeypatch):
+def test_an_export_into_the_current_folder_or_one_above_is_refused(out, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UserError, match="is the current folder, or one above it: give a new name"):
@@ -88,7 +88,7 @@ def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
     assert modes == {"out": folder, "in": folder, "a.safetensors": file, "b": file, "c": file}
 
 
-def test_files_and_folders_are_on_the_disk_before_and_after_they_have_their_name(tmp_path, monkeypatch):
+def test_files_and_folders_are_synced_before_and_after_their_rename(tmp_path, monkeypatch):
     done, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.fstat(number).st_ino), fsync(number)))
     monkeypatch.setattr(Path, "rename", lambda path, target: (done.append("rename"), rename(path, target)))
@@ -101,7 +101,7 @@ def test_files_and_folders_are_on_the_disk_before_and_after_they_have_their_name
 
 
 def test_reports_and_pictures_are_written_atomically():
-    """Whoever opens one while it is written again sees the former one whole. Folders of an export are whole anyway."""
+    """A reader sees the former complete file while it is rewritten. Folders of an export are atomic as a whole."""
     plainly = {
         str(path.relative_to(ROOT))
         for path in ROOT.rglob("*.py")
@@ -110,7 +110,7 @@ def test_reports_and_pictures_are_written_atomically():
     assert {name for name in plainly if not name.startswith("interop/")} == {"cli/match.py"}  # may be given a pipe
 
 
-def test_a_run_keeps_what_it_did_not_write(tmp_path):
+def test_a_run_keeps_files_that_it_did_not_write(tmp_path):
     for name in ("config.yaml.part", ".part", "checkpoints/mine.part/a", "checkpoints/0000010.part/a"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("the user's")

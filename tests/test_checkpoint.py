@@ -1,4 +1,4 @@
-"""What is saved is what was meant, is read again from the disk, and stays as long as it is needed."""
+"""Checkpoints hold the intended bytes, are verified on the disk, and are kept as long as they are needed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def flip(path: Path, byte: int = -1) -> None:
     path.write_bytes(content)
 
 
-def test_tensors_are_written_as_the_library_of_the_format_writes_them():
+def test_tensors_are_written_as_safetensors_writes_them():
     draw = torch.Generator().manual_seed(0)
     floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     tensors = {f"{number}.é": torch.randn(3, 5, generator=draw).to(kind) for number, kind in enumerate(floats)}
@@ -75,20 +75,20 @@ def test_a_saved_checkpoint_is_read_back(tmp_path):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_the_newest_two_stay_and_milestones(tmp_path):
+def test_the_newest_two_and_milestones_are_kept(tmp_path):
     config = override(RunConfig(), ["train.checkpoint_every=10", "train.keep_every=30"])
     for step in range(10, 100, 10):
         save(tmp_path, step, config)
     assert names(tmp_path) == ["0000030", "0000060", "0000080", "0000090"]
 
 
-def test_milestones_that_no_checkpoint_would_meet_are_refused(run_config):
+def test_milestones_that_no_checkpoint_can_meet_are_refused(run_config):
     with pytest.raises(UserError, match=r"train\.keep_every must be a multiple of train\.checkpoint_every: got 5, 3"):
         with_train(run_config, keep_every=5)
 
 
 @pytest.mark.parametrize("damaged", [20, 30])
-def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path, damaged):
+def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two(tmp_path, damaged):
     for step in (10, 20):
         save(tmp_path, step)
     if damaged == 30:  # the newest, which is then trained again
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_none_of_the_two_that_stay(tmp_path, damaged):
     assert names(tmp_path) == ["0000040", "0000050"]  # damaged ones go with their time
 
 
-def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(tmp_path):
+def test_remains_of_a_killed_save_are_deleted_by_the_next_save_or_trainer(tmp_path):
     for attempt in (lambda: save(tmp_path, 20), lambda: lock_run(tmp_path).__enter__()):
         (tmp_path / "checkpoints/0000010.part").mkdir(parents=True)
         (tmp_path / "checkpoints/0000010.part/state.safetensors").write_bytes(b"half")
@@ -112,7 +112,7 @@ def test_what_a_killed_save_left_is_cleared_by_the_next_and_by_the_next_trainer(
 
 
 @pytest.mark.parametrize("name", ["0000010", "0000010.old", "12"])
-def test_what_a_killed_deletion_left_is_cleared(tmp_path, monkeypatch, name):
+def test_remains_of_a_killed_deletion_are_deleted(tmp_path, monkeypatch, name):
     going = save(tmp_path, 10)
     going = going.rename(going.with_name(name))
     with monkeypatch.context() as patched:
@@ -157,7 +157,7 @@ def test_an_opened_checkpoint_names_its_weights_and_warns_of_damaged_newer_ones(
 
 
 @pytest.mark.parametrize("data", [5, None, [], {}, {"digest": "a"}, {"digest": 5, "place": "b"}])
-def test_a_manifest_that_notes_data_of_another_form_is_damaged(tmp_path, data):
+def test_a_manifest_with_a_wrong_data_record_is_damaged(tmp_path, data):
     folder = save(tmp_path, 10)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
@@ -166,8 +166,8 @@ def test_a_manifest_that_notes_data_of_another_form_is_damaged(tmp_path, data):
         assert good_ones(tmp_path) == (["0000010"] if good else [])
 
 
-def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_goes(tmp_path, monkeypatch):
-    """What SIGKILL cannot show, for the kernel lives on: the order in which a loss of power would find things."""
+def test_a_checkpoint_is_synced_before_its_rename_and_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    """The order of writes and syncs, which matters at a loss of power and cannot be tested by SIGKILL."""
     for step in (10, 20):
         save(tmp_path, step)
     said = []
@@ -208,7 +208,7 @@ def test_everything_is_on_the_disk_before_it_has_a_name_and_before_an_older_one_
     ]
 
 
-def test_replacing_a_checkpoint_leaves_no_moment_without_a_good_one(tmp_path, monkeypatch):
+def test_replacing_a_checkpoint_always_leaves_a_good_one(tmp_path, monkeypatch):
     save(tmp_path, 10, value=1)
     seen = []
 
@@ -232,7 +232,7 @@ def test_replacing_a_checkpoint_leaves_no_moment_without_a_good_one(tmp_path, mo
     assert names(tmp_path) == ["0000010"]
 
 
-def test_a_checkpoint_being_replaced_when_its_process_was_killed_is_found(tmp_path):
+def test_a_checkpoint_whose_replacement_was_killed_is_found(tmp_path):
     save(tmp_path, 10)
     folder = save(tmp_path, 20)
     folder.rename(folder.with_name("0000020.old"))
@@ -241,7 +241,7 @@ def test_a_checkpoint_being_replaced_when_its_process_was_killed_is_found(tmp_pa
     assert names(tmp_path) == ["0000010", "0000020"]
 
 
-def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
+def test_a_disk_that_wrote_other_bytes_is_detected_before_an_older_checkpoint_is_deleted(tmp_path, monkeypatch):
     for step in (10, 20):
         save(tmp_path, step)
     write = integrity.write_hashed
@@ -253,16 +253,14 @@ def test_a_disk_that_wrote_something_else_is_found_out_before_an_older_checkpoin
         return told
 
     monkeypatch.setattr(integrity, "write_hashed", lying)
-    with pytest.raises(
-        checkpoint.SaveError, match="reads otherwise than it was written; older checkpoints are as they"
-    ):
+    with pytest.raises(checkpoint.SaveError, match="gives other bytes; older checkpoints are unchanged"):
         save(tmp_path, 30)
     assert names(tmp_path) == ["0000010", "0000020"]
     assert good_ones(tmp_path) == ["0000010", "0000020"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages of a file it has in memory")
-def test_what_was_written_is_read_again_from_the_disk_and_not_from_memory(tmp_path):
+def test_written_files_are_read_again_from_the_disk_and_not_from_the_cache(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
     assert pages_in_memory(path) == (1 << 20) // mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""Files of JSON that were damaged, or are of something else: one line for each, and no traceback."""
+"""Damaged or wrong JSON files: one line for each, never a traceback."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 def refused(action: Callable[[], Any]) -> None:
-    """The action ends with one line."""
+    """Check that the action raises a UserError of one line."""
     with pytest.raises(UserError) as found:
         action()
     assert "\n" not in str(found.value)
@@ -71,7 +71,7 @@ def refused(action: Callable[[], Any]) -> None:
 
 
 def with_value(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A JSON value with another in one of its places; `...`: without it."""
+    """A JSON value with one part replaced; `...`: removed."""
     copy = json.loads(json.dumps(whole))
     inner = copy
     for key in path[:-1]:
@@ -117,7 +117,7 @@ def test_a_log_with_such_a_line_is_one_line(text, run):
         path.write_bytes(before)
 
 
-def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
+def test_a_damaged_trackers_file_is_one_line_and_a_damaged_evaluation_ignored(run):
     for text in TEXTS[:8]:
         (run / trackers.KEPT).write_text(text)
         refused(lambda: trackers.chosen_trackers(None, run))
@@ -147,14 +147,14 @@ def test_names_of_trackers_and_evaluations_of_a_card_bear_it_too(run):
         (("study", "arms"), 3),
     ],
 )
-def test_a_plan_with_a_part_of_another_kind_is_one_line(path, value, study):
+def test_a_plan_with_a_wrong_part_is_one_line(path, value, study):
     whole = json.loads((study / "plan.json").read_text())
     (study / "plan.json").write_text(json.dumps(with_value(whole, path, value)))
     refused(lambda: read_study(study))
 
 
 @pytest.mark.parametrize("key", ["arm", "seed", "state", "step", "metrics", "floors", "protocol", "reason", "another"])
-def test_a_result_with_a_part_of_another_kind_is_one_line(key, study):
+def test_a_result_with_a_wrong_part_is_one_line(key, study):
     path = next(iter(study.glob("runs/*/result.json")))
     whole = json.loads(path.read_text())
     for value in (None, True, [3], {"a": "x"}, {"a": [1]}):
@@ -193,14 +193,14 @@ def test_a_step_without_its_numbers_is_one_line(line, run):
 
 
 @pytest.mark.parametrize("seconds", ["x", None, [1.0], 1e999])
-def test_a_clock_that_says_no_time_is_one_line_when_a_run_is_resumed(seconds, run):
+def test_wrong_times_are_one_line_when_a_run_is_resumed(seconds, run):
     path = run / "timing.jsonl"
     path.write_text(path.read_text() + json.dumps({"step": 4, "seconds": seconds}) + "\n")
     with pytest.raises(UserError, match=r"timing.jsonl holds a line that no run writes|not a JSON object"):
         list(train(read_config(run), run, resume=True, device="cpu"))
 
 
-def test_the_line_that_is_none_is_shown(run):
+def test_a_wrong_line_of_a_log_is_shown(run):
     path = run / "log.jsonl"
     path.write_text(path.read_text() + '{"step": 99999999999999999999999, "loss": 1}\n')
     with pytest.raises(UserError, match=r'log.jsonl holds a line that no run writes, \{"step": 9999.*: fix it'):
@@ -210,21 +210,21 @@ def test_the_line_that_is_none_is_shown(run):
 @pytest.mark.parametrize(
     "line", [{"step": 4, "held_out": 3}, {"step": None, "held_out": {}}, {"step": 5, "rollback": 3}]
 )
-def test_an_evaluation_or_a_way_back_of_another_kind_is_one_line(line, run):
+def test_a_wrong_evaluation_or_rollback_is_one_line(line, run):
     path = run / "log.jsonl"
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     refused(lambda: read_run(run))
 
 
 @pytest.mark.parametrize("scores", [3, {"a": 3}, {"a": {"value": "x", "low": None, "high": None, "floor": None}}])
-def test_an_evaluation_with_scores_of_another_kind_is_one_line(scores, tmp_path):
+def test_an_evaluation_with_wrong_scores_is_one_line(scores, tmp_path):
     whole = {"subject": {"name": "run"}, "protocol": {}, "scores": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(whole))
     refused(lambda: report.read_evaluation(tmp_path / "metrics.json"))
 
 
 @pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS[:9]), b"\xff\xfe{", b'{"a": 1}' + b" " * 100])
-def test_a_config_of_diffusers_that_is_none_or_has_no_end_is_one_line(content, tmp_path, monkeypatch):
+def test_a_wrong_or_endless_config_of_diffusers_is_one_line(content, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.config.strict_json.MOST_BYTES", 100)
     (tmp_path / "config.json").write_bytes(content)
     refused(lambda: diffusers_files.read_diffusers_json(tmp_path / "config.json"))

@@ -1,4 +1,4 @@
-"""Sources: the same images however they are packed, families that stay together, and nothing silent."""
+"""Sources: the same images in every format, unsplit families, and no silent loss."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_arrays_hold_the_same_images(folder, tmp_path):
         assert everything(opened(tmp_path / name, held_out=0.0)) == everything(source)
 
 
-def test_latents_are_taken_as_they_are(tmp_path):
+def test_latents_are_read_unchanged(tmp_path):
     latents = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float16)
     np.savez(tmp_path / "latents.npz", images=latents)
     model = small_model(image_size=(8, 8), channels=4, num_classes=0)
@@ -69,7 +69,7 @@ def test_latents_are_taken_as_they_are(tmp_path):
     assert np.array_equal(source.train(3)[0], latents[3].astype(np.float32))
 
 
-def test_families_never_sit_on_both_sides():
+def test_families_are_never_split():
     source = open_source(DataConfig(), small_model(image_size=(32, 32), num_classes=9))
     names = {side: [source.names[i] for i in getattr(source, f"_{side}")] for side in ("train", "held")}
     train, held = ({Path(n).stem.split("~")[0] for n in side} for side in names.values())
@@ -84,7 +84,7 @@ def test_the_split_depends_on_the_family_and_the_share_alone():
     assert not is_held_out("grinning-face", value - 1e-6)
 
 
-def test_embedded_emoji_are_what_the_notice_says():
+def test_embedded_emoji_match_their_notice():
     source = open_source(DataConfig(held_out=0.0), small_model(image_size=(64, 64), num_classes=9))
     assert source.classes == (
         "activities", "animals", "flags", "food", "objects", "people", "smileys", "symbols", "travel",
@@ -97,7 +97,7 @@ def test_embedded_emoji_are_what_the_notice_says():
     assert (corners > 0.99).all()  # drawn on white
 
 
-def test_broken_files_are_named_or_counted(folder, tmp_path):
+def test_broken_files_are_named_or_skipped(folder, tmp_path):
     copy = tmp_path / "set"
     for path in folder.rglob("*.*"):
         target = copy / path.relative_to(folder)
@@ -155,7 +155,7 @@ def test_arrays_under_the_wrong_name_are_refused(tmp_path):
             opened(tmp_path / name)
 
 
-def test_linked_class_folders_are_read_and_loops_end(folder, tmp_path):
+def test_linked_class_folders_are_read_and_loops_terminate(folder, tmp_path):
     for name in ("red", "green"):
         (tmp_path / name).symlink_to(folder / name)
     shutil.copytree(folder / "blue", tmp_path / "blue")
@@ -167,7 +167,7 @@ def test_linked_class_folders_are_read_and_loops_end(folder, tmp_path):
         opened(tmp_path)
 
 
-def test_a_long_thin_image_costs_no_more_than_it_shows():
+def test_a_long_thin_image_takes_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert fit(Image.new("L", (60_000, 1)), (64, 64), 3).shape == (64, 64, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB: to cover 64x64 it took 16 GB
@@ -184,7 +184,7 @@ def test_too_small_a_source_cannot_be_split(folder):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "I;16", "CMYK", "RGBA", "RGB"])
-def test_every_mode_becomes_what_it_looks_like(mode):
+def test_every_mode_is_converted_as_a_viewer_shows_it(mode):
     grey = np.full((6, 6), 128, np.uint16)
     if mode == "I;16":
         image = Image.fromarray(grey * 257)
@@ -198,7 +198,7 @@ def test_every_mode_becomes_what_it_looks_like(mode):
     assert np.abs(fit(image, (6, 6), 3).astype(int) - expected).max() <= 1
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_composited_on_white():
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert (fit(image, (4, 4), 3) == 255).all()
 
@@ -224,8 +224,8 @@ def test_mosaic_images_are_functions_of_their_number():
     assert np.abs(image).max() <= 1
 
 
-def test_mosaic_textures_have_the_period_and_direction_they_claim():
-    """The peak of the spectrum, inside the background, against the truth."""
+def test_mosaic_textures_have_their_period_and_direction():
+    """Compares the peak of the background's spectrum with the true period and direction."""
     mosaic, checked = Mosaic((64, 64)), 0
     for index in range(40):
         truth = mosaic.truth(index)
@@ -245,7 +245,7 @@ def test_mosaic_textures_have_the_period_and_direction_they_claim():
     assert checked >= 5
 
 
-def test_mosaic_is_endless_and_keeps_its_held_out_images_apart():
+def test_mosaic_is_endless_and_never_trains_on_held_out_images():
     source = open_source(DataConfig(source="mosaic"), small_model(image_size=(16, 16), num_classes=9))
     assert source.train_size is None
     held = {source.held_out(i)[0].tobytes() for i in range(source.held_out_size)}
@@ -259,7 +259,7 @@ def digest_of(path, **keys) -> str:
     return opened(path, **{"held_out": 0.0, **keys}).digest
 
 
-def test_a_digest_depends_on_neither_the_place_nor_the_time_nor_the_listing(folder, tmp_path, monkeypatch):
+def test_a_digest_does_not_depend_on_place_time_or_order_of_listing(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "moved")
     for path in (tmp_path / "moved").rglob("*.*"):
         os.utime(path, (1, 1))
@@ -278,7 +278,7 @@ def test_a_digest_depends_on_neither_the_place_nor_the_time_nor_the_listing(fold
 
 
 @pytest.mark.parametrize("most", [2**28, 0])  # by content, by size
-def test_a_digest_sees_an_image_added_replaced_removed_and_moved_to_another_class(folder, tmp_path, monkeypatch, most):
+def test_a_digest_changes_when_an_image_is_added_replaced_removed_or_moved(folder, tmp_path, monkeypatch, most):
     monkeypatch.setattr("dit_in_dit.data.digest.MOST_CONTENT", most)
     place = tmp_path / "set"
     shutil.copytree(folder, place)
@@ -297,7 +297,7 @@ def test_a_digest_sees_an_image_added_replaced_removed_and_moved_to_another_clas
     assert len(set(seen)) == 5
 
 
-def test_images_replaced_by_others_of_the_same_bytes_in_number_are_seen(folder, tmp_path):
+def test_replaced_images_of_the_same_size_are_detected(folder, tmp_path):
     digests = set()
     for colour in ("red", "lime"):
         for name in "abc":
@@ -309,7 +309,7 @@ def test_images_replaced_by_others_of_the_same_bytes_in_number_are_seen(folder, 
     assert len(digests) == 2
 
 
-def test_arrays_have_one_digest_in_every_packing_and_another_with_every_change(tmp_path, monkeypatch):
+def test_a_digest_of_arrays_depends_on_content_and_not_on_the_format(tmp_path, monkeypatch):
     pixels, labels = np.arange(6 * 192, dtype=np.uint32).astype(np.uint8).reshape(6, 8, 8, 3), np.arange(6) % 3
     np.savez(tmp_path / "set.npz", images=pixels, labels=labels)
     np.savez_compressed(tmp_path / "adm.npz", arr_0=pixels, arr_1=labels)

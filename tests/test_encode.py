@@ -1,4 +1,4 @@
-"""Latents: what the VAE gives, kept by number; killed and shared without a trace; trained on and drawn back."""
+"""Latents: the VAE's posteriors by number; the same bytes when killed or shared; training on them; decoding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SIDE, COUNT = 16, 42
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Coloured gradients in two class folders: something that a small VAE can learn."""
+    """Coloured gradients in two class folders, which a small VAE can learn."""
     root, draw = tmp_path_factory.mktemp("gradients") / "set", np.random.default_rng(0)
     ramp = np.linspace(-1, 1, SIDE)
     for number in range(COUNT):
@@ -55,7 +55,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def pixels_of(folder: Path) -> torch.Tensor:
-    """The folder's images in the order of their names, as the VAE takes them."""
+    """The folder's images in the order of their names, as inputs of the VAE."""
     paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
     arrays = [np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) for path in paths]
     return torch.from_numpy(np.stack(arrays) / np.float32(127.5) - 1)
@@ -128,7 +128,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 2e-2)])
-def test_files_hold_the_posteriors_of_images_and_of_mirror_images(images, vae, posteriors, tmp_path, dtype, error):
+def test_files_hold_the_posteriors_of_images_and_mirror_images(images, vae, posteriors, tmp_path, dtype, error):
     folder = made(tmp_path / dtype, how(images, vae, dtype=dtype))
     files = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
     assert [len(file["label"]) for file in files] == [8, 8, 8, 8, 8, 2]
@@ -152,12 +152,12 @@ def test_labels_classes_and_the_held_out_split_are_those_of_the_images(images, l
     source = opened(latents)
     assert source.classes == pixels.classes == ("lying", "standing")
     assert (source.train_size, source.held_out_size) == (pixels.train_size, pixels.held_out_size)
-    assert source._held.tolist() == pixels._held
+    assert source._held.tolist() == pixels._held.tolist()
     assert source.labels.tolist() == pixels.labels.tolist()
     assert source.held_out(0)[1] == pixels.held_out(0)[1]
 
 
-def test_the_index_has_the_constants_of_the_vae_and_those_that_were_measured(latents, vae, posteriors):
+def test_the_index_has_the_constants_of_the_vae_and_measured_ones(latents, vae, posteriors):
     index = read_latents_index(latents)
     assert index["vae"] == {"name": str(vae), "mean": [0.25], "scale": [0.5]}
     draw = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ def test_a_vae_without_constants_gets_those_of_stable_diffusion(images, vae, tmp
     assert read_latents_index(folder)["vae"] == {"name": str(tmp_path / "vae"), "mean": [0.0], "scale": [0.18215]}
 
 
-def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(images, vae, latents, tmp_path, monkeypatch):
+def test_encoding_gives_the_same_bytes_however_interrupted_or_shared(images, vae, latents, tmp_path, monkeypatch):
     expected = content(latents)
     for stop in (0, 2):
         folder = tmp_path / str(stop)
@@ -185,7 +185,7 @@ def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(image
         for _ in range(stop + 1):
             next(part)
         part.close()
-        with pytest.raises(UserError, match="not encoded to its end"):
+        with pytest.raises(UserError, match="not encoded completely"):
             opened(folder)
         (folder / ".000005.safetensors.0123abcd.part").write_bytes(b"what a killed process leaves")
         (tmp_path / f"{stop}/mine.part").write_bytes(b"the user's")
@@ -203,7 +203,7 @@ def test_encoding_stopped_anywhere_and_shared_by_processes_leaves_no_trace(image
 
 
 @pytest.mark.slow
-def test_a_killed_encode_goes_on_and_ends_with_the_same_bytes(images, vae, tmp_path):
+def test_a_killed_encode_resumes_to_the_same_bytes(images, vae, tmp_path):
     words = ["encode", "--data", str(images), "--vae", str(vae), "--size", str(SIDE), "--batch", "1", "--shard", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main([*words, "--device", "cpu", "--out", str(whole)])
@@ -222,7 +222,7 @@ def test_a_killed_encode_goes_on_and_ends_with_the_same_bytes(images, vae, tmp_p
     assert content(killed) == content(whole)
 
 
-def test_a_folder_of_other_latents_is_refused_and_a_damaged_file_found(images, vae, tmp_path):
+def test_a_folder_of_other_latents_or_a_damaged_file_is_refused(images, vae, tmp_path):
     folder = made(tmp_path / "latents", how(images, vae))
     for keys, part in (({"dtype": "float32"}, "dtype is float16, not float32"), ({"flips": False}, "flips is True")):
         with pytest.raises(UserError, match=part):
@@ -258,7 +258,7 @@ def turn(folder: Path) -> None:
 
 
 def drop_digest(folder: Path) -> None:
-    """Make an index what earlier versions wrote."""
+    """Turn an index into one of an earlier version."""
     index = json.loads((folder / "latents.json").read_text())
     index["made"].pop("data_sha256", None)
     (folder / "latents.json").write_text(json.dumps(index, indent=1))
@@ -279,7 +279,7 @@ def test_other_images_under_the_same_name_are_not_mixed_into_latents(half_done, 
     assert content(folder) == finished
 
 
-def test_images_that_moved_are_encoded_to_the_end(half_done, vae, latents):
+def test_images_that_moved_are_encoded_completely(half_done, vae, latents):
     images, folder = half_done
     moved = images.rename(images.parent / "moved")
     finished = content(made(folder, how(moved, vae)))
@@ -291,7 +291,7 @@ def test_images_that_moved_are_encoded_to_the_end(half_done, vae, latents):
     assert opened(folder).digest == opened(latents).digest
 
 
-def test_latents_that_an_earlier_version_began_go_on_by_name_and_get_no_digest(half_done, vae, latents):
+def test_latents_of_an_earlier_version_are_continued_by_name_without_a_digest(half_done, vae, latents):
     images, folder = half_done
     drop_digest(folder)
     with pytest.raises(UserError, match=r"source is .*set, not .*another --out"):
@@ -386,7 +386,7 @@ def test_latents_that_do_not_fit_the_run_are_refused(images, vae, latents, tmp_p
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_latents_of_32x32_are_read_at_50_000_a_second(tmp_path, dtype):
-    """On one core, normalised, from the page cache; by this thread's own clock, because others use the machine."""
+    """On one core, normalised, from the page cache, in CPU time of this thread."""
     count, kind = 512, getattr(torch, dtype)
     tensors = {name: torch.randn(count, 8, 32, 32).to(kind) for name in ("moments", "flipped")}
     numbers = {"label": torch.zeros(count, dtype=torch.int64), "family": torch.zeros(count, dtype=torch.uint64)}
@@ -422,7 +422,7 @@ def test_the_decoder_draws_what_the_vae_does_and_the_vae_has_learned(images, vae
     assert decoder(DataConfig(source=str(images)), CPU) is None
 
 
-def test_a_run_on_latents_knows_its_vae_and_draws_images_with_it(latents, vae, run_config, tmp_path):
+def test_a_run_on_latents_samples_images_with_its_vae(latents, vae, run_config, tmp_path):
     config = replace(run_config, model=MODEL, sample=SampleConfig(steps=2, guidance=2.0, micro_batch=4))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     keys = {"data.source": latents, "data.held_out": 0.2, "train.steps": 3, "train.sample_every": 3}
@@ -447,7 +447,7 @@ def test_a_run_on_latents_knows_its_vae_and_draws_images_with_it(latents, vae, r
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_run_on_latents_is_evaluated_by_the_images_it_stands_for(images, latents, run_config, tmp_path, capsys):
+def test_a_run_on_latents_is_evaluated_by_decoded_images(images, latents, run_config, tmp_path, capsys):
     config = replace(run_config, model=MODEL, data=DataConfig(source=str(latents)), sample=SampleConfig(steps=1))
     list(train(with_train(config, steps=1, evaluate_every=0), tmp_path / "run", device="cpu"))
     words = ["evaluate", str(tmp_path / "run"), "--num", "16", "--device", "cpu"]
@@ -460,7 +460,7 @@ def test_a_run_on_latents_is_evaluated_by_the_images_it_stands_for(images, laten
     assert drawn[drawn.files[0]].shape == (16, SIDE, SIDE, 3)
 
 
-def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
+def test_a_user_error_is_one_line(images, vae, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "latents"), "--device", "cpu"]
     good = ["--data", str(images), "--vae", str(vae)]
@@ -468,7 +468,7 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
         (["--data", str(images), "--vae", str(tmp_path / "empty")], "no VAE"),
         (["--data", str(images), "--vae", "somebody/never-made"], "no VAE"),
         (["--data", str(tmp_path / "absent"), "--vae", str(vae)], "no such file"),
-        (["--data", "mosaic", "--vae", str(vae)], "has no end"),
+        (["--data", "mosaic", "--vae", str(vae)], "is endless"),
         ([*good, "--size", "15"], "multiple of 2"),
         ([*good, "--size", "wide"], "such as 256"),
         ([*good, "--shard", "33"], "multiple of --batch"),
@@ -479,14 +479,14 @@ def test_a_mistake_costs_one_line(images, vae, capsys, tmp_path):
     assert not (tmp_path / "latents").exists()
 
 
-def test_arrays_and_tables_bring_their_labels(vae, tmp_path):
+def test_labels_of_arrays_and_tables_are_encoded(vae, tmp_path):
     np.savez(tmp_path / "set.npz", images=np.zeros((6, SIDE, SIDE, 3), np.uint8), labels=np.array([0, 1, 2, 2, 1, 0]))
     folder = made(tmp_path / "latents", how(tmp_path / "set.npz", vae))
     assert read_latents_index(folder)["classes"] == ["0", "1", "2"]
     assert load_file(folder / "000000.safetensors")["label"].tolist() == [0, 1, 2, 2, 1, 0]
 
 
-def test_a_digest_of_latents_depends_on_what_they_hold_and_not_on_their_place(images, vae, latents, tmp_path):
+def test_a_digest_of_latents_depends_on_content_and_not_on_place(images, vae, latents, tmp_path):
     shutil.copytree(latents, tmp_path / "moved")
     assert opened(tmp_path / "moved").digest == opened(latents).digest
     assert opened(made(tmp_path / "other", how(images, vae, dtype="float32"))).digest != opened(latents).digest
@@ -504,25 +504,25 @@ def damaged(index: dict, path: str, value: object) -> bytes:
 
 
 WRONG = {
-    "classes": ("ab", "damaged: what it says of 'classes'"),
-    "classes ": ([1, 2], "damaged: what it says of 'classes'"),
-    "made": (3, "damaged: what it says of 'made'"),
-    "made.shard": ("8", "damaged: what it says of 'made'"),
+    "classes": ("ab", "damaged: its 'classes' has the wrong form"),
+    "classes ": ([1, 2], "damaged: its 'classes' has the wrong form"),
+    "made": (3, "damaged: its 'made' has the wrong form"),
+    "made.shard": ("8", "damaged: its 'made' has the wrong form"),
     "made.shard ": (0, "must have 0 images each"),
     "made.dtype": ("int8", "latents are float16"),
     "made.dtype ": ("float32", "does not hold the 'moments'"),
-    "vae": (None, "damaged: what it says of 'vae'"),
-    "vae.scale": ([True], "damaged: what it says of 'vae'"),
+    "vae": (None, "damaged: its 'vae' has the wrong form"),
+    "vae.scale": ([True], "damaged: its 'vae' has the wrong form"),
     "vae.scale ": ([float("nan")], "data.latent_scale"),
-    "shards": ({"a": 1}, "damaged: what it says of 'shards'"),
-    "shards.0": (7, "damaged: what it says of 'shards'"),
+    "shards": ({"a": 1}, "damaged: its 'shards' has the wrong form"),
+    "shards.0": (7, "damaged: its 'shards' has the wrong form"),
     "shards.1.file": ("../other.safetensors", "outside its folder"),
     "shards.5.count": (3, "does not hold the 'label'"),
     "format": ("another", "is not of the format"),
 }
 
 
-def test_an_index_that_makes_no_sense_costs_one_line(images, vae, latents, tmp_path):
+def test_a_wrong_index_is_one_line(images, vae, latents, tmp_path):
     folder = tmp_path / "latents"
     shutil.copytree(latents, folder)
     index = read_latents_index(folder)
@@ -554,7 +554,7 @@ def test_an_index_that_makes_no_sense_costs_one_line(images, vae, latents, tmp_p
         b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}',  # nothing but labels
     ],
 )
-def test_a_file_of_latents_with_a_wrong_header_costs_one_line(latents, tmp_path, header):
+def test_a_file_of_latents_with_a_wrong_header_is_one_line(latents, tmp_path, header):
     folder = tmp_path / "latents"
     shutil.copytree(latents, folder)
     (folder / "000001.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
@@ -562,7 +562,7 @@ def test_a_file_of_latents_with_a_wrong_header_costs_one_line(latents, tmp_path,
         opened(folder)
 
 
-def test_files_of_a_latents_folder_that_are_not_in_its_index_are_said(latents, tmp_path):
+def test_files_of_a_latents_folder_that_are_not_in_its_index_are_reported(latents, tmp_path):
     shutil.copytree(latents, tmp_path / "latents")
     (tmp_path / "latents/000009.safetensors").write_bytes(b"of another encoding")
     with pytest.warns(LeftOutWarning, match=r"files that are not in the index: 1, such as 000009\.safetensors"):

@@ -66,8 +66,6 @@ LONG_FILES = {
 }
 LONG_FUNCTIONS = {
     "inspection/trace.py: _trace": "a hook for each line of the table",
-    "interop/card.py: card": "the values of a card's template",
-    "interop/import_run.py: import_run": "weights of three layouts into one run",
     "interop/pipeline.py: __call__": "the signature and checks of a pipeline of diffusers",
     "runs/checkpoint.py: save": "one order of writes, whose every break is tested",
     "training/loop.py: train": "arguments and errors documented; what a run needs, in order",

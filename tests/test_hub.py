@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, local and offline: the examples of the folder they were made of, in its order."""
+"""Datasets of Hugging Face, local and offline: the same examples as their folder, in its order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from test_tars import CLASSES, paths_of
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """What `datasets` unpacks stays in the test's folder; the hub is never asked."""
+    """The cache of `datasets` is in the test's folder; the hub is never contacted."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
@@ -43,7 +43,7 @@ def table(folder: Path, **columns):
     return datasets.Dataset.from_dict(rows).cast_column("image", kinds["image"]).cast_column("label", kinds["label"])
 
 
-def test_parquet_arrow_and_saved_datasets_hold_the_examples_of_the_folder_in_its_order(folder, tmp_path, monkeypatch):
+def test_parquet_arrow_and_saved_datasets_give_the_same_examples_as_their_folder(folder, tmp_path, monkeypatch):
     rows = table(folder)
     rows.to_parquet(tmp_path / "set.parquet")
     (tmp_path / "repository/data").mkdir(parents=True)
@@ -63,7 +63,7 @@ def test_parquet_arrow_and_saved_datasets_hold_the_examples_of_the_folder_in_its
     assert opened(tmp_path / "repository", split="test", held_out=0.0).train_size == 3
 
 
-def test_columns_go_by_their_configured_names(folder, tmp_path):
+def test_columns_have_configurable_names(folder, tmp_path):
     rows = table(folder).rename_columns({"image": "picture", "label": "colour"})
     rows.save_to_disk(tmp_path / "saved")
     named = opened(tmp_path / "saved", image_column="picture", label_column="colour")
@@ -94,7 +94,7 @@ def test_labels_may_be_names_or_plain_numbers_and_images_plain_bytes(folder, tmp
         opened(tmp_path / "hidden")
 
 
-def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
+def test_variants_of_one_family_are_not_split(folder, tmp_path):
     content = paths_of(folder)[0].read_bytes()
     names = [f"hand{i}~{tone}.png" for i in range(20) for tone in ("light", "dark")]
     rows = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": name} for name in names]})
@@ -104,7 +104,7 @@ def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
     assert all(number ^ 1 in held for number in held)  # the other tone
 
 
-def test_what_cannot_be_loaded_costs_one_line(folder, tmp_path):
+def test_a_dataset_that_cannot_be_loaded_is_one_line(folder, tmp_path):
     table(folder).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table(folder)}).save_to_disk(tmp_path / "splits")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
@@ -120,7 +120,7 @@ def test_what_cannot_be_loaded_costs_one_line(folder, tmp_path):
         assert "\n" not in str(refused.value)
 
 
-def test_a_missing_package_is_named_with_the_way_to_it(monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'dit-in-dit\[hub\]'"):
         opened("somebody/some-images")
@@ -137,7 +137,7 @@ def test_an_image_that_cannot_be_read_is_named_by_its_row(folder, tmp_path):
 
 
 @pytest.mark.parametrize("most", [2**28, 0])  # by content, by size
-def test_a_digest_of_rows_is_that_of_their_files_and_labels(folder, tmp_path, monkeypatch, most):
+def test_a_digest_of_rows_depends_on_files_and_labels(folder, tmp_path, monkeypatch, most):
     monkeypatch.setattr("dit_in_dit.data.digest.MOST_CONTENT", most)
     rows = table(folder)
     rows.to_parquet(tmp_path / "set.parquet")
@@ -185,7 +185,7 @@ def test_a_plain_struct_of_bytes_and_path_is_an_image(folder, tmp_path, fields):
         opened(tmp_path / "other.parquet", classes=0)
 
 
-def test_columns_that_are_not_read_are_said(folder, tmp_path):
+def test_columns_that_are_not_read_are_reported(folder, tmp_path):
     table(folder, caption=["a"] * 30).save_to_disk(tmp_path / "saved")
     with pytest.warns(LeftOutWarning, match="left out columns: 1, such as caption"):
         opened(tmp_path / "saved")

@@ -237,7 +237,7 @@ def test_images_have_different_classes_and_the_noise_of_training(run_config):
     source = open_source(run_config.data, run_config.model)
     chosen = choose(source, run_config, 3, TIMES)
     assert sorted(chosen.labels) == [0, 1, 2]
-    batch = held_out_batch(source, 3, source.held_out_size)
+    batch = held_out_batch(source, run_config.model, source.held_out_size)
     for number, image, noise, label in zip(chosen.numbers, chosen.images, chosen.noise, chosen.labels, strict=True):
         assert np.array_equal(image, batch.x[number])
         assert np.array_equal(noise, batch.noise[number])

@@ -31,7 +31,7 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import alpha_bar
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.interop.diffusers_dit import SCHEDULERS
-from dit_in_dit.interop.import_run import KEPT, ORIGIN, export_diffusers, export_official, import_run
+from dit_in_dit.interop.import_run import IMPORTED_POSITION, ORIGIN, export_diffusers, export_official, import_run
 from dit_in_dit.interop.official import expected
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs import checkpoint
@@ -59,7 +59,7 @@ def normal(stream: np.random.Generator, *shape: int) -> Tensor:
 
 
 def official(size: str, dtype: torch.dtype = torch.float32, *, shift: float = 0.0) -> dict[str, Tensor]:
-    """Weights of the record's tiny model, or such of an official size, with their official names and shapes."""
+    """Weights of the record's tiny model or of an official size, with official names and shapes."""
     stream, found = draw(1), {}
     for name, shape in json.loads(str(GOLDEN[f"shapes/{size}"])).items():
         if name == "pos_embed":
@@ -85,7 +85,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def imported(tmp_path: Path, weights: dict | None = None, /, name: str = "tiny.pt", **options) -> Path:
-    """The run of weights given as a file."""
+    """The run imported from a file of weights."""
     tmp_path.mkdir(exist_ok=True)
     torch.save(tiny() if weights is None else weights, tmp_path / name)
     import_run(tmp_path / name, tmp_path / "run", heads=4, **options)
@@ -155,7 +155,7 @@ def test_names_and_shapes_are_the_official_ones_in_their_order(size):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # eleven times 1.4 GB through the disk
 def test_weights_of_xl_come_back_bit_for_bit(tmp_path, full):
-    """In bfloat16: 1.4 GB a file. Every tensor differs from every other."""
+    """In bfloat16: 1.4 GB per file. All tensors differ."""
     if not full:
         pytest.skip(LARGE)
     shapes = json.loads(str(GOLDEN["shapes/DiT-XL/2"]))
@@ -208,7 +208,7 @@ def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size, full):
     assert same(model.state_dict(), again.state_dict())
 
 
-def test_the_average_of_a_training_checkpoint_is_taken_and_its_step(tmp_path):
+def test_the_average_and_the_step_of_a_training_checkpoint_are_imported(tmp_path):
     raw, averaged = official("tiny", shift=0.1), tiny()
     optimizer = {"state": {0: {"step": torch.tensor(4000.0)}}, "param_groups": []}
     args = argparse.Namespace(model="DiT-S/2", num_classes=10)
@@ -220,12 +220,12 @@ def test_the_average_of_a_training_checkpoint_is_taken_and_its_step(tmp_path):
     assert same(raw, torch.load(tmp_path / "raw.pt", weights_only=True))
 
 
-def test_a_position_of_other_last_bits_comes_back_as_it_was(tmp_path):
+def test_a_position_table_with_other_last_bits_comes_back_bit_for_bit(tmp_path):
     weights = dict(tiny())
     weights["pos_embed"] = weights["pos_embed"].clone()
     weights["pos_embed"][0, 3, 5] = torch.nextafter(weights["pos_embed"][0, 3, 5], torch.tensor(2.0))
     run = imported(tmp_path, weights)
-    assert KEPT in load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
+    assert IMPORTED_POSITION in load_tensors(checkpoint.newest(run).folder / checkpoint.STATE)
     export_official(run, tmp_path / "back.pt")
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
@@ -244,7 +244,7 @@ def test_a_plain_run_of_ours_becomes_official_weights_and_comes_back(tmp_path, r
 # ---------------------------------------------------------------------------------- computed alike
 
 
-def test_forward_is_that_of_the_official_dit(dit):
+def test_forward_equals_the_official_dit(dit):
     saved = Checkpoint.open(dit)
     model, config = saved.model(CPU), saved.config
     assert (config.model.learn_variance, config.diffusion.path, config.diffusion.predict) == (True, "ddpm", "noise")
@@ -254,7 +254,7 @@ def test_forward_is_that_of_the_official_dit(dit):
 
 
 @pytest.mark.parametrize(("name", "channels"), [("guided_three", 3), ("guided_all", None)])
-def test_guidance_is_that_of_the_official_dit(dit, name, channels):
+def test_guidance_equals_the_official_dit(dit, name, channels):
     saved = Checkpoint.open(dit)
     model = saved.model(CPU)
     predict = guided(model, 10, SampleConfig(guidance=4.0, guidance_channels=channels))
@@ -263,7 +263,7 @@ def test_guidance_is_that_of_the_official_dit(dit, name, channels):
     torch.testing.assert_close(out, golden(name)[:2], rtol=0, atol=3e-5)  # of four times the difference
 
 
-def test_the_loss_is_that_of_the_official_dit(dit):
+def test_the_loss_equals_the_official_dit(dit):
     saved = Checkpoint.open(dit)
     model, config = saved.model(CPU), saved.config
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_the_loss_is_that_of_the_official_dit(dit):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_samples_are_those_of_the_official_dit(dit, name):
+def test_samples_equal_the_official_dit(dit, name):
     saved = Checkpoint.open(dit)
     model, config = saved.model(CPU), saved.config
     official_way = {
@@ -291,7 +291,7 @@ def test_samples_are_those_of_the_official_dit(dit, name):
     assert (x - golden(name)).abs().max() / scale < 1e-5
 
 
-def test_forward_is_that_of_the_official_sit(tmp_path):
+def test_forward_equals_the_official_sit(tmp_path):
     """At SiT's time tau ours is 1 - tau, and the velocity, from image to noise, is the opposite of SiT's."""
     run = imported(tmp_path, name="SiT-tiny.pt")
     saved = Checkpoint.open(run)
@@ -312,7 +312,7 @@ def test_forward_is_that_of_the_official_sit(tmp_path):
 
 @pytest.mark.parametrize("steps", [[0, 0, 0, 0], [1, 20, 537, 999]])
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])  # the second would show anywhere
-def test_forward_is_that_of_diffusers(made, tmp_path, steps, eps):
+def test_forward_equals_diffusers(made, tmp_path, steps, eps):
     shutil.copytree(made, tmp_path / "theirs")
     config = json.loads((made / "config.json").read_text())
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"norm_eps": eps}))
@@ -328,7 +328,7 @@ def test_forward_is_that_of_diffusers(made, tmp_path, steps, eps):
 
 
 def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
-    """Why `model.time_embed` knows diffusers: the frequencies differ, and with them the model at every other time."""
+    """The reason for `model.time_embed=diffusers`: its frequencies differ, so outputs differ at every other time."""
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
     with torch.no_grad():
         out = theirs(golden("x"), timestep=golden("t"), class_labels=golden("y")).sample
@@ -339,7 +339,7 @@ def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_ddim_samples_are_those_of_the_pipeline_of_diffusers(tmp_path, guidance):
+def test_ddim_samples_equal_the_pipeline_of_diffusers(tmp_path, guidance):
     """With a VAE of diffusers at the end, and smaller weights, so that samples stay in range; no class is 1000."""
     torch.manual_seed(0)
     theirs = diffusers.DiTTransformer2DModel(
@@ -385,7 +385,7 @@ TABLE = "y_embedder.embedding_table.weight"
 
 
 def without_null(shift: float = 0.0) -> dict[str, Tensor]:
-    """As the official code makes it with class_dropout_prob=0: a row for each of ten classes."""
+    """The official table with class_dropout_prob=0: a row for each of ten classes."""
     weights = official("tiny", shift=shift)
     return weights | {TABLE: weights[TABLE][:-1].clone()}
 
@@ -435,7 +435,7 @@ def test_a_folder_of_diffusers_without_a_null_row_keeps_its_last_class(made, tmp
     ("weights", "options", "says"),
     [
         ({"ema": tiny(), "args": argparse.Namespace(num_classes=1000)}, {}, "has 1000 classes, and 11 rows for them"),
-        (tiny(), {"classes": 9}, "has 9 classes, and 11 rows for them: say --num-classes"),
+        (tiny(), {"classes": 9}, "has 9 classes, and 11 rows for them: give --num-classes"),
         ({"ema": tiny(), "model": without_null()}, {"classes": 10}, "has 10 classes, and 11 rows"),
         (tiny() | {TABLE: torch.zeros(1, 32)}, {}, "one row"),
     ],
@@ -471,7 +471,7 @@ def shifted() -> dict[str, Tensor]:
         lambda: wrapped("ema_model.", "model.", "module."),
     ],
 )
-def test_weights_are_read_through_what_was_wrapped_around_the_model(tmp_path, content):
+def test_weights_of_a_wrapped_model_are_read(tmp_path, content):
     export_official(imported(tmp_path, content()), tmp_path / "back.pt")
     assert same(tiny(), torch.load(tmp_path / "back.pt", weights_only=True))
 
@@ -484,7 +484,7 @@ def test_weights_are_read_through_what_was_wrapped_around_the_model(tmp_path, co
         (lambda: tiny() | {"model.pos_embed": tiny()["pos_embed"]}, "has no 'model.pos_embed'"),
     ],
 )
-def test_weights_that_could_be_two_are_refused(tmp_path, content, says):
+def test_ambiguous_weights_are_refused(tmp_path, content, says):
     with pytest.raises(UserError, match=says):
         imported(tmp_path, content())
 
@@ -515,7 +515,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
-def test_folders_are_read_whatever_files_their_weights_are_in(made, tmp_path, kind):
+def test_folders_are_read_from_any_layout_of_weight_files(made, tmp_path, kind):
     weights = load_file(made / f"{STEM}.safetensors")
     (tmp_path / "theirs").mkdir()
     shutil.copy(made / "config.json", tmp_path / "theirs")
@@ -565,7 +565,7 @@ LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_of_the_same_noise_are_understood(made, tmp_path, name):
+def test_schedulers_of_the_same_schedule_are_accepted(made, tmp_path, name):
     scheduler = getattr(diffusers, name)
     for kind, predict in (("epsilon", "noise"), ("v_prediction", "velocity")):
         folder = piped(made, tmp_path / kind, scheduler(prediction_type=kind))
@@ -609,7 +609,7 @@ def test_a_scheduler_of_another_schedule_is_refused_in_one_line(made, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pipeline_that_lost_its_scheduler_is_refused(made, tmp_path):
+def test_a_pipeline_without_a_scheduler_is_refused(made, tmp_path):
     shutil.rmtree(piped(made, tmp_path / "pipe", diffusers.DDIMScheduler()) / "scheduler")
     for source in (tmp_path / "pipe", tmp_path / "pipe" / "transformer"):
         with pytest.raises(UserError, match=r"scheduler_config\.json: No such file"):
@@ -640,7 +640,7 @@ def without(name: str) -> dict[str, Tensor]:
         (lambda: {"ema": {1: torch.ones(1)}}, "'1' is no tensor"),
     ],
 )
-def test_what_is_no_dit_is_refused_in_one_line(tmp_path, weights, part):
+def test_weights_of_no_dit_are_refused_in_one_line(tmp_path, weights, part):
     with pytest.raises(UserError, match=part) as error:
         imported(tmp_path, weights())
     assert "\n" not in str(error.value)
@@ -648,9 +648,9 @@ def test_what_is_no_dit_is_refused_in_one_line(tmp_path, weights, part):
     assert not (tmp_path / "run").exists()
 
 
-def test_heads_that_no_shape_tells_are_asked_for(tmp_path):
+def test_an_unknown_number_of_heads_is_asked_for(tmp_path):
     torch.save(tiny(), tmp_path / "tiny.pt")
-    with pytest.raises(UserError, match="say --num-heads"):
+    with pytest.raises(UserError, match="give --num-heads"):
         import_run(tmp_path / "tiny.pt", tmp_path / "run")
     with pytest.raises(UserError, match="must divide width"):
         import_run(tmp_path / "tiny.pt", tmp_path / "run", heads=5)
@@ -671,8 +671,8 @@ def test_kinds_are_read_from_args_then_the_name_and_unknown_outputs_refused(tmp_
         imported(tmp_path, {"ema": tiny(), "args": args})
 
 
-def test_settings_may_not_say_what_the_weights_say(tmp_path):
-    with pytest.raises(UserError, match="the weights say that"):
+def test_settings_may_not_override_the_weights(tmp_path):
+    with pytest.raises(UserError, match="the weights determine this key"):
         imported(tmp_path, settings=["model.time_embed=sit"])
     run = imported(tmp_path, settings=["sample.guidance_channels=3", "data.source=latents.npz"])
     assert read_config(run).sample.guidance_channels == 3
@@ -702,7 +702,7 @@ def test_embeddings_that_differ_from_block_to_block_are_refused(made, tmp_path):
         ({"patch_size": "2"}, "must be a whole number"),
     ],
 )
-def test_a_folder_whose_config_lies_is_refused(made, tmp_path, change, part):
+def test_a_folder_with_a_wrong_config_is_refused(made, tmp_path, change, part):
     shutil.copytree(made, tmp_path / "lies")
     config = json.loads((made / "config.json").read_text())
     (tmp_path / "lies" / "config.json").write_text(json.dumps(config | change))
@@ -711,18 +711,18 @@ def test_a_folder_whose_config_lies_is_refused(made, tmp_path, change, part):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_be_exported_is_said(tmp_path, run_config, dit):
+def test_a_run_that_cannot_be_exported_is_refused(tmp_path, run_config, dit):
     list(train(with_train(run_config, steps=1), tmp_path / "nested"))
     for name in ("official", "diffusers-dit"):
         with pytest.raises(SystemExit) as stopped:
             main(["export", str(tmp_path / "nested"), "--format", name, "--out", str(tmp_path / name)])
         assert stopped.value.code == 2
         assert not (tmp_path / name).exists()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_official(dit, dit / ORIGIN)
 
 
-def test_an_imported_run_has_no_optimizer_to_go_on_with(tmp_path):
+def test_an_imported_run_cannot_be_resumed(tmp_path):
     images = np.zeros((20, 4, 8, 8), np.float32)
     np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(20) % 10)
     run = imported(tmp_path, settings=[f"data.source={tmp_path / 'latents.npz'}", "train.precision=float32"])

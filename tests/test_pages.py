@@ -36,7 +36,7 @@ NAMES = [EVIL, "</script><img src=x onerror=alert(1)>", "<b>a</b> & \"b\" 'c'", 
 
 
 class Parsed(HTMLParser):
-    """Tags, attributes and text of a page; the text of scripts and styles stands apart."""
+    """Tags, attributes and text of a page; the text of scripts and styles is separate."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Parsed(HTMLParser):
 
 
 def markdown_tokens(text: str) -> list[Any]:
-    """All tokens of a Markdown text with tables, as a reader that lets HTML through sees it."""
+    """All tokens of a Markdown text with tables, with HTML enabled."""
     blocks = MarkdownIt("commonmark").enable("table").parse(text)
     return [token for block in blocks for token in (block, *(block.children or ()))]
 

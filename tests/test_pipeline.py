@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run exported, and the folder moved away from where it was written."""
+    """The exported run, moved away from the place where it was written."""
     written = tmp_path_factory.mktemp("exports") / "mine"
     export(run, written)
     return Path(shutil.move(written, tmp_path_factory.mktemp("elsewhere") / "copy"))
@@ -123,7 +123,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ddpm", "image", "ddim"),
     ],
 )
-def test_pipeline_draws_the_images_that_sample_draws(path, sampler, predict):
+def test_the_pipeline_draws_the_same_images_as_sample(path, sampler, predict):
     how = SampleConfig(sampler=sampler, steps=4, guidance=2.0, interval=(0.2, 0.9))
     config = replace(FLOW, diffusion=DiffusionConfig(path=path, predict=predict), sample=how)
     ours, pipe = sample(seeded(config), config, WHOLE), piped(config)
@@ -145,7 +145,7 @@ def test_a_call_overrides_steps_guidance_and_interval(pipe):
     assert torch.equal(drawn, sample(seeded(asked), asked, WHOLE))
 
 
-def test_output_types_are_one_image(pipe):
+def test_output_types_give_the_same_image(pipe):
     latent, pt, array, pil = (
         pipe("cat", latents=noise(1), output_type=kind).images for kind in ("latent", "pt", "np", "pil")
     )
@@ -193,7 +193,7 @@ def test_generators_draw_the_noise_of_stochastic_steps_too():
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
-def test_ancestral_steps_are_those_of_sample(learned, spacing):
+def test_ancestral_steps_equal_those_of_sample(learned, spacing):
     how = SampleConfig(sampler="ddpm", steps=10, guidance=2.0, spacing=spacing)
     config = replace(DDPM, model=small_model("outer*1 inner*1", learn_variance=learned), sample=how)
 
@@ -264,7 +264,7 @@ def test_no_guidance_without_a_trained_null_class():
 # --------------------------------------------------------------------------------------- callbacks
 
 
-def test_a_callback_sees_every_step_and_what_it_returns_is_gone_on_with(pipe):
+def test_a_callback_is_called_at_every_step_and_may_replace_the_latents(pipe):
     seen = []
 
     def callback(given: Any, number: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def test_the_progress_bar_counts_steps(pipe, monkeypatch):
 
 
 class Gaussian(torch.nn.Module):
-    """The exact model of images whose values are normal with mean 0.3 and deviation 0.5, independently."""
+    """The exact model of images with independent normal values, mean 0.3 and deviation 0.5."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -362,8 +362,8 @@ class Gaussian(torch.nn.Module):
         ("ddpm", "image", EulerDiscreteScheduler),
     ],
 )
-def test_swapped_schedulers_reach_the_distribution(path, predict, scheduler):
-    """From the scheduler that is there by `from_config` alone, as people swap them."""
+def test_swapped_schedulers_sample_the_distribution(path, predict, scheduler):
+    """Swap the scheduler by `from_config` alone, as users do."""
     config = replace(
         FLOW, model=small_model(image_size=(64, 64)), diffusion=DiffusionConfig(path=path, predict=predict)
     )
@@ -398,8 +398,8 @@ def test_a_scheduler_of_another_path_is_refused(config, scheduler, says):
         pipe("cat")
 
 
-def test_options_that_a_scheduler_does_not_have_do_not_count():
-    """`from_config` keeps those of the class before."""
+def test_options_that_a_scheduler_lacks_are_ignored():
+    """`from_config` keeps the options of the previous class."""
     straight = make_scheduler(FLOW.diffusion, "unipc").config
     ddim = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "trailing"}
     pipe = piped(DDPM)
@@ -422,7 +422,7 @@ def test_options_that_a_scheduler_does_not_have_do_not_count():
         EulerDiscreteScheduler(timestep_spacing="trailing"),
     ],
 )
-def test_a_scheduler_of_other_options_takes_the_steps_that_they_ask_for(scheduler):
+def test_a_scheduler_with_other_options_takes_their_steps(scheduler):
     if "FlowMatch" in type(scheduler).__name__:
         scheduler.sigma_min = 1 / 5
     scheduler.set_timesteps(5)
@@ -502,8 +502,8 @@ def test_latents_with_a_mean_and_deviation_per_channel():
         {"latent_mean": (0.1, 0.2, 0.3, 0.4), "latent_scale": (3.0,)},
     ],
 )
-def test_export_takes_the_run_s_vae_along_and_its_scale(said, tmp_path):
-    """The oracle is what `sample` decodes with."""
+def test_export_includes_the_vae_of_the_run_and_its_scale(said, tmp_path):
+    """The oracle is the decoder of `sample`."""
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
@@ -527,7 +527,7 @@ def test_a_vae_of_other_latents_is_refused(run, tmp_path):
 # ----------------------------------------------------------------------------------------- folders
 
 
-def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
+def test_a_saved_pipeline_is_loaded_bit_for_bit(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "once")
     loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "once"))
     theirs = loaded.transformer.state_dict()
@@ -542,7 +542,7 @@ def test_saved_and_loaded_is_the_same_bit_for_bit(pipe, tmp_path):
     assert all(torch.equal(once[name], twice[name]) for name in once | twice)
 
 
-def test_half_precision_is_near(pipe, tmp_path):
+def test_half_precision_is_close(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
@@ -606,7 +606,7 @@ torch.save({
 
 @pytest.fixture(scope="module")
 def elsewhere(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process that cannot import the package does with the copied folder."""
+    """Output of a process that cannot import the package, on the copied folder."""
     place = tmp_path_factory.mktemp("process")
     torch.save(noise(WHOLE), place / "noise.pt")
     environment = {
@@ -640,7 +640,7 @@ def test_a_copied_folder_needs_no_package(elsewhere):
     assert elsewhere["size"] == (8, 16)
 
 
-def test_what_was_loaded_without_the_package_can_be_saved_again(elsewhere):
+def test_a_pipeline_loaded_without_the_package_can_be_saved_again(elsewhere):
     assert torch.equal(elsewhere["second"], elsewhere["first"])
     assert elsewhere["classes"][2] == "DiTInDiTTransformer2DModel"
 
@@ -653,7 +653,7 @@ def test_code_of_a_folder_runs_only_when_trusted(elsewhere):
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch) -> None:
-    """diffusers copies code that came with folders to a place of the test's."""
+    """diffusers copies the code of folders into a folder of the test."""
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
@@ -687,7 +687,7 @@ def test_a_fresh_process_loads_a_pipeline_with_nothing_else_imported(exported, t
 
 @pytest.fixture
 def repository(exported, tmp_path, modules, monkeypatch) -> Path:
-    """The folder as the Hub's cache holds the repository some/model. What diffusers asks the Hub is answered here."""
+    """The Hub's cache with the folder as the repository some/model; requests of diffusers are answered here."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shutil.copytree(exported, snapshot)
     (tmp_path / "models--some--model" / "refs").mkdir()
@@ -703,14 +703,14 @@ def repository(exported, tmp_path, modules, monkeypatch) -> Path:
 
 
 def test_with_the_package_a_repository_of_the_hub_needs_no_trust(repository, tmp_path):
-    """Its own way to it: that of diffusers wants trust, or the package's classes as files of the repository."""
+    """The package has its own `download`: that of diffusers needs trust, or the classes as files of the repository."""
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained("some/model", cache_dir=tmp_path)
     assert type(DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path)) is DiTInDiTPipeline
 
 
-def test_all_that_is_needed_is_downloaded_from_the_hub(repository, tmp_path, monkeypatch):
-    """What diffusers asks the Hub for, by patterns; from those files alone it loads."""
+def test_all_needed_files_are_downloaded_from_the_hub(repository, tmp_path, monkeypatch):
+    """The pipeline loads from exactly the files that match the patterns of the download."""
     asked = []
 
     def download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
@@ -730,8 +730,8 @@ def test_all_that_is_needed_is_downloaded_from_the_hub(repository, tmp_path, mon
     )
 
 
-def test_import_paths_in_files_stay(exported, tmp_path):
-    """Names that stand in folders out there; a change of them is a change of a file format."""
+def test_import_paths_in_exported_files_are_unchanged(exported, tmp_path):
+    """Exported folders contain these names: changing one changes a file format."""
     index = json.loads((exported / "model_index.json").read_text())
     stored = json.loads((exported / "transformer" / "config.json").read_text())
     assert (stored["model"], stored["diffusion"]) == (to_dict(FLOW.model), {"path": "flow", "predict": "velocity"})
@@ -753,7 +753,7 @@ def test_import_paths_in_files_stay(exported, tmp_path):
 # ------------------------------------------------------------------------------------------- code
 
 
-def test_carried_code_names_nothing_that_is_not_in_it(exported):
+def test_exported_code_is_self_contained(exported):
     """By ruff's reading: no undefined name, no import without use."""
     files = list(exported.rglob("*.py"))
     done = subprocess.run(
@@ -766,7 +766,7 @@ def test_carried_code_names_nothing_that_is_not_in_it(exported):
     assert not any("import dit_in_dit" in path.read_text() or "from dit_in_dit" in path.read_text() for path in files)
 
 
-def test_carried_code_is_the_package_s_own(exported):
+def test_exported_code_is_the_package_s_own(exported):
     (path,) = (exported / "transformer").glob("*.py")
     carried = path.read_text()
     source = Path(sys.modules[NestedDiT.__module__].__file__).read_text()
@@ -775,19 +775,19 @@ def test_carried_code_is_the_package_s_own(exported):
     assert "def part_of" not in carried  # and no more than is needed
 
 
-def test_other_code_has_another_name(exported):
-    """diffusers copies the modules of all folders into one place; names that agreed would be each other's end."""
+def test_changed_code_has_another_name(exported):
+    """diffusers copies the modules of all folders into one place: equal names would overwrite each other."""
     for path in exported.rglob("*.py"):
         assert path.stem.endswith("_" + hashlib.sha256(path.read_bytes()).hexdigest()[:8])
 
 
-def test_no_operator_travels(exported):
-    """One that is registered twice in a process replaces the package's own."""
+def test_no_operator_is_exported(exported):
+    """An operator registered twice in a process replaces the package's own."""
     assert not any("torch.library" in path.read_text() for path in exported.rglob("*.py"))
 
 
-def test_the_pipeline_s_signature_holds_no_text():
-    """diffusers 0.35 reads the types there, and fails at those that are written as text."""
+def test_the_pipeline_s_annotations_are_no_strings():
+    """diffusers 0.35 reads these annotations and fails on strings."""
     assert not any(isinstance(each.annotation, str) for each in inspect.signature(DiTInDiTPipeline).parameters.values())
 
 
@@ -810,7 +810,7 @@ def package(tmp_path, monkeypatch):
     sys.modules.pop("planted", None)
 
 
-def test_a_bundle_has_what_is_needed_in_order(package):
+def test_a_bundle_has_all_definitions_in_order(package):
     package(
         first="import math\nimport os\n\n# why\nTWICE = 2 * math.pi\nNOT = os.sep\n",
         second="from planted.first import NOT, TWICE\n\nT = {}\nT['x'] = TWICE\n\n\ndef use():\n    return T['x']\n",
@@ -832,12 +832,12 @@ def test_a_bundle_has_what_is_needed_in_order(package):
             "from planted.first import f\ng = 2\nh = lambda: f() + g\n",
             "rename one",
         ),
-        ("def f(): return 1\n", "def h():\n    from planted.first import f\n    return f()\n", "too late"),
+        ("def f(): return 1\n", "def h():\n    from planted.first import f\n    return f()\n", "inside a statement"),
         ("def f(): return 1\n", "from planted.first import f as g\nh = lambda: g()\n", "imported as g"),
-        ("", "def h(): return nowhere\n", "nowhere is defined in no place"),
+        ("", "def h(): return nowhere\n", "no top-level statement defines nowhere"),
     ],
 )
-def test_a_bundle_that_would_be_wrong_is_none(package, first, second, says):
+def test_sources_that_cannot_be_bundled_are_refused(package, first, second, says):
     package(first=first, second=second)
     with pytest.raises(NotImplementedError, match=says):
         bundle("planted.second", "h")
@@ -866,7 +866,7 @@ def evaluated(run: Path, weights: str, step: int = 1200) -> None:
     (place / "metrics.json").write_text(json.dumps(result))
 
 
-def test_the_card_holds_protocol_and_results(run, tmp_path):
+def test_the_card_has_protocol_and_results(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     saved = Checkpoint.open(tmp_path / "run")
     manifest = saved.manifest
@@ -887,7 +887,7 @@ def test_the_card_holds_protocol_and_results(run, tmp_path):
     assert yaml.safe_load(inside[: inside.index("```")])["model"] == to_dict(FLOW.model)
 
 
-def test_results_of_other_weights_are_not_claimed(run, exported, tmp_path):
+def test_results_of_other_weights_are_not_in_the_card(run, exported, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     evaluated(tmp_path / "run", "0" * 64)
     assert evaluation_of(tmp_path / "run", "1" * 64) is None
@@ -922,7 +922,7 @@ def test_the_command_exports(run, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
+def test_an_export_is_complete_or_absent(run, tmp_path, monkeypatch):
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -933,7 +933,7 @@ def test_an_export_is_whole_or_not_there(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     export(run, tmp_path / "out")  # what the broken one left is no hindrance
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    with pytest.raises(UserError, match="is there already: choose another --out"):
+    with pytest.raises(UserError, match="exists already: choose another --out"):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match="no run at"):
         export(tmp_path / "nowhere", tmp_path / "other")

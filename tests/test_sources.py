@@ -1,4 +1,4 @@
-"""A source of the user's own: named in the config, or given to train()."""
+"""A user's own source: named in the config, or given to train()."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dit_in_dit.data.run_data import data_record, locate
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import SOURCES, count_classes, open_source, source_kind
 from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.loop import train
 
 
 class Dots(Source):
@@ -34,7 +35,7 @@ class Dots(Source):
 
 
 class Shelf(Dots):
-    """A kind that is recognised by what lies at a path."""
+    """A kind that is recognised by a path."""
 
     by_path = True
 
@@ -59,14 +60,14 @@ def test_a_name_in_the_table_opens_its_class(named, source, rest):
     assert count_classes(DataConfig(source=source)) == 0
 
 
-def test_a_kind_of_ones_own_comes_before_ours_at_a_path(named, tmp_path):
+def test_a_registered_kind_takes_a_path_before_the_built_in_ones(named, tmp_path):
     (tmp_path / "a.shelf").mkdir()
     assert source_kind(str(tmp_path / "a.shelf")) is Shelf
     with pytest.raises(UserError, match="no such file or folder: dotty"):
         source_kind("dotty")
 
 
-def test_what_a_source_leaves_out_has_defaults(named):
+def test_optional_attributes_of_a_source_have_defaults(named):
     source = open_source(DataConfig(source="dots"), small_model(num_classes=2))
     assert source.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert source.held_out_size == 0
@@ -76,12 +77,12 @@ def test_what_a_source_leaves_out_has_defaults(named):
         _ = type("Bare", (Source,), {"train": None})().digest
 
 
-def test_classes_of_ones_own_source_are_counted(named):
+def test_classes_of_a_registered_source_are_counted(named):
     with pytest.raises(UserError, match="must be what the data has: got 5, dots has 2"):
         open_source(DataConfig(source="dots"), small_model(num_classes=5))
 
 
-def test_examples_of_ones_own_source_depend_on_seed_and_number_alone(named, run_config):
+def test_examples_of_a_registered_source_depend_on_seed_and_number_alone(named, run_config):
     config = replace(run_config, data=DataConfig(source="dots", flip=True), model=small_model(num_classes=2))
     first, again = (Examples(open_source(config.data, config.model), config)[3] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -90,7 +91,7 @@ def test_examples_of_ones_own_source_depend_on_seed_and_number_alone(named, run_
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_the_path_after_a_name_is_noted_as_one(named, tmp_path, monkeypatch, exists):
+def test_the_path_after_a_name_is_recorded_as_absolute(named, tmp_path, monkeypatch, exists):
     monkeypatch.chdir(tmp_path)
     if exists:
         (tmp_path / "here").mkdir()
@@ -100,3 +101,98 @@ def test_the_path_after_a_name_is_noted_as_one(named, tmp_path, monkeypatch, exi
     monkeypatch.chdir("/")
     assert locate(data, noted).source == noted["place"]
     assert locate(DataConfig(source="dots"), noted).source == "dots"
+
+
+WRONG_ATTRIBUTES = [
+    ({"classes": 5}, "classes must be a tuple of texts: got 5"),
+    ({"classes": (1, 2)}, r"classes must be a tuple of texts: got \(1, 2\)"),
+    ({"classes": "ab"}, "classes must be a tuple of texts: got ab"),
+    ({"train_size": 0}, "train_size must be at least 1, or None for an endless source: got 0"),
+    ({"train_size": 2.5}, "train_size must be at least 1, or None for an endless source: got 2.5"),
+    ({"held_out_size": -1}, "held_out_size must be a whole number from 0: got -1"),
+    ({"digest": b"dots"}, "digest must be a text: got b'dots'"),
+    ({"shape": (3, 9, 8)}, r"it must give float32 images \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
+    ({"fill": float("nan")}, "images must be finite: got NaN or infinity in training image 0"),
+    ({"train": lambda self, index: 1}, r"an example must be a pair \(image, label\): got int"),
+    ({"train": lambda self, index: (1.0, 0)}, r"it must give float32 images \[3, 8, 8\]: got float \[\]"),
+    ({"train": lambda self, index: (np.zeros(self.shape), 0)}, r"got float64 \[3, 8, 8\]"),
+    (
+        {"train": lambda self, index: (np.zeros(self.shape, np.float32), "odd")},
+        "labels must be whole numbers: got 'odd'",
+    ),
+    ({"train": lambda self, index: (np.zeros(self.shape, np.float32), 3)}, "labels must be from 0 to 2: got 3"),
+]
+
+
+class Wrong(Dots):
+    """Flat images of three classes; a test replaces an attribute."""
+
+    classes, shape, fill, held_out_size = ("a", "b", "c"), (3, 8, 8), 0.5, 0
+
+    def __init__(self, *_):
+        pass
+
+    def train(self, index):
+        return np.full(self.shape, self.fill, np.float32), 0
+
+
+@pytest.mark.parametrize("how", ["named", "given"])
+@pytest.mark.parametrize(("attributes", "message"), WRONG_ATTRIBUTES)
+def test_a_wrong_source_is_refused_when_it_is_opened(attributes, message, how, run_config, tmp_path, monkeypatch):
+    kind = type("Wrong", (Wrong,), attributes)
+    monkeypatch.setitem(SOURCES, "wrong", kind)
+    config, given = (
+        (replace(run_config, data=DataConfig(source="wrong")), None) if how == "named" else (run_config, kind())
+    )
+    with pytest.raises(UserError, match=f"^source Wrong: .*{message}; fix the class$"):
+        list(train(config, tmp_path / "run", device="cpu", data=given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_of_classes_and_numpy_labels_are_accepted(run_config, tmp_path):
+    labels = {"train": lambda self, index: (np.zeros(self.shape, np.float32), np.uint8(index % 3))}
+    source = type("Listed", (Wrong,), {"classes": ["a", "b", "c"], **labels})()
+    assert list(train(run_config, tmp_path / "run", device="cpu", data=source))[-1].step == run_config.train.steps
+
+
+class Late(Wrong):
+    """A source whose first image is right and whose others are wrong."""
+
+    def __init__(self, wrong):
+        self.wrong = wrong
+
+    def train(self, index):
+        image = np.full(self.shape, self.fill, np.float32)
+        return (image, 0) if index == 0 else self.wrong(image)
+
+    def held_out(self, index):
+        return np.full(self.shape, self.fill, np.float32), 0 if index == 0 else -1
+
+
+def with_double(image):
+    return image.astype(np.float64), 0
+
+
+def with_label(image):
+    return image, 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (with_double, r"it must give float32 images \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
+        (with_label, "labels must be from 0 to 2: got 7"),
+    ],
+)
+def test_a_wrong_example_ends_training_in_one_line(wrong, message, workers, run_config, tmp_path):
+    config = replace(run_config, data=replace(run_config.data, workers=workers))
+    with pytest.raises(UserError, match=f"^source Late: {message}; fix the class$"):
+        list(train(config, tmp_path / "run", device="cpu", data=Late(wrong)))
+
+
+def test_a_wrong_held_out_example_ends_training_in_one_line(run_config, tmp_path):
+    source = Late(with_label)
+    source.held_out_size = 2
+    with pytest.raises(UserError, match=r"^source Late: labels must be from 0 to 2: got -1; fix the class$"):
+        list(train(run_config, tmp_path / "run", device="cpu", data=source))

@@ -1,4 +1,4 @@
-"""JSON that is damaged, hostile or of another kind: one line that names the file."""
+"""Damaged, hostile or wrong JSON: one line that names the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_json_object_costs_one_line(name, tmp_path):
+def test_files_without_a_json_object_are_one_line(name, tmp_path):
     content, part = BAD[name]
     (tmp_path / "some.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"^the plan .*some\.json .*{part}.*; begin again") as refused:
@@ -31,7 +31,7 @@ def test_what_is_no_json_object_costs_one_line(name, tmp_path):
     assert str(refused.value).isprintable()
 
 
-def test_files_that_cannot_be_read_or_have_no_end_cost_one_line(tmp_path, monkeypatch):
+def test_unreadable_or_endless_files_are_one_line(tmp_path, monkeypatch):
     for path, part in ((tmp_path, "Is a directory"), (tmp_path / "absent", "No such file"), (Path("a\0"), "null")):
         with pytest.raises(UserError, match=f"cannot read .*{part}"):
             read_json(path)

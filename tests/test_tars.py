@@ -1,4 +1,4 @@
-"""Tar shards: the examples of the folder they were made of, in its order, by offset; nothing is cut off in silence."""
+"""Tar shards: the same examples as their folder, in its order; nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def paths_of(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def shards(folder, tmp_path) -> Path:
-    """The folder as three shards with `.cls` and `.json` members, as WebDataset has them."""
+    """The folder as three shards with `.cls` and `.json` members, as in WebDataset."""
     paths, place = paths_of(folder), tmp_path / "shards"
     place.mkdir()
     for number in range(3):
@@ -58,7 +58,7 @@ def shards(folder, tmp_path) -> Path:
     return place
 
 
-def test_shards_hold_the_examples_of_the_folder_in_its_order(folder, shards, monkeypatch):
+def test_shards_give_the_same_examples_as_their_folder(folder, shards, monkeypatch):
     expected = everything(opened(folder))
     for source in (shards, shards / "train-*.tar", shards / "train-{0000..0002}.tar"):
         assert everything(opened(source)) == expected
@@ -80,7 +80,7 @@ def test_without_cls_the_class_is_the_folder_and_without_folders_the_shard(folde
     assert everything(source) == expected
 
 
-def test_the_index_is_made_once_and_again_when_the_shard_changes(folder, shards, monkeypatch):
+def test_the_index_is_computed_once_and_again_when_the_shard_changes(folder, shards, monkeypatch):
     first = everything(opened(shards))
     indexes = sorted(shards.glob("*.index.json"))
     assert len(indexes) == 3
@@ -96,7 +96,7 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(folder, shards,
     assert json.loads(indexes[0].read_text())["labels"]
 
 
-def test_an_index_lies_in_the_cache_where_the_shards_cannot_be_written(shards, tmp_path, monkeypatch):
+def test_the_index_is_cached_when_the_folder_of_shards_is_read_only(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     opening = Path.open
 
@@ -113,7 +113,7 @@ def test_an_index_lies_in_the_cache_where_the_shards_cannot_be_written(shards, t
     assert everything(opened(shards)) == first
 
 
-def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
+def test_variants_of_one_family_are_not_split(folder, tmp_path):
     content = paths_of(folder)[0].read_bytes()
     names = [f"hand{i}~{tone}.png" for i in range(20) for tone in ("light", "dark")]
     pack(tmp_path / "set.tar", ((name, content) for name in names))
@@ -124,16 +124,16 @@ def test_variants_of_one_family_stay_on_one_side(folder, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [700, 20 * 512, -1024])
-def test_a_shard_that_was_cut_off_is_refused(shards, cut):
+def test_a_truncated_shard_is_refused(shards, cut):
     shard = shards / "train-0002.tar"
     with tarfile.open(shard) as archive:
         end = [m.offset_data + -(-m.size // 512) * 512 for m in archive][-1]
     os.truncate(shard, end if cut < 0 else cut)
-    with pytest.raises(UserError, match=r"cut off|not a plain \.tar"):
+    with pytest.raises(UserError, match=r"truncated|not a plain \.tar"):
         opened(shards)
 
 
-def test_what_is_no_shard_is_refused(folder, shards, tmp_path):
+def test_files_that_are_no_shards_are_refused(folder, shards, tmp_path):
     (tmp_path / "text.tar").write_text("not a tar")
     with tarfile.open(tmp_path / "squeezed.tar", "w:gz") as archive:
         archive.add(shards)
@@ -157,7 +157,7 @@ def test_what_is_no_shard_is_refused(folder, shards, tmp_path):
             opened(tmp_path / source, **keys)
 
 
-def test_a_digest_of_shards_depends_on_what_they_hold_and_not_on_their_place(shards, tmp_path):
+def test_a_digest_of_shards_depends_on_content_and_not_on_place(shards, tmp_path):
     first = opened(shards).digest
     shutil.copytree(shards, tmp_path / "moved", ignore=shutil.ignore_patterns("*.json"))
     assert opened(tmp_path / "moved").digest == opened(tmp_path / "moved/train-*.tar").digest == first
@@ -177,7 +177,7 @@ def add_links(shard: Path, *links: tarfile.TarInfo) -> None:
             archive.addfile(link)
 
 
-def test_links_in_a_tar_are_the_files_they_lead_to(folder, tmp_path):
+def test_links_in_a_tar_are_read_as_their_targets(folder, tmp_path):
     paths = paths_of(folder)
     members = [
         ("blobs/0.bin", paths[0].read_bytes()),
@@ -206,7 +206,7 @@ def test_links_in_a_tar_are_the_files_they_lead_to(folder, tmp_path):
     assert opened(tmp_path / "labels.tar", classes=2, held_out=0.0).labels.tolist() == [1, 1, 0]
 
 
-def test_a_file_that_is_stored_again_as_a_link_to_itself_is_that_file(folder, tmp_path):
+def test_a_file_stored_again_as_a_link_to_itself_is_read(folder, tmp_path):
     image = paths_of(folder)[0].read_bytes()
     pack(tmp_path / "set.tar", [("x/0.png", image), ("x/1.png", image)])
     add_links(tmp_path / "set.tar", linked("x/0.png", "./x/0.png", tarfile.LNKTYPE))
@@ -215,7 +215,7 @@ def test_a_file_that_is_stored_again_as_a_link_to_itself_is_that_file(folder, tm
     assert [source.files.content(name) for name in source.names] == [image, image]
 
 
-def test_a_class_that_is_a_link_to_a_folder_is_refused_with_its_reason(folder, tmp_path):
+def test_a_class_folder_that_is_a_link_is_refused(folder, tmp_path):
     image = paths_of(folder)[0].read_bytes()
     pack(tmp_path / "set.tar", [("w/a/0.png", image), ("w/b/0.png", image)])
     add_links(tmp_path / "set.tar", linked("w/c", "b"))
@@ -247,16 +247,16 @@ def test_a_tar_is_read_to_the_end_of_the_file(folder, tmp_path):
     (tmp_path / "joined.tar").write_bytes(parts[0] + bytes(3 * 2**20) + parts[1] + parts[2])
     assert everything(opened(tmp_path / "joined.tar")) == everything(opened(tmp_path / "all.tar"))
     (tmp_path / "joined.tar").write_bytes(parts[0] + parts[1] + parts[2][:700])
-    with pytest.raises(UserError, match=r"cut off|not a plain \.tar"):
+    with pytest.raises(UserError, match=r"truncated|not a plain \.tar"):
         opened(tmp_path / "joined.tar")
     last = len(parts[2].rstrip(b"\0"))
     (tmp_path / "joined.tar").write_bytes(parts[2][: last - last % 512] + b"something else" * 100)  # no end mark
-    with pytest.raises(UserError, match="is cut off: at byte"):
+    with pytest.raises(UserError, match="is truncated: at byte"):
         opened(tmp_path / "joined.tar")
 
 
 @pytest.mark.parametrize("stray", [b"\r\nEO", b"something else" * 100])
-def test_what_follows_the_end_mark_and_is_no_tar_is_said_and_not_read(folder, tmp_path, stray):
+def test_bytes_after_the_end_mark_are_reported_and_not_read(folder, tmp_path, stray):
     paths, shard = paths_of(folder), tmp_path / "set.tar"
     pack(shard, ((f"{p.parent.name}/{p.name}", p.read_bytes()) for p in paths))
     whole = opened(shard)
@@ -270,7 +270,7 @@ def test_what_follows_the_end_mark_and_is_no_tar_is_said_and_not_read(folder, tm
         assert source.digest == digest  # a run that was trained on it resumes
 
 
-def test_of_members_with_one_name_the_last_counts_and_the_others_are_said(folder, tmp_path):
+def test_of_members_with_one_name_the_last_counts_and_the_others_are_reported(folder, tmp_path):
     first, second, third = (path.read_bytes() for path in paths_of(folder)[:3])
     pack(tmp_path / "set.tar", [("a/0.png", first), ("b/0.png", second), ("a/0.png", third)])
     with pytest.warns(LeftOutWarning, match="members that are no images: 1, such as set.tar/a/0.png"):
@@ -278,7 +278,7 @@ def test_of_members_with_one_name_the_last_counts_and_the_others_are_said(folder
     assert [source.files.content(name) for name in source.names] == [third, second]
 
 
-def test_a_class_that_loses_all_its_images_is_refused_in_tars(folder, tmp_path):
+def test_a_class_without_images_in_a_tar_is_refused(folder, tmp_path):
     image = paths_of(folder)[0].read_bytes()
     pack(tmp_path / "folders.tar", [("a/0.png", image), ("b/0.heic", image), ("c/0.png", image)])
     pack(tmp_path / "numbers.tar", [("0.png", image), ("0.cls", b"0"), ("1.heic", image), ("1.cls", b"1")])
@@ -300,14 +300,14 @@ def test_a_class_that_loses_all_its_images_is_refused_in_tars(folder, tmp_path):
         opened(tmp_path / "shards", held_out=0.0)
 
 
-def test_shards_of_several_splits_ask_which_is_meant(folder, shards, tmp_path):
+def test_shards_of_several_splits_are_refused(folder, shards, tmp_path):
     shutil.copy(shards / "train-0000.tar", shards / "val-0000.tar")
     with pytest.raises(UserError, match=r"holds splits, not classes: name one, .*\*train\*\.tar or .*\*val\*\.tar"):
         opened(shards)
     assert opened(shards / "*train*.tar").train_size
 
 
-def test_an_index_that_makes_no_sense_is_made_again(shards):
+def test_a_damaged_index_is_computed_again(shards):
     first = everything(opened(shards))
     index = shards / "train-0000.tar.index.json"
     whole = json.loads(index.read_text())
@@ -326,13 +326,13 @@ def test_an_index_that_makes_no_sense_is_made_again(shards):
     assert everything(opened(shards)) == first
 
 
-def test_a_label_beyond_any_number_of_classes_costs_one_line(folder, tmp_path):
+def test_a_label_above_the_limit_is_one_line(folder, tmp_path):
     pack(tmp_path / "set.tar", [("0.png", paths_of(folder)[0].read_bytes()), ("0.cls", b"9" * 20)])
     with pytest.raises(UserError, match=r"labels of .* must be from 0 to 9999999: got"):
         opened(tmp_path / "set.tar", classes=0, held_out=0.0)
 
 
-def test_what_lies_in_and_beside_shards_and_is_not_read_is_said(shards):
+def test_files_in_and_beside_shards_that_are_not_read_are_reported(shards):
     (shards / "README.md").write_text("what the shards are")
     with pytest.warns(LeftOutWarning) as said:
         opened(shards)

@@ -1,4 +1,4 @@
-"""VAEs of diffusers: each known class encodes, decodes and travels; others are refused."""
+"""VAEs of diffusers: each known class encodes, decodes and is exported; others are refused."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_each_class_encodes_trains_and_decodes(name, images, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_class_travels_with_an_exported_pipeline(name, tmp_path):
+def test_each_class_is_exported_with_a_pipeline(name, tmp_path):
     make, channels, smaller = KINDS[name]
     seeded(make).save_pretrained(tmp_path / "vae")
     model = small_model("outer*1 inner*1", channels=channels, num_classes=2, image_size=(8, 8))
@@ -137,7 +137,7 @@ def model_shape(model: Any) -> tuple[int, ...]:
     return model.channels, *model.image_size
 
 
-def test_a_class_that_is_not_known_is_refused_in_one_line(tmp_path, images, capsys):
+def test_an_unknown_class_is_refused_in_one_line(tmp_path, images, capsys):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     for place in (tmp_path / "vae", tmp_path):  # itself, and a pipeline that has it
@@ -183,7 +183,7 @@ class Piped(DiffusionPipeline):
         self.register_modules(vae=vae)
 
 
-def test_a_pipelines_folder_is_a_place_of_its_vae(images, tmp_path):
+def test_a_vae_is_loaded_from_the_folder_of_a_pipeline(images, tmp_path):
     vae = seeded(kl)
     Piped(vae).save_pretrained(tmp_path / "pipe")
     vae.save_pretrained(tmp_path / "vae")
@@ -192,8 +192,8 @@ def test_a_pipelines_folder_is_a_place_of_its_vae(images, tmp_path):
 
 
 @pytest.mark.parametrize(("inside", "variant"), [("", None), ("vae", None), ("", "fp16"), ("vae", "fp16")])
-def test_a_repository_of_the_hub_has_its_vae_at_the_top_or_inside(tmp_path, monkeypatch, inside, variant):
-    """As the Hub's cache holds some/model: SD3 and Flux have it in vae/, some in float16 alone."""
+def test_a_vae_is_loaded_from_the_top_or_the_subfolder_of_a_repository(tmp_path, monkeypatch, inside, variant):
+    """The Hub's cache with some/model; SD3 and Flux have the VAE in vae/, some in float16 alone."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     seeded(tiny).save_pretrained(snapshot / inside, variant=variant)
     (tmp_path / "models--some--model" / "refs").mkdir()
@@ -261,7 +261,7 @@ def test_a_vae_that_gives_nan_is_named_with_the_images(images, tmp_path, monkeyp
         assert "--dtype" not in str(error.value)
 
 
-def test_latents_that_are_too_large_for_their_type_say_so(images, tmp_path):
+def test_latents_too_large_for_their_dtype_are_refused(images, tmp_path):
     vae = seeded(kl)
     with torch.no_grad():
         vae.quant_conv.weight.mul_(1e6)

@@ -1,4 +1,4 @@
-"""Calls to the operating system, as Python's profiler sees them: fault points that need no hook in what is tested."""
+"""Calls to the operating system, seen by Python's profiler: fault points that need no hook in the tested code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Bad inputs by name: each makes its files in the current folder and gives the words of a command that must refuse
-them, and a part of the line that must say so."""
+"""Bad inputs by name: each writes its files into the current folder and gives a command that must refuse them, with a
+part of the expected line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ THREE = {"a/1.png": GOOD, "a/2.png": GOOD, "b/1.png": GOOD}
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A small file that says it is large."""
+    """A small file whose header claims a large image."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -141,7 +141,7 @@ def folder(name: str, content: bytes) -> Callable[[], Words]:
 
 
 def beside(put: Callable[[Path], object]) -> Callable[[], Words]:
-    """Good images, and what `put` puts into their folder."""
+    """Good images, and the files that `put` adds to their folder."""
 
     def make() -> Words:
         files()
@@ -160,7 +160,7 @@ def undecodable_class(data: Path) -> None:
 IMAGES: dict[str, Bad] = {
     "no byte": (
         folder("b/bad.png", b""),
-        "b/bad.png: not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image; mend or remove it",
+        "b/bad.png: not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image; fix or remove it",
     ),
     "text as PNG": (folder("b/bad.png", b"I am text"), "b/bad.png: not a PNG"),
     "a page as JPEG": (folder("b/bad.jpg", b"<html>404</html>"), "b/bad.jpg: not a PNG"),
@@ -169,7 +169,7 @@ IMAGES: dict[str, Bad] = {
     "the signature of a PNG": (folder("b/bad.png", GOOD[:8]), "b/bad.png: not a PNG"),
     "the header of a WebP": (folder("b/bad.webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(20)), "b/bad.webp"),
     "an icon as PNG": (folder("b/bad.png", encoded(Image.new("RGB", (16, 16)), "ICO")), "not a PNG"),
-    "a film": (folder("b/bad.gif", FILM), "b/bad.gif: several frames: store each as an image; mend or remove it"),
+    "a film": (folder("b/bad.gif", FILM), "b/bad.gif: several frames: store each as an image; fix or remove it"),
     "the header of a TIFF": (folder("b/bad.tif", TIFF[:8]), "b/bad.tif"),
     "a class that no one reads": (folder("c/0.heic", b""), "class folder data/c holds 0.heic, but no image"),
     "splits for classes": (
@@ -252,7 +252,7 @@ ARCHIVES: dict[str, Bad] = {
         archive({"b/x.png": bytes(2**28 + 1)}, zipfile.ZIP_DEFLATED),
         "x.png: 268435457 bytes, more",
     ),
-    "an encrypted member": (archive({}, change=encrypted), "password required for extraction; mend or remove"),
+    "an encrypted member": (archive({}, change=encrypted), "password required for extraction; fix or remove"),
     "an unknown compression": (archive({}, change=of_unknown_method), "compression method is not supported"),
     "a damaged member": (archive({}, change=torn), "Bad CRC-32"),
     "a damaged member, bzip2": (archive({}, zipfile.ZIP_BZIP2, torn), "data.zip/a/1.png: "),

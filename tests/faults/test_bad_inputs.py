@@ -1,4 +1,4 @@
-"""Garbage costs one line: exit code 2, at most 200 characters that name it and the way out, nothing changed on disk.
+"""Bad input gives one line: exit code 2, at most 200 characters that name it and the way out, nothing changed on disk.
 
 Images of every mode become what their formats say, by NumPy's arithmetic.
 """
@@ -46,7 +46,7 @@ ALONE = (  # those that are worth a process of their own in every test run: what
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Every file, link, pipe and folder below `root` with what it holds."""
+    """Every file, link, pipe and folder below `root` with its content."""
     found = {}
     for path in sorted(root.rglob("*")):
         if path.is_symlink():
@@ -59,7 +59,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def check(name: str, code: object, out: str, err: str) -> None:
-    """What a refusal looks like."""
+    """Check the form of a refusal."""
     assert code == 2, err
     assert out == ""
     assert err.endswith("\n")
@@ -76,7 +76,7 @@ def test_there_are_enough_bad_inputs():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_costs_one_line_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
+def test_a_bad_input_is_one_line_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = BAD[name][0]()
     before = tree(tmp_path)
@@ -89,7 +89,7 @@ def test_a_bad_input_costs_one_line_and_changes_nothing(name, tmp_path, monkeypa
 
 
 class Done(NamedTuple):
-    """What became of a process: its exit code, what it said, its CPU seconds and its most bytes."""
+    """Result of a process: exit code, output, CPU seconds and peak memory in bytes."""
 
     code: int
     out: str
@@ -99,7 +99,7 @@ class Done(NamedTuple):
 
 
 def ran(words: list[str], folder: Path, *, before: tuple[str, ...] = ()) -> Done:
-    """The command in a process of its own, which is gone after a minute whatever it does."""
+    """Run the command in its own process, which is killed after a minute."""
     command = [*before, sys.executable, "-m", "dit_in_dit", *words]
     with (folder.parent / "out").open("w+") as out, (folder.parent / "err").open("w+") as err:
         process = subprocess.Popen(
@@ -145,7 +145,7 @@ def test_a_bad_input_takes_little_time_and_memory(name, tmp_path, monkeypatch, f
 
 
 @pytest.mark.slow
-def test_the_measure_of_memory_sees_what_it_should(tmp_path, monkeypatch):
+def test_the_measure_of_memory_detects_an_allocation(tmp_path, monkeypatch):
     """An image just below the limit takes hundreds of MB, and less than what is allowed."""
     folder = tmp_path / "work"
     folder.mkdir()
@@ -173,13 +173,13 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
 @pytest.mark.parametrize(
     ("place", "mode", "part"),
     [
-        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; mend or remove it"),
+        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove it"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
         ("data", 0o000, "Permission denied"),
         (".", 0o500, "cannot write to run: Permission denied"),
     ],
 )
-def test_what_may_not_be_read_or_written_is_named(place, mode, part, tmp_path, monkeypatch):
+def test_files_without_permission_are_named(place, mode, part, tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -316,7 +316,7 @@ def test_modes_convert_as_documented(mode, tmp_path):
     assert np.abs(fit(image, (16, 16), 1)[..., 0] - expected @ weights).max() <= tolerance + 1.5
 
 
-def test_what_has_no_white_is_refused(tmp_path):
+def test_modes_without_a_defined_white_are_refused(tmp_path):
     for image, words in (
         (Image.fromarray(np.zeros((8, 8), np.float32)), "floats"),
         (Image.fromarray(np.full((8, 8), 70_000, np.int32)), "beyond 16 bits"),
@@ -326,7 +326,7 @@ def test_what_has_no_white_is_refused(tmp_path):
             fit(image, (8, 8), 3)
 
 
-def test_images_are_turned_as_their_orientation_says(tmp_path):
+def test_images_are_rotated_by_their_orientation(tmp_path):
     """By the definition of EXIF 2.3: which side of the stored image is the top, and which the left, of the seen one."""
     seen = noise(12, 16, 3)
     stored = {
@@ -398,12 +398,12 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
 
 def test_a_line_keeps_its_end_when_paths_are_long():
     path = "/" + "/".join(["folder"] * 60)
-    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; mend or remove it, or set data.corrupt=skip")
+    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
     assert len(line) <= LINE
     assert line.startswith("dit-in-dit: cannot read /folder/")
-    assert line.endswith("/x.png: it is torn; mend or remove it, or set data.corrupt=skip")
+    assert line.endswith("/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
 
 
-def test_nothing_that_a_terminal_obeys_is_printed():
+def test_no_control_characters_are_printed():
     assert truncate("a\nb\x1b[2J\udcff\u202e", 80) == "a\\nb\\x1b[2J\\udcff\\u202e"
     assert truncate("x" * 10**7, 40) == "x" * 13 + "..." + "x" * 24

@@ -1,4 +1,4 @@
-"""Checkpoints damaged on the disk: a bit, a cut, a file lost, exchanged or too many is found, and the file is named."""
+"""Checkpoints damaged on the disk: flipped bits, truncated, missing, exchanged or extra files are found and named."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def found(run: Path) -> list[tuple[str, str, str]]:
-    """Folder, file and kind of all damage that is passed over; the checkpoint before must be what is used."""
+    """Folder, file and kind of all damages that are passed over; the checkpoint before must be the one in use."""
     newest = checkpoint.newest(run)
     assert newest.folder.name == (BEFORE if newest.passed_over else LAST)
     return [(damage.folder.name, damage.file, damage.kind) for damage in newest.passed_over]
@@ -130,7 +130,7 @@ def test_files_exchanged_within_a_checkpoint_are_found_and_named(run):
     assert found(run) == [(LAST, "state.safetensors", "swapped"), (LAST, "ema.safetensors", "swapped")]
 
 
-def test_a_file_too_many_is_found_and_named_but_what_file_managers_leave(run):
+def test_an_extra_file_is_named_unless_it_is_hidden(run):
     (run / "checkpoints" / LAST / ".DS_Store").write_bytes(b"")
     assert found(run) == []
     (run / "checkpoints" / LAST / "optimizer.pt").write_bytes(b"")
@@ -142,8 +142,8 @@ def test_a_renamed_checkpoint_is_found(run):
     assert found(run) == [("0000009", "manifest.json", "swapped")]
 
 
-def test_the_format_itself_guards_nothing(run):
-    """Why there are hashes: the library loads a flipped bit, in silence."""
+def test_the_format_itself_detects_nothing(run):
+    """The reason for hashes: safetensors loads a flipped bit without an error."""
     path = run / "checkpoints" / LAST / "ema.safetensors"
     before = safetensors.torch.load(path.read_bytes())  # load_file would look at the file itself
     path.write_bytes(flipped(path.read_bytes(), 8 * path.stat().st_size - 2))
@@ -161,7 +161,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("said", DAMAGES)
-def test_a_run_resumed_past_a_damaged_checkpoint_says_so_and_ends_as_it_would_have(trained, run, capsys, said):
+def test_a_run_resumed_past_a_damaged_checkpoint_reports_it_and_ends_with_the_same_bits(trained, run, capsys, said):
     DAMAGES[said](run / "checkpoints" / LAST)
     main(["train", "--out", str(run), "--resume", "--device", "cpu"])
     lines = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
@@ -172,7 +172,7 @@ def test_a_run_resumed_past_a_damaged_checkpoint_says_so_and_ends_as_it_would_ha
 
 
 @pytest.mark.parametrize("command", [["sample", "--num", "1", "--out"], ["doctor", "--out"]])
-def test_commands_that_load_a_model_say_that_they_passed_over_a_damaged_checkpoint(run, tmp_path, capsys, command):
+def test_commands_report_that_they_passed_over_a_damaged_checkpoint(run, tmp_path, capsys, command):
     DAMAGES["ema.safetensors is truncated"](run / "checkpoints" / LAST)
     name, *options = command
     with warnings.catch_warnings():  # pytest collects warnings; this prints them as Python does

@@ -1,4 +1,4 @@
-"""Disks that are full, limited, read-only or broken while a checkpoint is saved: nothing is lost, and a line says it.
+"""Disks that are full, limited, read-only or broken while a checkpoint is saved: nothing is lost, one line reports it.
 
 Faults are injected by Python's profiler, which sees every call into C: the product has no hooks for them.
 """
@@ -32,7 +32,7 @@ KEPT, LEFT = ["0000010", "0000020"], "0000015.part"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two checkpoints, and what a killed save left."""
+    """Two checkpoints, and the remains of a killed save."""
     create(tmp_path, RunConfig())
     for step in (10, 20):
         save(tmp_path, step)
@@ -56,7 +56,7 @@ def names(run: Path) -> list[str]:
 
 
 def check_that_nothing_was_lost(run: Path, error: checkpoint.SaveError) -> None:
-    """Older checkpoints verify, nothing of this one is left, one line says it; and the next save succeeds."""
+    """Older checkpoints verify, nothing of this one remains, one line reports it, and the next save works."""
     assert "\n" not in str(error)
     assert str(error).startswith(f"cannot save {run / 'checkpoints/0000030'}: ")
     assert set(names(run)) - {LEFT} == set(KEPT)
@@ -88,7 +88,7 @@ def failing_call(number: int, error: int = errno.ENOSPC) -> Iterator[list[str]]:
         sys.setprofile(before)
 
 
-def test_a_failure_at_any_call_to_the_system_loses_nothing(run, tmp_path_factory, full):
+def test_a_failure_of_any_system_call_loses_nothing(run, tmp_path_factory, full):
     whole = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(run, whole)
     with failing_call(-1) as calls:
@@ -117,14 +117,14 @@ def test_a_failure_at_any_call_to_the_system_loses_nothing(run, tmp_path_factory
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (errno.ENOSPC, "No space left on device; older checkpoints are as they were: make room"),
+        (errno.ENOSPC, "No space left on device; older checkpoints are unchanged: make room"),
         (errno.EDQUOT, "make room within your quota"),
         (errno.EFBIG, r"raise the limit of file sizes \(ulimit -f\)"),
-        (errno.EROFS, "Read-only file system; older checkpoints are as they were: mount it to be written"),
-        (errno.EIO, "Input/output error; older checkpoints are as they were: check the disk"),
+        (errno.EROFS, "Read-only file system; older checkpoints are unchanged: mount it writable"),
+        (errno.EIO, "Input/output error; older checkpoints are unchanged: check the disk"),
     ],
 )
-def test_what_went_wrong_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):
+def test_a_disk_error_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):
     def refuse(descriptor):
         raise OSError(error, os.strerror(error))
 
@@ -163,7 +163,7 @@ def test_a_limit_of_file_sizes_loses_nothing_whatever_it_is(run, tmp_path_factor
         shutil.rmtree(again)
 
 
-def test_a_run_goes_on_where_a_checkpoint_cannot_be_saved_and_saves_the_next(run_config, tmp_path):
+def test_a_run_continues_when_a_checkpoint_cannot_be_saved_and_saves_the_next(run_config, tmp_path):
     config = with_train(run_config, steps=8, checkpoint_every=2)
     list(train(config, tmp_path / "unbroken", device="cpu"))
     saved, unsaved = [], []
@@ -198,7 +198,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_disk_that_is_full_in_truth_loses_nothing(small_disk):
+def test_a_really_full_disk_loses_nothing(small_disk):
     needed = None
     for free in range(0, 100_000, 4096):
         run, other = small_disk / "run", small_disk / "other"

@@ -60,7 +60,7 @@ def recorder(monkeypatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-def test_stops_and_workers_leave_every_steps_images_as_they_are(config, recorder, tmp_path, full):
+def test_stops_and_workers_do_not_change_the_images_of_a_step(config, recorder, tmp_path, full):
     whole = recorder.train(config, tmp_path / "whole", workers=0)
     assert len(whole) == STEPS * 10
     for epoch in range(3):  # each image once an epoch, in another order
@@ -109,7 +109,7 @@ def test_the_shares_of_all_ranks_are_each_image_once_an_epoch(seed, size, rows, 
 
 
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 200), start=st.integers(0, 10**9))
-def test_an_example_is_the_same_wherever_one_begins(seed, size, start):
+def test_an_example_is_the_same_from_any_start(seed, size, start):
     from_start = [image_number(seed, i, size) for i in range(start, start + 3 * size)]
     middle = start + size // 2
     assert [image_number(seed, i, size) for i in range(middle, start + 3 * size)] == from_start[size // 2 :]

@@ -1,4 +1,4 @@
-"""Weights of others are data: whatever a file names, nothing of it runs, and one line says so.
+"""Imported weights are data: no code of a file runs, and one line reports it.
 
 Every attack writes a canary file when it works. Plain `torch.load(weights_only=False)` is the oracle: what fires there
 must not fire here.
@@ -53,7 +53,7 @@ class Built:
 
 
 class WithStorage(pickle.Pickler):
-    """Puts an object where torch's files say which storage a tensor has."""
+    """Pickles an object in place of the storage of a tensor."""
 
     def persistent_id(self, part: object) -> object:
         return ("storage", torch.FloatStorage, "0", part.state, 4) if isinstance(part, Built) else None
@@ -158,7 +158,7 @@ def tensor_with(attribute: object) -> torch.Tensor:
 
 
 def refusal(read: Callable[[Path], object], path: Path) -> str:
-    """The one line of a refusal: it names the file and the way out, and nothing else is raised or warned of."""
+    """The one line of a refusal, which names the file and the way out; no other error or warning occurs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserError) as error:
@@ -250,7 +250,7 @@ def test_an_official_training_checkpoint_is_read(new, tmp_path):
     assert torch.equal(read["opt"]["state"][0]["exp_avg"], oracle["opt"]["state"][0]["exp_avg"])
 
 
-def test_nothing_but_numbers_hangs_on_what_was_read(tmp_path):
+def test_tensors_that_were_read_have_no_hooks_or_attributes(tmp_path):
     weight = torch.nn.Parameter(torch.ones(3))
     weight.note = "an attribute"
     tied = OrderedDict(a=weight, b=weight)
@@ -329,7 +329,7 @@ def nested(depth: int) -> dict[str, object]:
         (lambda: nested(3000), "nests more than|damaged"),
     ],
 )
-def test_what_is_no_weights_is_refused(value, reason, tmp_path):
+def test_files_without_weights_are_refused(value, reason, tmp_path):
     path = tmp_path / "odd.pt"
     with warnings.catch_warnings(action="ignore"):  # quantised tensors are deprecated
         made = value()
@@ -351,7 +351,7 @@ def test_a_zip_that_grows_is_refused_before_it_is_read(tmp_path, monkeypatch):
     assert "zip bomb" in refusal(read_pt, path)
 
 
-def test_members_that_lie_over_each_other_are_refused(tmp_path):
+def test_overlapping_members_are_refused(tmp_path):
     """A zip can list the same stored bytes many times (Fifield 2019)."""
     path = tmp_path / "bomb.pt"
     torch.save({"a": torch.zeros(10**5)}, path)
@@ -388,7 +388,7 @@ def test_damage_is_one_line_wherever_it_is(new, tmp_path, full):
     assert refused
 
 
-def test_files_that_are_none_are_refused_at_once(tmp_path):
+def test_files_of_other_kinds_are_refused_at_once(tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")

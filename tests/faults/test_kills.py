@@ -1,4 +1,4 @@
-"""A run killed 150 times, at numbered points inside the save and at random moments, ends as one that never was.
+"""A run killed 150 times, at numbered points inside the save and at random moments, ends as an unbroken one.
 
 A process that has everything imported (this file, run as a program) forks a child for each life; the child trains the
 run on, and is killed. Points inside the save are its calls to the system, counted by Python's profiler.
@@ -36,7 +36,7 @@ MOST_SECONDS = 300.0  # of a life
 
 @dataclass(frozen=True)
 class Plan:
-    """How a life ends: at a call inside its first or a later save, some seconds after its birth, or by itself."""
+    """How a life ends: at a call inside its first or a later save, some seconds after its birth, or regularly."""
 
     run: str
     config: str
@@ -49,7 +49,7 @@ class Plan:
 
 
 def serve() -> None:
-    """Live the plans that come line by line, and tell what each life said before it ended."""
+    """Run the plans that come line by line, and report the output of each life."""
     torch.set_num_threads(1)  # a thread started before a fork would be missing after it
     for line in sys.stdin:
         plan = Plan(**json.loads(line))
@@ -189,7 +189,7 @@ def small(folder: Path, steps: int) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_over_and_over_ends_as_one_that_never_was(folder, tmp_path, full):
+def test_a_run_killed_repeatedly_ends_as_an_unbroken_one(folder, tmp_path, full):
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
     # So many that no life comes to the end, however fast the machine: killed lives alone are counted.

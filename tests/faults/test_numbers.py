@@ -148,7 +148,7 @@ def diverging(config, monkeypatch):
     return config
 
 
-def test_too_many_in_a_row_stop_the_run_with_one_line(diverging, tmp_path):
+def test_too_many_skipped_steps_in_a_row_stop_the_run_with_one_line(diverging, tmp_path):
     config = with_train(diverging, on_divergence="stop")
     with pytest.raises(UserError, match=r"training diverged, 3 steps in a row; lower train\.learning_rate") as error:
         run(config, tmp_path / "run")
@@ -157,7 +157,7 @@ def test_too_many_in_a_row_stop_the_run_with_one_line(diverging, tmp_path):
     assert finite(tmp_path / "run")
 
 
-def test_a_run_goes_back_and_passes_over_what_led_it_astray(diverging, tmp_path):
+def test_a_diverged_run_rolls_back_and_skips_the_bad_examples(diverging, tmp_path):
     facts = run(diverging, tmp_path / "run")
     # Steps 4, 5 and 6 are bad; step 4 has no checkpoint for that. Back to step 2, and on with examples 24 and later, of
     # which steps 3 and 4 see bad ones: two, which is not too many.
@@ -174,7 +174,7 @@ def test_a_run_goes_back_and_passes_over_what_led_it_astray(diverging, tmp_path)
     assert back == {"step": 6, "rollback": {"to": 2, "shift": 4}}
 
 
-def test_a_run_that_went_back_and_is_stopped_anywhere_ends_as_unbroken(diverging, tmp_path):
+def test_a_run_that_rolled_back_and_is_stopped_anywhere_ends_as_an_unbroken_one(diverging, tmp_path):
     run(diverging, tmp_path / "unbroken")
     for until in (4, 5, 6, 7):
         out = tmp_path / f"stopped{until}"
@@ -192,7 +192,7 @@ def test_a_run_that_went_back_and_is_stopped_anywhere_ends_as_unbroken(diverging
         assert (out / "log.jsonl").read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes(), killed
 
 
-def test_a_run_that_diverges_again_and_again_stops(diverging, tmp_path, monkeypatch):
+def test_a_run_that_diverges_repeatedly_stops(diverging, tmp_path, monkeypatch):
     monkeypatch.setattr(Examples, "__getitem__", _all_bad(Examples.__getitem__))
     with pytest.raises(UserError, match="also after going back 3 times"):
         run(diverging, tmp_path / "run")

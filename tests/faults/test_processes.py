@@ -104,7 +104,7 @@ def test_two_processes_agree_with_one_within_rounding(shared, tmp_path, parallel
         assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-4)
 
 
-def test_processes_that_cannot_share_a_batch_are_told_so(shared):
+def test_processes_that_cannot_share_a_batch_are_refused(shared):
     check_world(shared.train, 4)
     with pytest.raises(UserError, match=r"train\.batch_size must be a multiple"):
         check_world(shared.train, 3)

@@ -1,4 +1,4 @@
-"""`sample` under attack: any batch, any number of processes, killed and started again: the same bytes."""
+"""`sample` with faults: any batch, any number of processes, killed and restarted: the same bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ main(sys.argv[2:])
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, folder) -> Path:
-    """A few steps that take every weight far from where it began; samples come in sixteen micro-batches."""
+    """A few steps that move every weight far from its start; samples come in sixteen micro-batches."""
     from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 
     config = RunConfig(
@@ -76,7 +76,7 @@ def words(run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(run, tmp_path_factory) -> Path:
-    """What one process draws at once."""
+    """The samples of one uninterrupted process."""
     out = tmp_path_factory.mktemp("unbroken") / "drawn"
     main(["sample", str(run), "--num", str(NUM), "--device", "cpu", "--out", str(out)])
     assert len({hashlib.sha256(path.read_bytes()).digest() for path in out.glob("0*.png")}) == NUM  # not all alike
@@ -96,7 +96,7 @@ def start(tmp_path) -> Iterator:
 
 
 def processes_with(path: Path) -> list[int]:
-    """Processes in whose command line the path stands (torchrun puts its workers into sessions of their own)."""
+    """Processes with the path in their command line (torchrun puts its workers into sessions of their own)."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -149,7 +149,7 @@ def test_more_images_and_single_ones_are_the_same(run, words, unbroken, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its processes in /proc")
-def test_killed_in_half_of_an_image_again_and_again_and_continued(words, unbroken, tmp_path, start, full):
+def test_sampling_killed_repeatedly_within_an_image_is_continued(words, unbroken, tmp_path, start, full):
     out = tmp_path / "drawn"
     made: dict[Path, int] = {}
     for life, at in enumerate((1, 6, 13, 4) if full else (6, 13)):
@@ -167,7 +167,7 @@ def test_killed_in_half_of_an_image_again_and_again_and_continued(words, unbroke
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its processes in /proc")
-def test_two_processes_are_killed_at_any_time_and_one_goes_on(words, unbroken, tmp_path, start, full):
+def test_two_processes_are_killed_at_any_time_and_one_continues(words, unbroken, tmp_path, start, full):
     if not full:
         pytest.skip("make test-faults: its processes' starts take as long as all others")
     out = tmp_path / "drawn"
@@ -187,7 +187,7 @@ def test_two_processes_are_killed_at_any_time_and_one_goes_on(words, unbroken, t
     assert tree(out) == tree(unbroken)
 
 
-def test_a_folder_of_other_samples_is_refused_and_left_as_it_is(words, unbroken, tmp_path, capsys):
+def test_a_folder_of_other_samples_is_refused_and_unchanged(words, unbroken, tmp_path, capsys):
     before = tree(unbroken)
     refused = {
         ("--seed", "1"): "samples.seed: 0 / 1",
@@ -214,7 +214,7 @@ def test_a_folder_of_other_samples_is_refused_and_left_as_it_is(words, unbroken,
     assert tree(unbroken) == before
 
 
-def test_a_process_whose_share_does_not_come_is_not_waited_for_without_end(words, tmp_path, monkeypatch, capsys):
+def test_waiting_for_the_share_of_another_process_ends(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(shards, "PATIENCE", 0.3)
@@ -235,7 +235,7 @@ def test_a_damaged_image_is_named(words, tmp_path, capsys):
     assert "000005.png is damaged: remove it and run again" in capsys.readouterr().err
 
 
-def test_an_evaluation_looks_at_the_very_images_that_are_drawn(run, words, tmp_path):
+def test_an_evaluation_uses_exactly_the_sampled_images(run, words, tmp_path):
     main([*words, str(tmp_path / "drawn"), "--classes", "red,green"])
     asked = ["evaluate", str(run), "--num", "10", "--classes", "red,green", "--device", "cpu"]
     main([*asked, "--out", str(tmp_path / "evaluated")])
@@ -244,7 +244,7 @@ def test_an_evaluation_looks_at_the_very_images_that_are_drawn(run, words, tmp_p
         assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / f"drawn/{number:06d}.png")))
 
 
-def test_latents_are_numbered_files_and_one_array_in_the_end_with_the_same_bits(tmp_path):
+def test_latents_are_numbered_files_and_one_final_array_with_the_same_bits(tmp_path):
     """Pixels are rounded, latents are not: here the last bit counts."""
     from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step ends, the run is saved, and goes on as if nothing had been."""
+"""SIGTERM and SIGINT: the step ends, the run is saved, and resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def config(run_config):
 
 @pytest.fixture
 def unbroken(config, tmp_path):
-    """Of such a run: hashes of its last checkpoint, its lines and its pictures."""
+    """Of a run: hashes of its last checkpoint, log lines and pictures."""
     for workers in (0, 2):
         (tmp_path / f"{workers}.yaml").write_text(to_yaml(with_workers(config, workers)))
     out = tmp_path / "unbroken"
@@ -102,7 +102,7 @@ def start(folder: Path, out: Path, workers: int, moment: str) -> tuple[subproces
 
 
 def finish(job: subprocess.Popen) -> tuple[float, str]:
-    """Seconds until it ended, and what it said."""
+    """Seconds until the process ended, and its output."""
     began = time.monotonic()
     try:
         _, said = job.communicate(timeout=30)
@@ -114,7 +114,7 @@ def finish(job: subprocess.Popen) -> tuple[float, str]:
 
 
 @pytest.mark.slow
-def test_a_signal_at_any_moment_ends_the_step_and_the_run_goes_on_exactly(tmp_path, unbroken, full):
+def test_a_signal_at_any_moment_ends_the_step_and_the_run_resumes_exactly(tmp_path, unbroken, full):
     cases = [(moment, workers) for moment in MOMENTS for workers in (0, 2)] if full else [("sampling", 0), ("data", 2)]
     for moment, workers in cases:
         out = tmp_path / f"{moment}-{workers}".replace(" ", "-")
@@ -151,7 +151,7 @@ from dit_in_dit.data.images import ImageSource
 plain = ImageSource.train
 def train(self, index):
     if index == 3:
-        raise UserError("image 3 is torn: mend it")
+        raise UserError("image 3 is torn: fix it")
     return plain(self, index)
 ImageSource.train = train
 import sys
@@ -161,14 +161,14 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-def test_a_mistake_that_a_worker_meets_ends_the_process_and_its_workers(tmp_path, config):
+def test_a_user_error_in_a_worker_ends_the_process_and_its_workers(tmp_path, config):
     """They ignore SIGTERM, with which Python ends its children."""
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", MISTAKEN, *arguments(tmp_path, tmp_path / "run", 2)]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
     _, said = finish(job)
     assert job.returncode == 2
-    assert said.strip().splitlines()[-1] == "dit-in-dit: image 3 is torn: mend it"
+    assert said.strip().splitlines()[-1] == "dit-in-dit: image 3 is torn: fix it"
     assert no_process_left(job.pid)
 
 
@@ -182,7 +182,7 @@ print(next(facts).kind, next(facts).kind)
 
 
 @pytest.mark.slow
-def test_a_program_that_keeps_an_unfinished_run_ends_all_the_same(tmp_path, config):
+def test_a_program_with_an_unfinished_run_exits(tmp_path, config):
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", KEPT, str(tmp_path / "2.yaml"), str(tmp_path / "run")]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -206,7 +206,7 @@ def test_a_second_signal_during_the_save_is_harmless(tmp_path, unbroken):
     assert outcome(out) == unbroken
 
 
-def test_a_stop_cuts_short_what_changes_nothing_and_nothing_else():
+def test_a_stop_cuts_short_only_work_that_changes_nothing():
     stop, done = Stop(), []
     with pytest.raises(Interrupted), stop.waiting():  # noqa: PT012
         stop.ask(signal.SIGTERM)
@@ -218,7 +218,7 @@ def test_a_stop_cuts_short_what_changes_nothing_and_nothing_else():
     assert done == []
 
 
-def test_a_run_asked_to_stop_saves_where_it_is_and_owes_what_was_due(run_config, tmp_path):
+def test_a_stopped_run_saves_at_once_and_makes_up_for_what_was_due(run_config, tmp_path):
     config = with_train(run_config, sample_every=3)
     list(train(config, tmp_path / "unbroken", device="cpu"))
     stop, kinds = Stop(), []

@@ -1,4 +1,4 @@
-"""Whatever is saved comes back bit for bit, and stopping anywhere, however often, equals not stopping."""
+"""Saved states are restored bit for bit, and stopping anywhere, any number of times, equals not stopping."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int6
     step=st.integers(1, 10**9),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_is_saved_comes_back_bit_for_bit(shapes, step):
+def test_a_saved_state_is_restored_bit_for_bit(shapes, step):
     tensors = {}
     for name, (kind, shape, seed) in shapes.items():
         draw = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""`import` and `export`: weights of others as runs, and runs as others read them."""
+"""`import` and `export`: published weights as runs, and runs in formats of other libraries."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    take = commands.add("import", _import, "make a run of official DiT or SiT weights, or of diffusers' DiT")
+    take = commands.add("import", _import, "make a run from official DiT or SiT weights, or from diffusers' DiT")
     take.add_argument("source", type=Path, metavar="FILE", help="a .pt of DiT or SiT, or a folder of diffusers")
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(
-        "--kind", choices=("dit", "sit"), help="they look the same (default: as args or the name say, else dit)"
+        "--kind",
+        choices=("dit", "sit"),
+        help="their files look the same (default: by the file's args or name, else dit)",
     )
-    take.add_argument("--num-heads", type=whole_number, help="attention heads, where the size is no published one")
+    take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
         "--num-classes",
         type=whole_number,
-        help="classes, where the file does not say: if the table has exactly this many rows, there is no null class",
+        help="classes, if the file does not say: a table with exactly this many rows has no null class",
     )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
-    give = commands.add("export", _export, "write a run's weights as others read them")
+    give = commands.add("export", _export, "write a run's weights in another format")
     give.add_argument("run_folder", type=find_run, metavar="RUN")
     give.add_argument(
         "--format",
         choices=FORMATS,
         required=True,
-        help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel, of a plain ddpm DiT; "
-        "pipeline: a folder for DiffusionPipeline.from_pretrained, of any run; diffusers: of these two the first where "
-        "it computes what the run does, else the second; run: a run of the averaged weights alone, in half the bytes",
+        help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (plain DiT, path ddpm); "
+        "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
+        "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes",
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
     give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
-    give.add_argument("--licence", default="unknown", help="pipeline, run: of the weights, as the hub names it")
-    give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: of the weights")
+    give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
+    give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -75,7 +77,7 @@ def _export(options: argparse.Namespace) -> None:
     notes: list[str] = []
     if options.format == "official":
         notes = import_run.export_official(run, out, averaged=averaged)
-    elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_theirs(run)):
+    elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
         notes = import_run.export_diffusers(run, out, averaged=averaged)
     elif options.format == "run":
         from dit_in_dit.interop.release import export_release

@@ -1,4 +1,4 @@
-"""`encode`: images to latents, once for all training."""
+"""`encode`: encode images to latents before training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dit_in_dit.runtime.process import is_main
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    encode = commands.add("encode", _encode, "turn images into the latents of a VAE, to train on")
-    encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: whatever data.source names")
+    encode = commands.add("encode", _encode, "encode images to latents of a VAE, to train on")
+    encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: any value of data.source")
     encode.add_argument("--vae", required=True, help="a VAE of diffusers, or a pipeline with one: a folder or a hub id")
     encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the latents")
-    encode.add_argument("--size", type=_size, default=(256, 256), help="of the images, as 256 or 256x384 (default 256)")
-    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="as stored")
-    encode.add_argument("--no-flips", action="store_true", help="leave out the encodings of the mirror images")
-    encode.add_argument("--batch", type=whole_number, default=32, help="images at a time (default 32)")
-    encode.add_argument("--shard", type=whole_number, default=2048, help="images in a file (default 2048)")
-    encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="processes that read")
+    encode.add_argument("--size", type=_size, default=(256, 256), help="of the images: 256 or 256x384 (default 256)")
+    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the latents")
+    encode.add_argument("--no-flips", action="store_true", help="do not encode the mirror images")
+    encode.add_argument("--batch", type=whole_number, default=32, help="images per batch (default 32)")
+    encode.add_argument("--shard", type=whole_number, default=2048, help="images per file (default 2048)")
+    encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="reading processes")
     encode.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of data; repeatable"
     )
@@ -33,10 +33,10 @@ def add(commands: Commands) -> None:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
-    if not found or not int(found[1]) or not int(found[2] or 1):
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
+    if not match or not int(match[1]) or not int(match[2] or 1):
         raise argparse.ArgumentTypeError(f"must be a number such as 256, or 256x384: got {text[:40]!r}")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _encode(options: argparse.Namespace) -> None:
@@ -64,14 +64,13 @@ def _encode(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     progress = encode(how, options.out, device)
-    done, total = next(progress)  # first: a mistake is found here, before there is anything to show
+    done, total = next(progress)  # raises a UserError before the progress bar is shown
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    leads = is_main()
-    with Progress(*columns, console=Console(stderr=True), disable=not leads) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_main()) as bar:
         task = bar.add_task("", total=total, completed=done)
         for done, _ in progress:
             bar.update(task, completed=done)
-    if not leads:
+    if not is_main():
         return
     index = read_latents_index(options.out)
     channels, height, width = index["made"]["shape"]
@@ -80,10 +79,10 @@ def _encode(options: argparse.Namespace) -> None:
         f"{total} latents of {channels}x{height}x{width} in {options.out}: "
         f"train with --set {shlex.quote(f'data.source={options.out}')}"
     )
-    own = index["vae"]
-    print(f"The VAE's own mean and scale, which are the default: [{_numbers(own['mean'])}], [{_numbers(own['scale'])}]")
+    vae = index["vae"]
+    print(f"The VAE's own mean and scale, the default: [{_numbers(vae['mean'])}], [{_numbers(vae['scale'])}]")
     print(
-        "What was measured would be: "
+        "Measured mean and scale instead: "
         f"--set data.latent_mean=[{_numbers(mean)}] --set data.latent_scale=[{_numbers(scale)}]"
     )
 

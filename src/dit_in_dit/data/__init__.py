@@ -1,1 +1,1 @@
-"""Where images come from: folders, archives, arrays, and the procedural `mosaic`."""
+"""Sources of images: folders, archives, arrays, latents, and the procedural `mosaic`."""

@@ -1,10 +1,11 @@
-"""Images and labels as NumPy's arrays."""
+"""Images and labels as NumPy arrays."""
 
 from __future__ import annotations
 
 import zipfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +16,18 @@ from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
-from dit_in_dit.data.source import Source
+from dit_in_dit.data.source import SplitSource
 
-MOST_GROWTH = 50  # of compressed arrays; pixels grow three times, zeros a thousand times
+MOST_GROWTH = 50  # of compressed arrays: pixels grow threefold, zeros a thousandfold
+NAMES = (("images", "labels"), ("arr_0", "arr_1"))  # of arrays in a .npz: ours, and ADM's
 
 
-class ArraySource(Source):
+class ArraySource(SplitSource):
     """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
 
-    uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are taken as they are (latents). A family is a row.
-    ADM's names `arr_0` and `arr_1` are understood too. Labels are whole numbers, or false and true for 0 and 1.
-    `notes` says which arrays are not read.
+    uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are used unchanged (latents). Each row is its own family.
+    ADM's names `arr_0` and `arr_1` are accepted too. Labels are whole numbers, or false and true for 0 and 1.
+    `notes` lists the arrays that are not read.
     """
 
     by_path = True
@@ -41,7 +43,7 @@ class ArraySource(Source):
         if images.shape[1:] != image_shape:
             raise UserError(f"images in {path} must be (N, {_commas(image_shape)}): got ({_commas(images.shape)})")
         if labels is None and model.num_classes:
-            raise UserError(f"{path} has no labels: give them, or set model.num_classes=0")
+            raise UserError(f"{path} has no labels: add them, or set model.num_classes=0")
         count = model.num_classes or 1
         self._labels = np.zeros(len(images), np.int64) if labels is None or not model.num_classes else labels
         if self._labels.dtype.kind == "b":
@@ -55,21 +57,19 @@ class ArraySource(Source):
             )
         self._path, self._images, self.classes = path, images, tuple(map(str, range(count)))
         self._stored_labels = labels
-        if not self._pixels and images.nbytes <= IN_MEMORY:  # of larger ones, each when it is read
+        if not self._pixels and images.nbytes <= IN_MEMORY:  # larger arrays are checked image by image, when read
             for position in range(len(images)):
                 self._image(position)
-        self._train, self._held = split([str(i) for i in range(len(images))], data.held_out, str(path))
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = np.asarray(self._labels, np.int64)[self._train]
+        self._set_split(*split([str(i) for i in range(len(images))], data.held_out, str(path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether `source` is an existing .npz or .npy file."""
         return Path(source).suffix in (".npz", ".npy") and Path(source).exists()
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
-        """The greatest label and one more; 0 where there are no labels."""
+        """The largest label plus one; 0 without labels."""
         labels = load_arrays(Path(data.source))[1]
         if labels is None or not labels.size:
             return 0
@@ -79,7 +79,7 @@ class ArraySource(Source):
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:
-        """Height, width and channels of pixels; UserError where the arrays are none."""
+        """Height, width and channels of the pixels; UserError when the arrays hold no pixels."""
         images, _ = load_arrays(path)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
             raise UserError(f"images in {path} must be uint8 (N, H, W, 1 or 3): got {images.dtype} {images.shape}")
@@ -88,26 +88,18 @@ class ArraySource(Source):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of images and labels as they are stored."""
+        """SHA-256 of the stored images and labels."""
         return digest_arrays(self._images, self._stored_labels)
 
     def _image(self, position: int) -> tuple[Array, int]:
         image = np.asarray(self._images[position], np.float32)
         if not np.isfinite(image).all():
             raise UserError(
-                f"image {position} of {truncate(self._path)} holds NaN or infinite values: mend or remove it"
+                f"image {position} of {truncate(self._path)} holds NaN or infinite values: fix or remove it"
             )
         if self._pixels:
             image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
         return image, int(self._labels[position])
-
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`."""
-        return self._image(self._train[index])
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`."""
-        return self._image(self._held[index])
 
 
 def _commas(shape: tuple[int, ...]) -> str:
@@ -115,40 +107,44 @@ def _commas(shape: tuple[int, ...]) -> str:
 
 
 def _check_growth(archive: zipfile.ZipFile) -> None:
-    """ValueError when an archive is far larger than its file: it would fill the memory before it could be checked."""
+    """ValueError when an archive unpacks to far more than its file: it would fill the memory."""
     members = archive.infolist()
     packed, whole = (sum(sizes) for sizes in zip(*((m.compress_size, m.file_size) for m in members), strict=True))
     if whole > max(MOST_BYTES, MOST_GROWTH * packed):
         raise ValueError(f"{packed} bytes hold {whole} (a zip bomb?)")
 
 
+def _read_npz(path: Path) -> tuple[list[Any], list[str]]:
+    """Images and labels (none of both without an array of images), and the names of the other arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        names: tuple[str, ...] = next((pair for pair in NAMES if pair[0] in archive), ())
+        if names:
+            _check_growth(archive.zip)
+        return [archive.get(name) for name in names], [name for name in archive if name not in names]
+
+
+def _read_npy(path: Path) -> tuple[list[Any], list[str]]:
+    labels = path.with_suffix(".labels.npy")
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
+    return [images, np.load(labels, allow_pickle=False) if labels.exists() else None], []
+
+
 def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
-    """Images and labels as they are stored; never runs code from the file. `notes` gets what else there is."""
-    images: object
-    labels: object
+    """The stored images and labels; no code of the file is run. A clause on the other arrays is added to `notes`."""
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                found = [pair for pair in (("images", "labels"), ("arr_0", "arr_1")) if pair[0] in archive]
-                if not found:
-                    raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {list(archive)}")
-                _check_growth(archive.zip)
-                images, labels = archive[found[0][0]], archive.get(found[0][1])
-                if notes is not None and (other := [name for name in archive if name not in found[0]]):
-                    notes.append(left_out_clause(len(other), other, "arrays"))
-        else:
-            beside = path.with_suffix(".labels.npy")
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-            labels = np.load(beside, allow_pickle=False) if beside.exists() else None
-    except UserError:
-        raise
+        arrays, others = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
     except (*UNREADABLE, AttributeError) as error:
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if "pickle" in problem:  # NumPy's advice is to trust the file
+        if "pickle" in problem:  # NumPy advises to trust the file
             problem = "it holds Python objects, or is no file of arrays"
         raise UserError(
             f"cannot read arrays from {truncate(path, 60)}: {truncate(problem, 70)}; write it with numpy again"
         ) from None
+    if not arrays:
+        raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {others}")
+    if notes is not None and others:
+        notes.append(left_out_clause(len(others), others, "arrays"))
+    images, labels = arrays
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
         raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")
     return images, labels

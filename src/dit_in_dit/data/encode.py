@@ -1,8 +1,8 @@
-"""Images to latents and back by a VAE of diffusers: once for all training, and for samples.
+"""Images to latents and back by a VAE of diffusers: encoding before training, decoding of samples.
 
-Work is kept in files of `shard` images, each written beside and renamed: what is there is not encoded again, and
-file k belongs to process k modulo their number (`RANK`, `WORLD_SIZE`). Which images share a batch can change the last
-bit, and is a function of the image's number alone, so neither an interruption nor the number of processes shows.
+Latents are stored in files of `shard` images, each written to a temporary name and renamed. Existing files are kept.
+File k belongs to process k modulo the number of processes (`RANK`, `WORLD_SIZE`). Which images share a batch can change
+the last bit and depends on the image's number alone: interruptions and the number of processes change nothing.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime import process
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DATA = "data_sha256"  # of a record: the digest of the images (data/digest.py); earlier versions wrote none
-PATIENCE = 3600  # seconds without a new file after which the other processes are given up
+DATA = "data_sha256"  # key of the images' digest (data/digest.py); earlier versions wrote none
+PATIENCE = 3600  # seconds to wait for a new file of another process
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are encoded; all of it but `workers` decides the bytes.
+    """Settings of an encoding; all but `workers` decide the bytes.
 
-    data: the images; its held_out, flip and the like play no part.
-    size: height and width that the images are brought to.
-    shard: images in a file, a multiple of `batch`.
+    data: the images; its held_out, flip and latent keys have no effect.
+    size: height and width to which images are resized and cropped.
+    shard: images per file, a multiple of `batch`.
     """
 
     data: DataConfig
@@ -59,10 +59,10 @@ class Encoding:
 
 
 def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Fill the folder `out`, yielding (images done, all images); ends when its index is whole.
+    """Fill the folder `out`, yielding (images done, all images), until its index is complete.
 
     Raises:
-        UserError: the images or the VAE cannot be used, the folder holds other latents, or a file in it is damaged.
+        UserError: the images or the VAE cannot be used, or the folder holds other latents or a damaged file.
     """
     vae = load_vae(how.vae, device)
     source, families = _images(how)
@@ -91,18 +91,18 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
 
 
 def _images(how: Encoding) -> tuple[Source, list[str]]:
-    """The images, all of them for training, and their families."""
+    """All images, as training images, and their families."""
     data = replace(how.data, held_out=0.0, flip=False)
     model = ModelConfig(image_size=how.size, channels=3, patch_size=1, num_classes=count_classes(how.data))
     source = open_source(data, model)
     if source.train_size is None:
-        raise UserError(f"data: {how.data.source} has no end: its images cannot all be encoded")
+        raise UserError(f"data: {how.data.source} is endless: its images cannot all be encoded; name a finite source")
     families = getattr(source, "families", None) or [str(number) for number in range(source.train_size)]
     return source, families
 
 
 def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
-    """What decides the bytes of the files, and the place of the images."""
+    """The settings that decide the bytes of the files, and the source of the images."""
     side_of = factor(vae)
     if any(side % side_of for side in how.size):
         raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
@@ -118,37 +118,37 @@ def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]
 
 
 def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the index that is to be filled, unless there is one; its files, if it is filled.
+    """Write the unfinished index unless there is one; return the files of a finished index.
 
-    Where an earlier version began, images are compared by name and count alone; `index` then loses the digest, which
-    may not be that of all files.
+    An index of an earlier version has no digest: images are then compared by name and count alone, and `index` loses
+    its digest, which may not be that of all files.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         atomic.write_atomic(out / LATENTS_INDEX, json.dumps(index, indent=1), once=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error}") from None
-    found = load_index(out)
-    made, there = index["made"], found["made"]
-    if DATA not in there:
+    stored = load_index(out)
+    made, before = index["made"], stored["made"]
+    if DATA not in before:
         del made[DATA]
-    elif there[DATA] != made[DATA]:
+    elif before[DATA] != made[DATA]:
         raise UserError(
             f"{truncate(out, 60)} holds latents of other images than {truncate(made['source'], 60)} has now: "
             "put those back, choose another --out, or delete it"
         )
     for name, value in made.items():
-        if name == "source" and DATA in made:  # the same images, which may have moved
+        if name == "source" and DATA in made:  # the same images may have moved
             continue
-        if there.get(name) != value:
+        if before.get(name) != value:
             raise UserError(
-                f"{out} holds other latents: {name} is {there.get(name)}, not {value}; choose another --out"
+                f"{out} holds other latents: {name} is {before.get(name)}, not {value}; choose another --out"
             )
-    return list(found["shards"])
+    return list(stored["shards"])
 
 
 class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
-    """Images (n, 3, H, W) and labels by their numbers; a UserError as its message, so that it leaves a worker whole."""
+    """Images (n, 3, H, W) and labels by batch number. A UserError crosses from a worker as its message."""
 
     def __init__(self, source: Source, batches: list[range]) -> None:
         self.source, self.batches = source, batches
@@ -165,7 +165,7 @@ class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
 
 
 def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each part's file, in order."""
+    """Encode the images of each part; yields the tensors of its file, in order."""
     cut = [[part[i : i + how.batch] for i in range(0, len(part), how.batch)] for part in parts]
     batches = _Batches(source, [batch for part in cut for batch in part])
     loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
@@ -184,7 +184,7 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
 
 
 def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
-    """Moments of images as they are stored; UserError where they cannot be, which names the images."""
+    """Moments of images in the stored dtype; UserError naming the images whose moments are not finite in it."""
     exact = posterior_moments(vae, images)
     for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
         finite = tensor.isfinite().flatten(1).all(1)
@@ -199,7 +199,7 @@ def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
 
 
 def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
-    """Until the other processes' files are there too."""
+    """Wait for the files of the other processes, yielding (images done, all images)."""
     total, paths = parts[-1][0].stop, {part.start: path for part, path in parts}
     folder = parts[0][1].parent
     for left in shards.wait_for_missing(
@@ -212,7 +212,11 @@ def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
 
 
 def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict[str, Any]]) -> None:
-    """Write what the files hold into the index; where that was done before, they must be the same still."""
+    """Complete the index with the files' SHA-256 and the measured mean and deviation.
+
+    Raises:
+        UserError: a file differs from `done`, the files of an index that was complete before.
+    """
     shards: list[dict[str, Any]] = []
     counts, sums = 0, np.zeros((3, index["made"]["shape"][0]))
     for path in paths:
@@ -226,7 +230,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     for was, shard in zip(done, shards, strict=False):
         if was != shard:
             raise UserError(
-                f"{out / shard['file']} is damaged: its SHA-256 is not the index's; remove it, run it again"
+                f"{out / shard['file']} is damaged: its SHA-256 is not the index's; remove it and run again"
             )
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
@@ -245,7 +249,7 @@ def _float64(numbers: Any) -> Any:
 
 
 class LatentDecoder:
-    """Latents as a model knows them to images, by the VAE that a run names."""
+    """Decoder of normalised latents to images, by the VAE of a run."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         assert data.vae is not None
@@ -258,7 +262,7 @@ class LatentDecoder:
         )
 
     def about(self) -> dict[str, Any]:
-        """What decides the images."""
+        """SHA-256 of the VAE, mean and scale: all that decides the decoded images."""
         return {"sha256": fingerprint(self.vae), **self.constants}
 
     @torch.inference_mode()
@@ -268,8 +272,8 @@ class LatentDecoder:
         return images.cpu()
 
     def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
-        """Images of samples of one micro-batch, each decoded in its place of a batch of `size`: whichever others are
-        wanted, its bits are the same."""
+        """Images of samples of one micro-batch, each decoded at its own position in a batch of `size`: its bits do not
+        depend on which other samples are decoded."""
         whole = latents.new_zeros(size, *latents.shape[1:])
         places = [index % size for index in indices]
         whole[places] = latents
@@ -278,6 +282,6 @@ class LatentDecoder:
 
 @lru_cache(maxsize=1)
 def decoder(data: DataConfig, device: torch.device) -> LatentDecoder | None:
-    """The decoder of a run, kept for the next time; None where it trains on pixels, or on latents of no known VAE."""
+    """The decoder of a run, cached; None for a run on pixels, or on latents without a known VAE."""
     data = complete(data)
     return LatentDecoder(data, device) if data.vae is not None else None

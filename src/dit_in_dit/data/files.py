@@ -1,4 +1,4 @@
-"""Image files of a folder or .zip, one folder per class, or with labels in a `dataset.json`."""
+"""Image files of a folder or .zip, with a folder per class or labels in a `dataset.json`."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from dit_in_dit.data.names import (
 from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, look_at
 
 SAMPLES = "samples.json"
-SHARD = re.compile(r"\d{5}/")  # a folder of images numbered by StyleGAN's or EDM2's tools
+SHARD = re.compile(r"\d{5}/")  # a folder as the tools of StyleGAN and EDM2 number them
 MOST_LINK = 4096  # bytes of a path
 
 
 class ImageFiles:
     """The image files of a folder or .zip, by name.
 
-    `notes` says what lies there and is not read, each a clause of one line.
+    `notes` lists what is not read, one clause each.
 
     Raises:
-        UserError: it is neither, has no image, a name in it points out of it, a `dataset.json` does not fit, or its
-            classes are not what a person sees there (names.check_classes).
+        UserError: the path is neither, has no image, a member's name points out of the archive, the `dataset.json` does
+            not fit, or the classes would not be the folders that a person sees (names.check_class_names).
     """
 
     def __init__(self, path: Path, num_classes: int = 0) -> None:
-        """`num_classes` (0: as many as there are) counts those of a `dataset.json`."""
+        """`num_classes`: number of classes of a `dataset.json`; 0: the largest label plus one."""
         self.path, self.num_classes = path, num_classes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._linked: set[str] = set()  # folders of an archive that are links
-        self._members: dict[str, str] = {}  # of an archive: its own name for a file, where that is another
+        self._members: dict[str, str] = {}  # of an archive: name -> stored name, where they differ
         shown = truncate(path, 60)
         names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
-        if SAMPLES in names:  # a folder of `sample`: its grid is no sample
+        if SAMPLES in names:  # a folder written by `sample`: its grid is no sample
             names = [name for name in names if name not in (SAMPLES, "grid.png")]
         self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
         if not self.names:
@@ -70,29 +70,36 @@ class ImageFiles:
         try:
             if self.path.is_dir():
                 return list(_names(self.path))
-            if not self.path.is_file():  # a pipe would be waited for
-                raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name one")
-            return self._list_archive(shown)
+            members = self._read_directory() if self.path.is_file() else None  # opening a pipe would wait
         except UNREADABLE as error:
-            if isinstance(error, UserError):
-                raise
             problem = truncate(getattr(error, "strerror", None) or error, 60)
             raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}; name one") from None
+        if members is None:
+            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name one")
+        return self._list_archive(members, shown)
 
-    def _list_archive(self, shown: str) -> list[str]:
-        """All names of an archive; of those that are there twice the last counts, as for those who unpack it."""
-        archive, names, links = self._open(), dict[str, None](), dict[str, str]()
+    def _read_directory(self) -> list[tuple[str, str | None]]:
+        """Stored name of each member of the archive, and the target of a symbolic link."""
+        archive, members = self._open(), []
         for member in archive.infolist():
-            name = member.filename.replace("\\", "/")  # as some programs on Windows write them
+            linked = stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK
+            members.append((member.filename, archive.read(member).decode(errors="replace") if linked else None))
+        return members
+
+    def _list_archive(self, members: list[tuple[str, str | None]], shown: str) -> list[str]:
+        """All names of an archive; of several members with one name the last counts, as when it is unpacked."""
+        names, links = dict[str, None](), dict[str, str]()
+        for stored_name, target in members:
+            name = stored_name.replace("\\", "/")  # some programs on Windows write backslashes
             if name.startswith("/") or ".." in name.split("/"):
                 out = truncate(name, 40)
                 raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
             if not (name := tidy(name)):  # the archive's root
                 continue
             names[name] = None
-            self._members[name] = member.filename
-            if stat.S_ISLNK(member.external_attr >> 16) and member.file_size <= MOST_LINK:
-                links[name] = link_target(name, archive.read(member).decode(errors="replace"))
+            self._members[name] = stored_name
+            if target is not None:
+                links[name] = link_target(name, target)
         for name, end in follow(links, names.keys() - links.keys()).items():
             if end in self._members and not end.endswith("/"):
                 self._members[name] = self._members[end]
@@ -105,7 +112,7 @@ class ImageFiles:
         return list(names)
 
     def _read_table(self, others: list[str]) -> dict[str, int] | None:
-        """The labels of a `dataset.json` (see table_labels), which is taken from `others`; None where there is none."""
+        """The labels of a `dataset.json` (see table_labels), which is removed from `others`; None without one."""
         place = find_table(others, self.names)
         if place is None:
             return None
@@ -125,7 +132,7 @@ class ImageFiles:
         return labels
 
     def _open(self) -> zipfile.ZipFile:
-        """The archive, opened once per process: a file position must not be shared by workers."""
+        """The archive, opened once per process: workers must not share a file position."""
         if self._archive is None or self._archive[0] != os.getpid():
             self._archive = (os.getpid(), zipfile.ZipFile(self.path))
         return self._archive[1]
@@ -134,33 +141,36 @@ class ImageFiles:
         return {**self.__dict__, "_archive": None}
 
     def content(self, name: str) -> bytes:
-        """One file as it is stored; ValueError when it is too long, or none (a pipe or device has no end)."""
+        """The stored bytes of one file; ValueError when it is too large or not a regular file."""
         if self.path.is_dir():
             path = self.path / name
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode):
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a file")
-            size, read = found.st_size, path.read_bytes
+            size, read = status.st_size, path.read_bytes
         else:
             archive, member = self._open(), self._members.get(name, name)
-            size, read = archive.getinfo(member).file_size, lambda: archive.read(member)  # never more than it says
+            size, read = (
+                archive.getinfo(member).file_size,
+                lambda: archive.read(member),
+            )  # zipfile reads at most this size
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         return read()
 
     def inside(self) -> list[str]:
-        """The names, in order, below what wraps all class folders."""
+        """The names, in order, below the folders that wrap all class folders."""
         start = sum(len(part) + 1 for part in wrapper(self.names))
         return [name[start:] for name in self.names]
 
     def sizes(self) -> list[int]:
-        """The bytes of each file, in order; -1 for one that cannot be looked at."""
+        """The size of each file in bytes, in order; -1 where it cannot be read."""
         if not self.path.is_dir():
             return [self._open().getinfo(self._members.get(name, name)).file_size for name in self.names]
         return [file_size(self.path / name) for name in self.names]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the label and family of each of `names`."""
+        """The classes, and the labels and families of `names`."""
         families = [family(name) for name in names]
         if not self._labels:
             folders = class_folders(names) if self._labels is None else ["images"] * len(names)
@@ -169,17 +179,17 @@ class ImageFiles:
         return label_names(labels, self.num_classes, truncate(self.path, 60)), labels, families
 
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
-        """What `look` makes of one image; UserError with its name when it cannot be decoded."""
+        """`look` applied to one image; UserError with the file's name when it cannot be decoded."""
         try:
             return look_at(self.content(name), look)
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = truncate(self.path / name, 60)
-        raise UserError(f"cannot read {place}: {truncate(problem, 60)}; mend or remove it, or set data.corrupt=skip")
+        raise UserError(f"cannot read {place}: {truncate(problem, 60)}; fix or remove it, or set data.corrupt=skip")
 
 
 def file_size(path: Path) -> int:
-    """The bytes of a file; -1 where it cannot be looked at."""
+    """The size of a file in bytes; -1 where it cannot be read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -187,15 +197,15 @@ def file_size(path: Path) -> int:
 
 
 def _names(root: Path) -> Iterator[str]:
-    """Names of all files below a folder, and of folders with a `/` at the end; through links too, each folder once."""
+    """Names of all files below a folder, and of folders with a final `/`. Links are followed, each folder once."""
     seen = {os.path.realpath(root)}
 
     def refuse(error: OSError) -> None:
-        raise error  # a folder that cannot be listed would be a class less
+        raise error  # an unreadable folder would be a missing class
 
     for folder, below, plain in os.walk(root, onerror=refuse, followlinks=True):
         place = Path(folder).relative_to(root)
-        below[:] = [name for name in below if not HIDDEN.search(name)]  # which may not be ours to list
+        below[:] = [name for name in below if not HIDDEN.search(name)]  # may be unreadable
         yield from ((place / name).as_posix() for name in plain)
         yield from (f"{(place / name).as_posix()}/" for name in below)
         below[:] = [name for name in sorted(below) if os.path.realpath(Path(folder, name)) not in seen]

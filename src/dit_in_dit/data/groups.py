@@ -1,4 +1,4 @@
-"""Which images belong together, and which are kept out of training: by name alone."""
+"""Families of images and the held-out split, both by name alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dit_in_dit.config.errors import UserError
 
 
 def is_held_out(family: str, share: float) -> bool:
-    """Whether a family of images is kept out of training; depends on its name and the share alone."""
+    """Whether a family of images is held out; depends on its name and the share alone."""
     return family_number(family) < share * 2**64
 
 
 def family_number(family: str) -> int:
-    """Where a family stands in [0, 2^64): the lowest are held out."""
-    name = os.fsencode(family)  # names of files need not be Unicode
+    """A hash of the family's name in [0, 2^64): the lowest are held out."""
+    name = os.fsencode(family)  # file names need not be Unicode
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
 
 
@@ -26,12 +26,17 @@ def family(name: str) -> str:
 
 
 def split(families: list[str], share: float, what: str) -> tuple[list[int], list[int]]:
-    """Positions of the training and the held-out images; UserError when either is missing."""
+    """Positions of the training and the held-out images; UserError when either list would be empty."""
     held = [i for i, family in enumerate(families) if is_held_out(family, share)]
-    kept = sorted(set(range(len(families))) - set(held))
-    if not kept or (share and not held):
+    trained = sorted(set(range(len(families))) - set(held))
+    check_split(len(trained), len(held), share, what)
+    return trained, held
+
+
+def check_split(trained: int, held: int, share: float, what: str) -> None:
+    """UserError when a split leaves no training image, or no held-out image though a share of them is wanted."""
+    if not trained or (share and not held):
         raise UserError(
-            f"data.held_out={share} leaves {len(kept)} training and {len(held)} held-out images of "
-            f"{what}: change it (0: none held out)"
+            f"data.held_out={share} leaves {trained} training and {held} held-out images of {what}: "
+            "change it (0: none held out)"
         )
-    return kept, held

@@ -1,4 +1,4 @@
-"""Images in datasets of Hugging Face: a hub id, or local parquet, Arrow and `save_to_disk` folders; map-style."""
+"""Hugging Face datasets of images, map-style: a hub id, or local parquet, Arrow and `save_to_disk` folders."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ FILES = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 class HubRows(ImageFiles):
-    """The rows of a dataset, in its order; UserError when it cannot be had or has other columns.
+    """The rows of a dataset, in order; UserError when it cannot be loaded or lacks a column.
 
-    The family of a row is its image's file name up to the first `~`, as that of a file in a folder, or its number
-    where no file name is stored.
+    The family of a row is its image's file name up to the first `~`, or the row's number where no file name is stored.
     """
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
@@ -43,30 +42,32 @@ class HubRows(ImageFiles):
             raise UserError(f"data.source: {data.source} has no rows in the split {data.split!r}")
 
     def _without_decoding(self) -> Any:
-        """The image column alone, as the bytes of files."""
+        """The image column alone, as bytes of image files."""
         column, kind = self.data.image_column, self.rows.features[self.data.image_column]
         name = type(kind).__name__
         if isinstance(kind, dict) and "binary" in str(getattr(kind.get("bytes"), "dtype", "")):
-            return self.rows.select_columns([column])  # a plain struct {bytes, path}, as without datasets' own metadata
+            return self.rows.select_columns(
+                [column]
+            )  # a plain struct {bytes, path}, without the metadata of `datasets`
         if name not in ("Image", "Value") or (name == "Value" and "binary" not in kind.dtype):
             raise UserError(f"data.image_column: {column!r} of {self.data.source} holds {str(kind)[:60]}, no images")
         rows = self.rows.select_columns([column])
         return rows.cast_column(column, type(kind)(decode=False)) if name == "Image" else rows
 
     def content(self, name: str) -> bytes:
-        """One image's file."""
-        found = self._encoded[int(name.split()[1])][self.data.image_column]
-        if isinstance(found, dict):
-            content, place = found["bytes"], found.get("path")
-            found = content if content is not None else Path(place or "").read_bytes()
-        return found or b""
+        """The stored bytes of one image."""
+        cell = self._encoded[int(name.split()[1])][self.data.image_column]
+        if isinstance(cell, dict):
+            content, path = cell["bytes"], cell.get("path")
+            cell = content if content is not None else Path(path or "").read_bytes()
+        return cell or b""
 
     def inside(self) -> list[str]:
-        """The names, which are numbers."""
+        """The names: `row 0`, `row 1`, ..."""
         return self.names
 
     def sizes(self) -> list[int]:
-        """The bytes of each image, in order: by the offsets that Arrow stores, no image is read."""
+        """The size of each image in bytes, in order, from Arrow's offsets: no image is read."""
         compute = import_module("pyarrow.compute")
         column = self._encoded.data.column(self.data.image_column)
         if _has(column, "bytes"):
@@ -76,7 +77,7 @@ class HubRows(ImageFiles):
         return [file_size(Path(paths[n] or "")) if size is None else size for n, size in enumerate(sizes)]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the label and family of each of `names`."""
+        """The classes, and the labels and families of `names`."""
         numbers = [int(name.split()[1]) for name in names]
         paths = self._paths()
         families = [family(paths[n] or str(n)) for n in numbers]
@@ -84,18 +85,18 @@ class HubRows(ImageFiles):
             return ("images",), [0] * len(numbers), families
         kind = self.rows.features[self.data.label_column]
         column: list[Any] = self.rows.data.column(self.data.label_column).to_pylist()
-        found = [column[n] for n in numbers]
-        if all(isinstance(label, str) for label in found):
-            classes = tuple(sorted(set(found)))
-            return classes, [classes.index(label) for label in found], families
-        if not all(isinstance(label, int) for label in found):
+        labels = [column[n] for n in numbers]
+        if all(isinstance(label, str) for label in labels):
+            classes = tuple(sorted(set(labels)))
+            return classes, [classes.index(label) for label in labels], families
+        if not all(isinstance(label, int) for label in labels):
             raise UserError(
                 f"data.label_column: {self.data.label_column!r} of {self.data.source} must hold numbers or names "
                 f"alone: got {str(kind)[:60]}"
             )
-        found = list(map(int, found))  # of false and true, too
-        names_known: Sequence[str] = getattr(kind, "names", None) or ()
-        return label_names(found, len(names_known) or self.num_classes, self.data.source, names_known), found, families
+        labels = list(map(int, labels))  # of false and true, too
+        known: Sequence[str] = getattr(kind, "names", None) or ()
+        return label_names(labels, len(known) or self.num_classes, self.data.source, known), labels, families
 
     def _paths(self) -> list[str | None]:
         column = self._encoded.data.column(self.data.image_column)
@@ -105,7 +106,7 @@ class HubRows(ImageFiles):
 
 
 def _has(column: Any, field: str) -> bool:
-    """Whether an Arrow column holds structs with a field of that name."""
+    """Whether an Arrow column holds structs with this field."""
     return str(column.type).startswith("struct") and column.type.get_field_index(field) >= 0
 
 
@@ -116,22 +117,22 @@ class HubSource(ImageSource):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether it begins with `hf:`."""
+        """Whether `source` begins with `hf:`."""
         return source.startswith(PREFIX)
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
-        """Classes that the label column speaks of; 0 where there is none."""
+        """Number of classes in the label column; 0 without that column."""
         rows = load_hub(data.source.removeprefix(PREFIX), data.split)
         if data.label_column not in rows.column_names:
             return 0
         if names := getattr(rows.features[data.label_column], "names", None):
             return len(names)
-        found = rows.data.column(data.label_column).unique().to_pylist()
-        return 1 + max(found) if all(isinstance(label, int) for label in found) else len(found)
+        labels = rows.data.column(data.label_column).unique().to_pylist()
+        return 1 + max(labels) if all(isinstance(label, int) for label in labels) else len(labels)
 
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
-        """The rows."""
+        """The rows of the dataset."""
         return HubRows(data, num_classes)
 
 
@@ -146,8 +147,8 @@ def load_hub(name: str, split: str) -> Any:
     path = Path(name)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
-            rows = found if isinstance(found, datasets.Dataset) else found[split]
+            saved = datasets.load_from_disk(str(path))
+            rows = saved if isinstance(saved, datasets.Dataset) else saved[split]
         elif path.suffix in FILES and path.is_file():
             rows = datasets.load_dataset(FILES[path.suffix], data_files={split: str(path)}, split=split)
         elif path.is_dir():
@@ -156,7 +157,7 @@ def load_hub(name: str, split: str) -> Any:
             name, _, revision = name.partition("@")
             name, _, subset = name.partition(":")
             rows = datasets.load_dataset(name, subset or None, revision=revision or None, split=split)
-    except Exception as error:  # its own errors, those of the hub's client, of Arrow and of the network: one border
+    except Exception as error:  # of datasets, the hub's client, Arrow or the network
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load {PREFIX}{name}, split {split!r}: {problem[:120]}") from None
     if not isinstance(rows, datasets.Dataset):

@@ -15,16 +15,16 @@ from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import split
 from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
-from dit_in_dit.data.source import Source
+from dit_in_dit.data.source import Source, SplitSource
 
 
-class ImageSource(Source):
-    """A folder or .zip of image files (names.SUFFIXES), one folder per class (none: one class).
+class ImageSource(SplitSource):
+    """A folder or .zip of image files (names.SUFFIXES) with a folder per class; without folders, one class.
 
-    Subclasses list other files than those of a path (`list_files`).
+    Subclasses list other files (`list_files`).
 
-    The family of a file, which the split keeps together, is its name up to the first `~`:
-    `waving-hand~light-skin-tone.webp` is of the family `waving-hand`.
+    The held-out split keeps a family of files together. The family is the file's name up to the first `~`:
+    `waving-hand~light-skin-tone.webp` belongs to `waving-hand`.
     """
 
     by_path = True
@@ -41,18 +41,16 @@ class ImageSource(Source):
         self.classes, self._labels, self.families = self.files.about(self.names)
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        self._train, self._held = split(self.families, data.held_out, str(self.path))
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = np.asarray(self._labels, np.int64)[self._train]
+        self._set_split(*split(self.families, data.held_out, str(self.path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether there is such a file or folder."""
+        """Whether `source` is an existing file or folder."""
         return Path(source).exists()
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:
-        """Height, width and 3 channels that all images have; UserError where they differ."""
+        """Height and width of all images, and 3 channels; UserError when sizes differ."""
         files = ImageFiles(path)
         sizes = {name: files.open(name, lambda image: upright(image).size[::-1]) for name in files.names}
         first = files.names[0]
@@ -65,16 +63,16 @@ class ImageSource(Source):
         return *sizes[first], 3
 
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
-        """The image files that are the source's."""
+        """The source's image files."""
         return ImageFiles(self.path, num_classes)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what the files hold; those that are skipped count too."""
+        """SHA-256 of the files' contents (data/digest.py), skipped files included."""
         return digest_files(self.files)
 
     def _check(self, corrupt: str, in_memory: bool) -> None:
-        """Read every file once: leave out those that cannot be read, keep the pixels when they fit."""
+        """Read every file once. Drop unreadable files; keep the pixels if they fit in memory."""
         good, pixels = [], []
         for position, name in enumerate(self.names):
             try:
@@ -92,7 +90,7 @@ class ImageSource(Source):
         if lost := set(self._labels) - {self._labels[position] for position in good}:
             raise UserError(
                 f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: "
-                "none of its images can be read; mend one, or remove the class (later classes would move up)"
+                "none of its images can be read; fix one, or remove the class (later classes would move up)"
             )
         self.names = [self.names[position] for position in good]
         self._labels = [self._labels[position] for position in good]
@@ -100,35 +98,27 @@ class ImageSource(Source):
         self._pixels = pixels if in_memory else None
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """One file's pixels (H, W, C); UserError with its name when it cannot be decoded."""
+        """Pixels (H, W, C) of one file; UserError with its name when it cannot be decoded."""
         return self.files.open(name, lambda image: fit(image, self.size, self.channels))
 
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
 
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`."""
-        return self._image(self._train[index])
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`."""
-        return self._image(self._held[index])
-
 
 class EmojiSource(ImageSource):
-    """The embedded images."""
+    """The embedded emoji."""
 
     by_path = False
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether it is the name."""
+        """Whether `source` is the kind's name."""
         return source == name
 
     @classmethod
     def open(cls, data: DataConfig, model: ModelConfig) -> Source:
-        """The images, decoded once for all who ask: they never change, and it takes seconds."""
+        """The images, decoded once per process: decoding takes seconds."""
         return cls._decode(model.image_size, model.channels, data.held_out)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The labels of images: from a `dataset.json`, as StyleGAN, EDM2 and REPA write it, or by number."""
+"""Labels of images: from a `dataset.json`, as StyleGAN, EDM2 and REPA write it, or given as numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.names import left_out_clause, tidy
 
 DATASET_JSON = "dataset.json"
-WAY = "mend it, or rename it if it is none of StyleGAN, EDM2 or REPA"
+WAY = "fix it, or rename it if it is none of StyleGAN, EDM2 or REPA"
 MOST_CLASSES = 10_000_000  # as model.num_classes
 
 
 def label_names(labels: list[int], count: int, what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names of classes given by number, `count` of them (0: as many as there are); UserError where one has none."""
+    """Names of `count` classes (0: the largest label plus one); UserError when a label is out of range."""
     count = count or max(labels) + 1
     if min(labels) < 0 or max(labels) >= min(count, MOST_CLASSES):
         raise UserError(
@@ -25,22 +25,22 @@ def label_names(labels: list[int], count: int, what: str, known: Sequence[str] =
 
 
 def find_table(names: Sequence[str], images: Sequence[str]) -> str | None:
-    """The `dataset.json` that speaks of all images: in the folder that holds them all, or one of its parents."""
+    """The `dataset.json` that covers all images: in the folder that holds them all, or in one of its parents."""
     tables = (name for name in names if name.split("/")[-1] == DATASET_JSON)
     above = [name for name in tables if all(image.startswith(name.removesuffix(DATASET_JSON)) for image in images)]
     return min(above, key=len, default=None)
 
 
 def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Labels by name from a table's `labels`, [["00000/img00000000.png", 6], ...], and what of it is not used.
+    """Labels by image name from a table's `labels`, [["00000/img00000000.png", 6], ...], and a clause on unused ones.
 
-    No label at all where the table is null.
+    A null table gives no labels.
 
     Args:
-        folder: with a `/` at its end, what the names in the table stand in.
+        folder: the folder that the table's names are relative to, with a final `/`.
 
     Raises:
-        UserError: the table is of another form, an image has no label, or a class has lost all its images.
+        UserError: the table has another form, an image has no label, or a class of the table has no image.
     """
     if rows is None:
         return {}, []
@@ -55,7 +55,9 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
         raise UserError(f"{shown} has no label for {len(missing)} images, such as {truncate(missing[0], 50)}; {WAY}")
     labels = {name: named.pop(name) for name in images}
     if lost := set(named.values()) - set(labels.values()):
-        raise UserError(f"{shown} names images of class {min(lost)}, of which there are none: get them again")
+        raise UserError(
+            f"{shown} names images of class {min(lost)}, of which there are none: add them, or fetch the data again"
+        )
     return labels, [
         left_out_clause(len(named), list(named), f"labels of {DATASET_JSON} without an image")
     ] if named else []

@@ -1,10 +1,10 @@
-"""Encoded images: a folder of safetensors files, read by number where they lie.
+"""Encoded images: a folder of safetensors files, memory-mapped and read by number.
 
-    latents.json            how they were made, classes, mean and deviation, SHA-256 of each file
+    latents.json            settings of the encoding, classes, mean and deviation, SHA-256 of each file
     000000.safetensors      moments, flipped (n, 2C, h, w): mean and log variance; label, family (n,)
 
-`moments` are those of the image, `flipped` those of its mirror image: the encoding of a mirror image is not the
-mirror image of the encoding. `family` is the family's number, which decides the held-out split as it does for images.
+`moments` encode the image, `flipped` its mirror image: the encoding of a mirror image is not the mirror image of the
+encoding. `family` is the family's number (groups.family_number), which decides the held-out split as for images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.config.strict_json import has_form, parse_json, read_json
 from dit_in_dit.data.digest import digest_values
+from dit_in_dit.data.groups import check_split
 from dit_in_dit.data.names import HIDDEN, left_out_clause
 from dit_in_dit.data.picture import Array
-from dit_in_dit.data.source import Source, Stream
+from dit_in_dit.data.source import SplitSource, Stream
 
 LATENTS_INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
@@ -32,14 +33,14 @@ KINDS: dict[str, np.dtype[Any]] = {
     for name, kind in {"F16": "<f2", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "U64": "<u8"}.items()
 }
 STORED = {"float16": KINDS["F16"], "float32": KINDS["F32"], "bfloat16": KINDS["BF16"]}
-FORM = {  # of the index, as far as it is read
+FORM = {  # of those parts of the index that are read
     "classes": [str],
     "made": {"shape": [int], "flips": bool, "shard": int, "dtype": str},
     "vae": {"name": str, "mean": [(int, float)], "scale": [(int, float)]},
     "shards": [{"file": str, "count": int}],
 }
-MOST_HEADER = 10**8  # bytes, as safetensors has it
-LOG_VARIANCE = (-30.0, 20.0)  # as AutoencoderKL clamps it
+MOST_HEADER = 10**8  # bytes, the limit of safetensors
+LOG_VARIANCE = (-30.0, 20.0)  # AutoencoderKL clamps to these
 
 
 def is_index(source: str) -> bool:
@@ -48,21 +49,21 @@ def is_index(source: str) -> bool:
 
 
 def load_index(folder: Path) -> dict[str, Any]:
-    """The index of latents, finished or not; UserError where it is none, or of another format."""
+    """The index of a folder of latents, finished or not; UserError when there is none or its format is another."""
     path = folder / LATENTS_INDEX
     index = read_json(path, advice="encode again")
     if index.get("format") != FORMAT:
         raise UserError(f"{truncate(path)} is not of the format {FORMAT!r}: encode again")
     if wrong := next((key for key, form in FORM.items() if not has_form(index.get(key), form)), None):
-        raise UserError(f"{truncate(path)} is damaged: what it says of {wrong!r} makes no sense; encode again")
+        raise UserError(f"{truncate(path)} is damaged: its {wrong!r} has the wrong form; encode again")
     return index
 
 
 def read_latents_index(folder: Path) -> dict[str, Any]:
-    """The index of finished latents; UserError where they are not finished or of another format."""
+    """The index of finished latents; UserError when they are unfinished or of another format."""
     index = load_index(folder)
     if not index["shards"]:
-        raise UserError(f"{truncate(folder)} is not encoded to its end: run the same `dit-in-dit encode` again")
+        raise UserError(f"{truncate(folder)} is not encoded completely: run the same `dit-in-dit encode` again")
     size, counts = index["made"]["shard"], [shard["count"] for shard in index["shards"]]
     if not all(count == size for count in counts[:-1]) or not 0 < counts[-1] <= size:
         raise UserError(
@@ -76,20 +77,20 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
 
 
 def complete(data: DataConfig) -> DataConfig:
-    """The keys with what the latents say where they are null: the VAE, and its mean and scale."""
+    """The keys with null ones filled in from the latents' index: the VAE, its mean and scale."""
     if not is_index(data.source):
         return data
-    found = read_latents_index(Path(data.source))["vae"]
+    vae = read_latents_index(Path(data.source))["vae"]
     return replace(
         data,
-        vae=found["name"] if data.vae is None else data.vae,
-        latent_mean=found["mean"] if data.latent_mean is None else data.latent_mean,
-        latent_scale=found["scale"] if data.latent_scale is None else data.latent_scale,
+        vae=vae["name"] if data.vae is None else data.vae,
+        latent_mean=vae["mean"] if data.latent_mean is None else data.latent_mean,
+        latent_scale=vae["scale"] if data.latent_scale is None else data.latent_scale,
     )
 
 
 def open_shard(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file, mapped and not read (bfloat16 as uint16); UserError where it is cut off."""
+    """The memory-mapped arrays of a safetensors file, bfloat16 as uint16; UserError when it is damaged."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -102,7 +103,7 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
             if name != "__metadata__":
                 (first, last), kind = about["data_offsets"], KINDS[about["dtype"]]
                 if last - first != kind.itemsize * math.prod(about["shape"]):
-                    raise ValueError("not what its header says")
+                    raise ValueError("sizes differ from its header")
                 arrays[name] = np.memmap(path, kind, "r", start + first, tuple(about["shape"])).view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
@@ -111,10 +112,10 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-class LatentSource(Source):
+class LatentSource(SplitSource):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
-    `train` and `held_out` give the posterior's mean, `example` what `data.posterior` says.
+    `train` and `held_out` give the posterior's mean. `example` gives the mean or a draw, by `data.posterior`.
     """
 
     by_path = True
@@ -123,7 +124,7 @@ class LatentSource(Source):
         self.folder, self.data, self.model = Path(data.source), complete(data), model
         index = read_latents_index(self.folder)
         self.classes: tuple[str, ...] = tuple(index["classes"])
-        self.digest = digest_values("latents", index["classes"], index["shards"])  # with the SHA-256 of each
+        self.digest = digest_values("latents", index["classes"], index["shards"])  # shards have their SHA-256
         made = index["made"]
         if made["dtype"] not in STORED:
             raise UserError(f"{truncate(self.folder / LATENTS_INDEX)}: latents are {', '.join(STORED)}; encode again")
@@ -151,7 +152,7 @@ class LatentSource(Source):
         return is_index(source)
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """The arrays of one file; UserError where they are not those of the index."""
+        """The arrays of one file; UserError when they do not match the index."""
         path, count = self.folder / shard["file"], shard["count"]
         arrays = open_shard(path)
         channels, height, width = made["shape"]
@@ -164,7 +165,7 @@ class LatentSource(Source):
         for name, form in wanted.items():
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != form:
                 raise UserError(
-                    f"{truncate(path)} does not hold the {name!r} that {LATENTS_INDEX} speaks of: encode again"
+                    f"{truncate(path)} does not hold the {name!r} that {LATENTS_INDEX} describes: encode again"
                 )
         return arrays
 
@@ -172,7 +173,7 @@ class LatentSource(Source):
         return LatentSource, (self.data, self.model)  # a worker maps the files itself
 
     def _tables(self, dtype: str) -> None:
-        """Of 16-bit numbers there are 65,536: what becomes of each is looked up, for each channel or for all."""
+        """Tables of normalised means and deviations for all 65,536 16-bit numbers, one or one per channel."""
         constants = []
         for name in ("latent_mean", "latent_scale"):
             numbers = getattr(self.data, name)
@@ -200,22 +201,16 @@ class LatentSource(Source):
     def _split(self) -> None:
         families = np.concatenate([shard["family"] for shard in self.shards])
         labels = np.concatenate([shard["label"] for shard in self.shards])
-        # The exact integer, so that an image and its latent are on the same side.
+        # The exact integer, so that an image and its latent are on the same side of the split.
         held = families < np.uint64(math.ceil(self.data.held_out * 2**64))
-        self._train, self._held = np.flatnonzero(~held), np.flatnonzero(held)
-        if not len(self._train) or (self.data.held_out and not len(self._held)):
-            raise UserError(
-                f"data.held_out={self.data.held_out} leaves {len(self._train)} training and {len(self._held)} held-out "
-                f"images of {self.folder}: change it (0: none held out)"
-            )
+        check_split(int((~held).sum()), int(held.sum()), self.data.held_out, str(self.folder))
         if not 0 <= labels.min() <= labels.max() < len(self.classes):
             raise UserError(
                 f"labels of {truncate(self.folder)} must be from 0 to {len(self.classes) - 1}: "
                 f"got {labels.min()} to {labels.max()}; encode again"
             )
         self._labels = labels if self.model.num_classes else np.zeros_like(labels)
-        self.train_size, self.held_out_size = len(self._train), len(self._held)
-        self.labels = self._labels[self._train]
+        self._set_split(np.flatnonzero(~held), np.flatnonzero(held), self._labels)
 
     def _find(self, position: int, which: str) -> NDArray[Any]:
         shard, row = divmod(position, self.size)
@@ -228,16 +223,8 @@ class LatentSource(Source):
         mean = self._find(position, "moments")[: self.model.channels]
         return self._mean_of(mean), int(self._labels[position])
 
-    def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`: the posterior's mean."""
-        return self._image(int(self._train[index]))
-
-    def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`: the posterior's mean."""
-        return self._image(int(self._held[index]))
-
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
-        """Training image `index`, or the encoding of its mirror image: the posterior's mean, or drawn from it."""
+        """Training image `index` or its mirror image: the mean of its posterior, or a draw."""
         position, channels = int(self._train[index]), self.model.channels
         moments = self._find(position, "flipped" if flip else "moments")
         latent = self._mean_of(moments[:channels])

@@ -1,8 +1,8 @@
-"""`mosaic`: endless procedural images whose layout and fine texture are known exactly.
+"""`mosaic`: endless procedural images with exactly known layout and fine texture.
 
 Each image is a background and one to three large shapes of one kind (the global layout), each region
 filled with a sinusoidal texture of known period, direction, contrast and colours (the local detail).
-A sinusoid of period above 2 pixels is band-limited: it is drawn exactly, with nothing to alias.
+A sinusoid of period above 2 pixels is band-limited: it is sampled without aliasing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HELD_OUT = 512
 
 @dataclass(frozen=True)
 class Region:
-    """One region's truth; lengths in pixels, angles in radians, colours in [-1, 1]."""
+    """Parameters of one region; lengths in pixels, angles in radians, colours in [-1, 1]."""
 
     centre: tuple[float, float]  # y, x
     radius: float  # half the extent; the background's is infinite
@@ -40,7 +40,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Truth:
-    """What image number `index` is made of; later regions lie over earlier ones, the first is the background."""
+    """Parameters of image number `index`; the first region is the background, later ones cover earlier ones."""
 
     index: int
     label: int
@@ -83,7 +83,7 @@ class Mosaic:
         return Truth(index, label, layout, texture, tuple(regions))
 
     def mask(self, truth: Truth, region: Region) -> Array:
-        """Coverage (H, W) in [0, 1] of one region before others cover it; edges are one pixel wide."""
+        """Coverage (H, W) in [0, 1] of one region, before later ones cover it; edges are one pixel wide."""
         dy, dx = self.y - region.centre[0], self.x - region.centre[1]
         along = dx * np.cos(region.tilt) + dy * np.sin(region.tilt)
         across = dy * np.cos(region.tilt) - dx * np.sin(region.tilt)
@@ -109,7 +109,7 @@ class Mosaic:
 
 
 class MosaicSource(Source):
-    """The images as a source; held-out ones are the first, which no training index reaches."""
+    """The images as a source; the first HELD_OUT are held out, training images follow."""
 
     classes = CLASSES
     train_size = None
@@ -123,7 +123,7 @@ class MosaicSource(Source):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether it is the name."""
+        """Whether `source` is the kind's name."""
         return source == name
 
     def train(self, index: int) -> tuple[Array, int]:

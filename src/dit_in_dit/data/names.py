@@ -1,4 +1,4 @@
-"""What the names of files say: which are images, which class each is of, and what would be lost."""
+"""File names: which are images, their classes, and checks that no class is lost."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),
     *(".bmp", ".tif", ".tiff", ".gif", ".avif"),
 )
-HIDDEN = re.compile(  # what file managers and file systems leave behind: a part of the path that is one of these
+HIDDEN = re.compile(  # paths with a part that file managers or file systems leave behind
     r"(^|/)(\.[^/]*|__MACOSX|lost\+found|System Volume Information|\$RECYCLE\.BIN|@eaDir|#recycle"
     r"|(eh)?thumbs\.db|desktop\.ini|Icon\r)(/|$)",
     re.IGNORECASE,
 )
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-MOST_LINKS = 40  # from link to link, as Linux follows them
+MOST_LINKS = 40  # in a chain of links, as on Linux
 
 
 def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
-    """A clause on what is not read: how much of it, and two examples."""
+    """A clause on things that are not read: their number and two examples."""
     return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
 
 
 def tidy(name: str) -> str:
-    """A member's name from the root of its archive, without parts that say nothing; a folder's keeps its `/`."""
+    """A member's name from the root of its archive, without empty parts and `.`; a folder keeps its final `/`."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "/".join(parts) + "/" * (name.endswith("/") and bool(parts))
 
 
 def wrapper(names: Iterable[str]) -> list[str]:
-    """The folders that wrap all class folders."""
+    """The folders, from the root, that contain all class folders."""
     paths = [name.split("/")[:-1] for name in names]
     depth = 0
     while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):
@@ -42,15 +42,15 @@ def wrapper(names: Iterable[str]) -> list[str]:
 
 
 def class_folders(names: list[str]) -> list[str]:
-    """The class folder of each image: its first, below a folder that wraps everything; `images` for none."""
+    """The class folder of each image: its first folder below the wrapper; `images` without one."""
     depth = len(wrapper(names))
     paths = [name.split("/")[depth:-1] for name in names]
     return [path[0] if path else "images" for path in paths]
 
 
 def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
-    """The classes in the order of their names, and the label of each image. Two normal forms of a name, as macOS and
-    others write it, are one class, sorted and shown by its first spelling."""
+    """The classes, sorted by name, and the label of each image. Unicode normal forms of one name (macOS writes NFD) are
+    one class, sorted and shown by the first spelling."""
     first: dict[str, str] = {}
     for folder in sorted(set(folders)):
         first.setdefault(unicodedata.normalize("NFC", folder), folder)
@@ -62,13 +62,16 @@ def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
 def check_class_names(
     images: list[str], others: Iterable[str], place: str, *, packed: bool, linked: Container[str] = ()
 ) -> None:
-    """UserError when the classes of `place` would not be those that a person sees there: they are splits, have a name
-    that cannot be printed, or a folder beside them has no image, so that later classes would move up.
+    """Check that the classes of `place` are the folders that a person sees there.
 
     Args:
         others: all other names; those of folders end with `/`.
-        packed: `place` is an archive, into which no path leads.
-        linked: those of the folders that are links, which nobody follows.
+        packed: whether `place` is an archive, which has to be unpacked to name a folder in it.
+        linked: folders that are links, which are not followed.
+
+    Raises:
+        UserError: the classes are splits, a name cannot be printed, or a folder beside them has no image: without an
+            error, the numbers of later classes would move up.
     """
     wrapped = wrapper(images)
     depth = len(wrapped)
@@ -95,7 +98,7 @@ def check_class_names(
             )
         if not example:
             raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")
-        if classes:  # else the images are of no class, and the folder is none
+        if classes:  # else the images have no class folders
             raise UserError(
                 f"class folder {shown} holds {truncate(example, 30)}, but no image of a kind that is read: "
                 "convert it, or move the folder away (later classes would move up)"
@@ -103,7 +106,7 @@ def check_class_names(
 
 
 def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
-    """UserError when two or more of the classes in `place` are splits of a data set: one of them is meant."""
+    """UserError when two or more of the classes in `place` are splits of a data set: the user means one of them."""
     splits = sorted(name for name in classes if name.lower() in SPLIT_NAMES)
     if len({name.lower() for name in splits}) > 1:
         ways = " or ".join(truncate(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
@@ -111,11 +114,10 @@ def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}",
 
 
 def follow(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
-    """Where the links of an archive lead: to a file, to a folder (with a `/` at its end), or to `` where that is no
-    member.
+    """Resolve the links of an archive: link -> a file, a folder (with a final `/`), or `` when the end is no member.
 
     Args:
-        links: the member that each names, which may be a link or lie in a linked folder.
+        links: link -> the name that it points to, which may be a link or lie in a linked folder.
     """
     if not links:
         return {}
@@ -140,7 +142,7 @@ def _end(name: str, known: Mapping[str, str], links: Mapping[str, str]) -> str:
 
 
 def link_target(name: str, target: str) -> str:
-    """Where a symbolic link leads, from the root of the archive; `` for a place out of it."""
+    """The target of a symbolic link, from the root of the archive; `` when it is outside."""
     parts = name.split("/")[:-1]
     if target.startswith("/"):
         return ""

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels of a wanted size; a file that lies, or is too large, is an error."""
+"""Decode image files to pixels of a given size; a damaged or oversized file is an error."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 Seen = TypeVar("Seen")
 Array = NDArray[np.float32]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()))
-ONE_FRAME = ("TIFF", "GIF", "AVIF")  # refused with several; of PNG and WebP the first was always taken
-IN_MEMORY = 2**30  # sources whose decoded pixels fit in this many bytes are decoded once, when opened
-MOST_PIXELS = 2**26  # of an image: 8192x8192, which takes 0.8 GB at most while it is drawn on white
-MOST_BYTES = 2**28  # of its file: four for each of its pixels
-UNREADABLE = (  # what Pillow and zipfile raise on damaged, encrypted or oversized files
+ONE_FRAME = ("TIFF", "GIF", "AVIF")  # refused with several frames; of PNG and WebP the first is used
+IN_MEMORY = 2**30  # bytes of decoded pixels up to which a source is decoded once, at opening
+MOST_PIXELS = 2**26  # of an image: 8192x8192, at most 0.8 GB while it is composited on white
+MOST_BYTES = 2**28  # of an image file: four per pixel
+UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversized files
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, struct.error),
     *(LookupError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile, Image.DecompressionBombError),
 )
 
 
 def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
-    """What `look` makes of the image in a file; one of UNREADABLE when it cannot be decoded or is too large.
+    """`look` applied to the image in a file; one of UNREADABLE when it cannot be decoded or is too large.
 
-    An image of more than MOST_PIXELS is refused by its header. Pillow's own limit is higher, only warns at first, and
-    may have been switched off.
+    An image of more than MOST_PIXELS is refused by its header. Pillow's own limit is higher, warns before it refuses,
+    and can be switched off.
     """
     if len(content) > MOST_BYTES:
         raise ValueError(f"{len(content)} bytes, more than {MOST_BYTES}")
-    with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd metadata and of its limit
+    with warnings.catch_warnings(action="ignore"):  # of Pillow, on odd metadata and its limit
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
@@ -49,7 +49,7 @@ def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
             if content[4:12] == b"ftypavif":
                 raise ValueError("AVIF, which this Pillow does not read: install a newer one") from None
             raise ValueError("not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image") from None
-        except Image.DecompressionBombError:  # beyond twice Pillow's limit the header is not shown
+        except Image.DecompressionBombError:  # above twice Pillow's limit, which hides the header
             raise ValueError(f"more than {MOST_PIXELS} pixels") from None
 
 
@@ -57,13 +57,13 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
     twice too large, then bicubic to cover the target, then crop the centre.
 
-    Before that, an image becomes what a viewer shows of it, in 8 bits: turned as its EXIF orientation says (ADM leaves
-    it lying); its first frame (of PNG and WebP: look_at refuses others); transparency (RGBA, LA, PA, a transparent
-    colour) on white; 1, P, CMYK and YCbCr by Pillow's conversion. 16-bit grey v (mode I;16, and I, as which some
-    Pillows read it) becomes v // 257.
+    Before that, an image is converted to 8 bits as a viewer shows it: rotated by its EXIF orientation (ADM ignores it);
+    the first frame (of PNG and WebP: look_at refuses others); transparency (RGBA, LA, PA, a transparent colour) on
+    white; 1, P, CMYK and YCbCr by Pillow's conversion. 16-bit grey v (mode I;16, or I in some versions of Pillow)
+    becomes v // 257.
 
     Raises:
-        ValueError: mode F, or values of mode I beyond 16 bits: nothing says what is white.
+        ValueError: mode F, or values of mode I beyond 16 bits: their white is undefined.
     """
     image = _eight_bits(upright(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -74,7 +74,7 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
-    across, down = min(image.width, width / scale), min(image.height, height / scale)  # what stays in view
+    across, down = min(image.width, width / scale), min(image.height, height / scale)  # the crop
     left, top = (image.width - across) / 2, (image.height - down) / 2
     if (across, down) == size[::-1]:
         left, top = int(left), int(top)  # no resize: whole pixels
@@ -84,7 +84,7 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; metadata that cannot be read says nothing."""
+    """The image rotated by its EXIF orientation; unreadable metadata is ignored."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except UNREADABLE:
@@ -92,7 +92,7 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-_TURNS = {  # EXIF orientation -> what undoes it
+_TURNS = {  # EXIF orientation -> its inverse
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -104,9 +104,9 @@ _TURNS = {  # EXIF orientation -> what undoes it
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey images of more bits in 8; others as they are."""
+    """Grey images of more than 8 bits reduced to 8; others unchanged."""
     if image.mode == "F":
-        raise ValueError("floats, with nothing that says what is white: convert it to 8 bits")
+        raise ValueError("floats, whose white is undefined: convert it to 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, np.int32)

@@ -1,4 +1,4 @@
-"""The data of a run: noted with its checkpoints, found where they are now, and compared."""
+"""The data of a run: recorded with its checkpoints, located again, and compared by digest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import check_source, open_source, path_in, source_kind
+from dit_in_dit.data.source_checks import check_opened
+from dit_in_dit.data.sources import check_class_count, open_source, path_in, source_kind
 from dit_in_dit.runs import checkpoint
 
-OBJECT = "object:"  # before the class of a source that was given to train()
+OBJECT = "object:"  # prefix of the class of a source given to train()
 
 
 def class_name(thing: object) -> str:
@@ -24,11 +25,12 @@ def class_name(thing: object) -> str:
 def find_source(
     config: RunConfig, given: str | Source | None, noted: Mapping[str, str] | None
 ) -> tuple[Source, dict[str, str]]:
-    """The images to train on, and their record: those given, or else where the config or a checkpoint's record has
-    them."""
+    """The images to train on and their record: a given source or place, else the place of the config or of a
+    checkpoint's record."""
     if isinstance(given, Source):
         place = f"{OBJECT}{class_name(given)}"
-        check_source(given, place, config.model)
+        check_opened(given, config.model)
+        check_class_count(given, place, config.model)
         return given, {"digest": given.digest, "place": place}
     data = replace(config.data, source=given) if given else locate(config.data, noted)
     source = open_source(data, config.model)
@@ -36,10 +38,10 @@ def find_source(
 
 
 def open_source_of(run: Path, config: RunConfig) -> Source:
-    """The data of a run, where they are now.
+    """The data of a run, at their current place.
 
     Raises:
-        UserError: they cannot be opened, or are no longer those that it was trained on.
+        UserError: they cannot be opened, or have changed since the run was trained on them.
     """
     noted = checkpoint.noted_data(run)
     data = locate(config.data, noted)
@@ -58,7 +60,7 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
 
 
 def data_record(source: Source, data: DataConfig) -> dict[str, str]:
-    """What a checkpoint notes of its images: their digest, and the place where they are from any working folder."""
+    """A checkpoint's record of its images: their digest, and their place with an absolute path."""
     place, path = data.source, path_in(data.source)
     if _is_here(place):
         place = place.removesuffix(path) + os.path.abspath(path)
@@ -66,8 +68,8 @@ def data_record(source: Source, data: DataConfig) -> dict[str, str]:
 
 
 def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
-    """The data where they are: where `noted`, the record of a checkpoint, says that they were, if the config has a
-    relative path that this working folder lacks, or if they are of another named kind than the config says."""
+    """The data with the place of `noted`, a checkpoint's record, if the config's relative path does not exist in this
+    working folder, or if the record has another named kind than the config."""
     if not noted:
         return data
     place, kind = noted["place"], noted["place"].partition(":")[0]
@@ -78,10 +80,10 @@ def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
 
 
 def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
-    """Compare the record of a run's data with that of its checkpoint; a checkpoint without one is not compared.
+    """Compare the record of a run's data with its checkpoint's, if the checkpoint has one.
 
     Raises:
-        UserError: the images are not those that `what` was trained on.
+        UserError: the images have changed since `what` was trained on them.
     """
     if noted and data["digest"] != noted["digest"]:
         raise UserError(
@@ -91,7 +93,7 @@ def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, wh
 
 
 def _is_here(source: str) -> bool:
-    """Whether this working folder has the path that a source names."""
+    """Whether the path in a `data.source` exists from this working folder."""
     path = path_in(source)
     if not path or Path(path).exists():
         return bool(path)

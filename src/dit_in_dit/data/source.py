@@ -8,19 +8,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.picture import Array
+from dit_in_dit.data.source_checks import check_opened
 
-Stream = Callable[[], np.random.Generator]  # a training example's own random numbers, made when they are asked for
+Stream = Callable[[], np.random.Generator]  # makes the generator of a training example's random numbers
 
 
 class Source(ABC):
     """Numbered images (C, H, W), float32 in [-1, 1] (or latents as stored), with labels.
 
-    A source of one's own has a constructor `(data, model)`, `classes`, `train_size`, `digest` and `train`:
+    A user's source has a constructor `(data, model)`, `classes`, `train_size`, `digest` and `train`:
 
         class Dots(Source):
             classes, train_size, digest = ("few", "many"), 1000, "dots 1"
@@ -33,15 +34,15 @@ class Source(ABC):
                 return np.full(self.shape, index / 1000, np.float32), index % 2
 
     `dit_in_dit.register("source", "dots", Dots)` makes `data.source` take `dots` and `dots:REST`; `train(data=...)`
-    takes an instance.
+    takes an instance. Both are checked (source_checks).
 
     Attributes:
-        classes: their names, in label order.
-        train_size: number of training images; None: endless, any index below 2^62.
+        classes: names of the classes, in label order.
+        train_size: number of training images; at least 1; None: endless, any index below 2^62.
         held_out_size: number of held-out images.
-        skipped: files left out because they cannot be read.
-        notes: what else is there and is not read, each a clause of one line.
-        by_path: whether the kind is recognised by what lies at a path; such kinds are asked after those with a name.
+        skipped: unreadable files that were left out.
+        notes: other things that are not read, a clause of one line each.
+        by_path: whether the kind is recognised by the file or folder at a path; kinds with a name are tried first.
     """
 
     classes: tuple[str, ...]
@@ -53,32 +54,37 @@ class Source(ABC):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether `data.source` is of this kind, which SOURCES has under `name`."""
+        """Whether `data.source` is of this kind, whose name in SOURCES is `name`."""
         return source == name or source.startswith(f"{name}:")
 
     @classmethod
     def open(cls, data: DataConfig, model: ModelConfig) -> Source:
-        """The source at the model's size; UserError when it is missing, empty or does not fit."""
-        return cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
+        """The source at the model's size; UserError when it is missing, empty or does not fit the model.
+
+        A user's class is checked here (check_opened): an override has to do the same.
+        """
+        source = cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
+        check_opened(source, model)
+        return source
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
-        """Classes that the labels speak of; 0: none, or known only once the source is open."""
+        """Number of classes, read from the labels; 0: none, or known only once the source is open."""
         return 0
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:
-        """Height, width and channels (1 or 3) that all images have as they are stored; UserError where they differ."""
+        """Height, width and channels (1 or 3) of the stored images; UserError when they differ."""
         raise UserError(f"{truncate(path, 60)} has no size of its own: give a folder, .zip, .npz or .npy of images")
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the images, at best the SHA-256 of what they are: a run resumes on the same one alone."""
+        """Identity of the images, best the SHA-256 of their content: a run resumes only with the same digest."""
         raise UserError(f"{type(self).__name__} has no digest: give the class a text that identifies its images")
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Labels of the training images; of an endless source, one of each class."""
+        """Labels of the training images; for an endless source, one of each class."""
         if self.train_size is None:
             return np.arange(len(self.classes))
         return np.array([self.train(index)[1] for index in range(self.train_size)], np.int64)
@@ -92,10 +98,32 @@ class Source(ABC):
         raise IndexError(f"no held-out image {index}: held_out_size is {self.held_out_size}")
 
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
-        """Training image `index` or its mirror image as one training example shows it, and its label.
+        """Training image `index`, or its mirror image, as used in one training example, and its label.
 
-        All that is random (a crop, a posterior) must come from `stream`, which depends on the run's seed and the
-        example's number alone: then a resumed run sees the same bits.
+        Draw everything random (a crop, a posterior) from `stream`, which depends on the run's seed and the example's
+        number alone: a resumed run then sees the same bits.
         """
         image, label = self.train(index)
         return image[..., ::-1] if flip else image, label
+
+
+class SplitSource(Source):
+    """A source of images by position, split into training and held-out ones."""
+
+    def _set_split(self, train: ArrayLike, held_out: ArrayLike, labels: ArrayLike) -> None:
+        """Set the attributes of `Source`, from the positions of both parts and the label of every position."""
+        self._train, self._held = np.asarray(train, np.int64), np.asarray(held_out, np.int64)
+        self.train_size, self.held_out_size = len(self._train), len(self._held)
+        self.labels = np.asarray(labels, np.int64)[self._train]
+
+    @abstractmethod
+    def _image(self, position: int) -> tuple[Array, int]:
+        """The image at a position and its label."""
+
+    def train(self, index: int) -> tuple[Array, int]:
+        """Training image `index` and its label."""
+        return self._image(int(self._train[index]))
+
+    def held_out(self, index: int) -> tuple[Array, int]:
+        """Held-out image `index` and its label."""
+        return self._image(int(self._held[index]))

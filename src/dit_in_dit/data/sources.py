@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
-
 from dit_in_dit.config.errors import LeftOutWarning, UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.arrays import ArraySource
@@ -75,14 +73,6 @@ def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
         raise UserError(
             f"model.num_classes must be what the data has: got {model.num_classes}, {place} has {len(source.classes)}"
         )
-
-
-def check_source(source: Source, place: str, model: ModelConfig) -> None:
-    """UserError when a source's classes or its first image are not what the model takes."""
-    check_class_count(source, place, model)
-    image, shape = source.train(0)[0], (model.channels, *model.image_size)
-    if image.shape != shape or image.dtype != np.float32:
-        raise UserError(f"{place} must give float32 images {list(shape)}: got {image.dtype} {list(image.shape)}")
 
 
 def count_classes(data: DataConfig) -> int:

@@ -1,4 +1,4 @@
-"""Where the images of a tar file lie: its index, which is made once and kept beside it."""
+"""The index of a tar file: offsets of its images, computed once and stored beside the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_in_dit.runs import atomic
 VERSION = 3  # of the index files
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 2**20  # bytes of zeros at a time
-TAR_INDEX = ".index.json"  # behind a shard's name
+TAR_INDEX = ".index.json"  # suffix of a shard's name
 FORM = {
     **{"images": [list], "labels": dict, "others": int, "examples": [str]},
     **{"folders": [str], "linked": [str], "trailing": int},
@@ -26,23 +26,27 @@ FORM = {
 
 
 def example_key(name: str) -> str:
-    """What the files of one example share: the name up to the first dot after the last slash."""
+    """The key that the files of one example share: the name up to the first dot after the last slash."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.split(".", 1)[0]
 
 
 def extension(name: str) -> str:
-    """The rest."""
+    """The name after the first dot that follows the last slash, in lower case."""
     return PurePosixPath(name).name.partition(".")[2].lower()
 
 
 def read_tar_index(shard: Path) -> dict[str, Any]:
-    """Where a shard's images lie: {images: [[name, offset, size]], labels: {key: number}}, offset -1 for one that
-    cannot be read in place; what else there is: {others: how many, examples, folders, linked: folders that are links},
-    and how many bytes follow the end mark that are no tar: {trailing}.
+    """The index of a shard, stored beside it, or in the user's cache where the folder is read-only.
 
-    Kept beside the shard, or in the user's cache where nothing can be written there; made again when the shard's size
-    or time of change is another.
+    The index is computed again when the shard's size or modification time has changed.
+
+    Returns:
+        images: [[name, offset, size]]; offset -1 for an image that cannot be read in place.
+        labels: {key of an example: number}.
+        others, examples: number of other members, and two of their names.
+        folders, linked: folders, and those of them that are links.
+        trailing: bytes after the end mark that are no tar.
     """
     state = shard.stat()
     identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
@@ -52,21 +56,21 @@ def read_tar_index(shard: Path) -> dict[str, Any]:
         cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json",
     )
     for place in places:
-        with suppress(UserError):  # none yet, or torn: made below
+        with suppress(UserError):  # none yet, or truncated: computed below
             index = read_json(place)
             if {name: index.get(name) for name in identity} == identity and _is_index(index, state.st_size):
                 return index
-    made = {**identity, **_walk(shard, state.st_size)}
+    index = {**identity, **_walk(shard, state.st_size)}
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_atomic(place, json.dumps(made))
+            atomic.write_atomic(place, json.dumps(index))
             break
-    return made
+    return index
 
 
 def _is_index(index: dict[str, Any], length: int) -> bool:
-    """Whether a file beside a shard of `length` bytes holds what `_walk` gives."""
+    """Whether a stored index has the form of `_walk`'s, for a shard of `length` bytes."""
     return (
         has_form(index, FORM)
         and has_form(list(index["labels"].values()), [int])
@@ -76,10 +80,10 @@ def _is_index(index: dict[str, Any], length: int) -> bool:
 
 
 def _walk(shard: Path, length: int) -> dict[str, Any]:
-    """The index of a tar file, from its headers; UserError when it is not one, or not whole.
+    """The index of a tar file, from its headers; UserError when it is no tar file or is truncated.
 
-    A file may be several, one after another (`cat a.tar b.tar`). Of members with one name the last counts, as for
-    those who unpack them. What follows an end mark and begins with no tar header is counted and not read.
+    A file may hold several archives, one after another (`cat a.tar b.tar`). Of members with one name the last counts,
+    as when the file is unpacked. Bytes after an end mark without a tar header are counted, not read.
     """
     members = _Members()
     try:
@@ -90,12 +94,12 @@ def _walk(shard: Path, length: int) -> dict[str, Any]:
             return {**members.index(file, shard), "trailing": length - start}
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.source: {truncate(shard, 60)} is not a plain .tar: {truncate(error, 70)}; unpack or mend it"
+            f"data.source: {truncate(shard, 60)} is not a plain .tar: {truncate(error, 70)}; unpack or fix it"
         ) from None
 
 
 def _skip_zeros(file: BinaryIO, end: int, length: int) -> int:
-    """Where the next archive in a file begins, past the zeros that end one at `end`; the file's length for none."""
+    """Offset of the next archive in a file, after the zeros from `end` on; the file's length if there is none."""
     for start in range(end, length, CHUNK):
         file.seek(start)
         chunk = file.read(CHUNK)
@@ -105,7 +109,7 @@ def _skip_zeros(file: BinaryIO, end: int, length: int) -> int:
 
 
 def _is_header(file: BinaryIO, start: int) -> bool:
-    """Whether a member, and so an archive, begins at `start`."""
+    """Whether a tar header, and so an archive, begins at `start`."""
     file.seek(start)
     try:
         tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
@@ -115,7 +119,7 @@ def _is_header(file: BinaryIO, start: int) -> bool:
 
 
 class _Members:
-    """The members of archives in one file: where files lie, what links name."""
+    """The members of all archives in one file: offsets of files, targets of links."""
 
     def __init__(self) -> None:
         self.files: dict[str, tuple[int, int]] = {}  # offset (-1 for links and what cannot be read in place) and size
@@ -124,7 +128,7 @@ class _Members:
         self.twice: list[str] = []
 
     def read(self, file: BinaryIO, start: int, shard: Path) -> int:
-        """Take in the archive that begins at `start`; its end. UserError when it is cut off."""
+        """Read the archive that begins at `start` and return its end; UserError when it is truncated."""
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -133,8 +137,8 @@ class _Members:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):
             raise UserError(
-                f"data.source: {truncate(shard, 60)} is cut off: at byte {end} is neither a member nor a tar's end "
-                "mark; get it again"
+                f"data.source: {truncate(shard, 60)} is truncated: at byte {end} is neither a member nor a tar's end "
+                "mark; download it again"
             )
         return end
 
@@ -157,7 +161,7 @@ class _Members:
             self.links[name] = link_target(name, member.linkname)
 
     def index(self, file: BinaryIO, shard: Path) -> dict[str, Any]:
-        """What `read_tar_index` gives, links resolved."""
+        """The index (see read_tar_index) with links resolved."""
         ends = follow(self.links, self.files.keys() - self.links.keys())
         linked = []
         for name, end in ends.items():
@@ -184,7 +188,7 @@ class _Members:
 
 
 def _label(file: BinaryIO, place: tuple[int, int], shard: Path, name: str) -> int:
-    """The number in a `.cls`."""
+    """The number in a `.cls` file."""
     offset, size = place
     text = os.pread(file.fileno(), min(size, 32), max(offset, 0)).decode("ascii").strip()
     if not text.isdecimal():

@@ -1,4 +1,4 @@
-"""Images in tar files (WebDataset's shards), each read where it lies: image number i needs no pass over the others."""
+"""Images in tar files (WebDataset shards), read in place: image number i needs no pass over the others."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from dit_in_dit.data.picture import MOST_BYTES
 from dit_in_dit.data.tar_index import TAR_INDEX, example_key, extension, read_tar_index
 
 MOST_SHARDS = 100_000
-PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # are not read
+PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # not read
 
 
 def find(source: str) -> tuple[list[Path], list[str]]:
-    """The shards that a source names, in order, and other files beside them; none when it names something else.
+    """The shards that a source names, in order, and other files beside them; both empty for another kind of source.
 
-    `shards/train-{0000..0146}.tar` (all must be there), `shards/train-*.tar`, one `.tar`, or a folder with nothing
-    but `.tar` files and what belongs to them.
+    A source of shards is `shards/train-{0000..0146}.tar` (all must exist), `shards/train-*.tar`, one `.tar`, or a
+    folder with only `.tar` files, their indices and files that are no images.
 
     Raises:
-        UserError: a shard is missing or packed in another way, or the shards of a folder are those of several splits.
+        UserError: a shard is missing or compressed, or the shards of a folder belong to several splits.
     """
     path = Path(source)
     if path.is_dir():
-        inside = sorted(found for found in path.iterdir() if not HIDDEN.search(found.name))
-        shards = [found for found in inside if found.suffix.lower() == ".tar"]
-        if not shards or any(found.is_dir() or found.name.lower().endswith(SUFFIXES) for found in inside):
+        inside = sorted(file for file in path.iterdir() if not HIDDEN.search(file.name))
+        shards = [file for file in inside if file.suffix.lower() == ".tar"]
+        if not shards or any(file.is_dir() or file.name.lower().endswith(SUFFIXES) for file in inside):
             return [], []
-        if packed := next((found.name for found in inside if PACKED.search(found.name)), None):
+        if packed := next((file.name for file in inside if PACKED.search(file.name)), None):
             raise UserError(
                 f"data.source: {truncate(packed, 40)} lies among the .tar files of {truncate(path, 50)}: "
                 "unpack it to a plain .tar, or move it away"
             )
         _refuse_splits(shards, path)
-        return shards, [found.name for found in inside if not found.name.lower().endswith((".tar", f".tar{TAR_INDEX}"))]
+        return shards, [file.name for file in inside if not file.name.lower().endswith((".tar", f".tar{TAR_INDEX}"))]
     if not source.endswith(".tar"):
         return [], []
     if numbers := re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source):
@@ -68,22 +68,22 @@ def find(source: str) -> tuple[list[Path], list[str]]:
 
 
 def _refuse_splits(shards: list[Path], folder: Path) -> None:
-    """UserError when a folder holds `train-0000.tar` beside `val-0000.tar` and the like."""
+    """UserError when a folder holds shards of several splits, such as `train-0000.tar` and `val-0000.tar`."""
     words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
     first = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
     refuse_splits(first, str(folder), "name one, {}", "*{}*.tar")
 
 
 class TarFiles(ImageFiles):
-    """The images of tar files, in the order of the files and within them.
+    """The images of tar files, in the order of the shards and of their members.
 
-    The label of `a/b.jpg` is the number in `a/b.cls`; where no shard has a `.cls`, its class is its folder, and where
-    there is no folder either, its shard (as in ImageNet's own archives, one per class). Its family is its
-    name up to the first `~`, as that of a file in a folder.
+    The label of `a/b.jpg` is the number in `a/b.cls`. If no shard has a `.cls`, the class is the image's folder;
+    without folders it is the shard, as in ImageNet's own archives, one per class. The family is the file's name up to
+    the first `~`.
     """
 
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
-        """`beside` names files that lie beside the shards and are not read."""
+        """`beside`: names of files beside the shards that are not read."""
         self.path, self.num_classes = Path(source), num_classes
         self.notes = [left_out_clause(len(beside), beside, "files beside the shards")] if beside else []
         self._places: dict[str, tuple[Path, int, int]] = {}
@@ -102,7 +102,7 @@ class TarFiles(ImageFiles):
             folders += [f"{shard.name}/{name}" for name in index["folders"]]
             self._linked |= set(index["linked"])
             trailing |= {shard.name: index["trailing"]} if index["trailing"] else {}
-        if self._labels:  # then `b.mask.png` is no image, but more about `b`
+        if self._labels:  # then `b.mask.png` is no image, but an annotation of `b`
             images = {name: place for name, place in self._places.items() if f".{extension(name)}" in SUFFIXES}
             more = [name for name in self._places if name not in images]
             others, examples, self._places = others + len(more), examples + more, images
@@ -117,7 +117,7 @@ class TarFiles(ImageFiles):
         self._check(folders, shards)
 
     def _check(self, folders: list[str], shards: list[Path]) -> None:
-        """UserError when a class, whether it is a label, a folder or a shard, has no image."""
+        """UserError when a class (a label, a folder or a shard) has no image."""
         if self._labels:
             keys = set(map(example_key, self.names))
             labels = {self._labels[key] for key in keys if key in self._labels}
@@ -138,36 +138,37 @@ class TarFiles(ImageFiles):
                 )
 
     def content(self, name: str) -> bytes:
-        """One image as it is stored; ValueError when it is too long, or lies in no one place."""
+        """The stored bytes of one image; ValueError when it is too large or not stored in one piece."""
         shard, offset, size = self._places[name]
         if offset < 0:
             raise ValueError("a link to nothing in its archive, or no plain file")
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
-        with shard.open("rb", buffering=0) as file:  # opened each time: workers share no position
+        with shard.open("rb", buffering=0) as file:  # opened each time: workers must not share a position
             return os.pread(file.fileno(), size, offset)
 
     def inside(self) -> list[str]:
-        """The names, with those of their shards."""
+        """The names, in order, each below its shard's."""
         return self.names
 
     def sizes(self) -> list[int]:
-        """The bytes of each image, in order."""
+        """The size of each image in bytes, in order."""
         return [size for _, _, size in self._places.values()]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the label and family of each of `names`."""
+        """The classes, and the labels and families of `names`."""
+        families = list(map(family, names))
         if not self._labels:
             inside = [name.split("/", 1)[1] for name in names]
             classes, numbers = number_classes(class_folders(inside if self._in_folders else names))
-            return tuple(name.removesuffix(".tar") for name in classes), numbers, families(names)
+            return tuple(name.removesuffix(".tar") for name in classes), numbers, families
         labels = []
         for name in names:
             key = example_key(name)
             if key not in self._labels:
                 raise UserError(f"{self.path}: {name[:80]} has no .cls beside it, as others have")
             labels.append(self._labels[key])
-        return label_names(labels, self.num_classes, str(self.path)), labels, families(names)
+        return label_names(labels, self.num_classes, str(self.path)), labels, families
 
 
 class TarSource(ImageSource):
@@ -175,15 +176,10 @@ class TarSource(ImageSource):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether it names shards; UserError where some of them are missing."""
+        """Whether `source` names shards; UserError when a shard is missing."""
         return bool(find(source)[0])
 
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
         """The members of all shards."""
         shards, beside = find(data.source)
         return TarFiles(data.source, shards, num_classes, beside)
-
-
-def families(names: list[str]) -> list[str]:
-    """The family of each image."""
-    return [family(name) for name in names]

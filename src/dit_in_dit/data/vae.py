@@ -1,4 +1,4 @@
-"""VAEs of diffusers behind one face: AutoencoderKL, and such as give latents and no distribution of them."""
+"""VAEs of diffusers behind one interface: AutoencoderKL, and autoencoders without a posterior."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.latents import LOG_VARIANCE
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
-FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)  # of diffusers, at damaged files
-SD_SCALE = 0.18215  # Stable Diffusion's (Rombach et al. 2022), where a VAE names none
-WEIGHTS = "diffusion_pytorch_model"  # the name of a file of diffusers, before its variant
+# Errors of diffusers on damaged files.
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
+SD_SCALE = 0.18215  # of Stable Diffusion (Rombach et al. 2022), for a VAE without its own
+WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, before the variant
 
 
 def variant_of(folder: Path) -> str | None:
-    """The variant, such as fp16, of a folder that has no weights but these; None where it has others, or none.
+    """The only variant, such as fp16, of a folder's weights; None with weights of no variant, or without weights.
 
     Raises:
-        UserError: there are several, and nothing says which is meant.
+        UserError: there are several variants.
     """
     names = [path.name for path in folder.glob(f"{WEIGHTS}*")]
     single = (re.fullmatch(rf"{WEIGHTS}(?:\.(\w+))?\.(?:safetensors|bin)", name) for name in names)
@@ -38,17 +39,17 @@ def variant_of(folder: Path) -> str | None:
 
 
 def load_vae(name: str, device: torch.device) -> Any:
-    """A VAE, float32, from a folder or a Hub id: its own, or that of a pipeline that has it in `vae/`.
+    """A float32 VAE from a folder or a Hub id, of a VAE or of a pipeline with one in `vae/`.
 
     Raises:
-        UserError: it cannot be loaded, or is of a class that is not known.
+        UserError: it cannot be loaded, or its class is not in CLASSES.
     """
-    diffusers: Any = import_module("diffusers")  # here: it takes seconds
+    diffusers: Any = import_module("diffusers")  # imported here: it takes seconds
     problem = ""
     for inside in (None, "vae"):
         try:
             kind = diffusers.AutoencoderKL.load_config(name, subfolder=inside).get("_class_name", CLASSES[0])
-        except FAILURES as error:  # the first says what is missing
+        except FAILURES as error:  # report the first error
             problem = problem or _line(error)
             continue
         if kind in CLASSES:
@@ -58,7 +59,7 @@ def load_vae(name: str, device: torch.device) -> Any:
 
 
 def _load(kind: Any, name: str, inside: str | None) -> Any:
-    """A VAE of a class of diffusers; of a folder or repository that has its weights in float16 alone, these."""
+    """A VAE of a class of diffusers; its fp16 weights when a folder or repository has no others."""
     folder, problem = Path(name, inside or ""), ""
     for variant in (variant_of(folder),) if folder.is_dir() else (None, "fp16"):
         options = {"subfolder": inside, "variant": variant, "use_safetensors": True, "low_cpu_mem_usage": False}
@@ -74,8 +75,7 @@ def _line(error: Exception) -> str:
 
 
 def constants(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and scale that a VAE's config names for its latents, one of each or one a channel; Stable Diffusion's where
-    it names none."""
+    """Mean and scale of a VAE's latents by its config, one or one per channel; by default Stable Diffusion's."""
     config = vae.config
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
@@ -86,7 +86,7 @@ def constants(vae: Any) -> tuple[list[float], list[float]]:
 
 @torch.inference_mode()
 def factor(vae: Any) -> int:
-    """Pixels to a latent pixel, along a side. It is tried: every class has other words for it."""
+    """Pixels per latent pixel along a side, measured by decoding: each class names this differently."""
     side = 4
     images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
     return images.shape[-1] // side
@@ -103,8 +103,8 @@ def fingerprint(vae: Any) -> str:
 
 @torch.inference_mode()
 def posterior_moments(vae: Any, images: Tensor) -> Tensor:
-    """Mean and log variance (n, 2C, h, w) of the posterior, on the CPU, of images (n, 3, H, W) in [-1, 1]; of an
-    encoder without one, its latents and the smallest variance."""
+    """Mean and log variance (n, 2C, h, w) of the posterior, on the CPU, for images (n, 3, H, W) in [-1, 1]. An encoder
+    without a posterior gives its latents and the smallest variance."""
     encoded = vae.encode(images.to(vae.device))[0]
     if isinstance(encoded, Tensor):
         return torch.cat([encoded, torch.full_like(encoded, LOG_VARIANCE[0])], 1).cpu()

@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, how it was made and measured, as the run's own files say it."""
+"""The model card of an exported run: model, training, sampling and evaluation, from the run's own files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.templates import code, code_block, render
 
-EVALUATION = {  # of metrics.json, what a card reads
+EVALUATION = {  # the parts of metrics.json that a card reads
     "subject": {"checkpoint": str},
     "protocol": {"images": int, "samples": dict, "reference": {"data": str}},
     "scores": dict,
@@ -28,12 +28,12 @@ Rows = Mapping[str, object]
 
 
 def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
-    """The run's newest evaluation of the weights with this SHA-256; None where these were not evaluated."""
+    """The run's newest evaluation of the weights with this SHA-256; None without one."""
     for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
-        with suppress(UserError):  # half written, or of another tool
-            found = read_json(path)
-            if has_form(found, EVALUATION) and found["subject"]["checkpoint"] == weights:
-                return found
+        with suppress(UserError):  # incomplete, or of another tool
+            evaluation = read_json(path)
+            if has_form(evaluation, EVALUATION) and evaluation["subject"]["checkpoint"] == weights:
+                return evaluation
     return None
 
 
@@ -51,31 +51,24 @@ def card(
     picture: str | None = None,
     use: str | None = None,
 ) -> str:
-    """Markdown with YAML front matter as the Hub reads it.
+    """Markdown with YAML front matter for the Hub.
 
     Args:
         step: of the checkpoint.
-        parameters: their number.
-        evaluation: what `metrics.json` holds, of these weights.
+        parameters: number of parameters.
+        evaluation: content of `metrics.json` for these weights.
         weights: averaged or trained.
-        decoded: whether a VAE makes images of what is drawn.
+        decoded: whether a VAE decodes the samples.
         licence: the Hub's name of the weights' licence.
-        picture: an image beside the card.
-        use: how it is used, in Markdown that is not escaped; None: as a folder of diffusers.
+        picture: file name of an image beside the card.
+        use: section on usage, in Markdown that is not escaped; None: as a folder of diffusers.
     """
     model = config.model
-    front = {
-        "license": licence,
-        "library_name": "dit-in-dit" if use else "diffusers",  # whose classes load the folder
-        "pipeline_tag": "unconditional-image-generation",  # the Hub has no task for classes
-        "tags": ["dit-in-dit", "diffusion-transformer", "nested-transformer"]
-        + (["class-conditional"] if model.num_classes else []),
-    }
     public = {"data.source": _public(config.data.source), "data.vae": _public(config.data.vae)}
     return render(
         "interop",
         "card.md.j2",
-        front=Markup(yaml.safe_dump(front, sort_keys=False).rstrip()),
+        front=_front_matter(licence, "dit-in-dit" if use else "diffusers", labelled=bool(model.num_classes)),
         name=name,
         model=model,
         picture=picture,
@@ -92,8 +85,16 @@ def card(
     )
 
 
+def _front_matter(licence: str, library: str, *, labelled: bool) -> Markup:
+    """YAML of the Hub's keys; `library` names the package whose classes load the folder."""
+    tags = ["dit-in-dit", "diffusion-transformer", "nested-transformer"] + ["class-conditional"] * labelled
+    task = "unconditional-image-generation"  # the Hub has no task for classes
+    front = {"license": licence, "library_name": library, "pipeline_tag": task, "tags": tags}
+    return Markup(yaml.safe_dump(front, sort_keys=False).rstrip())
+
+
 def _public(name: str | None) -> str | None:
-    """A name without the place where it lies on one machine."""
+    """The last part of a local path; other names unchanged."""
     return Path(name).name if name and (Path(name).is_absolute() or Path(name).exists()) else name
 
 

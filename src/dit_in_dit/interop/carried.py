@@ -1,4 +1,4 @@
-"""The code that a saved folder carries, so that diffusers can load it where this package is not installed."""
+"""The code in a saved folder, with which diffusers loads it where this package is not installed."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dit_in_dit.interop.remote_code import PACKAGE, bundle
+from dit_in_dit.config.choices import PACKAGE
+from dit_in_dit.interop.remote_code import bundle
 
-# Classes that folders name, and where this package has them.
+# Classes that folders name, and their modules in this package.
 INSTALLED = {
     "DiTInDiTPipeline": f"{PACKAGE}.interop.pipeline",
     "DiTInDiTTransformer2DModel": f"{PACKAGE}.interop.transformer",
 }
 
 
-def code_of(made: type) -> tuple[str, str]:
-    """Name and text of the module that defines a class without the package.
+def code_of(cls: type) -> tuple[str, str]:
+    """Name and text of a module that defines a class without this package.
 
     The name has the text's hash: diffusers copies such modules of all folders into one place.
     """
-    if not made.__module__.startswith(f"{PACKAGE}."):  # it came with a folder: it goes with the next
-        path = Path(str(sys.modules[made.__module__].__file__))
+    if not cls.__module__.startswith(f"{PACKAGE}."):  # loaded from a folder's code: copy that code
+        path = Path(str(sys.modules[cls.__module__].__file__))
         return path.stem, path.read_text()
-    return _bundled(made.__module__, made.__name__)
+    return _bundled(cls.__module__, cls.__name__)
 
 
 @cache
@@ -36,10 +37,10 @@ def _bundled(module: str, name: str) -> tuple[str, str]:
 
 
 def installed(config: dict[str, Any]) -> dict[str, Any]:
-    """A folder's config with this package's classes in place of those that it carries."""
-    found = dict(config)
+    """A folder's config with this package's classes in place of the folder's own."""
+    replaced = dict(config)
     for key, value in config.items():
         if isinstance(value, list | tuple) and len(value) == 2 and value[1] in INSTALLED:
-            found[key] = value[1] if key == "_class_name" else [INSTALLED[value[1]], value[1]]
-            import_module(INSTALLED[value[1]])  # diffusers looks among the modules that are loaded
-    return found
+            replaced[key] = value[1] if key == "_class_name" else [INSTALLED[value[1]], value[1]]
+            import_module(INSTALLED[value[1]])  # diffusers looks among loaded modules
+    return replaced

@@ -1,9 +1,9 @@
-"""Folders of diffusers' `DiTTransformer2DModel`, read as official weights and written from them, bit for bit.
+"""Folders of diffusers' `DiTTransformer2DModel`: read as official weights and written from them, bit for bit.
 
-It is the official DiT under other names, with queries, keys and values apart and the embeddings of time and class once
-in every block. Two of its numbers differ, and neither can be moved into the weights: its sinusoids of time fall to
-1/10000 at the last frequency instead of one beyond it (`model.time_embed=diffusers`), and the norm before the MLP adds
-1e-5 where DiT adds 1e-6 (`model.mlp_norm_eps`; `norm_eps` of config.json).
+The model is the official DiT under other names, with separate queries, keys and values, and with a copy of the time and
+class embeddings in every block. Two constants differ and cannot be moved into the weights. Its last time frequency is
+1/10000, which the official DiT would reach one frequency later (`model.time_embed=diffusers`). The norm before the MLP
+adds 1e-5 where DiT adds 1e-6 (`model.mlp_norm_eps`; `norm_eps` in config.json).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dit_in_dit.model.layers import sincos
 CONFIG = "config.json"
 MOST_PATCHES = 256
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second until diffusers 0.29
-FIXED = {  # what a DiT has; a config without the key has it too
+FIXED = {  # values of a DiT, and the defaults of missing keys
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "norm_elementwise_affine": False,
 }
 PREDICTIONS: dict[str, Predicted] = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
-SCHEDULERS = (  # without the keys of their configs, they have DiT's schedule
+SCHEDULERS = (  # with the defaults of their configs they have DiT's schedule
     *("DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler", "PNDMScheduler"),
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
     *("UniPCMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"),
@@ -48,18 +48,11 @@ SCHEDULE = {
     **{"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None},
     **{"sigma_min": None, "sigma_max": None},
 }
-SAMPLING = (  # keys of how steps are chosen and taken
-    *(
-        "timestep_spacing",
-        "steps_offset",
-        "set_alpha_to_one",
-        "skip_prk_steps",
-        "final_sigmas_type",
-        "lambda_min_clipped",
-    ),
-    *("clip_sample", "clip_sample_range", "sample_max_value", "thresholding", "dynamic_thresholding_ratio"),
-    *("algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final", "euler_at_final"),
-    *("predict_x0", "disable_corrector", "interpolation_type", "time_shift_type", "variance_type"),
+SAMPLING = (  # keys that only affect the choice of steps
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "final_sigmas_type"),
+    *("lambda_min_clipped", "clip_sample", "clip_sample_range", "sample_max_value", "thresholding"),
+    *("dynamic_thresholding_ratio", "algorithm_type", "solver_order", "solver_type", "solver_p", "lower_order_final"),
+    *("euler_at_final", "predict_x0", "disable_corrector", "interpolation_type", "time_shift_type", "variance_type"),
 )
 UNSET = (None, False)
 
@@ -68,7 +61,7 @@ OUTSIDE = {
     "final_layer.linear": "proj_out_2",
     "final_layer.adaLN_modulation.1": "proj_out_1",
 }
-EMBEDDINGS = {  # the same in every block
+EMBEDDINGS = {  # equal copies in every block
     "t_embedder.mlp.0.weight": "timestep_embedder.linear_1.weight",
     "t_embedder.mlp.0.bias": "timestep_embedder.linear_1.bias",
     "t_embedder.mlp.2.weight": "timestep_embedder.linear_2.weight",
@@ -81,17 +74,17 @@ BLOCK = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
-HEADS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # official: one matrix
+HEADS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # one matrix in the official DiT
 
 
 # -------------------------------------------------------------------------------------------- read
 
 
 def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
-    """A folder with config.json and weights, alone or of a whole `DiTPipeline`, as official weights; and its config.
+    """Official weights and config.json of a folder of the model, or of a whole `DiTPipeline`.
 
     Raises:
-        UserError: a file is missing or cannot be read, or it is another model than a DiT.
+        UserError: a file is missing or cannot be read, or the model is no DiT.
     """
     inside = folder / "transformer"
     model = inside if inside.is_dir() else folder
@@ -108,7 +101,7 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     )
     if depth > MOST_BLOCKS:
         raise UserError(f"{model / CONFIG}: at most {MOST_BLOCKS} blocks are known: got {depth}")
-    if size > MOST_PATCHES * patch:  # the table of positions is not in the file, whose size would tell
+    if size > MOST_PATCHES * patch:  # the size of the file says nothing: it has no table
         raise UserError(f"{model / CONFIG}: at most {MOST_PATCHES} patches a side are known: got {size // patch}")
     weights = dict(_official(unwrapped(read_weights(model), what), depth, what))
     width = next(iter(weights[PATCHES].shape), 0)
@@ -117,7 +110,7 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     fixed = sincos(width, size // patch, size // patch)[None]
     weights[POSITION] = fixed.to(weights[PATCHES].dtype)
     scheduler = model.parent / "scheduler" / "scheduler_config.json"
-    piped = inside.is_dir() or (model.parent / PIPELINE_INDEX).exists()  # the model alone is one of noise
+    piped = inside.is_dir() or (model.parent / PIPELINE_INDEX).exists()  # a model without a scheduler predicts noise
     predict = _predicts(scheduler) if piped else "noise"
     classes = config.get("num_embeds_ada_norm")
     if classes is not None:
@@ -125,8 +118,10 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     eps = config.get("norm_eps", 1e-5)
     if not isinstance(eps, float) or not 0 < eps <= 1:
         raise UserError(f"{model / CONFIG}: norm_eps must be a number from 0 to 1: got {str(eps)[:40]!r}")
-    found = OfficialWeights(weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps, classes=classes)
-    return found, config
+    official = OfficialWeights(
+        weights, weights, heads=heads, clock="diffusers", predict=predict, eps=eps, classes=classes
+    )
+    return official, config
 
 
 def _whole(config: dict[str, Any], name: str, default: int, model: Path) -> int:
@@ -137,22 +132,25 @@ def _whole(config: dict[str, Any], name: str, default: int, model: Path) -> int:
 
 
 def _predicts(path: Path) -> Predicted:
-    """What a pipeline's scheduler takes the output for.
+    """The prediction type of a pipeline's scheduler.
 
-    Of its config, all that says the noise levels and times the model was trained with is checked; how many steps are
-    taken on the way, and how, is the run's own `sample`.
+    The keys for the noise levels and times of training must be DiT's. The keys for sampling are ignored: a run has its
+    own `sample`.
+
+    Raises:
+        UserError: the scheduler or one of its keys is unknown or not DiT's.
     """
     config = read_diffusers_json(path)
     if (name := str(config.get("_class_name"))) not in SCHEDULERS:
         raise UserError(
-            f"{path} is of {name[:40]!r}, which is not known to have DiT's noise{did_you_mean(name, SCHEDULERS)}"
+            f"{path} is of {name[:40]!r}, which is not known to have DiT's schedule{did_you_mean(name, SCHEDULERS)}"
         )
     for key, value in config.items():
-        said = truncate(value, 40)
+        shown = truncate(value, 40)
         if key in SCHEDULE and value != SCHEDULE[key]:
-            raise UserError(f"{path}: only {key}={SCHEDULE[key]}, as DiT's schedule has it, is known: got {said}")
+            raise UserError(f"{path}: only {key}={SCHEDULE[key]}, as DiT's schedule has it, is known: got {shown}")
         if key not in (*SCHEDULE, *SAMPLING, "prediction_type") and not key.startswith("_") and value not in UNSET:
-            raise UserError(f"{path}: {truncate(key, 40)}={said} is not known: give a scheduler of DiT's own schedule")
+            raise UserError(f"{path}: {truncate(key, 40)}={shown} is not known: give a scheduler of DiT's own schedule")
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type must be one of {', '.join(PREDICTIONS)}: got {str(kind)[:40]!r}")
@@ -160,7 +158,7 @@ def _predicts(path: Path) -> Predicted:
 
 
 def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights of diffusers under official names, in no order; UserError where one is missing or has no place."""
+    """Weights of diffusers under official names, unordered; UserError when one is missing or unknown."""
     left = dict(weights)
 
     def take(name: str) -> Tensor:
@@ -168,22 +166,22 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
             raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
         return left.pop(name)
 
-    for ours, theirs in OUTSIDE.items():
+    for official, name in OUTSIDE.items():
         for part in ("weight", "bias"):
-            yield f"{ours}.{part}", take(f"{theirs}.{part}")
-    for ours, theirs in EMBEDDINGS.items():
-        copies = [take(f"transformer_blocks.{i}.norm1.emb.{theirs}") for i in range(depth)]
+            yield f"{official}.{part}", take(f"{name}.{part}")
+    for official, name in EMBEDDINGS.items():
+        copies = [take(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth)]
         if not all(_equal(copies[0], copy) for copy in copies[1:]):
-            raise UserError(f"{what}: {theirs} is not the same in every block: it was trained apart, and is no DiT")
-        yield ours, copies[0]
+            raise UserError(f"{what}: {name} is not the same in every block: a DiT has one; give weights of a DiT")
+        yield official, copies[0]
     for i in range(depth):
         for part in ("weight", "bias"):
             apart = [take(f"transformer_blocks.{i}.{name}.{part}") for name in HEADS]
             if len({(tensor.shape, tensor.dtype) for tensor in apart}) > 1 or not apart[0].ndim:
                 raise UserError(f"{what}: queries, keys and values of block {i} differ in shape: get the folder again")
             yield f"blocks.{i}.attn.qkv.{part}", torch.cat(apart)
-            for ours, theirs in BLOCK.items():
-                yield f"blocks.{i}.{ours}.{part}", take(f"transformer_blocks.{i}.{theirs}.{part}")
+            for official, name in BLOCK.items():
+                yield f"blocks.{i}.{official}.{part}", take(f"transformer_blocks.{i}.{name}.{part}")
     if left:
         raise UserError(f"{what}: {CLASSES[0]} of {depth} blocks has no {min(left)[:60]!r}; get the folder again")
 
@@ -196,32 +194,29 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def to_diffusers(weights: Weights, depth: int) -> dict[str, Tensor]:
-    """Official weights under the names of diffusers; the position is left out, as diffusers makes its own."""
-    found = {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in OUTSIDE.items() for part in ("weight", "bias")}
+    """Official weights under the names of diffusers, without the position table, which diffusers computes."""
+    renamed = {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in OUTSIDE.items() for part in ("weight", "bias")}
     for i in range(depth):
         block = f"transformer_blocks.{i}."
-        # Copies: a file of safetensors holds every tensor for itself.
-        found |= {f"{block}norm1.emb.{b}": weights[a].clone() for a, b in EMBEDDINGS.items()}
+        # Copies: safetensors refuses shared memory.
+        renamed |= {f"{block}norm1.emb.{b}": weights[a].clone() for a, b in EMBEDDINGS.items()}
         for part in ("weight", "bias"):
             apart = weights[f"blocks.{i}.attn.qkv.{part}"].chunk(3)
-            found |= {f"{block}{name}.{part}": tensor.clone() for name, tensor in zip(HEADS, apart, strict=True)}
-            found |= {f"{block}{b}.{part}": weights[f"blocks.{i}.{a}.{part}"] for a, b in BLOCK.items()}
-    return found
+            renamed |= {f"{block}{name}.{part}": tensor.clone() for name, tensor in zip(HEADS, apart, strict=True)}
+            renamed |= {f"{block}{b}.{part}": weights[f"blocks.{i}.{a}.{part}"] for a, b in BLOCK.items()}
+    return renamed
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a `DiTTransformer2DModel` of the model's size."""
+    """config.json of a `DiTTransformer2DModel` with the model's sizes."""
     return {
         "_class_name": CLASSES[0],
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
+        **FIXED,
         "attention_head_dim": model.outer.width // model.outer.num_heads,
         "dropout": 0.0,
         "in_channels": model.channels,
-        "norm_elementwise_affine": False,
         "norm_eps": model.mlp_norm_eps,
         "norm_num_groups": 32,
-        "norm_type": "ada_norm_zero",
         "num_attention_heads": model.outer.num_heads,
         "num_embeds_ada_norm": model.num_classes,
         "num_layers": model.blocks("outer"),
@@ -233,7 +228,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """config.json and the weights, into an empty folder."""
+    """Write config.json and the weights into an empty folder."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(contiguous, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Files of a folder that diffusers wrote: JSON, and weights in one file or several, whole or as a variant."""
+"""Files in a folder of diffusers: JSON, and weights in one file or several, with or without a variant."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PIPELINE_INDEX = "model_index.json"  # of a pipeline
 
 
 def read_diffusers_json(path: Path) -> dict[str, Any]:
-    """The names and values of a file. Raises UserError."""
+    """The content of a JSON file; UserError when it is no object."""
     return strict_json.read_json(path, advice="give a folder of diffusers' DiTTransformer2DModel")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors, of `.safetensors` before `.bin`, of several files with an index before one.
+    """All tensors of a folder; `.safetensors` comes before `.bin`, several files with an index before one file.
 
     Raises:
         UserError: they cannot be read, or are no tensors.
@@ -34,7 +34,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             return _read_shards(index, kind)
         if whole.exists():
             return _read(whole)
-    return read_safetensors(folder / f"{WEIGHTS}.safetensors")  # says that it is missing
+    return read_safetensors(folder / f"{WEIGHTS}.safetensors")  # raises: it is missing
 
 
 def _read_shards(index: Path, kind: str) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def _read_shards(index: Path, kind: str) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    found = read_pt(file)
-    if wrong := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+    weights = read_pt(file)
+    if wrong := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{truncate(str(file), 80)} holds no weights of a DiT: {wrong[0][:40]!r} is no tensor")
-    return found
+    return weights

@@ -1,4 +1,4 @@
-"""A run as a folder of diffusers: weights, scheduler, the code that needs no package, and a model card."""
+"""Export of a run as a folder of diffusers: weights, scheduler, code that needs no package, and a model card."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.tensors import check_weights
 
-READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # no key that is not used
+READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # only keys that are used
 
 
 def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
-    """Write the run's newest checkpoint into `out`, which is whole or not there.
+    """Write the run's newest checkpoint as the folder `out`, complete or not at all.
 
     Args:
-        averaged: the averaged weights, else the trained ones.
-        vae: folder or Hub name of the VAE that decodes the latents; None: the one that the run names.
-        licence: of the weights, as the Hub names it.
+        averaged: the averaged weights; false: the trained ones.
+        vae: folder or Hub name of the VAE that decodes the latents; None: the run's own.
+        licence: the Hub's name of the weights' licence.
 
     Raises:
-        UserError: there is no such run, `out` is taken, or the VAE is none for these latents.
+        UserError: there is no such run, `out` exists, or the VAE does not fit the latents.
     """
     atomic.check_free(out)
     saved = Checkpoint.open(run)
@@ -66,7 +66,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
-    """A model as a pipeline that draws as its config says; it holds the model itself, not a copy."""
+    """A model as a pipeline with the defaults of its config; it holds the model itself, not a copy."""
     diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
     scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
     if not isinstance(scheduler, SchedulerMixin):
@@ -74,7 +74,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
             f"sample.sampler={config.sample.sampler} has no scheduler of diffusers, which an exported folder needs: "
             "train with a built-in one"
         )
-    with torch.device("meta"):  # its weights are the model's
+    with torch.device("meta"):  # without weights: the model's are used
         transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
     transformer.nested = model
     return DiTInDiTPipeline(
@@ -88,7 +88,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
 
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:
-    """The VAE of that name, else the run's, else None; its config says how the run's latents are scaled."""
+    """The named VAE or the run's, with the run's mean and scale of latents in its config; None without one."""
     data = complete(config.data)
     if (name := name or data.vae) is None:
         return None
@@ -99,22 +99,19 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
             "give the one that the data was encoded with"
         )
     mean, scale = (
-        given or own for given, own in zip((data.latent_mean, data.latent_scale), constants(vae), strict=True)
+        configured or own for configured, own in zip((data.latent_mean, data.latent_scale), constants(vae), strict=True)
     )
     if len(mean) == len(scale) == 1:
-        said: dict[str, Any] = {
-            "scaling_factor": scale[0],
-            "shift_factor": mean[0],
-            "latents_mean": None,
-            "latents_std": None,
-        }
+        keys_of_scale: dict[str, Any] = {"scaling_factor": scale[0], "shift_factor": mean[0]}
+        keys_of_scale |= {"latents_mean": None, "latents_std": None}
     else:
         deviation = [1 / each for each in scale]
-        said = {"scaling_factor": 1.0, "shift_factor": None}
-        said |= {"latents_mean": _spread(mean, channels), "latents_std": _spread(deviation, channels)}
-    vae.register_to_config(**said)
+        keys_of_scale = {"scaling_factor": 1.0, "shift_factor": None}
+        keys_of_scale |= {"latents_mean": _per_channel(mean, channels)}
+        keys_of_scale |= {"latents_std": _per_channel(deviation, channels)}
+    vae.register_to_config(**keys_of_scale)
     return vae
 
 
-def _spread(numbers: Sequence[float], channels: int) -> list[float]:
+def _per_channel(numbers: Sequence[float], channels: int) -> list[float]:
     return [float(number) for number in numbers] * (channels // len(numbers))

@@ -1,9 +1,9 @@
-"""Weights of others as an ordinary run folder, and a plain run's weights as files of theirs.
+"""Import of published DiT and SiT weights as a run folder, and export of a plain run's weights to their formats.
 
-    config.yaml, checkpoints/    a run; its step is the optimizer's, where the file says it
-    origin.json                  where the weights came from: file, SHA-256, format, and diffusers' config
+    config.yaml, checkpoints/    a run; its step is the optimizer's, if the file has it
+    origin.json                  origin of the weights: file, SHA-256, format, and diffusers' config
 
-The weights keep their type and every bit; a model that is made of them computes in float32.
+The weights keep their type and every bit; a model with these weights computes in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, assigned, override
+from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
@@ -28,8 +29,9 @@ from dit_in_dit.runs.folder import create, read_config
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runs.tensors import check_weights
 
+Tensors = dict[str, Tensor]
 ORIGIN = "origin.json"
-KEPT = f"official.{POSITION}"  # in the checkpoint's state, where it is not bit for bit what is computed here
+IMPORTED_POSITION = f"official.{POSITION}"  # in the checkpoint's state, if it is not bit for bit the computed table
 
 
 def import_run(
@@ -41,57 +43,67 @@ def import_run(
     classes: int | None = None,
     settings: Sequence[str] = (),
 ) -> RunConfig:
-    """Make `out` the run of a file of the official DiT or SiT, or of a folder of diffusers' DiT; whole or not at all.
+    """Write the run folder `out`, complete or not at all, from a file of the official DiT or SiT or from a folder of
+    diffusers' DiT.
 
     Args:
-        kind: DiT or SiT, which look the same; None: as the file says, see `read_checkpoint`.
-        heads: attention heads, where neither the file nor the published sizes say them.
-        classes: their number, where the file does not say it or is wrong: of a table with as many rows, none is that
-            of no class.
+        kind: DiT or SiT, whose files look the same; None: by the file (see `read_checkpoint`).
+        heads: attention heads, if neither the file nor the published sizes give them.
+        classes: number of classes, if the file does not give it or is wrong. A table of labels with exactly this many
+            rows has no null class.
         settings: `KEY=VALUE` of the run's config.
 
     Raises:
-        UserError: the source cannot be read or is not exactly a DiT, or `out` is taken.
+        UserError: the source cannot be read or is not exactly a DiT, or `out` exists.
     """
     atomic.check_free(out)
     if (source / "config.yaml").exists():
         raise UserError(f"{source} is a run already: import takes weights of others")
-    what, found = source.name, OfficialWeights({}, {})
-    origin: dict[str, Any] = {}
-    if source.is_dir():
-        found, theirs = diffusers_dit.read_folder(source)
-        origin = {"format": "diffusers", "name": what, "config": theirs}
-    else:
-        found = read_checkpoint(source, kind)
-        origin = {"format": "official", "name": what, "sha256": file_sha256(source)}
-    found = replace(found, heads=heads or found.heads, classes=classes or found.classes)
-    found = official.with_null_class(found, what)
-    model = official.model_of(found, what)
-    official.check_official(found.trained, model, what)
-    config = _settled(official.run_of(found, model), settings, null_class=found.null_class)
-    if not found.null_class:
+    what = source.name
+    weights, origin = _read(source, kind)
+    weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
+    weights = official.with_null_class(weights, what)
+    if not weights.null_class:
         origin["null_class"] = False
-    turn = official.turns(model, config.diffusion)
-    averaged, trained = (official.to_ours(part, model, turn=turn) for part in (found.averaged, found.trained))
-    state = {f"model.{name}": tensor for name, tensor in trained.items()}
-    position = found.averaged[POSITION]
-    if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
-        state[KEPT] = position
-    for part in (averaged, trained):
-        check_weights(part, what)
+    model = official.model_of(weights, what)
+    official.check_official(weights.trained, model, what)
+    config = _apply_settings(official.run_of(weights, model), settings, null_class=weights.null_class)
+    state, averaged = _checkpoint_tensors(weights, config, what)
     names = tuple(str(number) for number in range(model.num_classes))
     with atomic.folder(out) as beside:
         create(beside, config)
-        save(beside, config, found.step, state, averaged, names)
+        save(beside, config, weights.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
 
 
-def _settled(config: RunConfig, settings: Sequence[str], *, null_class: bool) -> RunConfig:
-    """The config with settings that do not say what the weights are."""
+def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dict[str, Any]]:
+    """The weights of a file or folder under official names, and the content of origin.json."""
+    if source.is_dir():
+        weights, config = diffusers_dit.read_folder(source)
+        return weights, {"format": "diffusers", "name": source.name, "config": config}
+    weights = read_checkpoint(source, kind)
+    return weights, {"format": "official", "name": source.name, "sha256": file_sha256(source)}
+
+
+def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) -> tuple[Tensors, Tensors]:
+    """State and averaged weights of the run's checkpoint; UserError when a weight is not finite."""
+    model, turn = config.model, official.turns(config.model, config.diffusion)
+    averaged, trained = (official.to_ours(part, model, turn=turn) for part in (weights.averaged, weights.trained))
+    for part in (averaged, trained):
+        check_weights(part, what)
+    state = {f"model.{name}": tensor for name, tensor in trained.items()}
+    position = weights.averaged[POSITION]
+    if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
+        state[IMPORTED_POSITION] = position
+    return state, averaged
+
+
+def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: bool) -> RunConfig:
+    """The config with `settings`; UserError for keys that the weights determine."""
     for name, _ in map(assigned, settings):
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
-            raise UserError(f"--set {name[:60]}: the weights say that; what is sampled, trained and read may be set")
+            raise UserError(f"--set {name[:60]}: the weights determine this key; set keys of sample, train or data")
         if name == "train.label_drop" and not null_class:
             raise UserError(f"--set {name}: the weights have no null class, and guidance=1 is all that they allow")
     return override(config, settings)
@@ -104,32 +116,29 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------ export
 
 
-def is_theirs(run: Path) -> bool:
-    """Whether diffusers' own DiT computes what the run does."""
+def is_diffusers_dit(run: Path) -> bool:
+    """Whether diffusers' own DiT computes the same outputs as the run."""
     config = read_config(run)
-    return _fits_theirs(config) and config.model.time_embed == "diffusers" and config.diffusion.predict == "noise"
+    return _fits_diffusers(config) and config.model.time_embed == "diffusers" and config.diffusion.predict == "noise"
 
 
-def _fits_theirs(config: RunConfig) -> bool:
-    plain = (
-        not config.model.blocks("inner")
-        and not config.model.qk_norm
-        and config.model.outer.norm == "layer"
-        and config.model.image_size[0] == config.model.image_size[1]
-    )
-    return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
+def _fits_diffusers(config: RunConfig) -> bool:
+    """Whether diffusers' DiT can hold the weights: a plain DiT with classes on the ddpm path, square images."""
+    model, square = config.model, config.model.image_size[0] == config.model.image_size[1]
+    plain = not model.blocks("inner") and not model.qk_norm and model.outer.norm == "layer" and square
+    return plain and config.diffusion.path == "ddpm" and model.num_classes > 0
 
 
 def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
-    """Write the run's weights as the official code loads them, a `.pt` of tensors by name; what there is to know.
+    """Write the run's weights as the official code loads them: a `.pt` of tensors by name. Returns notes for the user.
 
     Raises:
-        UserError: the run is no plain DiT of square images, or `out` is there.
+        UserError: the run is no plain DiT of square images, or `out` exists.
     """
     config, weights = _official_weights(run, averaged=averaged)
     atomic.check_free(out)
     if _origin(run).get("null_class") is False:
-        weights[LABEL_TABLE] = weights[LABEL_TABLE][:-1].clone()  # as it was read
+        weights[LABEL_TABLE] = weights[LABEL_TABLE][:-1].clone()  # the imported table had no row for it
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(out) as file:
         torch.save(weights, file)
@@ -139,19 +148,18 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
 
 
 def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
-    """Write the run as a folder of diffusers' `DiTTransformer2DModel`; what there is to know.
+    """Write the run as a folder of diffusers' `DiTTransformer2DModel`. Returns notes for the user.
 
     Raises:
-        UserError: the run is no plain DiT on the ddpm path with square images and classes, or `out` is there.
+        UserError: the run is no plain DiT on the ddpm path with square images and classes, or `out` exists.
     """
-    if not _fits_theirs(read_config(run)):
-        raise UserError(f"{run} is none of diffusers' DiT (plain, ddpm, square, classes): use --format pipeline")
+    if not _fits_diffusers(read_config(run)):
+        raise UserError(f"{run} does not fit diffusers' DiT (plain, ddpm, square, classes): use --format pipeline")
     config, weights = _official_weights(run, averaged=averaged)
-    theirs = _origin(run).get("config") or diffusers_dit.config_of(config.model)
+    diffusers_config = _origin(run).get("config") or diffusers_dit.config_of(config.model)
     tensors = diffusers_dit.to_diffusers(weights, config.model.blocks("outer"))
-
     with atomic.folder(out) as beside:
-        diffusers_dit.write_folder(beside, theirs, tensors)
+        diffusers_dit.write_folder(beside, diffusers_config, tensors)
     notes = [] if config.model.time_embed == "diffusers" else [_DIT_CLOCK]
     if config.diffusion.predict != "noise":
         notes.append(f"its scheduler's prediction_type must be that of {config.diffusion.predict}")
@@ -164,7 +172,7 @@ _FLOW = "the official code samples along the ddpm path: it loads these weights o
 
 
 def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str, Tensor]]:
-    """A plain run's weights under official names, the position first."""
+    """Config and weights of a plain run, under official names, the position table first."""
     config = read_config(run)
     model = config.model
     if model.blocks("inner"):
@@ -178,22 +186,18 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
     if model.outer.norm != "layer":
         raise UserError(f"{run} has model.outer.norm={model.outer.norm}, an official DiT layer: use --format pipeline")
     saved = Checkpoint.open(run)
-    ours, kept = saved.weights(averaged=averaged), saved.state().get(KEPT)
+    ours, imported = saved.weights(averaged=averaged), saved.state().get(IMPORTED_POSITION)
     check_weights(ours, str(run))
     try:
         weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))
     except (KeyError, RuntimeError):
         raise saved.misfit() from None
-    first = official.position(model, weights[official.PATCHES].dtype) if kept is None else kept
-    return config, {POSITION: first, **weights}
+    if imported is None:
+        imported = official.position(model, weights[official.PATCHES].dtype)
+    return config, {POSITION: imported, **weights}
 
 
 def _origin(run: Path) -> dict[str, Any]:
-    """origin.json of an imported run; empty where there is none."""
+    """The content of origin.json of an imported run; empty for other runs."""
     path = run / ORIGIN
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise UserError(f"cannot read {path}: import the weights again") from None
+    return read_json(path, advice="import the weights again") if path.exists() else {}

@@ -1,11 +1,11 @@
-"""Weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT), as ours and back, bit for bit.
+"""Conversion of weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT) to ours and back, bit for bit.
 
-Both have the same parameters, and those of a plain DiT here, under other names. What their shapes do not tell:
+Both have the same parameters as a plain DiT here, under other names. Two facts do not follow from their shapes:
 
-- the number of heads, which follows from depth and width for the published sizes;
-- what the clock says. SiT's time runs from noise at 0 to the image at 1, and its sinusoids are of that number itself:
-  `model.time_embed=sit`. Its velocity is that of this clock, image - noise, the opposite of ours: the sign goes into
-  the last layer, where it costs nothing and comes out again exactly.
+- The number of heads. For the published sizes it follows from depth and width.
+- The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids are of that number, not of 1000 times
+  it: `model.time_embed=sit`. Its velocity is image - noise, the opposite of ours: the sign of the last layer is
+  changed, which is exact and reversible.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ POSITION = "pos_embed"
 
 @dataclass(frozen=True)
 class OfficialWeights:
-    """Weights of others under official names.
+    """Imported weights under official names.
 
-    averaged, trained: the average over training and the last step's; the same where there is one of them.
-    step: optimizer steps taken, 0 where that is not said.
-    kind, predict: DiT or SiT, and what the output stands for.
-    heads: attention heads, where they are said.
+    averaged, trained: EMA weights and those of the last step; the same if there is only one of them.
+    step: optimizer steps taken; 0 if unknown.
+    kind, predict: DiT or SiT, and the prediction type.
+    heads: attention heads, if known.
     clock: `model.time_embed`.
     eps: `model.mlp_norm_eps`.
-    classes: their number, where it is said.
-    null_class: whether the last row of the table of labels is that of no class.
+    classes: number of classes, if known.
+    null_class: whether the last row of the table of labels is the null class.
     """
 
     averaged: Weights
@@ -84,7 +84,7 @@ class OfficialWeights:
 
 
 def names(depth: int) -> dict[str, str]:
-    """Official name: ours, of all parameters of a DiT, in the official order."""
+    """Official name -> our name of all parameters of a DiT, in the official order."""
     blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
     both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
     del both["y_embedder.embedding_table.bias"]
@@ -92,14 +92,14 @@ def names(depth: int) -> dict[str, str]:
 
 
 def to_ours(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
-    """Official weights under our names; `turn` changes the output's sign. Views where nothing changes."""
+    """Official weights under our names, as views; `turn` changes the sign of the output."""
     ours = {b: weights[a] for a, b in names(model.blocks("outer")).items()}
     ours["outer_embed.proj.weight"] = ours["outer_embed.proj.weight"].flatten(1)  # a strided convolution is linear
     return _turned(ours, "outer_head.final.linear") if turn else ours
 
 
 def to_official(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
-    """The inverse of `to_ours`, in the official order after the position, which is not among the weights here."""
+    """The inverse of `to_ours`, in the official order, without the position table."""
     official = {a: weights[b] for a, b in names(model.blocks("outer")).items()}
     official[PATCHES] = official[PATCHES].view(-1, model.channels, model.patch_size, model.patch_size)
     return _turned(official, "final_layer.linear") if turn else official
@@ -109,20 +109,20 @@ def _turned(weights: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
     return weights | {f"{layer}.{part}": -weights[f"{layer}.{part}"] for part in ("weight", "bias")}
 
 
-# ---------------------------------------------------------------------------- what the shapes tell
+# ------------------------------------------------------------------------- architecture from shapes
 
 
-def model_of(found: OfficialWeights, what: str) -> ModelConfig:
-    """The architecture of weights; without a number of heads, that of the published size of their depth and width.
+def model_of(official: OfficialWeights, what: str) -> ModelConfig:
+    """The architecture of weights; without a number of heads, that of the published size with their depth and width.
 
     Args:
-        what: the weights' name, for errors.
+        what: name of the weights in errors.
 
     Raises:
-        UserError: a weight is missing, not known or of another shape, the position is not the fixed one, or the
-            number of heads is not known.
+        UserError: a weight is missing, unknown or of another shape, the position table is not the fixed one, or the
+            number of heads is unknown.
     """
-    weights = found.averaged
+    weights = official.averaged
     width, channels, patch, _ = _shape(weights, PATCHES, 4, what)
     _, length, _ = _shape(weights, POSITION, 3, what)
     side = math.isqrt(length)
@@ -133,9 +133,9 @@ def model_of(found: OfficialWeights, what: str) -> ModelConfig:
     if not 1 <= depth <= MOST_BLOCKS:
         raise UserError(f"{what} has {depth} blocks: from 1 to {MOST_BLOCKS} are known")
     published = {(blocks, wide): number for blocks, wide, number in presets.SIZES.values()}
-    heads = found.heads or published.get((depth, width))
+    heads = official.heads or published.get((depth, width))
     if heads is None:
-        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: say --num-heads")
+        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: give --num-heads")
     out = _shape(weights, "final_layer.linear.weight", 2, what)[0]
     hidden = _shape(weights, "blocks.0.mlp.fc1.weight", 2, what)[0]
     exact = int(width * (hidden / width)) == hidden
@@ -146,33 +146,33 @@ def model_of(found: OfficialWeights, what: str) -> ModelConfig:
         num_classes=_shape(weights, LABEL_TABLE, 2, what)[0] - 1,
         stages=f"outer*{depth}",
         learn_variance=out == 2 * channels * patch**2,
-        time_embed=found.clock,
-        mlp_norm_eps=found.eps,
+        time_embed=official.clock,
+        mlp_norm_eps=official.eps,
         outer=OuterConfig(width=width, num_heads=heads, mlp_ratio=(hidden if exact else hidden + 0.5) / width),
     )
     check_official(weights, model, what)
     return model
 
 
-def with_null_class(found: OfficialWeights, what: str) -> OfficialWeights:
-    """The same, with a row of zeros for no class where the table of labels has rows for the classes alone: models that
-    were trained with every label. Nothing reads that row.
+def with_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
+    """The weights with a null class: a table with rows for the classes alone, of a model trained without label drop,
+    gets a row of zeros, which is never used.
 
     Raises:
-        UserError: the table fits neither.
+        UserError: the table has neither that number of rows nor one more.
     """
-    rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (found.averaged, found.trained)}
-    if found.classes is None and rows == {1}:
-        raise UserError(f"{what} has one row for its classes: say --num-classes 1 if it is a class's")
-    if found.classes is None or rows == {found.classes + 1}:
-        return found
-    if rows != {found.classes}:
-        raise UserError(f"{what} has {found.classes} classes, and {max(rows)} rows for them: say --num-classes")
+    rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (official.averaged, official.trained)}
+    if official.classes is None and rows == {1}:
+        raise UserError(f"{what} has one row for its classes: give --num-classes 1 if it belongs to a class")
+    if official.classes is None or rows == {official.classes + 1}:
+        return official
+    if rows != {official.classes}:
+        raise UserError(f"{what} has {official.classes} classes, and {max(rows)} rows for them: give --num-classes")
     averaged, trained = (
         {**weights, LABEL_TABLE: torch.cat([weights[LABEL_TABLE], torch.zeros_like(weights[LABEL_TABLE][:1])])}
-        for weights in (found.averaged, found.trained)
+        for weights in (official.averaged, official.trained)
     )
-    return replace(found, averaged=averaged, trained=trained, null_class=False)
+    return replace(official, averaged=averaged, trained=trained, null_class=False)
 
 
 def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int, ...]:
@@ -185,14 +185,14 @@ def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int
 
 
 def expected(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name: shape, of all parameters of a plain model."""
+    """Official name -> shape of all parameters of a plain model."""
     with torch.device("meta"):
         shapes = NestedDiT(model).state_dict()
     return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}
 
 
 def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
-    """UserError where official weights are not exactly those of the model, or not of floating-point numbers."""
+    """UserError when official weights are not exactly those of the model, or are not floating-point."""
     wanted = {POSITION: (1, model.patches, model.outer.width), **expected(model)}
     for name in [*wanted, *weights]:
         if name not in weights:
@@ -203,9 +203,9 @@ def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
             raise UserError(f"{what}: {name} must be {wanted[name]}: got {tuple(weights[name].shape)}")
         if not weights[name].is_floating_point() or weights[name].dtype not in DTYPES:
             raise UserError(f"{what}: {name} is of {weights[name].dtype}: convert it to torch.float32")
-    given, fixed = weights[POSITION], position(model, weights[POSITION].dtype)
-    off = (given.float() - fixed.float()).abs().max().item()
-    if not off <= max(1e-5, 2 * torch.finfo(given.dtype).eps):
+    table, fixed = weights[POSITION], position(model, weights[POSITION].dtype)
+    off = (table.float() - fixed.float()).abs().max().item()
+    if not off <= max(1e-5, 2 * torch.finfo(table.dtype).eps):
         raise UserError(
             f"{what}: {POSITION} is not the fixed sin-cos table (off by {off:.2g}): positions are not learned"
         )
@@ -220,19 +220,19 @@ def position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
 
 
 def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the other sign: a velocity by a clock that runs to the image."""
+    """Whether the official output has the opposite sign: SiT's velocity, whose time runs to the image."""
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 
 
-def run_of(found: OfficialWeights, model: ModelConfig) -> RunConfig:
-    """The run that imported weights are of, sampled with the guidance of their authors' `sample.py`."""
+def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
+    """The config of a run with imported weights, with the guidance of the authors' `sample.py`."""
     base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
-    guidance = 4.0 if model.num_classes and found.null_class else 1.0
-    if found.kind == "sit":
-        diffusion = DiffusionConfig(path="flow", predict=found.predict)
+    guidance = 4.0 if model.num_classes and official.null_class else 1.0
+    if official.kind == "sit":
+        diffusion = DiffusionConfig(path="flow", predict=official.predict)
         how = SampleConfig(sampler="heun", steps=50, guidance=guidance)
     else:
-        diffusion = DiffusionConfig(path="ddpm", predict=found.predict)
+        diffusion = DiffusionConfig(path="ddpm", predict=official.predict)
         how = SampleConfig(sampler="ddpm", steps=250, guidance=guidance)
-    train = base.train if found.null_class else replace(base.train, label_drop=0.0)
+    train = base.train if official.null_class else replace(base.train, label_drop=0.0)
     return replace(base, model=model, diffusion=diffusion, sample=how, train=train)

@@ -1,4 +1,4 @@
-"""Checkpoint files of the official DiT and SiT, of their training scripts and of others that train the same models."""
+"""Checkpoint files of the official DiT and SiT, of their training scripts and of others for the same models."""
 
 from __future__ import annotations
 
@@ -15,35 +15,34 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.interop.official import OfficialKind, OfficialWeights, Predicted, Weights
 from dit_in_dit.interop.safe_load import read_pt, unwrapped
 
-AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # weights in a file of several things
+AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # keys of the averaged weights in a checkpoint
 TRAINED = ("model", "state_dict", "model_state_dict", "module")
-EMA = re.compile(r"(module\.|_orig_mod\.)*ema(_model)?\.")  # the average as a part of a module
+EMA = re.compile(r"(module\.|_orig_mod\.)*ema(_model)?\.")  # prefix of an average inside a module
 
 
 def read_checkpoint(path: Path, kind: OfficialKind | None = None) -> OfficialWeights:
-    """A file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
+    """Read a file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
 
     Args:
-        kind: DiT or SiT; None: as args say, else as the file is named, else DiT.
+        kind: DiT or SiT; None: by its args, else by the file's name, else DiT.
 
     Raises:
-        UserError: it cannot be read or holds no weights, or its output is not known here.
+        UserError: it cannot be read, holds no weights, or its prediction is unknown.
     """
     content = read_pt(path)
     args = content.get("args")
-    said = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     averaged, trained = _groups(content, path)
-    known = kind or _kind(str(said.get("model", ""))) or _kind(path.stem) or "dit"
-    predict, heads = _output(known, said, path)
-    classes = said.get("num_classes")
+    kind = kind or _kind(str(args.get("model", ""))) or _kind(path.stem) or "dit"
+    predict, heads = _output(kind, args, path)
+    classes = args.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
-    return OfficialWeights(
-        averaged, trained, _step(content.get("opt")), known, predict, heads, clock=known, classes=classes
-    )
+    step = _step(content.get("opt"))
+    return OfficialWeights(averaged, trained, step, kind, predict, heads, clock=kind, classes=classes)
 
 
 def _groups(content: Mapping[str, Any], path: Path) -> tuple[Weights, Weights]:
-    """Averaged and trained weights; the same where there is one of them."""
+    """Averaged and trained weights; the same when the file has only one of them."""
     groups = []
     for names in (AVERAGED, TRAINED):
         known = [name for name in names if isinstance(content.get(name), dict)]
@@ -68,12 +67,12 @@ def _check_tensors(weights: Mapping[Any, Any], path: Path) -> None:
 
 
 def _kind(name: str) -> OfficialKind | None:
-    found = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
-    return None if found is None else "sit" if found[1] == "sit" else "dit"
+    match = re.search(r"(?<![a-z])(dit|sit)(?![a-z])", name.lower())
+    return None if match is None else "sit" if match[1] == "sit" else "dit"
 
 
 def _output(kind: OfficialKind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
-    """What the output stands for, and the heads of the size that args name."""
+    """The prediction type, and the attention heads of the size in args."""
     size = re.search(r"-(S|B|L|XL)/", str(args.get("model", "")))
     heads = presets.SIZES[size[1].lower()][2] if size else None
     if kind == "dit":
@@ -88,7 +87,7 @@ def _output(kind: OfficialKind, args: Mapping[str, Any], path: Path) -> tuple[Pr
 
 
 def _step(optimizer: Any) -> int:
-    """Steps that an optimizer's state counts; 0 where it does not."""
+    """Steps in an optimizer's state; 0 when it has none."""
     states = optimizer.get("state") if isinstance(optimizer, dict) else None
     first = next(iter(states.values()), None) if isinstance(states, dict) else None
     step = first.get("step") if isinstance(first, dict) else None

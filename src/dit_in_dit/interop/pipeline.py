@@ -1,4 +1,4 @@
-"""Sampling as a pipeline of diffusers. This module's path and its class's name stand in files: they stay."""
+"""Sampling as a pipeline of diffusers. Exported folders name this module and class: do not rename them."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
-    """Images of classes from a nested DiT, by any scheduler of its path.
+    """Images from a nested DiT, by class, with any scheduler of its path.
 
     Args:
         transformer: a DiTInDiTTransformer2DModel.
-        scheduler: of its path; `pipe.scheduler = Other.from_config(pipe.scheduler.config)` swaps it.
+        scheduler: of the model's path; `pipe.scheduler = Other.from_config(pipe.scheduler.config)` swaps it.
         vae: decodes latents to images; None for a model of pixels.
-        id2label: names of the classes by number, as JSON has it: {'0': 'cat'}.
-        sample: of a run's `sample`, what holds where a call says nothing: steps, guidance, guidance_channels, interval.
-        null_class: whether the model was trained without labels too, as guidance needs.
+        id2label: class names by number, with JSON's keys: {'0': 'cat'}.
+        sample: defaults of a call, keys of a run's `sample`: steps, guidance, guidance_channels, interval.
+        null_class: whether the model was also trained with dropped labels, which guidance needs.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     scheduler: Any
-    _optional_components = ["vae"]  # noqa: RUF012  # diffusers changes none of the two
+    _optional_components = ["vae"]  # noqa: RUF012  # diffusers changes neither
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -80,22 +80,22 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         """Draw images.
 
         Args:
-            class_labels: numbers or names; None is no class. One for all images, or one for each.
-            batch_size: how many images; by default as many as labels, generators or latents, or one.
+            class_labels: numbers or names, one for all images or one for each; None: no class.
+            batch_size: number of images; default: the number of labels, generators or latents, or one.
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 is none.
-            guidance_interval: times t between which guidance acts.
-            generator: draws the noise; of a list, generator i draws image i, in any batch the same but for last bits.
-            latents: the noise itself (N, C, H, W), of variance one.
-            eta: noise that DDIM adds.
+            guidance_interval: times t between which guidance is applied.
+            generator: draws the noise. In a list, generator i draws image i: the same in any batch but for last bits.
+            latents: the initial noise (N, C, H, W), of variance one.
+            eta: DDIM's eta, the scale of its added noise.
             output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (N, C, H, W), not decoded.
-            return_dict: false: a tuple with the images.
-            callback_on_step_end: called after each step with the pipeline, its number, its timestep and the tensors
-                asked for; those it returns are gone on with. `pipe._interrupt = True` skips the steps that are left.
-            callback_on_step_end_tensor_inputs: of `latents`, what it is called with.
+            return_dict: false: return a tuple with the images.
+            callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and the
+                tensors; a tensor that it returns replaces the current one. `pipe._interrupt = True` skips later steps.
+            callback_on_step_end_tensor_inputs: tensors to call it with; only `latents` is known.
 
         Raises:
-            UserError: a value cannot be used, or the scheduler is none of the model's path.
+            UserError: a value is invalid, or the scheduler does not fit the model's path.
         """
         how = self._how(num_inference_steps, guidance_scale, guidance_interval)
         if output_type not in OUTPUTS:
@@ -111,7 +111,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         count, device = _count(class_labels, batch_size, generator, latents), self._execution_device
         y = self._numbers(class_labels, count, device)
         if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
-            raise UserError("this model knows no null class: give class_labels, and guidance_scale=1")
+            raise UserError("this model has no null class: give class_labels, and guidance_scale=1")
         diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
         self._fit_scheduler(diffusion.path, how.steps)
         set_steps(self.scheduler, how.steps)
@@ -135,18 +135,18 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                 else:
                     x = self.scheduler.step(step, timestep, x, **options).prev_sample
                 if callback_on_step_end is not None:
-                    given = dict.fromkeys(wanted_tensors, x)
-                    x = (callback_on_step_end(self, number, timestep, given) or {}).get("latents", x)
+                    tensors = dict.fromkeys(wanted_tensors, x)
+                    x = (callback_on_step_end(self, number, timestep, tensors) or {}).get("latents", x)
                 progress.update()
         images = self._finish(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    # ------------------------------------------------------------------------------- what a call is made of
+    # ------------------------------------------------------------------------------- parts of a call
 
     @property
     def null(self) -> int:
-        """The number of no class, which is the number of classes."""
+        """The label of no class: the number of classes."""
         return int(self.transformer.config.model["num_classes"])
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -157,13 +157,13 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return ModelConfig.from_dict(self.transformer.config.model).image_shape
 
     def _how(self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None) -> SampleConfig:
-        """Steps and guidance, of the call or by default."""
-        given = {"steps": steps, "guidance": guidance, "interval": interval}
-        given = {name: value for name, value in given.items() if value is not None}
-        return SampleConfig.from_dict({**(self.config.sample or {}), **given})
+        """Steps and guidance of the call, with the defaults."""
+        arguments = {"steps": steps, "guidance": guidance, "interval": interval}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        return SampleConfig.from_dict({**(self.config.sample or {}), **arguments})
 
     def _numbers(self, labels: Any, count: int, device: torch.device) -> Tensor | None:
-        """Class numbers (count,) of labels; None where there are none."""
+        """Class numbers (count,) of labels; None without labels."""
         if labels is None:
             return None
         if not self.null:
@@ -183,7 +183,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return int(label)
 
     def _fit_scheduler(self, path: str, steps: int) -> None:
-        """Put a multi-step scheduler on straight paths where the model wants them; refuse one of another path."""
+        """Set a multi-step scheduler to straight paths if the model needs them; UserError for one of another path."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         straight = setting(scheduler, "use_flow_sigmas")
         if path == "flow":
@@ -195,9 +195,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             return
         if matches_flow(scheduler) or straight:
             raise UserError(f"{name} steps along straight paths, the model's path is {path}: take DDIMScheduler")
-        ours, theirs = Ddpm().table(torch.device("cpu"))[0] ** 2, getattr(scheduler, "alphas_cumprod", torch.zeros(0))
-        theirs = theirs.cpu().float()
-        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
+        expected = Ddpm().table(torch.device("cpu"))[0] ** 2
+        levels = getattr(scheduler, "alphas_cumprod", torch.zeros(0)).cpu().float()
+        if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-4):
             raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
         if (kind := setting(scheduler, "prediction_type")) not in PREDICTIONS:
             raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
@@ -215,8 +215,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1)
 
     def _ancestral(self, image: Tensor, fraction: Tensor | None, x: Tensor, number: int, generator: Any) -> Tensor:
-        """DDPM's step as `sample` takes it, with the variance that was learned, if one was. That of diffusers adds
-        noise to the finished image wherever its last time is not 0."""
+        """DDPM's step as in `sample`, with a learned variance if the model has one. The step of diffusers adds noise to
+        the final image if its last time is not 0."""
         timesteps = [*self.scheduler.timesteps.tolist(), -1]
         if fraction is None and self.scheduler.config.variance_type.startswith("fixed_small"):
             fraction = torch.full_like(x, -1)
@@ -224,12 +224,12 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return ancestral(image, fraction, x, int(timesteps[number]), int(timesteps[number + 1]), noise)
 
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
-        """What this scheduler's step takes besides."""
+        """Further arguments of this scheduler's step."""
         known = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in {"generator": generator, "eta": eta}.items() if name in known}
 
     def _finish(self, x: Tensor, output_type: str) -> Any:
-        """Decode, and give images as they were asked for."""
+        """Decode, and return images in the output type."""
         check_finite(x)
         if output_type == "latent":
             return x
@@ -242,7 +242,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
 
     def _unscaled(self, x: Tensor) -> Tensor:
-        """Latents as the VAE has them."""
+        """Latents in the VAE's own scale."""
         config = self.vae.config
         x = x / config.scaling_factor + (config.get("shift_factor") or 0)
         if config.get("latents_mean") and config.get("latents_std"):
@@ -253,31 +253,31 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
     # --------------------------------------------------------------------------------------- folders
 
     def save_config(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """model_index.json, which names the code beside it: the folder needs no package."""
+        """Write model_index.json, which names the code beside it: the folder works without this package."""
         super().save_config(save_directory, **options)
         name, code = code_of(type(self))
         (Path(save_directory) / f"{name}.py").write_text(code)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text()) | {"_class_name": [name, type(self).__name__]}
-        model = type(getattr(self.transformer, "_orig_mod", self.transformer))  # as it was before torch.compile
+        model = type(getattr(self.transformer, "_orig_mod", self.transformer))  # before torch.compile
         index["transformer"] = [code_of(model)[0], model.__name__]
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """model_index.json, naming installed classes if there are any: then no code of the folder is run."""
-        found = super().load_config(*arguments, **options)
-        return (installed(found[0]), *found[1:]) if isinstance(found, tuple) else installed(found)
+        """model_index.json with installed classes in place of the folder's: no code of the folder is run."""
+        config = super().load_config(*arguments, **options)
+        return (installed(config[0]), *config[1:]) if isinstance(config, tuple) else installed(config)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
-        """A repository of the Hub as a folder on this machine."""
+        """Download a repository of the Hub; return its local folder."""
         known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
         wanted = {name: options[name] for name in known if options.get(name) is not None}
         return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors", "*.py"], **wanted)
 
 
-DiTInDiTPipeline.__init__.__annotations__.clear()  # diffusers 0.35 fails at types that are written as text
+DiTInDiTPipeline.__init__.__annotations__.clear()  # diffusers 0.35 fails on annotations that are strings
 
 
 def _is_one(labels: Any) -> bool:
@@ -285,14 +285,14 @@ def _is_one(labels: Any) -> bool:
 
 
 def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
-    """How many images are asked for; UserError where arguments disagree."""
-    given = {
+    """Number of images to draw; UserError when arguments disagree."""
+    lengths = {
         "class_labels": None if labels is None or _is_one(labels) else len(labels),
         "batch_size": batch_size,
         "generator": len(generator) if isinstance(generator, list) else None,
         "latents": None if latents is None else len(latents),
     }
-    counts = {name: count for name, count in given.items() if count is not None}
+    counts = {name: count for name, count in lengths.items() if count is not None}
     if len(set(counts.values())) > 1 or 0 in counts.values():
         raise UserError(f"how many images? {', '.join(f'{name}: {count}' for name, count in counts.items())}")
     return next(iter(counts.values()), 1)

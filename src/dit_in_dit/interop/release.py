@@ -1,4 +1,4 @@
-"""A run that is given away: its config and averaged weights, in half the bytes, without what training goes on from."""
+"""An inference-only copy of a run: config, averaged weights in half the bytes, and a model card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PICTURE = "samples.png"
 
 
 def export_release(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
-    """Write `out`, a run of the newest checkpoint's averaged weights alone, and its card; whole or not there.
+    """Write `out`, a run with the newest checkpoint's averaged weights alone, and its card; complete or not at all.
 
-    It is sampled, evaluated, drawn and exported like any run, and a new run may begin with it (`train.init`).
-    float16 has three more bits for a weight than bfloat16, and weights are far from its limits.
+    The copy can be sampled, evaluated, drawn and exported like any run, and can initialise a new run (`train.init`).
+    float16 has three more mantissa bits than bfloat16, and weights are far from its largest value.
 
     Raises:
-        UserError: there is no such run, `out` is taken, or a weight is too large for the precision.
+        UserError: there is no such run, `out` exists, or a weight is too large for the precision.
     """
     atomic.check_free(out)
     saved, dtype = Checkpoint.open(run), getattr(torch, precision)
@@ -46,7 +46,7 @@ def export_release(run: Path, out: Path, *, precision: Precision = "float16", li
 
 
 def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
-    """README.md of a run, with what its own evaluation found and the picture beside it."""
+    """Write README.md of a run, with its evaluation's results and its picture."""
     saved = newest(run)
     config = saved.config
     text = card(
@@ -64,7 +64,7 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
 
 
 def usage(name: str, config: RunConfig) -> str:
-    """A card's Markdown of how a run of the package is sampled."""
+    """Markdown for a card: how to sample a run of the package."""
     classes = " --classes 0,1" if config.model.num_classes else ""
     command = code_block(f"dit-in-dit sample {shlex.quote(name)}{classes} --num 64")
     return (

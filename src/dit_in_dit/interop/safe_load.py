@@ -1,8 +1,8 @@
-"""Weights from files of others, read without running any of them.
+"""Reading of weights from untrusted files without running their code.
 
-A `.pt` file is a pickle: a program. It is read with torch's restricted unpickler, which knows tensors, plain values
-and, here, `argparse.Namespace` (in which the official DiT keeps its arguments); whatever else it names is refused.
-What was read is then looked at, because plain tensors can still lie about how large they are.
+A `.pt` file is a pickle: a program. It is read with torch's restricted unpickler, which accepts tensors, plain values
+and, here, `argparse.Namespace` (the arguments in a checkpoint of the official DiT), and refuses all else. The result is
+then checked: the shape of a plain tensor can still claim more memory than the file has.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError, truncate
 
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # bool is an int
-DEEPEST = 20  # groups within groups; an optimizer's state has five
+DEEPEST = 20  # levels of nesting; an optimizer's state has five
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, FSDP
-MODELS = ("model.", "ema.", "ema_model.")  # the model as a part of another module, such as Lightning's
-MOST_SHARED = 4  # bytes of all tensors together over those of their file: weights may be tied, not multiplied
+MODELS = ("model.", "ema.", "ema_model.")  # prefixes of a model inside another module, such as Lightning's
+MOST_SHARED = 4  # bytes of all tensors over bytes of the file; tied weights share memory
 
 
 def read_pt(path: Path) -> dict[str, Any]:
-    """What `torch.save` wrote: a dict of tensors and plain values, nested; no code of the file is run.
+    """The nested dict of tensors and plain values in a file of `torch.save`; no code of the file is run.
 
-    Tensors lie on the CPU; those of a zip file (torch 1.6 and newer) are mapped, so that what is never touched is never
-    read. A file in the older format is read whole. A name in `.safetensors` is read as such.
+    Tensors are on the CPU. Those of a zip file (torch 1.6 and newer) are memory-mapped and read on demand. A file in
+    the older format is read whole. A `.safetensors` file is read by `read_safetensors`.
 
     Raises:
-        UserError: it cannot be read, is damaged, holds something else, or would run code; one line of at most 200
+        UserError: the file cannot be read, is damaged, holds something else, or would run code; one line of at most 200
             characters.
     """
     if path.suffix == ".safetensors":
@@ -45,12 +45,12 @@ def read_pt(path: Path) -> dict[str, Any]:
     size = _size(path)
     packed = _check_zip(path, size)
     try:
-        # Bytes that make no sense bring warnings; what comes of them is said below.
+        # Damaged files cause warnings; their errors are reported below.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=packed)
-    except Exception as error:  # what torch raises on damaged bytes is anything from AssertionError to struct.error
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=packed)
+    except Exception as error:  # on damaged bytes torch raises anything from AssertionError to struct.error
         raise _refused(path, _reason(error)) from None
-    return _plain(path, found, size)
+    return _plain(path, content, size)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -58,27 +58,29 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     _size(path)
     try:
         return load_file(path)
-    except Exception as error:  # besides SafetensorError, Python's errors about odd headers
+    except Exception as error:  # SafetensorError, or Python's errors on odd headers
         known = isinstance(error, SafetensorError | OSError)
         raise _refused(path, str(error).splitlines()[0][:60] if known and str(error) else "it is damaged") from None
 
 
 def unwrapped(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Weights by the names that they have in the model itself, whatever was around it, or around its blocks.
+    """Weights by the names of the model itself, without those of wrappers of the model or of its blocks.
 
     Raises:
         UserError: two weights would have the same name.
     """
-    found: dict[str, Any] = {}
+    bare_weights: dict[str, Any] = {}
     for name, value in weights.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        if bare in found:
+        if bare in bare_weights:
             raise UserError(f"{what} has two weights {truncate(bare, 60)!r}, wrapped and not: keep one of them")
         if name != "n_averaged":  # the counter of torch's AveragedModel
-            found[bare] = value
-    while prefix := next((p for p in MODELS if found and all(name.startswith(p) for name in found)), None):
-        found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
+            bare_weights[bare] = value
+    while prefix := next(
+        (p for p in MODELS if bare_weights and all(name.startswith(p) for name in bare_weights)), None
+    ):
+        bare_weights = {name.removeprefix(prefix): value for name, value in bare_weights.items()}
+    return bare_weights
 
 
 def _refused(path: Path, reason: str) -> UserError:
@@ -86,32 +88,31 @@ def _refused(path: Path, reason: str) -> UserError:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file (to open a pipe would wait for ever) that can be read."""
+    """Size in bytes of a readable regular file (opening a pipe would wait forever); UserError for any other."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise _refused(path, "it is not a file")
-        with path.open("rb"):
-            pass
+        status = path.stat()
+        regular = stat.S_ISREG(status.st_mode)
+        if regular:
+            path.open("rb").close()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, UserError):
-            raise
         raise _refused(path, (getattr(error, "strerror", None) or str(error))[:60]) from None
-    if not found.st_size:
+    if not regular:
+        raise _refused(path, "it is not a file")
+    if not status.st_size:
         raise _refused(path, "it is empty")
-    return found.st_size
+    return status.st_size
 
 
 def _check_zip(path: Path, size: int) -> bool:
-    """Whether the file is a zip; refused when its members are not as `torch.save` writes them: stored as they are, so
-    that they cannot grow, one after the other, and the only archive in the file."""
+    """Whether the file is a zip. UserError unless its members are as `torch.save` writes them: uncompressed, without
+    overlap, and the only archive in the file."""
     with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # how torch tells the two formats apart
+        if file.read(4) != b"PK\x03\x04":  # torch tells the two formats apart by this
             return False
     try:
         with zipfile.ZipFile(path) as archive:
             members, comment = archive.infolist(), archive.comment
-    except Exception:  # zipfile raises nearly as much as torch does
+    except Exception:  # zipfile raises nearly as many kinds as torch
         raise _refused(path, "its zip directory is damaged") from None
     compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if compressed or comment or sum(member.file_size for member in members) > size:
@@ -120,11 +121,11 @@ def _check_zip(path: Path, size: int) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why torch gave up, in a few words."""
+    """The reason for an error of torch, in a few words."""
     message = str(error)
     named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
     if named:
-        return f"it is made of {truncate(named[1], 40)}, which could run code"
+        return f"it holds {truncate(named[1], 40)}, which could run code"
     if "TorchScript" in message:
         return "it is a TorchScript program, not weights"
     if isinstance(error, OSError) and error.strerror:
@@ -133,22 +134,22 @@ def _reason(error: Exception) -> str:
 
 
 class _Plain:
-    """Copies of plain values out of what was unpickled: new containers, and tensors that share the memory but nothing
-    else that may hang on them (hooks, attributes, gradients)."""
+    """Copy of plain values from an unpickled object: new containers, and tensors that share the memory but no hooks,
+    attributes or gradients."""
 
     def __init__(self) -> None:
         self.bytes = 0  # of all tensors
-        self._made: dict[int, Any] = {}  # by id: what is shared is copied once
+        self._copies: dict[int, Any] = {}  # by id: a shared object is copied once
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
-        """The copy; ValueError when it is, or holds, anything else."""
+        """The copy; ValueError for anything but plain values and ordinary tensors."""
         if isinstance(value, PLAIN):
             return value
         if depth > DEEPEST:
             raise ValueError(f"it nests more than {DEEPEST} levels")
-        if id(value) not in self._made:
-            self._made[id(value)] = self._copy(value, depth + 1)
-        return self._made[id(value)]
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._copy(value, depth + 1)
+        return self._copies[id(value)]
 
     def _copy(self, value: Any, depth: int) -> Any:
         if isinstance(value, Tensor):
@@ -167,15 +168,15 @@ class _Plain:
         raise ValueError(f"it holds a {truncate(type(value).__name__, 40)}, which is no plain value")
 
 
-def _plain(path: Path, found: Any, size: int) -> dict[str, Any]:
-    """A copy of the dict; UserError when it is none, holds what is not plain, or claims more bytes than there are."""
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+def _plain(path: Path, content: Any, size: int) -> dict[str, Any]:
+    """A copy of a dict; UserError when it is no dict, holds other than plain values, or claims too many bytes."""
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise _refused(path, "it does not hold tensors by name")
     copy = _Plain()
     try:
-        made: dict[str, Any] = copy(found)
-    except (ValueError, TypeError) as error:  # TypeError: names that are no names, in a group
+        copied: dict[str, Any] = copy(content)
+    except (ValueError, TypeError) as error:  # TypeError: an unhashable key in a nested dict
         raise _refused(path, str(error)[:80]) from None
     if copy.bytes > MOST_SHARED * size:
         raise _refused(path, f"its tensors claim {copy.bytes / 1e9:.3g} GB, the file has {size / 1e9:.3g} GB")
-    return made
+    return copied

@@ -1,4 +1,4 @@
-"""The nested DiT as a model of diffusers. This module's path and its class's name stand in files: they stay."""
+"""The nested DiT as a model of diffusers. Exported folders name this module and class: do not rename them."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ from dit_in_dit.model.nested import NestedDiT
 
 
 class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
-    """A NestedDiT with what its prediction stands for. Its config's words are those of a run's config.yaml.
+    """A NestedDiT with the meaning of its prediction. Its config has the keys of a run's config.yaml.
 
     Args:
         model: the keys of `model`.
-        diffusion: of the keys of `diffusion`, `path` and `predict`.
+        diffusion: the keys `path` and `predict` of `diffusion`.
 
     Raises:
-        UserError: a key or a value is not known.
+        UserError: a key or a value is unknown.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, model: dict[str, Any], diffusion: dict[str, Any]) -> None:
         super().__init__()
-        DiffusionConfig.from_dict(diffusion)  # a wrong one is found here
+        DiffusionConfig.from_dict(diffusion)  # raises for a wrong one
         self.nested = NestedDiT(ModelConfig.from_dict(model))
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict from noisy images (N, C, H, W), times (N,) in [0, 1] (not 0 to 1000; 1 is pure noise) and classes
-        (N,), where `num_classes`, or None for all, means no class. Computes in the weights' type, gives the images'."""
+        (N,). The class `num_classes`, or None for all images, means no class. Computes in the weights' type; the output
+        has the images' type."""
         half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
         with torch.autocast(hidden_states.device.type, dtype=half, enabled=half is not None):
             sample = self.nested(hidden_states, timestep, class_labels).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def save_config(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """The config, and beside it the code that needs no package; `AutoModel` finds it too (diffusers >= 0.38)."""
+        """Write the config and code that works without this package, also by `AutoModel` (diffusers >= 0.38)."""
         name, code = code_of(type(self))
         super().save_config(save_directory, **options)
         (Path(save_directory) / f"{name}.py").write_text(code)
         path = Path(save_directory) / self.config_name
-        found = json.loads(path.read_text()) | {"auto_map": {"AutoModel": f"{name}.{type(self).__name__}"}}
-        path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+        config = json.loads(path.read_text()) | {"auto_map": {"AutoModel": f"{name}.{type(self).__name__}"}}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> Any:
-        """The config; where its code lies is for `AutoModel` alone."""
-        found = super().load_config(*arguments, **options)
-        (found[0] if isinstance(found, tuple) else found).pop("auto_map", None)
-        return found
+        """The config without `auto_map`, which only `AutoModel` reads."""
+        config = super().load_config(*arguments, **options)
+        (config[0] if isinstance(config, tuple) else config).pop("auto_map", None)
+        return config

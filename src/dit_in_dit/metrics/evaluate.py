@@ -258,7 +258,7 @@ def _thumbnails(draw: Draw, count: int, block: int = 1024) -> torch.Tensor:
 def _detail(model: NestedDiT, config: RunConfig) -> dict[str, Score]:
     """Scores of the model's estimates of held-out mosaics against their truth, at each of DETAIL_TIMES."""
     objective, mosaic = Objective(config.diffusion), Mosaic(config.model.image_size)
-    batch = held_out_batch(open_source(config.data, config.model), config.model.num_classes, DETAIL_IMAGES)
+    batch = held_out_batch(open_source(config.data, config.model), config.model, DETAIL_IMAGES)
     truths = [mosaic.truth(i) for i in range(DETAIL_IMAGES)]
     true = [detail.detail(mosaic, truth, x) for truth, x in zip(truths, batch.x.numpy(), strict=True)]
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""A report as headings, text, tables and pictures, and the same as HTML and as Markdown."""
+"""Reports of headings, text, tables and pictures, rendered as HTML, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tone = Literal["", "better", "worse", "soft"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell that stands out."""
+    """A highlighted cell of a table."""
 
     text: str
     tone: Tone
@@ -39,7 +39,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a head; `note` stands below it. Of `words`, columns start at the left and wrap."""
+    """A table with a head, and a note below it. With `words`, columns are aligned left and wrap."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
@@ -57,18 +57,18 @@ class Picture:
 
     @property
     def name(self) -> str:
-        """The file's name in words."""
+        """The file's name as words."""
         return self.path.stem.replace("-", " ")
 
     @property
     def data_uri(self) -> str:
-        """The PNG as text, for a page that loads nothing."""
+        """The PNG as a data URI, for a page that loads no files."""
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
 @dataclass(frozen=True)
 class Verbatim:
-    """Text to copy."""
+    """Text to copy, in a block of code."""
 
     title: str
     text: str
@@ -79,7 +79,7 @@ DocumentPart = Text | Bullets | Table | Picture | Verbatim
 
 @dataclass(frozen=True)
 class Chapter:
-    """A heading and what stands below it."""
+    """A heading and the parts below it."""
 
     title: str
     blocks: Sequence[DocumentPart]
@@ -91,7 +91,7 @@ class Chapter:
 
 
 def plain(cell: str | Cell) -> str:
-    """A cell's text."""
+    """The text of a cell."""
     return cell.text if isinstance(cell, Cell) else cell
 
 
@@ -99,7 +99,7 @@ def plain(cell: str | Cell) -> str:
 
 
 def to_html(title: str, lead: str, chapters: Sequence[Chapter]) -> str:
-    """One HTML page with its pictures inside: it loads nothing."""
+    """One HTML page with embedded pictures: it loads no files."""
     return render("reporting", "report.html.j2", title=title, lead=lead, chapters=chapters)
 
 
@@ -107,7 +107,7 @@ def to_html(title: str, lead: str, chapters: Sequence[Chapter]) -> str:
 
 
 def to_markdown(title: str, lead: str, chapters: Sequence[Chapter], folder: Path) -> str:
-    """The same as Markdown, with pictures by their paths below `folder`."""
+    """The report as Markdown, with pictures by their paths below `folder`."""
     parts = [f"# {quoted(title)}", quoted(lead)]
     for chapter in chapters:
         parts.append(f"## {quoted(chapter.title)}")
@@ -131,7 +131,7 @@ def _markdown(block: DocumentPart, folder: Path) -> str:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
-    """A table in Markdown; what stands out is bold."""
+    """A table in Markdown; better and worse cells are bold."""
 
     def line(cells: Sequence[str | Cell]) -> str:
         return "| " + " | ".join(map(shown, cells)) + " |"
@@ -161,12 +161,12 @@ LATEX = {
 
 
 def latex(text: str) -> str:
-    """Text in one line whose characters mean nothing to LaTeX."""
+    """Text in one line with LaTeX's special characters escaped."""
     return "".join(LATEX.get(sign, sign) for sign in " ".join(text.split()))
 
 
 def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], caption: str) -> str:
-    """A table for the package booktabs; one of many columns needs graphicx to be shrunk to the line."""
+    """A table for the package booktabs; one of more than WIDE columns is shrunk to the line by graphicx."""
 
     def line(cells: Sequence[str | Cell]) -> str:
         minus = (re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", plain(cell)) for cell in cells)

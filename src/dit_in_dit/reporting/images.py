@@ -1,4 +1,4 @@
-"""Pictures of images in [-1, 1]."""
+"""Conversion of images in [-1, 1] to pictures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Pixels = NDArray[np.uint8]
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of more channels, the first three.
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of other numbers of channels, the first three.
 
     Raises:
-        UserError: an image is not finite, which would become black pixels.
+        UserError: an image is not finite.
     """
     check_finite(images)
     shown = images if images.shape[1] in (1, 3) else images[:, :3]
@@ -26,7 +26,7 @@ def to_pixels(images: Tensor) -> Pixels:
 
 
 def check_finite(images: Tensor) -> None:
-    """UserError when images or latents (N, ...) hold NaN or infinity, as those of a diverged model or a VAE do."""
+    """UserError when images or latents (N, ...) hold NaN or infinity, as from a diverged model or a VAE."""
     bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
         raise UserError(
@@ -36,12 +36,12 @@ def check_finite(images: Tensor) -> None:
 
 
 def picture(pixels: Pixels) -> Image.Image:
-    """One image from uint8 (H, W, 1 or 3)."""
+    """A picture from uint8 (H, W, 1 or 3)."""
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def image_grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
-    """Images (N, H, W, C) in rows on white, about square by default; small ones enlarged as they are."""
+    """A grid of images (N, H, W, C) on white, about square by default; small images are enlarged by whole factors."""
     count, height, width, _ = pixels.shape
     columns = columns or round(count**0.5 + 0.49)
     scale, gap = max(1, 64 // max(height, width)), 2

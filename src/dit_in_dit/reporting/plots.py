@@ -1,4 +1,4 @@
-"""Plots in one style. Needs matplotlib (the extra `viz`), imported when the first one is drawn."""
+"""Plots in one style, by matplotlib (the extra `viz`), which is imported on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_in_dit.config.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe & Ito 2008: told apart with any colour vision.
+# Okabe & Ito 2008: distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 
 
@@ -37,19 +37,19 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         "axes.axisbelow": True,
         "legend.frameon": False,
     }
-    with rc_context(style):  # read when axes are made: a caller's own settings stay as they are
-        made = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        FigureCanvasAgg(made)
-        return made, made.subplots(rows, columns, squeeze=False)
+    with rc_context(style):  # applies to new axes; a caller's own settings are unchanged
+        plot = Figure(figsize=(width * columns, height * rows), layout="constrained")
+        FigureCanvasAgg(plot)
+        return plot, plot.subplots(rows, columns, squeeze=False)
 
 
-def figure_png(made: Figure, *, colours: int | None = None) -> bytes:
+def figure_png(plot: Figure, *, colours: int | None = None) -> bytes:
     """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 
     Args:
-        colours: at most 256; lines and letters need no more, and take a third of the bytes.
+        colours: reduce to this many, at most 256: enough for lines and letters, in a third of the bytes.
     """
-    made.savefig(drawn := io.BytesIO(), dpi=110, metadata={"Software": None})
+    plot.savefig(drawn := io.BytesIO(), dpi=110, metadata={"Software": None})
     if colours is None:
         return drawn.getvalue()
     with Image.open(drawn) as picture:

@@ -13,18 +13,18 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-NUMBER = re.compile(r"[-+<=> ]*[\d.]|-?$|not finite$")  # how a cell of numbers begins
+NUMBER = re.compile(r"[-+<=> ]*[\d.]|-?$|not finite$")  # the start of a numeric cell
 UNLIMITED = 100_000
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int | None = None) -> str:
-    """Lines of a table, indented by two; every cell is text as it stands, None is "-".
+    """A table as lines indented by two; cells are plain text, None is "-".
 
-    Columns of numbers are aligned at the right, but for the first column.
+    Numeric columns are aligned right, except the first column.
 
     Args:
-        heads: one for each column; without any, the table has no head.
-        width: of the terminal, where columns of words wrap; None: nothing wraps. No cell is ever cut.
+        heads: one per column; empty: a table without a head.
+        width: of the terminal, at which columns of words wrap; None: no wrapping. Cells are never cut.
     """
     cells = [["-" if cell is None else str(cell) for cell in row] for row in rows]
     table = Table(box=None, padding=(0, 0, 0, 2), show_header=bool(heads))

@@ -1,4 +1,4 @@
-"""Jinja2 templates of HTML and Markdown. What is put into one is text: no name of a user's becomes markup."""
+"""Jinja2 templates of HTML and Markdown. Values are escaped: no name of a user becomes markup."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 
 def render(room: str, template: str, **values: Any) -> str:
-    """The text of a template of the package, such as ("attention_maps", "page.html.j2").
+    """Render a template of the package, such as ("attention_maps", "page.html.j2").
 
-    HTML is escaped in `.html.j2`, Markdown in `.md.j2`; values that are `Markup` already are not escaped.
+    Values are escaped as HTML in `.html.j2` and as Markdown in `.md.j2`; `Markup` values are not escaped.
     """
     environment = Environment(
         loader=FunctionLoader(lambda name: (files(f"dit_in_dit.{room}") / name).read_text(encoding="utf-8")),
@@ -33,18 +33,18 @@ def _escape_markdown(value: Any) -> Markup:
 
 
 def quoted(text: str) -> str:
-    """Text in one line whose characters mean nothing to Markdown."""
+    """Text in one line with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))
 
 
 def code(text: str) -> Markup:
-    """A span of code in Markdown, in one line."""
+    """A code span in Markdown, in one line."""
     fence, space = "`" * (_longest_run(text) + 1), " " if "`" in text else ""
     return Markup(f"{fence}{space}{' '.join(text.split())}{space}{fence}")
 
 
 def code_block(text: str, language: str = "") -> Markup:
-    """A fenced block of Markdown; no run of backticks in the text ends it."""
+    """A fenced code block in Markdown, with a fence longer than any run of backticks in the text."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return Markup(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 

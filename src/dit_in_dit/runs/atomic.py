@@ -1,6 +1,6 @@
-"""Files and folders that are whole or not there: written beside, put on the disk, renamed.
+"""Files and folders that are complete or absent: written to a temporary name, synced to the disk, renamed.
 
-(Checkpoints do more: `checkpoint.save` reads what it wrote, and says what the disk did not take.)
+(Checkpoints do more: `checkpoint.save` reads its files again and reports which of them the disk refused.)
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dit_in_dit.runs import integrity
 
 
 def _beside(path: Path) -> Path:
-    """A name next to `path` that no user and no other process has."""
+    """A temporary name next to `path` that no user and no other process has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
 
 
 def clear_temporary(folder: Path, names: Collection[str]) -> None:
-    """Delete what killed processes left of these files of the folder."""
+    """Delete the temporary files that killed processes left for these names in the folder."""
     for left in folder.glob(".*.part"):
         known = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.part", left.name)
         if known and known[1] in names:
@@ -33,7 +33,7 @@ def clear_temporary(folder: Path, names: Collection[str]) -> None:
 
 @contextmanager
 def file(path: Path, *, once: bool = False) -> Iterator[BinaryIO]:
-    """A file to write, at `path` once the block ends well. With `once`, one that is there by then stays.
+    """A file to write, renamed to `path` when the block ends without an error. With `once`, an existing file stays.
 
     A killed process leaves a hidden `.NAME.RANDOM.part`; an error leaves nothing.
     """
@@ -52,31 +52,31 @@ def file(path: Path, *, once: bool = False) -> Iterator[BinaryIO]:
 
 
 def _link(beside: Path, path: Path) -> None:
-    """Give the file its name, unless another has it: a rename would replace that one."""
+    """Give the file its name unless it is taken: a rename would replace the other file."""
     with suppress(FileExistsError):
         os.link(beside, path)
 
 
 def write_atomic(path: Path, content: bytes | str, *, once: bool = False) -> None:
-    """`file` with all of its content."""
+    """Write a file by `file`."""
     with file(path, once=once) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
 
 
 def check_free(out: Path) -> None:
-    """UserError when a file, or a folder with something in it, is at `out`, or the user is inside of it."""
+    """UserError when `out` is a file or a folder with content, or holds the current folder."""
     if out.name in ("", "..") or (out.is_dir() and Path.cwd().is_relative_to(out.resolve())):
         raise UserError(f"--out {out} is the current folder, or one above it: give a new name")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} is there already: choose another --out")
+        raise UserError(f"{out} exists already: choose another --out")
 
 
 @contextmanager
 def folder(out: Path) -> Iterator[Path]:
-    """An empty folder to fill, at `out` once the block ends well.
+    """An empty folder to fill, renamed to `out` when the block ends without an error.
 
     Raises:
-        UserError: something is there already.
+        UserError: `out` exists already.
     """
     check_free(out)
     beside = _beside(out)
@@ -97,8 +97,8 @@ def folder(out: Path) -> Iterator[Path]:
 
 
 def _settle(written: Path, folder: Path) -> None:
-    """Put a file on the disk, with the permissions that the umask gave its folder: safetensors writes for the owner
-    alone."""
+    """Sync a file to the disk, with the permissions that the umask gave its folder: safetensors writes files that only
+    their owner can read."""
     written.chmod(folder.stat().st_mode & 0o666)
     with written.open("rb") as opened:
         os.fsync(opened.fileno())

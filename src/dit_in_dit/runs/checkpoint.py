@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved so that a folder is whole or not there, and opened as the newest that verifies."""
+"""Checkpoints of a run: a folder is complete or absent, and the newest that verifies is opened."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room within your quota",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
-    errno.EROFS: "mount it to be written",
+    errno.EROFS: "mount it writable",
     errno.EACCES: "make it writable",
 }
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; those before it are as they were, and a later save may well succeed."""
+    """A checkpoint could not be written; older ones are unchanged, and a later save may succeed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that verified when it was opened. Its tensors are read when they are asked for.
+    """A checkpoint that verified when it was opened; its tensors are read on demand.
 
     folder: `RUN/checkpoints/STEP`.
-    config: the run's, with which it was written.
+    config: of the run; its hash is the manifest's.
     manifest: step, class names, digest of the data, SHA-256 of the files.
-    passed_over: what is wrong with newer checkpoints.
+    passed_over: damages of newer checkpoints.
     """
 
     folder: Path
@@ -59,15 +59,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, run: Path) -> Checkpoint:
-        """The run's newest good checkpoint; each damaged newer one is a DamagedWarning: a library prints nothing.
+        """The run's newest good checkpoint; warns (DamagedWarning) of each damaged newer one.
 
         Raises:
-            UserError: there is none, or config.yaml has other values than when it was written.
+            UserError: there is none, or config.yaml has changed since it was written.
         """
-        found = newest(run)
-        for damage in found.passed_over:
+        checkpoint = newest(run)
+        for damage in checkpoint.passed_over:
             warnings.warn(f"passed over: {damage}", DamagedWarning, stacklevel=2)
-        return found
+        return checkpoint
 
     @property
     def step(self) -> int:
@@ -81,12 +81,12 @@ class Checkpoint:
         return tuple(self.manifest["classes"])
 
     def sha256(self, *, averaged: bool = True) -> str:
-        """SHA-256 of the file that holds the averaged, else the trained weights."""
+        """SHA-256 of the file with the averaged or the trained weights."""
         sha256: str = self.manifest["sha256"][AVERAGED if averaged else STATE]
         return sha256
 
     def state(self) -> Stored:
-        """The file of the trained weights and the optimizer's state; empty in a run that was exported."""
+        """The file of the trained weights and the optimizer's state; empty in an exported run."""
         return Stored(self.folder / STATE)
 
     def averaged(self) -> Stored:
@@ -94,7 +94,7 @@ class Checkpoint:
         return Stored(self.folder / AVERAGED)
 
     def trained(self) -> Stored:
-        """The state that training goes on from; UserError where a run was exported with its averaged weights alone."""
+        """The state from which training resumes; UserError in a run exported with averaged weights alone."""
         state = self.state()
         if not any(name.startswith("model.") for name in state):
             raise UserError(
@@ -103,7 +103,7 @@ class Checkpoint:
         return state
 
     def weights(self, *, averaged: bool = True) -> dict[str, Tensor]:
-        """The model's averaged, else trained weights by the model's names; UserError where there are none."""
+        """The averaged or the trained weights by the model's names; UserError when there are none."""
         if averaged:
             return load_tensors(self.folder / AVERAGED)
         state = self.trained()  # the optimizer's moments, twice the weights, are not read
@@ -120,14 +120,14 @@ class Checkpoint:
         return model.to(device).eval()
 
     def check_model(self) -> None:
-        """UserError when the weights are those of a model that was given to train(): the config builds another."""
+        """UserError when the weights belong to a model given to train(): the config builds another model."""
         if model := self.manifest.get("objects", {}).get("model"):
             raise UserError(
                 f"{self.folder} holds weights of a model given to train(), {model}: load {AVERAGED} into it"
             )
 
     def misfit(self) -> UserError:
-        """The error to raise where its tensors are not those of the config's model."""
+        """The error to raise when its tensors do not fit the config's model."""
         config = self.folder.parents[1] / "config.yaml"
         return UserError(f"{self.folder} does not fit {config}: the model was changed since")
 
@@ -153,18 +153,20 @@ def save(
     data: Mapping[str, str] | None = None,
     objects: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then drop those that are neither milestones nor among the newest `KEEP`.
+    """Write the checkpoint of `step`, then delete those that are neither milestones nor among the newest `KEEP`.
 
-    One that is not steady was made because somebody stopped the run: no run that diverges goes back to it. `data` is
-    the digest and the place of the images, as `data.run_data.record` gives them; `objects` the classes of a
-    model or optimizer that was given to train().
+    Files are written to a temporary folder and synced, the manifest last. The folder is synced, read again, and
+    renamed. At every moment a checkpoint's folder is complete or absent, and once there were `KEEP` good ones there
+    always are.
+    `state` and `ema` are all that changes in a run: the average is a function of the step and has no counter.
 
-    Written beside, files and folder synced, the manifest last, read again, and renamed: at every moment a checkpoint's
-    folder is whole or not there, and there are `KEEP` good ones once there were. `state` and `ema` are all that changes
-    in a run: the average has no counter of its own, it goes by the step.
+    Args:
+        steady: false for a checkpoint of a stopped run: a run that diverges does not go back to it.
+        data: digest and place of the images (data.run_data.data_record).
+        objects: classes of a model or optimizer given to train().
 
     Raises:
-        SaveError: the disk did not take it. No part of it is left, and older checkpoints are as they were.
+        SaveError: the disk refused it. No part of it remains, and older checkpoints are unchanged.
     """
     folder = run / "checkpoints"
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
@@ -196,15 +198,15 @@ def save(
         integrity.sync(folder)
     except (OSError, DamagedError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        what = "it reads otherwise than it was written"
+        what = "reading it again gives other bytes"
         remedy = "check the disk"
         if isinstance(error, OSError):
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
-        raise SaveError(f"cannot save {target}: {what}; older checkpoints are as they were: {remedy}") from error
+        raise SaveError(f"cannot save {target}: {what}; older checkpoints are unchanged: {remedy}") from error
     finally:
-        for content in files.values():  # where the disk refused, other processes still wait to give their parts
+        for content in files.values():  # after an error other processes still wait to send their parts
             deque(content, maxlen=0)
-    with suppress(OSError):  # what cannot be deleted is no reason to stop: the next save tries again
+    with suppress(OSError):  # the next save tries again
         prune(run, manifest, config.train.keep_every)
     return target
 
@@ -218,12 +220,12 @@ def has_any(run: Path) -> bool:
 
 
 def newest(run: Path, *, steady: bool = False) -> Checkpoint:
-    """The newest checkpoint that verifies (and is steady); it names the damaged ones that are newer.
+    """The newest checkpoint that verifies (with `steady`: and is steady), with the damages of newer ones.
 
-    Whoever loads a run's weights asks here for them, so that they meet no other config than their own.
+    All loading of a run's weights goes through here, so that weights never meet another config than their own.
 
     Raises:
-        UserError: there is none, or config.yaml has other values than when it was written.
+        UserError: there is none, or config.yaml has changed since it was written.
     """
     config = read_config(run)
     passed_over: list[Damage] = []
@@ -246,13 +248,13 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
 
 
 def noted_data(run: Path) -> dict[str, str] | None:
-    """The digest and the place of the data that the run's newest checkpoint notes; None where none does."""
+    """Digest and place of the data in the run's newest manifest; None without one."""
     noted: dict[str, str] | None = noted_manifest(run).get("data")
     return noted
 
 
 def _check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
-    """UserError when a run's config is not the one that a checkpoint of it was written with."""
+    """UserError when a run's config has changed since a checkpoint of it was written."""
     if manifest["config"] == config_hash(config):
         return
     if manifest.get("hash_version", 1) > HASH_VERSION:

@@ -1,13 +1,13 @@
-"""A run is a folder; this makes it, locks it and reads its config.
+"""The folder of a run: create it, lock it, read its config.
 
-    config.yaml            everything the run is
+    config.yaml            the complete config of the run
     log.jsonl              one line per step and per held-out evaluation, a function of the config
-    timing.jsonl           what the clock said
+    timing.jsonl           seconds and images per second
     checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
     samples/0001200.png
-    lock                   who trains it, while somebody does
+    lock                   names the process that trains the run
 
-Nothing that is loaded can run code: YAML (safe), JSON and safetensors.
+No file that is loaded can run code: YAML (safe), JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dit_in_dit.runs.retention import clear_unfinished, folders
 
 
 def create(run: Path, config: RunConfig) -> None:
-    """Make the run's folder with its config; UserError when a run is there already or it cannot be written."""
+    """Create the run's folder with its config; UserError when it holds a run already or cannot be written."""
     if (run / "config.yaml").exists():
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
     try:
@@ -41,7 +41,7 @@ def lock_run(run: Path) -> Iterator[None]:
     """Keep other processes, and other callers in this one, from training the run.
 
     Raises:
-        BusyError: another has it; named with its machine.
+        BusyError: another process trains it; the message names the process and its machine.
     """
     with lock.lock_file(run / "lock", f"{run} is being trained"):
         clear_unfinished(run)
@@ -49,7 +49,7 @@ def lock_run(run: Path) -> Iterator[None]:
 
 
 def read_config(run: Path) -> RunConfig:
-    """The run's config; UserError when there is no run."""
+    """The run's config; UserError when there is no run at the path."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"no run at {run}: it has no config.yaml")
@@ -62,7 +62,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def noted_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of the newest checkpoint that has one; empty where none has."""
+    """The manifest of the newest checkpoint that has one; empty without any."""
     for folder in folders(run):
         with suppress(integrity.DamagedError):
             return integrity.read_manifest(folder)

@@ -1,6 +1,6 @@
-"""A folder of files that a manifest seals: put on the disk, and read again as whole or damaged, each file named.
+"""Folders of files sealed by a manifest of SHA-256: written and synced, verified, each damaged file named.
 
-A file of tensors or arrays loads in silence with a bit flipped; its hash is the only guard.
+A file of tensors loads without an error when a bit is flipped: its hash is the only protection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form
 
 FORM = {"step": int, "config": str, "classes": [str], "steady": bool, "bytes": dict, "sha256": dict}  # of a manifest
-DATA = {"digest": str, "place": str}  # of its data, where it notes them
+DATA = {"digest": str, "place": str}  # of a manifest's `data`, which is optional
 Kind = Literal["missing", "truncated", "flipped", "swapped", "extra", "unreadable"]
 KINDS: dict[Kind, str] = {
     "missing": "is missing",
@@ -31,10 +31,10 @@ KINDS: dict[Kind, str] = {
 
 
 class Damage(NamedTuple):
-    """What is wrong with one file of a checkpoint's folder.
+    """Damage of one file in a checkpoint's folder.
 
-    kind: flipped is said of any other content; swapped where the content is that of another file, of this checkpoint
-    or one beside it; extra of a file too many (hidden ones are a file manager's or NFS's, and left alone).
+    kind: flipped: other content of the same size. swapped: the content of another file, of this checkpoint or of one
+    beside it. extra: a file that does not belong there; hidden files of file managers and NFS are ignored.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Damage(NamedTuple):
 
 
 class DamagedError(UserError):
-    """A checkpoint does not verify; `damages` has every damaged file."""
+    """A checkpoint does not verify; `damages` lists every damaged file."""
 
     def __init__(self, damages: list[Damage]) -> None:
         more = f", and {len(damages) - 1} more" if len(damages) > 1 else ""
@@ -55,11 +55,11 @@ class DamagedError(UserError):
 
 
 class DamagedWarning(UserWarning):
-    """A damaged checkpoint was passed over, and an older one is used."""
+    """A damaged checkpoint was passed over for an older one."""
 
 
 def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write a file to the disk; size and SHA-256 of what was meant to be in it, whatever the disk made of it."""
+    """Write and sync a file; return size and SHA-256 of the bytes given, not of those on the disk."""
     size, sha256 = 0, hashlib.sha256()
     with path.open("wb") as file:
         for part in parts:
@@ -68,7 +68,7 @@ def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, 
             size += len(part)
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that reading it again reads the disk, not the memory of what was written
+        if hasattr(os, "posix_fadvise"):  # so that reading it again reads the disk, not the cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return size, sha256.hexdigest()
 
@@ -80,34 +80,34 @@ def file_sha256(path: Path) -> str:
 
 
 def sync(folder: Path) -> None:
-    """Put a folder's names on the disk."""
+    """Sync the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's file: its last line is the SHA-256 of the rest."""
+    """The bytes of manifest.json; its last key is the SHA-256 of the rest."""
     own = hashlib.sha256(json.dumps(manifest, indent=1).encode()).hexdigest()
     return json.dumps({**manifest, "seal": own}, indent=1).encode() + b"\n"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after every file was found as it was written; DamagedError names each that is not."""
+    """The manifest, if every file is as it was written; else DamagedError, which names each that is not."""
     manifest = read_manifest(checkpoint)
     sha256: dict[str, str] = manifest["sha256"]
     elsewhere = None
     damages = []
     for name, expected in sha256.items():
-        kind, found = _compare(checkpoint / name, manifest["bytes"][name], expected)
-        if kind and found:
+        kind, actual = _compare(checkpoint / name, manifest["bytes"][name], expected)
+        if kind and actual:
             elsewhere = elsewhere or _others(checkpoint) | set(sha256.values())
-            kind = "swapped" if found in elsewhere else kind
+            kind = "swapped" if actual in elsewhere else kind
         if kind:
             damages.append(Damage(checkpoint, name, kind))
     try:
@@ -121,7 +121,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What manifest.json holds, if it is as it was written and of this step; the files that it names are not read."""
+    """The content of manifest.json, if its seal and step are right; the files that it names are not read."""
     path, name = checkpoint / "manifest.json", checkpoint.name.partition(".")[0]
     kind: Kind
     try:
@@ -143,7 +143,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _has_all_parts(manifest: dict[str, Any]) -> bool:
-    """Whether it says all that is read of a manifest, with a size and a hash of each file."""
+    """Whether a manifest has all keys that are read, and a size and a hash of each file."""
     if not has_form(manifest, FORM) or not has_form(manifest.get("data", dict.fromkeys(DATA, "")), DATA):
         return False
     if manifest["bytes"].keys() != manifest["sha256"].keys():
@@ -152,23 +152,23 @@ def _has_all_parts(manifest: dict[str, Any]) -> bool:
 
 
 def _compare(path: Path, size: int, sha256: str) -> tuple[Kind | None, str]:
-    """What is wrong with a file, if anything, and its SHA-256 where it can be read."""
+    """The kind of a file's damage, None without any, and its SHA-256 if it can be read."""
     try:
-        there, found = path.stat().st_size, file_sha256(path)
+        actual_size, actual = path.stat().st_size, file_sha256(path)
     except (FileNotFoundError, NotADirectoryError):
         return "missing", ""
     except OSError:
         return "unreadable", ""
-    if found == sha256:
-        return None, found
-    return "truncated" if there < size else "flipped", found
+    if actual == sha256:
+        return None, actual
+    return "truncated" if actual_size < size else "flipped", actual
 
 
 def _others(checkpoint: Path) -> set[str]:
-    """SHA-256 of the files of the checkpoints beside this one, as far as their manifests can be read."""
-    found: set[str] = set()
+    """SHA-256 of the files of other checkpoints of the run whose manifests can be read."""
+    hashes: set[str] = set()
     for folder in checkpoint.parent.iterdir():
         if folder != checkpoint:
             with suppress(DamagedError):
-                found |= set(read_manifest(folder)["sha256"].values())
-    return found
+                hashes |= set(read_manifest(folder)["sha256"].values())
+    return hashes

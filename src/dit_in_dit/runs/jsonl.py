@@ -1,4 +1,4 @@
-"""Files of JSON lines beside a run: its log, which is a function of its config, and its clock."""
+"""Files of JSON lines in a run's folder: its log, a function of the config, and its times."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dit_in_dit.runs.checkpoint import SaveError
 Line = dict[str, Any]
 MOST_STEP = 10**12  # as train.steps
 NUMBER = (int, float)
-ADVICE = "mend it, or start another run"
+ADVICE = "fix it, or start another run"
 
 
 def is_log_line(line: Line) -> bool:
-    """Whether an object can be a line of `log.jsonl`: a step with numbers, held-out errors or a roll-back."""
+    """Whether an object can be a line of `log.jsonl`: a step with numbers, held-out errors or a rollback."""
     if not has_form(line, {"step": int}) or not 0 <= line["step"] <= MOST_STEP:
         return False
     if "rollback" in line:
@@ -41,13 +41,13 @@ def is_clock_line(line: Line) -> bool:
 
 
 def check_lines(lines: list[Line], good: Callable[[Line], bool], what: str, advice: str) -> None:
-    """UserError with the first line that is none of its file."""
+    """UserError with the first line that does not belong in its file."""
     if wrong := next((line for line in lines if not good(line)), None):
         raise UserError(f"{what} holds a line that no run writes, {truncate(json.dumps(wrong), 60)}: {advice}")
 
 
 def _are_errors(kinds: object) -> bool:
-    """Whether these are errors by kind; one that is not finite is written by its name."""
+    """Whether these are errors by kind; a non-finite one is written by its name, such as 'nan'."""
     return isinstance(kinds, dict) and all(
         isinstance(error, NUMBER) or (isinstance(error, str) and _is_number(error)) for error in kinds.values()
     )
@@ -62,28 +62,28 @@ def _is_number(text: str) -> bool:
 
 
 class Lines:
-    """An append-only file. Half a line of a killed process is cut off when it is opened.
+    """An append-only file. On opening, an incomplete last line of a killed process is removed.
 
-    A line that cannot be written (a full disk) waits in memory and is tried again with the next one.
+    A line that cannot be written (a full disk) stays in memory and is tried again with the next one.
 
     Args:
-        path: the file; None: nothing is read or written, as in processes that do not lead.
-        good: whether an object can be a line of it.
+        path: the file; None, as on ranks other than 0: nothing is read or written.
+        good: whether an object can be a line of the file.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: a line is not good.
     """
 
     def __init__(self, path: Path | None, good: Callable[[Line], bool]) -> None:
         self.path, self.size, self.waiting = path, 0, b""
-        self.found: list[Line] = []
+        self.stored: list[Line] = []
         self.file: io.FileIO | None = None
         if path is None:
             return
         whole = path.read_bytes() if path.exists() else b""
         whole = whole[: whole.rfind(b"\n") + 1]
-        self.found = parse_lines(whole.splitlines(), str(path), ADVICE)
-        check_lines(self.found, good, str(path), ADVICE)
+        self.stored = parse_lines(whole.splitlines(), str(path), ADVICE)
+        check_lines(self.stored, good, str(path), ADVICE)
         self.size = len(whole)
         self.file = io.FileIO(path, "r+" if path.exists() else "w+")
         self.file.truncate(self.size)
@@ -94,13 +94,13 @@ class Lines:
             self.file.close()
 
     def add(self, line: Line) -> None:
-        """Append one line, or keep it until there is room."""
+        """Append one line, or keep it until the disk has room."""
         self.waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
-        with suppress(SaveError):  # it waits; `settle` is called again before anything builds on it
+        with suppress(SaveError):  # `settle` is called again before anything depends on the line
             self.settle()
 
-    def settle(self) -> None:
-        """Write what waits; SaveError when it cannot be: what was written before stays, and is not written again."""
+    def settle(self, *, sync: bool = False) -> None:
+        """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again."""
         if not self.file:
             self.waiting = b""
             return
@@ -109,25 +109,22 @@ class Lines:
             while self.waiting:
                 written = self.file.write(self.waiting)
                 self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
+            if sync:
+                os.fsync(self.file.fileno())
         except OSError as error:
             raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
     def keep(self) -> None:
-        """Put all of it on the disk: what builds on these lines must not outlive them. SaveError when it cannot be."""
-        self.settle()
-        if self.file:
-            try:
-                os.fsync(self.file.fileno())
-            except OSError as error:
-                raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+        """Write and sync all lines, before anything that depends on them is saved; SaveError when the disk refuses."""
+        self.settle(sync=True)
 
 
 class Log:
-    """`log.jsonl`. A resumed run does not write again what is there; one that was rolled back does."""
+    """`log.jsonl`. A resumed run does not repeat existing lines; a run that was rolled back does."""
 
     def __init__(self, path: Path | None) -> None:
         self.lines, self.done, rolled = Lines(path, is_log_line), set(), 0
-        for line in self.lines.found:
+        for line in self.lines.stored:
             self.done.add((rolled, *self._name(line)))
             rolled += "rollback" in line
 
@@ -136,25 +133,25 @@ class Log:
         return line.get("step"), next((kind for kind in ("held_out", "rollback") if kind in line), "step")
 
     def has(self, rolled: int, line: Line) -> bool:
-        """Whether a line of this step and kind is there since the run was rolled back `rolled` times."""
+        """Whether the log has a line of this step and kind after `rolled` rollbacks."""
         return (rolled, *self._name(line)) in self.done
 
     def write(self, rolled: int, line: Line) -> None:
-        """Append, unless it is there."""
+        """Append, unless the log has it."""
         if not self.has(rolled, line):
             self.lines.add(line)
 
 
 class Clock:
-    """`timing.jsonl`: seconds spent in steps, over all resumes, and speed."""
+    """`timing.jsonl`: seconds of training over all resumes, and images per second."""
 
     def __init__(self, path: Path | None) -> None:
         self.lines = Lines(path, is_clock_line)
-        self.seconds = max((line["seconds"] for line in self.lines.found), default=0.0)
+        self.seconds = max((line["seconds"] for line in self.lines.stored), default=0.0)
         self.start()
 
     def start(self) -> None:
-        """Time from here."""
+        """Start timing."""
         self.began = time.perf_counter()
 
     def waited(self) -> float:

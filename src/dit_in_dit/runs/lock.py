@@ -1,7 +1,7 @@
-"""Locks on files: one holder among all processes, and among all callers within one.
+"""Locks on files: one holder among all processes, and among all callers within one process.
 
-A lock belongs to the opened file (`flock`), not to the process: a second caller in one process is refused, and what
-that caller closes frees nothing. It ends when its holder lets go, is collected or dies.
+A lock belongs to the opened file (`flock`), not to the process: a second caller in one process is refused, and a file
+that this caller closes releases nothing. The lock ends when its holder releases it, is garbage-collected or dies.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _held: set[io.FileIO] = set()
 
 
 class BusyError(UserError):
-    """Another holds the lock."""
+    """Another process or caller holds the lock."""
 
 
 class LocklessWarning(UserWarning):
-    """The file system keeps no locks."""
+    """The file system does not support locks."""
 
 
 def _forget() -> None:
-    """Close a forked child's copies: with them it would keep the locks of a parent that was killed."""
+    """Close a forked child's copies of locked files: they would keep the locks of a killed parent."""
     for file in _held:
         file.close()
     _held.clear()
@@ -39,11 +39,11 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def open_locked(path: Path, *, wait: bool) -> io.FileIO:
-    """Open the file, which is made where there is none, and lock it; for `release`.
+    """Open the file, creating it if necessary, and lock it until `release`.
 
     Raises:
-        BlockingIOError: another holds it, and `wait` is false.
-        OSError: it cannot be opened, or its file system keeps no locks.
+        BlockingIOError: another holds the lock, and `wait` is false.
+        OSError: it cannot be opened, or its file system does not support locks.
     """
     file = io.FileIO(path, "a+")
     _held.add(file)
@@ -56,21 +56,21 @@ def open_locked(path: Path, *, wait: bool) -> io.FileIO:
 
 
 def release(file: io.FileIO) -> None:
-    """Let others have it."""
+    """Release a file of `open_locked`."""
     file.close()
     _held.discard(file)
 
 
 @contextmanager
 def lock_file(path: Path, what: str) -> Iterator[None]:
-    """Keep others from taking the same file; it names its holder. Where the file system keeps no locks, warn
-    (LocklessWarning) and go on without.
+    """Hold a lock on a file, which names its holder. Warn (LocklessWarning) and continue without a lock when the file
+    system does not support them.
 
     Args:
-        what: begins the message to others, such as 'RUN is being trained'.
+        what: begins the message of BusyError, such as 'RUN is being trained'.
 
     Raises:
-        BusyError: another holds it.
+        BusyError: another process or caller holds the lock.
     """
     owner = f"process {os.getpid()} on {socket.gethostname()}"
     file = None
@@ -84,8 +84,10 @@ def lock_file(path: Path, what: str) -> Iterator[None]:
         if not path.exists():
             raise
         problem = error.strerror or error
-        warnings.warn(f"cannot lock {path} ({problem}): see that nobody else uses it", LocklessWarning, stacklevel=4)
-    let_go = _held.discard  # names of a module are gone when Python ends, and an unfinished run ends then
+        warnings.warn(
+            f"cannot lock {path} ({problem}): make sure that nobody else uses it", LocklessWarning, stacklevel=4
+        )
+    let_go = _held.discard  # bound now: at exit, when an unfinished run ends, module names are gone
     try:
         if file:
             file.truncate(0)

@@ -1,32 +1,32 @@
-"""Trained models that ship with the package, by name: runs that hold the averaged weights alone, and are only read."""
+"""Trained models that ship with the package, by name: read-only runs with averaged weights alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 HERE = Path(__file__).parents[1]
-ROOM = "models"  # `models/NAME` is the model where a preset has the same name, in a checkout and installed
+ROOM = "models"  # `models/NAME` names the model even if a preset has the name NAME
 PLACES = (HERE / ROOM, HERE.parents[1] / ROOM)  # installed; in a checkout
 
 
 def pretrained_models() -> dict[str, Path]:
     """The runs that ship with the package, by name."""
-    found = (path.parent for place in PLACES for path in sorted(place.glob("*/config.yaml")))
-    return {run.name: run for run in reversed(list(found))}
+    runs = [path.parent for place in PLACES for path in sorted(place.glob("*/config.yaml"))]
+    return {run.name: run for run in reversed(runs)}
 
 
 def find_run(text: str) -> Path:
-    """A run's folder: the path as it is, or, where nothing lies there, the shipped run NAME or models/NAME."""
+    """A run's folder: the path itself if it exists, else the pretrained run NAME or models/NAME."""
     path = Path(text)
     try:
         taken = path.exists()
-    except (OSError, ValueError):  # too long for a name, or a NUL in it: whoever reads it says so
+    except (OSError, ValueError):  # a name too long or with a NUL: reading it raises the error
         return path
     return path if taken else pretrained_models().get(text.removeprefix(f"{ROOM}/"), path)
 
 
 def results_folder(run: Path, kind: str) -> Path:
-    """The folder for what a command writes about a run: KIND in the run, or KIND/NAME in the working folder for a
-    shipped one."""
+    """The folder for a command's results about a run: KIND in the run; for a pretrained run, KIND/NAME in the working
+    folder."""
     shipping = run.resolve().parent in {place.resolve() for place in PLACES}
     return Path(kind, run.resolve().name) if shipping else run / kind

@@ -1,7 +1,7 @@
-"""Checkpoint folders of a run: which there are, which stay and which go.
+"""Checkpoint folders of a run: list them, and delete those that are no longer needed.
 
-A checkpoint's folder has its name once it is whole, on the disk, and read again. `0001200.part` is on its way in or
-out; `0001200.old` is as good as any, about to be replaced by another of its step.
+A checkpoint's folder has its name once it is complete, synced and read again. `0001200.part` is being written or
+deleted. `0001200.old` is complete and about to be replaced by another checkpoint of its step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from dit_in_dit.runs.integrity import DamagedError, verify
 
-LEFT = re.compile(r"\d{7,}\.part|\d+(\.old)?\.gone\.part")  # what a killed save leaves
-KEEP = 2  # newest checkpoints that stay, of those that verify
+LEFT = re.compile(r"\d{7,}\.part|\d+(\.old)?\.gone\.part")  # remains of a killed save
+KEEP = 2  # number of newest verified checkpoints to keep
 
 
 def _step(folder: Path) -> int:
@@ -24,17 +24,17 @@ def _step(folder: Path) -> int:
 
 
 def folders(run: Path) -> list[Path]:
-    """Checkpoint folders, newest step first; one that is being replaced after its replacement."""
-    found = []
+    """Checkpoint folders, newest step first; a folder that is being replaced follows its replacement."""
+    checkpoints = []
     for path in (run / "checkpoints").glob("*"):
         name = path.name.removesuffix(".old")
         if name.isascii() and name.isdigit():
-            found.append(path)
-    return sorted(found, key=lambda path: (-_step(path), path.suffix))
+            checkpoints.append(path)
+    return sorted(checkpoints, key=lambda path: (-_step(path), path.suffix))
 
 
 def _good(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint that verifies."""
+    """The manifest of a checkpoint; None when it does not verify."""
     try:
         return verify(checkpoint)
     except DamagedError:
@@ -42,7 +42,7 @@ def _good(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def make_way(target: Path) -> None:
-    """Take the checkpoint of the same step away, if there is one: a good one to a name by which it is still found."""
+    """Move a checkpoint of the same step out of the way: a good one to `.old`, where `folders` still lists it."""
     aside = target.with_name(f"{target.name}.old")
     if _good(target):
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier save that was killed here
@@ -52,17 +52,20 @@ def make_way(target: Path) -> None:
 
 
 def _drop(folder: Path) -> None:
-    """Delete a checkpoint; killed on the way, it leaves no folder that looks like one."""
+    """Delete a checkpoint; if killed, it leaves no folder that looks like a checkpoint."""
     leaving = folder.with_name(f"{folder.name}.gone.part")
     folder.rename(leaving)
     shutil.rmtree(leaving)
 
 
 def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
-    """Drop what is older than the newest `KEEP` that verify, but milestones, and the newest steady one, to which a run
-    may go back. `saved`, a manifest, was verified just now.
+    """Delete checkpoints, but for the newest `KEEP` that verify, milestones, and the newest steady one, to which a run
+    may roll back.
 
-    A damaged one among these is not counted, and stays until it is older than they are.
+    A damaged checkpoint is not counted, and is deleted once it is older than the kept ones.
+
+    Args:
+        saved: the manifest of the checkpoint that was just verified.
     """
     good: set[int] = set()
     steady = False
@@ -78,12 +81,12 @@ def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
                 steady |= manifest["steady"]
                 continue
         if not milestone:
-            with suppress(OSError):  # the others may well go
+            with suppress(OSError):  # try the others
                 _drop(folder)
 
 
 def clear_unfinished(run: Path) -> None:
-    """Delete what a killed save left. Only for who trains the run."""
+    """Delete the remains of a killed save. Only the process that trains the run may call it."""
     for folder in (run / "checkpoints").glob("*.part"):
-        if LEFT.fullmatch(folder.name):  # else it is the user's
+        if LEFT.fullmatch(folder.name):  # else it is a file of the user
             shutil.rmtree(folder, ignore_errors=True)

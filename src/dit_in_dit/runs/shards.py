@@ -1,7 +1,7 @@
-"""Long work in files of a few images each: what is there is not done again, and processes share the rest.
+"""Long work on images in parts, one file each: existing parts are kept, and processes share the rest.
 
-A file is written beside and renamed, so it is whole or not there. Part k of the work belongs to process k modulo their
-number (`RANK` and `WORLD_SIZE`, as torchrun sets them); results are read in index order, whoever made them.
+A file is written to a temporary name and renamed: it is complete or absent. Part k belongs to process k modulo the
+number of processes (`RANK` and `WORLD_SIZE`, as torchrun sets them). Results are read in index order.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runtime import process
 
 Arrays = dict[str, NDArray[Any]]
-PATIENCE = 1800  # seconds without a new chunk after which the other processes are given up
+PATIENCE = 1800  # seconds to wait for a new chunk of another process
 
 
 def claim(path: Path, identity: Mapping[str, Any]) -> None:
-    """Note what the files beside `path` are, once and by whichever process is first.
+    """Write to `path` what the files beside it are, unless another process has.
 
     Raises:
-        UserError: it was noted already, and they are something else.
+        UserError: the existing file describes something else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -42,14 +42,19 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
-    """Make what is missing of `total` images, this process its parts of `size`; yields how many are there, until
-    all are.
+    """Make the missing parts of `total` images, this process its share; yields the number of existing images until all
+    exist.
+
+    Args:
+        size: images per part.
+        there: whether a part exists.
+        make: makes a part.
 
     Raises:
-        UserError: the other processes' did not come for `PATIENCE` seconds.
+        UserError: no new part of another process appeared for `PATIENCE` seconds.
     """
     rank, world = process.rank(), process.world_size()
-    parts = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    parts = _parts(total, size)
     done = sum(len(part) for part in parts if there(part))
     yield done
     for part in parts[rank::world]:
@@ -65,18 +70,19 @@ def share(total: int, size: int, there: Callable[[range], bool], make: Callable[
 def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
-    """Wait for other processes' parts: yields those that are missing ten times a second, until all are there.
+    """Wait until all parts exist; yields the missing ones ten times a second.
 
     Args:
-        what: names missing parts, for the error.
+        there: whether a part exists.
+        what: names missing parts in the error.
 
     Raises:
-        UserError: no part came for `patience` seconds.
+        UserError: no new part appeared for `patience` seconds.
     """
     left, since = parts, time.monotonic()
-    while found := [part for part in left if not there(part)]:
-        if len(found) < len(left):
-            left, since = found, time.monotonic()
+    while missing := [part for part in left if not there(part)]:
+        if len(missing) < len(left):
+            left, since = missing, time.monotonic()
         if time.monotonic() - since > patience:
             raise UserError(f"{what(left)} did not come within {patience} s: run it again")
         yield left
@@ -87,13 +93,12 @@ def _path(folder: Path, part: range) -> Path:
     return folder / f"{part.start:07d}-{part.stop:07d}.npz"
 
 
-def _paths(folder: Path, total: int, size: int) -> Iterator[Path]:
-    for start in range(0, total, size):
-        yield _path(folder, range(start, min(start + size, total)))
+def _parts(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
-    """Make the missing chunks of `size` images, yielding how many of the `total` are there; ends when all are."""
+    """Make the missing chunks of `size` images; yields the number of existing images until all `total` exist."""
 
     def keep(part: range) -> None:
         content = io.BytesIO()
@@ -105,15 +110,15 @@ def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -
 
 
 def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
-    """One array of every chunk, in index order; UserError names a chunk that is damaged."""
-    for path in _paths(folder, total, size):
-        yield _load(path, name)
+    """One array of every chunk, in index order; UserError naming a damaged chunk."""
+    for part in _parts(total, size):
+        yield _load(_path(folder, part), name)
 
 
 def stored(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
-    """One array's rows by number; the chunk that was read last is kept."""
-    paths = list(_paths(folder, total, size))
-    load = lru_cache(maxsize=1)(lambda chunk: _load(paths[chunk], name))
+    """A function from image numbers to rows of one array; it caches the last chunk."""
+    parts = _parts(total, size)
+    load = lru_cache(maxsize=1)(lambda chunk: _load(_path(folder, parts[chunk]), name))
     return lambda numbers: np.stack([load(n // size)[n % size] for n in numbers])
 
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: written a tensor at a time, and read one at a time or all at once."""
+"""Tensors in safetensors files: written one at a time, read one at a time or all at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 
-DTYPES = {  # as safetensors names them, in the order in which it writes them
+DTYPES = {  # names of safetensors, in its order of writing
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -26,22 +26,21 @@ DTYPES = {  # as safetensors names them, in the order in which it writes them
 
 
 def order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors as they follow each other in a file: by type, then by name."""
+    """Names of tensors in their order in a file: by type, then by name."""
     rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
     return sorted(described, key=lambda name: (rank[described[name].dtype], name))
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same types and shapes that cost nothing to read, where reading a tensor means gathering it."""
-    found: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
-    return found
+    """Tensors of the same types and shapes that are free to read: of a sharded state, its local tensors."""
+    described: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
+    return described
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file, a tensor at a time: byte for byte what `safetensors.torch.save` makes.
+    """The bytes of a safetensors file, a tensor at a time, equal to those of `safetensors.torch.save`.
 
-    Written here because that function holds all tensors a second time, and its sibling for files says neither what it
-    wrote nor, in one word, what went wrong.
+    `save` holds all tensors in memory twice. `save_file` returns no hash, and its errors have no errno.
     """
     names, described = order(tensors), _described(tensors)
     header, end = {}, 0
@@ -50,7 +49,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         end += tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the tensors lie aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     yield len(text).to_bytes(8, "little")
     yield text
     for name in names:
@@ -58,7 +57,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 class Stored(Mapping[str, Tensor]):
-    """The tensors of one file of a checkpoint, each read when it is asked for: no process holds the whole file."""
+    """The tensors of one file of a checkpoint, each read on demand: no process holds the whole file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -89,7 +88,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], what: str) -> None:
-    """UserError when weights that are to be given away or taken in are not finite."""
+    """UserError when weights to be exported or imported are not finite."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{name[:80]} of {what} holds NaN or infinity: use an earlier checkpoint")

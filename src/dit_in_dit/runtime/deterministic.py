@@ -1,4 +1,4 @@
-"""The same bits from the same numbers on CUDA, where PyTorch by default takes the faster algorithm."""
+"""Deterministic algorithms on CUDA, where PyTorch by default prefers faster ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from dit_in_dit.config.errors import UserError
 
-WORKSPACE, SIZES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with these cuBLAS sums in one order
+WORKSPACE, SIZES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with these cuBLAS is deterministic
 
 
 @contextmanager
 def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
-    """PyTorch's deterministic algorithms while a run trains on CUDA; nothing changes on other devices.
+    """Use PyTorch's deterministic algorithms while a run trains on CUDA; other devices are unchanged.
 
-    Enter it before anything lies on the device: cuBLAS reads its workspace's size once, at its first product.
+    Enter before anything is on the device: cuBLAS reads its workspace size once, at its first product.
 
     Raises:
-        UserError: CUDA has started without the workspace that cuBLAS needs for it.
+        UserError: CUDA was used before, without the workspace that cuBLAS needs to be deterministic.
     """
     if not on or device.type != "cuda":
         yield
@@ -34,7 +34,7 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
     filling: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    filling.fill_uninitialized_memory = False  # it finds reads of unset memory, and costs time
+    filling.fill_uninitialized_memory = False  # only a debugging aid, and slow
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The device of a run, and the precision that it computes in."""
+"""The device of a run and its precision."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from dit_in_dit.runtime.process import local_rank
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the best there is; under torchrun its own GPU. UserError when it is not there."""
+    """The named device, or the best available; under torchrun the process's own GPU. UserError when it is missing."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    there = [kind for kind, count in counts.items() if count]
-    kind, _, number = (there[0] if name == "auto" else name).partition(":")
+    available = [kind for kind, count in counts.items() if count]
+    kind, _, number = (available[0] if name == "auto" else name).partition(":")
     if kind == "cuda" and not number:
         number = local_rank()
-    if kind not in there or (number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])):
-        raise UserError(f"device {name!r} is not available here: choose from {', '.join(there)}")
-    if kind == "cuda":  # what is not placed by name goes to the process's GPU: it must be this one, in every command
+    if kind not in available or (
+        number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])
+    ):
+        raise UserError(f"device {name!r} is not available here: choose from {', '.join(available)}")
+    if kind == "cuda":  # tensors on plain "cuda" go to the current GPU: make it this one
         number = number or str(torch.cuda.current_device())
         torch.cuda.set_device(int(number))
-    use_full_float32()  # here: whatever computes asks for its device first
+    use_full_float32()  # here, because every computation picks its device first
     return torch.device(f"{kind}:{number}" if number else kind)
 
 
@@ -36,7 +38,7 @@ def _bfloat16_is_native(device: torch.device) -> bool:
 
 
 def resolve_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with train.precision=auto made what it is on this device."""
+    """The config with train.precision=auto replaced by the precision for this device."""
     if config.train.precision != "auto":
         return config
     precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"

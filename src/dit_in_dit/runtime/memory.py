@@ -1,4 +1,4 @@
-"""How much memory there is, and what the C library does with what a step frees."""
+"""Memory of the machine, and the C library's handling of freed memory."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 import math
 import os
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed pages for the next step, as every other allocator of tensors does.
+    """Make glibc keep freed pages for the next step, as other allocators of tensors do.
 
-    By default it gives large blocks back at once, and the system hands out zeroed ones anew: thousands of page
-    faults a step. Training takes hardly more for it (docs/decisions/benchmark.md). Without glibc nothing happens.
+    By default glibc returns large blocks to the system at once and gets zeroed ones back: thousands of page faults per
+    step. Memory use hardly grows (docs/decisions/benchmark.md). Without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def installed_memory() -> float:
-    """Bytes of memory of this machine; infinity where that is not known."""
+    """Memory of this machine in bytes; infinity when unknown."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""This process among those that a launcher (torchrun, Slurm) started: its variables are read here alone."""
+"""This process among those of a launcher (torchrun, Slurm); only this module reads the launcher's variables."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def world_size() -> int:
 
 
 def local_rank() -> str:
-    """Number of this process on its machine, as CUDA counts its GPUs; empty without a launcher."""
+    """Number of this process on its machine, which is its GPU's number; empty without a launcher."""
     return os.environ.get("LOCAL_RANK", "")
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this is rank 0, which prints and writes for all."""
     return rank() == 0
 
 

@@ -1,10 +1,10 @@
-"""Randomness as a function: what is drawn depends on (seed, purpose, index) and on nothing else."""
+"""Random numbers as a function of (seed, purpose, index) alone."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# The numbers are part of what a seed means: never change one, add the next.
+# Never change a number, it is part of the meaning of a seed; for a new purpose add the next.
 PURPOSES = {
     **{"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6},
     "source": 7,
@@ -14,6 +14,6 @@ PURPOSES = {
 def generator(seed: int, purpose: str, index: int) -> np.random.Generator:
     """A counter-based generator (Philox, Salmon et al. 2011) at the start of the stream of (seed, purpose, index).
 
-    The index is the counter's highest word: streams are 2^192 draws apart and never meet.
+    The index is the highest word of the counter: streams are 2^192 draws apart and never overlap.
     """
     return np.random.Generator(np.random.Philox(key=[seed, PURPOSES[purpose]], counter=[0, 0, 0, index]))

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.source import Source
+from dit_in_dit.data.source_checks import check_example
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.runtime.seeding import generator
@@ -76,7 +77,7 @@ class Examples(Dataset[Batch]):
         return range(first, first + rows)
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number`; UserError when an image cannot be read."""
+        """Micro-batch `number`; UserError when an image cannot be read or is not what the model takes."""
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
@@ -84,7 +85,8 @@ class Examples(Dataset[Batch]):
             chosen = image_number(config.seed, index, self.source.train_size)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             stream = partial(generator, config.seed, "source", index)
-            image, label = self.source.example(chosen, stream, flip=flip and u_flip < 0.5)
+            drawn = self.source.example(chosen, stream, flip=flip and u_flip < 0.5)
+            image, label = check_example(self.source, drawn, config.model)
             images.append(image)
             labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
@@ -154,14 +156,15 @@ def end_workers(batches: Iterator[Batch | str]) -> None:
         worker.kill()  # where one still waits for its data
 
 
-def held_out_batch(source: Source, num_classes: int, most: int) -> Batch:
+def held_out_batch(source: Source, model: ModelConfig, most: int) -> Batch:
     """The first `most` held-out images, with noise that is the same for every run; times are the evaluation's."""
-    drawn = [source.held_out(i) for i in range(min(most, source.held_out_size))]
+    numbers = range(min(most, source.held_out_size))
+    drawn = [check_example(source, source.held_out(i), model) for i in numbers]
     noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
     return Batch(
         torch.from_numpy(np.stack([image for image, _ in drawn])),
         torch.from_numpy(np.stack(noises)),
         torch.zeros(len(drawn)),
-        torch.tensor([label if num_classes else 0 for _, label in drawn]),
+        torch.tensor([label if model.num_classes else 0 for _, label in drawn]),
         torch.arange(len(drawn)),
     )

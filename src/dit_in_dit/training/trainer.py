@@ -112,7 +112,7 @@ class Trainer:
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
         wanted = train.evaluate_every and source.held_out_size
-        self.held_out = held_out_batch(source, config.model.num_classes, HELD_OUT_IMAGES) if wanted else None
+        self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if wanted else None
 
     def _groups(self) -> Groups:
         """The parameters of each level, with the factor on its learning rate."""

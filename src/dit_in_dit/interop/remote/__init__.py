@@ -1,1 +1,1 @@
-"""What stands in for modules that stay at home when code travels with a saved folder (`interop.bundle`)."""
+"""Replacements of modules that are not exported with a saved folder's code (`interop.remote_code`)."""

@@ -1,4 +1,4 @@
-"""In place of `interop.carried`: code that came with a folder goes with the next as it is."""
+"""In place of `interop.carried`: the code of a loaded folder is copied unchanged into the next."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 
-def code_of(made: type) -> tuple[str, str]:
+def code_of(cls: type) -> tuple[str, str]:
     """Name and text of the module that defines a class."""
-    path = Path(str(sys.modules[made.__module__].__file__))
+    path = Path(str(sys.modules[cls.__module__].__file__))
     return path.stem, path.read_text()
 
 
 def installed(config: dict[str, Any]) -> dict[str, Any]:
-    """A folder's config: its classes are those that it carries."""
+    """A folder's config, which names the folder's own classes."""
     return config

@@ -1,4 +1,4 @@
-"""In place of `config.choices`: no class of a user's travels, so a choice is one of the package's own."""
+"""In place of `config.choices`: a user's classes are not exported, so every choice is one of the package's own."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,22 +12,22 @@ def plugin_keys() -> dict[str, Any]:
 
 
 def is_choice(key: str) -> bool:
-    """Whether a config key names a choice that a user's own can join: it cannot here."""
+    """Whether a user can register choices for a config key: not here."""
     return False
 
 
 def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
-    """What a config key can be."""
+    """The values of a config key."""
     return list(built_in)
 
 
 def crosses_patches(mixer: str) -> bool:
-    """Whether inner tokens see past their patch."""
+    """Whether inner tokens attend beyond their patch."""
     return CROSSES_PATCHES[mixer]
 
 
 def keeps_outer(fuse: str) -> bool:
-    """Whether the outer tokens go on where aggregated ones join them."""
+    """Whether a fusion keeps the outer tokens (false: the aggregated ones replace them)."""
     return KEEPS_OUTER[fuse]
 
 

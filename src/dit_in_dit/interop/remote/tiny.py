@@ -1,4 +1,4 @@
-"""In place of `model.tiny`: no kernel travels, so attention is PyTorch's own."""
+"""In place of `model.tiny`: no kernel is exported, attention is PyTorch's own."""
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as tiny_attention  # never called: nothing fits
@@ -7,5 +7,5 @@ __all__ = ["fits", "tiny_attention"]
 
 
 def fits(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel can do it: it is not here."""
+    """Whether the kernel fits: never, there is none."""
     return False

@@ -201,7 +201,7 @@ def test_a_broken_image_costs_one_line(capsys, tmp_path):
 
 
 def test_a_broken_image_found_by_a_worker_costs_one_line(capsys, tmp_path, folder, monkeypatch):
-    monkeypatch.setattr("dit_in_dit.data.images.IN_MEMORY", 0)  # read as large sources are: when needed
+    monkeypatch.setattr("dit_in_dit.data.formats.images.IN_MEMORY", 0)  # read as large sources are: when needed
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     config = ["data.workers=1", "data.held_out=0", f"data.source={copy}"]

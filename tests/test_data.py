@@ -17,8 +17,8 @@ from PIL import Image
 from conftest import small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
+from dit_in_dit.data.formats.mosaic import CLASSES, Mosaic
 from dit_in_dit.data.groups import is_held_out
-from dit_in_dit.data.mosaic import CLASSES, Mosaic
 from dit_in_dit.data.picture import fit
 from dit_in_dit.data.sources import open_source
 

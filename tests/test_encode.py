@@ -24,7 +24,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.run import DataConfig, SampleConfig, to_yaml
 from dit_in_dit.data.encode import Encoding, decoder, encode
-from dit_in_dit.data.latents import FORMAT, complete, read_latents_index
+from dit_in_dit.data.formats.latents import FORMAT, complete, read_latents_index
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.reporting.images import to_pixels

@@ -54,7 +54,7 @@ def test_parquet_arrow_and_saved_datasets_give_the_same_examples_as_their_folder
     datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     expected = everything(test_data.opened(folder))
-    monkeypatch.setattr("dit_in_dit.data.images.IN_MEMORY", 0)  # each row is read when it is asked for
+    monkeypatch.setattr("dit_in_dit.data.formats.images.IN_MEMORY", 0)  # each row is read when it is asked for
     for place in (tmp_path / "set.parquet", tmp_path / "repository", tmp_path / "saved", tmp_path / "splits", arrow):
         source = opened(place)
         assert source.classes == CLASSES

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.data.mosaic import Mosaic
+from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.corruptions import CORRUPTIONS

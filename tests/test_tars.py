@@ -62,7 +62,9 @@ def test_shards_give_the_same_examples_as_their_folder(folder, shards, monkeypat
     expected = everything(opened(folder))
     for source in (shards, shards / "train-*.tar", shards / "train-{0000..0002}.tar"):
         assert everything(opened(source)) == expected
-    monkeypatch.setattr("dit_in_dit.data.images.IN_MEMORY", 0)  # read by offset when asked, also by a worker's copy
+    monkeypatch.setattr(
+        "dit_in_dit.data.formats.images.IN_MEMORY", 0
+    )  # read by offset when asked, also by a worker's copy
     source = pickle.loads(pickle.dumps(opened(shards)))
     assert everything(source) == expected
     assert source.train(7)[0].tobytes() == expected[7][0]

@@ -19,7 +19,7 @@ from conftest import perturbed, small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, LatentDecoder, encode
-from dit_in_dit.data.latents import complete, read_latents_index
+from dit_in_dit.data.formats.latents import complete, read_latents_index
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.data.vae import constants, factor, load_vae, posterior_moments
 from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of

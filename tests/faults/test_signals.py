@@ -39,7 +39,7 @@ def slow(owner, name, when=lambda count: True):
 
 from dit_in_dit.runs import checkpoint, integrity as sealed
 from dit_in_dit.sampling import numbered as sampling
-from dit_in_dit.data.images import ImageSource
+from dit_in_dit.data.formats.images import ImageSource
 from dit_in_dit.training.trainer import Trainer
 {
     "step": lambda: slow(Trainer, "gradient_norms", lambda count: count == 5),
@@ -147,7 +147,7 @@ def no_process_left(group: int) -> bool:
 
 MISTAKEN = """
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.data.images import ImageSource
+from dit_in_dit.data.formats.images import ImageSource
 plain = ImageSource.train
 def train(self, index):
     if index == 3:

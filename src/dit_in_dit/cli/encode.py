@@ -49,7 +49,7 @@ def _encode(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from dit_in_dit.data.encode import Encoding, encode
-    from dit_in_dit.data.latents import read_latents_index
+    from dit_in_dit.data.formats.latents import read_latents_index
     from dit_in_dit.runtime.device import pick_device
 
     device = pick_device(options.device)

@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dit_in_dit.data.latents import complete
+    from dit_in_dit.data.formats.latents import complete
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.training.loop import train
 

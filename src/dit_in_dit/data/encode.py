@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.data.formats.latents import FORMAT, LATENTS_INDEX, LOG_VARIANCE, complete, load_index, open_shard
 from dit_in_dit.data.groups import family_number
-from dit_in_dit.data.latents import FORMAT, LATENTS_INDEX, LOG_VARIANCE, complete, load_index, open_shard
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, open_source
 from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, posterior_moments

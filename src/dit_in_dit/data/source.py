@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +43,9 @@ class Source(ABC):
         held_out_size: number of held-out images.
         skipped: unreadable files that were left out.
         notes: other things that are not read, a clause of one line each.
+        name: name in SOURCES of a kind that a file of `data/formats` adds.
         by_path: whether the kind is recognised by the file or folder at a path; kinds with a name are tried first.
+        fallback: set on the one kind that takes every path that no other recognises.
     """
 
     classes: tuple[str, ...]
@@ -50,7 +53,9 @@ class Source(ABC):
     held_out_size: int = 0
     skipped: Sequence[str] = ()
     notes: Sequence[str] = ()
-    by_path: bool = False
+    name: ClassVar[str] = ""
+    by_path: ClassVar[bool] = False
+    fallback: ClassVar[bool] = False
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:

@@ -1,34 +1,32 @@
 """Sources of images: `open_source(data, model)` opens what `data.source` names, by the table SOURCES.
 
-To add a kind: a subclass of `data.source.Source`, and `dit_in_dit.register("source", NAME, CLASS)`. Then `data.source`
-takes NAME and NAME:REST.
+To add a kind: a file in `data/formats` with a subclass of `data.source.Source` that has a `name`; outside the package,
+`dit_in_dit.register("source", NAME, CLASS)`. Then `data.source` takes NAME and NAME:REST.
 """
 
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from dit_in_dit.config.errors import LeftOutWarning, UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
-from dit_in_dit.data.arrays import ArraySource
-from dit_in_dit.data.hub import HubSource
-from dit_in_dit.data.images import EmojiSource, ImageSource
-from dit_in_dit.data.latents import LatentSource
-from dit_in_dit.data.mosaic import MosaicSource
+from dit_in_dit.data import formats
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.tars import TarSource
 
-SOURCES: dict[str, type[Source]] = {  # of several that recognise a place the last counts: one's own before ours
-    "image files": ImageSource,
-    "arrays": ArraySource,
-    "tar shards": TarSource,
-    "latents folder": LatentSource,
-    "hf": HubSource,
-    "mosaic": MosaicSource,
-    "emoji": EmojiSource,
-}
+
+def _built_in() -> dict[str, type[Source]]:
+    """The named classes of the modules of `data/formats`; what takes any path comes first, and is asked last."""
+    modules = [import_module(f"{formats.__name__}.{module.name}") for module in iter_modules(formats.__path__)]
+    classes = [thing for module in modules for thing in vars(module).values() if isinstance(thing, type)]
+    kinds = {kind for kind in classes if issubclass(kind, Source) and "name" in vars(kind) and kind is not Source}
+    return {kind.name: kind for kind in sorted(kinds, key=lambda kind: ("fallback" not in vars(kind), kind.name))}
+
+
+SOURCES = _built_in()  # of several that recognise a place the last counts: one's own before ours
 
 
 def source_kind(source: str) -> type[Source]:

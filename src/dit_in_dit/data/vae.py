@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, truncate
-from dit_in_dit.data.latents import LOG_VARIANCE
+from dit_in_dit.data.formats.latents import LOG_VARIANCE
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
 # Errors of diffusers on damaged files.

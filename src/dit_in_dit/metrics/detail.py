@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_in_dit.data.mosaic import Mosaic, Region, Truth
+from dit_in_dit.data.formats.mosaic import Mosaic, Region, Truth
 from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.runtime.seeding import generator
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dit_in_dit import __version__
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.data.mosaic import Mosaic
+from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein

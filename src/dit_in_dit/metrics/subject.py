@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
-from dit_in_dit.data import latents
+from dit_in_dit.data.formats import latents
 from dit_in_dit.data.run_data import locate, open_source_of
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source, size_of

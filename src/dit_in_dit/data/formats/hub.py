@@ -10,8 +10,8 @@ from typing import Any
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles, file_size
+from dit_in_dit.data.formats.images import ImageSource
 from dit_in_dit.data.groups import family
-from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import left_out_clause
 
@@ -113,6 +113,7 @@ def _has(column: Any, field: str) -> bool:
 class HubSource(ImageSource):
     """The rows of a dataset as a source, `hf:NAME`."""
 
+    name = "hf"
     by_path = False
 
     @classmethod

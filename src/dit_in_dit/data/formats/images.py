@@ -27,7 +27,8 @@ class ImageSource(SplitSource):
     `waving-hand~light-skin-tone.webp` belongs to `waving-hand`.
     """
 
-    by_path = True
+    name = "image files"
+    by_path = fallback = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.path, self.size, self.channels = Path(data.source), model.image_size, model.channels
@@ -109,6 +110,7 @@ class ImageSource(SplitSource):
 class EmojiSource(ImageSource):
     """The embedded emoji."""
 
+    name = "emoji"
     by_path = False
 
     @classmethod

@@ -111,6 +111,8 @@ class Mosaic:
 class MosaicSource(Source):
     """The images as a source; the first HELD_OUT are held out, training images follow."""
 
+    name = "mosaic"
+
     classes = CLASSES
     train_size = None
     held_out_size = HELD_OUT

@@ -30,6 +30,7 @@ class ArraySource(SplitSource):
     `notes` lists the arrays that are not read.
     """
 
+    name = "arrays"
     by_path = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:

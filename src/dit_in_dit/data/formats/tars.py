@@ -10,8 +10,8 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.files import ImageFiles
+from dit_in_dit.data.formats.images import ImageSource
 from dit_in_dit.data.groups import family
-from dit_in_dit.data.images import ImageSource
 from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.names import (
     HIDDEN,
@@ -173,6 +173,8 @@ class TarFiles(ImageFiles):
 
 class TarSource(ImageSource):
     """Tar shards as a source (see `find`)."""
+
+    name = "tar shards"
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:

@@ -118,6 +118,7 @@ class LatentSource(SplitSource):
     `train` and `held_out` give the posterior's mean. `example` gives the mean or a draw, by `data.posterior`.
     """
 
+    name = "latents folder"
     by_path = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from dit_in_dit.config.run import replace_keys
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
+from dit_in_dit.runs.integrity import seal
 from dit_in_dit.study.arms import describe
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
@@ -28,6 +30,7 @@ from dit_in_dit.study.report import StudyReport, report
 from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise_study
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
+from test_plugins import IDEA, command
 
 EMOJI = presets.get("emoji").model
 PRIMARY = "held_out.0.2.high"
@@ -394,6 +397,22 @@ def test_other_held_out_images_are_refused(tmp_path: Path):
 def test_a_folder_without_a_study_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not a study's folder"):
         report(tmp_path)
+
+
+def test_a_report_without_the_studys_plug_in_names_the_option(tmp_path: Path):
+    out = write_study(tmp_path / "out", plan := study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
+    checkpoint = out / "runs" / plan.trials[1].key / "checkpoints" / "0000040"
+    checkpoint.mkdir(parents=True)
+    manifest = {"step": 40, "config": "", "classes": [], "steady": True, "bytes": {}, "sha256": {}}
+    manifest["plugins"] = [{"name": IDEA.name, "sha256": hashlib.sha256(IDEA.read_bytes()).hexdigest()}]
+    (checkpoint / "manifest.json").write_bytes(seal(manifest))
+    for path in (out / "plan.json", checkpoint.parents[1] / "config.yaml"):
+        path.write_text(re.sub(r'(aggregate"?: "?)mean', r"\1softmax", path.read_text()))
+    said = command("study", "report", out, code=2, plugin=False)
+    assert "was made with a plug-in (model.inner.aggregate" in said
+    assert said.endswith(": pass --plugin my_idea.py\n")
+    assert said.count("\n") == 1
+    assert "report.html" in command("study", "report", out)
 
 
 def test_a_damaged_result_is_named(tmp_path: Path):

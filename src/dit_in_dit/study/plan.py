@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.plugins import missing_plugins
 from dit_in_dit.config.run import RunConfig, assigned
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml
 from dit_in_dit.metrics.metric import own_metrics
+from dit_in_dit.runs.folder import noted_manifest
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
@@ -235,7 +237,11 @@ class Plan:
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan in a study's folder; UserError when there is none."""
+    """Read the plan in a study's folder.
+
+    Raises:
+        UserError: there is no plan, it is damaged, or it names a choice of a plug-in that is not loaded.
+    """
     path = out / "plan.json"
     try:
         text = path.read_text()
@@ -244,6 +250,9 @@ def read_plan(out: Path) -> Plan:
     try:
         return Plan.from_json(text)
     except UserError as error:
+        manifests = (noted_manifest(run) for run in sorted(out.glob("runs/*")))
+        if missing := next(filter(None, map(missing_plugins, manifests)), ""):
+            raise UserError(f"{out} was made with a plug-in ({error}): pass {missing}") from None
         raise UserError(f"{path}: {error}") from None
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from conftest import small_model
 from dit_in_dit import inspect
 from dit_in_dit.benchmark.attention import broadcast, matrices, ways
-from dit_in_dit.benchmark.experiments import Bench, experiments
+from dit_in_dit.benchmark.bench import Bench
+from dit_in_dit.benchmark.experiments import experiments
 from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, parted, profiled
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES

@@ -59,12 +59,10 @@ def test_only_the_command_prints():
 LONG_FILES = {
     "attention_maps/figures.py": "a figure a function; they share how pictures stand",
     "attention_maps/record.py": "to be split: measures of weights, and what takes them in",
-    "benchmark/experiments.py": "to be split: a goal a function",
     "config/run.py": "every key of a run with its meaning, and YAML of it",
     "curves/logs.py": "reading a log; arms of runs are to move out",
     "doctor/model_checks.py": "to be split: observing, and judging what was observed",
     "metrics/pixels.py": "four statistics of images and their comparison",
-    "study/match.py": "the search for a twin, by three costs",
     "study/queue.py": "a queue on Optuna's storage",
     "study/tables.py": "a table a function",
 }

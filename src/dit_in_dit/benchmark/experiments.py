@@ -3,109 +3,26 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dit_in_dit.benchmark.attention import group_times
+from dit_in_dit.benchmark.bench import Bench
 from dit_in_dit.benchmark.first_written import check_first_written
-from dit_in_dit.benchmark.parts import INNER, OUTER, part_macs, part_seconds, parted, per_mac, profiled
-from dit_in_dit.benchmark.report import BenchmarkReport, Goal, Parts, Ratio
-from dit_in_dit.benchmark.subjects import (
-    BenchmarkSubject,
-    Make,
-    Measurements,
-    check_theirs,
-    diffusers_dit,
-    first_written,
-    measure_subjects,
-    nested,
-    official_dit,
-)
+from dit_in_dit.benchmark.parts import INNER, OUTER, per_mac
+from dit_in_dit.benchmark.report import Goal
+from dit_in_dit.benchmark.subjects import Make, check_theirs, first_written, nested
 from dit_in_dit.benchmark.suite import Suite
-from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
-from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns, stopwatch, trainer_step
+from dit_in_dit.benchmark.sweep import configs
+from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch, trainer_step
 from dit_in_dit.config.run import RunConfig, override
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
-from dit_in_dit.runtime.device import resolve_precision
 
 Experiment = tuple[str, Callable[[], None]]
-Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROFILE_STEPS = 3
 SAMPLER_STEPS = 8
-BUSY = 0.3  # processes that run already, for each core
-
-
-class Bench:
-    """Measures, and keeps what it finds in `report`.
-
-    Args:
-        seconds: of measuring, for each comparison.
-        twin: makes a plain config cost what another one does; here, because matching belongs to studies.
-        dit: a checkout of facebookresearch/DiT, to compare with the official code.
-
-    Raises:
-        UserError: the checkout holds no DiT.
-    """
-
-    def __init__(self, command: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
-        self.device, self.seconds, self.twin = device, seconds, twin
-        self.report = BenchmarkReport(command, device)
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > BUSY * cores:
-            self.report.notes.append(f"a load of {load:.1f} on {cores} cores before the start: others use the machine")
-        self.theirs: dict[str, Make] = {"diffusers": diffusers_dit}
-        if dit:
-            self.theirs["official DiT"] = official_dit(dit)
-
-    def measure_product(self, run: RunConfig) -> None:
-        """The best matrix product in the precision of a run: the best of all that were measured, with each model."""
-        precision = resolve_precision(run, self.device).train.precision
-        speed = best_product(self.device, DTYPES[precision])
-        self.report.products[precision] = max(speed, self.report.products.get(precision, 0.0))
-
-    def subject(self, run: RunConfig, make: Make = nested) -> BenchmarkSubject:
-        """A model in training."""
-        self.measure_product(run)
-        return BenchmarkSubject(run, self.device, make)
-
-    def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
-        """Measure subjects in turns, for `longer` times the usual seconds."""
-        with enough_memory(subjects, self.device):
-            made = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
-            found = measure_subjects(made, longer * self.seconds)
-        self.report.subjects |= found
-        return found
-
-    def add(self, goal: Goal, rounds: tuple[float, ...]) -> None:
-        """A ratio, round by round, and what is wanted of it."""
-        self.report.ratios.append(Ratio(goal, rounds))
-
-    def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
-        """Seconds by part, round by round; what is compiled is compiled block by block."""
-        self.measure_product(run)
-        subject = parted(run, self.device)
-        rounds = in_turns({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
-        middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
-        self.report.parts[name] = Parts(
-            resolve_precision(run, self.device).train.precision,
-            middle,
-            part_macs(subject),
-            profiled(subject, PROFILE_STEPS),
-        )
-        return rounds
-
-    def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:
-        """Costs along an axis."""
-        with enough_memory(values, self.device):
-            found = self.report.sweeps[name] = sweep(run, axis, values, self.device, self.seconds / 2)
-        return found
 
 
 def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:

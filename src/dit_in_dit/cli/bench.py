@@ -85,7 +85,8 @@ def _seconds(text: str) -> float:
 
 def _bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
-    from dit_in_dit.benchmark.experiments import Bench, comparison, experiments, sweeps
+    from dit_in_dit.benchmark.bench import Bench
+    from dit_in_dit.benchmark.experiments import comparison, experiments, sweeps
     from dit_in_dit.benchmark.report import draw_benchmark
     from dit_in_dit.benchmark.suite import SUITES, check_suite
     from dit_in_dit.benchmark.timing import on_threads

@@ -63,8 +63,6 @@ LONG_FILES = {
     "curves/logs.py": "reading a log; arms of runs are to move out",
     "doctor/model_checks.py": "to be split: observing, and judging what was observed",
     "metrics/pixels.py": "four statistics of images and their comparison",
-    "study/queue.py": "a queue on Optuna's storage",
-    "study/tables.py": "a table a function",
 }
 LONG_FUNCTIONS = {
     "attention_maps/record.py: record_maps": "one pass over images and times, under four hooks",

@@ -28,9 +28,7 @@ By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
 COST_NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
 SPAN = 4  # largest factor on a width or an MLP
-NEAR = (
-    1 / 8
-)  # relative change of width, and relative gap in cost, up to which the MLP is not changed or may close a gap
+NEAR = 1 / 8  # relative: widths further off come after another MLP, which may close a gap in cost of up to so much
 TRIES = 6  # models measured in a search by time
 SECONDS_EACH = 2.5  # of measuring a model
 SECONDS_TO_SPARE = 15.0  # longest warm-up for which optional times are measured

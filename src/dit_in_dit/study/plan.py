@@ -1,7 +1,7 @@
-"""A study is data: what varies, what is held equal, how much, how often, and what is measured.
+"""A study as data: what varies, what is held equal, the budget, the seeds and the metrics.
 
-A `StudyConfig` is what a person writes. A `Plan` is what follows from it on a device: every arm as a config of its own,
-of the control's cost, and the trials that its seeds make of it.
+A user writes a `StudyConfig`. On a device it becomes a `Plan`: every arm as a config of matched cost, and a trial for
+each arm and seed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PLAN_FORM = {"name": str, "study": dict, "arms": [ARM_FORM], "made": dict}
 
 @dataclass(frozen=True)
 class StudyConfig(Section):
-    """A question, and how it is to be answered."""
+    """A question and the design that answers it."""
 
     prefix: ClassVar[str] = "study"
     question: str = key("", "what the study asks, in words")
@@ -87,7 +87,7 @@ class StudyConfig(Section):
 
 
 def _check_values(name: str, values: Any, what: str) -> None:
-    """UserError when the values of a key of a grid or a search are none."""
+    """UserError when the values of a key of a grid or a search are not valid."""
     if isinstance(values, list) and values:
         return
     if what == "search" and isinstance(values, dict):
@@ -109,11 +109,10 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
-    """A shipped study or a YAML file, with `key=value` assignments such as `budget.steps=400` or
-    `set.train.batch_size=16` applied.
+    """Read a shipped study or a YAML file, and apply assignments such as `set.train.batch_size=16`.
 
     Raises:
-        UserError: there is no such study, or it is not one.
+        UserError: there is no such study, or it is invalid.
     """
     path = shipped_studies().get(name, Path(name))
     if name not in shipped_studies() and path.suffix not in (".yaml", ".yml"):
@@ -127,7 +126,7 @@ def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set a key; what follows the first dot is a key of a group. A budget is one thing: it is replaced."""
+    """Set a key, or after the first dot a key within a group. A budget has one key, so it is replaced."""
     group, _, rest = name.partition(".")
     if not rest:
         values[name] = value
@@ -147,15 +146,15 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is tried.
+    """A config that is compared with another.
 
     Attributes:
-        changes: config keys that make it, as the study gives them.
+        changes: config keys of the arm, as the study gives them.
         against: the arm it is matched to and compared with; its own name for the control.
-        config: what is trained, with seed 0.
+        config: the config that is trained, with seed 0.
         matched: keys that matching changed, each with the value before and after.
-        cost: `macs` of a forward pass per image, `params`, and `time`: seconds of a training step where measured.
-        gap: relative difference to `against` in each of these.
+        cost: `macs` of a forward pass per image, `params`, and, where measured, `time`: seconds of a training step.
+        gap: relative difference to `against` in each cost.
     """
 
     name: str
@@ -169,7 +168,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a study, by arm and seed; its folder below the study's."""
+    """One training run of a study: an arm with a seed."""
 
     arm: str
     seed: int
@@ -177,13 +176,17 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Its name, also that of its folder: lower case, digits and dashes, and a hash where names would meet."""
+        """The trial's name and that of its folder: lower case, digits and dashes."""
         return f"{slug(self.arm)}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study as it runs: `made` says on what it was planned. A search has no arms but the control."""
+    """A study as it runs. A search has no arm but the control.
+
+    Attributes:
+        made: the device, versions and data digests that the plan was made with.
+    """
 
     name: str
     study: StudyConfig
@@ -201,16 +204,16 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """Every arm with every seed, seed by seed: a study that is stopped early has whole rounds."""
+        """Every arm with every seed, seed by seed: a study that is stopped early has complete rounds."""
         return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
 
     def to_json(self) -> str:
-        """Everything, for `from_json`."""
+        """The whole plan, for `from_json`."""
         return self._json(to_dict)
 
     @property
     def identity(self) -> str:
-        """Its name in a storage, the same in every version of the package that reads the plan."""
+        """The study's name in a storage, the same in every version of the package that reads the plan."""
         return f"{self.name}-{hashlib.sha256(self._json(to_hash).encode()).hexdigest()[:12]}"
 
     def _json(self, plain: Callable[[Section], dict[str, Any]]) -> str:
@@ -222,14 +225,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote; UserError when it is none."""
+        """Read what `to_json` wrote; UserError when the text is not a valid plan."""
         whole = parse_json(text, "this plan of a study", "begin the study in another --out")
         if not has_form(whole, PLAN_FORM):
-            raise UserError("this is no plan of a study: it lacks a part, or one of another kind is in its place")
+            raise UserError("this is no plan of a study: it lacks a part, or a part has the wrong type")
         arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
         names = {arm.name for arm in arms}
         if len(names) < len(arms) or {arm.against for arm in arms} - names:
-            raise UserError("this is no plan of a study: an arm's name is given twice, or it is compared with none")
+            raise UserError(
+                "this is no plan of a study: two arms have one name, or an arm is compared with no arm of it"
+            )
         plan = cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
         if not any(arm.against == arm.name for arm in arms):
             raise UserError("this is no plan of a study: it has no control")

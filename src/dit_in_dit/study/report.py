@@ -21,7 +21,7 @@ from dit_in_dit.reporting.document import (
 )
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
-from dit_in_dit.study import figures, relative_error, search, tables
+from dit_in_dit.study import exports, figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
@@ -72,8 +72,8 @@ def report(out: Path) -> StudyReport:
         study = read_study(out)
         summary = [*summarise_study(study), *tables.not_finite_metrics(study)]
         chapters = _chapters(study, out)
-        heads, rows, caption = tables.paper_table(study)
-        numbers, curve_numbers = tables.results_csv(study), tables.held_out_curves(study)
+        heads, rows, caption = exports.paper_table(study)
+        numbers, curve_numbers = exports.results_csv(study), exports.held_out_curves(study)
     pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),

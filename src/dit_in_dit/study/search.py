@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from pathlib import Path
@@ -19,6 +17,7 @@ from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.arms import describe
+from dit_in_dit.study.exports import csv_text, metric_rows
 from dit_in_dit.study.figures import draw_samples
 from dit_in_dit.study.results import SearchResults, SearchTrial
 
@@ -185,20 +184,13 @@ def search_paper_table(searched: SearchResults) -> tuple[list[str], list[list[st
 
 
 def search_csv(searched: SearchResults) -> str:
-    """CSV: a line for each trial and metric, with what it changed; one without a metric for a trial that has none."""
-    made, keys = io.StringIO(), _keys(searched)
-    table = csv.writer(made, lineterminator="\n")
-    table.writerow(["number", *keys, "seed", "state", "step", "metric", "value", "floor"])
-    for tried in searched.trials:
-        result = tried.result
-        seed = searched.plan.study.seeds[0]
-        start = [tried.number, *(tried.changes.get(name, "") for name in keys), seed, _state(tried)]
-        step = result.step if result else ""
-        if result is None or not result.metrics:
-            table.writerow([*start, step, "", "", ""])
-            continue
-        for metric in sorted(result.metrics):
-            floor = result.floors.get(metric)
-            floor_cell = "" if floor is None else repr(float(floor))
-            table.writerow([*start, step, metric, repr(float(result.metrics[metric])), floor_cell])
-    return made.getvalue()
+    """CSV: a line for each trial and metric, with its changes; one without a metric for a trial that has none."""
+    keys, seed = _keys(searched), searched.plan.study.seeds[0]
+    rows = (
+        row
+        for trial in searched.trials
+        for row in metric_rows(
+            [trial.number, *(trial.changes.get(name, "") for name in keys), seed, _state(trial)], trial.result
+        )
+    )
+    return csv_text(["number", *keys, "seed", "state", "step", "metric", "value", "floor"], rows)

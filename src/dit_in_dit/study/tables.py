@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +13,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import DEFINITIONS, reach, stability
 from dit_in_dit.curves.logs import Curve
-from dit_in_dit.metrics.metric import TITLES, direction, metric_of
+from dit_in_dit.metrics.metric import TITLES, direction
 from dit_in_dit.reporting.document import Cell, Table
 from dit_in_dit.study import formatting
 from dit_in_dit.study.plan import Arm, Plan
@@ -246,70 +244,6 @@ def missing_trials(study: StudyResults) -> Table:
     """Every trial without numbers, and why."""
     rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
     return Table(["arm", "seed", "state", "reason"], rows, words=True)
-
-
-# ------------------------------------------------------------------------------------------ to paste
-
-
-def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
-    shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
-    heads = ["arm", "MACs (M)", "params (M)", *shown]
-    rows = []
-    for arm in study.plan.arms:
-        cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
-        for metric in shown:
-            marked = arm.against != arm.name and study.difference(arm, metric).marked
-            cells.append(formatting.format_estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
-        rows.append(cells)
-    done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
-    fewest, most = min(done), max(done)
-    seeds = formatting.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
-    marks = (
-        f"; mean ± half of its 95% interval. † differs from what it is compared with ({study.plan.control.name} unless "
-        f"said otherwise): paired t interval, corrected for {formatting.count(len(study.compared), 'comparison')}, "
-        "excludes zero"
-    )
-    caption = f"{study.plan.study.question or study.plan.name} {seeds} for each arm"
-    return heads, rows, caption + (marks if most > 1 else ": a lead, no claim") + "."
-
-
-def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
-    """What fits on a page: no spectra, moments and seams unless the study was made for them."""
-    known = metric_of(metric)
-    if known.direction == "listed":
-        return False
-    return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)
-
-
-def results_csv(study: StudyResults) -> str:
-    """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
-    made = io.StringIO()
-    table = csv.writer(made, lineterminator="\n")
-    table.writerow(["arm", "seed", "state", "step", "metric", "value", "floor"])
-    states = {(arm, seed): state for arm, seed, state, _ in study.missing()}
-    for key in study.folders:
-        result = study.results.get(key)
-        if result is None or not result.metrics:
-            table.writerow([*key, result.state if result else states[key], result.step if result else "", "", "", ""])
-            continue
-        for metric in sorted(result.metrics):
-            floor = result.floors.get(metric)
-            value = float(result.metrics[metric])
-            table.writerow([*key, result.state, result.step, metric, repr(value), "" if floor is None else repr(floor)])
-    return made.getvalue()
-
-
-def held_out_curves(study: StudyResults) -> str:
-    """CSV: a line for each arm, seed, evaluated step and held-out error."""
-    made = io.StringIO()
-    table = csv.writer(made, lineterminator="\n")
-    table.writerow(["arm", "seed", "step", "metric", "value"])
-    for key, log in study.logs.items():
-        for (t, kind), errors in log.held_out.items():
-            for step, error in zip(log.evaluated, errors, strict=True):
-                table.writerow([*key, int(step), f"held_out.{t}.{kind}", repr(float(error))])
-    return made.getvalue()
 
 
 def not_finite_metrics(study: StudyResults) -> list[str]:

@@ -51,15 +51,15 @@ def held_out_curves(study: StudyResults) -> str:
 
 
 def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
-    shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
+    """Heads, rows and caption of a table to paste: cost and the metrics of `_in_paper`."""
+    shown = [name for group, names in study.metrics.items() for name in names if _in_paper(study, group, name)]
     heads = ["arm", "MACs (M)", "params (M)", *shown]
     rows = []
     for arm in study.plan.arms:
         cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
         for metric in shown:
             marked = arm.against != arm.name and study.difference(arm, metric).marked
-            cells.append(formatting.format_estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
+            cells.append(formatting.mean(study, arm.name, metric) + ("†" if marked else ""))
         rows.append(cells)
     done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
     fewest, most = min(done), max(done)
@@ -74,7 +74,7 @@ def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
 
 
 def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
-    """What fits on a page: no spectra, moments and seams unless the study was made for them."""
+    """Whether a metric is shown in the table to paste: no spectra, moments and seams except a primary one."""
     known = metric_of(metric)
     if known.direction == "listed":
         return False

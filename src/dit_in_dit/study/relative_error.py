@@ -9,9 +9,9 @@ import numpy as np
 
 from dit_in_dit.curves.convergence import ERROR_BANDS
 from dit_in_dit.curves.logs import Curve, Floats
-from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
+from dit_in_dit.reporting.plots import COLOURS, figure_png
 from dit_in_dit.runs import atomic
-from dit_in_dit.study.figures import picture_label
+from dit_in_dit.study.figures import panel_grid, picture_label
 from dit_in_dit.study.results import StudyResults
 
 COLUMNS = 4
@@ -53,11 +53,9 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
     if not at or not panels:
         return None
     columns = min(COLUMNS, len(panels))
-    page, axes = figure(-(-len(panels) // columns), columns, width=2.7 if columns > 1 else 5.0, height=1.9)
+    page, axes = panel_grid(len(panels), columns, width=2.7 if columns > 1 else 5.0, height=1.9)
     most = max(float(np.abs(change).max()) for _, lines in panels for _, change in lines)
-    for axis in axes.ravel()[len(panels) :]:
-        axis.set_visible(False)
-    for number, (axis, (arm, lines)) in enumerate(zip(axes.ravel(), panels, strict=False)):
+    for number, (axis, (arm, lines)) in enumerate(zip(axes, panels, strict=True)):
         for macs, change in lines:
             axis.plot(macs / 1e12, change, color=COLOURS[0], linewidth=1, alpha=0.8, marker=".", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)

@@ -46,16 +46,16 @@ CURVES = {
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What was found, in sentences, and the files that say so, each with what it is."""
+    """The summary in sentences, and the files of the report, each with a description."""
 
     summary: list[str]
     files: list[tuple[Path, str]]
 
 
 def report(out: Path) -> StudyReport:
-    """Write the report of a study's folder, finished or not, into it: the same folder gives the same bytes.
+    """Write the report of a study, finished or not, into its folder; the same folder gives the same bytes.
 
-    Nothing is deleted: figures of an earlier report that this one does not have stay, and it does not name them.
+    Nothing is deleted: figures of an earlier report stay, also where this report has none of that name.
 
     Raises:
         UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
@@ -97,7 +97,7 @@ def report(out: Path) -> StudyReport:
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
-    found = [
+    chapters = [
         Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
@@ -107,7 +107,7 @@ def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
         Chapter("Samples", _samples(study, out)),
         Chapter("Trials without numbers", [tables.missing_trials(study)] if any(study.missing()) else []),
     ]
-    return [chapter for chapter in found if chapter.blocks]
+    return [chapter for chapter in chapters if chapter.blocks]
 
 
 def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -146,7 +146,7 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
             folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
             folder.mkdir(exist_ok=True)
             drawn += plots.draw_curves(group, folder)
-    except UserError as error:  # their held-out errors are of different images or noise
+    except UserError as error:  # held-out errors of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
     first: list[DocumentPart] = []
     against = out / "figures" / "relative.png"
@@ -158,33 +158,33 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 
 def _groups(study: StudyResults) -> list[list[logs.RunGroup]]:
-    """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
-    with, and the control."""
+    """Arms that share a picture of curves: at most one for each colour, each with the arm it is compared with, and the
+    control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
     control = study.plan.control.name
     groups: list[dict[str, None]] = [{control: None}]
     for arm in study.drawn:
-        wanted = {**groups[-1], arm.against: None, arm.name: None}
-        if len(wanted) > len(COLOURS):
+        pair: dict[str, None] = {arm.against: None, arm.name: None}
+        if len(groups[-1] | pair) > len(COLOURS):
             groups.append({control: None})
-        groups[-1] |= {arm.against: None, arm.name: None}
-    found = [[known[name] for name in group if name in known] for group in groups]
-    return [group for group in found if group]
+        groups[-1] |= pair
+    logged = [[known[name] for name in group if name in known] for group in groups]
+    return [group for group in logged if group]
 
 
 def _convergence(study: StudyResults) -> list[DocumentPart]:
     if not study.logs:
         return []
     try:
-        found: list[DocumentPart] = [*tables.convergence(study)]
+        compared: list[DocumentPart] = [*tables.convergence(study)]
     except UserError as error:
-        found = [Text(f"Convergence is not compared: {error}.")]
-    return [*found, tables.stable(study)]
+        compared = [Text(f"Convergence is not compared: {error}.")]
+    return [*compared, tables.stable(study)]
 
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
     rows = {}
-    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed that has them
+    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed with samples
         if arm not in rows and (folder / "drawn.npz").exists():
             rows[arm] = folder / "drawn.npz"
     if not rows:

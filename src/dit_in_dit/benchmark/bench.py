@@ -32,15 +32,15 @@ BUSY = 0.3  # load of other processes for each core, above which the report note
 
 
 class Bench:
-    """Measures, and keeps what it finds in `report`.
+    """Measures models and collects the results in `report`.
 
     Args:
         seconds: of measuring, for each comparison.
-        twin: makes a plain config cost what another one does; here, because matching belongs to studies.
-        dit: a checkout of facebookresearch/DiT, to compare with the official code.
+        twin: gives a plain config the cost of another one. An argument, because matching is on a higher floor.
+        dit: a checkout of facebookresearch/DiT, to compare with the official code; None: no comparison.
 
     Raises:
-        UserError: the checkout holds no DiT.
+        UserError: the checkout has no DiT.
     """
 
     def __init__(self, command: str, device: torch.device, seconds: float, twin: Twin, dit: Path | None = None) -> None:
@@ -54,30 +54,30 @@ class Bench:
             self.theirs["official DiT"] = official_dit(dit)
 
     def measure_product(self, run: RunConfig) -> None:
-        """The best matrix product in the precision of a run: the best of all that were measured, with each model."""
+        """Measure the fastest matrix product in the precision of a run; the report keeps the best of all calls."""
         precision = resolve_precision(run, self.device).train.precision
         speed = best_product(self.device, DTYPES[precision])
         self.report.products[precision] = max(speed, self.report.products.get(precision, 0.0))
 
     def subject(self, run: RunConfig, make: Make = nested) -> BenchmarkSubject:
-        """A model in training."""
+        """Build a model for training."""
         self.measure_product(run)
         return BenchmarkSubject(run, self.device, make)
 
     def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
         """Measure subjects in turns, for `longer` times the usual seconds."""
         with enough_memory(subjects, self.device):
-            made = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
-            found = measure_subjects(made, longer * self.seconds)
-        self.report.subjects |= found
-        return found
+            built = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
+            measurements = measure_subjects(built, longer * self.seconds)
+        self.report.subjects |= measurements
+        return measurements
 
     def add(self, goal: Goal, rounds: tuple[float, ...]) -> None:
-        """A ratio, round by round, and what is wanted of it."""
+        """Add a goal and its ratio in each round to the report."""
         self.report.ratios.append(Ratio(goal, rounds))
 
     def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
-        """Seconds by part, round by round; what is compiled is compiled block by block."""
+        """Measure seconds by part in each round; a compiled model is compiled block by block."""
         self.measure_product(run)
         subject = parted(run, self.device)
         rounds = in_turns({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
@@ -91,7 +91,7 @@ class Bench:
         return rounds
 
     def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:
-        """Costs along an axis."""
+        """Measure costs along an axis."""
         with enough_memory(values, self.device):
-            found = self.report.sweeps[name] = sweep(run, axis, values, self.device, self.seconds / 2)
-        return found
+            costs = self.report.sweeps[name] = sweep(run, axis, values, self.device, self.seconds / 2)
+        return costs

@@ -26,7 +26,7 @@ SAMPLER_STEPS = 8
 
 
 def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
-    """What the suite measures: a name, and a function that measures it and adds to the report."""
+    """The suite's experiments: a name, and a function that measures and adds to the report."""
     theirs = " and ".join(bench.theirs)
     yield f"plain DiT beside {theirs}", _bound(_plain, bench, suite)
     if suite.compiled:
@@ -45,11 +45,11 @@ def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
         yield f"rate, {name}", _bound(_rate, bench, suite, name)
 
 
-def _bound(experiment: Callable[..., object], *given: object) -> Callable[[], None]:
+def _bound(experiment: Callable[..., object], *arguments: object) -> Callable[[], None]:
     def run() -> None:
-        torch.compiler.reset()  # what was compiled before counts against a limit
-        experiment(*given)
-        gc.collect()  # models hold themselves in circles
+        torch.compiler.reset()  # earlier compilations count towards a limit
+        experiment(*arguments)
+        gc.collect()  # models are in reference cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -58,23 +58,23 @@ def _bound(experiment: Callable[..., object], *given: object) -> Callable[[], No
 
 def _plain(bench: Bench, suite: Suite) -> None:
     subjects = {name: (suite.plain, make) for name, make in {"plain DiT": nested, **bench.theirs}.items()}
-    found = bench.compare(subjects)
+    measured = bench.compare(subjects)
     for theirs in bench.theirs:
         goal = Goal(f"plain DiT / {theirs}, eager", "training step", 0.95)
-        bench.add(goal, found["plain DiT"].step.ratios(found[theirs].step))
+        bench.add(goal, measured["plain DiT"].step.ratios(measured[theirs].step))
 
 
 def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
     eager = override(run, ["train.compile=false"])
     subjects = {f"{name}, compiled": (run, make) for name, make in {"plain DiT": nested, **bench.theirs}.items()}
     subjects |= {f"{theirs}, eager": (eager, make) for theirs, make in bench.theirs.items()}
-    found = bench.compare(subjects, 1.5)
-    ours = found["plain DiT, compiled"].step
+    measured = bench.compare(subjects, 1.5)
+    ours = measured["plain DiT, compiled"].step
     for theirs in bench.theirs:
         goal = Goal(f"plain DiT / {theirs}, both compiled", "training step", 0.90)
-        bench.add(goal, ours.ratios(found[f"{theirs}, compiled"].step))
+        bench.add(goal, ours.ratios(measured[f"{theirs}, compiled"].step))
         goal = Goal(f"plain DiT compiled / {theirs} eager", "training step", 0.75 if on_cuda else None)
-        bench.add(goal, ours.ratios(found[f"{theirs}, eager"].step))
+        bench.add(goal, ours.ratios(measured[f"{theirs}, eager"].step))
 
 
 def _path(bench: Bench, suite: Suite, name: str) -> None:
@@ -87,8 +87,8 @@ def _path(bench: Bench, suite: Suite, name: str) -> None:
 def _last(bench: Bench, suite: Suite, name: str) -> None:
     run, plain, limit = suite.last[name]
     twin = bench.twin(plain, run)
-    found = bench.compare({f"inner last, {name}": (run, nested), f"its plain twin, {name}": (twin, nested)})
-    ours, other = found.values()
+    subjects = {f"inner last, {name}": (run, nested), f"its plain twin, {name}": (twin, nested)}
+    ours, other = bench.compare(subjects).values()
     how = f"training step; MACs {ours.macs / other.macs:.3f}x"
     bench.add(Goal(f"inner last / plain twin, {name}", how, limit), ours.step.ratios(other.step))
 
@@ -101,11 +101,10 @@ def _reference(bench: Bench, suite: Suite) -> None:
         "reference as first written": (run, first_written),
     }
     ours, saving, first = bench.compare(subjects, 2.0).values()
-    kept, less = (found.kept / first.kept for found in (ours, saving))
     bench.add(Goal("reference / first written", "training step", 0.90), ours.step.ratios(first.step))
-    bench.add(Goal("reference / first written, memory", "bytes kept for backward", 0.95), (kept,))
+    bench.add(Goal("reference / first written, memory", "bytes kept for backward", 0.95), (ours.kept / first.kept,))
     goal = Goal("inner recomputed / first written, memory", "bytes kept for backward", 0.50)
-    bench.add(goal, (less,))
+    bench.add(goal, (saving.kept / first.kept,))
     goal = Goal("inner recomputed / reference", "training step: the price of that memory", 1.2)
     bench.add(goal, saving.step.ratios(ours.step))
 
@@ -113,8 +112,8 @@ def _reference(bench: Bench, suite: Suite) -> None:
 def _training(bench: Bench, suite: Suite) -> None:
     run = suite.sampled
     steps = {"trainer": trainer_step(run, bench.device), "bare": bench.subject(run).step}
-    found = in_turns({name: stopwatch(step, bench.device) for name, step in steps.items()}, bench.seconds / 2)
-    trainer, bare = (Times(tuple(rounds)) for rounds in found.values())
+    turns = {name: stopwatch(step, bench.device) for name, step in steps.items()}
+    trainer, bare = (Times(tuple(rounds)) for rounds in in_turns(turns, bench.seconds / 2).values())
     bench.add(Goal("trainer's step / bare step", "the former clips, averages and notes norms"), trainer.ratios(bare))
 
 
@@ -143,11 +142,11 @@ def _sampling(bench: Bench, suite: Suite) -> None:
     turns = {
         "guided": inferring(lambda: predict(x, t, y)),
         "twice": inferring(lambda: call(*twice)),
-        # As long as the loop: what disturbs a machine now and then falls on long work rather than on short.
+        # As long as the loop: rare disturbances of the machine hit long work more often than short work.
         "steps": inferring(lambda: [predict(x, t, y) for _ in range(calls)]),
         "loop": inferring(lambda: denoise(predict, run.diffusion, run.sample, x, y)),
     }
-    times = {name: Times(tuple(found)) for name, found in in_turns(turns, bench.seconds).items()}
+    times = {name: Times(tuple(rounds)) for name, rounds in in_turns(turns, bench.seconds).items()}
     goal = Goal("guided step / forward of twice the batch", f"batch {len(x)}, without gradients", 1.02)
     bench.add(goal, times["guided"].ratios(times["twice"]))
     how = f"{run.sample.sampler}, {run.sample.steps} steps, over {calls} guided steps"
@@ -157,11 +156,11 @@ def _sampling(bench: Bench, suite: Suite) -> None:
 def _growth(bench: Bench, suite: Suite, mixer: str) -> None:
     run = override(suite.growth, [f"model.inner.mixer={mixer}"])
     for axis, values, what in (("S", suite.sub_patches, "sub-patches"), ("image", suite.images, "image area")):
-        found = bench.sweep(f"{what}, mixer {mixer}", run, axis, values)
+        costs = bench.sweep(f"{what}, mixer {mixer}", run, axis, values)
         goal = Goal(f"inner path against {what}, {mixer}", "exponent of time, forward and backward", 1.05)
-        bench.add(goal, found.exponents("inner"))
+        bench.add(goal, costs.exponents("inner"))
     goal = Goal(f"whole step against image area, {mixer}", "exponent; outer attention is quadratic")
-    bench.add(goal, found.exponents("step"))
+    bench.add(goal, costs.exponents("step"))
 
 
 def _attention(bench: Bench, suite: Suite) -> None:
@@ -183,25 +182,25 @@ def _attention(bench: Bench, suite: Suite) -> None:
 
 def _rate(bench: Bench, suite: Suite, name: str) -> None:
     run, limit = suite.rates[name]
-    (found,) = bench.compare({name: (run, nested)}).values()
-    best = bench.report.products[found.precision]
-    shares = tuple(FORWARDS_PER_STEP * found.macs * found.batch / seconds / best for seconds in found.step.rounds)
+    (measured,) = bench.compare({name: (run, nested)}).values()
+    macs, best = FORWARDS_PER_STEP * measured.macs * measured.batch, bench.report.products[measured.precision]
+    shares = tuple(macs / seconds / best for seconds in measured.step.rounds)
     bench.add(Goal(f"share of the matrix rate, {name}", "training step", limit, at_least=True), shares)
 
 
-# ------------------------------------------------------------------------------- anything else
+# ------------------------------------------------------------------------------- any config
 
 
 def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> list[Experiment]:
-    """Experiments on any configs: each beside its plain twin, as first written and other people's, then its parts.
+    """Experiments on any configs: each compared with the models of `beside`, then measured part by part.
 
     Args:
-        beside: of plain, first-written, diffusers, official.
+        beside: some of plain (the plain twin), first-written, diffusers, official.
 
     Raises:
-        UserError: a config cannot stand beside what is asked for.
+        UserError: a config cannot be compared with a model of `beside`.
     """
-    found: list[Experiment] = []
+    todo: list[Experiment] = []
     for name, run in runs.items():
         plain = override(run, ["model.use_inner=false"])
         subjects: dict[str, tuple[RunConfig, Make]] = {name: (run, nested)}
@@ -214,24 +213,25 @@ def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Benc
             if whose.split()[0] in beside:
                 check_theirs(plain.model, whose)
                 subjects[f"{name}: {whose}, plain"] = plain, make
-        found.append((name, _bound(_beside, bench, subjects)))
-        found.append((f"{name}, parts", _bound(bench.parts, name, run)))
-    return found
+        todo.append((name, _bound(_beside, bench, subjects)))
+        todo.append((f"{name}, parts", _bound(bench.parts, name, run)))
+    return todo
 
 
 def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> None:
-    found = bench.compare(subjects)
-    name, *others = found
+    measured = bench.compare(subjects)
+    name, *others = measured
     for other in others:
-        how = f"training step; MACs {found[name].macs / found[other].macs:.3f}x"
-        bench.add(Goal(f"{name} /{other.removeprefix(name + ':')}", how), found[name].step.ratios(found[other].step))
+        how = f"training step; MACs {measured[name].macs / measured[other].macs:.3f}x"
+        goal = Goal(f"{name} /{other.removeprefix(name + ':')}", how)
+        bench.add(goal, measured[name].step.ratios(measured[other].step))
 
 
 def sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
-    """Experiments on how cost grows. Raises UserError where a value makes no config."""
-    found: list[Experiment] = []
+    """Experiments on the growth of costs along axes; UserError where a value gives no valid config."""
+    todo: list[Experiment] = []
     for name, run in runs.items():
         for axis, values in asked.items():
             configs(run, axis, values)
-            found.append((f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)))
-    return found
+            todo.append((f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)))
+    return todo

@@ -140,12 +140,12 @@ def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
     groups = [[replace(arm, name=figures.picture_label(arm.name)) for arm in group] for group in _groups(study)]
+    names = [f"curves-{number}" for number in range(1, len(groups) + 1)] if len(groups) > 1 else ["curves"]
+    folders = [out / "figures" / name for name in names[: len(groups)]]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
     try:
-        drawn = []
-        for number, group in enumerate(groups, 1):
-            folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
-            folder.mkdir(exist_ok=True)
-            drawn += plots.draw_curves(group, folder)
+        drawn = [path for pair in zip(groups, folders, strict=True) for path in plots.draw_curves(*pair)]
     except UserError as error:  # held-out errors of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
     first: list[DocumentPart] = []

@@ -167,7 +167,7 @@ def _is_away(error: BaseException | None) -> bool:
 
 
 class JournalLock:
-    """The journal's lock. Unlike Optuna's own, it is freed when its process ends. It removes an incomplete last line."""
+    """The journal's lock, freed when its process ends, unlike Optuna's own. It removes an incomplete last line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

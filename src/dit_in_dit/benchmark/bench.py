@@ -49,9 +49,9 @@ class Bench:
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > BUSY * cores:
             self.report.notes.append(f"a load of {load:.1f} on {cores} cores before the start: others use the machine")
-        self.theirs: dict[str, Make] = {"diffusers": diffusers_dit}
+        self.others: dict[str, Make] = {"diffusers": diffusers_dit}
         if dit:
-            self.theirs["official DiT"] = official_dit(dit)
+            self.others["official DiT"] = official_dit(dit)
 
     def measure_product(self, run: RunConfig) -> None:
         """Measure the fastest matrix product in the precision of a run; the report keeps the best of all calls."""

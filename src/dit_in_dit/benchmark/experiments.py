@@ -13,7 +13,7 @@ from dit_in_dit.benchmark.bench import Bench
 from dit_in_dit.benchmark.first_written import check_first_written
 from dit_in_dit.benchmark.parts import INNER, OUTER, per_mac
 from dit_in_dit.benchmark.report import Goal
-from dit_in_dit.benchmark.subjects import Make, check_theirs, first_written, nested
+from dit_in_dit.benchmark.subjects import Make, check_other_dit, first_written, nested
 from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import configs
 from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch, trainer_step
@@ -27,7 +27,7 @@ SAMPLER_STEPS = 8
 
 def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
     """The suite's experiments: a name, and a function that measures and adds to the report."""
-    theirs = " and ".join(bench.theirs)
+    theirs = " and ".join(bench.others)
     yield f"plain DiT beside {theirs}", _bound(_plain, bench, suite)
     if suite.compiled:
         yield f"plain DiT beside {theirs}, compiled", _bound(_compiled, bench, suite.compiled, suite.on_cuda)
@@ -57,20 +57,20 @@ def _bound(experiment: Callable[..., object], *arguments: object) -> Callable[[]
 
 
 def _plain(bench: Bench, suite: Suite) -> None:
-    subjects = {name: (suite.plain, make) for name, make in {"plain DiT": nested, **bench.theirs}.items()}
+    subjects = {name: (suite.plain, make) for name, make in {"plain DiT": nested, **bench.others}.items()}
     measured = bench.compare(subjects)
-    for theirs in bench.theirs:
+    for theirs in bench.others:
         goal = Goal(f"plain DiT / {theirs}, eager", "training step", 0.95)
         bench.add(goal, measured["plain DiT"].step.ratios(measured[theirs].step))
 
 
 def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
     eager = override(run, ["train.compile=false"])
-    subjects = {f"{name}, compiled": (run, make) for name, make in {"plain DiT": nested, **bench.theirs}.items()}
-    subjects |= {f"{theirs}, eager": (eager, make) for theirs, make in bench.theirs.items()}
+    subjects = {f"{name}, compiled": (run, make) for name, make in {"plain DiT": nested, **bench.others}.items()}
+    subjects |= {f"{theirs}, eager": (eager, make) for theirs, make in bench.others.items()}
     measured = bench.compare(subjects, 1.5)
     ours = measured["plain DiT, compiled"].step
-    for theirs in bench.theirs:
+    for theirs in bench.others:
         goal = Goal(f"plain DiT / {theirs}, both compiled", "training step", 0.90)
         bench.add(goal, ours.ratios(measured[f"{theirs}, compiled"].step))
         goal = Goal(f"plain DiT compiled / {theirs} eager", "training step", 0.75 if on_cuda else None)
@@ -209,9 +209,9 @@ def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Benc
         if "first-written" in beside:
             check_first_written(run.model)
             subjects[f"{name}: as first written"] = run, first_written
-        for whose, make in bench.theirs.items():
+        for whose, make in bench.others.items():
             if whose.split()[0] in beside:
-                check_theirs(plain.model, whose)
+                check_other_dit(plain.model, whose)
                 subjects[f"{name}: {whose}, plain"] = plain, make
         todo.append((name, _bound(_beside, bench, subjects)))
         todo.append((f"{name}, parts", _bound(bench.parts, name, run)))

@@ -73,7 +73,7 @@ def work(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator
             elif queue.finished():
                 return
             else:  # other workers hold the rest, or have lost it
-                yield WorkerEvent("waiting", text=f"for {queue.counts()['running']} trials that others have")
+                yield WorkerEvent("waiting", text=f"for {queue.counts()['running']} trials of other workers")
                 _pause(queue)
 
 
@@ -90,7 +90,7 @@ def _try(
             try:
                 arm, seed, config = _config(plan, lease, run, device)
                 if lease.losses >= MOST_LOSSES:
-                    raise UserError(f"it was lost by {lease.losses} workers since it last saved something")
+                    raise UserError(f"{lease.losses} workers were lost with it since its last checkpoint")
                 result = yield from _train_and_measure(plan, queue, lease, run, (arm, seed, config), device, networks)
             except (UserError, torch.OutOfMemoryError) as error:
                 reason = str(error).splitlines()[0][:200]
@@ -161,7 +161,9 @@ def _train_and_measure(
                 floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
     _draw(run, device)
     if not math.isfinite(metrics.get(plan.study.primary, math.nan)):
-        raise UserError(f"{plan.study.primary} is {metrics.get(plan.study.primary, 'not there')}: nothing to compare")
+        raise UserError(
+            f"{plan.study.primary} is {metrics.get(plan.study.primary, 'not measured')}: nothing to compare"
+        )
     return Result(arm, seed, "done", total, metrics, floors, protocol)
 
 

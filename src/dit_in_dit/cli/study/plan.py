@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add(study: Commands) -> None:
     """Add the subcommands."""
     study.add("list", _list, "the studies that come with the package")
-    show = study.add("show", _show, "print a study, to write one of your own after it")
+    show = study.add("show", _show, "print a study, as a start for your own")
     show.add_argument("study", metavar="NAME|FILE")
     add_study(study.add("plan", _plan, "match the arms and print what each costs; nothing is trained"))
 

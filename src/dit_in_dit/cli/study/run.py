@@ -28,7 +28,7 @@ PATIENCE = 10.0  # seconds that workers have to give their trials back
 
 def add(study: Commands) -> None:
     """Add the subcommand."""
-    about = "train and measure every arm with every seed, then report; run again, it goes on"
+    about = "train and measure every arm with every seed, then report; run it again to resume"
     command = study.add("run", _run, about)
     add_study(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> None:
         count = workers or _as_memory_allows(plan, device)
         cores = (os.cpu_count() or 1) // plan.study.threads
         if device.type == "cpu" and count < min(cores, len(plan.trials)):
-            print(f"{count} of {cores} trials that the cores could do at once: see --workers", file=sys.stderr)
+            print(f"{count} of {cores} trials that the cores could run at once: see --workers", file=sys.stderr)
         if count == 1:
             work_here(plan, options.out, queue, device)
         else:
@@ -106,7 +106,7 @@ def _work_in_processes(plan: Plan, options: argparse.Namespace, queue: Queue, co
                         exited.add(number)
                         show(line=f"worker {number} ended with {worker.returncode}: see {logs / f'{number}.log'}")
                 if len(exited) == len(workers) and not queue.finished():
-                    raise UserError(f"all workers have ended, see {logs}; run the same command to go on")
+                    raise UserError(f"all workers have ended, see {logs}; run the same command to resume")
                 time.sleep(1)
             show()
     finally:

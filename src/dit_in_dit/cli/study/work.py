@@ -47,7 +47,10 @@ def add_storage(command: argparse.ArgumentParser) -> None:
         f"(default: ${STORAGE}, which other users of the machine cannot see)",
     )
     command.add_argument(
-        "--lease", type=_seconds, default=60.0, help="seconds without a sign of life until a trial is lost (60)"
+        "--lease",
+        type=_seconds,
+        default=60.0,
+        help="seconds without a sign of its worker until a trial goes to another (60)",
     )
 
 

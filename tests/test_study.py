@@ -391,7 +391,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(base, tmp_path, monkeypatch)
     monkeypatch.undo()
     queue._seen = {number: (beat, since - 1e9) for number, (beat, since) in queue._seen.items()}
     assert [event.kind for event in work(plan, tmp_path, queue, CPU)] == ["failed"]
-    assert "lost by 5 workers" in results(tmp_path)["one-s0"].reason
+    assert "5 workers were lost" in results(tmp_path)["one-s0"].reason
 
 
 def test_a_result_that_a_lost_worker_did_not_record_is_recorded_by_the_next(base, tmp_path):

@@ -56,7 +56,7 @@ def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
 def test_the_same_config_twice_shows_no_difference(base, tmp_path):
     study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"], set=steps(60))
     assert len(study.done) == 6
-    arm = study.plan.arm("b")
+    arm = next(arm for arm in study.plan.arms if arm.name == "b")
     assert study.ranked
     for metric in study.ranked:
         assert study.values("a", metric) == study.values("b", metric)
@@ -88,7 +88,8 @@ def test_an_arm_with_wrong_targets_is_worse(base, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.training.session.Examples", Swapped)
     arms = {"right": {}, "wrong": {"train.weight_decay": MARK}}
     study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole", set=steps(150))
-    found = study.difference(study.plan.arm("wrong"), study.primary)
+    arm = next(arm for arm in study.plan.arms if arm.name == "wrong")
+    found = study.difference(arm, study.primary)
     assert found.marked
     assert found.mean > 0
     assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise_study(study))

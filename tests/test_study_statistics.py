@@ -53,12 +53,13 @@ def test_only_seeds_that_both_arms_have_are_paired():
     found = paired_difference({0: 1.0, 1: 2.0, 5: 9.0}, {5: 5.0, 1: 1.0, 7: 0.0})
     assert found.seeds == (1, 5)
     assert found.mean == 2.5
-    assert found.percent == pytest.approx(100 * 2.5 / 3)
+    assert found.mean * found.scale == pytest.approx(100 * 2.5 / 3)
 
 
 def test_percent_is_of_the_size_of_the_other_mean():
-    assert paired_difference({0: -3.0}, {0: -2.0}).percent == -50
-    assert paired_difference({0: 1.0}, {0: 0.0}).percent is None
+    found = paired_difference({0: -3.0}, {0: -2.0})
+    assert found.mean * found.scale == -50
+    assert paired_difference({0: 1.0}, {0: 0.0}).scale is None
 
 
 def test_equal_values_are_no_difference():

@@ -188,9 +188,6 @@ def _rate(bench: Bench, suite: Suite, name: str) -> None:
     bench.add(Goal(f"share of the matrix rate, {name}", "training step", limit, at_least=True), shares)
 
 
-# ------------------------------------------------------------------------------- any config
-
-
 def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> list[Experiment]:
     """Experiments on any configs: each compared with the models of `beside`, then measured part by part.
 

@@ -169,9 +169,6 @@ def versions() -> dict[str, str]:
     return known | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
-# ------------------------------------------------------------------------------------------- plots
-
-
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
     """Write those of parts.png, throughput.png and sweeps.png for which there are measurements.
 

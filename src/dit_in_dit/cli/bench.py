@@ -178,9 +178,6 @@ def _run(todo: list[Any]) -> None:
             bar.advance(task)
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
 def _show(report: BenchmarkReport, values: Mapping[str, Any]) -> None:
     hardware = values["hardware"]
     place = hardware.get("accelerator", f"{hardware['processor']}, {hardware['threads']} threads")

@@ -26,9 +26,6 @@ AGAINST = "against"  # key of an arm: the arm it is matched to and compared with
 MOST_ARMS = 1000
 
 
-# --------------------------------------------------------------------------------------------- names
-
-
 def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
     """The config keys of every arm by name, and the arm it is compared with; not matched yet.
 
@@ -84,9 +81,6 @@ def _in_order(arms: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
             raise UserError(f"study.arms: {left} are compared in a circle: one must be against a control")
         order += ready
     return order
-
-
-# ------------------------------------------------------------------------------------------- configs
 
 
 def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -148,9 +142,6 @@ def budgeted(
         "warmup": min(train.warmup, train.steps // 10),
     }
     return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))
-
-
-# --------------------------------------------------------------------------------------------- arms
 
 
 def match_arms(study: StudyConfig, device: torch.device, threads: int | None = None) -> tuple[Arm, ...]:

@@ -45,9 +45,6 @@ def panel_grid(count: int, columns: int, *, width: float, height: float) -> tupl
     return page, axes.ravel()[:count]
 
 
-# --------------------------------------------------------------------------------------- differences
-
-
 def draw_forest(study: StudyResults, path: Path) -> None:
     """Draw the differences by the primary metric with both intervals, a line for each arm."""
     metric = study.primary
@@ -147,9 +144,6 @@ def _square(column: int, row: int, colour: str) -> Any:
     return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="none")
 
 
-# --------------------------------------------------------------------------------------------- cost
-
-
 def draw_pareto(study: StudyResults, path: Path) -> None:
     """Draw the primary metric against MACs and against time, with intervals."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
@@ -211,9 +205,6 @@ def _apart(costs: Sequence[float | None]) -> list[float | None]:
             moved[i] = (costs[i] or 0.0) + (place - (len(near) - 1) / 2) * step
         order = order[len(near) :]
     return moved
-
-
-# ------------------------------------------------------------------------------------------- samples
 
 
 def draw_samples(rows: dict[str, Path], path: Path) -> None:

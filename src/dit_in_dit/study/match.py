@@ -64,9 +64,6 @@ class NoTwin(UserError):
         self.nearest = nearest
 
 
-# ------------------------------------------------------------------------------------------- counts
-
-
 def forward_macs(model: ModelConfig) -> int:
     """MACs of a forward pass per image."""
     return cost.macs(model)["total"]
@@ -97,8 +94,6 @@ def costs(config: RunConfig) -> dict[str, float]:
 
 
 COUNTS: dict[str, Count] = {"macs": forward_macs, "params": count_parameters}
-
-# ------------------------------------------------------------------------------------------- search
 
 
 def twin(
@@ -188,9 +183,6 @@ def _closest(make: Callable[[int], ModelConfig], low: int, high: int, target: fl
         else:
             high, above = middle, value
     return make(low if target - below <= above - target else high)
-
-
-# ------------------------------------------------------------------------------------- runs and time
 
 
 def match(

@@ -99,9 +99,6 @@ def _check_values(name: str, values: Any, what: str) -> None:
     raise UserError(f"study.{what}.{name} must be a list of values, not an empty one: got {str(values)[:60]}")
 
 
-# ------------------------------------------------------------------------------------------- reading
-
-
 def shipped_studies() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(files("dit_in_dit.study") / "shipped"))
@@ -139,9 +136,6 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
         values[group] = {**before, rest: value}
     else:
         raise UserError(f"unknown key 'study.{name}'{did_you_mean(f'study.{name}', StudyConfig.names())}")
-
-
-# --------------------------------------------------------------------------------------------- arms
 
 
 @dataclass(frozen=True)
@@ -197,10 +191,6 @@ class Plan:
     def control(self) -> Arm:
         """The arm that the others are compared with."""
         return next(arm for arm in self.arms if arm.against == arm.name)
-
-    def arm(self, name: str) -> Arm:
-        """The arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
 
     @property
     def trials(self) -> list[Trial]:

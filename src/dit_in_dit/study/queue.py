@@ -101,8 +101,6 @@ class Queue:
         self._outages = 0  # of the storage, when `_seen` was written
         self._own: Lease | None = None
 
-    # -------------------------------------------------------------------------------------- observing
-
     def trials(self) -> list[optuna.trial.FrozenTrial]:
         """All tries, in the order in which they were enqueued."""
         return self.study.get_trials(deepcopy=False)
@@ -140,8 +138,6 @@ class Queue:
         """Whether every trial has ended."""
         counts = self.counts()
         return counts["done"] + counts["failed"] + counts["pruned"] >= self.total
-
-    # ---------------------------------------------------------------------------------------- claiming
 
     def claim(self) -> Lease | None:
         """Take a trial to work on; None when every trial has ended or belongs to another worker."""
@@ -209,8 +205,6 @@ class Queue:
             self._seen[trial.number] = (beat, now if beat != before else since)
             if beat == before and now - since > self.lease:
                 self._end(trial.number, self.states.FAIL)
-
-    # ------------------------------------------------------------------------------------------ holding
 
     @contextmanager
     def keep(self, lease: Lease) -> Iterator[None]:

@@ -32,9 +32,6 @@ class AwayError(Exception):
     """The storage has not answered for a lease."""
 
 
-# ------------------------------------------------------------------------------------------ the URL
-
-
 def parse_url(url: str) -> sqlalchemy.URL:
     """Parse the URL of a database.
 
@@ -71,9 +68,6 @@ def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
 
 def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:
     return (values,) if isinstance(values, str) else values
-
-
-# -------------------------------------------------------------------------------------------- patience
 
 
 class Storage:
@@ -161,9 +155,6 @@ def _is_away(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-# --------------------------------------------------------------------------------------------- opening
 
 
 class JournalLock:

@@ -56,9 +56,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield prefix + name, value
 
 
-# --------------------------------------------------------------------------------------------- cost
-
-
 def cost(study: StudyResults) -> Table:
     """Every arm's stages and costs, with the gaps to the arm it is compared with."""
     kinds = {"macs": ("million MACs", 1e-6), "params": ("million parameters", 1e-6), "time": ("ms a step", 1e3)}
@@ -94,9 +91,6 @@ def seconds(study: StudyResults, arm: str) -> float | None:
     logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
     totals = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
     return float(np.mean(totals)) if totals else None
-
-
-# ------------------------------------------------------------------------------------------ results
 
 
 def primary(study: StudyResults) -> Table:
@@ -170,9 +164,6 @@ def means(study: StudyResults) -> list[Table]:
         note = "Mean over seeds ± half of its 95% interval (Student's t)."
         tables.append(Table(["arm", *metrics], rows, TITLES.get(group, group), note))
     return tables
-
-
-# --------------------------------------------------------------------------------------- convergence
 
 
 def convergence(study: StudyResults) -> list[Table]:

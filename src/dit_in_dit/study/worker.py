@@ -32,7 +32,7 @@ from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.sampling.numbered import class_of, sample
 from dit_in_dit.study.arms import budgeted, describe, matched
-from dit_in_dit.study.plan import Plan
+from dit_in_dit.study.plan import Plan, Trial
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LeaseLostError, Queue
 from dit_in_dit.study.result import Result, read_result
@@ -69,7 +69,7 @@ def work(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator
             lease = queue.claim()
             if lease is not None:
                 with queue.keep(lease):
-                    yield from _try(plan, out, queue, lease, device, feature_networks)
+                    yield from _Try(plan, queue, lease, out / "runs" / lease.key, device, feature_networks).do()
             elif queue.finished():
                 return
             else:  # other workers hold the rest, or have lost it
@@ -77,134 +77,124 @@ def work(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator
                 _pause(queue)
 
 
-def _try(
-    plan: Plan, out: Path, queue: Queue, lease: Lease, device: torch.device, networks: tuple[Network, ...]
-) -> Generator[WorkerEvent, None, None]:
-    """Do one trial, from its last checkpoint to its result."""
-    run = out / "runs" / lease.key
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        result = read_result(run)  # there is one if a worker was lost between writing and recording it
-        if result is None:
-            arm, seed = lease.key, plan.study.seeds[0]
-            try:
-                arm, seed, config = _config(plan, lease, run, device)
-                if lease.losses >= MOST_LOSSES:
-                    raise UserError(f"{lease.losses} workers were lost with it since its last checkpoint")
-                result = yield from _train_and_measure(plan, queue, lease, run, (arm, seed, config), device, networks)
-            except (UserError, torch.OutOfMemoryError) as error:
-                reason = str(error).splitlines()[0][:200]
-                result = Result(arm, seed, "failed", lease.step, {}, {}, {}, reason)
-            lease.check()
-            atomic.write_atomic(run / "result.json", result.to_json() + "\n")
-        queue.done(lease, result.state, result.metrics.get(plan.study.primary))
-        yield WorkerEvent(result.state, lease.key, result.step, result.step, result.reason)
-    except LeaseLostError:
-        yield WorkerEvent("lost", lease.key)
-
-
 def _pause(queue: Queue) -> None:
     """Wait for other workers: the time between two beats, at most a second."""
     time.sleep(min(1.0, queue.lease / BEATS))
 
 
-def _config(plan: Plan, lease: Lease, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
-    """Arm, seed and config of a trial; in a search, from the sampler's choice."""
-    if not plan.study.search:
-        trial = next(trial for trial in plan.trials if trial.key == lease.key)
-        return trial.arm, trial.seed, trial.config
-    changes = lease.trial.params
-    atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(lease.key[1:])}) + "\n")
-    seed = plan.study.seeds[0]
-    if (run / "config.yaml").exists():
-        return describe(changes), seed, read_config(run)
-    return describe(changes), seed, replace(_chosen(plan, changes, device), seed=seed)
+@dataclass(frozen=True)
+class _Try:
+    """A worker's try at one trial, in the folder `run`."""
 
+    plan: Plan
+    queue: Queue
+    lease: Lease
+    run: Path
+    device: torch.device
+    networks: tuple[Network, ...]
 
-def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunConfig:
-    """The config of a sampler's choice, of the control's cost and within the budget; UserError if none exists."""
-    study, threads = plan.study, plan.study.threads
-    config, _ = matched(study, changes, plan.control.config, device, threads)
-    seconds = None
-    if "seconds" in study.budget:
-        seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return resolve_precision(budgeted(study, config, changes, seconds), device)
-
-
-def _train_and_measure(
-    plan: Plan,
-    queue: Queue,
-    lease: Lease,
-    run: Path,
-    trial: tuple[str, int, RunConfig],
-    device: torch.device,
-    networks: tuple[Network, ...],
-) -> Generator[WorkerEvent, None, Result]:
-    arm, seed, config = trial
-    total = config.train.steps
-    pruned = yield from _train(plan, queue, lease, run, config, device)
-    if pruned:
-        return Result(arm, seed, "pruned", lease.step, _held_out(run), {}, {})
-    yield WorkerEvent("measuring", lease.key, total, total)
-    metrics, floors, protocol = _held_out(run), {}, {}
-    if not math.isfinite(metrics.get(plan.study.primary, 0.0)):
-        raise UserError(f"diverged: {plan.study.primary} is not finite at step {total}")
-    if set(plan.study.metrics) - {"held_out"}:
-        subject = run_subject(run, device, lambda config, _: (config, []), seed=0, averaged=True)
-        real = reference(None, subject, wanted=2 * plan.study.samples)
-        folder = run / "evaluation" / f"{total:07d}"
-        for event in evaluate(subject, real, folder, plan.study.samples, networks=networks):
-            lease.check()
-            if isinstance(event, Evaluation):
-                scores, protocol = event.result["scores"], event.result["protocol"]
-                metrics |= {name: score["value"] for name, score in scores.items()}
-                floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
-    _draw(run, device)
-    if not math.isfinite(metrics.get(plan.study.primary, math.nan)):
-        raise UserError(
-            f"{plan.study.primary} is {metrics.get(plan.study.primary, 'not measured')}: nothing to compare"
-        )
-    return Result(arm, seed, "done", total, metrics, floors, protocol)
-
-
-def _train(
-    plan: Plan, queue: Queue, lease: Lease, run: Path, config: RunConfig, device: torch.device
-) -> Generator[WorkerEvent, None, bool]:
-    """Train from the last checkpoint; whether the trial was pruned. Waits while a lost worker still locks the run."""
-    while True:
-        started = (run / "config.yaml").exists()
-        with closing(train(config, run, resume=started, device=str(device))) as events:
-            try:
-                first = next(events)
-            except BusyError as busy:
+    def do(self) -> Generator[WorkerEvent, None, None]:
+        """Do the trial, from its last checkpoint to its result."""
+        lease, run, study = self.lease, self.run, self.plan.study
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            result = read_result(run)  # there is one if a worker was lost between writing and recording it
+            if result is None:
+                trial = None
+                try:
+                    trial = self._trial()
+                    if lease.losses >= MOST_LOSSES:
+                        raise UserError(f"{lease.losses} workers were lost with it since its last checkpoint")
+                    result = yield from self._train_and_measure(trial)
+                except (UserError, torch.OutOfMemoryError) as error:
+                    reason = str(error).splitlines()[0][:200]
+                    arm, seed = (trial.arm, trial.seed) if trial else (lease.key, study.seeds[0])
+                    result = Result(arm, seed, "failed", lease.step, {}, {}, {}, reason)
                 lease.check()
-                yield WorkerEvent("waiting", lease.key, text=str(busy))
-                _pause(queue)
-                continue
-            return (yield from _follow(plan, queue, lease, run, first, events))
+                atomic.write_atomic(run / "result.json", result.to_json() + "\n")
+            self.queue.done(lease, result.state, result.metrics.get(study.primary))
+            yield WorkerEvent(result.state, lease.key, result.step, result.step, result.reason)
+        except LeaseLostError:
+            yield WorkerEvent("lost", lease.key)
 
+    def _trial(self) -> Trial:
+        """The trial of the plan, or in a search of the sampler's choice."""
+        plan, run, key = self.plan, self.run, self.lease.key
+        if not plan.study.search:
+            return next(trial for trial in plan.trials if trial.key == key)
+        changes, seed = self.lease.trial.params, plan.study.seeds[0]
+        atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(key[1:])}) + "\n")
+        started = (run / "config.yaml").exists()
+        config = read_config(run) if started else replace(self._chosen(changes), seed=seed)
+        return Trial(describe(changes), seed, config)
 
-def _follow(
-    plan: Plan, queue: Queue, lease: Lease, run: Path, first: Event, events: Iterator[Event]
-) -> Generator[WorkerEvent, None, bool]:
-    """Report the training's errors to the queue; whether the trial was pruned."""
-    steps = read_config(run).train.steps
-    lease.step = lease.saved = first.step
-    for step, error in _errors(run, plan.study.primary):  # again: to the pruner a resumed try is new
-        if step <= first.step:
-            queue.report(lease, error, step)
-    yield WorkerEvent("training", lease.key, first.step, steps, "continued" if first.step else "")
-    for event in events:
-        lease.check()
-        lease.step = event.step
-        if event.kind == "checkpoint":
-            lease.saved = event.step
-        if event.kind == "held_out":
-            errors = dict(_errors(run, plan.study.primary))
-            if event.step in errors and queue.report(lease, errors[event.step], event.step) and event.step < steps:
-                return True
-        yield WorkerEvent("training", lease.key, event.step, steps)
-    return False
+    def _chosen(self, changes: dict[str, Any]) -> RunConfig:
+        """The config of a sampler's choice, of the control's cost and within the budget; UserError if none exists."""
+        study, threads = self.plan.study, self.plan.study.threads
+        config, _ = matched(study, changes, self.plan.control.config, self.device, threads)
+        seconds = None
+        if "seconds" in study.budget:
+            seconds = step_seconds({"it": config}, self.device, threads=threads)["it"].seconds
+        return resolve_precision(budgeted(study, config, changes, seconds), self.device)
+
+    def _train_and_measure(self, trial: Trial) -> Generator[WorkerEvent, None, Result]:
+        lease, run, study, total = self.lease, self.run, self.plan.study, trial.config.train.steps
+        pruned = yield from self._train(trial.config)
+        if pruned:
+            return Result(trial.arm, trial.seed, "pruned", lease.step, _held_out(run), {}, {})
+        yield WorkerEvent("measuring", lease.key, total, total)
+        metrics, floors, protocol = _held_out(run), {}, {}
+        if not math.isfinite(metrics.get(study.primary, 0.0)):
+            raise UserError(f"diverged: {study.primary} is not finite at step {total}")
+        if set(study.metrics) - {"held_out"}:
+            subject = run_subject(run, self.device, lambda config, _: (config, []), seed=0, averaged=True)
+            real = reference(None, subject, wanted=2 * study.samples)
+            folder = run / "evaluation" / f"{total:07d}"
+            for event in evaluate(subject, real, folder, study.samples, networks=self.networks):
+                lease.check()
+                if isinstance(event, Evaluation):
+                    scores, protocol = event.result["scores"], event.result["protocol"]
+                    metrics |= {name: score["value"] for name, score in scores.items()}
+                    floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
+        _draw(run, self.device)
+        if not math.isfinite(metrics.get(study.primary, math.nan)):
+            raise UserError(f"{study.primary} is {metrics.get(study.primary, 'not measured')}: nothing to compare")
+        return Result(trial.arm, trial.seed, "done", total, metrics, floors, protocol)
+
+    def _train(self, config: RunConfig) -> Generator[WorkerEvent, None, bool]:
+        """Train from the last checkpoint; whether the trial was pruned. Waits while another process locks the run."""
+        while True:
+            started = (self.run / "config.yaml").exists()
+            with closing(train(config, self.run, resume=started, device=str(self.device))) as events:
+                try:
+                    first = next(events)
+                except BusyError as busy:
+                    self.lease.check()
+                    yield WorkerEvent("waiting", self.lease.key, text=str(busy))
+                    _pause(self.queue)
+                    continue
+                return (yield from self._follow(first, events))
+
+    def _follow(self, first: Event, events: Iterator[Event]) -> Generator[WorkerEvent, None, bool]:
+        """Report the training's errors to the queue; whether the trial was pruned."""
+        queue, lease, run, primary = self.queue, self.lease, self.run, self.plan.study.primary
+        steps = read_config(run).train.steps
+        lease.step = lease.saved = first.step
+        for step, error in _errors(run, primary):  # again: to the pruner a resumed try is new
+            if step <= first.step:
+                queue.report(lease, error, step)
+        yield WorkerEvent("training", lease.key, first.step, steps, "continued" if first.step else "")
+        for event in events:
+            lease.check()
+            lease.step = event.step
+            if event.kind == "checkpoint":
+                lease.saved = event.step
+            if event.kind == "held_out":
+                errors = dict(_errors(run, primary))
+                if event.step in errors and queue.report(lease, errors[event.step], event.step) and event.step < steps:
+                    return True
+            yield WorkerEvent("training", lease.key, event.step, steps)
+        return False
 
 
 def _errors(run: Path, primary: str) -> list[tuple[int, float]]:

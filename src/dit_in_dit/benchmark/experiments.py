@@ -102,9 +102,12 @@ def _reference(bench: Bench, suite: Suite) -> None:
     }
     ours, saving, first = bench.compare(subjects, 2.0).values()
     bench.add(Goal("reference / first written", "training step", 0.90), ours.step.ratios(first.step))
-    bench.add(Goal("reference / first written, memory", "bytes kept for backward", 0.95), (ours.kept / first.kept,))
+    bench.add(
+        Goal("reference / first written, memory", "bytes kept for backward", 0.95),
+        (ours.kept_bytes / first.kept_bytes,),
+    )
     goal = Goal("inner recomputed / first written, memory", "bytes kept for backward", 0.50)
-    bench.add(goal, (saving.kept / first.kept,))
+    bench.add(goal, (saving.kept_bytes / first.kept_bytes,))
     goal = Goal("inner recomputed / reference", "training step: the price of that memory", 1.2)
     bench.add(goal, saving.step.ratios(ours.step))
 

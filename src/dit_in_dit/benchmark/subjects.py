@@ -180,9 +180,9 @@ class Measurements:
     Attributes:
         macs: of a forward pass per image; `macs_per_second` counts whole training steps.
         forward, step: seconds for the whole batch.
-        kept: bytes kept for the backward pass, whole batch.
-        peak: peak bytes on a CUDA device during a step, other subjects' weights included; None elsewhere.
-        compiling: seconds of the first step of a compiled model; None for others.
+        kept_bytes: bytes kept for the backward pass, whole batch.
+        peak_bytes: peak bytes on a CUDA device during a step, other subjects' weights included; None elsewhere.
+        compiling_seconds: seconds of the first step of a compiled model; None for others.
     """
 
     macs: int
@@ -191,9 +191,9 @@ class Measurements:
     compiled: bool
     forward: Times
     step: Times
-    kept: int
-    peak: int | None
-    compiling: float | None
+    kept_bytes: int
+    peak_bytes: int | None
+    compiling_seconds: float | None
 
     @property
     def images_per_second(self) -> float:
@@ -240,16 +240,6 @@ def _both(forward: Callable[[], float], step: Callable[[], float]) -> Callable[[
 
 def measurements_dict(measured: Measurements) -> dict[str, Any]:
     """Plain values, as JSON holds them."""
-    return {
-        "macs": measured.macs,
-        "batch": measured.batch,
-        "precision": measured.precision,
-        "compiled": measured.compiled,
-        "forward": list(measured.forward.rounds),
-        "step": list(measured.step.rounds),
-        "kept_bytes": measured.kept,
-        "peak_bytes": measured.peak,
-        "compiling_seconds": measured.compiling,
-        "images_per_second": measured.images_per_second,
-        "macs_per_second": measured.macs_per_second,
-    }
+    rounds = {"forward": list(measured.forward.rounds), "step": list(measured.step.rounds)}
+    rates = {"images_per_second": measured.images_per_second, "macs_per_second": measured.macs_per_second}
+    return {**vars(measured), **rounds, **rates}

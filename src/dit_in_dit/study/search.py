@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.schema import to_dict
 from dit_in_dit.inspection import cost
 from dit_in_dit.metrics.metric import WORDS, direction
 from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
@@ -154,22 +155,10 @@ def confirm(searched: SearchResults) -> str:
         if len(best) < CONFIRMED and all(trial.changes != other.changes for other in best):
             best.append(trial)
     arms: dict[str, Any] = {"base": {}, **{f"number {trial.number}": trial.changes for trial in best}}
-    proposed = {
-        "question": f"are the best configs of the search {plan.name} better than its base?",
-        "base": study.base,
-        "set": study.set,
-        "arms": arms,
-        "match": study.match,
-        "tolerance": study.tolerance,
-        "budget": study.budget,
-        "seeds": fresh,
-        "metrics": list(study.metrics),
-        "primary": study.primary,
-        "samples": study.samples,
-        "weights": study.weights,
-        "dinov2": study.dinov2,
-        "threads": study.threads,
-    }
+    changed: dict[str, Any] = {"question": f"are the best configs of the search {plan.name} better than its base?"}
+    changed |= {"arms": arms, "seeds": fresh}
+    left_out = ("grid", "search", "trials", "control", "prune")
+    proposed = {name: changed.get(name, value) for name, value in to_dict(study).items() if name not in left_out}
     plain = json.loads(json.dumps({name: value for name, value in proposed.items() if value not in ("", {})}))
     return yaml.safe_dump(plain, sort_keys=False, width=110)
 

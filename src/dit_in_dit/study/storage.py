@@ -58,16 +58,14 @@ def show(parsed: sqlalchemy.URL) -> str:
 def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
     """The first line of a driver's message, without the URL's secrets."""
     text = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
-    pairs = [(key, str(value)) for key, values in parsed.query.items() for value in _several(values)]
-    secrets = {value for key, value in pairs if SECRET.search(key)} | {str(parsed.password or "")}
+    secrets = {str(parsed.password or "")}
+    for key, values in parsed.query.items():
+        if SECRET.search(key):
+            secrets |= {values} if isinstance(values, str) else set(values)
     for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote_plus(secret)} - {""}:
             text = text.replace(form, "***")
     return truncate(text.splitlines()[0], 90)
-
-
-def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else values
 
 
 class Storage:

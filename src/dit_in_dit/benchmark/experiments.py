@@ -27,10 +27,10 @@ SAMPLER_STEPS = 8
 
 def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
     """The suite's experiments: a name, and a function that measures and adds to the report."""
-    theirs = " and ".join(bench.others)
-    yield f"plain DiT beside {theirs}", _bound(_plain, bench, suite)
+    others = " and ".join(bench.others)
+    yield f"plain DiT beside {others}", _bound(_plain, bench, suite)
     if suite.compiled:
-        yield f"plain DiT beside {theirs}, compiled", _bound(_compiled, bench, suite.compiled, suite.on_cuda)
+        yield f"plain DiT beside {others}, compiled", _bound(_compiled, bench, suite.compiled, suite.on_cuda)
     for name in suite.paths:
         yield f"inner and outer path, {name}", _bound(_path, bench, suite, name)
     for name in suite.last:
@@ -59,22 +59,22 @@ def _bound(experiment: Callable[..., object], *arguments: object) -> Callable[[]
 def _plain(bench: Bench, suite: Suite) -> None:
     subjects = {name: (suite.plain, make) for name, make in {"plain DiT": nested, **bench.others}.items()}
     measured = bench.compare(subjects)
-    for theirs in bench.others:
-        goal = Goal(f"plain DiT / {theirs}, eager", "training step", 0.95)
-        bench.add(goal, measured["plain DiT"].step.ratios(measured[theirs].step))
+    for other in bench.others:
+        goal = Goal(f"plain DiT / {other}, eager", "training step", 0.95)
+        bench.add(goal, measured["plain DiT"].step.ratios(measured[other].step))
 
 
 def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
     eager = override(run, ["train.compile=false"])
     subjects = {f"{name}, compiled": (run, make) for name, make in {"plain DiT": nested, **bench.others}.items()}
-    subjects |= {f"{theirs}, eager": (eager, make) for theirs, make in bench.others.items()}
+    subjects |= {f"{other}, eager": (eager, make) for other, make in bench.others.items()}
     measured = bench.compare(subjects, 1.5)
     ours = measured["plain DiT, compiled"].step
-    for theirs in bench.others:
-        goal = Goal(f"plain DiT / {theirs}, both compiled", "training step", 0.90)
-        bench.add(goal, ours.ratios(measured[f"{theirs}, compiled"].step))
-        goal = Goal(f"plain DiT compiled / {theirs} eager", "training step", 0.75 if on_cuda else None)
-        bench.add(goal, ours.ratios(measured[f"{theirs}, eager"].step))
+    for other in bench.others:
+        goal = Goal(f"plain DiT / {other}, both compiled", "training step", 0.90)
+        bench.add(goal, ours.ratios(measured[f"{other}, compiled"].step))
+        goal = Goal(f"plain DiT compiled / {other} eager", "training step", 0.75 if on_cuda else None)
+        bench.add(goal, ours.ratios(measured[f"{other}, eager"].step))
 
 
 def _path(bench: Bench, suite: Suite, name: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy.exc import IntegrityError, OperationalError
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
 from conftest import with_train
 from dit_in_dit.cli import main
@@ -106,6 +107,23 @@ def test_a_call_that_must_not_wait_fails_at_once():
         waiting.get(3)
     assert flaky.calls == 1
     assert waiting.get(3) == 3
+
+
+def test_a_connection_that_breaks_within_a_query_is_an_outage():
+    """Optuna repeats such a query in the broken session, and raises the session's error as one of its own."""
+
+    class Interrupted(Answers):
+        calls = 0
+
+        def get(self, value: int) -> int:
+            self.calls += 1
+            if self.calls == 1:
+                raise StorageInternalError("during the commit") from PendingRollbackError("cannot reconnect")
+            return value
+
+    waiting = Storage(Interrupted(), "the storage here", str, 5.0, (lines := []).append)
+    assert waiting.get(3) == 3
+    assert (waiting.outages, len(lines)) == (1, 2)
 
 
 def test_an_error_other_than_an_outage_is_raised_unchanged():

@@ -147,7 +147,8 @@ def _is_away(error: BaseException | None) -> bool:
     from sqlalchemy import exc
 
     while error is not None:
-        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError):
+        # PendingRollbackError: Optuna repeats a query in the session whose connection broke
+        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError | exc.PendingRollbackError):
             return True
         if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
             return True

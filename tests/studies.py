@@ -1,4 +1,4 @@
-"""Study folders written by hand, whose numbers are known."""
+"""Study folders written by hand, with known numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROTOCOL = {"images": 64, "samples": {"sampler": "dpm++", "steps": 25}, "referen
 
 
 def plan_of(study: StudyConfig, name: str = "planted", *, timed: bool = True) -> Plan:
-    """Every arm as the study gives it, nothing matched; steps of a made-up time."""
+    """The plan of a study without matching, with made-up step times."""
     counted: dict[str, tuple[RunConfig, dict[str, float]]] = {}
     found = candidates(study)
     for arm, (changes, _) in found.items():
@@ -37,7 +37,7 @@ def plan_of(study: StudyConfig, name: str = "planted", *, timed: bool = True) ->
 
 
 def write_plan(out: Path, plan: Plan) -> Path:
-    """A study's folder with its plan alone."""
+    """Write a study's folder with its plan only."""
     out.mkdir(parents=True)
     (out / "plan.json").write_text(plan.to_json())
     return out
@@ -55,7 +55,7 @@ def write_trial(
     level: float = 1.0,
     times: tuple[str, ...] = ("0.2",),
 ) -> Path:
-    """A trial's folder: config, logs and pictures, and its result unless `metrics` is None."""
+    """Write a trial's folder: config, logs, samples, and a result unless `metrics` is None."""
     folder = out / "runs" / trial.key
     folder.mkdir(parents=True)
     steps = trial.config.train.steps
@@ -85,7 +85,7 @@ def write_trial(
 
 
 def write_study(out: Path, plan: Plan, metrics: Metrics, **parts: Any) -> Path:
-    """A finished study."""
+    """Write the folder of a finished study."""
     write_plan(out, plan)
     for trial in plan.trials:
         write_trial(out, trial, metrics(trial.arm, trial.seed), **parts)

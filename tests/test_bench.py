@@ -1,4 +1,4 @@
-"""The benchmark: what is planted is found, what is asked for is there, and mistakes cost one line."""
+"""The benchmark: planted pauses are measured, outputs are complete, and errors are one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from conftest import small_model
 from dit_in_dit import inspect
 from dit_in_dit.benchmark.attention import broadcast, matrices, ways
-from dit_in_dit.benchmark.experiments import Bench, experiments
+from dit_in_dit.benchmark.bench import Bench
+from dit_in_dit.benchmark.experiments import experiments
 from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, parted, profiled
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES
@@ -41,7 +42,7 @@ PLAIN = run_of("outer*2", image_size=(8, 8))
 
 @pytest.fixture
 def one_thread():
-    """Measured on a thread's own clock, so that others may use the machine."""
+    """Measure CPU time of the thread, which other processes do not affect."""
     with on_threads(1):
         yield
 
@@ -53,7 +54,7 @@ def pause() -> None:
 
 
 class Pause(torch.autograd.Function):
-    """The identity, late."""
+    """The identity with a pause."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def test_turns_alternate_and_end_in_time():
     assert len(in_turns({"a": lambda: None}, seconds=0.0, least=2)["a"]) == 2
 
 
-def test_a_short_piece_of_work_is_repeated_until_the_clock_can_see_it():
+def test_short_work_is_repeated_within_a_turn():
     calls = 0
 
     def work() -> None:
@@ -101,7 +102,7 @@ def test_a_short_piece_of_work_is_repeated_until_the_clock_can_see_it():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_planted_pause_is_found_in_the_step():
+def test_a_planted_pause_is_measured_in_the_step():
     found = measure_subjects({"plain": BenchmarkSubject(PLAIN, CPU), "slow": BenchmarkSubject(PLAIN, CPU, slow)}, 0.5)
     extra = found["slow"].step.seconds - found["plain"].step.seconds
     assert 1.9 * PAUSE < extra < 3 * PAUSE
@@ -110,7 +111,7 @@ def test_a_planted_pause_is_found_in_the_step():
     assert found["plain"].images_per_second == pytest.approx(2 / found["plain"].step.seconds)
 
 
-def test_bytes_kept_are_those_that_inspect_counts():
+def test_kept_bytes_agree_with_inspect():
     for recompute in ("none", "inner"):
         run = run_of("inner*2 outer*2")
         run = replace(run, train=replace(run.train, recompute=recompute))
@@ -118,7 +119,7 @@ def test_bytes_kept_are_those_that_inspect_counts():
         assert BenchmarkSubject(run, CPU).kept_bytes() == pytest.approx(expected, rel=0.02)
 
 
-def test_matrix_products_are_faster_than_nothing_and_leave_the_global_generator_alone():
+def test_matrix_products_leave_the_global_generator_unchanged():
     before = torch.get_rng_state()
     assert best_product(CPU, torch.float32) > 1e8
     assert torch.equal(torch.get_rng_state(), before)
@@ -129,7 +130,7 @@ def test_matrix_products_are_faster_than_nothing_and_leave_the_global_generator_
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stages", ["outer*2 inner", "inner outer*2", "(inner outer)*2"])
-def test_the_parts_are_the_whole_step(stages):
+def test_parts_sum_to_the_whole_step(stages):
     subject = parted(run_of(stages), CPU)
     began = time.thread_time()
     parts = part_seconds(subject)
@@ -154,7 +155,7 @@ def test_the_parts_are_the_whole_step(stages):
         ("inner_head", lambda model: model.inner_head.final),
     ],
 )
-def test_a_planted_pause_is_found_in_its_part(part: str, place: Callable[[nn.Module], nn.Module]):
+def test_a_planted_pause_is_measured_in_its_part(part: str, place: Callable[[nn.Module], nn.Module]):
     subject = parted(run_of("inner outer*2 inner"), CPU)
     before = part_seconds(subject)
     place(subject.model).register_forward_hook(lambda module, given, output: Pause.apply(output))
@@ -194,7 +195,7 @@ def test_operations_have_a_kind(operation, kind):
 # ------------------------------------------------------------------------------------------ sweeps
 
 
-def test_the_exponent_of_a_power_law_is_found():
+def test_the_exponent_of_a_power_law_is_recovered():
     sizes = [16.0, 64.0, 256.0]
     assert exponent(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
     points = [Point(int(s), s, int(s), int(s), int(s**2), (s, 2 * s**2), (s, s)) for s in sizes]
@@ -229,7 +230,7 @@ def test_every_axis_makes_models_of_the_wanted_size(axis, values, sizes):
 # ---------------------------------------------------------------------------------- other people's
 
 
-def test_models_of_other_people_are_of_the_same_size():
+def test_other_dit_code_has_the_same_size():
     ours, theirs = BenchmarkSubject(PLAIN, CPU), BenchmarkSubject(PLAIN, CPU, diffusers_dit)
     assert theirs.forward().shape == ours.forward().shape
     blocks = [sum(p.numel() for p in part.parameters()) for part in (ours.model.outer_blocks[0],)]
@@ -238,7 +239,7 @@ def test_models_of_other_people_are_of_the_same_size():
     assert sum(p.numel() for p in theirs_block.parameters()) - embeds == blocks[0]
 
 
-def test_the_official_code_is_taken_from_a_checkout(tmp_path):
+def test_the_official_code_is_loaded_from_a_checkout(tmp_path):
     (tmp_path / "models.py").write_text(
         "import torch\n"
         "class DiT(torch.nn.Module):\n"
@@ -254,7 +255,7 @@ def test_the_official_code_is_taken_from_a_checkout(tmp_path):
     assert subject.model.model.sizes["depth"] == 2
 
 
-def test_a_checkout_without_the_official_code_is_one_line(tmp_path):
+def test_a_checkout_without_the_official_code_is_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"no models\.py"):
         official_dit(tmp_path)
     (tmp_path / "models.py").write_text("import a_package_that_is_absent\n")
@@ -266,7 +267,7 @@ def test_a_checkout_without_the_official_code_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("length", [4, 16])
-def test_ways_of_attention_agree(length):
+def test_implementations_of_attention_agree(length):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 5, 2, length, 8, generator=draw).unbind(0)
     expected = ways(length, CPU)["SDPA"](q, k, v)
@@ -342,7 +343,7 @@ def test_the_cpu_suite_has_an_experiment_for_every_goal():
 
 
 @pytest.mark.slow
-def test_any_preset_is_measured_beside_others(capsys, tmp_path):
+def test_any_preset_is_compared_with_other_models(capsys, tmp_path):
     tiny = ["model.image_size=16", "model.patch_size=4", "model.outer.width=32", "train.batch_size=2"]
     words = [word for key in tiny for word in ("--set", key)]
     (tmp_path / "mine.yaml").write_text(to_yaml(presets.get("emoji-reference")))
@@ -360,7 +361,7 @@ def test_any_preset_is_measured_beside_others(capsys, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_cuda_suite_without_a_device_is_one_line(capsys):
+def test_the_cuda_suite_without_a_device_is_refused_in_one_line(capsys):
     assert "device 'cuda' is not available" in lines_of(["bench", "--suite", "cuda"], capsys)
 
 

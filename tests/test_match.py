@@ -1,4 +1,4 @@
-"""Twins of equal cost: as near as promised, with nothing changed that was not to be."""
+"""Twins of equal cost: within the tolerance, with only free keys changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def random_nested(seed: int) -> ModelConfig:
-    """A nested model of any kind, whose inner blocks are cheaper than its outer ones."""
+    """A random nested model, whose inner blocks are cheaper than its outer ones."""
     draw = random.Random(seed)
     heads, inner_heads = draw.choice([2, 3, 4, 6]), draw.choice([1, 2])
     program = draw.choice(
@@ -76,7 +76,7 @@ def total(model: ModelConfig, by: str) -> int:
 
 
 def dearer_plain(nested: ModelConfig, by: str, seed: int) -> ModelConfig:
-    """A plain model that costs up to twice as much: the inner blocks alone may cost more than its own plain one."""
+    """A plain model that costs up to twice as much: the inner blocks alone may cost more than the plain model."""
     factor = 1 + random.Random(seed).random()
     plain = (replace(nested, use_inner=False, stages=f"outer*{n}") for n in range(1, 500))
     return next(model for model in plain if total(model, by) >= factor * total(nested, by))
@@ -119,13 +119,13 @@ def test_parameters_are_counted_without_building_every_block():
         assert count_parameters(model) == cost.parameters(model)["total"]
 
 
-def test_depth_alone_where_that_is_enough():
+def test_depth_alone_changes_where_that_suffices():
     found = twin(presets.get("dit-xl2").model, forward_macs(presets.get("dit-in-dit-xl2").model), forward_macs)
     assert found.changed == {"model.depth": (28, None), "model.stages": ("first", "outer*55")}
     assert abs(found.gap) < 0.001
 
 
-def test_outer_blocks_are_shared_among_the_stages_in_proportion():
+def test_outer_blocks_are_divided_among_the_stages_in_proportion():
     model = small_model("outer*4 inner outer*2 inner outer*2")
     block = forward_macs(small_model("outer*2")) - forward_macs(small_model("outer*1"))
     for blocks, stages in (
@@ -175,8 +175,8 @@ def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
             assert outer.width // outer.num_heads % 2 == 0
 
 
-def test_another_mlp_is_taken_before_a_width_far_off():
-    """Six blocks, 4% more: no number of blocks of a width nearby has it, a width half as large might."""
+def test_another_mlp_comes_before_a_far_width():
+    """Six blocks and 4% more cost: no number of blocks of a near width fits, one of half the width might."""
     model = ModelConfig(stages="outer*6", outer=OuterConfig(192, 4))
     found = twin(model, 1.04 * forward_macs(model), forward_macs, tolerance=0.001)
     assert found.changed.keys() >= {"model.outer.mlp_ratio"}
@@ -185,12 +185,12 @@ def test_another_mlp_is_taken_before_a_width_far_off():
     assert hidden == pytest.approx(round(hidden), abs=1e-6)
 
 
-def test_what_is_near_enough_stays():
+def test_a_model_within_the_tolerance_is_unchanged():
     model = random_nested(3)
     assert twin(model, 1.009 * forward_macs(model), forward_macs).changed == {}
 
 
-def test_no_twin_is_said_in_one_line():
+def test_a_missing_twin_is_reported_in_one_line():
     dear = small_model("inner*40 outer*1", inner={"width": 128})
     with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink its inner"):
         twin(dear, forward_macs(small_model("outer*2")), forward_macs)
@@ -210,12 +210,12 @@ def run_of(model: ModelConfig) -> RunConfig:
 
 
 def wide(stages: str) -> ModelConfig:
-    """Wide enough for its products, not Python, to take the time."""
+    """A model wide enough for matrix products to take most of the time."""
     return ModelConfig(stages=stages, outer=OuterConfig(192, 4), inner=InnerConfig(32, 2, sub_patch=2))
 
 
 @pytest.mark.slow
-def test_a_model_of_twice_the_blocks_takes_about_twice_as_long():
+def test_twice_the_blocks_take_about_twice_as_long():
     threads = torch.get_num_threads()
     pair = {"short": run_of(wide("outer*3")), "long": run_of(wide("outer*6"))}
     for _ in range(3):  # others may use the machine
@@ -271,7 +271,7 @@ SMALL = {
 
 @pytest.fixture
 def quickly(monkeypatch):
-    """Times that only have to be there."""
+    """Times without meaning."""
     for module in ("arms", "match"):
         monkeypatch.setattr(f"dit_in_dit.study.{module}.SECONDS_EACH", 0.1)
 
@@ -285,7 +285,7 @@ def arms_of(**values) -> dict:
 
 
 @pytest.mark.usefixtures("quickly")
-def test_arms_cost_what_the_control_does():
+def test_arms_cost_as_much_as_the_control():
     arms = arms_of(
         arms={
             "full": {},
@@ -308,7 +308,7 @@ def test_arms_cost_what_the_control_does():
 
 
 @pytest.mark.usefixtures("quickly")
-def test_an_arm_is_matched_to_the_arm_it_is_against():
+def test_an_arm_is_matched_to_the_arm_it_is_compared_with():
     arms = arms_of(
         arms={
             "far": {"against": "big", "model.inner.mixer": "none"},
@@ -325,7 +325,7 @@ def test_an_arm_is_matched_to_the_arm_it_is_against():
 
 
 @pytest.mark.usefixtures("quickly")
-def test_unmatched_arms_are_left_alone():
+def test_unmatched_arms_are_unchanged():
     arms = arms_of(arms={"full": {}, "deep": {"model.stages": "outer*8 inner*2"}}, match="none")
     assert arms["deep"].matched == {}
     assert arms["deep"].gap["macs"] > 0.3
@@ -355,7 +355,7 @@ def test_a_budget_holds_after_matching():
         ({"arms": {"a": {}, "b": {"against": "c"}, "c": {"against": "b"}}}, "b, c are compared in a circle"),
     ],
 )  # fmt: skip
-def test_a_study_that_cannot_be_fair_is_refused_in_one_line(values, part):
+def test_a_study_with_unmatchable_arms_is_refused_in_one_line(values, part):
     with pytest.raises(UserError, match=part) as refused:
         match_arms(study(**values), CPU, 1)
     assert len(str(refused.value)) <= 220
@@ -395,7 +395,7 @@ def test_the_command_prints_json(capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly")
-def test_a_run_and_a_shipped_model_can_be_what_a_twin_costs(capsys, tmp_path, monkeypatch):
+def test_a_model_can_be_matched_to_a_run_and_to_a_shipped_model(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wanted = {name: read_config(find_run(name)) for name in ("models/emoji", "models/emoji-dit")}
     (tmp_path / "mine").mkdir()

@@ -1,4 +1,4 @@
-"""Studies: what a person writes, the trials that workers share, and what is told of bad ones."""
+"""Studies: their files, the queue of trials that workers share, and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step times, which these studies do not need, are not measured."""
+    """Measure no step times: these studies do not need them."""
     monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
 
 
@@ -58,10 +58,10 @@ def planned(study: StudyConfig, out: Path) -> Plan:
     return begin(out, lambda: plan_study("small", study, CPU), study)
 
 
-def finish(study: StudyConfig, out: Path, **board) -> Plan:
+def finish(study: StudyConfig, out: Path, **options) -> Plan:
     """Run a study in this process."""
     plan = planned(study, out)
-    list(work(plan, out, Queue(plan, out, **board), CPU))
+    list(work(plan, out, Queue(plan, out, **options), CPU))
     return plan
 
 
@@ -80,7 +80,7 @@ def test_every_shipped_study_can_be_planned(name):
         assert arms.budgeted(study, arms.configure(study, changes), changes).train.steps >= 1000
 
 
-def test_whatever_the_search_of_tuning_chooses_can_be_matched():
+def test_every_choice_of_the_tuning_search_can_be_matched():
     study = plans.read_study_config("tuning")
     like = arms.configure(study, {})
     for values in product(*study.search.values()):
@@ -88,14 +88,14 @@ def test_whatever_the_search_of_tuning_chooses_can_be_matched():
         assert abs(twin.gap) <= study.tolerance
 
 
-def test_a_grid_is_every_combination():
+def test_a_grid_gives_every_combination():
     study = StudyConfig(grid={"model.inner.width": [16, 32], "model.inner.mixer": ["patch", "conv"]})
     assert list(arms.candidates(study)) == [
         "width=16, mixer=patch", "width=16, mixer=conv", "width=32, mixer=patch", "width=32, mixer=conv",
     ]  # fmt: skip
 
 
-def test_assignments_reach_into_the_groups_of_a_study():
+def test_assignments_set_keys_within_groups_of_a_study():
     study = plans.read_study_config(
         "ablation", ["budget.steps=7", "set.train.batch_size=16", "seeds=[4, 5]", "samples=9"]
     )
@@ -107,7 +107,7 @@ def test_assignments_reach_into_the_groups_of_a_study():
     ("budget", "steps"),
     [({"steps": 50}, 50), ({"images": 320}, 10), ({}, 4800), ({"macs": 3 * 32 * 1e9}, 48)],
 )
-def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
+def test_a_budget_becomes_steps_of_this_batch_and_model(budget, steps):
     from dit_in_dit.config import presets
     from dit_in_dit.inspection import cost
 
@@ -118,14 +118,14 @@ def test_a_budget_is_steps_of_this_batch_and_model(budget, steps):
     assert found == steps
 
 
-def test_what_a_study_names_does_not_follow_the_number_of_steps():
+def test_keys_that_a_study_names_do_not_follow_the_number_of_steps():
     study = StudyConfig(base="emoji", arms={"one": {}}, budget={"steps": 100}, set={"train.warmup": 60})
     changes = {"train.evaluate_every": 3}
     train = arms.budgeted(study, arms.configure(study, changes), changes).train
     assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
 
 
-def test_a_plan_is_read_back_as_it_was(base, tmp_path):
+def test_a_plan_survives_writing_and_reading(base, tmp_path):
     plan = planned(small(base, arms={"one": {}, "two": {"model.use_inner": False}}), tmp_path / "s")
     assert Plan.from_json(plan.to_json()) == plan == read_plan(tmp_path / "s")
     assert [trial.key for trial in plan.trials] == ["one-s0", "two-s0"]
@@ -160,7 +160,7 @@ def test_a_plan_is_read_back_as_it_was(base, tmp_path):
         ("arms: {a: {}}\narms: {b: {}}", "given twice"),
     ],
 )
-def test_a_bad_study_ends_before_the_first_trial_with_one_line(text, words, tmp_path, capsys):
+def test_an_invalid_study_ends_before_the_first_trial_with_one_line(text, words, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit) as ended:
         main(["study", "run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
@@ -190,7 +190,7 @@ def test_a_folder_holds_one_study(base, tmp_path):
         planned(small(base, samples=5), tmp_path)
 
 
-def test_shipped_studies_are_listed_and_shown_as_they_are(capsys):
+def test_shipped_studies_are_listed_and_shown_unchanged(capsys):
     main(["study", "list"])
     said = capsys.readouterr().out
     assert all(name in said for name in plans.shipped_studies())
@@ -198,7 +198,7 @@ def test_shipped_studies_are_listed_and_shown_as_they_are(capsys):
     assert capsys.readouterr().out == plans.shipped_studies()["order"].read_text()
 
 
-def test_a_plan_shows_what_every_arm_costs(base, tmp_path, capsys):
+def test_a_plan_shows_the_cost_of_every_arm(base, tmp_path, capsys):
     arms = "{nested: {}, plain: {model.use_inner: false}}"
     (tmp_path / "mine.yaml").write_text(f"base: {base}\nmatch: none\nmetrics: [held_out]\narms: {arms}\n")
     main(["study", "plan", str(tmp_path / "mine.yaml"), "--set", "budget.steps=7"])
@@ -229,7 +229,7 @@ def test_every_arm_is_trained_with_every_seed_and_measured(base, tmp_path):
     assert found["one-s0"].metrics != found["one-s1"].metrics != found["two-s1"].metrics
 
 
-def test_a_metric_of_the_user_can_be_what_a_study_is_made_for(base, tmp_path, monkeypatch):
+def test_a_users_metric_can_be_primary(base, tmp_path, monkeypatch):
     contrast = Metric("contrast", "Mine", "zero", lambda samples, real: float(samples.std() - real.std()))
     monkeypatch.setitem(METRICS, "contrast", contrast)
     finish(small(base, metrics=["Mine"], primary="contrast"), tmp_path)
@@ -246,22 +246,22 @@ def test_a_finished_study_is_not_run_again(base, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")} == before
 
 
-def test_a_stopped_worker_gives_its_trial_back_and_the_next_goes_on(base, tmp_path):
+def test_a_stopped_worker_gives_its_trial_back_and_the_next_worker_resumes_it(base, tmp_path):
     study = small(base, set={"train.checkpoint_every": 2})
     plan = planned(study, tmp_path / "stopped")
     events = work(plan, tmp_path / "stopped", Queue(plan, tmp_path / "stopped"), CPU)
     next(event for event in events if event.step >= 4)
     events.close()  # as Ctrl-C does
-    board = Queue(plan, tmp_path / "stopped")
-    assert board.counts()["running"] == 0
-    later = list(work(plan, tmp_path / "stopped", board, CPU))
+    queue = Queue(plan, tmp_path / "stopped")
+    assert queue.counts()["running"] == 0
+    later = list(work(plan, tmp_path / "stopped", queue, CPU))
     assert [event.key for event in later if event.text == "continued" and event.step >= 2] == ["one-s0"]
     finish(study, tmp_path / "whole")
     whole, stopped = (results(tmp_path / name) for name in ("whole", "stopped"))
     assert whole == stopped
 
 
-def test_a_study_does_not_go_on_with_data_that_changed(base, folder, tmp_path):
+def test_a_study_is_not_resumed_on_changed_data(base, folder, tmp_path):
     shutil.copytree(folder, images := tmp_path / "set")
     study = small(base, set={"data.source": str(images), "train.checkpoint_every": 2})
     plan = planned(study, out := tmp_path / "study")
@@ -270,24 +270,24 @@ def test_a_study_does_not_go_on_with_data_that_changed(base, folder, tmp_path):
     path = sorted(images.rglob("*.*"))[0]
     shutil.move(path, tmp_path / path.name)
     Image.open(tmp_path / path.name).transpose(Image.Transpose.ROTATE_90).save(path)
-    board = Queue(plan, out)
+    queue = Queue(plan, out)
     with pytest.raises(
         UserError, match=r"set is not what the study was planned on .* begin the study in another --out"
     ):
-        list(work(plan, out, board, CPU))
+        list(work(plan, out, queue, CPU))
     assert results(out) == {}  # no trial has failed of it
     earlier = replace(plan, made={name: value for name, value in plan.made.items() if name != "data"})
     (tmp_path / "earlier").mkdir()
     begun = list(work(earlier, tmp_path / "earlier", Queue(earlier, tmp_path / "earlier"), CPU))
     assert "done" in {event.kind for event in begun}  # earlier versions did not note the data
     shutil.move(tmp_path / path.name, path)
-    list(work(plan, out, board, CPU))
+    list(work(plan, out, queue, CPU))
     assert {found.state for found in results(out).values()} == {"done"}
     shutil.rmtree(images)  # a finished one needs none
-    assert list(work(plan, out, board, CPU)) == []
+    assert list(work(plan, out, queue, CPU)) == []
 
 
-def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_path, monkeypatch):
+def test_a_trial_that_cannot_be_trained_fails_and_the_others_continue(base, tmp_path, monkeypatch):
     def diverges(config, run, **keys):
         yield from train(config, run, **keys)
         if config.train.learning_rate == 0.5:
@@ -298,12 +298,12 @@ def test_a_trial_that_cannot_be_trained_is_told_and_the_others_go_on(base, tmp_p
     found = results(tmp_path)
     assert found["good-s0"].state == "done"
     assert (found["wild-s0"].state, found["wild-s0"].reason) == ("failed", "step 8: training diverged")
-    board = Queue(plan, tmp_path)
-    assert board.finished()
-    assert +board.counts() == {"done": 1, "failed": 1}
+    queue = Queue(plan, tmp_path)
+    assert queue.finished()
+    assert +queue.counts() == {"done": 1, "failed": 1}
 
 
-def test_a_search_tries_what_its_sampler_chooses(base, tmp_path):
+def test_a_search_trains_the_choices_of_its_sampler(base, tmp_path):
     space = {"train.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}, "model.inner.mixer": ["patch", "none"]}
     finish(small(base, search=space, trials=5), tmp_path)
     found = results(tmp_path)
@@ -333,7 +333,7 @@ def test_pruning_stops_trials_that_are_worse_than_the_median(base, tmp_path, mon
 # ---------------------------------------------------------------------------------------- sharing trials
 
 
-def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(base, tmp_path, monkeypatch):
+def test_a_trial_without_a_beat_goes_to_another_worker_after_its_lease(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
@@ -354,7 +354,7 @@ def test_a_trial_whose_worker_gives_no_sign_is_given_to_another_after_its_lease(
     assert [trial.value for trial in other.keys().values()] == [2.0]
 
 
-def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
+def test_a_beat_renews_the_lease(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
@@ -366,52 +366,52 @@ def test_a_sign_of_life_renews_the_lease(base, tmp_path, monkeypatch):
         assert other.claim() is None
 
 
-def test_a_trial_put_up_twice_is_done_once(base, tmp_path):
+def test_a_trial_enqueued_twice_is_done_once(base, tmp_path):
     plan = planned(small(base), tmp_path)
     first, second = Queue(plan, tmp_path), Queue(plan, tmp_path)
-    for board in (first, second):  # as two workers that start at the same moment
+    for queue in (first, second):  # as two workers that start at the same moment
         for trial in plan.trials:
-            board.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
-    claims = [board.claim() for board in (first, second, first, second)]
+            queue.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
+    claims = [queue.claim() for queue in (first, second, first, second)]
     assert [claim and claim.key for claim in claims] == ["one-s0", "two-s0", None, None]
 
 
-def test_a_trial_that_takes_its_workers_with_it_is_given_up(base, tmp_path, monkeypatch):
+def test_a_trial_that_kills_its_workers_is_given_up(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
     for _ in range(MOST_LOSSES):
-        board = Queue(plan, tmp_path, lease=10)
-        while (claim := board.claim()) is None:
+        queue = Queue(plan, tmp_path, lease=10)
+        while (claim := queue.claim()) is None:
             clock[0] += 11.0
         claim.trial.set_user_attr("beat", [0, 3, 2])
-    board = Queue(plan, tmp_path, lease=10)
-    assert board.claim() is None
+    queue = Queue(plan, tmp_path, lease=10)
+    assert queue.claim() is None
     clock[0] += 11.0
     monkeypatch.undo()
-    board._seen = {number: (beat, since - 1e9) for number, (beat, since) in board._seen.items()}
-    assert [event.kind for event in work(plan, tmp_path, board, CPU)] == ["failed"]
-    assert "lost by 5 workers" in results(tmp_path)["one-s0"].reason
+    queue._seen = {number: (beat, since - 1e9) for number, (beat, since) in queue._seen.items()}
+    assert [event.kind for event in work(plan, tmp_path, queue, CPU)] == ["failed"]
+    assert "5 workers were lost" in results(tmp_path)["one-s0"].reason
 
 
-def test_a_result_whose_worker_was_lost_before_it_told_is_told_by_the_next(base, tmp_path):
+def test_a_result_that_a_lost_worker_did_not_record_is_recorded_by_the_next(base, tmp_path):
     study = small(base, arms={"one": {}})
     finish(study, tmp_path / "a")
     plan = planned(study, tmp_path / "b")
     shutil.copytree(tmp_path / "a" / "runs", tmp_path / "b" / "runs")
-    board = Queue(plan, tmp_path / "b")
-    assert [event.kind for event in work(plan, tmp_path / "b", board, CPU)] == ["done"]
-    assert board.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
+    queue = Queue(plan, tmp_path / "b")
+    assert [event.kind for event in work(plan, tmp_path / "b", queue, CPU)] == ["done"]
+    assert queue.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
 
 
-def test_a_search_tries_no_more_than_it_should_whoever_asks(base, tmp_path):
+def test_a_search_has_no_more_trials_than_planned_with_several_workers(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": [1e-3, 1e-4]}, trials=3), tmp_path)
-    boards = [Queue(plan, tmp_path) for _ in range(5)]
-    claims = [board.claim() for board in boards]
+    queues = [Queue(plan, tmp_path) for _ in range(5)]
+    claims = [queue.claim() for queue in queues]
     assert [claim and claim.key for claim in claims] == ["t0000", "t0001", "t0002", None, None]
 
 
-def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypatch):
+def test_a_lost_trial_of_a_search_keeps_its_choice(base, tmp_path, monkeypatch):
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=2), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
@@ -424,13 +424,13 @@ def test_a_lost_trial_of_a_search_keeps_what_was_chosen(base, tmp_path, monkeypa
     assert (taken.key, taken.trial.params) == (lost.key, lost.trial.params)
 
 
-def test_workers_of_a_search_choose_apart_and_a_search_that_goes_on_does_not_begin_again(base, tmp_path):
+def test_workers_of_a_search_make_different_choices_also_after_a_restart(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=6), tmp_path)
     chosen = [Queue(plan, tmp_path).claim().trial.params["train.learning_rate"] for _ in range(6)]
     assert len(set(chosen)) == 6
 
 
-def test_half_a_line_in_the_journal_is_mended(base, tmp_path):
+def test_an_incomplete_line_in_the_journal_is_removed(base, tmp_path):
     plan = planned(small(base), tmp_path)
     Queue(plan, tmp_path).claim()
     with (tmp_path / "journal.log").open("ab") as journal:
@@ -438,14 +438,14 @@ def test_half_a_line_in_the_journal_is_mended(base, tmp_path):
     assert Queue(plan, tmp_path).claim().key == "two-s0"
 
 
-def test_the_same_study_under_another_arm_order_is_another(base, tmp_path):
+def test_another_order_of_arms_is_another_study(base, tmp_path):
     first = planned(small(base), tmp_path / "a")
     second = replace(first, made={**first.made, "id": "another"})
     url = f"sqlite:///{tmp_path}/trials.db"
     assert Queue(first, tmp_path, url).claim().key == Queue(second, tmp_path, url).claim().key == "one-s0"
 
 
-def test_a_storage_that_cannot_be_opened_is_one_line(base, tmp_path):
+def test_a_storage_that_cannot_be_opened_is_reported_in_one_line(base, tmp_path):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match="cannot open --storage"):
         Queue(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")

@@ -1,4 +1,4 @@
-"""A study finds what is planted, with its sign, and nothing where nothing is."""
+"""A study detects planted differences with their sign, and no others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARK = 1e-9  # a weight decay that changes nothing, by which the planted arm is 
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """Emoji at half their size: seconds a run."""
+    """Emoji at half their size, for runs of seconds."""
     config = replace_keys(
         presets.get("emoji"),
         {
@@ -40,12 +40,12 @@ def base(tmp_path: Path) -> str:
 
 
 def steps(count: int) -> dict:
-    """So many steps, and held-out errors at the end alone."""
+    """A number of steps, with held-out errors at the end only."""
     return {"train.steps": count, "train.evaluate_every": 1000}
 
 
 def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
-    """The study's numbers, three seeds."""
+    """Results of the study with three seeds."""
     study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
     plan = begin(out, lambda: plan_study("study", study, CPU))
@@ -56,7 +56,7 @@ def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
 def test_the_same_config_twice_shows_no_difference(base, tmp_path):
     study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"], set=steps(60))
     assert len(study.done) == 6
-    arm = study.plan.arm("b")
+    arm = next(arm for arm in study.plan.arms if arm.name == "b")
     assert study.ranked
     for metric in study.ranked:
         assert study.values("a", metric) == study.values("b", metric)
@@ -67,7 +67,7 @@ def test_the_same_config_twice_shows_no_difference(base, tmp_path):
 
 
 class Swapped(Examples):
-    """Every fifth example of the marked arm has another one's image as its target."""
+    """Every fifth example of the marked arm has another example's image as its target."""
 
     def __getitem__(self, number: int) -> Batch:
         batch = super().__getitem__(number)
@@ -84,17 +84,18 @@ def _same_input(batch: Batch, x: torch.Tensor) -> torch.Tensor:
     return batch.noise + (1 - t) / t * (batch.x - x)
 
 
-def test_an_arm_with_wrong_targets_is_found_to_be_worse(base, tmp_path, monkeypatch):
+def test_an_arm_with_wrong_targets_is_worse(base, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.training.session.Examples", Swapped)
     arms = {"right": {}, "wrong": {"train.weight_decay": MARK}}
     study = ran(base, tmp_path / "planted", arms, metrics=["held_out"], primary="held_out.0.5.whole", set=steps(150))
-    found = study.difference(study.plan.arm("wrong"), study.primary)
+    arm = next(arm for arm in study.plan.arms if arm.name == "wrong")
+    found = study.difference(arm, study.primary)
     assert found.marked
     assert found.mean > 0
     assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise_study(study))
 
 
-def test_more_steps_are_found_to_be_better(base, tmp_path):
+def test_more_steps_are_better(base, tmp_path):
     arms = {"short": {}, "long": {"train.steps": 200}}
     study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], set=steps(60))
     assert any("'long' is better than 'short'" in sentence for sentence in summarise_study(study))

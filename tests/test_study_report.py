@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from dit_in_dit.config.run import replace_keys
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
+from dit_in_dit.runs.integrity import seal
 from dit_in_dit.study.arms import describe
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
@@ -28,6 +30,7 @@ from dit_in_dit.study.report import StudyReport, report
 from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise_study
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
+from test_plugins import IDEA, command
 
 EMOJI = presets.get("emoji").model
 PRIMARY = "held_out.0.2.high"
@@ -45,7 +48,7 @@ def study_of(arms: dict[str, Any], seeds: tuple[int, ...] = (0, 1, 2), **keys: A
 
 
 def noisy(effects: dict[str, float], spread: float = 0.002) -> Any:
-    """Metrics of arms whose primary one is a factor off, with a part that arms of a seed share."""
+    """Metrics of arms whose primary metric differs by a factor; arms of a seed share part of the noise."""
 
     def metrics(arm: str, seed: int) -> dict[str, float]:
         shared = np.random.default_rng(seed).normal(0, 0.05)
@@ -67,7 +70,7 @@ def says(out: Path) -> str:
 
 
 class Page(HTMLParser):
-    """What a page asks for, and what of it is text."""
+    """The sources, tags, ids and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
     return out, report(out)
 
 
-def test_the_page_asks_for_nothing(whole: tuple[Path, StudyReport]):
+def test_the_page_loads_nothing(whole: tuple[Path, StudyReport]):
     text = (whole[0] / "report.html").read_text()
     page = Page(text)
     assert all(source.startswith(("data:", "#")) for source in page.sources)
@@ -147,11 +150,11 @@ def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, S
     assert any(sentence.startswith("Seeds of 'gate' failed") and "flatters" in sentence for sentence in made.summary)
 
 
-def test_the_clock_is_told_to_have_had_company(whole: tuple[Path, StudyReport]):
+def test_times_come_with_the_caveat_of_other_trials(whole: tuple[Path, StudyReport]):
     assert (whole[0] / "report.md").read_text().count("other trials may have run beside") >= 4
 
 
-def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, StudyReport]):
+def test_csv_holds_every_number_exactly(whole: tuple[Path, StudyReport]):
     out, _ = whole
     rows = list(csv.DictReader((out / "results.csv").open(newline="")))
     study = read_study(out)
@@ -164,7 +167,7 @@ def test_numbers_come_back_from_csv_as_they_were(whole: tuple[Path, StudyReport]
     assert rest == {("gate", "2"): "failed", ("full", "1"): "under way", (EVIL, "2"): "not started"}
 
 
-def test_every_held_out_error_on_the_way_comes_back_from_csv(whole: tuple[Path, StudyReport]):
+def test_csv_holds_every_held_out_error_of_training(whole: tuple[Path, StudyReport]):
     out, _ = whole
     rows = list(csv.DictReader((out / "curves.csv").open(newline="")))
     assert rows
@@ -184,7 +187,7 @@ def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, StudyReport]):
     assert [path.name for path, _ in made.files] == list(names)
 
 
-def test_what_is_not_the_reports_stays_beside_its_figures(tmp_path: Path):
+def test_other_files_beside_the_figures_stay(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
     mine = {"figures/poster.png": b"mine", "figures/talk/notes.txt": b"mine too", "figures/curves/loss.svg": b"redrawn"}
     for name, content in mine.items():
@@ -202,7 +205,7 @@ def test_what_is_not_the_reports_stays_beside_its_figures(tmp_path: Path):
     assert (out / "figures/curves/loss.png").exists()
 
 
-def test_a_name_means_nothing_to_html_markdown_and_latex(whole: tuple[Path, StudyReport]):
+def test_names_are_escaped_in_html_markdown_and_latex(whole: tuple[Path, StudyReport]):
     out, _ = whole
     assert "<script" not in (out / "report.html").read_text()
     table = (out / "table.md").read_text().splitlines()
@@ -220,14 +223,14 @@ def test_latex_escapes_all_ten_characters():
     assert r"$-$1.5 $\pm$ 0.2$^\dagger$" in latex_table(["a"], [["-1.5 ± 0.2†"]], "")
 
 
-def test_what_stands_out_is_bold_in_markdown():
+def test_toned_cells_are_bold_in_markdown():
     assert markdown_table(["a"], [[Cell("x_y", "worse")]]).endswith(r"| **x\_y** |")
 
 
 # ------------------------------------------------------------------------------------ what it claims
 
 
-def test_an_arm_against_itself_differs_in_nothing(tmp_path: Path):
+def test_an_arm_with_equal_numbers_shows_no_difference(tmp_path: Path):
     plan = study_of({"a": {}, "a again": {}})
     text = says(write_study(tmp_path / "out", plan, lambda arm, seed: noisy({})("a", seed)))
     assert "A difference is seen for none" in text
@@ -238,14 +241,15 @@ def test_an_arm_against_itself_differs_in_nothing(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("effect", "word"), [(0.2, "worse"), (-0.2, "better")])
-def test_a_planted_difference_is_found_with_its_sign(tmp_path: Path, effect: float, word: str):
+def test_a_planted_difference_is_reported_with_its_sign(tmp_path: Path, effect: float, word: str):
     plan = study_of({"full": {}, "other": {}, "alike": {}})
     out = write_study(tmp_path / "out", plan, noisy({"other": effect}))
     text = says(out)
     assert "A difference is seen for 1 of them" in text
     assert f"'other' is {word} than 'full': {'+' if effect > 0 else '-'}" in text
-    found = read_study(out).difference(plan.arm("other"), PRIMARY)
-    assert found.percent == pytest.approx(100 * effect, abs=2)
+    arm = next(arm for arm in plan.arms if arm.name == "other")
+    found = read_study(out).difference(arm, PRIMARY)
+    assert found.mean * found.scale == pytest.approx(100 * effect, abs=2)
     assert found.wide_low is not None
     assert "No difference is seen for 'alike'" in text
 
@@ -258,7 +262,7 @@ def test_more_precision_is_better(tmp_path: Path):
     assert "'b' is better than 'a'" in says(out)
 
 
-def test_what_is_nearer_to_zero_is_better_from_either_side(tmp_path: Path):
+def test_a_signed_metric_nearer_to_zero_is_better(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}}, primary="spectrum.1/4", metrics=("pixels",))
     levels = {"a": -3.0, "b": 1.0}
     draw = np.random.default_rng(0)
@@ -268,15 +272,15 @@ def test_what_is_nearer_to_zero_is_better_from_either_side(tmp_path: Path):
     assert "'b' is better than 'a': -2, 95% interval" in text
 
 
-def test_what_is_compared_with_another_arm_says_so(tmp_path: Path):
+def test_an_arm_compared_with_another_than_the_control_names_it(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({"gate": 0.2, "gate, mean": 0.2}))
     text = says(out)
     assert "'gate' is worse than 'full'" in text
     assert "'gate, mean' is" not in text
 
 
-def test_noise_is_seldom_called_a_difference(tmp_path: Path):
-    """Of 200 studies of eight arms alike at most a twentieth may claim anything: ten, and ten more by chance."""
+def test_noise_is_rarely_reported_as_a_difference(tmp_path: Path):
+    """Of 200 studies of eight equal arms at most a twentieth may claim anything: ten, and ten more by chance."""
     plan = study_of({f"arm {name}": {} for name in "abcdefgh"})
     out = write_plan(tmp_path / "out", plan)
     for trial in plan.trials:
@@ -302,7 +306,7 @@ def test_one_seed_is_a_lead_and_no_claim(tmp_path: Path):
     assert 'class="worse"' not in page
 
 
-def test_a_seed_that_is_alone_claims_nothing(tmp_path: Path):
+def test_a_single_common_seed_supports_no_claim(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
     out = write_plan(tmp_path / "out", plan)
     for trial in plan.trials[:3]:  # both arms with seed 0, and one with seed 1
@@ -310,7 +314,7 @@ def test_a_seed_that_is_alone_claims_nothing(tmp_path: Path):
     assert "'b': one seed: no claim" in says(out)
 
 
-def test_a_metric_that_is_not_finite_is_said_and_claims_nothing(tmp_path: Path):
+def test_a_metric_that_is_not_finite_is_reported_and_supports_no_claim(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
     out = write_study(
         tmp_path / "out", plan, lambda arm, seed: {PRIMARY: math.nan if (arm, seed) == ("b", 1) else 1 + seed / 10}
@@ -321,21 +325,21 @@ def test_a_metric_that_is_not_finite_is_said_and_claims_nothing(tmp_path: Path):
     assert "nan" in (out / "results.csv").read_text()
 
 
-def test_a_study_that_has_only_begun_has_a_report(tmp_path: Path):
+def test_a_study_without_results_has_a_report(tmp_path: Path):
     out = write_plan(tmp_path / "out", study_of(ARMS))
     made = report(out)
     assert "nothing can be said" in made.summary[0]
     assert "12 not started" in made.summary[-1]
 
 
-def test_a_primary_metric_that_was_not_measured_is_said(tmp_path: Path):
+def test_an_unmeasured_primary_metric_is_reported(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}}, primary="FID", metrics=("held_out", "inception"))
     made = report(write_study(tmp_path / "out", plan, noisy({})))
     assert made.summary[0].startswith("No trial has ended with the primary metric FID")
     assert PRIMARY in made.summary[0]
 
 
-def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_large_grid_has_complete_tables_and_partial_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dit_in_dit.study.results.MOST_DRAWN", 1)
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({}))
     study = read_study(out)
@@ -346,7 +350,7 @@ def test_a_large_grid_is_drawn_in_part_and_told_whole(tmp_path: Path, monkeypatc
     assert "Pictures show the first 1 of 3 arms; tables, all." in page.text
 
 
-def test_what_the_matched_arms_do_not_share_is_told(tmp_path: Path):
+def test_unequal_costs_of_matched_arms_are_reported(tmp_path: Path):
     plan = study_of(ARMS, match="params")
     text = says(write_study(tmp_path / "out", plan, noisy({})))
     full, plain = (cost.macs(model)["total"] for model in (EMOJI, replace(EMOJI, use_inner=False)))
@@ -368,7 +372,7 @@ def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
         report(out)
 
 
-def test_real_images_may_differ_between_seeds_and_not_within_one(tmp_path: Path):
+def test_real_images_may_differ_between_seeds_but_not_within_one(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
 
     def written(out: Path, sha256: Any) -> Path:
@@ -394,6 +398,23 @@ def test_other_held_out_images_are_refused(tmp_path: Path):
 def test_a_folder_without_a_study_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not a study's folder"):
         report(tmp_path)
+
+
+def test_a_report_without_the_studys_plug_in_names_the_option(tmp_path: Path):
+    out = write_study(tmp_path / "out", plan := study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
+    checkpoint = out / "runs" / plan.trials[1].key / "checkpoints" / "0000040"
+    checkpoint.mkdir(parents=True)
+    manifest = {"step": 40, "config": "", "classes": [], "steady": True, "bytes": {}, "sha256": {}}
+    manifest["plugins"] = [{"name": IDEA.name, "sha256": hashlib.sha256(IDEA.read_bytes()).hexdigest()}]
+    (checkpoint / "manifest.json").write_bytes(seal(manifest))
+    for path in (out / "plan.json", checkpoint.parents[1] / "config.yaml"):
+        path.write_text(re.sub(r'(aggregate"?: "?)mean', r"\1softmax", path.read_text()))
+    said = command("study", "report", out, code=2, plugin=False)
+    assert "was made with a plug-in (" in said
+    assert "got 'softmax'" in said
+    assert said.endswith(": pass --plugin my_idea.py\n")
+    assert said.count("\n") == 1
+    assert "report.html" in command("study", "report", out)
 
 
 def test_a_damaged_result_is_named(tmp_path: Path):
@@ -448,7 +469,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRepor
     return out, report(out)
 
 
-def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, StudyReport]):
+def test_a_search_lists_its_trials_best_first(searched: tuple[Path, StudyReport]):
     out, made = searched
     table = (out / "table.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == ["2", "1", "0"]
@@ -459,7 +480,7 @@ def test_a_search_lists_what_was_tried_the_best_first(searched: tuple[Path, Stud
     assert sum(source.startswith("data:image/png") for source in page.sources) == 2
 
 
-def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[Path, StudyReport]):
+def test_a_search_claims_nothing_and_proposes_a_study_to_confirm_it(searched: tuple[Path, StudyReport]):
     out, made = searched
     assert "a lead, no claim" in made.summary[2]
     text = re.search(r"```\n(question: .*?)```", (out / "report.md").read_text(), re.DOTALL)
@@ -471,7 +492,7 @@ def test_a_search_claims_nothing_and_proposes_a_study_that_can(searched: tuple[P
     assert plan_of(proposed).control.name == "base"
 
 
-def test_the_numbers_of_a_search_come_back_from_csv(searched: tuple[Path, StudyReport]):
+def test_csv_holds_the_numbers_of_a_search(searched: tuple[Path, StudyReport]):
     rows = list(csv.DictReader((searched[0] / "results.csv").open(newline="")))
     assert [(row["number"], row["state"]) for row in rows] == [
         ("0", "done"), ("1", "done"), ("2", "done"), ("3", "failed"), ("4", "pruned"), ("5", "not done")

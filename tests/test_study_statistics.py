@@ -53,12 +53,13 @@ def test_only_seeds_that_both_arms_have_are_paired():
     found = paired_difference({0: 1.0, 1: 2.0, 5: 9.0}, {5: 5.0, 1: 1.0, 7: 0.0})
     assert found.seeds == (1, 5)
     assert found.mean == 2.5
-    assert found.percent == pytest.approx(100 * 2.5 / 3)
+    assert found.mean * found.scale == pytest.approx(100 * 2.5 / 3)
 
 
 def test_percent_is_of_the_size_of_the_other_mean():
-    assert paired_difference({0: -3.0}, {0: -2.0}).percent == -50
-    assert paired_difference({0: 1.0}, {0: 0.0}).percent is None
+    found = paired_difference({0: -3.0}, {0: -2.0})
+    assert found.mean * found.scale == -50
+    assert paired_difference({0: 1.0}, {0: 0.0}).scale is None
 
 
 def test_equal_values_are_no_difference():
@@ -73,7 +74,7 @@ def test_rounding_is_no_difference():
     assert paired_difference(a, {0: 0.3, 1: 0.7}).equal
 
 
-def test_differences_without_any_spread_have_no_interval_and_no_mark():
+def test_constant_differences_have_no_interval_and_no_mark():
     found = paired_difference({0: 0.3, 1: 0.5, 2: 0.8}, {0: 0.2, 1: 0.4, 2: 0.7})
     assert found.constant
     assert found.mean == pytest.approx(0.1)
@@ -87,7 +88,7 @@ def test_one_seed_has_no_interval_and_is_never_marked():
     assert standard_errors(1) == math.inf
 
 
-def test_no_common_seed_is_no_difference_at_all():
+def test_without_a_common_seed_there_is_no_difference():
     found = paired_difference({0: 1.0}, {1: 1.0})
     assert found.seeds == ()
     assert math.isnan(found.mean)
@@ -95,7 +96,7 @@ def test_no_common_seed_is_no_difference_at_all():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_never_marked(bad: float):
+def test_values_that_are_not_finite_are_never_marked(bad: float):
     found = paired_difference({0: 5.0, 1: bad, 2: 5.1}, {0: 1.0, 1: 1.0, 2: 1.1})
     assert math.isnan(found.mean)
     assert not found.marked
@@ -116,7 +117,7 @@ def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
     assert marked  # the test can fail: something is marked now and then
 
 
-def test_the_interval_of_a_planted_difference_holds_it_as_often_as_it_says():
+def test_the_interval_covers_a_planted_difference_at_its_level():
     draw, inside = np.random.default_rng(1), 0
     for _ in range(1000):
         shared = draw.normal(size=3)
@@ -168,13 +169,13 @@ def test_signed_metrics_are_compared_by_their_size():
     assert octave.better(octave.ranked(-1.0) - octave.ranked(2.0))
 
 
-def test_more_is_better_only_where_it_is():
+def test_higher_is_better_only_for_metrics_of_that_direction():
     assert metric_of("precision").better(0.1)
     assert metric_of("FID").better(-0.1)
     assert not metric_of("FID").better(0.1)
 
 
-def test_metrics_stand_in_groups_the_primary_one_first():
+def test_metrics_are_grouped_with_the_primary_one_first():
     names = ["swd.16", "memorised", "seam.8", "swd.8", "held_out.0.2.high", "held_out.0.5.whole", "FID"]
     found = grouped(names, "held_out.0.5.whole")
     assert list(found) == ["held_out", "pixels", "standard", "listed"]

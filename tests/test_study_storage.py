@@ -1,4 +1,4 @@
-"""A storage that is away for a while, and the passwords in its URL."""
+"""Outages of a storage, and the passwords in its URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from sqlalchemy.exc import IntegrityError, OperationalError
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
 from conftest import with_train
 from dit_in_dit.cli import main
@@ -76,7 +77,7 @@ def storage(fails: int, lease: float = 5.0) -> tuple[Storage, Flaky, list[str]]:
 # -------------------------------------------------------------------------------------------- patience
 
 
-def test_a_call_waits_for_a_storage_that_is_away_and_says_so_twice():
+def test_a_call_waits_for_a_silent_storage_and_reports_its_outage_and_return():
     waiting, flaky, lines = storage(fails=4)
     assert waiting.get(3) == 3
     assert flaky.calls == 5
@@ -87,7 +88,7 @@ def test_a_call_waits_for_a_storage_that_is_away_and_says_so_twice():
     assert waiting.outages == 1
 
 
-def test_a_storage_that_is_away_for_a_lease_ends_the_call_and_those_after_it_at_once():
+def test_an_outage_of_a_lease_ends_the_call_and_later_calls_at_once():
     waiting, flaky, lines = storage(fails=1000, lease=1.0)
     began = time.monotonic()
     with pytest.raises(AwayError, match=r"(?s)the storage here has not answered for 1 s \(.*\): run the same command"):
@@ -108,7 +109,24 @@ def test_a_call_that_must_not_wait_fails_at_once():
     assert waiting.get(3) == 3
 
 
-def test_an_error_that_is_no_outage_is_raised_as_it_is():
+def test_a_connection_that_breaks_within_a_query_is_an_outage():
+    """Optuna repeats such a query in the broken session, and raises the session's error as one of its own."""
+
+    class Interrupted(Answers):
+        calls = 0
+
+        def get(self, value: int) -> int:
+            self.calls += 1
+            if self.calls == 1:
+                raise StorageInternalError("during the commit") from PendingRollbackError("cannot reconnect")
+            return value
+
+    waiting = Storage(Interrupted(), "the storage here", str, 5.0, (lines := []).append)
+    assert waiting.get(3) == 3
+    assert (waiting.outages, len(lines)) == (1, 2)
+
+
+def test_an_error_other_than_an_outage_is_raised_unchanged():
     waiting, flaky, lines = storage(fails=0)
     with pytest.raises(IntegrityError):
         waiting.refuse()
@@ -116,12 +134,12 @@ def test_an_error_that_is_no_outage_is_raised_as_it_is():
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(base, tmp_path, after):
+def test_a_study_whose_storage_often_fails_ends_with_the_same_results(base, tmp_path, after):
     def done(name: str, every: int) -> dict[str, Any]:
         out, url = tmp_path / name, f"sqlite:///{tmp_path / name}.db"
         plan = planned(small(base), out)
-        board = Queue(plan, out, url, lease=30)
-        inner = board.storage._storage
+        queue = Queue(plan, out, url, lease=30)
+        inner = queue.storage._storage
 
         draw = random.Random(0)  # not every n-th call: one and the same call of each round would fail for ever
 
@@ -130,11 +148,11 @@ def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(
                 self.fails = int(every > 0 and draw.random() < 1 / every)
                 return super().__getattr__(call)
 
-        board.storage._storage = EveryFew(inner, 0, after=after)
-        kinds = [event.kind for event in work(plan, out, board, CPU)]
+        queue.storage._storage = EveryFew(inner, 0, after=after)
+        kinds = [event.kind for event in work(plan, out, queue, CPU)]
         assert kinds.count("done") == 2
         assert "lost" not in kinds
-        assert board.counts()["done"] == 2
+        assert queue.counts()["done"] == 2
         return results(out)
 
     assert done("flaky", 5) == done("steady", 0)
@@ -143,8 +161,8 @@ def test_a_study_whose_storage_fails_every_few_calls_ends_as_one_whose_does_not(
 @pytest.mark.parametrize("state", ["done", "failed", "pruned"])
 def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_path, state):
     plan = planned(small(base), tmp_path)
-    board = Queue(plan, tmp_path, f"sqlite:///{tmp_path}/trials.db")
-    claim, inner = board.claim(), board.storage._storage
+    queue = Queue(plan, tmp_path, f"sqlite:///{tmp_path}/trials.db")
+    claim, inner = queue.claim(), queue.storage._storage
     real, asked = inner.set_trial_state_values, []
 
     def loses_the_answer(*args: Any, **kwargs: Any) -> bool:
@@ -155,12 +173,12 @@ def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_pat
         return found
 
     inner.set_trial_state_values = loses_the_answer
-    board.done(claim, state, 1.0)
+    queue.done(claim, state, 1.0)
     assert len(asked) == 2
-    assert board.counts()[state] == 1
+    assert queue.counts()[state] == 1
 
 
-def test_workers_are_not_taken_for_lost_because_the_storage_was_away(base, tmp_path):
+def test_an_outage_of_the_storage_loses_no_worker(base, tmp_path):
     plan, url = planned(small(base), tmp_path), f"sqlite:///{tmp_path}/trials.db"
     worker, other = Queue(plan, tmp_path, url, lease=1), Queue(plan, tmp_path, url, lease=1)
     worker.claim().trial.set_user_attr("beat", [0, 0, 0])
@@ -178,14 +196,14 @@ def test_workers_are_not_taken_for_lost_because_the_storage_was_away(base, tmp_p
     assert other.counts()["running"] == 0  # it has given no sign since
 
 
-def test_a_storage_that_stays_away_ends_the_command_with_one_line(base, tmp_path, monkeypatch, capsys):
+def test_a_lasting_outage_ends_the_command_with_one_line(base, tmp_path, monkeypatch, capsys):
     planned(small(base), tmp_path / "study")
     real = Queue.claim
 
-    def claim(board: Queue) -> Any:
-        if not isinstance(board.storage._storage, Flaky):
-            board.storage._storage = Flaky(board.storage._storage, 10_000)
-        return real(board)
+    def claim(queue: Queue) -> Any:
+        if not isinstance(queue.storage._storage, Flaky):
+            queue.storage._storage = Flaky(queue.storage._storage, 10_000)
+        return real(queue)
 
     monkeypatch.setattr(Queue, "claim", claim)
     url = f"sqlite:///{tmp_path}/trials.db"
@@ -233,7 +251,7 @@ def test_a_url_is_shown_without_its_password(url, shown):
         "://me:secret@host",
     ],
 )
-def test_a_url_that_would_be_read_wrongly_is_refused_without_being_repeated(base, tmp_path, url):
+def test_an_ambiguous_url_is_refused_without_being_repeated(base, tmp_path, url):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match=r"cannot open --storage: .*; write it as postgresql\+psycopg://") as found:
         Queue(plan, tmp_path, url)
@@ -249,7 +267,7 @@ def test_a_url_that_would_be_read_wrongly_is_refused_without_being_repeated(base
         ("postgresql://host/db?password=secret&password=cretse", "no secret, no cretse"),
     ],
 )
-def test_what_a_driver_says_is_shown_without_the_password(url, said):
+def test_a_drivers_message_is_shown_without_the_password(url, said):
     shown = _reason(ValueError(said), parse_url(url))
     assert shown == re.sub(r"no [^,]*(, |$)", r"no ***\1", said.splitlines()[0])
 
@@ -268,7 +286,7 @@ def test_the_storage_may_be_named_by_the_environment(base, tmp_path, monkeypatch
     assert not (tmp_path / "study" / "journal.log").exists()
 
 
-def test_an_empty_name_in_the_environment_is_none(base, tmp_path, monkeypatch):
+def test_an_empty_environment_variable_is_no_storage(base, tmp_path, monkeypatch):
     planned(small(base), tmp_path / "study")
     monkeypatch.setenv("DIT_IN_DIT_STORAGE", "")
     main(["study", "status", str(tmp_path / "study")])

@@ -91,7 +91,7 @@ def start(out: Path, number: int, url: str | None) -> subprocess.Popen[bytes]:
 
 
 def halfway(out: Path, alive: dict[int, subprocess.Popen[bytes]], spared: Container[str]) -> tuple[int, str] | None:
-    """A worker in the middle of training a run, some checkpoints after its start, and the trial's name."""
+    """A worker that trains a run some checkpoints after its start, and the trial's name."""
     numbers = {worker.pid: number for number, worker in alive.items()}
     for lock in out.glob("runs/*/lock"):
         key, owner = lock.parent.name, re.match(r"process (\d+)", lock.read_text())
@@ -102,7 +102,7 @@ def halfway(out: Path, alive: dict[int, subprocess.Popen[bytes]], spared: Contai
 
 
 def saved(run: Path) -> int:
-    """The step from which a run would go on."""
+    """The step from which a run would be resumed."""
     return checkpoint.newest(run).manifest["step"] if checkpoint.has_any(run) else 0
 
 
@@ -111,14 +111,14 @@ def kill_while_they_work(
 ) -> tuple[Queue, dict[str, int]]:
     """Let workers do a study and kill some, each in the middle of another trial; each is replaced.
 
-    Returns the board, and for each trial whose worker was killed the step it had saved.
+    Returns the queue, and for each trial whose worker was killed the step it had saved.
     """
-    board = Queue(plan, out, url)
+    queue = Queue(plan, out, url)
     alive = {number: start(out, number, url) for number in range(workers)}
     left: dict[str, int] = {}
     number = workers
     try:
-        while not board.finished():
+        while not queue.finished():
             time.sleep(0.05)
             found = halfway(out, alive, left) if len(left) < kills else None
             if found:
@@ -136,13 +136,13 @@ def kill_while_they_work(
         for worker in alive.values():
             worker.kill()
     assert len(left) == kills, "the study ended before all were killed: make its trials longer"
-    return board, left
+    return queue, left
 
 
-def check(board: Queue, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
+def check(queue: Queue, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
     """Every trial done once, each lost one from the step it had saved on, and the table that of the serial run."""
     assert table(out) == serial
-    tries = board.trials()
+    tries = queue.trials()
     done = Counter(trial.user_attrs["key"] for trial in tries if trial.state.name == "COMPLETE")
     assert done == Counter(serial.keys())
     values = {trial.user_attrs["key"]: trial.value for trial in tries if trial.state.name == "COMPLETE"}
@@ -156,8 +156,8 @@ def check(board: Queue, out: Path, serial: dict[str, Result], left: dict[str, in
 
 def test_killed_workers_lose_no_trial_and_do_none_twice(study, serial, tmp_path):
     plan = planned(study, tmp_path / "study")
-    board, left = kill_while_they_work(plan, tmp_path / "study", 2, None, KILLS)
-    check(board, tmp_path / "study", serial, left)
+    queue, left = kill_while_they_work(plan, tmp_path / "study", 2, None, KILLS)
+    check(queue, tmp_path / "study", serial, left)
 
 
 # ------------------------------------------------------------------------------------------- PostgreSQL
@@ -169,7 +169,7 @@ WRITTEN = "p%40ss%3Aw%2Fo%25rd"  # in a URL
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server that lives as long as the test, with that password."""
+    """A server for the duration of the test, with the password."""
     started = Server(PASSWORD)
     try:
         started.start()
@@ -178,15 +178,15 @@ def server() -> Iterator[Server]:
         started.remove()
 
 
-def test_workers_that_share_a_database_do_the_same(study, serial, tmp_path, server):
+def test_killed_workers_with_a_database_lose_no_trial_and_do_none_twice(study, serial, tmp_path, server):
     plan = planned(study, tmp_path / "study")
-    board, left = kill_while_they_work(plan, tmp_path / "study", 2, server.url(WRITTEN), 2)
-    check(board, tmp_path / "study", serial, left)
+    queue, left = kill_while_they_work(plan, tmp_path / "study", 2, server.url(WRITTEN), 2)
+    check(queue, tmp_path / "study", serial, left)
     assert not (tmp_path / "study" / "journal.log").exists()
 
 
 def command_lines() -> str:
-    """What `ps` shows of all processes, without the shells that mention it."""
+    """The output of `ps` for all processes, without the shells that name it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -194,7 +194,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-def test_a_database_that_is_away_for_seconds_ends_nothing_and_its_password_is_nowhere(study, serial, tmp_path, server):
+def test_an_outage_of_seconds_ends_nothing_and_the_password_is_nowhere(study, serial, tmp_path, server):
     out = tmp_path / "out"
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(study)))
     command = [sys.executable, "-m", "dit_in_dit", "study", "run", str(tmp_path / "mine.yaml"), "--out", str(out)]
@@ -229,7 +229,7 @@ def test_a_database_that_is_away_for_seconds_ends_nothing_and_its_password_is_no
     ("password", "database", "reason"),
     [("no%40ne", "postgres", "password authentication failed"), (WRITTEN, "none", 'database "none" does not exist')],
 )
-def test_a_database_that_refuses_is_one_line_at_once(study, tmp_path, server, password, database, reason):
+def test_a_refusing_database_is_reported_at_once_in_one_line(study, tmp_path, server, password, database, reason):
     plan, began = planned(study, tmp_path / "study"), time.monotonic()
     with pytest.raises(UserError, match=f"cannot open --storage postgresql.*study:\\*\\*\\*@.*{reason}") as found:
         Queue(plan, tmp_path / "study", server.url(password, database))

@@ -1,4 +1,4 @@
-"""How fast a model is, where its time goes, and how that compares with its cost."""
+"""The speed of models: by part, against their cost, and against other code."""
 
 from dit_in_dit.benchmark.timing import Times as Times
 from dit_in_dit.benchmark.timing import estimate_seconds as estimate_seconds

@@ -1,4 +1,4 @@
-"""Attention within tiny groups by several ways, against what moving its numbers alone would take."""
+"""Attention within small groups by several implementations, against the time of moving the same bytes."""
 
 from __future__ import annotations
 
@@ -12,45 +12,47 @@ from dit_in_dit.model.layers import attend, sdpa
 from dit_in_dit.model.tiny import TRITON, tiny_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-BROADCAST_UP_TO = 8  # tokens of a group; for more, a product of matrices is the better formula
+BROADCAST_UP_TO = 8  # tokens in a group; larger groups are faster as matrix products
 
 
 def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention as products of single numbers, which a compiler makes one pass over memory."""
+    """Softmax attention elementwise, which a compiler fuses into one pass over memory."""
     weights = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
     return (weights.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
 
 
 def matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention as products of matrices."""
+    """Softmax attention as matrix products."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 def ways(length: int, device: torch.device) -> dict[str, Attend]:
-    """The model's choice, and what it chooses from; kernels for CUDA there alone."""
-    found: dict[str, Attend] = {"the model's": attend, "SDPA": sdpa}
+    """Implementations by name: the model's choice, SDPA, and on CUDA the compiled and Triton kernels."""
+    by_name: dict[str, Attend] = {"the model's": attend, "SDPA": sdpa}
     if device.type == "cuda":
-        found["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matrices)
+        by_name["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matrices)
         if TRITON:
-            found["Triton"] = tiny_attention
-    return found
+            by_name["Triton"] = tiny_attention
+    return by_name
 
 
 def group_times(
     length: int, tokens: int, width: int, heads: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> tuple[Times, dict[str, Times], dict[str, Times]]:
-    """Seconds for `tokens` tokens in groups of `length`; queries, keys and values lie as a model makes them.
+    """Seconds for `tokens` tokens in groups of `length`, with queries, keys and values in the model's memory layout.
 
     Returns:
-        copy: moving as many bytes as reading queries, keys and values and writing the result does.
-        forward: by way, without gradients.
-        trained: by way, forward and backward.
+        copy: a copy of as many bytes as attention reads (queries, keys, values) and writes (the result).
+        forward: by implementation, without gradients.
+        trained: by implementation, forward and backward.
     """
     draw = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(tokens // length, length, 3, heads, width // heads, device=device, dtype=dtype, generator=draw)
-    source = torch.empty(2 * tokens * width, device=device, dtype=dtype)  # read once, written once: four in all
+    source = torch.empty(
+        2 * tokens * width, device=device, dtype=dtype
+    )  # with the write: as many as q, k, v and the result
     target = torch.empty_like(source)
-    gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # as the next linear layer gives it
+    gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # in the memory layout of the next linear layer
 
     def apart(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (part.transpose(1, 2) for part in x.unbind(2))
@@ -73,6 +75,6 @@ def group_times(
     work |= {f"{name} forward": forward(attention) for name, attention in known.items()}
     work |= {f"{name} trained": trained(attention) for name, attention in known.items()}
     rounds = in_turns({name: stopwatch(each, device) for name, each in work.items()}, seconds)
-    found = {name: Times(tuple(times)) for name, times in rounds.items()}
-    forwards, steps = ({name: found[f"{name} {kind}"] for name in known} for kind in ("forward", "trained"))
-    return found["copy"], forwards, steps
+    times = {name: Times(tuple(seconds_each)) for name, seconds_each in rounds.items()}
+    forwards, steps = ({name: times[f"{name} {kind}"] for name in known} for kind in ("forward", "trained"))
+    return times["copy"], forwards, steps

@@ -1,8 +1,9 @@
-"""The nested model as one writes it down first: the reference of record for outputs and for speed.
+"""A plainly written nested model: the reference for outputs and speed.
 
-The arithmetic is that of `NestedDiT`, with its weights. What costs is left in: the condition is repeated for every
-patch, so that adaLN of the inner blocks runs on N*T rows; inner tokens are sequences (N*T, S, E) of their own; both
-embeddings are strided convolutions, put in order afterwards; modulation, gates and sums are one operation each.
+It computes the same function as `NestedDiT`, from the same weights, without the optimisations. The condition is
+repeated for every patch, so adaLN of the inner blocks runs on N*T rows. Inner tokens are separate sequences
+(N*T, S, E). Both embeddings are strided convolutions whose outputs are reordered. Modulation, gates and sums are
+separate operations.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ _INNER_EMBED = re.compile(r"inner_embed\.embed\.(?:1|conv)\.")
 
 
 def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a NestedDiT under the names of `FirstWritten`; embeddings are matrices still."""
-    made = {}
+    """The state dict of a NestedDiT under the names of `FirstWritten`; embeddings keep their shape."""
+    renamed = {}
     for name, tensor in state.items():
-        here = _INNER_EMBED.sub("inner_conv.", name)
-        for there, ours in _NAMES:
-            here = here.replace(there, ours)
-        made[here] = tensor
-    return made
+        new_name = _INNER_EMBED.sub("inner_conv.", name)
+        for before, after in _NAMES:
+            new_name = new_name.replace(before, after)
+        renamed[new_name] = tensor
+    return renamed
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Rows (B, D) of shift and scale on normalised tokens (B, L, D)."""
+    """LayerNorm of tokens (B, L, D), then a shift and a scale (B, D) for each row."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -68,7 +69,7 @@ class FirstAttention(nn.Module):
 
 
 class FirstBlock(nn.Module):
-    """adaLN-Zero block: tokens (B, L, D) and a condition row each (B, K)."""
+    """adaLN-Zero block: tokens (B, L, D) and condition rows (B, K) -> (B, L, D)."""
 
     def __init__(self, width: int, condition: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class FirstBlock(nn.Module):
 
 
 class FirstHead(nn.Module):
-    """adaLN and a linear layer; tokens (B, L, D) and rows (B, K) -> (B, L, out)."""
+    """adaLN and a linear layer: tokens (B, L, D) and condition rows (B, K) -> (B, L, out)."""
 
     def __init__(self, width: int, condition: int, out: int) -> None:
         super().__init__()
@@ -130,7 +131,7 @@ class FirstAggregate(nn.Module):
 
 
 class FirstFuse(nn.Module):
-    """Outer and aggregated tokens, both (N, T, D), to outer ones."""
+    """Outer and aggregated tokens, both (N, T, D) -> outer tokens (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class FirstFuse(nn.Module):
 
 
 class FirstSpread(nn.Module):
-    """What the sub-patches are told by their patch; outer tokens (N, T, D) -> (N*T, S, E)."""
+    """Broadcast of a patch token to its sub-patches; outer tokens (N, T, D) -> (N*T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class FirstSpread(nn.Module):
 
 
 def check_first_written(model: ModelConfig) -> None:
-    """UserError where the config has what came later."""
+    """UserError where the config has a choice that the plainly written version lacks."""
     if model.qk_norm:
         raise UserError("as first written there is model.qk_norm=false: got true")
     for level in (model.outer, model.inner):
@@ -166,15 +167,15 @@ def check_first_written(model: ModelConfig) -> None:
     if not model.blocks("inner"):
         return
     for name, first in {"mixer": "patch", "condition": "image", "spread": "add"}.items():
-        if (given := getattr(model.inner, name)) != first:
-            raise UserError(f"as first written there is model.inner.{name}={first}: got {given}")
+        if (value := getattr(model.inner, name)) != first:
+            raise UserError(f"as first written there is model.inner.{name}={first}: got {value}")
 
 
 class FirstWritten(nn.Module):
     """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), as `NestedDiT` of the same config.
 
     Raises:
-        UserError: the config has what came later.
+        UserError: the config has a choice that this version lacks.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -209,13 +210,13 @@ class FirstWritten(nn.Module):
             self.inner_head = FirstHead(inner.width, outer.width, inner.sub_patch**2 * model.channels)
 
     def load(self, state: dict[str, Tensor]) -> FirstWritten:
-        """Take the weights of a NestedDiT of this config, from its state dict; returns itself."""
+        """Load the state dict of a NestedDiT of this config; returns the model."""
         own = self.state_dict()
         self.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in translated(state).items()})
         return self
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The prediction."""
+        """Predict from x (N, C, H, W) at times t (N,); y None: the null class."""
         model, images = self.config, len(x)
         c = self.condition(t) + (self.label_table.weight[-1] if y is None else self.label_table(y))  # N D
         per_patch = c.repeat_interleave(model.patches, dim=0)  # N*T D
@@ -255,7 +256,7 @@ class FirstWritten(nn.Module):
         return tokens.reshape(-1, side * side, tokens.shape[-1]) + self.inner_position
 
     def draw(self, outer: Tensor, inner: Tensor, c: Tensor, per_patch: Tensor, last: str) -> Tensor:
-        """The heads' image (N, C, H, W); the inner head where the program ends with the `last` level inner."""
+        """The image (N, C, H, W) of the heads; `last`: the level of the program's last stage."""
         model = self.config
         (rows, columns), side, s, p = model.grid, model.sub_grid, model.inner.sub_patch, model.patch_size
         image = torch.zeros((), device=outer.device, dtype=outer.dtype)

@@ -1,13 +1,14 @@
-"""Where a training step's time goes: by part of the model, and by kind of operation."""
+"""Time of a training step by part of the model and by kind of operation."""
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 INNER = ("inner_embed", "inner_blocks", "aggregate", "spread", "inner_head")  # the inner path
 OUTER = ("outer_embed", "outer_blocks", "outer_head")
-SHOWN_PARTS = {  # what the table shows, and the parts that it is made of
+SHOWN_PARTS = {  # rows of the table, and the parts that each sums
     "outer blocks": ("outer_blocks",),
     "inner blocks": ("inner_blocks",),
     "aggregate": ("aggregate",),
@@ -35,7 +36,7 @@ SHOWN_PARTS = {  # what the table shows, and the parts that it is made of
     "optimizer": ("optimizer",),
     "rest": ("rest",),
 }
-KINDS = {  # kinds of operations by the names that torch's profiler gives them; the first that fits
+KINDS = {  # kinds of operations, by names in torch's profiler; the first match counts
     "attention": r"scaled_dot|attention|softmax",
     "products": r"mm\b|mm_|linear|matmul|einsum",
     "convolutions": r"conv",
@@ -48,14 +49,14 @@ KINDS = {  # kinds of operations by the names that torch's profiler gives them; 
 
 
 class Marks:
-    """When each part of a step begins, on the device's own clock."""
+    """The moments at which parts of a step begin, on the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.now = device, clock(device)
         self.seen: list[tuple[str, Any]] = []
 
     def __call__(self, part: str) -> None:
-        """`part` begins here."""
+        """Mark the beginning of `part`."""
         with record_function(f"part {part}"):  # for the profiler
             if self.device.type == "cuda":
                 moment: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -66,17 +67,16 @@ class Marks:
             self.seen.append((part, moment))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each part from the first mark to the last, whose own part is not counted."""
+        """Seconds of each part between the first mark and the last; the last mark begins no part."""
         wait(self.device)
-        found: dict[str, float] = {}
+        sums: dict[str, float] = defaultdict(float)
         for (part, began), (_, ended) in pairwise(self.seen):
-            taken = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
-            found[part] = found.get(part, 0.0) + taken
-        return found
+            sums[part] += began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+        return dict(sums)
 
 
 def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
-    """The model's modules by part, in the order in which they run; names are those of `cost.macs`."""
+    """The model's modules with the part of `cost.macs` that each belongs to, in the order in which they run."""
     embeds = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed", "label_embed")]
     named = [("time_embed" if name == "label_embed" else name, module) for name, module in embeds]
     for stage in model.stages:
@@ -87,9 +87,9 @@ def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def marked(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
-    """While open, `mark` is called when a part begins, forward and backward.
+    """While open, call `mark` when a part begins, in the forward and the backward pass.
 
-    Backward, autograd takes up what was made last first, so that a part ends where the one before it begins.
+    The backward pass runs in reverse order, so a part ends there when the part before it begins.
     """
     parts = parts_of(model)
     begin = [(module, partial(_begin, mark, part)) for part, module in parts]
@@ -98,20 +98,20 @@ def marked(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _begin(mark: Callable[[str], None], part: str, *given: object) -> None:
+def _begin(mark: Callable[[str], None], part: str, *arguments: object) -> None:
     mark(part)
 
 
-def _end(mark: Callable[[str], None], part: str, module: nn.Module, given: tuple[Tensor], output: object) -> None:
+def _end(mark: Callable[[str], None], part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
     mark("rest")
     for tensor in output if isinstance(output, tuple) else (output,):
-        is_new = all(tensor is not argument for argument in given)
+        is_new = all(tensor is not argument for argument in inputs)
         if is_new and tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the backward pass begins with its maker
+            tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
 
 def parted(run: RunConfig, device: torch.device) -> BenchmarkSubject:
-    """A warm subject for `part_seconds`. What is to be compiled is compiled block by block: hooks go on working."""
+    """A warmed-up subject for `part_seconds`; a compiled model is compiled block by block, so that its hooks run."""
     subject = BenchmarkSubject(replace(run, train=replace(run.train, compile=False)), device)
     assert isinstance(subject.model, NestedDiT)
     if run.train.compile:
@@ -123,7 +123,7 @@ def parted(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of one training step of a `parted` subject by part of `cost.macs`, and loss, optimizer and rest."""
+    """Seconds of one training step of a `parted` subject: by part of `cost.macs`, loss, optimizer and rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = Marks(subject.device)
     with marked(subject.model, marks):
@@ -136,26 +136,26 @@ def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
 
 def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     """MACs of a training step by part, for the whole batch."""
-    found = cost.training_macs(subject.run.model)
-    found["inner_blocks"] += found.pop("condition")  # computed there
-    return {part: subject.run.train.batch_size * number for part, number in found.items() if part != "total"}
+    macs = cost.training_macs(subject.run.model)
+    macs["inner_blocks"] += macs.pop("condition")  # inner blocks compute it
+    return {part: subject.run.train.batch_size * number for part, number in macs.items() if part != "total"}
 
 
 def shown(parts: Mapping[str, float]) -> dict[str, float]:
-    """Parts as the table shows them; those without any are left out."""
-    sums = {name: sum(parts.get(part, 0) for part in those) for name, those in SHOWN_PARTS.items()}
+    """Sums of parts by row of the table, without zeros."""
+    sums = {row: sum(parts.get(part, 0) for part in members) for row, members in SHOWN_PARTS.items()}
     return {name: value for name, value in sums.items() if value}
 
 
 def per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[str, ...]) -> float:
-    """Seconds that a MAC of these parts takes, together."""
+    """Seconds for each MAC of several parts together."""
     return sum(seconds.get(part, 0.0) for part in parts) / sum(macs[part] for part in parts)
 
 
 def profiled(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of a step of a `parted` subject by part and, in it, by kind of operation, as torch's profiler sees them.
+    """Seconds of a step of a `parted` subject by part and kind of operation, from torch's profiler.
 
-    Kinds are those of `KINDS` and `other`; on a CUDA device it is the device's time.
+    Kinds are those of `KINDS` and `other`. On CUDA it is the device's time.
     """
     assert isinstance(subject.model, NestedDiT)
     on_cuda = subject.device.type == "cuda"
@@ -166,7 +166,7 @@ def profiled(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, f
             marks("rest")
             subject.step(marks)
         wait(subject.device)
-    found: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
     part = "rest"
     events = [event for event in profiler.events() if event.device_type.name == "CPU"]
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -174,23 +174,22 @@ def profiled(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, f
             part = event.name.removeprefix("part ")
             continue
         taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        kinds = found.setdefault(part, {})
+        kinds = seconds.setdefault(part, {})
         kind = operation_kind(event.name)
         kinds[kind] = kinds.get(kind, 0.0) + taken / 1e6 / steps
-    return found
+    return seconds
 
 
 def operation_kind(operation: str) -> str:
-    """The kind of an operation, by its name."""
+    """The kind of an operation, from its name in the profiler."""
     return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "other")
 
 
 def kinds_shown(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Seconds by kind of operation for the parts that the table shows."""
-    found: dict[str, dict[str, float]] = {}
-    for name, those in SHOWN_PARTS.items():
-        for part in those:
-            for kind, seconds in kinds.get(part, {}).items():
-                found.setdefault(name, {})
-                found[name][kind] = found[name].get(kind, 0.0) + seconds
-    return found
+    """Seconds by kind of operation for each row of the table."""
+    sums: dict[str, dict[str, float]] = {}
+    for row, parts in SHOWN_PARTS.items():
+        for kind, seconds in chain.from_iterable(kinds.get(part, {}).items() for part in parts):
+            of_row = sums.setdefault(row, {})
+            of_row[kind] = of_row.get(kind, 0.0) + seconds
+    return sums

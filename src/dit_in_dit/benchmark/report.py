@@ -1,10 +1,11 @@
-"""What a benchmark found: ratios and their goals, subjects, parts and sweeps; as JSON and as plots."""
+"""The results of a benchmark: ratios with their goals, subjects, parts and sweeps; as JSON and as plots."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +30,12 @@ PACKAGES = ("torch", "diffusers", "numpy", "triton", "timm")
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that is wanted; `limit` is the most that it may be, or the least where `at_least`; None: no goal."""
+    """A ratio and its goal.
+
+    Attributes:
+        how: what the ratio is of.
+        limit: the largest value that meets the goal, or the smallest if `at_least`; None: no goal.
+    """
 
     name: str
     how: str
@@ -39,7 +45,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A goal and what was measured, one number for each round."""
+    """A goal and its measured ratio in each round."""
 
     goal: Goal
     rounds: tuple[float, ...]
@@ -51,7 +57,7 @@ class Ratio:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Half of the rounds lie between."""
+        """The first and third quartile."""
         if len(self.rounds) == 1:
             return self.value, self.value
         low, _, high = quantiles(self.rounds, n=4, method="inclusive")
@@ -59,7 +65,7 @@ class Ratio:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None where there is none."""
+        """Whether the median meets the goal; None without a goal."""
         if self.goal.limit is None:
             return None
         return self.value >= self.goal.limit if self.goal.at_least else self.value <= self.goal.limit
@@ -77,13 +83,13 @@ class Parts:
 
 @dataclass
 class BenchmarkReport:
-    """Everything that was measured.
+    """All measurements of a benchmark.
 
     Attributes:
-        command: what ran.
-        products: MACs per second of the best matrix product by dtype.
+        command: the command that repeats it.
+        products: MACs per second of the best matrix product, by precision.
         subjects, parts: by the subject's name.
-        notes: what a reader must know.
+        notes: caveats for a reader.
     """
 
     command: str
@@ -96,7 +102,7 @@ class BenchmarkReport:
     notes: list[str] = field(default_factory=list)
 
     def share(self, measured: Measurements) -> float:
-        """MACs per second in training over those of the best matrix product."""
+        """MACs per second in training, as a share of the best matrix product's."""
         return measured.macs_per_second / self.products[measured.precision]
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,12 +127,8 @@ class BenchmarkReport:
             ],
             "subjects": {name: {**measurements_dict(m), "share": self.share(m)} for name, m in self.subjects.items()},
             "parts": {
-                name: {
-                    "seconds": dict(p.seconds),
-                    "macs": dict(p.macs),
-                    "kinds": {k: dict(v) for k, v in p.kinds.items()},
-                }
-                for name, p in self.parts.items()
+                name: {"seconds": parts.seconds, "macs": parts.macs, "kinds": parts.kinds}
+                for name, parts in self.parts.items()
             },
             "sweeps": {name: sweep.to_dict() for name, sweep in self.sweeps.items()},
             "notes": self.notes,
@@ -134,8 +136,8 @@ class BenchmarkReport:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The processor, the accelerator, and what else a time depends on."""
-    found: dict[str, Any] = {
+    """The processor, the accelerator and other settings of the machine that times depend on."""
+    known: dict[str, Any] = {
         "device": str(device),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -145,8 +147,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"accelerator": properties.name, "accelerator_bytes": properties.total_memory}
-    return found
+        known |= {"accelerator": properties.name, "accelerator_bytes": properties.total_memory}
+    return known
 
 
 def _processor() -> str:
@@ -159,37 +161,33 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a time depends on and that is installed."""
-    found = {"dit-in-dit": __version__, "python": platform.python_version(), "system": platform.system()}
+    """Versions of the installed packages that times depend on."""
+    known = {"dit-in-dit": __version__, "python": platform.python_version(), "system": platform.system()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
-
-
-# ------------------------------------------------------------------------------------------- plots
+        with suppress(PackageNotFoundError):
+            known[name] = version(name)
+    return known | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write parts.png, throughput.png and sweeps.png, those for which there is something to show.
+    """Write those of parts.png, throughput.png and sweeps.png for which there are measurements.
 
     Raises:
         UserError: matplotlib is not installed.
     """
-    made = {"parts.png": report.parts, "throughput.png": report.subjects, "sweeps.png": report.sweeps}
-    drawn = {"parts.png": _draw_parts, "throughput.png": _draw_throughput, "sweeps.png": _draw_sweeps}
-    paths = []
-    for name, found in made.items():
-        if found:
-            atomic.write_atomic(out / name, figure_png(drawn[name](report)))
-            paths.append(out / name)
-    return paths
+    plots = {
+        "parts.png": (report.parts, _draw_parts),
+        "throughput.png": (report.subjects, _draw_throughput),
+        "sweeps.png": (report.sweeps, _draw_sweeps),
+    }
+    pages = {out / name: draw(report) for name, (measurements, draw) in plots.items() if measurements}
+    for path, page in pages.items():
+        atomic.write_atomic(path, figure_png(page))
+    return list(pages)
 
 
 def _draw_parts(report: BenchmarkReport) -> Figure:
-    """Bars of seconds by part, and what each part has of the time over what it has of the MACs."""
+    """Bars of time by part, and each part's share of the time over its share of the MACs."""
     rows = {name: shown(parts.seconds) for name, parts in report.parts.items()}
     page, axes = figure(1, 2, width=5.0, height=1.2 + 0.5 * len(rows))
     colour = dict(zip(SHOWN_PARTS, (*COLOURS, "#BBBBBB"), strict=True))
@@ -234,16 +232,16 @@ def _draw_sweeps(report: BenchmarkReport) -> Figure:
     columns = min(2, len(report.sweeps))
     page, axes = figure(-(-len(report.sweeps) // columns), columns)
     for axis, (name, sweep) in zip(axes.flat, report.sweeps.items(), strict=False):
-        found, sizes = sweep.to_dict(), [point.size for point in sweep.points]
+        values, sizes = sweep.to_dict(), [point.size for point in sweep.points]
         for number, (what, label) in enumerate((("step", "step"), ("inner", "inner path"))):
-            if what in found["exponents"]:
+            if what in values["exponents"]:
                 seconds = [1000 * median(getattr(point, what)) for point in sweep.points]
-                power = f"{label}: exponent {found['exponents'][what]:.2f}"
+                power = f"{label}: exponent {values['exponents'][what]:.2f}"
                 axis.plot(sizes, seconds, "o-", color=COLOURS[number], label=power)
         _log(axis, "x")
         _log(axis, "y")
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel(found["label"])
+        axis.set_xlabel(values["label"])
         axis.legend(fontsize=8)
     for axis in axes.flat[len(report.sweeps) :]:
         axis.set_visible(False)

@@ -1,4 +1,4 @@
-"""What is timed: our models, the same as first written, and other people's DiT of the same size."""
+"""The models that are timed: ours, a plainly written version of ours, and other DiT code of the same size."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def nested(run: RunConfig) -> nn.Module:
 
 
 def first_written(run: RunConfig) -> nn.Module:
-    """Our model as one writes it down first, with the same weights."""
+    """The plainly written version of our model, with the same weights."""
     return FirstWritten(run.model).load(NestedDiT(run.model).state_dict())
 
 
-class Theirs(nn.Module):
-    """Somebody else's model under our signature."""
+class OtherDiT(nn.Module):
+    """A DiT of other code under the signature of our model."""
 
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class Theirs(nn.Module):
 
 
 def diffusers_dit(run: RunConfig) -> nn.Module:
-    """`DiTTransformer2DModel` of diffusers, of a plain config's size. Raises UserError where it has no such size."""
+    """`DiTTransformer2DModel` of diffusers in the size of a plain config; UserError where it has no such size."""
     model, outer = run.model, run.model.outer
-    check_theirs(model, "diffusers' DiT")
-    made = import_module("diffusers").DiTTransformer2DModel(  # here: it takes seconds
+    check_other_dit(model, "diffusers' DiT")
+    dit = import_module("diffusers").DiTTransformer2DModel(  # the import takes seconds
         num_attention_heads=outer.num_heads,
         attention_head_dim=outer.width // outer.num_heads,
         in_channels=model.channels,
@@ -60,14 +60,14 @@ def diffusers_dit(run: RunConfig) -> nn.Module:
         patch_size=model.patch_size,
         num_embeds_ada_norm=model.num_classes,
     )
-    return Theirs(made, lambda m, x, t, y: m(x, (999 * t).long(), y, return_dict=False)[0])
+    return OtherDiT(dit, lambda m, x, t, y: m(x, (999 * t).long(), y, return_dict=False)[0])
 
 
 def official_dit(checkout: Path) -> Make:
     """`DiT` of `models.py` in a checkout of facebookresearch/DiT, which needs timm.
 
     Raises:
-        UserError: there is none in the checkout, or it cannot be imported.
+        UserError: the checkout has no DiT, or it cannot be imported.
     """
     path = checkout / "models.py"
     spec = util.spec_from_file_location("official_dit", path)
@@ -84,8 +84,8 @@ def official_dit(checkout: Path) -> Make:
 
     def make(run: RunConfig) -> nn.Module:
         model = run.model
-        check_theirs(model, "the official DiT")
-        made = module.DiT(
+        check_other_dit(model, "the official DiT")
+        dit = module.DiT(
             input_size=model.image_size[0],
             patch_size=model.patch_size,
             in_channels=model.channels,
@@ -96,13 +96,13 @@ def official_dit(checkout: Path) -> Make:
             num_classes=model.num_classes,
             learn_sigma=False,
         )
-        return Theirs(made, lambda m, x, t, y: m(x, 999 * t, y))
+        return OtherDiT(dit, lambda m, x, t, y: m(x, 999 * t, y))
 
     return make
 
 
-def check_theirs(model: ModelConfig, whose: str) -> None:
-    """UserError where `whose` model has no such size."""
+def check_other_dit(model: ModelConfig, whose: str) -> None:
+    """UserError where `whose` DiT cannot have the config's size."""
     height, width = model.image_size
     if model.blocks("inner") or height != width or not model.num_classes or model.outer.mlp_ratio != 4:
         raise UserError(
@@ -111,14 +111,14 @@ def check_theirs(model: ModelConfig, whose: str) -> None:
 
 
 class BenchmarkSubject:
-    """A model in training, with a batch of white noise of its own.
+    """A model in training on a batch of white noise.
 
-    Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data are
-    left out, because other people's models come without.
+    Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data
+    loading are left out, because other DiT code has none.
 
     Args:
-        run: sizes; of `train`, batch_size, precision and compile are used.
-        make: the model from the config.
+        run: the config; of `train` it uses batch_size, precision, recompute and compile.
+        make: builds the model from the config.
     """
 
     def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
@@ -139,11 +139,11 @@ class BenchmarkSubject:
 
     @property
     def macs(self) -> int:
-        """MACs of a forward pass per image, by our count also for other people's model."""
+        """MACs of a forward pass per image, by our count also for other code."""
         return cost.macs(self.run.model)["total"]
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the config says so."""
+        """bfloat16 where the config's precision is bfloat16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.train.precision == "bfloat16")
 
     @torch.no_grad()
@@ -153,7 +153,7 @@ class BenchmarkSubject:
             return self.call(*self.inputs)
 
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
-        """A training step; `mark` is told when the loss and the optimizer begin."""
+        """Take a training step; `mark` is called when the loss and the optimizer begin."""
         with self.autocast():
             prediction = self.call(*self.inputs)
         mark("loss")
@@ -164,7 +164,7 @@ class BenchmarkSubject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def kept_bytes(self) -> int:
-        """Bytes that a forward pass keeps for the backward pass."""
+        """Bytes that a forward pass keeps for the backward pass, whole batch."""
 
         def forward() -> Tensor:
             with self.autocast():
@@ -175,14 +175,14 @@ class BenchmarkSubject:
 
 @dataclass(frozen=True)
 class Measurements:
-    """One subject's numbers.
+    """The measurements of one subject.
 
     Attributes:
-        macs: of a forward pass per image; `macs_per_second` counts those of whole steps.
+        macs: of a forward pass per image; `macs_per_second` counts whole training steps.
         forward, step: seconds for the whole batch.
-        kept: bytes kept for the backward pass, the whole batch.
-        peak: most bytes in use on a CUDA device during a step, other subjects' weights included.
-        compiling: seconds of the first step, where the model is compiled.
+        kept_bytes: bytes kept for the backward pass, whole batch.
+        peak_bytes: peak bytes on a CUDA device during a step, other subjects' weights included; None elsewhere.
+        compiling_seconds: seconds of the first step of a compiled model; None for others.
     """
 
     macs: int
@@ -191,23 +191,23 @@ class Measurements:
     compiled: bool
     forward: Times
     step: Times
-    kept: int
-    peak: int | None
-    compiling: float | None
+    kept_bytes: int
+    peak_bytes: int | None
+    compiling_seconds: float | None
 
     @property
     def images_per_second(self) -> float:
-        """In training."""
+        """Images per second of training."""
         return self.batch / self.step.seconds
 
     @property
     def macs_per_second(self) -> float:
-        """In training."""
+        """MACs per second of training, backward pass included."""
         return cost.FORWARDS_PER_STEP * self.macs * self.images_per_second
 
 
 def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -> dict[str, Measurements]:
-    """Forward passes and steps of all subjects in turns, and their memory."""
+    """Measure forward passes and steps of all subjects in turns, and their memory."""
     turns, compiling = {}, {}
     for name, subject in subjects.items():
         began = time.perf_counter()
@@ -215,10 +215,10 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
         wait(subject.device)
         compiling[name] = time.perf_counter() - began if subject.run.train.compile else None
         turns[name] = _both(stopwatch(subject.forward, subject.device), stopwatch(subject.step, subject.device))
-    found = in_turns(turns, seconds)
+    rounds = in_turns(turns, seconds)
     measured = {}
     for name, subject in subjects.items():
-        forwards, steps = zip(*found[name], strict=True)
+        forwards, steps = zip(*rounds[name], strict=True)
         train = subject.run.train
         measured[name] = Measurements(
             subject.macs,
@@ -240,16 +240,6 @@ def _both(forward: Callable[[], float], step: Callable[[], float]) -> Callable[[
 
 def measurements_dict(measured: Measurements) -> dict[str, Any]:
     """Plain values, as JSON holds them."""
-    return {
-        "macs": measured.macs,
-        "batch": measured.batch,
-        "precision": measured.precision,
-        "compiled": measured.compiled,
-        "forward": list(measured.forward.rounds),
-        "step": list(measured.step.rounds),
-        "kept_bytes": measured.kept,
-        "peak_bytes": measured.peak,
-        "compiling_seconds": measured.compiling,
-        "images_per_second": measured.images_per_second,
-        "macs_per_second": measured.macs_per_second,
-    }
+    rounds = {"forward": list(measured.forward.rounds), "step": list(measured.step.rounds)}
+    rates = {"images_per_second": measured.images_per_second, "macs_per_second": measured.macs_per_second}
+    return {**vars(measured), **rounds, **rates}

@@ -1,4 +1,4 @@
-"""The speed that is wanted, as data: at which sizes it is measured, on a CPU and on CUDA."""
+"""Configs and limits of the speed goals, for a CPU and for CUDA."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConf
 
 @dataclass(frozen=True)
 class Suite:
-    """Sizes at which goals are measured.
+    """The configs at which goals are measured.
 
     Attributes:
-        plain, compiled: against other people's code.
-        reference: inner first, E = D; against the same as first written.
-        paths: configs whose inner path is compared with their outer path per MAC, and the most that is wanted.
-        last: inner last, where to start for its plain twin, and the most that its step may take over the twin's.
+        plain, compiled: compared with other DiT code.
+        reference: inner first, E = D; compared with its plainly written version.
+        paths: configs whose inner path is compared with their outer path per MAC, and the limit of the ratio.
+        last: configs with inner blocks last, the start of the search for a plain twin, and the limit of the step ratio.
         sampled: the model whose sampling and training loop are timed.
         growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
         groups: (tokens, width, heads) of attention within groups.
         rates: models whose share of the best matrix product has a goal.
         seconds: of measuring, for each comparison.
-        on_cuda: some goals are for CUDA alone.
+        on_cuda: whether the goals for CUDA alone apply.
     """
 
     plain: RunConfig
@@ -48,7 +48,7 @@ def _of(preset: str, *keys: str) -> RunConfig:
     return override(presets.get(preset), ["train.precision=float32", *keys])
 
 
-# A decoder of small patches of pixels, and its plain twin: what the speed work was done on.
+# A decoder of small patches of pixels, and its plain twin: the models that were optimised.
 _LAST_128 = _of(
     "emoji-dit",
     "model.stages=outer*4 inner*2",
@@ -74,7 +74,7 @@ _LAST_384 = replace(
 )
 _CPU = Suite(
     plain=_of("dit-s2", "train.batch_size=2"),
-    compiled=_of("dit-s2", "train.batch_size=2", "model.depth=2", "train.compile=true"),  # blocks are all alike
+    compiled=_of("dit-s2", "train.batch_size=2", "model.depth=2", "train.compile=true"),  # all blocks are equal
     reference=_of("dit-in-dit-s2", "train.batch_size=2"),
     paths={
         "E=D=384, S=4": (_of("dit-in-dit-s2", "train.batch_size=2"), 1.0),
@@ -106,7 +106,7 @@ _LAST_B16 = _on_cuda(
     "model.depth=null",
     "model.stages=outer*11 inner*2",
     "model.inner.sub_patch=4",
-    "model.inner.width=128",  # then 12 outer blocks cost as much
+    "model.inner.width=128",  # costs as much as 12 outer blocks
     "model.inner.num_heads=2",
 )
 _CUDA = Suite(

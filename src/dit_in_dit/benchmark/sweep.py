@@ -1,4 +1,4 @@
-"""How cost grows with one quantity: sizes, times in turns, and the exponent of a power law through them."""
+"""Growth of costs with one quantity: times in turns at several values, and the exponent of a fitted power law."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dit_in_dit.config.run import ModelConfig, RunConfig, replace_keys
 
 @dataclass(frozen=True)
 class Axis:
-    """What a sweep varies.
+    """The quantity that a sweep varies.
 
     Attributes:
-        label: of the quantity that costs are compared with.
-        keys: config keys and values that make a config of the wanted value.
-        size: the quantity.
+        label: name of the size in plots and tables.
+        keys: config keys that set the quantity to a value.
+        size: the size of a config, against which costs are fitted.
     """
 
     label: str
@@ -62,7 +62,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Point:
-    """Costs at one value; seconds of the whole batch, one number for each round."""
+    """Costs at one value; `step` and `inner` are seconds for the whole batch in each round."""
 
     value: int
     size: float
@@ -81,7 +81,7 @@ class Sweep:
     points: tuple[Point, ...]
 
     def exponents(self, what: str) -> tuple[float, ...]:
-        """Exponents of `step` or `inner` seconds round by round, or the one of `macs`, `inner_macs`, `kept`."""
+        """Exponents of `step` or `inner` in each round, or the one exponent of `macs`, `inner_macs` or `kept`."""
         sizes = [point.size for point in self.points]
         values = [getattr(point, what) for point in self.points]
         rounds = zip(*values, strict=True) if isinstance(values[0], tuple) else [values]
@@ -90,25 +90,25 @@ class Sweep:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
         costs = ("step", "inner", "macs", "inner_macs", "kept")
-        there = [what for what in costs if all(np.all(np.array(getattr(point, what)) > 0) for point in self.points)]
+        positive = [what for what in costs if all(np.all(np.array(getattr(point, what)) > 0) for point in self.points)]
         return {
             "axis": self.axis,
             "label": AXES[self.axis].label,
             "points": [{**vars(point), "step": list(point.step), "inner": list(point.inner)} for point in self.points],
-            "exponents": {what: median(self.exponents(what)) for what in there},
+            "exponents": {what: median(self.exponents(what)) for what in positive},
         }
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The power k of cost ~ size^k by least squares in logarithms."""
+    """The exponent k of cost ~ size^k, by least squares in logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
 def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
-    """The config at each value, by the value.
+    """The config at each value, in ascending order.
 
     Raises:
-        UserError: there is no such axis or no such config, or fewer than two values.
+        UserError: the axis is unknown, a value gives no valid config, or there are fewer than two values.
     """
     if axis not in AXES:
         raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
@@ -118,13 +118,13 @@ def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunCo
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
-    """Step and inner path of a model at each value, in turns; the inner path is its parts in `parts.INNER`.
+    """Measure step and inner path (`parts.INNER`) of a model at each value, in turns.
 
     Raises:
         UserError: as `configs`.
     """
     subjects = {name: parted(config, device) for name, config in configs(run, axis, values).items()}
-    found = in_turns({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
+    rounds = in_turns({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []
     for name, subject in subjects.items():
         macs = part_macs(subject)
@@ -135,8 +135,8 @@ def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device
                 sum(macs.values()),
                 sum(macs[part] for part in INNER),
                 subject.kept_bytes(),
-                tuple(sum(parts.values()) for parts in found[name]),
-                tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in found[name]),
+                tuple(sum(parts.values()) for parts in rounds[name]),
+                tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in rounds[name]),
             )
         )
     return Sweep(axis, tuple(points))

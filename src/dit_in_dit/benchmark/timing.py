@@ -1,4 +1,4 @@
-"""Seconds and bytes, measured in turns so that a busy machine slows all that are compared alike."""
+"""Seconds and bytes, measured in turns so that other load on the machine slows all compared models alike."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import Trainer
 
-TURN_SECONDS = 0.02  # a turn repeats its work for about so long: a single short one is lost in the clock's noise
-WARM_UP = 2  # calls before any is timed: the first makes the optimizer's state and compiles
-SHARE = 0.25  # of the speed of large matrix products that a training step reaches, roughly
-SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # sides of the products whose best is the device's speed
+TURN_SECONDS = 0.02  # a turn repeats its work for about this long, far above the clock's resolution
+WARM_UP = 2  # untimed calls: the first creates the optimizer's state and compiles
+SHARE = 0.25  # rough speed of a training step, as a share of the speed of large matrix products
+SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # sides of the matrix products that are tried
 
 V = TypeVar("V")
 
@@ -43,7 +43,7 @@ class Times:
         return median(self.rounds)
 
     def over(self, other: Times) -> float:
-        """The median of the ratios to `other`, round by round: what slowed a whole round cancels."""
+        """The median of the ratios to `other` in each round, in which a slow-down of a whole round cancels."""
         return median(self.ratios(other))
 
     def ratios(self, other: Times) -> tuple[float, ...]:
@@ -61,27 +61,27 @@ def step_seconds(
 ) -> dict[str, Times]:
     """Time a training step (all its micro-batches, optimizer and average) of each config on white noise.
 
-    Each round gives every config a turn, in opposite order every other round. All models are held at once. On one CPU
-    thread these are seconds of that thread, so that other processes do not count.
+    Each round gives every config a turn; every other round runs in reverse order. All models are in memory at once. On
+    one CPU thread, seconds are that thread's CPU time, which other processes do not affect.
 
     Args:
-        threads: CPU threads while measuring; None: as they are.
-        seconds: rounds end when so much time has passed, after at least one; building and warming up not counted.
-        rounds: most rounds.
+        threads: CPU threads while measuring; None: unchanged.
+        seconds: time after which rounds end, after at least one; building and warming up not counted.
+        rounds: largest number of rounds.
 
     Raises:
         UserError: the models do not fit into the device's memory.
     """
     if any(config.train.compile for config in configs.values()):
-        torch.compiler.reset()  # what was compiled before counts against a limit
+        torch.compiler.reset()  # earlier compilations count towards a limit
     with on_threads(threads), enough_memory(configs, device):
         turns = {name: stopwatch(trainer_step(config, device), device) for name, config in configs.items()}
-        return {name: Times(tuple(found)) for name, found in in_turns(turns, seconds, rounds, least=1).items()}
+        return {name: Times(tuple(times)) for name, times in in_turns(turns, seconds, rounds, least=1).items()}
 
 
 @contextmanager
 def on_threads(threads: int | None) -> Iterator[None]:
-    """So many CPU threads inside; None: as many as there are."""
+    """While open, torch uses `threads` CPU threads; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -92,7 +92,7 @@ def on_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def enough_memory(subjects: Iterable[object], device: torch.device) -> Iterator[None]:
-    """UserError where the subjects do not fit into the device's memory."""
+    """While open, running out of the device's memory is a UserError that names the number of subjects."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -104,25 +104,25 @@ def enough_memory(subjects: Iterable[object], device: torch.device) -> Iterator[
 def in_turns(
     turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int = 200, least: int = 3
 ) -> dict[str, list[V]]:
-    """What each turn gives, round by round; in opposite order every other round.
+    """The results of each turn by round; every other round runs in reverse order.
 
     Args:
-        seconds: rounds end when so much time has passed.
-        rounds, least: most and fewest rounds.
+        seconds: time after which rounds end.
+        rounds, least: largest and smallest number of rounds.
     """
-    found: dict[str, list[V]] = {name: [] for name in turns}
+    results: dict[str, list[V]] = {name: [] for name in turns}
     began, order = time.perf_counter(), list(turns)
     for number in range(1, rounds + 1):
         for name in order:
-            found[name].append(turns[name]())
+            results[name].append(turns[name]())
         order.reverse()
         if number >= least and (time.perf_counter() - began) * (number + 1) / number > seconds:  # no time for another
             break
-    return found
+    return results
 
 
 def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """A function that gives the seconds of one call of `work`, which is warmed up and repeated until a turn is long."""
+    """A function that measures the seconds of one call of `work`, as a mean over `TURN_SECONDS`; warmed up."""
     now = clock(device)
 
     def timed(count: int) -> float:
@@ -139,36 +139,36 @@ def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """The clock for work on the device; on one CPU thread that thread's, so that other processes do not count."""
+    """The clock for work on the device: CPU time on one CPU thread, otherwise wall time."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.thread_time if alone else time.perf_counter
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
-    """Roughly the seconds that warming up and one round of `step_seconds` take, without building the models."""
+    """Estimate the seconds of warming up and one round of `step_seconds`, without building the models."""
     macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
     with on_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))
 
 
 def product_speed(device: torch.device) -> float:
-    """MACs per second of a product of two square float32 matrices, large enough for the device."""
+    """MACs per second of a product of square float32 matrices that are large enough to load the device."""
     return _product(512 if device.type == "cpu" else 4096, torch.float32, device)
 
 
 def best_product(device: torch.device, dtype: torch.dtype) -> float:
-    """MACs per second of the fastest of some square matrix products."""
+    """MACs per second of the fastest square matrix product of `SIZES`."""
     return max(_product(size, dtype, device) for size in SIZES.get(device.type, SIZES["cpu"]))
 
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    draw = torch.Generator(device).manual_seed(0)  # its own: measuring must not draw from the global one
+    draw = torch.Generator(device).manual_seed(0)  # measuring must leave the global generator unchanged
     a = torch.randn(size, size, dtype=dtype, device=device, generator=draw)
     times, now = [], clock(device)
     for _ in range(5):
@@ -181,7 +181,7 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass after `forward`, less the tensors that are there anyway."""
+    """Bytes that autograd keeps for the backward pass after `forward`, without the tensors of `own`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
     before = len(storages)
 
@@ -190,14 +190,14 @@ def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # held, or what it keeps would be freed
-    found = sum(storage.nbytes() for storage in list(storages.values())[before:])
+        result = forward()  # a reference, without which its graph would be freed
+    kept = sum(storage.nbytes() for storage in list(storages.values())[before:])
     del result
-    return found
+    return kept
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory of a CUDA device in use during `work`; None elsewhere."""
+    """Peak bytes of a CUDA device during `work`; None on other devices."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -207,7 +207,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 class _Noise(Source):
-    """A source of white noise, for steps that teach nothing."""
+    """A source of white noise, for timing."""
 
     train_size = None
 
@@ -222,7 +222,7 @@ class _Noise(Source):
 
 
 def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:
-    """A training step of the config, on the same batch each time."""
+    """A function that takes a training step of the config, always on the same batch."""
     config = resolve_precision(config, device)
     config = replace(config, train=replace(config.train, evaluate_every=0))
     source = _Noise(config.model)

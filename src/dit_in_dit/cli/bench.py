@@ -1,4 +1,4 @@
-"""`bench`: how fast models are, where their time goes, and whether the speed that is wanted is there."""
+"""`bench`: the speed of models, their time by part, and whether they meet the speed goals."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _seconds(text: str) -> float:
 
 def _bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
-    from dit_in_dit.benchmark.experiments import Bench, comparison, experiments, sweeps
+    from dit_in_dit.benchmark.bench import Bench
+    from dit_in_dit.benchmark.experiments import comparison, experiments, sweeps
     from dit_in_dit.benchmark.report import draw_benchmark
     from dit_in_dit.benchmark.suite import SUITES, check_suite
     from dit_in_dit.benchmark.timing import on_threads
@@ -102,7 +103,7 @@ def _bench(options: argparse.Namespace) -> None:
     if suite:
         check_suite(suite, device)
     if options.out:
-        figure()  # first: without matplotlib there is nothing to wait for
+        figure()  # a missing matplotlib is an error before anything is measured
         make_folder(options.out)
     if "official" in options.beside and not options.dit:
         raise UserError("--beside official needs the official code: name a checkout of facebookresearch/DiT with --dit")
@@ -114,20 +115,20 @@ def _bench(options: argparse.Namespace) -> None:
     todo += sweeps(runs or {"emoji": chosen_config(_start(options, "emoji"))}, asked, bench)
     with on_threads(options.threads):
         _run(todo)
-        found = bench.report.to_dict()
+        values = bench.report.to_dict()
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(values, indent=1))
     else:
-        _show(bench.report, found)
+        _show(bench.report, values)
     if options.out:
-        atomic.write_atomic(options.out / "bench.json", json.dumps(found, indent=1) + "\n")
+        atomic.write_atomic(options.out / "bench.json", json.dumps(values, indent=1) + "\n")
         written = [path.name for path in draw_benchmark(bench.report, options.out)]
         if not options.json:
             print(f"\n{', '.join([*written, 'bench.json'])} in {options.out}")
 
 
 def _device(options: argparse.Namespace) -> str:
-    """The device's name: a suite tells it."""
+    """The device's name; with --device auto, a suite names it."""
     if options.device != "auto" or options.suite is None:
         return str(options.device)
     return "cpu" if options.suite == "quick" else str(options.suite)
@@ -146,7 +147,7 @@ def _start(options: argparse.Namespace, name: str) -> argparse.Namespace:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command that measures the same."""
+    """The command that repeats the measurements."""
     words = ["dit-in-dit", "bench"]
     if options.suite:
         words += ["--suite", options.suite]
@@ -162,7 +163,7 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _run(todo: list[Any]) -> None:
-    """Every experiment, with a progress bar and a line when it is done."""
+    """Do every experiment, with a progress bar and a line when it ends."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -177,19 +178,16 @@ def _run(todo: list[Any]) -> None:
             bar.advance(task)
 
 
-# ------------------------------------------------------------------------------------------- tables
-
-
-def _show(report: BenchmarkReport, found: Mapping[str, Any]) -> None:
-    hardware = found["hardware"]
+def _show(report: BenchmarkReport, values: Mapping[str, Any]) -> None:
+    hardware = values["hardware"]
     place = hardware.get("accelerator", f"{hardware['processor']}, {hardware['threads']} threads")
-    print(f"{place}, torch {found['versions']['torch']}")
+    print(f"{place}, torch {values['versions']['torch']}")
     for precision, speed in report.products.items():
         print(f"best matrix product in {precision}: {speed / 1e9:,.0f} GMAC/s")
-    _show_ratios(found["ratios"])
-    _show_subjects(found["subjects"])
+    _show_ratios(values["ratios"])
+    _show_subjects(values["subjects"])
     _show_parts(report)
-    _show_sweeps(found["sweeps"])
+    _show_sweeps(values["sweeps"])
     for note in report.notes:
         print(f"note: {note}")
 
@@ -210,13 +208,17 @@ def _show_ratios(ratios: list[dict[str, Any]]) -> None:
 
 def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
     rows = []
-    for name, found in subjects.items():
-        kind = found["precision"] + (", compiled" if found["compiled"] else "")
-        times = [f"{1000 * sorted(found[what])[len(found[what]) // 2]:,.1f}" for what in ("forward", "step")]
-        peak = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f}"
-        rate = [f"{found['images_per_second']:,.1f}", f"{found['macs_per_second'] / 1e9:,.1f}", f"{found['share']:.0%}"]
-        memory = [f"{found['kept_bytes'] / 1e6:,.1f}", peak]
-        rows.append([name, f"{found['macs'] / 1e6:,.1f}", found["batch"], kind, *times, *rate, *memory])
+    for name, subject in subjects.items():
+        kind = subject["precision"] + (", compiled" if subject["compiled"] else "")
+        times = [f"{1000 * sorted(subject[what])[len(subject[what]) // 2]:,.1f}" for what in ("forward", "step")]
+        peak = "-" if subject["peak_bytes"] is None else f"{subject['peak_bytes'] / 1e9:.2f}"
+        rate = [
+            f"{subject['images_per_second']:,.1f}",
+            f"{subject['macs_per_second'] / 1e9:,.1f}",
+            f"{subject['share']:.0%}",
+        ]
+        memory = [f"{subject['kept_bytes'] / 1e6:,.1f}", peak]
+        rows.append([name, f"{subject['macs'] / 1e6:,.1f}", subject["batch"], kind, *times, *rate, *memory])
     heads = ["", "MMACs", "batch", "", "forward, ms", "step, ms", "images/s", "GMAC/s", "share", "kept, MB", "peak, GB"]
     print_table(heads, rows, title="models (share: of the best matrix product, in training)")
 

@@ -1,4 +1,4 @@
-"""`match`: a model's twin of another one's cost."""
+"""`match`: a model's twin, which costs as much as another model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, from_file, to_yaml
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
 
-ROWS = {  # key: what it is, and its unit
+ROWS = {  # cost: its name in the table, and its unit
     "macs": ("MACs per image", ""),
     "params": ("parameters", ""),
     "activation_bytes": ("kept for backward, per image", "B"),
@@ -50,7 +50,7 @@ def _match(options: argparse.Namespace) -> None:
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
     config, device = chosen_config(options), pick_device(options.device)
-    like = replace(config, model=_named(options.like).model)  # trained alike: only then do times compare
+    like = replace(config, model=_named(options.like).model)  # step times compare only with equal training keys
     if options.out:
         make_folder(options.out.parent)
     if options.by == "time" and (seconds := estimate_seconds({"this": config, "like": like}, device)) > 10:
@@ -58,8 +58,9 @@ def _match(options: argparse.Namespace) -> None:
     fixed = {assignment.partition("=")[0] for assignment in options.set}
     twin = match(config, like, options.by, tolerance=options.tolerance, fixed=fixed, device=device)
     matched = replace(config, model=twin.model)
-    pairs = {name: (mine, costs(like)[name]) for name, mine in costs(matched).items()}
-    ratios = {name: mine / other for name, (mine, other) in pairs.items()}
+    like_costs = costs(like)
+    pairs = {name: (own, like_costs[name]) for name, own in costs(matched).items()}
+    ratios = {name: own / other for name, (own, other) in pairs.items()}
     if twin.seconds:
         pairs["time"], ratios["time"] = twin.seconds, 1 + twin.gap
     elif times := quick_times({"this": matched, "like": like}, device):
@@ -72,8 +73,8 @@ def _match(options: argparse.Namespace) -> None:
         options.out.write_text(to_yaml(matched))
     if options.json:
         rows = {name: {"this": a, "like": b, "ratio": ratios[name]} for name, (a, b) in pairs.items()}
-        found = {"by": options.by, "tolerance": options.tolerance, "gap": twin.gap, "device": str(device)}
-        print(json.dumps({**found, "costs": rows, "changed": twin.changed, "set": words}, indent=1))
+        wanted = {"by": options.by, "tolerance": options.tolerance, "gap": twin.gap, "device": str(device)}
+        print(json.dumps({**wanted, "costs": rows, "changed": twin.changed, "set": words}, indent=1))
     else:
         _show(options, pairs, ratios, twin.changed, words)
 
@@ -112,16 +113,14 @@ def _show(
     print(f"{start[1]}, matched to {options.like}\n")
     rows = []
     for name, (what, unit) in ROWS.items():
-        if name not in pairs:
-            continue
-        verdict = (
-            "matched" if name == options.by else "equal" if abs(ratios[name] - 1) <= options.tolerance else "unequal"
-        )
-        rows.append([what, *(_amount(value, unit) for value in pairs[name]), f"{ratios[name]:.3f}", verdict])
+        if name in pairs:
+            equal = "equal" if abs(ratios[name] - 1) <= options.tolerance else "unequal"
+            verdict = "matched" if name == options.by else equal
+            rows.append([what, *(_amount(value, unit) for value in pairs[name]), f"{ratios[name]:.3f}", verdict])
     print_table(["", "this", options.like, "ratio", ""], rows)
     for what in (ROWS[name][0] for name in ROWS if name not in pairs):
         print(f"  {what}: not measured, it takes long here or compiles")
     print("\nchanged" if changed else "\nnothing changed: the costs agree")
     print_table([], [[name, f"{_yaml(before)} -> {_yaml(after)}"] for name, (before, after) in changed.items()])
-    given = [*start, *(word for assignment in (*options.set, *words) for word in ("--set", assignment))]
-    print(f"\n  dit-in-dit train {shlex.join(given)} --out RUN")
+    arguments = [*start, *(word for assignment in (*options.set, *words) for word in ("--set", assignment))]
+    print(f"\n  dit-in-dit train {shlex.join(arguments)} --out RUN")

@@ -1,10 +1,11 @@
-"""The arms of a study: which there are, and how each becomes a config of wanted cost within the budget.
+"""The arms of a study: their names and changes, and each one's config of matched cost within the budget.
 
-Named arms, the combinations of a grid and the choices of a search are all made by `matched` and `budgeted`.
+Named arms, the combinations of a grid and the choices of a search all become configs by `matched` and `budgeted`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -21,15 +22,16 @@ from dit_in_dit.inspection import cost
 from dit_in_dit.study.match import COST_NAMES, COUNTS, SECONDS_EACH, NoTwin, Twin, match, quick_times
 from dit_in_dit.study.plan import Arm, StudyConfig, slug
 
-AGAINST = "against"  # key of an arm that names the arm it is matched to and compared with
+AGAINST = "against"  # key of an arm: the arm it is matched to and compared with
 MOST_ARMS = 1000
 
 
-# --------------------------------------------------------------------------------------------- names
-
-
 def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
-    """Config keys of every arm by name, and the arm that it is compared with; not matched yet."""
+    """The config keys of every arm by name, and the arm it is compared with; not matched yet.
+
+    Raises:
+        UserError: an arm is no group of keys, an arm compared with does not exist, or two names have one folder.
+    """
     if study.grid:
         named = dict(_combinations(study.grid))
     else:
@@ -40,24 +42,21 @@ def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
     control = study.control or next(iter(named))
     if control not in named:
         raise UserError(f"study.control: no arm {control!r}{did_you_mean(control, named)}")
-    found = {}
+    arms = {}
     for name, changes in named.items():
         against = control if name == control else changes.get(AGAINST, control)
         if against not in named:
             raise UserError(f"study.arms.{name}: no arm {str(against)!r}{did_you_mean(str(against), named)}")
-        found[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
+        arms[name] = {k: v for k, v in changes.items() if k != AGAINST}, against
     slugs: dict[str, str] = {}
-    for name in found:
+    for name in arms:
         if (other := slugs.setdefault(slug(name), name)) != name:
-            raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: name them apart")
-    return found
+            raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: rename one of them")
+    return arms
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
-    count = 1
-    for values in grid.values():
-        count *= len(values)
-    if count > MOST_ARMS:
+    if (count := math.prod(map(len, grid.values()))) > MOST_ARMS:
         raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
     for chosen in product(*grid.values()):
         changes = dict(zip(grid, chosen, strict=True))
@@ -65,32 +64,29 @@ def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str
 
 
 def describe(changes: Mapping[str, Any]) -> str:
-    """Changes as a name: each value with the end of its key, the whole key where ends are the same."""
+    """Changes as a name: each value with the last part of its key, or with the whole key where last parts repeat."""
     ends = [name.rpartition(".")[2] for name in changes]
     return ", ".join(
         f"{name if ends.count(e) > 1 else e}={changes[name]}" for name, e in zip(changes, ends, strict=True)
     )
 
 
-def _in_order(found: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
-    """Arms by name, each after the one that it is compared with; those compared with themselves first."""
+def _in_order(arms: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
+    """Names of arms, each after the arm it is compared with; controls first."""
     order: list[str] = []
-    while len(order) < len(found):
-        ready = [n for n, (_, against) in found.items() if n not in order and (against == n or against in order)]
+    while len(order) < len(arms):
+        ready = [n for n, (_, against) in arms.items() if n not in order and (against == n or against in order)]
         if not ready:
-            left = ", ".join(name for name in found if name not in order)
+            left = ", ".join(name for name in arms if name not in order)
             raise UserError(f"study.arms: {left} are compared in a circle: one must be against a control")
         order += ready
     return order
 
 
-# ------------------------------------------------------------------------------------------- configs
-
-
 def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The study's base with its own keys and an arm's, neither matched nor budgeted."""
-    named = study.base.endswith((".yaml", ".yml"))
-    base = from_file(Path(study.base), "study.base") if named else presets.get(study.base)
+    """The study's base with the study's and the arm's keys, neither matched nor budgeted."""
+    is_file = study.base.endswith((".yaml", ".yml"))
+    base = from_file(Path(study.base), "study.base") if is_file else presets.get(study.base)
     return replace_keys(base, {**study.set, **changes})
 
 
@@ -101,15 +97,15 @@ def matched(
     device: torch.device,
     threads: int | None = None,
 ) -> tuple[RunConfig, Twin | None]:
-    """The config of an arm with as much of what the study matches as `like`; the twin, where it was matched.
+    """The config of an arm whose cost matches that of `like`; and the twin, where it was matched.
 
-    Keys that the study or the arm names are not changed.
+    Matching changes no key that the study or the arm names.
 
     Args:
-        like: None: the arm is a control.
+        like: config of the arm compared with; None for a control.
 
     Raises:
-        NoTwin: there is none within the tolerance.
+        NoTwin: no model is within the study's tolerance.
     """
     config = configure(study, changes)
     if like is None or study.match == "none":
@@ -122,13 +118,13 @@ def matched(
 def budgeted(
     study: StudyConfig, config: RunConfig, changes: Mapping[str, Any], step_seconds: float | None = None
 ) -> RunConfig:
-    """The config of an arm with the steps that the study's budget gives it.
+    """The config of an arm with the number of steps that the study's budget allows.
 
-    What the study and the arm do not name follows the number of steps: ten held-out evaluations, eight checkpoints,
-    no grids, and a warm-up of at most a tenth.
+    Keys that neither the study nor the arm names follow the number of steps: ten held-out evaluations, eight
+    checkpoints, no grids, and a warm-up of at most a tenth.
 
     Args:
-        step_seconds: measured, for a budget of seconds.
+        step_seconds: measured seconds of a step, for a budget of seconds.
     """
     train, named = config.train, {**study.set, **changes}
     for kind, amount in study.budget.items():
@@ -148,22 +144,19 @@ def budgeted(
     return replace(config, train=replace(train, **{k: v for k, v in every.items() if f"train.{k}" not in named}))
 
 
-# --------------------------------------------------------------------------------------------- arms
-
-
 def match_arms(study: StudyConfig, device: torch.device, threads: int | None = None) -> tuple[Arm, ...]:
-    """The study's arms, each of the cost of the arm it is compared with, within its budget.
+    """The study's arms, each matched in cost to the arm it is compared with, within the budget.
 
-    Step times are measured where matching or the budget needs them, and where it takes seconds.
+    Step times are measured where matching or the budget needs them, or where measuring takes only seconds.
 
     Raises:
         UserError: an arm cannot be matched, or arms are compared with each other in a circle.
     """
-    found = candidates(study)
+    named = candidates(study)
     configs: dict[str, RunConfig] = {}
     twins: dict[str, Twin | None] = {}
-    for name in _in_order(found):
-        changes, against = found[name]
+    for name in _in_order(named):
+        changes, against = named[name]
         try:
             configs[name], twins[name] = matched(study, changes, configs.get(against), device, threads)
         except NoTwin as error:
@@ -177,7 +170,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
         name: {by: float(count(config.model)) for by, count in COUNTS.items()} for name, config in configs.items()
     }
     arms = []
-    for name, (changes, against) in found.items():
+    for name, (changes, against) in named.items():
         twin, costs = twins[name], counts[name]
         gap = {by: costs[by] / counts[against][by] - 1 for by in COUNTS}
         if times:
@@ -192,7 +185,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
 def _times(
     study: StudyConfig, configs: Mapping[str, RunConfig], device: torch.device, threads: int | None
 ) -> dict[str, Times]:
-    """Step times of all arms in turns; none where nobody needs them and they take long."""
+    """Step times of all arms in turns; empty where they are optional and would take long."""
     if study.match == "time" or "seconds" in study.budget:
         return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
     return quick_times(configs, device, threads)

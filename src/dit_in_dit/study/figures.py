@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import Difference
 from dit_in_dit.study.tables import BESIDE, seconds
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 BETTER, WORSE, UNSEEN = COLOURS[0], COLOURS[1], "#8a97a3"
 MARKERS = "osD^vP*X"
 LONGEST = 56  # characters of an arm's name in a picture
@@ -29,34 +32,40 @@ SAMPLES = 16
 
 
 def picture_label(name: str, most: int = LONGEST) -> str:
-    """A name as a picture shows it: not too long, and nothing in it means anything to matplotlib."""
+    """A name of at most `most` characters for a picture, with what matplotlib would interpret escaped."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
     return short.replace("$", r"\$").removeprefix("_") or "arm"
 
 
-# --------------------------------------------------------------------------------------- differences
+def panel_grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of `count` panels, each `width` x `height` inches, in rows of `columns`; and their axes."""
+    page, axes = figure(-(-count // columns), columns, width=width, height=height)
+    for axis in axes.ravel()[count:]:
+        axis.set_visible(False)
+    return page, axes.ravel()[:count]
 
 
 def draw_forest(study: StudyResults, path: Path) -> None:
-    """The differences by the primary metric with both intervals, an arm a line."""
+    """Draw the differences by the primary metric with both intervals, a line for each arm."""
     metric = study.primary
-    rows = [(arm, study.difference(arm, metric)) for arm in study.drawn]
-    scales = [formatting.scale(metric, found) for _, found in rows]
-    percent = all(scales[i] for i, (_, found) in enumerate(rows) if math.isfinite(found.mean) and not found.equal)
-    made, axes = figure(1, 1, width=7.6, height=1.1 + 0.3 * len(rows))
-    axis, y = axes[0, 0], np.arange(len(rows))[::-1]
+    changes = [study.difference(arm, metric) for arm in study.drawn]
+    scales = [formatting.scale(metric, change) for change in changes]
+    unequal = [change for change in changes if math.isfinite(change.mean) and not change.equal]
+    percent = all(formatting.scale(metric, change) for change in unequal)
+    page, axes = figure(1, 1, width=7.6, height=1.1 + 0.3 * len(changes))
+    axis, y = axes[0, 0], np.arange(len(changes))[::-1]
     units = [scale if percent and scale else 1.0 for scale in scales]
-    edge = _edge([found for _, found in rows], units)
-    for at, (_, found), unit in zip(y, rows, units, strict=True):
-        if math.isfinite(found.mean):
-            _draw_row(axis, at, found, unit, edge, _colour(metric, found))
+    edge = _edge(changes, units)
+    for at, change, unit in zip(y, changes, units, strict=True):
+        if math.isfinite(change.mean):
+            _draw_row(axis, at, change, unit, edge, _colour(metric, change))
     control = study.plan.control.name
     names = [
         picture_label(a.name) + ("" if a.against == control else f"\nagainst {picture_label(a.against)}")
-        for a, _ in rows
+        for a in study.drawn
     ]
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(yticks=y, ylim=(-0.7, len(rows) - 0.3), xlim=(-edge, edge))
+    axis.set(yticks=y, ylim=(-0.7, len(changes) - 0.3), xlim=(-edge, edge))
     axis.set_yticklabels(names, fontsize=8)
     low, high = ("worse", "better") if direction(metric) == "higher" else ("better", "worse")
     unit_name = "percent of the other's mean" if percent else "its own unit"
@@ -67,54 +76,54 @@ def draw_forest(study: StudyResults, path: Path) -> None:
     if len(study.plan.study.seeds) > 1:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
-    made.suptitle(title, fontsize=8)
-    atomic.write_atomic(path, figure_png(made, colours=256))
+    page.suptitle(title, fontsize=8)
+    atomic.write_atomic(path, figure_png(page, colours=256))
 
 
-def _edge(found: Sequence[Difference], units: Sequence[float]) -> float:
-    """How far the axis goes: all means and 95% intervals; of the wide ones, those that leave the means visible."""
+def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
+    """The limit of the axis, beyond all means, all 95% intervals, and wide intervals up to 8 times the largest mean."""
 
     def reach(ends: Iterable[tuple[float | None, float]]) -> float:
         return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
 
-    pairs = list(zip(found, units, strict=True))
+    pairs = list(zip(changes, units, strict=True))
     means = reach((f.mean, unit) for f, unit in pairs)
     alone = reach((end, unit) for f, unit in pairs for end in (f.low, f.high))
     wide = reach((end, unit) for f, unit in pairs for end in (f.wide_low, f.wide_high))
     return 1.1 * max(means, alone, min(wide, 8 * means)) or 1.0
 
 
-def _draw_row(axis: Any, at: float, found: Difference, unit: float, edge: float, colour: str) -> None:
-    for low, high, thick in ((found.wide_low, found.wide_high, 1.2), (found.low, found.high, 4.5)):
+def _draw_row(axis: Any, at: float, change: Difference, unit: float, edge: float, colour: str) -> None:
+    for low, high, thick in ((change.wide_low, change.wide_high, 1.2), (change.low, change.high, 4.5)):
         if low is None or high is None:
             continue
         axis.hlines(at, max(low * unit, -edge), min(high * unit, edge), color=colour, linewidth=thick, alpha=0.75)
-    for end, side in ((found.wide_low, -edge), (found.wide_high, edge)):
+    for end, side in ((change.wide_low, -edge), (change.wide_high, edge)):
         if end is not None and abs(end * unit) > edge and (end < 0) == (side < 0):
             axis.plot(0.985 * side, at, "<" if side < 0 else ">", color=colour, markersize=5)
-    axis.plot(found.mean * unit, at, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
+    axis.plot(change.mean * unit, at, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
 
 
-def _colour(metric: str, found: Difference) -> str:
-    if not found.marked:
+def _colour(metric: str, change: Difference) -> str:
+    if not change.marked:
         return UNSEEN
-    return BETTER if metric_of(metric).better(found.mean) else WORSE
+    return BETTER if metric_of(metric).better(change.mean) else WORSE
 
 
 def draw_matrix(study: StudyResults, path: Path) -> None:
-    """What every arm differs by in every ranked metric, in colour where the interval excludes zero."""
+    """Draw every arm's difference in every ranked metric, in colour where the interval excludes zero."""
     metrics, arms = study.ranked, study.drawn
-    made, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
+    page, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
     axis = axes[0, 0]
     axis.grid(visible=False)
     for row, metric in enumerate(metrics):
         for column, arm in enumerate(arms):
-            found = study.difference(arm, metric)
-            ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, found), "#f3f5f6")
+            change = study.difference(arm, metric)
+            ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, change), "#f3f5f6")
             axis.add_patch(_square(column, row, ground))
-            text = formatting.format_difference(metric, found).replace(" %", "")
-            weight = "bold" if found.marked else "normal"
-            ink = "black" if found.marked else "#66737e"
+            text = formatting.format_difference(metric, change).replace(" %", "")
+            weight = "bold" if change.marked else "normal"
+            ink = "black" if change.marked else "#66737e"
             axis.text(column, row, text, ha="center", va="center", fontsize=7, weight=weight, color=ink)
     axis.set(xlim=(-0.5, len(arms) - 0.5), ylim=(len(metrics) - 0.5, -0.5))
     turned = {"rotation": 45, "ha": "left"} if len(arms) > 2 else {}
@@ -126,7 +135,7 @@ def draw_matrix(study: StudyResults, path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    atomic.write_atomic(path, figure_png(made, colours=256))
+    atomic.write_atomic(path, figure_png(page, colours=256))
 
 
 def _square(column: int, row: int, colour: str) -> Any:
@@ -135,11 +144,8 @@ def _square(column: int, row: int, colour: str) -> Any:
     return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="none")
 
 
-# --------------------------------------------------------------------------------------------- cost
-
-
 def draw_pareto(study: StudyResults, path: Path) -> None:
-    """The primary metric against MACs and against time, with intervals."""
+    """Draw the primary metric against MACs and against time, with intervals."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
     panels: list[tuple[str, list[float | None]]] = [
         ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
@@ -150,7 +156,7 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
         )
     elif any(seconds(study, arm.name) is not None for arm in arms):
         panels.append((f"training, seconds ({BESIDE})", [seconds(study, arm.name) for arm in arms]))
-    made, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
+    page, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
     for axis, (name, costs) in zip(axes[0], panels, strict=True):
         known = [x for x in costs if x]
         wide = bool(known) and max(known) > 3 * min(known)
@@ -161,34 +167,34 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
             middle, half = (max(known) + min(known)) / 2, 0.56 * _span(costs)
             axis.set_xlim(middle - half, middle + half)
         for number, (arm, x) in enumerate(zip(arms, costs if wide else _apart(costs), strict=True)):
-            found = study.estimate(arm.name, study.primary)
-            if found is None or x is None or not math.isfinite(found.mean):
+            estimate = study.estimate(arm.name, study.primary)
+            if estimate is None or x is None or not math.isfinite(estimate.mean):
                 continue
             colour = COLOURS[number % len(COLOURS)]
-            if found.low is not None and found.high is not None:
-                axis.vlines(x, found.low, found.high, color=colour, alpha=0.35, linewidth=2)
+            if estimate.low is not None and estimate.high is not None:
+                axis.vlines(x, estimate.low, estimate.high, color=colour, alpha=0.35, linewidth=2)
             control = arm.name == study.plan.control.name
             looks: dict[str, Any] = {"markersize": 10, "markeredgecolor": "black"} if control else {"markersize": 6}
             marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
-            axis.plot(x, found.mean, marker, color=colour, label=picture_label(arm.name), linestyle="none", **looks)
+            axis.plot(x, estimate.mean, marker, color=colour, label=picture_label(arm.name), linestyle="none", **looks)
         axis.set_xlabel(name)
     axes[0, 0].set_ylabel(f"{study.primary}\n({WORDS[direction(study.primary)].split(':')[0]})")
     lines, names = axes[0, 0].get_legend_handles_labels()
     columns = max(1, min(3, 72 * len(panels) // (8 + max(map(len, names), default=0))))  # characters that fit
-    made.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    page.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
-    made.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
-    atomic.write_atomic(path, figure_png(made, colours=256))
+    page.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
+    atomic.write_atomic(path, figure_png(page, colours=256))
 
 
 def _span(costs: Sequence[float | None]) -> float:
-    """What an axis of costs spans: at least a tenth of the largest, so that matched arms do not look far apart."""
+    """The range of an axis of costs: at least a tenth of the largest, so that matched arms do not look far apart."""
     known = [x for x in costs if x is not None]
     return max(max(known) - min(known), 0.1 * max(known)) if known else 1.0
 
 
 def _apart(costs: Sequence[float | None]) -> list[float | None]:
-    """Costs, those that are nearly one moved to the sides so that each can be seen."""
+    """The costs, where nearly equal ones are moved apart so that every point is visible."""
     step = 0.016 * _span(costs)
     moved = list(costs)
     order = sorted((i for i, x in enumerate(costs) if x is not None), key=lambda i: costs[i] or 0.0)
@@ -201,11 +207,8 @@ def _apart(costs: Sequence[float | None]) -> list[float | None]:
     return moved
 
 
-# ------------------------------------------------------------------------------------------- samples
-
-
 def draw_samples(rows: dict[str, Path], path: Path) -> None:
-    """A row for each `drawn.npz` by name: images of the same noise and class stand below each other, real ones on top.
+    """Draw a row for each `drawn.npz` by name, with real images on top; a column has one noise and one class.
 
     Raises:
         UserError: a file does not hold images.

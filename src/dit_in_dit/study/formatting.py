@@ -5,74 +5,80 @@ from __future__ import annotations
 import math
 
 from dit_in_dit.metrics.metric import direction, metric_of
+from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import Difference, Estimate
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many digits that count; a dash for none."""
+    """A number with `digits` significant digits; a dash for None."""
     if value is None:
         return "-"
     return f"{value:.{digits}g}" if math.isfinite(value) else "not finite"
 
 
-def format_estimate(found: Estimate | None) -> str:
-    """Mean and half the width of its interval, with two digits of the smaller (not more than two below the other)."""
-    if found is None:
+def format_estimate(estimate: Estimate | None) -> str:
+    """Mean ± half the width of its interval, to two significant digits of the half width, or of 1% of the mean."""
+    if estimate is None:
         return "-"
-    if found.low is None or found.high is None or found.high == found.low:
-        return number(found.mean)
-    reach = (found.high - found.low) / 2
-    smaller = min(reach, max(abs(found.mean), reach / 100))
+    if estimate.low is None or estimate.high is None or estimate.high == estimate.low:
+        return number(estimate.mean)
+    reach = (estimate.high - estimate.low) / 2
+    smaller = min(reach, max(abs(estimate.mean), reach / 100))
     decimals = max(0, 1 - math.floor(math.log10(smaller)))
-    return f"{found.mean:.{decimals}f} ± {reach:.{decimals}f}"
+    return f"{estimate.mean:.{decimals}f} ± {reach:.{decimals}f}"
 
 
-def scale(metric: str, found: Difference) -> float | None:
-    """What makes percent of a difference; None where it is told as it is: of sizes around zero, and of nothing."""
-    return None if direction(metric) == "zero" else found.scale
+def mean(study: StudyResults, arm: str, metric: str) -> str:
+    """An arm's mean by a metric, as `format_estimate` writes it."""
+    return format_estimate(study.estimate(arm, metric))
+
+
+def scale(metric: str, change: Difference) -> float | None:
+    """The factor from a difference to percent; None for a metric around zero, or where the other arm's mean is 0."""
+    return None if direction(metric) == "zero" else change.scale
 
 
 def signed(percent: float) -> str:
-    """Percent with a sign and one decimal; no sign where nothing is left."""
+    """Percent with a sign and one decimal; zero has no sign."""
     text = f"{percent:+.1f}"
     return text if text.strip("+-0.") else text[1:]
 
 
-def format_difference(metric: str, found: Difference) -> str:
-    """The mean difference with its sign, and its unit."""
-    if found.equal:
+def format_difference(metric: str, change: Difference) -> str:
+    """The mean difference with its sign: in percent, or in the metric's unit where `scale` is None."""
+    if change.equal:
         return "0"
-    if not math.isfinite(found.mean):
+    if not math.isfinite(change.mean):
         return "-"
-    percent = scale(metric, found)
-    return f"{signed(found.mean * percent)} %" if percent else f"{found.mean:+.2g}"
+    percent = scale(metric, change)
+    return f"{signed(change.mean * percent)} %" if percent else f"{change.mean:+.2g}"
 
 
-def interval(metric: str, found: Difference, *, wide: bool) -> str:
-    """An interval of a difference in the unit of `format_difference`: for all comparisons together, or for this one."""
-    low, high = (found.wide_low, found.wide_high) if wide else (found.low, found.high)
+def interval(metric: str, change: Difference, *, wide: bool) -> str:
+    """An interval of a difference in the unit of `format_difference`; `wide`: for all comparisons together."""
+    low, high = (change.wide_low, change.wide_high) if wide else (change.low, change.high)
     if low is None or high is None:
         return ""
-    if percent := scale(metric, found):
+    if percent := scale(metric, change):
         return f"{signed(low * percent)} to {signed(high * percent)} %"
     return f"{low:+.2g} to {high:+.2g}"
 
 
-def verdict(metric: str, found: Difference) -> str:
-    """What may be said about a difference."""
-    if not found.seeds:
+def verdict(metric: str, change: Difference) -> str:
+    """The claim that a difference supports."""
+    if not change.seeds:
         return "no seed in common"
-    if math.isnan(found.mean):
+    if math.isnan(change.mean):
         return "not finite"
-    if found.equal:
+    if change.equal:
         return "equal in every seed"
-    if found.constant:
+    if change.constant:
         return "the same difference in every seed: no interval"
-    if found.low is None:
+    if change.low is None:
         return "one seed: no claim"
-    if not found.marked:
+    if not change.marked:
         return "no difference seen"
-    return "better" if metric_of(metric).better(found.mean) else "worse"
+    return "better" if metric_of(metric).better(change.mean) else "worse"
 
 
 def listing(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Scores in groups, as a report shows them."""
+"""Metrics by group and by direction, as a report shows them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dit_in_dit.metrics.metric import METRICS, TITLES, WORDS, direction, metric_
 
 
 def grouped(metrics: Iterable[str], primary: str) -> dict[str, list[str]]:
-    """Scores by group, in the order of TITLES; the primary one and its group first."""
-    first, place = metric_of(primary).group, list(METRICS)
+    """Metrics by group, in the order of TITLES; the primary metric and its group first."""
+    first, places = metric_of(primary).group, list(METRICS)
 
     def order(score: str) -> tuple[bool, int, list[tuple[int, str]]]:
         name = metric_of(score).name
-        return score != primary, place.index(name) if name in place else len(place), _parts(score)
+        return score != primary, places.index(name) if name in places else len(places), _parts(score)
 
-    found: dict[str, list[str]] = {first: [], **{name: [] for name in TITLES}}
+    groups: dict[str, list[str]] = {first: [], **{name: [] for name in TITLES}}
     for score in sorted(metrics, key=order):
-        found.setdefault(metric_of(score).group, []).append(score)
-    return {name: members for name, members in found.items() if members}
+        groups.setdefault(metric_of(score).group, []).append(score)
+    return {name: members for name, members in groups.items() if members}
 
 
 def _parts(metric: str) -> list[tuple[int, str]]:
@@ -28,8 +28,8 @@ def _parts(metric: str) -> list[tuple[int, str]]:
 
 
 def explain(metrics: Iterable[str]) -> list[str]:
-    """For each direction that occurs, the metrics that have it."""
-    found: dict[str, list[str]] = {word: [] for word in WORDS.values()}
+    """A sentence for each direction that occurs, with its metrics."""
+    members: dict[str, list[str]] = {word: [] for word in WORDS.values()}
     for metric in metrics:
-        found[WORDS[direction(metric)]].append(metric)
-    return [f"{', '.join(members)}: {word}." for word, members in found.items() if members]
+        members[WORDS[direction(metric)]].append(metric)
+    return [f"{', '.join(names)}: {word}." for word, names in members.items() if names]

@@ -1,7 +1,7 @@
-"""A study is data: what varies, what is held equal, how much, how often, and what is measured.
+"""A study as data: what varies, what is held equal, the budget, the seeds and the metrics.
 
-A `StudyConfig` is what a person writes. A `Plan` is what follows from it on a device: every arm as a config of its own,
-of the control's cost, and the trials that its seeds make of it.
+A user writes a `StudyConfig`. On a device it becomes a `Plan`: every arm as a config of matched cost, and a trial for
+each arm and seed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.plugins import missing_plugins
 from dit_in_dit.config.run import RunConfig, assigned
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml
 from dit_in_dit.metrics.metric import own_metrics
+from dit_in_dit.runs.folder import noted_manifest
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
@@ -32,24 +34,24 @@ PLAN_FORM = {"name": str, "study": dict, "arms": [ARM_FORM], "made": dict}
 
 @dataclass(frozen=True)
 class StudyConfig(Section):
-    """A question, and how it is to be answered."""
+    """A question and the design that answers it."""
 
     prefix: ClassVar[str] = "study"
-    question: str = key("", "what the study asks, in words")
+    question: str = key("", "the study's question, in words")
     base: str = key("emoji", "the preset, or the YAML file of a config, that all arms start from")
     set: dict[str, Any] = key(dict, "config keys of all arms, such as {train.batch_size: 64}")
     arms: dict[str, Any] = key(dict, "name: {config keys}, one by one; `against: ARM` in place of the control")
     grid: dict[str, Any] = key(dict, "config key: [values]; every combination is an arm")
     search: dict[str, Any] = key(dict, "config key: [values] or {low, high, step or log}; a sampler chooses")
-    trials: int = key(20, "how many a search tries", low=1, high=100_000)
+    trials: int = key(20, "number of trials of a search", low=1, high=100_000)
     control: str = key("", "the arm that the others are compared with; empty: the first")
-    match: Literal["macs", "time", "params", "none"] = key("macs", "what an arm has as much of as the control")
-    tolerance: float = key(0.02, "largest relative difference in what is matched", low=1e-4, high=1)
+    match: Literal["macs", "time", "params", "none"] = key("macs", "the cost that an arm shares with the control")
+    tolerance: float = key(0.02, "largest relative difference in the matched cost", low=1e-4, high=1)
     budget: dict[str, Any] = key(dict, "one of steps, images, macs, seconds of training; empty: train.steps")
     seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once for each", low=0, high=2**63 - 1)
     metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, inception, dinov2")
-    primary: str = key("held_out.0.2.high", "the metric that the study was made for; a search minimises it")
-    samples: int = key(256, "images drawn of each trial for all metrics but held_out", low=2, high=10**6)
+    primary: str = key("held_out.0.2.high", "the metric that the study is judged by; a search minimises it")
+    samples: int = key(256, "samples of each trial, for all metrics except held_out", low=2, high=10**6)
     prune: bool = key(False, "stop trials whose held-out error is above the median of the others")
     weights: str = key("", "torch-fidelity's Inception weights, for inception")
     dinov2: str = key("", "folder of DINOv2 weights, for dinov2")
@@ -85,7 +87,7 @@ class StudyConfig(Section):
 
 
 def _check_values(name: str, values: Any, what: str) -> None:
-    """UserError when the values of a key of a grid or a search are none."""
+    """UserError when the values of a key of a grid or a search are not valid."""
     if isinstance(values, list) and values:
         return
     if what == "search" and isinstance(values, dict):
@@ -97,9 +99,6 @@ def _check_values(name: str, values: Any, what: str) -> None:
     raise UserError(f"study.{what}.{name} must be a list of values, not an empty one: got {str(values)[:60]}")
 
 
-# ------------------------------------------------------------------------------------------- reading
-
-
 def shipped_studies() -> dict[str, Path]:
     """The studies that come with the package, by name."""
     folder = Path(str(files("dit_in_dit.study") / "shipped"))
@@ -107,11 +106,10 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig:
-    """A shipped study or a YAML file, with `key=value` assignments such as `budget.steps=400` or
-    `set.train.batch_size=16` applied.
+    """Read a shipped study or a YAML file, and apply assignments such as `set.train.batch_size=16`.
 
     Raises:
-        UserError: there is no such study, or it is not one.
+        UserError: there is no such study, or it is invalid.
     """
     path = shipped_studies().get(name, Path(name))
     if name not in shipped_studies() and path.suffix not in (".yaml", ".yml"):
@@ -125,7 +123,7 @@ def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set a key; what follows the first dot is a key of a group. A budget is one thing: it is replaced."""
+    """Set a key, or after the first dot a key within a group. A budget has one key, so it is replaced."""
     group, _, rest = name.partition(".")
     if not rest:
         values[name] = value
@@ -140,20 +138,17 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
         raise UserError(f"unknown key 'study.{name}'{did_you_mean(f'study.{name}', StudyConfig.names())}")
 
 
-# --------------------------------------------------------------------------------------------- arms
-
-
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is tried.
+    """A config that is compared with another.
 
     Attributes:
-        changes: config keys that make it, as the study gives them.
+        changes: config keys of the arm, as the study gives them.
         against: the arm it is matched to and compared with; its own name for the control.
-        config: what is trained, with seed 0.
+        config: the config that is trained, with seed 0.
         matched: keys that matching changed, each with the value before and after.
-        cost: `macs` of a forward pass per image, `params`, and `time`: seconds of a training step where measured.
-        gap: relative difference to `against` in each of these.
+        cost: `macs` of a forward pass per image, `params`, and, where measured, `time`: seconds of a training step.
+        gap: relative difference to `against` in each cost.
     """
 
     name: str
@@ -167,7 +162,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a study, by arm and seed; its folder below the study's."""
+    """One training run of a study: an arm with a seed."""
 
     arm: str
     seed: int
@@ -175,13 +170,17 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """Its name, also that of its folder: lower case, digits and dashes, and a hash where names would meet."""
+        """The trial's name and that of its folder: lower case, digits and dashes."""
         return f"{slug(self.arm)}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study as it runs: `made` says on what it was planned. A search has no arms but the control."""
+    """A study as it runs. A search has no arm but the control.
+
+    Attributes:
+        made: the device, versions and data digests that the plan was made with.
+    """
 
     name: str
     study: StudyConfig
@@ -193,22 +192,18 @@ class Plan:
         """The arm that the others are compared with."""
         return next(arm for arm in self.arms if arm.against == arm.name)
 
-    def arm(self, name: str) -> Arm:
-        """The arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
-
     @property
     def trials(self) -> list[Trial]:
-        """Every arm with every seed, seed by seed: a study that is stopped early has whole rounds."""
+        """Every arm with every seed, seed by seed: a study that is stopped early has complete rounds."""
         return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
 
     def to_json(self) -> str:
-        """Everything, for `from_json`."""
+        """The whole plan, for `from_json`."""
         return self._json(to_dict)
 
     @property
     def identity(self) -> str:
-        """Its name in a storage, the same in every version of the package that reads the plan."""
+        """The study's name in a storage, the same in every version of the package that reads the plan."""
         return f"{self.name}-{hashlib.sha256(self._json(to_hash).encode()).hexdigest()[:12]}"
 
     def _json(self, plain: Callable[[Section], dict[str, Any]]) -> str:
@@ -220,14 +215,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote; UserError when it is none."""
+        """Read what `to_json` wrote; UserError when the text is not a valid plan."""
         whole = parse_json(text, "this plan of a study", "begin the study in another --out")
         if not has_form(whole, PLAN_FORM):
-            raise UserError("this is no plan of a study: it lacks a part, or one of another kind is in its place")
+            raise UserError("this is no plan of a study: it lacks a part, or a part has the wrong type")
         arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
         names = {arm.name for arm in arms}
         if len(names) < len(arms) or {arm.against for arm in arms} - names:
-            raise UserError("this is no plan of a study: an arm's name is given twice, or it is compared with none")
+            raise UserError(
+                "this is no plan of a study: two arms have one name, or an arm is compared with no arm of it"
+            )
         plan = cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
         if not any(arm.against == arm.name for arm in arms):
             raise UserError("this is no plan of a study: it has no control")
@@ -235,7 +232,11 @@ class Plan:
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan in a study's folder; UserError when there is none."""
+    """Read the plan in a study's folder.
+
+    Raises:
+        UserError: there is no plan, it is damaged, or it names a choice of a plug-in that is not loaded.
+    """
     path = out / "plan.json"
     try:
         text = path.read_text()
@@ -244,6 +245,9 @@ def read_plan(out: Path) -> Plan:
     try:
         return Plan.from_json(text)
     except UserError as error:
+        manifests = (noted_manifest(run) for run in sorted(out.glob("runs/*")))
+        if missing := next(filter(None, map(missing_plugins, manifests)), ""):
+            raise UserError(f"{out} was made with a plug-in ({error}): pass {missing}") from None
         raise UserError(f"{path}: {error}") from None
 
 

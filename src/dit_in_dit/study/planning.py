@@ -1,4 +1,4 @@
-"""From a study to the plan in its folder: everything that can be wrong is found before the first trial."""
+"""From a study to the plan in its folder, with every check that is possible before the first trial."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
 
 def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
-    """Match the arms and check all that can be checked before the first trial.
+    """Match the arms, and check everything that can be checked before the first trial.
 
     Raises:
-        UserError: a config, the data, the weights of a metric or a match is not to be had.
+        UserError: the config or data is invalid, metric weights are missing, or an arm cannot be matched.
     """
     networks(study, device)
     arms = match_arms(study, device, study.threads)
-    arms = tuple(replace(arm, config=resolve_precision(arm.config, device)) for arm in arms)  # alike on every worker
+    arms = tuple(replace(arm, config=resolve_precision(arm.config, device)) for arm in arms)  # equal on every worker
     if "held_out" in study.metrics:
         check_same_held_out({arm.name: arm.config for arm in arms})
     digests: dict[str, str] = {}
@@ -50,23 +50,23 @@ def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
             raise UserError("study.metrics: only held_out can be measured of latents")
         _check_primary(study, arm.config)
     made = {
-        "id": uuid.uuid4().hex,  # two studies of one plan are two
+        "id": uuid.uuid4().hex,  # tells two studies of one plan apart in a storage
         "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
         "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "data": digests,  # of the images, by the name of their source
+        "data": digests,  # of the images, by source
     }
     return Plan(name, study, arms, made)
 
 
 def check_data(plan: Plan) -> None:
-    """UserError when images are not those that the study was planned on: arms and seeds would be of different ones.
+    """UserError when the images are not those of the plan: trials would be of different images.
 
-    An earlier version noted no digest; nothing is compared then.
+    Plans of earlier versions without digests are not checked.
     """
     noted = plan.made.get("data")
-    left = dict(noted) if isinstance(noted, dict) else {}
+    digests = dict(noted) if isinstance(noted, dict) else {}
     for config in (arm.config for arm in plan.arms):
-        digest = left.pop(config.data.source, None)
+        digest = digests.pop(config.data.source, None)
         if digest is not None and open_source(config.data, config.model).digest != digest:
             raise UserError(
                 f"{truncate(config.data.source, 60)} is not what the study was planned on (names, labels or sizes of "
@@ -75,7 +75,7 @@ def check_data(plan: Plan) -> None:
 
 
 def _check_primary(study: StudyConfig, config: RunConfig) -> None:
-    """UserError when the primary metric is none of those that will be measured."""
+    """UserError when the primary metric is not among those that will be measured."""
     known = []
     if "held_out" in study.metrics and config.train.evaluate_every:
         known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
@@ -87,23 +87,23 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         known += own_metrics()
     if study.primary in DISTANCE_NAMES.values() and study.samples < ENOUGH:
         raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
-    open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names say how many images there were
+    open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names hold the number of images
     if study.primary not in known and not (open_ended and not study.primary.startswith("held_out")):
         raise UserError(f"study.primary: {study.primary!r} is not measured{did_you_mean(study.primary, known)}")
 
 
 def networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
-    """The feature networks of the study's metrics; UserError where their weights are not there."""
+    """The feature networks of the study's metrics; UserError where their weights are missing."""
     weights = {"inception": study.weights, "dinov2": study.dinov2}
     wanted = [name for name in weights if name in study.metrics]
     return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
 
 
 def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
-    """The plan in `out`; where there is none it is made and written, by one process only.
+    """The plan in `out`; if there is none, the plan from `make`, which only one process writes.
 
     Args:
-        study: what the plan there must be of.
+        study: the study that the plan must be of; None: any.
 
     Raises:
         UserError: `out` holds another study.

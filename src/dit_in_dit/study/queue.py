@@ -1,12 +1,12 @@
-"""The trials of a study in a storage that any number of workers share: each is done once, and none is lost.
+"""A queue of a study's trials for any number of workers: each trial is done once, and none is lost.
 
-Optuna keeps the trials: in a journal file for the workers of one machine, or in a database for those of many. A worker
-asks for a trial, and while it has one it raises a counter in the storage, its *beat*. A trial whose beat stands still
-for the length of a lease, by the clock of whoever looks on, has lost its worker: it is marked as failed, which only one
-of those who look on can do, and put up again, to be continued from its last checkpoint.
+Optuna stores the trials: in a journal file for the workers of one machine, or in a database for those of many. While a
+worker has a trial, it increments a counter in the storage, the trial's *beat*. If the beat does not change for the
+length of a lease, by an observer's own clock, the trial has lost its worker. One observer marks the trial as failed and
+enqueues it again; the next worker resumes it from its last checkpoint.
 
-Two workers may put up the same trial at once. Of all trials of one key the first that is not lost counts; whoever gets
-another throws it away.
+Two workers may enqueue the same trial at once. Among the tries of one key, the first that was not lost counts; a worker
+that gets another one discards it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.study.plan import Plan
+from dit_in_dit.study.sampler import suggest_changes
 from dit_in_dit.study.storage import AwayError, open_storage
 
 if TYPE_CHECKING:
@@ -29,22 +30,23 @@ if TYPE_CHECKING:
 
 LEASE = 60.0  # seconds
 BEATS = 4  # in a lease
-MOST_LOSSES = 5  # workers that a trial may take with it before it has saved anything further
+MOST_LOSSES = 5  # workers that a trial may lose since its last checkpoint
 OUTCOME = "outcome"  # of a try that Optuna calls failed: failed, surplus or given back; none: its worker was lost
 
 
 class LeaseLostError(Exception):
-    """The trial is not this worker's any more."""
+    """The trial belongs to another worker now."""
 
 
 @dataclass
 class Lease:
-    """A trial that this worker has.
+    """A trial that this worker holds.
 
     Attributes:
         key: the trial's name, the same for every try.
-        losses: workers that it was lost by since it last saved something.
-        step, saved: how far it is, and its last checkpoint, for others to see.
+        losses: workers that the trial lost since its last checkpoint.
+        step, saved: its training step and the step of its last checkpoint, for other processes to read.
+        lost: set when another worker took the trial.
     """
 
     key: str
@@ -55,23 +57,23 @@ class Lease:
     lost: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        """LostError when the trial was given to somebody else, because this worker's beat stood still."""
+        """LeaseLostError when the trial went to another worker because its beat stopped."""
         if self.lost.is_set():
             raise LeaseLostError(self.key)
 
 
 class Queue:
-    """A study's trials, for one worker or for looking on.
+    """A study's trials, for one worker or for an observer.
 
     Args:
-        url: SQLAlchemy's, of a database (postgresql+psycopg://...); None: the journal file in `out`.
-        lease: seconds after which a trial whose worker gives no sign is given to another, and for which a storage that
-            is away is waited for.
-        say: gets a line when it is, and when it is back.
+        url: SQLAlchemy URL of a database (postgresql+psycopg://...); None: the journal file in `out`.
+        lease: seconds without a beat after which a trial goes to another worker; also how long calls wait for a storage
+            that does not answer.
+        say: called with a line when the storage stops answering, and when it answers again.
 
     Raises:
         UserError: the storage cannot be opened.
-        AwayError: later, from any method, the storage has been away for a lease.
+        AwayError: later, from any method: the storage has not answered for a lease.
     """
 
     def __init__(
@@ -95,127 +97,107 @@ class Queue:
             direction="minimize",
             load_if_exists=True,
         )
-        self._seen: dict[int, tuple[Any, float]] = {}  # trial -> its beat, and since when it stands still
-        self._outages = 0  # of the storage, when that was noted
-        self._mine: Lease | None = None
-
-    # ------------------------------------------------------------------------------------- looking on
+        self._seen: dict[int, tuple[Any, float]] = {}  # trial number -> its beat, and the time of its last change
+        self._outages = 0  # of the storage, when `_seen` was written
+        self._own: Lease | None = None
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
-        """All tries, in the order in which they were put up."""
+        """All tries, in the order in which they were enqueued."""
         return self.study.get_trials(deepcopy=False)
 
     def _live(self, trial: optuna.trial.FrozenTrial) -> bool:
-        """Whether nobody need take it up: it waits, runs or is finished, and was neither lost nor thrown away."""
+        """Whether the try counts: it waits, runs or has ended, and was neither lost nor discarded."""
         return trial.state != self.states.FAIL or trial.user_attrs.get(OUTCOME) == "failed"
 
     def keys(self) -> dict[str, optuna.trial.FrozenTrial]:
-        """By key the first live try."""
-        found: dict[str, optuna.trial.FrozenTrial] = {}
+        """The first live try of each key."""
+        first: dict[str, optuna.trial.FrozenTrial] = {}
         for trial in self.trials():
             if self._live(trial) and (key := trial.user_attrs.get("key")):
-                found.setdefault(key, trial)
-        return found
+                first.setdefault(key, trial)
+        return first
 
     @property
     def total(self) -> int:
-        """How many trials the study has."""
+        """The number of trials in the study."""
         return self.plan.study.trials if self.plan.study.search else len(self.plan.trials)
 
     def counts(self) -> Counter[str]:
-        """How many trials are done, failed, pruned, running and waiting."""
+        """The numbers of trials that are done, failed, pruned, running and waiting."""
         names = {"COMPLETE": "done", "FAIL": "failed", "PRUNED": "pruned", "RUNNING": "running"}
-        found = Counter(names.get(trial.state.name, "waiting") for trial in self.keys().values())
-        found["waiting"] = self.total - sum(found[name] for name in names.values())
-        return found
+        counts = Counter(names.get(trial.state.name, "waiting") for trial in self.keys().values())
+        counts["waiting"] = self.total - sum(counts[name] for name in names.values())
+        return counts
 
     def steps(self) -> int:
-        """Training steps of the trials that run now."""
+        """The sum of the training steps of all running trials."""
         beats = (t.user_attrs.get("beat") for t in self.keys().values() if t.state == self.states.RUNNING)
         return sum(beat[1] for beat in beats if beat)
 
     def finished(self) -> bool:
-        """Whether no trial is left."""
+        """Whether every trial has ended."""
         counts = self.counts()
         return counts["done"] + counts["failed"] + counts["pruned"] >= self.total
 
-    # ---------------------------------------------------------------------------------------- claiming
-
     def claim(self) -> Lease | None:
-        """A trial to work on; None when all are done or in other hands."""
+        """Take a trial to work on; None when every trial has ended or belongs to another worker."""
         while True:
             self._give_up_lost()
-            self._put_up()
+            self._enqueue()
             left = sum(trial.state == self.states.WAITING for trial in self.trials())
             if not left and not (self.plan.study.search and len(self._searched()) < self.total):
                 return None
             trial = self.study.ask()
-            self._suggest(trial)
+            if self.plan.study.search:
+                suggest_changes(self.plan.study, self.study, trial)
+                if "key" not in trial.user_attrs:
+                    trial.set_user_attr("key", f"t{trial.number:04d}")
             key = trial.user_attrs.get("key")
             if key is not None and self._is_first(key, trial.number):
-                self._mine = Lease(key, trial, losses=self._losses(key))
-                return self._mine
+                self._own = Lease(key, trial, losses=self._losses(key))
+                return self._own
             trial.set_user_attr(OUTCOME, "surplus")
             self.study.tell(trial, state=self.states.FAIL)
 
-    def _suggest(self, trial: optuna.Trial) -> None:
-        """Of a search: let the sampler choose, or what was chosen before, and name a new trial.
-
-        The sampler is seeded by the trial's number: one that lives on would choose alike in every worker, and again
-        what it chose before whenever the study goes on.
-        """
-        from optuna.samplers import TPESampler
-
-        self.study.sampler = TPESampler(seed=(self.plan.study.seeds[0] + trial.number) % 2**32, constant_liar=True)
-        for name, values in self.plan.study.search.items():
-            if isinstance(values, list):
-                trial.suggest_categorical(name, values)
-            elif all(isinstance(values[end], int) for end in ("low", "high")):
-                trial.suggest_int(name, values["low"], values["high"], **_spacing(values))
-            else:
-                trial.suggest_float(name, values["low"], values["high"], **_spacing(values))
-        if self.plan.study.search and "key" not in trial.user_attrs:
-            trial.set_user_attr("key", f"t{trial.number:04d}")
-
     def _is_first(self, key: str, number: int) -> bool:
-        """Whether this try of a key counts, and the key is one of the study's."""
+        """Whether this try is the one of its key that counts, and the key is within the study's number of trials."""
         if self.plan.study.search and key not in self._searched()[: self.total]:
             return False
         return self.keys()[key].number == number
 
     def _searched(self) -> list[str]:
-        """Keys that a search has chosen for, in order."""
-        kept = (trial.user_attrs for trial in self.trials() if trial.user_attrs.get(OUTCOME) != "surplus")
-        return sorted({attributes["key"] for attributes in kept if "key" in attributes})
+        """The keys of a search so far, in order."""
+        attributes = [trial.user_attrs for trial in self.trials() if trial.user_attrs.get(OUTCOME) != "surplus"]
+        return sorted({each["key"] for each in attributes if "key" in each})
 
-    def _put_up(self) -> None:
-        """Put up what nobody has: all trials at the start, later those that were lost."""
-        there = self.keys()
+    def _enqueue(self) -> None:
+        """Enqueue the trials without a live try: all of them at the start, later those that were lost."""
+        live = self.keys()
         if not self.plan.study.search:
             for trial in self.plan.trials:
-                if trial.key not in there:
+                if trial.key not in live:
                     self.study.enqueue_trial({"arm": trial.arm, "seed": trial.seed}, user_attrs={"key": trial.key})
             return
         for lost in self.trials():
             key = lost.user_attrs.get("key")
-            if key and key not in there and lost.user_attrs.get(OUTCOME) != "surplus":
+            if key and key not in live and lost.user_attrs.get(OUTCOME) != "surplus":
                 self.study.enqueue_trial(lost.params, user_attrs={"key": key})
-                there[key] = lost
+                live[key] = lost
 
     def _losses(self, key: str) -> int:
-        """Workers lost since the trial last saved something."""
+        """The number of workers that the trial lost since its last checkpoint."""
         tries = [t for t in self.trials() if t.user_attrs.get("key") == key and not self._live(t)]
         saved = [t.user_attrs["beat"][2] for t in tries if "beat" in t.user_attrs and OUTCOME not in t.user_attrs]
         return saved.count(max(saved)) if saved else 0
 
     def _give_up_lost(self) -> None:
-        """Mark trials whose beat has stood still for a lease as failed, as the first of those who look on."""
+        """Mark trials whose beat has not changed for a lease as failed, unless another observer already did."""
         trials, now = self.trials(), time.monotonic()
-        if self._outages != self.storage.outages:  # no beat could be heard meanwhile
+        if self._outages != self.storage.outages:  # during an outage no beat arrives
             self._outages = self.storage.outages
             self._seen.clear()
         for trial in trials:
-            if trial.state != self.states.RUNNING or (self._mine and self._mine.trial.number == trial.number):
+            if trial.state != self.states.RUNNING or (self._own and self._own.trial.number == trial.number):
                 self._seen.pop(trial.number, None)
                 continue
             beat = trial.user_attrs.get("beat")
@@ -224,84 +206,75 @@ class Queue:
             if beat == before and now - since > self.lease:
                 self._end(trial.number, self.states.FAIL)
 
-    # ------------------------------------------------------------------------------------------ holding
-
     @contextmanager
-    def keep(self, claim: Lease) -> Iterator[None]:
-        """Give signs of life while the trial is worked on, and look after the others' meanwhile.
+    def keep(self, lease: Lease) -> Iterator[None]:
+        """While open, renew the trial's beat in a thread, and give up trials of lost workers.
 
-        A trial that was not told when this is left is given back, for the next who asks.
+        A trial that has not ended on exit is given back for the next worker.
         """
         done = threading.Event()
-        thread = threading.Thread(target=self._beats, args=(claim, done), daemon=True)
+        thread = threading.Thread(target=self._beats, args=(lease, done), daemon=True)
         thread.start()
         try:
             yield
         finally:
             done.set()
             thread.join()
-            self._mine = None
-            self._give_back(claim)
+            self._own = None
+            self._give_back(lease)
 
-    def _beats(self, claim: Lease, done: threading.Event) -> None:
-        number, heard = 0, time.monotonic()
-        while not claim.lost.is_set():
+    def _beats(self, lease: Lease, done: threading.Event) -> None:
+        number, answered = 0, time.monotonic()
+        while not lease.lost.is_set():
             try:
-                with self.storage.at_once():  # a thread that waits could not be ended
-                    claim.trial.set_user_attr("beat", [number, claim.step, claim.saved])
+                with self.storage.at_once():  # a waiting thread could not be stopped
+                    lease.trial.set_user_attr("beat", [number, lease.step, lease.saved])
                     self._give_up_lost()
-                number, heard = number + 1, time.monotonic()
+                number, answered = number + 1, time.monotonic()
             except self.errors:
-                claim.lost.set()
-            except Exception:  # a database that is away for a while
-                if time.monotonic() - heard > self.lease:
-                    claim.lost.set()
+                lease.lost.set()
+            except Exception:  # the database does not answer
+                if time.monotonic() - answered > self.lease:
+                    lease.lost.set()
             if done.wait(self.lease / BEATS):
                 return
 
-    def _give_back(self, claim: Lease) -> None:
-        try:
-            with self.storage.at_once():
-                claim.trial.set_user_attr(OUTCOME, "given back")
-                self._end(claim.trial.number, self.states.FAIL)
-        except (*self.errors, AwayError):  # it has ended; or a lease will end it
-            return
+    def _give_back(self, lease: Lease) -> None:
+        with suppress(*self.errors, AwayError), self.storage.at_once():  # the trial has ended, or its lease will expire
+            lease.trial.set_user_attr(OUTCOME, "given back")
+            self._end(lease.trial.number, self.states.FAIL)
 
     def _end(self, number: int, state: Any, value: float | None = None) -> bool:
-        """Tell how a trial ended; False when it had ended otherwise."""
+        """Record how a trial ended; False when it had ended otherwise before."""
         try:
             self.study.tell(number, value, state)
         except self.errors:
-            ended = self.trials()[number]  # so, where the answer to the first call was lost with the connection
+            ended = self.trials()[number]  # the same end is recorded if the connection broke after a first call
             return ended.state == state and (state != self.states.FAIL or ended.user_attrs.get(OUTCOME) == "failed")
         return True
 
-    def report(self, claim: Lease, value: float, step: int) -> bool:
-        """Tell an error on the way; whether the trial should stop there. One that is not finite is not compared: its
-        run goes on, or ends as a diverged one."""
+    def report(self, lease: Lease, value: float, step: int) -> bool:
+        """Record an error during training; whether the pruner stops the trial. An error that is not finite is not
+        compared: the run continues, or ends as diverged."""
         if not math.isfinite(value):
             return False
         try:
-            claim.trial.report(value, step)
+            lease.trial.report(value, step)
         except self.errors:
-            raise LeaseLostError(claim.key) from None
-        return self.plan.study.prune and claim.trial.should_prune()
+            raise LeaseLostError(lease.key) from None
+        return self.plan.study.prune and lease.trial.should_prune()
 
-    def done(self, claim: Lease, state: str, value: float | None) -> None:
-        """Tell the result: done with the primary metric's value, pruned or failed.
+    def done(self, lease: Lease, state: str, value: float | None) -> None:
+        """Record the result: done with the primary metric's value, pruned or failed.
 
         Raises:
-            LostError: the trial was given to somebody else before.
+            LeaseLostError: another worker took the trial before.
         """
-        try:
-            if state == "failed":
-                claim.trial.set_user_attr(OUTCOME, "failed")
-        except self.errors:
-            raise LeaseLostError(claim.key) from None
+        if state == "failed":
+            try:
+                lease.trial.set_user_attr(OUTCOME, "failed")
+            except self.errors:
+                raise LeaseLostError(lease.key) from None
         ends = {"done": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
-        if not self._end(claim.trial.number, ends[state], value if state == "done" else None):
-            raise LeaseLostError(claim.key)
-
-
-def _spacing(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in ("step", "log") if name in values}
+        if not self._end(lease.trial.number, ends[state], value if state == "done" else None):
+            raise LeaseLostError(lease.key)

@@ -1,4 +1,4 @@
-"""Held-out error of each arm relative to what it is compared with, while both train."""
+"""Held-out error of each arm relative to the arm it is compared with, over training."""
 
 from __future__ import annotations
 
@@ -9,34 +9,38 @@ import numpy as np
 
 from dit_in_dit.curves.convergence import ERROR_BANDS
 from dit_in_dit.curves.logs import Curve, Floats
-from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
+from dit_in_dit.reporting.plots import COLOURS, figure_png
 from dit_in_dit.runs import atomic
-from dit_in_dit.study.figures import picture_label
+from dit_in_dit.study.figures import panel_grid, picture_label
 from dit_in_dit.study.results import StudyResults
 
 COLUMNS = 4
 
 
 def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats, Floats]:
-    """Training MACs (V,) of a run at its evaluations and its error in percent above the other run's at equal MACs.
+    """Training MACs (V,) of a run's evaluations, and its errors in percent above the other run's at equal MACs.
 
-    The other's is interpolated between its evaluations, in logarithms of both; where it has none, there is nothing.
+    The other run's error is interpolated log-log between its evaluations. Evaluations outside their range are left out.
     """
     macs, error = curve.macs(curve.evaluated), curve.held_out.get(at, np.empty(0))
-    theirs, base = other.macs(other.evaluated), other.held_out.get(at, np.empty(0))
-    if not len(error) or not len(base):
+    other_macs, other_error = other.macs(other.evaluated), other.held_out.get(at, np.empty(0))
+    if not len(error) or not len(other_error):
         return np.empty(0), np.empty(0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        between = np.interp(np.log(macs), np.log(theirs), np.log(base), left=np.nan, right=np.nan)
+        between = np.interp(np.log(macs), np.log(other_macs), np.log(other_error), left=np.nan, right=np.nan)
         change = 100 * (error / np.exp(between) - 1)
     known = np.isfinite(change)
     return macs[known], change[known]
 
 
 def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
-    """A panel for each arm: its error above or below the other's, a line for each seed. What error it is: that of
-    the primary metric, if it is one of held-out images; None, and no picture, where no such error was logged."""
-    at = _which(study)
+    """Draw a panel for each arm, a line for each seed, of its error relative to the arm it is compared with.
+
+    Returns:
+        time and frequencies of the error: the primary metric's if it is a held-out error. None, and no picture, where
+        no held-out error was logged.
+    """
+    at = _time_and_band(study)
     panels = []
     for arm in study.drawn:
         seeds = [
@@ -49,11 +53,9 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
     if not at or not panels:
         return None
     columns = min(COLUMNS, len(panels))
-    made, axes = figure(-(-len(panels) // columns), columns, width=2.7 if columns > 1 else 5.0, height=1.9)
+    page, axes = panel_grid(len(panels), columns, width=2.7 if columns > 1 else 5.0, height=1.9)
     most = max(float(np.abs(change).max()) for _, lines in panels for _, change in lines)
-    for axis in axes.ravel()[len(panels) :]:
-        axis.set_visible(False)
-    for number, (axis, (arm, lines)) in enumerate(zip(axes.ravel(), panels, strict=False)):
+    for number, (axis, (arm, lines)) in enumerate(zip(axes, panels, strict=True)):
         for macs, change in lines:
             axis.plot(macs / 1e12, change, color=COLOURS[0], linewidth=1, alpha=0.8, marker=".", markersize=3)
         axis.axhline(0, color="black", linewidth=0.8)
@@ -65,13 +67,13 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
             axis.set_ylabel("error, % above", fontsize=8)
         if number >= len(panels) - columns:
             axis.set_xlabel("training TMACs", fontsize=8)
-    made.suptitle(f"t = {at[0]:g}, {ERROR_BANDS[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
-    atomic.write_atomic(path, figure_png(made, colours=256))
+    page.suptitle(f"t = {at[0]:g}, {ERROR_BANDS[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
+    atomic.write_atomic(path, figure_png(page, colours=256))
     return at
 
 
-def _which(study: StudyResults) -> tuple[float, str] | None:
-    """The time and frequencies of the primary metric, or else of the first that was logged."""
+def _time_and_band(study: StudyResults) -> tuple[float, str] | None:
+    """The time and frequencies of the primary metric, or of the first held-out error that was logged."""
     logged = [at for log in study.logs.values() for at in log.held_out]
     named = [at for at in logged if study.primary == f"held_out.{at[0]:g}.{at[1]}"]
     return next(iter([*named, *logged]), None)

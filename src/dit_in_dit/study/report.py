@@ -22,7 +22,7 @@ from dit_in_dit.reporting.document import (
 )
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
-from dit_in_dit.study import figures, relative_error, search, tables
+from dit_in_dit.study import exports, figures, relative_error, search, tables
 from dit_in_dit.study.metrics import explain
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
@@ -47,16 +47,16 @@ CURVES = {
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What was found, in sentences, and the files that say so, each with what it is."""
+    """The summary in sentences, and the files of the report, each with a description."""
 
     summary: list[str]
     files: list[tuple[Path, str]]
 
 
 def report(out: Path) -> StudyReport:
-    """Write the report of a study's folder, finished or not, into it: the same folder gives the same bytes.
+    """Write the report of a study, finished or not, into its folder; the same folder gives the same bytes.
 
-    Nothing is deleted: figures of an earlier report that this one does not have stay, and it does not name them.
+    Nothing is deleted: figures of an earlier report stay, also where this report has none of that name.
 
     Raises:
         UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
@@ -73,8 +73,8 @@ def report(out: Path) -> StudyReport:
         study = read_study(out)
         summary = [*summarise_study(study), *tables.not_finite_metrics(study)]
         chapters = _chapters(study, out)
-        heads, rows, caption = tables.paper_table(study)
-        numbers, curve_numbers = tables.results_csv(study), tables.held_out_curves(study)
+        heads, rows, caption = exports.paper_table(study)
+        numbers, curve_numbers = exports.results_csv(study), exports.held_out_curves(study)
     pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),
@@ -98,7 +98,7 @@ def report(out: Path) -> StudyReport:
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
-    found = [
+    chapters = [
         Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
@@ -108,7 +108,7 @@ def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
         Chapter("Samples", _samples(study, out)),
         Chapter("Trials without numbers", [tables.missing_trials(study)] if any(study.missing()) else []),
     ]
-    return [chapter for chapter in found if chapter.blocks]
+    return [chapter for chapter in chapters if chapter.blocks]
 
 
 def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -141,13 +141,13 @@ def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
     groups = [[replace(arm, name=figures.picture_label(arm.name)) for arm in group] for group in _groups(study)]
+    names = [f"curves-{number}" for number in range(1, len(groups) + 1)] if len(groups) > 1 else ["curves"]
+    folders = [out / "figures" / name for name in names[: len(groups)]]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
     try:
-        drawn = []
-        for number, group in enumerate(groups, 1):
-            folder = out / "figures" / (f"curves-{number}" if len(groups) > 1 else "curves")
-            folder.mkdir(exist_ok=True)
-            drawn += plots.draw_curves(group, folder)
-    except UserError as error:  # their held-out errors are of different images or noise
+        drawn = [path for pair in zip(groups, folders, strict=True) for path in plots.draw_curves(*pair)]
+    except UserError as error:  # held-out errors of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
     first: list[DocumentPart] = []
     against = out / "figures" / "relative.png"
@@ -159,33 +159,33 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 
 def _groups(study: StudyResults) -> list[list[RunGroup]]:
-    """Arms that share a picture of curves: at most as many as there are colours, each beside what it is compared
-    with, and the control."""
+    """Arms that share a picture of curves: at most one for each colour, each with the arm it is compared with, and the
+    control."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
     control = study.plan.control.name
     groups: list[dict[str, None]] = [{control: None}]
     for arm in study.drawn:
-        wanted = {**groups[-1], arm.against: None, arm.name: None}
-        if len(wanted) > len(COLOURS):
+        pair: dict[str, None] = {arm.against: None, arm.name: None}
+        if len(groups[-1] | pair) > len(COLOURS):
             groups.append({control: None})
-        groups[-1] |= {arm.against: None, arm.name: None}
-    found = [[known[name] for name in group if name in known] for group in groups]
-    return [group for group in found if group]
+        groups[-1] |= pair
+    logged = [[known[name] for name in group if name in known] for group in groups]
+    return [group for group in logged if group]
 
 
 def _convergence(study: StudyResults) -> list[DocumentPart]:
     if not study.logs:
         return []
     try:
-        found: list[DocumentPart] = [*tables.convergence(study)]
+        compared: list[DocumentPart] = [*tables.convergence(study)]
     except UserError as error:
-        found = [Text(f"Convergence is not compared: {error}.")]
-    return [*found, tables.stable(study)]
+        compared = [Text(f"Convergence is not compared: {error}.")]
+    return [*compared, tables.stable(study)]
 
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
     rows = {}
-    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed that has them
+    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed with samples
         if arm not in rows and (folder / "drawn.npz").exists():
             rows[arm] = folder / "drawn.npz"
     if not rows:

@@ -1,4 +1,4 @@
-"""The result of a trial, as its folder keeps it."""
+"""The result of a trial, and its file `result.json`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dit_in_dit.config.strict_json import has_form, parse_json
 STATES = ("done", "failed", "pruned")
 NOT_FINITE = ("nan", "inf", "-inf")
 FORM = {"arm": str, "seed": int, "state": str, "step": int, "metrics": dict, "floors": dict, "protocol": dict}
-WAY = "remove it, and the trial is done again"
+WAY_OUT = "remove it, and the trial is done again"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a trial, as its folder's `result.json` holds it.
+    """How a trial ended, and its metrics.
 
     Attributes:
         state: done, failed (`reason` says why) or pruned.
-        metrics: number by name, such as `held_out.0.2.high` or `swd.32`; at the last step.
-        floors: what real images score against real ones, for those metrics that have it.
-        protocol: of the evaluation, as `metrics.json` has it; empty where only held-out errors were asked for.
+        metrics: at the last step, by name, such as `held_out.0.2.high` or `swd.32`.
+        floors: the score of real images against real images, for the metrics that have one.
+        protocol: of the evaluation, as in `metrics.json`; empty where the study measures held-out errors only.
     """
 
     arm: str
@@ -38,42 +38,44 @@ class Result:
     reason: str = ""
 
     def to_json(self) -> str:
-        """For `from_json`; a metric that is not finite is its name, as in a run's log."""
+        """The result as JSON; a metric that is not finite is a string such as "nan", as in a run's log."""
         numbers = {"metrics": _written(self.metrics), "floors": _written(self.floors)}
         return json.dumps({**asdict(self), **numbers}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        """What `to_json` wrote; UserError when it is something else."""
-        whole = parse_json(text, "this result of a trial", WAY)
-        good = has_form(whole, FORM) and whole["state"] in STATES and isinstance(whole.get("reason", ""), str)
-        if not good or whole.keys() - {f.name for f in fields(cls)}:
-            raise UserError(f"this is no result of a trial: it lacks a part, or holds one of another kind; {WAY}")
+        """Read what `to_json` wrote; UserError when the text is not a valid result."""
+        whole = parse_json(text, "this result of a trial", WAY_OUT)
+        valid = has_form(whole, FORM) and whole["state"] in STATES and isinstance(whole.get("reason", ""), str)
+        if not valid or whole.keys() - {f.name for f in fields(cls)}:
+            raise UserError(f"this is no result of a trial: it lacks a part, or a part has the wrong type; {WAY_OUT}")
         return cls(**{**whole, "metrics": _numbers(whole["metrics"]), "floors": _numbers(whole["floors"])})
 
 
 def _written(numbers: dict[str, float]) -> dict[str, float | str]:
-    """Numbers as JSON knows them; those that are not finite by their names, as in a run's log."""
+    """Numbers for JSON; those that are not finite as strings, as in a run's log."""
     return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """What `_written` was given; UserError where one is no number."""
+    """The inverse of `_written`; UserError where a value is not a number."""
     if not all(has_form(value, (int, float)) or value in NOT_FINITE for value in values.values()):
-        raise UserError(f"this is no result of a trial: one of its metrics is no number; {WAY}")
+        raise UserError(f"this is no result of a trial: one of its metrics is no number; {WAY_OUT}")
     return {name: float(value) for name, value in values.items()}
 
 
 def read_result(folder: Path) -> Result | None:
-    """The result in a trial's folder; None where it has not ended. UserError when its file is damaged."""
+    """The result in a trial's folder; None until the trial ends. UserError when the file is damaged."""
     path = folder / "result.json"
     if not path.exists():
         return None
     try:
-        return Result.from_json(path.read_text())
+        text = path.read_text()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; {WAY}") from None
+        raise UserError(f"{path} is not UTF-8 text; {WAY_OUT}") from None
+    try:
+        return Result.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

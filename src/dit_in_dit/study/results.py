@@ -1,4 +1,4 @@
-"""A study's folder as numbers: what was planned, what became of each trial, and how arms compare."""
+"""A study's folder as numbers: the plan, the result of each trial, and the differences between arms."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from dit_in_dit.study.plan import Arm, Plan, read_plan
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.study.statistics import Difference, Estimate, mean_interval, paired_difference
 
-MOST_DRAWN = 60  # compared arms in a picture
+MOST_DRAWN = 60  # arms in a picture
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study of named arms, as far as it got.
+    """The results of a study of named arms, finished or not.
 
     Attributes:
-        results: of trials that ended, by arm and seed, in the order of the plan.
-        folders: of all planned trials.
-        logs: of trials that logged a step, by arm and seed.
+        results: of the trials that ended, by arm and seed, in the order of the plan.
+        folders: of all planned trials, by arm and seed.
+        logs: of the trials that logged a step, by arm and seed.
     """
 
     plan: Plan
@@ -43,7 +43,7 @@ class StudyResults:
 
     @property
     def primary(self) -> str:
-        """The metric that the study was made for."""
+        """The name of the study's primary metric."""
         return self.plan.study.primary
 
     @property
@@ -53,18 +53,18 @@ class StudyResults:
 
     @property
     def drawn(self) -> list[Arm]:
-        """The compared arms that pictures show: all of them, but for a very large grid."""
+        """The compared arms that pictures show: all, except in a very large grid."""
         return self.compared[:MOST_DRAWN]
 
     @property
     def shown(self) -> list[Arm]:
-        """The arms of `drawn` and those that are compared with none."""
+        """The arms of `drawn` and the controls."""
         names = {arm.name for arm in self.drawn}
         return [arm for arm in self.plan.arms if arm.name in names or arm.against == arm.name]
 
     @cached_property
     def done(self) -> dict[tuple[str, int], Result]:
-        """The trials whose numbers count."""
+        """The results of the trials that are done."""
         return {key: result for key, result in self.results.items() if result.state == "done"}
 
     @cached_property
@@ -79,8 +79,11 @@ class StudyResults:
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """A metric of an arm by seed, of the trials that are done."""
-        found = {seed: result.metrics for (name, seed), result in self.done.items() if name == arm}
-        return {seed: float(metrics[metric]) for seed, metrics in found.items() if metric in metrics}
+        return {
+            seed: float(result.metrics[metric])
+            for (name, seed), result in self.done.items()
+            if name == arm and metric in result.metrics
+        }
 
     def estimate(self, arm: str, metric: str) -> Estimate | None:
         """Mean and interval over the seeds that are done."""
@@ -88,17 +91,17 @@ class StudyResults:
         return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: Arm, metric: str) -> Difference:
-        """An arm less what it is compared with, for as many comparisons as the study has planned."""
-        mine, theirs = (
+        """The arm minus the arm it is compared with, corrected for all comparisons that the study planned."""
+        own, other = (
             {seed: metric_of(metric).ranked(value) for seed, value in self.values(name, metric).items()}
             for name in (arm.name, arm.against)
         )
-        return paired_difference(mine, theirs, max(1, len(self.compared)))
+        return paired_difference(own, other, max(1, len(self.compared)))
 
     def floor(self, metric: str) -> float | None:
-        """What real images score against real ones."""
-        found = [r.floors[metric] for r in self.done.values() if r.floors.get(metric) is not None]
-        return sum(found) / len(found) if found else None
+        """The score of real images against real images, mean over trials; None where no trial has it."""
+        floors = [r.floors[metric] for r in self.done.values() if r.floors.get(metric) is not None]
+        return sum(floors) / len(floors) if floors else None
 
     def missing(self) -> Iterator[tuple[str, int, str, str]]:
         """Arm, seed, state and reason of every trial without numbers."""
@@ -111,22 +114,27 @@ class StudyResults:
                 yield *key, result.state, result.reason or f"at step {result.step}"
 
     def arms_of_curves(self) -> list[RunGroup]:
-        """The arms for curves, two of one config stay two: trials that are done, or all that logged where none is.
+        """The curves of each arm: of its trials that are done, or, if none is, of all that logged a step.
 
-        A trial that failed or is under way would end the arm's curve where it stands.
+        A trial that failed or is under way would cut the arm's curve short. Arms of equal configs stay apart.
         """
-        found = []
+        groups = []
         for arm in self.plan.arms:
             own = {key: log for key, log in self.logs.items() if key[0] == arm.name}
-            if chosen := [log for key, log in own.items() if key in self.done] or list(own.values()):
-                found.append(RunGroup(arm.name, {}, tuple(chosen)))
-        return found
+            if curves := [log for key, log in own.items() if key in self.done] or list(own.values()):
+                groups.append(RunGroup(arm.name, {}, tuple(curves)))
+        return groups
 
 
 @dataclass(frozen=True)
 class SearchTrial:
-    """One trial of a search: its number, what it changed, its config (None: it never had one, as where no match was
-    found), and what became of it (None: not yet)."""
+    """One trial of a search.
+
+    Attributes:
+        changes: config keys that the sampler chose, with their values.
+        config: None where there is none, as when no match exists.
+        result: None until the trial ends.
+    """
 
     number: int
     changes: dict[str, Any]
@@ -137,24 +145,24 @@ class SearchTrial:
 
 @dataclass(frozen=True)
 class SearchResults:
-    """A search as far as it got, its trials by number."""
+    """The results of a search, finished or not; its trials by number."""
 
     plan: Plan
     trials: list[SearchTrial]
 
-    def value(self, tried: SearchTrial) -> float:
-        """The primary metric as it is compared; NaN where there is none."""
-        if tried.result is None or tried.result.state != "done":
+    def value(self, trial: SearchTrial) -> float:
+        """The primary metric as it is ranked; NaN where there is none."""
+        if trial.result is None or trial.result.state != "done":
             return math.nan
-        value = tried.result.metrics.get(self.plan.study.primary)
+        value = trial.result.metrics.get(self.plan.study.primary)
         return math.nan if value is None else metric_of(self.plan.study.primary).ranked(float(value))
 
     @property
     def ranked(self) -> list[SearchTrial]:
         """The trials with a finite primary metric, the best first."""
         sign = -1 if direction(self.plan.study.primary) == "higher" else 1
-        finite = [tried for tried in self.trials if math.isfinite(self.value(tried))]
-        return sorted(finite, key=lambda tried: (sign * self.value(tried), tried.number))
+        finite = [trial for trial in self.trials if math.isfinite(self.value(trial))]
+        return sorted(finite, key=lambda trial: (sign * self.value(trial), trial.number))
 
 
 def read_study(out: Path) -> StudyResults:
@@ -164,53 +172,50 @@ def read_study(out: Path) -> StudyResults:
         UserError: there is no study, a file of it is damaged, or its trials were not evaluated alike.
     """
     plan = read_plan(out)
-    results, folders, read = {}, {}, {}
+    results, folders, logs = {}, {}, {}
     for trial in plan.trials:
         key, folder = (trial.arm, trial.seed), out / "runs" / trial.key
         folders[key] = folder
         if result := read_result(folder):
             results[key] = result
         if (folder / "config.yaml").exists() and len((log := read_run(folder)).step):
-            read[key] = log
-    gathered = StudyResults(plan, results, folders, read)
-    _check_alike(plan, {folders[key]: result for key, result in gathered.done.items()})
-    if "held_out" in gathered.metrics:
-        check_comparable(gathered.arms_of_curves())
-    return gathered
+            logs[key] = log
+    study = StudyResults(plan, results, folders, logs)
+    _check_alike(plan, {folders[key]: result for key, result in study.done.items()})
+    if "held_out" in study.metrics:
+        check_comparable(study.arms_of_curves())
+    return study
 
 
 def read_search(out: Path) -> SearchResults:
     """Read a search; errors as `read_study`."""
-    plan, found = read_plan(out), []
+    plan, trials = read_plan(out), []
     for path in sorted(out.glob("runs/*/changes.json")):
-        made, folder = read_json(path), path.parent
-        if not has_form(made, {"number": int, "changes": dict}):
-            raise UserError(f"{path} is not what a trial of a search changed")
-        number, changes = made["number"], made["changes"]
+        choice, folder = read_json(path), path.parent
+        if not has_form(choice, {"number": int, "changes": dict}):
+            raise UserError(f"{path} does not hold a trial's number and changes: remove it, and the trial is left out")
         config = read_config(folder) if (folder / "config.yaml").exists() else None
-        found.append(SearchTrial(number, changes, config, folder, read_result(folder)))
-    _check_alike(plan, {t.folder: t.result for t in found if t.result is not None and t.result.state == "done"})
-    return SearchResults(plan, sorted(found, key=lambda tried: tried.number))
+        trials.append(SearchTrial(choice["number"], choice["changes"], config, folder, read_result(folder)))
+    _check_alike(plan, {t.folder: t.result for t in trials if t.result is not None and t.result.state == "done"})
+    return SearchResults(plan, sorted(trials, key=lambda trial: trial.number))
 
 
 def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
     """UserError when two trials have different evaluation protocols.
 
-    Of an endless source a trial is compared with images that it saw, which its seed decides: they are the same within a
-    seed, and there trials are compared.
+    An endless source has no fixed training set: a trial's reference is the images that it saw, which depend on its
+    seed. So the digest of the reference must agree within a seed only.
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
-    made = plan.made
-    unnamed = (
-        FULL if made.get("device") == "cpu" else before_it_was_named(str(made.get("versions", {}).get("torch", "")))
-    )
+    torch_version = str(plan.made.get("versions", {}).get("torch", ""))
+    unnamed = FULL if plan.made.get("device") == "cpu" else before_it_was_named(torch_version)
     for path, result in results.items():
-        protocol = seeds = {"precision": unnamed, **result.protocol} if result.protocol else {}
+        protocol = any_seed = {"precision": unnamed, **result.protocol} if result.protocol else {}
         if "reference" in protocol:
-            seeds = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
-        for key, compared in ((result.seed, protocol), (None, seeds)):
-            first, theirs = firsts.setdefault(key, (path, compared))
-            if field_ := json_difference(theirs, compared):
+            any_seed = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
+        for seed, compared in ((result.seed, protocol), (None, any_seed)):
+            first, expected = firsts.setdefault(seed, (path, compared))
+            if field_ := json_difference(expected, compared):
                 raise UserError(
                     f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
                     f"{field_}; evaluate them alike"

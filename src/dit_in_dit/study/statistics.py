@@ -1,6 +1,6 @@
 """Means over seeds and differences between arms, with Student's t intervals.
 
-Seeds are paired: a seed stands for the same data order and the same noise in every arm.
+Seeds are paired: a seed gives the same data order and the same noise in every arm.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from dit_in_dit.config.errors import UserError
 
 LEVEL = 0.95
-ROUNDING = 1e-12  # of the values: what differs by less is one number, computed twice
+ROUNDING = 1e-12  # relative: values that differ by less are equal up to rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its 95% interval; no interval with one seed, and NaN where a value is not finite."""
+    """A mean over seeds and its 95% interval; no interval for one seed, and NaN where a value is not finite."""
 
     mean: float
     low: float | None
@@ -30,18 +30,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less what it is compared with, over the seeds that both have.
+    """An arm minus the arm it is compared with, over the seeds that both have.
 
     Attributes:
-        seeds: those seeds.
+        seeds: the seeds that both arms have.
         mean: of the differences; NaN where there is no seed, or a value that is not finite.
-        scale: what a difference is multiplied with to be in percent of the size of the other arm's mean; None where
-            that is 0.
-        low, high: the 95% interval; None with one seed, or where the differences do not vary at all.
+        scale: factor from a difference to percent of the absolute mean of the other arm; None where that mean is 0.
+        low, high: the 95% interval; None for one seed, or where the differences do not vary.
         wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
         p: two-sided, of this comparison alone.
-        equal: every pair of values is one number.
-        constant: every pair differs, and by the same amount: there is no spread to make an interval of.
+        equal: the two values of every seed are equal.
+        constant: the values of every seed differ by the same amount, so there is no interval.
     """
 
     seeds: tuple[int, ...]
@@ -56,18 +55,13 @@ class Difference:
     constant: bool = False
 
     @property
-    def percent(self) -> float | None:
-        """The mean difference in percent."""
-        return None if self.scale is None else self.mean * self.scale
-
-    @property
     def marked(self) -> bool:
         """Whether the interval for all comparisons together excludes zero."""
         return self.wide_low is not None and self.wide_high is not None and (self.wide_low > 0 or self.wide_high < 0)
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95% interval of one value a seed; at least one."""
+    """Mean and 95% interval (Student's t) of one value for each seed, at least one seed."""
     mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
     if len(values) < 2 or math.isnan(mean):
         return Estimate(mean, None, None, len(values))
@@ -79,7 +73,7 @@ def paired_difference(arm: Mapping[int, float], other: Mapping[int, float], comp
     """The paired difference of two arms' values by seed.
 
     Args:
-        comparisons: how many of them the study makes; `wide_low` to `wide_high` is at 1 - 5% / comparisons.
+        comparisons: the number of comparisons in the study; `wide_low` to `wide_high` has level 1 - 5% / comparisons.
     """
     seeds = tuple(sorted(arm.keys() & other.keys()))
     a, b = (np.array([values[seed] for seed in seeds], float) for values in (arm, other))
@@ -102,14 +96,14 @@ def paired_difference(arm: Mapping[int, float], other: Mapping[int, float], comp
 
 
 def standard_errors(count: int, comparisons: int = 1) -> float:
-    """How many standard errors an interval over `count` seeds reaches to each side; infinite for one."""
+    """Half the width of an interval over `count` seeds, in standard errors; infinite for one seed."""
     if count < 2:
         return math.inf
     return float(_special().stdtrit(count - 1, 1 - (1 - LEVEL) / 2 / comparisons))
 
 
 def _error(values: Any) -> float:
-    """Standard error of the mean of two values or more."""
+    """Standard error of the mean of at least two values."""
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 

@@ -1,6 +1,6 @@
-"""Where the trials of a study are kept: a journal file, or a database that may be away for a while.
+"""Storage of a study's trials: a journal file, or a database that may be unreachable for a while.
 
-A database's URL may hold a password. It is opened with it and shown without.
+The URL of a database may hold a password, which no message shows.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 
     import sqlalchemy
 
-PAUSES = (0.1, 2.0)  # seconds until a call is tried again, at first and at most
+PAUSES = (0.1, 2.0)  # first and longest wait before a call is repeated, seconds
 URL_FORM = "write it as postgresql+psycopg://USER:PASSWORD@HOST/NAME, with @ : / % of a password as %40 %3A %2F %25"
-SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # keys of a URL's query
+SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # query keys of a URL whose value is secret
 
 
 class AwayError(Exception):
     """The storage has not answered for a lease."""
 
 
-# ------------------------------------------------------------------------------------------ the URL
-
-
 def parse_url(url: str) -> sqlalchemy.URL:
-    """The parts of a database's URL. UserError, which does not repeat it, where it is none or where a password would
-    be taken for a part of another."""
+    """Parse the URL of a database.
+
+    Raises:
+        UserError: the URL is invalid, or part of a password would be parsed as the host or name. The message does not
+            repeat the URL.
+    """
     from sqlalchemy import make_url
 
     try:
@@ -50,38 +51,33 @@ def parse_url(url: str) -> sqlalchemy.URL:
 
 
 def show(parsed: sqlalchemy.URL) -> str:
-    """The URL without its password, and without its query, which may hold one."""
+    """The URL without its password and its query, which may hold a password too."""
     return truncate(parsed.set(query={}).render_as_string(hide_password=True), 60)
 
 
 def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
-    """What a driver says, in a line without the URL's secrets."""
+    """The first line of a driver's message, without the URL's secrets."""
     text = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
-    pairs = [(key, str(value)) for key, values in parsed.query.items() for value in _several(values)]
-    secrets = {value for key, value in pairs if SECRET.search(key)} | {str(parsed.password or "")}
+    secrets = {str(parsed.password or "")}
+    for key, values in parsed.query.items():
+        if SECRET.search(key):
+            secrets |= {values} if isinstance(values, str) else set(values)
     for secret in sorted(secrets, key=len, reverse=True):
         for form in {secret, quote(secret, safe=""), quote_plus(secret)} - {""}:
             text = text.replace(form, "***")
     return truncate(text.splitlines()[0], 90)
 
 
-def _several(values: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else values
-
-
-# -------------------------------------------------------------------------------------------- patience
-
-
 class Storage:
-    """Optuna's storage, every call of which waits while a database is away, up to `lease` seconds in all.
+    """Optuna's storage; its calls wait while a database does not answer, up to `lease` seconds.
 
-    A call may be made twice, where the answer to the first was lost: so callers must be safe to repeat.
+    A call may run twice if the answer to the first was lost, so calls must be safe to repeat.
 
     Args:
-        say: gets a line when a call begins to wait, and one when the storage answers again.
+        say: called with a line when a call begins to wait, and when the storage answers again.
 
     Attributes:
-        outages: how often it was away and came back; while it was, nobody's sign of life could be seen.
+        outages: the number of outages that ended; during an outage no worker's beat arrives.
     """
 
     def __init__(
@@ -89,7 +85,7 @@ class Storage:
     ) -> None:
         self._storage, self._name, self._reason, self._lease, self._say = storage, name, reason, lease, say
         self.outages = 0
-        self._since: float | None = None  # it does not answer
+        self._since: float | None = None  # start of the current outage
         self._said = False
         self._thread = threading.local()
 
@@ -101,7 +97,7 @@ class Storage:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Calls of this thread do not wait: AwayError at their first failure."""
+        """While open, calls of this thread do not wait: AwayError at the first failure."""
         self._thread.at_once = True
         try:
             yield
@@ -112,7 +108,7 @@ class Storage:
         pause, longest = PAUSES
         while True:
             try:
-                found = action()
+                result = action()
             except Exception as error:
                 if not _is_away(error):
                     raise
@@ -120,7 +116,7 @@ class Storage:
                 pause = min(longest, 2 * pause)
             else:
                 self._answered()
-                return found
+                return result
 
     def _wait(self, error: Exception, pause: float) -> None:
         now = time.monotonic()
@@ -147,11 +143,12 @@ class Storage:
 
 
 def _is_away(error: BaseException | None) -> bool:
-    """Whether a call failed for want of the database, itself or by its cause."""
+    """Whether an error, or a cause of it, means that the database did not answer."""
     from sqlalchemy import exc
 
     while error is not None:
-        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError):
+        # PendingRollbackError: Optuna repeats a query in the session whose connection broke
+        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.TimeoutError | exc.PendingRollbackError):
             return True
         if isinstance(error, exc.DBAPIError) and error.connection_invalidated:
             return True
@@ -159,11 +156,8 @@ def _is_away(error: BaseException | None) -> bool:
     return False
 
 
-# --------------------------------------------------------------------------------------------- opening
-
-
 class JournalLock:
-    """The journal's lock: it dies with its process, where Optuna's own would be waited for. Cuts a half line off."""
+    """The journal's lock, freed when its process ends, unlike Optuna's own. It removes an incomplete last line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,7 +165,7 @@ class JournalLock:
         self.threads = threading.Lock()
 
     def acquire(self) -> bool:
-        """Wait for the lock. UserError where the file system keeps none, or the journal is gone; then it is free."""
+        """Wait for the lock. UserError, and no lock, where the file system has no locks or the journal is gone."""
         self.threads.acquire()
         try:
             self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)
@@ -180,7 +174,7 @@ class JournalLock:
             problem = error.strerror or error
             raise UserError(f"cannot lock {self.path} ({problem}): choose another --out, or give --storage") from None
         try:
-            self._mend()
+            self._cut_incomplete_line()
         except OSError as error:
             self.release()
             problem = error.strerror or error
@@ -190,8 +184,7 @@ class JournalLock:
             raise
         return True
 
-    def _mend(self) -> None:
-        """Cut a half line off."""
+    def _cut_incomplete_line(self) -> None:
         with self.path.open("r+b") as journal:
             size = journal.seek(0, os.SEEK_END)
             journal.seek(max(0, size - 1))
@@ -200,7 +193,7 @@ class JournalLock:
                 journal.truncate(journal.read().rfind(b"\n") + 1)
 
     def release(self) -> None:
-        """Let the others."""
+        """Free the lock."""
         if self.file:
             lock.release(self.file)
             self.file = None
@@ -208,10 +201,10 @@ class JournalLock:
 
 
 def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], None]) -> Storage:
-    """The database at `url`, or the journal in `out`.
+    """Open the database at `url`, or the journal in `out`.
 
     Raises:
-        UserError: Optuna or a driver is missing, or the database does not let us in; at once, and without the password.
+        UserError: Optuna or a driver is missing, or the database refuses; at once, in a message without the password.
     """
     try:
         import optuna

@@ -1,8 +1,9 @@
-"""What a study says in plain words: never more than its intervals allow."""
+"""A study's conclusions in sentences that claim no more than its intervals support."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.study import formatting
@@ -10,24 +11,24 @@ from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import LEVEL, Difference, standard_errors
 
-FALSE = 1 - LEVEL
+FALSE_RATE = 1 - LEVEL
 MOST_NAMED = 14  # arms that a sentence lists
 
 
 def summarise_study(study: StudyResults) -> list[str]:
-    """Sentences: the primary metric first, then the others, what they hold for, and what is missing."""
-    found = []
+    """Sentences about the primary metric, the other metrics, the scope of the study, and missing trials."""
+    sentences = []
     if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
         measured = f" Measured: {', '.join(study.ranked)}." if study.ranked else ""
-        found.append(
+        sentences.append(
             f"No trial has ended with the primary metric {study.primary}: nothing can be said by it yet.{measured}"
         )
     elif len(study.plan.study.seeds) == 1:
-        found += _one_seed(study)
+        sentences += _one_seed(study)
     else:
-        found += _primary(study)
-    found += _secondary(study)
-    return [*found, scope(study.plan), *_unequal(study.plan), *_missing(study)]
+        sentences += _primary(study)
+    sentences += _secondary(study)
+    return [*sentences, scope(study.plan), *_unequal(study.plan), *_missing(study)]
 
 
 def _name(study: StudyResults) -> str:
@@ -41,14 +42,14 @@ def _one_seed(study: StudyResults) -> list[str]:
         if (of_arm := study.values(arm.name, study.primary))
     }
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    found = ["One seed: a lead, no claim. Another seed moves every number, and one seed cannot tell by how much."]
+    sentences = ["One seed: a lead, no claim. Another seed moves every number, and one seed cannot tell by how much."]
     if finite and direction(study.primary) != "listed":
         low, high = min(finite, key=finite.__getitem__), max(finite, key=finite.__getitem__)
-        found.append(
+        sentences.append(
             f"By {_name(study)}, the arms lie between {formatting.number(finite[low])} ('{low}') and "
             f"{formatting.number(finite[high])} ('{high}')."
         )
-    return found
+    return sentences
 
 
 def _primary(study: StudyResults) -> list[str]:
@@ -64,9 +65,10 @@ def _primary(study: StudyResults) -> list[str]:
         groups.setdefault(formatting.verdict(metric, change), []).append((arm, change))
     marked = [*groups.pop("better", []), *groups.pop("worse", [])]
     compared = f"{formatting.count(many, 'arm')} compared, {seeds} planned each"
-    found = [f"Primary metric: {_name(study)}; {compared}. A difference is seen for {len(marked) or 'none'} of them."]
+    seen = len(marked) or "none"
+    sentences = [f"Primary metric: {_name(study)}; {compared}. A difference is seen for {seen} of them."]
     for arm, change in marked:
-        found.append(
+        sentences.append(
             f"'{arm.name}' is {formatting.verdict(metric, change)} than '{arm.against}': "
             f"{formatting.format_difference(metric, change)}, {_interval(study)} "
             f"{formatting.interval(metric, change, wide=True)}, {len(change.seeds)} seeds."
@@ -74,12 +76,12 @@ def _primary(study: StudyResults) -> list[str]:
     if unseen := groups.pop("no difference seen", []):
         few = len(unseen) <= MOST_NAMED
         names = formatting.listing([arm.name for arm, _ in unseen]) if few else f"{len(unseen)} arms"
-        found.append(f"No difference is seen for {names}. {_allowed(study, unseen)}")
+        sentences.append(f"No difference is seen for {names}. {_allowed(study, unseen)}")
     for verdict, members in groups.items():
-        found.append(f"{formatting.listing([arm.name for arm, _ in members])}: {verdict}.")
+        sentences.append(f"{formatting.listing([arm.name for arm, _ in members])}: {verdict}.")
     if unseen or marked:
-        found.append(_strength(study, {len(change.seeds) for _, change in [*marked, *unseen]}))
-    return found
+        sentences.append(_strength(study, {len(change.seeds) for _, change in [*marked, *unseen]}))
+    return sentences
 
 
 def _interval(study: StudyResults) -> str:
@@ -88,7 +90,7 @@ def _interval(study: StudyResults) -> str:
 
 
 def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
-    """How large the differences may be that were not seen."""
+    """The largest difference that the intervals of `unseen` arms allow."""
     percents = [formatting.scale(study.primary, change) for _, change in unseen]
     ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
     if all(percents):
@@ -98,13 +100,13 @@ def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
 
 
 def _strength(study: StudyResults, seeds: set[int]) -> str:
-    """How far the intervals reach, for each number of seeds that there is."""
+    """Half the width of the intervals in standard errors, for each number of seeds."""
     many, parts = len(study.compared), []
     for amount in sorted(seeds):
         alone, together = (f"{standard_errors(amount, m):.1f}" for m in (1, many))
         more = f" ({together} for {many} comparisons together)" if many > 1 else ""
         parts.append(f"with {amount} seeds {alone} standard errors to each side{more}")
-    return f"An interval reaches {', '.join(parts)}: what is smaller, or less steady over the seeds, cannot be seen."
+    return f"An interval reaches {', '.join(parts)}: smaller or less consistent differences cannot be seen."
 
 
 def _secondary(study: StudyResults) -> list[str]:
@@ -114,15 +116,15 @@ def _secondary(study: StudyResults) -> list[str]:
     lines, metrics = [], set()
     for arm in study.compared:
         verdicts = {name: formatting.verdict(name, study.difference(arm, name)) for name in others}
-        said = []
+        clauses = []
         for verdict in ("better", "worse"):
-            names = [name for name, found in verdicts.items() if found == verdict]
+            names = [name for name in others if verdicts[name] == verdict]
             metrics.update(names)
-            said += [f"{verdict} by {', '.join(names)}"] if names else []
-        if said:
-            lines.append(f"Secondary: '{arm.name}' against '{arm.against}' is {'; '.join(said)}.")
+            clauses += [f"{verdict} by {', '.join(names)}"] if names else []
+        if clauses:
+            lines.append(f"Secondary: '{arm.name}' against '{arm.against}' is {'; '.join(clauses)}.")
     seen = f"some difference is seen in {len(metrics)}" if metrics else "a difference is seen in none"
-    chance = formatting.number(FALSE * len(others), 2)
+    chance = formatting.number(FALSE_RATE * len(others), 2)
     return [
         f"Secondary metrics: of {len(others)}, {seen}. Each is corrected for the number of arms only: of so many "
         f"metrics, about {chance} could show a difference by chance.",
@@ -131,7 +133,7 @@ def _secondary(study: StudyResults) -> list[str]:
 
 
 def scope(plan: Plan) -> str:
-    """What a study's answers hold for."""
+    """The size, budget and data for which a study's conclusions hold."""
     configs = [arm.config for arm in plan.arms]
     steps = _between([config.train.steps for config in configs], ",d")
     batch = _between([config.global_batch for config in configs], ",d")
@@ -140,7 +142,7 @@ def scope(plan: Plan) -> str:
     seeds = formatting.count(len(plan.study.seeds), "seed")
     return (
         f"Every trial: {steps} steps of {batch} images from {sources}, at {macs} million MACs per image (forward); "
-        f"{seeds} planned for each arm. What is said holds for this size, budget and data, and no further."
+        f"{seeds} planned for each arm. The conclusions hold for this size, budget and data only."
     )
 
 
@@ -150,32 +152,31 @@ def _between(values: list[int] | list[float], form: str) -> str:
 
 
 def _unequal(plan: Plan) -> list[str]:
-    """What the arms have not equally much of."""
-    study, found = plan.study, []
+    """A sentence about the costs in which the arms differ by more than the tolerance; none where they do not."""
+    study, unequal = plan.study, []
     kinds = {"macs": "MACs", "params": "parameters", "time": "time of a step"}
     for kind, name in kinds.items():
         gaps = [100 * arm.gap[kind] for arm in plan.arms if kind in arm.gap and arm.against != arm.name]
         if gaps and max(map(abs, gaps)) > 100 * study.tolerance:
-            found.append(f"{name} {formatting.signed(min(gaps))} to {formatting.signed(max(gaps))} %")
+            unequal.append(f"{name} {formatting.signed(min(gaps))} to {formatting.signed(max(gaps))} %")
     matched = f"Matched by {kinds[study.match]}" if study.match != "none" else "Nothing is matched"
     within = f"within {100 * study.tolerance:g} % of what an arm is compared with"
-    return [f"{matched}. Not {within}: {', '.join(found)}."] if found else []
+    return [f"{matched}. Not {within}: {', '.join(unequal)}."] if unequal else []
 
 
 def _missing(study: StudyResults) -> list[str]:
-    states: dict[str, int] = {}
-    lost: dict[str, None] = {}
-    for arm, _, state, _ in study.missing():
-        states[state] = states.get(state, 0) + 1
-        if state in ("failed", "pruned"):
-            lost[arm] = None
-    found = []
+    missing = list(study.missing())
+    states = Counter(state for _, _, state, _ in missing)
+    lost = list(dict.fromkeys(arm for arm, _, state, _ in missing if state in ("failed", "pruned")))
+    sentences = []
     if lost:
-        found.append(
-            f"Seeds of {formatting.listing([*lost])} failed or were pruned: what is said of these arms is of the seeds "
-            "that were left, which flatters them."
+        sentences.append(
+            f"Seeds of {formatting.listing(lost)} failed or were pruned: the numbers of these arms are of their other "
+            "seeds, which flatters them."
         )
     if states:
         parts = ", ".join(f"{amount} {state}" for state, amount in states.items())
-        found.append(f"Incomplete: of {formatting.count(len(study.folders), 'trial')}, {parts}; they are listed below.")
-    return found
+        sentences.append(
+            f"Incomplete: of {formatting.count(len(study.folders), 'trial')}, {parts}; they are listed below."
+        )
+    return sentences

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,28 +13,28 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import DEFINITIONS, reach, stability
 from dit_in_dit.curves.logs import Curve
-from dit_in_dit.metrics.metric import TITLES, direction, metric_of
-from dit_in_dit.reporting.document import Cell, Table
+from dit_in_dit.metrics.metric import TITLES, direction
+from dit_in_dit.reporting.document import Cell, Table, Tone
 from dit_in_dit.study import formatting
 from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.results import StudyResults
 
-BESIDE = "other trials may have run beside"  # whatever the clock said
+BESIDE = "other trials may have run beside"  # a caveat of everything timed while trials ran
 FLOOR = "real against real"
+TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # of a verdict; others are soft
 
 
 def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
-    """How the study was made, and how its samples were evaluated."""
-    study = []
+    """The study's keys, what it was planned on, and the protocol of its evaluations."""
+    rows = []
     for name, value in to_dict(plan.study).items():
         if isinstance(value, dict) and name != "budget":
-            study += [(f"{name}: {inner}", _shown(given)) for inner, given in value.items()]
+            rows += [(f"{name}: {key}", _shown(inner)) for key, inner in value.items()]
         elif value != "" and (plan.study.search or name not in ("trials", "prune")):
-            study.append((name, _shown(value) if value != {} else "train.steps"))
-    made = [(name, _shown(value)) for name, value in plan.made.items()]
-    tables = [Table(["key", "value"], study, "The study", words=True)]
-    if made:
-        tables.append(Table(["what", "value"], made, "Planned on", words=True))
+            rows.append((name, _shown(value) if value != {} else "train.steps"))
+    tables = [Table(["key", "value"], rows, "The study", words=True)]
+    if rows := [(name, _shown(value)) for name, value in plan.made.items()]:
+        tables.append(Table(["what", "value"], rows, "Planned on", words=True))
     if evaluation:
         rows = [(name, _shown(value)) for name, value in _flat(evaluation)]
         note = "The same for all trials: others would have been refused."
@@ -58,11 +56,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield prefix + name, value
 
 
-# --------------------------------------------------------------------------------------------- cost
-
-
 def cost(study: StudyResults) -> Table:
-    """What every arm is and costs, with the gaps to what it is compared with."""
+    """Every arm's stages and costs, with the gaps to the arm it is compared with."""
     kinds = {"macs": ("million MACs", 1e-6), "params": ("million parameters", 1e-6), "time": ("ms a step", 1e3)}
     if not any("time" in arm.cost for arm in study.plan.arms):
         del kinds["time"]
@@ -79,52 +74,40 @@ def cost(study: StudyResults) -> Table:
 
 
 def _cost_row(study: StudyResults, arm: Arm, scales: Mapping[str, float]) -> list[str]:
-    model, itself = arm.config.model, arm.against == arm.name
+    model, is_control = arm.config.model, arm.against == arm.name
     inner = str(model.inner.width) if model.blocks("inner") else "-"
-    row = [arm.name, "-" if itself else arm.against, format_stages(model.program), str(model.outer.width), inner]
+    row = [arm.name, "-" if is_control else arm.against, format_stages(model.program), str(model.outer.width), inner]
     for kind, scale in scales.items():
         amount = f"{arm.cost[kind] * scale:.4g}" if kind in arm.cost else "-"
-        row.append(
-            amount if itself or kind not in arm.gap else f"{amount} ({formatting.signed(100 * arm.gap[kind])} %)"
-        )
+        has_gap = kind in arm.gap and not is_control
+        row.append(f"{amount} ({formatting.signed(100 * arm.gap[kind])} %)" if has_gap else amount)
     changed = "; ".join(f"{name}: {before} to {after}" for name, (before, after) in arm.matched.items())
     spent = seconds(study, arm.name)
     return [*row, "-" if spent is None else f"{spent:,.0f}", changed or "-"]
 
 
 def seconds(study: StudyResults, arm: str) -> float | None:
-    """Seconds of training, mean over the seeds that are done; None without a clock."""
+    """Seconds of training, mean over the seeds that are done; None where no times were logged."""
     logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
-    found = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
-    return float(np.mean(found)) if found else None
-
-
-# ------------------------------------------------------------------------------------------ results
+    totals = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
+    return float(np.mean(totals)) if totals else None
 
 
 def primary(study: StudyResults) -> Table:
-    """The differences by the primary metric, with all that belongs to them."""
+    """The differences by the primary metric, with verdicts, intervals, p and means."""
     metric, many = study.primary, len(study.compared)
     together = [f"interval, all {many} together"] if many > 1 else []
     heads = ["arm", "verdict", "difference", *together, "95% interval", "p", "mean"]
     heads += ["compared with", "its mean", "seeds"]
     rows: list[list[str | Cell]] = []
     for arm in study.compared:
-        found = study.difference(arm, metric)
-        row: list[str | Cell] = [
-            arm.name,
-            _verdict(formatting.verdict(metric, found)),
-            formatting.format_difference(metric, found),
-        ]
-        row += [
-            formatting.interval(metric, found, wide=wide) or "-" for wide in ((True, False) if many > 1 else (False,))
-        ]
-        row += [
-            formatting.number(found.p, 2),
-            formatting.format_estimate(study.estimate(arm.name, metric)),
-            arm.against,
-        ]
-        rows.append([*row, formatting.format_estimate(study.estimate(arm.against, metric)), str(len(found.seeds))])
+        change = study.difference(arm, metric)
+        row: list[str | Cell] = [arm.name, _verdict(formatting.verdict(metric, change))]
+        row.append(formatting.format_difference(metric, change))
+        widths = (True, False) if many > 1 else (False,)
+        row += [formatting.interval(metric, change, wide=wide) or "-" for wide in widths]
+        row += [formatting.number(change.p, 2), formatting.mean(study, arm.name, metric)]
+        rows.append([*row, arm.against, formatting.mean(study, arm.against, metric), str(len(change.seeds))])
     note = (
         "Difference: arm less the other, seed by seed; in percent of the other's mean. Student's t over the seeds that "
         f"both have. A verdict is better or worse where the {_interval(study)} excludes zero. p is of the single "
@@ -139,11 +122,7 @@ def _interval(study: StudyResults) -> str:
 
 
 def _verdict(verdict: str, text: str = "") -> Cell:
-    if verdict == "better":
-        return Cell(text or verdict, "better")
-    if verdict == "worse":
-        return Cell(text or verdict, "worse")
-    return Cell(text or verdict, "soft")
+    return Cell(text or verdict, TONES.get(verdict, "soft"))
 
 
 def differences(study: StudyResults) -> list[Table]:
@@ -166,10 +145,10 @@ def differences(study: StudyResults) -> list[Table]:
 
 
 def _difference(study: StudyResults, arm: Arm, metric: str) -> Cell:
-    found = study.difference(arm, metric)
-    verdict, between = formatting.verdict(metric, found), formatting.interval(metric, found, wide=True)
-    text = formatting.format_difference(metric, found) + (f" ({between})" if between else "")
-    return _verdict(verdict, f"{text} {verdict}" if found.marked else text)
+    change = study.difference(arm, metric)
+    verdict, between = formatting.verdict(metric, change), formatting.interval(metric, change, wide=True)
+    text = formatting.format_difference(metric, change) + (f" ({between})" if between else "")
+    return _verdict(verdict, f"{text} {verdict}" if change.marked else text)
 
 
 def means(study: StudyResults) -> list[Table]:
@@ -177,8 +156,7 @@ def means(study: StudyResults) -> list[Table]:
     tables = []
     for group, metrics in study.metrics.items():
         rows: list[list[str | Cell]] = [
-            [arm.name, *(formatting.format_estimate(study.estimate(arm.name, metric)) for metric in metrics)]
-            for arm in study.plan.arms
+            [arm.name, *(formatting.mean(study, arm.name, metric) for metric in metrics)] for arm in study.plan.arms
         ]
         floors = [study.floor(metric) for metric in metrics]
         if any(floor is not None for floor in floors):
@@ -188,18 +166,16 @@ def means(study: StudyResults) -> list[Table]:
     return tables
 
 
-# --------------------------------------------------------------------------------------- convergence
-
-
 def convergence(study: StudyResults) -> list[Table]:
-    """When each arm reached the error at which the worst run ended, a table for each time t.
+    """The cost at which each arm reached the final error of the worst run, a table for each time t.
 
     Raises:
         UserError: the arms' held-out sets differ.
     """
-    arms = study.arms_of_curves()
-    arms.sort(key=lambda arm: arm.name != study.plan.control.name)  # ratios are to the first
-    found: dict[tuple[float, float], list[list[str | Cell]]] = {}
+    arms = sorted(
+        study.arms_of_curves(), key=lambda arm: arm.name != study.plan.control.name
+    )  # ratios are to the first
+    tables: dict[tuple[float, float], list[list[str | Cell]]] = {}
     for row in reach(arms):
         cells = [row.arm, f"{row.reached} of {row.seeds}"]
         for kind, scale in (("steps", 1.0), ("macs", 1e-12), ("hours", 3600.0)):
@@ -207,20 +183,18 @@ def convergence(study: StudyResults) -> list[Table]:
             sign = "<= " if row.bound else ""
             ratio = f" (x{row.ratio[kind]:.2f})" if kind in row.ratio else ""
             cells.append(f"{sign}{needed.mean * scale:.4g}{ratio}" if needed else "-")
-        found.setdefault((row.t, row.error), []).append([*cells])
+        tables.setdefault((row.t, row.error), []).append([*cells])
     heads = ["arm", "seeds that did", "steps", "training TMACs", "seconds"]
     note = f"Mean over seeds: {DEFINITIONS['reach']}. x: ratio to the first arm. Seconds: {BESIDE}."
     return [
         Table(heads, rows, f"Until the held-out error at t = {t:g}, whole image, was {error:.4g}", note)
-        for (t, error), rows in found.items()
+        for (t, error), rows in tables.items()
     ]
 
 
 def stable(study: StudyResults) -> Table:
-    """How smoothly the arms trained, over their seeds."""
-    rows: list[list[str | Cell]] = []
-    for arm in study.arms_of_curves():
-        rows.append([arm.name, str(len(arm.curves)), *_stability(arm.curves)])
+    """Skipped steps, spikes and gradient norms of every arm, all its seeds together."""
+    rows = [[arm.name, str(len(arm.curves)), *_stability(arm.curves)] for arm in study.arms_of_curves()]
     heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]
     heads += ["largest gradient norm", "clipped"]
     kinds = ("skipped", "non_finite", "loss_spikes", "gradient_spikes", "clipped")
@@ -229,87 +203,18 @@ def stable(study: StudyResults) -> Table:
 
 
 def _stability(curves: Sequence[Curve]) -> list[str]:
-    found = [stability(curve) for curve in curves]
-    sums = [
-        sum(counts)
-        for counts in zip(
-            *((f.steps, f.skipped, f.non_finite, f.loss_spikes, f.gradient_spikes) for f in found), strict=True
-        )
-    ]
-    largest = max((f.largest_gradient for f in found if f.largest_gradient is not None), default=None)
-    clipped = [f.clipped for f in found if f.clipped is not None]
-    share = f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"
-    return [*(f"{amount:,d}" for amount in sums), formatting.number(largest), share]
+    runs = [stability(curve) for curve in curves]
+    counts = ("steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
+    sums = [f"{sum(getattr(run, count) for run in runs):,d}" for count in counts]
+    largest = max((run.largest_gradient for run in runs if run.largest_gradient is not None), default=None)
+    clipped = [run.clipped for run in runs if run.clipped is not None]
+    return [*sums, formatting.number(largest), f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"]
 
 
 def missing_trials(study: StudyResults) -> Table:
-    """Every trial without numbers, and why."""
+    """Every trial without numbers, and the reason."""
     rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
     return Table(["arm", "seed", "state", "reason"], rows, words=True)
-
-
-# ------------------------------------------------------------------------------------------ to paste
-
-
-def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and caption of a table of results: cost, the primary metric's group, and the standard ones."""
-    shown = [n for group, names in study.metrics.items() for n in names if _in_paper(study, group, n)]
-    heads = ["arm", "MACs (M)", "params (M)", *shown]
-    rows = []
-    for arm in study.plan.arms:
-        cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
-        for metric in shown:
-            marked = arm.against != arm.name and study.difference(arm, metric).marked
-            cells.append(formatting.format_estimate(study.estimate(arm.name, metric)) + ("†" if marked else ""))
-        rows.append(cells)
-    done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
-    fewest, most = min(done), max(done)
-    seeds = formatting.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
-    marks = (
-        f"; mean ± half of its 95% interval. † differs from what it is compared with ({study.plan.control.name} unless "
-        f"said otherwise): paired t interval, corrected for {formatting.count(len(study.compared), 'comparison')}, "
-        "excludes zero"
-    )
-    caption = f"{study.plan.study.question or study.plan.name} {seeds} for each arm"
-    return heads, rows, caption + (marks if most > 1 else ": a lead, no claim") + "."
-
-
-def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
-    """What fits on a page: no spectra, moments and seams unless the study was made for them."""
-    known = metric_of(metric)
-    if known.direction == "listed":
-        return False
-    return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)
-
-
-def results_csv(study: StudyResults) -> str:
-    """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
-    made = io.StringIO()
-    table = csv.writer(made, lineterminator="\n")
-    table.writerow(["arm", "seed", "state", "step", "metric", "value", "floor"])
-    states = {(arm, seed): state for arm, seed, state, _ in study.missing()}
-    for key in study.folders:
-        result = study.results.get(key)
-        if result is None or not result.metrics:
-            table.writerow([*key, result.state if result else states[key], result.step if result else "", "", "", ""])
-            continue
-        for metric in sorted(result.metrics):
-            floor = result.floors.get(metric)
-            value = float(result.metrics[metric])
-            table.writerow([*key, result.state, result.step, metric, repr(value), "" if floor is None else repr(floor)])
-    return made.getvalue()
-
-
-def held_out_curves(study: StudyResults) -> str:
-    """CSV: a line for each arm, seed, evaluated step and held-out error."""
-    made = io.StringIO()
-    table = csv.writer(made, lineterminator="\n")
-    table.writerow(["arm", "seed", "step", "metric", "value"])
-    for key, log in study.logs.items():
-        for (t, kind), errors in log.held_out.items():
-            for step, error in zip(log.evaluated, errors, strict=True):
-                table.writerow([*key, int(step), f"held_out.{t}.{kind}", repr(float(error))])
-    return made.getvalue()
 
 
 def not_finite_metrics(study: StudyResults) -> list[str]:

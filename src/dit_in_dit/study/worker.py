@@ -1,4 +1,4 @@
-"""A worker: takes trials from the board, trains and measures each as an ordinary run, and tells what came of it."""
+"""A worker: takes trials from the queue, trains and measures each as an ordinary run, and records its result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit.benchmark.timing import step_seconds
+from dit_in_dit.benchmark.timing import on_threads, step_seconds
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
@@ -32,20 +32,20 @@ from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.sampling.numbered import class_of, sample
 from dit_in_dit.study.arms import budgeted, describe, matched
-from dit_in_dit.study.plan import Plan
+from dit_in_dit.study.plan import Plan, Trial
 from dit_in_dit.study.planning import check_data, networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LeaseLostError, Queue
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
 
-DRAWN = 24  # images that a trial draws to be looked at
-SEARCHED = 200  # images of an endless source looked through for some of each class
+DRAWN = 24  # samples of a trial, for the report's picture
+SEARCHED = 200  # images of an endless source in which real images of each class are looked for
 
 
 @dataclass(frozen=True)
 class WorkerEvent:
-    """What a worker does: `kind` is waiting, training, measuring, done, failed, pruned or lost."""
+    """Progress of a worker: `kind` is waiting, training, measuring, done, failed, pruned or lost."""
 
     kind: str
     key: str = ""
@@ -54,162 +54,151 @@ class WorkerEvent:
     text: str = ""
 
 
-def work(plan: Plan, out: Path, board: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
-    """Do trials until none is left. Close the generator to stop: its trial is given back.
+def work(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
+    """Do trials until none is left. Closing the generator stops the worker and gives its trial back.
 
     Raises:
-        UserError: the weights of a metric are not there, or the data changed since the study was planned.
-        AwayError: the board's storage has been away for a lease.
+        UserError: the weights of a metric are missing, or the data changed since the study was planned.
+        AwayError: the queue's storage has not answered for a lease.
     """
-    used = networks(plan.study, device)
-    if not board.finished():
+    feature_networks = networks(plan.study, device)
+    if not queue.finished():
         check_data(plan)
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.study.threads)
-    try:
+    with on_threads(plan.study.threads):
         while True:
-            claim = board.claim()
-            if claim is not None:
-                with board.keep(claim):
-                    yield from _try(plan, out, board, claim, device, used)
-            elif board.finished():
+            lease = queue.claim()
+            if lease is not None:
+                with queue.keep(lease):
+                    yield from _Try(plan, queue, lease, out / "runs" / lease.key, device, feature_networks).do()
+            elif queue.finished():
                 return
-            else:  # others have what is left, or had it
-                yield WorkerEvent("waiting", text=f"for {board.counts()['running']} trials that others have")
-                _pause(board)
-    finally:
-        torch.set_num_threads(before)
+            else:  # other workers hold the rest, or have lost it
+                yield WorkerEvent("waiting", text=f"for {queue.counts()['running']} trials of other workers")
+                _pause(queue)
 
 
-def _try(
-    plan: Plan, out: Path, board: Queue, claim: Lease, device: torch.device, networks: tuple[Network, ...]
-) -> Generator[WorkerEvent, None, None]:
-    """One trial, from where it was left to its result."""
-    run = out / "runs" / claim.key
-    run.mkdir(parents=True, exist_ok=True)
-    try:
-        result = read_result(run)  # its worker was lost between writing and telling
-        if result is None:
-            arm, seed = claim.key, plan.study.seeds[0]
-            try:
-                arm, seed, config = _config(plan, claim, run, device)
-                if claim.losses >= MOST_LOSSES:
-                    raise UserError(f"it was lost by {claim.losses} workers since it last saved something")
-                result = yield from _train_and_measure(plan, board, claim, run, (arm, seed, config), device, networks)
-            except (UserError, torch.OutOfMemoryError) as error:
-                reason = str(error).splitlines()[0][:200]
-                result = Result(arm, seed, "failed", claim.step, {}, {}, {}, reason)
-            claim.check()
-            atomic.write_atomic(run / "result.json", result.to_json() + "\n")
-        board.done(claim, result.state, result.metrics.get(plan.study.primary))
-        yield WorkerEvent(result.state, claim.key, result.step, result.step, result.reason)
-    except LeaseLostError:
-        yield WorkerEvent("lost", claim.key)
+def _pause(queue: Queue) -> None:
+    """Wait for other workers: the time between two beats, at most a second."""
+    time.sleep(min(1.0, queue.lease / BEATS))
 
 
-def _pause(board: Queue) -> None:
-    """Leave other workers some time: as long as between two signs of their life, a second at most."""
-    time.sleep(min(1.0, board.lease / BEATS))
+@dataclass(frozen=True)
+class _Try:
+    """A worker's try at one trial, in the folder `run`."""
 
+    plan: Plan
+    queue: Queue
+    lease: Lease
+    run: Path
+    device: torch.device
+    networks: tuple[Network, ...]
 
-def _config(plan: Plan, claim: Lease, run: Path, device: torch.device) -> tuple[str, int, RunConfig]:
-    """Arm, seed and config of a trial; of a search, they follow from what its sampler chose."""
-    if not plan.study.search:
-        trial = next(trial for trial in plan.trials if trial.key == claim.key)
-        return trial.arm, trial.seed, trial.config
-    changes = claim.trial.params
-    atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(claim.key[1:])}) + "\n")
-    seed = plan.study.seeds[0]
-    if (run / "config.yaml").exists():
-        return describe(changes), seed, read_config(run)
-    return describe(changes), seed, replace(_chosen(plan, changes, device), seed=seed)
+    def do(self) -> Generator[WorkerEvent, None, None]:
+        """Do the trial, from its last checkpoint to its result."""
+        lease, run, study = self.lease, self.run, self.plan.study
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            result = read_result(run)  # there is one if a worker was lost between writing and recording it
+            if result is None:
+                trial = None
+                try:
+                    trial = self._trial()
+                    if lease.losses >= MOST_LOSSES:
+                        raise UserError(f"{lease.losses} workers were lost with it since its last checkpoint")
+                    result = yield from self._train_and_measure(trial)
+                except (UserError, torch.OutOfMemoryError) as error:
+                    reason = str(error).splitlines()[0][:200]
+                    arm, seed = (trial.arm, trial.seed) if trial else (lease.key, study.seeds[0])
+                    result = Result(arm, seed, "failed", lease.step, {}, {}, {}, reason)
+                lease.check()
+                atomic.write_atomic(run / "result.json", result.to_json() + "\n")
+            self.queue.done(lease, result.state, result.metrics.get(study.primary))
+            yield WorkerEvent(result.state, lease.key, result.step, result.step, result.reason)
+        except LeaseLostError:
+            yield WorkerEvent("lost", lease.key)
 
-
-def _chosen(plan: Plan, changes: dict[str, Any], device: torch.device) -> RunConfig:
-    """The config that a sampler's choice makes, of the control's cost and within the budget; UserError without one."""
-    study, threads = plan.study, plan.study.threads
-    config, _ = matched(study, changes, plan.control.config, device, threads)
-    seconds = None
-    if "seconds" in study.budget:
-        seconds = step_seconds({"it": config}, device, threads=threads)["it"].seconds
-    return resolve_precision(budgeted(study, config, changes, seconds), device)
-
-
-def _train_and_measure(
-    plan: Plan,
-    board: Queue,
-    claim: Lease,
-    run: Path,
-    what: tuple[str, int, RunConfig],
-    device: torch.device,
-    networks: tuple[Network, ...],
-) -> Generator[WorkerEvent, None, Result]:
-    arm, seed, config = what
-    total = config.train.steps
-    pruned = yield from _train(plan, board, claim, run, config, device)
-    if pruned:
-        return Result(arm, seed, "pruned", claim.step, _held_out(run), {}, {})
-    yield WorkerEvent("measuring", claim.key, total, total)
-    metrics, floors, protocol = _held_out(run), {}, {}
-    if not math.isfinite(metrics.get(plan.study.primary, 0.0)):
-        raise UserError(f"diverged: {plan.study.primary} is not finite at step {total}")
-    if set(plan.study.metrics) - {"held_out"}:
-        subject = run_subject(run, device, lambda config, _: (config, []), seed=0, averaged=True)
-        real = reference(None, subject, wanted=2 * plan.study.samples)
-        for fact in evaluate(subject, real, run / "evaluation" / f"{total:07d}", plan.study.samples, networks=networks):
-            claim.check()
-            if isinstance(fact, Evaluation):
-                scores, protocol = fact.result["scores"], fact.result["protocol"]
-                metrics |= {name: score["value"] for name, score in scores.items()}
-                floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
-    _draw(run, device)
-    if not math.isfinite(metrics.get(plan.study.primary, math.nan)):
-        raise UserError(f"{plan.study.primary} is {metrics.get(plan.study.primary, 'not there')}: nothing to compare")
-    return Result(arm, seed, "done", total, metrics, floors, protocol)
-
-
-def _train(
-    plan: Plan, board: Queue, claim: Lease, run: Path, config: RunConfig, device: torch.device
-) -> Generator[WorkerEvent, None, bool]:
-    """Train from the last checkpoint on; whether it was pruned. Waits while a lost worker still holds the run."""
-    while True:
+    def _trial(self) -> Trial:
+        """The trial of the plan, or in a search of the sampler's choice."""
+        plan, run, key = self.plan, self.run, self.lease.key
+        if not plan.study.search:
+            return next(trial for trial in plan.trials if trial.key == key)
+        changes, seed = self.lease.trial.params, plan.study.seeds[0]
+        atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(key[1:])}) + "\n")
         started = (run / "config.yaml").exists()
-        with closing(train(config, run, resume=started, device=str(device))) as facts:
-            try:
-                first = next(facts)
-            except BusyError as busy:
-                claim.check()
-                yield WorkerEvent("waiting", claim.key, text=str(busy))
-                _pause(board)
-                continue
-            return (yield from _follow(plan, board, claim, run, first, facts))
+        config = read_config(run) if started else replace(self._chosen(changes), seed=seed)
+        return Trial(describe(changes), seed, config)
 
+    def _chosen(self, changes: dict[str, Any]) -> RunConfig:
+        """The config of a sampler's choice, of the control's cost and within the budget; UserError if none exists."""
+        study, threads = self.plan.study, self.plan.study.threads
+        config, _ = matched(study, changes, self.plan.control.config, self.device, threads)
+        seconds = None
+        if "seconds" in study.budget:
+            seconds = step_seconds({"it": config}, self.device, threads=threads)["it"].seconds
+        return resolve_precision(budgeted(study, config, changes, seconds), self.device)
 
-def _follow(
-    plan: Plan, board: Queue, claim: Lease, run: Path, first: Event, facts: Iterator[Event]
-) -> Generator[WorkerEvent, None, bool]:
-    """Tell the board how the training goes; whether it was pruned."""
-    steps = read_config(run).train.steps
-    claim.step = claim.saved = first.step
-    for step, error in _errors(run, plan.study.primary):  # told again: this try is a new one to the pruner
-        if step <= first.step:
-            board.report(claim, error, step)
-    yield WorkerEvent("training", claim.key, first.step, steps, "continued" if first.step else "")
-    for fact in facts:
-        claim.check()
-        claim.step = fact.step
-        if fact.kind == "checkpoint":
-            claim.saved = fact.step
-        if fact.kind == "held_out":
-            found = dict(_errors(run, plan.study.primary))
-            if fact.step in found and board.report(claim, found[fact.step], fact.step) and fact.step < steps:
-                return True
-        yield WorkerEvent("training", claim.key, fact.step, steps)
-    return False
+    def _train_and_measure(self, trial: Trial) -> Generator[WorkerEvent, None, Result]:
+        lease, run, study, total = self.lease, self.run, self.plan.study, trial.config.train.steps
+        pruned = yield from self._train(trial.config)
+        if pruned:
+            return Result(trial.arm, trial.seed, "pruned", lease.step, _held_out(run), {}, {})
+        yield WorkerEvent("measuring", lease.key, total, total)
+        metrics, floors, protocol = _held_out(run), {}, {}
+        if not math.isfinite(metrics.get(study.primary, 0.0)):
+            raise UserError(f"diverged: {study.primary} is not finite at step {total}")
+        if set(study.metrics) - {"held_out"}:
+            subject = run_subject(run, self.device, lambda config, _: (config, []), seed=0, averaged=True)
+            real = reference(None, subject, wanted=2 * study.samples)
+            folder = run / "evaluation" / f"{total:07d}"
+            for event in evaluate(subject, real, folder, study.samples, networks=self.networks):
+                lease.check()
+                if isinstance(event, Evaluation):
+                    scores, protocol = event.result["scores"], event.result["protocol"]
+                    metrics |= {name: score["value"] for name, score in scores.items()}
+                    floors = {name: score["floor"] for name, score in scores.items() if score["floor"] is not None}
+        _draw(run, self.device)
+        if not math.isfinite(metrics.get(study.primary, math.nan)):
+            raise UserError(f"{study.primary} is {metrics.get(study.primary, 'not measured')}: nothing to compare")
+        return Result(trial.arm, trial.seed, "done", total, metrics, floors, protocol)
+
+    def _train(self, config: RunConfig) -> Generator[WorkerEvent, None, bool]:
+        """Train from the last checkpoint; whether the trial was pruned. Waits while another process locks the run."""
+        while True:
+            started = (self.run / "config.yaml").exists()
+            with closing(train(config, self.run, resume=started, device=str(self.device))) as events:
+                try:
+                    first = next(events)
+                except BusyError as busy:
+                    self.lease.check()
+                    yield WorkerEvent("waiting", self.lease.key, text=str(busy))
+                    _pause(self.queue)
+                    continue
+                return (yield from self._follow(first, events))
+
+    def _follow(self, first: Event, events: Iterator[Event]) -> Generator[WorkerEvent, None, bool]:
+        """Report the training's errors to the queue; whether the trial was pruned."""
+        queue, lease, run, primary = self.queue, self.lease, self.run, self.plan.study.primary
+        steps = read_config(run).train.steps
+        lease.step = lease.saved = first.step
+        for step, error in _errors(run, primary):  # again: to the pruner a resumed try is new
+            if step <= first.step:
+                queue.report(lease, error, step)
+        yield WorkerEvent("training", lease.key, first.step, steps, "continued" if first.step else "")
+        for event in events:
+            lease.check()
+            lease.step = event.step
+            if event.kind == "checkpoint":
+                lease.saved = event.step
+            if event.kind == "held_out":
+                errors = dict(_errors(run, primary))
+                if event.step in errors and queue.report(lease, errors[event.step], event.step) and event.step < steps:
+                    return True
+            yield WorkerEvent("training", lease.key, event.step, steps)
+        return False
 
 
 def _errors(run: Path, primary: str) -> list[tuple[int, float]]:
-    """Steps and held-out errors so far: the primary metric's, or those at high frequencies in the middle."""
+    """Steps and held-out errors so far: of the primary metric, or at t = 0.5 and high frequencies."""
     curve = read_run(run)
     name = primary if primary.startswith("held_out.") else "held_out.0.5.high"
     _, whole, part, kind = name.split(".")
@@ -224,36 +213,38 @@ def _held_out(run: Path) -> dict[str, float]:
 
 
 def _draw(run: Path, device: torch.device) -> None:
-    """Samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
-    saved = Checkpoint.open(run)
-    config = saved.config
-    images = to_pixels(sample(saved.model(device), config, DRAWN))
+    """Write samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
+    checkpoint = Checkpoint.open(run)
+    config = checkpoint.config
+    images = to_pixels(sample(checkpoint.model(device), config, DRAWN))
     labels = [class_of(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     with atomic.file(run / "drawn.npz") as file:
         np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))
 
 
 def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
-    """A training image for each label, another one each time while there are; any where there is none."""
+    """A training image for each label, different ones while the class has more; of any class if its own has none."""
     source = open_source(config.data, config.model)
-    if source.train_size is None:  # endless: the first that have the label
-        there = np.array([source.train(number)[1] for number in range(SEARCHED)])
+    if source.train_size is None:  # endless
+        known = np.array([source.train(number)[1] for number in range(SEARCHED)])
     else:
-        there = source.labels
+        known = source.labels
     turns: Counter[int] = Counter()
     images = []
     for y in labels:
-        mine = np.flatnonzero(there == y) if config.model.num_classes and (there == y).any() else np.arange(len(there))
-        images.append(source.train(int(mine[turns[y] * len(mine) // len(labels) % len(mine)]))[0])
+        of_class = np.flatnonzero(known == y) if config.model.num_classes else np.empty(0, int)
+        if not len(of_class):
+            of_class = np.arange(len(known))
+        images.append(source.train(int(of_class[turns[y] * len(of_class) // len(labels) % len(of_class)]))[0])
         turns[y] += 1
     return to_pixels(torch.from_numpy(np.stack(images)))
 
 
 def memory(config: RunConfig) -> int:
-    """Bytes that a trial needs on its device, roughly: weights, gradient, optimizer and average, and what the backward
-    pass keeps, half as much again for what is on its way."""
+    """Rough bytes of a trial on its device: weights, gradients, optimizer and average, and 1.5 times the activations
+    kept for the backward pass."""
     from dit_in_dit.inspection import cost
     from dit_in_dit.inspection.trace import inspect
 
-    kept: Any = inspect(config.model, config.train.batch_size, config.train.recompute)["activation_bytes"]
-    return int(5 * 4 * cost.parameters(config.model)["total"] + 1.5 * kept["total"])
+    activations: Any = inspect(config.model, config.train.batch_size, config.train.recompute)["activation_bytes"]
+    return int(5 * 4 * cost.parameters(config.model)["total"] + 1.5 * activations["total"])

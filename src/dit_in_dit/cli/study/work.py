@@ -1,0 +1,162 @@
+"""`study work` and `study status`: join a study as one more worker, and see how far it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_in_dit.cli.options import Commands, add_device, print_table
+from dit_in_dit.config.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dit_in_dit.study.plan import Plan
+    from dit_in_dit.study.queue import Queue
+
+
+STORAGE = "DIT_IN_DIT_STORAGE"  # environment variable of the URL: `ps` would show a password in an argument
+
+
+def add(study: Commands) -> None:
+    """Add both subcommands."""
+    command = study.add("work", _work, "join a study that was started, as one more worker, on any machine")
+    command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
+    add_storage(command)
+    add_device(command)
+    command = study.add("status", _status, "how far a study is")
+    command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
+    add_storage(command)
+
+
+def add_storage(command: argparse.ArgumentParser) -> None:
+    """Add the arguments for `open_queue`."""
+    command.add_argument(
+        "--storage",
+        metavar="URL",
+        default=os.environ.get(STORAGE) or None,
+        help="database that workers of several machines share: postgresql+psycopg://USER:PASSWORD@HOST/NAME "
+        f"(default: ${STORAGE}, which other users of the machine cannot see)",
+    )
+    command.add_argument(
+        "--lease",
+        type=_seconds,
+        default=60.0,
+        help="seconds without a sign of its worker until a trial goes to another (60)",
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 86400 seconds: got {text[:40]!r}")
+    return seconds
+
+
+@contextmanager
+def open_queue(plan: Plan, options: argparse.Namespace) -> Iterator[Queue]:
+    """The study's queue. Outages of its storage are printed on stderr; one as long as a lease ends the command."""
+    from dit_in_dit.study.queue import Queue
+    from dit_in_dit.study.storage import AwayError
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    try:
+        yield Queue(plan, options.out, options.storage, options.lease, say)
+    except AwayError as error:
+        raise UserError(str(error)) from None
+
+
+def format_counts(counts: Counter[str]) -> str:
+    """Counts of trials by state, without the zeros."""
+    states = ("done", "failed", "pruned", "running", "waiting")
+    return ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
+
+
+def _status(options: argparse.Namespace) -> None:
+    from dit_in_dit.study.plan import read_plan
+
+    plan = read_plan(options.out)
+    with open_queue(plan, options) as queue:
+        counts, trials = queue.counts(), queue.keys()
+    print(f"{plan.name}: {format_counts(counts)}, of {queue.total}")
+    steps = {key: trial.user_attrs.get("beat", [0, 0])[1] for key, trial in trials.items()}
+    print_table([], [[key, trials[key].state.name.lower(), f"step {steps[key]}"] for key in sorted(trials)])
+
+
+def _work(options: argparse.Namespace) -> None:
+    from dit_in_dit.runtime.device import pick_device
+    from dit_in_dit.study.plan import read_plan
+
+    plan, device = read_plan(options.out), pick_device(options.device)
+    with open_queue(plan, options) as queue:
+        work_here(plan, options.out, queue, device)
+
+
+def work_here(plan: Plan, out: Path, queue: Queue, device: torch.device) -> None:
+    """Do trials in this process until none is left."""
+    from dit_in_dit.study.worker import work
+
+    shown = 0.0
+    with study_progress(plan, queue) as show, closing(work(plan, out, queue, device)) as events, exit_on_sigterm():
+        for event in events:
+            training = event.kind == "training"
+            if event.kind in ("done", "failed", "pruned", "lost"):
+                show(line=f"{event.key}: {event.kind}{f', {event.text}' if event.text else ''}")
+            elif event.text == "continued":
+                show(line=f"{event.key}: continued from step {event.step}")
+            if not training or time.monotonic() - shown > 1:  # counting asks the storage
+                state = f"{event.step}/{event.steps}" if training else event.kind
+                show(f"{event.key} {state} {event.text}", event.step if training else None)
+                shown = time.monotonic()
+        show()
+
+
+@contextmanager
+def study_progress(plan: Plan, queue: Queue) -> Iterator[Callable[..., None]]:
+    """A bar over all training steps; the function it yields updates the bar, or prints a line above it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    steps = sum(trial.config.train.steps for trial in plan.trials) / len(plan.trials)
+    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
+        task = bar.add_task("study", total=queue.total * steps)
+
+        def show(text: str = "", step: int | None = None, *, line: str = "") -> None:
+            if line:
+                console.print(line)
+                return
+            counts = queue.counts()
+            ended = counts["done"] + counts["failed"] + counts["pruned"]
+            running = queue.steps() if step is None else step
+            bar.update(task, completed=ended * steps + running, description=f"{format_counts(counts)}  {text}")
+
+        yield show
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """While open, SIGTERM stops as Ctrl-C does: the trial is given back at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

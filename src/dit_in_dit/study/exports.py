@@ -1,0 +1,81 @@
+"""Numbers of a study as CSV, and its table to paste into a paper."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+
+from dit_in_dit.metrics.metric import metric_of
+from dit_in_dit.study import formatting
+from dit_in_dit.study.result import Result
+from dit_in_dit.study.results import StudyResults
+
+
+def csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows below their heads, as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heads, *rows])
+    return text.getvalue()
+
+
+def metric_rows(start: Sequence[object], result: Result | None) -> Iterator[list[object]]:
+    """`start`, step, metric, value and floor for each metric of a trial; one row without a metric if it has none."""
+    begin = [*start, result.step if result else ""]
+    if result is None or not result.metrics:
+        yield [*begin, "", "", ""]
+        return
+    for metric, value in sorted(result.metrics.items()):
+        floor = result.floors.get(metric)
+        yield [*begin, metric, repr(float(value)), "" if floor is None else repr(float(floor))]
+
+
+def results_csv(study: StudyResults) -> str:
+    """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
+    states = {(arm, seed): state for arm, seed, state, _ in study.missing()}
+    rows = (
+        row for key in study.folders for row in metric_rows([*key, states.get(key, "done")], study.results.get(key))
+    )
+    return csv_text(["arm", "seed", "state", "step", "metric", "value", "floor"], rows)
+
+
+def held_out_curves(study: StudyResults) -> str:
+    """CSV: a line for each arm, seed, evaluated step and held-out error."""
+    rows = (
+        [*key, int(step), f"held_out.{t}.{kind}", repr(float(error))]
+        for key, log in study.logs.items()
+        for (t, kind), errors in log.held_out.items()
+        for step, error in zip(log.evaluated, errors, strict=True)
+    )
+    return csv_text(["arm", "seed", "step", "metric", "value"], rows)
+
+
+def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
+    """Heads, rows and caption of a table to paste: cost and the metrics of `_in_paper`."""
+    shown = [name for group, names in study.metrics.items() for name in names if _in_paper(study, group, name)]
+    heads = ["arm", "MACs (M)", "params (M)", *shown]
+    rows = []
+    for arm in study.plan.arms:
+        cells = [arm.name, f"{arm.cost['macs'] / 1e6:.4g}", f"{arm.cost['params'] / 1e6:.4g}"]
+        for metric in shown:
+            marked = arm.against != arm.name and study.difference(arm, metric).marked
+            cells.append(formatting.mean(study, arm.name, metric) + ("†" if marked else ""))
+        rows.append(cells)
+    done = [sum(name == arm.name for name, _ in study.done) for arm in study.plan.arms]
+    fewest, most = min(done), max(done)
+    seeds = formatting.count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    marks = (
+        f"; mean ± half of its 95% interval. † differs from what it is compared with ({study.plan.control.name} unless "
+        f"said otherwise): paired t interval, corrected for {formatting.count(len(study.compared), 'comparison')}, "
+        "excludes zero"
+    )
+    caption = f"{study.plan.study.question or study.plan.name} {seeds} for each arm"
+    return heads, rows, caption + (marks if most > 1 else ": a lead, no claim") + "."
+
+
+def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
+    """Whether a metric is shown in the table to paste: no spectra, moments and seams except a primary one."""
+    known = metric_of(metric)
+    if known.direction == "listed":
+        return False
+    return group in ("held_out", "standard") or metric == study.primary or known.name == "swd.*" or bool(known.compute)

@@ -60,7 +60,7 @@ class InnerConfig(OuterConfig):
     )
     fuse: Literal["add", "gate", "replace"] = key(
         "add",
-        "aggregated into outer: add, gate (starts at zero), replace (no residual; no outer head if inner is last)",
+        "aggregated into outer: add, gate (starts at zero), replace (no residual, no outer head if inner ends)",
     )
 
     def check(self) -> None:
@@ -84,7 +84,7 @@ class ModelConfig(Section):
         False, "double the output channels: the prediction, then the variance fraction (used on path ddpm)"
     )
     time_embed: Literal["dit", "diffusers", "sit"] = key(
-        "dit", "sinusoids: dit, of 1000 t; diffusers, of 1000 t at the frequencies of diffusers' DiT; sit, of 1 - t"
+        "dit", "sinusoids of 1000 t (dit), of 1000 t at the frequencies of diffusers' DiT (diffusers), of 1 - t (sit)"
     )
     qk_norm: bool = key(False, "RMS norm of queries and keys with a learned scale, at both levels")
     mlp_norm_eps: float = key(1e-6, "epsilon of the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1)
@@ -256,7 +256,7 @@ class TrainConfig(Section):
         "none", "levels whose blocks recompute activations in the backward pass: less memory, more time"
     )
     parallel: Literal["ddp", "fsdp"] = key(
-        "ddp", "with several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"
+        "ddp", "several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"
     )
     reduction: Literal["fast", "fixed"] = key(
         "fast", "sum of gradients: fast (in the backend's order), fixed (as a tree: same bits on 1, 2, 4 ... processes)"

@@ -83,7 +83,6 @@ LONG_FUNCTIONS = {
     "metrics/feature_networks.py: _dinov2": "the network as its paper prepares images",
     "runs/checkpoint.py: save": "one order of writes, whose every break is tested",
     "training/loop.py: train": "arguments and errors documented; what a run needs, in order",
-    "training/trainer.py: __init__": "what training changes, in the order that seeds ask for",
 }
 
 

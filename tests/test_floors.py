@@ -64,7 +64,6 @@ LONG_FUNCTIONS = {
     "interop/pipeline.py: __call__": "the signature and checks of a pipeline of diffusers",
     "runs/checkpoint.py: save": "one order of writes, whose every break is tested",
     "training/loop.py: train": "arguments and errors documented; what a run needs, in order",
-    "training/trainer.py: __init__": "what training changes, in the order that seeds ask for",
 }
 
 

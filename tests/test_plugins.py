@@ -201,9 +201,9 @@ def test_register_names_what_is_wrong(loaded):
         pass
 
     for arguments, said in (
-        (("agregate", "max", Mean), "no kind 'agregate' of choice; did you mean 'aggregate'"),
+        (("agregate", "max", Mean), "unknown kind 'agregate'; did you mean 'aggregate'"),
         (("aggregate", "a b", Mean), "a name is letters"),
-        (("aggregate", "mean", AGGREGATORS["softmax"]), "'mean' is there already"),
+        (("aggregate", "mean", AGGREGATORS["softmax"]), "'mean' exists already"),
         (("aggregate", "max", torch.nn.Linear), "must be a class with the base dit_in_dit.model.aggregate.Aggregator"),
         (("aggregate", "max", lambda: 0), "must be a class with the base"),
         (("aggregate", "max", Empty), "Empty lacks forward, macs, weights of Aggregator"),
@@ -236,7 +236,7 @@ def test_keys_of_a_users_class_reach_it_and_the_hash(loaded):
 
 def test_a_config_file_without_the_plug_in_of_its_keys_says_so():
     text = to_yaml(small_run()) + "plugins: {softmax: {temperature: 2}}"
-    with pytest.raises(UserError, match=r"unknown key 'plugins\.softmax': name the plug-in that has it with --plugin"):
+    with pytest.raises(UserError, match=r"unknown key 'plugins\.softmax': name its plug-in with --plugin"):
         from_yaml(text)
 
 
@@ -269,9 +269,9 @@ def test_register_names_what_is_wrong_with_keys(loaded):
         needed: int
 
     for kind, name, keys, said in (
-        ("metric", "contrast", Other, "a metric has no keys of its own"),
+        ("metric", "contrast", Other, "a metric takes no keys of its own"),
         ("aggregate", "softmax", dict, r"must be a class with the base dit_in_dit\.config\.schema\.Section"),
-        ("aggregate", "softmax", Other, r"plugins\.softmax is there already"),
+        ("aggregate", "softmax", Other, r"plugins\.softmax exists already"),
         ("mixer", "shift", Needed, "each of the keys of 'shift' must have a default"),
     ):
         with pytest.raises(UserError, match=said):
@@ -291,8 +291,8 @@ def test_a_plug_in_that_is_none_is_one_line(tmp_path):
     (tmp_path / "my-idea.py").write_text("")
     for text, said in (
         (tmp_path / "absent.py", "no such file"),
-        (broken, "ends with ZeroDivisionError"),
-        (tmp_path / "leaving_idea.py", "ends with SystemExit"),
+        (broken, "failed: ZeroDivisionError"),
+        (tmp_path / "leaving_idea.py", "failed: SystemExit"),
         (tmp_path / "random.py", r"Python has a module 'random' already \(.*random\.py\): rename random\.py"),
         (tmp_path / "my-idea.py", "must be letters, digits and '_'"),
         ("nobody", "no installed package has an entry point 'nobody'"),

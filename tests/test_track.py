@@ -223,7 +223,7 @@ def test_a_tracker_that_fails_ends_nothing_and_is_named_once(no_curves, config, 
     notes.log = lambda values, step: (_ for _ in ()).throw(ConnectionError("the network\nis down"))
     monkeypatch.setitem(sys.modules, "wandb", notes)
     warnings = follow(config, run, ["wandb", "tensorboard"])
-    assert warnings == ["wandb is told nothing more, because it failed: ConnectionError: the network is down"]
+    assert warnings == ["wandb failed and is dropped: ConnectionError: the network is down"]
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert len(events.Scalars("train/loss")) == STEPS
 

@@ -32,7 +32,7 @@ __all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", 
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: reading a config needs no torch."""
+    """Import a public name on first use, because configs need no torch."""
     from importlib import import_module
 
     if name not in _HOMES:

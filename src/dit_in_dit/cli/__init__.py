@@ -1,4 +1,4 @@
-"""The command `dit-in-dit`: parses, prints, and puts the parts together."""
+"""The command `dit-in-dit`: argument parsing, printing and error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
 from dit_in_dit.runtime.process import is_main
 
-ORDER = (  # of the help; a module of this folder that is not here comes after them
+ORDER = (  # of commands in the help; modules of this folder that are not listed come last
     *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),
     *("curves", "doctor", "maps", "match", "study", "bench", "verify_resume"),
 )
@@ -25,7 +25,7 @@ _python_line = warnings.formatwarning
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command. A user's mistake prints one line on stderr and ends with exit code 2."""
     warnings.formatwarning = _line
     try:
         options = parser().parse_args(arguments)
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _refuse("" if error.quiet else str(error), error.code)
     except KeyboardInterrupt:
-        print("dit-in-dit: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        print("dit-in-dit: stopped; --resume continues a run from its last checkpoint", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `dit-in-dit config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,18 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:
-    """End with one line on stderr and an exit code."""
+    """Print one line on stderr and exit with a code."""
     if message:
         print(one_line(f"dit-in-dit: {hide_passwords(message)}"), file=sys.stderr, flush=True)
-    if code != 2:  # another process is lost, and the engine would wait for it once more
+    if code != 2:  # a process is lost, and torch.distributed would wait for it again at exit
         os._exit(code)
     sys.exit(code)
 
 
 def _line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
-    """A warning of this package, as a line like any other; of others, what Python makes of them."""
+    """A warning as text: one line for this package's warnings, Python's format for others."""
     if issubclass(category, LeftOutWarning) and not is_main():
-        return ""  # one of several processes speaks
+        return ""  # printed by rank 0 only
     if issubclass(category, (DamagedWarning, LeftOutWarning, LocklessWarning, PluginWarning)):
         return one_line(f"dit-in-dit: {message}") + "\n"
     return _python_line(message, category, *where, **more)
@@ -65,10 +65,10 @@ def _line(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 def parser() -> Parser:
     """The parser of all commands."""
-    made = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
-    made.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
-    commands = Commands(made)
+    main_parser = Parser(prog="dit-in-dit", description="Nested diffusion transformers, written as data.")
+    main_parser.add_argument("--version", action="version", version=f"dit-in-dit {__version__}")
+    commands = Commands(main_parser)
     modules = {module.name for module in iter_modules(__path__)} - {"options"}
     for name in sorted(modules, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)):
         import_module(f"{__name__}.{name}").add(commands)
-    return made
+    return main_parser

@@ -1,4 +1,4 @@
-"""What several commands share: the parser, types of arguments, and what they amount to."""
+"""Shared parts of commands: the parser, argument types, and groups of options with the values that they name."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import RunConfig, from_file, override
 
-MOST = 10**7  # images asked for at once
+MOST = 10**7  # largest whole number of an option, such as images per command
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """An argument parser whose errors are a `UserError` of one line."""
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
             names = wrong[3].replace("'", "").split(", ")
-            raise UserError(f"{wrong[1]}: no {wrong[2][:40]!r}{did_you_mean(wrong[2], names)}")
+            raise UserError(f"{wrong[1]}: unknown {wrong[2][:40]!r}{did_you_mean(wrong[2], names)}")
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 class Commands:
-    """The parser's commands; each is a name, a function of the parsed options, and one line about it."""
+    """The subcommands of a parser."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(self, name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        """A command; add its arguments to what is returned."""
-        made = self._commands.add_parser(name, help=about, description=about)
-        made.set_defaults(run=run)
-        made.add_argument(
+        """Add a command with a line of help; `run` gets the parsed options. Returns its parser, for arguments."""
+        command = self._commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=run)
+        command.add_argument(
             "--plugin",
             action="append",
             default=argparse.SUPPRESS,
             metavar="FILE.py|NAME",
-            help="load classes of your own from a file or an installed package (CONTRIBUTING.md); repeatable",
+            help="load your own classes from a file or an installed package (CONTRIBUTING.md); repeatable",
         )
-        return made
+        return command
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
-    """Arguments that name a config, for `chosen_config`."""
+    """Add the options --preset, --config and --set, for `chosen_config`."""
     command.add_argument("--preset", help="start from this preset (see `dit-in-dit presets`)")
     command.add_argument("--config", type=Path, help="start from this YAML file")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
 
 
 def chosen_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
-    """The config that --preset or --config and --set name."""
+    """The config from --preset (or `default`) or --config, with the assignments of --set. Raises UserError."""
     if options.preset and options.config:
-        raise UserError("--preset and --config both name a start: give one of them")
+        raise UserError("--preset and --config exclude each other: give one of them")
     if options.config:
         config = from_file(options.config, "--config")
     elif name := options.preset or default:
@@ -71,61 +71,65 @@ def chosen_config(options: argparse.Namespace, default: str | None = None) -> Ru
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """--device, for `pick_device`."""
-    command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best there is)")
+    """Add the option --device, for `pick_device`."""
+    command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
 
 
 def add_num(command: argparse.ArgumentParser, default: int) -> None:
-    """-n and --num; torchrun takes the latter for the beginning of an option of its own, wherever it stands."""
-    command.add_argument("-n", "--num", type=whole_number, default=default, help=f"how many images (default {default})")
+    """Add the options -n and --num. Under torchrun only -n works: torchrun takes --num for a prefix of its options."""
+    command.add_argument("-n", "--num", type=whole_number, default=default, help=f"images (default {default})")
 
 
 def add_micro_batch(command: argparse.ArgumentParser) -> None:
-    """--micro-batch, for `sampling`, where whole micro-batches are drawn."""
+    """Add the option --micro-batch, for `sampling`."""
     command.add_argument(
         "--micro-batch",
         type=whole_number,
         metavar="N",
-        help="images in one forward pass, to which samples belong bit for bit (default: the run's)",
+        help="images per forward pass; the last bits of samples depend on it (default: the run's)",
     )
 
 
 def add_vae(command: argparse.ArgumentParser) -> None:
-    """--vae, for a run that draws latents."""
+    """Add the option --vae, for runs on latents."""
     command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
 
 
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
-    """Arguments that say how images are drawn, for `sampling`; without --classes, labels are `classes`."""
-    command.add_argument("--seed", type=seed, default=0, help="sample i is a function of this and i")
-    command.add_argument("--classes", help=f"names or numbers, with commas; they take turns (default: {classes})")
+    """Add the options of sampling, for `sampling`; `classes` describes the default of --classes."""
+    command.add_argument("--seed", type=seed, default=0, help="seed; sample i depends on the seed and i (default 0)")
+    command.add_argument(
+        "--classes", help=f"class names or numbers, comma-separated, used in turn (default: {classes})"
+    )
     command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
-    command.add_argument("--guidance", type=float, help="classifier-free guidance; 1: none (default: the run's)")
-    command.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
+    command.add_argument(
+        "--guidance", type=float, help="scale of classifier-free guidance; 1: none (default: the run's)"
+    )
+    command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
 
 
 def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> tuple[RunConfig, list[int]]:
-    """The config with what `add_sampling` was given, and the class numbers (empty: all); `names` are the classes'."""
+    """The config with the options of `add_sampling`, and the numbers of --classes (empty: all), found in `names`."""
     keys = ("sampler", "steps", "guidance", "micro_batch")
-    given: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
-    config = replace(config, sample=replace(config.sample, **given))
+    changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
+    config = replace(config, sample=replace(config.sample, **changes))
     if options.classes is not None and not config.model.num_classes:
         raise UserError("--classes: this run was trained without labels")
     return config, [] if options.classes is None else class_numbers(options.classes, names)
 
 
 def class_numbers(text: str, known: Sequence[str]) -> list[int]:
-    """Class numbers from names or numbers with commas; spaces around them and Unicode's normal form do not matter, and
-    a name with a comma is read as far as it fits."""
+    """Class numbers from comma-separated names or numbers. Names may contain commas: the longest match counts.
+    Surrounding spaces and Unicode normalisation do not matter."""
     names: dict[str, int] = {}
     for number, name in enumerate(known):
         names.setdefault(_plain(name), number)
-    most = 1 + max((name.count(",") for name in names), default=0)  # parts of a name
+    most = 1 + max((name.count(",") for name in names), default=0)  # most comma-separated parts of a name
     parts, numbers, start = text.split(","), [], 0
     while start < len(parts):
-        tried = range(min(len(parts), start + most), start + 1, -1)
-        end = next((end for end in tried if _plain(",".join(parts[start:end])) in names), start + 1)
+        ends = range(min(len(parts), start + most), start + 1, -1)
+        end = next((end for end in ends if _plain(",".join(parts[start:end])) in names), start + 1)
         name, start = _plain(",".join(parts[start:end])), end
         if name in names:
             numbers.append(names[name])
@@ -137,7 +141,7 @@ def class_numbers(text: str, known: Sequence[str]) -> list[int]:
 
 
 def _plain(name: str) -> str:
-    """A class name as it is compared."""
+    """A class name in the form used for comparison."""
     return unicodedata.normalize("NFC", name.strip())
 
 
@@ -154,7 +158,7 @@ def seed(text: str) -> int:
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
-    """Print a table below its title, in plain text; without rows, nothing. Only on a terminal do cells wrap."""
+    """Print a plain-text table below its title; print nothing without rows. Cells wrap on a terminal only."""
     from dit_in_dit.reporting.tables import text_table
 
     if not rows:

@@ -1,1 +1,1 @@
-"""What a run is: keys with meanings, ranges and rules; no torch."""
+"""The config of a run: keys with meanings, ranges and rules; no torch."""

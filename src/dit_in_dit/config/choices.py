@@ -1,4 +1,4 @@
-"""Choices: config keys whose value names a class or function in a table, which a user's own can join.
+"""Choices: config keys whose value names a class or function in a table. `register` adds a user's own.
 
     import dit_in_dit
     from dit_in_dit.model.aggregate import Aggregator
@@ -8,7 +8,7 @@
 
     dit_in_dit.register("aggregate", "max", Max)
 
-No torch here: a table is imported when it is asked for, which is for a name that the config does not know itself.
+This module imports no torch. A table is imported on first use, and only names that are not built in need it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Kind:
     """A kind of choice.
 
     Attributes:
-        keys: the config keys that name one; none where a command or a study does.
-        module: where its table is.
+        keys: config keys that take a name of this kind; empty where a command or a study takes it.
+        module: module of the package that holds the table.
         table: name of the table, a dictionary.
-        base: name of the class that states what a choice must offer; empty: anything that can be called.
-        instance: whether the table holds instances of the base, not classes.
+        base: name of the class that states what a choice must offer; empty: any callable.
+        instance: whether the table holds instances of the base instead of subclasses.
     """
 
     keys: tuple[str, ...]
@@ -64,31 +64,31 @@ KINDS = {
     "tracker": Kind((), "training.trackers", "TRACKERS"),
 }
 KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}
-PLUGIN_KEYS: dict[str, Any] = {}  # the section of config keys that a user's class declares, by the name of its choice
-PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # whose classes a model is made of
+PLUGIN_KEYS: dict[str, Any] = {}  # registered name: the section of config keys that the user's class declares
+PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # kinds whose classes are model parts
 
 
 def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
-    """Add a class or function to a table: the config key of that kind then takes its name.
+    """Add a class or function to a table, so that the config key of its kind accepts its name.
 
     Args:
         kind: embed, aggregate, mixer, condition, fuse, spread, norm, path, predict, weight, time, sampler, optimizer,
             source, metric, tracker.
-        name: what the config calls it: letters, digits, `_`, `-`, `.` and `+`.
-        thing: a class with the base of its kind, a `Sampler`, a `Metric`, or a function.
-        keys: config keys of its own, a `config.schema.Section`: `plugins.NAME` sets them, and `plugins["NAME"]` of the
-            group of keys that `thing` is given reads them. For model parts, optimizers and sources.
+        name: its name in the config: a letter, then letters, digits, `_`, `-`, `.` and `+`.
+        thing: a subclass of the kind's base, a `Sampler`, a `Metric`, or a function.
+        keys: its own config keys, a `config.schema.Section`. The config sets them under `plugins.NAME`; `thing` reads
+            them as `plugins["NAME"]` of the config group that it receives. For model parts, optimizers and sources.
 
     Raises:
-        UserError: there is no such kind, the name is taken or none, or the class lacks what its base asks for.
+        UserError: the kind is unknown, the name is taken or invalid, or the class lacks a method of its base.
     """
     if kind not in KINDS:
-        raise UserError(f"register: no kind {truncate(kind, 40)!r} of choice{did_you_mean(str(kind), KINDS)}")
+        raise UserError(f"register: unknown kind {truncate(kind, 40)!r}{did_you_mean(str(kind), KINDS)}")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
         raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {truncate(name, 40)!r}")
     entries = table(kind)
     if name in entries and not _is_same(entries[name], thing):
-        raise UserError(f"register: the {kind} {name!r} is there already: choose another name")
+        raise UserError(f"register: the {kind} {name!r} exists already: choose another name")
     _check_contract(kind, name, thing)
     if keys is not None:
         _check_keys(kind, name, keys)
@@ -98,53 +98,56 @@ def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
 
 
 def table(kind: str) -> dict[str, Any]:
-    """The table of a kind, by name."""
+    """The table of a kind: its classes, functions or instances by name."""
     entries: dict[str, Any] = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].table)
     return entries
 
 
 def plugin_keys() -> dict[str, Any]:
-    """The section of keys that each registered name declares, for those that declare one."""
+    """The sections of config keys that plug-ins declare, by registered name."""
     return PLUGIN_KEYS
 
 
 def is_choice(key: str) -> bool:
-    """Whether a config key names a choice that a user's own can join."""
+    """Whether a config key accepts registered names."""
     return key in KEYS
 
 
 def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
-    """What a config key can be: the built-in names, then registered ones."""
+    """Names that a config key accepts: built-in ones, then registered ones."""
     return list(dict.fromkeys([*built_in, *table(KEYS[key])]))
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
-    """UserError where a config, by dotted key, names a class of a user's: a pipeline's folder carries none.
+    """Check that a config names no class of a plug-in: an exported pipeline carries the package's own code only.
 
     Args:
-        values: every key of a config with its value.
+        values: every value of a config, by dotted key.
+
+    Raises:
+        UserError: a model part of the config is a plug-in's.
     """
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
-        made = table(KEYS[key])[values[key]]
-        if made is not None and made.__module__.split(".")[0] != PACKAGE:
+        part = table(KEYS[key])[values[key]]
+        if part is not None and part.__module__.split(".")[0] != PACKAGE:
             raise UserError(
-                f"a pipeline carries the package's own code, and {key}={values[key]} is a plug-in's: "
-                "export --format run, which is read with --plugin"
+                f"a pipeline carries the package's own code only, but {key}={values[key]} is a plug-in's: "
+                "export --format run, and load it with --plugin"
             )
 
 
 def crosses_patches(mixer: str) -> bool:
-    """Whether inner tokens see past their patch."""
+    """Whether inner tokens of a mixer see past their patch."""
     return CROSSES_PATCHES[mixer] if mixer in CROSSES_PATCHES else bool(table("mixer")[mixer].crosses_patches)
 
 
 def keeps_outer(fuse: str) -> bool:
-    """Whether a fusion keeps the outer tokens (false: the aggregated ones replace them)."""
+    """Whether a fusion keeps the outer tokens; false: the aggregated tokens replace them."""
     return KEEPS_OUTER[fuse] if fuse in KEEPS_OUTER else bool(table("fuse")[fuse].keeps_outer)
 
 
 def reads_outer(condition: str) -> bool:
-    """Whether outer tokens drive inner adaLN."""
+    """Whether a condition drives inner adaLN by the outer tokens."""
     return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
 
 
@@ -164,22 +167,22 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
         )
     unwritten = {"forward"} if kind in PARTS and getattr(thing, "forward", 0) is getattr(base, "forward", 1) else set()
     if lacks := sorted({*getattr(thing, "__abstractmethods__", ()), *unwritten}):
-        raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: write it")
+        raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: define it")
 
 
 def _check_keys(kind: str, name: str, keys: Any) -> None:
     from dit_in_dit.config.schema import Section  # which imports this module
 
     if kind not in (*PARTS, "optimizer", "source"):
-        raise UserError(f"register: a {kind} has no keys of its own: leave out keys")
+        raise UserError(f"register: a {kind} takes no keys of its own: leave out keys")
     if not (inspect.isclass(keys) and issubclass(keys, Section)):
         raise UserError(
             f"register: the keys of {name!r} must be a class with the base dit_in_dit.config.schema.Section"
         )
     if keys.prefix not in ("", f"plugins.{name}"):
-        raise UserError(f"register: these keys are {keys.prefix}'s: give {name!r} a class of its own")
+        raise UserError(f"register: these keys belong to {keys.prefix}: give {name!r} a class of its own")
     if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
-        raise UserError(f"register: plugins.{name} is there already: choose another name")
+        raise UserError(f"register: plugins.{name} exists already: choose another name")
     try:
         keys()
     except TypeError as error:
@@ -187,7 +190,7 @@ def _check_keys(kind: str, name: str, keys: Any) -> None:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether a module that was run twice, as in another process's worker, defines the same thing again."""
+    """Whether both are one definition, of a module that ran twice (as in a worker process)."""
     if type(one) is type(other) and not callable(one):
         return True if one == other else repr(one) == repr(other)
     names = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]

@@ -1,4 +1,4 @@
-"""What a person is told when something they gave cannot be used: one line with the rule, the value and the way out."""
+"""Errors and warnings for users: one line with the rule, the value and the way out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ LINE = 200  # characters of a message as the command prints it
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; its message is the one line they need."""
+    """A user's mistake; the message is one line with the rule, the value and the way out."""
 
-    code = 2  # of the command's exit
-    quiet = False  # another process says it
+    code = 2  # exit code of the command
+    quiet = False  # true where another process prints the message
 
 
 class LeftOutWarning(UserWarning):
-    """A part of what the user gave is not used; its message is one line."""
+    """A part of the input is not used; the message is one line."""
 
 
 class PluginWarning(UserWarning):
-    """A plug-in is not the one that a run was made with; its message is one line."""
+    """A plug-in differs from the one that a run was trained with; the message is one line."""
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `names`; when none is close all of them, or the closest of too many."""
+    """`; did you mean 'x'?` with the closest of `names`. If none is close: all names, or the three closest of many."""
     known = sorted(set(names))
     if not known:
         return ""
@@ -38,8 +38,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def truncate(value: object, most: int = 80) -> str:
-    """A value as text that fits in a line: what would break the line is escaped, the middle of what is too long left
-    out."""
+    """A value as one line of at most `most` characters. Unprintable characters are escaped; a long text loses its
+    middle."""
     try:
         text = str(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
@@ -53,8 +53,8 @@ def truncate(value: object, most: int = 80) -> str:
 
 
 def one_line(message: str, most: int = LINE) -> str:
-    """The message in at most `most` characters: paths and other long words lose their middle first, so that the way
-    out at the end stays."""
+    """The message in at most `most` characters. Paths and other long words lose their middle first, so that the way out
+    at the end of the message stays."""
     line = truncate(message, max(most, len(message) * 10))
     for room in (80, 60, 40, 25):
         if len(line) > most:
@@ -63,6 +63,6 @@ def one_line(message: str, most: int = LINE) -> str:
 
 
 def hide_passwords(text: str) -> str:
-    """The text with `***` for the passwords of URLs in it."""
+    """The text with `***` in place of the passwords in its URLs."""
     text = re.sub(r"(\w://[^\s:/@]*:)\S*@", r"\1***@", text)
     return re.sub(r"([?&]\w*(?:pass|pwd)\w*=)[^\s&]+", r"\1***", text, flags=re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Facts of the package's own choices that the rules of a config need, without torch; tests compare the classes."""
+"""Properties of built-in choices that config rules need, without torch; a test compares them with the classes."""
 
 CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "none": False}
 KEEPS_OUTER = {"add": True, "gate": True, "replace": False}

@@ -1,4 +1,4 @@
-"""Named runs, each a literal. `get(name)` gives the config; `NAMES` lists them."""
+"""Named runs, each a literal: `get(name)` returns a config, and `NAMES` lists the names."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 
 # SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
 LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))
 
-# JiT's recipe (Li & He 2025): the network gives the image, the loss is on the velocity, times lean to noise.
+# JiT's recipe (Li & He 2025): the network predicts the image, the loss is on the velocity, times favour noise.
 PIXELS = RunConfig(
     diffusion=DiffusionConfig(predict="image", weight="velocity", time="logit_normal", time_mean=0.8, time_std=0.8),
     data=DataConfig(source="imagenet", flip=True, workers=8),
     sample=SampleConfig(steps=50),
 )
 
-
-# What won (docs/does-nesting-help.md): the inner transformer last, three blocks over single pixels, sixteen channels
-# wide, each pixel looking at the eight around it; its blocks driven by the patch's outer token; and at first half of
-# each pixel's own token, half of what its patch tells it, a share that time decides.
+# The best arrangement of our studies (docs/does-nesting-help.md): the inner transformer last, with three blocks over
+# single pixels, 16 channels wide. A 3x3 convolution mixes each pixel with its eight neighbours, and the patch's outer
+# token drives inner adaLN. Spread interpolates between a pixel's token and the message from its patch, 1/2 at first.
 PIXEL_DECODER = InnerConfig(
     sub_patch=1, width=16, num_heads=2, mlp_ratio=1, embed="conv", mixer="conv", condition="patch", spread="interpolate"
 )
 
 
 def _official(size: str, patch: int, arrangement: str) -> RunConfig:
-    """DiT-size/patch, or a nested one around it: as first asked for (inner first, mean, add, E = D, S = 4), or, of
-    pixels, with what won."""
+    """DiT-size/patch (`plain`) or a nested model around it: `reference` (inner first, mean, add, E = D, S = 4) or, for
+    pixels, `decoder` (`PIXEL_DECODER`)."""
     depth, width, heads = SIZES[size]
     pixels = patch == 16
     base = PIXELS if pixels else LATENTS
@@ -62,13 +61,13 @@ def _official(size: str, patch: int, arrangement: str) -> RunConfig:
 
 
 def _all_official() -> dict[str, RunConfig]:
-    found = {f"dit-{s}{p}": _official(s, p, "plain") for s in SIZES for p in (2, 4, 8, 16)}
-    found |= {f"dit-in-dit-{s}{p}": _official(s, p, "reference") for s in SIZES for p in (2, 4, 8)}
-    found |= {f"dit-in-dit-{s}16": _official(s, 16, "decoder") for s in SIZES}
-    return found | {f"dit-in-dit-{s}16-reference": _official(s, 16, "reference") for s in SIZES}
+    configs = {f"dit-{s}{p}": _official(s, p, "plain") for s in SIZES for p in (2, 4, 8, 16)}
+    configs |= {f"dit-in-dit-{s}{p}": _official(s, p, "reference") for s in SIZES for p in (2, 4, 8)}
+    configs |= {f"dit-in-dit-{s}16": _official(s, 16, "decoder") for s in SIZES}
+    return configs | {f"dit-in-dit-{s}16-reference": _official(s, 16, "reference") for s in SIZES}
 
 
-# Small models of equal MACs for the embedded emoji: a few minutes each on two cores.
+# Small models of equal MACs for the embedded emoji; each trains in a few minutes on two cores.
 _EMOJI = RunConfig(
     model=ModelConfig(
         image_size=(32, 32),
@@ -85,7 +84,7 @@ _EMOJI = RunConfig(
         steps=4800,
         batch_size=32,
         learning_rate=4e-3,
-        lr_scale=RateConfig(inner=0.5),  # at 1 the inner level learns unsteadily (docs/lab-notebook.md, 11 and 13)
+        lr_scale=RateConfig(inner=0.5),  # at 1 training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
         warmup=200,
         schedule="cosine",
         ema=0.998,
@@ -96,7 +95,7 @@ _EMOJI = RunConfig(
     ),
     sample=SampleConfig(sampler="dpm++", steps=25, guidance=2.0),
 )
-# The arrangement first asked for: inner first, linear embedding, mean, add.
+# The reference arrangement: inner first, linear embedding, mean, add.
 _EMOJI_REFERENCE = replace(
     _EMOJI,
     model=replace(
@@ -123,7 +122,7 @@ NAMES = tuple(PRESETS)
 
 
 def get(name: str) -> RunConfig:
-    """The named run's config; UserError with the nearest name when there is none."""
+    """The config of a named run; UserError with the nearest name if the name is unknown."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]

@@ -11,13 +11,13 @@ from dit_in_dit.config.errors import UserError
 
 Level = Literal["inner", "outer"]
 Program = tuple[tuple[Level, int], ...]
-MOST_BLOCKS = 1000  # per level; far above any published depth, and low enough to stop a slip of the finger
+MOST_BLOCKS = 1000  # per level; far above any published depth, and low enough to catch a typo
 
 
 def parse_stages(text: str) -> Program:
-    """A stage program such as `(inner outer*4)*7` as (level, number of blocks) runs, in order.
+    """Parse a stage program such as `(inner outer*4)*7` into (level, number of blocks) runs. Raises UserError.
 
-    Grammar: one or more of `inner`, `outer` or `( ... )`, with spaces between, each with an optional `*N`.
+    Grammar: one or more of `inner`, `outer` or `( ... )`, separated by spaces, each with an optional `*N`.
     """
     flat = text
     while group := re.search(r"\(([^()]*)\)(?:\*(\d{1,4}))?", flat):
@@ -35,7 +35,7 @@ def parse_stages(text: str) -> Program:
 
 
 def merge(blocks: Iterable[tuple[Level, int]]) -> Program:
-    """Join neighbours of one level and drop empty runs."""
+    """Join adjacent runs of one level and drop empty runs."""
     merged: list[tuple[Level, int]] = []
     for level, count in blocks:
         if merged and merged[-1][0] == level:
@@ -46,7 +46,7 @@ def merge(blocks: Iterable[tuple[Level, int]]) -> Program:
 
 
 def format_stages(program: Program) -> str:
-    """The program as text that `parse_stages` reads back."""
+    """The program as text, the inverse of `parse_stages`."""
     return " ".join(f"{level}*{count}" for level, count in program)
 
 
@@ -57,7 +57,7 @@ def _both(outer: int, inner: int) -> Program:
 
 
 def _interleaved(outer: int, inner: int) -> Program:
-    """Each inner block before its even share of the outer ones, as TNT (Han et al. 2021)."""
+    """Each inner block before an even share of the outer blocks, as in TNT (Han et al. 2021)."""
     cuts = [i * outer // inner for i in range(inner + 1)]
     runs: list[tuple[Level, int]] = []
     for start, end in pairwise(cuts):
@@ -65,7 +65,7 @@ def _interleaved(outer: int, inner: int) -> Program:
     return merge(runs)
 
 
-ORDERS: dict[str, Callable[[int, int], Program]] = {  # from outer and inner blocks
+ORDERS: dict[str, Callable[[int, int], Program]] = {  # arguments: numbers of outer and inner blocks
     "first": lambda outer, inner: (("inner", inner), ("outer", outer)),
     "interleaved": _interleaved,
     "last": lambda outer, inner: (("outer", outer), ("inner", inner)),

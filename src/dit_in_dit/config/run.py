@@ -1,4 +1,4 @@
-"""What a run is: its groups of keys with the rules between them, read from and written to strict YAML."""
+"""The config of a run: groups of keys with the rules between them, read from and written to strict YAML."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
 @dataclass(frozen=True)
 class OuterConfig(Section):
-    """A transformer: what both levels have."""
+    """Keys that both transformers have."""
 
     prefix: ClassVar[str] = "model.outer"
-    width: int = key(384, "width of the tokens (D of outer, E of inner ones)", low=1, high=65536)
-    num_heads: int = key(6, "attention heads; divides width", low=1, high=1024)
-    mlp_ratio: float = key(4.0, "hidden width of the MLP over width", low=0.01, high=64)
+    width: int = key(384, "token width: D of the outer level, E of the inner", low=1, high=65536)
+    num_heads: int = key(6, "attention heads; must divide width", low=1, high=1024)
+    mlp_ratio: float = key(4.0, "hidden width of the MLP / width", low=0.01, high=64)
     norm: Literal["layer", "rms"] = key(
         "layer", "norm of blocks and head: layer (no parameters), rms (a learned weight per channel)", added=2
     )
@@ -41,27 +41,26 @@ class OuterConfig(Section):
 @dataclass(frozen=True)
 class InnerConfig(OuterConfig):
     prefix: ClassVar[str] = "model.inner"
-    depth_ratio: float = key(0.25, "inner blocks = max(1, int(depth * ratio)) in a named order", low=0, high=100)
-    sub_patch: int = key(1, "sub-patch size s in pixels; divides patch_size", low=1, high=4096)
-    embed: Literal["linear", "conv"] = key(
-        "linear", "sub-patch embedding: linear, or conv (reaches across patch borders)"
-    )
-    kernel: int = key(3, "kernel of embed=conv, in sub-patches; odd", low=1, high=31)
+    depth_ratio: float = key(0.25, "named orders: inner blocks = max(1, int(depth * depth_ratio))", low=0, high=100)
+    sub_patch: int = key(1, "sub-patch size s in pixels; must divide patch_size", low=1, high=4096)
+    embed: Literal["linear", "conv"] = key("linear", "sub-patch embedding: linear, conv (crosses patch borders)")
+    kernel: int = key(3, "kernel size of embed=conv, in sub-patches; odd", low=1, high=31)
     aggregate: Literal["mean", "weighted", "attention", "concat"] = key(
         "mean", "inner -> outer: mean, weighted (learned per position), attention (learned query), concat"
     )
     mixer: Literal["patch", "window", "image", "conv", "none"] = key(
-        "patch", "who sees whom: own patch, window of patches, image, 3x3 depthwise conv, none (MLP only)"
+        "patch", "inner tokens see: own patch, window of patches, image, conv (3x3 depthwise), none (MLP only)"
     )
-    window: int = key(2, "side of mixer=window, in patches; divides the patch grid", low=1, high=1024)
+    window: int = key(2, "side of mixer=window, in patches; must divide the patch grid", low=1, high=1024)
     condition: Literal["image", "patch", "sub_patch"] = key(
-        "image", "adaLN input: image (c), patch (c + outer token), sub_patch (a vector per sub-patch)"
+        "image", "input of inner adaLN: image (c), patch (c + outer token), sub_patch (a vector per sub-patch)"
     )
     spread: Literal["add", "interpolate"] = key(
-        "add", "outer -> inner: add, interpolate (a share per channel, which time and label decide)"
+        "add", "outer -> inner: add, interpolate (a weight per channel, predicted from time and label)"
     )
     fuse: Literal["add", "gate", "replace"] = key(
-        "add", "aggregated -> outer: add, gate (from zero), replace (no residual, no outer head if last)"
+        "add",
+        "aggregated into outer: add, gate (starts at zero), replace (no residual, no outer head if inner ends)",
     )
 
     def check(self) -> None:
@@ -73,24 +72,22 @@ class InnerConfig(OuterConfig):
 @dataclass(frozen=True)
 class ModelConfig(Section):
     prefix: ClassVar[str] = "model"
-    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
-    image_size: tuple[int, int] = key((32, 32), "height and width, or one number for both", low=1, high=65536)
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
+    image_size: tuple[int, int] = key((32, 32), "height and width in pixels, or one number for both", low=1, high=65536)
     channels: int = key(3, "channels of the image or latent", low=1, high=4096)
-    patch_size: int = key(8, "patch size p in pixels; divides height and width", low=1, high=4096)
-    num_classes: int = key(0, "classes; 0 for no labels", low=0, high=10_000_000)
+    patch_size: int = key(8, "patch size p in pixels; must divide height and width", low=1, high=4096)
+    num_classes: int = key(0, "number of classes; 0: no labels", low=0, high=10_000_000)
     depth: int | None = key(None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS)
     stages: str = key("outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'")
-    use_inner: bool = key(True, "false: the outer blocks alone, whatever stages says")
+    use_inner: bool = key(True, "false: outer blocks only, whatever stages says")
     learn_variance: bool = key(
-        False, "twice the channels come out: the prediction, then a fraction that says the variance (path ddpm)"
+        False, "double the output channels: the prediction, then the variance fraction (used on path ddpm)"
     )
     time_embed: Literal["dit", "diffusers", "sit"] = key(
-        "dit", "sinusoids of 1000 t; diffusers: at that DiT's other frequencies; sit: of 1 - t"
+        "dit", "sinusoids of 1000 t (dit), of 1000 t at the frequencies of diffusers' DiT (diffusers), of 1 - t (sit)"
     )
-    qk_norm: bool = key(False, "root-mean-square norm of queries and keys, with a learned scale, at both levels")
-    mlp_norm_eps: float = key(
-        1e-6, "added to the variance in the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1
-    )
+    qk_norm: bool = key(False, "RMS norm of queries and keys with a learned scale, at both levels")
+    mlp_norm_eps: float = key(1e-6, "epsilon of the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1)
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
 
@@ -129,7 +126,7 @@ class ModelConfig(Section):
 
     @property
     def program(self) -> Program:
-        """The stages as (level, number of blocks) runs, after `use_inner`."""
+        """The stages as (level, number of blocks) runs, with `use_inner` applied."""
         if self.depth is None:
             program = parse_stages(self.stages)
             return program if self.use_inner else merge(run for run in program if run[0] == "outer")
@@ -143,7 +140,7 @@ class ModelConfig(Section):
 
     @property
     def reads_patches(self) -> bool:
-        """Whether any stage reads the embedded patches: not if all are replaced before one does."""
+        """Whether any stage reads the embedded patches; false if fusion replaces them all before that."""
         replaced = self.program[0][0] == "inner" and not keeps_outer(self.inner.fuse)
         return not replaced or reads_outer(self.inner.condition)
 
@@ -159,7 +156,7 @@ class ModelConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
+        """Numbers of patches down and across."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
@@ -184,37 +181,37 @@ class DiffusionConfig(Section):
     path: Literal["flow", "ddpm"] = key(
         "flow", "flow: x_t = (1-t) x + t e (rectified flow); ddpm: DiT's linear 1000-step schedule"
     )
-    predict: Literal["velocity", "image", "noise"] = key("velocity", "what the model's output stands for")
+    predict: Literal["velocity", "image", "noise"] = key("velocity", "quantity that the model predicts")
     weight: Literal["prediction", "velocity", "image", "noise", "min_snr"] = key(
-        "prediction", "the quantity whose squared error is the loss; min_snr: image error x min(SNR, 5)"
+        "prediction", "quantity whose squared error is the loss; min_snr: image error x min(SNR, 5)"
     )
-    time: Literal["uniform", "logit_normal"] = key("uniform", "how training times are drawn")
-    time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0 means more noise", low=-20, high=20)
+    time: Literal["uniform", "logit_normal"] = key("uniform", "distribution of training times")
+    time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0: more noise", low=-20, high=20)
     time_std: float = key(1.0, "logit_normal: standard deviation of the logit", low=1e-3, high=20)
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
     prefix: ClassVar[str] = "data"
-    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
     source: str = key(
         "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
     )
-    split: str = key("train", "hf: which split of the dataset")
-    image_column: str = key("image", "hf: the column of the images")
-    label_column: str = key("label", "hf: the column of the labels; not read where model.num_classes=0")
-    flip: bool = key(False, "mirror half of the training examples left to right")
-    held_out: float = key(0.1, "share of the families kept out of training", low=0, high=0.9)
-    vae: str | None = key(None, "latents: the folder or hub id of the VAE; null: the one that encoded them")
+    split: str = key("train", "hf: split of the dataset")
+    image_column: str = key("image", "hf: column of the images")
+    label_column: str = key("label", "hf: column of the labels; not read with model.num_classes=0")
+    flip: bool = key(False, "mirror training images left to right, each with probability 1/2")
+    held_out: float = key(0.1, "fraction of image families that training never sees", low=0, high=0.9)
+    vae: str | None = key(None, "latents: folder or hub id of the VAE; null: the VAE that encoded them")
     latent_mean: tuple[float, ...] | None = key(
-        None, "latents: subtracted, one number or one per channel; null: the VAE's"
+        None, "latents: subtracted first; one number, or one per channel; null: the VAE's"
     )
     latent_scale: tuple[float, ...] | None = key(
-        None, "latents: multiplied after that; null: the VAE's (0.18215 for Stable Diffusion's)", low=1e-6, high=1e6
+        None, "latents: multiplied afterwards; null: the VAE's (0.18215 for Stable Diffusion)", low=1e-6, high=1e6
     )
-    posterior: Literal["sample", "mean"] = key("sample", "latents: drawn anew for each training example, or the mean")
-    corrupt: Literal["error", "skip"] = key("error", "a file that cannot be read: stop, or leave out and count")
-    workers: int = key(0, "processes that prepare batches; 0: the training process itself", low=0, high=256)
+    posterior: Literal["sample", "mean"] = key("sample", "latents: sample (a new draw per training example), mean")
+    corrupt: Literal["error", "skip"] = key("error", "unreadable image files: error (stop), skip (leave out and count)")
+    workers: int = key(0, "processes that prepare batches; 0: the training process", low=0, high=256)
 
     def check(self) -> None:
         if not self.source.strip():
@@ -224,14 +221,14 @@ class DataConfig(Section):
 @dataclass(frozen=True)
 class RateConfig(Section):
     prefix: ClassVar[str] = "train.lr_scale"
-    outer: float = key(1.0, "of outer weights, and of the embeddings of time and label; 0: frozen", low=0, high=1000)
-    inner: float = key(1.0, "of inner weights, and of what joins the levels", low=0, high=1000)
+    outer: float = key(1.0, "factor for outer weights, and for time and label embeddings; 0: frozen", low=0, high=1000)
+    inner: float = key(1.0, "factor for inner weights, and for modules between the levels; 0: frozen", low=0, high=1000)
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
-    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # the run's
+    plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
     steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
@@ -239,44 +236,42 @@ class TrainConfig(Section):
         "adamw", "adamw: decoupled weight decay; adam: weight decay is added to the gradient", added=2
     )
     learning_rate: float = key(1e-4, "peak learning rate", low=0, high=10)
-    lr_scale: RateConfig = key(RateConfig, "factors on the learning rate")
-    init: str | None = key(None, "a run whose averaged weights this one begins with; null: random ones")
+    lr_scale: RateConfig = key(RateConfig, "factors on the learning rate, by level")
+    init: str | None = key(None, "run whose averaged weights this run starts from; null: random weights")
     init_blocks: tuple[int, ...] | None = key(
-        None, "which of its outer blocks, in order; null: all, or as many as there are, evenly spaced", low=0, high=999
+        None, "outer blocks to take from it, in order; null: all, or the needed number evenly spaced", low=0, high=999
     )
     weight_decay: float = key(0.0, "weight decay", low=0, high=10)
     beta2: float = key(0.999, "decay of Adam's average of squared gradients", low=0, high=0.9999999)
-    warmup: int = key(0, "steps of linear warm-up from zero", low=0, high=10**12)
+    warmup: int = key(0, "steps of linear learning-rate warm-up from zero", low=0, high=10**12)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
-    label_drop: float = key(0.1, "share of labels replaced by the null class, for guidance", low=0, high=1)
-    ema: float = key(0.9999, "decay of the averaged weights; ramps up as (1+n)/(10+n)", low=0, high=0.9999999)
+    label_drop: float = key(0.1, "fraction of labels replaced by the null class, for guidance", low=0, high=1)
+    ema: float = key(0.9999, "decay of the averaged weights; at step n at most (1+n)/(10+n)", low=0, high=0.9999999)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
     precision: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "autocast; auto: bfloat16 where the device computes in it, fixed when the run starts"
+        "auto", "autocast type; auto: bfloat16 if the device computes in it, resolved when the run starts"
     )
-    compile: bool = key(False, "torch.compile the model")
+    compile: bool = key(False, "run the model through torch.compile")
     recompute: Literal["none", "inner", "outer", "both"] = key(
-        "none", "levels whose blocks recompute their activations in the backward pass (less memory)"
+        "none", "levels whose blocks recompute activations in the backward pass: less memory, more time"
     )
     parallel: Literal["ddp", "fsdp"] = key(
-        "ddp", "several processes: ddp, each has all weights; fsdp, each has a part of weights, average and moments"
+        "ddp", "several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"
     )
     reduction: Literal["fast", "fixed"] = key(
-        "fast",
-        "sum of gradients: fast, as the engine adds; fixed, micro-batches in a fixed tree: on 1, 2, 4 processes "
-        "the same bits",
+        "fast", "sum of gradients: fast (in the backend's order), fixed (as a tree: same bits on 1, 2, 4 ... processes)"
     )
-    timeout: int = key(600, "seconds in which a process must answer the others, or the job ends", low=1, high=86_400)
-    skip_most: int = key(10, "steps in a row that are skipped for a loss or gradient not finite", low=0, high=10**6)
+    timeout: int = key(600, "seconds within which a process must answer, or the job ends", low=1, high=86_400)
+    skip_most: int = key(10, "most consecutive steps skipped for a non-finite loss or gradient", low=0, high=10**6)
     on_divergence: Literal["stop", "roll_back"] = key(
-        "stop", "after more: stop, or go back to the last checkpoint and on with later examples"
+        "stop", "if more are skipped: stop, roll_back (to the last checkpoint, then continue with later examples)"
     )
     checkpoint_every: int = key(10_000, "steps between checkpoints; the last step always has one", low=1, high=10**12)
     keep_every: int = key(
-        0, "steps between checkpoints that stay for good; 0: none, the newest two stay", low=0, high=10**12
+        0, "steps between checkpoints that are never deleted; 0: only the newest two stay", low=0, high=10**12
     )
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
-    evaluate_every: int = key(1_000, "steps between held-out errors; 0: never", low=0, high=10**12)
+    evaluate_every: int = key(1_000, "steps between held-out evaluations; 0: never", low=0, high=10**12)
 
     def check(self) -> None:
         if self.keep_every % self.checkpoint_every:
@@ -296,18 +291,18 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     prefix: ClassVar[str] = "sample"
     sampler: str = key(
-        "heun", "euler and heun need path flow, ddpm (ancestral, learned variance) path ddpm; on flow, ddim is euler"
+        "heun", "euler, heun (path flow); ddpm (ancestral; path ddpm); ddim (euler on path flow), dpm++, unipc (both)"
     )
     steps: int = key(50, "sampler steps", low=1, high=1000)
     spacing: Literal["trailing", "leading", "linspace"] | None = key(
-        None, "which steps of path ddpm are taken, as diffusers names it; null: linspace for ddpm, else trailing"
+        None, "spacing of ddpm-path steps, named as in diffusers; null: linspace for sampler ddpm, else trailing"
     )
-    guidance: float = key(1.0, "classifier-free guidance; 1: none", low=0, high=100)
+    guidance: float = key(1.0, "scale of classifier-free guidance; 1: none", low=0, high=100)
     guidance_channels: int | None = key(
-        None, "leading channels that guidance acts on; null: all (the official DiT code: 3 of 4)", low=1, high=4096
+        None, "number of leading channels that are guided; null: all (the official DiT code: 3 of 4)", low=1, high=4096
     )
-    interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance acts", low=0, high=1)
-    micro_batch: int = key(8, "images in each forward pass; another number changes last bits", low=1, high=4096)
+    interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance is applied", low=0, high=1)
+    micro_batch: int = key(8, "images per forward pass; another number changes last bits", low=1, high=4096)
 
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:
@@ -325,13 +320,13 @@ class SampleConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    seed: int = key(0, "the run is a function of this number", low=0, high=2**63 - 1)
+    seed: int = key(0, "seed from which every random number of the run follows", low=0, high=2**63 - 1)
     model: ModelConfig = key(ModelConfig, "the network")
     diffusion: DiffusionConfig = key(DiffusionConfig, "noise, target and loss")
     data: DataConfig = key(DataConfig, "the images")
     train: TrainConfig = key(TrainConfig, "the training loop")
-    sample: SampleConfig = key(SampleConfig, "how images are drawn")
-    plugins: PluginKeys = key(PluginKeys(), "keys of your own classes, by the name of each (--plugin)", added=2)
+    sample: SampleConfig = key(SampleConfig, "sampling of images")
+    plugins: PluginKeys = key(PluginKeys(), "keys of plug-in classes, by registered name (--plugin)", added=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -364,7 +359,7 @@ class RunConfig(Section):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Groups as blocks, one key per line; short lists such as [32, 32] on theirs."""
+    """Groups as blocks with one key per line; lists such as [32, 32] inline."""
 
 
 _Dumper.add_representer(
@@ -373,12 +368,12 @@ _Dumper.add_representer(
 
 
 def from_yaml(text: str, what: str = "config") -> RunConfig:
-    """A run from YAML; keys left out take their defaults. Raises UserError."""
+    """Read a config from YAML; missing keys take their defaults. Raises UserError."""
     return _run(parse_yaml(text, what), what)
 
 
 def from_file(path: Path, what: str = "") -> RunConfig:
-    """A run from a YAML file; UserError, which says `what` it was given for, where that cannot be had."""
+    """Read a config from a YAML file; if that fails, a UserError names `what` the file is."""
     return _run(read_yaml(path, f"{what} " if what else ""), truncate(path))
 
 
@@ -398,7 +393,7 @@ def first_difference(stored: RunConfig, given: RunConfig) -> str:
 
 
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
-    """YAML that `from_yaml` reads back to an equal config, each key with its meaning if asked for."""
+    """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key's meaning as a comment."""
     text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=math.inf)
     if not meanings:
         return text
@@ -412,12 +407,12 @@ def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
 
 
 def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
-    """The config with `key.path=value` assignments applied together, values read as YAML."""
+    """The config with `key.path=value` assignments applied together; values are read as YAML."""
     return replace_keys(config, dict(assigned(assignment) for assignment in assignments))
 
 
 def assigned(assignment: str) -> tuple[str, Any]:
-    """Key and value of `key.path=value`, the value read as YAML."""
+    """Key and value of `key.path=value`; the value is read as YAML."""
     name, equals, text = assignment.partition("=")
     if not equals:
         raise UserError(f"--set takes key=value: got {assignment!r}")
@@ -425,7 +420,7 @@ def assigned(assignment: str) -> tuple[str, Any]:
 
 
 def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The config with other values at some dotted keys, set together. Raises UserError."""
+    """The config with new values at dotted keys, checked after all are set. Raises UserError."""
     values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
     for name, value in changes.items():
         if name not in known:
@@ -442,9 +437,10 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
-HASH_VERSION = 2  # raise it with each release that adds keys, and give these `added=HASH_VERSION`
+HASH_VERSION = 2  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`
 
 
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the config's canonical JSON: the identity of a run. A key that came later counts where it is set."""
+    """SHA-256 of the config's canonical JSON, the identity of a run. A later key counts only if it is not at its
+    default."""
     return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Groups of keys as frozen dataclasses: types and ranges are checked when one is made, rules between keys too.
+"""Config groups as frozen dataclasses. Construction checks types, ranges and the rules between keys.
 
-Every rule that a value breaks raises `UserError`: one line with the rule, the value and the way out.
+A broken rule raises `UserError`: one line with the rule, the value and the way out.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
 def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
-    """A field with its meaning (printed beside it in YAML) and its closed range.
+    """A dataclass field with a meaning (printed beside it in YAML) and a closed range.
 
-    `added` is the version of the hash (`config.HASH_VERSION`) that knows the key first. One above 1 is left out of the
-    hash while it is at its default, so that a config of before keeps its hash: such a default must never change.
+    `added` is the first version of the config hash (`HASH_VERSION`) that includes the key. A key with `added` above 1
+    is left out of the hash at its default, so that older configs keep their hash: its default must never change.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
     if isinstance(default, type):
@@ -34,7 +34,7 @@ T = TypeVar("T", bound="Section")
 
 @dataclass(frozen=True)
 class Section:
-    """A group of keys; checks types and ranges of its fields, then `check`s the rules between them."""
+    """A group of config keys. Construction checks types and ranges, then `check` the rules between keys."""
 
     prefix: ClassVar[str] = ""
 
@@ -51,11 +51,11 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Rules between the keys of this section; raises UserError."""
+        """Check the rules between the keys of this section. Raises UserError."""
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Build from nested mappings; an unknown key is an error that names the nearest known one."""
+        """Build from nested mappings. Raises UserError, with the nearest known key for an unknown one."""
         known = {f.name for f in _fields(cls)}
         for name in values:
             if name not in known:
@@ -65,7 +65,7 @@ class Section:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Dotted keys of this section and of the groups below it: those that an unknown one may have meant."""
+        """Dotted keys of this section and of the groups below it."""
         return [name for name, _, _ in keys(cls(), f"{cls.prefix}." if cls.prefix else "")]
 
     def items(self) -> Iterator[tuple[str, str, Any]]:
@@ -76,10 +76,10 @@ class Section:
 
 @dataclass(frozen=True)
 class PluginKeys(Section):
-    """Keys of users' own classes: a section for each name that a plug-in registered with keys.
+    """Keys of plug-in classes: a section for each name that was registered with keys.
 
-    `model.plugins["max"]` in a class that was registered as `max` gives its section; the groups `data`, `train` and
-    `sample` have `plugins` too.
+    A model part registered as `max` reads its section as `model.plugins["max"]`. The groups `data` and `train` have
+    `plugins` too.
     """
 
     prefix: ClassVar[str] = "plugins"
@@ -96,7 +96,7 @@ class PluginKeys(Section):
             if name not in registered:
                 raise UserError(
                     f"unknown key 'plugins.{truncate(name)}'{did_you_mean(str(name), registered)}: "
-                    "name the plug-in that has it with --plugin"
+                    "name its plug-in with --plugin"
                 )
             if not isinstance(section, Mapping):
                 raise UserError(f"plugins.{name} must be a group of keys: got {truncate(section, 60)!r}")
@@ -109,25 +109,25 @@ class PluginKeys(Section):
         return [name for name, _, _ in keys(full, f"{cls.prefix}.")]
 
     def items(self) -> Iterator[tuple[str, str, Any]]:
-        """(name, meaning, section) of every section."""
+        """(name, first line of the section's docstring, section) of every section."""
         for name, section in self.sections:
             yield name, (type(section).__doc__ or "").partition("\n")[0], section
 
     def including(self, names: Iterable[str]) -> PluginKeys:
-        """These sections, and the defaults of those of `names` that have keys and no section yet."""
+        """These sections, plus default sections for those of `names` that declare keys and have no section yet."""
         known, registered = dict(self.sections), plugin_keys()
         missing = sorted({name for name in names if name in registered and name not in known})
         return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))
 
 
 def _fields(section: Any) -> list[Field[Any]]:
-    """The fields of a section, or of its class, that are keys."""
+    """The fields of a section (or of its class) that are config keys."""
     return [f for f in fields(section) if "meaning" in f.metadata]
 
 
 @cache
 def _hints(section: type) -> dict[str, Any]:
-    """Types of a section's fields; to evaluate them takes longer than to check a config."""
+    """Types of a section's fields, cached: their evaluation takes longer than the check of a config."""
     return get_type_hints(section)
 
 
@@ -138,7 +138,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`, from what YAML or Python gives; UserError when it is something else."""
+    """Convert a value from YAML or Python to the type `hint`; UserError if it does not fit."""
 
     def wrong() -> UserError:
         return UserError(f"{name} must be {_spell(hint)}: got {truncate(value, 60)!r}")
@@ -199,7 +199,7 @@ def _spell(hint: Any) -> str:
 
 
 def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted key, meaning, value) of every key below a section, groups included."""
+    """(dotted key, meaning, value) of every key of a section and of the groups below it; groups are listed too."""
     for name, meaning, value in section.items():
         yield prefix + name, meaning, value
         if isinstance(value, Section):
@@ -207,7 +207,7 @@ def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def to_hash(config: Section) -> dict[str, Any]:
-    """`to_dict` without later keys that still have their default."""
+    """`to_dict` without keys of `added` above 1 that have their default."""
     plain = to_dict(config)
     for f in _fields(config):
         if f.metadata["added"] > 1 and getattr(config, f.name) == _default(f):
@@ -223,7 +223,7 @@ def _default(f: Field[Any]) -> Any:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain values, as JSON and YAML hold them; keys of plug-ins are left out where there are none."""
+    """Nested plain values, as JSON and YAML hold them; an empty `plugins` group is left out."""
     return {
         name: to_dict(value) if isinstance(value, Section) else json.loads(json.dumps(value, default=asdict))
         for name, _, value in config.items()

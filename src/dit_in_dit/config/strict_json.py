@@ -1,4 +1,4 @@
-"""JSON from anyone: a limit on its size, and one line for whatever it cannot be read as."""
+"""JSON from untrusted files: limited in size, and one line for each error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ MOST_BYTES = 2**28  # five times the labels of ImageNet
 
 
 def parse_json(content: str | bytes, what: str, advice: str = "write it again") -> Any:
-    """The value of a JSON text; UserError, which names `what` and ends with `advice`, where it is none.
+    """The value of a JSON text.
 
-    Brackets beyond Python's recursion limit, bytes that are not UTF-8 and numbers of thousands of digits are refused.
+    Raises:
+        UserError: the text is not JSON or not UTF-8, nests beyond Python's recursion limit, or holds a number of
+            thousands of digits. The message names `what` and ends with `advice`.
     """
     try:
         return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
@@ -29,15 +31,15 @@ def parse_json(content: str | bytes, what: str, advice: str = "write it again") 
 
 
 def read_json(path: Path, what: str = "", advice: str = "write it again") -> dict[str, Any]:
-    """The keys of a file that holds a JSON object, at most MOST_BYTES long.
+    """The JSON object of a file of at most MOST_BYTES.
 
     Raises:
-        UserError: it cannot be read, is too long, or holds anything else. The line names `what` the file was given
-            for (such as `the plan `) and its path, and ends with `advice`.
+        UserError: the file cannot be read, is too long, or holds something else. The message names `what` the file is
+            (such as `the plan `) and its path, and ends with `advice`.
     """
     shown = f"{what}{truncate(path)}"
     try:
-        with path.open("rb") as file:  # no more is read than is allowed: a device has no end
+        with path.open("rb") as file:  # a bounded read: a device has no end
             content = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         problem = getattr(error, "strerror", None) or str(error)
@@ -51,8 +53,8 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
 
 
 def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str, Any]]:
-    """The objects of JSON lines, parsed at once; UserError, which names `what` and ends with `advice`, where a line is
-    no object."""
+    """The objects of JSON lines, parsed together. If a line is not an object, a UserError names `what` and ends with
+    `advice`."""
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")
     except (ValueError, RecursionError):
@@ -63,8 +65,8 @@ def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str
 
 
 def has_form(value: object, form: Any) -> bool:
-    """Whether a JSON value is of a form: a type, (types) for one of several, {key: form} for at least these keys,
-    [form] for a list of any length. True and false are no numbers.
+    """Whether a JSON value matches a form: a type, (types) for one of several, {key: form} for at least these keys,
+    [form] for a list of any length. True and false do not count as numbers.
 
     >>> has_form({"a": [1, 2], "b": None}, {"a": [int]})
     True

@@ -1,4 +1,4 @@
-"""YAML from anyone: plain values only, every key once, and no file that is small on disk and large in memory."""
+"""YAML from untrusted files: plain values only, every key once, and no small file that expands in memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import yaml
 
 from dit_in_dit.config.errors import UserError, truncate
 
-MOST_BYTES = 2**16  # ten times the longest config; PyYAML may take seconds for as much
-DEEPEST = 50  # brackets within brackets, of which PyYAML's time is the square
+MOST_BYTES = 2**16  # ten times the longest config; PyYAML may take seconds to parse as much
+DEEPEST = 50  # nested brackets; PyYAML's time grows with the square of the depth
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice (PyYAML keeps the last in silence) and endless brackets."""
+    """Safe YAML that refuses duplicate keys (PyYAML silently keeps the last) and deeply nested brackets."""
 
     def fetch_flow_collection_start(self, kind: Any) -> None:
         if self.flow_level >= DEEPEST:
@@ -33,7 +33,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """What safe YAML holds; UserError where it is not YAML, gives a key twice, or is too large, aliases written out."""
+    """The value of a YAML text; UserError if it is not safe YAML, repeats a key, or is too large with its aliases
+    expanded."""
     if len(text) > MOST_BYTES:
         raise UserError(f"{what} must be at most {MOST_BYTES} characters of YAML: got more; is it the right file?")
     try:
@@ -42,7 +43,7 @@ def parse_yaml(text: str, what: str) -> Any:
         if node is None:
             return None
         if _written_out(node, {}) > MOST_BYTES:
-            raise UserError(f"{what}: its aliases (*) stand for more than {MOST_BYTES} characters: write out fewer")
+            raise UserError(f"{what}: its aliases (*) stand for more than {MOST_BYTES} characters: use fewer")
         return loader.construct_document(node)
     except UserError:
         raise
@@ -52,12 +53,11 @@ def parse_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{what} is not valid YAML{where}: {truncate(problem, 70)}; mend it") from None
+        raise UserError(f"{what} is not valid YAML{where}: {truncate(problem, 70)}; fix it") from None
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters of a node and all below it, where every alias is what it stands for; RecursionError for a node that
-    holds itself."""
+    """Characters of a node and of all below it with aliases expanded; RecursionError for a node that holds itself."""
     if id(node) not in known:
         if isinstance(node, yaml.ScalarNode):
             known[id(node)] = len(node.value) + 1
@@ -68,9 +68,9 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_yaml(path: Path, what: str = "") -> Any:
-    """What a file of safe YAML holds; UserError, which says `what` it was given for, where that cannot be had.
+    """The value of a YAML file; if that fails, a UserError names `what` the file is.
 
-    No more is read than a config can have: a device, a pipe or a file of any size costs no memory.
+    At most MOST_BYTES are read, so that a device, a pipe or a large file costs no memory.
     """
     shown = truncate(path)
     try:

@@ -1,1 +1,1 @@
-"""A model before it is trained: cost, shapes, hooks, launch plan."""
+"""Inspection of a model without training: cost, shapes, hooks, launch plan."""

@@ -1,7 +1,7 @@
-"""What a model costs, in closed form: MACs (one multiply-accumulate; 2 FLOPs) and parameters.
+"""Cost of a model in closed form: MACs (one multiply-accumulate is 2 FLOPs) and parameters.
 
-Counted are the matrix products, convolutions and attention of one forward pass for one image; sums,
-norms and activations are not, as in every published "Gflops" of a DiT (which are MACs).
+MACs count the matrix products, convolutions and attention of one forward pass for one image. Sums, norms and
+activations do not count, as in every published "Gflops" of a DiT (which are MACs).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import installed_memory
 
-FORWARDS_PER_STEP = 3  # MACs of a training step over those of its forward pass: the backward pass costs two
+FORWARDS_PER_STEP = 3  # MACs of a training step over those of a forward pass: the backward pass costs two
 
 
 def macs(model: ModelConfig) -> dict[str, int]:
-    """MACs per image of each part, and their `total`.
+    """MACs per image of each part of the model, and their `total`.
 
-    A block of width D on L tokens that see M others: L (4 D^2 + 2 M D) for attention, L 2 D hidden for
-    the MLP, and 6 D K for adaLN on each conditioning row of width K.
+    A block of width D on L tokens, each attending to M, costs L (4 D^2 + 2 M D) for attention, L 2 D hidden for the
+    MLP, and 6 D K for adaLN on each conditioning row of width K.
     """
     outer, inner = model.outer, model.inner
     tokens, inner_tokens = model.patches, model.patches * model.sub_patches
@@ -62,12 +62,12 @@ def macs(model: ModelConfig) -> dict[str, int]:
 
 
 def training_macs(model: ModelConfig) -> dict[str, int]:
-    """MACs of a training step per image, by the parts of `macs`, and their `total`."""
+    """MACs of a training step per image, for the parts of `macs`, and their `total`."""
     return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:
-    """Trainable numbers of each part, and their `total`, from the module built without memory."""
+    """Numbers of trainable parameters of each part, and their `total`; the model is built without memory."""
     with torch.device("meta"):
         module = NestedDiT(model)
     parts: dict[str, int] = {}
@@ -77,22 +77,25 @@ def parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def held_bytes(model: ModelConfig) -> int:
-    """Bytes of the model's parameters and fixed tensors, from the module built without memory."""
+    """Bytes of the model's parameters and buffers; the model is built without memory."""
     with torch.device("meta"):
         module = NestedDiT(model)
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> None:
-    """UserError when this machine cannot hold the model in training: the system would end the process in silence.
+    """Check that this machine can hold the model in training. Otherwise the system would kill the process silently.
 
     Args:
-        moments: tensors that the optimizer keeps for each weight.
+        moments: tensors that the optimizer keeps per weight.
+
+    Raises:
+        UserError: the weights, their average and the moments do not fit into memory.
     """
     copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
-    needed, there = copies * held_bytes(model), installed_memory()
-    if needed > there:
+    needed, installed = copies * held_bytes(model), installed_memory()
+    if needed > installed:
         raise UserError(
-            f"training needs {needed / 1e9:,.0f} GB for the weights alone, there are {there / 1e9:,.0f}: "
+            f"training needs {needed / 1e9:,.0f} GB for the weights alone, there are {installed / 1e9:,.0f}: "
             "make the model smaller (model.outer.width, the blocks, model.image_size)"
         )

@@ -1,6 +1,6 @@
-"""Looking into a model while it runs, by hooks: the model has no flag for it, and computes what it would.
+"""Observation of a running model by forward hooks; the model needs no flag, and its outputs do not change.
 
-Each of these is a context; while it is open, every forward pass of the model is seen.
+A context manager here observes every forward pass while it is open.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ Hook = Callable[..., Any]
 def forward_hooks(
     after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """While open, `hook(module, arguments, output)` is called after each forward pass of its module, and hooks of
-    `before` with (module, arguments) before it. What one returns replaces the output (the arguments), unless None."""
+    """Register forward hooks while open.
+
+    Args:
+        after: (module, hook); `hook(module, arguments, output)` runs after each forward pass of the module.
+        before: (module, hook); `hook(module, arguments)` runs before it.
+
+    A return value other than None replaces the output (`after`) or the arguments (`before`).
+    """
     with ExitStack() as stack:
         for module, hook in before:
             stack.callback(module.register_forward_pre_hook(hook).remove)
@@ -36,17 +42,17 @@ def forward_hooks(
 
 
 def attentions(model: NestedDiT) -> dict[str, Attention]:
-    """Every attention by its block's name (`outer_blocks.0`, `inner_blocks.1`), outer ones first."""
+    """Attention modules by the name of their block (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
 
 
 @contextmanager
 def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
-    """Calls `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
+    """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
-    A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for
-    mixer=window. `attention_weights` makes weights of them; for long sequences, some queries at a time.
+    A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for mixer=window.
+    `attention_weights` computes the weights; for long sequences pass it some of the queries at a time.
     """
 
     @torch.no_grad()
@@ -60,10 +66,10 @@ def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
 
 @contextmanager
 def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Weights of the last forward pass by block name: (N, groups, heads, L, L), rows sum to one.
+    """Attention weights of the last forward pass by block name: (N, groups, heads, L, L), rows sum to one.
 
-    Groups are those of `watch_heads`. Blocks without attention are not there. All weights of all blocks at
-    once: for long sequences use `watch_heads`.
+    Groups are those of `watch_heads`. Blocks without attention are left out. The weights of all blocks are in memory
+    together: use `watch_heads` for long sequences.
     """
     seen: dict[str, Tensor] = {}
 
@@ -76,7 +82,7 @@ def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """What each sub-patch weighed in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
+    """Weight of each sub-patch in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
     seen: dict[str, Tensor] = {}
 
     def hook(number: int, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
@@ -88,10 +94,10 @@ def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """The inner path's share of each patch in the last forward pass, (N, T) from 0 (none) to 1 (all).
+    """Share of the inner path in each patch in the last forward pass, (N, T), from 0 (none) to 1 (all).
 
-    By place: `aggregates.0` is |added| / (|added| + |outer token|) where inner tokens join the outer ones;
-    `inner_head` is the same for the pixels of the two heads.
+    `aggregates.0` is |added| / (|added| + |outer token|) at the first aggregation, `aggregates.1` at the second.
+    `inner_head` is the same ratio for the pixels of the two heads.
     """
     seen: dict[str, Tensor] = {}
     stages = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
@@ -102,13 +108,13 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
         return part / (part + rest).clamp(min=torch.finfo(part.dtype).tiny)
 
     def fused(number: int, module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        kept = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
-        added = output[0] - kept
-        seen[f"aggregates.{number}"] = share(added.norm(dim=-1), kept.norm(dim=-1)).detach()
+        outer = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
+        added = output[0] - outer
+        seen[f"aggregates.{number}"] = share(added.norm(dim=-1), outer.norm(dim=-1)).detach()
 
     def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        shown = output[:, : model.config.channels]  # not what tells the variance
-        patches = shown.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
+        prediction = output[:, : model.config.channels]  # without the variance fraction
+        patches = prediction.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
         images[module.name] = patches.flatten(2).norm(dim=-1).detach()
         if module.name == "inner head":  # the last to run
             inner = images["inner head"]
@@ -121,11 +127,11 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Output tokens of every block in the last forward pass, by name, in the order in which they ran."""
+    """Output tokens of every block in the last forward pass, by name, in the order of execution."""
     seen: dict[str, Tensor] = {}
 
     def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.pop(name, None)  # the order is that of the last pass
+        seen.pop(name, None)  # so that the order is that of the last pass
         seen[name] = output.detach()
 
     blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, Block | MlpBlock))
@@ -134,17 +140,17 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 
 def can_run_without_inner(model: NestedDiT) -> bool:
-    """Whether anything is left when the inner path adds nothing: not where it replaces the outer tokens."""
+    """Whether the model still works when the inner path adds nothing; false if it replaces the outer tokens."""
     joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
     return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
 
 
 @contextmanager
 def without_inner(model: NestedDiT) -> Iterator[None]:
-    """The inner path adds nothing, as with a gate of zero: to outer tokens, nor to the image."""
+    """Disable the inner path while open: it adds nothing to outer tokens or to the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
     heads = [head for head in model.heads if isinstance(head, InnerHead)]
-    unchanged = [(stage, lambda module, given, output: given[:2]) for stage in joins]
-    blank = [(head, lambda module, given, output: torch.zeros_like(output)) for head in heads]
+    unchanged = [(stage, lambda module, arguments, output: arguments[:2]) for stage in joins]
+    blank = [(head, lambda module, arguments, output: torch.zeros_like(output)) for head in heads]
     with forward_hooks([*unchanged, *blank]):
         yield

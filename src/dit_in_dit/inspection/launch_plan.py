@@ -1,6 +1,6 @@
-"""How a run is launched on GPUs, and what it will take: in closed form from the counts, before any GPU is there.
+"""Launch plan of a run on GPUs: command, memory and time, in closed form and without a GPU.
 
-Memory is counted; time follows from the MACs and from an assumed MFU (the share of a GPU's peak that a training step
+Memory is counted. Time follows from the MACs and an assumed MFU (the fraction of a GPU's peak that a training step
 reaches). Nothing here was measured on a GPU.
 """
 
@@ -18,7 +18,7 @@ from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.inspection.trace import inspect
 
-# name: memory in GB, peak of dense bfloat16 products in TFLOPS, by NVIDIA's data sheets
+# name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
 GPUS = {
     "a100": (80, 312),
     "h100": (80, 989),
@@ -28,22 +28,25 @@ GPUS = {
     "rtx4090": (24, 165),
 }
 MFU = 0.35  # an assumption
-ROOM = 0.9  # of the memory is planned for
+ROOM = 0.9  # fraction of the memory that a plan may use
 # Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
 STATE_BYTES = 22
-# Of a training step by the MACs of a forward pass; recomputing does the forward pass twice.
+# FLOPs of a training step per MAC of a forward pass; recomputation runs the forward pass twice.
 FLOPS_PER_MAC = {"none": 2 * FORWARDS_PER_STEP, "both": 2 * (FORWARDS_PER_STEP + 1)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A launch and its estimates.
+    """A launch command and its estimates.
 
-    batch_size, accumulate: what `train` is given; their product is the preset's.
-    rows: images in a forward pass of one GPU.
-    recompute: levels whose activations are recomputed, as `train.recompute`.
-    memory: bytes on a GPU at most, with every activation in float32; bfloat16 takes between half and all of it.
-    step: seconds of an optimizer step; hours: of all steps; images: per second, over all GPUs.
+    Attributes:
+        batch_size, accumulate: values of `train.*`; their product is the preset's.
+        rows: images in a forward pass of one GPU.
+        recompute: value of `train.recompute`.
+        memory: upper bound in bytes per GPU, with activations in float32; bfloat16 takes between half and all of it.
+        step: seconds per optimizer step.
+        hours: hours for all steps.
+        images: images per second over all GPUs.
     """
 
     command: str
@@ -68,13 +71,15 @@ def recipe(
     per_node: int = 8,
     settings: Sequence[str] = (),
 ) -> Recipe:
-    """The launch of a config on `gpus` GPUs that changes nothing of the run but the order of its sums.
+    """Plan the launch of a config on `gpus` GPUs. The examples of a step stay the same; only the order of sums changes.
 
-    The examples of a step stay: only how many forward passes share them, the fewest that fit. `settings` are the
-    KEY=VALUE by which the config differs from the preset.
+    The plan uses the fewest forward passes per step that fit into memory.
+
+    Args:
+        settings: KEY=VALUE assignments by which the config differs from the preset.
 
     Raises:
-        UserError: the GPUs cannot share the batch, or not even one image fits.
+        UserError: the GPUs cannot share the batch, or a single image does not fit.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu: no {gpu[:40]!r}{did_you_mean(gpu, GPUS)}")
@@ -115,9 +120,9 @@ def _command(
     settings: Sequence[str],
 ) -> str:
     keys = {"batch_size": batch_size, "accumulate": accumulate, "recompute": recompute}
-    changed = [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
-    given = [f"--set {shlex.quote(setting)}" for setting in settings]
-    train = " ".join(["train --preset", preset, *given, *changed, f"--out runs/{preset}"])
+    options = [f"--set {shlex.quote(setting)}" for setting in settings]
+    options += [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
+    train = " ".join(["train --preset", preset, *options, f"--out runs/{preset}"])
     if gpus == 1:
         return f"dit-in-dit {train}"
     if gpus <= per_node:
@@ -125,7 +130,7 @@ def _command(
     nodes = math.ceil(gpus / per_node)
     if gpus % per_node:
         raise UserError(f"--gpus over several machines must be a multiple of {per_node} (--per-node): got {gpus}")
-    meet = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
-    launch = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint {meet}"
+    endpoint = "$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1):29500"
+    launch = f"torchrun --nnodes {nodes} --nproc-per-node {per_node} --rdzv-backend c10d --rdzv-endpoint {endpoint}"
     slurm = f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {per_node} --exclusive"
     return f"{slurm} --wrap {shlex.quote(f'srun {launch} -m dit_in_dit {train}')}"

@@ -1,7 +1,7 @@
-"""The flow of shapes, counted from a real forward pass, with tokens, parameters, MACs and memory.
+"""Shapes, tokens, parameters, MACs and memory of a model, from a forward pass on fake tensors.
 
-The pass runs on fake tensors: shapes, kernels and what autograd keeps are those of a real one, yet
-nothing is allocated, so that a model of any size is inspected in a second.
+Shapes, kernels and the tensors that autograd saves are those of a real pass, but nothing is allocated: a model of any
+size is inspected in a second.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dit_in_dit.model.nested import AggregateStage, NestedDiT
 
 
 def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict[str, Any]:
-    """Everything countable about a model.
+    """Count the shapes, tokens, parameters, MACs and activations of a model.
 
     Returns:
         flow: list of {name, shape} in order, for `batch` images.
         tokens, token_layers: {outer, inner, total} per image; a token-layer is a token in a block.
         parameters, macs: {part: count, ..., total}; MACs for one image.
-        activation_bytes: {part: bytes, ..., total} kept for the backward pass, float32, whole batch.
+        activation_bytes: {part: bytes, ..., total} saved for the backward pass, in float32, for `batch` images.
     """
     check_plugin_parts(model)
     flow, activation_bytes = _trace(model, batch, recompute)
@@ -48,10 +48,10 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Shapes at the landmarks of one forward pass, and bytes saved for backward by part."""
+    """Shapes at the landmarks of a forward pass, and bytes saved for the backward pass by part."""
     flow: list[dict[str, Any]] = []
     saved: dict[str, int] = {}
-    storages: dict[int, Any] = {}  # kept alive, so that no identity is given twice
+    storages: dict[int, Any] = {}  # kept alive, so that no address is reused
     part = ["other"]
 
     def note(name: str, tensor: Tensor) -> None:

@@ -1,1 +1,1 @@
-"""The network: knows no noise, loss or file."""
+"""The network; it contains no noise, loss or file access."""

@@ -1,7 +1,7 @@
 """Between the levels: aggregate (inner -> outer), fuse with the outer tokens, spread (outer -> inner).
 
-Each choice is a class in a table; its base class says what it must offer. A class outside the package joins by
-`dit_in_dit.register`.
+Each choice is a class in a table; its base class states what a choice must offer. `dit_in_dit.register` adds a class
+of the user's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dit_in_dit.model.layers import Modulation, attend, attention_weights, layer
 
 
 def _widen(model: ModelConfig) -> nn.Module:
-    """Inner to outer width; nothing where they are equal, as in the reference arrangement."""
+    """Linear layer from inner to outer width; the identity if they are equal, as in the reference arrangement."""
     if model.inner.width == model.outer.width:
         return nn.Identity()
     return nn.Linear(model.inner.width, model.outer.width)
@@ -29,9 +29,9 @@ def _widen_macs(model: ModelConfig) -> int:
 
 
 class Aggregator(nn.Module, ABC):
-    """Pooling of each patch's sub-patches, (N, T, S, E) -> (N, T, D); made by `cls(model)`."""
+    """Pooling of each patch's sub-patches, (N, T, S, E) -> (N, T, D); constructed by `cls(model)`."""
 
-    # What its weights depend on: nothing (all alike), the position in the patch (learned), or the tokens themselves.
+    # Weights are equal (nothing), learned per position in the patch (position), or computed from the tokens (tokens).
     weights_depend_on: ClassVar[Literal["nothing", "position", "tokens"]] = "tokens"
 
     @staticmethod
@@ -41,14 +41,14 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def weights(self, inner: Tensor) -> Tensor:
-        """What each sub-patch weighs, (N, T, heads, S)."""
+        """Weight of each sub-patch, (N, T, heads, S)."""
 
     def initialise(self) -> None:
-        """Draw the parameters that `xavier_uniform_` on linear layers and convolutions does not suit."""
+        """Initialise parameters that need more than `xavier_uniform_` on linear layers and convolutions."""
 
 
 class Mean(Aggregator):
-    """The mean over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+    """Mean over the sub-patches; (N, T, S, E) -> (N, T, D)."""
 
     weights_depend_on = "nothing"
 
@@ -58,11 +58,11 @@ class Mean(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
-        """What each sub-patch weighs, (N, T, 1, S)."""
+        """Weight of each sub-patch, 1/S; (N, T, 1, S)."""
         return torch.full_like(inner[..., 0], 1 / inner.shape[2])[:, :, None]
 
     def forward(self, inner: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Mean(Aggregator):
 
 
 class Weighted(Aggregator):
-    """A learned weight per sub-patch position, from 1/S: it starts as the mean; (N, T, S, E) -> (N, T, D)."""
+    """Sum with a learned weight per sub-patch position, 1/S (the mean) at first; (N, T, S, E) -> (N, T, D)."""
 
     weights_depend_on = "position"
 
@@ -81,11 +81,11 @@ class Weighted(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
-        """What each sub-patch weighs, (N, T, 1, S); learned, so they need not sum to one."""
+        """Learned weight of each sub-patch, (N, T, 1, S); the sum need not be one."""
         return self.weight.expand(*inner.shape[:2], 1, -1)
 
     def forward(self, inner: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Weighted(Aggregator):
 
 
 class AttentionPool(Aggregator):
-    """One learned query per head attends over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+    """Attention pooling with one learned query per head; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -103,12 +103,12 @@ class AttentionPool(Aggregator):
         self.proj = nn.Linear(width, model.outer.width)
 
     def initialise(self) -> None:
-        """Start near the mean: small queries give nearly even weights."""
+        """Start near the mean: small queries give nearly equal weights."""
         nn.init.normal_(self.query, std=0.02)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         width = model.inner.width
         per_patch = model.sub_patches * (2 * width**2 + 2 * width) + width * model.outer.width
         return model.patches * per_patch
@@ -120,7 +120,7 @@ class AttentionPool(Aggregator):
         return self.query.to(k.dtype).expand(k.shape[0], -1, -1, -1), k, v
 
     def weights(self, inner: Tensor) -> Tensor:
-        """What each sub-patch weighs, (N, T, heads, S)."""
+        """Attention weight of each sub-patch, (N, T, heads, S)."""
         q, k, _ = self.heads(inner)
         return attention_weights(q, k).view(*inner.shape[:2], -1, inner.shape[2])
 
@@ -130,7 +130,7 @@ class AttentionPool(Aggregator):
 
 
 class Concat(Aggregator):
-    """All sub-patches side by side and one linear layer, as TNT; (N, T, S, E) -> (N, T, D)."""
+    """Concatenation of the sub-patches and one linear layer, as in TNT; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -138,11 +138,11 @@ class Concat(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return model.patches * model.sub_patches * model.inner.width * model.outer.width
 
     def weights(self, inner: Tensor) -> Tensor:
-        """Each sub-patch's share of the norms that are added up, (N, T, 1, S): a projection has no weights."""
+        """Norm of each sub-patch's contribution over the sum of the norms, (N, T, 1, S): concat has no weights."""
         parts = self.proj.weight.view(-1, *inner.shape[2:])  # D S E
         shares = torch.einsum("ntse,dse->ntsd", inner, parts).norm(dim=-1)
         return (shares / shares.sum(-1, keepdim=True).clamp(min=1e-12))[:, :, None]
@@ -160,10 +160,10 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
 
 
 class Fusion(nn.Module):
-    """Fusion of outer tokens and aggregated ones, both (N, T, D) -> (N, T, D); made by `cls(model)`."""
+    """Fusion of outer and aggregated tokens, both (N, T, D) -> (N, T, D); constructed by `cls(model)`."""
 
-    keeps_outer: ClassVar[bool] = True  # whether the outer tokens go on: false is the "no residual" ablation
-    starts_closed: ClassVar[bool] = False  # whether a new model gives what its outer blocks alone give
+    keeps_outer: ClassVar[bool] = True  # whether the outer tokens are kept; false is the "no residual" ablation
+    starts_closed: ClassVar[bool] = False  # whether a new model computes the same as its outer blocks alone
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Add(Fusion):
 
 
 class Gate(Fusion):
-    """outer + gate * aggregated, a learned gate per channel from zero: it starts as the outer model alone."""
+    """outer + gate * aggregated; the learned gate per channel starts at zero, as the outer model alone."""
 
     starts_closed = True
 
@@ -190,8 +190,8 @@ class Gate(Fusion):
 
 
 class Replace(Fusion):
-    """aggregated alone, at its patch's position: the "no residual" ablation loses the outer tokens' content,
-    not the place of its patches, without which no arrangement would work."""
+    """aggregated + position, the "no residual" ablation: the content of the outer tokens is lost. The positions of
+    the patches stay, because no arrangement works without them."""
 
     keeps_outer = False
 
@@ -208,8 +208,8 @@ FUSIONS: dict[str, type[Fusion]] = {"add": Add, "gate": Gate, "replace": Replace
 
 
 class Spread(nn.Module, ABC):
-    """Broadcast of each patch's token to its sub-patches, (N, T, S, E), (N, T, D) and c (N, D) -> (N, T, S, E); made by
-    `cls(model)`."""
+    """Broadcast of a patch token to its sub-patches, (N, T, S, E), (N, T, D) and c (N, D) -> (N, T, S, E); constructed
+    by `cls(model)`."""
 
     @staticmethod
     @abstractmethod
@@ -218,11 +218,11 @@ class Spread(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
-        """The sub-patch tokens with their patch's message."""
+        """Sub-patch tokens combined with the message from their patch, (N, T, S, E)."""
 
 
 class AddSpread(Spread):
-    """The message from its patch, added to each sub-patch token."""
+    """Sum of each sub-patch token and the message from its patch."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class AddSpread(Spread):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
     def message(self, outer: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Interpolate(AddSpread):
     """Per-channel interpolation between the sub-patch token and the message from its patch; the weight is predicted
     from c and starts at 1/2.
 
-    Sub-patch tokens are noisy pixels: near the image they are the detail itself, near noise they hide the message.
+    Sub-patch tokens are noisy pixels: at low noise they hold the detail, at high noise they hide the message.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -255,12 +255,12 @@ class Interpolate(AddSpread):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return AddSpread.macs(model) + model.outer.width * model.inner.width
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
         (share,) = self.share(c)
-        # In one type: under autocast tokens are wider than what a linear layer gives, and lerp does not promote.
+        # One dtype: under autocast a linear layer's output is narrower than the tokens, and lerp does not promote.
         message, share = (part.to(inner.dtype) for part in (self.message(outer), share.sigmoid()[:, None, None]))
         return torch.lerp(inner, message, share)
 

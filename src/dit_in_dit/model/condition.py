@@ -1,4 +1,4 @@
-"""What drives adaLN: time and label, and how the inner level takes them."""
+"""Conditioning of adaLN: embeddings of time and label, and the conditioning rows of the inner level."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ TIME_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers"
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoids of time, in float32, and an MLP in `dtype`; t (N,) in [0, 1], 1 is noise -> (N, D).
+    """Sinusoids of time in float32 and an MLP in `dtype`; t (N,) in [0, 1], 1 is noise -> (N, D).
 
-    Weights know one clock: DiT's counts 1000 steps; SiT's runs from noise at 0 to the image at 1; that of diffusers'
-    DiT is DiT's with frequencies that fall to 1/10000 at the last, where DiT's would reach it one term later.
+    Trained weights need the time scale that they were trained with (`kind`). dit: 1000 t. sit: 1 - t, from noise at 0
+    to the image at 1. diffusers: 1000 t; the last frequency is 1/10000, which dit would reach one term later.
     """
 
     def __init__(self, width: int, kind: str = "dit") -> None:
         super().__init__()
         self.clock = TIME_SCALES[kind]
-        self.last = TIME_FREQUENCIES // 2 - (kind == "diffusers")  # the index at which frequencies reach 1/10000
+        self.last = TIME_FREQUENCIES // 2 - (kind == "diffusers")  # index at which frequencies reach 1/10000
         self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def initialise(self) -> None:
-        """Draw weights as DiT does."""
+        """Initialise weights as DiT does."""
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return TIME_FREQUENCIES * model.outer.width + model.outer.width**2
 
     def forward(self, t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,14 +58,14 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A vector per class and, as the last row, one for "no class"; y (N,) int64 or None -> (N, D) or (D,)."""
+    """A vector per class; the last row is the null class. y (N,) int64 or None (null class) -> (N, D) or (D,)."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, width)
 
     def initialise(self) -> None:
-        """Draw the vectors as DiT does."""
+        """Initialise the vectors as DiT does."""
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, y: Tensor | None) -> Tensor:
@@ -73,10 +73,10 @@ class LabelEmbed(nn.Module):
 
 
 class Condition(nn.Module, ABC):
-    """Conditioning rows of inner adaLN from c (N, D) and outer tokens (N, T, D), -> (N, 1|T, 1|S, width); made by
+    """Conditioning rows of inner adaLN: c (N, D) and outer tokens (N, T, D) -> (N, 1|T, 1|S, width); constructed by
     `cls(model)`."""
 
-    reads_outer: ClassVar[bool] = True  # whether the outer tokens decide the rows, or c alone
+    reads_outer: ClassVar[bool] = True  # whether the rows depend on the outer tokens; false: on c alone
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Condition(nn.Module, ABC):
 
 
 class ImageCondition(Condition):
-    """c itself: one row per image; -> (N, 1, 1, D)."""
+    """c, one row per image; -> (N, 1, 1, D)."""
 
     reads_outer = False
 
@@ -114,7 +114,7 @@ class ImageCondition(Condition):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image and inner stage."""
+        """MACs per image and inner stage."""
         return 0
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class ImageCondition(Condition):
 
 
 class PatchCondition(Condition):
-    """c plus the normalised outer token: one row per patch; -> (N, T, 1, D).
+    """c plus the normalised outer token, one row per patch; -> (N, T, 1, D).
 
-    Normalised, because the outer stream grows with depth while c does not.
+    The token is normalised because the outer stream grows with depth and c does not.
     """
 
     @staticmethod
@@ -134,7 +134,7 @@ class PatchCondition(Condition):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image and inner stage."""
+        """MACs per image and inner stage."""
         return 0
 
     @staticmethod
@@ -147,10 +147,10 @@ class PatchCondition(Condition):
 
 
 class SubPatchCondition(Condition):
-    """c plus the normalised outer token, spread to a vector per sub-patch; -> (N, T, S, E).
+    """c plus the normalised outer token, projected to a row per sub-patch; -> (N, T, S, E).
 
-    Narrowed to the inner width first, as PixelDiT has to do: 6 E modulations of a D-wide row for each
-    sub-patch would cost more than the inner blocks.
+    Rows have the inner width, as in PixelDiT: with rows of width D for each sub-patch, the 6 E modulations would cost
+    more than the inner blocks.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -170,7 +170,7 @@ class SubPatchCondition(Condition):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image and inner stage."""
+        """MACs per image and inner stage."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:

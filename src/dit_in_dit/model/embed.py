@@ -14,10 +14,10 @@ from dit_in_dit.model.layers import sincos
 
 
 class OuterEmbed(nn.Module):
-    """Patches, one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
+    """Patch embedding by one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
 
-    The linear layer on a flattened patch (channel, row, column) is DiT's strided convolution, and its
-    weight is that convolution's, flattened.
+    The linear layer on a flattened patch (channel, row, column) equals DiT's strided convolution; its weight is the
+    flattened weight of that convolution.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -29,7 +29,7 @@ class OuterEmbed(nn.Module):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return model.patches * model.channels * model.patch_size**2 * model.outer.width
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class OuterEmbed(nn.Module):
 
 
 class OuterPosition(nn.Module):
-    """The position alone, where no stage would read the patches; (N, C, H, W) -> (N, T, D)."""
+    """The position alone, for models in which no stage reads the patches; (N, C, H, W) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Cut(nn.Module):
 
 
 class Embed(nn.Module):
-    """Sub-patch embedding, (N, C, H, W) -> (N, T, S, E); made by `cls(model)`."""
+    """Sub-patch embedding, (N, C, H, W) -> (N, T, S, E); constructed by `cls(model)`."""
 
     crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch
 
@@ -77,7 +77,7 @@ class Embed(nn.Module):
 
 
 class LinearEmbed(nn.Sequential, Embed):
-    """One linear layer per sub-patch, (N, C, H, W) -> (N, T, S, E)."""
+    """One linear layer, shared by all sub-patches; (N, C, H, W) -> (N, T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
         size = model.channels * model.inner.sub_patch**2
@@ -85,13 +85,13 @@ class LinearEmbed(nn.Sequential, Embed):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         inner = model.inner
         return model.patches * model.sub_patches * model.channels * inner.sub_patch**2 * inner.width
 
 
 class ConvEmbed(Embed):
-    """A padded convolution of `kernel` sub-patches, so that a token sees its neighbours, also across
+    """A padded convolution over `kernel` x `kernel` sub-patches, so that a token sees its neighbours, also across
     patch borders; (N, C, H, W) -> (N, T, S, E)."""
 
     crosses_patches = True
@@ -104,11 +104,11 @@ class ConvEmbed(Embed):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """Per image."""
+        """MACs per image."""
         return LinearEmbed.macs(model) * model.inner.kernel**2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # then the convolution writes whole tokens
+        x = x.contiguous(memory_format=torch.channels_last)  # so that the convolution writes contiguous tokens
         tokens = self.conv(x).permute(0, 2, 3, 1)  # N H/s W/s E
         return rearrange(tokens, "n (h i) (w j) e -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
 
@@ -117,10 +117,10 @@ EMBEDS: dict[str, type[Embed]] = {"linear": LinearEmbed, "conv": ConvEmbed}
 
 
 class InnerEmbed(nn.Module):
-    """Sub-patches of the noisy image as tokens, plus their position; (N, C, H, W) -> (N, T, S, E).
+    """Embedded sub-patches of the noisy image plus their position; (N, C, H, W) -> (N, T, S, E).
 
-    A learned position gives the place in the patch. With `global_position`, for mixers that cross patches, a fixed one
-    gives the place in the image.
+    A learned position encodes the place in the patch. With `global_position`, for mixers that cross patches, a fixed
+    position encodes the place in the image.
     """
 
     def __init__(self, model: ModelConfig, *, global_position: bool) -> None:
@@ -131,13 +131,13 @@ class InnerEmbed(nn.Module):
         if global_position:
             (h, w), i = model.grid, model.sub_grid
             fixed = sincos(model.inner.width, h * i, w * i).view(h, i, w, i, -1)
-            # Not einops: its first use imports torch._dynamo, which PyTorch 2.6 cannot while a model is built on meta.
+            # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
             fixed = fixed.transpose(1, 2).reshape(h * w, i * i, -1)
         self.register_buffer("global_position", fixed, persistent=False)
         self.global_position: Tensor
 
     def initialise(self) -> None:
-        """Draw the learned position."""
+        """Initialise the learned position."""
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,14 +145,14 @@ class InnerEmbed(nn.Module):
 
 
 class NoEmbed(nn.Module):
-    """The plain DiT's: no inner tokens."""
+    """No inner tokens, for a plain DiT; (N, C, H, W) -> an empty tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :0]
 
 
 class OuterUnpatch(nn.Module):
-    """Patches (row, column, channel), in DiT's order, to the image; (N, T, p*p*C) -> (N, C, H, W)."""
+    """Patches to the image, values in DiT's order (row, column, channel); (N, T, p*p*C) -> (N, C, H, W)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class OuterUnpatch(nn.Module):
 
 
 class InnerUnpatch(nn.Module):
-    """Sub-patches (row, column, channel) to the image; (N, T, S, s*s*C) -> (N, C, H, W)."""
+    """Sub-patches to the image, values in the order (row, column, channel); (N, T, S, s*s*C) -> (N, C, H, W)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The tanh GELU of DiT, by the formula that is fastest where it runs."""
+"""The tanh GELU of DiT, by the fastest formula for each device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CUBE = 0.044715 * SLOPE
 class Gelu(nn.Module):
     """gelu(x), (...) -> (...).
 
-    PyTorch's kernel is fastest on a GPU, and within a compiled graph any formula is. On a CPU its tanh takes four times
-    as long as a sigmoid, in the forward pass and again in the backward one.
+    On a GPU PyTorch's kernel is fastest; within a compiled graph all formulas are equally fast. On a CPU the kernel's
+    tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def _sigmoid(x: Tensor, square: Tensor) -> Tensor:
 
 
 class _WithSlope(torch.autograd.Function):
-    """Keeps the derivative in place of x: its parts are at hand in the forward pass."""
+    """GELU that saves its derivative instead of x for the backward pass; the forward pass has the parts of both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pieces that both levels are made of: attention, MLP, adaLN-Zero block and head, fixed position."""
+"""Layers of both levels: attention, MLP, adaLN-Zero block and head, fixed position."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from dit_in_dit.model.gelu import Gelu
 from dit_in_dit.model.norms import EPS, LayerNorm, Norm
 from dit_in_dit.model.tiny import fits, tiny_attention
 
-# The longest groups that go to the Triton kernel, by device type. Empty: it has not been measured on any GPU yet.
+# Longest sequences for the Triton kernel, by device type. Empty: the kernel has not been measured on any GPU yet.
 TINY_UP_TO: dict[str, int] = {}
-# Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences: CUDA's
-# grid ends there (PyTorch issues 146704 and 142228), and so does cuDNN's attention (PyTorch 181235). FlashAttention's
-# backward pass sums queries' gradients in a buffer of tokens in tiles of 128, and counts its numbers in 32 bits.
+# Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences, the
+# limit of CUDA's grid (PyTorch issues 146704 and 142228) and of cuDNN's attention (PyTorch 181235). FlashAttention's
+# backward pass sums gradients of queries in a buffer padded to tiles of 128 tokens, with 32-bit indices.
 LIMITED = frozenset({"cuda"})
 MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
 
 
 def most_sequences(heads: int, length: int, width: int) -> int:
-    """Sequences that every kernel takes at once, of so many queries and heads, each `width` wide."""
+    """Largest number of sequences that every kernel takes at once, for `length` queries and heads of `width`."""
     rows = -(-length // ROWS) * ROWS
     channels = -(-width // 32) * 32 if width <= 192 else 256  # as FlashAttention rounds them up
     return max(1, min(MOST_SEQUENCES, MOST_NUMBERS // (heads * rows * channels)))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's softmax attention; where its kernels have limits, in as few chunks of equal size as keep to them."""
+    """PyTorch's softmax attention, in the fewest chunks of equal size that respect the kernels' limits."""
     most = most_sequences(*q.shape[1:]) if q.device.type in LIMITED else len(q)
     if len(q) <= most:
         return F.scaled_dot_product_attention(q, k, v)
     size = -(-len(q) // -(-len(q) // most))
     chunks = zip(*(torch.split(part, size) for part in (q, k, v)), strict=True)
-    # Joined as they lie in memory, (B, L, heads, d): what the next linear layer reads.
+    # Joined in the memory layout (B, L, heads, d), which the next linear layer reads.
     return torch.cat([F.scaled_dot_product_attention(*chunk).transpose(1, 2) for chunk in chunks]).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over the last axis but one; q (B, heads, L, d), k and v (B, heads, L', d).
+    """Softmax attention, q (B, heads, L, d), k and v (B, heads, L', d) -> (B, heads, L, d).
 
-    By the kernel that was the fastest where it was measured (docs/decisions/benchmark.md).
+    The kernel is the fastest that was measured (docs/decisions/benchmark.md).
     """
     if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and fits(q, k):
         return tiny_attention(q, k, v)
@@ -48,13 +48,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """What `attend` weighs its values with, (B, heads, L, L'): rows sum to one. For looking, not for training."""
+    """Attention weights of `attend`, (B, heads, L, L'); rows sum to one. For inspection, not for training."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class QkNorm(nn.Module):
     """Root-mean-square norm of queries and keys over a head's channels, with a learned scale for each (Dehghani et al.
-    2023, ViT-22B; Zhang & Sennrich 2019): attention cannot grow sharp because its inputs grow long."""
+    2023, ViT-22B; Zhang & Sennrich 2019): growing inputs cannot sharpen the attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class QkNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         parts = ((q, self.query), (k, self.key))
-        # In the type of the values: CUDA's autocast norms in float32, and leaves attention's own kernels alone.
+        # In the dtype of the values: CUDA's autocast computes norms in float32 and does not cast attention's inputs.
         q, k = (F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), EPS).to(x.dtype) for x, scale in parts)
         return q, k
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # in this order one copy fewer going back
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # this order saves a copy in the backward pass
         return (*self.qk_norm(q, k), v) if self.qk_norm else (q, k, v)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Mlp(nn.Sequential):
 
 
 class Modulation(nn.Module):
-    """adaLN: from a condition (..., K) to `count` vectors of the tokens' width, each (..., D)."""
+    """adaLN: a condition (..., K) -> `count` vectors of the tokens' width, each (..., D)."""
 
     def __init__(self, condition: int, width: int, count: int) -> None:
         super().__init__()
@@ -111,21 +111,20 @@ class Modulation(nn.Module):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm over the width without parameters, on the way between the levels."""
+    """LayerNorm over the width without parameters, for tokens that pass between the levels."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, broadcast over the tokens of a conditioning row."""
+    """x * (1 + scale) + shift; each conditioning row is broadcast over its tokens."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class Block(nn.Module):
-    """adaLN-Zero block (Peebles & Xie 2023, figure 3): mix the tokens, then the channels.
+    """adaLN-Zero block (Peebles & Xie 2023, figure 3): `mix` for the tokens, then an MLP for the channels.
 
-    Tokens (..., D) and condition (..., K) broadcast against each other, so that one modulation serves
-    all tokens of its row: (N, 1, K) for outer tokens (N, T, D); (N, 1, 1, K), (N, T, 1, K) or
-    (N, T, S, K) for inner tokens (N, T, S, E).
+    The condition is broadcast over the tokens, so that one modulation serves all tokens of its row. Outer tokens
+    (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class Block(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """The adaLN-Zero block without mixing, where tokens do not see each other; shapes as `Block`."""
+    """adaLN-Zero block without mixing: tokens do not see each other. Shapes as for `Block`."""
 
     def __init__(
         self,
@@ -173,7 +172,7 @@ class MlpBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear layer to pixels, both from zero; (..., D) and (..., K) -> (..., out)."""
+    """adaLN and a linear layer to pixels, both initialised to zero; (..., D) and (..., K) -> (..., out)."""
 
     def __init__(self, width: int, condition: int, out: int, norm: type[Norm] = LayerNorm) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
 
     def initialise(self) -> None:
-        """The prediction starts at zero, with one head or two."""
+        """Zero weights: the prediction starts at zero, with one head or two."""
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -191,10 +190,10 @@ class FinalLayer(nn.Module):
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed 2-D sin-cos position (rows * columns, width), as MAE and DiT have it.
+    """Fixed 2-D sin-cos position (rows * columns, width), as in MAE and DiT.
 
-    The first half of the channels tells the column, the second the row; in each half sines precede
-    cosines, at frequencies 10000^(-i / (width/4)).
+    The first half of the channels encodes the column, the second half the row. In each half sines precede cosines, at
+    frequencies 10000^(-i / (width/4)).
     """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     column = torch.outer(torch.arange(columns, dtype=torch.float64), frequency)

@@ -1,4 +1,4 @@
-"""Who sees whom at the inner level; every mixer maps inner tokens (N, T, S, E) to the same shape."""
+"""Mixers: which inner tokens see each other. Every mixer maps (N, T, S, E) to the same shape."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dit_in_dit.model.layers import Attention
 
 
 class Mixer(nn.Module, ABC):
-    """Mixing of inner tokens, (N, T, S, E) -> (N, T, S, E); made by `cls(model)`."""
+    """Mixing of inner tokens, (N, T, S, E) -> (N, T, S, E); constructed by `cls(model)`."""
 
-    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch: then it gets its place in the image
-    why_no_attention: ClassVar[str] = "inner tokens are mixed without attention"  # shown where attention would be
+    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch; true adds the position in the image
+    why_no_attention: ClassVar[str] = "inner tokens are mixed without attention"  # shown in place of attention maps
 
     @classmethod
     @abstractmethod
@@ -30,23 +30,23 @@ class Mixer(nn.Module, ABC):
         return 0
 
     def initialise(self) -> None:
-        """Draw the parameters that `xavier_uniform_` on linear layers and convolutions does not suit."""
+        """Initialise parameters that need more than `xavier_uniform_` on linear layers and convolutions."""
 
 
 class PatchMixer(Attention, Mixer):
-    """Attention among the S sub-patches of one patch, for all N*T patches at once."""
+    """Attention among the S sub-patches of a patch, for all N*T patches at once."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token sees."""
+        """Tokens that one token attends to."""
         return model.sub_patches
 
     @classmethod
     def macs(cls, model: ModelConfig) -> int:
-        """Per inner token."""
+        """MACs per inner token."""
         return 4 * model.inner.width**2 + 2 * cls.length(model) * model.inner.width
 
     def group(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class WindowMixer(PatchMixer):
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token sees."""
+        """Tokens that one token attends to."""
         return model.inner.window**2 * model.sub_patches
 
     def group(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class ImageMixer(PatchMixer):
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token sees."""
+        """Tokens that one token attends to."""
         return model.patches * model.sub_patches
 
     def group(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ImageMixer(PatchMixer):
 
 
 class ConvMixer(Mixer):
-    """A 3x3 depthwise convolution over the sub-patch grid of the image, zero beyond its border.
+    """A 3x3 depthwise convolution over the sub-patch grid of the image, zero-padded at its border.
 
     The block's MLP mixes the channels, as in ConvNeXt (Liu et al. 2022).
     """
@@ -123,16 +123,16 @@ class ConvMixer(Mixer):
         self.conv = nn.Conv2d(model.inner.width, model.inner.width, 3, padding=1, groups=model.inner.width)
 
     def initialise(self) -> None:
-        """Keep the variance of the tokens: nine taps."""
+        """Preserve the variance of the tokens: a deviation of 1/3 for nine taps."""
         nn.init.normal_(self.conv.weight, std=1 / 3)
 
     @classmethod
     def macs(cls, model: ModelConfig) -> int:
-        """Per inner token."""
+        """MACs per inner token."""
         return 9 * model.inner.width
 
     def forward(self, x: Tensor) -> Tensor:
-        # Whole tokens are moved, and the convolution takes their channels last, as they lie.
+        # Rearranging moves whole tokens; the convolution then reads their channels last, as they lie in memory.
         grid = rearrange(x, "n (h w) (i j) e -> n (h i) (w j) e", **self.sizes)
         mixed = self.conv(grid.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # N rows columns E
         return rearrange(mixed, "n (h i) (w j) e -> n (h w) (i j) e", **self.sizes)
@@ -143,5 +143,5 @@ MIXERS: dict[str, type[Mixer] | None] = {
     "window": WindowMixer,
     "image": ImageMixer,
     "conv": ConvMixer,
-    "none": None,  # nobody sees anybody: the inner block is its MLP alone
+    "none": None,  # tokens do not see each other: the inner block is an MLP alone
 }

@@ -1,4 +1,4 @@
-"""The nested diffusion transformer: a program of outer and inner stages, written as data."""
+"""The nested diffusion transformer: a program of outer and inner stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _recomputed: Run = partial(checkpoint, use_reentrant=False)
 
 
 class OuterStage(nn.Module):
-    """Outer blocks, each token seeing every other; outer (N, T, D), c (N, D)."""
+    """Outer blocks, with attention among all patches; outer (N, T, D), c (N, D)."""
 
     def __init__(self, blocks: list[AnyBlock], run: Run) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class OuterStage(nn.Module):
 
 
 class InnerStage(nn.Module):
-    """Inner blocks, driven by the condition's rows; inner (N, T, S, E), c (N, D)."""
+    """Inner blocks, with adaLN driven by the condition's rows; inner (N, T, S, E), c (N, D)."""
 
     def __init__(self, blocks: list[AnyBlock], condition: Condition, run: Run) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class AggregateStage(nn.Module):
 
 
 class SpreadStage(nn.Module):
-    """Outer to inner: each sub-patch gets a message from its patch."""
+    """Outer to inner: each sub-patch token receives a message from its patch."""
 
     name = "spread"
 
@@ -101,7 +101,7 @@ class OuterHead(nn.Module):
 
 
 class InnerHead(nn.Module):
-    """Inner tokens to the image, driven by c once per image; (N, T, S, E) -> (N, out_channels, H, W)."""
+    """Inner tokens to the image, with adaLN driven by c; (N, T, S, E) -> (N, out_channels, H, W)."""
 
     name = "inner head"
 
@@ -116,15 +116,15 @@ class InnerHead(nn.Module):
 
 
 class NestedDiT(nn.Module):
-    """A DiT (Peebles & Xie 2023) whose patches hold an inner transformer over their sub-patches.
+    """A DiT (Peebles & Xie 2023) with an inner transformer over the sub-patches of each patch.
 
-    `model.program` says which blocks run in which order. Between an inner and an outer stage the inner
-    tokens are aggregated and fused with the outer ones; between an outer and an inner stage the outer
-    tokens are spread over their sub-patches. A program that ends in inner blocks adds an inner head to
-    the outer one (with fuse=replace it stands in its place). `outer*N` alone is DiT, with its parameters.
+    `model.program` gives the order of the blocks. Between an inner and an outer stage, the inner tokens are aggregated
+    and fused with the outer tokens. Between an outer and an inner stage, the outer tokens are spread over their
+    sub-patches. A program that ends in inner blocks adds an inner head to the outer head, or has the inner head alone
+    if fuse=replace. The program `outer*N` is DiT, with DiT's parameters.
 
-    Blocks are named by level and order (`outer_blocks.3`), whatever the program: the weights of a plain
-    DiT load into any nested model around it with `load_state_dict(..., strict=False)`.
+    Blocks are named by level and number (`outer_blocks.3`), whatever the program. The weights of a plain DiT therefore
+    load into any nested model around it with `load_state_dict(..., strict=False)`.
 
     Args:
         model: the architecture.
@@ -143,7 +143,7 @@ class NestedDiT(nn.Module):
         mixer = MIXERS[model.inner.mixer]
         crosses = mixer is not None and mixer.crosses_patches
         self.inner_embed = InnerEmbed(model, global_position=crosses) if self.inner_blocks else NoEmbed()
-        # Tuples, not module lists: every block is registered once, above, under a name that no order changes.
+        # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
         self.heads = self._finish(model)
         initialise(self)
@@ -175,7 +175,7 @@ class NestedDiT(nn.Module):
         return stages
 
     def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
-        """The heads: the last level's, and the outer one beside an inner one unless outer tokens are replaced."""
+        """The head of the last level; with an inner head also the outer head, unless outer tokens are replaced."""
         heads: list[OuterHead | InnerHead] = []
         ends_inner = model.program[-1][0] == "inner"
         if not ends_inner or FUSIONS[model.inner.fuse].keeps_outer:
@@ -190,16 +190,16 @@ class NestedDiT(nn.Module):
         """Predict from noisy images.
 
         Args:
-            x: noisy images (N, C, H, W), in the type of the weights.
-            t: times (N,) in [0, 1], in float32 for any weights; 1 is pure noise.
-            y: classes (N,), int64 in [0, num_classes]; num_classes, or None for all, means no class.
+            x: noisy images (N, C, H, W), in the dtype of the weights.
+            t: times (N,) in [0, 1], in float32 for weights of any dtype; 1 is pure noise.
+            y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: all null.
 
         Returns:
-            The prediction (N, C, H, W); what it stands for is the training's choice. With `learn_variance`
-            (N, 2C, H, W): the prediction, then the fraction that says the variance.
+            The prediction (N, C, H, W) of the quantity `diffusion.predict`. With `learn_variance` (N, 2C, H, W): the
+            prediction, then the variance fraction.
 
         Raises:
-            ValueError: x is not of the configured channels and size.
+            ValueError: x does not have the configured channels and size.
         """
         if x.shape[1:] != (self.config.channels, *self.config.image_size):
             raise ValueError(
@@ -215,9 +215,9 @@ class NestedDiT(nn.Module):
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter's name lies in: outer_blocks, inner_blocks, aggregate, spread ..."""
+    """Part of the model to which a parameter belongs, by its name: outer_blocks, inner_blocks, aggregate, spread ..."""
     part = name.split(".", maxsplit=1)[0]
-    return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0: the part "spread"
+    return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0 -> spread
 
 
 def _outer_block(model: ModelConfig) -> Block:
@@ -241,10 +241,10 @@ def _take(blocks: Iterator[nn.Module], count: int) -> list[AnyBlock]:
 
 @torch.no_grad()
 def initialise(model: NestedDiT) -> None:
-    """DiT's initialisation, and its like for the inner level; a module's own `initialise` comes last."""
+    """Initialise both levels as DiT does. A module's own `initialise` is called last, in the order of `modules()`."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # the fused qkv, and a convolution, as one matrix
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # the fused qkv as one matrix, and so a convolution
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Norms of tokens over their width, each a class in a table; adaLN brings scale and shift after them."""
+"""Norms of tokens over their width, each a class in a table; adaLN applies scale and shift afterwards."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-6  # DiT's, in every norm
+EPS = 1e-6  # as in every norm of DiT
 
 
 class Norm(nn.Module, ABC):
-    """Norm over the last axis, (..., D) -> (..., D); made by `cls(width, eps)`."""
+    """Norm over the last axis, (..., D) -> (..., D); constructed by `cls(width, eps)`."""
 
     def __init__(self, width: int, eps: float = EPS) -> None:
         super().__init__()

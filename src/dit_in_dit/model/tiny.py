@@ -1,7 +1,7 @@
 """Attention within groups of a few tokens by a Triton kernel, as one operator with a derivative.
 
-A kernel made for long sequences gives each group a program of its own and leaves most of its tile empty; here a program
-takes many groups, reads their queries, keys and values once and writes once.
+A kernel for long sequences runs one program per group and leaves most of its tile empty. Here a program takes many
+groups, reads their queries, keys and values once, and writes once.
 """
 
 from importlib.util import find_spec
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 TRITON = find_spec("triton") is not None
-LONGEST, WIDEST = 64, 128  # tokens of a group and channels of a head that the kernel takes
+LONGEST, WIDEST = 64, 128  # limits of the kernel: tokens per group, channels per head
 
 
 def fits(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel can do it: self-attention in groups and heads of its sizes, and Triton is there."""
+    """Whether the kernel applies: self-attention, groups and heads within its limits, and Triton installed."""
     sizes = q.shape == k.shape and q.shape[-2] <= LONGEST and q.shape[-1] <= WIDEST
     return TRITON and sizes and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """(B, heads, L, d) that lies in memory as (B, L, heads, d): what the next linear layer reads."""
+    """(B, heads, L, d) in the memory layout (B, L, heads, d), which the next linear layer reads."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -31,7 +31,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in one layout, as they are when they come from one linear layer."""
+    """Queries, keys and values in one memory layout; no copy if they come from one linear layer."""
     if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
         return q, k, v
     return _in_rows(q), _in_rows(k), _in_rows(v)
@@ -39,7 +39,7 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("dit_in_dit::tiny_attention", mutates_args=())
 def tiny_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, each (B, heads, L, d); see `fits`."""
+    """Softmax attention, each tensor (B, heads, L, d), within the limits of `fits`."""
     from dit_in_dit.model.tiny_kernel import forward, launch
 
     out = _empty(q)

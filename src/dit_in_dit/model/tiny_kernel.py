@@ -1,8 +1,8 @@
-"""The Triton kernels behind `tiny`. Imported only where they run: Triton need not be there.
+"""The Triton kernels of `tiny`, imported only where they run: Triton need not be installed.
 
-A program's tile has PER groups of L rows, a row for each token (L: the length, up to a power of two), and D channels
-(the width of a head, likewise). Scores between rows of different groups are masked: a tensor core multiplies whole
-tiles, whatever is in them, and it is memory that is waited for.
+A program's tile has PER groups of L rows, one row per token, and D channels. L is the length and D the width of a head,
+each rounded up to a power of two. Scores between rows of different groups are masked. The masked products are free: a
+tensor core multiplies whole tiles, and memory is the bottleneck.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # of a tile, at least: a tensor core's product has 16
+ROWS = 32  # least rows of a tile; a product of a tensor core has 16
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _tile(group, token, heads, stride_b, stride_h, stride_l, D: tl.constexpr):
 
 @triton.jit
 def _weights(q, k, group, token, length, scale):
-    """Softmax over the tokens of each row's own group, in float32."""
+    """Softmax over the tokens of each row's group, in float32."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     seen = (group[:, None] == group[None, :]) & (token < length)[None, :]
     scores = tl.where(seen, scores, float("-inf"))
@@ -57,7 +57,7 @@ def backward(
     grad_at, dq_at, dk_at, dv_at, out_b, out_h, out_l,
     groups, heads, length, width, scale, PER: tl.constexpr, L: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Its derivative: a group's weights are in the tile at once, and are computed again."""
+    """Gradients of `forward`. The weights of a group fit into one tile, so they are recomputed."""
     group, token = tl.program_id(0) * PER + tl.arange(0, PER * L) // L, tl.arange(0, PER * L) % L
     real = ((group < groups) & (token < length))[:, None] & (tl.arange(0, D) < width)[None, :]
     at = _tile(group, token, heads, stride_b, stride_h, stride_l, D)
@@ -76,7 +76,8 @@ def backward(
 
 
 def launch(kernel: Any, read: tuple[Tensor, Tensor, Tensor], others: tuple[Tensor, ...]) -> None:
-    """Run a kernel on queries, keys and values of one layout, and tensors of another; (B, heads, L, d) each."""
+    """Run a kernel on queries, keys and values of one memory layout and on other tensors of a second layout; each is
+    (B, heads, L, d)."""
     batch, heads, length, width = read[0].shape
     rows = triton.next_power_of_2(length)
     channels = max(16, triton.next_power_of_2(width))

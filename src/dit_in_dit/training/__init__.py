@@ -1,1 +1,1 @@
-"""The training loop: a generator of facts. Knows no evaluation and draws no picture."""
+"""The training loop, a generator of events; it computes no metrics and draws no pictures."""

@@ -1,4 +1,4 @@
-"""Training example number i is a function of (seed, i): image, flip, noise, time, dropped label."""
+"""Training examples: image, flip, noise, time and dropped label of example i are functions of (seed, i)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 
 def image_number(seed: int, index: int, size: int | None) -> int:
-    """Which training image example `index` shows: each once an epoch, or any of an endless source."""
+    """Number of the training image that example `index` shows: each image once per epoch; of an endless source
+    (`size` None), any image."""
     if size is None:
         return int(generator(seed, "order", index).integers(2**62))
     epoch, position = divmod(index, size)
@@ -48,10 +49,11 @@ def image_number(seed: int, index: int, size: int | None) -> int:
 
 
 class Examples(Dataset[Batch]):
-    """Micro-batches by number, of process `rank` of `world`; alone, number k holds examples k * batch_size and on.
+    """Micro-batches of process `rank` of `world`, by number. A single process has the examples from k * batch_size on
+    in micro-batch k.
 
-    Of every step's examples each process has an equal share: with train.reduction=fast the same rows of each
-    micro-batch, with fixed whole micro-batches.
+    Every process has an equal share of a step's examples: with train.reduction=fast some rows of each micro-batch, with
+    train.reduction=fixed whole micro-batches.
     """
 
     def __init__(self, source: Source, config: RunConfig, rank: int = 0, world: int = 1) -> None:
@@ -61,7 +63,7 @@ class Examples(Dataset[Batch]):
 
     @property
     def per_step(self) -> int:
-        """Micro-batches that this process has in an optimizer step."""
+        """Micro-batches of this process per optimizer step."""
         train = self.config.train
         return train.accumulate // self.world if train.reduction == "fixed" else train.accumulate
 
@@ -77,7 +79,7 @@ class Examples(Dataset[Batch]):
         return range(first, first + rows)
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number`; UserError when an image cannot be read or is not what the model takes."""
+        """Micro-batch `number`; UserError if an image cannot be read or is not what the model takes."""
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
@@ -102,7 +104,7 @@ class Examples(Dataset[Batch]):
 
 
 class _Messages(Dataset["Batch | str"]):
-    """Examples whose UserError is a value, so that it crosses from a worker process as it is."""
+    """Examples that return the message of a UserError instead of raising it, so that it leaves a worker unchanged."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -115,10 +117,10 @@ class _Messages(Dataset["Batch | str"]):
 
 
 def _begin_worker(_: int) -> None:
-    """A signal to the process group is the trainer's to answer: it still needs its workers to end the step.
+    """Ignore signals in a loader worker: the trainer answers them, and needs its workers to end the step.
 
-    A trainer that ends takes no more batches: that the thread which hands them over loses its other end is no error.
-    (A worker's own errors go to the trainer, and never to this hook.)
+    A trainer that ends closes the connection to its workers. This error of the thread that sends batches is not
+    printed. (Other errors of a worker go to the trainer, and never to this hook.)
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -131,8 +133,8 @@ def _begin_worker(_: int) -> None:
 
 
 def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
-    """Micro-batches number `first` to `last` - 1, in order, prepared by `workers` processes; where one cannot
-    be had, the message that says why."""
+    """Micro-batches `first` to `last` - 1 in order, prepared by `workers` processes. In place of a micro-batch that
+    cannot be read comes the error message."""
     return DataLoader(
         _Messages(examples),
         batch_size=None,
@@ -148,16 +150,16 @@ def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin
 def end_workers(batches: Iterator[Batch | str]) -> None:
     """End the workers of an iterator over `load_batches`.
 
-    They ignore SIGTERM, with which Python ends its children when it ends itself: it would wait for them for ever.
+    Python ends its child processes by SIGTERM, which these workers ignore: Python would wait for them forever.
     """
     if shutdown := getattr(batches, "_shutdown_workers", None):
         shutdown()
     for worker in getattr(batches, "_workers", ()):
-        worker.kill()  # where one still waits for its data
+        worker.kill()  # a worker may still wait for its data
 
 
 def held_out_batch(source: Source, model: ModelConfig, most: int) -> Batch:
-    """The first `most` held-out images, with noise that is the same for every run; times are the evaluation's."""
+    """The first `most` held-out images, with the same noise in every run; the evaluation sets the times."""
     numbers = range(min(most, source.held_out_size))
     drawn = [check_example(source, source.held_out(i), model) for i in numbers]
     noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]

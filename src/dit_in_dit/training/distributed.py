@@ -1,5 +1,4 @@
-"""Processes that train one run together, on PyTorch's own engine: who is there, what they agree on, and what is done
-when one does not answer."""
+"""Processes that train one run together, on torch.distributed: sums, agreement, sharding, and loss of a process."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.process import world_size
 
 T = TypeVar("T")
-ROLL_CALL = 3.0  # seconds in which a process that lives says so, after the engine has given up
+ROLL_CALL = 3.0  # seconds in which a live process must report, after torch.distributed has given up
 
 
 class ProcessLostError(UserError):
@@ -33,51 +32,51 @@ class ProcessLostError(UserError):
 
 
 class Process:
-    """One process, alone: what `join` gives without a launcher. Process `rank` of `size`; process 0 leads."""
+    """A single process, as `join` returns it without a launcher; `rank` 0 of `size` 1. Rank 0 leads."""
 
     rank, size = 0, 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes files and prints for all."""
         return self.rank == 0
 
     def led(self, action: Callable[[], T]) -> T:
-        """What `action` gives in process 0, for all; its UserError is raised in all."""
+        """Run `action` on rank 0 and broadcast its result, or re-raise its UserError on every rank."""
         return action()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(size, ...) from each process's tensor of the same shape, on its device."""
+        """Stack the tensors of all processes, of one shape, into (size, ...) on the same device."""
         return rows[None]
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:
-        """The greatest signal and whether anyone was due, the same for all. With several processes it answers for the
-        previous call, so nobody waits."""
+        """Largest signal of all processes, and whether any of them is due; the same result on every rank. With several
+        processes the result is that of the previous call, so that no process waits."""
         return signal, due
 
     def add(self, tensors: list[Tensor]) -> None:
-        """Sum over processes in place, in a fixed tree."""
+        """Sum tensors over processes in place, in the order of a fixed tree."""
 
     def total(self, number: Tensor) -> Tensor:
-        """The sum over processes."""
+        """Sum of a number over processes."""
         return number
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """LostError instead of the engine's own words when another process is lost."""
+        """Raise ProcessLostError instead of torch.distributed's error when another process is lost."""
         yield
 
 
 class ProcessGroup(Process):
-    """One of several processes, as torchrun or Slurm started them."""
+    """One of several processes, started by torchrun or Slurm."""
 
     def __init__(self, timeout: int) -> None:
         self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.asked: tuple[dist.Work, Tensor] | None = None
-        self.places: list[tuple[str, int]] = [("", 0)] * self.size
-        dist.all_gather_object(self.places, (socket.gethostname(), os.getpid()), group=self.control)
-        # A busy machine may take long to connect; a roll call is short.
+        self.hosts: list[tuple[str, int]] = [("", 0)] * self.size  # host name and pid, by rank
+        dist.all_gather_object(self.hosts, (socket.gethostname(), os.getpid()), group=self.control)
+        # A busy machine may take long to connect, but must answer a roll call soon.
         self.store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=timeout)
         )
@@ -92,34 +91,34 @@ class ProcessGroup(Process):
                 box = [error]
         dist.broadcast_object_list(box, group=self.control)
         if isinstance(box[0], UserError):
-            box[0].quiet = not self.leads  # one line, not one from each
+            box[0].quiet = not self.leads  # one line, not one per process
             raise box[0]
         return box[0]  # type: ignore[return-value]
 
     def gather(self, rows: Tensor) -> Tensor:
-        found = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(found, rows.contiguous(), group=self.control if rows.device.type == "cpu" else None)
-        return torch.stack(found)
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(gathered, rows.contiguous(), group=self.control if rows.device.type == "cpu" else None)
+        return torch.stack(gathered)
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:
-        before, given = self.asked, torch.tensor([signal, int(due)])
-        self.asked = (dist.all_reduce(given, dist.ReduceOp.MAX, group=self.control, async_op=True), given)
-        if before is None:
+        previous, largest = self.asked, torch.tensor([signal, int(due)])
+        self.asked = (dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control, async_op=True), largest)
+        if previous is None:
             return 0, False
-        before[0].wait()
-        return int(before[1][0]), bool(before[1][1])
+        previous[0].wait()
+        return int(previous[1][0]), bool(previous[1][1])
 
     def add(self, tensors: list[Tensor]) -> None:
-        # In round k each adds what the process 2^k away has. Two numbers have one sum, whichever comes first: all end
-        # with the same bits, those of the tree over micro-batches that a single process climbs alone.
-        mine = torch.cat([tensor.flatten() for tensor in tensors])
+        # In round k every process exchanges sums with the process of rank XOR 2^k. a + b == b + a, so that all end with
+        # the same bits: those of the tree over micro-batches in a single process.
+        total = torch.cat([tensor.flatten() for tensor in tensors])
         for distance in (2**k for k in range(self.size.bit_length() - 1)):
-            theirs, other = torch.empty_like(mine), self.rank ^ distance
-            swap = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, theirs, other)]
+            received, other = torch.empty_like(total), self.rank ^ distance
+            swap = [dist.P2POp(dist.isend, total, other), dist.P2POp(dist.irecv, received, other)]
             for work in dist.batch_isend_irecv(swap):
                 work.wait()
-            mine = mine + theirs
-        parts = torch.split(mine, [tensor.numel() for tensor in tensors])
+            total = total + received
+        parts = torch.split(total, [tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
     def total(self, number: Tensor) -> Tensor:
@@ -137,16 +136,17 @@ class ProcessGroup(Process):
             raise self._lost() from None
 
     def _lost(self) -> ProcessLostError:
-        """Who does not answer a roll call; ended where it can be, so that its job ends too."""
-        atexit.unregister(leave)  # it would wait for them once more
+        """Error that names the processes missing from a roll call. Those on this host are killed, so that their job
+        ends too."""
+        atexit.unregister(leave)  # it would wait for the missing processes again
         missing = self._missing()
         names = []
         for rank in missing:
-            host, process = self.places[rank]
+            host, process = self.hosts[rank]
             names.append(f"process {rank} of {self.size} (pid {process} on {host})")
             if host == socket.gethostname():
                 with suppress(ProcessLookupError, PermissionError):
-                    os.kill(process, signal.SIGKILL)  # a stopped one hears nothing else
+                    os.kill(process, signal.SIGKILL)  # a stopped process reacts to no other signal
         who = ", ".join(names[:4]) or "a process"
         lost = ProcessLostError(
             f"{who} ended or did not answer within {self.timeout} s: start the job again with --resume"
@@ -155,7 +155,7 @@ class ProcessGroup(Process):
         return lost
 
     def _missing(self) -> list[int]:
-        """Processes that do not answer in time; process 0, which may keep the list, when there is no list."""
+        """Ranks that miss the roll call; rank 0, which may host the store, if the store does not answer."""
         try:
             self.store.set(f"here/{self.rank}", "yes")
             deadline = time.monotonic() + ROLL_CALL
@@ -169,22 +169,22 @@ class ProcessGroup(Process):
 
 
 def leave() -> None:
-    """End the group of processes, unless whoever uses the library did so."""
+    """End the process group, unless the user of the library has ended it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def join(device: torch.device, timeout: int) -> Process:
-    """This process among those that the launcher started; alone when it started no other.
+    """Join the processes that the launcher started; a single `Process` without a launcher.
 
     Args:
-        device: where gradients lie: NCCL sums them on CUDA, gloo elsewhere. A CUDA device has its number.
-        timeout: seconds in which each must answer the others.
+        device: device of the gradients, a CUDA device with its index. NCCL sums on CUDA, gloo elsewhere.
+        timeout: seconds within which a process must answer.
     """
     if world_size() == 1:
         return Process()
     if not dist.is_initialized():
-        # NCCL guesses a process's GPU from its rank where it is not named, and complains of a group that nobody ends.
+        # Without device_id NCCL guesses the GPU from the rank. It warns about a group that is not destroyed.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
         atexit.register(leave)
@@ -192,15 +192,15 @@ def join(device: torch.device, timeout: int) -> Process:
 
 
 # ------------------------------------------------------------------------------------------ sharding
-# PyTorch's sharded tensors take seconds to import: only who shards waits for them.
+# Imports are local: PyTorch's sharded tensors take seconds to import.
 
 
 def shard(model: NestedDiT) -> None:
-    """FSDP2: every block's parameters, and all others together, in equal parts over the processes, at all times but
-    while they are needed.
+    """Shard a model by FSDP2: each block is a group, and all other parameters form one. Every process holds an equal
+    part of a group, and all of it only while the group computes.
 
     Raises:
-        UserError: the model is on the CPU, and this version of PyTorch shards on GPUs alone.
+        UserError: the model is on the CPU, and this version of PyTorch shards on GPUs only.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -209,7 +209,7 @@ def shard(model: NestedDiT) -> None:
         raise UserError(f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: this is {torch.__version__}")
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
-    # By default the last group stays whole after a forward pass, for the backward pass to come: an average has none.
+    # By default the last group stays whole after the forward pass, for the backward pass; an average has none.
     if any(weight.requires_grad for weight in model.parameters()):
         fully_shard(model)
     else:
@@ -217,19 +217,19 @@ def shard(model: NestedDiT) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: all of it, unless it is sharded. Shares memory."""
+    """Part of a tensor that this process holds; the whole tensor if it is not sharded. Shares memory."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a sharded one, gathered from all processes."""
+    """The whole tensor; a sharded one is gathered from all processes."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def spread(tensor: Tensor, like: Any) -> Tensor:
-    """A copy of a whole tensor, on the device of `like`, and sharded as it is."""
+    """Copy of a whole tensor with the device and sharding of `like`."""
     if not hasattr(like, "device_mesh"):
         return tensor.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
@@ -239,7 +239,7 @@ def spread(tensor: Tensor, like: Any) -> Tensor:
 
 
 def everywhere(tensor: Tensor, like: Any) -> Tensor:
-    """A scalar as the optimizer wants it beside `like`."""
+    """A scalar for use with `like` in an optimizer: replicated over the processes if `like` is sharded."""
     if not hasattr(like, "device_mesh"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
@@ -248,10 +248,10 @@ def everywhere(tensor: Tensor, like: Any) -> Tensor:
 
 
 class Whole(Mapping[str, Tensor]):
-    """Tensors by name, each gathered from all processes when it is read: no process holds more than one of them whole.
+    """Tensors by name, each gathered from all processes when it is read: a process holds one whole tensor at a time.
 
-    All processes must read each tensor once, in one order: process 0 as it writes the file, the others in
-    `Session._save`. Type and shape of a tensor stand in `tensors` and cost nothing.
+    All processes must read every tensor once, in the same order: rank 0 while it writes the file, the others in
+    `Session._save`. `tensors` gives dtypes and shapes without a gather.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

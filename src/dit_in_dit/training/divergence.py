@@ -1,4 +1,4 @@
-"""Steps skipped because loss or gradient is not finite, and the way back after too many in a row."""
+"""Steps skipped for a non-finite loss or gradient, and the roll-back after too many in a row."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 
-ROLL_BACKS = 3  # times in a row that a run goes back
+ROLL_BACKS = 3  # most roll-backs without a checkpoint between
 REMEDY = "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
 
 
 class DivergedError(Exception):
-    """Too many steps in a row were skipped; `step` is the last of them, `problem` says what was seen."""
+    """Too many steps in a row were skipped; `step` is the last of them, `problem` gives its loss and gradient norm."""
 
     def __init__(self, step: int, problem: str) -> None:
         super().__init__(step, problem)
@@ -24,13 +24,13 @@ class DivergedError(Exception):
 
 @dataclass
 class Divergence:
-    """Counts of a run's skipped steps and of its ways back; a checkpoint keeps them.
+    """Counts of skipped steps and roll-backs of a run; checkpoints store them.
 
     Attributes:
-        shift: steps of examples that a rolled back run has passed over.
-        rolled_back: times that the run went back.
-        tries: times that it went back since the last checkpoint that was due.
-        streak: steps in a row, up to this one, that were skipped.
+        shift: steps whose examples were left out by roll-backs.
+        rolled_back: number of roll-backs.
+        tries: number of roll-backs since the last regular checkpoint.
+        streak: number of consecutive skipped steps up to this one.
     """
 
     shift: int = 0
@@ -52,14 +52,14 @@ class Divergence:
         self.streak = 0 if finite else self.streak + 1
 
     def end_tries(self) -> None:
-        """Begin the tries anew: the run has reached a checkpoint that was due."""
+        """Reset the tries: the run has reached a regular checkpoint."""
         self.tries = 0
 
     def check_way_back(self, diverged: DivergedError, on_divergence: str, has_checkpoint: Callable[[], bool]) -> str:
-        """The reason why the run goes back.
+        """Reason for a roll-back.
 
         Raises:
-            UserError: it must stop: train.on_divergence says so, it went back too often, or there is no checkpoint.
+            UserError: train.on_divergence=stop, too many roll-backs, or no checkpoint.
         """
         problem = f"step {diverged.step}: {diverged.problem}: training diverged, {self.streak} steps in a row"
         if on_divergence == "stop":
@@ -71,8 +71,7 @@ class Divergence:
         return problem
 
     def after(self, step: int, to: int) -> Divergence:
-        """The counts of a run that diverged at `step`, went back `to` an earlier one and passes over the examples
-        between them."""
+        """Counts after a roll-back from `step` to the step `to`; the examples between them are left out."""
         return replace(
             self, shift=self.shift + step - to, rolled_back=self.rolled_back + 1, tries=self.tries + 1, streak=0
         )

@@ -1,4 +1,4 @@
-"""Exponentially averaged weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dit_in_dit.training.distributed import local
 
 
 def ema_decay(step: int, most: float) -> float:
-    """The decay at a step: ramps up, so that the average forgets the random start."""
+    """EMA decay at a step; it ramps up to `most`, so that the average forgets the random start."""
     return min(most, (1 + step) / (10 + step))
 
 
 class Ema:
-    """A copy of the model whose weights follow the trained ones."""
+    """A copy of the model with averaged weights."""
 
     def __init__(self, model: NestedDiT, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -24,7 +24,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: NestedDiT, step: int) -> None:
-        """Move towards the weights after optimizer step `step`; of sharded ones, each process moves its own part."""
+        """Move the average towards the weights after step `step`; each process moves its part of sharded weights."""
         averaged = [local(weight) for weight in self.model.parameters()]
         trained = [local(weight) for weight in model.parameters()]
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, self.decay))

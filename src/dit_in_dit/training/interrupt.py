@@ -1,4 +1,4 @@
-"""Being asked to stop: between two steps, and at once in whatever changes nothing."""
+"""Requests to stop: between two steps, or at once during a wait that changes nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 
 class Interrupted(BaseException):
-    """A wait was cut short; nothing of the run had changed in it."""
+    """A stop request ended a wait, during which nothing of the run had changed."""
 
 
 class Stop:
-    """Whether somebody asked to stop, and with which signal.
+    """A request to stop; `signal` is its signal number, 0 without a request.
 
-    A step and a save are never cut in two. A wait for data, a held-out evaluation and a picture can take long and
-    change nothing: those, marked by `waiting`, end at once.
+    A step and a save are never interrupted. A wait for data, a held-out evaluation and a picture can take long and
+    change nothing: `waiting` marks them, and a request ends them at once.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Stop:
         self._waiting = False
 
     def ask(self, signal: int, _: object = None) -> None:
-        """Ask; a handler of `signal.signal`. The first signal counts, those after it are harmless."""
+        """Request a stop; a handler for `signal.signal`. The first signal counts, later ones do nothing."""
         self.signal = self.signal or signal
         if self._waiting:
             self._waiting = False
@@ -30,7 +30,7 @@ class Stop:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What is done in here may be cut short by `Interrupted`, or not begin."""
+        """Raise `Interrupted` in the body, or before it, once a stop is requested."""
         if self.signal:
             raise Interrupted
         self._waiting = True

@@ -1,4 +1,4 @@
-"""The training loop, a generator of facts: the caller decides what to show, draw or stop."""
+"""The training loop, a generator of events: the caller decides what to print, draw or stop."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ def train(
     model: NestedDiT | None = None,
     optimizer: Callable[[Groups], Optimizer] | None = None,
 ) -> Generator[Event, None, None]:
-    """Train into the folder `out`, yielding facts; with `resume`, continue the run that is there.
+    """Train into the folder `out` and yield events; with `resume`, continue the run in that folder.
 
-    Under a launcher (torchrun, Slurm) its processes share the run, whatever their number was before.
+    Under a launcher (torchrun, Slurm) its processes share the run. Their number may differ from that of earlier starts.
 
     Args:
-        stop: when it is asked to stop, the run saves a checkpoint and ends.
-        until: end with a checkpoint after this step, to go on another time.
-        deterministic: the same bits at every run and resume on CUDA too; always with train.reduction=fixed. Slower.
-        data: where the resumed run's data are now, if not where its config says; they must be the same. Or a source of
-            one's own, instead of data.source.
-        model: trained instead of the config's, from the weights that it has: `NestedDiT` or a module with its forward.
-        optimizer: from groups of parameters (`params`, and `scale` of their rate), instead of train.optimizer. The
-            schedule sets the groups' `lr`.
+        stop: on its request, the run saves a checkpoint and ends.
+        until: save a checkpoint and end after this step; a later call with `resume` continues.
+        deterministic: bit-identical results on CUDA too, but slower. train.reduction=fixed implies it.
+        data: new place of a resumed run's data, whose content must be unchanged. Or a `Source` that replaces
+            data.source.
+        model: a `NestedDiT`, or a module with its forward, that replaces the config's model; it keeps its weights.
+        optimizer: a function of parameter groups (`params`, and `scale` of their learning rate) that replaces
+            train.optimizer. The schedule sets `lr` of the groups.
 
-    `data`, `model` and `optimizer` win over the config. Checkpoints name their classes; a run resumes with the same.
+    `data`, `model` and `optimizer` take precedence over the config. Checkpoints record their class names, and a run
+    resumes with the same classes only.
 
     Raises:
-        UserError: the data or the folder cannot be used, the config is not the resumed run's, another process
-            trains it, or training diverged.
-        LostError: another process of the run ended or does not answer.
+        UserError: the data or the folder cannot be used, the config is not that of the resumed run, another process
+            trains the run, or training diverged.
+        ProcessLostError: another process of the run ended or does not answer.
     """
     run, place = Path(out), pick_device(device)
     config = resolve_precision(config, place)
@@ -66,7 +67,7 @@ def train(
         cost.check_fits(config.model, place, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
     noted = checkpoint.noted_data(run) if resumed else None
-    source, noting = find_source(config, data, noted)  # before the others wait: of many files it takes minutes
+    source, noting = find_source(config, data, noted)  # takes minutes for many files, so before other processes wait
     same_bits = deterministic or config.train.reduction == "fixed"
     with deterministic_algorithms(place, on=same_bits):  # before anything lies on the device
         world = join(place, config.train.timeout)
@@ -74,7 +75,7 @@ def train(
         with world.watched():
             if not resume:
                 world.led(lambda: create(run, config))
-            stored = world.led(lambda: read_config(run))  # first: where no run is, there is nothing to hold
+            stored = world.led(lambda: read_config(run))  # before the lock, which needs a run
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
                 session = Session(trainer, run, stop or Stop(), last, noting)
@@ -84,12 +85,12 @@ def train(
                 values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
                 values |= {"unrecorded": resumed and not noted}
                 yield Event("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
-                yield from session.facts()
+                yield from session.events()
 
 
 @contextmanager
 def _held(run: Path, world: Process) -> Iterator[None]:
-    """`lock_run` by the process that leads; its error is raised in all."""
+    """Hold `lock_run` on rank 0; its error is raised on every rank."""
     with ExitStack() as stack:
         world.led(lambda: stack.enter_context(lock_run(run)))
         yield

@@ -14,12 +14,12 @@ from dit_in_dit.config.run import TrainConfig
 from dit_in_dit.training.distributed import everywhere, local, spread
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
-Named = Iterable[tuple[str, Tensor]]  # parameters by name
-PREFIX, NUMBER, GROUP = "optimizer.", "optimizer_number.", "optimizer_group."  # of names in a checkpoint
+Named = Iterable[tuple[str, Tensor]]  # (name, parameter)
+PREFIX, NUMBER, GROUP = "optimizer.", "optimizer_number.", "optimizer_group."  # prefixes of names in a checkpoint
 
 
 def _fused(groups: Groups) -> bool:
-    """Whether the parameters' device has a fused step, which can skip itself without a wait for the device."""
+    """Whether the parameters' device has a fused step, which can skip itself without waiting for the device."""
     return groups[0]["params"][0].device.type in ("cpu", "cuda")
 
 
@@ -37,31 +37,35 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {"adamw": ad
 
 
 def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:
-    """UserError when a user's function gave no optimizer of all these weights, in the groups that it was given."""
+    """Check that a user's function returned an optimizer of all weights, in the groups that it received.
+
+    Raises:
+        UserError: it is no optimizer, or groups or weights are missing.
+    """
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"the optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}; return one")
     if not all("scale" in group for group in optimizer.param_groups):
-        raise UserError("the optimizer lost the factors on its learning rate: give it the groups as they come")
+        raise UserError("the optimizer lost the factors on its learning rate (`scale`): pass it the groups unchanged")
     taken = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     if lost := sum(weight.requires_grad and id(weight) not in taken for weight in weights):
-        raise UserError(f"the optimizer lacks {lost} of the model's weights: give it the groups as they come")
+        raise UserError(f"the optimizer lacks {lost} of the model's weights: pass it the groups unchanged")
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Whether `step()` reads `found_inf` on the device, and does nothing where it is 1."""
+    """Whether `step()` reads `found_inf` on the device, and does nothing if it is 1."""
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def is_trained(state: Iterable[str]) -> bool:
-    """Whether a checkpoint's tensors, by name, are those of a run that can continue: no weights alone."""
+    """Whether a checkpoint's tensor names include training state; false for weights alone, which cannot resume."""
     return any(name.startswith((PREFIX, "run.")) for name in state)
 
 
 def state_of(optimizer: Optimizer, parameters: Named) -> dict[str, Tensor]:
-    """All that the optimizer keeps, as tensors by name, sharded as the parameters are.
+    """State of the optimizer as tensors by name, sharded as the parameters are.
 
-    `optimizer.KEY.PARAMETER` is a tensor, `optimizer_number.KEY.PARAMETER` a number of Python's, and
-    `optimizer_group.GROUP.KEY` a number of a group of parameters that is not the optimizer's default.
+    `optimizer.KEY.PARAMETER` is a tensor of the state, `optimizer_number.KEY.PARAMETER` a Python number of the state,
+    and `optimizer_group.GROUP.KEY` a number of a parameter group that differs from the optimizer's default.
     """
     tensors = {}
     for name, parameter in parameters:
@@ -82,7 +86,7 @@ def _as_tensor(number: float) -> Tensor:
 
 
 def restore_state(optimizer: Optimizer, parameters: Named, state: Mapping[str, Tensor]) -> None:
-    """Give the optimizer what `state_of` read; copies."""
+    """Restore the state that `state_of` returned; tensors are copied."""
     known = dict(parameters)
     optimizer.state.clear()
     for full in state:
@@ -98,7 +102,8 @@ def restore_state(optimizer: Optimizer, parameters: Named, state: Mapping[str, T
 
 
 def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tensor:
-    """A copy of a value where PyTorch's optimizers have it: beside its parameter, but a count of steps on the CPU."""
+    """Copy of a state tensor on the device that PyTorch's optimizers expect: the parameter's, but the CPU for the step
+    count of an optimizer without fused step."""
     if key != "step" and value.shape == parameter.shape:
         return spread(value, parameter)
     device = "cpu" if key == "step" and not fused else local(parameter).device
@@ -106,17 +111,17 @@ def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tenso
 
 
 def touched(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Which numbers of a parameter the optimizer keeps something other than zero for: a gradient has reached them.
+    """Mask of a parameter's elements that a gradient has reached, those with a non-zero moment.
 
-    None where it keeps nothing of the parameter's shape.
+    None if the optimizer keeps no tensor of the parameter's shape.
     """
-    kept = [v for v in optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor)]
-    moments = [value != 0 for value in kept if value.shape == parameter.shape]
+    tensors = [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
+    moments = [value != 0 for value in tensors if value.shape == parameter.shape]
     return torch.stack(moments).any(0) if moments else None
 
 
 def adam_direction(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Adam's step over the learning rate, from the two moments; None for an optimizer that keeps others."""
+    """Adam's step divided by the learning rate, from the two moments; None for optimizers without them."""
     state, betas = optimizer.state.get(parameter, {}), optimizer.param_groups[0].get("betas")
     if not betas or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
         return None

@@ -1,4 +1,4 @@
-"""A run in progress: steps, checkpoints, evaluations and ways back, as facts."""
+"""A run in progress: steps, checkpoints, evaluations and roll-backs, as events."""
 
 from __future__ import annotations
 
@@ -24,17 +24,22 @@ from dit_in_dit.training.interrupt import Interrupted, Stop
 from dit_in_dit.training.step_log import StepLog, finite_or_name, is_finite
 from dit_in_dit.training.trainer import Trainer
 
-NAMED = 8  # examples named in the line of a skipped step
+NAMED = 8  # most examples named in the log line of a skipped step
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened.
+    """An event of a run; `values` depends on its `kind`.
 
-    kind: start (what runs on what, the damaged checkpoints passed over), step (loss, gradient norm in all and in each
-    part, learning rate), skipped (a step whose loss or gradient was not finite: its examples), rolled_back (to which
-    step, and why), held_out (denoising error by time), checkpoint (its path), unsaved (why one could not be written),
-    samples (due: draw with `model`, the averaged one; where the process leads), stopped (as it was asked to; the last).
+    start: device, precision, parameters, processes, and the damaged checkpoints passed over.
+    step: loss, gradient norm in total and of each part, learning rate.
+    skipped: the examples of a step whose loss or gradient was not finite.
+    rolled_back: the step to which the run went back, and the reason.
+    held_out: denoising error by time.
+    checkpoint: its path.
+    unsaved: the reason why a checkpoint could not be written.
+    samples: samples are due, to be drawn with the averaged `model`; None in processes that do not lead.
+    stopped: the signal that stopped the run; the last event.
     """
 
     kind: str
@@ -44,7 +49,7 @@ class Event:
 
 
 class Session:
-    """The way of one run from the step it is at to step `last`, in every process of its world."""
+    """A run from its current step to step `last`, in one of its processes."""
 
     def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
@@ -54,41 +59,47 @@ class Session:
         self.saved = -1  # the last step that has a checkpoint
 
     def restore(self, stored: RunConfig, *, steady: bool = False) -> tuple[str, ...]:
-        """Bring the trainer to the run's newest good (and steady) checkpoint, if it has one; the damaged ones that were
-        newer."""
+        """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular one.
+
+        Returns:
+            Paths of the newer, damaged checkpoints that were passed over.
+
+        Raises:
+            UserError: config, classes, data or objects given to train() are not those of the run.
+        """
         trainer, run = self.trainer, self.run
         if differing := first_difference(stored, self.config):
             raise UserError(
-                f"{run} was started with another config: {differing}; resume it as it was, or use another --out"
+                f"{run} was started with another config: {differing}; resume with that config, or use another --out"
             )
         if not self.world.led(lambda: checkpoint.has_any(run)):
             return ()
-        found = self.world.led(lambda: checkpoint.newest(run, steady=steady))
-        if tuple(found.manifest["classes"]) != tuple(trainer.source.classes):
+        saved = self.world.led(lambda: checkpoint.newest(run, steady=steady))
+        if tuple(saved.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data['place']} has other classes than when {run} was started")
-        _check_objects(trainer.objects, found.manifest.get("objects", {}), run)
-        noted = found.manifest.get("data")
+        _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
+        noted = saved.manifest.get("data")
         self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
         try:
-            trainer.restore(found.trained(), found.averaged(), found.step)
-        except (KeyError, RuntimeError):  # of a class of the user's that has other weights by now
-            raise found.misfit() from None
+            trainer.restore(saved.trained(), saved.averaged(), saved.step)
+        except (KeyError, RuntimeError):  # a user's class whose weights have changed since
+            raise saved.misfit() from None
         self.saved = trainer.step
-        return tuple(map(str, found.passed_over))
+        return tuple(map(str, saved.passed_over))
 
-    def facts(self) -> Iterator[Event]:
-        """Until step `last`, or until somebody asks to stop."""
-        atexit.register(self._end_workers)  # where nobody drops this generator before Python ends
+    def events(self) -> Iterator[Event]:
+        """Events until step `last`, or until a request to stop."""
+        atexit.register(self._end_workers)  # the generator may still be open when Python ends
         with self.lines.opened():
             try:
-                yield from self._way()
+                yield from self._train()
             finally:
                 self._end_workers()
                 atexit.unregister(self._end_workers)
 
-    def _way(self) -> Iterator[Event]:
+    def _train(self) -> Iterator[Event]:
         try:
-            yield from self._owed()
+            yield from self._overdue()
             while self.trainer.step < self.last:
                 try:
                     yield from self._steps()
@@ -126,22 +137,22 @@ class Session:
                 yield self._evaluate()
             if draw:
                 yield self._samples()
-            if save and (not trainer.divergence.streak or step == how.steps):  # nobody goes back into a streak
+            if save and (not trainer.divergence.streak or step == how.steps):  # no roll-back may end within a streak
                 trainer.divergence.end_tries()
                 yield self._save(steady=True)
             self.lines.start_clock()
 
     def _waiting(self) -> AbstractContextManager[None]:
-        """A wait that a signal cuts short, where no other process would be left waiting."""
+        """A wait that a stop request ends; only in a single process, because others would be left waiting."""
         return self.stop.waiting() if self.world.size == 1 else nullcontext()
 
     def _due(self, step: int) -> tuple[bool, bool]:
-        """Whether the held-out error, and a picture, is due after this step."""
+        """Whether a held-out evaluation, and whether a sample grid, is due after this step."""
         evaluate = _due(self.how.evaluate_every, step, self.how.steps) and self.trainer.held_out is not None
         return evaluate, _due(self.how.sample_every, step, self.how.steps)
 
-    def _owed(self) -> Iterator[Event]:
-        """What the restored step was to give, and did not come to."""
+    def _overdue(self) -> Iterator[Event]:
+        """Evaluations and samples due at the restored step that the interruption prevented."""
         step = self.trainer.step
         evaluate, draw = self._due(step) if step else (False, False)
         line = {"step": step, "held_out": {}}
@@ -151,7 +162,7 @@ class Session:
             yield self._samples()
 
     def _flush(self) -> Iterator[Event]:
-        """Read, log and tell the steps that wait on the device; DivergedError at the last of too many bad ones."""
+        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped ones in a row."""
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
@@ -160,14 +171,14 @@ class Session:
                 self._note({"step": step, **numbers})
                 yield Event("step", step, {**numbers, "images_per_second": speed})
                 continue
-            found = self._skipped(step, numbers, each)
-            self._note({"step": step, "skipped": True, "why": found})
-            yield Event("skipped", step, found)
+            why = self._skipped(step, numbers, each)
+            self._note({"step": step, "skipped": True, "why": why})
+            yield Event("skipped", step, why)
             if divergence.streak > self.how.skip_most:
-                raise DivergedError(step, f"loss {found['loss']}, gradient norm {found['grad_norm']}")
+                raise DivergedError(step, f"loss {why['loss']}, gradient norm {why['grad_norm']}")
 
     def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
-        """What a skipped step saw: its examples, and those whose own loss was not finite, with their images."""
+        """Record of a skipped step: its examples, and the numbers and images of those with a non-finite loss."""
         first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
         bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
         size = self.trainer.source.train_size
@@ -194,8 +205,8 @@ class Session:
         return Event("samples", self.trainer.step, model=model if self.world.leads else None)
 
     def _save(self, *, steady: bool = False) -> Event:
-        """A checkpoint; where there is no room for one, the next interval tries again, and the last step gives up.
-        A steady one is a function of the config: not made because somebody stopped the run."""
+        """Save a checkpoint. If it cannot be written, the next interval tries again; at the last step the error is
+        raised. `steady` marks a regular checkpoint, whose step follows from the config and not from a stop."""
         trainer = self.trainer
         state, ema = trainer.state(), trainer.averaged_state()
 
@@ -206,10 +217,10 @@ class Session:
             )
 
         try:
-            # No checkpoint without the lines before it; and where these cannot be kept, nobody gathers a part.
+            # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
             self.world.led(self.lines.log.lines.keep)
             if trainer.sharded and not self.world.leads:
-                for tensors in (state, ema):  # process 0 writes; the others give it their parts, in the same order
+                for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
                     for name in order(tensors):
                         tensors[name]
             path = self.world.led(write)
@@ -221,7 +232,7 @@ class Session:
         return Event("checkpoint", trainer.step, {"path": str(path)})
 
     def _stop(self) -> Iterator[Event]:
-        """Save where the run is, unless it has just gone astray: then what is saved already leads there again."""
+        """Save the current step, unless training has just diverged: the last checkpoint leads to that again."""
         try:
             yield from self._flush()
         except DivergedError:
@@ -233,8 +244,8 @@ class Session:
         yield Event("stopped", self.trainer.step, {"signal": self.stop.signal})
 
     def _roll_back(self, diverged: DivergedError) -> Event:
-        """Go back to the last checkpoint, and on from there with the examples after those that led astray (as PaLM,
-        Chowdhery et al. 2022, section 5.1)."""
+        """Go back to the last regular checkpoint and continue with later examples, which leaves out those before the
+        divergence (as PaLM, Chowdhery et al. 2022, section 5.1)."""
         trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
         has_checkpoint = partial(self.world.led, partial(checkpoint.has_any, self.run))
         problem = before.check_way_back(diverged, self.how.on_divergence, has_checkpoint)
@@ -247,7 +258,7 @@ class Session:
 
 
 def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path) -> None:
-    """UserError when another model or optimizer was given to train() than when the checkpoint was written."""
+    """Check that train() received the model and optimizer classes that the checkpoint records. Raises UserError."""
     for name in ("model", "optimizer"):
         if given.get(name) != noted.get(name):
             before, now = (names.get(name, "the config's") for names in (noted, given))
@@ -255,7 +266,7 @@ def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path
 
 
 def _whole(batch: Batch | str) -> Batch:
-    """The batch, or the UserError that a worker met: raised there, it would arrive as a traceback's text."""
+    """The batch, or the UserError of a loader worker; raised in the worker, it would arrive as a traceback."""
     if isinstance(batch, str):
         raise UserError(batch)
     return batch

@@ -1,4 +1,4 @@
-"""The lines of a run: steps are read from the device some time after they were made, so that no step waits for it."""
+"""Log lines of a run. Values stay on the device for a while and are read together, so that no step waits for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read 
 
 
 class Step(NamedTuple):
-    """A step read from the device: its number, its values by name, the loss of each example (N,)."""
+    """Values of a step, read from the device: its number, scalars by name, and the loss of each example (N,)."""
 
     step: int
     numbers: dict[str, float]
@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
 
 class StepLog:
-    """`log.jsonl` and `timing.jsonl`, which one process writes, and the steps that are still on the device."""
+    """`log.jsonl` and `timing.jsonl`, written by one process, and the steps whose values are still on the device."""
 
     def __init__(self, run: Path, *, writes: bool, global_batch: int) -> None:
         self.log = Log(run / "log.jsonl" if writes else None)
@@ -35,7 +35,7 @@ class StepLog:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Close the files at the end."""
+        """Close the files on exit."""
         try:
             yield
         finally:
@@ -43,35 +43,35 @@ class StepLog:
             self.log.lines.close()
 
     def add(self, step: int, values: dict[str, Tensor | float], each: Tensor) -> None:
-        """Keep a step until it is read."""
+        """Add a step, to be read later."""
         self.pending.append((step, values, each))
 
     def is_due(self) -> bool:
-        """Whether steps have waited long enough."""
+        """Whether steps have waited for FLUSH_SECONDS."""
         return self.clock.waited() > FLUSH_SECONDS
 
     def read(self) -> tuple[list[Step], float]:
-        """The steps that wait, and images per second since the last were read."""
+        """Read the waiting steps; also images per second since the previous read."""
         steps, self.pending = self.pending, []
         if not steps:
             return [], 0.0
         speed = self.clock.write(steps[-1][0], len(steps) * self.global_batch)
         numbers = _read([values for _, values, _ in steps])
-        return [Step(step, found, each) for (step, _, each), found in zip(steps, numbers, strict=True)], speed
+        return [Step(step, scalars, each) for (step, _, each), scalars in zip(steps, numbers, strict=True)], speed
 
     def drop(self) -> None:
-        """Forget the steps that wait, and time from here: the run has gone back."""
+        """Drop the waiting steps and restart the clock, after a roll-back."""
         self.pending.clear()
         self.clock.start()
 
     def start_clock(self) -> None:
-        """Time from here, if no step waits: only training is timed."""
+        """Restart the clock if no step waits: only training is timed."""
         if not self.pending:
             self.clock.start()
 
 
 def _read(steps: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
-    """The numbers of several steps, copied from the device together."""
+    """Scalars of several steps, copied from the device together."""
     tensors = [value for values in steps for value in values.values() if isinstance(value, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return [
@@ -81,10 +81,10 @@ def _read(steps: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
 
 
 def is_finite(numbers: dict[str, float]) -> bool:
-    """Whether a step's loss and gradient are finite; else it was skipped."""
+    """Whether a step's loss and gradient norm are finite; otherwise the step was skipped."""
     return math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
 
 
 def finite_or_name(number: float) -> float | str:
-    """A number as the log has it: JSON knows no nan and no inf, so these stand as words."""
+    """A number for the log; nan and inf, which JSON lacks, become strings."""
     return number if math.isfinite(number) else str(number)

@@ -1,9 +1,9 @@
-"""What a run tells trackers of experiments, beside its own JSON lines: scalars, sample grids, curves.
+"""Experiment trackers: scalars, sample grids and curves of a run, in addition to its JSON lines.
 
-A tracker is asked for when training is (`--track`), not in the config: it changes nothing of the run. The run's folder
-keeps who was told and under which name (`trackers.json`), so that a resumed run is the same run there.
-What a killed process had told, but not saved, is told again: steps may arrive twice, with the same values. Once
-training goes on, a tracker that fails is left out with a warning; it must not end a run.
+`--track` names trackers; the config does not, because they change nothing of the run. `trackers.json` in the run's
+folder stores the run's identity at each tracker, so that a resumed run continues the same tracked run. Steps that a
+killed process had logged but not saved are logged again, with the same values. A tracker that fails during training is
+dropped with a warning, and the run continues.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 PROJECT = "dit-in-dit"
 KEPT = "trackers.json"
 NONE = "none"
-SCALARS = {"step": "train", "held_out": "held_out"}  # kinds of facts whose numbers are told, and under which heading
+SCALARS = {"step": "train", "held_out": "held_out"}  # kind of event: heading under which its numbers are logged
 
 
 class Tracker(Protocol):
-    """One place that is told. Made with the run's folder, its config, the name kept from before ("": the first time)
-    and the step that training goes on from; a user's own joins TRACKERS."""
+    """A tracker of one run. `TRACKERS` constructs it from the run's folder, its config, the stored identity ("" at the
+    first start) and the step from which training continues."""
 
-    identity: str  # kept, and given back when the run is resumed
+    identity: str  # stored, and passed again when the run is resumed
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers at a step, by name."""
+        """Log numbers of a step, by name."""
         ...
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture at a step."""
+        """Log a picture of a step."""
         ...
 
     def flush(self) -> None:
-        """Write what waits: a run that is killed goes on from here."""
+        """Write buffered values, at a checkpoint: a killed run resumes from here."""
         ...
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered values and end."""
         ...
 
 
@@ -64,70 +64,70 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: RunConfig, identity: str, step: int) -> None:
         writer: Any = import_module("torch.utils.tensorboard").SummaryWriter
-        # What was told of later steps is told again: TensorBoard forgets the former.
+        # Later steps are logged again: purge_step drops their old values.
         self.writer = writer(str(run / "tensorboard"), purge_step=step + 1 if identity else None)
         self.identity = "tensorboard"
         if not identity:
             self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers at a step, by name."""
+        """Log numbers of a step, by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture at a step."""
+        """Log a picture of a step."""
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write buffered values."""
         self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered values and end."""
         self.writer.close()
 
 
 class _Logged:
-    """Weights & Biases, and trackio, which has its interface."""
+    """Weights & Biases, or trackio, which has the same interface."""
 
     def __init__(self, module: Any, identity: str, **options: Any) -> None:
         self.module, self.identity = module, identity
         self.module.init(project=os.environ.get("WANDB_PROJECT", PROJECT), resume="allow", **options)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers at a step, by name."""
+        """Log numbers of a step, by name."""
         self.module.log(dict(values), step=step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture at a step."""
+        """Log a picture of a step."""
         self.module.log({name: self.module.Image(picture)}, step=step)
 
     def flush(self) -> None:
-        """Nothing: both write what is logged by themselves, within about a second."""
+        """Do nothing: both libraries write within about a second."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered values and end."""
         self.module.finish()
 
 
 def _wandb(run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
-    """A run whose id is kept; WANDB_MODE=offline writes it into RUN/wandb."""
+    """A wandb run, identified by its id; WANDB_MODE=offline writes it into RUN/wandb."""
     wandb, identity = import_module("wandb"), identity or uuid.uuid4().hex[:12]
-    quiet = wandb.Settings(console="off")  # the progress bar is no log
+    quiet = wandb.Settings(console="off")  # do not log the progress bar
     return _Logged(wandb, identity, id=identity, name=run.name, dir=str(run), config=to_dict(config), settings=quiet)
 
 
 def _trackio(run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
-    """A run whose name is kept, in trackio's own folder (TRACKIO_DIR) or Space."""
+    """A trackio run, identified by its name, in trackio's folder (TRACKIO_DIR) or Space."""
     identity = identity or f"{run.name}-{uuid.uuid4().hex[:8]}"
     return _Logged(import_module("trackio"), identity, name=identity, config=to_dict(config), embed=False)
 
 
 class MLflow:
-    """A run whose id is kept, at MLFLOW_TRACKING_URI."""
+    """An MLflow run, identified by its id, at MLFLOW_TRACKING_URI."""
 
-    MOST = 500  # numbers sent at once; a server takes 1000
+    MOST = 500  # numbers per request; a server accepts 1000
 
     def __init__(self, run: Path, config: RunConfig, identity: str, step: int) -> None:
         self.entities: Any = import_module("mlflow.entities")
@@ -137,34 +137,34 @@ class MLflow:
             self.identity = identity
             self.client.update_run(identity, status="RUNNING")
             return
-        found = self.client.get_experiment_by_name(PROJECT)
-        experiment = found.experiment_id if found else self.client.create_experiment(PROJECT)
+        existing = self.client.get_experiment_by_name(PROJECT)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(PROJECT)
         self.identity = self.client.create_run(experiment, run_name=run.name).info.run_id
         flat = [(name, value) for name, _, value in keys(config) if not isinstance(value, Section)]
         parameters = [self.entities.Param(name, str(value)) for name, value in flat]
-        for start in range(0, len(parameters), 100):  # as many as a server takes at once
+        for start in range(0, len(parameters), 100):  # a server accepts 100 per request
             self.client.log_batch(self.identity, params=parameters[start : start + 100])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers at a step, by name."""
+        """Log numbers of a step, by name."""
         now = int(time.time() * 1000)
         self.waiting += [self.entities.Metric(name, value, now, step) for name, value in values.items()]
         if len(self.waiting) >= self.MOST:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write buffered values."""
         while self.waiting:
             part, self.waiting = self.waiting[: self.MOST], self.waiting[self.MOST :]
             self.client.log_batch(self.identity, metrics=part)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """A picture at a step."""
+        """Log a picture of a step."""
         self.flush()
         self.client.log_image(self.identity, picture, artifact_file=f"{name}/{step:07d}.png")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write buffered values and end."""
         self.flush()
         self.client.set_terminated(self.identity)
 
@@ -175,56 +175,57 @@ TRACKERS: dict[str, Callable[[Path, RunConfig, str, int], Tracker]] = {
     "trackio": _trackio,
     "mlflow": MLflow,
 }
-PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; a user's own need none
+PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; registered ones need none
 
 
-def told(facts: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
-    """The facts of a run as they are, told to trackers on the way; `warn` gets a line for one that fails.
+def told(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
+    """Pass on the events of a run and log them to trackers; `warn` gets a line for a tracker that fails.
 
-    A sample grid is told once it lies in the run's folder, where whoever takes the fact draws it; curves are told when
-    the run is at its end.
+    The consumer of a `samples` event draws the grid into the run's folder; it is logged after that. Curves are logged
+    at the end of the run.
 
     Raises:
-        UserError: at the first fact, when a tracker cannot be begun.
+        UserError: a tracker cannot be started, at the first event.
     """
-    first = next(facts)
-    config, kept = read_config(run), _kept(run)
-    trackers = {name: _begin(name, run, config, kept.get(name, ""), first.step) for name in names}
-    atomic.write_atomic(run / KEPT, json.dumps(kept | {name: tracker.identity for name, tracker in trackers.items()}))
+    first = next(events)
+    config, identities = read_config(run), _identities(run)
+    trackers = {name: _start(name, run, config, identities.get(name, ""), first.step) for name in names}
+    identities |= {name: tracker.identity for name, tracker in trackers.items()}
+    atomic.write_atomic(run / KEPT, json.dumps(identities))
 
-    def tell(what: str, *about: Any) -> None:
+    def call(method: str, *arguments: Any) -> None:
         for name, tracker in list(trackers.items()):
             try:
-                getattr(tracker, what)(*about)
-            except Exception as error:  # a network that is down, a full disk there: whatever it is, the run goes on
+                getattr(tracker, method)(*arguments)
+            except Exception as error:  # a network that is down, a full disk: no error of a tracker ends the run
                 del trackers[name]
-                warn(f"{name} is told nothing more, because it failed: {_line(error)}")
+                warn(f"{name} failed and is dropped: {_line(error)}")
 
     try:
         yield first
-        for fact in facts:
-            if fact.kind in SCALARS:
-                tell("scalars", fact.step, dict(_flat(SCALARS[fact.kind], fact.values)))
-            drawn = run / "samples" / f"{fact.step:07d}.png"
-            known = fact.step <= first.step and drawn.is_file()  # a resumed run asks again for what it may lack
-            yield fact
-            if fact.kind == "checkpoint":
-                tell("flush")
-            if fact.kind == "samples":
-                pictures = [] if known else [drawn]
+        for event in events:
+            if event.kind in SCALARS:
+                call("scalars", event.step, dict(_flat(SCALARS[event.kind], event.values)))
+            grid = run / "samples" / f"{event.step:07d}.png"
+            logged = event.step <= first.step and grid.is_file()  # a resumed run may repeat the event of its step
+            yield event
+            if event.kind == "checkpoint":
+                call("flush")
+            if event.kind == "samples":
+                pictures = [] if logged else [grid]
             else:
-                pictures = _curves(run) if fact.kind == "checkpoint" and fact.step == config.train.steps else []
+                pictures = _curves(run) if event.kind == "checkpoint" and event.step == config.train.steps else []
             for path in pictures:
                 if path.is_file():
                     with Image.open(path) as picture:
-                        name = "samples" if fact.kind == "samples" else f"curves/{path.stem}"
-                        tell("image", fact.step, name, picture.convert("RGB"))
+                        name = "samples" if event.kind == "samples" else f"curves/{path.stem}"
+                        call("image", event.step, name, picture.convert("RGB"))
     finally:
-        tell("close")
+        call("close")
 
 
 def _curves(run: Path) -> list[Path]:
-    """Pictures of the run's curves; none where nothing can draw them."""
+    """Paths of pictures of the run's curves; empty if no plotting library is installed."""
     from dit_in_dit.curves.arms import arms
     from dit_in_dit.curves.logs import read_run
 
@@ -238,32 +239,32 @@ def _curves(run: Path) -> list[Path]:
     return list(draw_curves(arms([read_run(run)]), out))
 
 
-def chosen_trackers(given: str | None, run: Path) -> list[str]:
-    """Names from `--track`, or those the run has told before; UserError for one that is unknown or not installed."""
-    names = list(_kept(run)) if given is None else [name for name in given.split(",") if name not in ("", NONE)]
+def chosen_trackers(option: str | None, run: Path) -> list[str]:
+    """Names from `--track`, or the trackers of earlier starts; UserError if one is unknown or not installed."""
+    names = list(_identities(run)) if option is None else [n for n in option.split(",") if n not in ("", NONE)]
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"--track: no {name[:40]!r}{did_you_mean(name, [*TRACKERS, NONE])}")
+            raise UserError(f"--track: unknown tracker {name[:40]!r}{did_you_mean(name, [*TRACKERS, NONE])}")
         if name in PACKAGES and find_spec(name) is None:
             raise UserError(f"--track {name} needs the package {name}: pip install {name}, or leave it out")
     return list(dict.fromkeys(names))
 
 
-def _kept(run: Path) -> dict[str, str]:
+def _identities(run: Path) -> dict[str, str]:
     path = run / KEPT
     try:
         return {str(name): str(identity) for name, identity in json.loads(path.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"cannot read {path}: remove it, and trackers begin another run") from None
+        raise UserError(f"cannot read {path}: remove it, and trackers start a new run") from None
 
 
-def _begin(name: str, run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
+def _start(name: str, run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
     try:
         return TRACKERS[name](run, config, identity, step)
     except Exception as error:  # no key, no server
-        raise UserError(f"--track {name} failed: {_line(error)}; mend it, or resume with --track {NONE}") from None
+        raise UserError(f"--track {name} failed: {_line(error)}; fix it, or resume with --track {NONE}") from None
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What changes while a run trains: weights, their average, the optimizer's moments, and what a step does to them."""
+"""State of a run in training (weights, their average, optimizer moments) and the optimizer step."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from dit_in_dit.training.optimizer import (
 from dit_in_dit.training.tree import Tree
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
-HELD_OUT_IMAGES = 512  # at most, in a held-out evaluation
-HELD_OUT_BATCH = 64  # images in one of its forward passes, at most: a function of the config, not of the processes
+HELD_OUT_IMAGES = 512  # most images in a held-out evaluation
+HELD_OUT_BATCH = 64  # most images in one of its forward passes; independent of the number of processes
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """The rate of optimizer step `step` (from 0): a function of the step alone."""
+    """Learning rate of optimizer step `step` (from 0), a function of the step alone."""
     if step < train.warmup:
         return train.learning_rate * (step + 1) / train.warmup
     if train.schedule == "constant":
@@ -52,10 +52,10 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 class Trainer:
-    """Everything that changes while a run trains; of `world`, this process's share.
+    """State of a run in training, and its optimizer step, in one of the processes of `world`.
 
-    With several processes and train.parallel=ddp each has all of the weights; with fsdp, a part of them, of the average
-    and of the moments. train.reduction=fixed: no number of processes changes a bit.
+    With train.parallel=ddp every process holds all weights; with fsdp it holds a part of the weights, of their average
+    and of the moments. With train.reduction=fixed the bits do not depend on the number of processes.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Trainer:
     ) -> None:
         """
         Args:
-            fresh: false where weights are to be restored: train.init is not read again.
-            model: trained instead of the config's, from the weights that it has.
-            make_optimizer: the optimizer of groups of parameters, instead of train.optimizer. Groups have `params` and
-                `scale`; their `lr` is set at every step.
+            fresh: false if weights will be restored; train.init is then not read.
+            model: replaces the config's model, and keeps its weights.
+            make_optimizer: function of parameter groups that replaces train.optimizer. Groups have `params` and
+                `scale`; every step sets their `lr`.
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         train = config.train
@@ -86,20 +86,12 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, digest=source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
-        self.tree: Tree | None = None
-        net: nn.Module = self.model
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
-        self.unsharded: NestedDiT | None = None  # a copy to draw with, of a model that the config does not describe
-        if self.sharded:
-            if model is not None and self.world.leads:
-                self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-            shard(self.model)
-            shard(self.ema.model)
-        elif self.world.size > 1 and train.reduction == "fast":
-            net = DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if train.reduction == "fixed":
-            self.tree = Tree(self.model.parameters())
-        self.net = net
+        self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
+        if self.sharded and model is not None and self.world.leads:
+            self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        self.net = self._distribute()
+        self.tree = Tree(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
@@ -107,15 +99,24 @@ class Trainer:
         own = {"model": model, "optimizer": make_optimizer and self.optimizer}
         self.objects = {name: class_name(thing) for name, thing in own.items() if thing is not None}
         self.objective = Objective(config.diffusion)
-        self.predict = torch.compile(net) if train.compile else net
+        self.predict = torch.compile(self.net) if train.compile else self.net
         self.step = 0
         self.divergence = Divergence()
-        self.each = torch.zeros(0)  # loss of each of the last step's examples, all processes', in their order
+        self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         wanted = train.evaluate_every and source.held_out_size
         self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if wanted else None
 
+    def _distribute(self) -> nn.Module:
+        """Shard the model and its average in place, or wrap the model in DDP; returns the module to train."""
+        if self.sharded:
+            shard(self.model)
+            shard(self.ema.model)
+        elif self.world.size > 1 and self.config.train.reduction == "fast":
+            return DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return self.model
+
     def _groups(self) -> Groups:
-        """The parameters of each level, with the factor on its learning rate."""
+        """Parameters of each level, with the factor on its learning rate."""
         scale = self.config.train.lr_scale
         if scale.outer == scale.inner:
             return [{"params": list(self.weights.values()), "scale": scale.outer}]
@@ -126,11 +127,11 @@ class Trainer:
         return [{"params": weights, "scale": factor} for weights, factor in factors if weights]
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the config says so."""
+        """Autocast to bfloat16 if train.precision=bfloat16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged after the last micro-batch alone."""
+        """Exchange gradients between processes after the last micro-batch only."""
         if self.sharded:
             self.net.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(self.net, DistributedDataParallel) and not last:
@@ -138,8 +139,8 @@ class Trainer:
         return nullcontext()
 
     def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
-        """One optimizer step on this process's micro-batches; where loss or gradient is not finite, none: the step
-        counts, and weights and moments stay as they are."""
+        """Take one optimizer step on this process's micro-batches. If loss or gradient is not finite, the step counts,
+        but weights and moments stay unchanged."""
         train, losses = self.config.train, []
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
@@ -165,21 +166,22 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
 
     def _micro_batches(self, own: int) -> int:
-        """How many the loss is a mean of: this process's, whose gradients are averaged with the others', or all."""
+        """Number of micro-batches over which the loss is averaged: this process's (DDP averages over processes), or
+        all with the tree, which sums."""
         return own * self.world.size if self.tree else own
 
     def _in_order(self, losses: Tensor) -> Tensor:
-        """Losses of all examples in their order, from this process's micro-batches (A, N)."""
-        found = self.world.gather(losses)  # processes A N
-        # fast: each has rows of every micro-batch; fixed: each has micro-batches of its own.
-        return (found if self.tree else found.transpose(0, 1)).flatten()
+        """Losses of all examples in order, from this process's micro-batches (A, N)."""
+        gathered = self.world.gather(losses)  # processes A N
+        # fast: a process has rows of every micro-batch; fixed: a process has whole micro-batches.
+        return (gathered if self.tree else gathered.transpose(0, 1)).flatten()
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
-        """Clip the gradients and let the optimizer step, unless they are not finite."""
+        """Clip the gradients and step the optimizer if they are finite."""
         gradients = [local(weight.grad) for weight in self.weights.values() if weight.grad is not None]
         if self.config.train.clip:
             torch._foreach_mul_(gradients, (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
-        if is_fused(self.optimizer):  # told on the device: nobody waits for the answer
+        if is_fused(self.optimizer):  # `finite` stays on the device, so that the CPU does not wait for it
             weight = next(iter(self.weights.values()))
             self.optimizer.grad_scale, self.optimizer.found_inf = None, everywhere((~finite).float(), weight)
             self.optimizer.step()
@@ -187,7 +189,7 @@ class Trainer:
             self.optimizer.step()
 
     def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient's norm before clipping, as a whole and in each part of the model."""
+        """Gradient norm before clipping, in total and of each part of the model."""
         gradients = {name: local(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
         if self.sharded:
@@ -195,13 +197,13 @@ class Trainer:
         parts: dict[str, list[Tensor]] = {}
         for name, norm in zip(gradients, norms.unbind(), strict=True):
             parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
-        return norms.norm(), {part: torch.stack(found).norm() for part, found in parts.items()}
+        return norms.norm(), {part: torch.stack(own).norm() for part, own in parts.items()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out denoising error of the averaged model by time: whole image and high frequencies.
 
-        Batches take turns over the processes; what each sums does not depend on how many there are.
+        Processes take batches in turns. The sums do not depend on the number of processes.
         """
         assert self.held_out is not None
         errors = {}
@@ -209,15 +211,15 @@ class Trainer:
         batch = min(self.config.train.batch_size, HELD_OUT_BATCH)
         starts = range(0, len(x), batch)
         rank, size = self.world.rank, self.world.size
-        # As many forward passes in each process: a sharded model's are common work.
+        # The same number of forward passes in each process, because all take part in one of a sharded model.
         mine = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
         for t in EVALUATION_TIMES:
             sums = []
             for start in mine:
                 part = slice(start, start + batch)
                 images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
-                found = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
-                sums.append(torch.stack(found).cpu().double().sum(1))  # on the CPU: not every device has float64
+                both = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
+                sums.append(torch.stack(both).cpu().double().sum(1))  # on the CPU: not every device has float64
             every = self.world.gather(torch.stack(sums)).transpose(0, 1).flatten(0, 1)
             total = torch.zeros(2, dtype=torch.float64)
             for sum_ in every[: len(starts)]:
@@ -228,8 +230,8 @@ class Trainer:
 
     @torch.no_grad()
     def averaged(self) -> NestedDiT | None:
-        """The averaged model, whole, for drawing with; of a sharded one a copy in process 0 and None in the others. All
-        processes must ask."""
+        """The averaged model for sampling. If it is sharded: an unsharded copy on rank 0, None on the others; all
+        processes must call."""
         if not self.sharded:
             return self.ema.model
         whole_ = None
@@ -243,9 +245,9 @@ class Trainer:
         return whole_
 
     def state(self) -> Whole:
-        """Tensors that continue the run: weights and optimizer moments by parameter name, and counters.
+        """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
 
-        The average's own counter is the step.
+        The average needs no counter beside the step.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())
@@ -257,29 +259,29 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ema: Mapping[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave; copies, so that nothing aliases the tensors it is given.
+        """Continue from a saved state and average. Tensors are copied.
 
         Raises:
-            UserError: there are weights alone, as in an imported run.
+            UserError: the state has weights alone, as in an imported run.
         """
         if not is_trained(state):
-            raise UserError("imported weights have no optimizer to go on with: sample, evaluate or export them")
-        for module, prefix, given in ((self.model, "model.", state), (self.ema.model, "", ema)):
+            raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
+        for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):
             for name, tensor in module.state_dict().items():
-                local(tensor).copy_(local(spread(given[prefix + name], tensor)))
+                local(tensor).copy_(local(spread(saved[prefix + name], tensor)))
         restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)
 
 
 def _new_model(config: RunConfig) -> NestedDiT:
-    """The config's model, its initial weights drawn on the CPU: the same on every device."""
+    """The config's model. Initial weights are drawn on the CPU, so that they are the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return NestedDiT(config.model, recompute=config.train.recompute)
 
 
 def check_world(train: TrainConfig, size: int) -> None:
-    """UserError when this many processes cannot share the run's batches."""
+    """Check that `size` processes can share the run's batches. Raises UserError."""
     if train.reduction == "fast" and train.batch_size % size:
         raise UserError(
             f"{size} processes share each batch: train.batch_size must be a multiple of it, got {train.batch_size}"

@@ -11,15 +11,15 @@ from dit_in_dit.training.distributed import Process
 
 
 class Tree:
-    """Gradients of micro-batches, summed in pairs, pairs of pairs and so on: an order that no number of processes
-    changes. Holds one sum for each power of two on its way."""
+    """Sum of the gradients of micro-batches in a binary tree: pairs, then pairs of pairs. The order does not depend on
+    the number of processes. One partial sum is held for each power of two."""
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
         self.weights = list(weights)
         self.sums: list[tuple[int, list[Tensor]]] = []
 
     def take(self) -> None:
-        """Take the gradients off the weights, and add them to those of as many micro-batches."""
+        """Move the gradients from the weights into the tree, and add partial sums of equal counts."""
         count, gradients = 1, [torch.zeros_like(w) if w.grad is None else w.grad for w in self.weights]
         while self.sums and self.sums[-1][0] == count:
             before = self.sums.pop()[1]
@@ -30,7 +30,7 @@ class Tree:
             weight.grad = None
 
     def finish(self, world: Process) -> None:
-        """Put the sum over all processes back on the weights."""
+        """Set the weights' gradients to the sum over all processes."""
         ((_, gradients),) = self.sums
         self.sums.clear()
         world.add(gradients)

@@ -1,4 +1,4 @@
-"""From a trained model to another: a nested model that begins as the DiT that it is built around."""
+"""Warm start of a model from the weights of a trained one, such as a nested model around a trained DiT."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ BLOCKS = "outer_blocks."
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What a model began with: the run and its step, how many of its tensors are new, whether its output is still
-    the other's, and whether it was trained on other data (unknown: false)."""
+    """Origin of a model's initial weights."""
 
     run: str
     step: int
-    taken: int
-    new: int
-    exact: bool
-    other_data: bool
+    taken: int  # tensors copied
+    new: int  # tensors that keep their random initialisation
+    exact: bool  # whether the output equals that of the trained model
+    other_data: bool  # whether that model was trained on other data; false if unknown
 
 
 def is_inner(name: str) -> bool:
@@ -43,73 +42,73 @@ def is_inner(name: str) -> bool:
 def warm_start(
     model: NestedDiT, run: Path, blocks: Sequence[int] | None = None, *, digest: str | None = None
 ) -> WarmStart:
-    """Give the model the averaged weights of a run, wherever names agree; the rest stays as it was drawn.
+    """Copy the averaged weights of a run into a model, by parameter name; other weights keep their initialisation.
 
-    Zero gates and zero heads at first leave the output that of the outer blocks, bit for bit: so a DiT becomes a nested
-    model without losing a digit.
+    While gates and heads are zero, the output is that of the outer blocks, bit for bit: a trained DiT becomes a nested
+    model without any loss.
 
     Args:
-        model: a new model, any arrangement around outer blocks of the run's width.
+        model: a new model of any arrangement, with outer blocks of the run's width.
         run: a run, or an imported model.
-        blocks: which of its outer blocks become ours, in order; None: all, or ours evenly spaced among more.
-        digest: of the images that the new model is trained on.
+        blocks: numbers of the run's outer blocks to copy, in order; None: all, or evenly spaced ones if it has more.
+        digest: digest of the images that the new model will be trained on.
 
     Raises:
-        UserError: there is no such run, or the tensors of both do not fit.
+        UserError: the run does not exist, or the shapes of its tensors do not fit.
     """
     run = find_run(str(run))
-    found = newest(run)
-    theirs, given = found.config.model, found.weights()
-    check_weights(given, str(run))
-    chosen = _chosen(theirs, model.config, blocks, run)
+    trained = newest(run)
+    old, weights = trained.config.model, trained.weights()
+    check_weights(weights, str(run))
+    chosen = _chosen(old, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()
     for name, weight in own.items():
         source = _source(name, chosen)
-        if source not in given:
+        if source not in weights:
             continue
-        if given[source].shape != weight.shape:
+        if weights[source].shape != weight.shape:
             raise UserError(
-                f"train.init: {name} is {_shape(given[source])} in {truncate(run)} and {_shape(weight)} here: "
+                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)} and {_shape(weight)} here: "
                 "give both models the same outer width, patch, channels and classes"
             )
-        weight.copy_(given[source])
+        weight.copy_(weights[source])
         taken.add(name)
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
-    whole = chosen == list(range(theirs.blocks("outer"))) and not theirs.blocks("inner")
+    whole = chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
     exact = whole and begins_as_its_outer_blocks(model.config)
-    noted = found.manifest.get("data", {}).get("digest")
+    noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
-    return WarmStart(str(run), found.step, len(taken), len(own) - len(taken), exact, other_data)
+    return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), exact, other_data)
 
 
 def begins_as_its_outer_blocks(model: ModelConfig) -> bool:
-    """Whether a new model of this arrangement gives what its outer blocks alone give."""
+    """Whether a new model of this arrangement has the output of its outer blocks alone."""
     aggregates = model.program[0][0] == "inner" or len(model.program) > 2
     fuse = FUSIONS[model.inner.fuse]
     return not model.blocks("inner") or (fuse.keeps_outer and (not aggregates or fuse.starts_closed))
 
 
-def _chosen(theirs: ModelConfig, ours: ModelConfig, blocks: Sequence[int] | None, run: Path) -> list[int]:
-    """Numbers of the outer blocks that are taken, in our order."""
-    there, here = theirs.blocks("outer"), ours.blocks("outer")
+def _chosen(old: ModelConfig, new: ModelConfig, blocks: Sequence[int] | None, run: Path) -> list[int]:
+    """Number of the old outer block for each new one."""
+    available, needed = old.blocks("outer"), new.blocks("outer")
     if blocks is None:
-        if here > there:
+        if needed > available:
             raise UserError(
-                f"train.init: {truncate(run)} has {there} outer blocks, fewer than the {here} here: use fewer"
+                f"train.init: {truncate(run)} has {available} outer blocks, fewer than the {needed} here: use fewer"
             )
-        # The first and the last always stay: they are next to what is read and drawn.
-        return [round(number * (there - 1) / max(1, here - 1)) for number in range(here)]
-    if len(blocks) != here or max(blocks) >= there:
+        # The first and the last are always copied: they are next to the embedding and the head.
+        return [round(number * (available - 1) / max(1, needed - 1)) for number in range(needed)]
+    if len(blocks) != needed or max(blocks) >= available:
         raise UserError(
-            f"train.init_blocks must name {here} of the {there} outer blocks (from 0) of {truncate(run)}: "
+            f"train.init_blocks must name {needed} of the {available} outer blocks (from 0) of {truncate(run)}: "
             f"got {truncate(list(blocks))}"
         )
     return list(blocks)
 
 
 def _source(name: str, chosen: list[int]) -> str:
-    """The name in the other model of what is ours."""
+    """Name in the trained model of a parameter of the new model."""
     if not name.startswith(BLOCKS):
         return name
     number, _, rest = name.removeprefix(BLOCKS).partition(".")

@@ -48,7 +48,7 @@ def test_modules_import_lower_floors_only():
     assert seen > 30  # the test reads real imports
 
 
-def test_only_the_command_prints():
+def test_only_the_cli_prints():
     for path in ROOT.rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         prints = any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
@@ -86,7 +86,7 @@ LONG_FUNCTIONS = {
 }
 
 
-def test_long_files_and_functions_are_those_that_are_listed():
+def test_only_listed_files_and_functions_are_long():
     files, functions = set(), set()
     for path in ROOT.rglob("*.py"):
         text, name = path.read_text(), str(path.relative_to(ROOT))
@@ -125,7 +125,7 @@ def uses(tree: ast.Module) -> set[tuple[str, str]]:
 SAME_EVERYWHERE = {"add"}  # every command has its own, which the table of commands calls
 
 
-def test_a_public_name_means_one_thing_in_the_whole_package():
+def test_a_public_name_is_defined_once_in_the_package():
     """A constant is public where another module takes it. The stand-ins of `interop/remote` keep the names of what
     they stand for."""
     trees = {

@@ -52,7 +52,7 @@ def assert_near(rounded: Tensor, whole: Tensor, most: float) -> None:
     assert distance < most, float(distance)
 
 
-def test_the_emulated_policy_casts_as_autocast_on_a_gpu():
+def test_the_emulated_autocast_policy_is_that_of_a_gpu():
     half, single = torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(4, 4)
     with CudaAutocast():
         assert (single @ single).dtype == torch.nn.functional.linear(single, half).dtype == torch.bfloat16
@@ -102,7 +102,7 @@ def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
     assert_near(rounded, whole, HALVES[half])
 
 
-def test_queries_keys_and_values_are_of_one_type():
+def test_queries_keys_and_values_have_one_dtype():
     """As an attention kernel that no autocast list knows needs them."""
     model = perturbed(NestedDiT(small_model("inner outer", qk_norm=True)))
     attention = model.inner_blocks[0].branches["mix"]
@@ -184,7 +184,7 @@ def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: to
 @halves
 @policies
 @pytest.mark.parametrize("name", presets.NAMES)
-def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
+def test_every_preset_exports_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     pipe = pipeline_of(perturbed(NestedDiT(config.model)).eval(), config, ["a", "b", "c"])
     pipe.save_pretrained(tmp_path)
@@ -195,14 +195,14 @@ def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, 
 
 @halves
 @pytest.mark.parametrize("name", pretrained_models())
-def test_every_shipped_model_is_a_pipeline_in_half_precision(name, half, tmp_path):
+def test_every_pretrained_model_exports_a_pipeline_in_half_precision(name, half, tmp_path):
     export(pretrained_models()[name], tmp_path / "pipeline")
     whole = DiTInDiTPipeline.from_pretrained(tmp_path / "pipeline")
     check_draws(whole, [loaded(tmp_path / "pipeline", half)], half)
 
 
 @halves
-def test_a_model_in_half_precision_draws_what_the_whole_one_draws(half):
+def test_samples_in_half_precision_are_close_to_those_in_float32(half):
     config = RunConfig(model=small_model("outer inner"))
     config = replace(config, sample=replace(config.sample, sampler="euler", steps=4, guidance=2.0))
     model = perturbed(NestedDiT(config.model)).eval()
@@ -262,13 +262,13 @@ def test_full_float32_holds_for_products_and_convolutions(tf32):
     "where", ["backends", "backends.cudnn", "backends.cudnn.conv", "backends.cuda.matmul", "backends.mkldnn"]
 )
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_full_float32_holds_whatever_the_newer_switches_say(tf32, where, precision):
+def test_full_float32_overrides_the_newer_switches_of_pytorch(tf32, where, precision):
     attrgetter(where)(torch).fp32_precision = precision
     use_full_float32()
     assert is_full()
 
 
-def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
+def test_every_entry_point_computes_in_full_float32(tf32, data, tmp_path):
     config = shrunk(presets.get("dit-in-dit-s16"), data)
     run = tmp_path / "run"
     work = {
@@ -282,7 +282,7 @@ def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
         assert is_full(), name
 
 
-def test_every_command_that_takes_a_device_picks_it():
+def test_every_command_with_a_device_option_uses_pick_device():
     """And so computes in full float32."""
     commands = Path(cli.__file__).parent.glob("*.py")
     taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
@@ -291,7 +291,7 @@ def test_every_command_that_takes_a_device_picks_it():
         assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`
 
 
-def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a_cpu_for_the_same(tmp_path):
+def test_evaluations_record_the_precision_and_older_ones_from_a_cpu_count_as_float32(tmp_path):
     paths = []
     for name, torch_version, named in (
         ("new", "2.13.0+cu130", {"precision": FULL}),
@@ -308,7 +308,7 @@ def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a
         compare(paths)
 
 
-def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
+def test_trials_without_a_recorded_precision_are_compared_with_later_ones():
     ended = {
         Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
         for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])

@@ -62,7 +62,7 @@ def test_the_kernel_is_softmax_attention_on_a_gpu(shape, dtype, error):
     check(shape, "cuda", dtype, error)
 
 
-def test_what_the_kernel_cannot_do_is_left_to_pytorch():
+def test_inputs_outside_the_kernels_limits_go_to_pytorch():
     q = torch.zeros(2, 2, 4, 8)
     for queries, keys in (
         (q[:, :, :1], q),  # pooling: fewer queries than keys
@@ -73,7 +73,7 @@ def test_what_the_kernel_cannot_do_is_left_to_pytorch():
         assert not fits(queries, keys)
 
 
-def test_nothing_goes_to_the_kernel_where_nothing_was_measured():
+def test_the_kernel_is_off_by_default():
     assert layers.TINY_UP_TO == {}
 
 

@@ -1,4 +1,4 @@
-"""Attention over more sequences than a GPU's kernels take at once: chunks, which change nothing."""
+"""Attention over more sequences than a GPU's kernels accept: chunks, with unchanged results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 @pytest.fixture
 def limited(monkeypatch):
-    """The limits of a GPU on a CPU, and as many sequences at once as is said; gives the sizes of chunks."""
+    """Apply a GPU's limits on a CPU, with a given number of sequences at once; returns the sizes of chunks."""
     sizes = []
     plain = F.scaled_dot_product_attention
 

@@ -1,4 +1,4 @@
-"""The command as a person uses it: it works, and a mistake costs one line."""
+"""The command line as users call it; a mistake prints one line."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_inspect_prints_a_table(capsys):
 
 
 def lines_of(words: list[str], capsys) -> str:
-    """What a refused call prints: one line on stderr, nothing on stdout, exit code 2."""
+    """The line on stderr of a refused call; stdout is empty, the exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(words)

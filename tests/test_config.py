@@ -1,4 +1,4 @@
-"""What a config accepts, refuses, and means."""
+"""Configs: accepted and refused values, stage programs, YAML, hash."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_the_config_hash_identifies_a_config():
 
 
 def values(section=RunConfig, prefix=""):
-    """A strategy for each key, from its type and range alone: keys that are added are tried too."""
+    """A strategy for each key, from its type and range alone, so that new keys are tested too."""
     found = {}
     for f, hint in ((f, get_type_hints(section)[f.name]) for f in fields(section) if f.name != "plugins"):
         if is_dataclass(hint):

@@ -1,4 +1,4 @@
-"""Counts against PyTorch's own counter and against the numbers of the literature."""
+"""Costs against PyTorch's FLOP counter and published numbers."""
 
 from __future__ import annotations
 

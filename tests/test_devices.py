@@ -1,4 +1,4 @@
-"""What a run asks of CUDA and of the engine for several processes, recorded where no GPU is."""
+"""Calls of a run to CUDA and torch.distributed, recorded on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_process_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_p
 
 
 def test_a_process_group_ended_by_the_user_is_not_ended_again(tmp_path):
-    """At exit: PyTorch refuses to end what is not there."""
+    """The exit handler must check: PyTorch refuses to destroy a group that is gone."""
     user = (
         "import torch, torch.distributed as dist\n"
         "from dit_in_dit.training import distributed\n"
@@ -183,7 +183,7 @@ def test_values_of_many_steps_are_read_from_the_device_in_one_copy(monkeypatch):
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    """No float64 may be given to a device: as on MPS, which has none. Recorded where only a CPU is."""
+    """No float64 tensor is moved to a device, because MPS has no float64. Recorded on a CPU."""
     real = torch.Tensor.to
 
     def to(tensor, *arguments, **keys):
@@ -277,7 +277,7 @@ def test_a_checkpoint_file_is_read_one_tensor_at_a_time(run_config, tmp_path):
 
 
 class Counted(dict):
-    """Tensors that say how often they are read."""
+    """Tensors that count their reads."""
 
     def __init__(self, *tensors):
         super().__init__(*tensors)

@@ -112,7 +112,7 @@ def test_min_snr_works_for_a_registered_prediction(monkeypatch):
 
 
 def test_registered_paths_predictions_weights_and_times_are_looked_up_on_use(monkeypatch):
-    """What a user puts into a table counts from then on."""
+    """A user's entry in a table takes effect at once."""
 
     class Curved(Flow):
         def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ SAMPLERS = [
 @pytest.mark.parametrize(("name", "sampler", "steps"), SAMPLERS)
 @pytest.mark.parametrize("predict", KINDS)
 def test_samplers_solve_the_closed_form_gaussian(name, sampler, steps, predict):
-    """For images from N(m, s^2) the best prediction is known, and so is where each noise ends: at m + s e."""
+    """For images from N(m, s^2) the best prediction is known, and the sample of noise e is m + s e."""
     mean, std = 0.4, 0.5
     config = DiffusionConfig(path=name, predict=predict)
     path = make_path(config)

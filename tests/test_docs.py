@@ -1,4 +1,4 @@
-"""What README and docs show works: code blocks run (shrunk), and the real parser takes every command line."""
+"""README and docs are tested: code blocks run with small sizes, and the parser accepts every command line."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_every_other_code_block_is_a_study_or_commands(tmp_path):
 
 
 def test_the_class_in_contributing_equals_the_tested_plug_in(tmp_path):
-    """The page's file runs as it stands, and gives what its full twin in tests/plugin gives."""
+    """The file on the page runs unchanged, with the output of the tested plug-in in tests/plugin."""
     ((_, shown),) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block[0] == "python"]
     (tmp_path / "shown_idea.py").write_text(shown)
     words = ["inspect", "--preset", "emoji-reference", "--set", "model.inner.aggregate=softmax", "--json"]

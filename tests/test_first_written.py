@@ -1,4 +1,4 @@
-"""The model against the same one as first written: equal outputs and gradients, in both precisions."""
+"""The model against its first implementation: equal outputs and gradients, in both precisions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES += [("(inner outer*2)*2", {}), ("outer*2 inner", {"embed": "conv"}), ("out
 
 
 def pair(stages: str, choice: dict, dtype: torch.dtype) -> tuple[NestedDiT, FirstWritten]:
-    """The model, with noise on every weight, and the same one as first written."""
+    """The model, with noise on every weight, and its first implementation with the same weights."""
     model = perturbed(NestedDiT(small_model(stages, inner=choice))).to(dtype)
     # Features of time are float32 by design, as everything outside of a test is.
     model.time_embed.mlp.register_forward_pre_hook(lambda module, given: (given[0].to(dtype),))
@@ -32,7 +32,7 @@ def pair(stages: str, choice: dict, dtype: torch.dtype) -> tuple[NestedDiT, Firs
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error over the largest value."""
+    """Largest error divided by the largest value."""
     scale = expected.abs().max().clamp(min=1e-30)
     return float(((found - expected).abs().max() / scale).detach())
 

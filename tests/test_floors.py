@@ -1,4 +1,4 @@
-"""A module imports its own room and lower floors only; neighbours on a floor do not know each other."""
+"""A module imports its own room and lower floors only, not other rooms of its floor."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_only_listed_files_and_functions_are_long():
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
-    """What a module defines at its top, by name, without what is private."""
+    """Public top-level definitions of a module, by name."""
     named: dict[str, ast.stmt] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -112,7 +112,7 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def uses(tree: ast.Module) -> set[tuple[str, str]]:
-    """(module, name) of what a module takes from others of the package."""
+    """(module, name) of each name that a module uses from another module of the package."""
     taken, modules = set(), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dit_in_dit"):

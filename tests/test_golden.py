@@ -1,4 +1,4 @@
-"""What a seed means does not change by accident: twenty losses, written down."""
+"""The results of a seed do not change by accident: twenty recorded losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the README and the page say of the studies is what the studies' files say."""
+"""Tables of studies in the README and the docs equal the result files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk costs a run nothing but the checkpoints that did not fit."""
+"""On a full disk a run loses only the checkpoints that did not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_in_dit.training.loop import train
 
 
 class Narrow:
-    """A file that takes a few bytes and then, until it is `wide`, no more."""
+    """A file that accepts `room` bytes, and more only once it is `wide`."""
 
     def __init__(self, file, room):
         self.file, self.room, self.wide = file, room, False

@@ -1,4 +1,4 @@
-"""Memory that a step frees stays with the process."""
+"""Memory that a step frees is kept by the process."""
 
 from __future__ import annotations
 

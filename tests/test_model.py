@@ -1,4 +1,4 @@
-"""The network against outside oracles: DiT itself, convolutions, closed forms, and who may see whom."""
+"""The network against external references: DiT, convolutions, closed forms, and which tokens may see each other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TABLES = {
 
 
 def choices(section: type) -> dict[str, tuple]:
-    """Every key of a section of the config that has named values or is a switch, with all its values."""
+    """Every key of a config section with named or boolean values, and all its values."""
     hints = get_type_hints(section).items()
     return {key: get_args(kind) for key, kind in hints if get_origin(kind) is Literal} | {
         key: (False, True) for key, kind in hints if kind is bool
@@ -64,7 +64,7 @@ def test_the_tested_arrangements_cover_every_choice():
 
 
 def our_name(official: str) -> str:
-    """The name here of a parameter of facebookresearch/DiT."""
+    """Name in this package of a parameter of facebookresearch/DiT."""
     name = re.sub(r"^blocks\.(\d+)\.", r"outer_blocks.\1.", official)
     for old, new in (
         ("x_embedder.proj", "outer_embed.proj"),
@@ -177,7 +177,7 @@ def test_positions_differ_at_every_place():
 
 @pytest.mark.parametrize(("mixer", "seen"), [("patch", 1), ("none", 1), ("window", 4), ("conv", 4), ("image", 8)])
 def test_each_mixer_mixes_exactly_its_scope(mixer, seen):
-    """Change sub-patch 0 of patch 0; count the patches that notice. 16x8 is a grid of 4x2 patches."""
+    """Number of patches that a change of sub-patch 0 of patch 0 reaches; 16x8 is a grid of 4x2 patches."""
     model = perturbed(NestedDiT(small_model("inner outer", inner={"mixer": mixer})))
     block = model.inner_blocks[0]
     tokens = torch.randn(2, 8, 4, 16)

@@ -1,4 +1,4 @@
-"""What the first version wrote loads, resumes, verifies, samples, evaluates and exports, in this and in later ones."""
+"""Files of the first version load, resume, verify, sample, evaluate and export, in this version and in later ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD = Path(__file__).parent / "old"  # written by version 0.1.0, before hashes h
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy as the working folder: its paths are relative."""
+    """A copy of the old files as working folder, because their paths are relative."""
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises: bounds that are tested, and a source tree that runs without being installed."""
+"""Packaging: tested version bounds, and a source tree that runs without installation."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_source_tree_without_package_metadata_trains_and_records_its_version(r
 
 
 def test_the_first_model_of_a_process_can_be_built_on_meta():
-    """In a fresh process: what a module imports at its first use must not be imported there."""
+    """In a new process: imports on first use must not happen while a model is built on meta."""
     code = "from dit_in_dit.config import presets; from dit_in_dit.inspection import cost; import sys\n"
     code += "cost.held_bytes(presets.get('emoji').model); assert 'einops._torch_specific' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

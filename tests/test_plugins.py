@@ -1,4 +1,4 @@
-"""Classes of a user's, in a file outside the package, go wherever the package's own go."""
+"""A user's classes, in a file outside the package, work in every command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SMALL = [
 
 
 def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugin: bool = True) -> str:
-    """What a command prints, in a process of its own: no test leaves its classes in another."""
+    """Output of a command in a process of its own, so that tests do not share registered classes."""
     with_plugin = ["--plugin", str(IDEA)] if plugin else []
     line = [sys.executable, *launcher, "-m", "dit_in_dit", *map(str, words), *with_plugin]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -63,7 +63,7 @@ def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugi
 
 @pytest.fixture(scope="module")
 def settings() -> list[str]:
-    """`--set` for a small run with every part of the user's."""
+    """`--set` options of a small run with all of the user's parts."""
     values = [
         *SMALL,
         "data.source=dots",
@@ -78,7 +78,7 @@ def settings() -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every part of the user's."""
+    """A run with all of the user's parts."""
     out = tmp_path_factory.mktemp("plugins") / "run"
     command("train", *settings, "--out", out, "--device", "cpu")
     return out
@@ -86,7 +86,7 @@ def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded():
-    """The user's classes in this process, for one test."""
+    """Register the user's classes in this process for one test."""
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
     known, keys = dict(plugins._loaded), dict(choices.PLUGIN_KEYS)
     plugins.load_plugin(str(IDEA))

@@ -1,4 +1,4 @@
-"""Every choice in every precision: autocast as CPUs and as GPUs do it, weights in half precision, one full float32."""
+"""Every choice in every precision: autocast of CPUs and of GPUs, weights in half precision, full float32."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
 
 
 def test_queries_keys_and_values_have_one_dtype():
-    """As an attention kernel that no autocast list knows needs them."""
+    """An attention kernel that no autocast list knows needs inputs of one dtype."""
     model = perturbed(NestedDiT(small_model("inner outer", qk_norm=True)))
     attention = model.inner_blocks[0].branches["mix"]
     with CudaAutocast():
@@ -114,7 +114,7 @@ def test_queries_keys_and_values_have_one_dtype():
 
 
 def shrunk(config: RunConfig, data: Path) -> RunConfig:
-    """A preset's kinds at small sizes: what it does, in a fraction of a second."""
+    """A preset with its choices at small sizes, which runs in a fraction of a second."""
     model, patch = config.model, config.model.patch_size
     outer = replace(model.outer, width=32, num_heads=4)
     inner = replace(model.inner, width=32 if model.inner.width == model.outer.width else 16, num_heads=2)
@@ -165,12 +165,12 @@ def loaded(folder: Path, half: torch.dtype) -> DiTInDiTPipeline:
 
 
 def cuda_autocast(kind: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[object]:
-    """In place of torch.autocast."""
+    """A replacement of torch.autocast with CUDA's policy."""
     return CudaAutocast(dtype) if dtype and enabled else nullcontext()
 
 
 def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: torch.dtype) -> None:
-    """Each draws what the float32 one draws, in float32."""
+    """Check that each pipeline gives images close to those in float32, as float32 images."""
     whole.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *whole._shape(), generator=torch.Generator().manual_seed(0))
     arguments = {"class_labels": [0, 1], "latents": noise, "num_inference_steps": 3, "output_type": "latent"}
@@ -227,7 +227,7 @@ def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, mon
 
 @pytest.fixture
 def tf32():
-    """A process that others have set to TF32; as it began afterwards."""
+    """A process in which other code has turned on TF32; restored afterwards."""
 
     def switch(on: bool) -> None:
         torch.set_float32_matmul_precision("high" if on else "highest")
@@ -283,7 +283,7 @@ def test_every_entry_point_computes_in_full_float32(tf32, data, tmp_path):
 
 
 def test_every_command_with_a_device_option_uses_pick_device():
-    """And so computes in full float32."""
+    """`pick_device` turns on full float32."""
     commands = Path(cli.__file__).parent.glob("*.py")
     taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
     assert taking.keys() >= {"train", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}

@@ -1,4 +1,4 @@
-"""Recipes: the launch on any number of GPUs is the same run, and its estimates are the textbook's."""
+"""Launch plans: on any number of GPUs the run is the same, and estimates follow the textbook formulas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from test_cli import lines_of
 
 
 def launched(command: str):
-    """The config that a printed command trains, and how many processes it starts."""
+    """Config and number of processes of a printed command."""
     words = shlex.split(command)
     nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 1
     if "--wrap" in words:

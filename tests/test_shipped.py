@@ -1,4 +1,4 @@
-"""Runs that are given away: averaged weights alone, in half the bytes; and those that come with the package."""
+"""Releases (averaged weights in float16), and the pretrained models of the package."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def small(run, tmp_path, monkeypatch):
-    """The folder of a shipped run of the name `small`, evaluated as it ships, seen from an empty working folder."""
+    """The folder of a pretrained run `small` with its evaluation, seen from an empty working folder."""
     out = tmp_path / "package" / "models" / "small"
     export_release(run, out)
     main(["evaluate", str(out), "-n", "5", "--device", "cpu"])

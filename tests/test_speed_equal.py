@@ -1,4 +1,4 @@
-"""What was made fast equals what it stands for: values and gradients of the plain formulas."""
+"""Optimised code equals the plain formulas in values and gradients."""
 
 from __future__ import annotations
 

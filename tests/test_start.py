@@ -1,4 +1,4 @@
-"""A nested model that begins as the trained DiT it is built around."""
+"""Warm start: a nested model starts from a trained DiT."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORDERS = {"first": "inner*2 outer*4", "interleaved": "(inner outer*2)*2", "last"
 
 @pytest.fixture
 def plain(run_config, tmp_path):
-    """A DiT of four blocks that has learnt for a while, and its run."""
+    """A DiT of four blocks after some training, and its run."""
     config = replace(run_config, model=model("outer*4"))
     run = tmp_path / "dit"
     trainer = Trainer(config, open_source(config.data, config.model), torch.device("cpu"))

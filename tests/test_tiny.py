@@ -1,4 +1,4 @@
-"""The Triton kernel against the plain formula: in Triton's interpreter on a CPU, and on a GPU where there is one."""
+"""The Triton kernel against the plain formula: in Triton's interpreter on a CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def in_double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float, *, apart: bool = False) -> None:
-    """Outputs and gradients, for heads cut from one tensor as a model cuts them, or `apart`."""
+    """Outputs and gradients, for heads split from one tensor as in a model, or separate (`apart`)."""
     groups, heads, length, width = shape
     draw = torch.Generator().manual_seed(0)
     qkv, grad = (torch.randn(groups, length, n, heads, width, generator=draw).to(device, dtype) for n in (3, 1))
@@ -78,7 +78,7 @@ def test_the_kernel_is_off_by_default():
 
 
 def check_model() -> None:
-    """A model that takes the kernel is the same model, and its outer attention fits too."""
+    """A model with the kernel gives the same results; its outer attention fits too."""
     model = perturbed(NestedDiT(small_model("inner outer inner")))
     results = []
     for longest in (0, 8):

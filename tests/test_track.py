@@ -1,4 +1,4 @@
-"""Trackers: a run that is resumed is one run there, with its scalars, sample grids and curves; JSON lines always."""
+"""Trackers: a resumed run is one tracked run, with scalars, sample grids and curves; JSON lines are always written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def follow(config, run: Path, names, *, resume: bool = False, stop: int = STEPS + 1) -> list[str]:
-    """Train and draw as the command does, until a process that is killed after step `stop`; the warnings."""
+    """Train and draw as the command does, and stop as if killed after step `stop`; returns the warnings."""
     warnings: list[str] = []
     facts = told(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
     for fact in facts:
@@ -51,12 +51,12 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    """Drawing them takes seconds, and one test looks at them."""
+    """No curves: drawing takes seconds, and only one test needs them."""
     monkeypatch.setattr("dit_in_dit.training.trackers._curves", lambda run: [])
 
 
 def twice(config, run: Path, names) -> dict[int, float]:
-    """Killed after step 5, two steps past its checkpoint, and resumed; the losses that the log has."""
+    """Train, killed after step 5, two steps past its checkpoint, and resume; returns the losses of the log."""
     assert not follow(config, run, names, stop=5)
     assert not follow(config, run, chosen_trackers(None, run), resume=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").open()]
@@ -108,7 +108,7 @@ def test_a_users_tracker_needs_no_package_of_its_name(no_curves, config, run, mo
 
 
 def records(path: Path) -> Iterator[Any]:
-    """What a .wandb file holds: protocol buffers in the form of LevelDB's log, in blocks of 32 KiB."""
+    """Records of a .wandb file: protocol buffers in the format of LevelDB's log, in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, whole = path.read_bytes(), 7, b""
@@ -180,7 +180,7 @@ def test_mlflow_holds_one_run_after_a_resume(no_curves, config, run, tmp_path, m
 
 
 class Notes:
-    """A module with the interface of wandb or trackio; what it was called with."""
+    """A stand-in for wandb or trackio that records its calls."""
 
     __spec__ = ModuleSpec("stand-in", None)
 

@@ -1,4 +1,4 @@
-"""A run is a function of its config: same seed, same result; stopped and resumed, same result."""
+"""A run is a function of its config: the same seed, or a stop and a resume, give the same result."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_a_run_is_locked_until_its_process_ends(run_config, tmp_path):
 
 @pytest.fixture
 def half_run(run_config, folder, tmp_path):
-    """Half of a run on a copy of the small folder: its config, the run and the copy."""
+    """The first half of a run on a copy of the small folder: config, run and copy."""
     images = tmp_path / "set"
     shutil.copytree(folder, images)
     config = replace(run_config, data=replace(run_config.data, source=str(images)))

@@ -1,4 +1,4 @@
-"""What a careful user would try: an edited config, broken numbers, a shipped model, the same folder twice."""
+"""Checks that protect users: edited configs, non-finite numbers, pretrained models, an output folder used twice."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def trained(run_config, tmp_path):
 
 
 def refused(capsys, *arguments: object) -> str:
-    """The one line of a refused command."""
+    """The line that a refused command prints."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Learned variance: what is minimised, sampled and counted, against diffusers, closed forms and torch.distributions."""
+"""Learned variance: loss, samples and counts against diffusers, closed forms and torch.distributions."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_sampler_ddpm_without_a_noise_source_is_refused():
 
 
 def test_a_run_learns_its_variance(config, tmp_path):
-    """From zero heads, the rows of the fractions move."""
+    """Training moves the rows of the variance fraction in a head that starts at zero."""
     run = with_train(config, steps=6, checkpoint_every=6)
     kinds = [fact.kind for fact in train(run, tmp_path / "run")]
     assert kinds.count("step") == 6

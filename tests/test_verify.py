@@ -1,4 +1,4 @@
-"""`verify-resume` finds what it looks for, and says so."""
+"""`verify-resume` detects differences and reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dit_in_dit.training.trainer import Trainer
 
 @pytest.fixture
 def run(run_config, tmp_path, full, monkeypatch):
-    """A run that has only begun; the command's own trainings run in this process, but when all is tried."""
+    """A run that has just started; unless all faults are tested, the command trains in this process."""
     create(tmp_path / "run", run_config)
     if not full:
         monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))

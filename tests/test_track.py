@@ -18,7 +18,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
-from dit_in_dit.training.trackers import TRACKERS, chosen_trackers, told
+from dit_in_dit.training.trackers import TRACKERS, chosen_trackers, log_to
 from test_cli import TINY, lines_of
 
 STEPS = 6
@@ -27,7 +27,7 @@ STEPS = 6
 def follow(config, run: Path, names, *, resume: bool = False, stop: int = STEPS + 1) -> list[str]:
     """Train and draw as the command does, and stop as if killed after step `stop`; returns the warnings."""
     warnings: list[str] = []
-    facts = told(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
+    facts = log_to(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
     for fact in facts:
         if fact.kind == "samples":
             path = run / "samples" / f"{fact.step:07d}.png"
@@ -238,7 +238,7 @@ def test_a_tracker_that_cannot_start_is_a_one_line_error(config, run, monkeypatc
 
 def test_trackers_leave_the_events_of_a_run_unchanged(no_curves, config, tmp_path):
     def facts(run: Path, names: list[str]) -> Iterator[tuple[str, int]]:
-        for fact in told(train(config, run, device="cpu"), names, run, print):
+        for fact in log_to(train(config, run, device="cpu"), names, run, print):
             assert isinstance(fact, Event)
             yield fact.kind, fact.step
 

@@ -87,12 +87,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _tracked(facts: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
     """The facts, which trackers are told on the way if they are asked for; by the first of several processes."""
-    from dit_in_dit.training.trackers import chosen_trackers, told
+    from dit_in_dit.training.trackers import chosen_trackers, log_to
 
     names = chosen_trackers(options.track, options.out) if is_main() else []
-    return (
-        told(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr)) if names else facts
-    )
+    if not names:
+        return facts
+    return log_to(facts, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
 
 
 def _signals() -> Stop:

@@ -178,7 +178,7 @@ TRACKERS: dict[str, Callable[[Path, RunConfig, str, int], Tracker]] = {
 PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; registered ones need none
 
 
-def told(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
+def log_to(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
     """Pass on the events of a run and log them to trackers; `warn` gets a line for a tracker that fails.
 
     The consumer of a `samples` event draws the grid into the run's folder; it is logged after that. Curves are logged

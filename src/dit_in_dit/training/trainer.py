@@ -88,7 +88,7 @@ class Trainer:
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
-        if self.sharded and model is not None and self.world.leads:
+        if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute()
         self.tree = Tree(self.model.parameters()) if train.reduction == "fixed" else None
@@ -235,7 +235,7 @@ class Trainer:
         if not self.sharded:
             return self.ema.model
         whole_ = None
-        if self.world.leads:
+        if self.world.is_main:
             whole_ = self.unsharded or NestedDiT(self.config.model).eval().requires_grad_(False)
             whole_.to(self.device)
         weights = whole_.state_dict() if whole_ is not None else {}

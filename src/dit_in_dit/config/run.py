@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -394,16 +394,19 @@ def first_difference(stored: RunConfig, given: RunConfig) -> str:
 
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
     """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key's meaning as a comment."""
-    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=math.inf)
-    if not meanings:
-        return text
-    lines, path = [], []  # type: ignore[var-annotated]
-    explained = {name: meaning for name, meaning, _ in keys(config)}
-    for line in text.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        path = [*path[:depth], line.split(":")[0].strip()]
-        lines.append(f"{line:<32}  # {explained['.'.join(path)]}")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line:<32}  # {meaning}\n" if meanings else f"{line}\n" for line, meaning in _yaml_lines(config))
+
+
+def _yaml_lines(section: Section, indent: str = "") -> Iterator[tuple[str, str]]:
+    """(line, meaning) of each key, and of the keys of its group below it."""
+    plain = to_dict(section)
+    for name, meaning, value in section.items():
+        if isinstance(value, Section) and plain.get(name):
+            yield f"{indent}{name}:", meaning
+            yield from _yaml_lines(value, f"{indent}  ")
+        elif name in plain:
+            text = yaml.dump({name: plain[name]}, Dumper=_Dumper, sort_keys=False, width=math.inf)
+            yield from ((f"{indent}{line}", meaning) for line in text.splitlines())
 
 
 def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:

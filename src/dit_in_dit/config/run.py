@@ -383,9 +383,9 @@ def _run(values: Any, what: str) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
-def first_difference(stored: RunConfig, given: RunConfig) -> str:
+def first_difference(stored: RunConfig, new: RunConfig) -> str:
     """The first key in which two configs differ, with both values; empty when they are equal."""
-    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, given))
+    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, new))
     for name in before | now:
         if (a := before.get(name)) != (b := now.get(name)) and not isinstance(a, Section):
             return f"{name} is {a}, not {b}"

@@ -266,11 +266,11 @@ class Session:
         return Event("rolled_back", step, {**values, "why": problem})
 
 
-def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path) -> None:
+def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: Path) -> None:
     """Check that train() received the model and optimizer classes that the checkpoint records. Raises UserError."""
     for name in ("model", "optimizer"):
-        if given.get(name) != noted.get(name):
-            before, now = (names.get(name, "the config's") for names in (noted, given))
+        if passed.get(name) != recorded.get(name):
+            before, now = (names.get(name, "the config's") for names in (recorded, passed))
             raise UserError(f"{run} was trained with {name} {before}: give the same to train(), got {now}")
 
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main, options
+from dit_in_dit.config.files import from_yaml, to_yaml
 from dit_in_dit.config.presets import NAMES, get
-from dit_in_dit.config.run import from_yaml, to_yaml
 from dit_in_dit.data.groups import is_held_out
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from conftest import small_model
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import config_hash, from_yaml, override, replace_keys, to_yaml
 from dit_in_dit.config.program import ORDERS, format_stages, parse_stages
-from dit_in_dit.config.run import RunConfig, SampleConfig, config_hash, from_yaml, override, replace_keys, to_yaml
+from dit_in_dit.config.run import RunConfig, SampleConfig
 from dit_in_dit.config.schema import to_dict
 
 

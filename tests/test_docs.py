@@ -14,7 +14,7 @@ import pytest
 import dit_in_dit
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
-from dit_in_dit.config.run import override
+from dit_in_dit.config.files import override
 from dit_in_dit.study.arms import candidates, configure
 from dit_in_dit.study.plan import read_study_config
 

@@ -61,7 +61,7 @@ LONG_FILES = {
     "attention_maps/record.py": "to be split: measures of weights, and what takes them in",
     "benchmark/experiments.py": "to be split: a goal a function",
     "cli/study.py": "eight subcommands; to be split by subcommand",
-    "config/run.py": "every key of a run with its meaning, and YAML of it",
+    "config/run.py": "every key of a run with its meaning",
     "curves/logs.py": "reading a log; arms of runs are to move out",
     "doctor/model_checks.py": "to be split: observing, and judging what was observed",
     "metrics/pixels.py": "four statistics of images and their comparison",

@@ -14,7 +14,7 @@ import torch
 
 import dit_in_dit
 from dit_in_dit.cli import main
-from dit_in_dit.config.run import config_hash
+from dit_in_dit.config.files import config_hash
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint

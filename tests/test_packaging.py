@@ -48,7 +48,7 @@ main(sys.argv[1:])
 
 def test_a_source_tree_without_package_metadata_trains_and_records_its_version(run_config, tmp_path):
     from dit_in_dit import __version__
-    from dit_in_dit.config.run import to_yaml
+    from dit_in_dit.config.files import to_yaml
     from dit_in_dit.runs import checkpoint
 
     (tmp_path / "run.yaml").write_text(to_yaml(run_config))

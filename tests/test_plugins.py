@@ -17,7 +17,8 @@ import dit_in_dit
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import choices, facts, plugins, presets
 from dit_in_dit.config.errors import PluginWarning, UserError
-from dit_in_dit.config.run import RunConfig, config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.files import config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.metrics.metric import METRICS

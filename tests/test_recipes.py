@@ -12,7 +12,7 @@ from dit_in_dit.cli import main, parser
 from dit_in_dit.cli.options import chosen_config
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import first_difference, override
+from dit_in_dit.config.files import first_difference, override
 from dit_in_dit.inspection.launch_plan import GPUS, recipe
 from test_cli import lines_of
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import with_train
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import config_hash
+from dit_in_dit.config.files import config_hash
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.release import export_release, write_card

@@ -10,7 +10,7 @@ import torch
 
 from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import override
+from dit_in_dit.config.files import override
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint

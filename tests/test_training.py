@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from conftest import small_model, with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig, DiffusionConfig
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint

@@ -16,7 +16,8 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, TrainConfig, config_hash, to_yaml
+from dit_in_dit.config.files import config_hash, to_yaml
+from dit_in_dit.config.run import RunConfig, TrainConfig
 from dit_in_dit.config.schema import key, to_dict
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.reporting.images import to_pixels

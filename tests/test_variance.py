@@ -14,7 +14,8 @@ from torch.distributions import Normal, kl_divergence
 from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit import cost, sample, train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.variance import ancestral, posterior

@@ -29,7 +29,8 @@ from dit_in_dit.benchmark.subjects import (
 from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import Sweep, configs, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns, stopwatch, trainer_step
-from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.runtime.device import resolve_precision

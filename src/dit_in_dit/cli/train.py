@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.process import is_main
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, first_difference
+from dit_in_dit.config.files import first_difference
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys, to_dict
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.folder import read_config

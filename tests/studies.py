@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.study.arms import budgeted, candidates, configure
 from dit_in_dit.study.plan import Arm, Plan, StudyConfig, Trial

@@ -1,4 +1,4 @@
-"""Attention over more sequences than a GPU's kernels take at once: chunks, which change nothing."""
+"""Attention over more sequences than a GPU's kernels accept: chunks, with unchanged results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 @pytest.fixture
 def limited(monkeypatch):
-    """The limits of a GPU on a CPU, and as many sequences at once as is said; gives the sizes of chunks."""
+    """Apply a GPU's limits on a CPU, with a given number of sequences at once; returns the sizes of chunks."""
     sizes = []
     plain = F.scaled_dot_product_attention
 
@@ -37,7 +37,7 @@ def limited(monkeypatch):
     # heads * 128 rows * a head's channels up to a multiple of 32 (72: 96; 64), into 2^31
     [("dit-in-dit-xl2", 10_922), ("dit-in-dit-b2", 21_845), ("dit-in-dit-s2", 43_690), ("emoji", 65_535)],
 )
-def test_chunks_keep_to_the_limits_of_every_kernel(name, most):
+def test_attention_chunks_respect_the_limits_of_every_kernel(name, most):
     inner = presets.get(name).model.inner
     found = most_sequences(inner.num_heads, presets.get(name).model.sub_patches, inner.width // inner.num_heads)
     assert found == most
@@ -46,7 +46,7 @@ def test_chunks_keep_to_the_limits_of_every_kernel(name, most):
         assert found * inner.num_heads * 128 * width <= 2**31 < (found + 1) * inner.num_heads * 128 * width
 
 
-def test_forty_two_images_of_the_largest_model_are_one_pass():
+def test_forty_two_images_of_the_largest_model_need_one_attention_call():
     assert most_sequences(16, 4, 72) // 256 == 42
 
 
@@ -60,12 +60,12 @@ def test_forty_two_images_of_the_largest_model_are_one_pass():
         (64, 2**20, 256, 1),  # one sequence is always taken
     ],
 )
-def test_limits_count_rows_and_channels_as_the_kernel_rounds_them(heads, length, width, most):
+def test_limits_use_rows_and_channels_as_the_kernel_rounds_them(heads, length, width, most):
     assert most_sequences(heads, length, width) == most
 
 
 @pytest.mark.parametrize("queries", [4, 1])
-def test_chunks_give_what_one_call_gives(limited, queries):
+def test_attention_in_chunks_equals_one_call(limited, queries):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(23, n, 2, 8, generator=draw).transpose(1, 2).requires_grad_() for n in (queries, 4, 4))
     results = []
@@ -80,7 +80,7 @@ def test_chunks_give_what_one_call_gives(limited, queries):
 
 
 @pytest.mark.parametrize("inner", [{}, {"mixer": "window"}, {"mixer": "image"}, {"aggregate": "attention"}], ids=str)
-def test_a_model_whose_attention_runs_in_chunks_is_the_same_model(limited, inner):
+def test_a_model_with_attention_in_chunks_gives_the_same_output_and_gradients(limited, inner):
     model = perturbed(NestedDiT(small_model("inner outer inner", inner=inner, qk_norm=True)))
     results = []
     for most in (None, 5):
@@ -100,7 +100,7 @@ def test_attention_is_one_call_on_a_cpu(limited):
 
 
 @pytest.mark.slow
-def test_chunks_break_no_graph(limited):
+def test_attention_chunks_cause_no_graph_break(limited):
     torch._dynamo.reset()
     model = perturbed(NestedDiT(small_model("inner outer inner", inner={"aggregate": "attention"})))
     whole = model(*inputs(model.config))

@@ -25,7 +25,8 @@ from dit_in_dit.benchmark.timing import Times, best_product, in_turns, on_thread
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, TrainConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig, TrainConfig
 from dit_in_dit.inspection import cost
 from test_cli import lines_of
 

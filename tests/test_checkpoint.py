@@ -17,7 +17,8 @@ import torch
 
 from conftest import with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, override, to_yaml
+from dit_in_dit.config.files import override, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint, integrity, retention
 from dit_in_dit.runs.checkpoint import Checkpoint

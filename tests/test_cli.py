@@ -1,4 +1,4 @@
-"""The command as a person uses it: it works, and a mistake costs one line."""
+"""The command line as users call it; a mistake prints one line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main, options
+from dit_in_dit.config.files import from_yaml, to_yaml
 from dit_in_dit.config.presets import NAMES, get
-from dit_in_dit.config.run import from_yaml, to_yaml
 from dit_in_dit.data.groups import is_held_out
 
 
@@ -64,7 +64,7 @@ def test_sampling_draws_numbered_images_and_a_grid(trained, tmp_path):
     assert np.array_equal(drawn[1], drawn[3])
 
 
-def test_sampling_options_are_heard(trained, tmp_path):
+def test_sampling_options_change_the_samples(trained, tmp_path):
     words = ["sample", str(trained), "--num", "1", "--out"]
     main([*words, str(tmp_path / "a")])
     for number, option in enumerate((["--seed", "1"], ["--steps", "4"], ["--sampler", "euler"], ["--raw"])):
@@ -84,7 +84,7 @@ def test_demo_ends_by_naming_its_pictures_and_runs_twice(folder, tmp_path, capsy
     assert capsys.readouterr().out == first
 
 
-def test_resume_needs_no_other_flag(trained, capsys):
+def test_resume_needs_no_other_option(trained, capsys):
     main(["train", "--resume", "--out", str(trained)])
     assert "4/4" in capsys.readouterr().err
 
@@ -96,7 +96,7 @@ def test_config_prints_yaml_that_reads_back(capsys):
     assert config.model.depth == get("dit-in-dit-b4").model.depth
 
 
-def test_a_config_file_is_a_start(tmp_path, capsys):
+def test_train_starts_from_a_config_file(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(to_yaml(get("emoji-dit")))
     main(["config", "--config", str(path), "--set", "seed=9"])
@@ -126,7 +126,7 @@ def test_inspect_prints_a_table(capsys):
 
 
 def lines_of(words: list[str], capsys) -> str:
-    """What a refused call prints: one line on stderr, nothing on stdout, exit code 2."""
+    """The line on stderr of a refused call; stdout is empty, the exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -164,13 +164,13 @@ def lines_of(words: list[str], capsys) -> str:
         (["train", "--preset", "emoji", "--out", "run", "--device", "cpu:1"], "not available"),
     ],
 )
-def test_a_mistake_costs_one_line_and_leaves_nothing(words, part, capsys, tmp_path, monkeypatch):
+def test_a_mistake_prints_one_line_and_leaves_no_files(words, part, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert part in lines_of(words, capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_about_a_run_cost_one_line(trained, capsys, tmp_path):
+def test_mistakes_about_a_run_print_one_line(trained, capsys, tmp_path):
     for words, part in (
         (["--classes", "rad"], "did you mean 'red'"),
         (["--classes", "3"], "unknown class '3'"),
@@ -183,7 +183,7 @@ def test_mistakes_about_a_run_cost_one_line(trained, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_more_parts_are_tried_for_a_class_than_a_name_has(monkeypatch):
+def test_class_names_with_commas_need_few_lookups(monkeypatch):
     known, tried = ["a", "b, c, d", "b"], []
     plain = options._plain
     monkeypatch.setattr(options, "_plain", lambda name: tried.append(name) or plain(name))
@@ -191,7 +191,7 @@ def test_no_more_parts_are_tried_for_a_class_than_a_name_has(monkeypatch):
     assert len(tried) < 5 * 1200
 
 
-def test_a_broken_image_costs_one_line(capsys, tmp_path):
+def test_a_broken_image_prints_one_line(capsys, tmp_path):
     (tmp_path / "data/a").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "data/a/whole.png")
     (tmp_path / "data/a/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -200,7 +200,7 @@ def test_a_broken_image_costs_one_line(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_image_found_by_a_worker_costs_one_line(capsys, tmp_path, folder, monkeypatch):
+def test_a_broken_image_in_a_loader_worker_prints_one_line(capsys, tmp_path, folder, monkeypatch):
     monkeypatch.setattr("dit_in_dit.data.formats.images.IN_MEMORY", 0)  # read as large sources are: when needed
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
@@ -217,7 +217,7 @@ def test_a_broken_image_found_by_a_worker_costs_one_line(capsys, tmp_path, folde
     assert "Traceback" not in printed
 
 
-def test_labels_cannot_be_asked_of_an_unlabelled_run(capsys, tmp_path, folder):
+def test_classes_of_an_unlabelled_run_are_refused(capsys, tmp_path, folder):
     words = ["train", *TINY, "--set", f"data.source={folder}", "--set", "model.num_classes=0"]
     main([*words, "--out", str(tmp_path / "[run]")])  # brackets: a path is not markup
     asked = ["sample", str(tmp_path / "[run]"), "--classes", "red", "--out", str(tmp_path / "drawn")]
@@ -235,7 +235,7 @@ def test_demo_draws_where_a_class_has_no_training_image(tmp_path, folder):
     assert (tmp_path / "demo/samples-beside-real.png").exists()
 
 
-def test_a_place_that_cannot_be_written_costs_one_line(capsys, tmp_path, folder, trained):
+def test_an_output_folder_that_cannot_be_written_prints_one_line(capsys, tmp_path, folder, trained):
     (tmp_path / "file").write_text("")
     inside = str(tmp_path / "file/inside")
     assert "cannot write" in lines_of(["train", *TINY, "--set", f"data.source={folder}", "--out", inside], capsys)

@@ -1,4 +1,4 @@
-"""The model compiles whole: no graph break in any arrangement, and the same outputs."""
+"""Every arrangement compiles without a graph break and gives the same outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config accepts, refuses, and means."""
+"""Configs: accepted and refused values, stage programs, YAML, hash."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from conftest import small_model
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import config_hash, from_yaml, override, replace_keys, to_yaml
 from dit_in_dit.config.program import ORDERS, format_stages, parse_stages
-from dit_in_dit.config.run import RunConfig, SampleConfig, config_hash, from_yaml, override, replace_keys, to_yaml
+from dit_in_dit.config.run import RunConfig, SampleConfig
 from dit_in_dit.config.schema import to_dict
 
 
@@ -29,7 +30,7 @@ def test_yaml_round_trip_keeps_every_preset(name, meanings):
     assert from_yaml(to_yaml(config, meanings=meanings)) == config
 
 
-def test_printed_config_explains_every_key():
+def test_printed_config_has_a_meaning_for_every_key():
     for line in to_yaml(RunConfig(), meanings=True).splitlines():
         assert len(line.split("#", 1)[1].strip()) > 5, line
 
@@ -62,7 +63,7 @@ def test_stage_programs_mean_what_the_design_says(text, program):
 
 
 @given(st.lists(st.tuples(st.sampled_from(["inner", "outer"]), st.integers(1, 9)), min_size=1, max_size=8))
-def test_a_program_survives_its_text(runs):
+def test_a_stage_program_round_trips_through_text(runs):
     program = parse_stages(" ".join(f"{level}*{count}" for level, count in runs))
     assert parse_stages(format_stages(program)) == program
     for level in ("inner", "outer"):
@@ -78,17 +79,17 @@ def test_a_program_survives_its_text(runs):
         ("both", "inner*2 outer*12 inner*1"),
     ],
 )
-def test_named_orders_are_programs(order, program):
+def test_named_orders_expand_to_stage_programs(order, program):
     named = small_model(order, depth=12)
     assert named.program == parse_stages(program)  # int(12 * 0.25) = 3 inner blocks
 
 
-def test_interleaving_keeps_every_block_when_the_depths_do_not_divide():
+def test_interleaving_keeps_every_block_if_the_depths_do_not_divide():
     model = small_model("interleaved", depth=7, inner={"depth_ratio": 0.45})
     assert (model.blocks("outer"), model.blocks("inner")) == (7, 3)
 
 
-def test_use_inner_false_leaves_the_outer_blocks_alone():
+def test_use_inner_false_leaves_only_the_outer_blocks():
     for stages in ("inner*3 outer*2", "(inner outer)*2", "outer*2 inner"):
         assert small_model(stages, use_inner=False).program == (("outer", 2),)
     for order in ORDERS:  # also where the order itself could not be had
@@ -132,7 +133,7 @@ def test_use_inner_false_leaves_the_outer_blocks_alone():
         ("model.depth=[", "not valid YAML"),
     ],
 )
-def test_bad_values_get_one_line_with_the_way_out(assignment, part):
+def test_invalid_values_raise_one_line_with_the_way_out(assignment, part):
     with pytest.raises(UserError) as error:
         override(presets.get("emoji"), [assignment])
     message = str(error.value)
@@ -141,7 +142,7 @@ def test_bad_values_get_one_line_with_the_way_out(assignment, part):
     assert len(message) <= 200
 
 
-def test_bad_values_are_found_in_python_too():
+def test_invalid_values_raise_in_python_too():
     with pytest.raises(UserError, match=r"sample\.steps"):
         SampleConfig(steps="many")
     with pytest.raises(UserError, match="window must divide"):
@@ -157,7 +158,7 @@ def test_a_sampler_must_exist_for_the_path():
         override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.steps=217"])
 
 
-def test_guidance_needs_a_null_class_that_was_trained():
+def test_guidance_needs_a_trained_null_class():
     with pytest.raises(UserError, match="label_drop above 0"):
         override(presets.get("emoji"), ["train.label_drop=0"])
     override(presets.get("emoji"), ["train.label_drop=0", "sample.guidance=1"])
@@ -176,7 +177,7 @@ def test_overrides_apply_together():
     assert config.train.steps == 1000
 
 
-def test_yaml_is_strict():
+def test_unsafe_or_ambiguous_yaml_is_refused():
     with pytest.raises(UserError, match="did you mean 'train'"):
         from_yaml("trian: {steps: 3}")
     with pytest.raises(UserError, match="given twice, the second on line 2"):
@@ -187,12 +188,12 @@ def test_yaml_is_strict():
         from_yaml("just text")
 
 
-def test_unknown_presets_name_the_nearest():
+def test_an_unknown_preset_names_the_nearest_one():
     with pytest.raises(UserError, match="did you mean 'dit-in-dit-xl2'"):
         presets.get("dit-in-dit-xl-2")
 
 
-def test_the_hash_is_the_configs_identity():
+def test_the_config_hash_identifies_a_config():
     config = presets.get("emoji")
     assert config_hash(config) == config_hash(from_yaml(to_yaml(config)))
     assert config_hash(config) != config_hash(replace(config, seed=1))
@@ -202,7 +203,7 @@ def test_the_hash_is_the_configs_identity():
 
 
 def values(section=RunConfig, prefix=""):
-    """A strategy for each key, from its type and range alone: keys that are added are tried too."""
+    """A strategy for each key, from its type and range alone, so that new keys are tested too."""
     found = {}
     for f, hint in ((f, get_type_hints(section)[f.name]) for f in fields(section) if f.name != "plugins"):
         if is_dataclass(hint):
@@ -263,7 +264,7 @@ CHANGE = st.sampled_from(sorted(VALUES)).flatmap(lambda name: st.tuples(st.just(
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(CHANGE, max_size=15))
-def test_any_valid_config_survives_its_yaml(changes):
+def test_any_valid_config_round_trips_through_yaml(changes):
     config = RunConfig()
     for change in changes:
         with suppress(UserError):  # not with what was changed before
@@ -277,7 +278,7 @@ def test_any_valid_config_survives_its_yaml(changes):
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=300) | st.text("{}[]:,-?&*!|>'\"%@#\n ab1.", max_size=60))
-def test_any_text_is_a_config_or_one_line(text):
+def test_any_text_is_a_valid_config_or_a_one_line_error(text):
     with suppress(UserError):
         config = from_yaml(text)
         assert from_yaml(to_yaml(config)) == config

@@ -1,4 +1,4 @@
-"""Counts against PyTorch's own counter and against the numbers of the literature."""
+"""Costs against PyTorch's FLOP counter and published numbers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_inspect_gives_the_table_of_the_reference():
     json.dumps(found)
 
 
-def test_parameters_are_those_of_the_module():
+def test_counted_parameters_equal_those_of_the_module():
     model = small_model("(inner outer)*2", inner={"condition": "sub_patch", "fuse": "gate"})
     assert cost.parameters(model)["total"] == sum(p.numel() for p in NestedDiT(model).parameters())
 
@@ -97,7 +97,7 @@ def test_activation_bytes_are_what_a_real_backward_pass_keeps():
     assert inspect(model, batch=4)["activation_bytes"]["total"] == pytest.approx(real, rel=0.01)
 
 
-def test_recomputing_keeps_less():
+def test_recomputation_saves_activation_memory():
     model = presets.get("dit-in-dit-s2").model
     everything, inner = (inspect(model, 2, how)["activation_bytes"]["total"] for how in ("none", "inner"))
     assert inner < 0.65 * everything

@@ -16,7 +16,8 @@ from conftest import small_model
 from dit_in_dit.cli import curves as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig, override, to_yaml
+from dit_in_dit.config.files import override, to_yaml
+from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 from dit_in_dit.curves.arms import RunGroup, arms, notes
 from dit_in_dit.curves.convergence import errors_by_seed, reach, stability, tables
 from dit_in_dit.curves.logs import Curve, read_run

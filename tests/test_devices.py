@@ -1,4 +1,4 @@
-"""What a run asks of CUDA and of the engine for several processes, recorded where no GPU is."""
+"""Calls of a run to CUDA and torch.distributed, recorded on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_picked_gpu_becomes_the_processes_own(monkeypatch):
     assert chosen == [2, 2, 3, 1]
 
 
-def test_bits_on_cuda_are_asked_for_and_the_mode_is_put_back(monkeypatch):
+def test_deterministic_mode_is_set_on_cuda_and_restored(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     for device, on, expected in ((CUDA, True, True), (CUDA, False, False), (torch.device("cpu"), True, False)):
@@ -73,7 +73,7 @@ def test_bits_on_cuda_are_asked_for_and_the_mode_is_put_back(monkeypatch):
 @pytest.mark.parametrize(
     ("keys", "asked", "expected"), [({}, False, False), ({}, True, True), ({"reduction": "fixed"}, False, True)]
 )
-def test_runs_that_promise_bits_ask_for_them(run_config, tmp_path, monkeypatch, keys, asked, expected):
+def test_deterministic_runs_set_the_deterministic_mode(run_config, tmp_path, monkeypatch, keys, asked, expected):
     seen = []
     real = loop.deterministic_algorithms
 
@@ -86,7 +86,7 @@ def test_runs_that_promise_bits_ask_for_them(run_config, tmp_path, monkeypatch, 
     assert seen == [expected]
 
 
-def test_the_same_bits_are_asked_for_before_anything_lies_on_the_device(run_config, tmp_path, monkeypatch):
+def test_deterministic_mode_is_set_before_anything_is_moved_to_the_device(run_config, tmp_path, monkeypatch):
     order = []
     for name in ("deterministic_algorithms", "join", "Trainer"):
         real = getattr(loop, name)
@@ -115,7 +115,7 @@ def test_no_process_waits_for_parts_of_a_checkpoint_that_cannot_be_written(run_c
     assert run_together(2, _train_on_a_full_disk, config, tmp_path / "run") == ["no room for the log"] * 2
 
 
-def test_a_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(monkeypatch):
+def test_a_process_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(monkeypatch):
     begun, stores, ends = [], [], []
 
     class Store:
@@ -142,8 +142,8 @@ def test_a_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(m
     assert ends == [distributed.leave] * 2
 
 
-def test_a_group_that_the_user_of_the_library_ended_is_not_ended_again(tmp_path):
-    """At exit: PyTorch refuses to end what is not there."""
+def test_a_process_group_ended_by_the_user_is_not_ended_again(tmp_path):
+    """The exit handler must check: PyTorch refuses to destroy a group that is gone."""
     user = (
         "import torch, torch.distributed as dist\n"
         "from dit_in_dit.training import distributed\n"
@@ -158,7 +158,7 @@ def test_a_group_that_the_user_of_the_library_ended_is_not_ended_again(tmp_path)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_tables_of_constants_are_copied_to_a_device_once():
+def test_constant_tables_are_copied_to_a_device_once():
     made = []
     table = on_device(lambda: made.append(1) or torch.ones(3))
     cpu = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_tables_of_constants_are_copied_to_a_device_once():
     assert path.table(cpu) is path.table(cpu)
 
 
-def test_numbers_of_many_steps_are_read_in_one_copy(monkeypatch):
+def test_values_of_many_steps_are_read_from_the_device_in_one_copy(monkeypatch):
     copies = []
     real = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: copies.append(len(self)) or real(self))
@@ -183,7 +183,7 @@ def test_numbers_of_many_steps_are_read_in_one_copy(monkeypatch):
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    """No float64 may be given to a device: as on MPS, which has none. Recorded where only a CPU is."""
+    """No float64 tensor is moved to a device, because MPS has no float64. Recorded on a CPU."""
     real = torch.Tensor.to
 
     def to(tensor, *arguments, **keys):
@@ -237,7 +237,7 @@ def test_held_out_images_are_evaluated_in_batches_of_one_size(run_config, tmp_pa
 
 
 @pytest.mark.parametrize("value", [1e20, 3e38])
-def test_a_held_out_error_that_is_not_finite_is_logged_as_such(run_config, tmp_path, monkeypatch, value):
+def test_a_non_finite_held_out_error_is_logged_as_a_string(run_config, tmp_path, monkeypatch, value):
     evaluated = Objective.denoising_error
 
     def huge(self, predict, x, *rest):
@@ -254,7 +254,7 @@ def test_a_held_out_error_that_is_not_finite_is_logged_as_such(run_config, tmp_p
     list(train(run_config, tmp_path / "run", device="cpu", resume=True))
 
 
-def test_a_diverged_run_stops_as_promised_though_an_evaluation_is_due(run_config, tmp_path):
+def test_a_diverged_run_stops_even_if_an_evaluation_is_due(run_config, tmp_path):
     config = with_train(run_config, skip_most=1, evaluate_every=1, checkpoint_every=6, clip=0.0, learning_rate=10.0)
     images = np.full((32, 3, 8, 8), 3e38, np.float32)
     np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(32, int))
@@ -266,7 +266,7 @@ def test_a_diverged_run_stops_as_promised_though_an_evaluation_is_due(run_config
 # ------------------------------------------------------------------------------------------ sharded runs
 
 
-def test_a_file_of_a_checkpoint_is_read_a_tensor_at_a_time(run_config, tmp_path):
+def test_a_checkpoint_file_is_read_one_tensor_at_a_time(run_config, tmp_path):
     list(train(run_config, tmp_path / "run", device="cpu"))
     folder = checkpoint.newest(tmp_path / "run").folder
     stored, whole = Stored(folder / checkpoint.STATE), load_tensors(folder / checkpoint.STATE)
@@ -277,7 +277,7 @@ def test_a_file_of_a_checkpoint_is_read_a_tensor_at_a_time(run_config, tmp_path)
 
 
 class Counted(dict):
-    """Tensors that say how often they are read."""
+    """Tensors that count their reads."""
 
     def __init__(self, *tensors):
         super().__init__(*tensors)
@@ -299,7 +299,7 @@ def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     assert len(gathered) == 3
 
 
-def test_processes_do_not_wait_for_a_save_that_the_disk_refused(tmp_path, run_config):
+def test_processes_do_not_wait_for_a_save_that_failed_on_rank_0(tmp_path, run_config):
     tensors = {"weight": torch.ones(4), "bias": torch.ones(2)}
     state, ema = Counted(tensors), Counted(tensors)
     (tmp_path / "checkpoints").write_text("in the way")
@@ -316,7 +316,7 @@ def _sharded(config, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [SHARDED])
-def test_one_process_alone_draws_the_samples_of_a_sharded_run(run_config, tmp_path, parallel):
+def test_only_rank_0_draws_the_samples_of_a_sharded_run(run_config, tmp_path, parallel):
     config = with_train(run_config, parallel=parallel, sample_every=3)
     drawn = run_together(2, _sharded, config, tmp_path / "run")
     assert drawn == [(["samples", "samples"], True), ([], True)]

@@ -57,7 +57,7 @@ def test_the_flow_path_is_a_straight_line_from_image_to_noise():
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
 @pytest.mark.parametrize("predict", KINDS)
 @pytest.mark.parametrize("weight", KINDS)
-def test_weighting_is_the_error_in_the_other_space(name, predict, weight):
+def test_a_weighted_loss_equals_the_error_of_the_other_quantity(name, predict, weight):
     """A loss weighted into a space equals the plain squared error of the converted prediction there."""
     objective = Objective(DiffusionConfig(path=name, predict=predict, weight=weight))
     t = torch.tensor([0.3, 0.6], dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_min_snr_weights_are_those_of_the_paper():
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 @pytest.mark.parametrize("predict", KINDS)
-def test_a_loss_on_the_prediction_itself_is_not_weighted(path, predict):
+def test_a_loss_on_the_prediction_has_weight_one(path, predict):
     t = torch.arange(1000) / 1000
     weights = Objective(DiffusionConfig(path=path, predict=predict, weight=predict)).weight(t)
     assert torch.equal(weights, torch.ones(1000))
@@ -103,7 +103,7 @@ def test_loss_weights_are_finite_at_the_ends(path, predict, weight):
     assert weights.max() <= 500
 
 
-def test_min_snr_holds_for_a_prediction_that_it_does_not_know(monkeypatch):
+def test_min_snr_works_for_a_registered_prediction(monkeypatch):
     t = torch.linspace(0.1, 0.9, 9)
     for kind in KINDS:
         monkeypatch.setitem(QUANTITIES, "mine", QUANTITIES[kind])
@@ -111,8 +111,8 @@ def test_min_snr_holds_for_a_prediction_that_it_does_not_know(monkeypatch):
             torch.testing.assert_close(min_snr(path, "mine", t), min_snr(path, kind, t))
 
 
-def test_path_prediction_weight_and_times_are_looked_up_when_they_are_used(monkeypatch):
-    """What a user puts into a table counts from then on."""
+def test_registered_paths_predictions_weights_and_times_are_looked_up_on_use(monkeypatch):
+    """A user's entry in a table takes effect at once."""
 
     class Curved(Flow):
         def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +144,7 @@ def test_times_follow_their_distribution():
     assert torch.equal(steps.round().unique(), torch.arange(1000.0))
 
 
-def test_high_frequencies_are_what_averaging_removes():
+def test_high_frequency_error_is_what_average_pooling_removes():
     x = torch.randn(2, 3, 6, 5)
     flat = x[..., :1, :1].expand(2, 3, 6, 5)
     assert high_frequencies(flat).abs().max() < 1e-6
@@ -170,7 +170,7 @@ SAMPLERS = [
 @pytest.mark.parametrize(("name", "sampler", "steps"), SAMPLERS)
 @pytest.mark.parametrize("predict", KINDS)
 def test_samplers_solve_the_closed_form_gaussian(name, sampler, steps, predict):
-    """For images from N(m, s^2) the best prediction is known, and so is where each noise ends: at m + s e."""
+    """For images from N(m, s^2) the best prediction is known, and the sample of noise e is m + s e."""
     mean, std = 0.4, 0.5
     config = DiffusionConfig(path=name, predict=predict)
     path = make_path(config)

@@ -1,4 +1,4 @@
-"""What README and docs show works: code blocks run (shrunk), and the real parser takes every command line."""
+"""README and docs are tested: code blocks run with small sizes, and the parser accepts every command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import dit_in_dit
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
-from dit_in_dit.config.run import override
+from dit_in_dit.config.files import override
 from dit_in_dit.study.arms import candidates, configure
 from dit_in_dit.study.plan import read_study_config
 
@@ -87,7 +87,7 @@ def meant(line: str) -> list[list[str]]:
 COMMANDS = sorted({(page.name, line) for page in PAGES for line in shown(page)})
 
 
-def test_there_are_commands_to_try():
+def test_the_docs_hold_commands_to_test():
     assert len(COMMANDS) > 60
     assert meant("dit-in-dit x A | --b C --d e|f [--g] # why") == [
         ["x", *a, "--d", d, "--g"] for a in (["A"], ["--b", "C"]) for d in ("e", "f")
@@ -95,7 +95,7 @@ def test_there_are_commands_to_try():
 
 
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
-def test_the_real_parser_takes_every_command_line(page, line):
+def test_the_parser_accepts_every_command_line_of_the_docs(page, line):
     first = line.split()[0]
     if first == "make":
         assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
 
 
-def test_every_other_block_is_a_study_or_commands(tmp_path):
+def test_every_other_code_block_is_a_study_or_commands(tmp_path):
     for page in PAGES:
         for language, text in blocks(page):
             assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
@@ -135,8 +135,8 @@ def test_every_other_block_is_a_study_or_commands(tmp_path):
                     configure(study, changes)
 
 
-def test_the_class_that_contributing_shows_is_the_one_that_tests_train_with(tmp_path):
-    """The page's file runs as it stands, and gives what its full twin in tests/plugin gives."""
+def test_the_class_in_contributing_equals_the_tested_plug_in(tmp_path):
+    """The file on the page runs unchanged, with the output of the tested plug-in in tests/plugin."""
     ((_, shown),) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block[0] == "python"]
     (tmp_path / "shown_idea.py").write_text(shown)
     words = ["inspect", "--preset", "emoji-reference", "--set", "model.inner.aggregate=softmax", "--json"]

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
-from dit_in_dit.config.run import DataConfig, SampleConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, decoder, encode
 from dit_in_dit.data.formats.latents import FORMAT, complete, read_latents_index
 from dit_in_dit.data.source import Source

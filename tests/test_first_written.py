@@ -1,4 +1,4 @@
-"""The model against the same one as first written: equal outputs and gradients, in both precisions."""
+"""The model against its first implementation: equal outputs and gradients, in both precisions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES += [("(inner outer*2)*2", {}), ("outer*2 inner", {"embed": "conv"}), ("out
 
 
 def pair(stages: str, choice: dict, dtype: torch.dtype) -> tuple[NestedDiT, FirstWritten]:
-    """The model, with noise on every weight, and the same one as first written."""
+    """The model, with noise on every weight, and its first implementation with the same weights."""
     model = perturbed(NestedDiT(small_model(stages, inner=choice))).to(dtype)
     # Features of time are float32 by design, as everything outside of a test is.
     model.time_embed.mlp.register_forward_pre_hook(lambda module, given: (given[0].to(dtype),))
@@ -32,14 +32,14 @@ def pair(stages: str, choice: dict, dtype: torch.dtype) -> tuple[NestedDiT, Firs
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest error over the largest value."""
+    """Largest error divided by the largest value."""
     scale = expected.abs().max().clamp(min=1e-30)
     return float(((found - expected).abs().max() / scale).detach())
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 @pytest.mark.parametrize(("stages", "choice"), CASES, ids=str)
-def test_the_model_computes_what_the_first_written_one_does(stages, choice, dtype, most):
+def test_the_model_equals_the_first_implementation(stages, choice, dtype, most):
     model, first = pair(stages, choice, dtype)
     x, t, y = inputs(model.config)
     x, weights = x.to(dtype), torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -53,13 +53,13 @@ def test_the_model_computes_what_the_first_written_one_does(stages, choice, dtyp
     assert gradients.keys() == dict(first.named_parameters()).keys()
 
 
-def test_without_labels_both_take_no_class():
+def test_models_without_labels_equal_the_first_implementation():
     model, first = pair("inner outer", {}, torch.float32)
     x, t, _ = inputs(model.config)
     torch.testing.assert_close(first(x, t), model(x, t), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", [{"mixer": "conv"}, {"condition": "patch"}], ids=str)
-def test_what_came_later_is_refused_in_one_line(choice):
+def test_choices_that_the_first_implementation_lacks_are_refused_in_one_line(choice):
     with pytest.raises(UserError, match=r"as first written there is .* got"):
         FirstWritten(small_model("inner outer", inner=choice))

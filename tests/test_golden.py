@@ -1,4 +1,4 @@
-"""What a seed means does not change by accident: twenty losses, written down."""
+"""The results of a seed do not change by accident: twenty recorded losses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def losses(out: Path) -> list[float]:
     return [fact.values["loss"] for fact in train(config(), out, device="cpu") if fact.kind == "step"]
 
 
-def test_twenty_losses_are_those_written_down(tmp_path):
+def test_twenty_losses_equal_the_recorded_ones(tmp_path):
     written = [float.fromhex(number) for number in json.loads(STORED.read_text())]
     assert len(written) == 20
     assert losses(tmp_path / "run") == pytest.approx(written, rel=TOLERANCE)

@@ -1,4 +1,4 @@
-"""What the README and the page say of the studies is what the studies' files say."""
+"""Tables of studies in the README and the docs equal the result files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ spec.loader.exec_module(headline)
 
 
 @pytest.mark.parametrize("page", headline.PAGES, ids=lambda page: page.name)
-def test_the_tables_of_a_page_are_those_of_the_files(page):
+def test_tables_in_the_docs_equal_the_result_files(page):
     text = page.read_text()
     assert len(headline.MARKS.findall(text)) == text.count("<!-- /") > 0  # every mark has its other
     assert headline.filled(text) == text
 
 
-def test_a_changed_number_would_be_seen():
+def test_a_changed_number_in_a_table_is_detected():
     page = headline.PAGES[0].read_text()
     name, what, table = headline.MARKS.search(page).groups()
     assert headline.filled(page.replace(table, "")) == page
@@ -42,6 +42,6 @@ def test_a_changed_number_would_be_seen():
         (3, (1, 5), 0, "not met"),
     ],
 )
-def test_a_goal_is_met_by_mean_and_interval(percent, interval, wanted, said):
+def test_a_goal_is_judged_by_mean_and_interval(percent, interval, wanted, said):
     change = Difference((0, 1, 2), percent, 1.0, *interval, *interval)
     assert headline.verdict(change, wanted) == said

@@ -1,4 +1,4 @@
-"""A full disk costs a run nothing but the checkpoints that did not fit."""
+"""On a full disk a run loses only the checkpoints that did not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dit_in_dit.training.loop import train
 
 
 class Narrow:
-    """A file that takes a few bytes and then, until it is `wide`, no more."""
+    """A file that accepts `room` bytes, and more only once it is `wide`."""
 
     def __init__(self, file, room):
         self.file, self.room, self.wide = file, room, False
@@ -32,7 +32,7 @@ class Narrow:
 
 
 @pytest.mark.parametrize("room", [0, 1, 11, 12, 13, 30])
-def test_lines_that_do_not_fit_wait_and_are_written_once_there_is_room(tmp_path, room):
+def test_log_lines_wait_while_the_disk_is_full(tmp_path, room):
     lines = Lines(tmp_path / "log.jsonl", bool)
     lines.file = disk = Narrow(lines.file, room)
     for step in range(4):
@@ -45,7 +45,7 @@ def test_lines_that_do_not_fit_wait_and_are_written_once_there_is_room(tmp_path,
     assert (tmp_path / "log.jsonl").read_text() == "".join(f'{{"step": {step}}}\n' for step in range(5))
 
 
-def test_a_log_tells_apart_what_was_taken_again_after_a_roll_back(tmp_path):
+def test_a_log_keeps_the_steps_before_and_after_a_roll_back(tmp_path):
     def write(log):
         log.write(0, {"step": 1, "loss": 1.0})
         log.write(0, {"step": 2, "loss": 9.0})
@@ -59,7 +59,7 @@ def test_a_log_tells_apart_what_was_taken_again_after_a_roll_back(tmp_path):
     assert [line.get("loss", "back") for line in found] == [1.0, 9.0, "back", 0.5]
 
 
-def test_a_checkpoint_that_does_not_fit_is_tried_again_at_the_next_interval(run_config, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_is_retried_at_the_next_interval(run_config, tmp_path, monkeypatch):
     list(train(run_config, tmp_path / "unbroken", device="cpu"))
     plain = checkpoint.save
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_that_does_not_fit_is_tried_again_at_the_next_interval(run_
     assert hashes[0] == hashes[1]
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_from_it(run_config, tmp_path, monkeypatch):
+def test_the_log_is_synced_before_the_checkpoint_of_its_last_step(run_config, tmp_path, monkeypatch):
     synced, log = [], tmp_path / "run/log.jsonl"
     plain_sync, plain_save = os.fsync, checkpoint.save
 

@@ -1,4 +1,4 @@
-"""Memory that a step frees stays with the process."""
+"""Memory that a step frees is kept by the process."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_freed_memory_is_not_asked_for_again():
+def test_freed_memory_is_reused_without_page_faults():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # 16,384 pages each, if they were given back

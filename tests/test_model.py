@@ -1,4 +1,4 @@
-"""The network against outside oracles: DiT itself, convolutions, closed forms, and who may see whom."""
+"""The network against external references: DiT, convolutions, closed forms, and which tokens may see each other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TABLES = {
 
 
 def choices(section: type) -> dict[str, tuple]:
-    """Every key of a section of the config that has named values or is a switch, with all its values."""
+    """Every key of a config section with named or boolean values, and all its values."""
     hints = get_type_hints(section).items()
     return {key: get_args(kind) for key, kind in hints if get_origin(kind) is Literal} | {
         key: (False, True) for key, kind in hints if kind is bool
@@ -54,17 +54,17 @@ EVERY_CHOICE = [
 
 
 @pytest.mark.parametrize("key", TABLES)
-def test_the_config_names_what_the_model_has(key):
+def test_config_choices_equal_the_tables_of_the_model(key):
     assert set(CHOICES[key]) == TABLES[key].keys()
 
 
-def test_every_choice_of_the_model_is_tried():
+def test_the_tested_arrangements_cover_every_choice():
     assert CHOICES.keys() == TABLES.keys()
     assert choices(ModelConfig).keys() >= {"use_inner", "learn_variance", "time_embed", "qk_norm"}
 
 
 def our_name(official: str) -> str:
-    """The name here of a parameter of facebookresearch/DiT."""
+    """Name in this package of a parameter of facebookresearch/DiT."""
     name = re.sub(r"^blocks\.(\d+)\.", r"outer_blocks.\1.", official)
     for old, new in (
         ("x_embedder.proj", "outer_embed.proj"),
@@ -107,7 +107,7 @@ def test_plain_dit_matches_the_official_one():
     torch.testing.assert_close(out, torch.from_numpy(golden["out"]), rtol=0, atol=1e-5)
 
 
-def test_plain_dit_starts_as_the_official_one():
+def test_plain_dit_is_initialised_as_the_official_one():
     golden = np.load(GOLDEN)
     torch.manual_seed(0)
     parameters = dict(NestedDiT(plain(128, 2)).named_parameters())
@@ -130,7 +130,7 @@ def test_patch_embedding_is_a_strided_convolution():
     torch.testing.assert_close(embed(x), expected)
 
 
-def test_kernel_one_convolution_is_the_linear_embedding():
+def test_a_convolution_of_kernel_one_equals_the_linear_embedding():
     model = small_model(inner={"embed": "conv", "kernel": 1})
     conv, linear = ConvEmbed(model), LinearEmbed(model)
     with torch.no_grad():
@@ -169,15 +169,15 @@ def test_sub_patches_lie_where_their_patch_lies():
     assert tokens[0, 3, 3, 0] == 6 * 8 + 6
 
 
-def test_positions_tell_all_places_apart():
+def test_positions_differ_at_every_place():
     table = sincos(32, 5, 7)
     assert table.shape == (35, 32)
     assert torch.pdist(table).min() > 0.1
 
 
 @pytest.mark.parametrize(("mixer", "seen"), [("patch", 1), ("none", 1), ("window", 4), ("conv", 4), ("image", 8)])
-def test_mixers_see_what_they_should(mixer, seen):
-    """Change sub-patch 0 of patch 0; count the patches that notice. 16x8 is a grid of 4x2 patches."""
+def test_each_mixer_mixes_exactly_its_scope(mixer, seen):
+    """Number of patches that a change of sub-patch 0 of patch 0 reaches; 16x8 is a grid of 4x2 patches."""
     model = perturbed(NestedDiT(small_model("inner outer", inner={"mixer": mixer})))
     block = model.inner_blocks[0]
     tokens = torch.randn(2, 8, 4, 16)
@@ -193,7 +193,7 @@ def test_mixers_see_what_they_should(mixer, seen):
         assert bool((change[0] > 1e-6).all())
 
 
-def test_depthwise_mixing_is_the_convolution_of_the_image_of_tokens():
+def test_conv_mixing_equals_a_convolution_over_the_image_of_tokens():
     model = perturbed(NestedDiT(small_model("inner outer", inner={"mixer": "conv"})))
     mixer = model.inner_blocks[0].branches["mix"]
     picture = torch.randn(2, 16, 8, 4)  # N E rows columns: 8x4 sub-patches
@@ -229,7 +229,7 @@ def test_attention_pooling_with_equal_tokens_is_their_value():
     torch.testing.assert_close(pool(token.expand(2, 8, 4, 16)), pool.proj(value[:, :, 0]))
 
 
-def test_mean_needs_no_projection_at_equal_width():
+def test_mean_has_no_projection_at_equal_width():
     model = small_model(inner={"width": 32})
     assert not list(Mean(model).parameters())
 
@@ -273,7 +273,7 @@ def test_the_prediction_starts_at_zero(stages):
     assert not model(*inputs(model.config)).any()
 
 
-def test_no_residual_has_no_way_around_the_inner_path():
+def test_fuse_replace_leaves_no_path_around_the_inner_level():
     model = perturbed(NestedDiT(small_model("outer*2 inner", inner={"fuse": "replace"})))
     assert not hasattr(model, "outer_head")
     model = perturbed(NestedDiT(small_model("inner outer*2", inner={"fuse": "replace"})))
@@ -284,21 +284,21 @@ def test_no_residual_has_no_way_around_the_inner_path():
     assert torch.equal(model(x, t, y), model(torch.randn_like(x), t, y))
 
 
-def test_no_residual_still_knows_where_a_patch_is():
+def test_fuse_replace_keeps_the_patch_positions():
     model = perturbed(NestedDiT(small_model("inner outer", inner={"fuse": "replace"})))
     x = torch.zeros(1, 3, 16, 8)  # every patch alike
     out = Cut(model.config)(model(x, torch.ones(1)))[0]
     assert not torch.allclose(out[0], out[5])
 
 
-def test_missing_labels_are_the_null_class():
+def test_labels_none_equal_the_null_class():
     model = perturbed(NestedDiT(small_model()))
     x, t, _ = inputs(model.config)
     torch.testing.assert_close(model(x, t), model(x, t, torch.full((3,), 5)))
 
 
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 0, (8, 8)), (4, 3, (4, 12)), (7, 0, (16, 4))])
-def test_any_channels_sizes_and_no_labels(channels, classes, size):
+def test_other_channels_sizes_and_no_labels_work(channels, classes, size):
     model = perturbed(
         NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size))
     )
@@ -306,7 +306,7 @@ def test_any_channels_sizes_and_no_labels(channels, classes, size):
     assert model(x, t, y).shape == (3, channels, *size)
 
 
-def test_a_wrong_image_size_is_named():
+def test_a_wrong_image_size_raises_and_is_named():
     model = NestedDiT(small_model())
     with pytest.raises(ValueError, match=r"x must be \(N, 3, 16, 8\): got \(2, 3, 8, 16\)"):
         model(torch.zeros(2, 3, 8, 16), torch.zeros(2))
@@ -335,7 +335,7 @@ def test_a_copy_of_a_model_is_independent_of_it():
     assert torch.equal(copied(x, t, y), before)
 
 
-def test_interpolation_goes_from_the_own_token_to_what_is_told():
+def test_interpolation_lies_between_the_sub_patch_token_and_the_message():
     model = small_model("outer inner", inner={"spread": "interpolate"})
     spread = perturbed(NestedDiT(model)).spreads[0]
     inner, outer, c = torch.randn(3, 8, 4, 16), torch.randn(3, 8, 32), torch.randn(3, 32)
@@ -350,7 +350,7 @@ def test_interpolation_goes_from_the_own_token_to_what_is_told():
             torch.testing.assert_close(spread(inner, outer, c), expected)
 
 
-def test_the_share_of_an_interpolation_follows_time_and_channel():
+def test_the_interpolation_weight_depends_on_time_and_channel():
     spread = perturbed(NestedDiT(small_model("outer inner", inner={"spread": "interpolate"}))).spreads[0]
     inner, outer = torch.zeros(2, 8, 4, 16), torch.randn(1, 8, 32).expand(2, -1, -1)
     told = spread(inner, outer, torch.stack([torch.zeros(32), torch.ones(32)]))
@@ -360,7 +360,7 @@ def test_the_share_of_an_interpolation_follows_time_and_channel():
     assert share[1, 0, 0].std() > 1e-3
 
 
-def test_rms_norm_is_its_formula_and_the_blocks_of_a_level_have_it():
+def test_rms_norm_equals_its_formula_and_is_used_by_all_blocks_of_a_level():
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     norm = RmsNorm(8, 1e-6).double()
     nn.init.normal_(norm.weight)
@@ -372,7 +372,7 @@ def test_rms_norm_is_its_formula_and_the_blocks_of_a_level_have_it():
 
 
 @pytest.mark.parametrize("stages", PROGRAMS)
-def test_normalised_queries_and_keys_have_no_length(stages):
+def test_qk_norm_makes_attention_independent_of_the_scale_of_queries_and_keys(stages):
     model = perturbed(NestedDiT(small_model(stages, qk_norm=True)))
     x, t, y = inputs(model.config)
     with torch.no_grad():

@@ -17,7 +17,8 @@ import torch
 
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
-from dit_in_dit.config.run import DataConfig, RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.curves.arms import arms, notes
 from dit_in_dit.curves.convergence import errors_by_seed, reach, tables
 from dit_in_dit.curves.logs import read_run

@@ -1,4 +1,4 @@
-"""What the first version wrote loads, resumes, verifies, samples, evaluates and exports, in this and in later ones."""
+"""Files of the first version load, resume, verify, sample, evaluate and export, in this version and in later ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 import dit_in_dit
 from dit_in_dit.cli import main
-from dit_in_dit.config.run import config_hash
+from dit_in_dit.config.files import config_hash
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ OLD = Path(__file__).parent / "old"  # written by version 0.1.0, before hashes h
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy as the working folder: its paths are relative."""
+    """A copy of the old files as working folder, because their paths are relative."""
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     return tmp_path / "old"
@@ -53,7 +53,7 @@ def test_an_old_run_and_its_export_load_verify_and_sample(tmp_path):
     export_release(OLD / "run", tmp_path / "given")
 
 
-def test_an_old_run_resumes_as_if_it_had_never_stopped_and_says_that_it_notes_no_data(old):
+def test_an_old_run_resumes_exactly_and_reports_its_missing_data_record(old):
     from dit_in_dit.training.loop import train
 
     config = read_config(old / "run")
@@ -71,7 +71,7 @@ def test_an_old_run_resumes_as_if_it_had_never_stopped_and_says_that_it_notes_no
     assert "data" in checkpoint.newest(old / "run").manifest
 
 
-def test_an_old_evaluation_goes_on_with_the_samples_that_it_has(old):
+def test_an_old_evaluation_continues_with_its_existing_samples(old):
     out = old / "run/evaluation/0000002"
     drawn = {path: path.stat().st_mtime_ns for path in (out / "samples").iterdir()}
     before = json.loads((out / "metrics.json").read_text())
@@ -83,7 +83,7 @@ def test_an_old_evaluation_goes_on_with_the_samples_that_it_has(old):
     assert before["protocol"].items() <= after["protocol"].items()
 
 
-def test_old_exports_draw_and_a_run_begins_with_one(old):
+def test_old_exports_can_be_sampled_and_used_for_a_warm_start(old):
     from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 
     main(["train", "--config", "slim/config.yaml", "--init", "slim", "--out", "begun", "--device", "cpu"])
@@ -93,7 +93,7 @@ def test_old_exports_draw_and_a_run_begins_with_one(old):
     assert images.isfinite().all()
 
 
-def test_an_old_study_goes_on_where_it_was(old):
+def test_an_old_study_continues_where_it_stopped(old):
     assert read_plan(old / "study").identity == "study-d6b73a01d07a"
     before = (old / "study/runs/plain-s0/result.json").read_bytes()
     assert counts(old / "study") == {"done": 1, "waiting": 1}
@@ -105,7 +105,7 @@ def test_an_old_study_goes_on_where_it_was(old):
 
 
 @pytest.mark.slow
-def test_a_version_with_more_keys_goes_on_with_what_the_first_one_wrote(old, tmp_path):
+def test_a_version_with_more_keys_continues_runs_of_the_first_version(old, tmp_path):
     newer = tmp_path / "src/dit_in_dit"
     shutil.copytree(Path(dit_in_dit.__file__).parent, newer, ignore=shutil.ignore_patterns("__pycache__"))
     for file, before in (

@@ -10,7 +10,8 @@ import torch
 
 from conftest import small_model
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.sources import SOURCES
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.model.nested import NestedDiT

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises: bounds that are tested, and a source tree that runs without being installed."""
+"""Packaging: tested version bounds, and a source tree that runs without installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 APART = {"eval"}  # an extra with an environment of its own
 
 
-def test_the_oldest_versions_are_those_that_are_tested():
+def test_minimum_versions_equal_the_tested_ones():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     words = [*project["dependencies"], *(word for name in extras.keys() - APART for word in extras[name])]
@@ -46,9 +46,9 @@ main(sys.argv[1:])
 """
 
 
-def test_a_source_tree_without_package_metadata_trains_and_notes_its_version(run_config, tmp_path):
+def test_a_source_tree_without_package_metadata_trains_and_records_its_version(run_config, tmp_path):
     from dit_in_dit import __version__
-    from dit_in_dit.config.run import to_yaml
+    from dit_in_dit.config.files import to_yaml
     from dit_in_dit.runs import checkpoint
 
     (tmp_path / "run.yaml").write_text(to_yaml(run_config))
@@ -61,8 +61,8 @@ def test_a_source_tree_without_package_metadata_trains_and_notes_its_version(run
     assert manifest["versions"]["dit-in-dit"] == __version__
 
 
-def test_a_model_can_be_built_on_meta_before_anything_else_was():
-    """In a fresh process: what a module imports at its first use must not be imported there."""
+def test_the_first_model_of_a_process_can_be_built_on_meta():
+    """In a new process: imports on first use must not happen while a model is built on meta."""
     code = "from dit_in_dit.config import presets; from dit_in_dit.inspection import cost; import sys\n"
     code += "cost.held_bytes(presets.get('emoji').model); assert 'einops._torch_specific' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -1,4 +1,4 @@
-"""Classes of a user's, in a file outside the package, go wherever the package's own go."""
+"""A user's classes, in a file outside the package, work in every command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import dit_in_dit
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import choices, facts, plugins, presets
 from dit_in_dit.config.errors import PluginWarning, UserError
-from dit_in_dit.config.run import RunConfig, config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.files import config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.metrics.metric import METRICS
@@ -52,7 +53,7 @@ SMALL = [
 
 
 def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugin: bool = True) -> str:
-    """What a command prints, in a process of its own: no test leaves its classes in another."""
+    """Output of a command in a process of its own, so that tests do not share registered classes."""
     with_plugin = ["--plugin", str(IDEA)] if plugin else []
     line = [sys.executable, *launcher, "-m", "dit_in_dit", *map(str, words), *with_plugin]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -63,7 +64,7 @@ def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugi
 
 @pytest.fixture(scope="module")
 def settings() -> list[str]:
-    """`--set` for a small run with every part of the user's."""
+    """`--set` options of a small run with all of the user's parts."""
     values = [
         *SMALL,
         "data.source=dots",
@@ -78,7 +79,7 @@ def settings() -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every part of the user's."""
+    """A run with all of the user's parts."""
     out = tmp_path_factory.mktemp("plugins") / "run"
     command("train", *settings, "--out", out, "--device", "cpu")
     return out
@@ -86,7 +87,7 @@ def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded():
-    """The user's classes in this process, for one test."""
+    """Register the user's classes in this process for one test."""
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
     known, keys = dict(plugins._loaded), dict(choices.PLUGIN_KEYS)
     plugins.load_plugin(str(IDEA))
@@ -107,13 +108,13 @@ def test_a_run_with_a_users_parts_resumes_bit_for_bit_with_loader_workers(run, s
     assert (tmp_path / "run/log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
 
 
-def test_two_processes_train_it(settings, tmp_path):
+def test_two_processes_train_a_run_with_a_users_parts(settings, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     command("train", *settings, "--out", tmp_path / "run", "--device", "cpu", launcher=launcher)
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) >= 6
 
 
-def test_every_command_takes_it(run, settings, tmp_path):
+def test_every_command_takes_a_run_with_a_users_parts(run, settings, tmp_path):
     assert "inner blocks" in command("inspect", *settings)
     command("verify-resume", run, "--steps", "2", "--device", "cpu")
     command("sample", run, "-n", "4", "--out", tmp_path / "samples", "--device", "cpu")
@@ -129,7 +130,7 @@ def test_every_command_takes_it(run, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_on_two_workers_takes_it(settings, tmp_path):
+def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(command("config", *settings))
     arms = {"mine": {}, "hot": {"plugins.softmax.temperature": 2}, "mean": {"model.inner.aggregate": "mean"}}
@@ -140,13 +141,13 @@ def test_a_study_on_two_workers_takes_it(settings, tmp_path):
     assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 3
 
 
-def test_a_pipeline_carries_no_class_of_a_users(run, tmp_path):
+def test_a_pipeline_export_of_a_users_class_is_refused(run, tmp_path):
     said = command("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline", code=2)
     assert "is a plug-in's: export --format run" in said
     assert not (tmp_path / "pipeline").exists()
 
 
-def test_without_the_plug_in_a_command_says_what_to_pass(run):
+def test_a_missing_plug_in_is_an_error_that_names_the_option(run):
     said = command("sample", run, "-n", "2", "--device", "cpu", code=2, plugin=False)
     assert "was made with a plug-in: pass --plugin my_idea.py" in said
     assert said.count("\n") == 1
@@ -154,7 +155,7 @@ def test_without_the_plug_in_a_command_says_what_to_pass(run):
     assert [entry["name"] for entry in manifest["plugins"]] == ["my_idea.py"]
 
 
-def test_another_source_of_the_plug_in_is_said(run, loaded, monkeypatch):
+def test_a_changed_plug_in_source_is_a_warning(run, loaded, monkeypatch):
     from dit_in_dit.runs import checkpoint
 
     changed = plugins.Plugin("my_idea.py", "0" * 64)
@@ -164,7 +165,7 @@ def test_another_source_of_the_plug_in_is_said(run, loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", sorted(PARTS))
-def test_a_users_part_stands_in_for_each_choice(kind, loaded):
+def test_a_users_part_can_replace_each_choice(kind, loaded):
     model = small_model("(inner outer)*2", inner={kind: PARTS[kind]})
     made = perturbed(NestedDiT(model))
     x, t, y = inputs(model)
@@ -193,7 +194,7 @@ def test_a_run_in_bfloat16_resumes_and_is_sampled_from_another_working_folder(se
     command("sample", "../run", "-n", "2", "--out", "drawn")
 
 
-def test_register_names_what_is_wrong(loaded):
+def test_register_errors_name_the_rule(loaded):
     class Empty(dit_in_dit.model.aggregate.Aggregator):
         pass
 
@@ -220,7 +221,7 @@ def small_run(*assignments):
     return override(presets.get("emoji"), [*SMALL, "sample.sampler=heun", *assignments])
 
 
-def test_keys_of_a_users_class_reach_it_and_the_hash(loaded):
+def test_keys_of_a_users_class_are_passed_to_it_and_hashed(loaded):
     plain, mine = small_run(), small_run("model.inner.aggregate=softmax")
     assert "plugins" not in to_yaml(plain)
     assert mine.plugins["softmax"].temperature == 1
@@ -234,7 +235,7 @@ def test_keys_of_a_users_class_reach_it_and_the_hash(loaded):
     assert override(plain, ["model.inner.aggregate=softmax", "plugins.softmax.temperature=2"]) == hot
 
 
-def test_a_config_file_without_the_plug_in_of_its_keys_says_so():
+def test_keys_of_a_plug_in_that_is_not_loaded_are_an_error():
     text = to_yaml(small_run()) + "plugins: {softmax: {temperature: 2}}"
     with pytest.raises(UserError, match=r"unknown key 'plugins\.softmax': name its plug-in with --plugin"):
         from_yaml(text)
@@ -254,12 +255,12 @@ def test_a_config_file_without_the_plug_in_of_its_keys_says_so():
         ("plugins=1", "plugins must be a group of keys: got '1'"),
     ],
 )
-def test_a_wrong_key_of_a_users_class_is_one_line(assignment, said, loaded):
+def test_a_wrong_key_of_a_users_class_is_a_one_line_error(assignment, said, loaded):
     with pytest.raises(UserError, match=said):
         small_run("model.inner.aggregate=softmax", assignment)
 
 
-def test_register_names_what_is_wrong_with_keys(loaded):
+def test_register_errors_about_keys_name_the_rule(loaded):
     @dataclass(frozen=True)
     class Other(Section):
         other: int = key(1, "a number")
@@ -278,12 +279,12 @@ def test_register_names_what_is_wrong_with_keys(loaded):
             dit_in_dit.register(kind, name, choices.table(kind)[name], keys=keys)
 
 
-def test_an_unknown_name_says_how_one_joins():
+def test_an_unknown_choice_names_the_plugin_option():
     with pytest.raises(UserError, match=r"must be one of mean, .*--plugin\): got 'softmax'"):
         small_model(inner={"aggregate": "softmax"})
 
 
-def test_a_plug_in_that_is_none_is_one_line(tmp_path):
+def test_a_broken_plug_in_is_a_one_line_error(tmp_path):
     broken = tmp_path / "broken_idea.py"
     broken.write_text("1 / 0")
     (tmp_path / "random.py").write_text("")
@@ -301,7 +302,7 @@ def test_a_plug_in_that_is_none_is_one_line(tmp_path):
             plugins.load_plugin(str(text))
 
 
-def test_what_a_config_knows_of_choices_is_what_the_classes_say():
+def test_facts_of_choices_in_the_config_equal_those_of_the_classes():
     crosses = {name: mixer is not None and mixer.crosses_patches for name, mixer in MIXERS.items()}
     assert crosses == facts.CROSSES_PATCHES
     assert {name: fuse.keeps_outer for name, fuse in FUSIONS.items()} == facts.KEEPS_OUTER

@@ -1,4 +1,4 @@
-"""Every choice in every precision: autocast as CPUs and as GPUs do it, weights in half precision, one full float32."""
+"""Every choice in every precision: autocast of CPUs and of GPUs, weights in half precision, full float32."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def assert_near(rounded: Tensor, whole: Tensor, most: float) -> None:
     assert distance < most, float(distance)
 
 
-def test_the_emulated_policy_casts_as_autocast_on_a_gpu():
+def test_the_emulated_autocast_policy_is_that_of_a_gpu():
     half, single = torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(4, 4)
     with CudaAutocast():
         assert (single @ single).dtype == torch.nn.functional.linear(single, half).dtype == torch.bfloat16
@@ -102,8 +102,8 @@ def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
     assert_near(rounded, whole, HALVES[half])
 
 
-def test_queries_keys_and_values_are_of_one_type():
-    """As an attention kernel that no autocast list knows needs them."""
+def test_queries_keys_and_values_have_one_dtype():
+    """An attention kernel that no autocast list knows needs inputs of one dtype."""
     model = perturbed(NestedDiT(small_model("inner outer", qk_norm=True)))
     attention = model.inner_blocks[0].branches["mix"]
     with CudaAutocast():
@@ -114,7 +114,7 @@ def test_queries_keys_and_values_are_of_one_type():
 
 
 def shrunk(config: RunConfig, data: Path) -> RunConfig:
-    """A preset's kinds at small sizes: what it does, in a fraction of a second."""
+    """A preset with its choices at small sizes, which runs in a fraction of a second."""
     model, patch = config.model, config.model.patch_size
     outer = replace(model.outer, width=32, num_heads=4)
     inner = replace(model.inner, width=32 if model.inner.width == model.outer.width else 16, num_heads=2)
@@ -165,12 +165,12 @@ def loaded(folder: Path, half: torch.dtype) -> DiTInDiTPipeline:
 
 
 def cuda_autocast(kind: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[object]:
-    """In place of torch.autocast."""
+    """A replacement of torch.autocast with CUDA's policy."""
     return CudaAutocast(dtype) if dtype and enabled else nullcontext()
 
 
 def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: torch.dtype) -> None:
-    """Each draws what the float32 one draws, in float32."""
+    """Check that each pipeline gives images close to those in float32, as float32 images."""
     whole.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *whole._shape(), generator=torch.Generator().manual_seed(0))
     arguments = {"class_labels": [0, 1], "latents": noise, "num_inference_steps": 3, "output_type": "latent"}
@@ -184,7 +184,7 @@ def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: to
 @halves
 @policies
 @pytest.mark.parametrize("name", presets.NAMES)
-def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
+def test_every_preset_exports_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     pipe = pipeline_of(perturbed(NestedDiT(config.model)).eval(), config, ["a", "b", "c"])
     pipe.save_pretrained(tmp_path)
@@ -195,14 +195,14 @@ def test_every_preset_is_a_pipeline_in_half_precision(name, half, policy, data, 
 
 @halves
 @pytest.mark.parametrize("name", pretrained_models())
-def test_every_shipped_model_is_a_pipeline_in_half_precision(name, half, tmp_path):
+def test_every_pretrained_model_exports_a_pipeline_in_half_precision(name, half, tmp_path):
     export(pretrained_models()[name], tmp_path / "pipeline")
     whole = DiTInDiTPipeline.from_pretrained(tmp_path / "pipeline")
     check_draws(whole, [loaded(tmp_path / "pipeline", half)], half)
 
 
 @halves
-def test_a_model_in_half_precision_draws_what_the_whole_one_draws(half):
+def test_samples_in_half_precision_are_close_to_those_in_float32(half):
     config = RunConfig(model=small_model("outer inner"))
     config = replace(config, sample=replace(config.sample, sampler="euler", steps=4, guidance=2.0))
     model = perturbed(NestedDiT(config.model)).eval()
@@ -227,7 +227,7 @@ def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, mon
 
 @pytest.fixture
 def tf32():
-    """A process that others have set to TF32; as it began afterwards."""
+    """A process in which other code has turned on TF32; restored afterwards."""
 
     def switch(on: bool) -> None:
         torch.set_float32_matmul_precision("high" if on else "highest")
@@ -262,13 +262,13 @@ def test_full_float32_holds_for_products_and_convolutions(tf32):
     "where", ["backends", "backends.cudnn", "backends.cudnn.conv", "backends.cuda.matmul", "backends.mkldnn"]
 )
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_full_float32_holds_whatever_the_newer_switches_say(tf32, where, precision):
+def test_full_float32_overrides_the_newer_switches_of_pytorch(tf32, where, precision):
     attrgetter(where)(torch).fp32_precision = precision
     use_full_float32()
     assert is_full()
 
 
-def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
+def test_every_entry_point_computes_in_full_float32(tf32, data, tmp_path):
     config = shrunk(presets.get("dit-in-dit-s16"), data)
     run = tmp_path / "run"
     work = {
@@ -282,8 +282,8 @@ def test_whatever_computes_computes_in_full_float32(tf32, data, tmp_path):
         assert is_full(), name
 
 
-def test_every_command_that_takes_a_device_picks_it():
-    """And so computes in full float32."""
+def test_every_command_with_a_device_option_uses_pick_device():
+    """`pick_device` turns on full float32."""
     commands = Path(cli.__file__).parent.glob("*.py")
     taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
     assert taking.keys() >= {"train", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
@@ -291,7 +291,7 @@ def test_every_command_that_takes_a_device_picks_it():
         assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`
 
 
-def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a_cpu_for_the_same(tmp_path):
+def test_evaluations_record_the_precision_and_older_ones_from_a_cpu_count_as_float32(tmp_path):
     paths = []
     for name, torch_version, named in (
         ("new", "2.13.0+cu130", {"precision": FULL}),
@@ -308,7 +308,7 @@ def test_the_evaluation_protocol_names_the_precision_and_takes_older_ones_from_a
         compare(paths)
 
 
-def test_trials_from_before_the_precision_was_named_stand_beside_later_ones():
+def test_trials_without_a_recorded_precision_are_compared_with_later_ones():
     ended = {
         Path(str(seed)): Result("a", seed, "done", 1, {}, {}, protocol)
         for seed, protocol in enumerate([{"images": 4}, {"images": 4, "precision": FULL}])

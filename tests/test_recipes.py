@@ -1,4 +1,4 @@
-"""Recipes: the launch on any number of GPUs is the same run, and its estimates are the textbook's."""
+"""Launch plans: on any number of GPUs the run is the same, and estimates follow the textbook formulas."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dit_in_dit.cli import main, parser
 from dit_in_dit.cli.options import chosen_config
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import first_difference, override
+from dit_in_dit.config.files import first_difference, override
 from dit_in_dit.inspection.launch_plan import GPUS, recipe
 from test_cli import lines_of
 
 
 def launched(command: str):
-    """The config that a printed command trains, and how many processes it starts."""
+    """Config and number of processes of a printed command."""
     words = shlex.split(command)
     nodes = int(words[words.index("--nodes") + 1]) if "--nodes" in words else 1
     if "--wrap" in words:
@@ -29,7 +29,7 @@ def launched(command: str):
 
 
 @pytest.mark.parametrize("name", ["dit-s2", "dit-in-dit-s16", "dit-xl2"])
-def test_every_launch_is_the_same_run(name):
+def test_every_launch_plan_trains_on_the_same_examples(name):
     preset = presets.get(name)
     for gpus in (1, 8, 64):
         found = recipe(name, preset, gpus)
@@ -41,7 +41,7 @@ def test_every_launch_is_the_same_run(name):
         assert not first_difference(preset, replace(config, train=replace(config.train, **shared)))
 
 
-def test_time_is_six_flops_per_mac_over_the_peak_that_is_reached():
+def test_time_is_six_flops_per_mac_over_the_assumed_throughput():
     """DiT-XL/2 takes 118.64 "Gflops" forward (Peebles & Xie 2023), which are MACs."""
     found = recipe("dit-xl2", presets.get("dit-xl2"), 8, gpu="a100", mfu=0.5)
     assert found.step == pytest.approx(3 * 2 * 118.64e9 * 256 / (8 * 312e12 * 0.5), rel=0.002)
@@ -49,7 +49,7 @@ def test_time_is_six_flops_per_mac_over_the_peak_that_is_reached():
     assert found.images == pytest.approx(256 / found.step)
 
 
-def test_memory_is_state_and_activations_and_fits():
+def test_planned_memory_is_state_plus_activations_and_fits():
     preset = presets.get("dit-xl2")
     few, many = (recipe("dit-xl2", preset, gpus) for gpus in (64, 8))
     # 22 bytes for each of 675 M parameters, and 0.66 GB an image (README: 5.3 GB for eight).
@@ -63,7 +63,7 @@ def test_memory_is_state_and_activations_and_fits():
             assert state + 2 * (small.memory - state) > 0.9e9 * capacity
 
 
-def test_where_no_image_fits_activations_are_recomputed_and_then_it_is_refused():
+def test_if_no_image_fits_activations_are_recomputed_and_then_the_plan_is_refused():
     preset = override(presets.get("dit-in-dit-xl2"), ["model.depth=32"])
     tight = recipe("dit-in-dit-xl2", preset, 8, gpu="rtx4090")
     assert tight.recompute == "both"

@@ -1,4 +1,4 @@
-"""Runs that are given away: averaged weights alone, in half the bytes; and those that come with the package."""
+"""Releases (averaged weights in float16), and the pretrained models of the package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import with_train
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import config_hash
+from dit_in_dit.config.files import config_hash
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.release import export_release, write_card
@@ -50,7 +50,7 @@ def drawn(name: Path | str, out: Path, *words: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("precision", "error"), [("float32", 0.0), ("float16", 1e-3), ("bfloat16", 1e-2)])
-def test_a_slim_run_holds_the_average_and_draws_what_the_run_draws(run, tmp_path, precision, error):
+def test_a_release_holds_the_averaged_weights_and_gives_the_samples_of_the_run(run, tmp_path, precision, error):
     main(["export", str(run), "--format", "run", "--precision", precision, "--out", str(tmp_path / "slim")])
     folder = checkpoint.newest(tmp_path / "slim").folder
     kept, own = (
@@ -74,7 +74,7 @@ def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
         assert front["library_name"] == "dit-in-dit", folder  # diffusers' classes load a pipeline's folder alone
 
 
-def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_path):
+def test_a_release_cannot_be_resumed_but_used_for_a_warm_start(run, run_config, tmp_path):
     export_release(run, tmp_path / "slim")
     with pytest.raises(UserError, match="holds averaged weights alone"):
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
@@ -84,7 +84,7 @@ def test_a_slim_run_cannot_be_trained_on_but_begun_with(run, run_config, tmp_pat
     assert begun.values["begun"].new == 0
 
 
-def test_what_cannot_be_given_away_is_one_line_and_leaves_nothing(run, tmp_path):
+def test_a_run_that_cannot_be_exported_is_a_one_line_error_and_leaves_no_files(run, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
@@ -100,7 +100,7 @@ def test_what_cannot_be_given_away_is_one_line_and_leaves_nothing(run, tmp_path)
     export_release(run, tmp_path / "slim", precision="bfloat16")
 
 
-def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_path):
+def test_the_card_has_the_evaluation_of_the_exported_weights(run, run_config, tmp_path):
     export_release(run, tmp_path / "slim", licence="apache-2.0")
     assert "have not been evaluated" in (tmp_path / "slim/README.md").read_text()
     subject = run_subject(
@@ -115,7 +115,7 @@ def test_the_card_has_the_evaluation_of_the_given_weights(run, run_config, tmp_p
     assert config_hash(run_config) in text
 
 
-def test_a_shipped_run_is_found_by_its_name_unless_something_lies_there(run, tmp_path, monkeypatch):
+def test_a_pretrained_run_is_found_by_name_unless_a_file_has_that_path(run, tmp_path, monkeypatch):
     export_release(run, tmp_path / "models" / "small")
     monkeypatch.setattr(pretrained, "PLACES", (tmp_path / "nowhere", tmp_path / "models"))
     monkeypatch.chdir(tmp_path)
@@ -155,7 +155,7 @@ def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def small(run, tmp_path, monkeypatch):
-    """The folder of a shipped run of the name `small`, evaluated as it ships, seen from an empty working folder."""
+    """The folder of a pretrained run `small` with its evaluation, seen from an empty working folder."""
     out = tmp_path / "package" / "models" / "small"
     export_release(run, out)
     main(["evaluate", str(out), "-n", "5", "--device", "cpu"])
@@ -166,7 +166,7 @@ def small(run, tmp_path, monkeypatch):
     return out
 
 
-def test_every_command_that_takes_a_run_is_tried_with_a_shipped_one():
+def test_every_command_that_takes_a_run_is_tested_with_a_pretrained_one():
     commands = next(iter(parser()._subparsers._group_actions)).choices
     words = {name: [str(a.metavar) + str(a.help) for a in one._actions] for name, one in commands.items()}
     takes = {name for name, found in words.items() if any("RUN" in word or "a run" in word for word in found)}
@@ -176,7 +176,7 @@ def test_every_command_that_takes_a_run_is_tried_with_a_shipped_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", WITH_A_SHIPPED_RUN)
-def test_a_command_leaves_a_shipped_run_as_it_was_and_writes_into_the_working_folder(command, small, capsys):
+def test_commands_on_a_pretrained_run_write_into_the_working_folder_only(command, small, capsys):
     words, written = WITH_A_SHIPPED_RUN[command]
     before = listing(small.parent)
     device = [] if command in ("export", "compare", "curves") else ["--device", "cpu"]
@@ -188,7 +188,7 @@ def test_a_command_leaves_a_shipped_run_as_it_was_and_writes_into_the_working_fo
     assert listing(small.parent) == before
 
 
-def test_a_shipped_run_has_a_name_that_no_preset_takes(small, capsys, monkeypatch):
+def test_pretrained_runs_are_listed_beside_presets_of_the_same_name(small, capsys, monkeypatch):
     assert pretrained.find_run("models/small") == pretrained.find_run("small") == small
     monkeypatch.setattr(pretrained, "PLACES", (MODELS,))
     main(["presets"])
@@ -197,7 +197,7 @@ def test_a_shipped_run_has_a_name_that_no_preset_takes(small, capsys, monkeypatc
     assert set(SHIPPED) <= {line.split()[0] for line in listed.splitlines()}
 
 
-def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, run):
+def test_doctor_skips_training_checks_for_a_run_with_weights_alone(small, run):
     report = examine(read_config(small), torch.device("cpu"), small)
     whole = examine(read_config(run), torch.device("cpu"), run)
     assert report.step == whole.step
@@ -211,7 +211,7 @@ def test_a_run_that_holds_weights_alone_is_examined_but_for_its_training(small, 
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
+def test_pretrained_models_are_complete_small_and_documented(name):
     run = MODELS / name
     assert pretrained.pretrained_models()[name].samefile(run)
     assert sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) < MOST_BYTES
@@ -231,7 +231,7 @@ def test_a_shipped_model_is_whole_small_and_says_what_it_is(name):
     assert all(warning in card for warning in metrics["warnings"])
 
 
-def test_the_shipped_pair_costs_the_same_and_learnt_the_same_examples():
+def test_the_pretrained_pair_has_equal_cost_and_training_examples():
     from dit_in_dit.inspection import cost
 
     a, b = (read_config(MODELS / name) for name in SHIPPED)
@@ -241,14 +241,14 @@ def test_the_shipped_pair_costs_the_same_and_learnt_the_same_examples():
     assert (a.data, a.train, a.diffusion, a.sample, a.seed) == (b.data, b.train, b.diffusion, b.sample, b.seed)
 
 
-def test_the_shipped_pair_stands_in_one_table(capsys):
+def test_the_pretrained_pair_is_compared_in_one_table(capsys):
     main(["compare", *SHIPPED])
     table = capsys.readouterr().out
     assert re.search(r"emoji@\d+ +emoji-dit@\d+", table)
     assert "swd.32" in table
 
 
-def test_shipped_models_draw_images_with_the_white_ground_of_emoji(tmp_path, monkeypatch):
+def test_pretrained_models_draw_emoji_on_a_white_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no folder of that name lies here
     images = drawn("emoji", tmp_path / "out", "--classes", "smileys")
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
@@ -259,7 +259,7 @@ def test_shipped_models_draw_images_with_the_white_ground_of_emoji(tmp_path, mon
 # ------------------------------------------------------------------------------------- whole or not there
 
 
-def test_a_file_is_there_once_it_is_whole(tmp_path):
+def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     with atomic.file(path) as opened:
         opened.write(b"new")
@@ -273,7 +273,7 @@ def test_a_file_is_there_once_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_there_once_it_is_whole(tmp_path):
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     out = tmp_path / "in" / "folder"
     with pytest.raises(FileExistsError), atomic.folder(out) as beside:
         [(beside / "half").mkdir() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What was made fast equals what it stands for: values and gradients of the plain formulas."""
+"""Optimised code equals the plain formulas in values and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 2e-2)])
-def test_gelu_is_its_formula_everywhere(dtype, error):
+def test_gelu_equals_its_formula_in_every_dtype(dtype, error):
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -0.0, 0.0, 1e-30, 1e4])]).to(dtype)
     found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
     y, true = Gelu()(found), plain_gelu(expected)
@@ -38,7 +38,7 @@ def test_gelu_is_its_formula_everywhere(dtype, error):
 
 @pytest.mark.parametrize("stages", PROGRAMS)
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_model_is_that_of_plain_formulas(monkeypatch, stages, dtype, error):
+def test_the_fast_model_equals_one_of_plain_formulas(monkeypatch, stages, dtype, error):
     model = perturbed(NestedDiT(small_model(stages, inner={"aggregate": "attention"}))).to(dtype)
     x, t, y = inputs(model.config)
     # Times stay float32 features: only what comes after them is asked for so exactly.

@@ -1,4 +1,4 @@
-"""A nested model that begins as the trained DiT it is built around."""
+"""Warm start: a nested model starts from a trained DiT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import override
+from dit_in_dit.config.files import override
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
@@ -26,7 +26,7 @@ ORDERS = {"first": "inner*2 outer*4", "interleaved": "(inner outer*2)*2", "last"
 
 @pytest.fixture
 def plain(run_config, tmp_path):
-    """A DiT of four blocks that has learnt for a while, and its run."""
+    """A DiT of four blocks after some training, and its run."""
     config = replace(run_config, model=model("outer*4"))
     run = tmp_path / "dit"
     trainer = Trainer(config, open_source(config.data, config.model), torch.device("cpu"))
@@ -52,7 +52,7 @@ def losses(facts):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_nested_model_begins_as_the_dit_bit_for_bit_and_then_learns_inside(plain, tmp_path, order):
+def test_a_warm_started_model_equals_the_dit_bit_for_bit_and_then_trains_its_inner_level(plain, tmp_path, order):
     config, run, trainer = plain
     ours = with_train(nested(config, run, ORDERS[order]), steps=10)
     begun = Trainer(ours, trainer.source, torch.device("cpu"))
@@ -83,7 +83,7 @@ def test_a_nested_model_begins_as_the_dit_bit_for_bit_and_then_learns_inside(pla
         ("outer*3 inner", {"fuse": "add"}, False),  # a block is gone
     ],
 )
-def test_it_is_said_whether_the_output_stays(plain, stages, inner, exact):
+def test_a_warm_start_reports_whether_the_output_is_unchanged(plain, stages, inner, exact):
     config, run, trainer = plain
     ours = nested(config, run, stages, **inner)
     begun = Trainer(ours, trainer.source, torch.device("cpu"))
@@ -93,7 +93,7 @@ def test_it_is_said_whether_the_output_stays(plain, stages, inner, exact):
     assert begun.begun.exact == exact
 
 
-def test_fewer_outer_blocks_are_taken_evenly_or_as_named(plain):
+def test_fewer_outer_blocks_are_copied_evenly_or_as_named(plain):
     config, run, trainer = plain
     theirs = [block.branches["mlp"][0].weight for block in trainer.model.outer_blocks]
     for blocks, expected in ((None, [0, 2, 3]), ([0, 1, 3], [0, 1, 3])):
@@ -120,7 +120,7 @@ def test_frozen_outer_weights_stay_and_a_lower_rate_moves_them_less(plain, tmp_p
     assert 0.05 < steps[0.1] / steps[1] < 0.2
 
 
-def test_a_warm_started_run_resumes_without_what_it_began_with(plain, tmp_path):
+def test_a_warm_started_run_resumes_without_the_run_it_started_from(plain, tmp_path):
     config, run, _ = plain
     ours = nested(config, run, "outer*4 inner")
     list(train(ours, tmp_path / "unbroken", device="cpu"))
@@ -141,7 +141,7 @@ def test_a_warm_started_run_resumes_without_what_it_began_with(plain, tmp_path):
         (["train.init=nowhere"], "no run at nowhere"),
     ],
 )
-def test_what_does_not_fit_is_named(plain, change, message):
+def test_a_warm_start_with_other_shapes_names_the_parameter(plain, change, message):
     config, run, trainer = plain
     with pytest.raises(UserError, match=message):
         Trainer(override(nested(config, run, "outer*4 inner"), change), trainer.source, torch.device("cpu"))

@@ -17,7 +17,8 @@ from PIL import Image
 from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.metrics.metric import METRICS, Metric
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import arms

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.run import replace_keys, to_yaml
+from dit_in_dit.config.files import replace_keys, to_yaml
 from dit_in_dit.study.plan import StudyConfig
 from dit_in_dit.study.planning import begin, plan_study
 from dit_in_dit.study.queue import Queue

@@ -18,7 +18,7 @@ import yaml
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import replace_keys
+from dit_in_dit.config.files import replace_keys
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table

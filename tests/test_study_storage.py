@@ -16,7 +16,8 @@ from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackErro
 from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.storage import AwayError, Storage, _reason, parse_url, show
 from dit_in_dit.study.worker import work

@@ -19,7 +19,8 @@ import torch
 import yaml
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.plan import Plan, StudyConfig

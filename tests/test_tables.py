@@ -10,7 +10,7 @@ from dit_in_dit.cli import options
 from dit_in_dit.reporting.tables import text_table
 
 
-def test_numbers_stand_at_the_right_and_words_at_the_left():
+def test_numbers_are_aligned_right_and_words_left():
     table = text_table(["arm", "steps", "of"], [["plain", 12, "a"], ["nested", "1,234", "b c"]])
     assert table.splitlines() == [
         "  arm     steps  of",
@@ -19,13 +19,13 @@ def test_numbers_stand_at_the_right_and_words_at_the_left():
     ]
 
 
-def test_a_table_without_heads_and_one_with_gaps():
+def test_tables_may_lack_heads_and_cells():
     assert text_table([], [["a", None], ["bb", 2]]).splitlines() == ["  a   -", "  bb  2"]
     assert text_table(["", "x"], []) == ""
 
 
 @pytest.mark.parametrize("name", ["[red]arm[/red]", "[/]", ":smile:", "<script>", "a\\[b]", "50% [bold]"])
-def test_a_name_is_no_markup(name):
+def test_names_in_tables_are_not_read_as_markup(name):
     assert text_table(["", "x"], [[name, 1]]).splitlines()[1] == f"  {name}  1"
     assert name in text_table([name], [["a"]])
 
@@ -35,7 +35,7 @@ def test_wide_characters_are_aligned():
     assert (first, second) == ("  日本  |", "  abcd  |")
 
 
-def test_nothing_is_cut_whatever_the_width():
+def test_no_cell_is_truncated_at_any_width():
     words, numbers = " ".join(["word"] * 60), [f"{n}" * 12 for n in range(1, 10)]
     rows = [[words, *numbers, "of " + words]]
     (line,) = text_table([], rows).splitlines()  # a pipe: one line
@@ -47,7 +47,7 @@ def test_nothing_is_cut_whatever_the_width():
         assert all(number in lines[0] for number in numbers)  # numbers do not wrap
 
 
-def test_a_pipe_gets_the_whole_line_and_a_terminal_its_width(monkeypatch, capsys):
+def test_tables_wrap_on_a_terminal_but_not_in_a_pipe(monkeypatch, capsys):
     row = ["name", "word " * 40]
     options.print_table(["a", "b"], [row], title="title")
     assert capsys.readouterr().out.splitlines()[:2] == ["", "title"]

@@ -1,4 +1,4 @@
-"""The Triton kernel against the plain formula: in Triton's interpreter on a CPU, and on a GPU where there is one."""
+"""The Triton kernel against the plain formula: in Triton's interpreter on a CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def in_double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float, *, apart: bool = False) -> None:
-    """Outputs and gradients, for heads cut from one tensor as a model cuts them, or `apart`."""
+    """Outputs and gradients, for heads split from one tensor as in a model, or separate (`apart`)."""
     groups, heads, length, width = shape
     draw = torch.Generator().manual_seed(0)
     qkv, grad = (torch.randn(groups, length, n, heads, width, generator=draw).to(device, dtype) for n in (3, 1))
@@ -62,7 +62,7 @@ def test_the_kernel_is_softmax_attention_on_a_gpu(shape, dtype, error):
     check(shape, "cuda", dtype, error)
 
 
-def test_what_the_kernel_cannot_do_is_left_to_pytorch():
+def test_inputs_outside_the_kernels_limits_go_to_pytorch():
     q = torch.zeros(2, 2, 4, 8)
     for queries, keys in (
         (q[:, :, :1], q),  # pooling: fewer queries than keys
@@ -73,12 +73,12 @@ def test_what_the_kernel_cannot_do_is_left_to_pytorch():
         assert not fits(queries, keys)
 
 
-def test_nothing_goes_to_the_kernel_where_nothing_was_measured():
+def test_the_kernel_is_off_by_default():
     assert layers.TINY_UP_TO == {}
 
 
 def check_model() -> None:
-    """A model that takes the kernel is the same model, and its outer attention fits too."""
+    """A model with the kernel gives the same results; its outer attention fits too."""
     model = perturbed(NestedDiT(small_model("inner outer inner")))
     results = []
     for longest in (0, 8):

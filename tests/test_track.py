@@ -1,4 +1,4 @@
-"""Trackers: a run that is resumed is one run there, with its scalars, sample grids and curves; JSON lines always."""
+"""Trackers: a resumed run is one tracked run, with scalars, sample grids and curves; JSON lines are always written."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
-from dit_in_dit.training.trackers import TRACKERS, chosen_trackers, told
+from dit_in_dit.training.trackers import TRACKERS, chosen_trackers, log_to
 from test_cli import TINY, lines_of
 
 STEPS = 6
 
 
 def follow(config, run: Path, names, *, resume: bool = False, stop: int = STEPS + 1) -> list[str]:
-    """Train and draw as the command does, until a process that is killed after step `stop`; the warnings."""
+    """Train and draw as the command does, and stop as if killed after step `stop`; returns the warnings."""
     warnings: list[str] = []
-    facts = told(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
+    facts = log_to(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
     for fact in facts:
         if fact.kind == "samples":
             path = run / "samples" / f"{fact.step:07d}.png"
@@ -51,12 +51,12 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    """Drawing them takes seconds, and one test looks at them."""
+    """No curves: drawing takes seconds, and only one test needs them."""
     monkeypatch.setattr("dit_in_dit.training.trackers._curves", lambda run: [])
 
 
 def twice(config, run: Path, names) -> dict[int, float]:
-    """Killed after step 5, two steps past its checkpoint, and resumed; the losses that the log has."""
+    """Train, killed after step 5, two steps past its checkpoint, and resume; returns the losses of the log."""
     assert not follow(config, run, names, stop=5)
     assert not follow(config, run, chosen_trackers(None, run), resume=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").open()]
@@ -78,7 +78,7 @@ def test_tensorboard_holds_each_step_once_after_a_resume_and_the_pictures(config
     assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": "tensorboard"}
 
 
-def test_a_tracker_of_the_user_needs_no_package_of_its_name(no_curves, config, run, monkeypatch):
+def test_a_users_tracker_needs_no_package_of_its_name(no_curves, config, run, monkeypatch):
     class Mine:
         def __init__(self, run: Path, config: Any, identity: str, step: int) -> None:
             self.identity = identity or "one"
@@ -108,7 +108,7 @@ def test_a_tracker_of_the_user_needs_no_package_of_its_name(no_curves, config, r
 
 
 def records(path: Path) -> Iterator[Any]:
-    """What a .wandb file holds: protocol buffers in the form of LevelDB's log, in blocks of 32 KiB."""
+    """Records of a .wandb file: protocol buffers in the format of LevelDB's log, in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, at, whole = path.read_bytes(), 7, b""
@@ -180,7 +180,7 @@ def test_mlflow_holds_one_run_after_a_resume(no_curves, config, run, tmp_path, m
 
 
 class Notes:
-    """A module with the interface of wandb or trackio; what it was called with."""
+    """A stand-in for wandb or trackio that records its calls."""
 
     __spec__ = ModuleSpec("stand-in", None)
 
@@ -203,7 +203,7 @@ class Notes:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_resumed_run_is_begun_under_the_same_name(no_curves, config, run, monkeypatch, name):
+def test_a_resumed_run_keeps_its_identity_at_the_tracker(no_curves, config, run, monkeypatch, name):
     notes = Notes()
     monkeypatch.setitem(sys.modules, name, notes)
     losses = twice(config, run, [name])
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_begun_under_the_same_name(no_curves, config, run, monk
     ]  # fmt: skip
 
 
-def test_a_tracker_that_fails_ends_nothing_and_is_named_once(no_curves, config, run, monkeypatch):
+def test_a_failing_tracker_is_dropped_with_one_warning(no_curves, config, run, monkeypatch):
     notes = Notes()
     notes.log = lambda values, step: (_ for _ in ()).throw(ConnectionError("the network\nis down"))
     monkeypatch.setitem(sys.modules, "wandb", notes)
@@ -228,7 +228,7 @@ def test_a_tracker_that_fails_ends_nothing_and_is_named_once(no_curves, config, 
     assert len(events.Scalars("train/loss")) == STEPS
 
 
-def test_a_tracker_that_cannot_begin_costs_one_line(config, run, monkeypatch):
+def test_a_tracker_that_cannot_start_is_a_one_line_error(config, run, monkeypatch):
     notes = Notes()
     notes.init = lambda **options: (_ for _ in ()).throw(PermissionError("no key"))
     monkeypatch.setitem(sys.modules, "wandb", notes)
@@ -236,9 +236,9 @@ def test_a_tracker_that_cannot_begin_costs_one_line(config, run, monkeypatch):
         follow(config, run, ["wandb"])
 
 
-def test_the_facts_are_those_without_trackers(no_curves, config, tmp_path):
+def test_trackers_leave_the_events_of_a_run_unchanged(no_curves, config, tmp_path):
     def facts(run: Path, names: list[str]) -> Iterator[tuple[str, int]]:
-        for fact in told(train(config, run, device="cpu"), names, run, print):
+        for fact in log_to(train(config, run, device="cpu"), names, run, print):
             assert isinstance(fact, Event)
             yield fact.kind, fact.step
 
@@ -247,7 +247,7 @@ def test_the_facts_are_those_without_trackers(no_curves, config, tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_the_command_tells_who_it_is_asked_to_and_goes_on_doing_so(no_curves, folder, run, capsys, monkeypatch):
+def test_the_track_option_is_remembered_on_resume(no_curves, folder, run, capsys, monkeypatch):
     words = ["train", *TINY, "--set", f"data.source={folder}", "--out", str(run), "--device", "cpu"]
     assert "did you mean 'tensorboard'" in lines_of([*words, "--track", "tensorbord"], capsys)
     with monkeypatch.context() as patch:
@@ -264,7 +264,7 @@ def test_the_command_tells_who_it_is_asked_to_and_goes_on_doing_so(no_curves, fo
     assert len(list((run / "tensorboard").iterdir())) == 2
 
 
-def test_every_tracker_has_its_name_in_the_help(capsys):
+def test_the_help_names_every_tracker(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     printed = capsys.readouterr().out

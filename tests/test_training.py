@@ -1,4 +1,4 @@
-"""A run is a function of its config: same seed, same result; stopped and resumed, same result."""
+"""A run is a function of its config: the same seed, or a stop and a resume, give the same result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from conftest import small_model, with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig, DiffusionConfig
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
@@ -46,7 +47,7 @@ def examples(config) -> Examples:
     return Examples(open_source(config.data, config.model), config)
 
 
-def test_the_same_seed_gives_the_same_lines_twice(run_config, tmp_path):
+def test_the_same_seed_gives_the_same_log(run_config, tmp_path):
     for name in ("a", "b"):
         run(run_config, tmp_path / name)
     assert (tmp_path / "a/log.jsonl").read_bytes() == (tmp_path / "b/log.jsonl").read_bytes()
@@ -55,7 +56,7 @@ def test_the_same_seed_gives_the_same_lines_twice(run_config, tmp_path):
     assert (tmp_path / "a/log.jsonl").read_bytes() != (tmp_path / "c/log.jsonl").read_bytes()
 
 
-def test_training_draws_nothing_from_the_global_generators(run_config, tmp_path):
+def test_training_leaves_the_global_random_generators_unchanged(run_config, tmp_path):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     run(run_config, tmp_path / "run")
@@ -75,7 +76,7 @@ def test_resumed_run_equals_unbroken_run(run_config, tmp_path):
     assert hashes(tmp_path / "broken") == hashes(tmp_path / "unbroken")
 
 
-def test_a_resumed_log_repeats_no_line_and_mends_half_a_line(run_config, tmp_path):
+def test_a_resumed_log_repeats_no_line_and_repairs_a_cut_line(run_config, tmp_path):
     run(run_config, tmp_path / "unbroken")
     stopped = train(run_config, tmp_path / "killed", device="cpu")
     list(islice(stopped, 9))  # three lines after the checkpoint that it goes on from
@@ -86,12 +87,12 @@ def test_a_resumed_log_repeats_no_line_and_mends_half_a_line(run_config, tmp_pat
     assert log.read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
 
 
-def test_a_finished_run_resumes_to_nothing(run_config, tmp_path):
+def test_resuming_a_finished_run_does_nothing(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     assert [fact.kind for fact in run(run_config, tmp_path / "run", resume=True)] == ["start"]
 
 
-def test_a_run_is_not_overwritten_nor_resumed_as_another(run_config, tmp_path):
+def test_a_run_is_neither_overwritten_nor_resumed_with_another_config(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     with pytest.raises(UserError, match="--resume"):
         run(run_config, tmp_path / "run")
@@ -115,7 +116,7 @@ def test_a_run_is_not_resumed_with_an_edited_config_or_other_classes(run_config,
         run(run_config, out, resume=True)
 
 
-def test_torn_timing_is_mended_and_strange_logs_are_refused(run_config, tmp_path):
+def test_a_cut_timing_file_is_repaired_and_foreign_logs_are_refused(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     timing = tmp_path / "run/timing.jsonl"
     before = timing.read_bytes()
@@ -142,7 +143,7 @@ def test_accumulation_changes_neither_examples_nor_gradients(run_config, tmp_pat
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(run_config):
+def test_the_number_of_loader_workers_changes_no_example(run_config):
     reader = examples(run_config)
     for a, b in zip(load_batches(reader, 2, 6, 0, pin=False), load_batches(reader, 2, 6, 2, pin=False), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -150,7 +151,7 @@ def test_workers_change_nothing(run_config):
 
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 50), epoch=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
-def test_every_image_is_shown_once_an_epoch(seed, size, epoch):
+def test_every_image_is_shown_once_per_epoch(seed, size, epoch):
     shown = [image_number(seed, index, size) for index in range(epoch * size, (epoch + 1) * size)]
     assert sorted(shown) == list(range(size))
 
@@ -173,7 +174,7 @@ def test_labels_are_dropped_and_images_flipped_at_their_rates(run_config):
     assert plain.noise.std().item() == pytest.approx(1, abs=0.02)
 
 
-def test_the_second_moment_decays_as_asked(run_config):
+def test_beta2_sets_the_decay_of_the_second_moment(run_config):
     config = with_train(run_config, beta2=0.5)
     optimizer = Trainer(config, open_source(config.data, config.model), torch.device("cpu")).optimizer
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.5)}
@@ -246,7 +247,7 @@ def test_log_and_timing_are_json_lines(run_config, tmp_path):
     assert all(line["images_per_second"] > 0 for line in timing)
 
 
-def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
+def test_resume_passes_over_a_damaged_checkpoint(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     saved = checkpoint.newest(tmp_path / "run")
     folder, manifest = saved.folder, saved.manifest
@@ -259,7 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, tmp_path):
     assert checkpoint.newest(tmp_path / "run").step == 3
 
 
-def test_only_the_newest_checkpoints_stay(run_config, tmp_path):
+def test_only_the_newest_checkpoints_are_kept(run_config, tmp_path):
     run(with_train(run_config, checkpoint_every=1), tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["0000005", "0000006"]
 
@@ -275,7 +276,7 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
         assert sum(value**2 for value in parts.values()) ** 0.5 == pytest.approx(line["grad_norm"], rel=1e-5)
 
 
-def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, tmp_path):
+def test_a_run_is_locked_until_its_process_ends(run_config, tmp_path):
     list(train(with_train(run_config, steps=3), tmp_path / "run"))
     hold = (
         "import sys, time; from pathlib import Path; from dit_in_dit.runs.folder import lock_run\n"
@@ -297,7 +298,7 @@ def test_a_run_is_trained_by_one_process_at_a_time_until_that_dies(run_config, t
 
 @pytest.fixture
 def half_run(run_config, folder, tmp_path):
-    """Half of a run on a copy of the small folder: its config, the run and the copy."""
+    """The first half of a run on a copy of the small folder: config, run and copy."""
     images = tmp_path / "set"
     shutil.copytree(folder, images)
     config = replace(run_config, data=replace(run_config.data, source=str(images)))
@@ -306,7 +307,7 @@ def half_run(run_config, folder, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "replaced", "renamed"])
-def test_data_that_changed_are_noticed_when_a_run_is_resumed(half_run, change):
+def test_resume_refuses_data_that_changed(half_run, change):
     config, out, images = half_run
     some = sorted(images.glob("*/*.png"))[0]
     match change:
@@ -333,7 +334,7 @@ def test_a_run_resumes_with_its_data_at_another_place(half_run, run_config, tmp_
     assert hashes(out) == hashes(tmp_path / "unbroken")
 
 
-def test_a_run_whose_data_moved_is_measured_and_verified_where_they_are(half_run, tmp_path, monkeypatch, capsys):
+def test_evaluate_and_verify_resume_take_the_new_place_of_a_runs_data(half_run, tmp_path, monkeypatch, capsys):
     from dit_in_dit.cli import main
 
     config, out, images = half_run
@@ -348,7 +349,7 @@ def test_a_run_whose_data_moved_is_measured_and_verified_where_they_are(half_run
     assert "no such file" not in capsys.readouterr().err
 
 
-def test_what_comes_to_lie_beside_the_data_of_a_run_does_not_end_it(run_config, folder, tmp_path):
+def test_new_files_beside_the_data_do_not_stop_a_resume(run_config, folder, tmp_path):
     shards = tmp_path / "set"
     shards.mkdir()
     with tarfile.open(shards / "0.tar", "w") as archive:
@@ -361,7 +362,7 @@ def test_what_comes_to_lie_beside_the_data_of_a_run_does_not_end_it(run_config, 
     assert fact.step == config.train.steps
 
 
-def test_relative_shards_are_found_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
+def test_relative_paths_of_shards_work_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     for number in range(2):
         with tarfile.open(tmp_path / f"here/part-{number}.tar", "w") as archive:
@@ -376,7 +377,7 @@ def test_relative_shards_are_found_from_another_working_folder(run_config, folde
         assert run(config, tmp_path / name, resume=True)[-1].step == 6
 
 
-def test_a_relative_place_is_found_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
+def test_a_relative_data_path_works_from_another_working_folder(run_config, folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "here/set")
     config = replace(run_config, data=replace(run_config.data, source="set"))
     monkeypatch.chdir(tmp_path / "here")
@@ -389,7 +390,7 @@ def test_a_relative_place_is_found_from_another_working_folder(run_config, folde
         run(with_train(config), tmp_path / "run", resume=True)
 
 
-def test_a_checkpoint_that_notes_no_data_resumes_and_says_so(half_run):
+def test_a_checkpoint_without_a_data_record_resumes_with_a_notice(half_run):
     config, out, _ = half_run
     newest = checkpoint.newest(out)
     state, ema = (load_tensors(newest.folder / f"{name}.safetensors") for name in ("state", "ema"))
@@ -399,7 +400,7 @@ def test_a_checkpoint_that_notes_no_data_resumes_and_says_so(half_run):
     assert facts[-1].step == 6
 
 
-def test_a_run_that_begins_with_one_of_other_data_says_so(half_run, run_config, tmp_path):
+def test_a_warm_start_from_a_run_on_other_data_is_reported(half_run, run_config, tmp_path):
     config, out, images = half_run
     for name in ("same", "other"):
         init = with_train(config, init=str(out), steps=1)

@@ -1,4 +1,4 @@
-"""What a careful user would try: an edited config, broken numbers, a shipped model, the same folder twice."""
+"""Checks that protect users: edited configs, non-finite numbers, pretrained models, an output folder used twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from conftest import with_train
 from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, TrainConfig, config_hash, to_yaml
+from dit_in_dit.config.files import config_hash, to_yaml
+from dit_in_dit.config.run import RunConfig, TrainConfig
 from dit_in_dit.config.schema import key, to_dict
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.reporting.images import to_pixels
@@ -34,7 +35,7 @@ def trained(run_config, tmp_path):
 
 
 def refused(capsys, *arguments: object) -> str:
-    """The one line of a refused command."""
+    """The line that a refused command prints."""
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
     assert ended.value.code == 2
@@ -46,7 +47,7 @@ def refused(capsys, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export", "pipeline", "maps", "doctor", "init", "resume"])
-def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, run_config, tmp_path, capsys, command):
+def test_loading_weights_with_an_edited_config_is_refused(trained, run_config, tmp_path, capsys, command):
     path = trained / "config.yaml"
     path.write_text(path.read_text().replace("guidance: 2.0", "guidance: 3.0"))
     assert "guidance: 3.0" in path.read_text()
@@ -65,13 +66,13 @@ def test_a_config_that_was_edited_is_refused_by_whoever_loads_weights(trained, r
     assert "was changed since 0000006 was written: put it back" in refused(capsys, *arguments)
 
 
-def test_a_config_that_is_only_written_otherwise_is_the_same(trained):
+def test_a_config_in_another_yaml_style_is_accepted(trained):
     path = trained / "config.yaml"
     path.write_text("# mine\n" + to_yaml(read_config(trained)))
     Checkpoint.open(trained).model(torch.device("cpu"))
 
 
-def test_a_hash_of_a_later_version_is_not_taken_for_an_edited_config(trained, run_config, monkeypatch):
+def test_a_config_hash_of_a_later_version_is_not_an_edited_config(trained, run_config, monkeypatch):
     monkeypatch.setattr(checkpoint, "HASH_VERSION", 9)
     monkeypatch.setattr(checkpoint, "config_hash", lambda config: "another")
     tensors = {"weight": torch.zeros(1)}
@@ -81,7 +82,7 @@ def test_a_hash_of_a_later_version_is_not_taken_for_an_edited_config(trained, ru
         checkpoint.newest(trained)
 
 
-def test_samples_are_not_labelled_as_often_as_in_other_data(trained, run_config, tmp_path, capsys):
+def test_commands_that_need_label_frequencies_refuse_changed_data(trained, run_config, tmp_path, capsys):
     shutil.copytree(run_config.data.source, tmp_path / "images")
     moved = replace(run_config, data=replace(run_config.data, source=str(tmp_path / "images")))
     list(train(moved, tmp_path / "moved", device="cpu"))
@@ -102,14 +103,14 @@ class LaterRun(RunConfig):
     train: Later = key(Later, "training")
 
 
-def test_a_key_that_came_later_counts_in_the_hash_only_where_it_is_set():
+def test_a_later_key_is_hashed_only_if_it_is_set():
     now = RunConfig()
     then = LaterRun(train=Later(**to_dict(now.train)))
     assert config_hash(then) == config_hash(now)
     assert config_hash(replace(then, train=replace(then.train, novelty=1))) != config_hash(now)
 
 
-def test_the_hash_of_a_config_is_the_one_that_was_written_down():
+def test_config_hashes_equal_the_recorded_ones():
     assert config_hash(RunConfig()) == "baeaf33b0f8a7be0e35cb22089e4720a7ff3bcfc09b75a74e53588fe52cc12f7"
     for run in pretrained.pretrained_models().values():
         manifest = checkpoint.newest(run).manifest
@@ -148,7 +149,7 @@ def test_nan_never_becomes_pixels_or_a_file(broken, run_config, tmp_path, capsys
     assert not list(out.rglob("*.safetensors"))
 
 
-def test_pixels_are_of_finite_images_alone():
+def test_non_finite_images_do_not_become_pixels():
     images = torch.zeros(3, 3, 4, 4)
     assert to_pixels(images).shape == (3, 4, 4, 3)
     images[1, 0, 0, 0] = torch.inf
@@ -157,7 +158,7 @@ def test_pixels_are_of_finite_images_alone():
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
-def test_a_pipeline_gives_no_image_that_is_not_finite(broken, output_type):
+def test_a_pipeline_refuses_non_finite_images(broken, output_type):
     from dit_in_dit.interop.export_pipeline import pipeline_of
 
     saved = Checkpoint.open(broken)
@@ -199,7 +200,7 @@ BAD_JSON = [DEEP, "[]", "null", "{", '{"a": "\\ud800"}']
 
 @pytest.mark.parametrize("content", BAD_JSON)
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
-def test_a_damaged_identity_costs_one_line(trained, tmp_path, capsys, command, content):
+def test_a_damaged_identity_file_is_a_one_line_error(trained, tmp_path, capsys, command, content):
     file = {"sample": "samples.json", "evaluate": "identity.json"}[command]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / file).write_text(content)
@@ -218,7 +219,7 @@ def test_a_damaged_identity_costs_one_line(trained, tmp_path, capsys, command, c
         json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": 3}, "made with": []}),
     ],
 )
-def test_what_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tmp_path, capsys, content):
+def test_a_file_that_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tmp_path, capsys, content):
     good, bad = tmp_path / "good", trained / "evaluation/0000006"
     main(["evaluate", str(trained), "-n", "4", "--out", str(good)])
     bad.mkdir(parents=True)
@@ -228,7 +229,7 @@ def test_what_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tm
     assert "have not been evaluated" in (tmp_path / "given/README.md").read_text()
 
 
-def test_evaluations_that_nest_deeply_are_compared(tmp_path, capsys):
+def test_deeply_nested_evaluations_are_compared(tmp_path, capsys):
     for number, name in enumerate("ab"):
         protocol = '{"a":' * 900 + str(number) + "}" * 900
         (tmp_path / name).mkdir()
@@ -240,7 +241,7 @@ def test_evaluations_that_nest_deeply_are_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change", [{"classes": 3}, {"classes": [None]}, {"bytes": []}, {"bytes": {}}, {"sha256": {"a": 1}}, {"step": "6"}]
 )
-def test_a_manifest_of_other_types_is_a_damaged_one(trained, change):
+def test_a_manifest_with_wrong_types_is_damaged(trained, change):
     folder = checkpoint.newest(trained).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
@@ -253,7 +254,7 @@ def test_a_manifest_of_other_types_is_a_damaged_one(trained, change):
 # ------------------------------------------------------------------------------------------ shipped models, samples
 
 
-def test_commands_leave_a_shipped_model_as_it_is(tmp_path, monkeypatch, trained, run_config):
+def test_commands_do_not_change_a_pretrained_model(tmp_path, monkeypatch, trained, run_config):
     place = tmp_path / "package"
     shutil.copytree(trained, place / "tiny")
     monkeypatch.setattr(pretrained, "PLACES", (place,))
@@ -270,7 +271,7 @@ def test_commands_leave_a_shipped_model_as_it_is(tmp_path, monkeypatch, trained,
     main(["match", "--config", "new.yaml", "--like", "tiny"])
 
 
-def test_samples_drawn_otherwise_go_to_a_folder_of_their_own_and_can_be_evaluated(trained, tmp_path, monkeypatch):
+def test_samples_of_another_protocol_go_to_their_own_folder_and_can_be_evaluated(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["sample", "run", "-n", "20"])
     many = Image.open("samples/run/grid.png").size
@@ -282,7 +283,7 @@ def test_samples_drawn_otherwise_go_to_a_folder_of_their_own_and_can_be_evaluate
     assert json.loads(Path("evaluated/metrics.json").read_text())["subject"]["name"] == "samples/run"
 
 
-def test_class_names_are_found_as_people_write_them():
+def test_class_names_match_despite_spaces_and_unicode_forms():
     known = ["caf\u00e9", "salt, pepper", "salt", "b"]
     assert class_numbers("cafe\u0301", known) == [0]
     assert class_numbers("salt, pepper, b", known) == [1, 3]
@@ -291,13 +292,13 @@ def test_class_names_are_found_as_people_write_them():
         class_numbers("pepper", known)
 
 
-def test_a_recipe_keeps_what_it_was_given_and_its_defaults_fit(capsys):
+def test_a_recipe_keeps_the_given_settings_and_its_defaults_fit(capsys):
     main(["recipe", "emoji"])
     main(["recipe", "dit-in-dit-s2", "--gpus", "8", "--set", "train.steps=5"])
     assert "--set train.steps=5" in capsys.readouterr().out
 
 
-def test_a_folder_of_the_same_name_with_part_is_a_users_own(trained, tmp_path):
+def test_a_users_folder_named_like_a_temporary_one_is_kept(trained, tmp_path):
     (tmp_path / "keep.part").mkdir()
     (tmp_path / "keep.part/mine.txt").write_text("mine")
     export_release(trained, tmp_path / "keep")

@@ -1,4 +1,4 @@
-"""Learned variance: what is minimised, sampled and counted, against diffusers, closed forms and torch.distributions."""
+"""Learned variance: loss, samples and counts against diffusers, closed forms and torch.distributions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch.distributions import Normal, kl_divergence
 from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit import cost, sample, train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.variance import ancestral, posterior
@@ -45,7 +46,7 @@ def config(run_config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.parametrize("stages", PROGRAMS)
-def test_a_model_gives_twice_the_channels_and_costs_what_the_counter_says(stages):
+def test_learned_variance_doubles_the_channels_and_the_counted_cost_agrees(stages):
     plain = small_model(stages)
     model = replace(plain, learn_variance=True)
     out = NestedDiT(model)(*inputs(model))
@@ -54,7 +55,7 @@ def test_a_model_gives_twice_the_channels_and_costs_what_the_counter_says(stages
     assert cost.macs(model)["total"] > cost.macs(plain)["total"]
 
 
-def test_the_inner_path_s_share_is_that_of_the_prediction():
+def test_the_inner_contribution_is_measured_on_the_prediction_only():
     plain = small_model("outer*2 inner*2")
     model = perturbed(NestedDiT(replace(plain, learn_variance=True)))
     with watch_contribution(model) as before:
@@ -96,7 +97,7 @@ def terms(k: int, fraction: float, x: torch.Tensor, noise: torch.Tensor, predict
 
 @pytest.mark.parametrize("k", [0, 1, 2, 300, 999])
 @pytest.mark.parametrize("fraction", [-1.0, 0.2, 1.0])
-def test_the_loss_is_the_noise_s_error_plus_the_bound_s_term(k, fraction):
+def test_the_hybrid_loss_is_the_noise_error_plus_the_bound_term(k, fraction):
     x, noise = (normal(2, 3, 4, 4) * 0.7).clamp(-1, 1), normal(2, 3, 4, 4, seed=1)
     predicted = noise + 0.1 * normal(2, 3, 4, 4, seed=2)
     output = torch.cat([predicted, torch.full_like(predicted, fraction)], dim=1)
@@ -107,7 +108,7 @@ def test_the_loss_is_the_noise_s_error_plus_the_bound_s_term(k, fraction):
     torch.testing.assert_close(loss.double(), expected, rtol=2e-3 if k == 0 else 1e-4, atol=1e-6)
 
 
-def test_the_bound_moves_the_variance_and_not_the_prediction():
+def test_the_bound_term_has_no_gradient_in_the_prediction():
     x, noise = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1)
     t = torch.tensor([0.3, 0.8])
     alone = normal(2, 3, 4, 4, seed=2).requires_grad_()
@@ -118,7 +119,7 @@ def test_the_bound_moves_the_variance_and_not_the_prediction():
     assert output.grad[:, 3:].abs().min() > 0
 
 
-def test_on_the_flow_path_the_fraction_is_left_alone():
+def test_the_variance_fraction_has_no_gradient_on_the_flow_path():
     x, noise, t = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), torch.tensor([0.3, 0.8])
     objective, output = Objective(DiffusionConfig()), normal(2, 6, 4, 4, seed=2)
     loss = objective.loss(lambda *_: output, x, noise, t, None)
@@ -126,7 +127,7 @@ def test_on_the_flow_path_the_fraction_is_left_alone():
 
 
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
-def test_the_denoising_error_is_that_of_the_prediction(path):
+def test_the_denoising_error_ignores_the_variance_fraction(path):
     x, noise, output = normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), normal(2, 6, 4, 4, seed=2)
     objective = Objective(DiffusionConfig(path=path, predict="image"))
     whole, _ = objective.denoising_error(lambda *_: output, x, noise, 0.5, None)
@@ -138,7 +139,7 @@ def test_the_denoising_error_is_that_of_the_prediction(path):
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("learned", [True, False])
-def test_an_ancestral_step_is_that_of_diffusers(spacing, learned):
+def test_an_ancestral_step_equals_that_of_diffusers(spacing, learned):
     scheduler = diffusers.DDPMScheduler(
         clip_sample=False,
         timestep_spacing=spacing,
@@ -158,7 +159,7 @@ def test_an_ancestral_step_is_that_of_diffusers(spacing, learned):
     assert torch.equal(last, x)  # no noise goes into what comes out
 
 
-def test_the_posterior_is_bayes_rule():
+def test_the_posterior_follows_from_bayes_rule():
     """q(x_j | x_k, x) is proportional to q(x_k | x_j) q(x_j | x): precisions add."""
     scheduler = diffusers.DDPMScheduler()
     kept = scheduler.alphas_cumprod.double()
@@ -190,13 +191,13 @@ def test_ancestral_samples_have_the_distribution_of_the_data():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc"])
-def test_other_samplers_take_the_prediction_alone(sampler):
+def test_other_samplers_ignore_the_variance_fraction(sampler):
     noise, how = normal(2, 3, 4, 4), SampleConfig(sampler=sampler, steps=10)
     with_fraction = denoise(lambda x, t, y: torch.cat([x.tanh(), x], dim=1), DDPM, how, noise, None)
     assert torch.equal(with_fraction, denoise(lambda x, t, y: x.tanh(), DDPM, how, noise, None))
 
 
-def test_guidance_leaves_the_variance_and_the_later_channels_alone():
+def test_guidance_leaves_the_variance_and_unguided_channels_unchanged():
     def predict(x, t, y):
         return y.float()[:, None, None, None].expand(-1, 8, 2, 2).clone()
 
@@ -217,13 +218,13 @@ def test_a_sample_of_sampler_ddpm_does_not_depend_on_its_batch(config):
     assert np.abs(to_pixels(together).astype(int) - other).max() > 1
 
 
-def test_sampler_ddpm_without_noise_to_draw_is_refused():
+def test_sampler_ddpm_without_a_noise_source_is_refused():
     with pytest.raises(ValueError, match="give a function"):
         denoise(lambda x, t, y: x, DDPM, SampleConfig(sampler="ddpm"), normal(1, 1, 2, 2), None)
 
 
 def test_a_run_learns_its_variance(config, tmp_path):
-    """From zero heads, the rows of the fractions move."""
+    """Training moves the rows of the variance fraction in a head that starts at zero."""
     run = with_train(config, steps=6, checkpoint_every=6)
     kinds = [fact.kind for fact in train(run, tmp_path / "run")]
     assert kinds.count("step") == 6
@@ -243,7 +244,7 @@ def test_a_run_learns_its_variance(config, tmp_path):
         (["diffusion.path=ddpm", "sample.sampler=ddim", "sample.spacing=linspace"], "does not fit sampler ddim"),
     ],
 )
-def test_what_does_not_go_together_is_said(run_config, settings, part):
+def test_incompatible_keys_of_learned_variance_are_refused(run_config, settings, part):
     settings = [*settings, *(["sample.steps=50"] if not any("steps" in s for s in settings) else [])]
     with pytest.raises(UserError, match=part):
         override(run_config, settings)

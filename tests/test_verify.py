@@ -1,4 +1,4 @@
-"""`verify-resume` finds what it looks for, and says so."""
+"""`verify-resume` detects differences and reports them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dit_in_dit.training.trainer import Trainer
 
 @pytest.fixture
 def run(run_config, tmp_path, full, monkeypatch):
-    """A run that has only begun; the command's own trainings run in this process, but when all is tried."""
+    """A run that has just started; unless all faults are tested, the command trains in this process."""
     create(tmp_path / "run", run_config)
     if not full:
         monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     return tmp_path / "run"
 
 
-def test_a_stopped_run_is_found_equal(run, capsys):
+def test_verify_resume_reports_a_stopped_run_as_equal(run, capsys):
     before = sorted(run.rglob("*"))
     main(["verify-resume", str(run), "--steps", "5", "--stop", "2", "--device", "cpu"])
     said = capsys.readouterr().out
@@ -32,7 +32,7 @@ def test_a_stopped_run_is_found_equal(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
-def test_a_resume_that_forgets_something_is_found_different(run, capsys, monkeypatch):
+def test_verify_resume_detects_a_resume_that_loses_state(run, capsys, monkeypatch):
     monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     whole = Trainer.restore
 
@@ -49,7 +49,7 @@ def test_a_resume_that_forgets_something_is_found_different(run, capsys, monkeyp
     assert "does NOT end as an unbroken one" in found.err
 
 
-def test_a_stop_outside_the_steps_is_refused(run, capsys):
+def test_verify_resume_refuses_a_stop_outside_the_run(run, capsys):
     with pytest.raises(SystemExit) as end:
         main(["verify-resume", str(run), "--steps", "5", "--stop", "5"])
     assert end.value.code == 2

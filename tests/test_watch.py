@@ -59,7 +59,7 @@ def test_attention_weights_are_those_of_the_forward_pass(monkeypatch, mixer):
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_attention_is_seen_in_the_order_in_which_it_ran():
+def test_attention_is_observed_in_the_order_of_execution():
     model = made()
     with torch.no_grad(), watch_attention(model) as seen, watch_blocks(model) as blocks:
         model(*inputs(model.config))
@@ -86,7 +86,7 @@ def test_pooling_weights_rebuild_the_pooled_vector(kind):
     torch.testing.assert_close(rebuilt, module(inner))
 
 
-def test_concat_weighs_by_what_each_sub_patch_adds():
+def test_concat_weights_are_the_norms_of_each_sub_patchs_contribution():
     model = made(aggregate="concat")
     inner = torch.zeros(1, 8, 4, 16)
     inner[:, :, 2] = 1.0
@@ -133,7 +133,7 @@ def test_a_gate_that_starts_at_zero_contributes_nothing():
 
 @pytest.mark.parametrize("stages", ["inner*2 outer*2", "(inner outer)*2", "outer*2 inner*2", "inner outer*2 inner"])
 @pytest.mark.parametrize("inner", [{}, {"fuse": "gate", "condition": "patch", "mixer": "window"}])
-def test_without_the_inner_path_the_plain_dit_of_the_same_weights_is_left(stages, inner):
+def test_without_the_inner_path_the_output_is_that_of_the_plain_dit(stages, inner):
     model = made(stages, **inner)
     plain = NestedDiT(replace(model.config, use_inner=False)).eval()
     plain.load_state_dict(model.state_dict(), strict=False)
@@ -154,7 +154,7 @@ def test_without_the_inner_path_equals_a_gate_of_zero():
         assert torch.equal(model(*inputs(model.config)), shut(*inputs(model.config)))
 
 
-def test_nothing_is_left_where_the_inner_path_replaces_or_is_all_there_is():
+def test_plain_models_and_fuse_replace_cannot_run_without_the_inner_path():
     assert not can_run_without_inner(made("inner outer", fuse="replace"))
     assert not can_run_without_inner(NestedDiT(small_model("outer*2")))
 
@@ -196,14 +196,14 @@ def test_hooks_are_gone_after_an_error(context):
     assert hooks(model) == 0
 
 
-def test_watching_keeps_no_graph():
+def test_watching_keeps_no_autograd_graph():
     model = made()
     with watch_attention(model) as attention, watch_contribution(model) as contribution:
         model(*inputs(model.config)).square().mean().backward()
     assert not any(x.requires_grad for x in [*attention.values(), *contribution.values()])
 
 
-def test_queries_and_keys_come_image_by_image():
+def test_watched_queries_and_keys_have_an_image_axis():
     model = made(mixer="window")
     shapes = {}
     with torch.no_grad(), watch_heads(model, lambda name, q, k: shapes.update({name: (q.shape, k.shape)})):

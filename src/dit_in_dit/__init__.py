@@ -22,7 +22,7 @@ _HOMES = {
     "cost": ("dit_in_dit.inspection.cost", None),
     "register": ("dit_in_dit.config.choices", "register"),
     "RunConfig": ("dit_in_dit.config.run", "RunConfig"),
-    "UserError": ("dit_in_dit.config.run", "UserError"),
+    "UserError": ("dit_in_dit.config.errors", "UserError"),
     "inspect": ("dit_in_dit.inspection.trace", "inspect"),
     "NestedDiT": ("dit_in_dit.model.nested", "NestedDiT"),
     "sample": ("dit_in_dit.sampling.numbered", "sample"),

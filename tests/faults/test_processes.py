@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from conftest import SHARDED, small_model, with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import DataConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import with_train
-from dit_in_dit.config.run import to_yaml
+from dit_in_dit.config.files import to_yaml
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.interrupt import Interrupted, Stop
 from dit_in_dit.training.loop import train
@@ -174,7 +174,7 @@ def test_a_user_error_in_a_worker_ends_the_process_and_its_workers(tmp_path, con
 
 KEPT = """
 import sys
-from dit_in_dit.config.run import from_yaml
+from dit_in_dit.config.files import from_yaml
 from dit_in_dit.training.loop import train
 facts = train(from_yaml(open(sys.argv[1]).read()), sys.argv[2], device="cpu")
 print(next(facts).kind, next(facts).kind)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import with_train
-from dit_in_dit.config.run import DataConfig, RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create
 from dit_in_dit.runs.tensors import load_tensors

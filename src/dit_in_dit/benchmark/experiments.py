@@ -17,7 +17,8 @@ from dit_in_dit.benchmark.subjects import Make, check_other_dit, first_written, 
 from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import configs
 from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch, trainer_step
-from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 

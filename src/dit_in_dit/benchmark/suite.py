@@ -9,7 +9,8 @@ import torch
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
 from dit_in_dit.benchmark.timing import in_turns
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import ModelConfig, RunConfig, replace_keys
+from dit_in_dit.config.files import replace_keys
+from dit_in_dit.config.run import ModelConfig, RunConfig
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder where a file should go
         _refuse(str(error))
     except MemoryError:
-        _refuse("there is not enough memory for this: make the model, the batch or the images smaller")
+        _refuse("not enough memory: make the model, the batch or the images smaller")
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from dit_in_dit.cli.options import Commands, add_device, whole_number
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runtime.process import is_main
 
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from dit_in_dit.cli.options import Commands, add_config, chosen_config, print_table, whole_number
 from dit_in_dit.config import presets
+from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.config.run import ModelConfig, from_file, to_yaml
+from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, make_folder, print_table
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.run import RunConfig, from_file, to_yaml
+from dit_in_dit.config.files import from_file, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
 
 ROWS = {  # cost: its name in the table, and its unit

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.run import RunConfig, from_file, override
+from dit_in_dit.config.files import from_file, override
+from dit_in_dit.config.run import RunConfig
 
 MOST = 10**7  # largest whole number of an option, such as images per command
 

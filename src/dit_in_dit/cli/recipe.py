@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from dit_in_dit.cli.options import Commands, whole_number
 from dit_in_dit.config import presets
-from dit_in_dit.config.run import override
+from dit_in_dit.config.files import override
 
 USUAL = (1, 8, 64)  # GPUs
 FEW = 8  # images in a forward pass, below which a GPU probably waits for its host

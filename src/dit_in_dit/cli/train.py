@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, override
+from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.process import is_main
 
@@ -93,11 +94,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
     """The events, logged to the chosen trackers on process 0."""
-    from dit_in_dit.training.trackers import chosen_trackers, told
+    from dit_in_dit.training.trackers import chosen_trackers, log_to
 
     names = chosen_trackers(options.track, options.out) if is_main() else []
     return (
-        told(events, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
+        log_to(events, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
         if names
         else events
     )

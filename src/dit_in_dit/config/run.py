@@ -1,24 +1,16 @@
-"""The config of a run: groups of keys with the rules between them, read from and written to strict YAML."""
+"""The config of a run: groups of keys with the rules between them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import yaml
+from typing import ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
-from dit_in_dit.config.schema import PluginKeys, Section, key, keys, to_dict, to_hash
-from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
+from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 
 
 @dataclass(frozen=True)
@@ -353,94 +345,3 @@ class RunConfig(Section):
     def global_batch(self) -> int:
         """Examples per optimizer step."""
         return self.train.batch_size * self.train.accumulate
-
-
-# ---------------------------------------------------------------------------------------- YAML, hash
-
-
-class _Dumper(yaml.SafeDumper):
-    """Groups as blocks with one key per line; lists such as [32, 32] inline."""
-
-
-_Dumper.add_representer(
-    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
-)
-
-
-def from_yaml(text: str, what: str = "config") -> RunConfig:
-    """Read a config from YAML; missing keys take their defaults. Raises UserError."""
-    return _run(parse_yaml(text, what), what)
-
-
-def from_file(path: Path, what: str = "") -> RunConfig:
-    """Read a config from a YAML file; if that fails, a UserError names `what` the file is."""
-    return _run(read_yaml(path, f"{what} " if what else ""), truncate(path))
-
-
-def _run(values: Any, what: str) -> RunConfig:
-    if not isinstance(values, dict):
-        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {truncate(values, 40)!r}")
-    return RunConfig.from_dict(values)
-
-
-def first_difference(stored: RunConfig, given: RunConfig) -> str:
-    """The first key in which two configs differ, with both values; empty when they are equal."""
-    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, given))
-    for name in before | now:
-        if (a := before.get(name)) != (b := now.get(name)) and not isinstance(a, Section):
-            return f"{name} is {a}, not {b}"
-    return ""
-
-
-def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
-    """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key's meaning as a comment."""
-    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=math.inf)
-    if not meanings:
-        return text
-    lines, path = [], []  # type: ignore[var-annotated]
-    explained = {name: meaning for name, meaning, _ in keys(config)}
-    for line in text.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        path = [*path[:depth], line.split(":")[0].strip()]
-        lines.append(f"{line:<32}  # {explained['.'.join(path)]}")
-    return "\n".join(lines) + "\n"
-
-
-def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
-    """The config with `key.path=value` assignments applied together; values are read as YAML."""
-    return replace_keys(config, dict(assigned(assignment) for assignment in assignments))
-
-
-def assigned(assignment: str) -> tuple[str, Any]:
-    """Key and value of `key.path=value`; the value is read as YAML."""
-    name, equals, text = assignment.partition("=")
-    if not equals:
-        raise UserError(f"--set takes key=value: got {assignment!r}")
-    return name, parse_yaml(text, f"--set {name}") if text else ""
-
-
-def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The config with new values at dotted keys, checked after all are set. Raises UserError."""
-    values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
-    for name, value in changes.items():
-        if name not in known:
-            raise UserError(f"unknown key {name!r}{did_you_mean(name, known)}")
-        *groups, last = name.split(".")
-        target = values
-        for group in groups:
-            target = target.setdefault(group, {})
-            if not isinstance(target, dict):
-                raise UserError(
-                    f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one"
-                )
-        target[last] = value
-    return RunConfig.from_dict(values)
-
-
-HASH_VERSION = 2  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`
-
-
-def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the config's canonical JSON, the identity of a run. A later key counts only if it is not at its
-    default."""
-    return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

@@ -20,8 +20,8 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
     """A dataclass field with a meaning (printed beside it in YAML) and a closed range.
 
-    `added` is the first version of the config hash (`HASH_VERSION`) that includes the key. A key with `added` above 1
-    is left out of the hash at its default, so that older configs keep their hash: its default must never change.
+    `added` is the first version of the config hash (`files.HASH_VERSION`) that includes the key. A key with `added`
+    above 1 is left out of the hash at its default, so older configs keep their hash; its default must never change.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
     if isinstance(default, type):

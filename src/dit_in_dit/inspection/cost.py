@@ -96,6 +96,6 @@ def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> No
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:
         raise UserError(
-            f"training needs {needed / 1e9:,.0f} GB for the weights alone, there are {installed / 1e9:,.0f}: "
+            f"training needs {needed / 1e9:,.0f} GB for the weights alone, the machine has {installed / 1e9:,.0f}: "
             "make the model smaller (model.outer.width, the blocks, model.image_size)"
         )

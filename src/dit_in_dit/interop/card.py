@@ -12,8 +12,9 @@ import yaml
 from markupsafe import Markup
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import config_hash, replace_keys, to_yaml
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.config.run import RunConfig, config_hash, replace_keys, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.templates import code, code_block, render

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, assigned, override
+from dit_in_dit.config.files import assigned, override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights

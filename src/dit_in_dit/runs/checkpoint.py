@@ -20,7 +20,8 @@ from torch import Tensor
 from dit_in_dit import __version__
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import PluginWarning, UserError
-from dit_in_dit.config.run import HASH_VERSION, RunConfig, config_hash
+from dit_in_dit.config.files import HASH_VERSION, config_hash
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import integrity
 from dit_in_dit.runs.folder import noted_manifest, read_config

@@ -19,7 +19,8 @@ from typing import Any
 
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, from_file, to_yaml
+from dit_in_dit.config.files import from_file, to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic, integrity, lock
 from dit_in_dit.runs.retention import clear_unfinished, folders
 

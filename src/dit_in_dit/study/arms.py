@@ -17,7 +17,8 @@ import torch
 from dit_in_dit.benchmark.timing import Times, step_seconds
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import RunConfig, from_file, replace_keys
+from dit_in_dit.config.files import from_file, replace_keys
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.study.match import COST_NAMES, COUNTS, SECONDS_EACH, NoTwin, Twin, match, quick_times
 from dit_in_dit.study.plan import Arm, StudyConfig, slug

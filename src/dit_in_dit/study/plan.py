@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.files import assigned
 from dit_in_dit.config.plugins import missing_plugins
-from dit_in_dit.config.run import RunConfig, assigned
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml

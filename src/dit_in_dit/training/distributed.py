@@ -37,11 +37,11 @@ class Process:
     rank, size = 0, 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and prints for all."""
         return self.rank == 0
 
-    def led(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and broadcast its result, or re-raise its UserError on every rank."""
         return action()
 
@@ -82,16 +82,16 @@ class ProcessGroup(Process):
         )
         self.store.set_timeout(timedelta(seconds=ROLL_CALL))
 
-    def led(self, action: Callable[[], T]) -> T:
+    def on_main(self, action: Callable[[], T]) -> T:
         box: list[T | UserError | None] = [None]
-        if self.leads:
+        if self.is_main:
             try:
                 box = [action()]
             except UserError as error:
                 box = [error]
         dist.broadcast_object_list(box, group=self.control)
         if isinstance(box[0], UserError):
-            box[0].quiet = not self.leads  # one line, not one per process
+            box[0].quiet = not self.is_main  # one line, not one per process
             raise box[0]
         return box[0]  # type: ignore[return-value]
 

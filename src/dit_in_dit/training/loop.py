@@ -60,31 +60,29 @@ def train(
             trains the run, or training diverged.
         ProcessLostError: another process of the run ended or does not answer.
     """
-    run, place = Path(out), pick_device(device)
-    config = resolve_precision(config, place)
+    run, chosen_device = Path(out), pick_device(device)
+    config = resolve_precision(config, chosen_device)
     if model is None:
         check_plugin_parts(config.model)
-        cost.check_fits(config.model, place, moments=0 if optimizer else 2)
+        cost.check_fits(config.model, chosen_device, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
-    noted = checkpoint.noted_data(run) if resumed else None
-    source, noting = find_source(config, data, noted)  # takes minutes for many files, so before other processes wait
+    recorded = checkpoint.noted_data(run) if resumed else None
+    source, record = find_source(config, data, recorded)  # may take minutes, so before other processes wait
     same_bits = deterministic or config.train.reduction == "fixed"
-    with deterministic_algorithms(place, on=same_bits):  # before anything lies on the device
-        world = join(place, config.train.timeout)
-        trainer = Trainer(config, source, place, world, fresh=not resumed, model=model, make_optimizer=optimizer)
+    with deterministic_algorithms(chosen_device, on=same_bits):  # before any tensor is on the device
+        world = join(chosen_device, config.train.timeout)
+        trainer = Trainer(
+            config, source, chosen_device, world, fresh=not resumed, model=model, make_optimizer=optimizer
+        )
         with world.watched():
             if not resume:
-                world.led(lambda: create(run, config))
-            stored = world.led(lambda: read_config(run))  # before the lock, which needs a run
+                world.on_main(lambda: create(run, config))
+            stored = world.on_main(lambda: read_config(run))  # before the lock, which needs a run
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
-                session = Session(trainer, run, stop or Stop(), last, noting)
+                session = Session(trainer, run, stop or Stop(), last, record)
                 passed_over = session.restore(stored) if resume else ()
-                parameters = sum(p.numel() for p in trainer.model.parameters())
-                values = {"device": str(place), "precision": config.train.precision, "parameters": parameters}
-                values |= {"processes": world.size, "passed_over": passed_over, "begun": trainer.begun}
-                values |= {"unrecorded": resumed and not noted}
-                yield Event("start", trainer.step, {**values, "classes": source.classes, "skipped": source.skipped})
+                yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
                 yield from session.events()
 
 
@@ -92,5 +90,5 @@ def train(
 def _held(run: Path, world: Process) -> Iterator[None]:
     """Hold `lock_run` on rank 0; its error is raised on every rank."""
     with ExitStack() as stack:
-        world.led(lambda: stack.enter_context(lock_run(run)))
+        world.on_main(lambda: stack.enter_context(lock_run(run)))
         yield

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, first_difference
+from dit_in_dit.config.files import first_difference
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
@@ -54,7 +55,7 @@ class Session:
     def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
-        self.lines = StepLog(run, writes=self.world.leads, global_batch=self.config.global_batch)
+        self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
         self.batches: Iterator[Batch | str] = iter(())
         self.saved = -1  # the last step that has a checkpoint
 
@@ -72,20 +73,29 @@ class Session:
             raise UserError(
                 f"{run} was started with another config: {differing}; resume with that config, or use another --out"
             )
-        if not self.world.led(lambda: checkpoint.has_any(run)):
+        if not self.world.on_main(lambda: checkpoint.has_any(run)):
             return ()
-        saved = self.world.led(lambda: checkpoint.newest(run, steady=steady))
+        saved = self.world.on_main(lambda: checkpoint.newest(run, steady=steady))
         if tuple(saved.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data['place']} has other classes than when {run} was started")
         _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
         noted = saved.manifest.get("data")
-        self.world.led(lambda: check_unchanged(self.data, noted, str(run)))
+        self.world.on_main(lambda: check_unchanged(self.data, noted, str(run)))
         try:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
         except (KeyError, RuntimeError):  # a user's class whose weights have changed since
             raise saved.misfit() from None
         self.saved = trainer.step
         return tuple(map(str, saved.passed_over))
+
+    def start(self, **values: Any) -> Event:
+        """The first event of a start, with more values."""
+        trainer = self.trainer
+        parameters = sum(weight.numel() for weight in trainer.model.parameters())
+        values |= {"device": str(trainer.device), "precision": self.how.precision, "parameters": parameters}
+        values |= {"processes": self.world.size, "begun": trainer.begun}
+        values |= {"classes": trainer.source.classes, "skipped": trainer.source.skipped}
+        return Event("start", trainer.step, values)
 
     def events(self) -> Iterator[Event]:
         """Events until step `last`, or until a request to stop."""
@@ -156,7 +166,7 @@ class Session:
         step = self.trainer.step
         evaluate, draw = self._due(step) if step else (False, False)
         line = {"step": step, "held_out": {}}
-        if evaluate and not self.world.led(lambda: self.lines.log.has(self.trainer.divergence.rolled_back, line)):
+        if evaluate and not self.world.on_main(lambda: self.lines.log.has(self.trainer.divergence.rolled_back, line)):
             yield self._evaluate()
         if draw:
             yield self._samples()
@@ -202,7 +212,7 @@ class Session:
 
     def _samples(self) -> Event:
         model = self.trainer.averaged()
-        return Event("samples", self.trainer.step, model=model if self.world.leads else None)
+        return Event("samples", self.trainer.step, model=model if self.world.is_main else None)
 
     def _save(self, *, steady: bool = False) -> Event:
         """Save a checkpoint. If it cannot be written, the next interval tries again; at the last step the error is
@@ -218,12 +228,12 @@ class Session:
 
         try:
             # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
-            self.world.led(self.lines.log.lines.keep)
-            if trainer.sharded and not self.world.leads:
+            self.world.on_main(self.lines.log.lines.keep)
+            if trainer.sharded and not self.world.is_main:
                 for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
                     for name in order(tensors):
                         tensors[name]
-            path = self.world.led(write)
+            path = self.world.on_main(write)
         except checkpoint.SaveError as error:
             if trainer.step >= self.last:
                 raise
@@ -247,7 +257,7 @@ class Session:
         """Go back to the last regular checkpoint and continue with later examples, which leaves out those before the
         divergence (as PaLM, Chowdhery et al. 2022, section 5.1)."""
         trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
-        has_checkpoint = partial(self.world.led, partial(checkpoint.has_any, self.run))
+        has_checkpoint = partial(self.world.on_main, partial(checkpoint.has_any, self.run))
         problem = before.check_way_back(diverged, self.how.on_divergence, has_checkpoint)
         self.restore(self.config, steady=True)
         trainer.divergence = before.after(step, trainer.step)
@@ -257,11 +267,11 @@ class Session:
         return Event("rolled_back", step, {**values, "why": problem})
 
 
-def _check_objects(given: Mapping[str, str], noted: Mapping[str, str], run: Path) -> None:
+def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: Path) -> None:
     """Check that train() received the model and optimizer classes that the checkpoint records. Raises UserError."""
     for name in ("model", "optimizer"):
-        if given.get(name) != noted.get(name):
-            before, now = (names.get(name, "the config's") for names in (noted, given))
+        if passed.get(name) != recorded.get(name):
+            before, now = (names.get(name, "the config's") for names in (recorded, passed))
             raise UserError(f"{run} was trained with {name} {before}: give the same to train(), got {now}")
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import RunConfig, to_yaml
+from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys, to_dict
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.folder import read_config
@@ -178,7 +179,7 @@ TRACKERS: dict[str, Callable[[Path, RunConfig, str, int], Tracker]] = {
 PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; registered ones need none
 
 
-def told(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
+def log_to(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
     """Pass on the events of a run and log them to trackers; `warn` gets a line for a tracker that fails.
 
     The consumer of a `samples` event draws the grid into the run's folder; it is logged after that. Curves are logged

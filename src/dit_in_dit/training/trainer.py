@@ -88,7 +88,7 @@ class Trainer:
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
-        if self.sharded and model is not None and self.world.leads:
+        if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute()
         self.tree = Tree(self.model.parameters()) if train.reduction == "fixed" else None
@@ -103,8 +103,8 @@ class Trainer:
         self.step = 0
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
-        wanted = train.evaluate_every and source.held_out_size
-        self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if wanted else None
+        evaluates = train.evaluate_every and source.held_out_size
+        self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None
 
     def _distribute(self) -> nn.Module:
         """Shard the model and its average in place, or wrap the model in DDP; returns the module to train."""
@@ -212,10 +212,10 @@ class Trainer:
         starts = range(0, len(x), batch)
         rank, size = self.world.rank, self.world.size
         # The same number of forward passes in each process, because all take part in one of a sharded model.
-        mine = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
+        own_starts = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
         for t in EVALUATION_TIMES:
             sums = []
-            for start in mine:
+            for start in own_starts:
                 part = slice(start, start + batch)
                 images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
                 both = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
@@ -224,8 +224,7 @@ class Trainer:
             total = torch.zeros(2, dtype=torch.float64)
             for sum_ in every[: len(starts)]:
                 total += sum_
-            whole_, high = (total / len(x)).tolist()
-            errors[str(t)] = {"whole": whole_, "high": high}
+            errors[str(t)] = dict(zip(("whole", "high"), (total / len(x)).tolist(), strict=True))
         return errors
 
     @torch.no_grad()
@@ -234,15 +233,15 @@ class Trainer:
         processes must call."""
         if not self.sharded:
             return self.ema.model
-        whole_ = None
-        if self.world.leads:
-            whole_ = self.unsharded or NestedDiT(self.config.model).eval().requires_grad_(False)
-            whole_.to(self.device)
-        weights = whole_.state_dict() if whole_ is not None else {}
+        model = None
+        if self.world.is_main:
+            model = self.unsharded or NestedDiT(self.config.model).eval().requires_grad_(False)
+            model.to(self.device)
+        weights = model.state_dict() if model is not None else {}
         for name, tensor in self.averaged_state().items():
             if name in weights:
                 weights[name].copy_(tensor)
-        return whole_
+        return model
 
     def state(self) -> Whole:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.

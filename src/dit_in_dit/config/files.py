@@ -1,0 +1,108 @@
+"""Configs as strict YAML, overrides by dotted keys, differences, and the hash of a config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import PluginKeys, Section, keys, to_dict, to_hash
+from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
+
+
+class _Dumper(yaml.SafeDumper):
+    """Groups as blocks with one key per line; lists such as [32, 32] inline."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
+
+
+def from_yaml(text: str, what: str = "config") -> RunConfig:
+    """Read a config from YAML; missing keys take their defaults. Raises UserError."""
+    return _run(parse_yaml(text, what), what)
+
+
+def from_file(path: Path, what: str = "") -> RunConfig:
+    """Read a config from a YAML file; if that fails, a UserError names `what` the file is."""
+    return _run(read_yaml(path, f"{what} " if what else ""), truncate(path))
+
+
+def _run(values: Any, what: str) -> RunConfig:
+    if not isinstance(values, dict):
+        raise UserError(f"{what} must hold keys such as 'model:' and 'train:': got {truncate(values, 40)!r}")
+    return RunConfig.from_dict(values)
+
+
+def first_difference(stored: RunConfig, new: RunConfig) -> str:
+    """The first key in which two configs differ, with both values; empty when they are equal."""
+    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, new))
+    for name in before | now:
+        if (a := before.get(name)) != (b := now.get(name)) and not isinstance(a, Section):
+            return f"{name} is {a}, not {b}"
+    return ""
+
+
+def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
+    """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key's meaning as a comment."""
+    return "".join(f"{line:<32}  # {meaning}\n" if meanings else f"{line}\n" for line, meaning in _yaml_lines(config))
+
+
+def _yaml_lines(section: Section, indent: str = "") -> Iterator[tuple[str, str]]:
+    """(line, meaning) of each key, and of the keys of its group below it."""
+    plain = to_dict(section)
+    for name, meaning, value in section.items():
+        if isinstance(value, Section) and plain.get(name):
+            yield f"{indent}{name}:", meaning
+            yield from _yaml_lines(value, f"{indent}  ")
+        elif name in plain:
+            text = yaml.dump({name: plain[name]}, Dumper=_Dumper, sort_keys=False, width=math.inf)
+            yield from ((f"{indent}{line}", meaning) for line in text.splitlines())
+
+
+def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
+    """The config with `key.path=value` assignments applied together; values are read as YAML."""
+    return replace_keys(config, dict(assigned(assignment) for assignment in assignments))
+
+
+def assigned(assignment: str) -> tuple[str, Any]:
+    """Key and value of `key.path=value`; the value is read as YAML."""
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set takes key=value: got {assignment!r}")
+    return name, parse_yaml(text, f"--set {name}") if text else ""
+
+
+def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with new values at dotted keys, checked after all are set. Raises UserError."""
+    values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
+    for name, value in changes.items():
+        if name not in known:
+            raise UserError(f"unknown key {name!r}{did_you_mean(name, known)}")
+        *groups, last = name.split(".")
+        target = values
+        for group in groups:
+            target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise UserError(
+                    f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one"
+                )
+        target[last] = value
+    return RunConfig.from_dict(values)
+
+
+HASH_VERSION = 2  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of the config's canonical JSON, the identity of a run. A later key counts only if it is not at its
+    default."""
+    return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

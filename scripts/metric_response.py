@@ -18,7 +18,7 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
-from dit_in_dit.metrics.evaluate import floats
+from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.pixels import score
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import Pixels, image_grid, side_by_side, to_pixels
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"))
     options = parser.parse_args()
     images = real_images(3 * options.images)
-    damaged, real = images[: options.images], floats(images[options.images :])
+    damaged, real = images[: options.images], to_floats(images[options.images :])
     answers = {}
     for name, strengths in STRENGTHS.items():
-        found = [score(floats(CORRUPTIONS[name](damaged, s)), real, PERIODS) for s in strengths]
+        found = [score(to_floats(CORRUPTIONS[name](damaged, s)), real, PERIODS) for s in strengths]
         answers[name] = {m: [abs(f[m].value) / (f[m].floor or 1) for f in found] for m in found[0]}
         print(name, flush=True)
     table = {"images": options.images, "strengths": STRENGTHS, "units": UNITS, "multiples of the floor": answers}

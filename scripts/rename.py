@@ -29,7 +29,10 @@ def table() -> dict[tuple[str, str], str]:
 
 def defines(module: str, name: str) -> bool:
     """Whether a module of the package has the name already: its row is done."""
-    tree = ast.parse((ROOT / "src" / PACKAGE / f"{module.replace('.', '/')}.py").read_text())
+    path = ROOT / "src" / PACKAGE / f"{module.replace('.', '/')}.py"
+    if not path.is_file():  # the module moved later
+        return True
+    tree = ast.parse(path.read_text())
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return name in {n.name for n in named} | {t.id for t in targets if isinstance(t, ast.Name)}

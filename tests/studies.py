@@ -12,7 +12,7 @@ import numpy as np
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
-from dit_in_dit.study.arms import budgeted, candidates, configure
+from dit_in_dit.study.arms import arm_changes, budgeted_config, configure
 from dit_in_dit.study.plan import Arm, Plan, StudyConfig, Trial
 from dit_in_dit.study.result import Result
 
@@ -23,9 +23,9 @@ PROTOCOL = {"images": 64, "samples": {"sampler": "dpm++", "steps": 25}, "referen
 def plan_of(study: StudyConfig, name: str = "planted", *, timed: bool = True) -> Plan:
     """The plan of a study without matching, with made-up step times."""
     counted: dict[str, tuple[RunConfig, dict[str, float]]] = {}
-    found = candidates(study)
+    found = arm_changes(study)
     for arm, (changes, _) in found.items():
-        config = budgeted(study, configure(study, changes), changes)
+        config = budgeted_config(study, configure(study, changes), changes)
         macs = cost.macs(config.model)["total"]
         parameters = {"macs": float(macs), "params": 1.5e6 + len(counted)}
         counted[arm] = config, {**parameters, "time": macs / 1e9} if timed else parameters

@@ -15,7 +15,7 @@ from dit_in_dit.cli.options import make_folder
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic, retention
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 
 ROOT = Path(dit_in_dit.__file__).parent
 
@@ -115,7 +115,7 @@ def test_a_run_keeps_files_that_it_did_not_write(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("the user's")
     make_folder(tmp_path)
-    create(tmp_path, RunConfig())
+    create_run(tmp_path, RunConfig())
     retention.clear_unfinished(tmp_path)
     assert (tmp_path / ".part").exists()
     assert (tmp_path / "config.yaml.part").exists()

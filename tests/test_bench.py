@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from conftest import small_model
 from dit_in_dit import inspect
-from dit_in_dit.benchmark.attention import broadcast, matrices, ways
+from dit_in_dit.benchmark.attention import attention_kernels, broadcast, matmul_attention
 from dit_in_dit.benchmark.bench import Bench
-from dit_in_dit.benchmark.experiments import experiments
-from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, parted, profiled
+from dit_in_dit.benchmark.experiments import run_experiments
+from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, profile_by_part, subject_by_parts
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
-from dit_in_dit.benchmark.timing import Times, best_product, in_turns, on_threads, stopwatch
+from dit_in_dit.benchmark.timing import Times, best_product, interleave, stopwatch, use_threads
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
@@ -44,7 +44,7 @@ PLAIN = run_of("outer*2", image_size=(8, 8))
 @pytest.fixture
 def one_thread():
     """Measure CPU time of the thread, which other processes do not affect."""
-    with on_threads(1):
+    with use_threads(1):
         yield
 
 
@@ -80,11 +80,11 @@ def slow(run: RunConfig) -> nn.Module:
 
 def test_turns_alternate_and_end_in_time():
     seen: list[str] = []
-    found = in_turns({name: lambda name=name: seen.append(name) or 1 for name in "ab"}, seconds=60, rounds=3)
+    found = interleave({name: lambda name=name: seen.append(name) or 1 for name in "ab"}, seconds=60, rounds=3)
     assert "".join(seen) == "abbaab"
     assert found == {"a": [1, 1, 1], "b": [1, 1, 1]}
-    assert 3 <= len(in_turns({"a": lambda: time.sleep(0.01)}, seconds=0.05)["a"]) <= 6
-    assert len(in_turns({"a": lambda: None}, seconds=0.0, least=2)["a"]) == 2
+    assert 3 <= len(interleave({"a": lambda: time.sleep(0.01)}, seconds=0.05)["a"]) <= 6
+    assert len(interleave({"a": lambda: None}, seconds=0.0, least=2)["a"]) == 2
 
 
 def test_short_work_is_repeated_within_a_turn():
@@ -94,7 +94,7 @@ def test_short_work_is_repeated_within_a_turn():
         nonlocal calls
         calls += 1
 
-    with on_threads(2):  # the wall's clock
+    with use_threads(2):  # the wall's clock
         timed = stopwatch(work, CPU)
         before = calls
         seconds = timed()
@@ -132,7 +132,7 @@ def test_matrix_products_leave_the_global_generator_unchanged():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stages", ["outer*2 inner", "inner outer*2", "(inner outer)*2"])
 def test_parts_sum_to_the_whole_step(stages):
-    subject = parted(run_of(stages), CPU)
+    subject = subject_by_parts(run_of(stages), CPU)
     began = time.thread_time()
     parts = part_seconds(subject)
     taken = time.thread_time() - began
@@ -157,7 +157,7 @@ def test_parts_sum_to_the_whole_step(stages):
     ],
 )
 def test_a_planted_pause_is_measured_in_its_part(part: str, place: Callable[[nn.Module], nn.Module]):
-    subject = parted(run_of("inner outer*2 inner"), CPU)
+    subject = subject_by_parts(run_of("inner outer*2 inner"), CPU)
     before = part_seconds(subject)
     place(subject.model).register_forward_hook(lambda module, given, output: Pause.apply(output))
     after = part_seconds(subject)
@@ -167,7 +167,7 @@ def test_a_planted_pause_is_measured_in_its_part(part: str, place: Callable[[nn.
 
 
 def test_the_profiler_sees_every_part_and_its_products():
-    found = profiled(parted(run_of("inner outer inner", inner={"mixer": "conv"}), CPU))
+    found = profile_by_part(subject_by_parts(run_of("inner outer inner", inner={"mixer": "conv"}), CPU))
     for part in ("outer_blocks", "inner_blocks", "spread", "outer_head", "inner_head"):
         assert found[part]["products"] > 0, part
     assert found["inner_blocks"]["convolutions"] > 0
@@ -271,8 +271,8 @@ def test_a_checkout_without_the_official_code_is_reported_in_one_line(tmp_path):
 def test_implementations_of_attention_agree(length):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 5, 2, length, 8, generator=draw).unbind(0)
-    expected = ways(length, CPU)["SDPA"](q, k, v)
-    for formula in (broadcast, matrices, *ways(length, CPU).values()):
+    expected = attention_kernels(length, CPU)["SDPA"](q, k, v)
+    for formula in (broadcast, matmul_attention, *attention_kernels(length, CPU).values()):
         torch.testing.assert_close(formula(q, k, v), expected)
 
 
@@ -326,7 +326,7 @@ def test_the_suite_prints_and_writes_every_ratio(capsys, tmp_path):
 
 def test_the_cpu_suite_has_an_experiment_for_every_goal():
     bench = Bench("", CPU, 1.0, lambda plain, like: plain)
-    names = [name for name, _ in experiments(SUITES["cpu"], bench)]
+    names = [name for name, _ in run_experiments(SUITES["cpu"], bench)]
     for part in (
         "plain DiT beside diffusers",
         "compiled",
@@ -339,7 +339,7 @@ def test_the_cpu_suite_has_an_experiment_for_every_goal():
     ):
         assert any(part in name for name in names), part
     assert {"sampling", "growth, mixer patch", "growth, mixer conv"} <= set(names)
-    cuda = [name for name, _ in experiments(SUITES["cuda"], bench)]
+    cuda = [name for name, _ in run_experiments(SUITES["cuda"], bench)]
     assert {"rate, plain XL/2", "rate, nested XL/2", "attention within groups"} <= set(cuda)
 
 

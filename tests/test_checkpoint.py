@@ -22,8 +22,8 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint, integrity, retention
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.folder import create, lock_run
-from dit_in_dit.runs.tensors import Stored, load_tensors, serialize
+from dit_in_dit.runs.folder import create_run, lock_run
+from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7.0)}
 
@@ -128,10 +128,10 @@ def test_trained_weights_are_loaded_without_the_moments(run_config, tmp_path, mo
     model, read = NestedDiT(run_config.model), list[str]()
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     moments = {f"optimizer.{name}": tensor for name, tensor in weights.items()}
-    create(tmp_path / "run", run_config)
+    create_run(tmp_path / "run", run_config)
     checkpoint.save(tmp_path / "run", run_config, 1, {**weights, **moments}, model.state_dict(), ())
-    whole = Stored.__getitem__
-    monkeypatch.setattr(Stored, "__getitem__", lambda self, name: read.append(name) or whole(self, name))
+    whole = LazyTensors.__getitem__
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: read.append(name) or whole(self, name))
     Checkpoint.open(tmp_path / "run").model(torch.device("cpu"), averaged=False)
     assert set(read) == set(weights)
 
@@ -140,7 +140,7 @@ def test_an_opened_checkpoint_names_its_weights_and_warns_of_damaged_newer_ones(
     model, run = NestedDiT(run_config.model), tmp_path / "run"
     averaged = model.state_dict()
     trained = {name: tensor + 1 for name, tensor in averaged.items()}
-    create(run, run_config)
+    create_run(run, run_config)
     for step in (3, 4):
         checkpoint.save(run, run_config, step, {f"model.{k}": v for k, v in trained.items()}, averaged, ("a", "b"))
     flip(run / "checkpoints/0000004/ema.safetensors")

@@ -19,7 +19,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override, to_yaml
 from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 from dit_in_dit.curves.arms import RunGroup, arms, notes
-from dit_in_dit.curves.convergence import errors_by_seed, reach, stability, tables
+from dit_in_dit.curves.convergence import convergence_tables, errors_by_seed, stability, steps_to_reach
 from dit_in_dit.curves.logs import Curve, read_run
 from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.inspection import cost
@@ -237,7 +237,7 @@ def test_seeds_are_compared_at_common_evaluations(tmp_path: Path):
 def test_the_step_of_an_error_is_interpolated_between_evaluations(tmp_path: Path):
     quick = write(tmp_path / "a", steps() + evaluations({100: 0.5, 200: 0.3, 300: 0.4, 400: 0.1}))
     slow = write(tmp_path / "b", steps() + evaluations({100: 0.8, 200: 0.6, 400: 0.2}), "model.stages=outer*3")
-    first, second = reach(read_arms(quick, slow), [(0.5, 0.35)])
+    first, second = steps_to_reach(read_arms(quick, slow), [(0.5, 0.35)])
     assert first.needed["steps"].mean == pytest.approx(175)  # 3/4 of the way from 0.5 to 0.3; up again counts no more
     assert second.needed["steps"].mean == pytest.approx(325)  # 5/8 of the way from 0.6 to 0.2
     assert second.ratio["steps"] == pytest.approx(325 / 175)
@@ -253,21 +253,21 @@ def test_each_seed_reaches_an_error_at_its_own_step(tmp_path: Path):
         write(tmp_path / str(seed), steps() + evaluations({100: 0.4, 200: end}), seed=seed)
         for seed, end in enumerate((0.2, 0.0, 0.3))
     ]
-    (early,) = reach(read_arms(*paths), [(0.5, 0.35)])
+    (early,) = steps_to_reach(read_arms(*paths), [(0.5, 0.35)])
     steps_needed = early.needed["steps"]
     assert (steps_needed.low, steps_needed.mean, steps_needed.high) == (
         pytest.approx(112.5),
         pytest.approx((125 + 112.5 + 150) / 3),
         pytest.approx(150),
     )
-    (late,) = reach(read_arms(*paths), [(0.5, 0.25)])
+    (late,) = steps_to_reach(read_arms(*paths), [(0.5, 0.25)])
     assert (late.reached, late.seeds, late.needed, late.best) == (2, 3, {}, 0.0)  # a mean over two would flatter
 
 
 def test_every_run_reaches_the_default_error(tmp_path: Path):
     good = write(tmp_path / "a", steps() + evaluations({100: 0.5, 300: 0.1}))
     bad = write(tmp_path / "b", steps() + evaluations({100: 0.9, 300: 0.3}), "model.stages=outer*3")
-    first, second = reach(read_arms(good, bad))
+    first, second = steps_to_reach(read_arms(good, bad))
     assert first.error == 0.3
     assert first.needed["steps"].mean == pytest.approx(200)
     assert second.needed["steps"].mean == 300
@@ -276,7 +276,7 @@ def test_every_run_reaches_the_default_error(tmp_path: Path):
 def test_an_error_passed_before_the_first_evaluation_is_a_bound_without_a_ratio(tmp_path: Path):
     good = write(tmp_path / "a", steps() + evaluations({100: 0.2, 300: 0.1}))
     bad = write(tmp_path / "b", steps() + evaluations({100: 0.9, 300: 0.3}), "model.stages=outer*3")
-    first, second = reach(read_arms(good, bad))
+    first, second = steps_to_reach(read_arms(good, bad))
     assert first.bound
     assert first.needed["steps"].mean == 100
     assert not second.bound
@@ -286,7 +286,7 @@ def test_an_error_passed_before_the_first_evaluation_is_a_bound_without_a_ratio(
 def test_a_time_that_was_not_logged_is_refused(tmp_path: Path):
     found = read_arms(write(tmp_path / "a", steps() + evaluations({100: 0.2})))
     with pytest.raises(UserError, match=r"t=0\.3: choose from 0\.5"):
-        reach(found, [(0.3, 0.1)])
+        steps_to_reach(found, [(0.3, 0.1)])
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assign
     ours = write(tmp_path / "a", rows, *euler)
     theirs = write(tmp_path / "b", rows, assignment, *euler)
     mixed = read_arms(ours, theirs)
-    for use in (lambda: reach(mixed), lambda: tables(mixed), lambda: draw_curves(mixed, tmp_path)):
+    for use in (lambda: steps_to_reach(mixed), lambda: convergence_tables(mixed), lambda: draw_curves(mixed, tmp_path)):
         with pytest.raises(UserError, match=assignment.split("=", maxsplit=1)[0]):
             use()
 
@@ -307,7 +307,7 @@ def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assign
 def test_other_predictions_are_compared_but_their_losses_are_not(tmp_path: Path):
     rows = steps() + evaluations({100: 0.2})
     paths = [write(tmp_path / "a", rows), write(tmp_path / "b", rows, "diffusion.predict=image")]
-    assert len(reach(read_arms(*paths))) == 2
+    assert len(steps_to_reach(read_arms(*paths))) == 2
     assert any("not comparable" in note for note in notes([read_run(path) for path in paths]))
 
 

@@ -20,7 +20,7 @@ from dit_in_dit.interop.card import evaluation_of
 from dit_in_dit.metrics import report
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.jsonl import Lines
-from dit_in_dit.runs.shards import claim
+from dit_in_dit.runs.shards import claim_folder
 from dit_in_dit.study.plan import StudyConfig, read_plan
 from dit_in_dit.study.result import read_result
 from dit_in_dit.study.results import read_search, read_study
@@ -92,7 +92,7 @@ def test_a_file_that_holds_no_object_is_one_line(text, study, run):
         (result, lambda: read_study(study)),
         (study / "plan.json", lambda: read_plan(study)),
         (run / "metrics.json", lambda: report.read_evaluation(run / "metrics.json")),
-        (run / "identity.json", lambda: claim(run / "identity.json", {"a": 1})),
+        (run / "identity.json", lambda: claim_folder(run / "identity.json", {"a": 1})),
     ]
     for path, action in places:
         before = path.read_bytes() if path.exists() else None

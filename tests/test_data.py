@@ -19,7 +19,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data.formats.mosaic import CLASSES, Mosaic
 from dit_in_dit.data.groups import is_held_out
-from dit_in_dit.data.picture import fit
+from dit_in_dit.data.picture import resize_and_crop
 from dit_in_dit.data.sources import open_source
 
 MODEL = small_model(image_size=(8, 8), num_classes=3)
@@ -169,7 +169,7 @@ def test_linked_class_folders_are_read_and_loops_terminate(folder, tmp_path):
 
 def test_a_long_thin_image_takes_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert fit(Image.new("L", (60_000, 1)), (64, 64), 3).shape == (64, 64, 3)
+    assert resize_and_crop(Image.new("L", (60_000, 1)), (64, 64), 3).shape == (64, 64, 3)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # kB: to cover 64x64 it took 16 GB
 
 
@@ -195,21 +195,23 @@ def test_every_mode_is_converted_as_a_viewer_shows_it(mode):
     else:
         image = Image.fromarray(grey.astype(np.uint8)).convert("RGB").convert(mode)
     expected = 255 if mode == "1" else 128
-    assert np.abs(fit(image, (6, 6), 3).astype(int) - expected).max() <= 1
+    assert np.abs(resize_and_crop(image, (6, 6), 3).astype(int) - expected).max() <= 1
 
 
 def test_transparency_is_composited_on_white():
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (fit(image, (4, 4), 3) == 255).all()
+    assert (resize_and_crop(image, (4, 4), 3) == 255).all()
 
 
 def test_resizing_covers_and_crops_the_centre():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255  # only the middle is white
-    assert fit(Image.fromarray(wide), (10, 10), 3).min() == 255
-    halved = fit(Image.fromarray(np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((2, 2), np.uint8))), (4, 4), 1)
+    assert resize_and_crop(Image.fromarray(wide), (10, 10), 3).min() == 255
+    halved = resize_and_crop(
+        Image.fromarray(np.kron(np.eye(4, dtype=np.uint8) * 200, np.ones((2, 2), np.uint8))), (4, 4), 1
+    )
     assert np.array_equal(halved[..., 0], np.eye(4, dtype=np.uint8) * 200)  # an exact half is a 2x2 mean
-    assert fit(Image.new("RGB", (5, 9)), (16, 8), 3).shape == (16, 8, 3)
+    assert resize_and_crop(Image.new("RGB", (5, 9)), (16, 8), 3).shape == (16, 8, 3)
 
 
 def test_mosaic_images_are_functions_of_their_number():

@@ -24,11 +24,11 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.diffusion.path import Ddpm, on_device
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.tensors import Stored, load_tensors, order, serialize
+from dit_in_dit.runs.tensors import LazyTensors, file_order, load_tensors, serialize
 from dit_in_dit.runtime.deterministic import deterministic
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.training import distributed, loop, step_log
-from dit_in_dit.training.distributed import Whole
+from dit_in_dit.training.distributed import GatheredTensors
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import HELD_OUT_BATCH, Trainer
 from processes import run_together
@@ -88,11 +88,11 @@ def test_deterministic_runs_set_the_deterministic_mode(run_config, tmp_path, mon
 
 def test_deterministic_mode_is_set_before_anything_is_moved_to_the_device(run_config, tmp_path, monkeypatch):
     order = []
-    for name in ("deterministic_algorithms", "join", "Trainer"):
+    for name in ("deterministic_algorithms", "join_group", "Trainer"):
         real = getattr(loop, name)
         monkeypatch.setattr(loop, name, lambda *a, name=name, real=real, **k: order.append(name) or real(*a, **k))
     next(train(run_config, tmp_path / "run", device="cpu", deterministic=True))
-    assert order == ["deterministic_algorithms", "join", "Trainer"]
+    assert order == ["deterministic_algorithms", "join_group", "Trainer"]
 
 
 def _train_on_a_full_disk(config, out):
@@ -135,11 +135,11 @@ def test_a_process_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_p
     monkeypatch.setattr(dist, "all_gather_object", lambda *_, **__: None)
     monkeypatch.setattr(distributed, "TCPStore", Store)
     monkeypatch.setattr(atexit, "register", ends.append)
-    distributed.join(CUDA, 600)
-    distributed.join(torch.device("cpu"), 600)
+    distributed.join_group(CUDA, 600)
+    distributed.join_group(torch.device("cpu"), 600)
     assert begun == [("nccl", CUDA), ("gloo", None)]
     assert stores == [[timedelta(seconds=600), timedelta(seconds=3)]] * 2
-    assert ends == [distributed.leave] * 2
+    assert ends == [distributed.leave_group] * 2
 
 
 def test_a_process_group_ended_by_the_user_is_not_ended_again(tmp_path):
@@ -269,7 +269,7 @@ def test_a_diverged_run_stops_even_if_an_evaluation_is_due(run_config, tmp_path)
 def test_a_checkpoint_file_is_read_one_tensor_at_a_time(run_config, tmp_path):
     list(train(run_config, tmp_path / "run", device="cpu"))
     folder = checkpoint.newest(tmp_path / "run").folder
-    stored, whole = Stored(folder / checkpoint.STATE), load_tensors(folder / checkpoint.STATE)
+    stored, whole = LazyTensors(folder / checkpoint.STATE), load_tensors(folder / checkpoint.STATE)
     assert set(stored) == set(whole)
     assert all(torch.equal(stored[name], tensor) for name, tensor in whole.items())
     with pytest.raises(KeyError):
@@ -291,11 +291,11 @@ class Counted(dict):
 def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     gathered, written = [], []
     monkeypatch.setattr(distributed, "full_tensor", lambda tensor: gathered.append(len(written)) or tensor)
-    state = Whole({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
+    state = GatheredTensors({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
     for part in serialize(state):
         written.append(part)
     assert gathered == [2, 3, 4]  # after the header's two parts each is gathered when its turn has come
-    assert order(state) == ["weight0", "weight1", "weight2"]
+    assert file_order(state) == ["weight0", "weight1", "weight2"]
     assert len(gathered) == 3
 
 
@@ -306,7 +306,7 @@ def test_processes_do_not_wait_for_a_save_that_failed_on_rank_0(tmp_path, run_co
     with pytest.raises(checkpoint.SaveError):
         checkpoint.save(tmp_path, run_config, 1, state, ema, ("a",))
     for one in (state, ema):
-        assert one.read[-2:] == order(tensors)
+        assert one.read[-2:] == file_order(tensors)
 
 
 def _sharded(config, out):

@@ -16,7 +16,7 @@ from dit_in_dit.diffusion.objective import (
     high_frequencies,
     min_snr,
 )
-from dit_in_dit.diffusion.path import PATHS, QUANTITIES, Ddpm, Flow, convert, make_path, quantity
+from dit_in_dit.diffusion.path import PATHS, QUANTITIES, Ddpm, Flow, convert, make_path, prediction_coefficients
 from dit_in_dit.diffusion.samplers import denoise, guided
 
 KINDS = ("velocity", "image", "noise")
@@ -34,7 +34,7 @@ def test_any_prediction_turns_into_any_other(name, given, wanted):
     t = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
     x, e = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
     a, b = path.coefficients(shaped(t))
-    truth = {kind: u * x + w * e for kind in KINDS for u, w in [quantity(path, kind, a, b)]}
+    truth = {kind: u * x + w * e for kind in KINDS for u, w in [prediction_coefficients(path, kind, a, b)]}
     out = convert(path, truth[given], a * x + b * e, t, given=given, wanted=wanted)
     torch.testing.assert_close(out, truth[wanted], rtol=1e-6, atol=1e-6)
 
@@ -64,7 +64,7 @@ def test_a_weighted_loss_equals_the_error_of_the_other_quantity(name, predict, w
     x, e, wrong = torch.randn(3, 2, 3, 2, 2, dtype=torch.float64)
     x_t = objective.noisy(x, e, t)
     a, b = objective.path.coefficients(shaped(t))
-    u, w = quantity(objective.path, weight, a, b)
+    u, w = prediction_coefficients(objective.path, weight, a, b)
     converted = convert(objective.path, wrong, x_t, t, given=predict, wanted=weight)
     expected = (converted - (u * x + w * e)).square().flatten(1).mean(1)
     loss = objective.loss(lambda *_: wrong, x, e, t, None)

@@ -15,7 +15,7 @@ import dit_in_dit
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
 from dit_in_dit.config.files import override
-from dit_in_dit.study.arms import candidates, configure
+from dit_in_dit.study.arms import arm_changes, configure
 from dit_in_dit.study.plan import read_study_config
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def test_every_other_code_block_is_a_study_or_commands(tmp_path):
             if language == "yaml" and text.startswith("question"):
                 (tmp_path / "study.yaml").write_text(text)
                 study = read_study_config(str(tmp_path / "study.yaml"))
-                for changes, _ in candidates(study).values():
+                for changes, _ in arm_changes(study).values():
                     configure(study, changes)
 
 

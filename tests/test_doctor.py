@@ -25,9 +25,9 @@ from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, Sample
 from dit_in_dit.config.schema import keys
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import DoctorReport, examine
-from dit_in_dit.doctor.observe import pattern, seam_peaks
+from dit_in_dit.doctor.observe import periodic_share, seam_peaks
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create, read_config
+from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 
@@ -254,7 +254,7 @@ def test_a_class_without_images_and_copies_are_found(config, tmp_path):
 
 def test_a_run_without_a_checkpoint_is_examined_by_its_log(config, tmp_path):
     stopped = with_train(config, learning_rate=100 * config.train.learning_rate)
-    create(tmp_path / "run", stopped)
+    create_run(tmp_path / "run", stopped)
     first = examine(stopped, CPU).sections[1].rows["loss"]["measured"]
     lines = [{"step": n, "loss": first * n, "grad_norm": 1.0, "learning_rate": 0.4} for n in range(1, 31)]
     (tmp_path / "run" / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 31, "lo')
@@ -294,9 +294,9 @@ def test_pattern_is_the_repeating_share():
     tile = torch.randn(3, 8, 8, generator=draw)
     tile = (tile - tile.mean((1, 2), keepdim=True)) / tile.std((1, 2), keepdim=True)
     tiled = tile.repeat(1, 4, 4).expand(64, -1, -1, -1)
-    assert pattern(noise + 5.0, 8) < 0.05  # neither noise nor a shift of all pixels repeats
-    assert pattern(tiled, 8) == pytest.approx(1, rel=1e-3)
-    assert pattern(noise + tiled, 8) == pytest.approx(2**-0.5, rel=0.03)
+    assert periodic_share(noise + 5.0, 8) < 0.05  # neither noise nor a shift of all pixels repeats
+    assert periodic_share(tiled, 8) == pytest.approx(1, rel=1e-3)
+    assert periodic_share(noise + tiled, 8) == pytest.approx(2**-0.5, rel=0.03)
 
 
 def test_shares_and_entropies_lie_between_zero_and_one(run):

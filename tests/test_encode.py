@@ -24,8 +24,8 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import DataConfig, SampleConfig
-from dit_in_dit.data.encode import Encoding, decoder, encode
-from dit_in_dit.data.formats.latents import FORMAT, complete, read_latents_index
+from dit_in_dit.data.encode import Encoding, encode, open_decoder
+from dit_in_dit.data.formats.latents import FORMAT, fill_latent_keys, read_latents_index
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.reporting.images import to_pixels
@@ -166,7 +166,7 @@ def test_the_index_has_the_constants_of_the_vae_and_measured_ones(latents, vae, 
     drawn = torch.cat([mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=draw) for _ in range(20)])
     assert np.allclose(index["measured"]["mean"], drawn.mean((0, 2, 3)), atol=0.01)
     assert np.allclose(index["measured"]["deviation"], drawn.std((0, 2, 3)), rtol=0.01)
-    filled = complete(DataConfig(source=str(latents), latent_scale=2.0))
+    filled = fill_latent_keys(DataConfig(source=str(latents), latent_scale=2.0))
     assert (filled.vae, filled.latent_mean, filled.latent_scale) == (str(vae), (0.25,), (2.0,))
 
 
@@ -411,16 +411,16 @@ def test_latents_of_32x32_are_read_at_50_000_a_second(tmp_path, dtype):
 
 
 def test_the_decoder_draws_what_the_vae_does_and_the_vae_has_learned(images, vae, latents, posteriors):
-    data = complete(DataConfig(source=str(latents)))
+    data = fill_latent_keys(DataConfig(source=str(latents)))
     x = pixels_of(images)
-    draw = decoder(data, CPU)
+    draw = open_decoder(data, CPU)
     assert draw is not None
     drawn = draw((posteriors["moments"][:, :4] - 0.25) * 0.5)
     with torch.no_grad():
         expected = AutoencoderKL.from_pretrained(vae).decode(posteriors["moments"][:, :4]).sample
     assert torch.allclose(drawn, expected, atol=1e-4)
     assert (drawn - x).square().mean() < 0.3 * (x - x.mean((0, 2, 3), keepdim=True)).square().mean()
-    assert decoder(DataConfig(source=str(images)), CPU) is None
+    assert open_decoder(DataConfig(source=str(images)), CPU) is None
 
 
 def test_a_run_on_latents_samples_images_with_its_vae(latents, vae, run_config, tmp_path):

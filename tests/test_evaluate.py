@@ -1,4 +1,4 @@
-"""`evaluate` and `compare`: scores with their protocol, computed once, by any number of processes."""
+"""`evaluate` and `compare_evaluations`: scores with their protocol, computed once, by any number of processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.config.strict_json import json_difference
-from dit_in_dit.metrics.report import compare
+from dit_in_dit.metrics.report import compare_evaluations
 from dit_in_dit.metrics.subject import files_subject, reference
 from dit_in_dit.runs import shards
 from dit_in_dit.training.loop import train
@@ -241,7 +241,7 @@ def test_different_protocols_are_refused_with_the_field_that_differs(run, tmp_pa
     evaluate(run, "--num", 4, "--steps", 3, "--out", tmp_path / "c")
     for other, words in (("b", "images: 4 / 5"), ("c", "samples.steps: 2 / 3")):
         with pytest.raises(UserError, match=words):
-            compare([tmp_path / "a", tmp_path / other])
+            compare_evaluations([tmp_path / "a", tmp_path / other])
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")])
     assert stop.value.code == 2

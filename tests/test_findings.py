@@ -13,7 +13,7 @@ from dit_in_dit.attention_maps.findings import missing_parts
 from dit_in_dit.config.run import RateConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
-from dit_in_dit.doctor.data_checks import CheckResult, Patient, loss_at_start
+from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, check_initial_loss
 from dit_in_dit.doctor.observe import Observation
 from dit_in_dit.inspection.hooks import can_run_without_inner
 from dit_in_dit.metrics.memorization import neighbours
@@ -24,7 +24,7 @@ from test_doctor import set_already
 CPU = torch.device("cpu")
 
 
-def patient(config: RunConfig, **parts: object) -> Patient:
+def patient(config: RunConfig, **parts: object) -> DoctorSubject:
     """A patient with only the parts that a check reads."""
     trainer = SimpleNamespace(device=CPU, step=0, optimizer=SimpleNamespace(state={"weight": {}}), begun=None)
     given = {"trainer": trainer, "config": config, "trained": True, "log": [], **parts}
@@ -46,7 +46,7 @@ def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
         monkeypatch.setattr(training_checks, judge, lambda *parts: None)
     norms = [100.0 if step % 20 == 0 else 1.0 for step in range(200)]
     log = [{"step": n, "loss": 1.0, "grad_norm": norm, "grad_norm.head": norm} for n, norm in enumerate(norms, 1)]
-    text = advice(training_checks.training(patient(with_train(run_config, clip=clip), log=log)))
+    text = advice(training_checks.check_training(patient(with_train(run_config, clip=clip), log=log)))
     assert ("train.clip" in text) == (clip == 0)
 
 
@@ -54,14 +54,14 @@ def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
 def test_weight_decay_is_added_or_raised(run_config, decay):
     tokens = torch.randn(4, 3, 8) * 1e5
     seen = {0.5: Observation({"outer_blocks.0": tokens}, {}, {}, {})}
-    text = advice(model_checks.activations(patient(with_train(run_config, weight_decay=decay)), seen))
+    text = advice(model_checks.check_activations(patient(with_train(run_config, weight_decay=decay)), seen))
     assert f"{'raise' if decay else 'add'} train.weight_decay" in text
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
 def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
     seen = {0.5: Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
-    text = advice(model_checks.attention(patient(run_config), seen))
+    text = advice(model_checks.check_attention(patient(run_config), seen))
     assert ("mixer=none" in text) == (level == "inner")
 
 
@@ -130,7 +130,7 @@ def test_a_warm_started_model_need_not_predict_zero(run_config):
     batch = Batch(x, torch.randn_like(x), torch.full((16,), 0.5), torch.zeros(16, dtype=torch.int64), torch.arange(16))
     for begun, many in ((None, 1), (object(), 0)):
         trainer = SimpleNamespace(objective=Objective(run_config.diffusion), begun=begun)
-        found = loss_at_start(patient(run_config, trainer=trainer, examples=batch, start=torch.full((16,), 0.01)))
+        found = check_initial_loss(patient(run_config, trainer=trainer, examples=batch, start=torch.full((16,), 0.01)))
         assert len(found.findings) == many
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.benchmark.first_written import FirstWritten, translated
+from dit_in_dit.benchmark.first_written import FirstWritten, to_first_written
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
 
@@ -47,7 +47,7 @@ def test_the_model_equals_the_first_implementation(stages, choice, dtype, most):
     assert relative(*outputs) <= most
     for output in outputs:
         (output * weights).sum().backward()
-    gradients = translated({name: p.grad for name, p in model.named_parameters()})
+    gradients = to_first_written({name: p.grad for name, p in model.named_parameters()})
     for name, parameter in first.named_parameters():
         assert relative(gradients[name].view_as(parameter), parameter.grad) <= most, name
     assert gradients.keys() == dict(first.named_parameters()).keys()

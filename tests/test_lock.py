@@ -17,7 +17,7 @@ import pytest
 
 from conftest import with_train
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.runs.folder import create, lock_run
+from dit_in_dit.runs.folder import create_run, lock_run
 from dit_in_dit.runs.lock import BusyError, LocklessWarning
 from dit_in_dit.training.loop import train
 
@@ -35,7 +35,7 @@ def another_process_is_refused(run: Path) -> bool:
 
 @pytest.fixture
 def run_folder(run_config, tmp_path):
-    create(tmp_path / "run", run_config)
+    create_run(tmp_path / "run", run_config)
     return tmp_path / "run"
 
 

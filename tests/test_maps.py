@@ -19,9 +19,9 @@ from conftest import inputs, perturbed, small_model
 from dit_in_dit.attention_maps import attention, record
 from dit_in_dit.attention_maps.attention import measure_attention
 from dit_in_dit.attention_maps.figures import figures
-from dit_in_dit.attention_maps.findings import findings, fine_share, missing_parts, not_shown
+from dit_in_dit.attention_maps.findings import findings, fine_detail_share, missing_parts, not_shown
 from dit_in_dit.attention_maps.page import page, payload
-from dit_in_dit.attention_maps.plan import MOST_BYTES, evenly, joining, left_out_sentences, plan_maps, size
+from dit_in_dit.attention_maps.plan import MOST_BYTES, evenly_chosen, joining, left_out_sentences, plan_maps, size
 from dit_in_dit.attention_maps.record import Maps, Views, choose, record_maps
 from dit_in_dit.attention_maps.samples import draw_on_and_off
 from dit_in_dit.attention_maps.tokens import inner_tokens, outer_tokens
@@ -34,7 +34,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_contribution, watch_heads
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.sampling.numbered import sample
 from dit_in_dit.training.batches import held_out_batch
 
@@ -304,9 +304,9 @@ def test_a_plan_that_drops_heads_keeps_their_mean(monkeypatch):
 
 
 def test_even_choices_include_both_ends():
-    assert evenly((1, 2, 3, 4, 5, 6, 7, 8, 9), 5) == (1, 3, 5, 7, 9)
-    assert evenly((4, 5), 3) == (4, 5)
-    assert evenly((4, 5, 6), 1) == (4,)
+    assert evenly_chosen((1, 2, 3, 4, 5, 6, 7, 8, 9), 5) == (1, 3, 5, 7, 9)
+    assert evenly_chosen((4, 5), 3) == (4, 5)
+    assert evenly_chosen((4, 5, 6), 1) == (4,)
 
 
 @pytest.mark.parametrize("stages", ["inner outer", "(inner outer)*2", "outer inner", "inner outer inner", "outer"])
@@ -323,8 +323,8 @@ def test_joining_places_match_the_contributions(stages):
 def test_fine_share_separates_a_checkerboard_from_a_ramp():
     y, x = np.mgrid[0:16, 0:16].astype(np.float32)
     checkers, ramp = ((x + y) % 2)[None, None], (x / 16)[None, None]
-    assert fine_share(checkers) == pytest.approx(1, abs=1e-5)
-    assert fine_share(ramp) < 0.05
+    assert fine_detail_share(checkers) == pytest.approx(1, abs=1e-5)
+    assert fine_detail_share(ramp) < 0.05
 
 
 def test_findings_contain_the_numbers():
@@ -436,7 +436,7 @@ def run_command(*arguments: str) -> None:
 
 def saved(run: Path, config: RunConfig) -> Path:
     """A run folder with one checkpoint of a model whose output is not zero."""
-    create(run, config)
+    create_run(run, config)
     state = perturbed(NestedDiT(config.model)).state_dict()
     names = open_source(config.data, config.model).classes
     checkpoint.save(run, config, 3, {f"model.{name}": value for name, value in state.items()}, state, names)

@@ -22,7 +22,7 @@ from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConf
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.study.arms import match_arms
-from dit_in_dit.study.match import COUNTS, NoTwin, count_parameters, forward_macs, match, twin
+from dit_in_dit.study.match import COUNTS, NoTwin, count_parameters, find_twin, forward_macs, match
 from dit_in_dit.study.plan import StudyConfig
 from test_cli import lines_of
 from test_cost import counted
@@ -86,7 +86,7 @@ def test_twenty_random_models_have_a_twin_within_a_percent(by, way):
         nested = random_nested(seed)
         plain = replace(nested, use_inner=False)
         model, like = (plain, nested) if way == "plain like nested" else (nested, dearer_plain(nested, by, seed))
-        found = twin(model, total(like, by), COUNTS[by])
+        found = find_twin(model, total(like, by), COUNTS[by])
         assert total(found.model, by) == pytest.approx(total(like, by), rel=0.01), (seed, found)
         assert total(found.model, by) / total(like, by) - 1 == pytest.approx(found.gap, abs=1e-9)
         assert levels(found.model) == levels(model)
@@ -98,7 +98,7 @@ def test_twenty_random_models_have_a_twin_within_a_percent(by, way):
 def test_twins_cost_the_same_by_the_flop_counter():
     for seed in range(4):
         nested = replace(random_nested(seed), num_classes=9)
-        plain = twin(replace(nested, use_inner=False), forward_macs(nested), forward_macs).model
+        plain = find_twin(replace(nested, use_inner=False), forward_macs(nested), forward_macs).model
         assert counted(plain) == pytest.approx(counted(nested), rel=0.015)
 
 
@@ -112,7 +112,7 @@ def test_parameters_are_counted_without_building_every_block():
 
 
 def test_depth_alone_changes_where_that_suffices():
-    found = twin(presets.get("dit-xl2").model, forward_macs(presets.get("dit-in-dit-xl2").model), forward_macs)
+    found = find_twin(presets.get("dit-xl2").model, forward_macs(presets.get("dit-in-dit-xl2").model), forward_macs)
     assert found.changed == {"model.depth": (28, None), "model.stages": ("first", "outer*55")}
     assert abs(found.gap) < 0.001
 
@@ -124,19 +124,19 @@ def test_outer_blocks_are_divided_among_the_stages_in_proportion():
         (16, "outer*8 inner*1 outer*4 inner*1 outer*4"),
         (3, "outer*1 inner*1 outer*1 inner*1 outer*1"),
     ):
-        assert twin(model, forward_macs(model) + (blocks - 8) * block, forward_macs).model.stages == stages
+        assert find_twin(model, forward_macs(model) + (blocks - 8) * block, forward_macs).model.stages == stages
 
 
 def test_a_named_order_becomes_a_program_with_the_same_inner_blocks():
     model = small_model("both", depth=8, inner={"depth_ratio": 0.5})
-    found = twin(model, 1.5 * forward_macs(model), forward_macs, tolerance=0.05)
+    found = find_twin(model, 1.5 * forward_macs(model), forward_macs, tolerance=0.05)
     assert found.model.depth is None
     assert levels(found.model) == [("inner", 2), ("outer", None), ("inner", 2)]
 
 
 def test_a_fixed_ratio_keeps_its_meaning():
     model = small_model("last", depth=8, inner={"depth_ratio": 0.5})
-    found = twin(model, 2 * forward_macs(model), forward_macs, tolerance=0.1, fixed=["model.inner.depth_ratio"])
+    found = find_twin(model, 2 * forward_macs(model), forward_macs, tolerance=0.1, fixed=["model.inner.depth_ratio"])
     assert found.changed == {"model.depth": (8, found.model.depth)}
     assert found.model.blocks("inner") == found.model.depth // 2
 
@@ -153,7 +153,7 @@ def test_a_fixed_ratio_keeps_its_meaning():
 )
 def test_fixed_keys_are_not_changed(fixed, changed):
     model = random_nested(0)
-    found = twin(model, 1.3 * forward_macs(model), forward_macs, tolerance=0.03, fixed=fixed)
+    found = find_twin(model, 1.3 * forward_macs(model), forward_macs, tolerance=0.03, fixed=fixed)
     assert found.changed.keys() <= changed
     assert found.changed
 
@@ -161,7 +161,7 @@ def test_fixed_keys_are_not_changed(fixed, changed):
 def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
     for seed in range(20):
         model = random_nested(seed)
-        outer = twin(model, 1.37 * forward_macs(model), forward_macs, fixed=["model.depth"]).model.outer
+        outer = find_twin(model, 1.37 * forward_macs(model), forward_macs, fixed=["model.depth"]).model.outer
         assert outer.num_heads == model.outer.num_heads
         if model.outer.width // model.outer.num_heads % 2 == 0:
             assert outer.width // outer.num_heads % 2 == 0
@@ -170,7 +170,7 @@ def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
 def test_another_mlp_comes_before_a_far_width():
     """Six blocks and 4% more cost: no number of blocks of a near width fits, one of half the width might."""
     model = ModelConfig(stages="outer*6", outer=OuterConfig(192, 4))
-    found = twin(model, 1.04 * forward_macs(model), forward_macs, tolerance=0.001)
+    found = find_twin(model, 1.04 * forward_macs(model), forward_macs, tolerance=0.001)
     assert found.changed.keys() >= {"model.outer.mlp_ratio"}
     assert abs(found.model.outer.width / 192 - 1) <= 0.2
     hidden = found.model.outer.width * found.model.outer.mlp_ratio
@@ -179,19 +179,19 @@ def test_another_mlp_comes_before_a_far_width():
 
 def test_a_model_within_the_tolerance_is_unchanged():
     model = random_nested(3)
-    assert twin(model, 1.009 * forward_macs(model), forward_macs).changed == {}
+    assert find_twin(model, 1.009 * forward_macs(model), forward_macs).changed == {}
 
 
 def test_a_missing_twin_is_reported_in_one_line():
     dear = small_model("inner*40 outer*1", inner={"width": 128})
     with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink its inner"):
-        twin(dear, forward_macs(small_model("outer*2")), forward_macs)
+        find_twin(dear, forward_macs(small_model("outer*2")), forward_macs)
     model = small_model("outer*2")
     with pytest.raises(NoTwin, match="free more of depth"):
-        twin(model, 2 * forward_macs(model), forward_macs, fixed=["model.outer", "model.depth"])
+        find_twin(model, 2 * forward_macs(model), forward_macs, fixed=["model.outer", "model.depth"])
     huge = replace(model, outer=replace(model.outer, mlp_ratio=40))
     with pytest.raises(NoTwin, match="free more of depth"):
-        twin(huge, 9 * forward_macs(huge), forward_macs, fixed=["model.outer.width", "model.depth"])
+        find_twin(huge, 9 * forward_macs(huge), forward_macs, fixed=["model.outer.width", "model.depth"])
 
 
 # --------------------------------------------------------------------------------------------- time

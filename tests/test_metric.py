@@ -18,7 +18,7 @@ from dit_in_dit.metrics.subject import files_subject, reference
 from dit_in_dit.study.plan import StudyConfig
 from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise_study
-from dit_in_dit.study.tables import differences, means
+from dit_in_dit.study.tables import differences, means_table
 from studies import plan_of, write_study
 
 
@@ -56,7 +56,7 @@ def test_a_metric_of_the_user_is_computed_drawn_and_compared(tmp_path: Path):
     assert 0 < score["floor"] < 5
     assert found["protocol"]["metrics"]["contrast"] == {"images": 10}
     report.draw_evaluation(evaluation, tmp_path)
-    labels, scores = report.compare([tmp_path / "out0", tmp_path / "out1"])
+    labels, scores = report.compare_evaluations([tmp_path / "out0", tmp_path / "out1"])
     assert len(scores["contrast"]) == 2
     report.draw_compared(labels, scores, tmp_path / "compare.png")
 
@@ -178,7 +178,7 @@ def test_a_study_ranks_it_by_its_own_direction(tmp_path: Path):
     found = read_study(out)
     assert found.metrics == {"Mine": ["contrast"]}
     assert "'b' is better than 'a': -2, 95% interval" in "\n".join(summarise_study(found))
-    assert [table.title for table in (*differences(found), *means(found))] == ["Mine: differences", "Mine"]
+    assert [table.title for table in (*differences(found), *means_table(found))] == ["Mine: differences", "Mine"]
 
 
 def test_a_study_of_an_unregistered_metric_lists_it(tmp_path: Path):

@@ -20,7 +20,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.curves.arms import arms, notes
-from dit_in_dit.curves.convergence import errors_by_seed, reach, tables
+from dit_in_dit.curves.convergence import convergence_tables, errors_by_seed, steps_to_reach
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.doctor.doctor import draw_report as draw_doctor
@@ -28,9 +28,9 @@ from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.relative_error import relative
-from dit_in_dit.study.report import report
+from dit_in_dit.study.report import write_report
 from dit_in_dit.study.result import Result, read_result
-from dit_in_dit.study.worker import work
+from dit_in_dit.study.worker import run_trials
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trackers import TRACKERS
 from dit_in_dit.training.trainer import Trainer
@@ -77,7 +77,10 @@ def test_a_non_finite_error_is_a_gap_in_the_curve_and_noted(tmp_path, capsys):
     assert np.isfinite(rows[0]).tolist() == [True] * 4 + [False] * 3
     start = f"{bad}: the held-out error is not finite at 3 of 7 evaluations, first at step 200"
     [note] = [note for note in notes(curves) if note.startswith(start)]
-    (ends, _), others = (tables(arms(curves))["held_out"][:2], tables(arms(curves))["held_out"][2:])
+    (ends, _), others = (
+        convergence_tables(arms(curves))["held_out"][:2],
+        convergence_tables(arms(curves))["held_out"][2:],
+    )
     assert (ends["step"], ends["mean"], ends["low"], ends["high"]) == (280, None, None, None)
     assert all(row["mean"] > 0 for row in others)
     main(["curves", str(bad), str(good), "--out", str(tmp_path / "out")])
@@ -95,8 +98,8 @@ def test_non_finite_runs_are_drawn_with_and_without_finite_steps(after, tmp_path
     found = arms([read_run(write(tmp_path / "run", rows, *([] if after == "before" else ["seed=3"])))])
     (tmp_path / "out").mkdir()
     assert "held-out.png" in {path.name for path in draw_curves(found, tmp_path / "out")}
-    assert len(reach(found)) == (1 if after == "before" else 0)
-    json.dumps(tables(found), allow_nan=False)
+    assert len(steps_to_reach(found)) == (1 if after == "before" else 0)
+    json.dumps(convergence_tables(found), allow_nan=False)
 
 
 def test_relative_errors_skip_the_diverged_part(tmp_path):
@@ -190,13 +193,13 @@ def test_a_diverged_trial_is_reported_as_diverged(prune, base, tmp_path):
     out = tmp_path / "study"
     plan = planned(small(base, seeds=[0, 1], prune=prune), out)
     board = Queue(plan, out)
-    kinds = [event.kind for event in work(plan, out, board, CPU)]
+    kinds = [event.kind for event in run_trials(plan, out, board, CPU)]
     assert kinds.count("failed") == 2
     assert board.counts()["failed"] == 2
     found = results(out)["two-s0"]
     assert (found.state, found.step) == ("failed", 8)
     assert found.reason == "diverged: held_out.0.2.high is not finite at step 8"
-    written = report(out)
+    written = write_report(out)
     page = (out / "report.md").read_text().replace("\\_", "_")
     assert page.count("diverged: held_out.0.2.high is not finite at step 8") == 2
     assert any("failed" in sentence for sentence in written.summary)
@@ -207,11 +210,11 @@ def test_a_search_continues_after_a_diverged_trial(base, tmp_path):
     out = tmp_path / "search"
     study = small(base, search={"train.learning_rate": [1e-4, 1e-3]}, trials=4)
     plan = planned(study, out)
-    list(work(plan, out, Queue(plan, out), CPU))
+    list(run_trials(plan, out, Queue(plan, out), CPU))
     states = [result.state for result in results(out).values()]
     assert len(states) == 4
     assert "failed" in states
-    written = report(out)
+    written = write_report(out)
     assert any("1 failed" in sentence for sentence in written.summary)
 
 
@@ -236,7 +239,7 @@ def test_a_non_finite_secondary_metric_is_kept_and_shown(tmp_path):
     assert math.isnan(kept.metrics["swd.16"])
     path = out / "runs" / "two-s1" / "result.json"
     json.loads(path.read_text(), parse_constant=pytest.fail)
-    found = report(out)
+    found = write_report(out)
     assert "'two': held_out.0.5.high is not finite in 1 seed." in found.summary
     assert "not finite" in (out / "report.md").read_text()
     assert "held_out.0.5.high,inf," in (out / "results.csv").read_text()
@@ -264,7 +267,7 @@ def test_a_study_with_diverged_runs_is_reported(tmp_path):
             if "held_out" in line and line["step"] > (0 if key == "two-s0" else 20):
                 line["held_out"] = {t: dict.fromkeys(kinds, "nan") for t, kinds in line["held_out"].items()}
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report(out)
+    write_report(out)
     assert "two,0,20,held_out.0.2.high,nan" in (out / "curves.csv").read_text()
 
 

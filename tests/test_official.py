@@ -32,7 +32,7 @@ from dit_in_dit.diffusion.path import alpha_bar
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.interop.diffusers_dit import SCHEDULERS
 from dit_in_dit.interop.import_run import IMPORTED_POSITION, ORIGIN, export_diffusers, export_official, import_run
-from dit_in_dit.interop.official import expected
+from dit_in_dit.interop.official import official_shapes
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
@@ -149,7 +149,7 @@ def test_names_and_shapes_are_the_official_ones_in_their_order(size):
     )  # fmt: skip
     theirs = {name: tuple(shape) for name, shape in json.loads(str(GOLDEN[f"shapes/{size}"])).items()}
     assert theirs.pop("pos_embed") == (1, model.patches, width)
-    assert list(expected(model).items()) == list(theirs.items())
+    assert list(official_shapes(model).items()) == list(theirs.items())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from dit_in_dit.attention_maps.page import page
 from dit_in_dit.config import presets
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.interop.card import card
-from dit_in_dit.interop.release import usage
+from dit_in_dit.interop.release import sampling_instructions
 from dit_in_dit.reporting.document import (
     Bullets,
     Cell,
@@ -108,7 +108,14 @@ def card_of(name: str, *, use: bool) -> str:
     }
     classes = [name] * 9
     return card(
-        name, config, 1, classes, 2, evaluation, picture="samples.png", use=usage(name, config) if use else None
+        name,
+        config,
+        1,
+        classes,
+        2,
+        evaluation,
+        picture="samples.png",
+        use=sampling_instructions(name, config) if use else None,
     )
 
 

@@ -55,7 +55,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.runtime.seeding import generator
 
 CLASSES = ["cat", "dog", "fox", "owl", "yak"]
@@ -95,7 +95,7 @@ def pipe() -> DiTInDiTPipeline:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint and a picture."""
     made = tmp_path_factory.mktemp("runs") / "mine"
-    create(made, FLOW)
+    create_run(made, FLOW)
     weights = seeded(FLOW).state_dict()
     checkpoint.save(made, FLOW, 1200, {f"model.{k}": v + 1 for k, v in weights.items()}, weights, tuple(CLASSES))
     (made / "samples").mkdir()
@@ -507,7 +507,7 @@ def test_export_includes_the_vae_of_the_run_and_its_scale(said, tmp_path):
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
-    create(tmp_path / "run", config)
+    create_run(tmp_path / "run", config)
     checkpoint.save(tmp_path / "run", config, 1, {}, seeded(config).state_dict(), tuple(CLASSES))
     export(tmp_path / "run", tmp_path / "out")
     loaded = quiet(DiTInDiTPipeline.from_pretrained(tmp_path / "out"))

@@ -12,10 +12,10 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, detail_scores
-from dit_in_dit.metrics.evaluate import floats
+from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.memorization import nearest, neighbours, thumbnails
 from dit_in_dit.metrics.pixels import Seams, Spectrum, channel_moments, compare_moments, score
-from dit_in_dit.metrics.score import Halves, resamples
+from dit_in_dit.metrics.score import ReferenceHalves, bootstrap_weights
 from dit_in_dit.reporting.images import to_pixels
 
 COUNT = 128
@@ -33,7 +33,7 @@ def emoji():
 @pytest.fixture(scope="module")
 def clean(emoji):
     """Scores of real images against other real images."""
-    return score(floats(emoji[:COUNT]), floats(emoji[COUNT:]), (8, 2))
+    return score(to_floats(emoji[:COUNT]), to_floats(emoji[COUNT:]), (8, 2))
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def answers(emoji, clean):
         "blur": (0.6, 1.2, 2.0), "noise": (0.05, 0.1, 0.2), "jpeg": (0.5, 0.8, 0.95),
         "grid": (0.02, 0.04, 0.08), "colour": (0.05, 0.1, 0.2),
     }  # fmt: skip
-    real = floats(emoji[COUNT:])
+    real = to_floats(emoji[COUNT:])
     return {
-        name: [clean, *(score(floats(CORRUPTIONS[name](emoji[:COUNT], s)), real, (8, 2)) for s in row)]
+        name: [clean, *(score(to_floats(CORRUPTIONS[name](emoji[:COUNT], s)), real, (8, 2)) for s in row)]
         for name, row in strengths.items()
     }
 
@@ -100,21 +100,21 @@ def test_a_grid_raises_the_seams_and_little_else(answers):
 
 
 def test_scores_do_not_depend_on_earlier_draws(emoji):
-    small = floats(emoji[:8]), floats(emoji[8:24])
+    small = to_floats(emoji[:8]), to_floats(emoji[8:24])
     first = score(*small, (8,))
     np.random.default_rng().random(5)
     assert score(*small, (8,)) == first
 
 
 def test_images_equal_to_the_reference_half_are_at_distance_zero(emoji):
-    real = floats(emoji[: 2 * COUNT])
-    half = real[Halves.of(len(real)).first[0]]
+    real = to_floats(emoji[: 2 * COUNT])
+    half = real[ReferenceHalves.of(len(real)).first[0]]
     found = score(half, real, (8,))
     assert all(abs(found[name].value) < 1e-6 for name in found if not name.startswith("swd"))
 
 
 def test_pyramid_levels_add_up_to_the_image(emoji):
-    images = floats(emoji[:4])
+    images = to_floats(emoji[:4])
     levels = wasserstein.laplacian_pyramid(images)
     total = levels[-1]
     for level in reversed(levels[:-1]):
@@ -129,7 +129,7 @@ def test_a_one_dimensional_wasserstein_distance_is_the_one_of_scipy():
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(1, 6, 4)).astype(np.float32), draw.normal(1, 2, size=(1, 6, 4)).astype(np.float32)
     again = next(iter(wasserstein.resampled_wasserstein(a, b)))
-    u, v = next(resamples(6))
+    u, v = next(bootstrap_weights(6))
     expected = wasserstein_distance(a.ravel(), b.ravel(), np.repeat(u, 4), np.repeat(v, 4))
     assert again == pytest.approx(expected, rel=1e-5)
 
@@ -306,6 +306,6 @@ def test_contrast_is_the_share_of_the_true_amplitude():
 
 def pixels_of(mosaic, truth, number):
     """Mask of the pixels that show one region alone."""
-    from dit_in_dit.metrics.detail import visible
+    from dit_in_dit.metrics.detail import visible_regions
 
-    return visible(mosaic, truth) == number
+    return visible_regions(mosaic, truth) == number

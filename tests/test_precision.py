@@ -25,7 +25,7 @@ from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
-from dit_in_dit.metrics.report import compare
+from dit_in_dit.metrics.report import compare_evaluations
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.pretrained import pretrained_models
 from dit_in_dit.runtime.device import pick_device
@@ -303,9 +303,9 @@ def test_evaluations_record_the_precision_and_older_ones_from_a_cpu_count_as_flo
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({**result, "made with": {"torch": torch_version}}))
         paths.append(tmp_path / name)
-    compare(paths[:3])
+    compare_evaluations(paths[:3])
     with pytest.raises(UserError, match=r"differ in precision: .*no TF32.* / .*convolutions in TF32"):
-        compare(paths)
+        compare_evaluations(paths)
 
 
 def test_trials_without_a_recorded_precision_are_compared_with_later_ones():

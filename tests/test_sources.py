@@ -11,7 +11,7 @@ import torch
 from conftest import small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig
-from dit_in_dit.data.run_data import data_record, locate
+from dit_in_dit.data.run_data import data_record, find_moved_data
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import SOURCES, count_classes, open_source, source_kind
 from dit_in_dit.training.batches import Examples
@@ -99,8 +99,8 @@ def test_the_path_after_a_name_is_recorded_as_absolute(named, tmp_path, monkeypa
     noted = data_record(open_source(data, small_model(num_classes=2)), data)
     assert noted == {"digest": "dots 1", "place": f"dots:{tmp_path / 'here'}" if exists else "dots:here"}
     monkeypatch.chdir("/")
-    assert locate(data, noted).source == noted["place"]
-    assert locate(DataConfig(source="dots"), noted).source == "dots"
+    assert find_moved_data(data, noted).source == noted["place"]
+    assert find_moved_data(DataConfig(source="dots"), noted).source == "dots"
 
 
 WRONG_ATTRIBUTES = [

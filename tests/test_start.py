@@ -14,7 +14,7 @@ from dit_in_dit.config.files import override
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
@@ -33,7 +33,7 @@ def plain(run_config, tmp_path):
     trainer.update([Examples(trainer.source, config)[0]])  # the optimizer's moments are there
     perturbed(trainer.model)
     trainer.ema.model.load_state_dict(trainer.model.state_dict())
-    create(run, config)
+    create_run(run, config)
     checkpoint.save(run, config, 1, trainer.state(), trainer.averaged_state(), trainer.source.classes)
     return config, run, trainer
 

@@ -24,10 +24,10 @@ from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import arms
 from dit_in_dit.study import plan as plans
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
-from dit_in_dit.study.planning import begin, plan_study
+from dit_in_dit.study.planning import open_plan, plan_study
 from dit_in_dit.study.queue import MOST_LOSSES, LeaseLostError, Queue
 from dit_in_dit.study.result import Result
-from dit_in_dit.study.worker import work
+from dit_in_dit.study.worker import run_trials
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
@@ -56,13 +56,13 @@ def small(base: str, **keys) -> StudyConfig:
 
 def planned(study: StudyConfig, out: Path) -> Plan:
     out.mkdir(parents=True, exist_ok=True)
-    return begin(out, lambda: plan_study("small", study, CPU), study)
+    return open_plan(out, lambda: plan_study("small", study, CPU), study)
 
 
 def finish(study: StudyConfig, out: Path, **options) -> Plan:
     """Run a study in this process."""
     plan = planned(study, out)
-    list(work(plan, out, Queue(plan, out, **options), CPU))
+    list(run_trials(plan, out, Queue(plan, out, **options), CPU))
     return plan
 
 
@@ -77,21 +77,21 @@ def results(out: Path) -> dict[str, Result]:
 def test_every_shipped_study_can_be_planned(name):
     study = plans.read_study_config(name)
     assert study.question.endswith("?")
-    for changes, _ in arms.candidates(study).values():
-        assert arms.budgeted(study, arms.configure(study, changes), changes).train.steps >= 1000
+    for changes, _ in arms.arm_changes(study).values():
+        assert arms.budgeted_config(study, arms.configure(study, changes), changes).train.steps >= 1000
 
 
 def test_every_choice_of_the_tuning_search_can_be_matched():
     study = plans.read_study_config("tuning")
     like = arms.configure(study, {})
     for values in product(*study.search.values()):
-        _, twin = arms.matched(study, dict(zip(study.search, values, strict=True)), like, CPU)
+        _, twin = arms.matched_config(study, dict(zip(study.search, values, strict=True)), like, CPU)
         assert abs(twin.gap) <= study.tolerance
 
 
 def test_a_grid_gives_every_combination():
     study = StudyConfig(grid={"model.inner.width": [16, 32], "model.inner.mixer": ["patch", "conv"]})
-    assert list(arms.candidates(study)) == [
+    assert list(arms.arm_changes(study)) == [
         "width=16, mixer=patch", "width=16, mixer=conv", "width=32, mixer=patch", "width=32, mixer=conv",
     ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_a_budget_becomes_steps_of_this_batch_and_model(budget, steps):
     from dit_in_dit.inspection import cost
 
     study = StudyConfig(base="emoji", arms={"one": {}}, budget=budget)
-    found = arms.budgeted(study, arms.configure(study, {}), {}).train.steps
+    found = arms.budgeted_config(study, arms.configure(study, {}), {}).train.steps
     if "macs" in budget:
         steps = round(1e9 / cost.macs(presets.get("emoji").model)["total"])
     assert found == steps
@@ -122,7 +122,7 @@ def test_a_budget_becomes_steps_of_this_batch_and_model(budget, steps):
 def test_keys_that_a_study_names_do_not_follow_the_number_of_steps():
     study = StudyConfig(base="emoji", arms={"one": {}}, budget={"steps": 100}, set={"train.warmup": 60})
     changes = {"train.evaluate_every": 3}
-    train = arms.budgeted(study, arms.configure(study, changes), changes).train
+    train = arms.budgeted_config(study, arms.configure(study, changes), changes).train
     assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
 
 
@@ -243,19 +243,19 @@ def test_a_users_metric_can_be_primary(base, tmp_path, monkeypatch):
 def test_a_finished_study_is_not_run_again(base, tmp_path):
     plan = finish(small(base), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")}
-    assert list(work(plan, tmp_path, Queue(plan, tmp_path), CPU)) == []
+    assert list(run_trials(plan, tmp_path, Queue(plan, tmp_path), CPU)) == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/*")} == before
 
 
 def test_a_stopped_worker_gives_its_trial_back_and_the_next_worker_resumes_it(base, tmp_path):
     study = small(base, set={"train.checkpoint_every": 2})
     plan = planned(study, tmp_path / "stopped")
-    events = work(plan, tmp_path / "stopped", Queue(plan, tmp_path / "stopped"), CPU)
+    events = run_trials(plan, tmp_path / "stopped", Queue(plan, tmp_path / "stopped"), CPU)
     next(event for event in events if event.step >= 4)
     events.close()  # as Ctrl-C does
     queue = Queue(plan, tmp_path / "stopped")
     assert queue.counts()["running"] == 0
-    later = list(work(plan, tmp_path / "stopped", queue, CPU))
+    later = list(run_trials(plan, tmp_path / "stopped", queue, CPU))
     assert [event.key for event in later if event.text == "continued" and event.step >= 2] == ["one-s0"]
     finish(study, tmp_path / "whole")
     whole, stopped = (results(tmp_path / name) for name in ("whole", "stopped"))
@@ -266,7 +266,7 @@ def test_a_study_is_not_resumed_on_changed_data(base, folder, tmp_path):
     shutil.copytree(folder, images := tmp_path / "set")
     study = small(base, set={"data.source": str(images), "train.checkpoint_every": 2})
     plan = planned(study, out := tmp_path / "study")
-    with closing(work(plan, out, Queue(plan, out), CPU)) as events:
+    with closing(run_trials(plan, out, Queue(plan, out), CPU)) as events:
         next(event for event in events if event.step >= 4)
     path = sorted(images.rglob("*.*"))[0]
     shutil.move(path, tmp_path / path.name)
@@ -275,17 +275,17 @@ def test_a_study_is_not_resumed_on_changed_data(base, folder, tmp_path):
     with pytest.raises(
         UserError, match=r"set is not what the study was planned on .* begin the study in another --out"
     ):
-        list(work(plan, out, queue, CPU))
+        list(run_trials(plan, out, queue, CPU))
     assert results(out) == {}  # no trial has failed of it
     earlier = replace(plan, made={name: value for name, value in plan.made.items() if name != "data"})
     (tmp_path / "earlier").mkdir()
-    begun = list(work(earlier, tmp_path / "earlier", Queue(earlier, tmp_path / "earlier"), CPU))
+    begun = list(run_trials(earlier, tmp_path / "earlier", Queue(earlier, tmp_path / "earlier"), CPU))
     assert "done" in {event.kind for event in begun}  # earlier versions did not note the data
     shutil.move(tmp_path / path.name, path)
-    list(work(plan, out, queue, CPU))
+    list(run_trials(plan, out, queue, CPU))
     assert {found.state for found in results(out).values()} == {"done"}
     shutil.rmtree(images)  # a finished one needs none
-    assert list(work(plan, out, queue, CPU)) == []
+    assert list(run_trials(plan, out, queue, CPU)) == []
 
 
 def test_a_trial_that_cannot_be_trained_fails_and_the_others_continue(base, tmp_path, monkeypatch):
@@ -312,7 +312,7 @@ def test_a_search_trains_the_choices_of_its_sampler(base, tmp_path):
     for key, result in found.items():
         changes = json.loads((tmp_path / "runs" / key / "changes.json").read_text())["changes"]
         assert 1e-4 <= changes["train.learning_rate"] <= 1e-2
-        assert result.arm == arms.describe(changes)
+        assert result.arm == arms.describe_changes(changes)
         stored = (tmp_path / "runs" / key / "config.yaml").read_text()
         assert f"mixer: {changes['model.inner.mixer']}" in stored
 
@@ -391,7 +391,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(base, tmp_path, monkeypatch)
     clock[0] += 11.0
     monkeypatch.undo()
     queue._seen = {number: (beat, since - 1e9) for number, (beat, since) in queue._seen.items()}
-    assert [event.kind for event in work(plan, tmp_path, queue, CPU)] == ["failed"]
+    assert [event.kind for event in run_trials(plan, tmp_path, queue, CPU)] == ["failed"]
     assert "5 workers were lost" in results(tmp_path)["one-s0"].reason
 
 
@@ -401,7 +401,7 @@ def test_a_result_that_a_lost_worker_did_not_record_is_recorded_by_the_next(base
     plan = planned(study, tmp_path / "b")
     shutil.copytree(tmp_path / "a" / "runs", tmp_path / "b" / "runs")
     queue = Queue(plan, tmp_path / "b")
-    assert [event.kind for event in work(plan, tmp_path / "b", queue, CPU)] == ["done"]
+    assert [event.kind for event in run_trials(plan, tmp_path / "b", queue, CPU)] == ["done"]
     assert queue.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
 
 

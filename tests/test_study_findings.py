@@ -10,11 +10,11 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.config.files import replace_keys, to_yaml
 from dit_in_dit.study.plan import StudyConfig
-from dit_in_dit.study.planning import begin, plan_study
+from dit_in_dit.study.planning import open_plan, plan_study
 from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.results import StudyResults, read_study
 from dit_in_dit.study.summary import summarise_study
-from dit_in_dit.study.worker import work
+from dit_in_dit.study.worker import run_trials
 from dit_in_dit.training.batches import Batch, Examples
 
 CPU = torch.device("cpu")
@@ -48,8 +48,8 @@ def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
     """Results of the study with three seeds."""
     study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
-    plan = begin(out, lambda: plan_study("study", study, CPU))
-    list(work(plan, out, Queue(plan, out), CPU))
+    plan = open_plan(out, lambda: plan_study("study", study, CPU))
+    list(run_trials(plan, out, Queue(plan, out), CPU))
     return read_study(out)
 
 

@@ -23,10 +23,10 @@ from dit_in_dit.curves.logs import read_run
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
 from dit_in_dit.runs.integrity import seal
-from dit_in_dit.study.arms import describe
+from dit_in_dit.study.arms import describe_changes
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
-from dit_in_dit.study.report import StudyReport, report
+from dit_in_dit.study.report import StudyReport, write_report
 from dit_in_dit.study.results import read_study
 from dit_in_dit.study.summary import summarise_study
 from studies import PROTOCOL, plan_of, write_plan, write_study, write_trial
@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
         elif (trial.arm, trial.seed) != (EVIL, 2):
             level = 1.3 if trial.arm == "plain" else 1.0
             write_trial(out, trial, metrics(trial.arm, trial.seed), floors={"memorised": 0.02}, level=level)
-    return out, report(out)
+    return out, write_report(out)
 
 
 def test_the_page_loads_nothing(whole: tuple[Path, StudyReport]):
@@ -182,7 +182,7 @@ def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, StudyReport]):
     out, _ = whole
     names = ("report.html", "report.md", "results.csv", "table.md", "table.tex", "curves.csv")
     before = {name: (out / name).read_bytes() for name in names}
-    made = report(out)
+    made = write_report(out)
     assert {name: (out / name).read_bytes() for name in names} == before
     assert [path.name for path, _ in made.files] == list(names)
 
@@ -194,14 +194,14 @@ def test_other_files_beside_the_figures_stay(tmp_path: Path):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
     for _ in range(2):
-        report(out)
+        write_report(out)
         assert {name: (out / name).read_bytes() for name in mine} == mine
     assert (out / "figures/curves/loss.png").exists()
     for name in ("report.html", "report.md"):
         assert not any(Path(own).name in (out / name).read_text() for own in mine)
     (out / "runs/a-s0/result.json").write_text("{")  # a report that cannot be made takes no figure either
     with pytest.raises(UserError):
-        report(out)
+        write_report(out)
     assert (out / "figures/curves/loss.png").exists()
 
 
@@ -300,7 +300,7 @@ def test_one_seed_is_a_lead_and_no_claim(tmp_path: Path):
     assert "One seed: a lead, no claim." in text
     for claim in ("is better than", "is worse than", "is seen"):
         assert claim not in text
-    assert "no claim" in report(out).summary[0]
+    assert "no claim" in write_report(out).summary[0]
     page = (out / "report.html").read_text()
     assert 'class="better"' not in page
     assert 'class="worse"' not in page
@@ -319,7 +319,7 @@ def test_a_metric_that_is_not_finite_is_reported_and_supports_no_claim(tmp_path:
     out = write_study(
         tmp_path / "out", plan, lambda arm, seed: {PRIMARY: math.nan if (arm, seed) == ("b", 1) else 1 + seed / 10}
     )
-    made = report(out)
+    made = write_report(out)
     assert "'b': not finite." in made.summary
     assert f"'b': {PRIMARY} is not finite in 1 seed." in made.summary
     assert "nan" in (out / "results.csv").read_text()
@@ -327,14 +327,14 @@ def test_a_metric_that_is_not_finite_is_reported_and_supports_no_claim(tmp_path:
 
 def test_a_study_without_results_has_a_report(tmp_path: Path):
     out = write_plan(tmp_path / "out", study_of(ARMS))
-    made = report(out)
+    made = write_report(out)
     assert "nothing can be said" in made.summary[0]
     assert "12 not started" in made.summary[-1]
 
 
 def test_an_unmeasured_primary_metric_is_reported(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}}, primary="FID", metrics=("held_out", "inception"))
-    made = report(write_study(tmp_path / "out", plan, noisy({})))
+    made = write_report(write_study(tmp_path / "out", plan, noisy({})))
     assert made.summary[0].startswith("No trial has ended with the primary metric FID")
     assert PRIMARY in made.summary[0]
 
@@ -345,7 +345,7 @@ def test_a_large_grid_has_complete_tables_and_partial_pictures(tmp_path: Path, m
     study = read_study(out)
     assert [arm.name for arm in study.shown] == ["full", "plain"]
     assert len(study.compared) == 3
-    report(out)
+    write_report(out)
     page = Page((out / "report.html").read_text())
     assert "Pictures show the first 1 of 3 arms; tables, all." in page.text
 
@@ -369,7 +369,7 @@ def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
     for trial in plan.trials:
         write_trial(out, trial, {PRIMARY: 1.0}, protocol=other if trial.arm == "b" else PROTOCOL)
     with pytest.raises(UserError, match=r"cannot stand in one table.*samples\.steps: 25 / 50"):
-        report(out)
+        write_report(out)
 
 
 def test_real_images_may_differ_between_seeds_but_not_within_one(tmp_path: Path):
@@ -392,12 +392,12 @@ def test_real_images_may_differ_between_seeds_but_not_within_one(tmp_path: Path)
 def test_other_held_out_images_are_refused(tmp_path: Path):
     plan = study_of({"a": {}, "b": {"data.held_out": 0.3}})
     with pytest.raises(UserError, match=r"data\.held_out"):
-        report(write_study(tmp_path / "out", plan, noisy({})))
+        write_report(write_study(tmp_path / "out", plan, noisy({})))
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not a study's folder"):
-        report(tmp_path)
+        write_report(tmp_path)
 
 
 def test_a_report_without_the_studys_plug_in_names_the_option(tmp_path: Path):
@@ -423,7 +423,7 @@ def test_a_damaged_result_is_named(tmp_path: Path):
     path = out / "runs" / plan.trials[0].key / "result.json"
     path.write_text("{}")
     with pytest.raises(UserError, match=re.escape(str(path))):
-        report(out)
+        write_report(out)
 
 
 # ------------------------------------------------------------------------------------------ curves
@@ -466,7 +466,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRepor
         (folder / "changes.json").write_text(json.dumps({"changes": changes, "number": number}))
         if state == "failed":
             (folder / "config.yaml").unlink()
-    return out, report(out)
+    return out, write_report(out)
 
 
 def test_a_search_lists_its_trials_best_first(searched: tuple[Path, StudyReport]):
@@ -474,7 +474,9 @@ def test_a_search_lists_its_trials_best_first(searched: tuple[Path, StudyReport]
     table = (out / "table.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == ["2", "1", "0"]
     assert made.summary[0] == "Tried: 6 of 8 configs (3 done, 1 pruned, 1 failed, 1 not done)."
-    assert f"number 2, {describe({'model.inner.width': 64, 'model.inner.aggregate': 'mean'})}" in made.summary[1]
+    assert (
+        f"number 2, {describe_changes({'model.inner.width': 64, 'model.inner.aggregate': 'mean'})}" in made.summary[1]
+    )
     page = Page((out / "report.html").read_text())
     assert "no memory" in page.text
     assert sum(source.startswith("data:image/png") for source in page.sources) == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dit_in_dit.metrics.metric import direction, metric_of
-from dit_in_dit.study.metrics import grouped
+from dit_in_dit.study.metrics import group_metrics
 from dit_in_dit.study.statistics import Difference, mean_interval, paired_difference, standard_errors
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
@@ -177,8 +177,8 @@ def test_higher_is_better_only_for_metrics_of_that_direction():
 
 def test_metrics_are_grouped_with_the_primary_one_first():
     names = ["swd.16", "memorised", "seam.8", "swd.8", "held_out.0.2.high", "held_out.0.5.whole", "FID"]
-    found = grouped(names, "held_out.0.5.whole")
+    found = group_metrics(names, "held_out.0.5.whole")
     assert list(found) == ["held_out", "pixels", "standard", "listed"]
     assert found["held_out"] == ["held_out.0.5.whole", "held_out.0.2.high"]
     assert found["pixels"] == ["swd.8", "swd.16", "seam.8"]
-    assert next(iter(grouped(names, "FID"))) == "standard"
+    assert next(iter(group_metrics(names, "FID"))) == "standard"

@@ -19,8 +19,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.study.queue import Queue
-from dit_in_dit.study.storage import AwayError, Storage, _reason, parse_url, show
-from dit_in_dit.study.worker import work
+from dit_in_dit.study.storage import Storage, StorageAwayError, _reason, masked_url, parse_url
+from dit_in_dit.study.worker import run_trials
 from test_study import planned, results, small
 
 CPU = torch.device("cpu")
@@ -92,11 +92,13 @@ def test_a_call_waits_for_a_silent_storage_and_reports_its_outage_and_return():
 def test_an_outage_of_a_lease_ends_the_call_and_later_calls_at_once():
     waiting, flaky, lines = storage(fails=1000, lease=1.0)
     began = time.monotonic()
-    with pytest.raises(AwayError, match=r"(?s)the storage here has not answered for 1 s \(.*\): run the same command"):
+    with pytest.raises(
+        StorageAwayError, match=r"(?s)the storage here has not answered for 1 s \(.*\): run the same command"
+    ):
         waiting.get(3)
     assert 1.0 < time.monotonic() - began < 4.0
     calls = flaky.calls
-    with pytest.raises(AwayError):
+    with pytest.raises(StorageAwayError):
         waiting.get(3)
     assert flaky.calls == calls + 1
     assert len(lines) == 1
@@ -104,7 +106,7 @@ def test_an_outage_of_a_lease_ends_the_call_and_later_calls_at_once():
 
 def test_a_call_that_must_not_wait_fails_at_once():
     waiting, flaky, _ = storage(fails=1)
-    with pytest.raises(AwayError), waiting.at_once():
+    with pytest.raises(StorageAwayError), waiting.at_once():
         waiting.get(3)
     assert flaky.calls == 1
     assert waiting.get(3) == 3
@@ -150,7 +152,7 @@ def test_a_study_whose_storage_often_fails_ends_with_the_same_results(base, tmp_
                 return super().__getattr__(call)
 
         queue.storage._storage = EveryFew(inner, 0, after=after)
-        kinds = [event.kind for event in work(plan, out, queue, CPU)]
+        kinds = [event.kind for event in run_trials(plan, out, queue, CPU)]
         assert kinds.count("done") == 2
         assert "lost" not in kinds
         assert queue.counts()["done"] == 2
@@ -186,7 +188,7 @@ def test_an_outage_of_the_storage_loses_no_worker(base, tmp_path):
     other._give_up_lost()
     other.storage._storage = Flaky(other.storage._storage, 10_000)  # and nobody's beat arrives either
     for _ in range(4):
-        with pytest.raises(AwayError), other.storage.at_once():
+        with pytest.raises(StorageAwayError), other.storage.at_once():
             other._give_up_lost()
         time.sleep(0.4)
     other.storage._storage.fails = 0
@@ -237,7 +239,7 @@ def test_a_lasting_outage_ends_the_command_with_one_line(base, tmp_path, monkeyp
     ],
 )
 def test_a_url_is_shown_without_its_password(url, shown):
-    assert show(parse_url(url)) == shown
+    assert masked_url(parse_url(url)) == shown
 
 
 @pytest.mark.parametrize(

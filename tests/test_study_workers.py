@@ -24,10 +24,10 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.study.plan import Plan, StudyConfig
-from dit_in_dit.study.planning import begin, plan_study
+from dit_in_dit.study.planning import open_plan, plan_study
 from dit_in_dit.study.queue import OUTCOME, Queue
 from dit_in_dit.study.result import Result
-from dit_in_dit.study.worker import work
+from dit_in_dit.study.worker import run_trials
 from postgres import Server
 
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig
 
 def planned(study: StudyConfig, out: Path) -> Plan:
     out.mkdir(parents=True)
-    return begin(out, lambda: plan_study("killed", study, CPU))
+    return open_plan(out, lambda: plan_study("killed", study, CPU))
 
 
 def table(out: Path) -> dict[str, Result]:
@@ -78,7 +78,7 @@ def serial(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict
     """The table of one undisturbed worker."""
     out = tmp_path_factory.mktemp("serial") / "study"
     plan = planned(study, out)
-    list(work(plan, out, Queue(plan, out), CPU))
+    list(run_trials(plan, out, Queue(plan, out), CPU))
     found = table(out)
     assert len(found) == 8
     return found

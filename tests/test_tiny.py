@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.model import layers
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.tiny import fits, tiny_attention
+from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
 triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton: pip install triton==3.7.1")
 # groups, heads, tokens, channels of a head: tiles that are full, half empty, and the last of which has groups missing
@@ -37,7 +37,7 @@ def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float,
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         if apart:
             k = k.clone(memory_format=torch.contiguous_format)
-        assert fits(q, k)
+        assert tiny_fits(q, k)
         out = formula(q, k, v)
         results.append((out, *torch.autograd.grad(out, qkv, grad[:, :, 0].transpose(1, 2).to(out))))
     for found, expected in zip(*results, strict=True):
@@ -70,7 +70,7 @@ def test_inputs_outside_the_kernels_limits_go_to_pytorch():
         (torch.zeros(1, 1, 4, 136),) * 2,
         (q.double(),) * 2,
     ):
-        assert not fits(queries, keys)
+        assert not tiny_fits(queries, keys)
 
 
 def test_the_kernel_is_off_by_default():

@@ -29,7 +29,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.batches import Examples, image_number, load_batches
+from dit_in_dit.training.batches import Examples, load_batches, shuffled_index
 from dit_in_dit.training.ema import Ema, ema_decay
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer, learning_rate
@@ -152,7 +152,7 @@ def test_the_number_of_loader_workers_changes_no_example(run_config):
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 50), epoch=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_every_image_is_shown_once_per_epoch(seed, size, epoch):
-    shown = [image_number(seed, index, size) for index in range(epoch * size, (epoch + 1) * size)]
+    shown = [shuffled_index(seed, index, size) for index in range(epoch * size, (epoch + 1) * size)]
     assert sorted(shown) == list(range(size))
 
 

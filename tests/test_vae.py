@@ -19,9 +19,9 @@ from conftest import perturbed, small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, LatentDecoder, encode
-from dit_in_dit.data.formats.latents import complete, read_latents_index
+from dit_in_dit.data.formats.latents import fill_latent_keys, read_latents_index
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.data.vae import constants, factor, load_vae, posterior_moments
+from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments
 from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.model.nested import NestedDiT
@@ -102,7 +102,7 @@ def test_each_class_encodes_trains_and_decodes(name, images, tmp_path):
     torch.testing.assert_close(stored[:, :channels], mean, rtol=1e-4, atol=1e-4)
     if name != "kl":  # the encoder gives no distribution
         assert (stored[:, channels:] == -30).all()
-    data = complete(DataConfig(source=str(folder), held_out=0.0))
+    data = fill_latent_keys(DataConfig(source=str(folder), held_out=0.0))
     source = open_source(data, small_model(image_size=(side, side), channels=channels, num_classes=2))
     assert source.train(0)[0].shape == (channels, side, side)
     draw = LatentDecoder(data, CPU)
@@ -130,7 +130,7 @@ def test_each_class_is_exported_with_a_pipeline(name, tmp_path):
     assert drawn.shape == (8, 3, 8 * smaller, 8 * smaller)
     torch.testing.assert_close(drawn, (LatentDecoder(data, CPU)(latents) / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
     own = load_vae(str(tmp_path / "pipe"), CPU)  # a pipeline's folder, whose VAE says the run's constants
-    assert constants(own) == ([0.5] * channels, [2.0] * channels)
+    assert latent_constants(own) == ([0.5] * channels, [2.0] * channels)
 
 
 def model_shape(model: Any) -> tuple[int, ...]:
@@ -149,9 +149,9 @@ def test_means_and_deviations_of_a_vae_are_its_constants(images, tmp_path):
     numbers = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 2.0, 4.0]}
     seeded(lambda: kl(scaling_factor=0.5, **numbers)).save_pretrained(tmp_path / "vae")
     vae = load_vae(str(tmp_path / "vae"), CPU)
-    assert constants(vae) == ([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 0.25, 0.125])
+    assert latent_constants(vae) == ([0.1, 0.2, 0.3, 0.4], [1.0, 0.5, 0.25, 0.125])
     folder = encoded(images, tmp_path / "vae", tmp_path / "latents", dtype="float32", flips=False)
-    data = complete(DataConfig(source=str(folder), held_out=0.0, posterior="mean"))
+    data = fill_latent_keys(DataConfig(source=str(folder), held_out=0.0, posterior="mean"))
     assert (data.latent_mean, data.latent_scale) == ((0.1, 0.2, 0.3, 0.4), (1.0, 0.5, 0.25, 0.125))
     source = open_source(data, small_model(image_size=(8, 8), channels=4, num_classes=2))
     latent = posterior_moments(vae, pixels_of(images)[:1])[0, :4]
@@ -203,7 +203,7 @@ def test_a_vae_is_loaded_from_the_top_or_the_subfolder_of_a_repository(tmp_path,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     vae = load_vae("some/model", CPU)
-    assert (type(vae), factor(vae)) == (AutoencoderTiny, 4)
+    assert (type(vae), downsampling_factor(vae)) == (AutoencoderTiny, 4)
 
 
 def test_weights_in_float16_alone_are_read_and_computed_in_float32(tmp_path):

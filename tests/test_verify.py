@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dit_in_dit.cli import main, verify_resume
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.training.trainer import Trainer
 
 
 @pytest.fixture
 def run(run_config, tmp_path, full, monkeypatch):
     """A run that has just started; unless all faults are tested, the command trains in this process."""
-    create(tmp_path / "run", run_config)
+    create_run(tmp_path / "run", run_config)
     if not full:
         monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))
     return tmp_path / "run"

@@ -24,7 +24,7 @@ from dit_in_dit.config.errors import LINE, UserError, one_line, truncate
 from dit_in_dit.config.run import DataConfig
 from dit_in_dit.data import picture
 from dit_in_dit.data.files import ImageFiles
-from dit_in_dit.data.picture import FORMATS, fit
+from dit_in_dit.data.picture import FORMATS, resize_and_crop
 from dit_in_dit.data.sources import open_source
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -304,7 +304,7 @@ IN_FILES = {"1", "L", "LA", "P", "P with transparency", "I;16", "I;16 with trans
 def test_modes_convert_as_documented(mode, tmp_path):
     image, expected, tolerance = MODES[mode]()
     assert image.mode == mode.split()[0]
-    found = [fit(image, (16, 16), 3)]
+    found = [resize_and_crop(image, (16, 16), 3)]
     if mode in IN_FILES:  # and through a file, as training reads it
         (tmp_path / "x.png").write_bytes(encoded(image))
         model = small_model(image_size=(16, 16), num_classes=0)
@@ -313,7 +313,7 @@ def test_modes_convert_as_documented(mode, tmp_path):
     for pixels in found:
         assert np.abs(pixels - expected).max() <= tolerance + 0.5
     weights = np.array([0.299, 0.587, 0.114])  # ITU-R 601: how grey is made of colours
-    assert np.abs(fit(image, (16, 16), 1)[..., 0] - expected @ weights).max() <= tolerance + 1.5
+    assert np.abs(resize_and_crop(image, (16, 16), 1)[..., 0] - expected @ weights).max() <= tolerance + 1.5
 
 
 def test_modes_without_a_defined_white_are_refused(tmp_path):
@@ -323,7 +323,7 @@ def test_modes_without_a_defined_white_are_refused(tmp_path):
         (Image.fromarray(np.full((8, 8), -1, np.int32)), "beyond 16 bits"),
     ):
         with pytest.raises(ValueError, match=words):
-            fit(image, (8, 8), 3)
+            resize_and_crop(image, (8, 8), 3)
 
 
 def test_images_are_rotated_by_their_orientation(tmp_path):
@@ -347,19 +347,23 @@ def test_images_are_rotated_by_their_orientation(tmp_path):
             place.parent.mkdir(exist_ok=True)
             Image.fromarray(np.ascontiguousarray(pixels)).save(place, exif=exif, lossless=True)
             files = ImageFiles(place.parent)
-            assert np.array_equal(files.open(place.name, lambda image: fit(image, (12, 16), 3)), seen), orientation
+            assert np.array_equal(files.open(place.name, lambda image: resize_and_crop(image, (12, 16), 3)), seen), (
+                orientation
+            )
     content = io.BytesIO()
     Image.fromarray(seen).save(content, "PNG", exif=b"Exif\0\0MM\0*" + bytes(3))  # metadata that makes no sense
-    assert np.array_equal(picture.look_at(content.getvalue(), lambda image: fit(image, (12, 16), 3)), seen)
+    assert np.array_equal(
+        picture.with_image(content.getvalue(), lambda image: resize_and_crop(image, (12, 16), 3)), seen
+    )
 
 
 def test_the_limit_of_pixels_is_our_own(monkeypatch):
     for theirs in (None, 10**9, 100):  # switched off, high, low
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
         with pytest.raises(ValueError, match="more than"):
-            picture.look_at(png_of(8193, 8192), lambda image: pytest.fail("was opened"))
+            picture.with_image(png_of(8193, 8192), lambda image: pytest.fail("was opened"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert picture.look_at(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
+    assert picture.with_image(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
 
 
 def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
@@ -382,7 +386,7 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
                 del torn[draw.integers(len(torn)) :]
             (tmp_path / "x.png").write_bytes(torn)
             try:
-                pixels = ImageFiles(tmp_path).open("x.png", lambda image: fit(image, (8, 8), 3))
+                pixels = ImageFiles(tmp_path).open("x.png", lambda image: resize_and_crop(image, (8, 8), 3))
             except UserError as error:
                 lines.append(str(error))
             else:

@@ -22,7 +22,7 @@ from calls import is_of_the_system
 from conftest import with_train
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.training.loop import train
 
 DRAW = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ KEPT, LEFT = ["0000010", "0000020"], "0000015.part"
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Two checkpoints, and the remains of a killed save."""
-    create(tmp_path, RunConfig())
+    create_run(tmp_path, RunConfig())
     for step in (10, 20):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / LEFT).mkdir()
@@ -202,7 +202,7 @@ def test_a_really_full_disk_loses_nothing(small_disk):
     needed = None
     for free in range(0, 100_000, 4096):
         run, other = small_disk / "run", small_disk / "other"
-        create(run, RunConfig())
+        create_run(run, RunConfig())
         for step in (10, 20):
             save(run, step)
         disk = os.statvfs(small_disk)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conftest import with_train
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.training import loop
-from dit_in_dit.training.batches import image_number
+from dit_in_dit.training.batches import shuffled_index
 
 IMAGES = 30
 STEPS = 9
@@ -104,14 +104,14 @@ def test_the_shares_of_all_ranks_are_each_image_once_an_epoch(seed, size, rows, 
         for rank in range(world)
     ]
     of_epoch = [sorted(i for i in share if i // size == epoch) for share in shares]
-    images = [image_number(seed, i, size) for share in of_epoch for i in share]
+    images = [shuffled_index(seed, i, size) for share in of_epoch for i in share]
     assert sorted(images) == list(range(size))
 
 
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 200), start=st.integers(0, 10**9))
 def test_an_example_is_the_same_from_any_start(seed, size, start):
-    from_start = [image_number(seed, i, size) for i in range(start, start + 3 * size)]
+    from_start = [shuffled_index(seed, i, size) for i in range(start, start + 3 * size)]
     middle = start + size // 2
-    assert [image_number(seed, i, size) for i in range(middle, start + 3 * size)] == from_start[size // 2 :]
+    assert [shuffled_index(seed, i, size) for i in range(middle, start + 3 * size)] == from_start[size // 2 :]
     in_whole_epochs = np.array(from_start[-start % size :][: 2 * size]).reshape(2, size)
     assert (np.sort(in_whole_epochs, 1) == np.arange(size)).all()

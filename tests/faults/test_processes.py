@@ -24,7 +24,7 @@ from dit_in_dit.config.run import DataConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
-from dit_in_dit.training.trainer import check_world
+from dit_in_dit.training.trainer import check_process_count
 from processes import Together, run_together, trained
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
@@ -106,14 +106,14 @@ def test_two_processes_agree_with_one_within_rounding(shared, tmp_path, parallel
 
 
 def test_processes_that_cannot_share_a_batch_are_refused(shared):
-    check_world(shared.train, 4)
+    check_process_count(shared.train, 4)
     with pytest.raises(UserError, match=r"train\.batch_size must be a multiple"):
-        check_world(shared.train, 3)
+        check_process_count(shared.train, 3)
     fixed = with_train(shared, reduction="fixed").train
-    check_world(fixed, 4)
+    check_process_count(fixed, 4)
     for size in (3, 8):
         with pytest.raises(UserError, match="power of two up to 4"):
-            check_world(fixed, size)
+            check_process_count(fixed, size)
     with pytest.raises(UserError, match="power of two, got 3"):
         with_train(shared, reduction="fixed", accumulate=3)
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import with_train
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.training.interrupt import Interrupted, Stop
+from dit_in_dit.training.interrupt import Interrupted, StopRequest
 from dit_in_dit.training.loop import train
 
 # Trains as the command does, tells the moment and waits there: a step, a save, a picture, the first step, data.
@@ -207,7 +207,7 @@ def test_a_second_signal_during_the_save_is_harmless(tmp_path, unbroken):
 
 
 def test_a_stop_cuts_short_only_work_that_changes_nothing():
-    stop, done = Stop(), []
+    stop, done = StopRequest(), []
     with pytest.raises(Interrupted), stop.waiting():  # noqa: PT012
         stop.ask(signal.SIGTERM)
         done.append("cut")
@@ -221,7 +221,7 @@ def test_a_stop_cuts_short_only_work_that_changes_nothing():
 def test_a_stopped_run_saves_at_once_and_makes_up_for_what_was_due(run_config, tmp_path):
     config = with_train(run_config, sample_every=3)
     list(train(config, tmp_path / "unbroken", device="cpu"))
-    stop, kinds = Stop(), []
+    stop, kinds = StopRequest(), []
     for fact in train(config, tmp_path / "run", device="cpu", stop=stop):
         kinds.append((fact.kind, fact.step))
         if fact.kind == "step" and fact.step == 3:

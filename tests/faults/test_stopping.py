@@ -14,7 +14,7 @@ from conftest import with_train
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.loop import train
 
@@ -88,7 +88,7 @@ def test_a_saved_state_is_restored_bit_for_bit(shapes, step):
         tensors[name] = raw.view(kind).reshape(shape)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        create(run, RunConfig())
+        create_run(run, RunConfig())
         checkpoint.save(run, RunConfig(), step, tensors, {}, ("a",))
         found = checkpoint.newest(run)
         back = load_tensors(found.folder / checkpoint.STATE)

@@ -127,7 +127,7 @@ def _on_off(on: Array, off: Array, maps: Maps) -> str:
         f"{_ends(rms, maps, '.2f')} (images lie in [-1, 1]); "
     )
     k = len(maps.views.times) // 2
-    fine = [f"{fine_share(images[:, k]):.0%}" for images in (change, on, off)]
+    fine = [f"{fine_detail_share(images[:, k]):.0%}" for images in (change, on, off)]
     return sentence + (
         f"at t = {maps.views.times[k]:g}, the finest detail (removed by 2x2 averaging) is {fine[0]} "
         f"of the change, {fine[1]} of the estimate with the inner path "
@@ -135,7 +135,7 @@ def _on_off(on: Array, off: Array, maps: Maps) -> str:
     )
 
 
-def fine_share(images: Array) -> float:
+def fine_detail_share(images: Array) -> float:
     """Share of the variance within images (N, C, H, W) that 2x2 averaging removes: the finest Haar level."""
     x = torch.from_numpy(images)
     centred = x - x.mean((2, 3), keepdim=True)

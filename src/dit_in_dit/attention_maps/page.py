@@ -17,12 +17,12 @@ from PIL import Image
 from dit_in_dit.attention_maps.attention import LevelAttention
 from dit_in_dit.attention_maps.findings import findings, missing_parts, not_shown
 from dit_in_dit.attention_maps.inner_figures import spectra
-from dit_in_dit.attention_maps.plan import PICTURE_PIXELS, evenly, left_out_sentences
+from dit_in_dit.attention_maps.plan import PICTURE_PIXELS, evenly_chosen, left_out_sentences
 from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.data.picture import Array
 from dit_in_dit.model.aggregate import AGGREGATORS
-from dit_in_dit.reporting.images import picture, to_pixels
+from dit_in_dit.reporting.images import to_image, to_pixels
 from dit_in_dit.reporting.templates import render
 
 STRIP = 9  # most sampler steps in a strip
@@ -115,7 +115,7 @@ def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
     """Data on the samples: trajectories, and inner path on and off."""
     samples, how = maps.draws, maps.config.sample
     labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in samples.labels]
-    calls = list(evenly(tuple(range(len(samples.times))), STRIP))
+    calls = list(evenly_chosen(tuple(range(len(samples.times))), STRIP))
     data: dict[str, Any] = {
         "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g}",
         "labels": labels,
@@ -165,7 +165,7 @@ def _sheet(images: Array) -> dict[str, Any]:
     PNG; pictures larger than `PICTURE_PIXELS` are scaled down to it, and the image is a JPEG.
     """
     rows, columns = images.shape[:2]
-    tiles = [picture(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]
+    tiles = [to_image(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]
     width, height = tiles[0].size
     if small := max(width, height) > PICTURE_PIXELS:
         scale = PICTURE_PIXELS / max(width, height)

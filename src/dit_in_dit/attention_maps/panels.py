@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
-from dit_in_dit.attention_maps.plan import evenly
+from dit_in_dit.attention_maps.plan import evenly_chosen
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.reporting.images import to_pixels
@@ -104,7 +104,7 @@ def colour_bar(fig: Figure, scale: Any, axes: Any, text: str) -> None:
 
 def evenly_spaced(length: int, most: int) -> tuple[int, ...]:
     """At most `most` numbers below `length`, evenly spaced, both ends included."""
-    return evenly(tuple(range(length)), most)
+    return evenly_chosen(tuple(range(length)), most)
 
 
 def plot_below(fig: Figure, axes: Any) -> Any:

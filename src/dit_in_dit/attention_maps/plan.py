@@ -42,7 +42,7 @@ class MapsPlan:
     outer: LevelPlan
 
 
-def evenly(items: tuple[int, ...], most: int) -> tuple[int, ...]:
+def evenly_chosen(items: tuple[int, ...], most: int) -> tuple[int, ...]:
     """At most `most` of the items, evenly spaced; they include the first and the last where `most` is above 1."""
     if len(items) <= most:
         return items
@@ -74,19 +74,23 @@ def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTE
 
 
 def _images(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, images=evenly(plan.images, most))
+    return lambda plan: replace(plan, images=evenly_chosen(plan.images, most))
 
 
 def _times(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, times=evenly(plan.times, most))
+    return lambda plan: replace(plan, times=evenly_chosen(plan.times, most))
 
 
 def _inner(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, inner=replace(plan.inner, layers=evenly(plan.inner.layers, most), **changes))
+    return lambda plan: replace(
+        plan, inner=replace(plan.inner, layers=evenly_chosen(plan.inner.layers, most), **changes)
+    )
 
 
 def _outer(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, outer=replace(plan.outer, layers=evenly(plan.outer.layers, most), **changes))
+    return lambda plan: replace(
+        plan, outer=replace(plan.outer, layers=evenly_chosen(plan.outer.layers, most), **changes)
+    )
 
 
 _CUTS = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.attention_maps.attention import LevelAttention, LevelRecorder, level_recorders
-from dit_in_dit.attention_maps.plan import MapsPlan, evenly, plan_maps
+from dit_in_dit.attention_maps.plan import MapsPlan, evenly_chosen, plan_maps
 from dit_in_dit.attention_maps.samples import Draws, draw_on_and_off
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
@@ -97,12 +97,12 @@ def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], 
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train
     by_class: dict[int, list[int]] = {}
-    for i in evenly(tuple(range(size)), SEARCHED):
+    for i in evenly_chosen(tuple(range(size)), SEARCHED):
         by_class.setdefault(get(i)[1] if config.model.num_classes else 0, []).append(i)
     present = tuple(c for c in sorted(by_class) if not classes or c in classes)
     if not present:
         raise UserError(f"--classes: no {split} image of them in {config.data.source}; choose others")
-    turns = zip_longest(*(by_class[c] for c in evenly(present, num)))
+    turns = zip_longest(*(by_class[c] for c in evenly_chosen(present, num)))
     numbers = tuple(i for i in chain.from_iterable(turns) if i is not None)[:num]
     examples = [get(i) for i in numbers]
     # The noise of image i is that of the held-out error in the training log.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch
+from dit_in_dit.benchmark.timing import Times, interleave, stopwatch
 from dit_in_dit.model.layers import attend, sdpa
 from dit_in_dit.model.tiny import TRITON, tiny_attention
 
@@ -21,16 +21,16 @@ def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
 
 
-def matrices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention as matrix products."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
-def ways(length: int, device: torch.device) -> dict[str, Attend]:
+def attention_kernels(length: int, device: torch.device) -> dict[str, Attend]:
     """Implementations by name: the model's choice, SDPA, and on CUDA the compiled and Triton kernels."""
     by_name: dict[str, Attend] = {"the model's": attend, "SDPA": sdpa}
     if device.type == "cuda":
-        by_name["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matrices)
+        by_name["compiled"] = torch.compile(broadcast if length <= BROADCAST_UP_TO else matmul_attention)
         if TRITON:
             by_name["Triton"] = tiny_attention
     return by_name
@@ -70,11 +70,11 @@ def group_times(
 
         return step
 
-    known = ways(length, device)
+    known = attention_kernels(length, device)
     work: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     work |= {f"{name} forward": forward(attention) for name, attention in known.items()}
     work |= {f"{name} trained": trained(attention) for name, attention in known.items()}
-    rounds = in_turns({name: stopwatch(each, device) for name, each in work.items()}, seconds)
+    rounds = interleave({name: stopwatch(each, device) for name, each in work.items()}, seconds)
     times = {name: Times(tuple(seconds_each)) for name, seconds_each in rounds.items()}
     forwards, steps = ({name: times[f"{name} {kind}"] for name in known} for kind in ("forward", "trained"))
     return times["copy"], forwards, steps

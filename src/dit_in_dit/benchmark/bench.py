@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dit_in_dit.benchmark.parts import part_macs, part_seconds, parted, profiled
+from dit_in_dit.benchmark.parts import part_macs, part_seconds, profile_by_part, subject_by_parts
 from dit_in_dit.benchmark.report import BenchmarkReport, Goal, Parts, Ratio
 from dit_in_dit.benchmark.subjects import (
     BenchmarkSubject,
@@ -21,7 +21,7 @@ from dit_in_dit.benchmark.subjects import (
     official_dit,
 )
 from dit_in_dit.benchmark.sweep import Sweep, sweep
-from dit_in_dit.benchmark.timing import Times, best_product, enough_memory, in_turns
+from dit_in_dit.benchmark.timing import Times, best_product, check_memory, interleave
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runtime.device import resolve_precision
 
@@ -66,7 +66,7 @@ class Bench:
 
     def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
         """Measure subjects in turns, for `longer` times the usual seconds."""
-        with enough_memory(subjects, self.device):
+        with check_memory(subjects, self.device):
             built = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
             measurements = measure_subjects(built, longer * self.seconds)
         self.report.subjects |= measurements
@@ -79,19 +79,19 @@ class Bench:
     def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
         """Measure seconds by part in each round; a compiled model is compiled block by block."""
         self.measure_product(run)
-        subject = parted(run, self.device)
-        rounds = in_turns({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
+        subject = subject_by_parts(run, self.device)
+        rounds = interleave({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
         middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
         self.report.parts[name] = Parts(
             resolve_precision(run, self.device).train.precision,
             middle,
             part_macs(subject),
-            profiled(subject, PROFILE_STEPS),
+            profile_by_part(subject, PROFILE_STEPS),
         )
         return rounds
 
     def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:
         """Measure costs along an axis."""
-        with enough_memory(values, self.device):
+        with check_memory(values, self.device):
             costs = self.report.sweeps[name] = sweep(run, axis, values, self.device, self.seconds / 2)
         return costs

@@ -11,12 +11,12 @@ from torch import Tensor
 from dit_in_dit.benchmark.attention import group_times
 from dit_in_dit.benchmark.bench import Bench
 from dit_in_dit.benchmark.first_written import check_first_written
-from dit_in_dit.benchmark.parts import INNER, OUTER, per_mac
+from dit_in_dit.benchmark.parts import INNER, OUTER, seconds_per_mac
 from dit_in_dit.benchmark.report import Goal
 from dit_in_dit.benchmark.subjects import Make, check_other_dit, first_written, nested
 from dit_in_dit.benchmark.suite import Suite
-from dit_in_dit.benchmark.sweep import configs
-from dit_in_dit.benchmark.timing import Times, in_turns, stopwatch, trainer_step
+from dit_in_dit.benchmark.sweep import sweep_configs
+from dit_in_dit.benchmark.timing import Times, interleave, stopwatch, trainer_step
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.samplers import denoise, guided
@@ -26,7 +26,7 @@ Experiment = tuple[str, Callable[[], None]]
 SAMPLER_STEPS = 8
 
 
-def experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
+def run_experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
     """The suite's experiments: a name, and a function that measures and adds to the report."""
     others = " and ".join(bench.others)
     yield f"plain DiT beside {others}", _bound(_plain, bench, suite)
@@ -81,7 +81,7 @@ def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
 def _path(bench: Bench, suite: Suite, name: str) -> None:
     run, limit = suite.paths[name]
     rounds, macs = bench.parts(name, run), bench.report.parts[name].macs
-    ratios = tuple(per_mac(seconds, macs, INNER) / per_mac(seconds, macs, OUTER) for seconds in rounds)
+    ratios = tuple(seconds_per_mac(seconds, macs, INNER) / seconds_per_mac(seconds, macs, OUTER) for seconds in rounds)
     bench.add(Goal(f"inner / outer path, {name}", "time per MAC, forward and backward", limit), ratios)
 
 
@@ -117,7 +117,7 @@ def _training(bench: Bench, suite: Suite) -> None:
     run = suite.sampled
     steps = {"trainer": trainer_step(run, bench.device), "bare": bench.subject(run).step}
     turns = {name: stopwatch(step, bench.device) for name, step in steps.items()}
-    trainer, bare = (Times(tuple(rounds)) for rounds in in_turns(turns, bench.seconds / 2).values())
+    trainer, bare = (Times(tuple(rounds)) for rounds in interleave(turns, bench.seconds / 2).values())
     bench.add(Goal("trainer's step / bare step", "the former clips, averages and notes norms"), trainer.ratios(bare))
 
 
@@ -150,7 +150,7 @@ def _sampling(bench: Bench, suite: Suite) -> None:
         "steps": inferring(lambda: [predict(x, t, y) for _ in range(calls)]),
         "loop": inferring(lambda: denoise(predict, run.diffusion, run.sample, x, y)),
     }
-    times = {name: Times(tuple(rounds)) for name, rounds in in_turns(turns, bench.seconds).items()}
+    times = {name: Times(tuple(rounds)) for name, rounds in interleave(turns, bench.seconds).items()}
     goal = Goal("guided step / forward of twice the batch", f"batch {len(x)}, without gradients", 1.02)
     bench.add(goal, times["guided"].ratios(times["twice"]))
     how = f"{run.sample.sampler}, {run.sample.steps} steps, over {calls} guided steps"
@@ -228,11 +228,11 @@ def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> Non
         bench.add(goal, measured[name].step.ratios(measured[other].step))
 
 
-def sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
+def run_sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
     """Experiments on the growth of costs along axes; UserError where a value gives no valid config."""
     todo: list[Experiment] = []
     for name, run in runs.items():
         for axis, values in asked.items():
-            configs(run, axis, values)
+            sweep_configs(run, axis, values)
             todo.append((f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)))
     return todo

@@ -36,7 +36,7 @@ _NAMES = (  # of NestedDiT, and here
 _INNER_EMBED = re.compile(r"inner_embed\.embed\.(?:1|conv)\.")
 
 
-def translated(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_first_written(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a NestedDiT under the names of `FirstWritten`; embeddings keep their shape."""
     renamed = {}
     for name, tensor in state.items():
@@ -212,7 +212,9 @@ class FirstWritten(nn.Module):
     def load(self, state: dict[str, Tensor]) -> FirstWritten:
         """Load the state dict of a NestedDiT of this config; returns the model."""
         own = self.state_dict()
-        self.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in translated(state).items()})
+        self.load_state_dict(
+            {name: tensor.reshape(own[name].shape) for name, tensor in to_first_written(state).items()}
+        )
         return self
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

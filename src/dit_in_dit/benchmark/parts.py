@@ -17,7 +17,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from dit_in_dit.benchmark.subjects import BenchmarkSubject
-from dit_in_dit.benchmark.timing import WARM_UP, clock, wait
+from dit_in_dit.benchmark.timing import WARM_UP, clock, synchronize
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.hooks import forward_hooks
@@ -48,7 +48,7 @@ KINDS = {  # kinds of operations, by names in torch's profiler; the first match 
 }
 
 
-class Marks:
+class PartClock:
     """The moments at which parts of a step begin, on the device's clock."""
 
     def __init__(self, device: torch.device) -> None:
@@ -62,13 +62,13 @@ class Marks:
                 moment: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 moment.record()
             else:
-                wait(self.device)
+                synchronize(self.device)
                 moment = self.now()
             self.seen.append((part, moment))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each part between the first mark and the last; the last mark begins no part."""
-        wait(self.device)
+        synchronize(self.device)
         sums: dict[str, float] = defaultdict(float)
         for (part, began), (_, ended) in pairwise(self.seen):
             sums[part] += began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
@@ -86,7 +86,7 @@ def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def marked(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
+def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
     """While open, call `mark` when a part begins, in the forward and the backward pass.
 
     The backward pass runs in reverse order, so a part ends there when the part before it begins.
@@ -110,7 +110,7 @@ def _end(mark: Callable[[str], None], part: str, module: nn.Module, inputs: tupl
             tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
 
-def parted(run: RunConfig, device: torch.device) -> BenchmarkSubject:
+def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
     """A warmed-up subject for `part_seconds`; a compiled model is compiled block by block, so that its hooks run."""
     subject = BenchmarkSubject(replace(run, train=replace(run.train, compile=False)), device)
     assert isinstance(subject.model, NestedDiT)
@@ -123,11 +123,11 @@ def parted(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of one training step of a `parted` subject: by part of `cost.macs`, loss, optimizer and rest."""
+    """Seconds of a training step of a `subject_by_parts` subject: by part of `cost.macs`, loss, optimizer and rest."""
     assert isinstance(subject.model, NestedDiT)
-    marks = Marks(subject.device)
-    with marked(subject.model, marks):
-        wait(subject.device)
+    marks = PartClock(subject.device)
+    with mark_parts(subject.model, marks):
+        synchronize(subject.device)
         marks("rest")
         subject.step(marks)
         marks("end")
@@ -141,31 +141,31 @@ def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     return {part: subject.run.train.batch_size * number for part, number in macs.items() if part != "total"}
 
 
-def shown(parts: Mapping[str, float]) -> dict[str, float]:
+def table_parts(parts: Mapping[str, float]) -> dict[str, float]:
     """Sums of parts by row of the table, without zeros."""
     sums = {row: sum(parts.get(part, 0) for part in members) for row, members in SHOWN_PARTS.items()}
     return {name: value for name, value in sums.items() if value}
 
 
-def per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[str, ...]) -> float:
+def seconds_per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[str, ...]) -> float:
     """Seconds for each MAC of several parts together."""
     return sum(seconds.get(part, 0.0) for part in parts) / sum(macs[part] for part in parts)
 
 
-def profiled(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of a step of a `parted` subject by part and kind of operation, from torch's profiler.
+def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
+    """Seconds of a step of a `subject_by_parts` subject by part and kind of operation, from torch's profiler.
 
     Kinds are those of `KINDS` and `other`. On CUDA it is the device's time.
     """
     assert isinstance(subject.model, NestedDiT)
     on_cuda = subject.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    marks = Marks(subject.device)
-    with marked(subject.model, marks), profile(activities=activities) as profiler:
+    marks = PartClock(subject.device)
+    with mark_parts(subject.model, marks), profile(activities=activities) as profiler:
         for _ in range(steps):
             marks("rest")
             subject.step(marks)
-        wait(subject.device)
+        synchronize(subject.device)
     seconds: dict[str, dict[str, float]] = {}
     part = "rest"
     events = [event for event in profiler.events() if event.device_type.name == "CPU"]
@@ -185,7 +185,7 @@ def operation_kind(operation: str) -> str:
     return next((kind for kind, names in KINDS.items() if re.search(names, operation)), "other")
 
 
-def kinds_shown(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def table_kinds(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Seconds by kind of operation for each row of the table."""
     sums: dict[str, dict[str, float]] = {}
     for row, parts in SHOWN_PARTS.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_in_dit import __version__
-from dit_in_dit.benchmark.parts import SHOWN_PARTS, shown
+from dit_in_dit.benchmark.parts import SHOWN_PARTS, table_parts
 from dit_in_dit.benchmark.subjects import Measurements, measurements_dict
 from dit_in_dit.benchmark.sweep import Sweep
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
@@ -188,11 +188,11 @@ def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
 
 def _draw_parts(report: BenchmarkReport) -> Figure:
     """Bars of time by part, and each part's share of the time over its share of the MACs."""
-    rows = {name: shown(parts.seconds) for name, parts in report.parts.items()}
+    rows = {name: table_parts(parts.seconds) for name, parts in report.parts.items()}
     page, axes = figure(1, 2, width=5.0, height=1.2 + 0.5 * len(rows))
     colour = dict(zip(SHOWN_PARTS, (*COLOURS, "#BBBBBB"), strict=True))
     for at, (name, row) in enumerate(rows.items()):
-        macs, left = shown(report.parts[name].macs), 0.0
+        macs, left = table_parts(report.parts[name].macs), 0.0
         time, count = sum(row.values()), sum(macs.values())
         for part, seconds in row.items():
             axes[0, 0].barh(at, seconds / time, left=left, color=colour[part], label=part)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_in_dit.benchmark.first_written import FirstWritten
-from dit_in_dit.benchmark.timing import Times, in_turns, kept_bytes, peak_bytes, stopwatch, wait
+from dit_in_dit.benchmark.timing import Times, interleave, kept_bytes, peak_bytes, stopwatch, synchronize
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
@@ -212,10 +212,10 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
     for name, subject in subjects.items():
         began = time.perf_counter()
         subject.step()
-        wait(subject.device)
+        synchronize(subject.device)
         compiling[name] = time.perf_counter() - began if subject.run.train.compile else None
         turns[name] = _both(stopwatch(subject.forward, subject.device), stopwatch(subject.step, subject.device))
-    rounds = in_turns(turns, seconds)
+    rounds = interleave(turns, seconds)
     measured = {}
     for name, subject in subjects.items():
         forwards, steps = zip(*rounds[name], strict=True)

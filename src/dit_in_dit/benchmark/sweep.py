@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, parted
-from dit_in_dit.benchmark.timing import in_turns
+from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, subject_by_parts
+from dit_in_dit.benchmark.timing import interleave
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.files import replace_keys
 from dit_in_dit.config.run import ModelConfig, RunConfig
@@ -105,7 +105,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-def configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
+def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
     """The config at each value, in ascending order.
 
     Raises:
@@ -122,10 +122,10 @@ def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device
     """Measure step and inner path (`parts.INNER`) of a model at each value, in turns.
 
     Raises:
-        UserError: as `configs`.
+        UserError: as `sweep_configs`.
     """
-    subjects = {name: parted(config, device) for name, config in configs(run, axis, values).items()}
-    rounds = in_turns({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
+    subjects = {name: subject_by_parts(config, device) for name, config in sweep_configs(run, axis, values).items()}
+    rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []
     for name, subject in subjects.items():
         macs = part_macs(subject)

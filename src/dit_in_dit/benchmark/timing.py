@@ -74,13 +74,13 @@ def step_seconds(
     """
     if any(config.train.compile for config in configs.values()):
         torch.compiler.reset()  # earlier compilations count towards a limit
-    with on_threads(threads), enough_memory(configs, device):
+    with use_threads(threads), check_memory(configs, device):
         turns = {name: stopwatch(trainer_step(config, device), device) for name, config in configs.items()}
-        return {name: Times(tuple(times)) for name, times in in_turns(turns, seconds, rounds, least=1).items()}
+        return {name: Times(tuple(times)) for name, times in interleave(turns, seconds, rounds, least=1).items()}
 
 
 @contextmanager
-def on_threads(threads: int | None) -> Iterator[None]:
+def use_threads(threads: int | None) -> Iterator[None]:
     """While open, torch uses `threads` CPU threads; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -91,7 +91,7 @@ def on_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def enough_memory(subjects: Iterable[object], device: torch.device) -> Iterator[None]:
+def check_memory(subjects: Iterable[object], device: torch.device) -> Iterator[None]:
     """While open, running out of the device's memory is a UserError that names the number of subjects."""
     try:
         yield
@@ -101,7 +101,7 @@ def enough_memory(subjects: Iterable[object], device: torch.device) -> Iterator[
         ) from None
 
 
-def in_turns(
+def interleave(
     turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int = 200, least: int = 3
 ) -> dict[str, list[V]]:
     """The results of each turn by round; every other round runs in reverse order.
@@ -126,11 +126,11 @@ def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], 
     now = clock(device)
 
     def timed(count: int) -> float:
-        wait(device)
+        synchronize(device)
         began = now()
         for _ in range(count):
             work()
-        wait(device)
+        synchronize(device)
         return (now() - began) / count
 
     timed(WARM_UP)
@@ -144,7 +144,7 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if alone else time.perf_counter
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -153,7 +153,7 @@ def wait(device: torch.device) -> None:
 def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
     """Estimate the seconds of warming up and one round of `step_seconds`, without building the models."""
     macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
-    with on_threads(threads):
+    with use_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))
 
 
@@ -172,10 +172,10 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a = torch.randn(size, size, dtype=dtype, device=device, generator=draw)
     times, now = [], clock(device)
     for _ in range(5):
-        wait(device)
+        synchronize(device)
         began = now()
         torch.mm(a, a)
-        wait(device)
+        synchronize(device)
         times.append(now() - began)
     return float(size**3 / min(times))
 
@@ -202,7 +202,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
         return None
     torch.cuda.reset_peak_memory_stats(device)
     work()
-    wait(device)
+    synchronize(device)
     return torch.cuda.max_memory_allocated(device)
 
 

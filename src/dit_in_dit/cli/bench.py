@@ -86,10 +86,10 @@ def _seconds(text: str) -> float:
 def _bench(options: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler reports when it starts
     from dit_in_dit.benchmark.bench import Bench
-    from dit_in_dit.benchmark.experiments import comparison, experiments, sweeps
+    from dit_in_dit.benchmark.experiments import comparison, run_experiments, run_sweeps
     from dit_in_dit.benchmark.report import draw_benchmark
     from dit_in_dit.benchmark.suite import SUITES, check_suite
-    from dit_in_dit.benchmark.timing import on_threads
+    from dit_in_dit.benchmark.timing import use_threads
     from dit_in_dit.reporting.plots import figure
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.match import match
@@ -111,9 +111,9 @@ def _bench(options: argparse.Namespace) -> None:
     bench = Bench(_command(options), device, seconds, twin, options.dit)
     if suite == "quick":
         bench.report.notes.append("models of --suite quick are far too small for its goals to mean anything")
-    todo = [*(experiments(SUITES[suite], bench) if suite else ()), *comparison(runs, options.beside, bench)]
-    todo += sweeps(runs or {"emoji": chosen_config(_start(options, "emoji"))}, asked, bench)
-    with on_threads(options.threads):
+    todo = [*(run_experiments(SUITES[suite], bench) if suite else ()), *comparison(runs, options.beside, bench)]
+    todo += run_sweeps(runs or {"emoji": chosen_config(_start(options, "emoji"))}, asked, bench)
+    with use_threads(options.threads):
         _run(todo)
         values = bench.report.to_dict()
     if options.json:
@@ -224,10 +224,10 @@ def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _show_parts(report: BenchmarkReport) -> None:
-    from dit_in_dit.benchmark.parts import kinds_shown, shown
+    from dit_in_dit.benchmark.parts import table_kinds, table_parts
 
     for name, parts in report.parts.items():
-        seconds, macs, kinds = shown(parts.seconds), shown(parts.macs), kinds_shown(parts.kinds)
+        seconds, macs, kinds = table_parts(parts.seconds), table_parts(parts.macs), table_kinds(parts.kinds)
         best = report.products[parts.precision]
         rows = []
         for part, taken in seconds.items():

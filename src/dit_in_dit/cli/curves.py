@@ -45,7 +45,7 @@ def _target(text: str) -> tuple[float, float]:
 
 def _curves(options: argparse.Namespace) -> None:
     from dit_in_dit.curves.arms import arms, notes
-    from dit_in_dit.curves.convergence import tables
+    from dit_in_dit.curves.convergence import convergence_tables
     from dit_in_dit.curves.logs import read_run
     from dit_in_dit.curves.plots import draw_curves
 
@@ -53,7 +53,7 @@ def _curves(options: argparse.Namespace) -> None:
         raise UserError("curves of several runs need a folder of their own: give --out DIR")
     curves = [read_run(run) for run in options.runs]
     compared = arms(curves)
-    result = {**tables(compared, options.reach), "notes": notes(curves)}
+    result = {**convergence_tables(compared, options.reach), "notes": notes(curves)}
     out: Path = options.out or results_folder(options.runs[0], "curves")
     make_folder(out)
     pictures = draw_curves(compared, out)

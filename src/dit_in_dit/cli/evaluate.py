@@ -19,7 +19,7 @@ from dit_in_dit.cli.options import (
     add_vae,
     make_folder,
     print_table,
-    sampling,
+    sampling_config,
     whole_number,
 )
 from dit_in_dit.config.errors import UserError, did_you_mean
@@ -126,17 +126,17 @@ def _networks(
 
 def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject, Path]:
     """The images to evaluate, and the folder of the evaluation."""
-    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.data.encode import open_decoder
     from dit_in_dit.metrics.subject import files_subject, run_subject
 
     if (options.subject / "config.yaml").is_file():
         subject = run_subject(
             options.subject,
             device,
-            lambda config, names: sampling(options, config, names),
+            lambda config, names: sampling_config(options, config, names),
             seed=options.seed,
             averaged=not options.raw,
-            decoder=lambda data: decoder(replace(data, vae=options.vae or data.vae), device),
+            decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
         )
         step = f"{subject.about['step']:07d}"
         return subject, options.out or results_folder(options.subject, "evaluation") / step
@@ -202,11 +202,11 @@ def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from dit_in_dit.metrics.report import compare, draw_compared
+    from dit_in_dit.metrics.report import compare_evaluations, draw_compared
 
     if len(options.evaluations) < 2:
         raise UserError("compare needs two evaluations or more: got one; name another")
-    labels, scores = compare(options.evaluations)
+    labels, scores = compare_evaluations(options.evaluations)
     _print_table(scores, labels)
     if options.out:
         make_folder(options.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling, whole_number
+from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling_config, whole_number
 from dit_in_dit.runs.pretrained import find_run, results_folder
 
 MOST_TIMES = 99
@@ -55,7 +55,7 @@ def _maps(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     saved = Checkpoint.open(options.run_folder)
     model, names = saved.model(device, averaged=not options.raw), saved.classes
-    config, classes = sampling(options, saved.config, names)
+    config, classes = sampling_config(options, saved.config, names)
     source = open_source_of(options.run_folder, config)
     views = choose(source, config, options.num, options.times, classes)
     out: Path = options.out or results_folder(options.run_folder, "maps")

@@ -82,7 +82,7 @@ def add_num(command: argparse.ArgumentParser, default: int) -> None:
 
 
 def add_micro_batch(command: argparse.ArgumentParser) -> None:
-    """Add the option --micro-batch, for `sampling`."""
+    """Add the option --micro-batch, for `sampling_config`."""
     command.add_argument(
         "--micro-batch",
         type=whole_number,
@@ -97,7 +97,7 @@ def add_vae(command: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
-    """Add the options of sampling, for `sampling`; `classes` describes the default of --classes."""
+    """Add the options of sampling, for `sampling_config`; `classes` describes the default of --classes."""
     command.add_argument("--seed", type=seed, default=0, help="seed; sample i depends on the seed and i (default 0)")
     command.add_argument(
         "--classes", help=f"class names or numbers, comma-separated, used in turn (default: {classes})"
@@ -110,7 +110,9 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
 
 
-def sampling(options: argparse.Namespace, config: RunConfig, names: Sequence[str]) -> tuple[RunConfig, list[int]]:
+def sampling_config(
+    options: argparse.Namespace, config: RunConfig, names: Sequence[str]
+) -> tuple[RunConfig, list[int]]:
     """The config with the options of `add_sampling`, and the numbers of --classes (empty: all), found in `names`."""
     keys = ("sampler", "steps", "guidance", "micro_batch")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}

@@ -15,7 +15,7 @@ from dit_in_dit.cli.options import (
     add_sampling,
     add_vae,
     make_folder,
-    sampling,
+    sampling_config,
     whole_number,
 )
 from dit_in_dit.runs.pretrained import find_run
@@ -49,7 +49,7 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.data.encode import open_decoder
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.sampling.folder import SampleFolder
@@ -57,8 +57,8 @@ def _sample(options: argparse.Namespace) -> None:
     device, averaged = pick_device(options.device), not options.raw
     saved = Checkpoint.open(options.run_folder)
     model = saved.model(device, averaged=averaged)
-    config, classes = sampling(options, saved.config, saved.classes)
-    decode = decoder(replace(config.data, vae=options.vae or config.data.vae), device)
+    config, classes = sampling_config(options, saved.config, saved.classes)
+    decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
     out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
     folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode)

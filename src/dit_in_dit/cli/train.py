@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_in_dit.model.nested import NestedDiT
-    from dit_in_dit.training.interrupt import Stop
+    from dit_in_dit.training.interrupt import StopRequest
     from dit_in_dit.training.session import Event
 
 DEMO_IMAGES = 64
@@ -62,7 +62,7 @@ def add(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dit_in_dit.data.formats.latents import complete
+    from dit_in_dit.data.formats.latents import fill_latent_keys
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.training.loop import train
 
@@ -78,7 +78,7 @@ def _train(options: argparse.Namespace) -> None:
         config = chosen_config(options) if options.preset or options.config else override(stored, options.set)
     else:
         config = chosen_config(options)
-    config = replace(config, data=complete(config.data))  # the config then names the VAE of its latents
+    config = replace(config, data=fill_latent_keys(config.data))  # the config then names the VAE of its latents
     events = train(
         config,
         options.out,
@@ -104,17 +104,17 @@ def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[E
     )
 
 
-def _signals() -> Stop:
+def _signals() -> StopRequest:
     """Make SIGINT and SIGTERM stop a run between two steps, with a checkpoint."""
-    from dit_in_dit.training.interrupt import Stop
+    from dit_in_dit.training.interrupt import StopRequest
 
-    stop = Stop()
+    stop = StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop.ask)
     return stop
 
 
-def _follow(events: Iterator[Event], out: Path, stop: Stop) -> None:
+def _follow(events: Iterator[Event], out: Path, stop: StopRequest) -> None:
     """Show events of training as a progress bar and lines; draw sample grids when they are due.
 
     When a signal stopped the run, ends the process with that signal's code.
@@ -190,7 +190,7 @@ def _devices(values: dict[str, Any]) -> str:
     return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
 
 
-def _draw_grid(event: Event, config: RunConfig, out: Path, stop: Stop) -> None:
+def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) -> None:
     """Draw the grid of a step, unless it exists; one that a signal interrupts is drawn when the run is resumed."""
     from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
     from dit_in_dit.sampling.numbered import sample
@@ -215,10 +215,10 @@ def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
     """Images decoded from latents, or the latents where the VAE cannot be loaded: a grid must not end a run."""
     import torch
 
-    from dit_in_dit.data.encode import decoder
+    from dit_in_dit.data.encode import open_decoder
 
     try:
-        decode = decoder(config.data, next(model.parameters()).device)
+        decode = open_decoder(config.data, next(model.parameters()).device)
     except UserError as error:
         print(f"dit-in-dit: the grid shows latents: {error}", file=sys.stderr)
         return images
@@ -279,12 +279,12 @@ def _real(config: RunConfig, count: int) -> Any:
     from dit_in_dit.data.sources import open_source
     from dit_in_dit.reporting.images import to_pixels
     from dit_in_dit.sampling.numbered import class_of
-    from dit_in_dit.training.batches import image_number
+    from dit_in_dit.training.batches import shuffled_index
 
     source = open_source(config.data, config.model)
     images: dict[int, list[Any]] = {}
     for index in range(REAL_SEARCHED):
-        image, y = source.train(image_number(config.seed, index, source.train_size))
+        image, y = source.train(shuffled_index(config.seed, index, source.train_size))
         images.setdefault(y if config.model.num_classes else 0, []).append(image)
     classes = sorted(images)  # a small class may have no training image
     chosen = [images[class_of(i, classes)][i // len(classes) % len(images[class_of(i, classes)])] for i in range(count)]

@@ -30,12 +30,12 @@ def add(commands: Commands) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from dit_in_dit.data.run_data import locate
-    from dit_in_dit.runs.checkpoint import noted_data
+    from dit_in_dit.data.run_data import find_moved_data
+    from dit_in_dit.runs.checkpoint import recorded_data
     from dit_in_dit.runs.folder import read_config
 
     config = read_config(options.run_folder)
-    data = locate(config.data, noted_data(options.run_folder))
+    data = find_moved_data(config.data, recorded_data(options.run_folder))
     steps = min(options.steps, config.train.steps)
     stop = options.stop or steps // 2
     if not 0 < stop < steps:
@@ -62,7 +62,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _train(arguments: list[str]) -> None:
     """Train in a process of its own, so that runs share no state."""
-    command = [sys.executable, "-m", "dit_in_dit", "train", *arguments, *plugins.arguments()]
+    command = [sys.executable, "-m", "dit_in_dit", "train", *arguments, *plugins.plugin_arguments()]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["without a message"]

@@ -70,10 +70,10 @@ def _yaml_lines(section: Section, indent: str = "") -> Iterator[tuple[str, str]]
 
 def override(config: RunConfig, assignments: Iterable[str]) -> RunConfig:
     """The config with `key.path=value` assignments applied together; values are read as YAML."""
-    return replace_keys(config, dict(assigned(assignment) for assignment in assignments))
+    return replace_keys(config, dict(parse_assignment(assignment) for assignment in assignments))
 
 
-def assigned(assignment: str) -> tuple[str, Any]:
+def parse_assignment(assignment: str) -> tuple[str, Any]:
     """Key and value of `key.path=value`; the value is read as YAML."""
     name, equals, text = assignment.partition("=")
     if not equals:

@@ -55,12 +55,12 @@ def load_plugin(text: str) -> None:
     _loaded[name] = Plugin(Path(text).name, hashlib.sha256(source.read_bytes()).hexdigest())
 
 
-def arguments() -> list[str]:
+def plugin_arguments() -> list[str]:
     """Command-line options that load the same plug-ins in another process."""
     return [word for name in _loaded for word in ("--plugin", name)]
 
 
-def noted() -> list[dict[str, str]]:
+def loaded_plugins() -> list[dict[str, str]]:
     """The loaded plug-ins, as a checkpoint's manifest stores them."""
     return [asdict(plugin) for plugin in _loaded.values()]
 

@@ -31,10 +31,10 @@ def parse_stages(text: str) -> Program:
         if not match:
             raise UserError(f"stages: cannot read {item[:40]!r} in {text[:60]!r}; write for example 'inner*7 outer*28'")
         runs.append(("inner" if match[1] == "inner" else "outer", int(match[2] or 1)))
-    return merge(runs)
+    return merge_runs(runs)
 
 
-def merge(blocks: Iterable[tuple[Level, int]]) -> Program:
+def merge_runs(blocks: Iterable[tuple[Level, int]]) -> Program:
     """Join adjacent runs of one level and drop empty runs."""
     merged: list[tuple[Level, int]] = []
     for level, count in blocks:
@@ -62,7 +62,7 @@ def _interleaved(outer: int, inner: int) -> Program:
     runs: list[tuple[Level, int]] = []
     for start, end in pairwise(cuts):
         runs += [("inner", 1), ("outer", end - start)]
-    return merge(runs)
+    return merge_runs(runs)
 
 
 ORDERS: dict[str, Callable[[int, int], Program]] = {  # arguments: numbers of outer and inner blocks

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge, parse_stages
+from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge_runs, parse_stages
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 
@@ -121,7 +121,7 @@ class ModelConfig(Section):
         """The stages as (level, number of blocks) runs, with `use_inner` applied."""
         if self.depth is None:
             program = parse_stages(self.stages)
-            return program if self.use_inner else merge(run for run in program if run[0] == "outer")
+            return program if self.use_inner else merge_runs(run for run in program if run[0] == "outer")
         if not self.use_inner:
             return (("outer", self.depth),)
         return ORDERS[self.stages](self.depth, max(1, int(self.depth * self.inner.depth_ratio)))

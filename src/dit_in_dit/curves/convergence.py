@@ -108,7 +108,7 @@ class Reach:
     ratio: dict[str, float]  # of the means, to the first arm's; empty where one of them is missing or a bound
 
 
-def reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
+def steps_to_reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
     """The training that each arm needed to reach each (t, error).
 
     Args:
@@ -230,17 +230,17 @@ def _medians(values: Floats) -> Floats:
     return np.array(medians)
 
 
-def tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
+def convergence_tables(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
     """Arms, last held-out errors, convergence speed and stability, as values for JSON.
 
     Raises:
-        UserError: as `reach`.
+        UserError: as `steps_to_reach`.
     """
     return {
         "definitions": DEFINITIONS,
         "arms": [_summary(arm) for arm in compared],
         "held_out": [row for arm in compared for row in _ends(arm)],
-        "reach": [asdict(row) for row in reach(compared, targets)],
+        "reach": [asdict(row) for row in steps_to_reach(compared, targets)],
         "stability": [
             {"arm": arm.name, "run": str(curve.run), "seed": curve.config.seed, **asdict(stability(curve))}
             for arm in compared

@@ -22,11 +22,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
-from dit_in_dit.data.formats.latents import FORMAT, LATENTS_INDEX, LOG_VARIANCE, complete, load_index, open_shard
+from dit_in_dit.data.formats.latents import (
+    FORMAT,
+    LATENTS_INDEX,
+    LOG_VARIANCE,
+    fill_latent_keys,
+    load_index,
+    open_shard,
+)
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, open_source
-from dit_in_dit.data.vae import constants, factor, fingerprint, load_vae, posterior_moments
+from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments, weights_sha256
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime import process
@@ -67,7 +74,7 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
     vae = load_vae(how.vae, device)
     source, families = _images(how)
     index = {"format": FORMAT, "made": _made(how, vae, source, len(families)), "classes": list(source.classes)}
-    mean, scale = constants(vae)
+    mean, scale = latent_constants(vae)
     index |= {"vae": {"name": how.vae, "mean": mean, "scale": scale}, "measured": {}, "shards": []}
     done = _begin(out, index)
     parts = [
@@ -103,7 +110,7 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
 
 def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
     """The settings that decide the bytes of the files, and the source of the images."""
-    side_of = factor(vae)
+    side_of = downsampling_factor(vae)
     if any(side % side_of for side in how.size):
         raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
     if how.shard % how.batch:
@@ -111,7 +118,7 @@ def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]
     data = how.data
     return {
         **{"source": data.source, "split": data.split, "size": list(how.size), "count": count, "corrupt": data.corrupt},
-        **{"vae_sha256": fingerprint(vae), "dtype": how.dtype, "flips": how.flips},
+        **{"vae_sha256": weights_sha256(vae), "dtype": how.dtype, "flips": how.flips},
         **{"batch": how.batch, "shard": how.shard, DATA: source.digest},
         "shape": [vae.config.latent_channels, *(side // side_of for side in how.size)],
     }
@@ -254,8 +261,8 @@ class LatentDecoder:
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         assert data.vae is not None
         self.vae = load_vae(data.vae, device)
-        self.factor = factor(self.vae)
-        mean, scale = constants(self.vae)
+        self.factor = downsampling_factor(self.vae)
+        mean, scale = latent_constants(self.vae)
         self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
         self.mean, self.scale = (
             torch.tensor(self.constants[name], device=device).view(1, -1, 1, 1) for name in ("mean", "scale")
@@ -263,7 +270,7 @@ class LatentDecoder:
 
     def about(self) -> dict[str, Any]:
         """SHA-256 of the VAE, mean and scale: all that decides the decoded images."""
-        return {"sha256": fingerprint(self.vae), **self.constants}
+        return {"sha256": weights_sha256(self.vae), **self.constants}
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -281,7 +288,7 @@ class LatentDecoder:
 
 
 @lru_cache(maxsize=1)
-def decoder(data: DataConfig, device: torch.device) -> LatentDecoder | None:
+def open_decoder(data: DataConfig, device: torch.device) -> LatentDecoder | None:
     """The decoder of a run, cached; None for a run on pixels, or on latents without a known VAE."""
-    data = complete(data)
+    data = fill_latent_keys(data)
     return LatentDecoder(data, device) if data.vae is not None else None

@@ -20,14 +20,14 @@ from dit_in_dit.data.names import (
     SUFFIXES,
     check_class_names,
     class_folders,
-    follow,
+    common_folder,
     left_out_clause,
     link_target,
+    normalise_name,
     number_classes,
-    tidy,
-    wrapper,
+    resolve_links,
 )
-from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, look_at
+from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, with_image
 
 SAMPLES = "samples.json"
 SHARD = re.compile(r"\d{5}/")  # a folder as the tools of StyleGAN and EDM2 number them
@@ -94,13 +94,13 @@ class ImageFiles:
             if name.startswith("/") or ".." in name.split("/"):
                 out = truncate(name, 40)
                 raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
-            if not (name := tidy(name)):  # the archive's root
+            if not (name := normalise_name(name)):  # the archive's root
                 continue
             names[name] = None
             self._members[name] = stored_name
             if target is not None:
                 links[name] = link_target(name, target)
-        for name, end in follow(links, names.keys() - links.keys()).items():
+        for name, end in resolve_links(links, names.keys() - links.keys()).items():
             if end in self._members and not end.endswith("/"):
                 self._members[name] = self._members[end]
                 if name.lower().endswith(SUFFIXES) and not end.lower().endswith(SUFFIXES):
@@ -160,7 +160,7 @@ class ImageFiles:
 
     def inside(self) -> list[str]:
         """The names, in order, below the folders that wrap all class folders."""
-        start = sum(len(part) + 1 for part in wrapper(self.names))
+        start = sum(len(part) + 1 for part in common_folder(self.names))
         return [name[start:] for name in self.names]
 
     def sizes(self) -> list[int]:
@@ -181,7 +181,7 @@ class ImageFiles:
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """`look` applied to one image; UserError with the file's name when it cannot be decoded."""
         try:
-            return look_at(self.content(name), look)
+            return with_image(self.content(name), look)
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = truncate(self.path / name, 60)

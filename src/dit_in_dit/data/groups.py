@@ -25,7 +25,7 @@ def family(name: str) -> str:
     return PurePosixPath(name).stem.split("~")[0]
 
 
-def split(families: list[str], share: float, what: str) -> tuple[list[int], list[int]]:
+def split_families(families: list[str], share: float, what: str) -> tuple[list[int], list[int]]:
     """Positions of the training and the held-out images; UserError when either list would be empty."""
     held = [i for i, family in enumerate(families) if is_held_out(family, share)]
     trained = sorted(set(range(len(families))) - set(held))

@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form
-from dit_in_dit.data.names import left_out_clause, tidy
+from dit_in_dit.data.names import left_out_clause, normalise_name
 
 DATASET_JSON = "dataset.json"
 WAY = "fix it, or rename it if it is none of StyleGAN, EDM2 or REPA"
@@ -48,7 +48,7 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
         raise UserError(f"{shown}: labels must be [[NAME, CLASS NUMBER], ...] or null; {WAY}")
     if not has_form([row[1] for row in rows], [int]):
         raise UserError(f"{shown}: labels must be whole numbers, one an image; {WAY}")
-    named = {folder + tidy(name.replace("\\", "/")): label for name, label in rows}
+    named = {folder + normalise_name(name.replace("\\", "/")): label for name, label in rows}
     if len(named) < len(rows):
         raise UserError(f"{shown} gives labels to one image twice; {WAY}")
     if missing := [name for name in images if name not in named]:

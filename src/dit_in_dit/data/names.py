@@ -26,13 +26,13 @@ def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
     return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
 
 
-def tidy(name: str) -> str:
+def normalise_name(name: str) -> str:
     """A member's name from the root of its archive, without empty parts and `.`; a folder keeps its final `/`."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "/".join(parts) + "/" * (name.endswith("/") and bool(parts))
 
 
-def wrapper(names: Iterable[str]) -> list[str]:
+def common_folder(names: Iterable[str]) -> list[str]:
     """The folders, from the root, that contain all class folders."""
     paths = [name.split("/")[:-1] for name in names]
     depth = 0
@@ -43,7 +43,7 @@ def wrapper(names: Iterable[str]) -> list[str]:
 
 def class_folders(names: list[str]) -> list[str]:
     """The class folder of each image: its first folder below the wrapper; `images` without one."""
-    depth = len(wrapper(names))
+    depth = len(common_folder(names))
     paths = [name.split("/")[depth:-1] for name in names]
     return [path[0] if path else "images" for path in paths]
 
@@ -73,7 +73,7 @@ def check_class_names(
         UserError: the classes are splits, a name cannot be printed, or a folder beside them has no image: without an
             error, the numbers of later classes would move up.
     """
-    wrapped = wrapper(images)
+    wrapped = common_folder(images)
     depth = len(wrapped)
     paths = [path for name in images if len(path := name.split("/")) > depth + 1]
     classes = {path[depth] for path in paths}
@@ -113,7 +113,7 @@ def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}",
         raise UserError(f"data.source: {truncate(place, 40)} holds splits, not classes: {way.format(ways)}")
 
 
-def follow(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
+def resolve_links(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
     """Resolve the links of an archive: link -> a file, a folder (with a final `/`), or `` when the end is no member.
 
     Args:

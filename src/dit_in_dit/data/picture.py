@@ -29,7 +29,7 @@ UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversize
 )
 
 
-def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
+def with_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
     """`look` applied to the image in a file; one of UNREADABLE when it cannot be decoded or is too large.
 
     An image of more than MOST_PIXELS is refused by its header. Pillow's own limit is higher, warns before it refuses,
@@ -53,7 +53,7 @@ def look_at(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
             raise ValueError(f"more than {MOST_PIXELS} pixels") from None
 
 
-def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
     twice too large, then bicubic to cover the target, then crop the centre.
 
@@ -65,7 +65,7 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     Raises:
         ValueError: mode F, or values of mode I beyond 16 bits: their white is undefined.
     """
-    image = _eight_bits(upright(image))
+    image = _eight_bits(apply_orientation(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -83,7 +83,7 @@ def fit(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.
     return np.asarray(image).reshape(height, width, channels)
 
 
-def upright(image: Image.Image) -> Image.Image:
+def apply_orientation(image: Image.Image) -> Image.Image:
     """The image rotated by its EXIF orientation; unreadable metadata is ignored."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))

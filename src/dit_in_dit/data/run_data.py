@@ -17,7 +17,7 @@ from dit_in_dit.runs import checkpoint
 OBJECT = "object:"  # prefix of the class of a source given to train()
 
 
-def class_name(thing: object) -> str:
+def qualified_name(thing: object) -> str:
     """Module and name of an object's class."""
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
@@ -28,11 +28,11 @@ def find_source(
     """The images to train on and their record: a given source or place, else the place of the config or of a
     checkpoint's record."""
     if isinstance(given, Source):
-        place = f"{OBJECT}{class_name(given)}"
+        place = f"{OBJECT}{qualified_name(given)}"
         check_opened(given, config.model)
         check_class_count(given, place, config.model)
         return given, {"digest": given.digest, "place": place}
-    data = replace(config.data, source=given) if given else locate(config.data, noted)
+    data = replace(config.data, source=given) if given else find_moved_data(config.data, noted)
     source = open_source(data, config.model)
     return source, data_record(source, data)
 
@@ -43,8 +43,8 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     Raises:
         UserError: they cannot be opened, or have changed since the run was trained on them.
     """
-    noted = checkpoint.noted_data(run)
-    data = locate(config.data, noted)
+    noted = checkpoint.recorded_data(run)
+    data = find_moved_data(config.data, noted)
     if data.source.startswith(OBJECT):
         raise UserError(
             f"{truncate(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
@@ -67,7 +67,7 @@ def data_record(source: Source, data: DataConfig) -> dict[str, str]:
     return {"digest": source.digest, "place": place}
 
 
-def locate(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
+def find_moved_data(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
     """The data with the place of `noted`, a checkpoint's record, if the config's relative path does not exist in this
     working folder, or if the record has another named kind than the config."""
     if not noted:

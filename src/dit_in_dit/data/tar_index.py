@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.strict_json import has_form, read_json
-from dit_in_dit.data.names import HIDDEN, SUFFIXES, follow, link_target, tidy
+from dit_in_dit.data.names import HIDDEN, SUFFIXES, link_target, normalise_name, resolve_links
 from dit_in_dit.runs import atomic
 
 VERSION = 3  # of the index files
@@ -143,26 +143,26 @@ class _Members:
         return end
 
     def _add(self, member: tarfile.TarInfo) -> None:
-        name = tidy(member.name)
+        name = normalise_name(member.name)
         if not name:
             return
         if member.isdir():
             self.folders.add(name)
             return
-        if name in self.files and member.islnk() and tidy(member.linkname) == name:
+        if name in self.files and member.islnk() and normalise_name(member.linkname) == name:
             return  # the same file, stored once more
         if name in self.files:
             self.twice.append(name)
             self.links.pop(name, None)
         self.files[name] = (member.offset_data, member.size) if member.isreg() and not member.issparse() else (-1, 0)
         if member.islnk():
-            self.links[name] = tidy(member.linkname)
+            self.links[name] = normalise_name(member.linkname)
         elif member.issym():
             self.links[name] = link_target(name, member.linkname)
 
     def index(self, file: BinaryIO, shard: Path) -> dict[str, Any]:
         """The index (see read_tar_index) with links resolved."""
-        ends = follow(self.links, self.files.keys() - self.links.keys())
+        ends = resolve_links(self.links, self.files.keys() - self.links.keys())
         linked = []
         for name, end in ends.items():
             if end.endswith("/"):

@@ -74,7 +74,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:80]
 
 
-def constants(vae: Any) -> tuple[list[float], list[float]]:
+def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
     """Mean and scale of a VAE's latents by its config, one or one per channel; by default Stable Diffusion's."""
     config = vae.config
     scale = float(config.get("scaling_factor") or SD_SCALE)
@@ -85,14 +85,14 @@ def constants(vae: Any) -> tuple[list[float], list[float]]:
 
 
 @torch.inference_mode()
-def factor(vae: Any) -> int:
+def downsampling_factor(vae: Any) -> int:
     """Pixels per latent pixel along a side, measured by decoding: each class names this differently."""
     side = 4
     images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
     return images.shape[-1] // side
 
 
-def fingerprint(vae: Any) -> str:
+def weights_sha256(vae: Any) -> str:
     """SHA-256 of a VAE's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):

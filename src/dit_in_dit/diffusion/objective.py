@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_in_dit.config.run import DiffusionConfig
-from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, quantity
+from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, prediction_coefficients
 from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -100,7 +100,7 @@ class Objective:
         """
         x_t = self.noisy(x, noise, t)
         prediction, fraction = split_prediction(predict(x_t, t, y).float(), x)
-        u, w = quantity(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
+        u, w = prediction_coefficients(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
         error = (prediction - (u * x + w * noise)).square().flatten(1).mean(1)
         loss = self.weight(t) * error
         if fraction is None or not isinstance(self.path, Ddpm):

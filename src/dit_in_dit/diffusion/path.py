@@ -96,14 +96,14 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
-def quantity(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def prediction_coefficients(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients (u, w) of the named prediction, u x + w e."""
     return QUANTITIES[name](path, a, b)
 
 
 def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:
     """a w - b u of the 2x2 system, at least `floor` in size, with its sign."""
-    u, w = quantity(path, name, a, b)
+    u, w = prediction_coefficients(path, name, a, b)
     det = a * w - b * u
     return torch.where(det < 0, -1.0, 1.0) * det.abs().clamp(min=floor)
 
@@ -114,8 +114,8 @@ def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: st
         return prediction
     t = t.view(-1, *[1] * (x_t.ndim - 1))
     a, b = path.coefficients(t)
-    u, w = quantity(path, given, a, b)
+    u, w = prediction_coefficients(path, given, a, b)
     det = determinant(path, given, a, b, SMALLEST_DETERMINANT)
-    v, z = quantity(path, wanted, a, b)
+    v, z = prediction_coefficients(path, wanted, a, b)
     # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det; collected into a factor of each.
     return (a * z - b * v) / det * prediction + (w * v - u * z) / det * x_t

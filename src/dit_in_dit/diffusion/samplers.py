@@ -17,9 +17,9 @@ from dit_in_dit.diffusion.schedulers import (
     is_ddpm,
     make_scheduler,
     next_sample,
+    prediction_type,
     set_steps,
     time_of,
-    wanted_by,
 )
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
@@ -62,7 +62,7 @@ def _calls(
     path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing)
     set_steps(scheduler, how.steps)
     check_timesteps(scheduler, how.sampler)
-    wanted = wanted_by(scheduler)
+    wanted = prediction_type(scheduler)
     stochastic, draw = SAMPLERS[how.sampler].stochastic, noise if callable(noise) else _one(noise)
     x = draw()
     following = [*scheduler.timesteps[1:].tolist(), -1]

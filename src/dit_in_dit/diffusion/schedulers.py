@@ -91,7 +91,7 @@ def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) ->
             got = truncate(takes, 60)
             raise UserError(f"{name}.{method} must take ({wanted}): got {got}; change its arguments") from None
     try:
-        prediction = wanted_by(scheduler)
+        prediction = prediction_type(scheduler)
     except (AttributeError, KeyError):  # neither a prediction of its own, nor a class of diffusers with a known one
         prediction = ""
     if prediction not in QUANTITIES:
@@ -155,7 +155,7 @@ def is_ddpm(scheduler: Any) -> bool:
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
-def setting(scheduler: Any, name: str) -> Any:
+def scheduler_option(scheduler: Any, name: str) -> Any:
     """The value of an option of the scheduler's class; None where the class has no such option.
 
     The config alone is not enough: `from_config` keeps unused options of the class that was replaced.
@@ -186,9 +186,12 @@ def _own_steps(scheduler: Any, steps: int) -> Steps | None:
     scheduler asks for other steps.
     """
     spaced = SPACED.get(type(scheduler).__name__)
-    if spaced is None or any(setting(scheduler, key) for key in RESHAPING):
+    if spaced is None or any(scheduler_option(scheduler, key) for key in RESHAPING):
         return None
-    cut = setting(scheduler, "final_sigmas_type") == "sigma_min" or setting(scheduler, "lambda_min_clipped") not in FULL
+    cut = (
+        scheduler_option(scheduler, "final_sigmas_type") == "sigma_min"
+        or scheduler_option(scheduler, "lambda_min_clipped") not in FULL
+    )
     return None if cut else spaced(scheduler, steps)
 
 
@@ -217,7 +220,7 @@ def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], ND
     """Steps on either path; `straight` picks the levels of a straight path from steps + 1 even ones."""
     config = scheduler.config
     total = config.num_train_timesteps
-    if setting(scheduler, "use_flow_sigmas"):
+    if scheduler_option(scheduler, "use_flow_sigmas"):
         sigmas = _shifted(straight(np.linspace(1, 1 / total, steps + 1)), config.flow_shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 UniPC takes the logarithm of zero
         return (sigmas * total).astype(np.int64), sigmas
@@ -262,7 +265,7 @@ def time_of(scheduler: Any, path: str, number: int) -> float:
     return float(scheduler.sigmas[number] if exact else scheduler.timesteps[number] / DDPM_STEPS)
 
 
-def wanted_by(scheduler: Any) -> str:
+def prediction_type(scheduler: Any) -> str:
     """The quantity that a scheduler's step takes."""
     if own := "image" if is_ddpm(scheduler) else getattr(scheduler, "prediction", None):
         return str(own)

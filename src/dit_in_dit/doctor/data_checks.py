@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.objective import Objective, draw_time
-from dit_in_dit.diffusion.path import quantity
+from dit_in_dit.diffusion.path import prediction_coefficients
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.training.batches import Batch, Examples
 from dit_in_dit.training.trainer import Trainer
@@ -54,7 +54,7 @@ class CheckResult:
 
 
 @dataclass
-class Patient:
+class DoctorSubject:
     """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data.
 
     Attributes:
@@ -102,7 +102,7 @@ def batches(batch: Batch, size: int = CHUNK) -> list[Batch]:
 # ------------------------------------------------------------------------------------------ data
 
 
-def data(patient: Patient) -> CheckResult:
+def check_examples(patient: DoctorSubject) -> CheckResult:
     """Check range, deviation, constant images, duplicates and labels of the first training examples."""
     section, config = CheckResult("data"), patient.config
     _, first = np.unique(patient.examples.image.numpy(), return_index=True)
@@ -164,7 +164,7 @@ def _from_bytes(images: Tensor) -> bool:
     return bool((levels - levels.round()).abs().max() < 1e-3) and bool(levels.max() < 256)
 
 
-def _labels(section: CheckResult, patient: Patient) -> None:
+def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     """Check for classes without images, and the labels of training examples."""
     config, source, batch = patient.config, patient.trainer.source, patient.examples
     classes, drop = config.model.num_classes, config.train.label_drop
@@ -208,7 +208,7 @@ def zero_loss(objective: Objective, batch: Batch) -> Tensor:
 
     It is weight(t) (u(t)^2 x^2 + w(t)^2) where the target is u x + w e.
     """
-    u, w = quantity(objective.path, objective.config.predict, *objective.path.coefficients(batch.t))
+    u, w = prediction_coefficients(objective.path, objective.config.predict, *objective.path.coefficients(batch.t))
     return objective.weight(batch.t) * (u**2 * batch.x.square().flatten(1).mean(1) + w**2)
 
 
@@ -216,11 +216,11 @@ def expected_loss(config: RunConfig, power: float) -> float:
     """Expected loss of a zero prediction over the configured times, for images of mean square `power`."""
     objective, even = Objective(config.diffusion), (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
     t = draw_time(objective.path, even, config.diffusion)
-    u, w = quantity(objective.path, config.diffusion.predict, *objective.path.coefficients(t))
+    u, w = prediction_coefficients(objective.path, config.diffusion.predict, *objective.path.coefficients(t))
     return (objective.weight(t) * (u**2 * power + w**2)).double().mean().item()
 
 
-def loss_at_start(patient: Patient) -> CheckResult:
+def check_initial_loss(patient: DoctorSubject) -> CheckResult:
     """Check that the untrained model's loss is that of a zero prediction, since its heads start at zero."""
     section, config, batch = CheckResult("loss at start"), patient.config, patient.examples
     zero = zero_loss(patient.trainer.objective, batch)[: len(patient.start)]

@@ -20,7 +20,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
-from dit_in_dit.doctor.data_checks import CheckResult, Finding, Line, Patient, batches, take_examples
+from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Finding, Line, batches, take_examples
 from dit_in_dit.doctor.observe import observe
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
@@ -70,15 +70,19 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     """
     patient = _admit(config, device, run)
     report = DoctorReport(str(run or "config"), patient.trainer.step, [])
-    for check in (data_checks.data, data_checks.loss_at_start, model_checks.finite):
+    for check in (data_checks.check_examples, data_checks.check_initial_loss, model_checks.check_finite_weights):
         report.sections.append(check(patient))
         if any(f.severity == "fault" and f.check in ("data range", "non-finite") for f in report.findings):
             return report
     observations = observe(patient)
-    for check_inside in (model_checks.activations, model_checks.attention, model_checks.inner_path):
+    for check_inside in (model_checks.check_activations, model_checks.check_attention, model_checks.check_inner_path):
         report.sections.append(check_inside(patient, observations))
     del observations
-    for check in (model_checks.null_class, model_checks.seams, training_checks.training):  # a probe changes the weights
+    for check in (
+        model_checks.check_null_class,
+        model_checks.check_seams,
+        training_checks.check_training,
+    ):  # a probe changes the weights
         report.sections.append(check(patient))
     if patient.trained and any(f.check == "learning rate" for f in report.findings):
         for section in report.sections[:-1]:
@@ -86,7 +90,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     return replace(report, sections=[section for section in report.sections if section.rows or section.findings])
 
 
-def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient:
+def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorSubject:
     """Build the model, measure its initial loss, then load the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
     cost.check_fits(config.model, device)
@@ -106,7 +110,7 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> Patient
         except (RuntimeError, KeyError):
             raise saved.misfit() from None
     held = _held_out(source, config, max(data_checks.CHUNK, min(HELD_OUT, data_checks.MOST_NUMBERS // numbers)))
-    return Patient(trainer, initial, examples, start, held, _read_log(run), trained)
+    return DoctorSubject(trainer, initial, examples, start, held, _read_log(run), trained)
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.doctor.data_checks import CheckResult, Patient
+from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject
 from dit_in_dit.doctor.observe import (
     LABEL_TIME,
     SEAM_TIME,
@@ -22,17 +22,17 @@ from dit_in_dit.doctor.observe import (
     label_errors,
     non_finite_outputs,
     non_finite_parameters,
-    pattern,
+    periodic_share,
     seam_peaks,
 )
 from dit_in_dit.model.aggregate import Gate
 from dit_in_dit.model.embed import EMBEDS
-from dit_in_dit.training.optimizer import touched
+from dit_in_dit.training.optimizer import reached_by_gradient
 from dit_in_dit.training.trainer import learning_rate
 
 
 @torch.no_grad()
-def finite(patient: Patient) -> CheckResult:
+def check_finite_weights(patient: DoctorSubject) -> CheckResult:
     """Check that all parameters are finite, and the outputs on the examples due next in training."""
     section, bad = CheckResult("finite"), non_finite_parameters(patient)
     model, which = (patient.trainer.model, "trained") if bad else (patient.trainer.ema.model, "averaged")
@@ -62,7 +62,7 @@ def finite(patient: Patient) -> CheckResult:
 # ------------------------------------------------------------------------------------------ inside
 
 
-def activations(patient: Patient, observations: dict[float, Observation]) -> CheckResult:
+def check_activations(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
     """Check the size and the variation of every block's tokens."""
     section, middle = CheckResult("activations"), list(observations.values())[len(observations) // 2].blocks
     for name in middle:
@@ -88,7 +88,7 @@ def activations(patient: Patient, observations: dict[float, Observation]) -> Che
     return section
 
 
-def attention(patient: Patient, observations: dict[float, Observation]) -> CheckResult:
+def check_attention(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
     """Check the entropy of every block's attention over log(length): 0 is one token, 1 is uniform."""
     section = CheckResult("attention entropy / log(length)")
     for name in next(iter(observations.values())).attention:
@@ -118,7 +118,7 @@ def attention(patient: Patient, observations: dict[float, Observation]) -> Check
     return section
 
 
-def inner_path(patient: Patient, observations: dict[float, Observation]) -> CheckResult:
+def check_inner_path(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
     """Check the weights of the sub-patch positions, the gates, and the inner path's share of the tokens' norm."""
     section, first = CheckResult("inner path"), next(iter(observations.values()))
     for name in first.aggregation:
@@ -148,7 +148,7 @@ def inner_path(patient: Patient, observations: dict[float, Observation]) -> Chec
     return section
 
 
-def _judge_share(section: CheckResult, patient: Patient, name: str, check: str, where: str) -> None:
+def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check: str, where: str) -> None:
     """Report an inner path that adds less than the rounding of bfloat16 (1/256), with a margin of four."""
     share = max(section.rows[f"{name}: share"].values())
     if patient.trained and share < 1e-3:
@@ -162,7 +162,7 @@ def _judge_share(section: CheckResult, patient: Patient, name: str, check: str, 
 
 
 @torch.no_grad()
-def null_class(patient: Patient) -> CheckResult:
+def check_null_class(patient: DoctorSubject) -> CheckResult:
     """Check that the label table's last row means "no class": it has moved, is no copy, and belongs to no class.
 
     The last is judged by contrasts. Row k must fit images of class k better, relative to the null row, than it fits
@@ -176,7 +176,7 @@ def null_class(patient: Patient) -> CheckResult:
         section.find("note", "null class", "no label is dropped", "set train.label_drop above 0 to use guidance")
         return section
     table, initial = trainer.ema.model.label_embed.table.weight.cpu(), patient.initial[name]
-    reached = touched(trainer.optimizer, trainer.model.label_embed.table.weight)
+    reached = reached_by_gradient(trainer.optimizer, trainer.model.label_embed.table.weight)
     advice = f"a dropped label must become {null} (model.num_classes); train again"
     if torch.equal(table[-1], initial[-1]) or (reached is not None and not reached[-1].any()):
         section.find("fault", "null class", "the null class's row never moved from its initial value", advice)
@@ -208,7 +208,7 @@ def _judge_labels(section: CheckResult, errors: LabelErrors) -> float:
     return strength
 
 
-def _judge_contrasts(section: CheckResult, patient: Patient, errors: LabelErrors, strength: float) -> None:
+def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: LabelErrors, strength: float) -> None:
     """Judge each class's row against the null row, in standard errors."""
     contrasts: dict[str, float] = {}
     for k, of_class in errors.by_class.items():
@@ -246,7 +246,7 @@ def _standard_errors(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def seams(patient: Patient) -> CheckResult:
+def check_seams(patient: DoctorSubject) -> CheckResult:
     """Check image estimates for traces of the patch and sub-patch grid, relative to the images themselves."""
     section, model = CheckResult(f"seams, estimates at t={SEAM_TIME:g}"), patient.config.model
     if not patient.trained:
@@ -258,7 +258,7 @@ def seams(patient: Patient) -> CheckResult:
             continue
         ratio = seam_peaks(images, period) - seam_peaks(real, period)
         profile = ratio - ratio.mean(1, keepdim=True)
-        peak, repeats = profile.abs().max().item(), pattern(images - real, period)
+        peak, repeats = profile.abs().max().item(), periodic_share(images - real, period)
         section.rows[f"{what}, period {period}"] = {"seam peak": peak, "repeating share of the error": repeats}
         section.series[f"{what} profile"] = profile.mean(0).tolist()
         cells = real[:, 0].numel() / period**2

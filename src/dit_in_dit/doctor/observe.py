@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
-from dit_in_dit.doctor.data_checks import CHUNK, Patient, batches, forward_budget, take_examples
+from dit_in_dit.doctor.data_checks import CHUNK, DoctorSubject, batches, forward_budget, take_examples
 from dit_in_dit.inspection.hooks import (
     forward_hooks,
     watch_aggregation,
@@ -53,7 +53,7 @@ def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]
         yield failures
 
 
-def non_finite_parameters(patient: Patient) -> dict[str, int]:
+def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
     """Non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
     return {
         f"{name} ({which})": int((~torch.isfinite(parameter)).sum())
@@ -63,7 +63,7 @@ def non_finite_parameters(patient: Patient) -> dict[str, int]:
     }
 
 
-def non_finite_outputs(patient: Patient, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
+def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
     """The first layer whose output is not finite, with its example's number, on the examples due next in training.
 
     Returns:
@@ -96,7 +96,7 @@ class Observation:
 
 
 @torch.no_grad()
-def observe(patient: Patient) -> dict[float, Observation]:
+def observe(patient: DoctorSubject) -> dict[float, Observation]:
     """Run the averaged model on some held-out images, at the times of the held-out error."""
     model, device = patient.trainer.ema.model, patient.trainer.device
     config = patient.config.model
@@ -145,7 +145,7 @@ class LabelErrors:
         return torch.stack(errors).nanmean(0)
 
 
-def label_errors(patient: Patient) -> LabelErrors | None:
+def label_errors(patient: DoctorSubject) -> LabelErrors | None:
     """Errors of held-out images under right, wrong and null labels; None with fewer than two classes."""
     trainer, null, held = patient.trainer, patient.config.model.num_classes, patient.held
     present = sorted(set(held.y.tolist()))
@@ -184,14 +184,14 @@ def seam_peaks(images: Tensor, period: int) -> Tensor:
     return torch.stack(profiles).clamp(min=1e-12).log()
 
 
-def pattern(errors: Tensor, period: int) -> float:
+def periodic_share(errors: Tensor, period: int) -> float:
     """The part of errors (N, C, H, W) that repeats every `period` pixels, rms over that of the errors."""
     cells = errors.unfold(2, period, period).unfold(3, period, period).mean((0, 2, 3))  # C period period
     repeats = cells - cells.mean((1, 2), keepdim=True)
     return (repeats.square().mean() / errors.square().mean().clamp(min=1e-30)).sqrt().item()
 
 
-def estimates(patient: Patient) -> tuple[Tensor, Tensor]:
+def estimates(patient: DoctorSubject) -> tuple[Tensor, Tensor]:
     """Image estimates at t = `SEAM_TIME` of some held-out images, and those images, (M, C, H, W) each."""
     trainer = patient.trainer
     count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))

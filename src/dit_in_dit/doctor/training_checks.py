@@ -12,8 +12,8 @@ from dit_in_dit.curves.logs import held_out_errors
 from dit_in_dit.doctor.data_checks import (
     MOST_NUMBERS,
     CheckResult,
+    DoctorSubject,
     Line,
-    Patient,
     batches,
     forward_budget,
     take_examples,
@@ -22,7 +22,7 @@ from dit_in_dit.doctor.data_checks import (
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.batches import Examples
-from dit_in_dit.training.optimizer import adam_direction, touched
+from dit_in_dit.training.optimizer import adam_direction, reached_by_gradient
 from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.warm_start import is_inner
 
@@ -51,7 +51,7 @@ def probe(trainer: Trainer) -> list[Line]:
     return lines
 
 
-def training(patient: Patient) -> CheckResult:
+def check_training(patient: DoctorSubject) -> CheckResult:
     """Check loss and gradients over the log, or over a `probe` where there is no log."""
     section, train = CheckResult("training"), patient.config.train
     _judge_held_out(section, patient)
@@ -101,7 +101,7 @@ def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
     return float((values[window:] > 10 * np.median(before, axis=1)).mean())
 
 
-def update_ratios(patient: Patient) -> dict[str, float]:
+def check_update_ratios(patient: DoctorSubject) -> dict[str, float]:
     """Relative size of one update at the peak learning rate, by part of the model.
 
     It is rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
@@ -120,7 +120,7 @@ def update_ratios(patient: Patient) -> dict[str, float]:
     return {part: rate * math.sqrt(step / weight) for part, (step, weight) in sums.items()}
 
 
-def _judge_held_out(section: CheckResult, patient: Patient) -> None:
+def _judge_held_out(section: CheckResult, patient: DoctorSubject) -> None:
     """Report held-out errors in the log that are not finite."""
     errors = {line["step"]: held_out_errors(line).values() for line in patient.log if "held_out" in line}
     bad = sorted(step for step, values in errors.items() if not all(map(math.isfinite, values)))
@@ -130,9 +130,9 @@ def _judge_held_out(section: CheckResult, patient: Patient) -> None:
         section.find("fault", "held-out error", seen, way)
 
 
-def _judge_rate(section: CheckResult, patient: Patient, lines: list[Line], logged: list[Line]) -> None:
+def _judge_rate(section: CheckResult, patient: DoctorSubject, lines: list[Line], logged: list[Line]) -> None:
     """Report a learning rate that is too high, a model that does not learn, and a loss that is not finite."""
-    ratios = update_ratios(patient)
+    ratios = check_update_ratios(patient)
     for part, ratio in ratios.items():
         section.rows[f"update / weight: {part}"] = {"peak rate": ratio}
     relative = _relative(patient, logged) if logged else [line["relative"] for line in lines]
@@ -157,7 +157,7 @@ def _judge_rate(section: CheckResult, patient: Patient, lines: list[Line], logge
         section.find("warning", "training", seen, "nothing is learned: change train.learning_rate, or check the data")
 
 
-def _relative(patient: Patient, logged: list[Line]) -> list[float]:
+def _relative(patient: DoctorSubject, logged: list[Line]) -> list[float]:
     """Ratios of the ten largest and the ten last losses to those of a zero prediction for the same examples."""
     config, objective = patient.config, patient.trainer.objective
     examples = Examples(patient.trainer.source, config)
@@ -169,14 +169,14 @@ def _relative(patient: Patient, logged: list[Line]) -> list[float]:
     return ratios
 
 
-def _judge_gradients(section: CheckResult, patient: Patient) -> None:
+def _judge_gradients(section: CheckResult, patient: DoctorSubject) -> None:
     """Report parameters that no gradient has reached, or that still have their initial values."""
     optimizer, scale = patient.trainer.optimizer, patient.config.train.lr_scale
     if not optimizer.state:
         return
     still = []
     for name, parameter in patient.trainer.model.named_parameters():
-        reached = touched(optimizer, parameter)
+        reached = reached_by_gradient(optimizer, parameter)
         unmoved = (
             patient.trained
             and (scale.inner if is_inner(name) else scale.outer) > 0  # else it is frozen by the config

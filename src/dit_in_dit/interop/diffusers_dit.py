@@ -23,7 +23,7 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.vae import WEIGHTS
 from dit_in_dit.interop.diffusers_files import PIPELINE_INDEX, read_diffusers_json, read_weights
 from dit_in_dit.interop.official import PATCHES, POSITION, OfficialWeights, Predicted, Weights
-from dit_in_dit.interop.safe_load import unwrapped
+from dit_in_dit.interop.safe_load import strip_wrappers
 from dit_in_dit.model.layers import sincos
 
 CONFIG = "config.json"
@@ -103,7 +103,7 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
         raise UserError(f"{model / CONFIG}: at most {MOST_BLOCKS} blocks are known: got {depth}")
     if size > MOST_PATCHES * patch:  # the size of the file says nothing: it has no table
         raise UserError(f"{model / CONFIG}: at most {MOST_PATCHES} patches a side are known: got {size // patch}")
-    weights = dict(_official(unwrapped(read_weights(model), what), depth, what))
+    weights = dict(_official(strip_wrappers(read_weights(model), what), depth, what))
     width = next(iter(weights[PATCHES].shape), 0)
     if width != heads * _whole(config, "attention_head_dim", 72, model) or size % patch or width % 4:
         raise UserError(f"{model / CONFIG} does not fit its weights of width {width}: get the folder again")

@@ -14,8 +14,8 @@ from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys, to_dict
-from dit_in_dit.data.formats.latents import complete
-from dit_in_dit.data.vae import constants, load_vae
+from dit_in_dit.data.formats.latents import fill_latent_keys
+from dit_in_dit.data.vae import latent_constants, load_vae
 from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
@@ -89,7 +89,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:
     """The named VAE or the run's, with the run's mean and scale of latents in its config; None without one."""
-    data = complete(config.data)
+    data = fill_latent_keys(config.data)
     if (name := name or data.vae) is None:
         return None
     vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
@@ -99,7 +99,8 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
             "give the one that the data was encoded with"
         )
     mean, scale = (
-        configured or own for configured, own in zip((data.latent_mean, data.latent_scale), constants(vae), strict=True)
+        configured or own
+        for configured, own in zip((data.latent_mean, data.latent_scale), latent_constants(vae), strict=True)
     )
     if len(mean) == len(scale) == 1:
         keys_of_scale: dict[str, Any] = {"scaling_factor": scale[0], "shift_factor": mean[0]}

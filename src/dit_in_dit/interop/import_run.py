@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import assigned, override
+from dit_in_dit.config.files import override, parse_assignment
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
@@ -26,7 +26,7 @@ from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, Off
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
-from dit_in_dit.runs.folder import create, read_config
+from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runs.tensors import check_weights
 
@@ -72,7 +72,7 @@ def import_run(
     state, averaged = _checkpoint_tensors(weights, config, what)
     names = tuple(str(number) for number in range(model.num_classes))
     with atomic.folder(out) as beside:
-        create(beside, config)
+        create_run(beside, config)
         save(beside, config, weights.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
@@ -89,20 +89,20 @@ def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dic
 
 def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) -> tuple[Tensors, Tensors]:
     """State and averaged weights of the run's checkpoint; UserError when a weight is not finite."""
-    model, turn = config.model, official.turns(config.model, config.diffusion)
+    model, turn = config.model, official.flips_sign(config.model, config.diffusion)
     averaged, trained = (official.to_ours(part, model, turn=turn) for part in (weights.averaged, weights.trained))
     for part in (averaged, trained):
         check_weights(part, what)
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
     position = weights.averaged[POSITION]
-    if not _same_bits(position, official.position(model, averaged["outer_embed.proj.weight"].dtype)):
+    if not _same_bits(position, official.official_position(model, averaged["outer_embed.proj.weight"].dtype)):
         state[IMPORTED_POSITION] = position
     return state, averaged
 
 
 def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: bool) -> RunConfig:
     """The config with `settings`; UserError for keys that the weights determine."""
-    for name, _ in map(assigned, settings):
+    for name, _ in map(parse_assignment, settings):
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
             raise UserError(f"--set {name[:60]}: the weights determine this key; set keys of sample, train or data")
         if name == "train.label_drop" and not null_class:
@@ -190,11 +190,11 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
     ours, imported = saved.weights(averaged=averaged), saved.state().get(IMPORTED_POSITION)
     check_weights(ours, str(run))
     try:
-        weights = official.to_official(ours, model, turn=official.turns(model, config.diffusion))
+        weights = official.to_official(ours, model, turn=official.flips_sign(model, config.diffusion))
     except (KeyError, RuntimeError):
         raise saved.misfit() from None
     if imported is None:
-        imported = official.position(model, weights[official.PATCHES].dtype)
+        imported = official.official_position(model, weights[official.PATCHES].dtype)
     return config, {POSITION: imported, **weights}
 
 

@@ -83,7 +83,7 @@ class OfficialWeights:
 # ------------------------------------------------------------------------------------------- names
 
 
-def names(depth: int) -> dict[str, str]:
+def official_names(depth: int) -> dict[str, str]:
     """Official name -> our name of all parameters of a DiT, in the official order."""
     blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
     both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
@@ -93,14 +93,14 @@ def names(depth: int) -> dict[str, str]:
 
 def to_ours(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
     """Official weights under our names, as views; `turn` changes the sign of the output."""
-    ours = {b: weights[a] for a, b in names(model.blocks("outer")).items()}
+    ours = {b: weights[a] for a, b in official_names(model.blocks("outer")).items()}
     ours["outer_embed.proj.weight"] = ours["outer_embed.proj.weight"].flatten(1)  # a strided convolution is linear
     return _turned(ours, "outer_head.final.linear") if turn else ours
 
 
 def to_official(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
     """The inverse of `to_ours`, in the official order, without the position table."""
-    official = {a: weights[b] for a, b in names(model.blocks("outer")).items()}
+    official = {a: weights[b] for a, b in official_names(model.blocks("outer")).items()}
     official[PATCHES] = official[PATCHES].view(-1, model.channels, model.patch_size, model.patch_size)
     return _turned(official, "final_layer.linear") if turn else official
 
@@ -184,7 +184,7 @@ def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int
     return shape
 
 
-def expected(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Official name -> shape of all parameters of a plain model."""
     with torch.device("meta"):
         shapes = NestedDiT(model).state_dict()
@@ -193,7 +193,7 @@ def expected(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
     """UserError when official weights are not exactly those of the model, or are not floating-point."""
-    wanted = {POSITION: (1, model.patches, model.outer.width), **expected(model)}
+    wanted = {POSITION: (1, model.patches, model.outer.width), **official_shapes(model)}
     for name in [*wanted, *weights]:
         if name not in weights:
             raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
@@ -203,7 +203,7 @@ def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
             raise UserError(f"{what}: {name} must be {wanted[name]}: got {tuple(weights[name].shape)}")
         if not weights[name].is_floating_point() or weights[name].dtype not in DTYPES:
             raise UserError(f"{what}: {name} is of {weights[name].dtype}: convert it to torch.float32")
-    table, fixed = weights[POSITION], position(model, weights[POSITION].dtype)
+    table, fixed = weights[POSITION], official_position(model, weights[POSITION].dtype)
     off = (table.float() - fixed.float()).abs().max().item()
     if not off <= max(1e-5, 2 * torch.finfo(table.dtype).eps):
         raise UserError(
@@ -211,7 +211,7 @@ def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
         )
 
 
-def position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
+def official_position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
     """The official `pos_embed`, (1, T, D)."""
     return sincos(model.outer.width, *model.grid)[None].to(dtype)
 
@@ -219,7 +219,7 @@ def position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------------------------------- a run
 
 
-def turns(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
+def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
     """Whether the official output has the opposite sign: SiT's velocity, whose time runs to the image."""
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 

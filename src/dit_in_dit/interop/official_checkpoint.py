@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.interop.official import OfficialKind, OfficialWeights, Predicted, Weights
-from dit_in_dit.interop.safe_load import read_pt, unwrapped
+from dit_in_dit.interop.safe_load import read_pt, strip_wrappers
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # keys of the averaged weights in a checkpoint
 TRAINED = ("model", "state_dict", "model_state_dict", "module")
@@ -58,7 +58,7 @@ def _groups(content: Mapping[str, Any], path: Path) -> tuple[Weights, Weights]:
         averaged, trained = (ema, other) if ema and other else (whole, whole)
     for weights in (averaged, trained):
         _check_tensors(weights, path)
-    return unwrapped(averaged, path.name), unwrapped(trained, path.name)
+    return strip_wrappers(averaged, path.name), strip_wrappers(trained, path.name)
 
 
 def _check_tensors(weights: Mapping[Any, Any], path: Path) -> None:

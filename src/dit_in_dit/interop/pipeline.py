@@ -21,10 +21,18 @@ from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig
 from dit_in_dit.config.samplers import check_sampler
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.samplers import guided
-from dit_in_dit.diffusion.schedulers import PREDICTIONS, is_ddpm, matches_flow, set_steps, setting, time_of, wanted_by
+from dit_in_dit.diffusion.schedulers import (
+    PREDICTIONS,
+    is_ddpm,
+    matches_flow,
+    prediction_type,
+    scheduler_option,
+    set_steps,
+    time_of,
+)
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 from dit_in_dit.interop.carried import code_of, installed
-from dit_in_dit.reporting.images import check_finite, picture, to_pixels
+from dit_in_dit.reporting.images import check_finite, to_image, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -118,7 +126,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         x = self._noise((count, *shape), generator, latents, device)
 
         path, predict = make_path(diffusion), guided(self._predict, self.null, how)
-        wanted = wanted_by(self.scheduler)
+        wanted = prediction_type(self.scheduler)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
         options = self._step_options(generator, eta)
         self._interrupt = False
@@ -185,7 +193,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
     def _fit_scheduler(self, path: str, steps: int) -> None:
         """Set a multi-step scheduler to straight paths if the model needs them; UserError for one of another path."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
-        straight = setting(scheduler, "use_flow_sigmas")
+        straight = scheduler_option(scheduler, "use_flow_sigmas")
         if path == "flow":
             if straight is False:
                 options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -199,9 +207,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         levels = getattr(scheduler, "alphas_cumprod", torch.zeros(0)).cpu().float()
         if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-4):
             raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
-        if (kind := setting(scheduler, "prediction_type")) not in PREDICTIONS:
+        if (kind := scheduler_option(scheduler, "prediction_type")) not in PREDICTIONS:
             raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
-        spacing = setting(scheduler, "timestep_spacing")
+        spacing = scheduler_option(scheduler, "timestep_spacing")
         if spacing == "trailing":
             check_sampler(path, "ddim", steps)
         if spacing == "linspace" and name == "DDIMScheduler":
@@ -237,7 +245,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             x = self.vae.decode(self._unscaled(x).to(self.vae.dtype), return_dict=False)[0].float()
             check_finite(x)
         if output_type == "pil":
-            return [picture(pixels) for pixels in to_pixels(x.cpu())]
+            return [to_image(pixels) for pixels in to_pixels(x.cpu())]
         x = (x / 2 + 0.5).clamp(0, 1)
         return x if output_type == "pt" else x.permute(0, 2, 3, 1).cpu().numpy()
 

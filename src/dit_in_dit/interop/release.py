@@ -15,7 +15,7 @@ from dit_in_dit.interop.card import card, evaluation_of
 from dit_in_dit.reporting.templates import code, code_block
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, newest, save
-from dit_in_dit.runs.folder import create
+from dit_in_dit.runs.folder import create_run
 from dit_in_dit.runs.tensors import check_weights
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -40,7 +40,7 @@ def export_release(run: Path, out: Path, *, precision: Precision = "float16", li
         if not tensor.isfinite().all():
             raise UserError(f"{name} of {run} has a value too large for {precision}: use --precision bfloat16")
     with atomic.folder(out) as beside:
-        create(beside, saved.config)
+        create_run(beside, saved.config)
         save(beside, saved.config, saved.step, {}, averaged, saved.classes)
         write_card(beside, out.resolve().name, licence=licence)
 
@@ -58,12 +58,12 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         evaluation_of(run, saved.sha256()),
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
-        use=usage(name, config),
+        use=sampling_instructions(name, config),
     )
     atomic.write_atomic(run / "README.md", text)
 
 
-def usage(name: str, config: RunConfig) -> str:
+def sampling_instructions(name: str, config: RunConfig) -> str:
     """Markdown for a card: how to sample a run of the package."""
     classes = " --classes 0,1" if config.model.num_classes else ""
     command = code_block(f"dit-in-dit sample {shlex.quote(name)}{classes} --num 64")

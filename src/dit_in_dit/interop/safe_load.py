@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise _refused(path, str(error).splitlines()[0][:60] if known and str(error) else "it is damaged") from None
 
 
-def unwrapped(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
+def strip_wrappers(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
     """Weights by the names of the model itself, without those of wrappers of the model or of its blocks.
 
     Raises:

@@ -23,7 +23,7 @@ from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, thumbnails
-from dit_in_dit.metrics.metric import own_scores
+from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
 from dit_in_dit.model.nested import NestedDiT
@@ -86,10 +86,10 @@ def evaluate(
     _check_counts(subject, real, num)
     use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
-    shards.claim(out / "identity.json", _identity(subject, at_once))
+    shards.claim_folder(out / "identity.json", _identity(subject, at_once))
     if subject.config is not None:
         size = subject.config.sample.micro_batch
-        for done in shards.fill(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
+        for done in shards.fill_shards(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
             yield Progress("samples", done, num)
     draw = images_of(subject, out, num)
     features = [_NetworkFeatures.of(network, num, real, out / "features", batch) for network in networks]
@@ -145,7 +145,7 @@ class _NetworkFeatures:
         """Compute the missing chunks."""
         for what, draw, features in (("samples", samples, self.samples), ("real images", real, self.real)):
             compute = partial(_extract, self.network, draw)
-            for done in shards.fill(features.folder, features.count, features.batch, compute):
+            for done in shards.fill_shards(features.folder, features.count, features.batch, compute):
                 yield Progress(f"{self.network.name} features of {what}", done, features.count)
 
     def measure(
@@ -169,7 +169,7 @@ def images_of(subject: Subject, out: Path, num: int) -> Draw:
     """The images of an evaluation by number."""
     if subject.config is None:
         return subject.draw
-    return shards.stored(out / "samples", num, subject.config.sample.micro_batch, "images")
+    return shards.lazy_rows(out / "samples", num, subject.config.sample.micro_batch, "images")
 
 
 def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:
@@ -194,7 +194,7 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     count = min(num, real.count // 2, max(2, PIXELS_AT_ONCE // int(np.prod(subject.shape))))
     order = generator(0, "evaluation", DRAWS["order"]).permutation(real.count)
     images, real_images = draw(range(count)), _one_by_one(real.draw, np.sort(order[: 2 * count]))
-    scores = pixels.score(floats(images), floats(real_images), subject.periods)
+    scores = pixels.score(to_floats(images), to_floats(real_images), subject.periods)
     mirrored = subject.config is not None and subject.config.data.flip  # training showed mirror images
     unseen = _thumbnails(real.unseen, real.unseen_count) if real.unseen_count else None
     near = neighbours(_thumbnails(draw, num), _thumbnails(real.draw, real.count), unseen, mirrored=mirrored)
@@ -215,7 +215,7 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     if subject.model is not None and subject.config is not None and subject.config.data.source == "mosaic":
         scores |= _detail(subject.model, subject.config)
         metrics["detail"] = {"images": DETAIL_IMAGES, "times": list(DETAIL_TIMES)}
-    own = own_scores(images, real_images)
+    own = plugin_scores(images, real_images)
     if taken_names := own.keys() & scores.keys():
         raise UserError(f"metric {min(taken_names)} has the name of a built-in score: register it under another")
     scores |= own
@@ -244,7 +244,7 @@ def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
 
 
-def floats(images: Pixels) -> wasserstein.FloatImages:
+def to_floats(images: Pixels) -> wasserstein.FloatImages:
     """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.metrics.score import Halves, Score
+from dit_in_dit.metrics.score import ReferenceHalves, Score
 
 Direction = Literal["lower", "higher", "zero", "listed"]
 Images = NDArray[np.uint8]
@@ -113,21 +113,21 @@ def direction(score: str) -> Direction:
     return metric_of(score).direction
 
 
-def own_metrics() -> dict[str, Metric]:
+def plugin_metrics() -> dict[str, Metric]:
     """The metrics of the user, which compute their own score."""
     return {name: metric for name, metric in METRICS.items() if metric.compute}
 
 
-def own_scores(images: Images, real: Images) -> dict[str, Score]:
+def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
     """Scores of the user's metrics, of M images against a half of 2M real ones; the floor is that of the other half.
 
     Raises:
         UserError: a metric raises an error, or returns anything but a finite number or a Score of these.
     """
-    halves = Halves.of(len(real))
+    halves = ReferenceHalves.of(len(real))
     first, second = real[halves.first[0]], real[halves.second[0]]
     scores = {}
-    for name, metric in own_metrics().items():
+    for name, metric in plugin_metrics().items():
         score = _compute(name, metric, images, first)
         if score.low is None and score.floor is None:
             floor = _compute(name, metric, second, first).value

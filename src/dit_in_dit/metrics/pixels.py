@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from dit_in_dit.metrics.score import Float64Array, Halves, Score, bootstrap_score, resamples
+from dit_in_dit.metrics.score import Float64Array, ReferenceHalves, Score, bootstrap_score, bootstrap_weights
 from dit_in_dit.metrics.wasserstein import FloatImages, sliced_wasserstein
 
 Compare = Callable[[Float64Array, Float64Array], dict[str, float]]
@@ -28,7 +28,7 @@ def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ())
     """
     if len(real) != 2 * len(images) or len(images) < 2:
         raise ValueError(f"real must be twice as many images, at least 4: got {len(real)} for {len(images)}")
-    halves = Halves.of(len(real))
+    halves = ReferenceHalves.of(len(real))
     scores: dict[str, Score] = {}
     for statistic, compare in statistics(images.shape[1:], periods):
         scores |= _statistic_scores(statistic(images), statistic(real), compare, halves)
@@ -54,12 +54,14 @@ def statistics(
     return chosen
 
 
-def _statistic_scores(images: Float64Array, real: Float64Array, compare: Compare, halves: Halves) -> dict[str, Score]:
+def _statistic_scores(
+    images: Float64Array, real: Float64Array, compare: Compare, halves: ReferenceHalves
+) -> dict[str, Score]:
     """Scores from per-image statistics (M, K) and (2M, K)."""
     first = real[halves.first[0]]
     values = compare(images.mean(0), first.mean(0))
     floors = [compare(real[b].mean(0), real[a].mean(0)) for a, b in zip(halves.first, halves.second, strict=True)]
-    resampled = [compare((u @ images) / len(u), (v @ first) / len(v)) for u, v in resamples(len(images))]
+    resampled = [compare((u @ images) / len(u), (v @ first) / len(v)) for u, v in bootstrap_weights(len(images))]
     return {n: bootstrap_score(values[n], [s[n] for s in resampled], [f[n] for f in floors]) for n in values}
 
 

@@ -10,14 +10,14 @@ import numpy as np
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
-from dit_in_dit.metrics.evaluate import Evaluation, floats
+from dit_in_dit.metrics.evaluate import Evaluation, to_floats
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
-from dit_in_dit.metrics.score import Halves
+from dit_in_dit.metrics.score import ReferenceHalves
 from dit_in_dit.reporting import plots
 from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
 from dit_in_dit.runs import atomic
-from dit_in_dit.runtime.precision import before_it_was_named
+from dit_in_dit.runtime.precision import precision_of_version
 
 SHOWN = 64  # images in a grid
 NUMBER = (int, float)
@@ -58,8 +58,8 @@ def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     """Draw every score against its floor, the power spectra, the seams and the distances to training images."""
     figure, axes = plots.figure(2, 2, width=5.2, height=3.9)
-    images, real = floats(evaluation.images), floats(evaluation.real)
-    first = Halves.of(len(real)).first[0]
+    images, real = to_floats(evaluation.images), to_floats(evaluation.real)
+    first = ReferenceHalves.of(len(real)).first[0]
     _draw_scores(axes[0, 0], evaluation.result["scores"])
     spectra = {name: Spectrum(*images.shape[2:])(x).mean(0) for name, x in (("evaluated", images), ("real", real))}
     _draw_spectra(axes[0, 1], Spectrum(*images.shape[2:]), spectra)
@@ -153,11 +153,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not an evaluation: a part is missing or of another type; {advice}")
     made_with = result.get("made with")
     torch = made_with.get("torch") if isinstance(made_with, dict) else None
-    result["protocol"].setdefault("precision", before_it_was_named(torch if isinstance(torch, str) else ""))
+    result["protocol"].setdefault("precision", precision_of_version(torch if isinstance(torch, str) else ""))
     return result
 
 
-def compare(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any] | None]]]:
+def compare_evaluations(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any] | None]]]:
     """Names of the evaluations and, by score, an entry of each (None: it lacks the score).
 
     Raises:

@@ -28,21 +28,21 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Halves:
+class ReferenceHalves:
     """Positions of disjoint halves of the reference, `first` and `second` each (FLOOR_SPLITS, M)."""
 
     first: NDArray[np.int64]
     second: NDArray[np.int64]
 
     @classmethod
-    def of(cls, count: int) -> Halves:
+    def of(cls, count: int) -> ReferenceHalves:
         """Random halves of `count` images; an odd one is left out."""
         draw, half = generator(0, "evaluation", DRAWS["halves"]), count // 2
         orders = np.stack([draw.permutation(count) for _ in range(FLOOR_SPLITS)])
         return cls(orders[:, :half], orders[:, half : 2 * half])
 
 
-def resamples(count: int) -> Iterator[tuple[Float64Array, Float64Array]]:
+def bootstrap_weights(count: int) -> Iterator[tuple[Float64Array, Float64Array]]:
     """Bootstrap weights (count,) of mean one, for the images and for the reference: multinomial counts."""
     draw = generator(0, "evaluation", DRAWS["resamples"])
     even = np.full(count, 1 / count)

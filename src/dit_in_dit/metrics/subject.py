@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
 from dit_in_dit.data.formats import latents
-from dit_in_dit.data.run_data import locate, open_source_of
+from dit_in_dit.data.run_data import find_moved_data, open_source_of
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source, size_of
 from dit_in_dit.metrics.score import DRAWS
@@ -25,7 +25,7 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.folder import ImageDecoder
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
-from dit_in_dit.training.batches import image_number
+from dit_in_dit.training.batches import shuffled_index
 
 Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
@@ -90,7 +90,7 @@ def run_subject(
     """
     saved = Checkpoint.open(run)
     model, config = saved.model(device, averaged=averaged), saved.config
-    config = replace(config, data=locate(config.data, saved.manifest.get("data")))
+    config = replace(config, data=find_moved_data(config.data, saved.manifest.get("data")))
     decode = decoder(config.data)
     if decode is None and config.model.channels not in (1, 3):
         raise UserError(
@@ -155,7 +155,7 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
             "images need real ones to be compared with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
-    if against is None and latents.is_index(data.source):
+    if against is None and latents.is_latents_folder(data.source):
         raise UserError(f"the run was trained on latents: name the images that {data.source} encodes with --against")
     seed = subject.config.seed if subject.config else 0
     if against is not None and against != data.source:
@@ -164,7 +164,7 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
     total = source.train_size
     if total is None:
         count = wanted
-        numbers = [image_number(seed, i, None) for i in range(count)]
+        numbers = [shuffled_index(seed, i, None) for i in range(count)]
     else:
         count = min(total, MOST_REAL)
         order = generator(0, "evaluation", DRAWS["order"]).permutation(total)

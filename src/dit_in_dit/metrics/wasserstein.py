@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from dit_in_dit.metrics.score import DRAWS, Halves, Score, bootstrap_score, resamples
+from dit_in_dit.metrics.score import DRAWS, ReferenceHalves, Score, bootstrap_score, bootstrap_weights
 from dit_in_dit.runtime.seeding import generator
 
 FloatImages = NDArray[np.float32]
@@ -52,7 +52,7 @@ def _smooth(images: FloatImages) -> FloatImages:
     return images
 
 
-def sliced_wasserstein(images: FloatImages, real: FloatImages, halves: Halves) -> dict[str, Score]:
+def sliced_wasserstein(images: FloatImages, real: FloatImages, halves: ReferenceHalves) -> dict[str, Score]:
     """Sliced Wasserstein-1 distance per level, `swd.SIDE` with the level's shorter side in pixels.
 
     7x7 patches, as Karras et al. 2018 (section 5), but both sets are scaled by the deviation of the real patches, not
@@ -84,7 +84,7 @@ def _patches(level: FloatImages, count: int, first: int) -> FloatImages:
     return windows[np.arange(len(level))[:, None], :, y, x].reshape(len(level), count, level.shape[1], -1)
 
 
-def _wasserstein_score(images: FloatImages, real: FloatImages, halves: Halves) -> Score:
+def _wasserstein_score(images: FloatImages, real: FloatImages, halves: ReferenceHalves) -> Score:
     """Score of projected patches (PROJECTIONS, M, count) against (PROJECTIONS, 2M, count)."""
 
     def distance(a: FloatImages, b: FloatImages) -> float:
@@ -106,7 +106,7 @@ def resampled_wasserstein(a: FloatImages, b: FloatImages) -> Iterator[float]:
     order = np.argsort(both)
     gaps = np.diff(np.take_along_axis(both, order, axis=1))
     owner = (order // count)[:, :-1]
-    for u, v in resamples(images):
+    for u, v in bootstrap_weights(images):
         weights = np.concatenate([u, -v]).astype(np.float32) / np.float32(images * count)
         between = np.cumsum(weights[owner], axis=1)
         yield float(np.einsum("ij,ij->", np.abs(between, out=between), gaps)) / projections

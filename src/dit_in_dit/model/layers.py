@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.model.gelu import Gelu
 from dit_in_dit.model.norms import EPS, LayerNorm, Norm
-from dit_in_dit.model.tiny import fits, tiny_attention
+from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
 # Longest sequences for the Triton kernel, by device type. Empty: the kernel has not been measured on any GPU yet.
 TINY_UP_TO: dict[str, int] = {}
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The kernel is the fastest that was measured (docs/decisions/benchmark.md).
     """
-    if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and fits(q, k):
+    if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and tiny_fits(q, k):
         return tiny_attention(q, k, v)
     return sdpa(q, k, v)
 

@@ -14,7 +14,7 @@ TRITON = find_spec("triton") is not None
 LONGEST, WIDEST = 64, 128  # limits of the kernel: tokens per group, channels per head
 
 
-def fits(q: Tensor, k: Tensor) -> bool:
+def tiny_fits(q: Tensor, k: Tensor) -> bool:
     """Whether the kernel applies: self-attention, groups and heads within its limits, and Triton installed."""
     sizes = q.shape == k.shape and q.shape[-2] <= LONGEST and q.shape[-1] <= WIDEST
     return TRITON and sizes and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("dit_in_dit::tiny_attention", mutates_args=())
 def tiny_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, each tensor (B, heads, L, d), within the limits of `fits`."""
+    """Softmax attention, each tensor (B, heads, L, d), within the limits of `tiny_fits`."""
     from dit_in_dit.model.tiny_kernel import forward, launch
 
     out = _empty(q)

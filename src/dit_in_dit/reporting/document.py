@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from dit_in_dit.reporting.templates import code_block, quoted, render
+from dit_in_dit.reporting.templates import code_block, escape_markdown, render
 
 Tone = Literal["", "better", "worse", "soft"]
 
@@ -90,7 +90,7 @@ class Chapter:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
-def plain(cell: str | Cell) -> str:
+def cell_text(cell: str | Cell) -> str:
     """The text of a cell."""
     return cell.text if isinstance(cell, Cell) else cell
 
@@ -108,25 +108,25 @@ def to_html(title: str, lead: str, chapters: Sequence[Chapter]) -> str:
 
 def to_markdown(title: str, lead: str, chapters: Sequence[Chapter], folder: Path) -> str:
     """The report as Markdown, with pictures by their paths below `folder`."""
-    parts = [f"# {quoted(title)}", quoted(lead)]
+    parts = [f"# {escape_markdown(title)}", escape_markdown(lead)]
     for chapter in chapters:
-        parts.append(f"## {quoted(chapter.title)}")
+        parts.append(f"## {escape_markdown(chapter.title)}")
         parts += [_markdown(block, folder) for block in chapter.blocks]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown(block: DocumentPart, folder: Path) -> str:
     if isinstance(block, Text):
-        return quoted(block.text)
+        return escape_markdown(block.text)
     if isinstance(block, Bullets):
-        return "\n".join(f"- {quoted(item)}" for item in block.items)
+        return "\n".join(f"- {escape_markdown(item)}" for item in block.items)
     if isinstance(block, Verbatim):
-        return f"### {quoted(block.title)}\n\n{code_block(block.text)}"
+        return f"### {escape_markdown(block.title)}\n\n{code_block(block.text)}"
     if isinstance(block, Picture):
         path = quote(block.path.relative_to(folder).as_posix())
-        return f"![{quoted(block.name)}]({path})\n\n{quoted(block.caption)}"
-    title = f"### {quoted(block.title)}\n\n" if block.title else ""
-    note = f"\n\n{quoted(block.note)}" if block.note else ""
+        return f"![{escape_markdown(block.name)}]({path})\n\n{escape_markdown(block.caption)}"
+    title = f"### {escape_markdown(block.title)}\n\n" if block.title else ""
+    note = f"\n\n{escape_markdown(block.note)}" if block.note else ""
     return title + markdown_table(block.heads, block.rows) + note
 
 
@@ -137,7 +137,7 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -
         return "| " + " | ".join(map(shown, cells)) + " |"
 
     def shown(cell: str | Cell) -> str:
-        text = quoted(plain(cell))
+        text = escape_markdown(cell_text(cell))
         return f"**{text}**" if isinstance(cell, Cell) and cell.tone in ("better", "worse") else text
 
     return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
@@ -169,7 +169,7 @@ def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], capt
     """A table for the package booktabs; one of more than WIDE columns is shrunk to the line by graphicx."""
 
     def line(cells: Sequence[str | Cell]) -> str:
-        minus = (re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", plain(cell)) for cell in cells)
+        minus = (re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", cell_text(cell)) for cell in cells)
         return " & ".join(map(latex, minus)) + r" \\"
 
     table = [

@@ -35,7 +35,7 @@ def check_finite(images: Tensor) -> None:
         )
 
 
-def picture(pixels: Pixels) -> Image.Image:
+def to_image(pixels: Pixels) -> Image.Image:
     """A picture from uint8 (H, W, 1 or 3)."""
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
@@ -48,7 +48,7 @@ def image_grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
     cell_w, cell_h = width * scale + gap, height * scale + gap
     sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
     for number, image in enumerate(pixels):
-        tile = picture(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + number % columns * cell_w, gap + number // columns * cell_h))
     return sheet
 

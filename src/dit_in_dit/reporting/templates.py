@@ -29,10 +29,10 @@ def render(room: str, template: str, **values: Any) -> str:
 
 
 def _escape_markdown(value: Any) -> Markup:
-    return value if isinstance(value, Markup) else Markup(quoted(str(value)))
+    return value if isinstance(value, Markup) else Markup(escape_markdown(str(value)))
 
 
-def quoted(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text in one line with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))
 

@@ -24,10 +24,10 @@ from dit_in_dit.config.files import HASH_VERSION, config_hash
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import integrity
-from dit_in_dit.runs.folder import noted_manifest, read_config
+from dit_in_dit.runs.folder import newest_manifest, read_config
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, verify
-from dit_in_dit.runs.retention import clear_unfinished, folders, make_way, prune
-from dit_in_dit.runs.tensors import Stored, load_tensors, serialize
+from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune
+from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
 
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
 REMEDIES = {
@@ -86,15 +86,15 @@ class Checkpoint:
         sha256: str = self.manifest["sha256"][AVERAGED if averaged else STATE]
         return sha256
 
-    def state(self) -> Stored:
+    def state(self) -> LazyTensors:
         """The file of the trained weights and the optimizer's state; empty in an exported run."""
-        return Stored(self.folder / STATE)
+        return LazyTensors(self.folder / STATE)
 
-    def averaged(self) -> Stored:
+    def averaged(self) -> LazyTensors:
         """The file of the averaged weights."""
-        return Stored(self.folder / AVERAGED)
+        return LazyTensors(self.folder / AVERAGED)
 
-    def trained(self) -> Stored:
+    def trained(self) -> LazyTensors:
         """The state from which training resumes; UserError in a run exported with averaged weights alone."""
         state = self.state()
         if not any(name.startswith("model.") for name in state):
@@ -187,14 +187,14 @@ def save(
             **({"data": dict(data)} if data else {}),
             **({"objects": dict(objects)} if objects else {}),
             "versions": _versions(),
-            **({"plugins": plugins.noted()} if plugins.noted() else {}),
+            **({"plugins": plugins.loaded_plugins()} if plugins.loaded_plugins() else {}),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
         }
         integrity.write_hashed(beside / "manifest.json", [integrity.seal(manifest)])
         integrity.sync(beside)
         verify(beside)
-        make_way(target)
+        move_aside(target)
         beside.rename(target)
         integrity.sync(folder)
     except (OSError, DamagedError) as error:
@@ -217,7 +217,7 @@ def save(
 
 def has_any(run: Path) -> bool:
     """Whether the run has written a checkpoint, good or not."""
-    return bool(folders(run))
+    return bool(checkpoint_folders(run))
 
 
 def newest(run: Path, *, steady: bool = False) -> Checkpoint:
@@ -230,7 +230,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
     """
     config = read_config(run)
     passed_over: list[Damage] = []
-    for folder in folders(run):
+    for folder in checkpoint_folders(run):
         try:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
@@ -248,9 +248,9 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
     raise UserError(f"{run} has no checkpoint yet: train it first")
 
 
-def noted_data(run: Path) -> dict[str, str] | None:
+def recorded_data(run: Path) -> dict[str, str] | None:
     """Digest and place of the data in the run's newest manifest; None without one."""
-    noted: dict[str, str] | None = noted_manifest(run).get("data")
+    noted: dict[str, str] | None = newest_manifest(run).get("data")
     return noted
 
 

@@ -22,10 +22,10 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic, integrity, lock
-from dit_in_dit.runs.retention import clear_unfinished, folders
+from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished
 
 
-def create(run: Path, config: RunConfig) -> None:
+def create_run(run: Path, config: RunConfig) -> None:
     """Create the run's folder with its config; UserError when it holds a run already or cannot be written."""
     if (run / "config.yaml").exists():
         raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
@@ -57,14 +57,14 @@ def read_config(run: Path) -> RunConfig:
     try:
         return from_file(path)
     except UserError as error:
-        if missing := plugins.missing_plugins(noted_manifest(run)):
+        if missing := plugins.missing_plugins(newest_manifest(run)):
             raise UserError(f"{run} was made with a plug-in: pass {missing} ({error})") from None
         raise
 
 
-def noted_manifest(run: Path) -> dict[str, Any]:
+def newest_manifest(run: Path) -> dict[str, Any]:
     """The manifest of the newest checkpoint that has one; empty without any."""
-    for folder in folders(run):
+    for folder in checkpoint_folders(run):
         with suppress(integrity.DamagedError):
             return integrity.read_manifest(folder)
     return {}

@@ -23,7 +23,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.partition(".")[0])
 
 
-def folders(run: Path) -> list[Path]:
+def checkpoint_folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest step first; a folder that is being replaced follows its replacement."""
     checkpoints = []
     for path in (run / "checkpoints").glob("*"):
@@ -41,8 +41,8 @@ def _good(checkpoint: Path) -> dict[str, Any] | None:
         return None
 
 
-def make_way(target: Path) -> None:
-    """Move a checkpoint of the same step out of the way: a good one to `.old`, where `folders` still lists it."""
+def move_aside(target: Path) -> None:
+    """Move a checkpoint of the same step aside: a good one to `.old`, where `checkpoint_folders` still lists it."""
     aside = target.with_name(f"{target.name}.old")
     if _good(target):
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier save that was killed here
@@ -69,7 +69,7 @@ def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
     """
     good: set[int] = set()
     steady = False
-    for folder in folders(run):
+    for folder in checkpoint_folders(run):
         step = _step(folder)
         milestone = step not in good and keep_every and step % keep_every == 0
         if step not in good and (len(good) < KEEP or not steady):

@@ -27,7 +27,7 @@ Arrays = dict[str, NDArray[Any]]
 PATIENCE = 1800  # seconds to wait for a new chunk of another process
 
 
-def claim(path: Path, identity: Mapping[str, Any]) -> None:
+def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
     """Write to `path` what the files beside it are, unless another process has.
 
     Raises:
@@ -36,12 +36,12 @@ def claim(path: Path, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         atomic.write_atomic(path, json.dumps(identity, indent=1) + "\n", once=True)
-    stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
-    if field := json_difference(stored, json.loads(json.dumps(identity))):
+    lazy_rows = read_json(path, advice=f"remove {path.parent}, or choose another --out")
+    if field := json_difference(lazy_rows, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
 
 
-def share(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
+def share_work(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
     """Make the missing parts of `total` images, this process its share; yields the number of existing images until all
     exist.
 
@@ -97,7 +97,7 @@ def _parts(total: int, size: int) -> list[range]:
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
+def fill_shards(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -> Iterator[int]:
     """Make the missing chunks of `size` images; yields the number of existing images until all `total` exist."""
 
     def keep(part: range) -> None:
@@ -106,7 +106,7 @@ def fill(folder: Path, total: int, size: int, make: Callable[[range], Arrays]) -
         atomic.write_atomic(_path(folder, part), content.getvalue())
 
     folder.mkdir(parents=True, exist_ok=True)
-    return share(total, size, lambda part: _path(folder, part).exists(), keep)
+    return share_work(total, size, lambda part: _path(folder, part).exists(), keep)
 
 
 def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
@@ -115,7 +115,7 @@ def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDAr
         yield _load(_path(folder, part), name)
 
 
-def stored(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
+def lazy_rows(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
     """A function from image numbers to rows of one array; it caches the last chunk."""
     parts = _parts(total, size)
     load = lru_cache(maxsize=1)(lambda chunk: _load(_path(folder, parts[chunk]), name))

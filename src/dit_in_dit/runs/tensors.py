@@ -25,7 +25,7 @@ DTYPES = {  # names of safetensors, in its order of writing
 }
 
 
-def order(tensors: Mapping[str, Tensor]) -> list[str]:
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors in their order in a file: by type, then by name."""
     rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
     return sorted(described, key=lambda name: (rank[described[name].dtype], name))
@@ -42,7 +42,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     `save` holds all tensors in memory twice. `save_file` returns no hash, and its errors have no errno.
     """
-    names, described = order(tensors), _described(tensors)
+    names, described = file_order(tensors), _described(tensors)
     header, end = {}, 0
     for name in names:
         tensor, start = described[name], end
@@ -56,7 +56,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class Stored(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """The tensors of one file of a checkpoint, each read on demand: no process holds the whole file."""
 
     def __init__(self, path: Path) -> None:

@@ -25,6 +25,6 @@ def use_full_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def before_it_was_named(version: str) -> str:
+def precision_of_version(version: str) -> str:
     """The precision of an evaluation by this version of PyTorch, for protocols that name none."""
     return MIXED if "+cu" in version or "+rocm" in version else FULL

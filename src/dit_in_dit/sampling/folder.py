@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.reporting.images import check_finite, image_grid, image_png, picture, to_pixels
+from dit_in_dit.reporting.images import check_finite, image_grid, image_png, to_image, to_pixels
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.precision import FULL
@@ -89,7 +89,7 @@ class SampleFolder:
 
     def _fill(self, num: int, batch: int) -> Iterator[int]:
         size = self.config.sample.micro_batch
-        yield from shards.share(num, -(-batch // size) * size, self._exists, self._draw)
+        yield from shards.share_work(num, -(-batch // size) * size, self._exists, self._draw)
         if is_main():
             count = num
             while self.path(count).exists():  # an earlier call drew more: the grid shows them too
@@ -114,7 +114,7 @@ class SampleFolder:
             "made on": _machine(next(self.model.parameters()).device),
             **({"vae": self.decode.about()} if self.decode else {}),
         }
-        shards.claim(self.out / IDENTITY, identity)
+        shards.claim_folder(self.out / IDENTITY, identity)
 
     def _exists(self, part: range) -> bool:
         return all(self.path(index).exists() for index in part)
@@ -141,7 +141,7 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
     """An image (C, H, W) in [-1, 1] as the bytes of a .png; latents as those of a .npy."""
     check_finite(image[None])
     if not latents:
-        return image_png(picture(to_pixels(image[None])[0]))
+        return image_png(to_image(to_pixels(image[None])[0]))
     np.save(content := io.BytesIO(), image.numpy())
     return content.getvalue()
 

@@ -30,7 +30,7 @@ def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], devi
     return draw
 
 
-def in_its_type(model: NestedDiT) -> Predict:
+def cast_to_weights(model: NestedDiT) -> Predict:
     """The model as a function that computes in the type of its weights and returns the type of x."""
     dtype = next(model.parameters()).dtype
     return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
@@ -66,7 +66,7 @@ def sample_batches(
     use_full_float32()
     device, shape = next(model.parameters()).device, model.config.image_shape
     turns = classes or range(model.config.num_classes or 1)
-    predict = guided(in_its_type(model), model.config.num_classes, config.sample)
+    predict = guided(cast_to_weights(model), model.config.num_classes, config.sample)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
         batch, part = range(number * size, (number + 1) * size), list(wanted)

@@ -1,6 +1,7 @@
 """The arms of a study: their names and changes, and each one's config of matched cost within the budget.
 
-Named arms, the combinations of a grid and the choices of a search all become configs by `matched` and `budgeted`.
+Named arms, the combinations of a grid and the choices of a search all become configs by `matched_config` and
+`budgeted_config`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ AGAINST = "against"  # key of an arm: the arm it is matched to and compared with
 MOST_ARMS = 1000
 
 
-def candidates(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
+def arm_changes(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
     """The config keys of every arm by name, and the arm it is compared with; not matched yet.
 
     Raises:
@@ -61,10 +62,10 @@ def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str
         raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
     for chosen in product(*grid.values()):
         changes = dict(zip(grid, chosen, strict=True))
-        yield describe(changes), changes
+        yield describe_changes(changes), changes
 
 
-def describe(changes: Mapping[str, Any]) -> str:
+def describe_changes(changes: Mapping[str, Any]) -> str:
     """Changes as a name: each value with the last part of its key, or with the whole key where last parts repeat."""
     ends = [name.rpartition(".")[2] for name in changes]
     return ", ".join(
@@ -91,7 +92,7 @@ def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
     return replace_keys(base, {**study.set, **changes})
 
 
-def matched(
+def matched_config(
     study: StudyConfig,
     changes: Mapping[str, Any],
     like: RunConfig | None,
@@ -116,7 +117,7 @@ def matched(
     return replace(config, model=twin.model), twin
 
 
-def budgeted(
+def budgeted_config(
     study: StudyConfig, config: RunConfig, changes: Mapping[str, Any], step_seconds: float | None = None
 ) -> RunConfig:
     """The config of an arm with the number of steps that the study's budget allows.
@@ -153,13 +154,13 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
     Raises:
         UserError: an arm cannot be matched, or arms are compared with each other in a circle.
     """
-    named = candidates(study)
+    named = arm_changes(study)
     configs: dict[str, RunConfig] = {}
     twins: dict[str, Twin | None] = {}
     for name in _in_order(named):
         changes, against = named[name]
         try:
-            configs[name], twins[name] = matched(study, changes, configs.get(against), device, threads)
+            configs[name], twins[name] = matched_config(study, changes, configs.get(against), device, threads)
         except NoTwin as error:
             ratio, what = 1 + error.nearest.gap, COST_NAMES[study.match]
             raise UserError(
@@ -178,7 +179,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
             twin_gap = twin.gap if twin else 0.0
             gap["time"] = twin_gap if study.match == "time" else times[name].over(times[against]) - 1
             costs = {**costs, "time": times[name].seconds}
-        config = budgeted(study, configs[name], changes, costs.get("time"))
+        config = budgeted_config(study, configs[name], changes, costs.get("time"))
         arms.append(Arm(name, changes, against, config, twin.changed if twin else {}, costs, gap))
     return tuple(arms)
 

@@ -19,7 +19,7 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting
 from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import Difference
-from dit_in_dit.study.tables import BESIDE, seconds
+from dit_in_dit.study.tables import BESIDE, training_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,8 +154,8 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
         panels.append(
             ("milliseconds of a training step, as measured when planned", [1e3 * arm.cost["time"] for arm in arms])
         )
-    elif any(seconds(study, arm.name) is not None for arm in arms):
-        panels.append((f"training, seconds ({BESIDE})", [seconds(study, arm.name) for arm in arms]))
+    elif any(training_seconds(study, arm.name) is not None for arm in arms):
+        panels.append((f"training, seconds ({BESIDE})", [training_seconds(study, arm.name) for arm in arms]))
     page, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
     for axis, (name, costs) in zip(axes[0], panels, strict=True):
         known = [x for x in costs if x]

@@ -96,7 +96,7 @@ def costs(config: RunConfig) -> dict[str, float]:
 COUNTS: dict[str, Count] = {"macs": forward_macs, "params": count_parameters}
 
 
-def twin(
+def find_twin(
     model: ModelConfig, target: float, count: Count, *, tolerance: float = 0.01, fixed: Collection[str] = ()
 ) -> Twin:
     """The smallest change of the outer transformer that brings `count` within `tolerance` of `target`.
@@ -201,7 +201,7 @@ def match(
     measurement after the search.
 
     Args:
-        fixed, tolerance: as in `twin`.
+        fixed, tolerance: as in `find_twin`.
         device, threads: where time is measured.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dit_in_dit.metrics.metric import METRICS, TITLES, WORDS, direction, metric_of
 
 
-def grouped(metrics: Iterable[str], primary: str) -> dict[str, list[str]]:
+def group_metrics(metrics: Iterable[str], primary: str) -> dict[str, list[str]]:
     """Metrics by group, in the order of TITLES; the primary metric and its group first."""
     first, places = metric_of(primary).group, list(METRICS)
 
@@ -27,7 +27,7 @@ def _parts(metric: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", metric)]
 
 
-def explain(metrics: Iterable[str]) -> list[str]:
+def explain_directions(metrics: Iterable[str]) -> list[str]:
     """A sentence for each direction that occurs, with its metrics."""
     members: dict[str, list[str]] = {word: [] for word in WORDS.values()}
     for metric in metrics:

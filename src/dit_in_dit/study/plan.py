@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.files import assigned
+from dit_in_dit.config.files import parse_assignment
 from dit_in_dit.config.plugins import missing_plugins
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict, to_hash
 from dit_in_dit.config.strict_json import has_form, parse_json
 from dit_in_dit.config.strict_yaml import read_yaml
-from dit_in_dit.metrics.metric import own_metrics
-from dit_in_dit.runs.folder import noted_manifest
+from dit_in_dit.metrics.metric import plugin_metrics
+from dit_in_dit.runs.folder import newest_manifest
 
 BUDGETS = ("steps", "images", "macs", "seconds")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
@@ -75,7 +75,7 @@ class StudyConfig(Section):
                 raise UserError(f"study.budget.{kind} must be a number above 0: got {str(amount)[:40]!r}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise UserError(f"study.seeds must be different numbers, at least one: got {list(self.seeds)}")
-        known = dict.fromkeys((*GROUPS, *(metric.group for metric in own_metrics().values())))
+        known = dict.fromkeys((*GROUPS, *(metric.group for metric in plugin_metrics().values())))
         for group in self.metrics:
             if group not in known:
                 raise UserError(f"unknown metrics {group!r}{did_you_mean(group, known)}")
@@ -119,7 +119,7 @@ def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold keys such as 'base:' and 'arms:': got {truncate(values, 40)!r}")
     for assignment in assignments:
-        _assign(values, *assigned(assignment))
+        _assign(values, *parse_assignment(assignment))
     return StudyConfig.from_dict(values)
 
 
@@ -246,7 +246,7 @@ def read_plan(out: Path) -> Plan:
     try:
         return Plan.from_json(text)
     except UserError as error:
-        manifests = (noted_manifest(run) for run in sorted(out.glob("runs/*")))
+        manifests = (newest_manifest(run) for run in sorted(out.glob("runs/*")))
         if missing := next(filter(None, map(missing_plugins, manifests)), ""):
             raise UserError(f"{out} was made with a plug-in ({error}): pass {missing}") from None
         raise UserError(f"{path}: {error}") from None

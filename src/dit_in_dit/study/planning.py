@@ -21,7 +21,7 @@ from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.metrics import pixels
 from dit_in_dit.metrics.feature_distances import DISTANCE_NAMES, ENOUGH
 from dit_in_dit.metrics.feature_networks import Network, open_network
-from dit_in_dit.metrics.metric import own_metrics
+from dit_in_dit.metrics.metric import plugin_metrics
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.study.arms import match_arms
@@ -34,7 +34,7 @@ def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
     Raises:
         UserError: the config or data is invalid, metric weights are missing, or an arm cannot be matched.
     """
-    networks(study, device)
+    open_networks(study, device)
     arms = match_arms(study, device, study.threads)
     arms = tuple(replace(arm, config=resolve_precision(arm.config, device)) for arm in arms)  # equal on every worker
     if "held_out" in study.metrics:
@@ -84,7 +84,7 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         images = np.random.default_rng(0).standard_normal(shape, np.float32)
         known += pixels.score(images[:2], images, (config.model.patch_size,))
     if set(study.metrics) - {"held_out"}:
-        known += own_metrics()
+        known += plugin_metrics()
     if study.primary in DISTANCE_NAMES.values() and study.samples < ENOUGH:
         raise UserError(f"study.primary={study.primary} needs study.samples={ENOUGH} at least: got {study.samples}")
     open_ended = {"inception", "dinov2"} & set(study.metrics)  # their names hold the number of images
@@ -92,14 +92,14 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
         raise UserError(f"study.primary: {study.primary!r} is not measured{did_you_mean(study.primary, known)}")
 
 
-def networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
+def open_networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
     """The feature networks of the study's metrics; UserError where their weights are missing."""
     weights = {"inception": study.weights, "dinov2": study.dinov2}
     wanted = [name for name in weights if name in study.metrics]
     return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
 
 
-def begin(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
+def open_plan(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
     """The plan in `out`; if there is none, the plan from `make`, which only one process writes.
 
     Args:

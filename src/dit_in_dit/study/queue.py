@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.study.plan import Plan
 from dit_in_dit.study.sampler import suggest_changes
-from dit_in_dit.study.storage import AwayError, open_storage
+from dit_in_dit.study.storage import StorageAwayError, open_storage
 
 if TYPE_CHECKING:
     import optuna
@@ -73,7 +73,7 @@ class Queue:
 
     Raises:
         UserError: the storage cannot be opened.
-        AwayError: later, from any method: the storage has not answered for a lease.
+        StorageAwayError: later, from any method: the storage has not answered for a lease.
     """
 
     def __init__(
@@ -240,7 +240,10 @@ class Queue:
                 return
 
     def _give_back(self, lease: Lease) -> None:
-        with suppress(*self.errors, AwayError), self.storage.at_once():  # the trial has ended, or its lease will expire
+        with (
+            suppress(*self.errors, StorageAwayError),
+            self.storage.at_once(),
+        ):  # the trial has ended, or its lease will expire
             lease.trial.set_user_attr(OUTCOME, "given back")
             self._end(lease.trial.number, self.states.FAIL)
 

@@ -23,7 +23,7 @@ from dit_in_dit.reporting.document import (
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import exports, figures, relative_error, search, tables
-from dit_in_dit.study.metrics import explain
+from dit_in_dit.study.metrics import explain_directions
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
 from dit_in_dit.study.summary import summarise_study
@@ -53,7 +53,7 @@ class StudyReport:
     files: list[tuple[Path, str]]
 
 
-def report(out: Path) -> StudyReport:
+def write_report(out: Path) -> StudyReport:
     """Write the report of a study, finished or not, into its folder; the same folder gives the same bytes.
 
     Nothing is deleted: figures of an earlier report stay, also where this report has none of that name.
@@ -120,7 +120,7 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
         path = out / "figures" / "differences.png"
         figures.draw_forest(study, path)
         blocks += [Picture(path, f"Differences by the primary metric, {study.primary}."), tables.primary(study)]
-    blocks += tables.means(study)
+    blocks += tables.means_table(study)
     if study.compared and study.ranked:
         path = out / "figures" / "metrics.png"
         figures.draw_matrix(study, path)
@@ -128,7 +128,7 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
         blocks += tables.differences(study)
     if len(study.compared) > len(study.drawn):
         blocks.append(Text(f"Pictures show the first {len(study.drawn)} of {len(study.compared)} arms; tables, all."))
-    return [*blocks, Bullets(explain(name for names in study.metrics.values() for name in names))]
+    return [*blocks, Bullets(explain_directions(name for names in study.metrics.values() for name in names))]
 
 
 def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -180,7 +180,7 @@ def _convergence(study: StudyResults) -> list[DocumentPart]:
         compared: list[DocumentPart] = [*tables.convergence(study)]
     except UserError as error:
         compared = [Text(f"Convergence is not compared: {error}.")]
-    return [*compared, tables.stable(study)]
+    return [*compared, tables.stability_table(study)]
 
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:

@@ -17,8 +17,8 @@ from dit_in_dit.curves.convergence import check_comparable
 from dit_in_dit.curves.logs import Curve, last_step, read_run
 from dit_in_dit.metrics.metric import direction, metric_of
 from dit_in_dit.runs.folder import read_config
-from dit_in_dit.runtime.precision import FULL, before_it_was_named
-from dit_in_dit.study.metrics import grouped
+from dit_in_dit.runtime.precision import FULL, precision_of_version
+from dit_in_dit.study.metrics import group_metrics
 from dit_in_dit.study.plan import Arm, Plan, read_plan
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.study.statistics import Difference, Estimate, mean_interval, paired_difference
@@ -70,7 +70,7 @@ class StudyResults:
     @cached_property
     def metrics(self) -> dict[str, list[str]]:
         """Names of the metrics by group, the primary one first."""
-        return grouped({name for result in self.done.values() for name in result.metrics}, self.primary)
+        return group_metrics({name for result in self.done.values() for name in result.metrics}, self.primary)
 
     @property
     def ranked(self) -> list[str]:
@@ -208,7 +208,7 @@ def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     torch_version = str(plan.made.get("versions", {}).get("torch", ""))
-    unnamed = FULL if plan.made.get("device") == "cpu" else before_it_was_named(torch_version)
+    unnamed = FULL if plan.made.get("device") == "cpu" else precision_of_version(torch_version)
     for path, result in results.items():
         protocol = any_seed = {"precision": unnamed, **result.protocol} if result.protocol else {}
         if "reference" in protocol:

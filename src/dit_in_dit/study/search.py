@@ -17,7 +17,7 @@ from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbati
 from dit_in_dit.reporting.plots import COLOURS, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
-from dit_in_dit.study.arms import describe
+from dit_in_dit.study.arms import describe_changes
 from dit_in_dit.study.exports import csv_text, metric_rows
 from dit_in_dit.study.figures import draw_samples, panel_grid
 from dit_in_dit.study.results import SearchResults, SearchTrial
@@ -40,7 +40,7 @@ def summarise_search(searched: SearchResults) -> list[str]:
     value, worst = (formatting.number(searched.value(trial)) for trial in (best, last))
     sentences.append(
         f"By {study.primary} ({WORDS[direction(study.primary)]}), the best of {len(searched.ranked)} is number "
-        f"{best.number}, {describe(best.changes)}, with {value}; the last is number {last.number} with {worst}."
+        f"{best.number}, {describe_changes(best.changes)}, with {value}; the last is number {last.number} with {worst}."
     )
     sentences.append(
         "This is a lead, no claim: the best of many by one seed each is better than it would be with another seed. "

@@ -28,7 +28,7 @@ URL_FORM = "write it as postgresql+psycopg://USER:PASSWORD@HOST/NAME, with @ : /
 SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # query keys of a URL whose value is secret
 
 
-class AwayError(Exception):
+class StorageAwayError(Exception):
     """The storage has not answered for a lease."""
 
 
@@ -50,7 +50,7 @@ def parse_url(url: str) -> sqlalchemy.URL:
     return parsed
 
 
-def show(parsed: sqlalchemy.URL) -> str:
+def masked_url(parsed: sqlalchemy.URL) -> str:
     """The URL without its password and its query, which may hold a password too."""
     return truncate(parsed.set(query={}).render_as_string(hide_password=True), 60)
 
@@ -97,7 +97,7 @@ class Storage:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """While open, calls of this thread do not wait: AwayError at the first failure."""
+        """While open, calls of this thread do not wait: StorageAwayError at the first failure."""
         self._thread.at_once = True
         try:
             yield
@@ -124,7 +124,7 @@ class Storage:
         at_once = getattr(self._thread, "at_once", False)
         if at_once or now - since > self._lease:
             waited = "does not answer" if at_once else f"has not answered for {self._lease:.0f} s"
-            raise AwayError(
+            raise StorageAwayError(
                 f"{self._name} {waited} ({self._reason(error)}): run the same command once it does"
             ) from None
         if not self._said:
@@ -225,5 +225,5 @@ def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], 
     try:
         database = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except Exception as error:  # of SQLAlchemy, a driver or a server
-        raise UserError(f"cannot open --storage {show(parsed)}: {reason(error)}") from None
-    return Storage(optuna.storages.get_storage(database), f"the storage {show(parsed)}", reason, lease, say)
+        raise UserError(f"cannot open --storage {masked_url(parsed)}: {reason(error)}") from None
+    return Storage(optuna.storages.get_storage(database), f"the storage {masked_url(parsed)}", reason, lease, say)

@@ -28,7 +28,7 @@ def summarise_study(study: StudyResults) -> list[str]:
     else:
         sentences += _primary(study)
     sentences += _secondary(study)
-    return [*sentences, scope(study.plan), *_unequal(study.plan), *_missing(study)]
+    return [*sentences, describe_scope(study.plan), *_unequal(study.plan), *_missing(study)]
 
 
 def _name(study: StudyResults) -> str:
@@ -132,7 +132,7 @@ def _secondary(study: StudyResults) -> list[str]:
     ]
 
 
-def scope(plan: Plan) -> str:
+def describe_scope(plan: Plan) -> str:
     """The size, budget and data for which a study's conclusions hold."""
     configs = [arm.config for arm in plan.arms]
     steps = _between([config.train.steps for config in configs], ",d")

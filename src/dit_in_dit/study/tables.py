@@ -11,7 +11,7 @@ import numpy as np
 
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
-from dit_in_dit.curves.convergence import DEFINITIONS, reach, stability
+from dit_in_dit.curves.convergence import DEFINITIONS, stability, steps_to_reach
 from dit_in_dit.curves.logs import Curve
 from dit_in_dit.metrics.metric import TITLES, direction
 from dit_in_dit.reporting.document import Cell, Table, Tone
@@ -82,11 +82,11 @@ def _cost_row(study: StudyResults, arm: Arm, scales: Mapping[str, float]) -> lis
         has_gap = kind in arm.gap and not is_control
         row.append(f"{amount} ({formatting.signed(100 * arm.gap[kind])} %)" if has_gap else amount)
     changed = "; ".join(f"{name}: {before} to {after}" for name, (before, after) in arm.matched.items())
-    spent = seconds(study, arm.name)
+    spent = training_seconds(study, arm.name)
     return [*row, "-" if spent is None else f"{spent:,.0f}", changed or "-"]
 
 
-def seconds(study: StudyResults, arm: str) -> float | None:
+def training_seconds(study: StudyResults, arm: str) -> float | None:
     """Seconds of training, mean over the seeds that are done; None where no times were logged."""
     logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
     totals = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
@@ -151,7 +151,7 @@ def _difference(study: StudyResults, arm: Arm, metric: str) -> Cell:
     return _verdict(verdict, f"{text} {verdict}" if change.marked else text)
 
 
-def means(study: StudyResults) -> list[Table]:
+def means_table(study: StudyResults) -> list[Table]:
     """Mean and interval of every arm by every metric, a table for each group."""
     tables = []
     for group, metrics in study.metrics.items():
@@ -176,7 +176,7 @@ def convergence(study: StudyResults) -> list[Table]:
         study.arms_of_curves(), key=lambda arm: arm.name != study.plan.control.name
     )  # ratios are to the first
     tables: dict[tuple[float, float], list[list[str | Cell]]] = {}
-    for row in reach(arms):
+    for row in steps_to_reach(arms):
         cells = [row.arm, f"{row.reached} of {row.seeds}"]
         for kind, scale in (("steps", 1.0), ("macs", 1e-12), ("hours", 3600.0)):
             needed = row.needed.get(kind)
@@ -192,7 +192,7 @@ def convergence(study: StudyResults) -> list[Table]:
     ]
 
 
-def stable(study: StudyResults) -> Table:
+def stability_table(study: StudyResults) -> Table:
     """Skipped steps, spikes and gradient norms of every arm, all its seeds together."""
     rows = [[arm.name, str(len(arm.curves)), *_stability(arm.curves)] for arm in study.arms_of_curves()]
     heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_in_dit.benchmark.timing import on_threads, step_seconds
+from dit_in_dit.benchmark.timing import step_seconds, use_threads
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
@@ -31,9 +31,9 @@ from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import resolve_precision
 from dit_in_dit.sampling.numbered import class_of, sample
-from dit_in_dit.study.arms import budgeted, describe, matched
+from dit_in_dit.study.arms import budgeted_config, describe_changes, matched_config
 from dit_in_dit.study.plan import Plan, Trial
-from dit_in_dit.study.planning import check_data, networks
+from dit_in_dit.study.planning import check_data, open_networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LeaseLostError, Queue
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.training.loop import train
@@ -54,17 +54,17 @@ class WorkerEvent:
     text: str = ""
 
 
-def work(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
+def run_trials(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
     """Do trials until none is left. Closing the generator stops the worker and gives its trial back.
 
     Raises:
         UserError: the weights of a metric are missing, or the data changed since the study was planned.
-        AwayError: the queue's storage has not answered for a lease.
+        StorageAwayError: the queue's storage has not answered for a lease.
     """
-    feature_networks = networks(plan.study, device)
+    feature_networks = open_networks(plan.study, device)
     if not queue.finished():
         check_data(plan)
-    with on_threads(plan.study.threads):
+    with use_threads(plan.study.threads):
         while True:
             lease = queue.claim()
             if lease is not None:
@@ -126,16 +126,16 @@ class _Try:
         atomic.write_atomic(run / "changes.json", json.dumps({"changes": changes, "number": int(key[1:])}) + "\n")
         started = (run / "config.yaml").exists()
         config = read_config(run) if started else replace(self._chosen(changes), seed=seed)
-        return Trial(describe(changes), seed, config)
+        return Trial(describe_changes(changes), seed, config)
 
     def _chosen(self, changes: dict[str, Any]) -> RunConfig:
         """The config of a sampler's choice, of the control's cost and within the budget; UserError if none exists."""
         study, threads = self.plan.study, self.plan.study.threads
-        config, _ = matched(study, changes, self.plan.control.config, self.device, threads)
+        config, _ = matched_config(study, changes, self.plan.control.config, self.device, threads)
         seconds = None
         if "seconds" in study.budget:
             seconds = step_seconds({"it": config}, self.device, threads=threads)["it"].seconds
-        return resolve_precision(budgeted(study, config, changes, seconds), self.device)
+        return resolve_precision(budgeted_config(study, config, changes, seconds), self.device)
 
     def _train_and_measure(self, trial: Trial) -> Generator[WorkerEvent, None, Result]:
         lease, run, study, total = self.lease, self.run, self.plan.study, trial.config.train.steps
@@ -240,7 +240,7 @@ def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
     return to_pixels(torch.from_numpy(np.stack(images)))
 
 
-def memory(config: RunConfig) -> int:
+def trial_bytes(config: RunConfig) -> int:
     """Rough bytes of a trial on its device: weights, gradients, optimizer and average, and 1.5 times the activations
     kept for the backward pass."""
     from dit_in_dit.inspection import cost

@@ -39,7 +39,7 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return generator(seed, "order", epoch).permutation(size)
 
 
-def image_number(seed: int, index: int, size: int | None) -> int:
+def shuffled_index(seed: int, index: int, size: int | None) -> int:
     """Number of the training image that example `index` shows: each image once per epoch; of an endless source
     (`size` None), any image."""
     if size is None:
@@ -84,7 +84,7 @@ class Examples(Dataset[Batch]):
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
         for index in self.indices(number):
-            chosen = image_number(config.seed, index, self.source.train_size)
+            chosen = shuffled_index(config.seed, index, self.source.train_size)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             stream = partial(generator, config.seed, "source", index)
             drawn = self.source.example(chosen, stream, flip=flip and u_flip < 0.5)

@@ -32,7 +32,7 @@ class ProcessLostError(UserError):
 
 
 class Process:
-    """A single process, as `join` returns it without a launcher; `rank` 0 of `size` 1. Rank 0 leads."""
+    """A single process, as `join_group` returns it without a launcher; `rank` 0 of `size` 1. Rank 0 leads."""
 
     rank, size = 0, 1
 
@@ -138,7 +138,7 @@ class ProcessGroup(Process):
     def _lost(self) -> ProcessLostError:
         """Error that names the processes missing from a roll call. Those on this host are killed, so that their job
         ends too."""
-        atexit.unregister(leave)  # it would wait for the missing processes again
+        atexit.unregister(leave_group)  # it would wait for the missing processes again
         missing = self._missing()
         names = []
         for rank in missing:
@@ -168,13 +168,13 @@ class ProcessGroup(Process):
         return []
 
 
-def leave() -> None:
+def leave_group() -> None:
     """End the process group, unless the user of the library has ended it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def join(device: torch.device, timeout: int) -> Process:
+def join_group(device: torch.device, timeout: int) -> Process:
     """Join the processes that the launcher started; a single `Process` without a launcher.
 
     Args:
@@ -187,7 +187,7 @@ def join(device: torch.device, timeout: int) -> Process:
         # Without device_id NCCL guesses the GPU from the rank. It warns about a group that is not destroyed.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
-        atexit.register(leave)
+        atexit.register(leave_group)
     return ProcessGroup(timeout)
 
 
@@ -216,7 +216,7 @@ def shard(model: NestedDiT) -> None:
         fully_shard(model, reshard_after_forward=True)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Part of a tensor that this process holds; the whole tensor if it is not sharded. Shares memory."""
     tensor = tensor.detach()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -228,7 +228,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def spread(tensor: Tensor, like: Any) -> Tensor:
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
     """Copy of a whole tensor with the device and sharding of `like`."""
     if not hasattr(like, "device_mesh"):
         return tensor.to(like.device, copy=True)
@@ -238,7 +238,7 @@ def spread(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
-def everywhere(tensor: Tensor, like: Any) -> Tensor:
+def replicate_like(tensor: Tensor, like: Any) -> Tensor:
     """A scalar for use with `like` in an optimizer: replicated over the processes if `like` is sharded."""
     if not hasattr(like, "device_mesh"):
         return tensor
@@ -247,7 +247,7 @@ def everywhere(tensor: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
-class Whole(Mapping[str, Tensor]):
+class GatheredTensors(Mapping[str, Tensor]):
     """Tensors by name, each gathered from all processes when it is read: a process holds one whole tensor at a time.
 
     All processes must read every tensor once, in the same order: rank 0 while it writes the file, the others in

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.training.distributed import local
+from dit_in_dit.training.distributed import local_part
 
 
 def ema_decay(step: int, most: float) -> float:
@@ -25,6 +25,6 @@ class Ema:
     @torch.no_grad()
     def update(self, model: NestedDiT, step: int) -> None:
         """Move the average towards the weights after step `step`; each process moves its part of sharded weights."""
-        averaged = [local(weight) for weight in self.model.parameters()]
-        trained = [local(weight) for weight in model.parameters()]
+        averaged = [local_part(weight) for weight in self.model.parameters()]
+        trained = [local_part(weight) for weight in model.parameters()]
         torch._foreach_lerp_(averaged, trained, 1 - ema_decay(step, self.decay))

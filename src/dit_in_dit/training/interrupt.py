@@ -10,7 +10,7 @@ class Interrupted(BaseException):
     """A stop request ended a wait, during which nothing of the run had changed."""
 
 
-class Stop:
+class StopRequest:
     """A request to stop; `signal` is its signal number, 0 without a request.
 
     A step and a save are never interrupted. A wait for data, a held-out evaluation and a picture can take long and

@@ -15,11 +15,11 @@ from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create, lock_run, read_config
+from dit_in_dit.runs.folder import create_run, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, resolve_precision
-from dit_in_dit.training.distributed import Process, join
-from dit_in_dit.training.interrupt import Stop
+from dit_in_dit.training.distributed import Process, join_group
+from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
 from dit_in_dit.training.session import Event, Session
 from dit_in_dit.training.trainer import Trainer
@@ -31,7 +31,7 @@ def train(
     *,
     resume: bool = False,
     device: str = "auto",
-    stop: Stop | None = None,
+    stop: StopRequest | None = None,
     until: int | None = None,
     deterministic: bool = False,
     data: str | Source | None = None,
@@ -66,21 +66,21 @@ def train(
         check_plugin_parts(config.model)
         cost.check_fits(config.model, chosen_device, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
-    recorded = checkpoint.noted_data(run) if resumed else None
+    recorded = checkpoint.recorded_data(run) if resumed else None
     source, record = find_source(config, data, recorded)  # may take minutes, so before other processes wait
     same_bits = deterministic or config.train.reduction == "fixed"
     with deterministic_algorithms(chosen_device, on=same_bits):  # before any tensor is on the device
-        world = join(chosen_device, config.train.timeout)
+        world = join_group(chosen_device, config.train.timeout)
         trainer = Trainer(
             config, source, chosen_device, world, fresh=not resumed, model=model, make_optimizer=optimizer
         )
         with world.watched():
             if not resume:
-                world.on_main(lambda: create(run, config))
+                world.on_main(lambda: create_run(run, config))
             stored = world.on_main(lambda: read_config(run))  # before the lock, which needs a run
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
-                session = Session(trainer, run, stop or Stop(), last, record)
+                session = Session(trainer, run, stop or StopRequest(), last, record)
                 passed_over = session.restore(stored) if resume else ()
                 yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
                 yield from session.events()

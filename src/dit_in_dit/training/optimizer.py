@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import TrainConfig
-from dit_in_dit.training.distributed import everywhere, local, spread
+from dit_in_dit.training.distributed import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
 Named = Iterable[tuple[str, Tensor]]  # (name, parameter)
@@ -105,12 +105,12 @@ def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tenso
     """Copy of a state tensor on the device that PyTorch's optimizers expect: the parameter's, but the CPU for the step
     count of an optimizer without fused step."""
     if key != "step" and value.shape == parameter.shape:
-        return spread(value, parameter)
-    device = "cpu" if key == "step" and not fused else local(parameter).device
-    return everywhere(value.to(device, copy=True), parameter)
+        return shard_like(value, parameter)
+    device = "cpu" if key == "step" and not fused else local_part(parameter).device
+    return replicate_like(value.to(device, copy=True), parameter)
 
 
-def touched(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
+def reached_by_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """Mask of a parameter's elements that a gradient has reached, those with a non-zero moment.
 
     None if the optimizer keeps no tensor of the parameter's shape.

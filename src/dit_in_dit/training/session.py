@@ -18,11 +18,11 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.tensors import order
-from dit_in_dit.training.batches import Batch, Examples, end_workers, image_number, load_batches
+from dit_in_dit.runs.tensors import file_order
+from dit_in_dit.training.batches import Batch, Examples, end_workers, load_batches, shuffled_index
 from dit_in_dit.training.divergence import DivergedError
-from dit_in_dit.training.interrupt import Interrupted, Stop
-from dit_in_dit.training.step_log import StepLog, finite_or_name, is_finite
+from dit_in_dit.training.interrupt import Interrupted, StopRequest
+from dit_in_dit.training.step_log import StepLog, is_finite, number_or_name
 from dit_in_dit.training.trainer import Trainer
 
 NAMED = 8  # most examples named in the log line of a skipped step
@@ -52,7 +52,7 @@ class Event:
 class Session:
     """A run from its current step to step `last`, in one of its processes."""
 
-    def __init__(self, trainer: Trainer, run: Path, stop: Stop, last: int, data: dict[str, str]) -> None:
+    def __init__(self, trainer: Trainer, run: Path, stop: StopRequest, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
@@ -197,7 +197,7 @@ class Session:
             "grad_norm": str(numbers["grad_norm"]),
             "examples": [first, first + self.config.global_batch - 1],
             "not_finite": bad,
-            "images": [image_number(self.config.seed, index, size) for index in bad],
+            "images": [shuffled_index(self.config.seed, index, size) for index in bad],
         }
 
     def _note(self, line: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ class Session:
     def _evaluate(self) -> Event:
         with self._waiting():
             errors = self.trainer.evaluate()
-        words = {t: {name: finite_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
+        words = {t: {name: number_or_name(error) for name, error in kinds.items()} for t, kinds in errors.items()}
         self._note({"step": self.trainer.step, "held_out": words})
         return Event("held_out", self.trainer.step, errors)
 
@@ -231,7 +231,7 @@ class Session:
             self.world.on_main(self.lines.log.lines.keep)
             if trainer.sharded and not self.world.is_main:
                 for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
-                    for name in order(tensors):
+                    for name in file_order(tensors):
                         tensors[name]
             path = self.world.on_main(write)
         except checkpoint.SaveError as error:

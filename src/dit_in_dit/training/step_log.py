@@ -85,6 +85,6 @@ def is_finite(numbers: dict[str, float]) -> bool:
     return math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
 
 
-def finite_or_name(number: float) -> float | str:
+def number_or_name(number: float) -> float | str:
     """A number for the log; nan and inf, which JSON lacks, become strings."""
     return number if math.isfinite(number) else str(number)

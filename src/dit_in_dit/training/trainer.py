@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig, TrainConfig
-from dit_in_dit.data.run_data import class_name
+from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training.batches import Batch, held_out_batch
-from dit_in_dit.training.distributed import Process, Whole, everywhere, local, shard, spread
+from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.optimizer import (
@@ -34,7 +34,7 @@ from dit_in_dit.training.optimizer import (
     restore_state,
     state_of,
 )
-from dit_in_dit.training.tree import Tree
+from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
 HELD_OUT_IMAGES = 512  # most images in a held-out evaluation
@@ -78,7 +78,7 @@ class Trainer:
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         train = config.train
-        check_world(train, self.world.size)
+        check_process_count(train, self.world.size)
         keep_freed_memory()
         self.model = _new_model(config) if model is None else model
         self.begun = None
@@ -91,13 +91,13 @@ class Trainer:
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute()
-        self.tree = Tree(self.model.parameters()) if train.reduction == "fixed" else None
+        self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
         check_optimizer(self.optimizer, self.weights.values())
         own = {"model": model, "optimizer": make_optimizer and self.optimizer}
-        self.objects = {name: class_name(thing) for name, thing in own.items() if thing is not None}
+        self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
         self.objective = Objective(config.diffusion)
         self.predict = torch.compile(self.net) if train.compile else self.net
         self.step = 0
@@ -178,19 +178,19 @@ class Trainer:
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""
-        gradients = [local(weight.grad) for weight in self.weights.values() if weight.grad is not None]
+        gradients = [local_part(weight.grad) for weight in self.weights.values() if weight.grad is not None]
         if self.config.train.clip:
             torch._foreach_mul_(gradients, (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
         if is_fused(self.optimizer):  # `finite` stays on the device, so that the CPU does not wait for it
             weight = next(iter(self.weights.values()))
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, everywhere((~finite).float(), weight)
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, replicate_like((~finite).float(), weight)
             self.optimizer.step()
         elif finite:
             self.optimizer.step()
 
     def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient norm before clipping, in total and of each part of the model."""
-        gradients = {name: local(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
+        gradients = {name: local_part(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
         if self.sharded:
             norms = self.world.total(norms.square()).sqrt()
@@ -243,18 +243,18 @@ class Trainer:
                 weights[name].copy_(tensor)
         return model
 
-    def state(self) -> Whole:
+    def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
 
         The average needs no counter beside the step.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())
-        return Whole(tensors | self.divergence.tensors())
+        return GatheredTensors(tensors | self.divergence.tensors())
 
-    def averaged_state(self) -> Whole:
+    def averaged_state(self) -> GatheredTensors:
         """The averaged weights."""
-        return Whole(self.ema.model.state_dict())
+        return GatheredTensors(self.ema.model.state_dict())
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ema: Mapping[str, Tensor], step: int) -> None:
@@ -267,7 +267,7 @@ class Trainer:
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
         for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):
             for name, tensor in module.state_dict().items():
-                local(tensor).copy_(local(spread(saved[prefix + name], tensor)))
+                local_part(tensor).copy_(local_part(shard_like(saved[prefix + name], tensor)))
         restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)
 
@@ -279,7 +279,7 @@ def _new_model(config: RunConfig) -> NestedDiT:
         return NestedDiT(config.model, recompute=config.train.recompute)
 
 
-def check_world(train: TrainConfig, size: int) -> None:
+def check_process_count(train: TrainConfig, size: int) -> None:
     """Check that `size` processes can share the run's batches. Raises UserError."""
     if train.reduction == "fast" and train.batch_size % size:
         raise UserError(

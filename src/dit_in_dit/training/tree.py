@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dit_in_dit.training.distributed import Process
 
 
-class Tree:
+class PairwiseSum:
     """Sum of the gradients of micro-batches in a binary tree: pairs, then pairs of pairs. The order does not depend on
     the number of processes. One partial sum is held for each power of two."""
 

@@ -76,13 +76,13 @@ def warm_start(
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
     whole = chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
-    exact = whole and begins_as_its_outer_blocks(model.config)
+    exact = whole and starts_as_outer_blocks(model.config)
     noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
     return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), exact, other_data)
 
 
-def begins_as_its_outer_blocks(model: ModelConfig) -> bool:
+def starts_as_outer_blocks(model: ModelConfig) -> bool:
     """Whether a new model of this arrangement has the output of its outer blocks alone."""
     aggregates = model.program[0][0] == "inner" or len(model.program) > 2
     fuse = FUSIONS[model.inner.fuse]

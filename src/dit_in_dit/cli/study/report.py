@@ -16,9 +16,9 @@ def add(study: Commands) -> None:
 
 def print_report(options: argparse.Namespace) -> None:
     """Write the report; print its summary and the files."""
-    from dit_in_dit.study.report import report
+    from dit_in_dit.study.report import write_report
 
-    written = report(options.out)
+    written = write_report(options.out)
     for sentence in written.summary:
         print(sentence)
     print()

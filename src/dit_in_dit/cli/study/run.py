@@ -39,12 +39,12 @@ def add(study: Commands) -> None:
 def _run(options: argparse.Namespace) -> None:
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.plan import read_study_config
-    from dit_in_dit.study.planning import begin
+    from dit_in_dit.study.planning import open_plan
 
     study, device = read_study_config(options.study, options.set), pick_device(options.device)
     workers = _workers(options.workers)
     make_folder(options.out)
-    plan = begin(options.out, lambda: plan_named(options, study, device), study)
+    plan = open_plan(options.out, lambda: plan_named(options, study, device), study)
     print_costs(plan)
     sys.stdout.flush()  # the table comes before the progress, also when stdout is a file
     with open_queue(plan, options) as queue:
@@ -76,9 +76,9 @@ def _as_memory_allows(plan: Plan, device: torch.device) -> int:
     """The number of trials that fit into memory at once; on the CPU at most one for every `threads` cores."""
     import torch
 
-    from dit_in_dit.study.worker import memory
+    from dit_in_dit.study.worker import trial_bytes
 
-    largest = max(memory(arm.config) for arm in plan.arms)
+    largest = max(trial_bytes(arm.config) for arm in plan.arms)
     if device.type == "cuda":
         free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
         return max(1, min(len(plan.trials), sum(amount // largest for amount in free)))
@@ -126,7 +126,7 @@ def _start_workers(
     import torch
 
     command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]
-    command += plugins.arguments()
+    command += plugins.plugin_arguments()
     environment = {**os.environ, **({STORAGE: options.storage} if options.storage else {})}
     workers = []
     for number in range(count):

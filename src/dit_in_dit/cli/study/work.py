@@ -68,14 +68,14 @@ def _seconds(text: str) -> float:
 def open_queue(plan: Plan, options: argparse.Namespace) -> Iterator[Queue]:
     """The study's queue. Outages of its storage are printed on stderr; one as long as a lease ends the command."""
     from dit_in_dit.study.queue import Queue
-    from dit_in_dit.study.storage import AwayError
+    from dit_in_dit.study.storage import StorageAwayError
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     try:
         yield Queue(plan, options.out, options.storage, options.lease, say)
-    except AwayError as error:
+    except StorageAwayError as error:
         raise UserError(str(error)) from None
 
 
@@ -107,10 +107,14 @@ def _work(options: argparse.Namespace) -> None:
 
 def work_here(plan: Plan, out: Path, queue: Queue, device: torch.device) -> None:
     """Do trials in this process until none is left."""
-    from dit_in_dit.study.worker import work
+    from dit_in_dit.study.worker import run_trials
 
     shown = 0.0
-    with study_progress(plan, queue) as show, closing(work(plan, out, queue, device)) as events, exit_on_sigterm():
+    with (
+        study_progress(plan, queue) as show,
+        closing(run_trials(plan, out, queue, device)) as events,
+        exit_on_sigterm(),
+    ):
         for event in events:
             training = event.kind == "training"
             if event.kind in ("done", "failed", "pruned", "lost"):

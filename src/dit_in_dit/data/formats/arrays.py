@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
-from dit_in_dit.data.groups import split
+from dit_in_dit.data.groups import split_families
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.data.source import SplitSource
@@ -61,7 +61,7 @@ class ArraySource(SplitSource):
         if not self._pixels and images.nbytes <= IN_MEMORY:  # larger arrays are checked image by image, when read
             for position in range(len(images)):
                 self._image(position)
-        self._set_split(*split([str(i) for i in range(len(images))], data.held_out, str(path)), self._labels)
+        self._set_split(*split_families([str(i) for i in range(len(images))], data.held_out, str(path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:

@@ -13,8 +13,8 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
-from dit_in_dit.data.groups import split
-from dit_in_dit.data.picture import IN_MEMORY, Array, fit, upright
+from dit_in_dit.data.groups import split_families
+from dit_in_dit.data.picture import IN_MEMORY, Array, apply_orientation, resize_and_crop
 from dit_in_dit.data.source import Source, SplitSource
 
 
@@ -42,7 +42,7 @@ class ImageSource(SplitSource):
         self.classes, self._labels, self.families = self.files.about(self.names)
         if in_memory or data.corrupt == "skip":
             self._check(data.corrupt, in_memory)
-        self._set_split(*split(self.families, data.held_out, str(self.path)), self._labels)
+        self._set_split(*split_families(self.families, data.held_out, str(self.path)), self._labels)
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
@@ -53,7 +53,7 @@ class ImageSource(SplitSource):
     def size_of(cls, path: Path) -> tuple[int, int, int]:
         """Height and width of all images, and 3 channels; UserError when sizes differ."""
         files = ImageFiles(path)
-        sizes = {name: files.open(name, lambda image: upright(image).size[::-1]) for name in files.names}
+        sizes = {name: files.open(name, lambda image: apply_orientation(image).size[::-1]) for name in files.names}
         first = files.names[0]
         for name, size in sizes.items():
             if size != sizes[first]:
@@ -100,7 +100,7 @@ class ImageSource(SplitSource):
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """Pixels (H, W, C) of one file; UserError with its name when it cannot be decoded."""
-        return self.files.open(name, lambda image: fit(image, self.size, self.channels))
+        return self.files.open(name, lambda image: resize_and_crop(image, self.size, self.channels))
 
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])

@@ -43,7 +43,7 @@ MOST_HEADER = 10**8  # bytes, the limit of safetensors
 LOG_VARIANCE = (-30.0, 20.0)  # AutoencoderKL clamps to these
 
 
-def is_index(source: str) -> bool:
+def is_latents_folder(source: str) -> bool:
     """Whether a folder holds latents."""
     return (Path(source) / LATENTS_INDEX).is_file()
 
@@ -76,9 +76,9 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def complete(data: DataConfig) -> DataConfig:
+def fill_latent_keys(data: DataConfig) -> DataConfig:
     """The keys with null ones filled in from the latents' index: the VAE, its mean and scale."""
-    if not is_index(data.source):
+    if not is_latents_folder(data.source):
         return data
     vae = read_latents_index(Path(data.source))["vae"]
     return replace(
@@ -122,7 +122,7 @@ class LatentSource(SplitSource):
     by_path = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
-        self.folder, self.data, self.model = Path(data.source), complete(data), model
+        self.folder, self.data, self.model = Path(data.source), fill_latent_keys(data), model
         index = read_latents_index(self.folder)
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.digest = digest_values("latents", index["classes"], index["shards"])  # shards have their SHA-256
@@ -150,7 +150,7 @@ class LatentSource(SplitSource):
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
         """Whether a folder holds latents."""
-        return is_index(source)
+        return is_latents_folder(source)
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The arrays of one file; UserError when they do not match the index."""

@@ -30,7 +30,7 @@ MOST_SHARDS = 100_000
 PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip)$", re.IGNORECASE)  # not read
 
 
-def find(source: str) -> tuple[list[Path], list[str]]:
+def find_shards(source: str) -> tuple[list[Path], list[str]]:
     """The shards that a source names, in order, and other files beside them; both empty for another kind of source.
 
     A source of shards is `shards/train-{0000..0146}.tar` (all must exist), `shards/train-*.tar`, one `.tar`, or a
@@ -172,16 +172,16 @@ class TarFiles(ImageFiles):
 
 
 class TarSource(ImageSource):
-    """Tar shards as a source (see `find`)."""
+    """Tar shards as a source (see `find_shards`)."""
 
     name = "tar shards"
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
         """Whether `source` names shards; UserError when a shard is missing."""
-        return bool(find(source)[0])
+        return bool(find_shards(source)[0])
 
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
         """The members of all shards."""
-        shards, beside = find(data.source)
+        shards, beside = find_shards(data.source)
         return TarFiles(data.source, shards, num_classes, beside)

@@ -726,5 +726,5 @@ def test_an_imported_run_cannot_be_resumed(tmp_path):
     images = np.zeros((20, 4, 8, 8), np.float32)
     np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(20) % 10)
     run = imported(tmp_path, settings=[f"data.source={tmp_path / 'latents.npz'}", "train.precision=float32"])
-    with pytest.raises(UserError, match="no optimizer to go on with"):
+    with pytest.raises(UserError, match="imported weights have no optimizer state to resume"):
         list(train(read_config(run), run, resume=True))

@@ -284,8 +284,11 @@ def test_every_entry_point_computes_in_full_float32(tf32, data, tmp_path):
 
 def test_every_command_with_a_device_option_uses_pick_device():
     """`pick_device` turns on full float32."""
-    commands = Path(cli.__file__).parent.glob("*.py")
-    taking = {path.stem: path.read_text() for path in commands if "add_device(" in path.read_text()}
+    room, texts = Path(cli.__file__).parent, dict[str, str]()
+    for path in room.rglob("*.py"):  # a command is a file, or a folder of them
+        name = path.relative_to(room).parts[0].removesuffix(".py")
+        texts[name] = texts.get(name, "") + path.read_text()
+    taking = {name: text for name, text in texts.items() if "add_device(" in text}
     assert taking.keys() >= {"train", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
     for name, text in taking.items():
         assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`

@@ -124,7 +124,7 @@ def test_a_signal_at_any_moment_ends_the_step_and_the_run_resumes_exactly(tmp_pa
         assert job.returncode == 143, (moment, workers, said)
         assert took < 10, (moment, workers)
         assert "Traceback" not in said, said
-        assert "goes on with --resume" in said
+        assert "continue it with --resume" in said
         reached = checkpoint.newest(out).manifest["step"]
         assert reached == {"step": 5, "first step": 1, "save": 4, "sampling": 4}.get(moment, reached) > 0
         again = [sys.executable, "-m", "dit_in_dit", "train", "--out", str(out), "--resume", "--device", "cpu"]

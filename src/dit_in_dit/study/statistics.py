@@ -55,6 +55,11 @@ class Difference:
     constant: bool = False
 
     @property
+    def percent(self) -> float | None:
+        """The mean difference in percent."""
+        return None if self.scale is None else self.mean * self.scale
+
+    @property
     def marked(self) -> bool:
         """Whether the interval for all comparisons together excludes zero."""
         return self.wide_low is not None and self.wide_high is not None and (self.wide_low > 0 or self.wide_high < 0)

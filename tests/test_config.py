@@ -57,7 +57,7 @@ def test_configs_are_frozen():
         ("((inner outer)*2 outer)*2", (("inner", 1), ("outer", 1), ("inner", 1), ("outer", 2)) * 2),
     ],
 )
-def test_stage_programs_mean_what_the_design_says(text, program):
+def test_stage_programs_parse_into_levels_and_block_counts(text, program):
     assert parse_stages(text) == program
     assert parse_stages(format_stages(program)) == program
 
@@ -133,7 +133,7 @@ def test_use_inner_false_leaves_only_the_outer_blocks():
         ("model.depth=[", "not valid YAML"),
     ],
 )
-def test_invalid_values_raise_one_line_with_the_way_out(assignment, part):
+def test_invalid_values_give_a_one_line_error_with_the_way_out(assignment, part):
     with pytest.raises(UserError) as error:
         override(presets.get("emoji"), [assignment])
     message = str(error.value)
@@ -142,7 +142,7 @@ def test_invalid_values_raise_one_line_with_the_way_out(assignment, part):
     assert len(message) <= 200
 
 
-def test_invalid_values_raise_in_python_too():
+def test_invalid_values_raise_an_error_in_python_too():
     with pytest.raises(UserError, match=r"sample\.steps"):
         SampleConfig(steps="many")
     with pytest.raises(UserError, match="window must divide"):
@@ -151,7 +151,7 @@ def test_invalid_values_raise_in_python_too():
         small_model("both", depth=4)
 
 
-def test_a_sampler_must_exist_for_the_path():
+def test_a_sampler_must_support_the_path():
     with pytest.raises(UserError, match="use ddim"):
         override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.sampler=heun"])
     with pytest.raises(UserError, match="must divide 1000"):

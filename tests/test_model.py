@@ -140,7 +140,7 @@ def test_a_convolution_of_kernel_one_equals_the_linear_embedding():
     torch.testing.assert_close(conv(x), linear(x))
 
 
-def test_a_wider_convolution_reaches_across_patch_borders_and_the_linear_one_does_not():
+def test_only_the_convolutional_embedding_reaches_across_patch_borders():
     for kind, reaches in (("conv", True), ("linear", False)):
         model = NestedDiT(small_model(inner={"embed": kind}))
         x, _, _ = inputs(model.config)
@@ -291,14 +291,14 @@ def test_fuse_replace_keeps_the_patch_positions():
     assert not torch.allclose(out[0], out[5])
 
 
-def test_labels_none_equal_the_null_class():
+def test_missing_labels_equal_the_null_class():
     model = perturbed(NestedDiT(small_model()))
     x, t, _ = inputs(model.config)
     torch.testing.assert_close(model(x, t), model(x, t, torch.full((3,), 5)))
 
 
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 0, (8, 8)), (4, 3, (4, 12)), (7, 0, (16, 4))])
-def test_other_channels_sizes_and_no_labels_work(channels, classes, size):
+def test_a_model_works_without_labels_and_with_other_channels_and_sizes(channels, classes, size):
     model = perturbed(
         NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size))
     )
@@ -306,7 +306,7 @@ def test_other_channels_sizes_and_no_labels_work(channels, classes, size):
     assert model(x, t, y).shape == (3, channels, *size)
 
 
-def test_a_wrong_image_size_raises_and_is_named():
+def test_a_wrong_image_size_gives_an_error_with_the_size():
     model = NestedDiT(small_model())
     with pytest.raises(ValueError, match=r"x must be \(N, 3, 16, 8\): got \(2, 3, 8, 16\)"):
         model(torch.zeros(2, 3, 8, 16), torch.zeros(2))

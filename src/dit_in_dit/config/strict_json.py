@@ -1,4 +1,4 @@
-"""JSON from untrusted files: limited in size, and one line for each error."""
+"""JSON from untrusted files, with a size limit and one-line errors."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
     """The JSON object of a file of at most MOST_BYTES.
 
     Raises:
-        UserError: the file cannot be read, is too long, or holds something else. The message names `what` the file is
-            (such as `the plan `) and its path, and ends with `advice`.
+        UserError: the file cannot be read, is too long, or holds something else. The message gives `what`, the kind of
+            file (such as `the plan `), and the path, and ends with `advice`.
     """
     shown = f"{what}{truncate(path)}"
     try:

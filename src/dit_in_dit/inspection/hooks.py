@@ -1,6 +1,6 @@
-"""Observation of a running model by forward hooks; the model needs no flag, and its outputs do not change.
+"""Observe a running model with forward hooks; the model needs no flag, and its outputs do not change.
 
-A context manager here observes every forward pass while it is open.
+Each context manager of this module observes every forward pass while the context is open.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def forward_hooks(
 
 
 def attentions(model: NestedDiT) -> dict[str, Attention]:
-    """Attention modules by the name of their block (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
+    """Attention modules by block name (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
 
@@ -140,14 +140,14 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 
 def can_run_without_inner(model: NestedDiT) -> bool:
-    """Whether the model still works when the inner path adds nothing; false if it replaces the outer tokens."""
+    """Whether the model works if the inner path adds nothing; false if inner tokens replace the outer tokens."""
     joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
     return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
 
 
 @contextmanager
 def without_inner(model: NestedDiT) -> Iterator[None]:
-    """Disable the inner path while open: it adds nothing to outer tokens or to the image, as with a gate of zero."""
+    """Disable the inner path while open: the path adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
     heads = [head for head in model.heads if isinstance(head, InnerHead)]
     unchanged = [(stage, lambda module, arguments, output: arguments[:2]) for stage in joins]

@@ -115,7 +115,7 @@ class PluginKeys(Section):
             yield name, (type(section).__doc__ or "").partition("\n")[0], section
 
     def including(self, names: Iterable[str]) -> PluginKeys:
-        """These sections, plus default sections for those of `names` that declare keys and have no section yet."""
+        """These sections, plus a default section for each of `names` that declares keys and has no section yet."""
         known, registered = dict(self.sections), plugin_keys()
         missing = sorted({name for name in names if name in registered and name not in known})
         return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))

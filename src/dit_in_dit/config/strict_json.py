@@ -65,8 +65,8 @@ def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str
 
 
 def has_form(value: object, form: Any) -> bool:
-    """Whether a JSON value matches a form: a type, (types) for one of several, {key: form} for at least these keys,
-    [form] for a list of any length. True and false do not count as numbers.
+    """Whether a JSON value matches a form: a type, (types) for any of these types, {key: form} for at least these
+    keys, [form] for a list of any length. True and false do not count as numbers.
 
     >>> has_form({"a": [1, 2], "b": None}, {"a": [int]})
     True

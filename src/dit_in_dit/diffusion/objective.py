@@ -39,10 +39,10 @@ def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
 
 
 def loss_on(quantity: str) -> Weight:
-    """A weight that turns the prediction's squared error into that of `quantity`: a squared ratio of determinants.
+    """A weight that turns the squared error of the prediction into the squared error of `quantity`.
 
-    At a fixed x_t, the errors in two quantities differ by a factor, the ratio of the two determinants. A loss on the
-    velocity, for example, needs only a weight; the prediction is not converted.
+    At a fixed x_t, the errors in two quantities differ by a factor, the ratio of the two determinants; the weight is
+    the square of this ratio. A loss on the velocity therefore needs no conversion of the prediction.
     """
 
     def weight(path: Flow, predict: str, t: Tensor) -> Tensor:

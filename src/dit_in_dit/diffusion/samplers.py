@@ -29,7 +29,7 @@ Noise = Callable[[], Tensor]  # returns the next noise (N, C, H, W) of a batch
 def denoise(
     predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Tensor:
-    """Images (N, C, H, W) from noise along the configured path; arguments and errors are those of `trajectory`."""
+    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`."""
     last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
     return last[0][-1]
 

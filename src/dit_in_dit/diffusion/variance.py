@@ -87,7 +87,7 @@ def vlb_term(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Te
     """The term of the variational bound at `step` (N,), per example (N,), in bits per dimension.
 
     No gradient passes through the image estimate (Nichol & Dhariwal 2021, section 3.3). At step 0 the term is the
-    likelihood of x as one of 256 grey values in [-1, 1]; so also for latents, as in DiT.
+    likelihood of x as one of 256 grey values in [-1, 1]. Latents are treated in the same way, as in DiT.
     """
     at = Posterior(*_by_step(step.device)[:, step, None, None, None])
     log_variance = at.log_variance(fraction)

@@ -62,7 +62,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
 
 
 def training_macs(model: ModelConfig) -> dict[str, int]:
-    """MACs of a training step per image, for the parts of `macs`, and their `total`."""
+    """MACs of a training step per image, for the same parts as `macs`, and their `total`."""
     return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}
 
 
@@ -96,6 +96,6 @@ def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> No
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:
         raise UserError(
-            f"the weights, their average and the optimizer must fit into {installed / 1e9:,.0f} GB of memory: "
+            f"the weights in training must fit into {installed / 1e9:,.0f} GB of memory: "
             f"got {needed / 1e9:,.0f} GB; make the model smaller (model.outer.width, the blocks, model.image_size)"
         )

@@ -25,11 +25,11 @@ Hook = Callable[..., Any]
 def forward_hooks(
     after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Register forward hooks while open.
+    """Register forward hooks while the context is open.
 
     Args:
         after: (module, hook); `hook(module, arguments, output)` runs after each forward pass of the module.
-        before: (module, hook); `hook(module, arguments)` runs before it.
+        before: (module, hook); `hook(module, arguments)` runs before each forward pass.
 
     A return value other than None replaces the output (`after`) or the arguments (`before`).
     """
@@ -52,7 +52,7 @@ def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
     A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for mixer=window.
-    `attention_weights` computes the weights; for long sequences pass it some of the queries at a time.
+    `attention_weights` computes the weights; for long sequences, pass only some queries per call.
     """
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Weight of each sub-patch in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
+    """Weight of each sub-patch in the last forward pass, by stage (`aggregates.0`): (N, T, heads, S)."""
     seen: dict[str, Tensor] = {}
 
     def hook(number: int, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:

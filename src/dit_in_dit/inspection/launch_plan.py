@@ -101,7 +101,10 @@ def recipe(
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * config.train.steps / 3600, total / step),
                 )
-    raise UserError(f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})")
+    raise UserError(
+        f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu}): "
+        "choose a GPU with more memory"
+    )
 
 
 @lru_cache(maxsize=16)

@@ -48,7 +48,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Shapes at the landmarks of a forward pass, and bytes saved for the backward pass by part."""
+    """Shapes at the main points of a forward pass, and bytes saved for the backward pass by part."""
     flow: list[dict[str, Any]] = []
     saved: dict[str, int] = {}
     storages: dict[int, Any] = {}  # kept alive, so that no address is reused

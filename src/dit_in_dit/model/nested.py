@@ -175,7 +175,7 @@ class NestedDiT(nn.Module):
         return stages
 
     def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
-        """The head of the last level. With an inner head, the outer head stays, unless outer tokens are replaced."""
+        """The head of the last level. The outer head stays beside an inner head, unless outer tokens are replaced."""
         heads: list[OuterHead | InnerHead] = []
         ends_inner = model.program[-1][0] == "inner"
         if not ends_inner or FUSIONS[model.inner.fuse].keeps_outer:

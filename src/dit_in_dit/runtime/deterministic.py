@@ -1,4 +1,4 @@
-"""Deterministic algorithms on CUDA, where PyTorch by default prefers faster ones."""
+"""Deterministic algorithms on CUDA; by default, PyTorch prefers faster algorithms there."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def test_printed_config_has_a_meaning_for_every_key():
         assert len(line.split("#", 1)[1].strip()) > 5, line
 
 
-def test_config_is_read_without_torch():
+def test_configs_can_be_read_without_torch():
     code = "import sys, dit_in_dit.cli, dit_in_dit.config.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -278,7 +278,7 @@ def test_any_valid_config_round_trips_through_yaml(changes):
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=300) | st.text("{}[]:,-?&*!|>'\"%@#\n ab1.", max_size=60))
-def test_any_text_is_a_valid_config_or_a_one_line_error(text):
+def test_any_text_gives_a_valid_config_or_a_one_line_error(text):
     with suppress(UserError):
         config = from_yaml(text)
         assert from_yaml(to_yaml(config)) == config

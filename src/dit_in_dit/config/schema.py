@@ -139,7 +139,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """Convert a value from YAML or Python to the type `hint`; UserError if it does not fit."""
+    """Convert a value from YAML or Python to the type `hint`; UserError if the value does not fit."""
 
     def wrong() -> UserError:
         return UserError(f"{name} must be {_spell(hint)}: got {truncate(value, 60)!r}")

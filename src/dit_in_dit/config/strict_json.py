@@ -17,7 +17,7 @@ def parse_json(content: str | bytes, what: str, advice: str = "write it again") 
 
     Raises:
         UserError: the text is not JSON or not UTF-8, nests beyond Python's recursion limit, or holds a number of
-            thousands of digits. The message names `what` and ends with `advice`.
+            thousands of digits. The message starts with `what` and ends with `advice`.
     """
     try:
         return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)

@@ -15,7 +15,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 @pytest.fixture
 def limited(monkeypatch):
-    """Apply a GPU's limits on a CPU, with a given number of sequences at once; returns the sizes of chunks."""
+    """Apply a GPU's limits on a CPU, with a given number of sequences per call; returns the sizes of chunks."""
     sizes = []
     plain = F.scaled_dot_product_attention
 
@@ -60,7 +60,7 @@ def test_forty_two_images_of_the_largest_model_need_one_attention_call():
         (64, 2**20, 256, 1),  # one sequence is always taken
     ],
 )
-def test_limits_use_rows_and_channels_as_the_kernel_rounds_them(heads, length, width, most):
+def test_attention_limits_use_the_rows_and_channels_that_the_kernel_rounds_up(heads, length, width, most):
     assert most_sequences(heads, length, width) == most
 
 

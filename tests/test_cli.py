@@ -42,7 +42,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_a_run_folder_holds_what_the_design_says(trained):
+def test_a_run_folder_holds_the_documented_files(trained):
     assert {path.name for path in trained.iterdir()} == {
         "config.yaml", "log.jsonl", "timing.jsonl", "checkpoints", "samples", "lock",
     }  # fmt: skip
@@ -52,7 +52,7 @@ def test_a_run_folder_holds_what_the_design_says(trained):
     }  # fmt: skip
 
 
-def test_sampling_draws_numbered_images_and_a_grid(trained, tmp_path):
+def test_sampling_writes_numbered_images_and_a_grid(trained, tmp_path):
     drawn = {}
     for batch in (1, 3):
         out = tmp_path / str(batch)
@@ -73,7 +73,7 @@ def test_sampling_options_change_the_samples(trained, tmp_path):
         assert np.abs(a - b).max() > 0, option
 
 
-def test_demo_ends_by_naming_its_pictures_and_runs_twice(folder, tmp_path, capsys):
+def test_demo_names_its_pictures_at_the_end_and_can_run_twice(folder, tmp_path, capsys):
     words = ["demo", *TINY, "--set", f"data.source={folder}", "--device", "cpu", "--out", str(tmp_path / "demo")]
     main(words)
     first = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_presets_are_listed(capsys):
     assert [line.split()[0] for line in listed.splitlines()] == list(NAMES)
 
 
-def test_inspect_prints_json_with_the_plain_twin(capsys):
+def test_inspect_prints_json_that_includes_the_plain_twin(capsys):
     main(["inspect", "--preset", "dit-in-dit-xl2", "--batch", "8", "--json"])
     found = json.loads(capsys.readouterr().out)
     keys = {"batch", "flow", "tokens", "token_layers", "parameters", "macs", "activation_bytes"}
@@ -126,7 +126,7 @@ def test_inspect_prints_a_table(capsys):
 
 
 def lines_of(words: list[str], capsys) -> str:
-    """The line on stderr of a refused call; stdout is empty, the exit code is 2."""
+    """The line on stderr of a refused call; checks that stdout is empty and the exit code is 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main(words)
@@ -224,7 +224,7 @@ def test_classes_of_an_unlabelled_run_are_refused(capsys, tmp_path, folder):
     assert "without labels" in lines_of(asked, capsys)
 
 
-def test_demo_draws_where_a_class_has_no_training_image(tmp_path, folder):
+def test_demo_works_if_a_class_has_no_training_image(tmp_path, folder):
     copy = tmp_path / "data"
     shutil.copytree(folder, copy)
     held = next(name for name in map(str, range(100)) if is_held_out(name, 0.2))

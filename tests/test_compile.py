@@ -16,7 +16,7 @@ from test_model import EVERY_CHOICE, PROGRAMS
     [(stages, {}) for stages in PROGRAMS] + [("inner outer inner", choice) for choice in EVERY_CHOICE],
     ids=str,
 )
-def test_no_graph_breaks(stages, choice):
+def test_models_compile_without_graph_breaks(stages, choice):
     torch._dynamo.reset()
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -35,7 +35,7 @@ def test_printed_config_has_a_meaning_for_every_key():
         assert len(line.split("#", 1)[1].strip()) > 5, line
 
 
-def test_config_is_read_without_torch():
+def test_configs_can_be_read_without_torch():
     code = "import sys, dit_in_dit.cli, dit_in_dit.config.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -57,7 +57,7 @@ def test_configs_are_frozen():
         ("((inner outer)*2 outer)*2", (("inner", 1), ("outer", 1), ("inner", 1), ("outer", 2)) * 2),
     ],
 )
-def test_stage_programs_mean_what_the_design_says(text, program):
+def test_stage_programs_parse_into_levels_and_block_counts(text, program):
     assert parse_stages(text) == program
     assert parse_stages(format_stages(program)) == program
 
@@ -133,7 +133,7 @@ def test_use_inner_false_leaves_only_the_outer_blocks():
         ("model.depth=[", "not valid YAML"),
     ],
 )
-def test_invalid_values_raise_one_line_with_the_way_out(assignment, part):
+def test_invalid_values_give_a_one_line_error_with_the_way_out(assignment, part):
     with pytest.raises(UserError) as error:
         override(presets.get("emoji"), [assignment])
     message = str(error.value)
@@ -142,7 +142,7 @@ def test_invalid_values_raise_one_line_with_the_way_out(assignment, part):
     assert len(message) <= 200
 
 
-def test_invalid_values_raise_in_python_too():
+def test_invalid_values_raise_an_error_in_python_too():
     with pytest.raises(UserError, match=r"sample\.steps"):
         SampleConfig(steps="many")
     with pytest.raises(UserError, match="window must divide"):
@@ -151,7 +151,7 @@ def test_invalid_values_raise_in_python_too():
         small_model("both", depth=4)
 
 
-def test_a_sampler_must_exist_for_the_path():
+def test_a_sampler_must_support_the_path():
     with pytest.raises(UserError, match="use ddim"):
         override(presets.get("emoji"), ["diffusion.path=ddpm", "sample.sampler=heun"])
     with pytest.raises(UserError, match="must divide 1000"):
@@ -278,7 +278,7 @@ def test_any_valid_config_round_trips_through_yaml(changes):
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=300) | st.text("{}[]:,-?&*!|>'\"%@#\n ab1.", max_size=60))
-def test_any_text_is_a_valid_config_or_a_one_line_error(text):
+def test_any_text_gives_a_valid_config_or_a_one_line_error(text):
     with suppress(UserError):
         config = from_yaml(text)
         assert from_yaml(to_yaml(config)) == config

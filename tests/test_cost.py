@@ -17,7 +17,7 @@ from test_model import EVERY_CHOICE, PROGRAMS
 
 
 def counted(model, device: str = "meta") -> float:
-    """MACs per image by PyTorch's FLOP counter; its formula for attention needs the plain kernel."""
+    """MACs per image from PyTorch's FLOP counter; the counter's formula for attention needs the plain kernel."""
     with torch.device(device):
         net = NestedDiT(model)
     x, t, y = (v.to(device) if v is not None else None for v in inputs(model, batch=2))

@@ -29,7 +29,7 @@ def shaped(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
 @pytest.mark.parametrize("given", KINDS)
 @pytest.mark.parametrize("wanted", KINDS)
-def test_any_prediction_turns_into_any_other(name, given, wanted):
+def test_any_prediction_converts_to_any_other_quantity(name, given, wanted):
     path = make_path(DiffusionConfig(path=name))
     t = torch.tensor([0.05, 0.3, 0.7, 0.95], dtype=torch.float64)
     x, e = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
@@ -58,7 +58,7 @@ def test_the_flow_path_is_a_straight_line_from_image_to_noise():
 @pytest.mark.parametrize("predict", KINDS)
 @pytest.mark.parametrize("weight", KINDS)
 def test_a_weighted_loss_equals_the_error_of_the_other_quantity(name, predict, weight):
-    """A loss weighted into a space equals the plain squared error of the converted prediction there."""
+    """The loss weighted for a quantity equals the squared error of the prediction converted to it."""
     objective = Objective(DiffusionConfig(path=name, predict=predict, weight=weight))
     t = torch.tensor([0.3, 0.6], dtype=torch.float64)
     x, e, wrong = torch.randn(3, 2, 3, 2, 2, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_a_weighted_loss_equals_the_error_of_the_other_quantity(name, predict, w
 
 
 def test_min_snr_weights_are_those_of_the_paper():
-    """Hang et al. 2023, section 3.4: min(SNR, 5) for images, over SNR for noise."""
+    """Hang et al. 2023, section 3.4: min(SNR, 5) for images, min(SNR, 5) / SNR for noise."""
     t = torch.tensor([0.1, 0.5, 0.8])
     snr = ((1 - t) / t) ** 2
     for predict, expected in (("image", snr.clamp(max=5)), ("noise", snr.clamp(max=5) / snr)):
@@ -97,7 +97,7 @@ def test_min_snr_holds_at_both_ends_of_the_ddpm_path():
 @pytest.mark.parametrize("path", ["flow", "ddpm"])
 @pytest.mark.parametrize("predict", KINDS)
 @pytest.mark.parametrize("weight", ["prediction", *KINDS, "min_snr"])
-def test_loss_weights_are_finite_at_the_ends(path, predict, weight):
+def test_loss_weights_are_finite_at_both_ends_of_the_path(path, predict, weight):
     weights = Objective(DiffusionConfig(path=path, predict=predict, weight=weight)).weight(torch.tensor([0.0, 1.0]))
     assert weights.isfinite().all()
     assert weights.max() <= 500
@@ -112,7 +112,7 @@ def test_min_snr_works_for_a_registered_prediction(monkeypatch):
 
 
 def test_registered_paths_predictions_weights_and_times_are_looked_up_on_use(monkeypatch):
-    """A user's entry in a table takes effect at once."""
+    """A user's entry in a table takes effect immediately."""
 
     class Curved(Flow):
         def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ SAMPLERS = [
 @pytest.mark.parametrize(("name", "sampler", "steps"), SAMPLERS)
 @pytest.mark.parametrize("predict", KINDS)
 def test_samplers_solve_the_closed_form_gaussian(name, sampler, steps, predict):
-    """For images from N(m, s^2) the best prediction is known, and the sample of noise e is m + s e."""
+    """For images from N(m, s^2), the best prediction is known, and from noise e the sample is m + s e."""
     mean, std = 0.4, 0.5
     config = DiffusionConfig(path=name, predict=predict)
     path = make_path(config)
@@ -203,7 +203,7 @@ def test_unknown_pairs_of_path_and_sampler_are_refused():
         denoise(lambda x, t, y: x, config, SampleConfig(sampler="heun"), torch.zeros(1, 1, 2, 2), None)
 
 
-def test_guidance_extrapolates_from_no_class_within_its_interval():
+def test_guidance_extrapolates_from_the_null_class_within_its_interval():
     def predict(x, t, y):
         return y.float()[:, None, None, None].expand_as(x)
 

@@ -92,7 +92,7 @@ def plain(width: int, depth: int) -> ModelConfig:
     )
 
 
-def test_plain_dit_matches_the_official_one():
+def test_plain_dit_matches_the_official_dit():
     golden = np.load(GOLDEN)
     model = NestedDiT(plain(32, 2))
     position = torch.from_numpy(golden["state/pos_embed"])[0]
@@ -107,7 +107,7 @@ def test_plain_dit_matches_the_official_one():
     torch.testing.assert_close(out, torch.from_numpy(golden["out"]), rtol=0, atol=1e-5)
 
 
-def test_plain_dit_is_initialised_as_the_official_one():
+def test_plain_dit_is_initialised_like_the_official_dit():
     golden = np.load(GOLDEN)
     torch.manual_seed(0)
     parameters = dict(NestedDiT(plain(128, 2)).named_parameters())
@@ -130,7 +130,7 @@ def test_patch_embedding_is_a_strided_convolution():
     torch.testing.assert_close(embed(x), expected)
 
 
-def test_a_convolution_of_kernel_one_equals_the_linear_embedding():
+def test_a_convolution_with_kernel_size_one_equals_the_linear_embedding():
     model = small_model(inner={"embed": "conv", "kernel": 1})
     conv, linear = ConvEmbed(model), LinearEmbed(model)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_convolution_of_kernel_one_equals_the_linear_embedding():
     torch.testing.assert_close(conv(x), linear(x))
 
 
-def test_a_wider_convolution_reaches_across_patch_borders_and_the_linear_one_does_not():
+def test_only_the_convolutional_embedding_reaches_across_patch_borders():
     for kind, reaches in (("conv", True), ("linear", False)):
         model = NestedDiT(small_model(inner={"embed": kind}))
         x, _, _ = inputs(model.config)
@@ -161,7 +161,7 @@ def test_unpatchify_inverts_patchify(size):
     assert torch.equal(OuterUnpatch(model)(patches), x)
 
 
-def test_sub_patches_lie_where_their_patch_lies():
+def test_sub_patches_lie_inside_their_patch():
     model = small_model()
     x = torch.arange(16 * 8, dtype=torch.float32).view(1, 1, 16, 8).expand(1, 3, 16, 8)
     tokens = Cut(model)(x)  # 1 T=8 S=4 12
@@ -221,7 +221,7 @@ def test_weighted_aggregation_starts_as_the_mean():
     torch.testing.assert_close(weighted(inner), mean(inner))
 
 
-def test_attention_pooling_with_equal_tokens_is_their_value():
+def test_attention_pooling_of_equal_tokens_gives_the_same_token():
     pool = AttentionPool(small_model())
     torch.nn.init.normal_(pool.query)
     token = torch.randn(2, 8, 1, 16)
@@ -245,14 +245,14 @@ def test_gate_fusion_starts_as_the_plain_dit_bit_for_bit(stages):
     assert torch.equal(nested(x, t, y), trained(x, t, y))
 
 
-def test_use_inner_false_is_the_plain_dit():
+def test_use_inner_false_gives_the_plain_dit():
     ablated = NestedDiT(small_model("inner*2 outer*3", use_inner=False))
     assert ablated.state_dict().keys() == NestedDiT(small_model("outer*3")).state_dict().keys()
 
 
 @pytest.mark.parametrize("stages", PROGRAMS)
 @pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
-def test_every_arrangement_trains_a_step(stages, choice):
+def test_every_arrangement_can_train_one_step(stages, choice):
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config, batch=6)
     target = x.repeat(1, model.config.out_channels // model.config.channels, 1, 1)
@@ -273,7 +273,7 @@ def test_the_prediction_starts_at_zero(stages):
     assert not model(*inputs(model.config)).any()
 
 
-def test_fuse_replace_leaves_no_path_around_the_inner_level():
+def test_fuse_replace_leaves_no_path_that_avoids_the_inner_level():
     model = perturbed(NestedDiT(small_model("outer*2 inner", inner={"fuse": "replace"})))
     assert not hasattr(model, "outer_head")
     model = perturbed(NestedDiT(small_model("inner outer*2", inner={"fuse": "replace"})))
@@ -291,14 +291,14 @@ def test_fuse_replace_keeps_the_patch_positions():
     assert not torch.allclose(out[0], out[5])
 
 
-def test_labels_none_equal_the_null_class():
+def test_missing_labels_equal_the_null_class():
     model = perturbed(NestedDiT(small_model()))
     x, t, _ = inputs(model.config)
     torch.testing.assert_close(model(x, t), model(x, t, torch.full((3,), 5)))
 
 
 @pytest.mark.parametrize(("channels", "classes", "size"), [(1, 0, (8, 8)), (4, 3, (4, 12)), (7, 0, (16, 4))])
-def test_other_channels_sizes_and_no_labels_work(channels, classes, size):
+def test_a_model_works_without_labels_and_with_other_channels_and_sizes(channels, classes, size):
     model = perturbed(
         NestedDiT(small_model("(inner outer)*2", channels=channels, num_classes=classes, image_size=size))
     )
@@ -306,7 +306,7 @@ def test_other_channels_sizes_and_no_labels_work(channels, classes, size):
     assert model(x, t, y).shape == (3, channels, *size)
 
 
-def test_a_wrong_image_size_raises_and_is_named():
+def test_a_wrong_image_size_gives_an_error_with_the_size():
     model = NestedDiT(small_model())
     with pytest.raises(ValueError, match=r"x must be \(N, 3, 16, 8\): got \(2, 3, 8, 16\)"):
         model(torch.zeros(2, 3, 8, 16), torch.zeros(2))

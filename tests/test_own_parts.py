@@ -1,4 +1,4 @@
-"""A source, model and optimizer of the user's own in train(): they train, and resume bit for bit."""
+"""Runs of train() with a user's own source, model and optimizer train, and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from test_sources import Dots
 
 
 class Sum(torch.optim.Optimizer):
-    """Signed momentum that keeps Python's numbers for each weight and for each group, and no Adam's names."""
+    """Signed momentum whose state has Python numbers per weight and per group, and none of Adam's names."""
 
     def __init__(self, groups, lr=1.0):
         super().__init__(groups, {"lr": lr, "total": 0.0, "calls": 0})
@@ -44,7 +44,7 @@ class Sum(torch.optim.Optimizer):
 
 
 class Doubled(NestedDiT):
-    """The config's model with another forward."""
+    """The config's model with twice the output."""
 
     def forward(self, x, t, y=None):
         return 2 * super().forward(x, t, y)
@@ -79,7 +79,7 @@ def content(run: Path) -> list[bytes]:
 
 
 def in_one_go_and_in_two(config, tmp_path, **own) -> Path:
-    """The run of two lives, which is that of one life bit for bit; `own` makes what each life is given."""
+    """A run that was stopped and resumed, checked against an uninterrupted run; `own` makes arguments of train()."""
 
     def made():
         return {name: make() for name, make in own.items()}
@@ -96,7 +96,7 @@ def manifest(run: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_of_the_table_resumes_bit_for_bit(run_config, tmp_path, name):
+def test_every_built_in_optimizer_resumes_bit_for_bit(run_config, tmp_path, name):
     how = replace(run_config.train, optimizer=name, weight_decay=0.1, steps=6, checkpoint_every=3)
     run = in_one_go_and_in_two(replace(run_config, train=how), tmp_path)
     state = checkpoint.newest(run).state()
@@ -110,19 +110,19 @@ def test_an_optimizer_of_the_table_resumes_bit_for_bit(run_config, tmp_path, nam
     ("optimizer", "named"),
     [(momentum, "torch.optim.sgd.SGD"), (plain, "torch.optim.sgd.SGD"), (Sum, "test_own_parts.Sum")],
 )
-def test_ones_own_source_and_optimizer_resume_bit_for_bit(config, tmp_path, optimizer, named):
+def test_a_run_with_a_users_source_and_optimizer_resumes_bit_for_bit(config, tmp_path, optimizer, named):
     run = in_one_go_and_in_two(config, tmp_path, data=lambda: dots(config), optimizer=lambda: optimizer)
     assert manifest(run)["objects"] == {"optimizer": named}
     assert manifest(run)["data"] == {"digest": "dots 1", "place": "object:test_sources.Dots"}
     checkpoint.Checkpoint.open(run).model(torch.device("cpu"))
 
 
-def test_ones_own_optimizer_resumes_over_factors_on_the_rate(config, tmp_path):
+def test_a_users_optimizer_resumes_with_learning_rate_factors(config, tmp_path):
     scaled = replace(config, train=replace(config.train, lr_scale=replace(config.train.lr_scale, inner=0.5)))
     in_one_go_and_in_two(scaled, tmp_path, data=lambda: dots(config), optimizer=lambda: Sum)
 
 
-def test_ones_own_model_resumes_bit_for_bit_and_is_not_taken_for_the_configs(config, tmp_path, monkeypatch):
+def test_a_users_model_resumes_bit_for_bit_and_is_not_taken_for_the_configs_model(config, tmp_path, monkeypatch):
     def model():
         torch.manual_seed(3)
         return Doubled(config.model)
@@ -151,7 +151,7 @@ def test_a_run_asks_for_the_source_and_optimizer_that_it_was_trained_with(config
     examine(read_config(run), torch.device("cpu"), run)
 
 
-def test_ones_own_source_must_fit_the_model(config, tmp_path):
+def test_a_users_source_must_fit_the_model(config, tmp_path):
     for model, wrong in (
         (small_model(num_classes=5), "must be what the data has: got 5, object:test_sources.Dots has 2"),
         (small_model(num_classes=2, image_size=(8, 8)), r"float32 images \[3, 8, 8\]: got float32 \[3, 16, 8\]"),
@@ -160,7 +160,7 @@ def test_ones_own_source_must_fit_the_model(config, tmp_path):
             list(train(replace(config, model=model), tmp_path / "run", device="cpu", data=dots(config)))
 
 
-def test_the_state_of_an_optimizer_survives_as_it_was():
+def test_optimizer_state_is_unchanged_after_saving_and_loading():
     weights = {name: torch.nn.Parameter(torch.randn(3, 2)) for name in ("a.weight", "b")}
     optimizers = [Sum([{"params": list(weights.values()), "scale": 1.0}]) for _ in range(2)]
     for _ in range(3):
@@ -185,12 +185,12 @@ def test_the_state_of_an_optimizer_survives_as_it_was():
         ),
     ],
 )
-def test_a_function_that_gives_no_optimizer_of_the_model_is_one_line(config, tmp_path, optimizer, said):
+def test_a_function_that_returns_no_optimizer_of_the_model_gives_a_one_line_error(config, tmp_path, optimizer, said):
     with pytest.raises(UserError, match=said):
         list(train(config, tmp_path / "run", device="cpu", data=dots(config), optimizer=optimizer))
 
 
-def test_a_users_class_that_has_other_weights_by_now_is_one_line(config, tmp_path):
+def test_a_users_model_class_with_changed_weights_gives_a_one_line_error(config, tmp_path):
     class Grown(Doubled):
         def __init__(self, *arguments, **keys) -> None:
             super().__init__(*arguments, **keys)

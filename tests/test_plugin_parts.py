@@ -1,4 +1,4 @@
-"""A user's part that gives another shape or no MACs is refused before it trains."""
+"""A user's part with a wrong output shape or invalid MACs is refused before training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dit_in_dit.training.loop import train
 
 
 def altered(base: type[nn.Module], change: Any) -> type[nn.Module]:
-    """A user's class: the base with its output changed."""
+    """A user's class: a subclass of `base` with a changed output."""
 
     class Altered(base):  # type: ignore[misc,valid-type]
         def forward(self, *inputs: Tensor) -> Any:
@@ -45,7 +45,7 @@ BASES = {
 
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
-    """The tables as they were, after each test."""
+    """Restore the tables after each test."""
     before = {kind: dict(choices.table(kind)) for kind in choices.PARTS}
     yield
     for kind, entries in before.items():
@@ -58,7 +58,7 @@ def config(kind: str, part: type[nn.Module]) -> Any:
     return small_model("(inner outer)*2 inner", inner={kind: "mine"})
 
 
-def test_every_kind_of_part_is_tried():
+def test_every_kind_of_part_is_tested():
     assert BASES.keys() == set(choices.PARTS)
 
 
@@ -69,12 +69,12 @@ def test_a_part_with_the_right_shape_passes(kind):
 
 @pytest.mark.parametrize("change", [lambda out: out[:1], lambda out: out[..., :1], lambda out: (out, out)])
 @pytest.mark.parametrize("kind", BASES)
-def test_another_shape_is_refused_in_one_line(kind, change):
+def test_a_wrong_output_shape_gives_a_one_line_error(kind, change):
     with pytest.raises(UserError, match=rf"inner\.{kind}=mine: Altered must give a tensor \[2, .*\]: got (\[|tuple)"):
         inspect(config(kind, altered(BASES[kind], change)))
 
 
-def test_a_condition_may_give_one_row_for_all():
+def test_a_condition_may_give_one_row_for_all_tokens():
     check_plugin_parts(config("condition", altered(ImageCondition, lambda out: out)))
 
 
@@ -87,7 +87,7 @@ def test_a_condition_may_give_one_row_for_all():
         (lambda self, model: 1, "macs takes the model's config, as a staticmethod"),
     ],
 )
-def test_macs_that_are_no_number_are_refused_in_one_line(macs, said):
+def test_invalid_macs_give_a_one_line_error(macs, said):
     part = altered(Mean, lambda out: out)
     part.macs = macs
     with pytest.raises(UserError, match=said):
@@ -98,7 +98,7 @@ def test_a_part_that_reads_numbers_is_not_checked():
     check_plugin_parts(config("aggregate", altered(Mean, lambda out: out * out.sum().item())))
 
 
-def test_training_refuses_it_before_a_folder_is_made(run_config, tmp_path):
+def test_training_refuses_a_wrong_part_before_it_makes_a_folder(run_config, tmp_path):
     from dataclasses import replace
 
     model = config("aggregate", altered(Mean, lambda out: out[:, :1]))

@@ -53,7 +53,7 @@ SMALL = [
 
 
 def command(*words: object, code: int = 0, launcher: tuple[str, ...] = (), plugin: bool = True) -> str:
-    """Output of a command in a process of its own, so that tests do not share registered classes."""
+    """Output of a command in a separate process, so that tests do not share registered classes."""
     with_plugin = ["--plugin", str(IDEA)] if plugin else []
     line = [sys.executable, *launcher, "-m", "dit_in_dit", *map(str, words), *with_plugin]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -143,11 +143,11 @@ def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path):
 
 def test_a_pipeline_export_of_a_users_class_is_refused(run, tmp_path):
     said = command("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline", code=2)
-    assert "is a plug-in's: export --format run" in said
+    assert "use export --format run" in said
     assert not (tmp_path / "pipeline").exists()
 
 
-def test_a_missing_plug_in_is_an_error_that_names_the_option(run):
+def test_a_missing_plug_in_gives_an_error_that_names_the_option(run):
     said = command("sample", run, "-n", "2", "--device", "cpu", code=2, plugin=False)
     assert "was made with a plug-in: pass --plugin my_idea.py" in said
     assert said.count("\n") == 1
@@ -155,7 +155,7 @@ def test_a_missing_plug_in_is_an_error_that_names_the_option(run):
     assert [entry["name"] for entry in manifest["plugins"]] == ["my_idea.py"]
 
 
-def test_a_changed_plug_in_source_is_a_warning(run, loaded, monkeypatch):
+def test_a_changed_plug_in_source_gives_a_warning(run, loaded, monkeypatch):
     from dit_in_dit.runs import checkpoint
 
     changed = plugins.Plugin("my_idea.py", "0" * 64)
@@ -203,15 +203,15 @@ def test_register_errors_name_the_rule(loaded):
 
     for arguments, said in (
         (("agregate", "max", Mean), "unknown kind 'agregate'; did you mean 'aggregate'"),
-        (("aggregate", "a b", Mean), "a name is letters"),
+        (("aggregate", "a b", Mean), "a name must be a letter"),
         (("aggregate", "mean", AGGREGATORS["softmax"]), "'mean' exists already"),
         (("aggregate", "max", torch.nn.Linear), "must be a class with the base dit_in_dit.model.aggregate.Aggregator"),
         (("aggregate", "max", lambda: 0), "must be a class with the base"),
         (("aggregate", "max", Empty), "Empty lacks forward, macs, weights of Aggregator"),
         (("fuse", "max", Forwardless), "Forwardless lacks forward of Fusion"),
-        (("optimizer", None, Mean), "a name is letters"),
-        (("sampler", "other", Mean), "the sampler 'other' must be a Sampler of that name"),
-        (("metric", "other", METRICS["contrast"]), "the metric 'other' must be a Metric of that name"),
+        (("optimizer", None, Mean), "a name must be a letter"),
+        (("sampler", "other", Mean), "the sampler 'other' must be a Sampler with that name"),
+        (("metric", "other", METRICS["contrast"]), "the metric 'other' must be a Metric with that name"),
     ):
         with pytest.raises(UserError, match=said):
             dit_in_dit.register(*arguments)
@@ -235,7 +235,7 @@ def test_keys_of_a_users_class_are_passed_to_it_and_hashed(loaded):
     assert override(plain, ["model.inner.aggregate=softmax", "plugins.softmax.temperature=2"]) == hot
 
 
-def test_keys_of_a_plug_in_that_is_not_loaded_are_an_error():
+def test_keys_of_a_plug_in_that_is_not_loaded_give_an_error():
     text = to_yaml(small_run()) + "plugins: {softmax: {temperature: 2}}"
     with pytest.raises(UserError, match=r"unknown key 'plugins\.softmax': name its plug-in with --plugin"):
         from_yaml(text)
@@ -255,7 +255,7 @@ def test_keys_of_a_plug_in_that_is_not_loaded_are_an_error():
         ("plugins=1", "plugins must be a group of keys: got '1'"),
     ],
 )
-def test_a_wrong_key_of_a_users_class_is_a_one_line_error(assignment, said, loaded):
+def test_a_wrong_key_of_a_users_class_gives_a_one_line_error(assignment, said, loaded):
     with pytest.raises(UserError, match=said):
         small_run("model.inner.aggregate=softmax", assignment)
 
@@ -270,7 +270,7 @@ def test_register_errors_about_keys_name_the_rule(loaded):
         needed: int
 
     for kind, name, keys, said in (
-        ("metric", "contrast", Other, "a metric takes no keys of its own"),
+        ("metric", "contrast", Other, "a metric cannot have config keys"),
         ("aggregate", "softmax", dict, r"must be a class with the base dit_in_dit\.config\.schema\.Section"),
         ("aggregate", "softmax", Other, r"plugins\.softmax exists already"),
         ("mixer", "shift", Needed, "each of the keys of 'shift' must have a default"),
@@ -284,7 +284,7 @@ def test_an_unknown_choice_names_the_plugin_option():
         small_model(inner={"aggregate": "softmax"})
 
 
-def test_a_broken_plug_in_is_a_one_line_error(tmp_path):
+def test_a_broken_plug_in_gives_a_one_line_error(tmp_path):
     broken = tmp_path / "broken_idea.py"
     broken.write_text("1 / 0")
     (tmp_path / "random.py").write_text("")

@@ -103,7 +103,7 @@ def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
 
 
 def test_queries_keys_and_values_have_one_dtype():
-    """An attention kernel that no autocast list knows needs inputs of one dtype."""
+    """Attention kernels need inputs of one dtype, and autocast does not cast the inputs of every kernel."""
     model = perturbed(NestedDiT(small_model("inner outer", qk_norm=True)))
     attention = model.inner_blocks[0].branches["mix"]
     with CudaAutocast():
@@ -165,12 +165,12 @@ def loaded(folder: Path, half: torch.dtype) -> DiTInDiTPipeline:
 
 
 def cuda_autocast(kind: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[object]:
-    """A replacement of torch.autocast with CUDA's policy."""
+    """A replacement for torch.autocast with CUDA's policy."""
     return CudaAutocast(dtype) if dtype and enabled else nullcontext()
 
 
 def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: torch.dtype) -> None:
-    """Check that each pipeline gives images close to those in float32, as float32 images."""
+    """Check that each pipeline gives float32 images close to the images of `whole`, the float32 pipeline."""
     whole.set_progress_bar_config(disable=True)
     noise = torch.randn(2, *whole._shape(), generator=torch.Generator().manual_seed(0))
     arguments = {"class_labels": [0, 1], "latents": noise, "num_inference_steps": 3, "output_type": "latent"}
@@ -227,7 +227,7 @@ def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, mon
 
 @pytest.fixture
 def tf32():
-    """A process in which other code has turned on TF32; restored afterwards."""
+    """Turn on TF32, as other code in the process may do; restore float32 afterwards."""
 
     def switch(on: bool) -> None:
         torch.set_float32_matmul_precision("high" if on else "highest")
@@ -294,7 +294,7 @@ def test_every_command_with_a_device_option_uses_pick_device():
         assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`
 
 
-def test_evaluations_record_the_precision_and_older_ones_from_a_cpu_count_as_float32(tmp_path):
+def test_evaluations_record_the_precision_and_older_cpu_evaluations_count_as_float32(tmp_path):
     paths = []
     for name, torch_version, named in (
         ("new", "2.13.0+cu130", {"precision": FULL}),

@@ -75,7 +75,7 @@ def test_if_no_image_fits_activations_are_recomputed_and_then_the_plan_is_refuse
         recipe("dit-s8", wide, 64, gpu="rtx4090")
 
 
-def test_the_command_prints_what_it_computes(capsys):
+def test_the_command_prints_the_plans_as_json_and_as_text(capsys):
     main(["recipe", "dit-s8", "--gpus", "8", "--gpus", "64", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [one["gpus"] for one in found["recipes"]] == [8, 64]
@@ -87,7 +87,7 @@ def test_the_command_prints_what_it_computes(capsys):
     assert "an assumption" not in capsys.readouterr().out
 
 
-def test_a_mistake_costs_one_line(capsys):
+def test_a_mistake_gives_a_one_line_error(capsys):
     for words, part in (
         (["dit-b5"], "did you mean"),
         (["dit-s8", "--gpus", "7"], "must divide the 256 examples"),

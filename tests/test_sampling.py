@@ -33,7 +33,7 @@ def model(run_config) -> NestedDiT:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
-def test_a_sample_has_the_same_bits_whatever_is_drawn_with_it(run_config, model, sampler):
+def test_a_sample_has_the_same_bits_in_every_batch(run_config, model, sampler):
     config = replace(run_config, sample=replace(run_config.sample, sampler=sampler, steps=6))
     together = sample(model, config, 19)
     assert torch.equal(sample(model, config, 11), together[:11])
@@ -43,7 +43,7 @@ def test_a_sample_has_the_same_bits_whatever_is_drawn_with_it(run_config, model,
         assert torch.equal(torch.cat([images for _, images in drawn]), together[asked])
 
 
-def test_every_forward_pass_has_one_size_and_the_same_rows_whichever_samples_are_wanted(run_config, model):
+def test_every_forward_pass_has_the_same_size_and_rows_for_any_requested_samples(run_config, model):
     config = replace(run_config, sample=replace(run_config.sample, micro_batch=5))
 
     def inputs(asked) -> list[torch.Tensor]:
@@ -94,8 +94,8 @@ SPACED = {
 
 
 @pytest.mark.parametrize(("path", "sampler", "spacing"), SPACED)
-def test_another_version_of_diffusers_with_other_times_draws_the_same_samples(path, sampler, spacing, monkeypatch):
-    """As UniPC's flow steps are 999, 800, ... in 0.42 and 999, 799, ... in 0.35."""
+def test_another_diffusers_version_with_other_times_gives_the_same_samples(path, sampler, spacing, monkeypatch):
+    """UniPC's flow steps, for example, are 999, 800, ... in diffusers 0.42 and 999, 799, ... in 0.35."""
     times, levels = SPACED[path, sampler, spacing]
     diffusion = DiffusionConfig(path=path)
     theirs = getattr(importlib.import_module("diffusers"), SAMPLERS[sampler].schedulers[path])
@@ -121,7 +121,7 @@ def test_another_version_of_diffusers_with_other_times_draws_the_same_samples(pa
 
 
 class Euler:
-    """A user's own: x + dt velocity, in even steps of t."""
+    """A user's Euler scheduler: x + dt * velocity, in equal steps of t."""
 
     prediction = "velocity"
 
@@ -134,7 +134,7 @@ class Euler:
         return SimpleNamespace(prev_sample=x + (self.following.pop(0) - timestep / 1000) * prediction)
 
 
-def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeypatch):
+def test_a_users_euler_sampler_gives_the_samples_of_the_built_in_sampler(run_config, model, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": Euler}, spacings=()))
     euler, mine = (replace(run_config, sample=SampleConfig(sampler=name, steps=5)) for name in ("euler", "mine"))
     drawn = sample(model, mine, 10)  # of two batches: each has a scheduler of its own
@@ -148,7 +148,7 @@ def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeyp
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "image", "noise"])
-def test_a_stochastic_sampler_of_the_user_gets_its_prediction_and_noise(monkeypatch, prediction):
+def test_a_users_stochastic_sampler_receives_the_prediction_and_the_noise(monkeypatch, prediction):
     class Noisy(Euler):
         def step(self, prediction: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor, *, noise: torch.Tensor):
             seen.append(prediction)
@@ -170,7 +170,7 @@ def test_a_stochastic_sampler_of_the_user_gets_its_prediction_and_noise(monkeypa
 
 
 class NoStep:
-    """Lacks `step`."""
+    """A scheduler that lacks `step`."""
 
     prediction = "velocity"
     set_timesteps = Euler.set_timesteps
@@ -179,33 +179,33 @@ class NoStep:
 @pytest.mark.parametrize(
     ("schedulers", "message"),
     [
-        ({"flwo": Euler}, "serves paths that are registered: got 'flwo'; did you mean 'flow'"),
-        ({3: Euler}, "serves paths that are registered: got 3"),
-        ({}, "needs a scheduler by path, such as {'flow': MyScheduler}: got {}"),
-        (Euler, "needs a scheduler by path, .*: got <class"),
-        ({"flow": 3}, "for path flow must be a class, or the name of one in diffusers: got 3"),
+        ({"flwo": Euler}, "must use registered paths: got 'flwo'; did you mean 'flow'"),
+        ({3: Euler}, "must use registered paths: got 3"),
+        ({}, "needs a scheduler for each path, such as {'flow': MyScheduler}: got {}"),
+        (Euler, "needs a scheduler for each path, .*: got <class"),
+        ({"flow": 3}, "for path flow must be a class, or the name of a diffusers class: got 3"),
         ({"flow": NoStep}, "needs step: write them in NoStep"),
         ({"ddpm": SimpleNamespace}, "needs set_timesteps and step: write them in SimpleNamespace"),
     ],
 )
-def test_a_sampler_without_a_usable_scheduler_is_refused_when_it_is_registered(schedulers, message):
+def test_register_refuses_a_sampler_without_a_usable_scheduler(schedulers, message):
     with pytest.raises(UserError, match=f"sampler('s scheduler)? {message}"):
         register("sampler", "mine", Sampler(schedulers))
     assert "mine" not in SAMPLERS
 
 
-def test_a_sampler_serves_a_path_of_the_user_once_it_is_registered(monkeypatch):
+def test_a_sampler_supports_a_registered_path_of_the_user(monkeypatch):
     monkeypatch.setitem(PATHS, "curved", PATHS["flow"])
     assert Sampler({"curved": Euler}).schedulers == {"curved": Euler}
 
 
 def with_euler(**changes):
-    """A scheduler class with other attributes than Euler."""
+    """A copy of the class Euler with some attributes changed."""
     return type("Other", (Euler,), changes)
 
 
 def refused(monkeypatch, scheduler, **rules) -> str:
-    """The error of drawing with a sampler of this scheduler."""
+    """The error message when a sampler with this scheduler is used."""
     monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": scheduler}, **rules))
     noise = torch.zeros(2, 3, 4, 4)
     with pytest.raises(UserError) as refusal:
@@ -217,9 +217,9 @@ def refused(monkeypatch, scheduler, **rules) -> str:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        ("EulerSchedule", "a sampler names a scheduler class of diffusers: got EulerSchedule; did you mean"),
-        (with_euler(prediction="speed"), "Other.prediction must name what step takes: got speed; choose from image"),
-        (with_euler(prediction=None), "Other.prediction must name what step takes: got none; choose from"),
+        ("EulerSchedule", "a sampler must name a scheduler class of diffusers: got EulerSchedule; did you mean"),
+        (with_euler(prediction="speed"), "Other.prediction must name a quantity: got speed; choose from image"),
+        (with_euler(prediction=None), "Other.prediction must name a quantity: got none; choose from"),
         (lambda: SimpleNamespace(step=print), "lacks set_timesteps: write set_timesteps(steps)"),
         (lambda: SimpleNamespace(set_timesteps=print), "lacks step: write step(prediction, timestep, x)"),
         (with_euler(__init__=lambda self, path: None), "Other() ends with TypeError: "),
@@ -232,10 +232,10 @@ def refused(monkeypatch, scheduler, **rules) -> str:
         (with_euler(step=lambda self, v, t, x: SimpleNamespace(prev_sample=x[0])), "got prev_sample [3, 4, 4];"),
     ],
 )
-def test_a_scheduler_that_does_not_fit_is_one_line_with_the_samplers_name(monkeypatch, scheduler, message):
+def test_an_unusable_scheduler_gives_a_one_line_error_with_the_samplers_name(monkeypatch, scheduler, message):
     error = refused(monkeypatch, scheduler)
     assert message in error
-    assert error.startswith("sampler mine: " if not isinstance(scheduler, str) else "a sampler names")
+    assert error.startswith("sampler mine: " if not isinstance(scheduler, str) else "a sampler must name")
 
 
 def test_a_stochastic_step_must_take_noise(monkeypatch):
@@ -244,7 +244,7 @@ def test_a_stochastic_step_must_take_noise(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "path"), [("FlowMatchEulerDiscreteScheduler", "flow"), ("DDPMScheduler", "ddpm")])
-def test_a_class_of_diffusers_is_a_scheduler_of_the_user_too(monkeypatch, name, path):
+def test_a_users_sampler_can_have_a_scheduler_class_of_diffusers(monkeypatch, name, path):
     monkeypatch.setitem(
         SAMPLERS,
         "mine",
@@ -255,7 +255,7 @@ def test_a_class_of_diffusers_is_a_scheduler_of_the_user_too(monkeypatch, name, 
     assert drawn.shape == (2, 3, 4, 4)
 
 
-def test_seed_and_class_matter(run_config, model):
+def test_samples_depend_on_seed_and_class(run_config, model):
     first = sample(model, run_config, 3)
     assert not torch.allclose(first, sample(model, run_config, 3, seed=1), atol=1e-3)
     other = sample(model, run_config, 3, classes=[2])
@@ -271,12 +271,12 @@ def test_grids_keep_every_pixel():
     assert image_grid(pixels[..., :1]).size[0] > 0
 
 
-def test_pixels_cover_the_range():
+def test_pixel_values_are_scaled_and_clipped_to_0_to_255():
     values = torch.tensor([-2.0, -1, 0, 1, 2]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
     assert to_pixels(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
-def test_a_protocol_names_times_that_once_came_from_the_installed_diffusers():
+def test_a_protocol_names_the_diffusers_version_for_times_that_older_versions_chose():
     from dit_in_dit.sampling.numbered import sampling_protocol
 
     def times(path, sampler):

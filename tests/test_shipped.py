@@ -74,7 +74,7 @@ def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
         assert front["library_name"] == "dit-in-dit", folder  # diffusers' classes load a pipeline's folder alone
 
 
-def test_a_release_cannot_be_resumed_but_used_for_a_warm_start(run, run_config, tmp_path):
+def test_a_release_cannot_be_resumed_but_can_be_used_for_a_warm_start(run, run_config, tmp_path):
     export_release(run, tmp_path / "slim")
     with pytest.raises(UserError, match="holds averaged weights alone"):
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
@@ -84,7 +84,7 @@ def test_a_release_cannot_be_resumed_but_used_for_a_warm_start(run, run_config, 
     assert begun.values["begun"].new == 0
 
 
-def test_a_run_that_cannot_be_exported_is_a_one_line_error_and_leaves_no_files(run, tmp_path):
+def test_a_failed_export_gives_a_one_line_error_and_leaves_no_files(run, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="choose another --out"):
@@ -146,7 +146,7 @@ WITH_A_SHIPPED_RUN = {
 
 
 def listing(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of every file of a folder, and the folders in it."""
+    """Bytes and time of every file in a folder, and the names of its subfolders."""
     return {
         str(path.relative_to(folder)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns)
         for path in folder.rglob("*")
@@ -197,7 +197,7 @@ def test_pretrained_runs_are_listed_beside_presets_of_the_same_name(small, capsy
     assert set(SHIPPED) <= {line.split()[0] for line in listed.splitlines()}
 
 
-def test_doctor_skips_training_checks_for_a_run_with_weights_alone(small, run):
+def test_doctor_skips_training_checks_for_a_run_that_has_only_weights(small, run):
     report = examine(read_config(small), torch.device("cpu"), small)
     whole = examine(read_config(run), torch.device("cpu"), run)
     assert report.step == whole.step
@@ -248,7 +248,7 @@ def test_the_pretrained_pair_is_compared_in_one_table(capsys):
     assert "swd.32" in table
 
 
-def test_pretrained_models_draw_emoji_on_a_white_background(tmp_path, monkeypatch):
+def test_pretrained_models_generate_emoji_on_a_white_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no folder of that name lies here
     images = drawn("emoji", tmp_path / "out", "--classes", "smileys")
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]]

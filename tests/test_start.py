@@ -93,7 +93,7 @@ def test_a_warm_start_reports_whether_the_output_is_unchanged(plain, stages, inn
     assert begun.begun.exact == exact
 
 
-def test_fewer_outer_blocks_are_copied_evenly_or_as_named(plain):
+def test_a_warm_start_copies_evenly_spaced_or_named_outer_blocks(plain):
     config, run, trainer = plain
     theirs = [block.branches["mlp"][0].weight for block in trainer.model.outer_blocks]
     for blocks, expected in ((None, [0, 2, 3]), ([0, 1, 3], [0, 1, 3])):

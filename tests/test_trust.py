@@ -72,7 +72,7 @@ def test_a_config_in_another_yaml_style_is_accepted(trained):
     Checkpoint.open(trained).model(torch.device("cpu"))
 
 
-def test_a_config_hash_of_a_later_version_is_not_an_edited_config(trained, run_config, monkeypatch):
+def test_a_config_hash_of_a_later_version_does_not_count_as_an_edited_config(trained, run_config, monkeypatch):
     monkeypatch.setattr(checkpoint, "HASH_VERSION", 9)
     monkeypatch.setattr(checkpoint, "config_hash", lambda config: "another")
     tensors = {"weight": torch.zeros(1)}
@@ -167,7 +167,7 @@ def test_a_pipeline_refuses_non_finite_images(broken, output_type):
         pipeline_of(model, config, manifest["classes"])(0, output_type=output_type)
 
 
-def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, capsys, monkeypatch):
+def test_a_failed_sample_grid_does_not_end_a_run(run_config, tmp_path, capsys, monkeypatch):
     from dit_in_dit.sampling import numbered
 
     monkeypatch.setattr(numbered, "sample", lambda model, config, count: torch.full((count, 3, 8, 8), torch.nan))
@@ -177,7 +177,7 @@ def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(run_config, tmp_path, ca
     assert checkpoint.newest(tmp_path / "run").manifest["step"] == 6
 
 
-def test_features_of_other_images_of_the_same_names_are_not_reused(tmp_path, capsys):
+def test_features_are_not_reused_for_other_images_with_the_same_names(tmp_path, capsys):
     draw = np.random.default_rng(0)
     for name in ("subject", "real"):
         (tmp_path / name).mkdir()
@@ -200,7 +200,7 @@ BAD_JSON = [DEEP, "[]", "null", "{", '{"a": "\\ud800"}']
 
 @pytest.mark.parametrize("content", BAD_JSON)
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
-def test_a_damaged_identity_file_is_a_one_line_error(trained, tmp_path, capsys, command, content):
+def test_a_damaged_identity_file_gives_a_one_line_error(trained, tmp_path, capsys, command, content):
     file = {"sample": "samples.json", "evaluate": "identity.json"}[command]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / file).write_text(content)
@@ -241,7 +241,7 @@ def test_deeply_nested_evaluations_are_compared(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change", [{"classes": 3}, {"classes": [None]}, {"bytes": []}, {"bytes": {}}, {"sha256": {"a": 1}}, {"step": "6"}]
 )
-def test_a_manifest_with_wrong_types_is_damaged(trained, change):
+def test_a_manifest_with_wrong_types_counts_as_damaged(trained, change):
     folder = checkpoint.newest(trained).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["seal"]
@@ -298,7 +298,7 @@ def test_a_recipe_keeps_the_given_settings_and_its_defaults_fit(capsys):
     assert "--set train.steps=5" in capsys.readouterr().out
 
 
-def test_a_users_folder_named_like_a_temporary_one_is_kept(trained, tmp_path):
+def test_a_users_folder_named_like_a_temporary_folder_is_kept(trained, tmp_path):
     (tmp_path / "keep.part").mkdir()
     (tmp_path / "keep.part/mine.txt").write_text("mine")
     export_release(trained, tmp_path / "keep")

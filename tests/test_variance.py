@@ -174,7 +174,7 @@ def test_the_posterior_follows_from_bayes_rule():
 
 
 def test_ancestral_samples_have_the_distribution_of_the_data():
-    """Images from N(m, s^2): with the best prediction and variance, samples have that mean and deviation."""
+    """Images from N(m, s^2): with the best prediction and variance, samples have mean m and deviation s."""
     mean, std = 0.4, 0.5
     path = Objective(DDPM).path
 
@@ -224,7 +224,7 @@ def test_sampler_ddpm_without_a_noise_source_is_refused():
 
 
 def test_a_run_learns_its_variance(config, tmp_path):
-    """Training moves the rows of the variance fraction in a head that starts at zero."""
+    """Training changes the head's rows for the variance fraction, which start at zero."""
     run = with_train(config, steps=6, checkpoint_every=6)
     kinds = [fact.kind for fact in train(run, tmp_path / "run")]
     assert kinds.count("step") == 6

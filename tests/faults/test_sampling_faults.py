@@ -209,7 +209,7 @@ def test_a_folder_of_other_samples_is_refused_and_unchanged(words, unbroken, tmp
     with pytest.raises(SystemExit) as stop:
         main([*words, str(foreign)])
     assert stop.value.code == 2
-    assert "000063.png was not drawn by this command" in capsys.readouterr().err
+    assert "000063.png was not written by this command" in capsys.readouterr().err
     assert [path.name for path in foreign.iterdir()] == ["000063.png"]
     assert tree(unbroken) == before
 

@@ -1,4 +1,5 @@
-"""Choices: config keys whose value names a class or function in a table. `register` adds a user's own.
+"""Choices: config keys whose value names a class or function in a table. `register` adds a user's class or
+function.
 
     import dit_in_dit
     from dit_in_dit.model.aggregate import Aggregator
@@ -8,7 +9,7 @@
 
     dit_in_dit.register("aggregate", "max", Max)
 
-This module imports no torch. A table is imported on first use, and only names that are not built in need it.
+This module imports no torch. A table is imported when a name that is not built in is first used.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Kind:
     """A kind of choice.
 
     Attributes:
-        keys: config keys that take a name of this kind; empty where a command or a study takes it.
+        keys: config keys that take a name of this kind; empty if a command or a study takes the name.
         module: module of the package that holds the table.
         table: name of the table, a dictionary.
         base: name of the class that states what a choice must offer; empty: any callable.
@@ -75,9 +76,9 @@ def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
         kind: embed, aggregate, mixer, condition, fuse, spread, norm, path, predict, weight, time, sampler, optimizer,
             source, metric, tracker.
         name: its name in the config: a letter, then letters, digits, `_`, `-`, `.` and `+`.
-        thing: a subclass of the kind's base, a `Sampler`, a `Metric`, or a function.
-        keys: its own config keys, a `config.schema.Section`. The config sets them under `plugins.NAME`; `thing` reads
-            them as `plugins["NAME"]` of the config group that it receives. For model parts, optimizers and sources.
+        thing: the class or function: a subclass of the kind's base, a `Sampler`, a `Metric`, or a function.
+        keys: config keys of `thing`, a `config.schema.Section`. The config sets the keys under `plugins.NAME`; `thing`
+            reads them as `plugins["NAME"]` of its config group. Only for model parts, optimizers and sources.
 
     Raises:
         UserError: the kind is unknown, the name is taken or invalid, or the class lacks a method of its base.
@@ -85,7 +86,7 @@ def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
     if kind not in KINDS:
         raise UserError(f"register: unknown kind {truncate(kind, 40)!r}{did_you_mean(str(kind), KINDS)}")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
-        raise UserError(f"register: a name is letters, digits, '_', '-', '.' and '+': got {truncate(name, 40)!r}")
+        raise UserError(f"register: a name must be a letter, then letters, digits, _-.+: got {truncate(name, 40)!r}")
     entries = table(kind)
     if name in entries and not _is_same(entries[name], thing):
         raise UserError(f"register: the {kind} {name!r} exists already: choose another name")
@@ -119,35 +120,35 @@ def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
-    """Check that a config names no class of a plug-in: an exported pipeline carries the package's own code only.
+    """Check that a config names no class of a plug-in: an exported pipeline carries only the package's code.
 
     Args:
         values: every value of a config, by dotted key.
 
     Raises:
-        UserError: a model part of the config is a plug-in's.
+        UserError: a model part of the config comes from a plug-in.
     """
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
         part = table(KEYS[key])[values[key]]
         if part is not None and part.__module__.split(".")[0] != PACKAGE:
             raise UserError(
-                f"a pipeline carries the package's own code only, but {key}={values[key]} is a plug-in's: "
-                "export --format run, and load it with --plugin"
+                f"a pipeline must have no class of a plug-in: got {key}={values[key]}; use export --format run, "
+                "and load the exported run with --plugin"
             )
 
 
 def crosses_patches(mixer: str) -> bool:
-    """Whether inner tokens of a mixer see past their patch."""
+    """Whether a mixer mixes inner tokens of several patches."""
     return CROSSES_PATCHES[mixer] if mixer in CROSSES_PATCHES else bool(table("mixer")[mixer].crosses_patches)
 
 
 def keeps_outer(fuse: str) -> bool:
-    """Whether a fusion keeps the outer tokens; false: the aggregated tokens replace them."""
+    """Whether a fusion keeps the outer tokens; false if the aggregated tokens replace the outer tokens."""
     return KEEPS_OUTER[fuse] if fuse in KEEPS_OUTER else bool(table("fuse")[fuse].keeps_outer)
 
 
 def reads_outer(condition: str) -> bool:
-    """Whether a condition drives inner adaLN by the outer tokens."""
+    """Whether a condition gives the outer tokens to inner adaLN."""
     return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
 
 
@@ -159,7 +160,7 @@ def _check_contract(kind: str, name: str, thing: Any) -> None:
     base = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].base)
     if KINDS[kind].instance:
         if not isinstance(thing, base) or getattr(thing, "name", name) != name:
-            raise UserError(f"register: the {kind} {name!r} must be a {base.__name__} of that name")
+            raise UserError(f"register: the {kind} {name!r} must be a {base.__name__} with that name")
         return
     if not (inspect.isclass(thing) and issubclass(thing, base)):
         raise UserError(
@@ -174,13 +175,13 @@ def _check_keys(kind: str, name: str, keys: Any) -> None:
     from dit_in_dit.config.schema import Section  # which imports this module
 
     if kind not in (*PARTS, "optimizer", "source"):
-        raise UserError(f"register: a {kind} takes no keys of its own: leave out keys")
+        raise UserError(f"register: a {kind} cannot have config keys: leave out keys")
     if not (inspect.isclass(keys) and issubclass(keys, Section)):
         raise UserError(
             f"register: the keys of {name!r} must be a class with the base dit_in_dit.config.schema.Section"
         )
     if keys.prefix not in ("", f"plugins.{name}"):
-        raise UserError(f"register: these keys belong to {keys.prefix}: give {name!r} a class of its own")
+        raise UserError(f"register: these keys belong to {keys.prefix}: write another class for {name!r}")
     if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
         raise UserError(f"register: plugins.{name} exists already: choose another name")
     try:
@@ -190,7 +191,7 @@ def _check_keys(kind: str, name: str, keys: Any) -> None:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether both are one definition, of a module that ran twice (as in a worker process)."""
+    """Whether both come from one definition, in a module that ran twice (as in a worker process)."""
     if type(one) is type(other) and not callable(one):
         return True if one == other else repr(one) == repr(other)
     names = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]

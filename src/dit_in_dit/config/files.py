@@ -18,7 +18,7 @@ from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
 
 class _Dumper(yaml.SafeDumper):
-    """Groups as blocks with one key per line; lists such as [32, 32] inline."""
+    """Writes groups as blocks with one key per line, and lists such as [32, 32] inline."""
 
 
 _Dumper.add_representer(
@@ -32,7 +32,7 @@ def from_yaml(text: str, what: str = "config") -> RunConfig:
 
 
 def from_file(path: Path, what: str = "") -> RunConfig:
-    """Read a config from a YAML file; if that fails, a UserError names `what` the file is."""
+    """Read a config from a YAML file. In the message of a UserError, `what` is the kind of file."""
     return _run(read_yaml(path, f"{what} " if what else ""), truncate(path))
 
 
@@ -52,7 +52,7 @@ def first_difference(stored: RunConfig, new: RunConfig) -> str:
 
 
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
-    """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key's meaning as a comment."""
+    """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key has its meaning as a comment."""
     return "".join(f"{line:<32}  # {meaning}\n" if meanings else f"{line}\n" for line, meaning in _yaml_lines(config))
 
 
@@ -93,7 +93,7 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise UserError(
-                    f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one"
+                    f"{name}: {group} was set to {truncate(target, 40)!r}, which has no keys: leave out one of the two"
                 )
         target[last] = value
     return RunConfig.from_dict(values)
@@ -103,6 +103,6 @@ HASH_VERSION = 2  # raise it with each release that adds keys, and give the new 
 
 
 def config_hash(config: RunConfig) -> str:
-    """SHA-256 of the config's canonical JSON, the identity of a run. A later key counts only if it is not at its
-    default."""
+    """SHA-256 of the config's canonical JSON, the identity of a run. A key of a later version counts only if its value
+    is not the default."""
     return hashlib.sha256(json.dumps(to_hash(config), sort_keys=True).encode()).hexdigest()

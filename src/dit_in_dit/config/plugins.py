@@ -1,7 +1,7 @@
 """Plug-ins: a user's Python files or packages, which register choices.
 
-The command line names a plug-in: `--plugin my_idea.py`, or an entry point of the group `dit_in_dit.plugins`. A user's
-own program imports it. No loaded file, such as a config, can name one.
+The option `--plugin` names a plug-in: a file (`my_idea.py`), or an entry point of the group `dit_in_dit.plugins`. A
+user's own program imports the plug-in itself. A loaded file, such as a config, cannot name a plug-in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GROUP = "dit_in_dit.plugins"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in as a run records it: its name without the folder, and the SHA-256 of its source."""
+    """A plug-in as a run records it: the file name without the folder, and the SHA-256 of the source."""
 
     name: str
     sha256: str
@@ -82,11 +82,11 @@ def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _module_of(path: Path) -> str:
-    """Import name of a plug-in file. Its folder is appended to the search path, to hide no installed module."""
+    """Import name of a plug-in file. The folder is put last in the search path and so hides no installed module."""
     if not path.is_file():
         raise UserError(f"--plugin: no such file: {truncate(path, 80)}")
     if not path.stem.isidentifier():
-        raise UserError(f"--plugin: a file is imported by its name: {path.name!r} must be letters, digits and '_'")
+        raise UserError(f"--plugin: a file name must be letters, digits and '_': got {path.name!r}; rename it")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = find_spec(path.stem)
@@ -103,6 +103,6 @@ def _entry_point(name: str) -> str:
     if name not in points:
         raise UserError(
             f"--plugin: no installed package has an entry point {truncate(name, 40)!r} in {GROUP}"
-            f"{did_you_mean(name, points)}; a file ends in .py"
+            f"{did_you_mean(name, points)}; a file must end in .py"
         )
     return points[name].module

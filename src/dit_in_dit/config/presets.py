@@ -1,4 +1,4 @@
-"""Named runs, each a literal: `get(name)` returns a config, and `NAMES` lists the names."""
+"""Presets, the configs of named runs: `get(name)` returns a config, and `NAMES` lists the names."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ class DataConfig(Section):
     latent_scale: tuple[float, ...] | None = key(
         None, "latents: multiplied afterwards; null: the VAE's (0.18215 for Stable Diffusion)", low=1e-6, high=1e6
     )
-    posterior: Literal["sample", "mean"] = key("sample", "latents: sample (a new draw per training example), mean")
+    posterior: Literal["sample", "mean"] = key("sample", "latents: sample (new noise per training example), mean")
     corrupt: Literal["error", "skip"] = key("error", "unreadable image files: error (stop), skip (leave out and count)")
     workers: int = key(0, "processes that prepare batches; 0: the training process", low=0, high=256)
 
@@ -231,7 +231,7 @@ class TrainConfig(Section):
     lr_scale: RateConfig = key(RateConfig, "factors on the learning rate, by level")
     init: str | None = key(None, "run whose averaged weights this run starts from; null: random weights")
     init_blocks: tuple[int, ...] | None = key(
-        None, "outer blocks to take from it, in order; null: all, or the needed number evenly spaced", low=0, high=999
+        None, "outer blocks to take from init, in order; null: all, or the needed number evenly spaced", low=0, high=999
     )
     weight_decay: float = key(0.0, "weight decay", low=0, high=10)
     beta2: float = key(0.999, "decay of Adam's average of squared gradients", low=0, high=0.9999999)
@@ -273,10 +273,10 @@ class TrainConfig(Section):
             )
         if self.reduction == "fixed" and self.accumulate & (self.accumulate - 1):
             raise UserError(
-                f"train.reduction=fixed adds in pairs: train.accumulate must be a power of two, got {self.accumulate}"
+                f"train.accumulate must be a power of two with train.reduction=fixed: got {self.accumulate}"
             )
         if self.reduction == "fixed" and self.parallel == "fsdp":
-            raise UserError("train.reduction=fixed sums whole gradients: use train.parallel=ddp with it")
+            raise UserError("train.reduction=fixed needs whole gradients: set train.parallel=ddp")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Table of the samplers: the scheduler of each for every path it serves, and its rules; no torch."""
+"""Table of the samplers: the schedulers of each sampler, by path, and the sampler's rules; no torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SCHEDULER_METHODS = ("set_timesteps", "step")
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler.
+    """A sampler: its schedulers and rules.
 
     Attributes:
-        schedulers: by path, the name of a scheduler class of diffusers, or a class of the user's own
-            (`dit_in_dit.diffusion.schedulers.Scheduler`). Every batch is drawn with a new object of it.
-        stochastic: each step takes noise.
+        schedulers: scheduler by path: the name of a class in the `diffusers` library, or a user's own class
+            (`dit_in_dit.diffusion.schedulers.Scheduler`). Every batch is sampled with a new object of that class.
+        stochastic: whether each step takes noise.
         least_steps: smallest number of steps that works.
-        spacing: of the steps of path ddpm where `sample.spacing` is null.
+        spacing: spacing of the steps on path ddpm if `sample.spacing` is null.
         spacings: values of `sample.spacing` that fit.
 
     Raises:
@@ -39,20 +39,20 @@ class Sampler:
     def __post_init__(self) -> None:
         if not isinstance(self.schedulers, Mapping) or not self.schedulers:
             got = truncate(repr(self.schedulers), 40)
-            raise UserError(f"a sampler needs a scheduler by path, such as {{'flow': MyScheduler}}: got {got}")
+            raise UserError(f"a sampler needs a scheduler for each path, such as {{'flow': MyScheduler}}: got {got}")
         for path, scheduler in self.schedulers.items():
             if path not in BUILT_IN_PATHS and path not in (known := choice_names("diffusion.path", BUILT_IN_PATHS)):
                 hint = did_you_mean(str(path), known)
-                raise UserError(f"a sampler serves paths that are registered: got {truncate(repr(path), 40)}{hint}")
+                raise UserError(f"a sampler must use registered paths: got {truncate(repr(path), 40)}{hint}")
             if not isinstance(scheduler, str):
                 _check_class(path, scheduler)
 
 
 def _check_class(path: str, scheduler: object) -> None:
-    """UserError where a scheduler cannot be created, or its class lacks a method."""
+    """UserError if a scheduler cannot be created, or its class lacks a method."""
     if not callable(scheduler):
         raise UserError(
-            f"a sampler's scheduler for path {path} must be a class, or the name of one in diffusers: "
+            f"a sampler's scheduler for path {path} must be a class, or the name of a diffusers class: "
             f"got {truncate(repr(scheduler), 40)}"
         )
     forwards = hasattr(scheduler, "__getattr__")  # to an object that may have the methods
@@ -79,7 +79,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def check_sampler(path: str, sampler: str, steps: int) -> None:
-    """UserError where a sampler does not serve this path or number of steps."""
+    """UserError if a sampler does not support this path or number of steps."""
     if path == "ddpm" and 1000 % steps:  # else the steps of diffusers no longer match its times
         raise UserError(f"sample.steps must divide 1000 with diffusion.path=ddpm: got {steps}; use 50, 100 or 250")
     rules = SAMPLERS[sampler]

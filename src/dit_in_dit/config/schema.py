@@ -18,10 +18,11 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
 def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
-    """A dataclass field with a meaning (printed beside it in YAML) and a closed range.
+    """A dataclass field with a meaning (printed beside the key in YAML) and a closed range.
 
     `added` is the first version of the config hash (`files.HASH_VERSION`) that includes the key. A key with `added`
-    above 1 is left out of the hash at its default, so older configs keep their hash; its default must never change.
+    above 1 is left out of the hash if its value is the default: older configs keep their hash. That default must never
+    change.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
     if isinstance(default, type):
@@ -34,7 +35,7 @@ T = TypeVar("T", bound="Section")
 
 @dataclass(frozen=True)
 class Section:
-    """A group of config keys. Construction checks types and ranges, then `check` the rules between keys."""
+    """A group of config keys. Construction checks types and ranges, then calls `check` for the rules between keys."""
 
     prefix: ClassVar[str] = ""
 
@@ -55,7 +56,7 @@ class Section:
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Build from nested mappings. Raises UserError, with the nearest known key for an unknown one."""
+        """Build from nested mappings. For an unknown key, a UserError names the nearest known key."""
         known = {f.name for f in _fields(cls)}
         for name in values:
             if name not in known:
@@ -114,7 +115,7 @@ class PluginKeys(Section):
             yield name, (type(section).__doc__ or "").partition("\n")[0], section
 
     def including(self, names: Iterable[str]) -> PluginKeys:
-        """These sections, plus default sections for those of `names` that declare keys and have no section yet."""
+        """These sections, plus a default section for each of `names` that declares keys and has no section yet."""
         known, registered = dict(self.sections), plugin_keys()
         missing = sorted({name for name in names if name in registered and name not in known})
         return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))
@@ -138,7 +139,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
-    """Convert a value from YAML or Python to the type `hint`; UserError if it does not fit."""
+    """Convert a value from YAML or Python to the type `hint`; UserError if the value does not fit."""
 
     def wrong() -> UserError:
         return UserError(f"{name} must be {_spell(hint)}: got {truncate(value, 60)!r}")
@@ -190,7 +191,7 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "a group of names and values"
     if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
-        return f"a list, each {_spell(get_args(hint)[0])}"
+        return f"a list of values, each {_spell(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         return f"{len(get_args(hint))} values, each {_spell(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
@@ -207,7 +208,7 @@ def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def to_hash(config: Section) -> dict[str, Any]:
-    """`to_dict` without keys of `added` above 1 that have their default."""
+    """`to_dict` without the keys that have `added` above 1 and their default value."""
     plain = to_dict(config)
     for f in _fields(config):
         if f.metadata["added"] > 1 and getattr(config, f.name) == _default(f):

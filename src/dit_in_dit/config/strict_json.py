@@ -1,4 +1,4 @@
-"""JSON from untrusted files: limited in size, and one line for each error."""
+"""JSON from untrusted files, with a size limit and one-line errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_json(content: str | bytes, what: str, advice: str = "write it again") 
 
     Raises:
         UserError: the text is not JSON or not UTF-8, nests beyond Python's recursion limit, or holds a number of
-            thousands of digits. The message names `what` and ends with `advice`.
+            thousands of digits. The message starts with `what` and ends with `advice`.
     """
     try:
         return json.loads(content.decode("utf-8-sig") if isinstance(content, bytes) else content)
@@ -34,8 +34,8 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
     """The JSON object of a file of at most MOST_BYTES.
 
     Raises:
-        UserError: the file cannot be read, is too long, or holds something else. The message names `what` the file is
-            (such as `the plan `) and its path, and ends with `advice`.
+        UserError: the file cannot be read, is too long, or holds something else. The message gives `what`, the kind of
+            file (such as `the plan `), and the path, and ends with `advice`.
     """
     shown = f"{what}{truncate(path)}"
     try:
@@ -65,8 +65,8 @@ def parse_lines(lines: Sequence[bytes], what: str, advice: str) -> list[dict[str
 
 
 def has_form(value: object, form: Any) -> bool:
-    """Whether a JSON value matches a form: a type, (types) for one of several, {key: form} for at least these keys,
-    [form] for a list of any length. True and false do not count as numbers.
+    """Whether a JSON value matches a form: a type, (types) for any of these types, {key: form} for at least these
+    keys, [form] for a list of any length. True and false do not count as numbers.
 
     >>> has_form({"a": [1, 2], "b": None}, {"a": [int]})
     True

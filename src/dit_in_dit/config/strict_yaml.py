@@ -48,7 +48,7 @@ def parse_yaml(text: str, what: str) -> Any:
     except UserError:
         raise
     except RecursionError:
-        raise UserError(f"{what} nests too deeply, or holds itself: write it with fewer levels") from None
+        raise UserError(f"{what} nests too deeply, or contains itself: write it with fewer levels") from None
     except (yaml.YAMLError, TypeError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -57,7 +57,7 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters of a node and of all below it with aliases expanded; RecursionError for a node that holds itself."""
+    """Number of characters of a node with its children, aliases expanded; RecursionError if a node contains itself."""
     if id(node) not in known:
         if isinstance(node, yaml.ScalarNode):
             known[id(node)] = len(node.value) + 1
@@ -68,7 +68,7 @@ def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_yaml(path: Path, what: str = "") -> Any:
-    """The value of a YAML file; if that fails, a UserError names `what` the file is.
+    """The value of a YAML file. In the message of a UserError, `what` is the kind of file.
 
     At most MOST_BYTES are read, so that a device, a pipe or a large file costs no memory.
     """

@@ -39,10 +39,10 @@ def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
 
 
 def loss_on(quantity: str) -> Weight:
-    """The weight that puts the loss on a quantity: the squared ratio of two determinants.
+    """A weight that turns the squared error of the prediction into the squared error of `quantity`.
 
-    At a fixed x_t, an error in one quantity is an error in any other times the ratio of their determinants. So a loss
-    on the velocity needs a weight and no conversion.
+    At a fixed x_t, the errors in two quantities differ by a factor, the ratio of the two determinants; the weight is
+    the square of this ratio. A loss on the velocity therefore needs no conversion of the prediction.
     """
 
     def weight(path: Flow, predict: str, t: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def loss_on(quantity: str) -> Weight:
 
 
 def min_snr(path: Flow, predict: str, t: Tensor) -> Tensor:
-    """min(SNR, gamma) on the error of the image, SNR = (a/b)^2; finite at both ends of the path."""
+    """Weight min(SNR, gamma) of the image's squared error, SNR = (a/b)^2; finite at both ends of the path."""
     a, b = path.coefficients(t)
     match predict:
         case "image":
@@ -78,7 +78,7 @@ LOSS_WEIGHTS: dict[str, Weight] = {
 
 
 class Objective:
-    """The configured loss: squared error of the prediction, times a weight that puts it on the quantity of `weight`."""
+    """The configured loss: squared error of the prediction, times a weight for the quantity `diffusion.weight`."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config, self.path = config, make_path(config)
@@ -95,7 +95,7 @@ class Objective:
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Weighted squared error per example (N,), in float32.
 
-        With a learned variance on the ddpm path, the term of the variational bound is added: in expectation this is
+        With a learned variance on the ddpm path, the term of the variational bound is added: the expected loss is
         L_simple + L_vlb / 1000 (Nichol & Dhariwal 2021, section 3.4).
         """
         x_t = self.noisy(x, noise, t)
@@ -108,22 +108,22 @@ class Objective:
         return loss + vlb_term(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))
 
     def image(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The image estimate (N, C, H, W) of a model's output."""
+        """The image estimate (N, C, H, W) from a model's output."""
         return convert(self.path, split_prediction(output, x_t)[0], x_t, t, given=self.config.predict, wanted="image")
 
     def estimate(
         self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x_t from images, noise and times (N,), and the image estimate (N, C, H, W) of the prediction at x_t."""
+        """x_t (from images, noise and times (N,)) and the image estimate of the model at x_t, both (N, C, H, W)."""
         x_t = self.noisy(x, noise, t)
         return x_t, self.image(predict(x_t, t, y).float(), x_t, t)
 
     def denoising_error(
         self, predict: Predict, x: Tensor, noise: Tensor, t: float, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Squared error of the image estimate per example (N,): over all frequencies, and over the high ones.
+        """Squared error of the image estimate per example (N,): over all frequencies, and over high frequencies only.
 
-        2x2 averaging removes the high frequencies: they are the finest level of a Haar pyramid.
+        The high frequencies are those that 2x2 averaging removes: the finest level of a Haar pyramid.
         """
         times = self.path.snap(torch.full((len(x),), t, device=x.device))
         error = self.estimate(predict, x, noise, times, y)[1] - x
@@ -131,7 +131,7 @@ class Objective:
 
 
 def high_frequencies(x: Tensor) -> Tensor:
-    """x (N, C, H, W) less its 2x2 block means; odd sizes have smaller blocks at the far border."""
+    """x (N, C, H, W) minus its 2x2 block means; if a size is odd, the blocks at the far border are smaller."""
     low = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
     low = low.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return x - low[..., : x.shape[-2], : x.shape[-1]]

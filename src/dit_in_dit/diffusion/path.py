@@ -1,7 +1,7 @@
 """The path from image x to noise e, x_t = a(t) x + b(t) e, and the quantities that a model may predict on it.
 
-Every prediction is a pair of coefficients: velocity, image and noise are all u x + w e. A prediction and x_t are two
-equations in x and e, so that one 2x2 solve converts any prediction into any other.
+Every quantity (velocity, image or noise) is u x + w e with its pair of coefficients (u, w). A prediction and x_t give
+two equations in x and e, so that one 2x2 solve converts a prediction of any quantity into any other quantity.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Flow:
     """Rectified flow (Liu et al. 2022; SiT): a = 1 - t, b = t, velocity = e - x."""
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a(t), b(t), shaped as t."""
+        """a(t), b(t), with the shape of t."""
         return 1 - t, t
 
     def velocity(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class Flow:
         return -torch.ones_like(a), torch.ones_like(b)
 
     def snap(self, t: Tensor) -> Tensor:
-        """The time itself: every time is on the path."""
+        """t unchanged, because every time is on the path."""
         return t
 
 
@@ -63,7 +63,7 @@ class Ddpm(Flow):
         self.table = on_device(lambda: table)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a(t), b(t), shaped as t."""
+        """a(t), b(t), with the shape of t."""
         a, b = self.table(t.device).to(t.dtype)[:, self.step(t)]
         return a, b
 
@@ -102,7 +102,7 @@ def prediction_coefficients(path: Flow, name: str, a: Tensor, b: Tensor) -> tupl
 
 
 def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Tensor:
-    """a w - b u of the 2x2 system, at least `floor` in size, with its sign."""
+    """Determinant a w - b u of the 2x2 system; an absolute value below `floor` becomes `floor`, the sign stays."""
     u, w = prediction_coefficients(path, name, a, b)
     det = a * w - b * u
     return torch.where(det < 0, -1.0, 1.0) * det.abs().clamp(min=floor)

@@ -1,4 +1,4 @@
-"""Sampling, from noise to images, with the schedulers of diffusers or a user's own."""
+"""Sampling, from noise to images, with the schedulers of the `diffusers` library or a user's own scheduler."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Noise = Callable[[], Tensor]  # returns the next noise (N, C, H, W) of a batch
 def denoise(
     predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
 ) -> Tensor:
-    """Images (N, C, H, W) from noise along the configured path; arguments and errors are those of `trajectory`."""
+    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`."""
     last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
     return last[0][-1]
 
@@ -42,11 +42,11 @@ def trajectory(
     The last x is the sample.
 
     Args:
-        noise: (N, C, H, W), or a function that returns it first, and then the noise of each step of a stochastic
-            sampler.
+        noise: (N, C, H, W), or a function. Its first call returns the initial noise; each later call returns the
+            noise of one step of a stochastic sampler.
 
     Raises:
-        UserError: the sampler does not serve the path or the number of steps, or a user's scheduler does not fit.
+        UserError: the sampler does not support the path or the number of steps, or a user's scheduler does not fit.
     """
     path = make_path(diffusion)
     for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):
@@ -80,12 +80,12 @@ def _calls(
 
 
 def _one(noise: Tensor) -> Noise:
-    """A function that returns the noise once."""
+    """A function that returns the noise, and raises ValueError at its second call."""
     unused = [noise]
 
     def draw() -> Tensor:
         if not unused:
-            raise ValueError("this sampler draws noise at every step: give a function, such as numbered_noise(...)")
+            raise ValueError("this sampler needs noise at every step: pass a function, such as numbered_noise(...)")
         return unused.pop()
 
     return draw
@@ -94,7 +94,7 @@ def _one(noise: Tensor) -> Noise:
 def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t (Kynkaanniemi et al. 2024).
 
-    Class `null` is no class. Channels of the variance are not guided: they are those of the given class.
+    `null` is the number of the null class. Variance channels are not guided: they come from the given class.
     """
     if how.guidance == 1 or null == 0:
         return predict

@@ -1,4 +1,4 @@
-"""Schedulers for a path: those of diffusers, with times that are the same in every version, and a user's own."""
+"""Schedulers for a path: a user's own, and those of the `diffusers` library, with equal times in all its versions."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels 
 
 
 class Scheduler(Protocol):
-    """A scheduler of the user's own, which a `config.samplers.Sampler` names for a path; created without arguments.
+    """A user's own scheduler; a `config.samplers.Sampler` holds the class, which is called without arguments.
 
     Attributes:
         prediction: the prediction that `step` takes: velocity, image or noise.
-        timesteps: after `set_timesteps`, 1000 t of each network call, from noise to image. On path flow, `sigmas`, if
-            the scheduler has them, are t itself, free of rounding.
+        timesteps: after `set_timesteps`, 1000 t of each network call, from noise to image. If the scheduler
+            has `sigmas`, then on path flow the sigmas are t itself, without rounding.
     """
 
     prediction: str
     timesteps: Tensor
 
     def set_timesteps(self, steps: int) -> None:
-        """Begin again, with this number of steps."""
+        """Start a new trajectory with this number of steps."""
         ...
 
     def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Any:
-        """An object whose `prev_sample` is the next x (N, C, H, W); a stochastic sampler's step also takes the keyword
-        `noise`, of x's shape."""
+        """An object whose `prev_sample` is the next x (N, C, H, W). The step of a stochastic sampler also takes the
+        keyword `noise`, with the shape of x."""
         ...
 
 
@@ -69,7 +69,7 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None
 
 
 def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) -> Any:
-    """A new scheduler of a user's, checked."""
+    """Create a user's own scheduler and check it."""
     name = f"sampler {sampler}: {getattr(create, '__name__', 'its scheduler')}"
     try:
         scheduler = create()
@@ -96,12 +96,12 @@ def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) ->
         prediction = ""
     if prediction not in QUANTITIES:
         hint = did_you_mean(prediction, QUANTITIES)
-        raise UserError(f"{name}.prediction must name what step takes: got {truncate(prediction or 'none', 40)}{hint}")
+        raise UserError(f"{name}.prediction must name a quantity: got {truncate(prediction or 'none', 40)}{hint}")
     return scheduler
 
 
 def check_timesteps(scheduler: Any, sampler: str) -> None:
-    """UserError where `set_timesteps` has left no finite timesteps (K,)."""
+    """UserError if `set_timesteps` has not set finite timesteps (K,)."""
     times = getattr(scheduler, "timesteps", None)
     if isinstance(times, Tensor) and times.ndim == 1 and len(times) and bool(times.isfinite().all()):
         return
@@ -113,7 +113,7 @@ def check_timesteps(scheduler: Any, sampler: str) -> None:
 
 
 def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
-    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError where there is none."""
+    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError if it has not returned x."""
     after = getattr(step, "prev_sample", None)
     if isinstance(after, Tensor) and after.shape == x.shape:
         return after
@@ -140,31 +140,31 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
     if not hasattr(diffusers, name):
         known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
         raise UserError(
-            f"a sampler names a scheduler class of diffusers: got {truncate(name, 40)}{did_you_mean(name, known)}"
+            f"a sampler must name a scheduler class of diffusers: got {truncate(name, 40)}{did_you_mean(name, known)}"
         )
     return getattr(diffusers, name).from_config(options)
 
 
 def matches_flow(scheduler: Any) -> bool:
-    """Whether a scheduler is one of diffusers for straight paths."""
+    """Whether a scheduler has, or inherits from, a class of the `diffusers` library for straight paths."""
     return any(kind.__name__ in STRAIGHT for kind in type(scheduler).__mro__)
 
 
 def is_ddpm(scheduler: Any) -> bool:
-    """Whether `variance.ancestral` replaces a scheduler's step: that of diffusers adds noise to the finished image."""
+    """Whether `variance.ancestral` replaces a scheduler's step: `DDPMScheduler.step` adds noise to the final image."""
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
 def scheduler_option(scheduler: Any, name: str) -> Any:
-    """The value of an option of the scheduler's class; None where the class has no such option.
+    """The value of an option of the scheduler's class; None if the class has no such option.
 
-    The config alone is not enough: `from_config` keeps unused options of the class that was replaced.
+    `scheduler.config` is not enough: `from_config` also keeps options of an earlier class that this class lacks.
     """
     return scheduler.config.get(name) if name in signature(type(scheduler).__init__).parameters else None
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
-    """Begin again, with this number of steps."""
+    """Start a new trajectory with this number of steps."""
     if matches_flow(scheduler):
         # Even steps of 1/steps down to zero. By default the last but one ends at 1/1000, where the velocity, and with
         # it Heun's correction, is 1000 times the error of the image.
@@ -180,10 +180,10 @@ def set_steps(scheduler: Any, steps: int) -> None:
 
 
 def _own_steps(scheduler: Any, steps: int) -> Steps | None:
-    """Timesteps of a scheduler of `SPACED`, and its noise levels where it has some, as in diffusers 0.42.
+    """Timesteps of a scheduler in `SPACED`, and the noise levels if the scheduler has any, as in diffusers 0.42.
 
-    Versions differ: UniPC's second of 25 flow steps is 960 in 0.42 and 959 in 0.35. None where an option of the
-    scheduler asks for other steps.
+    Versions differ: UniPC's second of 25 flow steps is 960 in 0.42 and 959 in 0.35. If an option of the scheduler
+    asks for other steps, the result is None.
     """
     spaced = SPACED.get(type(scheduler).__name__)
     if spaced is None or any(scheduler_option(scheduler, key) for key in RESHAPING):
@@ -217,7 +217,7 @@ def _unipc_steps(scheduler: Any, steps: int) -> Steps:
 
 
 def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
-    """Steps on either path; `straight` picks the levels of a straight path from steps + 1 even ones."""
+    """Steps on either path. On a straight path, `straight` picks `steps` levels from steps + 1 evenly spaced levels."""
     config = scheduler.config
     total = config.num_train_timesteps
     if scheduler_option(scheduler, "use_flow_sigmas"):
@@ -245,12 +245,12 @@ SPACED: dict[str, Callable[[Any, int], Steps]] = {
 
 
 def _shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
-    """Noise levels with more steps at the noisy end (Esser et al. 2024, equation 23); shift 1 changes none."""
+    """Noise levels with more steps at the noisy end (Esser et al. 2024, equation 23); shift 1 changes no level."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) -> NDArray[np.int64]:
-    """Times of the ddpm path from the noisy end; `last`: whether the cleanest of evenly spaced times is one of them."""
+    """Times of the ddpm path from the noisy end; `last`: include the last of the evenly spaced times."""
     if spacing == "trailing":
         return np.arange(total, 0, -total / steps).round().astype(np.int64) - 1
     points = steps + (not last)
@@ -260,7 +260,7 @@ def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) ->
 
 
 def time_of(scheduler: Any, path: str, number: int) -> float:
-    """t of a step. Multi-step flow schedulers round their timesteps; their sigmas are t without rounding."""
+    """t of a step. Multi-step flow schedulers round the timesteps, but the sigmas are t without rounding."""
     exact = path == "flow" and hasattr(scheduler, "sigmas")
     return float(scheduler.sigmas[number] if exact else scheduler.timesteps[number] / DDPM_STEPS)
 

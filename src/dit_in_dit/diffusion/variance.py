@@ -1,8 +1,8 @@
 """Learned variance of the reverse process, between its two bounds (Nichol & Dhariwal 2021, sections 3.1 and 3.4).
 
 A model with `learn_variance` has twice the channels: the prediction, and v in about [-1, 1]. From step k to step
-j < k of the ddpm path, the logarithm of the variance lies (v + 1) / 2 of the way from that of the posterior,
-beta' (1 - alpha_bar_j) / (1 - alpha_bar_k), to that of beta' = 1 - alpha_bar_k / alpha_bar_j.
+j < k of the ddpm path, log(variance) is linear in v: at v = -1 the variance is that of the posterior,
+beta' (1 - alpha_bar_j) / (1 - alpha_bar_k), and at v = 1 the variance is beta' = 1 - alpha_bar_k / alpha_bar_j.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BIN = 1 / 255  # half of one of 256 grey values in [-1, 1]
 
 
 def split_prediction(output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction in a model's output for x (N, C, H, W), and the fraction v where the output has 2C channels."""
+    """The prediction in a model's output for x (N, C, H, W), and the fraction v if the output has 2C channels."""
     channels = x.shape[1]
     return output[:, :channels], output[:, channels:] if output.shape[1] > channels else None
 
@@ -43,9 +43,10 @@ class Posterior(NamedTuple):
 
 
 def posterior(step: Tensor, before: Tensor) -> Posterior:
-    """The posterior from step k to step j < k, int64 on the CPU, of any shape.
+    """The posterior from step k to step j < k; k and j are int64 tensors on the CPU, of one shape.
 
-    j = -1 is the image itself. Its posterior variance is zero and has no logarithm: that of the step above is used.
+    j = -1 is the image itself. Its posterior variance is zero, which has no logarithm: the variance of the
+    step above is used.
     """
     left = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar()])  # left[k + 1] is alpha_bar_k
     now, then = left[step + 1], left[before + 1]
@@ -58,7 +59,7 @@ def posterior(step: Tensor, before: Tensor) -> Posterior:
 
 @on_device
 def _by_step() -> Tensor:
-    """The posterior of each step and the one before it, (4, 1000)."""
+    """The posterior from each step k to step k - 1, (4, 1000)."""
     steps = torch.arange(DDPM_STEPS)
     return torch.stack(posterior(steps, steps - 1))
 
@@ -73,7 +74,7 @@ def _between(step: int, before: int, device: torch.device) -> Posterior:
 def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, before: int, noise: Tensor) -> Tensor:
     """One step of DDPM's sampler, of any length: x_j from x_k, the image estimate and noise, all (N, C, H, W).
 
-    Without a learned fraction the variance is the largest. The last step (j = -1) adds no noise.
+    Without a learned fraction, the variance is the larger bound. The last step (j = -1) adds no noise.
     """
     if before < 0:
         return image
@@ -86,7 +87,7 @@ def vlb_term(image: Tensor, fraction: Tensor, x: Tensor, noisy: Tensor, step: Te
     """The term of the variational bound at `step` (N,), per example (N,), in bits per dimension.
 
     No gradient passes through the image estimate (Nichol & Dhariwal 2021, section 3.3). At step 0 the term is the
-    likelihood of x as one of 256 grey values in [-1, 1]; for latents too, as in DiT.
+    likelihood of x as one of 256 grey values in [-1, 1]. Latents are treated in the same way, as in DiT.
     """
     at = Posterior(*_by_step(step.device)[:, step, None, None, None])
     log_variance = at.log_variance(fraction)

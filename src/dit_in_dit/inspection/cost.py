@@ -25,8 +25,8 @@ FORWARDS_PER_STEP = 3  # MACs of a training step over those of a forward pass: t
 def macs(model: ModelConfig) -> dict[str, int]:
     """MACs per image of each part of the model, and their `total`.
 
-    A block of width D on L tokens, each attending to M, costs L (4 D^2 + 2 M D) for attention, L 2 D hidden for the
-    MLP, and 6 D K for adaLN on each conditioning row of width K.
+    A block of width D on L tokens, each of which attends to M, costs L (4 D^2 + 2 M D) for attention, 2 L D H for an
+    MLP of hidden width H, and 6 D K for adaLN on each conditioning row of width K.
     """
     outer, inner = model.outer, model.inner
     tokens, inner_tokens = model.patches, model.patches * model.sub_patches
@@ -62,7 +62,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
 
 
 def training_macs(model: ModelConfig) -> dict[str, int]:
-    """MACs of a training step per image, for the parts of `macs`, and their `total`."""
+    """MACs of a training step per image, for the same parts as `macs`, and their `total`."""
     return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}
 
 
@@ -87,7 +87,7 @@ def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> No
     """Check that this machine can hold the model in training. Otherwise the system would kill the process silently.
 
     Args:
-        moments: tensors that the optimizer keeps per weight.
+        moments: number of tensors that the optimizer keeps for each weight tensor.
 
     Raises:
         UserError: the weights, their average and the moments do not fit into memory.
@@ -96,6 +96,6 @@ def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> No
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:
         raise UserError(
-            f"training needs {needed / 1e9:,.0f} GB for the weights alone, the machine has {installed / 1e9:,.0f}: "
-            "make the model smaller (model.outer.width, the blocks, model.image_size)"
+            f"the weights in training must fit into {installed / 1e9:,.0f} GB of memory: "
+            f"got {needed / 1e9:,.0f} GB; make the model smaller (model.outer.width, the blocks, model.image_size)"
         )

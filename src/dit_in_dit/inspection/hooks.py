@@ -1,6 +1,6 @@
-"""Observation of a running model by forward hooks; the model needs no flag, and its outputs do not change.
+"""Observe a running model with forward hooks; the model needs no flag, and its outputs do not change.
 
-A context manager here observes every forward pass while it is open.
+Each context manager of this module observes every forward pass while the context is open.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Hook = Callable[..., Any]
 def forward_hooks(
     after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Register forward hooks while open.
+    """Register forward hooks while the context is open.
 
     Args:
         after: (module, hook); `hook(module, arguments, output)` runs after each forward pass of the module.
-        before: (module, hook); `hook(module, arguments)` runs before it.
+        before: (module, hook); `hook(module, arguments)` runs before each forward pass.
 
     A return value other than None replaces the output (`after`) or the arguments (`before`).
     """
@@ -42,7 +42,7 @@ def forward_hooks(
 
 
 def attentions(model: NestedDiT) -> dict[str, Attention]:
-    """Attention modules by the name of their block (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
+    """Attention modules by block name (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
     return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
 
@@ -52,7 +52,7 @@ def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
     A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for mixer=window.
-    `attention_weights` computes the weights; for long sequences pass it some of the queries at a time.
+    `attention_weights` computes the weights; for long sequences, pass only some queries per call.
     """
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Weight of each sub-patch in the last forward pass, by aggregate (`aggregates.0`): (N, T, heads, S)."""
+    """Weight of each sub-patch in the last forward pass, by stage (`aggregates.0`): (N, T, heads, S)."""
     seen: dict[str, Tensor] = {}
 
     def hook(number: int, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
@@ -140,14 +140,14 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 
 def can_run_without_inner(model: NestedDiT) -> bool:
-    """Whether the model still works when the inner path adds nothing; false if it replaces the outer tokens."""
+    """Whether the model works if the inner path adds nothing; false if inner tokens replace the outer tokens."""
     joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
     return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
 
 
 @contextmanager
 def without_inner(model: NestedDiT) -> Iterator[None]:
-    """Disable the inner path while open: it adds nothing to outer tokens or to the image, as with a gate of zero."""
+    """Disable the inner path while open: the path adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
     heads = [head for head in model.heads if isinstance(head, InnerHead)]
     unchanged = [(stage, lambda module, arguments, output: arguments[:2]) for stage in joins]

@@ -40,10 +40,10 @@ class Recipe:
     """A launch command and its estimates.
 
     Attributes:
-        batch_size, accumulate: values of `train.*`; their product is the preset's.
+        batch_size, accumulate: values of `train.*`; their product is the same as in the preset.
         rows: images in a forward pass of one GPU.
         recompute: value of `train.recompute`.
-        memory: upper bound in bytes per GPU, with activations in float32; bfloat16 takes between half and all of it.
+        memory: upper bound in bytes per GPU, with activations in float32; bfloat16 takes 50 to 100 % of it.
         step: seconds per optimizer step.
         hours: hours for all steps.
         images: images per second over all GPUs.
@@ -82,7 +82,7 @@ def recipe(
         UserError: the GPUs cannot share the batch, or a single image does not fit.
     """
     if gpu not in GPUS:
-        raise UserError(f"--gpu: no {gpu[:40]!r}{did_you_mean(gpu, GPUS)}")
+        raise UserError(f"--gpu: unknown GPU {gpu[:40]!r}{did_you_mean(gpu, GPUS)}")
     total = config.global_batch
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
@@ -101,7 +101,10 @@ def recipe(
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * config.train.steps / 3600, total / step),
                 )
-    raise UserError(f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})")
+    raise UserError(
+        f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu}): "
+        "choose a GPU with more memory"
+    )
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Checks of users' own parts of a model: their MACs, and the shapes that they give."""
+"""Checks of users' own model parts: the MACs and the output shapes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BATCH = 2  # of the forward pass: a part that drops this axis would broadcast wi
 
 
 def check_plugin_parts(model: ModelConfig) -> None:
-    """Check the users' own parts that a config names, in a forward pass without memory; without such parts, nothing.
+    """Check the user's own parts that a config names, if there are any, in a forward pass without memory.
 
     A part that cannot run on PyTorch's device `meta`, because its forward pass reads numbers, is not checked.
 
     Raises:
-        UserError: `macs` of a part is no whole number, or its output has another shape than its kind asks for. Without
-            this check, an output that broadcasts would train another model without a word.
+        UserError: `macs` of a part is not a whole number, or the part's output does not have the shape of its kind.
+            Without this check, an output that broadcasts would silently train another model.
     """
     values = {f"model.{name}": value for name, _, value in keys(model)}
     named = {key: values[key] for key, kind in KEYS.items() if kind in PARTS}
@@ -49,7 +49,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
 
 
 def is_plugin(part: Any) -> bool:
-    """Whether a class in a table is a user's."""
+    """Whether a class in a table is a user's own."""
     return part is not None and part.__module__.split(".")[0] != PACKAGE
 
 
@@ -84,7 +84,7 @@ def _check_shape(key: str, kind: str, model: ModelConfig, part: nn.Module, given
 
 
 def _rows(shape: Shape, full: Shape) -> Shape:
-    """The shape of a condition's rows: of patches and sub-patches one, or all."""
+    """Expected shape of a condition's rows: 1 or all patches, 1 or all sub-patches."""
     if len(shape) != len(full):
         return full
     return full[0], *(1 if shape[axis] == 1 else full[axis] for axis in (1, 2)), full[3]

@@ -1,7 +1,7 @@
 """Shapes, tokens, parameters, MACs and memory of a model, from a forward pass on fake tensors.
 
-Shapes, kernels and the tensors that autograd saves are those of a real pass, but nothing is allocated: a model of any
-size is inspected in a second.
+Shapes, kernels and saved tensors are the same as in a real pass, but nothing is allocated: a model of any size is
+inspected in a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
 
     Returns:
         flow: list of {name, shape} in order, for `batch` images.
-        tokens, token_layers: {outer, inner, total} per image; a token-layer is a token in a block.
+        tokens, token_layers: {outer, inner, total} per image; a token-layer is one token in one block.
         parameters, macs: {part: count, ..., total}; MACs for one image.
         activation_bytes: {part: bytes, ..., total} saved for the backward pass, in float32, for `batch` images.
     """
@@ -48,7 +48,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Shapes at the landmarks of a forward pass, and bytes saved for the backward pass by part."""
+    """Shapes at the main points of a forward pass, and bytes saved for the backward pass by part."""
     flow: list[dict[str, Any]] = []
     saved: dict[str, int] = {}
     storages: dict[int, Any] = {}  # kept alive, so that no address is reused

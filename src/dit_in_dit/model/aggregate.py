@@ -1,7 +1,7 @@
-"""Between the levels: aggregate (inner -> outer), fuse with the outer tokens, spread (outer -> inner).
+"""Connections between the levels: aggregate (inner -> outer), fuse (with the outer tokens), spread (outer -> inner).
 
-Each choice is a class in a table; its base class states what a choice must offer. `dit_in_dit.register` adds a class
-of the user's.
+Each choice is a class in a table. The base class states what a choice must offer. `dit_in_dit.register` adds a user's
+class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dit_in_dit.model.layers import Modulation, attend, attention_weights, layer
 
 
 def _widen(model: ModelConfig) -> nn.Module:
-    """Linear layer from inner to outer width; the identity if they are equal, as in the reference arrangement."""
+    """Linear layer from inner to outer width; the identity if the widths are equal, as in the reference arrangement."""
     if model.inner.width == model.outer.width:
         return nn.Identity()
     return nn.Linear(model.inner.width, model.outer.width)
@@ -44,7 +44,7 @@ class Aggregator(nn.Module, ABC):
         """Weight of each sub-patch, (N, T, heads, S)."""
 
     def initialise(self) -> None:
-        """Initialise parameters that need more than `xavier_uniform_` on linear layers and convolutions."""
+        """Initialise parameters that need another start than `xavier_uniform_` on linear layers and convolutions."""
 
 
 class Mean(Aggregator):
@@ -70,7 +70,7 @@ class Mean(Aggregator):
 
 
 class Weighted(Aggregator):
-    """Sum with a learned weight per sub-patch position, 1/S (the mean) at first; (N, T, S, E) -> (N, T, D)."""
+    """Weighted sum; one learned weight per sub-patch position, initially 1/S (the mean); (N, T, S, E) -> (N, T, D)."""
 
     weights_depend_on = "position"
 
@@ -85,7 +85,7 @@ class Weighted(Aggregator):
         return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
-        """Learned weight of each sub-patch, (N, T, 1, S); the sum need not be one."""
+        """Learned weight of each sub-patch, (N, T, 1, S); the weights need not sum to one."""
         return self.weight.expand(*inner.shape[:2], 1, -1)
 
     def forward(self, inner: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class AttentionPool(Aggregator):
 
 
 class Concat(Aggregator):
-    """Concatenation of the sub-patches and one linear layer, as in TNT; (N, T, S, E) -> (N, T, D)."""
+    """Concatenation of the sub-patches, then one linear layer, as in TNT; (N, T, S, E) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Concat(Aggregator):
         return model.patches * model.sub_patches * model.inner.width * model.outer.width
 
     def weights(self, inner: Tensor) -> Tensor:
-        """Norm of each sub-patch's contribution over the sum of the norms, (N, T, 1, S): concat has no weights."""
+        """Norm of each sub-patch's contribution divided by the sum of norms, (N, T, 1, S), in place of weights."""
         parts = self.proj.weight.view(-1, *inner.shape[2:])  # D S E
         shares = torch.einsum("ntse,dse->ntsd", inner, parts).norm(dim=-1)
         return (shares / shares.sum(-1, keepdim=True).clamp(min=1e-12))[:, :, None]
@@ -177,7 +177,7 @@ class Add(Fusion):
 
 
 class Gate(Fusion):
-    """outer + gate * aggregated; the learned gate per channel starts at zero, as the outer model alone."""
+    """outer + gate * aggregated. The gate, learned per channel, starts at zero: the inner level then adds nothing."""
 
     starts_closed = True
 
@@ -191,7 +191,7 @@ class Gate(Fusion):
 
 class Replace(Fusion):
     """aggregated + position, the "no residual" ablation: the content of the outer tokens is lost. The positions of
-    the patches stay, because no arrangement works without them."""
+    the patches stay, because no arrangement works without positions."""
 
     keeps_outer = False
 
@@ -208,8 +208,8 @@ FUSIONS: dict[str, type[Fusion]] = {"add": Add, "gate": Gate, "replace": Replace
 
 
 class Spread(nn.Module, ABC):
-    """Broadcast of a patch token to its sub-patches, (N, T, S, E), (N, T, D) and c (N, D) -> (N, T, S, E); constructed
-    by `cls(model)`."""
+    """Broadcast of patch tokens to their sub-patches: inner (N, T, S, E), outer (N, T, D) and c (N, D) -> (N, T, S, E);
+    constructed by `cls(model)`."""
 
     @staticmethod
     @abstractmethod
@@ -246,7 +246,8 @@ class Interpolate(AddSpread):
     """Per-channel interpolation between the sub-patch token and the message from its patch; the weight is predicted
     from c and starts at 1/2.
 
-    Sub-patch tokens are noisy pixels: at low noise they hold the detail, at high noise they hide the message.
+    Sub-patch tokens come from noisy pixels. At low noise the tokens hold the detail; at high noise the tokens would
+    hide the message.
     """
 
     def __init__(self, model: ModelConfig) -> None:

@@ -28,10 +28,10 @@ TIME_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"dit": _steps, "diffusers"
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoids of time in float32 and an MLP in `dtype`; t (N,) in [0, 1], 1 is noise -> (N, D).
+    """Sinusoids of time in float32, then an MLP in `dtype`; t (N,) -> (N, D). t is in [0, 1], and 1 is pure noise.
 
-    Trained weights need the time scale that they were trained with (`kind`). dit: 1000 t. sit: 1 - t, from noise at 0
-    to the image at 1. diffusers: 1000 t; the last frequency is 1/10000, which dit would reach one term later.
+    Trained weights need the time scale of their training (`kind`). dit: 1000 t. sit: 1 - t, with noise at 0 and the
+    image at 1. diffusers: 1000 t, with frequencies that end at 1/10000; the frequencies of dit end just above 1/10000.
     """
 
     def __init__(self, width: int, kind: str = "dit") -> None:
@@ -58,7 +58,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """A vector per class; the last row is the null class. y (N,) int64 or None (null class) -> (N, D) or (D,)."""
+    """One vector per class, the null class last; y (N,) int64 -> (N, D), None (the null class) -> (D,)."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Condition(nn.Module, ABC):
 
 
 class ImageCondition(Condition):
-    """c, one row per image; -> (N, 1, 1, D)."""
+    """c as one row per image, (N, 1, 1, D)."""
 
     reads_outer = False
 
@@ -122,9 +122,9 @@ class ImageCondition(Condition):
 
 
 class PatchCondition(Condition):
-    """c plus the normalised outer token, one row per patch; -> (N, T, 1, D).
+    """c plus the normalised outer token as one row per patch, (N, T, 1, D).
 
-    The token is normalised because the outer stream grows with depth and c does not.
+    The token is normalised because outer tokens grow with depth, whereas c does not.
     """
 
     @staticmethod
@@ -149,8 +149,8 @@ class PatchCondition(Condition):
 class SubPatchCondition(Condition):
     """c plus the normalised outer token, projected to a row per sub-patch; -> (N, T, S, E).
 
-    Rows have the inner width, as in PixelDiT: with rows of width D for each sub-patch, the 6 E modulations would cost
-    more than the inner blocks.
+    Rows have the inner width, as in PixelDiT: with a row of width D for each sub-patch, adaLN's layers (D -> 6 E) would
+    cost more than the inner blocks.
     """
 
     def __init__(self, model: ModelConfig) -> None:

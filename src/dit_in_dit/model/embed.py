@@ -38,7 +38,7 @@ class OuterEmbed(nn.Module):
 
 
 class OuterPosition(nn.Module):
-    """The position alone, for models in which no stage reads the patches; (N, C, H, W) -> (N, T, D)."""
+    """Only the fixed position, for models in which no stage reads the patches; (N, C, H, W) -> (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The tanh GELU of DiT, by the fastest formula for each device."""
+"""The tanh GELU of DiT, with the fastest formula for each device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUBE = 0.044715 * SLOPE
 class Gelu(nn.Module):
     """gelu(x), (...) -> (...).
 
-    On a GPU PyTorch's kernel is fastest; within a compiled graph all formulas are equally fast. On a CPU the kernel's
+    On a GPU, PyTorch's kernel is fastest. In a compiled graph, all formulas are equally fast. On a CPU, the kernel's
     tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass.
     """
 
@@ -34,7 +34,7 @@ def _sigmoid(x: Tensor, square: Tensor) -> Tensor:
 
 
 class _WithSlope(torch.autograd.Function):
-    """GELU that saves its derivative instead of x for the backward pass; the forward pass has the parts of both."""
+    """GELU that saves its derivative, not x, for the backward pass: the value and the derivative share most terms."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

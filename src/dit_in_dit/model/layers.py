@@ -20,7 +20,7 @@ MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
 
 
 def most_sequences(heads: int, length: int, width: int) -> int:
-    """Largest number of sequences that every kernel takes at once, for `length` queries and heads of `width`."""
+    """Largest number of sequences that every kernel takes in one call, for `length` queries and heads of `width`."""
     rows = -(-length // ROWS) * ROWS
     channels = -(-width // 32) * 32 if width <= 192 else 256  # as FlashAttention rounds them up
     return max(1, min(MOST_SEQUENCES, MOST_NUMBERS // (heads * rows * channels)))
@@ -53,8 +53,8 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 class QkNorm(nn.Module):
-    """Root-mean-square norm of queries and keys over a head's channels, with a learned scale for each (Dehghani et al.
-    2023, ViT-22B; Zhang & Sennrich 2019): growing inputs cannot sharpen the attention."""
+    """RMS norm (Zhang & Sennrich 2019) over a head's channels, with one learned scale per channel for queries and
+    another for keys. Larger inputs then do not sharpen the attention (Dehghani et al. 2023, ViT-22B)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -121,9 +121,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """adaLN-Zero block (Peebles & Xie 2023, figure 3): `mix` for the tokens, then an MLP for the channels.
+    """adaLN-Zero block (Peebles & Xie 2023, figure 3): `mix` mixes the tokens, then an MLP the channels.
 
-    The condition is broadcast over the tokens, so that one modulation serves all tokens of its row. Outer tokens
+    The condition is broadcast over the tokens, so that one row modulates all tokens of its group. Outer tokens
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
@@ -172,7 +172,7 @@ class MlpBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear layer to pixels, both initialised to zero; (..., D) and (..., K) -> (..., out)."""
+    """adaLN and a linear layer to pixels, both initialised to zero; x (..., D), c (..., K) -> (..., out)."""
 
     def __init__(self, width: int, condition: int, out: int, norm: type[Norm] = LayerNorm) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out)
 
     def initialise(self) -> None:
-        """Zero weights: the prediction starts at zero, with one head or two."""
+        """Set all weights to zero, so that the prediction of a model with one or two heads starts at zero."""
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class FinalLayer(nn.Module):
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:
-    """Fixed 2-D sin-cos position (rows * columns, width), as in MAE and DiT.
+    """Fixed 2-D sin-cos positions (rows * columns, width), as in MAE and DiT.
 
     The first half of the channels encodes the column, the second half the row. In each half sines precede cosines, at
     frequencies 10000^(-i / (width/4)).

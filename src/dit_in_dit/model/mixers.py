@@ -30,11 +30,11 @@ class Mixer(nn.Module, ABC):
         return 0
 
     def initialise(self) -> None:
-        """Initialise parameters that need more than `xavier_uniform_` on linear layers and convolutions."""
+        """Initialise parameters that need another start than `xavier_uniform_` on linear layers and convolutions."""
 
 
 class PatchMixer(Attention, Mixer):
-    """Attention among the S sub-patches of a patch, for all N*T patches at once."""
+    """Attention among the S sub-patches of a patch, in one call for all N*T patches."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
@@ -123,7 +123,7 @@ class ConvMixer(Mixer):
         self.conv = nn.Conv2d(model.inner.width, model.inner.width, 3, padding=1, groups=model.inner.width)
 
     def initialise(self) -> None:
-        """Preserve the variance of the tokens: a deviation of 1/3 for nine taps."""
+        """Keep the variance of the tokens: the nine weights of a kernel have standard deviation 1/3."""
         nn.init.normal_(self.conv.weight, std=1 / 3)
 
     @classmethod

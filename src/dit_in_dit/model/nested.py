@@ -120,11 +120,11 @@ class NestedDiT(nn.Module):
 
     `model.program` gives the order of the blocks. Between an inner and an outer stage, the inner tokens are aggregated
     and fused with the outer tokens. Between an outer and an inner stage, the outer tokens are spread over their
-    sub-patches. A program that ends in inner blocks adds an inner head to the outer head, or has the inner head alone
-    if fuse=replace. The program `outer*N` is DiT, with DiT's parameters.
+    sub-patches. If the program ends in inner blocks, an inner head is added to the outer head; if also fuse=replace,
+    there is no outer head. The program `outer*N` is DiT, with DiT's parameters.
 
-    Blocks are named by level and number (`outer_blocks.3`), whatever the program. The weights of a plain DiT therefore
-    load into any nested model around it with `load_state_dict(..., strict=False)`.
+    Every program names its blocks by level and number (`outer_blocks.3`). The weights of a plain DiT therefore load
+    into any nested model with the same outer blocks, with `load_state_dict(..., strict=False)`.
 
     Args:
         model: the architecture.
@@ -175,7 +175,7 @@ class NestedDiT(nn.Module):
         return stages
 
     def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
-        """The head of the last level; with an inner head also the outer head, unless outer tokens are replaced."""
+        """The head of the last level. The outer head stays beside an inner head, unless outer tokens are replaced."""
         heads: list[OuterHead | InnerHead] = []
         ends_inner = model.program[-1][0] == "inner"
         if not ends_inner or FUSIONS[model.inner.fuse].keeps_outer:
@@ -191,11 +191,11 @@ class NestedDiT(nn.Module):
 
         Args:
             x: noisy images (N, C, H, W), in the dtype of the weights.
-            t: times (N,) in [0, 1], in float32 for weights of any dtype; 1 is pure noise.
-            y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: all null.
+            t: times (N,) in [0, 1], always in float32, whatever the dtype of the weights; 1 is pure noise.
+            y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
 
         Returns:
-            The prediction (N, C, H, W) of the quantity `diffusion.predict`. With `learn_variance` (N, 2C, H, W): the
+            The prediction (N, C, H, W) of the quantity `diffusion.predict`. With `learn_variance`, (N, 2C, H, W): the
             prediction, then the variance fraction.
 
         Raises:
@@ -215,7 +215,7 @@ class NestedDiT(nn.Module):
 
 
 def part_of(name: str) -> str:
-    """Part of the model to which a parameter belongs, by its name: outer_blocks, inner_blocks, aggregate, spread ..."""
+    """Part of the model to which the parameter `name` belongs: outer_blocks, inner_blocks, aggregate, spread ..."""
     part = name.split(".", maxsplit=1)[0]
     return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0 -> spread
 
@@ -241,7 +241,7 @@ def _take(blocks: Iterator[nn.Module], count: int) -> list[AnyBlock]:
 
 @torch.no_grad()
 def initialise(model: NestedDiT) -> None:
-    """Initialise both levels as DiT does. A module's own `initialise` is called last, in the order of `modules()`."""
+    """Initialise both levels as DiT does. Then call each module's own `initialise`, if there is one."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))  # the fused qkv as one matrix, and so a convolution

@@ -1,4 +1,4 @@
-"""Norms of tokens over their width, each a class in a table; adaLN applies scale and shift afterwards."""
+"""Norms of tokens over the width. Each norm is a class in a table; adaLN applies scale and shift afterwards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Attention within groups of a few tokens by a Triton kernel, as one operator with a derivative.
+"""A Triton kernel for attention within groups of a few tokens, as one differentiable operator.
 
 A kernel for long sequences runs one program per group and leaves most of its tile empty. Here a program takes many
-groups, reads their queries, keys and values once, and writes once.
+groups; it reads all their queries, keys and values once and writes the result once.
 """
 
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ LONGEST, WIDEST = 64, 128  # limits of the kernel: tokens per group, channels pe
 
 
 def tiny_fits(q: Tensor, k: Tensor) -> bool:
-    """Whether the kernel applies: self-attention, groups and heads within its limits, and Triton installed."""
+    """Whether the kernel applies: self-attention, with groups and heads within the limits, and Triton is installed."""
     sizes = q.shape == k.shape and q.shape[-2] <= LONGEST and q.shape[-1] <= WIDEST
     return TRITON and sizes and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +31,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values in one memory layout; no copy if they come from one linear layer."""
+    """Queries, keys and values in one memory layout; no copy if one linear layer has computed all three."""
     if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
         return q, k, v
     return _in_rows(q), _in_rows(k), _in_rows(v)

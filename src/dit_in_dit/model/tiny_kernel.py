@@ -1,8 +1,8 @@
 """The Triton kernels of `tiny`, imported only where they run: Triton need not be installed.
 
 A program's tile has PER groups of L rows, one row per token, and D channels. L is the length and D the width of a head,
-each rounded up to a power of two. Scores between rows of different groups are masked. The masked products are free: a
-tensor core multiplies whole tiles, and memory is the bottleneck.
+each rounded up to a power of two. Scores between rows of different groups are masked. The masked products cost no time:
+a tensor core multiplies whole tiles, and memory bandwidth is the bottleneck.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -76,8 +76,8 @@ def backward(
 
 
 def launch(kernel: Any, read: tuple[Tensor, Tensor, Tensor], others: tuple[Tensor, ...]) -> None:
-    """Run a kernel on queries, keys and values of one memory layout and on other tensors of a second layout; each is
-    (B, heads, L, d)."""
+    """Run a kernel on tensors (B, heads, L, d). Queries, keys and values have one memory layout; the other tensors have
+    a second layout."""
     batch, heads, length, width = read[0].shape
     rows = triton.next_power_of_2(length)
     channels = max(16, triton.next_power_of_2(width))

@@ -1,4 +1,4 @@
-"""Deterministic algorithms on CUDA, where PyTorch by default prefers faster ones."""
+"""Deterministic algorithms on CUDA; by default, PyTorch prefers faster algorithms there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORKSPACE, SIZES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with these
 def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
     """Use PyTorch's deterministic algorithms while a run trains on CUDA; other devices are unchanged.
 
-    Enter before anything is on the device: cuBLAS reads its workspace size once, at its first product.
+    Enter this context before anything is on the device: cuBLAS reads the workspace size only at its first product.
 
     Raises:
         UserError: CUDA was used before, without the workspace that cuBLAS needs to be deterministic.

@@ -14,7 +14,7 @@ from dit_in_dit.runtime.process import local_rank
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or the best available; under torchrun the process's own GPU. UserError when it is missing."""
+    """The named or best device, under torchrun the GPU of this process. UserError if the device is missing."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     available = [kind for kind, count in counts.items() if count]
     kind, _, number = (available[0] if name == "auto" else name).partition(":")

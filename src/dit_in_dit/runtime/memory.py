@@ -12,8 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def keep_freed_memory() -> None:
     """Make glibc keep freed pages for the next step, as other allocators of tensors do.
 
-    By default glibc returns large blocks to the system at once and gets zeroed ones back: thousands of page faults per
-    step. Memory use hardly grows (docs/decisions/benchmark.md). Without glibc nothing happens.
+    By default glibc returns freed large blocks to the system immediately and gets zeroed blocks back: thousands of
+    page faults per step. Memory use hardly grows (docs/decisions/benchmark.md). Without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -13,8 +13,8 @@ MIXED = "float32, convolutions in TF32 where the GPU has it"  # PyTorch's defaul
 def use_full_float32() -> None:
     """Make this process compute float32 products and convolutions in float32.
 
-    By default PyTorch rounds the inputs of a GPU's convolutions to 10 mantissa bits (TF32), but not those of matrix
-    products: the outputs of a model with both would depend on the device.
+    By default PyTorch rounds the inputs of a GPU's convolutions to 10 mantissa bits (TF32), but not the inputs of
+    matrix products: the outputs of a model with both would depend on the device.
     """
     backends: tuple[Any, ...] = (torch.backends, torch.backends.cudnn)
     for backend in backends:  # a precision set here overrides the older switches

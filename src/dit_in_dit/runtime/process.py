@@ -1,4 +1,4 @@
-"""This process among those of a launcher (torchrun, Slurm); only this module reads the launcher's variables."""
+"""This process among the processes of a launcher (torchrun, Slurm), from variables that only this module reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, purpose, index) alone."""
+"""Random numbers that depend only on (seed, purpose, index)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ PURPOSES = {
 def generator(seed: int, purpose: str, index: int) -> np.random.Generator:
     """A counter-based generator (Philox, Salmon et al. 2011) at the start of the stream of (seed, purpose, index).
 
-    The index is the highest word of the counter: streams are 2^192 draws apart and never overlap.
+    The index is the highest word of the counter: streams start 2^192 numbers apart and never overlap.
     """
     return np.random.Generator(np.random.Philox(key=[seed, PURPOSES[purpose]], counter=[0, 0, 0, index]))

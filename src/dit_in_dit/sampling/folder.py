@@ -1,4 +1,4 @@
-"""Numbered samples as files in a folder, which any number of processes fill, and which a killed one can resume."""
+"""Numbered samples as files in a folder. Any number of processes fill the folder, and can be killed and resumed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ImageDecoder(Protocol):
     factor: int  # pixels to a latent pixel, along a side
 
     def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
-        """Images (n, 3, H, W) of the samples `indices`, from their latents (n, C, h, w); all of one micro-batch of
-        `size`."""
+        """Images (n, 3, H, W) of the samples `indices`, from latents (n, C, h, w); all samples are in one
+        micro-batch of `size`."""
         ...
 
     def about(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class SampleFolder:
     Attributes:
         saved: the checkpoint whose weights `model` has.
         config: how to sample; its `diffusion` and `sample` are used.
-        classes: class numbers that take turns; empty: all classes.
+        classes: class numbers, used cyclically; empty: all classes.
         averaged: the model has the averaged weights.
     """
 
@@ -73,16 +73,16 @@ class SampleFolder:
         return self.out / f"{index:06d}.{'npy' if self.latents else 'png'}"
 
     def fill(self, num: int, batch: int = 1) -> Iterator[int]:
-        """Check the folder, then draw this process's share of the first `num` samples that are missing; yields how
-        many exist, until all do.
+        """Check the folder, then write this process's share of the missing samples among the first `num`. Yields the
+        number of existing samples until all exist.
 
-        Process 0 then draws the grid of all samples in the folder, and for latents writes `samples.npz`.
+        Process 0 then writes a grid of all samples in the folder and, if the samples are latents, `samples.npz`.
 
         Args:
-            batch: images to draw between writes, rounded up to whole micro-batches.
+            batch: images to generate between writes, rounded up to whole micro-batches.
 
         Raises:
-            UserError: the folder holds other images, a file in it is damaged, or another process stopped drawing.
+            UserError: the folder holds other images, a file in it is damaged, or another process stopped.
         """
         self._claim(num)
         return self._fill(num, batch)
@@ -97,12 +97,12 @@ class SampleFolder:
             _finish(self.out, [self.path(index) for index in range(count)], self.latents)
 
     def _claim(self, num: int) -> None:
-        """Write what the samples depend on; UserError when the folder holds images that depend on anything else."""
+        """Record what the samples depend on; UserError if images in the folder depend on something else."""
         if not (self.out / IDENTITY).exists():
             foreign = next((self.path(index) for index in range(num) if self.path(index).exists()), None)
             # Looked for again: another process may have begun meanwhile, and it writes the identity first.
             if foreign and not (self.out / IDENTITY).exists():
-                raise UserError(f"{foreign} was not drawn by this command: remove it, or choose another --out")
+                raise UserError(f"{foreign} was not written by this command: remove it, or choose another --out")
         names = [self.saved.classes[c] for c in self.classes] or "all in turn"
         labels = names if self.config.model.num_classes else "none"
         identity = {
@@ -130,15 +130,14 @@ class SampleFolder:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """The machine, on which the last bits depend; the number of CPU threads does not matter
-    (docs/decisions/sampling.md)."""
+    """The machine: the last bits depend on it, but not on the number of CPU threads (docs/decisions/sampling.md)."""
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
     return {"device": name, "torch": torch.__version__, **({"precision": FULL} if gpu else {})}
 
 
 def _encoded(image: Tensor, latents: bool) -> bytes:
-    """An image (C, H, W) in [-1, 1] as the bytes of a .png; latents as those of a .npy."""
+    """An image (C, H, W) in [-1, 1] as the bytes of a .png; latents as the bytes of a .npy."""
     check_finite(image[None])
     if not latents:
         return image_png(to_image(to_pixels(image[None])[0]))
@@ -147,7 +146,7 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
 
 
 def _finish(out: Path, paths: list[Path], latents: bool) -> None:
-    """Write the grid, and all latents as one array; delete what killed processes left of these files."""
+    """Write the grid, and all latents as one array; delete incomplete copies that killed processes left."""
     if latents:
         images = np.stack([_read(path) for path in paths])
         with atomic.file(out / "samples.npz") as file:

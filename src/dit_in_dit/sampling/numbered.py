@@ -1,4 +1,4 @@
-"""Numbered samples of a model: sample i depends on the seed and i, not on the samples drawn with it."""
+"""Numbered samples of a model: sample i depends on the seed and i, not on the other samples of its batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dit_in_dit.runtime.seeding import generator
 
 
 def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
-    """Function that returns the next noise (N, *shape) of samples `indices`, each from its own stream of (seed, i)."""
+    """A function whose calls return the next noise (N, *shape) of samples `indices`; sample i has stream (seed, i)."""
     streams = [generator(seed, "sample", i) for i in indices]
 
     def draw() -> Tensor:
@@ -37,7 +37,7 @@ def cast_to_weights(model: NestedDiT) -> Predict:
 
 
 def class_of(index: int, classes: Sequence[int]) -> int:
-    """The class of sample `index`: the classes take turns."""
+    """The class of sample `index`: the classes are used cyclically."""
     return classes[index % len(classes)]
 
 
@@ -52,15 +52,15 @@ def sample_batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
-    Sample i has its noise from (seed, i) and its class from i. It is always drawn in its own row of micro-batch
-    i // `sample.micro_batch`, and that micro-batch is drawn whole: sums in a batch of another size, or in another row,
-    may end in other bits.
+    Sample i has its noise from (seed, i) and its class from i. The sample is always generated in the same row of
+    micro-batch i // `sample.micro_batch`, and the whole micro-batch is generated: in a batch of another size, or in
+    another row, the last bits of sums may differ.
 
     Args:
         model: computes on the device and in the type of its weights; steps and images are in float32.
         config: its `diffusion` and `sample` are used.
-        indices: numbers of the samples; sorted, so that no micro-batch is drawn twice.
-        classes: class numbers that take turns; empty: all classes.
+        indices: numbers of the samples; sorted, so that no micro-batch is generated twice.
+        classes: class numbers, used cyclically; empty: all classes.
     """
     keep_freed_memory()
     use_full_float32()
@@ -89,7 +89,7 @@ def sample(
 
 
 def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
-    """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase about them."""
+    """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
     # Times once came from the installed version of diffusers; only those of this pair have changed since.

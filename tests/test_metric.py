@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_in_dit.config.choices import register
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.registration import register
 from dit_in_dit.metrics import metric, report
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.metric import METRICS, Metric, Score

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import dit_in_dit
 from conftest import small_model
 from dit_in_dit.config import choices
 from dit_in_dit.config.errors import UserError
@@ -54,7 +55,7 @@ def tables() -> Iterator[None]:
 
 
 def config(kind: str, part: type[nn.Module]) -> Any:
-    choices.register(kind, "mine", part)
+    dit_in_dit.register(kind, "mine", part)
     return small_model("(inner outer)*2 inner", inner={kind: "mine"})
 
 

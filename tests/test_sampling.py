@@ -14,8 +14,8 @@ import torch
 
 from conftest import perturbed, small_model
 from dit_in_dit import sample
-from dit_in_dit.config.choices import register
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.registration import register
 from dit_in_dit.config.run import DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, Sampler, check_sampler
 from dit_in_dit.diffusion.path import PATHS

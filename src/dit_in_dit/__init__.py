@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_in_dit.config import presets as presets
-    from dit_in_dit.config.choices import register as register
     from dit_in_dit.config.errors import UserError as UserError
+    from dit_in_dit.config.registration import register as register
     from dit_in_dit.config.run import RunConfig as RunConfig
     from dit_in_dit.inspection import cost as cost
     from dit_in_dit.inspection.trace import inspect as inspect
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "presets": ("dit_in_dit.config.presets", None),
     "cost": ("dit_in_dit.inspection.cost", None),
-    "register": ("dit_in_dit.config.choices", "register"),
+    "register": ("dit_in_dit.config.registration", "register"),
     "RunConfig": ("dit_in_dit.config.run", "RunConfig"),
     "UserError": ("dit_in_dit.config.errors", "UserError"),
     "inspect": ("dit_in_dit.inspection.trace", "inspect"),

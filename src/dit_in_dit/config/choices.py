@@ -1,27 +1,16 @@
-"""Choices: config keys whose value names a class or function in a table. `register` adds a user's class or
-function.
-
-    import dit_in_dit
-    from dit_in_dit.model.aggregate import Aggregator
-
-    class Max(Aggregator):
-        ...
-
-    dit_in_dit.register("aggregate", "max", Max)
+"""Choices: config keys whose value names a class or function in a table, which a user's own can join by `register`.
 
 This module imports no torch. A table is imported when a name that is not built in is first used.
 """
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
 
 PACKAGE = __name__.split(".", maxsplit=1)[0]
@@ -67,35 +56,6 @@ KINDS = {
 KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}
 PLUGIN_KEYS: dict[str, Any] = {}  # registered name: the section of config keys that the user's class declares
 PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # kinds whose classes are model parts
-
-
-def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
-    """Add a class or function to a table, so that the config key of its kind accepts its name.
-
-    Args:
-        kind: embed, aggregate, mixer, condition, fuse, spread, norm, path, predict, weight, time, sampler, optimizer,
-            source, metric, tracker.
-        name: its name in the config: a letter, then letters, digits, `_`, `-`, `.` and `+`.
-        thing: the class or function: a subclass of the kind's base, a `Sampler`, a `Metric`, or a function.
-        keys: config keys of `thing`, a `config.schema.Section`. The config sets the keys under `plugins.NAME`; `thing`
-            reads them as `plugins["NAME"]` of its config group. Only for model parts, optimizers and sources.
-
-    Raises:
-        UserError: the kind is unknown, the name is taken or invalid, or the class lacks a method of its base.
-    """
-    if kind not in KINDS:
-        raise UserError(f"register: unknown kind {truncate(kind, 40)!r}{did_you_mean(str(kind), KINDS)}")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.+-]*", name):
-        raise UserError(f"register: a name must be a letter, then letters, digits, _-.+: got {truncate(name, 40)!r}")
-    entries = table(kind)
-    if name in entries and not _is_same(entries[name], thing):
-        raise UserError(f"register: the {kind} {name!r} exists already: choose another name")
-    _check_contract(kind, name, thing)
-    if keys is not None:
-        _check_keys(kind, name, keys)
-        keys.prefix = f"plugins.{name}"
-        PLUGIN_KEYS[name] = keys
-    entries[name] = thing
 
 
 def table(kind: str) -> dict[str, Any]:
@@ -150,49 +110,3 @@ def keeps_outer(fuse: str) -> bool:
 def reads_outer(condition: str) -> bool:
     """Whether a condition gives the outer tokens to inner adaLN."""
     return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
-
-
-def _check_contract(kind: str, name: str, thing: Any) -> None:
-    if not KINDS[kind].base:
-        if not callable(thing):
-            raise UserError(f"register: the {kind} {name!r} must be a class or a function: got {truncate(thing, 40)}")
-        return
-    base = getattr(import_module(f"{PACKAGE}.{KINDS[kind].module}"), KINDS[kind].base)
-    if KINDS[kind].instance:
-        if not isinstance(thing, base) or getattr(thing, "name", name) != name:
-            raise UserError(f"register: the {kind} {name!r} must be a {base.__name__} with that name")
-        return
-    if not (inspect.isclass(thing) and issubclass(thing, base)):
-        raise UserError(
-            f"register: the {kind} {name!r} must be a class with the base {base.__module__}.{base.__name__}"
-        )
-    unwritten = {"forward"} if kind in PARTS and getattr(thing, "forward", 0) is getattr(base, "forward", 1) else set()
-    if lacks := sorted({*getattr(thing, "__abstractmethods__", ()), *unwritten}):
-        raise UserError(f"register: {thing.__name__} lacks {', '.join(lacks)} of {base.__name__}: define it")
-
-
-def _check_keys(kind: str, name: str, keys: Any) -> None:
-    from dit_in_dit.config.schema import Section  # which imports this module
-
-    if kind not in (*PARTS, "optimizer", "source"):
-        raise UserError(f"register: a {kind} cannot have config keys: leave out keys")
-    if not (inspect.isclass(keys) and issubclass(keys, Section)):
-        raise UserError(
-            f"register: the keys of {name!r} must be a class with the base dit_in_dit.config.schema.Section"
-        )
-    if keys.prefix not in ("", f"plugins.{name}"):
-        raise UserError(f"register: these keys belong to {keys.prefix}: write another class for {name!r}")
-    if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
-        raise UserError(f"register: plugins.{name} exists already: choose another name")
-    try:
-        keys()
-    except TypeError as error:
-        raise UserError(f"register: each of the keys of {name!r} must have a default: {truncate(error, 80)}") from None
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether both come from one definition, in a module that ran twice (as in a worker process)."""
-    if type(one) is type(other) and not callable(one):
-        return True if one == other else repr(one) == repr(other)
-    names = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]
-    return names[0] == names[1] and None not in names[0]

@@ -128,7 +128,7 @@ def test_a_card_shows_names_as_text(name, use):
 
 
 @pytest.mark.parametrize("text", ["plain", "a ` b", "``", "a\n```\nb", "~~~"])
-def test_code_holds_any_text(text):
+def test_code_blocks_may_hold_any_text(text):
     (block,) = markdown_tokens(code_block(text))
     assert (block.type, block.content) == ("fence", text + "\n")
     _, _, inline, _ = markdown_tokens(code(text))

@@ -143,7 +143,7 @@ def test_a_sampler_of_the_user_draws_what_euler_draws(run_config, model, monkeyp
         check_sampler("ddpm", "mine", 5)
     with pytest.raises(UserError, match="spacing=leading does not fit sampler mine: use null"):
         SampleConfig(sampler="mine", spacing="leading")
-    with pytest.raises(UserError, match="sampler=mine has no scheduler of diffusers, which an exported folder needs"):
+    with pytest.raises(UserError, match="sampler=mine has no `diffusers` scheduler, which an exported folder needs"):
         pipeline_of(model, mine, ["a", "b", "c"])
 
 

@@ -76,7 +76,7 @@ def test_there_are_enough_bad_inputs():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_is_one_line_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
+def test_a_bad_input_gives_a_one_line_error_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = BAD[name][0]()
     before = tree(tmp_path)
@@ -173,7 +173,7 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
 @pytest.mark.parametrize(
     ("place", "mode", "part"),
     [
-        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove it"),
+        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove the image"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
         ("data", 0o000, "Permission denied"),
         (".", 0o500, "cannot write to run: Permission denied"),
@@ -357,7 +357,7 @@ def test_images_are_rotated_by_their_orientation(tmp_path):
     )
 
 
-def test_the_limit_of_pixels_is_our_own(monkeypatch):
+def test_the_pixel_limit_is_ours_and_not_the_limit_of_pillow(monkeypatch):
     for theirs in (None, 10**9, 100):  # switched off, high, low
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
         with pytest.raises(ValueError, match="more than"):
@@ -366,7 +366,7 @@ def test_the_limit_of_pixels_is_our_own(monkeypatch):
     assert picture.with_image(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
 
 
-def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
+def test_damaged_images_are_either_read_or_refused_with_one_line(tmp_path, full):
     """Bytes changed and cut at random in every format: an image or one line, never another error or a warning."""
     draw = np.random.default_rng(5)
     image = Image.fromarray(noise(24, 24, 3))
@@ -400,12 +400,14 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
 # -------------------------------------------------------------------------------------------- lines
 
 
-def test_a_line_keeps_its_end_when_paths_are_long():
+def test_an_error_line_keeps_its_end_when_paths_are_long():
     path = "/" + "/".join(["folder"] * 60)
-    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
+    line = one_line(
+        f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove the image, or set data.corrupt=skip"
+    )
     assert len(line) <= LINE
     assert line.startswith("dit-in-dit: cannot read /folder/")
-    assert line.endswith("/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
+    assert line.endswith("/x.png: it is torn; fix or remove the image, or set data.corrupt=skip")
 
 
 def test_no_control_characters_are_printed():

@@ -124,7 +124,7 @@ def test_a_failure_of_any_system_call_loses_nothing(run, tmp_path_factory, full)
         (errno.EIO, "Input/output error; older checkpoints are unchanged: check the disk"),
     ],
 )
-def test_a_disk_error_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):
+def test_a_disk_error_gives_a_one_line_error_with_its_remedy(run, monkeypatch, error, remedy):
     def refuse(descriptor):
         raise OSError(error, os.strerror(error))
 
@@ -145,7 +145,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_limit_of_file_sizes_loses_nothing_whatever_it_is(run, tmp_path_factory, full):
+def test_a_file_size_limit_of_any_value_loses_no_checkpoint(run, tmp_path_factory, full):
     needed = max(path.stat().st_size for path in (run / "checkpoints/0000020").iterdir())
     sizes = [0, 1, 7, 8, needed - 1, needed, *range(100, needed, needed // (60 if full else 4))]
     for size in sizes:

@@ -267,7 +267,7 @@ def test_tensors_that_were_read_have_no_hooks_or_attributes(tmp_path):
     torch.nn.ParameterDict(tied).load_state_dict(read)
 
 
-def test_tensors_are_mapped_and_the_file_stays_as_it_was(tmp_path):
+def test_tensors_are_memory_mapped_and_the_file_is_unchanged(tmp_path):
     path = tmp_path / "large.pt"
     torch.save({"a": torch.ones(2**24)}, path)
     before = path.read_bytes()
@@ -277,7 +277,7 @@ def test_tensors_are_mapped_and_the_file_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_safetensors_are_read_and_refused_alike(tmp_path):
+def test_safetensors_files_are_read_or_refused_like_pt_files(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3)}
     path = tmp_path / "weights.safetensors"
     save_file(tensors, path)
@@ -368,7 +368,7 @@ def test_overlapping_members_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_damage_is_one_line_wherever_it_is(new, tmp_path, full):
+def test_damage_anywhere_in_a_file_gives_a_one_line_error(new, tmp_path, full):
     """Cut anywhere, any byte changed: a refusal, or (a bit of a number) a checkpoint, never anything else."""
     torch.save(official(), tmp_path / "whole.pt", _use_new_zipfile_serialization=new)
     whole = (tmp_path / "whole.pt").read_bytes()
@@ -388,7 +388,7 @@ def test_damage_is_one_line_wherever_it_is(new, tmp_path, full):
     assert refused
 
 
-def test_files_of_other_kinds_are_refused_at_once(tmp_path):
+def test_files_of_other_kinds_are_refused_without_waiting(tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")

@@ -190,7 +190,7 @@ def small(folder: Path, steps: int) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_repeatedly_ends_as_an_unbroken_one(folder, tmp_path, full):
+def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path, full):
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
     # So many that no life comes to the end, however fast the machine: killed lives alone are counted.

@@ -174,7 +174,7 @@ def test_a_diverged_run_rolls_back_and_skips_the_bad_examples(diverging, tmp_pat
     assert back == {"step": 6, "rollback": {"to": 2, "shift": 4}}
 
 
-def test_a_run_that_rolled_back_and_is_stopped_anywhere_ends_as_an_unbroken_one(diverging, tmp_path):
+def test_a_stopped_run_that_rolled_back_ends_like_an_uninterrupted_run(diverging, tmp_path):
     run(diverging, tmp_path / "unbroken")
     for until in (4, 5, 6, 7):
         out = tmp_path / f"stopped{until}"

@@ -54,7 +54,9 @@ def shared(run_config):
     step=st.integers(0, 10**9),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_examples_of_all_processes_are_those_of_one(run_config_plain, world, rows, accumulate, reduction, step):
+def test_several_processes_see_the_same_examples_as_one_process(
+    run_config_plain, world, rows, accumulate, reduction, step
+):
     config = with_train(run_config_plain, batch_size=8 * rows, accumulate=accumulate, reduction=reduction)
     found = []
     for rank in range(world):
@@ -87,7 +89,7 @@ def test_a_run_that_changes_its_number_of_processes_ends_with_the_same_bits(shar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_agree_with_one_within_rounding(shared, tmp_path, parallel, full):
+def test_two_processes_agree_with_one_process_within_rounding(shared, tmp_path, parallel, full):
     config = with_train(shared, parallel=parallel)
     run_together(1, trained, config, tmp_path / "alone", False)
     run_together(

@@ -121,7 +121,7 @@ def _defining(module: Module, name: str) -> list[int]:
 
 
 def _order(module: str, done: tuple[str, ...] = ()) -> list[str]:
-    """The module and those it imports, each after its own imports."""
+    """The module and the modules that it imports, each after its own imports."""
     order: list[str] = list(done)
     for home, _ in dict.fromkeys(_read(module).inside.values()):
         if home not in order:

@@ -1,4 +1,4 @@
-"""Folders and archives are read as a person sees them: every image with its class, and a report on all else."""
+"""Folders and archives are read as a person sees them: every image with its class, and a report on everything else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def zipped(folder: Path, place: Path, separator: str = "/") -> Path:
 
 
 def said(source: Path, **keys) -> str:
-    """The one line on things that are left out."""
+    """The single line that reports what is left out."""
     with pytest.warns(LeftOutWarning) as caught:
         opened(source, **keys)
     [line] = caught

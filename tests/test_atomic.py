@@ -74,7 +74,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
 def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
-    """safetensors writes with 0600."""
+    """The safetensors library writes files of mode 0600."""
     before = os.umask(mask)
     try:
         with atomic.folder(tmp_path / "out") as beside:

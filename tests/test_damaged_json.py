@@ -1,4 +1,4 @@
-"""Damaged or wrong JSON files: one line for each, never a traceback."""
+"""Damaged or wrong JSON files give a one-line error, never a traceback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of that run."""
+    """A copy of the trained run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -71,7 +71,7 @@ def refused(action: Callable[[], Any]) -> None:
 
 
 def with_value(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A JSON value with one part replaced; `...`: removed."""
+    """A JSON value with one part replaced, or removed if the new value is `...`."""
     copy = json.loads(json.dumps(whole))
     inner = copy
     for key in path[:-1]:

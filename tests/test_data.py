@@ -1,4 +1,4 @@
-"""Sources: the same images in every format, unsplit families, and no silent loss."""
+"""Sources give the same images in every format, never split a family, and lose nothing silently."""
 
 from __future__ import annotations
 

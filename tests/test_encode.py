@@ -1,4 +1,4 @@
-"""Latents: the VAE's posteriors by number; the same bytes when killed or shared; training on them; decoding."""
+"""Latents are the VAE's posteriors; the same bytes if encoding is killed or shared; training on latents; decoding."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pixels_of(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vae(images, tmp_path_factory) -> Path:
-    """A tiny AutoencoderKL, trained for seconds: images of 16x16 are latents of 4x8x8."""
+    """A tiny AutoencoderKL, trained for seconds: 16x16 images become 4x8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoencoderKL(
@@ -92,7 +92,7 @@ def vae(images, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def posteriors(images, vae) -> dict[str, torch.Tensor]:
-    """Mean and log variance of every image and mirror image, from diffusers alone."""
+    """Mean and log variance of every image and mirror image, computed only with the `diffusers` library."""
     model, x = AutoencoderKL.from_pretrained(vae), pixels_of(images)
     with torch.no_grad():
         several = {"moments": model.encode(x).latent_dist, "flipped": model.encode(x.flip(-1)).latent_dist}
@@ -259,7 +259,7 @@ def turn(folder: Path) -> None:
 
 
 def drop_digest(folder: Path) -> None:
-    """Turn an index into one of an earlier version."""
+    """Turn an index into an index of an earlier version."""
     index = json.loads((folder / "latents.json").read_text())
     index["made"].pop("data_sha256", None)
     (folder / "latents.json").write_text(json.dumps(index, indent=1))

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, local and offline: the same examples as their folder, in its order."""
+"""Local datasets of Hugging Face give the same examples as a folder, in the same order, without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trainer per run: among processes, among generators of one process, and after either has ended."""
+"""One trainer per run: among processes, among generators of one process, and after a process or generator has ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Official DiT and SiT weights and folders of diffusers: there and back bit for bit, and computed alike.
+"""Official DiT and SiT weights and `diffusers` folders: imported and exported bit for bit, with equal outputs.
 
-What the official code computes is in `golden/official_outputs.npz` (made by the script beside it); diffusers is asked
-here.
+The outputs of the official code are in `golden/official_outputs.npz` (made by the script beside this file). The outputs
+of `diffusers` are computed here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def golden(name: str) -> Tensor:
 
 
 def draw(key: int) -> np.random.Generator:
-    """Stream `key` of the record's script."""
+    """Random stream `key`, as in the script that made the record."""
     return np.random.Generator(np.random.Philox(key=[key, 0]))
 
 
@@ -76,7 +76,7 @@ def tiny() -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Names, in their order, types, shapes and bits."""
+    """Check that names, order, types, shapes and bits are equal."""
     assert list(a) == list(b)
     for name, value in a.items():
         assert (value.dtype, value.shape) == (b[name].dtype, b[name].shape), name
@@ -185,7 +185,7 @@ def test_weights_of_xl_come_back_bit_for_bit(tmp_path, full):
 
 @pytest.mark.parametrize("size", ["tiny", "DiT-S/2", "DiT-B/4"])
 def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size, full):
-    """The folder is written by diffusers, of a model with its own random weights."""
+    """The `diffusers` library writes the folder, from a model with random weights."""
     if size == "DiT-B/4" and not full:
         pytest.skip(LARGE)
     heads, width, depth, patch = {"tiny": (4, 32, 2, 2), "DiT-S/2": (6, 384, 12, 2), "DiT-B/4": (12, 768, 12, 4)}[size]
@@ -292,7 +292,7 @@ def test_samples_equal_the_official_dit(dit, name):
 
 
 def test_forward_equals_the_official_sit(tmp_path):
-    """At SiT's time tau ours is 1 - tau, and the velocity, from image to noise, is the opposite of SiT's."""
+    """SiT's time tau is our time 1 - tau. Our velocity points from image to noise, opposite to SiT's velocity."""
     run = imported(tmp_path, name="SiT-tiny.pt")
     saved = Checkpoint.open(run)
     model, config = saved.model(CPU), saved.config
@@ -340,7 +340,7 @@ def test_diffusers_and_the_official_dit_agree_only_at_time_zero(made):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_ddim_samples_equal_the_pipeline_of_diffusers(tmp_path, guidance):
-    """With a VAE of diffusers at the end, and smaller weights, so that samples stay in range; no class is 1000."""
+    """A VAE of `diffusers` decodes at the end. Small weights keep samples in range. Class 1000 means no class."""
     torch.manual_seed(0)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,

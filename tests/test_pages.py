@@ -61,7 +61,7 @@ def markdown_tokens(text: str) -> list[Any]:
 
 
 def chapters(name: str, folder: Path) -> list[Chapter]:
-    """A chapter with every kind of block, the name in every place."""
+    """A chapter with every kind of block and with the name in every place."""
     path = folder / f"{name.replace('/', '')}.png"
     image_grid(np.zeros((1, 8, 8, 3), np.uint8)).save(path)
     rows = [[name, Cell(name, "better")], ["plain", Cell(name, "")]]

@@ -1,4 +1,4 @@
-"""A run as a folder of diffusers: the same images, with and without the package, by every scheduler."""
+"""A run exported as a `diffusers` folder: the same images with and without the package, for every scheduler."""
 
 from __future__ import annotations
 
@@ -363,7 +363,7 @@ class Gaussian(torch.nn.Module):
     ],
 )
 def test_swapped_schedulers_sample_the_distribution(path, predict, scheduler):
-    """Swap the scheduler by `from_config` alone, as users do."""
+    """Swap the scheduler only with `from_config`, as users do."""
     config = replace(
         FLOW, model=small_model(image_size=(64, 64)), diffusion=DiffusionConfig(path=path, predict=predict)
     )
@@ -433,7 +433,7 @@ def test_a_scheduler_with_other_options_takes_their_steps(scheduler):
 
 
 def test_the_unipc_shift_gives_the_timesteps_of_diffusers_0_42():
-    """0.35 has 999, 922, 817, 666, 428."""
+    """diffusers 0.35 gives 999, 922, 817, 666, 428."""
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     set_steps(scheduler, 5)
     assert scheduler.timesteps.tolist() == [999, 923, 818, 667, 429]
@@ -441,7 +441,7 @@ def test_the_unipc_shift_gives_the_timesteps_of_diffusers_0_42():
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
 def test_flow_steps_are_even(pipe, scheduler):
-    """By default diffusers' last but one ends at 1/1000, where an image's velocity is 1000 times its error."""
+    """By default, the second-last step of `diffusers` ends at time 1/1000, where velocity is 1000 times the error."""
     before, pipe.scheduler = pipe.scheduler, scheduler(num_train_timesteps=1000)
     pipe("cat", num_inference_steps=5)
     used, pipe.scheduler = pipe.scheduler.sigmas, before
@@ -503,7 +503,7 @@ def test_latents_may_have_a_mean_and_a_deviation_per_channel():
     ],
 )
 def test_export_includes_the_vae_of_the_run_and_its_scale(said, tmp_path):
-    """The oracle is the decoder of `sample`."""
+    """The expected images come from the decoder of `sample`."""
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
@@ -703,7 +703,7 @@ def repository(exported, tmp_path, modules, monkeypatch) -> Path:
 
 
 def test_a_hub_repository_needs_no_trust_if_the_package_is_installed(repository, tmp_path):
-    """The package has its own `download`: that of diffusers needs trust, or the classes as files of the repository."""
+    """The package has its own `download`, because `diffusers` needs trust, or the classes as files of a repository."""
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained("some/model", cache_dir=tmp_path)
     assert type(DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path)) is DiTInDiTPipeline
@@ -754,7 +754,7 @@ def test_import_paths_in_exported_files_are_unchanged(exported, tmp_path):
 
 
 def test_exported_code_is_self_contained(exported):
-    """By ruff's reading: no undefined name, no import without use."""
+    """Ruff finds no undefined name and no unused import."""
     files = list(exported.rglob("*.py"))
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", *files],

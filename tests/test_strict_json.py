@@ -1,4 +1,4 @@
-"""Damaged, hostile or wrong JSON: one line that names the file."""
+"""Damaged, hostile or wrong JSON gives one line that names the file."""
 
 from __future__ import annotations
 

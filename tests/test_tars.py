@@ -1,4 +1,4 @@
-"""Tar shards: the same examples as their folder, in its order; nothing is lost silently."""
+"""Tar shards give the same examples as a folder, in the same order; nothing is lost silently."""
 
 from __future__ import annotations
 

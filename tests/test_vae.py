@@ -1,4 +1,4 @@
-"""VAEs of diffusers: each known class encodes, decodes and is exported; others are refused."""
+"""VAEs of the `diffusers` library: each known class encodes, decodes and is exported; other classes are refused."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def found(run: Path) -> list[tuple[str, str, str]]:
-    """Folder, file and kind of all damages that are passed over; the checkpoint before must be the one in use."""
+    """Folder, file and kind of all damages that are passed over; the checkpoint before must be in use."""
     newest = checkpoint.newest(run)
     assert newest.folder.name == (BEFORE if newest.passed_over else LAST)
     return [(damage.folder.name, damage.file, damage.kind) for damage in newest.passed_over]

@@ -1,4 +1,6 @@
-"""Which image every step sees, in order: no worker, stop or resume changes it, and no image is left out or repeated."""
+"""Which image every step sees, in order: no worker, stop or resume changes this order, and no image is left out or
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Recorder:
         patch.setattr(loop.Trainer, "update", recorded)
 
     def train(self, config: RunConfig, run: Path, workers: int, stops: tuple[int, ...] = ()) -> list[int]:
-        """The image numbers of a run that is left after the checkpoints of `stops` and resumed each time."""
+        """The image numbers of a run that is stopped after each checkpoint of `stops` and resumed."""
         self.seen.clear()
         config = replace(config, data=replace(config.data, workers=workers))
         for life, stop in enumerate((*stops, None)):

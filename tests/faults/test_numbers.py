@@ -134,7 +134,9 @@ def test_a_resumed_run_skips_the_same_steps(config, tmp_path):
 
 @pytest.fixture
 def diverging(config, monkeypatch):
-    """A run whose gradient is not finite in steps that see examples 12 to 31: three in a row, and it goes back."""
+    """A run whose gradient is not finite in steps that see examples 12 to 31: after three such steps, the run rolls
+    back.
+    """
     config = with_train(config, steps=9, skip_most=2, on_divergence="roll_back", checkpoint_every=2)
     config = replace(config, data=DataConfig(source="mosaic"), model=replace(config.model, num_classes=9))
     plain = Examples.__getitem__

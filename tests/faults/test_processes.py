@@ -1,4 +1,4 @@
-"""One process or many: the same examples, with train.reduction=fixed the same bits, and without it nearly."""
+"""Several processes see the examples of one process, and compute the same bits if train.reduction=fixed."""
 
 from __future__ import annotations
 

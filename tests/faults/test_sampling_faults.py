@@ -1,4 +1,4 @@
-"""`sample` with faults: any batch, any number of processes, killed and restarted: the same bytes."""
+"""`sample` gives the same bytes with any batch size and any number of processes, even if killed and restarted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step ends, the run is saved, and resumes as if it had not been interrupted."""
+"""After SIGTERM or SIGINT the step ends and the run is saved. It resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def config(run_config):
 
 @pytest.fixture
 def unbroken(config, tmp_path):
-    """Of a run: hashes of its last checkpoint, log lines and pictures."""
+    """Hashes of a run's last checkpoint, and its log lines and pictures."""
     for workers in (0, 2):
         (tmp_path / f"{workers}.yaml").write_text(to_yaml(with_workers(config, workers)))
     out = tmp_path / "unbroken"
@@ -162,7 +162,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_user_error_in_a_worker_ends_the_process_and_its_workers(tmp_path, config):
-    """They ignore SIGTERM, with which Python ends its children."""
+    """Workers ignore SIGTERM, with which Python ends its children."""
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", MISTAKEN, *arguments(tmp_path, tmp_path / "run", 2)]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)

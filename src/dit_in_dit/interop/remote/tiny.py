@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as tiny_attention  # never called: nothing fits
 
-__all__ = ["tiny_fits", "tiny_attention"]
+__all__ = ["tiny_attention", "tiny_fits"]
 
 
 def tiny_fits(q: Tensor, k: Tensor) -> bool:

@@ -253,7 +253,7 @@ def half_done(images, vae, tmp_path) -> tuple[Path, Path]:
 
 
 def turn(folder: Path) -> None:
-    """Replace an image by another one of the same name."""
+    """Replace an image by another image of the same name."""
     path = sorted(folder.rglob("*.png"))[0]
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
 

@@ -479,7 +479,7 @@ def test_weights_of_a_wrapped_model_are_read(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (lambda: tiny() | wrapped("module."), "two weights 'pos_embed', wrapped and not"),
+        (lambda: tiny() | wrapped("module."), "two weights 'pos_embed', with and without a wrapper"),
         (lambda: {"ema": tiny(), "model_ema": shifted()}, "has weights as ema and model_ema"),
         (lambda: tiny() | {"model.pos_embed": tiny()["pos_embed"]}, "has no 'model.pos_embed'"),
     ],
@@ -586,12 +586,12 @@ def test_schedulers_of_the_same_schedule_are_accepted(made, tmp_path, name):
             diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
             "DiT's schedule has rescale_betas_zero_snr=False: got True",
         ),
-        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "only beta_schedule=linear"),
-        (diffusers.DDPMScheduler(beta_end=0.012), "only beta_end=0.02.*: got 0.012"),
-        (diffusers.DDPMScheduler(num_train_timesteps=500), "only num_train_timesteps=1000"),
-        (diffusers.DDPMScheduler(trained_betas=[0.1] * 1000), "only trained_betas=None"),
-        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "only timestep_type=discrete"),
-        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "only use_karras_sigmas=False"),
+        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "has beta_schedule=linear"),
+        (diffusers.DDPMScheduler(beta_end=0.012), "has beta_end=0.02.*: got 0.012"),
+        (diffusers.DDPMScheduler(num_train_timesteps=500), "has num_train_timesteps=1000"),
+        (diffusers.DDPMScheduler(trained_betas=[0.1] * 1000), "has trained_betas=None"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "has timestep_type=discrete"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "has use_karras_sigmas=False"),
         (
             diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
             "(flow_shift=1.0|use_flow_sigmas=False|prediction_type)",

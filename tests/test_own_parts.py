@@ -154,7 +154,7 @@ def test_a_run_asks_for_the_source_and_optimizer_that_it_was_trained_with(config
 def test_ones_own_source_must_fit_the_model(config, tmp_path):
     for model, wrong in (
         (small_model(num_classes=5), "must fit the data: got 5, but object:test_sources.Dots has 2"),
-        (small_model(num_classes=2, image_size=(8, 8)), r"float32 images \[3, 8, 8\]: got float32 \[3, 16, 8\]"),
+        (small_model(num_classes=2, image_size=(8, 8)), r"float32 of shape \[3, 8, 8\]: got float32 \[3, 16, 8\]"),
     ):
         with pytest.raises(UserError, match=wrong):
             list(train(replace(config, model=model), tmp_path / "run", device="cpu", data=dots(config)))

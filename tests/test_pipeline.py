@@ -687,7 +687,9 @@ def test_a_fresh_process_loads_a_pipeline_with_nothing_else_imported(exported, t
 
 @pytest.fixture
 def repository(exported, tmp_path, modules, monkeypatch) -> Path:
-    """The Hub's cache with the folder as the repository some/model; requests of diffusers are answered here."""
+    """The Hub's cache with the folder as the repository some/model; requests of the `diffusers` library are answered
+    here.
+    """
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shutil.copytree(exported, snapshot)
     (tmp_path / "models--some--model" / "refs").mkdir()

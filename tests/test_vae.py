@@ -193,7 +193,7 @@ def test_a_vae_is_loaded_from_the_folder_of_a_pipeline(images, tmp_path):
 
 @pytest.mark.parametrize(("inside", "variant"), [("", None), ("vae", None), ("", "fp16"), ("vae", "fp16")])
 def test_a_vae_is_loaded_from_the_top_or_the_subfolder_of_a_repository(tmp_path, monkeypatch, inside, variant):
-    """The Hub's cache with some/model; SD3 and Flux have the VAE in vae/, some in float16 alone."""
+    """The Hub's cache with some/model; SD3 and Flux have the VAE in vae/, and some only in float16."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     seeded(tiny).save_pretrained(snapshot / inside, variant=variant)
     (tmp_path / "models--some--model" / "refs").mkdir()

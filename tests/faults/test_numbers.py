@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the step is skipped, and neither weights nor average nor disk ever hold one."""
+"""Numbers that are not finite: the step is skipped, and weights, average and disk never hold such a number."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     elif before[DATA] != made[DATA]:
         raise UserError(
             f"{truncate(out, 60)} holds latents of other images than {truncate(made['source'], 60)} has now: "
-            "put those back, choose another --out, or delete it"
+            "put the former images back, choose another --out, or delete it"
         )
     for name, value in made.items():
         if name == "source" and DATA in made:  # the same images may have moved

@@ -46,7 +46,7 @@ class ImageFiles:
     """
 
     def __init__(self, path: Path, num_classes: int = 0) -> None:
-        """`num_classes`: number of classes of a `dataset.json`; 0: the largest label plus one."""
+        """`num_classes`: number of classes of a `dataset.json`; 0 means the largest label plus one."""
         self.path, self.num_classes = path, num_classes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._linked: set[str] = set()  # folders of an archive that are links
@@ -117,7 +117,9 @@ class ImageFiles:
         return list(names)
 
     def _read_table(self, others: list[str]) -> dict[str, int] | None:
-        """The labels of a `dataset.json` (see table_labels), which is removed from `others`; None without one."""
+        """The labels of a `dataset.json` (see table_labels), whose name is removed from `others`; None without a
+        `dataset.json`.
+        """
         place = find_table(others, self.names)
         if place is None:
             return None

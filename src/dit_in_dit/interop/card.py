@@ -29,7 +29,7 @@ Rows = Mapping[str, object]
 
 
 def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
-    """The run's newest evaluation of the weights with this SHA-256; None without one."""
+    """The run's newest evaluation of the weights with this SHA-256; None without an evaluation."""
     for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
         with suppress(UserError):  # incomplete, or of another tool
             evaluation = read_json(path)

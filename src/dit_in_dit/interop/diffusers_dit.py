@@ -1,4 +1,5 @@
-"""Folders of diffusers' `DiTTransformer2DModel`: read as official weights and written from them, bit for bit.
+"""Folders of diffusers' `DiTTransformer2DModel`: read as official weights and written from official weights, bit for
+bit.
 
 The model is the official DiT under other names, with separate queries, keys and values, and with a copy of the time and
 class embeddings in every block. Two constants differ and cannot be moved into the weights. The last time frequency of

@@ -90,7 +90,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
 
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:
-    """The named VAE or the run's, with the run's mean and scale of latents in its config; None without one."""
+    """The named VAE or the run's, with the run's mean and scale of latents in the VAE's config; None without a VAE."""
     data = fill_latent_keys(config.data)
     if (name := name or data.vae) is None:
         return None

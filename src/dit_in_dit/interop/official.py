@@ -163,7 +163,7 @@ def with_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     classes. This table gets a row of zeros, which is never used.
 
     Raises:
-        UserError: the table has neither that number of rows nor one more.
+        UserError: the number of rows of the table is neither the number of classes nor one more.
     """
     rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:

@@ -226,8 +226,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1)
 
     def _ancestral(self, image: Tensor, fraction: Tensor | None, x: Tensor, number: int, generator: Any) -> Tensor:
-        """DDPM's step as in `sample`, with a learned variance if the model has one. The step of diffusers adds noise to
-        the final image if its last time is not 0."""
+        """DDPM's step as in `sample`, with a learned variance if the model has one. The `diffusers` step adds noise to
+        the final image if its last time is not 0.
+        """
         timesteps = [*self.scheduler.timesteps.tolist(), -1]
         if fraction is None and self.scheduler.config.variance_type.startswith("fixed_small"):
             fraction = torch.full_like(x, -1)

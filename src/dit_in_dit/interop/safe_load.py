@@ -73,7 +73,9 @@ def strip_wrappers(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
     for name, value in weights.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in bare_weights:
-            raise UserError(f"{what} has two weights {truncate(bare, 60)!r}, wrapped and not: keep one of them")
+            raise UserError(
+                f"{what} has two weights {truncate(bare, 60)!r}, with and without a wrapper: keep one of them"
+            )
         if name != "n_averaged":  # the counter of torch's AveragedModel
             bare_weights[bare] = value
     while prefix := next(

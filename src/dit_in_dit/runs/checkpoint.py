@@ -60,7 +60,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, run: Path) -> Checkpoint:
-        """The run's newest good checkpoint; warns (DamagedWarning) of each damaged newer one.
+        """The run's newest good checkpoint; warns (DamagedWarning) of each newer checkpoint that is damaged.
 
         Raises:
             UserError: there is none, or config.yaml has changed since it was written.
@@ -222,7 +222,7 @@ def has_any(run: Path) -> bool:
 
 
 def newest(run: Path, *, steady: bool = False) -> Checkpoint:
-    """The newest checkpoint that verifies (with `steady`: and is steady), with the damages of newer ones.
+    """The newest checkpoint that verifies (and is steady, if `steady`), with the damages of newer checkpoints.
 
     All loading of a run's weights goes through here, so that weights are never used with the config of another run.
 
@@ -250,7 +250,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
 
 
 def recorded_data(run: Path) -> dict[str, str] | None:
-    """Digest and place of the data in the run's newest manifest; None without one."""
+    """Digest and place of the data in the run's newest manifest; None without a record."""
     noted: dict[str, str] | None = newest_manifest(run).get("data")
     return noted
 

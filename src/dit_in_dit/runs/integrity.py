@@ -56,11 +56,11 @@ class DamagedError(UserError):
 
 
 class DamagedWarning(UserWarning):
-    """A damaged checkpoint was passed over for an older one."""
+    """A damaged checkpoint was skipped, and an older checkpoint is used."""
 
 
 def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write and sync a file; return size and SHA-256 of the bytes given, not of those on the disk."""
+    """Write and sync a file; return size and SHA-256 of the given bytes, not of the bytes on the disk."""
     size, sha256 = 0, hashlib.sha256()
     with path.open("wb") as file:
         for part in parts:

@@ -64,7 +64,7 @@ def _is_number(text: str) -> bool:
 class Lines:
     """An append-only file. On opening, an incomplete last line of a killed process is removed.
 
-    A line that cannot be written (a full disk) stays in memory and is tried again with the next one.
+    A line that cannot be written (a full disk) stays in memory and is tried again with the next line.
 
     Args:
         path: the file; None, as on ranks other than 0: nothing is read or written.

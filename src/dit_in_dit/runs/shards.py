@@ -70,7 +70,7 @@ def share_work(total: int, size: int, there: Callable[[range], bool], make: Call
 def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
-    """Wait until all parts exist; yields the missing ones ten times a second.
+    """Wait until all parts exist; yields the missing parts ten times a second.
 
     Args:
         there: whether a part exists.

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: written one at a time, read one at a time or all at once."""
+"""Tensors in safetensors files: written one by one, read one by one or all together."""
 
 from __future__ import annotations
 

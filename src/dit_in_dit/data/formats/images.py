@@ -91,8 +91,8 @@ class ImageSource(SplitSource):
             raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
         if lost := set(self._labels) - {self._labels[position] for position in good}:
             raise UserError(
-                f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: "
-                "none of its images can be read; fix one, or remove the class (skipping it would shift later labels)"
+                f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: none of its images "
+                "can be read; fix one image, or remove the class (skipping it would shift later labels)"
             )
         self.names = [self.names[position] for position in good]
         self._labels = [self._labels[position] for position in good]

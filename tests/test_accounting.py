@@ -1,4 +1,4 @@
-"""Folders and archives are read as a person sees them: every image with its class, and a report on all else."""
+"""Folders and archives are read as a person sees them: every image with its class, and a report on everything else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def zipped(folder: Path, place: Path, separator: str = "/") -> Path:
 
 
 def said(source: Path, **keys) -> str:
-    """The one line on things that are left out."""
+    """The single line that reports what is left out."""
     with pytest.warns(LeftOutWarning) as caught:
         opened(source, **keys)
     [line] = caught
@@ -70,7 +70,7 @@ def said(source: Path, **keys) -> str:
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_every_format_that_pillow_reads_in_one_frame_is_an_image(suffix, tmp_path):
+def test_every_single_frame_format_of_pillow_is_read(suffix, tmp_path):
     pixels = np.kron(np.arange(0, 256, 64, dtype=np.uint8).reshape(2, 2), np.ones((4, 4), np.uint8))
     exact = Image.fromarray(np.stack([pixels] * 3, -1))
     for name in (f"apple/0{suffix}", f"banana/0{suffix.upper()}"):
@@ -89,7 +89,7 @@ def test_several_frames_in_one_file_are_refused_or_skipped(suffix, tmp_path):
     image(tmp_path / "0.png")
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (0, 120, 240)]
     frames[0].save(tmp_path / f"1{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match=rf"1{suffix}: several frames: store each as an image"):
+    with pytest.raises(UserError, match=rf"1{suffix}: several frames: store each frame as an image"):
         opened(tmp_path)
     assert "unreadable files: 1" in said(tmp_path, corrupt="skip")
 
@@ -119,7 +119,7 @@ def test_a_class_without_readable_files_is_refused(tmp_path):
         opened(root, 2)
 
 
-def test_a_class_of_unreadable_images_never_shifts_later_labels(tmp_path):
+def test_a_class_of_unreadable_images_is_refused_and_never_skipped(tmp_path):
     root = fruits(tmp_path / "set", **{"banana/0.png": "no image"})
     with pytest.raises(UserError, match=r"class banana of .*set: none of its images can be read"):
         opened(root, 2, corrupt="skip")
@@ -136,7 +136,7 @@ def test_files_that_are_no_images_are_reported_in_one_line(tmp_path):
         assert str(source)[-8:] in line
 
 
-def test_the_command_reports_it_once_and_other_processes_do_not(tmp_path, monkeypatch, capsys):
+def test_the_command_reports_left_out_files_once_and_only_in_one_process(tmp_path, monkeypatch, capsys):
     fruits(tmp_path / "set", **{"README.txt": ""})
     words = ["train", "--preset", "emoji", "--out", str(tmp_path / "run"), "--device", "cpu"]
     keys = ("data.source=" + str(tmp_path / "set"), "data.held_out=0", "model.num_classes=2", "train.steps=1")
@@ -158,7 +158,7 @@ def test_arrays_that_are_not_read_are_reported(tmp_path):
     assert said(tmp_path / "set.npz").endswith("left out arrays: 2, such as label, captions")
 
 
-def test_files_of_operating_systems_are_no_classes(tmp_path):
+def test_files_of_operating_systems_do_not_become_classes(tmp_path):
     root = fruits(tmp_path / "set", **{"apple/desktop.ini": "", "apple/Thumbs.db": ""})
     for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", ".Trash-0", "__MACOSX"):
         image(root / name / "0.png")
@@ -193,7 +193,7 @@ def test_a_zip_made_on_windows_has_the_classes_of_its_folder(folder, tmp_path):
         entry = zipfile.ZipInfo()
         entry.filename = "..\\0.png"
         archive.writestr(entry, b"")
-    with pytest.raises(UserError, match="points out of it"):
+    with pytest.raises(UserError, match="points out of the archive"):
         opened(tmp_path / "out.zip")
 
 
@@ -227,7 +227,7 @@ def test_a_class_folder_in_a_zip_that_is_a_link_is_refused(tmp_path):
         opened(tmp_path / "set.zip", 3)
 
 
-def test_two_unicode_forms_of_a_name_are_one_class_sorted_by_the_first(tmp_path):
+def test_two_unicode_forms_of_a_name_become_one_class_sorted_by_the_first_form(tmp_path):
     forms = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
     for number, name in enumerate((*forms, "cafz", "cap", "zebra")):
         image(tmp_path / name / f"{number}.png")
@@ -238,7 +238,7 @@ def test_two_unicode_forms_of_a_name_are_one_class_sorted_by_the_first(tmp_path)
     }  # fmt: skip
 
 
-def test_one_unicode_form_alone_keeps_the_order_of_its_names(tmp_path):
+def test_names_in_one_unicode_form_keep_their_order(tmp_path):
     for name in ("cafe\u0301", "cafz", "zebra"):
         image(tmp_path / name / "0.png")
     assert opened(tmp_path, 3).classes == ("cafe\u0301", "cafz", "zebra")
@@ -265,7 +265,7 @@ NAMES = [f"{number // 4:05d}/img{number:08d}.png" for number in range(6)]
 ROWS = [[name, label] for name, label in zip(NAMES, (3, 0, 2, 3, 1, 0), strict=True)]
 
 
-def test_labels_come_from_dataset_json_and_shard_folders_are_no_classes(tmp_path):
+def test_labels_come_from_dataset_json_and_not_from_shard_folders(tmp_path):
     root = edm(tmp_path / "set", ROWS)
     (tmp_path / "outer").mkdir()
     shutil.copytree(root, tmp_path / "outer/inner")
@@ -313,16 +313,16 @@ BAD = {
     "vectors": (json.dumps({"labels": [[name, [0, 1]] for name in NAMES]}), "labels must be whole numbers"),
     "truths": (json.dumps({"labels": [[name, True] for name in NAMES]}), "labels must be whole numbers"),
     "fractions": (json.dumps({"labels": [[name, 0.5] for name in NAMES]}), "labels must be whole numbers"),
-    "a label twice": (json.dumps({"labels": [*ROWS, ROWS[0]]}), "labels to one image twice"),
+    "a label twice": (json.dumps({"labels": [*ROWS, ROWS[0]]}), "two labels to one image"),
     "an image without": (json.dumps({"labels": ROWS[:-1]}), r"no label for 1 images, such as 00001/img00000005"),
     "below zero": (json.dumps({"labels": [[name, -1] for name in NAMES]}), "from 0 to .* got -1"),
     "beyond the model": (json.dumps({"labels": [[name, 4] for name in NAMES]}), "from 0 to 3: got 4 to 4"),
-    "a class without images": (json.dumps({"labels": [*ROWS, ["00009/x.png", 7]]}), "images of class 7"),
+    "a class without images": (json.dumps({"labels": [*ROWS, ["00009/x.png", 7]]}), "labels of class 7"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_wrong_dataset_json_is_one_line(name, tmp_path):
+def test_a_wrong_dataset_json_gives_a_one_line_error(name, tmp_path):
     root = edm(tmp_path / "set", None)
     (root / "dataset.json").write_text(BAD[name][0])
     with pytest.raises(UserError, match=BAD[name][1]) as refused:
@@ -330,7 +330,7 @@ def test_a_wrong_dataset_json_is_one_line(name, tmp_path):
     assert str(refused.value).isprintable()
 
 
-def test_a_label_of_a_huge_class_takes_no_memory(tmp_path):
+def test_a_huge_class_number_takes_no_memory(tmp_path):
     with pytest.raises(UserError, match="from 0 to 9999999"):
         opened(edm(tmp_path / "set", [[name, 10**12] for name in NAMES]))
 
@@ -358,7 +358,7 @@ def test_a_folder_of_splits_is_refused(one, other, tmp_path):
     assert opened(tmp_path / "set" / one, 2).classes == ("apple", "cherry")
 
 
-def test_a_train_among_other_vehicles_is_a_class(tmp_path):
+def test_a_class_named_train_among_other_vehicles_is_not_a_split(tmp_path):
     for name in ("bus", "train", "tram"):
         image(tmp_path / name / "0.png")
     assert opened(tmp_path, 3).classes == ("bus", "train", "tram")
@@ -367,7 +367,7 @@ def test_a_train_among_other_vehicles_is_a_class(tmp_path):
 # ------------------------------------------------------------------------------------ labels of arrays
 
 
-def test_labels_of_arrays_may_be_false_and_true(tmp_path):
+def test_boolean_labels_of_arrays_are_read_as_0_and_1(tmp_path):
     pixels, labels = np.zeros((4, 8, 8, 3), np.uint8), np.array([True, False, False, True])
     np.savez(tmp_path / "set.npz", images=pixels, labels=labels)
     np.save(tmp_path / "set.npy", pixels)

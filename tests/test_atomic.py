@@ -55,10 +55,10 @@ def test_only_temporary_files_of_killed_processes_are_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("out", [".", "..", "../empty", "/"])
-def test_an_export_into_the_current_folder_or_one_above_is_refused(out, tmp_path, monkeypatch):
+def test_an_export_into_the_current_folder_or_a_folder_above_it_is_refused(out, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(UserError, match="is the current folder, or one above it: give a new name"):
+    with pytest.raises(UserError, match="is the current folder or a folder above it: give a new name"):
         atomic.check_free(Path(out))
     with pytest.raises(UserError, match="current folder"), atomic.folder(Path(out)):
         pass
@@ -74,7 +74,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
 def test_files_have_the_permissions_of_the_umask(mask, file, folder, tmp_path):
-    """safetensors writes with 0600."""
+    """The safetensors library writes files of mode 0600."""
     before = os.umask(mask)
     try:
         with atomic.folder(tmp_path / "out") as beside:

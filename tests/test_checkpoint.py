@@ -89,7 +89,7 @@ def test_milestones_that_no_checkpoint_can_meet_are_refused(run_config):
 
 
 @pytest.mark.parametrize("damaged", [20, 30])
-def test_a_damaged_checkpoint_does_not_count_as_one_of_the_two(tmp_path, damaged):
+def test_a_damaged_checkpoint_is_not_counted_among_the_newest_two(tmp_path, damaged):
     for step in (10, 20):
         save(tmp_path, step)
     if damaged == 30:  # the newest, which is then trained again
@@ -242,7 +242,7 @@ def test_a_checkpoint_whose_replacement_was_killed_is_found(tmp_path):
     assert names(tmp_path) == ["0000010", "0000020"]
 
 
-def test_a_disk_that_wrote_other_bytes_is_detected_before_an_older_checkpoint_is_deleted(tmp_path, monkeypatch):
+def test_wrong_bytes_on_the_disk_are_detected_before_an_older_checkpoint_is_deleted(tmp_path, monkeypatch):
     for step in (10, 20):
         save(tmp_path, step)
     write = integrity.write_hashed

@@ -1,4 +1,4 @@
-"""Damaged or wrong JSON files: one line for each, never a traceback."""
+"""Damaged or wrong JSON files give a one-line error, never a traceback."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> Path:
-    """A copy of that run."""
+    """A copy of the trained run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -71,7 +71,7 @@ def refused(action: Callable[[], Any]) -> None:
 
 
 def with_value(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A JSON value with one part replaced; `...`: removed."""
+    """A JSON value with one part replaced, or removed if the new value is `...`."""
     copy = json.loads(json.dumps(whole))
     inner = copy
     for key in path[:-1]:
@@ -84,7 +84,7 @@ def with_value(whole: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 @pytest.mark.parametrize("text", [*TEXTS, b"\xff\xfe{"], ids=lambda text: repr(text)[:12])
-def test_a_file_that_holds_no_object_is_one_line(text, study, run):
+def test_a_file_without_a_json_object_gives_a_one_line_error(text, study, run):
     content = text if isinstance(text, bytes) else text.encode()
     result = next(iter(study.glob("runs/*/result.json")))
     places: list[tuple[Path, Callable[[], Any]]] = [
@@ -105,7 +105,7 @@ def test_a_file_that_holds_no_object_is_one_line(text, study, run):
 @pytest.mark.parametrize(
     "text", [text for text in TEXTS if text not in ("", '{"a": NaN}')], ids=lambda text: repr(text)[:12]
 )
-def test_a_log_with_such_a_line_is_one_line(text, run):
+def test_a_log_with_a_line_that_is_no_object_gives_a_one_line_error(text, run):
     for name in ("log.jsonl", "timing.jsonl"):
         path = run / name
         before = path.read_bytes()
@@ -117,7 +117,7 @@ def test_a_log_with_such_a_line_is_one_line(text, run):
         path.write_bytes(before)
 
 
-def test_a_damaged_trackers_file_is_one_line_and_a_damaged_evaluation_ignored(run):
+def test_a_damaged_trackers_file_gives_a_one_line_error_and_a_damaged_evaluation_is_ignored(run):
     for text in TEXTS[:8]:
         (run / trackers.KEPT).write_text(text)
         refused(lambda: trackers.chosen_trackers(None, run))
@@ -147,14 +147,14 @@ def test_a_damaged_trackers_file_is_one_line_and_a_damaged_evaluation_ignored(ru
         (("study", "arms"), 3),
     ],
 )
-def test_a_plan_with_a_wrong_part_is_one_line(path, value, study):
+def test_a_plan_with_a_wrong_part_gives_a_one_line_error(path, value, study):
     whole = json.loads((study / "plan.json").read_text())
     (study / "plan.json").write_text(json.dumps(with_value(whole, path, value)))
     refused(lambda: read_study(study))
 
 
 @pytest.mark.parametrize("key", ["arm", "seed", "state", "step", "metrics", "floors", "protocol", "reason", "another"])
-def test_a_result_with_a_wrong_part_is_one_line(key, study):
+def test_a_result_with_a_wrong_part_gives_a_one_line_error(key, study):
     path = next(iter(study.glob("runs/*/result.json")))
     whole = json.loads(path.read_text())
     for value in (None, True, [3], {"a": "x"}, {"a": [1]}):
@@ -165,7 +165,7 @@ def test_a_result_with_a_wrong_part_is_one_line(key, study):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, '{"number": "3", "changes": {}}', '{"number": 3, "changes": []}'])
-def test_what_a_trial_of_a_search_changed_is_one_line_too(text, tmp_path):
+def test_damaged_changes_of_a_search_trial_give_a_one_line_error(text, tmp_path):
     search = StudyConfig(base="emoji", search={"train.learning_rate": [1e-3, 1e-4]}, trials=2, budget={"steps": 20})
     out = tmp_path / "search"
     (out / "runs" / "t0000").mkdir(parents=True)
@@ -184,7 +184,7 @@ def test_what_a_trial_of_a_search_changed_is_one_line_too(text, tmp_path):
         {"loss": 1.0, "grad_norm": 1.0},
     ],
 )
-def test_a_step_without_its_numbers_is_one_line(line, run):
+def test_a_log_step_with_missing_numbers_gives_a_one_line_error(line, run):
     path = run / "log.jsonl"
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     refused(lambda: read_run(run))
@@ -193,7 +193,7 @@ def test_a_step_without_its_numbers_is_one_line(line, run):
 
 
 @pytest.mark.parametrize("seconds", ["x", None, [1.0], 1e999])
-def test_wrong_times_are_one_line_when_a_run_is_resumed(seconds, run):
+def test_resuming_with_wrong_times_gives_a_one_line_error(seconds, run):
     path = run / "timing.jsonl"
     path.write_text(path.read_text() + json.dumps({"step": 4, "seconds": seconds}) + "\n")
     with pytest.raises(UserError, match=r"timing.jsonl holds a line that no run writes|not a JSON object"):
@@ -210,21 +210,21 @@ def test_a_wrong_line_of_a_log_is_shown(run):
 @pytest.mark.parametrize(
     "line", [{"step": 4, "held_out": 3}, {"step": None, "held_out": {}}, {"step": 5, "rollback": 3}]
 )
-def test_a_wrong_evaluation_or_rollback_is_one_line(line, run):
+def test_a_wrong_evaluation_or_rollback_gives_a_one_line_error(line, run):
     path = run / "log.jsonl"
     path.write_text(path.read_text() + json.dumps(line) + "\n")
     refused(lambda: read_run(run))
 
 
 @pytest.mark.parametrize("scores", [3, {"a": 3}, {"a": {"value": "x", "low": None, "high": None, "floor": None}}])
-def test_an_evaluation_with_wrong_scores_is_one_line(scores, tmp_path):
+def test_wrong_score_types_give_a_one_line_error(scores, tmp_path):
     whole = {"subject": {"name": "run"}, "protocol": {}, "scores": scores}
     (tmp_path / "metrics.json").write_text(json.dumps(whole))
     refused(lambda: report.read_evaluation(tmp_path / "metrics.json"))
 
 
 @pytest.mark.parametrize("content", [*(text.encode() for text in TEXTS[:9]), b"\xff\xfe{", b'{"a": 1}' + b" " * 100])
-def test_a_wrong_or_endless_config_of_diffusers_is_one_line(content, tmp_path, monkeypatch):
+def test_a_wrong_or_endless_diffusers_config_gives_a_one_line_error(content, tmp_path, monkeypatch):
     monkeypatch.setattr("dit_in_dit.config.strict_json.MOST_BYTES", 100)
     (tmp_path / "config.json").write_bytes(content)
     refused(lambda: diffusers_files.read_diffusers_json(tmp_path / "config.json"))

@@ -1,4 +1,4 @@
-"""Sources: the same images in every format, unsplit families, and no silent loss."""
+"""Sources give the same images in every format, never split a family, and lose nothing silently."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_latents_are_read_unchanged(tmp_path):
     assert np.array_equal(source.train(3)[0], latents[3].astype(np.float32))
 
 
-def test_families_are_never_split():
+def test_a_family_is_never_divided_between_the_splits():
     source = open_source(DataConfig(), small_model(image_size=(32, 32), num_classes=9))
     names = {side: [source.names[i] for i in getattr(source, f"_{side}")] for side in ("train", "held")}
     train, held = ({Path(n).stem.split("~")[0] for n in side} for side in names.values())
@@ -78,7 +78,7 @@ def test_families_are_never_split():
     assert any("~" in n for n in names["held"])  # variants are there to be kept together
 
 
-def test_the_split_depends_on_the_family_and_the_share_alone():
+def test_the_split_depends_only_on_the_family_and_the_share():
     value = int.from_bytes(hashlib.sha256(b"grinning-face").digest()[:8], "big") / 2**64
     assert is_held_out("grinning-face", value + 1e-6)
     assert not is_held_out("grinning-face", value - 1e-6)
@@ -178,7 +178,7 @@ def test_a_wrong_number_of_classes_is_refused(folder):
         open_source(DataConfig(source=str(folder)), small_model(image_size=(8, 8)))
 
 
-def test_too_small_a_source_cannot_be_split(folder):
+def test_a_source_that_is_too_small_to_split_is_refused(folder):
     with pytest.raises(UserError, match="0 held-out images"):
         opened(folder, held_out=1e-6)
 
@@ -214,7 +214,7 @@ def test_resizing_covers_and_crops_the_centre():
     assert resize_and_crop(Image.new("RGB", (5, 9)), (16, 8), 3).shape == (16, 8, 3)
 
 
-def test_mosaic_images_are_functions_of_their_number():
+def test_a_mosaic_image_depends_only_on_its_number():
     one, other = Mosaic((32, 32)), Mosaic((32, 32))
     other.image(5)
     assert np.array_equal(one.image(2**61)[0], other.image(2**61)[0])
@@ -261,7 +261,7 @@ def digest_of(path, **keys) -> str:
     return opened(path, **{"held_out": 0.0, **keys}).digest
 
 
-def test_a_digest_does_not_depend_on_place_time_or_order_of_listing(folder, tmp_path, monkeypatch):
+def test_a_digest_does_not_depend_on_place_time_or_file_order(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "moved")
     for path in (tmp_path / "moved").rglob("*.*"):
         os.utime(path, (1, 1))

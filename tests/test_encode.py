@@ -1,4 +1,4 @@
-"""Latents: the VAE's posteriors by number; the same bytes when killed or shared; training on them; decoding."""
+"""Latents are the VAE's posteriors; the same bytes if encoding is killed or shared; training on latents; decoding."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pixels_of(folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def vae(images, tmp_path_factory) -> Path:
-    """A tiny AutoencoderKL, trained for seconds: images of 16x16 are latents of 4x8x8."""
+    """A tiny AutoencoderKL, trained for seconds: 16x16 images become 4x8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoencoderKL(
@@ -92,7 +92,7 @@ def vae(images, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def posteriors(images, vae) -> dict[str, torch.Tensor]:
-    """Mean and log variance of every image and mirror image, from diffusers alone."""
+    """Mean and log variance of every image and mirror image, computed only with the `diffusers` library."""
     model, x = AutoencoderKL.from_pretrained(vae), pixels_of(images)
     with torch.no_grad():
         several = {"moments": model.encode(x).latent_dist, "flipped": model.encode(x.flip(-1)).latent_dist}
@@ -158,7 +158,7 @@ def test_labels_classes_and_the_held_out_split_are_those_of_the_images(images, l
     assert source.held_out(0)[1] == pixels.held_out(0)[1]
 
 
-def test_the_index_has_the_constants_of_the_vae_and_measured_ones(latents, vae, posteriors):
+def test_the_index_holds_the_vae_constants_and_measured_constants(latents, vae, posteriors):
     index = read_latents_index(latents)
     assert index["vae"] == {"name": str(vae), "mean": [0.25], "scale": [0.5]}
     draw = torch.Generator().manual_seed(0)
@@ -178,7 +178,7 @@ def test_a_vae_without_constants_gets_those_of_stable_diffusion(images, vae, tmp
     assert read_latents_index(folder)["vae"] == {"name": str(tmp_path / "vae"), "mean": [0.0], "scale": [0.18215]}
 
 
-def test_encoding_gives_the_same_bytes_however_interrupted_or_shared(images, vae, latents, tmp_path, monkeypatch):
+def test_interrupted_or_shared_encoding_gives_the_same_bytes(images, vae, latents, tmp_path, monkeypatch):
     expected = content(latents)
     for stop in (0, 2):
         folder = tmp_path / str(stop)
@@ -253,19 +253,19 @@ def half_done(images, vae, tmp_path) -> tuple[Path, Path]:
 
 
 def turn(folder: Path) -> None:
-    """Replace an image by another one of the same name."""
+    """Replace an image by another image of the same name."""
     path = sorted(folder.rglob("*.png"))[0]
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
 
 
 def drop_digest(folder: Path) -> None:
-    """Turn an index into one of an earlier version."""
+    """Turn an index into an index of an earlier version."""
     index = json.loads((folder / "latents.json").read_text())
     index["made"].pop("data_sha256", None)
     (folder / "latents.json").write_text(json.dumps(index, indent=1))
 
 
-def test_other_images_under_the_same_name_are_not_mixed_into_latents(half_done, vae):
+def test_replaced_images_with_the_same_name_are_not_mixed_into_latents(half_done, vae):
     images, folder = half_done
     before = content(folder)
     turn(images)
@@ -292,7 +292,7 @@ def test_images_that_moved_are_encoded_completely(half_done, vae, latents):
     assert opened(folder).digest == opened(latents).digest
 
 
-def test_latents_of_an_earlier_version_are_continued_by_name_without_a_digest(half_done, vae, latents):
+def test_latents_without_a_digest_from_an_earlier_version_are_continued_by_name(half_done, vae, latents):
     images, folder = half_done
     drop_digest(folder)
     with pytest.raises(UserError, match=r"source is .*set, not .*another --out"):
@@ -340,7 +340,7 @@ def test_training_on_latents_equals_training_through_the_vae_with_the_posterior_
     assert np.allclose(held_out[0], held_out[1], rtol=1e-4)
 
 
-def test_examples_draw_from_the_posterior_of_the_image_or_its_mirror_image(latents, posteriors, run_config):
+def test_examples_are_sampled_from_the_posterior_of_the_image_or_its_mirror_image(latents, posteriors, run_config):
     data = DataConfig(source=str(latents), held_out=0.0, flip=True, latent_mean=0.0, latent_scale=1.0)
     examples = Examples(open_source(data, MODEL), replace(run_config, model=MODEL, data=data))
     drawn: dict[tuple[int, bool], list[np.ndarray]] = {}
@@ -410,7 +410,7 @@ def test_latents_of_32x32_are_read_at_50_000_a_second(tmp_path, dtype):
 # --------------------------------------------------------------------------------------- and back
 
 
-def test_the_decoder_draws_what_the_vae_does_and_the_vae_has_learned(images, vae, latents, posteriors):
+def test_the_decoder_equals_the_vae_and_the_vae_has_learned(images, vae, latents, posteriors):
     data = fill_latent_keys(DataConfig(source=str(latents)))
     x = pixels_of(images)
     draw = open_decoder(data, CPU)
@@ -448,7 +448,7 @@ def test_a_run_on_latents_samples_images_with_its_vae(latents, vae, run_config, 
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_a_run_on_latents_is_evaluated_by_decoded_images(images, latents, run_config, tmp_path, capsys):
+def test_a_run_on_latents_is_evaluated_on_decoded_images(images, latents, run_config, tmp_path, capsys):
     config = replace(run_config, model=MODEL, data=DataConfig(source=str(latents)), sample=SampleConfig(steps=1))
     list(train(with_train(config, steps=1, evaluate_every=0), tmp_path / "run", device="cpu"))
     words = ["evaluate", str(tmp_path / "run"), "--num", "16", "--device", "cpu"]
@@ -461,7 +461,7 @@ def test_a_run_on_latents_is_evaluated_by_decoded_images(images, latents, run_co
     assert drawn[drawn.files[0]].shape == (16, SIDE, SIDE, 3)
 
 
-def test_a_user_error_is_one_line(images, vae, capsys, tmp_path):
+def test_encode_reports_a_user_error_in_one_line(images, vae, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "latents"), "--device", "cpu"]
     good = ["--data", str(images), "--vae", str(vae)]
@@ -510,7 +510,7 @@ WRONG = {
     "made": (3, "damaged: its 'made' has the wrong form"),
     "made.shard": ("8", "damaged: its 'made' has the wrong form"),
     "made.shard ": (0, "must have 0 images each"),
-    "made.dtype": ("int8", "latents are float16"),
+    "made.dtype": ("int8", "must be one of float16"),
     "made.dtype ": ("float32", "does not hold the 'moments'"),
     "vae": (None, "damaged: its 'vae' has the wrong form"),
     "vae.scale": ([True], "damaged: its 'vae' has the wrong form"),
@@ -523,7 +523,7 @@ WRONG = {
 }
 
 
-def test_a_wrong_index_is_one_line(images, vae, latents, tmp_path):
+def test_a_wrong_index_gives_a_one_line_error(images, vae, latents, tmp_path):
     folder = tmp_path / "latents"
     shutil.copytree(latents, folder)
     index = read_latents_index(folder)
@@ -555,7 +555,7 @@ def test_a_wrong_index_is_one_line(images, vae, latents, tmp_path):
         b'{"label": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}',  # nothing but labels
     ],
 )
-def test_a_file_of_latents_with_a_wrong_header_is_one_line(latents, tmp_path, header):
+def test_a_latents_file_with_a_wrong_header_gives_a_one_line_error(latents, tmp_path, header):
     folder = tmp_path / "latents"
     shutil.copytree(latents, folder)
     (folder / "000001.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))

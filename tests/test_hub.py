@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face, local and offline: the same examples as their folder, in its order."""
+"""Local datasets of Hugging Face give the same examples as a folder, in the same order, without a network."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_columns_have_configurable_names(folder, tmp_path):
     assert opened(tmp_path / "saved", classes=0, image_column="picture").classes == ("images",)
 
 
-def test_labels_may_be_names_or_plain_numbers_and_images_plain_bytes(folder, tmp_path):
+def test_labels_may_be_names_or_numbers_and_images_may_be_plain_bytes(folder, tmp_path):
     paths = paths_of(folder)
     files = [path.read_bytes() for path in paths]
     names = [path.parent.name for path in paths]
@@ -104,7 +104,7 @@ def test_variants_of_one_family_are_not_split(folder, tmp_path):
     assert all(number ^ 1 in held for number in held)  # the other tone
 
 
-def test_a_dataset_that_cannot_be_loaded_is_one_line(folder, tmp_path):
+def test_a_dataset_that_cannot_be_loaded_gives_a_one_line_error(folder, tmp_path):
     table(folder).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table(folder)}).save_to_disk(tmp_path / "splits")
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
@@ -152,7 +152,7 @@ def test_a_digest_of_rows_depends_on_files_and_labels(folder, tmp_path, monkeypa
         assert opened(tmp_path / str(number)).digest != first
 
 
-def test_labels_may_be_false_and_true(folder, tmp_path):
+def test_boolean_labels_are_read_as_0_and_1(folder, tmp_path):
     files = [path.read_bytes() for path in paths_of(folder)]
     truths = [number % 3 == 0 for number in range(30)]
     datasets.Dataset.from_dict({"image": files, "label": truths}).save_to_disk(tmp_path / "saved")
@@ -163,7 +163,7 @@ def test_labels_may_be_false_and_true(folder, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [("bytes", "path"), ("bytes",)])
-def test_a_plain_struct_of_bytes_and_path_is_an_image(folder, tmp_path, fields):
+def test_a_plain_struct_of_bytes_and_path_is_read_as_an_image(folder, tmp_path, fields):
     """Parquet that was not written by `datasets` has none of its metadata."""
     images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths_of(folder)]
     plain = pyarrow.table(

@@ -1,4 +1,4 @@
-"""One trainer per run: among processes, among generators of one process, and after either has ended."""
+"""One trainer per run: among processes, among generators of one process, and after a process or generator has ended."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_folder(run_config, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_second_generator_in_one_process_is_refused_and_releases_nothing(run_config, tmp_path):
+def test_a_second_training_generator_is_refused_and_does_not_release_the_lock(run_config, tmp_path):
     config, run = with_train(run_config, steps=3), tmp_path / "run"
     first = train(config, run, device="cpu")
     next(first)
@@ -54,7 +54,7 @@ def test_a_second_generator_in_one_process_is_refused_and_releases_nothing(run_c
     assert not another_process_is_refused(run)
 
 
-def test_a_generator_that_is_dropped_releases_its_run(run_config, tmp_path):
+def test_a_training_generator_that_is_garbage_collected_releases_its_run(run_config, tmp_path):
     config, run = with_train(run_config, steps=3), tmp_path / "run"
     facts = train(config, run, device="cpu")
     list(islice(facts, 2))
@@ -84,7 +84,7 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_parent(run_folder):
         os.kill(child, 9)
 
 
-def test_a_file_system_without_locks_is_reported_and_the_run_trained(run_folder, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_the_run_is_trained(run_folder, monkeypatch):
     def without(file: object, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -93,7 +93,7 @@ def test_a_file_system_without_locks_is_reported_and_the_run_trained(run_folder,
         pass
 
 
-def test_two_boards_in_one_process_take_turns_at_the_journal(tmp_path):
+def test_a_second_journal_lock_in_one_process_waits_for_the_first(tmp_path):
     from dit_in_dit.study.storage import JournalLock
 
     journal = tmp_path / "journal.log"

@@ -1,7 +1,7 @@
-"""Official DiT and SiT weights and folders of diffusers: there and back bit for bit, and computed alike.
+"""Official DiT and SiT weights and `diffusers` folders: imported and exported bit for bit, with equal outputs.
 
-What the official code computes is in `golden/official_outputs.npz` (made by the script beside it); diffusers is asked
-here.
+The outputs of the official code are in `golden/official_outputs.npz` (made by the script beside this file). The outputs
+of `diffusers` are computed here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def golden(name: str) -> Tensor:
 
 
 def draw(key: int) -> np.random.Generator:
-    """Stream `key` of the record's script."""
+    """Random stream `key`, as in the script that made the record."""
     return np.random.Generator(np.random.Philox(key=[key, 0]))
 
 
@@ -76,7 +76,7 @@ def tiny() -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Names, in their order, types, shapes and bits."""
+    """Check that names, order, types, shapes and bits are equal."""
     assert list(a) == list(b)
     for name, value in a.items():
         assert (value.dtype, value.shape) == (b[name].dtype, b[name].shape), name
@@ -139,7 +139,7 @@ def test_official_weights_come_back_bit_for_bit(tmp_path, size, dtype, full):
 
 
 @pytest.mark.parametrize("size", ["tiny", "DiT-S/2", "DiT-B/4", "DiT-XL/2"])
-def test_names_and_shapes_are_the_official_ones_in_their_order(size):
+def test_names_shapes_and_order_are_the_official_ones(size):
     letter, patch = size[4:].lower().split("/") if "/" in size else ("", "2")
     depth, width, heads = presets.SIZES.get(letter, (2, 32, 4))
     side, classes = (32, 1000) if letter else (8, 10)
@@ -185,7 +185,7 @@ def test_weights_of_xl_come_back_bit_for_bit(tmp_path, full):
 
 @pytest.mark.parametrize("size", ["tiny", "DiT-S/2", "DiT-B/4"])
 def test_folders_of_diffusers_come_back_bit_for_bit(tmp_path, size, full):
-    """The folder is written by diffusers, of a model with its own random weights."""
+    """The `diffusers` library writes the folder, from a model with random weights."""
     if size == "DiT-B/4" and not full:
         pytest.skip(LARGE)
     heads, width, depth, patch = {"tiny": (4, 32, 2, 2), "DiT-S/2": (6, 384, 12, 2), "DiT-B/4": (12, 768, 12, 4)}[size]
@@ -230,7 +230,7 @@ def test_a_position_table_with_other_last_bits_comes_back_bit_for_bit(tmp_path):
     assert same(weights, torch.load(tmp_path / "back.pt", weights_only=True))
 
 
-def test_a_plain_run_of_ours_becomes_official_weights_and_comes_back(tmp_path, run_config):
+def test_our_plain_run_becomes_official_weights_and_is_imported_again_bit_for_bit(tmp_path, run_config):
     model = replace(small_model("outer*2", image_size=(8, 8), num_classes=3), learn_variance=True)
     how, path = SampleConfig(sampler="ddpm", steps=2), DiffusionConfig(path="ddpm", predict="noise")
     config = replace(with_train(run_config, steps=2), model=model, diffusion=path, sample=how)
@@ -292,7 +292,7 @@ def test_samples_equal_the_official_dit(dit, name):
 
 
 def test_forward_equals_the_official_sit(tmp_path):
-    """At SiT's time tau ours is 1 - tau, and the velocity, from image to noise, is the opposite of SiT's."""
+    """SiT's time tau is our time 1 - tau. Our velocity points from image to noise, opposite to SiT's velocity."""
     run = imported(tmp_path, name="SiT-tiny.pt")
     saved = Checkpoint.open(run)
     model, config = saved.model(CPU), saved.config
@@ -327,7 +327,7 @@ def test_forward_equals_diffusers(made, tmp_path, steps, eps):
     assert (config.model.time_embed, config.model.mlp_norm_eps) == ("diffusers", eps)
 
 
-def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
+def test_diffusers_and_the_official_dit_agree_only_at_time_zero(made):
     """The reason for `model.time_embed=diffusers`: its frequencies differ, so outputs differ at every other time."""
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_diffusers_and_the_official_dit_agree_at_time_zero_alone(made):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_ddim_samples_equal_the_pipeline_of_diffusers(tmp_path, guidance):
-    """With a VAE of diffusers at the end, and smaller weights, so that samples stay in range; no class is 1000."""
+    """A VAE of `diffusers` decodes at the end. Small weights keep samples in range. Class 1000 means no class."""
     torch.manual_seed(0)
     theirs = diffusers.DiTTransformer2DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -479,7 +479,7 @@ def test_weights_of_a_wrapped_model_are_read(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (lambda: tiny() | wrapped("module."), "two weights 'pos_embed', wrapped and not"),
+        (lambda: tiny() | wrapped("module."), "two weights 'pos_embed', with and without a wrapper"),
         (lambda: {"ema": tiny(), "model_ema": shifted()}, "has weights as ema and model_ema"),
         (lambda: tiny() | {"model.pos_embed": tiny()["pos_embed"]}, "has no 'model.pos_embed'"),
     ],
@@ -526,11 +526,11 @@ def test_folders_are_read_from_any_layout_of_weight_files(made, tmp_path, kind):
     assert same(dict(sorted(back.items())), dict(sorted(weights.items())))
     shutil.copy(made / f"{STEM}.safetensors", tmp_path / "theirs" / f"{STEM}.bf16.safetensors")
     if kind.startswith("fp16"):
-        with pytest.raises(UserError, match="its weights as bf16 and fp16"):
+        with pytest.raises(UserError, match=r"several variants \(bf16, fp16\)"):
             import_run(tmp_path / "theirs", tmp_path / "again")
 
 
-def test_no_code_of_a_shard_runs(made, tmp_path):
+def test_loading_weight_shards_runs_no_code_from_the_files(made, tmp_path):
     canary = tmp_path / "canary"
 
     class Evil:
@@ -584,14 +584,14 @@ def test_schedulers_of_the_same_schedule_are_accepted(made, tmp_path, name):
         (LINEAR, "is of 'None'"),
         (
             diffusers.DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
-            "only rescale_betas_zero_snr=False, as DiT's schedule has it, is known: got True",
+            "DiT's schedule has rescale_betas_zero_snr=False: got True",
         ),
-        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "only beta_schedule=linear"),
-        (diffusers.DDPMScheduler(beta_end=0.012), "only beta_end=0.02.*: got 0.012"),
-        (diffusers.DDPMScheduler(num_train_timesteps=500), "only num_train_timesteps=1000"),
-        (diffusers.DDPMScheduler(trained_betas=[0.1] * 1000), "only trained_betas=None"),
-        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "only timestep_type=discrete"),
-        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "only use_karras_sigmas=False"),
+        (diffusers.DDIMScheduler(beta_schedule="scaled_linear"), "has beta_schedule=linear"),
+        (diffusers.DDPMScheduler(beta_end=0.012), "has beta_end=0.02.*: got 0.012"),
+        (diffusers.DDPMScheduler(num_train_timesteps=500), "has num_train_timesteps=1000"),
+        (diffusers.DDPMScheduler(trained_betas=[0.1] * 1000), "has trained_betas=None"),
+        (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "has timestep_type=discrete"),
+        (diffusers.EulerDiscreteScheduler(use_karras_sigmas=True), "has use_karras_sigmas=False"),
         (
             diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
             "(flow_shift=1.0|use_flow_sigmas=False|prediction_type)",
@@ -640,7 +640,7 @@ def without(name: str) -> dict[str, Tensor]:
         (lambda: {"ema": {1: torch.ones(1)}}, "'1' is no tensor"),
     ],
 )
-def test_weights_of_no_dit_are_refused_in_one_line(tmp_path, weights, part):
+def test_weights_that_are_not_a_dit_give_a_one_line_error(tmp_path, weights, part):
     with pytest.raises(UserError, match=part) as error:
         imported(tmp_path, weights())
     assert "\n" not in str(error.value)
@@ -656,7 +656,7 @@ def test_an_unknown_number_of_heads_is_asked_for(tmp_path):
         import_run(tmp_path / "tiny.pt", tmp_path / "run", heads=5)
 
 
-def test_kinds_are_read_from_args_then_the_name_and_unknown_outputs_refused(tmp_path):
+def test_the_kind_is_read_from_args_then_the_name_and_unknown_outputs_are_refused(tmp_path):
     for name, args, kind in (
         ("0400000.pt", argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity"), "sit"),
         ("my-SiT-XL-2.pt", None, "sit"),
@@ -684,7 +684,7 @@ def test_embeddings_that_differ_from_block_to_block_are_refused(made, tmp_path):
     with torch.no_grad():
         model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.weight[0, 0] += 1
     model.save_pretrained(tmp_path / "apart")
-    with pytest.raises(UserError, match="not the same in every block"):
+    with pytest.raises(UserError, match="must be the same in every block"):
         import_run(tmp_path / "apart", tmp_path / "run")
 
 

@@ -129,7 +129,7 @@ def test_a_users_model_resumes_bit_for_bit_and_is_not_taken_for_the_configs_mode
 
     run = in_one_go_and_in_two(config, tmp_path, data=lambda: dots(config), model=model)
     assert manifest(run)["objects"] == {"model": "test_own_parts.Doubled"}
-    with pytest.raises(UserError, match=r"a model given to train.*Doubled: load ema.safetensors into it"):
+    with pytest.raises(UserError, match=r"a model given to train.*Doubled: load ema.safetensors into that model"):
         checkpoint.Checkpoint.open(run).model(torch.device("cpu"))
     monkeypatch.setitem(SOURCES, "dots", Dots)
     with pytest.raises(UserError, match=r"model test_own_parts.Doubled: give the same to train.*got the config's"):
@@ -153,8 +153,8 @@ def test_a_run_asks_for_the_source_and_optimizer_that_it_was_trained_with(config
 
 def test_a_users_source_must_fit_the_model(config, tmp_path):
     for model, wrong in (
-        (small_model(num_classes=5), "must be what the data has: got 5, object:test_sources.Dots has 2"),
-        (small_model(num_classes=2, image_size=(8, 8)), r"float32 images \[3, 8, 8\]: got float32 \[3, 16, 8\]"),
+        (small_model(num_classes=5), "must fit the data: got 5, but object:test_sources.Dots has 2"),
+        (small_model(num_classes=2, image_size=(8, 8)), r"float32 of shape \[3, 8, 8\]: got float32 \[3, 16, 8\]"),
     ):
         with pytest.raises(UserError, match=wrong):
             list(train(replace(config, model=model), tmp_path / "run", device="cpu", data=dots(config)))
@@ -199,5 +199,5 @@ def test_a_users_model_class_with_changed_weights_gives_a_one_line_error(config,
     Grown.__module__, Grown.__qualname__ = Doubled.__module__, Doubled.__qualname__
     list(train(config, tmp_path / "run", device="cpu", data=dots(config), model=Doubled(config.model), until=3))
     grown = Grown(config.model)
-    with pytest.raises(UserError, match="the model was changed since"):
+    with pytest.raises(UserError, match="the model has changed since"):
         list(train(config, tmp_path / "run", device="cpu", data=dots(config), model=grown, resume=True))

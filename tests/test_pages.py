@@ -61,7 +61,7 @@ def markdown_tokens(text: str) -> list[Any]:
 
 
 def chapters(name: str, folder: Path) -> list[Chapter]:
-    """A chapter with every kind of block, the name in every place."""
+    """A chapter with every kind of block and with the name in every place."""
     path = folder / f"{name.replace('/', '')}.png"
     image_grid(np.zeros((1, 8, 8, 3), np.uint8)).save(path)
     rows = [[name, Cell(name, "better")], ["plain", Cell(name, "")]]
@@ -128,7 +128,7 @@ def test_a_card_shows_names_as_text(name, use):
 
 
 @pytest.mark.parametrize("text", ["plain", "a ` b", "``", "a\n```\nb", "~~~"])
-def test_code_holds_any_text(text):
+def test_code_blocks_may_hold_any_text(text):
     (block,) = markdown_tokens(code_block(text))
     assert (block.type, block.content) == ("fence", text + "\n")
     _, _, inline, _ = markdown_tokens(code(text))

@@ -1,4 +1,4 @@
-"""A run as a folder of diffusers: the same images, with and without the package, by every scheduler."""
+"""A run exported as a `diffusers` folder: the same images with and without the package, for every scheduler."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ddpm", "image", "ddim"),
     ],
 )
-def test_the_pipeline_draws_the_same_images_as_sample(path, sampler, predict):
+def test_the_pipeline_generates_the_same_images_as_sample(path, sampler, predict):
     how = SampleConfig(sampler=sampler, steps=4, guidance=2.0, interval=(0.2, 0.9))
     config = replace(FLOW, diffusion=DiffusionConfig(path=path, predict=predict), sample=how)
     ours, pipe = sample(seeded(config), config, WHOLE), piped(config)
@@ -159,7 +159,7 @@ def test_output_types_give_the_same_image(pipe):
     assert torch.equal(again, pt)
 
 
-def test_grey_images_and_models_without_labels():
+def test_grey_images_and_models_without_labels_are_supported():
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=1, num_classes=0, image_size=(8, 12)))
     pipe = piped(config)
     images = pipe(batch_size=WHOLE, latents=noise(WHOLE, (1, 8, 12))).images
@@ -169,7 +169,7 @@ def test_grey_images_and_models_without_labels():
         pipe([1])
 
 
-def test_generators_draw_an_image_each_the_same_in_any_batch(pipe):
+def test_each_generator_gives_the_same_image_in_any_batch(pipe):
     def drawn(*seeds: int, **options: Any) -> torch.Tensor:
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         return pipe(3, generator=draws, output_type="latent", **options).images
@@ -180,7 +180,7 @@ def test_generators_draw_an_image_each_the_same_in_any_batch(pipe):
     assert torch.equal(drawn(7), pipe(3, generator=torch.Generator().manual_seed(7), output_type="latent").images)
 
 
-def test_generators_draw_the_noise_of_stochastic_steps_too():
+def test_generators_also_give_the_noise_of_stochastic_steps():
     pipe = piped(replace(DDPM, sample=SampleConfig(sampler="ddim", steps=5, guidance=1)))
 
     def drawn(seeds: list[int], eta: float) -> torch.Tensor:
@@ -209,13 +209,13 @@ def test_ancestral_steps_equal_those_of_sample(learned, spacing):
     assert torch.equal(piped(config)(CLASSES, generator=draws, output_type="latent").images, ours)
 
 
-def test_a_learned_variance_is_no_part_of_the_prediction():
+def test_a_learned_variance_is_not_part_of_the_prediction():
     config = replace(DDPM, model=small_model("outer*1 inner*1", learn_variance=True))
     ours = sample(seeded(config), config, WHOLE)
     assert torch.equal(piped(config)(LABELS, latents=noise(WHOLE), output_type="latent").images, ours)
 
 
-def test_guidance_on_some_channels():
+def test_guidance_can_be_limited_to_some_channels():
     config = replace(FLOW, sample=replace(FLOW.sample, guidance_channels=2))
     drawn = piped(config)(LABELS, latents=noise(WHOLE), output_type="latent").images
     assert torch.equal(drawn, sample(seeded(config), config, WHOLE))
@@ -236,7 +236,7 @@ def test_labels_are_numbers_names_or_none(pipe):
     ("arguments", "says"),
     [
         ({"class_labels": ["owk"]}, "did you mean 'owl'"),
-        ({"class_labels": [6]}, "from 0 to 4, 5 is no class: got 6"),
+        ({"class_labels": [6]}, "from 0 to 4, 5 means no class: got 6"),
         ({"class_labels": [1, 2], "batch_size": 3}, "class_labels: 2, batch_size: 3"),
         ({"class_labels": []}, "class_labels: 0"),
         ({"latents": torch.zeros(1, 3, 8, 16)}, r"latents must be \(1, 3, 16, 8\)"),
@@ -244,7 +244,7 @@ def test_labels_are_numbers_names_or_none(pipe):
         ({"guidance_scale": -1}, "guidance must be from 0 to 100"),
         ({"guidance_interval": (0.8, 0.2)}, "from low to high"),
         ({"output_type": "pill"}, "did you mean 'pil'"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "callbacks are given latents"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, "callbacks only get latents"),
     ],
 )
 def test_a_wrong_argument_is_named_in_one_line(pipe, arguments, says):
@@ -253,7 +253,7 @@ def test_a_wrong_argument_is_named_in_one_line(pipe, arguments, says):
     assert "\n" not in str(error.value)
 
 
-def test_no_guidance_without_a_trained_null_class():
+def test_guidance_without_a_trained_null_class_is_refused():
     pipe = piped(replace(FLOW, train=TrainConfig(label_drop=0), sample=SampleConfig(steps=2)))
     assert len(pipe([1]).images) == 1
     for arguments in ({"class_labels": [1], "guidance_scale": 2.0}, {"class_labels": [1, None]}, {}):
@@ -363,7 +363,7 @@ class Gaussian(torch.nn.Module):
     ],
 )
 def test_swapped_schedulers_sample_the_distribution(path, predict, scheduler):
-    """Swap the scheduler by `from_config` alone, as users do."""
+    """Swap the scheduler only with `from_config`, as users do."""
     config = replace(
         FLOW, model=small_model(image_size=(64, 64)), diffusion=DiffusionConfig(path=path, predict=predict)
     )
@@ -432,8 +432,8 @@ def test_a_scheduler_with_other_options_takes_their_steps(scheduler):
     assert torch.equal(getattr(scheduler, "sigmas", torch.zeros(0)), sigmas)
 
 
-def test_a_shift_of_unipc_is_that_of_diffusers_042():
-    """0.35 has 999, 922, 817, 666, 428."""
+def test_the_unipc_shift_gives_the_timesteps_of_diffusers_0_42():
+    """diffusers 0.35 gives 999, 922, 817, 666, 428."""
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     set_steps(scheduler, 5)
     assert scheduler.timesteps.tolist() == [999, 923, 818, 667, 429]
@@ -441,7 +441,7 @@ def test_a_shift_of_unipc_is_that_of_diffusers_042():
 
 @pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
 def test_flow_steps_are_even(pipe, scheduler):
-    """By default diffusers' last but one ends at 1/1000, where an image's velocity is 1000 times its error."""
+    """By default, the second-last step of `diffusers` ends at time 1/1000, where velocity is 1000 times the error."""
     before, pipe.scheduler = pipe.scheduler, scheduler(num_train_timesteps=1000)
     pipe("cat", num_inference_steps=5)
     used, pipe.scheduler = pipe.scheduler.sigmas, before
@@ -481,7 +481,7 @@ def test_latents_are_scaled_shifted_and_decoded():
         piped(config)("cat")
 
 
-def test_latents_with_a_mean_and_deviation_per_channel():
+def test_latents_may_have_a_mean_and_a_deviation_per_channel():
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4))
     mean, deviation = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     vae = tiny_vae(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=deviation.tolist())
@@ -503,7 +503,7 @@ def test_latents_with_a_mean_and_deviation_per_channel():
     ],
 )
 def test_export_includes_the_vae_of_the_run_and_its_scale(said, tmp_path):
-    """The oracle is the decoder of `sample`."""
+    """The expected images come from the decoder of `sample`."""
     tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
     data = DataConfig(source="latents.npz", vae=str(tmp_path / "vae"), **said)
     config = replace(FLOW, model=small_model("outer*1 inner*1", channels=4), data=data)
@@ -542,7 +542,7 @@ def test_a_saved_pipeline_is_loaded_bit_for_bit(pipe, tmp_path):
     assert all(torch.equal(once[name], twice[name]) for name in once | twice)
 
 
-def test_half_precision_is_close(pipe, tmp_path):
+def test_half_precision_images_are_close_to_float32_images(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     half = quiet(DiTInDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16))
     assert {p.dtype for p in half.transformer.parameters()} == {torch.bfloat16}
@@ -657,7 +657,7 @@ def modules(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
-def test_with_the_package_no_code_of_the_folder_runs(exported, tmp_path, modules):
+def test_no_code_of_the_folder_runs_if_the_package_is_installed(exported, tmp_path, modules):
     shutil.copytree(exported, tmp_path / "folder")
     planted = list((tmp_path / "folder").rglob("*.py"))
     assert len(planted) == 2
@@ -687,7 +687,9 @@ def test_a_fresh_process_loads_a_pipeline_with_nothing_else_imported(exported, t
 
 @pytest.fixture
 def repository(exported, tmp_path, modules, monkeypatch) -> Path:
-    """The Hub's cache with the folder as the repository some/model; requests of diffusers are answered here."""
+    """The Hub's cache with the folder as the repository some/model; requests of the `diffusers` library are answered
+    here.
+    """
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     shutil.copytree(exported, snapshot)
     (tmp_path / "models--some--model" / "refs").mkdir()
@@ -702,8 +704,8 @@ def repository(exported, tmp_path, modules, monkeypatch) -> Path:
     return snapshot
 
 
-def test_with_the_package_a_repository_of_the_hub_needs_no_trust(repository, tmp_path):
-    """The package has its own `download`: that of diffusers needs trust, or the classes as files of the repository."""
+def test_a_hub_repository_needs_no_trust_if_the_package_is_installed(repository, tmp_path):
+    """The package has its own `download`, because `diffusers` needs trust, or the classes as files of a repository."""
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained("some/model", cache_dir=tmp_path)
     assert type(DiTInDiTPipeline.from_pretrained("some/model", cache_dir=tmp_path)) is DiTInDiTPipeline
@@ -754,7 +756,7 @@ def test_import_paths_in_exported_files_are_unchanged(exported, tmp_path):
 
 
 def test_exported_code_is_self_contained(exported):
-    """By ruff's reading: no undefined name, no import without use."""
+    """Ruff finds no undefined name and no unused import."""
     files = list(exported.rglob("*.py"))
     done = subprocess.run(
         [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", *files],
@@ -775,7 +777,7 @@ def test_exported_code_is_the_package_s_own(exported):
     assert "def part_of" not in carried  # and no more than is needed
 
 
-def test_changed_code_has_another_name(exported):
+def test_changed_code_is_saved_under_another_name(exported):
     """diffusers copies the modules of all folders into one place: equal names would overwrite each other."""
     for path in exported.rglob("*.py"):
         assert path.stem.endswith("_" + hashlib.sha256(path.read_bytes()).hexdigest()[:8])
@@ -786,7 +788,7 @@ def test_no_operator_is_exported(exported):
     assert not any("torch.library" in path.read_text() for path in exported.rglob("*.py"))
 
 
-def test_the_pipeline_s_annotations_are_no_strings():
+def test_the_annotations_of_the_pipeline_are_not_strings():
     """diffusers 0.35 reads these annotations and fails on strings."""
     assert not any(isinstance(each.annotation, str) for each in inspect.signature(DiTInDiTPipeline).parameters.values())
 
@@ -903,14 +905,14 @@ def test_the_code_in_the_card_runs(exported, monkeypatch):
     assert [image.size for image in place["images"]] == [(8, 16)] * 2
 
 
-def test_export_chooses_the_weights(run, exported, tmp_path):
+def test_export_writes_averaged_or_trained_weights_as_asked(run, exported, tmp_path):
     export(run, tmp_path / "raw", averaged=False)
     name = "transformer/diffusion_pytorch_model.safetensors"
     averaged, trained = load_file(exported / name), load_file(tmp_path / "raw" / name)
     assert all(torch.equal(averaged[key] + 1, trained[key]) for key in averaged)
 
 
-def test_the_command_exports(run, tmp_path, capsys):
+def test_the_export_command_writes_a_folder(run, tmp_path, capsys):
     command = ["export", str(run), "--format", "diffusers", "--out", str(tmp_path / "out"), "--licence", "mit"]
     main(command)
     assert type(DiTInDiTPipeline.from_pretrained(tmp_path / "out")) is DiTInDiTPipeline

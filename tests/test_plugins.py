@@ -160,7 +160,7 @@ def test_a_changed_plug_in_source_gives_a_warning(run, loaded, monkeypatch):
 
     changed = plugins.Plugin("my_idea.py", "0" * 64)
     monkeypatch.setitem(plugins._loaded, str(IDEA), changed)
-    with pytest.warns(PluginWarning, match=r"my_idea\.py is not as it was when"):
+    with pytest.warns(PluginWarning, match=r"my_idea\.py has changed since"):
         checkpoint.newest(run)
 
 

@@ -143,7 +143,7 @@ def test_a_users_euler_sampler_gives_the_samples_of_the_built_in_sampler(run_con
         check_sampler("ddpm", "mine", 5)
     with pytest.raises(UserError, match="spacing=leading does not fit sampler mine: use null"):
         SampleConfig(sampler="mine", spacing="leading")
-    with pytest.raises(UserError, match="sampler=mine has no scheduler of diffusers, which an exported folder needs"):
+    with pytest.raises(UserError, match="sampler=mine has no `diffusers` scheduler, which an exported folder needs"):
         pipeline_of(model, mine, ["a", "b", "c"])
 
 

@@ -76,9 +76,9 @@ def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
 
 def test_a_release_cannot_be_resumed_but_can_be_used_for_a_warm_start(run, run_config, tmp_path):
     export_release(run, tmp_path / "slim")
-    with pytest.raises(UserError, match="holds averaged weights alone"):
+    with pytest.raises(UserError, match="holds only averaged weights"):
         next(train(run_config, tmp_path / "slim", device="cpu", resume=True))
-    with pytest.raises(UserError, match="holds averaged weights alone"):
+    with pytest.raises(UserError, match="holds only averaged weights"):
         Checkpoint.open(tmp_path / "slim").model(torch.device("cpu"), averaged=False)
     begun = next(train(with_train(run_config, init=str(tmp_path / "slim")), tmp_path / "next", device="cpu"))
     assert begun.values["begun"].new == 0

@@ -53,14 +53,14 @@ def named(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "rest"), [("dots", ""), ("dots:two.npz", "two.npz"), ("dots:b-{0..1}.tar", "b-{0..1}.tar")]
 )
-def test_a_name_in_the_table_opens_its_class(named, source, rest):
+def test_a_source_name_opens_its_class(named, source, rest):
     opened = open_source(DataConfig(source=source), small_model(num_classes=2))
     assert isinstance(opened, Dots)
     assert opened.rest == rest
     assert count_classes(DataConfig(source=source)) == 0
 
 
-def test_a_registered_kind_takes_a_path_before_the_built_in_ones(named, tmp_path):
+def test_a_registered_kind_is_tried_before_the_built_in_kinds(named, tmp_path):
     (tmp_path / "a.shelf").mkdir()
     assert source_kind(str(tmp_path / "a.shelf")) is Shelf
     with pytest.raises(UserError, match="no such file or folder: dotty"):
@@ -78,11 +78,11 @@ def test_optional_attributes_of_a_source_have_defaults(named):
 
 
 def test_classes_of_a_registered_source_are_counted(named):
-    with pytest.raises(UserError, match="must be what the data has: got 5, dots has 2"):
+    with pytest.raises(UserError, match="must fit the data: got 5, but dots has 2"):
         open_source(DataConfig(source="dots"), small_model(num_classes=5))
 
 
-def test_examples_of_a_registered_source_depend_on_seed_and_number_alone(named, run_config):
+def test_examples_of_a_registered_source_depend_only_on_seed_and_number(named, run_config):
     config = replace(run_config, data=DataConfig(source="dots", flip=True), model=small_model(num_classes=2))
     first, again = (Examples(open_source(config.data, config.model), config)[3] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -109,12 +109,12 @@ WRONG_ATTRIBUTES = [
     ({"classes": "ab"}, "classes must be a tuple of texts: got ab"),
     ({"train_size": 0}, "train_size must be at least 1, or None for an endless source: got 0"),
     ({"train_size": 2.5}, "train_size must be at least 1, or None for an endless source: got 2.5"),
-    ({"held_out_size": -1}, "held_out_size must be a whole number from 0: got -1"),
+    ({"held_out_size": -1}, "held_out_size must be a whole number of at least 0: got -1"),
     ({"digest": b"dots"}, "digest must be a text: got b'dots'"),
-    ({"shape": (3, 9, 8)}, r"it must give float32 images \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
+    ({"shape": (3, 9, 8)}, r"images must be float32 of shape \[3, 8, 8\]: got float32 \[3, 9, 8\]"),
     ({"fill": float("nan")}, "images must be finite: got NaN or infinity in training image 0"),
     ({"train": lambda self, index: 1}, r"an example must be a pair \(image, label\): got int"),
-    ({"train": lambda self, index: (1.0, 0)}, r"it must give float32 images \[3, 8, 8\]: got float \[\]"),
+    ({"train": lambda self, index: (1.0, 0)}, r"images must be float32 of shape \[3, 8, 8\]: got float \[\]"),
     ({"train": lambda self, index: (np.zeros(self.shape), 0)}, r"got float64 \[3, 8, 8\]"),
     (
         {"train": lambda self, index: (np.zeros(self.shape, np.float32), "odd")},
@@ -181,17 +181,17 @@ def with_label(image):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (with_double, r"it must give float32 images \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
+        (with_double, r"images must be float32 of shape \[3, 8, 8\]: got float64 \[3, 8, 8\]"),
         (with_label, "labels must be from 0 to 2: got 7"),
     ],
 )
-def test_a_wrong_example_ends_training_in_one_line(wrong, message, workers, run_config, tmp_path):
+def test_a_wrong_example_ends_training_with_a_one_line_error(wrong, message, workers, run_config, tmp_path):
     config = replace(run_config, data=replace(run_config.data, workers=workers))
     with pytest.raises(UserError, match=f"^source Late: {message}; fix the class$"):
         list(train(config, tmp_path / "run", device="cpu", data=Late(wrong)))
 
 
-def test_a_wrong_held_out_example_ends_training_in_one_line(run_config, tmp_path):
+def test_a_wrong_held_out_example_ends_training_with_a_one_line_error(run_config, tmp_path):
     source = Late(with_label)
     source.held_out_size = 2
     with pytest.raises(UserError, match=r"^source Late: labels must be from 0 to 2: got -1; fix the class$"):

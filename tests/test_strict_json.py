@@ -1,4 +1,4 @@
-"""Damaged, hostile or wrong JSON: one line that names the file."""
+"""Damaged, hostile or wrong JSON gives one line that names the file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_files_without_a_json_object_are_one_line(name, tmp_path):
+def test_files_without_a_json_object_give_a_one_line_error(name, tmp_path):
     content, part = BAD[name]
     (tmp_path / "some.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"^the plan .*some\.json .*{part}.*; begin again") as refused:
@@ -31,7 +31,7 @@ def test_files_without_a_json_object_are_one_line(name, tmp_path):
     assert str(refused.value).isprintable()
 
 
-def test_unreadable_or_endless_files_are_one_line(tmp_path, monkeypatch):
+def test_unreadable_or_endless_files_give_a_one_line_error(tmp_path, monkeypatch):
     for path, part in ((tmp_path, "Is a directory"), (tmp_path / "absent", "No such file"), (Path("a\0"), "null")):
         with pytest.raises(UserError, match=f"cannot read .*{part}"):
             read_json(path)
@@ -40,7 +40,7 @@ def test_unreadable_or_endless_files_are_one_line(tmp_path, monkeypatch):
         read_json(Path("/dev/zero"))
 
 
-def test_json_is_read(tmp_path):
+def test_valid_json_is_read(tmp_path):
     (tmp_path / "some.json").write_bytes(b'\xef\xbb\xbf{"a": [1, "\xc3\xa9"]}')
     assert read_json(tmp_path / "some.json") == {"a": [1, "\u00e9"]}
     assert parse_json("3", "a number") == 3

@@ -1,4 +1,4 @@
-"""Tar shards: the same examples as their folder, in its order; nothing is lost silently."""
+"""Tar shards give the same examples as a folder, in the same order; nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_shards_give_the_same_examples_as_their_folder(folder, shards, monkeypat
     assert source.train(7)[0].tobytes() == expected[7][0]
 
 
-def test_without_cls_the_class_is_the_folder_and_without_folders_the_shard(folder, tmp_path):
+def test_without_cls_files_the_folder_or_the_shard_is_the_class(folder, tmp_path):
     expected = everything(opened(folder))
     pack(tmp_path / "one.tar", ((f"./{p.relative_to(folder)}", p.read_bytes()) for p in paths_of(folder)))
     assert everything(opened(tmp_path / "one.tar")) == expected
@@ -82,7 +82,7 @@ def test_without_cls_the_class_is_the_folder_and_without_folders_the_shard(folde
     assert everything(source) == expected
 
 
-def test_the_index_is_computed_once_and_again_when_the_shard_changes(folder, shards, monkeypatch):
+def test_the_index_is_recomputed_only_when_the_shard_changes(folder, shards, monkeypatch):
     first = everything(opened(shards))
     indexes = sorted(shards.glob("*.index.json"))
     assert len(indexes) == 3
@@ -135,7 +135,7 @@ def test_a_truncated_shard_is_refused(shards, cut):
         opened(shards)
 
 
-def test_files_that_are_no_shards_are_refused(folder, shards, tmp_path):
+def test_files_that_are_not_shards_are_refused(folder, shards, tmp_path):
     (tmp_path / "text.tar").write_text("not a tar")
     with tarfile.open(tmp_path / "squeezed.tar", "w:gz") as archive:
         archive.add(shards)
@@ -225,13 +225,13 @@ def test_a_class_folder_that_is_a_link_is_refused(folder, tmp_path):
         opened(tmp_path / "set.tar", held_out=0.0)
 
 
-def test_links_out_of_a_tar_to_nothing_and_in_circles_are_refused_or_skipped(folder, tmp_path):
+def test_links_that_leave_the_tar_or_are_broken_or_circular_are_refused_or_skipped(folder, tmp_path):
     image = paths_of(folder)[0].read_bytes()
     for number, target in enumerate(("../../etc/passwd", "/etc/passwd", "nothing.png", "b.png", "a.png/b.png")):
         shard = tmp_path / f"{number}.tar"
         pack(shard, [("x/0.png", image)])
         add_links(shard, linked("x/b.png", target), linked("x/a.png", "x/b.png", tarfile.LNKTYPE))
-        with pytest.raises(UserError, match=r"x/[ab]\.png: a link to nothing"):
+        with pytest.raises(UserError, match=r"x/[ab]\.png: a link to a missing file"):
             opened(shard, classes=0, held_out=0.0)
         with pytest.warns(LeftOutWarning, match="unreadable files: 2"):
             source = opened(shard, classes=0, held_out=0.0, corrupt="skip")
@@ -272,7 +272,7 @@ def test_bytes_after_the_end_mark_are_reported_and_not_read(folder, tmp_path, st
         assert source.digest == digest  # a run that was trained on it resumes
 
 
-def test_of_members_with_one_name_the_last_counts_and_the_others_are_reported(folder, tmp_path):
+def test_the_last_of_several_members_with_one_name_is_read_and_the_others_are_reported(folder, tmp_path):
     first, second, third = (path.read_bytes() for path in paths_of(folder)[:3])
     pack(tmp_path / "set.tar", [("a/0.png", first), ("b/0.png", second), ("a/0.png", third)])
     with pytest.warns(LeftOutWarning, match="members that are no images: 1, such as set.tar/a/0.png"):
@@ -289,7 +289,7 @@ def test_a_class_without_images_in_a_tar_is_refused(folder, tmp_path):
         pack(tmp_path / f"shards/{name}.tar", [(member, image)])
     for source, part in (
         ("folders.tar", r"class folder .*b holds 0\.heic, but no image"),
-        ("numbers.tar", r"a \.cls names class 1, but no image is of it"),
+        ("numbers.tar", r"a \.cls names class 1, but no image has it"),
         ("shards", r"no images in .*shards/b\.tar"),
     ):
         with pytest.raises(UserError, match=part):
@@ -328,7 +328,7 @@ def test_a_damaged_index_is_computed_again(shards):
     assert everything(opened(shards)) == first
 
 
-def test_a_label_above_the_limit_is_one_line(folder, tmp_path):
+def test_a_label_above_the_limit_gives_a_one_line_error(folder, tmp_path):
     pack(tmp_path / "set.tar", [("0.png", paths_of(folder)[0].read_bytes()), ("0.cls", b"9" * 20)])
     with pytest.raises(UserError, match=r"labels of .* must be from 0 to 9999999: got"):
         opened(tmp_path / "set.tar", classes=0, held_out=0.0)

@@ -1,4 +1,4 @@
-"""VAEs of diffusers: each known class encodes, decodes and is exported; others are refused."""
+"""VAEs of the `diffusers` library: each known class encodes, decodes and is exported; other classes are refused."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_an_unknown_class_is_refused_in_one_line(tmp_path, images, capsys):
         assert "it is a AutoencoderKLWan, known are AutoencoderKL, AutoencoderTiny" in lines_of(words, capsys)
 
 
-def test_means_and_deviations_of_a_vae_are_its_constants(images, tmp_path):
+def test_means_and_deviations_of_a_vae_become_its_latent_constants(images, tmp_path):
     numbers = {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1.0, 2.0, 4.0]}
     seeded(lambda: kl(scaling_factor=0.5, **numbers)).save_pretrained(tmp_path / "vae")
     vae = load_vae(str(tmp_path / "vae"), CPU)
@@ -165,7 +165,7 @@ def test_means_and_deviations_of_a_vae_are_its_constants(images, tmp_path):
     assert min(gaps) < 1e-5
 
 
-def test_a_vae_without_a_class_is_an_autoencoderkl(tmp_path):
+def test_a_vae_config_without_a_class_name_is_read_as_autoencoderkl(tmp_path):
     seeded(kl).save_pretrained(tmp_path / "vae")
     path = tmp_path / "vae" / "config.json"
     config = json.loads(path.read_text())
@@ -193,7 +193,7 @@ def test_a_vae_is_loaded_from_the_folder_of_a_pipeline(images, tmp_path):
 
 @pytest.mark.parametrize(("inside", "variant"), [("", None), ("vae", None), ("", "fp16"), ("vae", "fp16")])
 def test_a_vae_is_loaded_from_the_top_or_the_subfolder_of_a_repository(tmp_path, monkeypatch, inside, variant):
-    """The Hub's cache with some/model; SD3 and Flux have the VAE in vae/, some in float16 alone."""
+    """The Hub's cache with some/model; SD3 and Flux have the VAE in vae/, and some only in float16."""
     snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
     seeded(tiny).save_pretrained(snapshot / inside, variant=variant)
     (tmp_path / "models--some--model" / "refs").mkdir()
@@ -206,7 +206,7 @@ def test_a_vae_is_loaded_from_the_top_or_the_subfolder_of_a_repository(tmp_path,
     assert (type(vae), downsampling_factor(vae)) == (AutoencoderTiny, 4)
 
 
-def test_weights_in_float16_alone_are_read_and_computed_in_float32(tmp_path):
+def test_a_vae_with_only_float16_weights_is_read_and_computed_in_float32(tmp_path):
     vae = seeded(kl)
     vae.half().save_pretrained(tmp_path / "vae", variant="fp16")
     loaded = load_vae(str(tmp_path / "vae"), CPU)
@@ -216,7 +216,7 @@ def test_weights_in_float16_alone_are_read_and_computed_in_float32(tmp_path):
         tmp_path / "vae/diffusion_pytorch_model.fp16.safetensors",
         tmp_path / "vae/diffusion_pytorch_model.bf16.safetensors",
     )
-    with pytest.raises(UserError, match="its weights as bf16 and fp16"):
+    with pytest.raises(UserError, match=r"several variants \(bf16, fp16\)"):
         load_vae(str(tmp_path / "vae"), CPU)
 
 
@@ -226,7 +226,7 @@ def test_pickled_weights_of_a_vae_are_not_read(tmp_path):
         load_vae(str(tmp_path / "vae"), CPU)
 
 
-def test_no_code_of_a_folder_runs(tmp_path):
+def test_loading_a_vae_folder_runs_no_code_from_the_folder(tmp_path):
     seeded(kl).save_pretrained(tmp_path / "vae")
     path = tmp_path / "vae" / "config.json"
     (tmp_path / "vae" / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n\nclass AutoencoderKL: ...\n")

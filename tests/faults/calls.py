@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def is_of_the_system(function: Callable) -> bool:
-    """A function of `os` that asks the kernel, `open`, or a method of a file."""
+    """Whether a call is `open`, a method of a file, or a function of `os` that asks the kernel."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, io.StringIO | io.BytesIO):
         return False

@@ -160,7 +160,7 @@ def undecodable_class(data: Path) -> None:
 IMAGES: dict[str, Bad] = {
     "no byte": (
         folder("b/bad.png", b""),
-        "b/bad.png: not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image; fix or remove it",
+        "b/bad.png: not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image; fix or remove the image",
     ),
     "text as PNG": (folder("b/bad.png", b"I am text"), "b/bad.png: not a PNG"),
     "a page as JPEG": (folder("b/bad.jpg", b"<html>404</html>"), "b/bad.jpg: not a PNG"),
@@ -169,7 +169,10 @@ IMAGES: dict[str, Bad] = {
     "the signature of a PNG": (folder("b/bad.png", GOOD[:8]), "b/bad.png: not a PNG"),
     "the header of a WebP": (folder("b/bad.webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(20)), "b/bad.webp"),
     "an icon as PNG": (folder("b/bad.png", encoded(Image.new("RGB", (16, 16)), "ICO")), "not a PNG"),
-    "a film": (folder("b/bad.gif", FILM), "b/bad.gif: several frames: store each as an image; fix or remove it"),
+    "a film": (
+        folder("b/bad.gif", FILM),
+        "b/bad.gif: several frames: store each frame as an image; fix or remove the image",
+    ),
     "the header of a TIFF": (folder("b/bad.tif", TIFF[:8]), "b/bad.tif"),
     "a class that no one reads": (folder("c/0.heic", b""), "class folder data/c holds 0.heic, but no image"),
     "splits for classes": (
@@ -201,7 +204,7 @@ IMAGES: dict[str, Bad] = {
     ),
     "a class of two lines": (folder("b\nc/1.png", GOOD), "'b\\nc' of data cannot be printed"),
     "a class that is no text": (beside(undecodable_class), "cannot be printed: rename it"),
-    "a class too many": (folder("c/1.png", GOOD), "model.num_classes must be what the data has: got 2"),
+    "a class too many": (folder("c/1.png", GOOD), "model.num_classes must fit the data: got 2"),
     "an empty folder": (lambda: [Path("data").mkdir(), training("data")][1], "no .png, .jpg"),
     "no such folder": (lambda: training("absent"), "no such file or folder: absent"),
     "a pipe as data": (lambda: [os.mkfifo("data"), training("data")][1], "data is neither a folder nor a .zip"),
@@ -245,9 +248,12 @@ def torn(whole: bytearray, _: int) -> bytearray:
 
 
 ARCHIVES: dict[str, Bad] = {
-    "a member with an absolute name": (archive({"/etc/x.png": GOOD}), "holds '/etc/x.png', which points out of it"),
-    "a member above the archive": (archive({"../x.png": GOOD}), "holds '../x.png', which points out of it"),
-    "a member above in the middle": (archive({"a/../../x.png": GOOD}), "which points out of it"),
+    "a member with an absolute name": (
+        archive({"/etc/x.png": GOOD}),
+        "holds '/etc/x.png', which points out of the archive",
+    ),
+    "a member above the archive": (archive({"../x.png": GOOD}), "holds '../x.png', which points out of the archive"),
+    "a member above in the middle": (archive({"a/../../x.png": GOOD}), "which points out of the archive"),
     "a member that grows": (
         archive({"b/x.png": bytes(2**28 + 1)}, zipfile.ZIP_DEFLATED),
         "x.png: 268435457 bytes, more",

@@ -1,4 +1,5 @@
-"""Bad input gives one line: exit code 2, at most 200 characters that name it and the way out, nothing changed on disk.
+"""Bad input gives exit code 2 and one line of at most 200 characters that names the input and the way out; nothing
+changes on the disk.
 
 Images of every mode become what their formats say, by NumPy's arithmetic.
 """
@@ -76,7 +77,7 @@ def test_there_are_enough_bad_inputs():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_input_is_one_line_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
+def test_a_bad_input_gives_a_one_line_error_and_changes_nothing(name, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = BAD[name][0]()
     before = tree(tmp_path)
@@ -119,7 +120,7 @@ def ran(words: list[str], folder: Path, *, before: tuple[str, ...] = ()) -> Done
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory) -> float:
-    """CPU seconds of a refusal that finds nothing to read: mostly the imports, and how busy the machine is."""
+    """CPU seconds of a refusal that reads no data: mostly imports, and more on a busy machine."""
     folder = tmp_path_factory.mktemp("usual") / "work"
     folder.mkdir()
     return ran(training("absent"), folder).seconds
@@ -146,7 +147,7 @@ def test_a_bad_input_takes_little_time_and_memory(name, tmp_path, monkeypatch, f
 
 @pytest.mark.slow
 def test_the_measure_of_memory_detects_an_allocation(tmp_path, monkeypatch):
-    """An image just below the limit takes hundreds of MB, and less than what is allowed."""
+    """An image just below the limit takes hundreds of MB, but less than the allowed memory."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -173,7 +174,7 @@ def as_a_stranger(words: list[str], folder: Path) -> Done:
 @pytest.mark.parametrize(
     ("place", "mode", "part"),
     [
-        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove it"),
+        ("data/a/1.png", 0o000, "cannot read data/a/1.png: Permission denied; fix or remove the image"),
         ("data/b", 0o000, "data.source: data is neither a folder nor a .zip: Permission denied"),
         ("data", 0o000, "Permission denied"),
         (".", 0o500, "cannot write to run: Permission denied"),
@@ -327,7 +328,9 @@ def test_modes_without_a_defined_white_are_refused(tmp_path):
 
 
 def test_images_are_rotated_by_their_orientation(tmp_path):
-    """By the definition of EXIF 2.3: which side of the stored image is the top, and which the left, of the seen one."""
+    """EXIF 2.3 defines which side of the stored image is at the top, and which side is at the left, of the visible
+    image.
+    """
     seen = noise(12, 16, 3)
     stored = {
         1: seen,
@@ -357,7 +360,7 @@ def test_images_are_rotated_by_their_orientation(tmp_path):
     )
 
 
-def test_the_limit_of_pixels_is_our_own(monkeypatch):
+def test_the_pixel_limit_is_ours_and_not_the_limit_of_pillow(monkeypatch):
     for theirs in (None, 10**9, 100):  # switched off, high, low
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
         with pytest.raises(ValueError, match="more than"):
@@ -366,8 +369,8 @@ def test_the_limit_of_pixels_is_our_own(monkeypatch):
     assert picture.with_image(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
 
 
-def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
-    """Bytes changed and cut at random in every format: an image or one line, never another error or a warning."""
+def test_damaged_images_are_either_read_or_refused_with_one_line(tmp_path, full):
+    """Random changes and cuts in every format give an image or one line, never another error or a warning."""
     draw = np.random.default_rng(5)
     image = Image.fromarray(noise(24, 24, 3))
     exif = Image.Exif()
@@ -400,12 +403,14 @@ def test_damaged_images_are_refused_or_read_and_nothing_else(tmp_path, full):
 # -------------------------------------------------------------------------------------------- lines
 
 
-def test_a_line_keeps_its_end_when_paths_are_long():
+def test_an_error_line_keeps_its_end_when_paths_are_long():
     path = "/" + "/".join(["folder"] * 60)
-    line = one_line(f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
+    line = one_line(
+        f"dit-in-dit: cannot read {path}/x.png: it is torn; fix or remove the image, or set data.corrupt=skip"
+    )
     assert len(line) <= LINE
     assert line.startswith("dit-in-dit: cannot read /folder/")
-    assert line.endswith("/x.png: it is torn; fix or remove it, or set data.corrupt=skip")
+    assert line.endswith("/x.png: it is torn; fix or remove the image, or set data.corrupt=skip")
 
 
 def test_no_control_characters_are_printed():

@@ -61,7 +61,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def found(run: Path) -> list[tuple[str, str, str]]:
-    """Folder, file and kind of all damages that are passed over; the checkpoint before must be the one in use."""
+    """Folder, file and kind of all damages that are passed over; the checkpoint before must be in use."""
     newest = checkpoint.newest(run)
     assert newest.folder.name == (BEFORE if newest.passed_over else LAST)
     return [(damage.folder.name, damage.file, damage.kind) for damage in newest.passed_over]
@@ -82,7 +82,7 @@ def test_every_flipped_bit_is_found_and_named(run, full):
     assert found(run) == []
 
 
-def test_every_bit_of_a_manifest_is_guarded(run, full):
+def test_every_flipped_bit_of_a_manifest_is_found(run, full):
     path = run / "checkpoints" / LAST / "manifest.json"
     content = path.read_bytes()
     for bit in range(0, 8 * len(content), 1 if full else 41):
@@ -142,7 +142,7 @@ def test_a_renamed_checkpoint_is_found(run):
     assert found(run) == [("0000009", "manifest.json", "swapped")]
 
 
-def test_the_format_itself_detects_nothing(run):
+def test_the_safetensors_format_itself_detects_no_flipped_bit(run):
     """The reason for hashes: safetensors loads a flipped bit without an error."""
     path = run / "checkpoints" / LAST / "ema.safetensors"
     before = safetensors.torch.load(path.read_bytes())  # load_file would look at the file itself

@@ -1,6 +1,6 @@
 """Disks that are full, limited, read-only or broken while a checkpoint is saved: nothing is lost, one line reports it.
 
-Faults are injected by Python's profiler, which sees every call into C: the product has no hooks for them.
+Faults are injected by Python's profiler, which sees every call into C: the package has no hooks for faults.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def names(run: Path) -> list[str]:
 
 
 def check_that_nothing_was_lost(run: Path, error: checkpoint.SaveError) -> None:
-    """Older checkpoints verify, nothing of this one remains, one line reports it, and the next save works."""
+    """Older checkpoints verify, the failed one leaves nothing, one line reports the failure; the next save works."""
     assert "\n" not in str(error)
     assert str(error).startswith(f"cannot save {run / 'checkpoints/0000030'}: ")
     assert set(names(run)) - {LEFT} == set(KEPT)
@@ -69,7 +69,7 @@ def check_that_nothing_was_lost(run: Path, error: checkpoint.SaveError) -> None:
 
 @contextmanager
 def failing_call(number: int, error: int = errno.ENOSPC) -> Iterator[list[str]]:
-    """Fail the `number`-th call (from 0) into the operating system or its files; names of those made so far."""
+    """Fail the `number`-th call (from 0) into the operating system or its files; yields the names of all calls."""
     made: list[str] = []
 
     def watch(frame, event: str, function: Callable) -> None:
@@ -124,7 +124,7 @@ def test_a_failure_of_any_system_call_loses_nothing(run, tmp_path_factory, full)
         (errno.EIO, "Input/output error; older checkpoints are unchanged: check the disk"),
     ],
 )
-def test_a_disk_error_is_one_line_with_its_remedy(run, monkeypatch, error, remedy):
+def test_a_disk_error_gives_a_one_line_error_with_its_remedy(run, monkeypatch, error, remedy):
     def refuse(descriptor):
         raise OSError(error, os.strerror(error))
 
@@ -145,7 +145,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_limit_of_file_sizes_loses_nothing_whatever_it_is(run, tmp_path_factory, full):
+def test_a_file_size_limit_of_any_value_loses_no_checkpoint(run, tmp_path_factory, full):
     needed = max(path.stat().st_size for path in (run / "checkpoints/0000020").iterdir())
     sizes = [0, 1, 7, 8, needed - 1, needed, *range(100, needed, needed // (60 if full else 4))]
     for size in sizes:
@@ -186,7 +186,7 @@ def test_a_run_continues_when_a_checkpoint_cannot_be_saved_and_saves_the_next(ru
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system in memory, with room for three checkpoints and a half."""
+    """A file system in memory, with room for three and a half checkpoints."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)]

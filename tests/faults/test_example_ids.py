@@ -1,4 +1,6 @@
-"""Which image every step sees, in order: no worker, stop or resume changes it, and no image is left out or repeated."""
+"""Which image every step sees, in order: no worker, stop or resume changes this order, and no image is left out or
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class Recorder:
         patch.setattr(loop.Trainer, "update", recorded)
 
     def train(self, config: RunConfig, run: Path, workers: int, stops: tuple[int, ...] = ()) -> list[int]:
-        """The image numbers of a run that is left after the checkpoints of `stops` and resumed each time."""
+        """The image numbers of a run that is stopped after each checkpoint of `stops` and resumed."""
         self.seen.clear()
         config = replace(config, data=replace(config.data, workers=workers))
         for life, stop in enumerate((*stops, None)):
@@ -95,7 +97,7 @@ def test_a_step_that_was_not_saved_is_taken_again_with_the_same_images(config, r
     world=st.integers(1, 4),
     epoch=st.integers(0, 10**6),
 )
-def test_the_shares_of_all_ranks_are_each_image_once_an_epoch(seed, size, rows, world, epoch):
+def test_the_ranks_together_see_each_image_once_per_epoch(seed, size, rows, world, epoch):
     """Rank r of W holds rows [rB/W, (r+1)B/W) of each global batch of B; an epoch may begin and end within a batch."""
     batch = rows * world
     first, last = epoch * size // batch, -(-(epoch + 1) * size // batch)
@@ -109,7 +111,7 @@ def test_the_shares_of_all_ranks_are_each_image_once_an_epoch(seed, size, rows, 
 
 
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 200), start=st.integers(0, 10**9))
-def test_an_example_is_the_same_from_any_start(seed, size, start):
+def test_an_example_does_not_depend_on_where_a_run_starts(seed, size, start):
     from_start = [shuffled_index(seed, i, size) for i in range(start, start + 3 * size)]
     middle = start + size // 2
     assert [shuffled_index(seed, i, size) for i in range(middle, start + 3 * size)] == from_start[size // 2 :]

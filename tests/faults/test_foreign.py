@@ -1,7 +1,7 @@
-"""Imported weights are data: no code of a file runs, and one line reports it.
+"""Imported weights are data: no code in a file runs, and one line refuses such a file.
 
-Every attack writes a canary file when it works. Plain `torch.load(weights_only=False)` is the oracle: what fires there
-must not fire here.
+Every attack writes a canary file when it works. Plain `torch.load(weights_only=False)` is the reference: an attack that
+works there must not work here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dit_in_dit.interop.safe_load import read_pt, read_safetensors
 
 
 class Call:
-    """Pickled as a call, which is made when it is unpickled."""
+    """Pickled as a call that runs when the object is unpickled."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.call = (function, arguments)
@@ -43,7 +43,7 @@ class Call:
 
 
 class Built:
-    """Pickled as a call, then given a state that calls too."""
+    """Pickled as a call, with a state that makes a second call."""
 
     def __init__(self, state: object) -> None:
         self.state = state
@@ -219,7 +219,7 @@ def test_no_code_of_arrays_runs(name, tmp_path, capsys):
 
 
 def official(draw: int = 0) -> dict[str, object]:
-    """As DiT's training script saves: weights, their average, the state of AdamW, and the arguments."""
+    """A file as DiT's training script saves it: weights, their average, the state of AdamW, and the arguments."""
     torch.manual_seed(draw)
     model = torch.nn.Linear(8, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -267,7 +267,7 @@ def test_tensors_that_were_read_have_no_hooks_or_attributes(tmp_path):
     torch.nn.ParameterDict(tied).load_state_dict(read)
 
 
-def test_tensors_are_mapped_and_the_file_stays_as_it_was(tmp_path):
+def test_tensors_are_memory_mapped_and_the_file_is_unchanged(tmp_path):
     path = tmp_path / "large.pt"
     torch.save({"a": torch.ones(2**24)}, path)
     before = path.read_bytes()
@@ -277,7 +277,7 @@ def test_tensors_are_mapped_and_the_file_stays_as_it_was(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_safetensors_are_read_and_refused_alike(tmp_path):
+def test_safetensors_files_are_read_or_refused_like_pt_files(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3)}
     path = tmp_path / "weights.safetensors"
     save_file(tensors, path)
@@ -368,8 +368,8 @@ def test_overlapping_members_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_damage_is_one_line_wherever_it_is(new, tmp_path, full):
-    """Cut anywhere, any byte changed: a refusal, or (a bit of a number) a checkpoint, never anything else."""
+def test_damage_anywhere_in_a_file_gives_a_one_line_error(new, tmp_path, full):
+    """A file that is cut anywhere, or has any byte changed, is refused, or gives a checkpoint with another number."""
     torch.save(official(), tmp_path / "whole.pt", _use_new_zipfile_serialization=new)
     whole = (tmp_path / "whole.pt").read_bytes()
     draw, path = np.random.default_rng(1), tmp_path / "torn.pt"
@@ -388,7 +388,7 @@ def test_damage_is_one_line_wherever_it_is(new, tmp_path, full):
     assert refused
 
 
-def test_files_of_other_kinds_are_refused_at_once(tmp_path):
+def test_files_of_other_kinds_are_refused_without_waiting(tmp_path):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "folder.pt").mkdir()
     os.mkfifo(tmp_path / "pipe.pt")

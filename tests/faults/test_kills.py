@@ -1,7 +1,7 @@
-"""A run killed 150 times, at numbered points inside the save and at random moments, ends as an unbroken one.
+"""A run killed 150 times, at numbered points inside the save and at random moments, ends like an uninterrupted run.
 
-A process that has everything imported (this file, run as a program) forks a child for each life; the child trains the
-run on, and is killed. Points inside the save are its calls to the system, counted by Python's profiler.
+A process that has everything imported (this file, run as a program) forks a child for each life. The child continues
+the training, and is killed. Points inside the save are its calls to the system, counted by Python's profiler.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def serve() -> None:
 
 @cache
 def warm_up(config: str) -> None:
-    """Begin a run as every life does, for what Python imports on the way: seconds that no life then spends."""
+    """Begin a run as every life does, so that Python's imports are done before the first life."""
     with TemporaryDirectory() as place, closing(train(from_yaml(config), place, device="cpu")) as facts:
         next(facts)
 
 
 def live(plan: Plan) -> list[str]:
-    """Fork a life; its lines, the last of which is how it ended."""
+    """Fork a life; returns its lines, and the last line says how the life ended."""
     read, write = os.pipe()
     born = time.monotonic()
     child = os.fork()
@@ -95,7 +95,7 @@ def live(plan: Plan) -> list[str]:
 
 
 def grow(plan: Plan, pipe: int) -> None:
-    """Train the run on, and be killed as planned."""
+    """Continue the training, and be killed as planned."""
     save, saves = checkpoint.save, 0
 
     def say(text: str) -> None:
@@ -130,7 +130,7 @@ def grow(plan: Plan, pipe: int) -> None:
 
 
 def tear(function, number: int) -> None:
-    """Leave a half-written file behind: what a file being written holds so far, every other time cut somewhere."""
+    """Leave a half-written file behind: the content that was written so far, cut somewhere every other time."""
     file = getattr(function, "__self__", None)
     if function.__name__ in ("write", "flush") and hasattr(file, "truncate") and file.writable():
         file.flush()
@@ -143,7 +143,7 @@ def tear(function, number: int) -> None:
 
 @contextmanager
 def lives() -> Iterator[subprocess.Popen[str]]:
-    """The forking process, and the end of all it has forked."""
+    """The forking process; at the end, the process and all its children are killed."""
     where = os.pathsep.join(path for path in sys.path if path)
     process = subprocess.Popen(
         [sys.executable, __file__],
@@ -190,7 +190,7 @@ def small(folder: Path, steps: int) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_repeatedly_ends_as_an_unbroken_one(folder, tmp_path, full):
+def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path, full):
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
     # So many that no life comes to the end, however fast the machine: killed lives alone are counted.

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the step is skipped, and neither weights nor average nor disk ever hold one."""
+"""Numbers that are not finite: the step is skipped, and weights, average and disk never hold such a number."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ def test_a_resumed_run_skips_the_same_steps(config, tmp_path):
 
 @pytest.fixture
 def diverging(config, monkeypatch):
-    """A run whose gradient is not finite in steps that see examples 12 to 31: three in a row, and it goes back."""
+    """A run whose gradient is not finite in steps that see examples 12 to 31: after three such steps, the run rolls
+    back.
+    """
     config = with_train(config, steps=9, skip_most=2, on_divergence="roll_back", checkpoint_every=2)
     config = replace(config, data=DataConfig(source="mosaic"), model=replace(config.model, num_classes=9))
     plain = Examples.__getitem__
@@ -174,7 +176,7 @@ def test_a_diverged_run_rolls_back_and_skips_the_bad_examples(diverging, tmp_pat
     assert back == {"step": 6, "rollback": {"to": 2, "shift": 4}}
 
 
-def test_a_run_that_rolled_back_and_is_stopped_anywhere_ends_as_an_unbroken_one(diverging, tmp_path):
+def test_a_stopped_run_that_rolled_back_ends_like_an_uninterrupted_run(diverging, tmp_path):
     run(diverging, tmp_path / "unbroken")
     for until in (4, 5, 6, 7):
         out = tmp_path / f"stopped{until}"

@@ -1,4 +1,4 @@
-"""One process or many: the same examples, with train.reduction=fixed the same bits, and without it nearly."""
+"""Several processes see the examples of one process, and compute the same bits if train.reduction=fixed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def shared(run_config):
     step=st.integers(0, 10**9),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_examples_of_all_processes_are_those_of_one(run_config_plain, world, rows, accumulate, reduction, step):
+def test_several_processes_see_the_same_examples_as_one_process(
+    run_config_plain, world, rows, accumulate, reduction, step
+):
     config = with_train(run_config_plain, batch_size=8 * rows, accumulate=accumulate, reduction=reduction)
     found = []
     for rank in range(world):
@@ -87,7 +89,7 @@ def test_a_run_that_changes_its_number_of_processes_ends_with_the_same_bits(shar
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_agree_with_one_within_rounding(shared, tmp_path, parallel, full):
+def test_two_processes_agree_with_one_process_within_rounding(shared, tmp_path, parallel, full):
     config = with_train(shared, parallel=parallel)
     run_together(1, trained, config, tmp_path / "alone", False)
     run_together(
@@ -136,7 +138,7 @@ def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(shared
 
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_job_and_is_named(run_config, tmp_path):
-    """SIGSTOP to one of two under torchrun, timeout 8 s: all are gone in 15."""
+    """SIGSTOP to one of two processes under torchrun, timeout 8 s: all processes are gone after 15 s."""
     config = with_train(run_config, steps=10**6, checkpoint_every=10**6, evaluate_every=0, timeout=8)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     train = ["-m", "dit_in_dit", "train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""`sample` with faults: any batch, any number of processes, killed and restarted: the same bytes."""
+"""`sample` gives the same bytes with any batch size and any number of processes, even if killed and restarted."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def test_any_batch_gives_the_same_bytes(words, unbroken, tmp_path, full):
+def test_every_batch_size_gives_the_same_bytes(words, unbroken, tmp_path, full):
     for batch in (1, 3, 7, 64) if full else (1, 64):
         main([*words, str(tmp_path / str(batch)), "--batch", str(batch)])
         assert tree(tmp_path / str(batch)) == tree(unbroken), batch
@@ -135,7 +135,7 @@ def test_two_processes_give_the_same_bytes(words, unbroken, tmp_path, start, ful
     assert not processes_with(tmp_path)
 
 
-def test_more_images_and_single_ones_are_the_same(run, words, unbroken, tmp_path):
+def test_larger_counts_and_single_images_give_the_same_bytes(run, words, unbroken, tmp_path):
     more = words.copy()
     more[3] = "100"
     main([*more, str(tmp_path / "more")])
@@ -167,7 +167,7 @@ def test_sampling_killed_repeatedly_within_an_image_is_continued(words, unbroken
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its processes in /proc")
-def test_two_processes_are_killed_at_any_time_and_one_continues(words, unbroken, tmp_path, start, full):
+def test_one_process_continues_after_two_processes_were_killed(words, unbroken, tmp_path, start, full):
     if not full:
         pytest.skip("make test-faults: its processes' starts take as long as all others")
     out = tmp_path / "drawn"
@@ -214,7 +214,7 @@ def test_a_folder_of_other_samples_is_refused_and_unchanged(words, unbroken, tmp
     assert tree(unbroken) == before
 
 
-def test_waiting_for_the_share_of_another_process_ends(words, tmp_path, monkeypatch, capsys):
+def test_waiting_for_the_images_of_another_process_times_out(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(shards, "PATIENCE", 0.3)
@@ -244,7 +244,7 @@ def test_an_evaluation_uses_exactly_the_sampled_images(run, words, tmp_path):
         assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / f"drawn/{number:06d}.png")))
 
 
-def test_latents_are_numbered_files_and_one_final_array_with_the_same_bits(tmp_path):
+def test_sampled_latents_have_the_same_bits_in_numbered_files_and_in_the_final_array(tmp_path):
     """Pixels are rounded, latents are not: here the last bit counts."""
     from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the step ends, the run is saved, and resumes as if it had not been interrupted."""
+"""After SIGTERM or SIGINT the step ends and the run is saved. It resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def config(run_config):
 
 @pytest.fixture
 def unbroken(config, tmp_path):
-    """Of a run: hashes of its last checkpoint, log lines and pictures."""
+    """Hashes of a run's last checkpoint, and its log lines and pictures."""
     for workers in (0, 2):
         (tmp_path / f"{workers}.yaml").write_text(to_yaml(with_workers(config, workers)))
     out = tmp_path / "unbroken"
@@ -162,7 +162,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_user_error_in_a_worker_ends_the_process_and_its_workers(tmp_path, config):
-    """They ignore SIGTERM, with which Python ends its children."""
+    """Workers ignore SIGTERM, with which Python ends its children."""
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", MISTAKEN, *arguments(tmp_path, tmp_path / "run", 2)]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -182,7 +182,7 @@ print(next(facts).kind, next(facts).kind)
 
 
 @pytest.mark.slow
-def test_a_program_with_an_unfinished_run_exits(tmp_path, config):
+def test_a_program_exits_although_a_run_is_unfinished(tmp_path, config):
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", KEPT, str(tmp_path / "2.yaml"), str(tmp_path / "run")]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -206,7 +206,7 @@ def test_a_second_signal_during_the_save_is_harmless(tmp_path, unbroken):
     assert outcome(out) == unbroken
 
 
-def test_a_stop_cuts_short_only_work_that_changes_nothing():
+def test_a_stop_shortens_only_work_that_does_not_change_the_run():
     stop, done = StopRequest(), []
     with pytest.raises(Interrupted), stop.waiting():  # noqa: PT012
         stop.ask(signal.SIGTERM)
@@ -218,7 +218,7 @@ def test_a_stop_cuts_short_only_work_that_changes_nothing():
     assert done == []
 
 
-def test_a_stopped_run_saves_at_once_and_makes_up_for_what_was_due(run_config, tmp_path):
+def test_a_stopped_run_saves_immediately_and_catches_up_on_due_work(run_config, tmp_path):
     config = with_train(run_config, sample_every=3)
     list(train(config, tmp_path / "unbroken", device="cpu"))
     stop, kinds = StopRequest(), []
@@ -233,7 +233,7 @@ def test_a_stopped_run_saves_at_once_and_makes_up_for_what_was_due(run_config, t
     assert (tmp_path / "run/log.jsonl").read_bytes() == (tmp_path / "unbroken/log.jsonl").read_bytes()
 
 
-def test_until_trains_in_pieces(run_config, tmp_path):
+def test_training_in_pieces_with_until_equals_one_run(run_config, tmp_path):
     list(train(run_config, tmp_path / "whole", device="cpu"))
     for until in (2, 3, 99):
         facts = list(train(run_config, tmp_path / "pieces", device="cpu", resume=until > 2, until=until))

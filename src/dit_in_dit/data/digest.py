@@ -1,9 +1,10 @@
 """Digests of a source's contents, by which a run detects that its data changed.
 
 A digest does not depend on where the data lie, on modification times, on the working folder or on the order in which a
-file system lists files. Files count by name, label and content; above MOST_CONTENT bytes in total, by name, label and
-size. Arrays count by shape, dtype and bytes. Of arrays above MOST_ARRAY bytes only evenly spaced rows are read: a
-change between these rows is not detected.
+file system lists files. The digest of files covers their names, labels and contents. If the files have more than
+MOST_CONTENT bytes in total, the digest covers sizes instead of contents. The digest of arrays covers shape, dtype and
+bytes. If an array has more than MOST_ARRAY bytes, only evenly spaced rows are read, and a change between these rows is
+not detected.
 """
 
 from __future__ import annotations

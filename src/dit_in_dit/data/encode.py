@@ -1,8 +1,9 @@
-"""Images to latents and back by a VAE of diffusers: encoding before training, decoding of samples.
+"""Encode images to latents before training, and decode samples, with a VAE of the `diffusers` library.
 
 Latents are stored in files of `shard` images, each written to a temporary name and renamed. Existing files are kept.
-File k belongs to process k modulo the number of processes (`RANK`, `WORLD_SIZE`). Which images share a batch can change
-the last bit and depends on the image's number alone: interruptions and the number of processes change nothing.
+File k belongs to process k modulo the number of processes (`RANK`, `WORLD_SIZE`). The last bit of a latent can depend
+on which images share its batch. The batch of an image depends only on the image's number, so interruptions and the
+number of processes change nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PATIENCE = 3600  # seconds to wait for a new file of another process
 
 @dataclass(frozen=True)
 class Encoding:
-    """Settings of an encoding; all but `workers` decide the bytes.
+    """Settings of an encoding. All settings except `workers` determine the bytes of the files.
 
     data: the images; its held_out, flip and latent keys have no effect.
     size: height and width to which images are resized and cropped.
@@ -66,7 +67,7 @@ class Encoding:
 
 
 def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Fill the folder `out`, yielding (images done, all images), until its index is complete.
+    """Write latents into the folder `out` until its index is complete; yields (images done, all images).
 
     Raises:
         UserError: the images or the VAE cannot be used, or the folder holds other latents or a damaged file.
@@ -127,8 +128,8 @@ def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]
 def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     """Write the unfinished index unless there is one; return the files of a finished index.
 
-    An index of an earlier version has no digest: images are then compared by name and count alone, and `index` loses
-    its digest, which may not be that of all files.
+    An index of an earlier version has no digest. Images are then compared only by name and count, and the digest is
+    removed from `index`, because some files may have been made from other images.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     elif before[DATA] != made[DATA]:
         raise UserError(
             f"{truncate(out, 60)} holds latents of other images than {truncate(made['source'], 60)} has now: "
-            "put those back, choose another --out, or delete it"
+            "put the former images back, choose another --out, or delete it"
         )
     for name, value in made.items():
         if name == "source" and DATA in made:  # the same images may have moved
@@ -155,7 +156,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
-    """Images (n, 3, H, W) and labels by batch number. A UserError crosses from a worker as its message."""
+    """Images (n, 3, H, W) and labels by batch number. A worker returns a UserError as its message."""
 
     def __init__(self, source: Source, batches: list[range]) -> None:
         self.source, self.batches = source, batches
@@ -172,7 +173,7 @@ class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
 
 
 def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Iterator[dict[str, Tensor]]:
-    """Encode the images of each part; yields the tensors of its file, in order."""
+    """Encode the images of each part; yields the tensors of each part's file, in order."""
     cut = [[part[i : i + how.batch] for i in range(0, len(part), how.batch)] for part in parts]
     batches = _Batches(source, [batch for part in cut for batch in part])
     loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
@@ -191,7 +192,7 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
 
 
 def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
-    """Moments of images in the stored dtype; UserError naming the images whose moments are not finite in it."""
+    """Moments of images in the stored dtype; UserError that names images whose moments are not finite in that dtype."""
     exact = posterior_moments(vae, images)
     for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
         finite = tensor.isfinite().flatten(1).all(1)
@@ -200,7 +201,7 @@ def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
         bad = [str(number) for number, fine in zip(numbers, finite.tolist(), strict=True) if not fine]
         which = f"image {', '.join(bad[:3])}{' and more' if bad[3:] else ''} (counted from 0)"
         if of:
-            raise UserError(f"{of} for {which}: take another VAE, or its weights in float32")
+            raise UserError(f"{of} for {which}: use another VAE, or float32 weights of this VAE")
         raise UserError(f"the VAE's latents of {which} do not fit {dtype}: use --dtype float32 or bfloat16")
     return tensor
 
@@ -237,7 +238,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     for was, shard in zip(done, shards, strict=False):
         if was != shard:
             raise UserError(
-                f"{out / shard['file']} is damaged: its SHA-256 is not the index's; remove it and run again"
+                f"{out / shard['file']} is damaged: its SHA-256 differs from the index; remove the file and run again"
             )
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
@@ -256,7 +257,7 @@ def _float64(numbers: Any) -> Any:
 
 
 class LatentDecoder:
-    """Decoder of normalised latents to images, by the VAE of a run."""
+    """Decoder of normalised latents to images, with the VAE of a run."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         assert data.vae is not None
@@ -274,13 +275,14 @@ class LatentDecoder:
 
     @torch.inference_mode()
     def __call__(self, latents: Tensor) -> Tensor:
-        """Images (N, 3, H, W) on the CPU, about in [-1, 1], from normalised latents (N, C, h, w)."""
+        """Images (N, 3, H, W) on the CPU, roughly in [-1, 1], from normalised latents (N, C, h, w)."""
         images: Tensor = self.vae.decode(latents.to(self.mean.device) / self.scale + self.mean).sample
         return images.cpu()
 
     def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
-        """Images of samples of one micro-batch, each decoded at its own position in a batch of `size`: its bits do not
-        depend on which other samples are decoded."""
+        """Images of the samples in one micro-batch. Each sample is decoded at its own position in a batch of `size`, so
+        the bits of its image do not depend on which other samples are decoded.
+        """
         whole = latents.new_zeros(size, *latents.shape[1:])
         places = [index % size for index in indices]
         whole[places] = latents

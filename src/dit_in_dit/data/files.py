@@ -40,12 +40,13 @@ class ImageFiles:
     `notes` lists what is not read, one clause each.
 
     Raises:
-        UserError: the path is neither, has no image, a member's name points out of the archive, the `dataset.json` does
-            not fit, or the classes would not be the folders that a person sees (names.check_class_names).
+        UserError: the path is neither a folder nor a .zip, no image is in it, a member's name points out of the
+            archive, the `dataset.json` does not fit, or the classes would not be the folders that a person sees
+            (names.check_class_names).
     """
 
     def __init__(self, path: Path, num_classes: int = 0) -> None:
-        """`num_classes`: number of classes of a `dataset.json`; 0: the largest label plus one."""
+        """`num_classes`: number of classes of a `dataset.json`; 0 means the largest label plus one."""
         self.path, self.num_classes = path, num_classes
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._linked: set[str] = set()  # folders of an archive that are links
@@ -66,16 +67,18 @@ class ImageFiles:
             self.notes.append(left_out_clause(len(unread), unread, "files that are no images"))
 
     def _list(self, shown: str) -> list[str]:
-        """All names; those of folders end with `/`."""
+        """All names; names of folders end with `/`."""
         try:
             if self.path.is_dir():
                 return list(_names(self.path))
             members = self._read_directory() if self.path.is_file() else None  # opening a pipe would wait
         except UNREADABLE as error:
             problem = truncate(getattr(error, "strerror", None) or error, 60)
-            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}; name one") from None
+            raise UserError(
+                f"data.source: {shown} is neither a folder nor a .zip: {problem}; name a folder or .zip"
+            ) from None
         if members is None:
-            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name one")
+            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name a folder or .zip")
         return self._list_archive(members, shown)
 
     def _read_directory(self) -> list[tuple[str, str | None]]:
@@ -87,13 +90,15 @@ class ImageFiles:
         return members
 
     def _list_archive(self, members: list[tuple[str, str | None]], shown: str) -> list[str]:
-        """All names of an archive; of several members with one name the last counts, as when it is unpacked."""
+        """All names of an archive. If several members have the same name, the last is used, as when the archive is
+        unpacked.
+        """
         names, links = dict[str, None](), dict[str, str]()
         for stored_name, target in members:
             name = stored_name.replace("\\", "/")  # some programs on Windows write backslashes
             if name.startswith("/") or ".." in name.split("/"):
                 out = truncate(name, 40)
-                raise UserError(f"data.source: {shown} holds {out!r}, which points out of it: rename it")
+                raise UserError(f"data.source: {shown} holds {out!r}, which points out of the archive: rename it")
             if not (name := normalise_name(name)):  # the archive's root
                 continue
             names[name] = None
@@ -112,7 +117,9 @@ class ImageFiles:
         return list(names)
 
     def _read_table(self, others: list[str]) -> dict[str, int] | None:
-        """The labels of a `dataset.json` (see table_labels), which is removed from `others`; None without one."""
+        """The labels of a `dataset.json` (see table_labels), whose name is removed from `others`; None without a
+        `dataset.json`.
+        """
         place = find_table(others, self.names)
         if place is None:
             return None
@@ -164,7 +171,7 @@ class ImageFiles:
         return [name[start:] for name in self.names]
 
     def sizes(self) -> list[int]:
-        """The size of each file in bytes, in order; -1 where it cannot be read."""
+        """The size of each file in bytes, in order; -1 if a file cannot be read."""
         if not self.path.is_dir():
             return [self._open().getinfo(self._members.get(name, name)).file_size for name in self.names]
         return [file_size(self.path / name) for name in self.names]
@@ -185,11 +192,13 @@ class ImageFiles:
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = truncate(self.path / name, 60)
-        raise UserError(f"cannot read {place}: {truncate(problem, 60)}; fix or remove it, or set data.corrupt=skip")
+        raise UserError(
+            f"cannot read {place}: {truncate(problem, 60)}; fix or remove the image, or set data.corrupt=skip"
+        )
 
 
 def file_size(path: Path) -> int:
-    """The size of a file in bytes; -1 where it cannot be read."""
+    """The size of a file in bytes; -1 if the file cannot be read."""
     try:
         return path.stat().st_size
     except OSError:

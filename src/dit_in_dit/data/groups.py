@@ -1,4 +1,4 @@
-"""Families of images and the held-out split, both by name alone."""
+"""Families of images and the held-out split; both depend only on names."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dit_in_dit.config.errors import UserError
 
 
 def is_held_out(family: str, share: float) -> bool:
-    """Whether a family of images is held out; depends on its name and the share alone."""
+    """Whether a family of images is held out. This depends only on the family's name and the share."""
     return family_number(family) < share * 2**64
 
 
 def family_number(family: str) -> int:
-    """A hash of the family's name in [0, 2^64): the lowest are held out."""
+    """A hash of the family's name in [0, 2^64): families with the lowest numbers are held out."""
     name = os.fsencode(family)  # file names need not be Unicode
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
 
@@ -34,9 +34,9 @@ def split_families(families: list[str], share: float, what: str) -> tuple[list[i
 
 
 def check_split(trained: int, held: int, share: float, what: str) -> None:
-    """UserError when a split leaves no training image, or no held-out image though a share of them is wanted."""
+    """UserError when a split leaves no training image, or no held-out image although `share` is above 0."""
     if not trained or (share and not held):
         raise UserError(
             f"data.held_out={share} leaves {trained} training and {held} held-out images of {what}: "
-            "change it (0: none held out)"
+            "change it (0 holds none out)"
         )

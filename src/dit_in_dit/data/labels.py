@@ -10,7 +10,7 @@ from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.names import left_out_clause, normalise_name
 
 DATASET_JSON = "dataset.json"
-WAY = "fix it, or rename it if it is none of StyleGAN, EDM2 or REPA"
+WAY = "fix it, or rename it if it is not from StyleGAN, EDM2 or REPA"
 MOST_CLASSES = 10_000_000  # as model.num_classes
 
 
@@ -32,7 +32,7 @@ def find_table(names: Sequence[str], images: Sequence[str]) -> str | None:
 
 
 def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Labels by image name from a table's `labels`, [["00000/img00000000.png", 6], ...], and a clause on unused ones.
+    """Labels by image name from a table's `labels`, [["00000/img00000000.png", 6], ...], and a clause on unused labels.
 
     A null table gives no labels.
 
@@ -47,16 +47,16 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
     if not has_form(rows, [list]) or not all(len(row) == 2 and has_form(row[:1], [str]) for row in rows):
         raise UserError(f"{shown}: labels must be [[NAME, CLASS NUMBER], ...] or null; {WAY}")
     if not has_form([row[1] for row in rows], [int]):
-        raise UserError(f"{shown}: labels must be whole numbers, one an image; {WAY}")
+        raise UserError(f"{shown}: labels must be whole numbers, one per image; {WAY}")
     named = {folder + normalise_name(name.replace("\\", "/")): label for name, label in rows}
     if len(named) < len(rows):
-        raise UserError(f"{shown} gives labels to one image twice; {WAY}")
+        raise UserError(f"{shown} gives two labels to one image; {WAY}")
     if missing := [name for name in images if name not in named]:
         raise UserError(f"{shown} has no label for {len(missing)} images, such as {truncate(missing[0], 50)}; {WAY}")
     labels = {name: named.pop(name) for name in images}
     if lost := set(named.values()) - set(labels.values()):
         raise UserError(
-            f"{shown} names images of class {min(lost)}, of which there are none: add them, or fetch the data again"
+            f"{shown} has labels of class {min(lost)}, but no image has this class: add images, or fetch the data again"
         )
     return labels, [
         left_out_clause(len(named), list(named), f"labels of {DATASET_JSON} without an image")

@@ -1,4 +1,4 @@
-"""File names: which are images, their classes, and checks that no class is lost."""
+"""File names: which files are images, which class each image has, and checks that no class is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_LINKS = 40  # in a chain of links, as on Linux
 
 
 def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
-    """A clause on things that are not read: their number and two examples."""
+    """A clause about things that are not read: how many there are, and two examples."""
     return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
 
 
@@ -42,15 +42,16 @@ def common_folder(names: Iterable[str]) -> list[str]:
 
 
 def class_folders(names: list[str]) -> list[str]:
-    """The class folder of each image: its first folder below the wrapper; `images` without one."""
+    """The class folder of each image: its first folder below the common folder, or `images` if there is no folder."""
     depth = len(common_folder(names))
     paths = [name.split("/")[depth:-1] for name in names]
     return [path[0] if path else "images" for path in paths]
 
 
 def number_classes(folders: list[str]) -> tuple[tuple[str, ...], list[int]]:
-    """The classes, sorted by name, and the label of each image. Unicode normal forms of one name (macOS writes NFD) are
-    one class, sorted and shown by the first spelling."""
+    """The classes, sorted by name, and the label of each image. Names that differ only in their Unicode normal form
+    (macOS writes NFD) are one class, sorted and shown by the first spelling.
+    """
     first: dict[str, str] = {}
     for folder in sorted(set(folders)):
         first.setdefault(unicodedata.normalize("NFC", folder), folder)
@@ -65,13 +66,13 @@ def check_class_names(
     """Check that the classes of `place` are the folders that a person sees there.
 
     Args:
-        others: all other names; those of folders end with `/`.
+        others: all other names; names of folders end with `/`.
         packed: whether `place` is an archive, which has to be unpacked to name a folder in it.
         linked: folders that are links, which are not followed.
 
     Raises:
-        UserError: the classes are splits, a name cannot be printed, or a folder beside them has no image: without an
-            error, the numbers of later classes would move up.
+        UserError: the classes are splits, a name cannot be printed, or a class folder has no image. Without this error,
+            later classes would get other labels.
     """
     wrapped = common_folder(images)
     depth = len(wrapped)
@@ -94,19 +95,21 @@ def check_class_names(
         if not example and "/".join((*wrapped, f"{name}/")) in linked:
             raise UserError(
                 f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
-                "there, or remove it (later classes would move up)"
+                "there, or remove it (skipping it would shift later labels)"
             )
         if not example:
-            raise UserError(f"class folder {shown} is empty: fill it, or remove it (later classes would move up)")
+            raise UserError(
+                f"class folder {shown} is empty: fill it, or remove it (skipping it would shift later labels)"
+            )
         if classes:  # else the images have no class folders
             raise UserError(
                 f"class folder {shown} holds {truncate(example, 30)}, but no image of a kind that is read: "
-                "convert it, or move the folder away (later classes would move up)"
+                "convert it, or move the folder away (skipping it would shift later labels)"
             )
 
 
 def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
-    """UserError when two or more of the classes in `place` are splits of a data set: the user means one of them."""
+    """UserError when two or more of the classes in `place` are splits of a data set: the user means one split."""
     splits = sorted(name for name in classes if name.lower() in SPLIT_NAMES)
     if len({name.lower() for name in splits}) > 1:
         ways = " or ".join(truncate(f"{place}/{pattern.format(name)}", 50) for name in splits[:3])
@@ -114,7 +117,8 @@ def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}",
 
 
 def resolve_links(links: Mapping[str, str], files: Iterable[str]) -> dict[str, str]:
-    """Resolve the links of an archive: link -> a file, a folder (with a final `/`), or `` when the end is no member.
+    """Resolve the links of an archive: link -> a file, a folder (with a final `/`), or an empty text if the target is
+    not in the archive.
 
     Args:
         links: link -> the name that it points to, which may be a link or lie in a linked folder.
@@ -142,7 +146,7 @@ def _end(name: str, known: Mapping[str, str], links: Mapping[str, str]) -> str:
 
 
 def link_target(name: str, target: str) -> str:
-    """The target of a symbolic link, from the root of the archive; `` when it is outside."""
+    """The target of a symbolic link, from the root of the archive; empty if the target is outside."""
     parts = name.split("/")[:-1]
     if target.startswith("/"):
         return ""

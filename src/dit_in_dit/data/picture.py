@@ -30,10 +30,10 @@ UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversize
 
 
 def with_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
-    """`look` applied to the image in a file; one of UNREADABLE when it cannot be decoded or is too large.
+    """`look` applied to the image in a file; an error of UNREADABLE if the image cannot be decoded or is too large.
 
-    An image of more than MOST_PIXELS is refused by its header. Pillow's own limit is higher, warns before it refuses,
-    and can be switched off.
+    If the header states more than MOST_PIXELS pixels, the image is refused. Pillow's own limit is higher, warns before
+    it refuses, and can be switched off.
     """
     if len(content) > MOST_BYTES:
         raise ValueError(f"{len(content)} bytes, more than {MOST_BYTES}")
@@ -43,27 +43,27 @@ def with_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
                 if image.width * image.height > MOST_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} is more than {MOST_PIXELS} pixels")
                 if image.format in ONE_FRAME and getattr(image, "is_animated", False):
-                    raise ValueError("several frames: store each as an image")
+                    raise ValueError("several frames: store each frame as an image")
                 return look(image)
         except UnidentifiedImageError:
             if content[4:12] == b"ftypavif":
-                raise ValueError("AVIF, which this Pillow does not read: install a newer one") from None
+                raise ValueError("AVIF, which this Pillow does not read: upgrade Pillow") from None
             raise ValueError("not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image") from None
         except Image.DecompressionBombError:  # above twice Pillow's limit, which hides the header
             raise ValueError(f"more than {MOST_PIXELS} pixels") from None
 
 
 def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-    """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while
-    twice too large, then bicubic to cover the target, then crop the centre.
+    """Pixels (H, W, C) at `size`, as ADM resizes (Dhariwal & Nichol 2021): halve with a box filter while the image is
+    at least twice too large, resize with a bicubic filter to cover the target, and crop the centre.
 
-    Before that, an image is converted to 8 bits as a viewer shows it: rotated by its EXIF orientation (ADM ignores it);
-    the first frame (of PNG and WebP: look_at refuses others); transparency (RGBA, LA, PA, a transparent colour) on
-    white; 1, P, CMYK and YCbCr by Pillow's conversion. 16-bit grey v (mode I;16, or I in some versions of Pillow)
-    becomes v // 257.
+    Before that, an image is converted to 8 bits as a viewer shows it. It is rotated by its EXIF orientation, which ADM
+    ignores. The first frame of a PNG or WebP is used; `with_image` refuses several frames in other formats. Transparent
+    images (RGBA, LA, PA, a transparent colour) are composited on white. Modes 1, P, CMYK and YCbCr are converted by
+    Pillow. 16-bit grey v (mode I;16, or I in some versions of Pillow) becomes v // 257.
 
     Raises:
-        ValueError: mode F, or values of mode I beyond 16 bits: their white is undefined.
+        ValueError: the mode is F, or I with values beyond 16 bits: white is undefined there.
     """
     image = _eight_bits(apply_orientation(image))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -106,7 +106,7 @@ _TURNS = {  # EXIF orientation -> its inverse
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey images of more than 8 bits reduced to 8; others unchanged."""
     if image.mode == "F":
-        raise ValueError("floats, whose white is undefined: convert it to 8 bits")
+        raise ValueError("floats, for which white is undefined: convert it to 8 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image, np.int32)

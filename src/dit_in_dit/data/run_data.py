@@ -25,8 +25,9 @@ def qualified_name(thing: object) -> str:
 def find_source(
     config: RunConfig, given: str | Source | None, noted: Mapping[str, str] | None
 ) -> tuple[Source, dict[str, str]]:
-    """The images to train on and their record: a given source or place, else the place of the config or of a
-    checkpoint's record."""
+    """The images to train on and their record, from the given source or place; without one, from the place in the
+    config or in a checkpoint's record.
+    """
     if isinstance(given, Source):
         place = f"{OBJECT}{qualified_name(given)}"
         check_opened(given, config.model)
@@ -41,14 +42,14 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
     """The data of a run, at their current place.
 
     Raises:
-        UserError: they cannot be opened, or have changed since the run was trained on them.
+        UserError: the data cannot be opened, or have changed since the run was trained.
     """
     noted = checkpoint.recorded_data(run)
     data = find_moved_data(config.data, noted)
     if data.source.startswith(OBJECT):
         raise UserError(
             f"{truncate(run, 60)} was trained on a source given to train(), {data.source.removeprefix(OBJECT)}: "
-            "register its class, and name it by train --resume --data NAME"
+            "register its class, and resume with train --resume --data NAME"
         )
     try:
         source = open_source(data, config.model)
@@ -68,8 +69,9 @@ def data_record(source: Source, data: DataConfig) -> dict[str, str]:
 
 
 def find_moved_data(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:
-    """The data with the place of `noted`, a checkpoint's record, if the config's relative path does not exist in this
-    working folder, or if the record has another named kind than the config."""
+    """The data's config. Its place is taken from `noted`, a checkpoint's record, if the config's relative path does not
+    exist in this working folder, or if the record names another kind of source than the config.
+    """
     if not noted:
         return data
     place, kind = noted["place"], noted["place"].partition(":")[0]
@@ -87,8 +89,8 @@ def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, wh
     """
     if noted and data["digest"] != noted["digest"]:
         raise UserError(
-            f"{truncate(data['place'], 60)} changed since {truncate(what, 60)} was trained on it: put its images "
-            "back, give their place (train --resume --data PLACE) or begin a new run (--init)"
+            f"{truncate(data['place'], 60)} changed since {truncate(what, 60)} was trained on it: put the images "
+            "back, give their new place (train --resume --data PLACE) or begin a new run (--init)"
         )
 
 

@@ -39,13 +39,13 @@ class Source(ABC):
 
     Attributes:
         classes: names of the classes, in label order.
-        train_size: number of training images; at least 1; None: endless, any index below 2^62.
+        train_size: number of training images, at least 1; None for an endless source, which takes any index below 2^62.
         held_out_size: number of held-out images.
         skipped: unreadable files that were left out.
-        notes: other things that are not read, a clause of one line each.
+        notes: clauses of one line about other things that are not read.
         name: name in SOURCES of a kind that a file of `data/formats` adds.
         by_path: whether the kind is recognised by the file or folder at a path; kinds with a name are tried first.
-        fallback: set on the one kind that takes every path that no other recognises.
+        fallback: true for the single kind that takes every path that no other kind recognises.
     """
 
     classes: tuple[str, ...]
@@ -80,16 +80,18 @@ class Source(ABC):
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:
         """Height, width and channels (1 or 3) of the stored images; UserError when they differ."""
-        raise UserError(f"{truncate(path, 60)} has no size of its own: give a folder, .zip, .npz or .npy of images")
+        raise UserError(f"{truncate(path, 60)} has no fixed image size: give a folder, .zip, .npz or .npy of images")
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the images, best the SHA-256 of their content: a run resumes only with the same digest."""
+        """Text that identifies the images, preferably the SHA-256 of their content. A run resumes only with the same
+        digest.
+        """
         raise UserError(f"{type(self).__name__} has no digest: give the class a text that identifies its images")
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """Labels of the training images; for an endless source, one of each class."""
+        """Labels of the training images; for an endless source, one label of each class."""
         if self.train_size is None:
             return np.arange(len(self.classes))
         return np.array([self.train(index)[1] for index in range(self.train_size)], np.int64)
@@ -105,8 +107,8 @@ class Source(ABC):
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
         """Training image `index`, or its mirror image, as used in one training example, and its label.
 
-        Draw everything random (a crop, a posterior) from `stream`, which depends on the run's seed and the example's
-        number alone: a resumed run then sees the same bits.
+        Take all random numbers (for a crop or a posterior) from `stream`, which depends only on the run's seed and the
+        example's number. A resumed run then sees the same bits.
         """
         image, label = self.train(index)
         return image[..., ::-1] if flip else image, label

@@ -33,7 +33,7 @@ def check_opened(source: Source, model: ModelConfig) -> None:
         raise _wrong(source, "train_size must be at least 1, or None for an endless source", size)
     held_out = source.held_out_size
     if not isinstance(held_out, int | np.integer) or held_out < 0:
-        raise _wrong(source, "held_out_size must be a whole number from 0", held_out)
+        raise _wrong(source, "held_out_size must be a whole number of at least 0", held_out)
     if not isinstance(source.digest, str):
         raise _wrong(source, "digest must be a text", source.digest)
     image, _ = check_example(source, source.train(0), model, len(classes))
@@ -42,7 +42,7 @@ def check_opened(source: Source, model: ModelConfig) -> None:
 
 
 def check_example(source: Source, example: object, model: ModelConfig, classes: int | None = None) -> tuple[Array, int]:
-    """An example (image, label) of a source, checked but for NaN.
+    """An example (image, label) of a source, after all checks except the check for NaN.
 
     Args:
         classes: number of classes; None: the model's.
@@ -55,7 +55,7 @@ def check_example(source: Source, example: object, model: ModelConfig, classes: 
     image, label = example
     if not isinstance(image, np.ndarray) or image.dtype != np.float32 or image.shape != model.image_shape:
         shape = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
-        raise _wrong(source, f"it must give float32 images {list(model.image_shape)}", shape)
+        raise _wrong(source, f"images must be float32 of shape {list(model.image_shape)}", shape)
     classes = model.num_classes if classes is None else classes
     try:
         number = index(label)

@@ -1,7 +1,8 @@
 """Sources of images: `open_source(data, model)` opens what `data.source` names, by the table SOURCES.
 
-To add a kind: a file in `data/formats` with a subclass of `data.source.Source` that has a `name`; outside the package,
-`dit_in_dit.register("source", NAME, CLASS)`. Then `data.source` takes NAME and NAME:REST.
+To add a kind to the package, add a file to `data/formats` with a subclass of `data.source.Source` that has a `name`. To
+add a kind from outside the package, call `dit_in_dit.register("source", NAME, CLASS)`. Then `data.source` takes NAME
+and NAME:REST.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dit_in_dit.data.source import Source
 
 
 def _built_in() -> dict[str, type[Source]]:
-    """The named classes of the modules of `data/formats`; what takes any path comes first, and is asked last."""
+    """The named classes of the modules of `data/formats`. The class for any path is listed first and tried last."""
     modules = [import_module(f"{formats.__name__}.{module.name}") for module in iter_modules(formats.__path__)]
     classes = [thing for module in modules for thing in vars(module).values() if isinstance(thing, type)]
     kinds = {kind for kind in classes if issubclass(kind, Source) and "name" in vars(kind) and kind is not Source}
@@ -30,10 +31,10 @@ SOURCES = _built_in()  # of several that recognise a place the last counts: one'
 
 
 def source_kind(source: str) -> type[Source]:
-    """The kind of a `data.source`: names come before what lies at a path.
+    """The kind of a `data.source`; names are tried before paths.
 
     Raises:
-        UserError: it is no name, and nothing is at the path.
+        UserError: the source is no known name, and nothing is at that path.
     """
     for by_path in (False, True):
         for name, kind in reversed(SOURCES.items()):
@@ -43,7 +44,9 @@ def source_kind(source: str) -> type[Source]:
 
 
 def path_in(source: str) -> str:
-    """The path in a `data.source`: itself, or what follows a name and a colon; empty where it is a name alone."""
+    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name without a
+    path.
+    """
     for name, kind in SOURCES.items():
         if not kind.by_path and kind.recognises(source, name):
             return source.removeprefix(name).removeprefix(":")
@@ -53,7 +56,7 @@ def path_in(source: str) -> str:
 def open_source(data: DataConfig, model: ModelConfig) -> Source:
     """The configured source at the model's size; UserError when it is missing, empty or does not fit.
 
-    What lies there and is not read is said by one LeftOutWarning.
+    One LeftOutWarning names everything at that place that is not read.
     """
     source = source_kind(data.source).open(data, model)
     check_class_count(source, data.source, model)
@@ -69,13 +72,14 @@ def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
     """UserError when the model has labels, and another number of classes than the source."""
     if model.num_classes and len(source.classes) != model.num_classes:
         raise UserError(
-            f"model.num_classes must be what the data has: got {model.num_classes}, {place} has {len(source.classes)}"
+            f"model.num_classes must fit the data: got {model.num_classes}, but {place} has {len(source.classes)}"
         )
 
 
 def count_classes(data: DataConfig) -> int:
-    """Classes that the labels of arrays or of a dataset speak of; 0 where there are no labels, and for sources whose
-    folders or files say it when they are opened."""
+    """Number of classes in the labels of arrays or of a dataset; 0 without labels, and 0 for sources whose classes are
+    known only when the source is opened.
+    """
     return source_kind(data.source).count_classes(data)
 
 
@@ -83,6 +87,6 @@ def size_of(path: Path) -> tuple[int, int, int]:
     """Height, width and channels (1 or 3) that all images of a folder, .zip, .npz or .npy have.
 
     Raises:
-        UserError: they differ, or the arrays are not pixels.
+        UserError: sizes differ, or the arrays are not pixels.
     """
     return source_kind(str(path)).size_of(path)

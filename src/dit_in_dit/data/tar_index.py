@@ -37,7 +37,7 @@ def extension(name: str) -> str:
 
 
 def read_tar_index(shard: Path) -> dict[str, Any]:
-    """The index of a shard, stored beside it, or in the user's cache where the folder is read-only.
+    """The index of a shard, stored beside it, or in the user's cache if the folder is read-only.
 
     The index is computed again when the shard's size or modification time has changed.
 
@@ -45,8 +45,8 @@ def read_tar_index(shard: Path) -> dict[str, Any]:
         images: [[name, offset, size]]; offset -1 for an image that cannot be read in place.
         labels: {key of an example: number}.
         others, examples: number of other members, and two of their names.
-        folders, linked: folders, and those of them that are links.
-        trailing: bytes after the end mark that are no tar.
+        folders, linked: all folders, and the folders that are links.
+        trailing: number of bytes after the end mark that are not a tar.
     """
     state = shard.stat()
     identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
@@ -82,8 +82,8 @@ def _is_index(index: dict[str, Any], length: int) -> bool:
 def _walk(shard: Path, length: int) -> dict[str, Any]:
     """The index of a tar file, from its headers; UserError when it is no tar file or is truncated.
 
-    A file may hold several archives, one after another (`cat a.tar b.tar`). Of members with one name the last counts,
-    as when the file is unpacked. Bytes after an end mark without a tar header are counted, not read.
+    A file may hold several archives, one after another (`cat a.tar b.tar`). If several members have the same name, the
+    last is used, as when the file is unpacked. Bytes after an end mark without a tar header are counted, not read.
     """
     members = _Members()
     try:
@@ -137,8 +137,8 @@ class _Members:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):
             raise UserError(
-                f"data.source: {truncate(shard, 60)} is truncated: at byte {end} is neither a member nor a tar's end "
-                "mark; download it again"
+                f"data.source: {truncate(shard, 60)} is truncated: at byte {end} there is neither a member nor a tar's "
+                "end mark; download it again"
             )
         return end
 

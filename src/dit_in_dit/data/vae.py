@@ -1,4 +1,4 @@
-"""VAEs of diffusers behind one interface: AutoencoderKL, and autoencoders without a posterior."""
+"""VAEs of the `diffusers` library behind one interface: AutoencoderKL, and autoencoders without a posterior."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, befo
 
 
 def variant_of(folder: Path) -> str | None:
-    """The only variant, such as fp16, of a folder's weights; None with weights of no variant, or without weights.
+    """The only variant (such as fp16) of the weights in a folder; None if a folder has plain weights or no weights.
 
     Raises:
         UserError: there are several variants.
@@ -34,12 +34,14 @@ def variant_of(folder: Path) -> str | None:
     if None in variants or not variants:
         return None
     if len(variants) > 1:
-        raise UserError(f"{folder} has its weights as {' and '.join(sorted(variants))}: leave one of them in a copy")
+        raise UserError(
+            f"{folder} has weights of several variants ({', '.join(sorted(variants))}): make a copy with one"
+        )
     return str(variants.pop())
 
 
 def load_vae(name: str, device: torch.device) -> Any:
-    """A float32 VAE from a folder or a Hub id, of a VAE or of a pipeline with one in `vae/`.
+    """A float32 VAE from a folder or a Hub id. It names a VAE, or a pipeline with a VAE in `vae/`.
 
     Raises:
         UserError: it cannot be loaded, or its class is not in CLASSES.
@@ -59,7 +61,7 @@ def load_vae(name: str, device: torch.device) -> Any:
 
 
 def _load(kind: Any, name: str, inside: str | None) -> Any:
-    """A VAE of a class of diffusers; its fp16 weights when a folder or repository has no others."""
+    """A VAE of a `diffusers` class. Its fp16 weights are read if the folder or repository has no other weights."""
     folder, problem = Path(name, inside or ""), ""
     for variant in (variant_of(folder),) if folder.is_dir() else (None, "fp16"):
         options = {"subfolder": inside, "variant": variant, "use_safetensors": True, "low_cpu_mem_usage": False}
@@ -75,7 +77,9 @@ def _line(error: Exception) -> str:
 
 
 def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and scale of a VAE's latents by its config, one or one per channel; by default Stable Diffusion's."""
+    """Mean and scale of a VAE's latents from its config: one number, or one number per channel. The default is Stable
+    Diffusion's.
+    """
     config = vae.config
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
@@ -86,7 +90,9 @@ def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
 
 @torch.inference_mode()
 def downsampling_factor(vae: Any) -> int:
-    """Pixels per latent pixel along a side, measured by decoding: each class names this differently."""
+    """Pixels per latent pixel along a side. It is measured by decoding, because each class names this factor
+    differently.
+    """
     side = 4
     images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
     return images.shape[-1] // side

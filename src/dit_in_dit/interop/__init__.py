@@ -1,1 +1,1 @@
-"""To and from the files and classes of others."""
+"""Import from and export to the files and classes of other projects."""

@@ -29,7 +29,7 @@ Rows = Mapping[str, object]
 
 
 def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
-    """The run's newest evaluation of the weights with this SHA-256; None without one."""
+    """The run's newest evaluation of the weights with this SHA-256; None without an evaluation."""
     for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
         with suppress(UserError):  # incomplete, or of another tool
             evaluation = read_json(path)
@@ -55,14 +55,14 @@ def card(
     """Markdown with YAML front matter for the Hub.
 
     Args:
-        step: of the checkpoint.
+        step: step of the checkpoint.
         parameters: number of parameters.
         evaluation: content of `metrics.json` for these weights.
         weights: averaged or trained.
         decoded: whether a VAE decodes the samples.
         licence: the Hub's name of the weights' licence.
         picture: file name of an image beside the card.
-        use: section on usage, in Markdown that is not escaped; None: as a folder of diffusers.
+        use: section on usage, in Markdown that is not escaped; None: usage with the `diffusers` library.
     """
     model = config.model
     public = {"data.source": _public(config.data.source), "data.vae": _public(config.data.vae)}

@@ -1,4 +1,4 @@
-"""The code in a saved folder, with which diffusers loads it where this package is not installed."""
+"""The code in a saved folder, with which the `diffusers` library loads the folder if this package is not installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INSTALLED = {
 def code_of(cls: type) -> tuple[str, str]:
     """Name and text of a module that defines a class without this package.
 
-    The name has the text's hash: diffusers copies such modules of all folders into one place.
+    The name contains a hash of the text, because `diffusers` copies such modules of all folders into one place.
     """
     if not cls.__module__.startswith(f"{PACKAGE}."):  # loaded from a folder's code: copy that code
         path = Path(str(sys.modules[cls.__module__].__file__))

@@ -1,9 +1,10 @@
-"""Folders of diffusers' `DiTTransformer2DModel`: read as official weights and written from them, bit for bit.
+"""Folders of diffusers' `DiTTransformer2DModel`: read as official weights and written from official weights, bit for
+bit.
 
 The model is the official DiT under other names, with separate queries, keys and values, and with a copy of the time and
-class embeddings in every block. Two constants differ and cannot be moved into the weights. Its last time frequency is
-1/10000, which the official DiT would reach one frequency later (`model.time_embed=diffusers`). The norm before the MLP
-adds 1e-5 where DiT adds 1e-6 (`model.mlp_norm_eps`; `norm_eps` in config.json).
+class embeddings in every block. Two constants differ and cannot be moved into the weights. The last time frequency of
+`diffusers` is 1/10000, which the official DiT would reach one frequency later (`model.time_embed=diffusers`). The norm
+before the MLP adds 1e-5, whereas DiT adds 1e-6 (`model.mlp_norm_eps`; `norm_eps` in config.json).
 """
 
 from __future__ import annotations
@@ -148,9 +149,11 @@ def _predicts(path: Path) -> Predicted:
     for key, value in config.items():
         shown = truncate(value, 40)
         if key in SCHEDULE and value != SCHEDULE[key]:
-            raise UserError(f"{path}: only {key}={SCHEDULE[key]}, as DiT's schedule has it, is known: got {shown}")
+            raise UserError(f"{path}: DiT's schedule has {key}={SCHEDULE[key]}: got {shown}")
         if key not in (*SCHEDULE, *SAMPLING, "prediction_type") and not key.startswith("_") and value not in UNSET:
-            raise UserError(f"{path}: {truncate(key, 40)}={shown} is not known: give a scheduler of DiT's own schedule")
+            raise UserError(
+                f"{path}: the key {truncate(key, 40)}={shown} is not known: give a scheduler with DiT's schedule"
+            )
     kind = config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise UserError(f"{path}: prediction_type must be one of {', '.join(PREDICTIONS)}: got {str(kind)[:40]!r}")
@@ -158,7 +161,7 @@ def _predicts(path: Path) -> Predicted:
 
 
 def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights of diffusers under official names, unordered; UserError when one is missing or unknown."""
+    """Weights of a `diffusers` folder under official names, unordered; UserError if a weight is missing or unknown."""
     left = dict(weights)
 
     def take(name: str) -> Tensor:
@@ -172,7 +175,7 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
     for official, name in EMBEDDINGS.items():
         copies = [take(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth)]
         if not all(_equal(copies[0], copy) for copy in copies[1:]):
-            raise UserError(f"{what}: {name} is not the same in every block: a DiT has one; give weights of a DiT")
+            raise UserError(f"{what}: {name} must be the same in every block: it differs; give weights of a DiT")
         yield official, copies[0]
     for i in range(depth):
         for part in ("weight", "bias"):
@@ -194,7 +197,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def to_diffusers(weights: Weights, depth: int) -> dict[str, Tensor]:
-    """Official weights under the names of diffusers, without the position table, which diffusers computes."""
+    """Official weights under the names of `diffusers`, without the position table, which `diffusers` computes."""
     renamed = {f"{b}.{part}": weights[f"{a}.{part}"] for a, b in OUTSIDE.items() for part in ("weight", "bias")}
     for i in range(depth):
         block = f"transformer_blocks.{i}."

@@ -1,4 +1,4 @@
-"""Files in a folder of diffusers: JSON, and weights in one file or several, with or without a variant."""
+"""Files in a folder of the `diffusers` library: JSON, and weights in one or several files, with or without variant."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def read_diffusers_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder; `.safetensors` comes before `.bin`, several files with an index before one file.
+    """All tensors of a folder; `.safetensors` is preferred to `.bin`, and several files with an index are preferred to
+    one file.
 
     Raises:
-        UserError: they cannot be read, or are no tensors.
+        UserError: the weights cannot be read, or are no tensors.
     """
     variant = variant_of(folder)
     dotted = f".{variant}" if variant else ""

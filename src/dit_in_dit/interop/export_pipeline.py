@@ -1,4 +1,6 @@
-"""Export of a run as a folder of diffusers: weights, scheduler, code that needs no package, and a model card."""
+"""Export of a run as a folder of the `diffusers` library: weights, scheduler, model card, and code that does not need
+this package.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,8 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
     scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
     if not isinstance(scheduler, SchedulerMixin):
         raise UserError(
-            f"sample.sampler={config.sample.sampler} has no scheduler of diffusers, which an exported folder needs: "
-            "train with a built-in one"
+            f"sample.sampler={config.sample.sampler} has no `diffusers` scheduler, which an exported folder needs: "
+            "train with a built-in sampler"
         )
     with torch.device("meta"):  # without weights: the model's are used
         transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
@@ -88,7 +90,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
 
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:
-    """The named VAE or the run's, with the run's mean and scale of latents in its config; None without one."""
+    """The named VAE or the run's, with the run's mean and scale of latents in the VAE's config; None without a VAE."""
     data = fill_latent_keys(config.data)
     if (name := name or data.vae) is None:
         return None
@@ -96,7 +98,7 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
     if vae.config.latent_channels != channels:
         raise UserError(
             f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "
-            "give the one that the data was encoded with"
+            "give the VAE that encoded the data"
         )
     mean, scale = (
         configured or own

@@ -49,9 +49,9 @@ def import_run(
 
     Args:
         kind: DiT or SiT, whose files look the same; None: by the file (see `read_checkpoint`).
-        heads: attention heads, if neither the file nor the published sizes give them.
-        classes: number of classes, if the file does not give it or is wrong. A table of labels with exactly this many
-            rows has no null class.
+        heads: number of attention heads, if neither the file nor the published sizes give this number.
+        classes: number of classes, if the file does not give this number or gives a wrong one. A table of labels with
+            exactly this many rows has no null class.
         settings: `KEY=VALUE` of the run's config.
 
     Raises:
@@ -59,7 +59,7 @@ def import_run(
     """
     atomic.check_free(out)
     if (source / "config.yaml").exists():
-        raise UserError(f"{source} is a run already: import takes weights of others")
+        raise UserError(f"{source} is a run already: import takes weights of other projects")
     what = source.name
     weights, origin = _read(source, kind)
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
@@ -106,7 +106,7 @@ def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: b
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
             raise UserError(f"--set {name[:60]}: the weights determine this key; set keys of sample, train or data")
         if name == "train.label_drop" and not null_class:
-            raise UserError(f"--set {name}: the weights have no null class, and guidance=1 is all that they allow")
+            raise UserError(f"--set {name}: the weights have no null class, so guidance must be 1")
     return override(config, settings)
 
 
@@ -169,7 +169,9 @@ def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str
 
 _DIFFUSERS_CLOCK = "the official code has other time frequencies than diffusers: its outputs differ"
 _DIT_CLOCK = "diffusers' DiT has other time frequencies than this run: its outputs differ"
-_FLOW = "the official code samples along the ddpm path: it loads these weights of path flow, and cannot sample them"
+_FLOW = (
+    "the official code samples along the ddpm path: it can load these weights of path flow, but cannot sample from them"
+)
 
 
 def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str, Tensor]]:
@@ -180,12 +182,14 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         raise UserError(f"{run} has inner blocks, which no official DiT has: use --format pipeline")
     if model.image_size[0] != model.image_size[1]:
         raise UserError(
-            f"{run} has images of {model.image_size}, an official DiT has square ones: use --format pipeline"
+            f"{run} has images of {model.image_size}, but an official DiT has square images: use --format pipeline"
         )
     if model.qk_norm:
         raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
     if model.outer.norm != "layer":
-        raise UserError(f"{run} has model.outer.norm={model.outer.norm}, an official DiT layer: use --format pipeline")
+        raise UserError(
+            f"{run} has model.outer.norm={model.outer.norm}, but an official DiT has norm=layer: use --format pipeline"
+        )
     saved = Checkpoint.open(run)
     ours, imported = saved.weights(averaged=averaged), saved.state().get(IMPORTED_POSITION)
     check_weights(ours, str(run))

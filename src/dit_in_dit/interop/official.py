@@ -1,10 +1,11 @@
 """Conversion of weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT) to ours and back, bit for bit.
 
-Both have the same parameters as a plain DiT here, under other names. Two facts do not follow from their shapes:
+Both have the same parameters as a plain DiT here, under other names. Two facts do not follow from the shapes of the
+weights:
 
 - The number of heads. For the published sizes it follows from depth and width.
-- The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids are of that number, not of 1000 times
-  it: `model.time_embed=sit`. Its velocity is image - noise, the opposite of ours: the sign of the last layer is
+- The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids take this time, not 1000 times
+  this time: `model.time_embed=sit`. Its velocity is image - noise, the opposite of ours: the sign of the last layer is
   changed, which is exact and reversible.
 """
 
@@ -58,7 +59,7 @@ POSITION = "pos_embed"
 class OfficialWeights:
     """Imported weights under official names.
 
-    averaged, trained: EMA weights and those of the last step; the same if there is only one of them.
+    averaged, trained: EMA weights, and weights of the last step; both are the same if the file has only one of them.
     step: optimizer steps taken; 0 if unknown.
     kind, predict: DiT or SiT, and the prediction type.
     heads: attention heads, if known.
@@ -113,7 +114,8 @@ def _turned(weights: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
-    """The architecture of weights; without a number of heads, that of the published size with their depth and width.
+    """The architecture of weights; an unknown number of heads is taken from the published size with the same depth and
+    width.
 
     Args:
         what: name of the weights in errors.
@@ -127,7 +129,9 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
     _, length, _ = _shape(weights, POSITION, 3, what)
     side = math.isqrt(length)
     if side**2 != length:
-        raise UserError(f"{what}: {POSITION} has {length} places, which is no square: only square images are known")
+        raise UserError(
+            f"{what}: {POSITION} has {length} places, which is no square number: only square images are supported"
+        )
     numbers = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
     depth = max(numbers, default=-1) + 1
     if not 1 <= depth <= MOST_BLOCKS:
@@ -155,11 +159,11 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
 
 
 def with_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
-    """The weights with a null class: a table with rows for the classes alone, of a model trained without label drop,
-    gets a row of zeros, which is never used.
+    """The weights with a null class. A model that was trained without label drop has a table with rows only for its
+    classes. This table gets a row of zeros, which is never used.
 
     Raises:
-        UserError: the table has neither that number of rows nor one more.
+        UserError: the number of rows of the table is neither the number of classes nor one more.
     """
     rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:
@@ -220,7 +224,9 @@ def official_position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
 
 
 def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the opposite sign: SiT's velocity, whose time runs to the image."""
+    """Whether the official output has the opposite sign: this holds for SiT's velocity, because SiT's time runs from
+    noise to the image.
+    """
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 
 

@@ -21,7 +21,7 @@ EMA = re.compile(r"(module\.|_orig_mod\.)*ema(_model)?\.")  # prefix of an avera
 
 
 def read_checkpoint(path: Path, kind: OfficialKind | None = None) -> OfficialWeights:
-    """Read a file of the official DiT or SiT: weights alone, or a training checkpoint of model, ema, opt and args.
+    """Read a file of the official DiT or SiT: only weights, or a training checkpoint of model, ema, opt and args.
 
     Args:
         kind: DiT or SiT; None: by its args, else by the file's name, else DiT.

@@ -1,4 +1,4 @@
-"""Sampling as a pipeline of diffusers. Exported folders name this module and class: do not rename them."""
+"""Sampling as a pipeline of the `diffusers` library. Exported folders name this module and class: keep both names."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
+        """Generate images.
 
         Args:
             class_labels: numbers or names, one for all images or one for each; None: no class.
@@ -93,14 +93,15 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance is applied.
-            generator: draws the noise. In a list, generator i draws image i: the same in any batch but for last bits.
+            generator: source of the noise. In a list, generator i gives the noise of image i. In another batch, image i
+                differs only in its last bits.
             latents: the initial noise (N, C, H, W), of variance one.
             eta: DDIM's eta, the scale of its added noise.
             output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (N, C, H, W), not decoded.
             return_dict: false: return a tuple with the images.
             callback_on_step_end: called after each step with the pipeline, the step's number, its timestep and the
                 tensors; a tensor that it returns replaces the current one. `pipe._interrupt = True` skips later steps.
-            callback_on_step_end_tensor_inputs: tensors to call it with; only `latents` is known.
+            callback_on_step_end_tensor_inputs: tensors given to the callback; only `latents` is known.
 
         Raises:
             UserError: a value is invalid, or the scheduler does not fit the model's path.
@@ -115,7 +116,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             raise UserError(f"latents of {shape[0]} channels need a VAE: give vae=, or take output_type='latent'")
         wanted_tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         if unknown := set(wanted_tensors) - set(self._callback_tensor_inputs):
-            raise UserError(f"callbacks are given {', '.join(self._callback_tensor_inputs)}: got {sorted(unknown)}")
+            raise UserError(f"callbacks only get {', '.join(self._callback_tensor_inputs)}: got {sorted(unknown)}")
         count, device = _count(class_labels, batch_size, generator, latents), self._execution_device
         y = self._numbers(class_labels, count, device)
         if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
@@ -187,11 +188,13 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                 raise UserError(f"unknown class {label[:40]!r}{did_you_mean(label, self.labels)}")
             return self.labels[label]
         if not 0 <= int(label) <= self.null:
-            raise UserError(f"class numbers go from 0 to {self.null - 1}, {self.null} is no class: got {label}")
+            raise UserError(f"class numbers go from 0 to {self.null - 1}, {self.null} means no class: got {label}")
         return int(label)
 
     def _fit_scheduler(self, path: str, steps: int) -> None:
-        """Set a multi-step scheduler to straight paths if the model needs them; UserError for one of another path."""
+        """Set a multi-step scheduler to straight paths if the model needs them; UserError for a scheduler of another
+        path.
+        """
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         straight = scheduler_option(scheduler, "use_flow_sigmas")
         if path == "flow":
@@ -199,21 +202,21 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
                 options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
                 self.scheduler = type(scheduler).from_config(scheduler.config, **options)
             elif straight is None and not matches_flow(scheduler):
-                raise UserError(f"{name} has no straight paths: take one with FlowMatch, DPM-Solver++ or UniPC")
+                raise UserError(f"{name} has no straight paths: use FlowMatch, DPM-Solver++ or UniPC")
             return
         if matches_flow(scheduler) or straight:
-            raise UserError(f"{name} steps along straight paths, the model's path is {path}: take DDIMScheduler")
+            raise UserError(f"{name} steps along straight paths, but the model's path is {path}: use DDIMScheduler")
         expected = Ddpm().table(torch.device("cpu"))[0] ** 2
         levels = getattr(scheduler, "alphas_cumprod", torch.zeros(0)).cpu().float()
         if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-4):
-            raise UserError(f"{name} has other noise levels than the model: beta_schedule='linear', 0.0001 to 0.02")
+            raise UserError(f"{name} has other noise levels than the model: set beta_schedule='linear', 0.0001 to 0.02")
         if (kind := scheduler_option(scheduler, "prediction_type")) not in PREDICTIONS:
             raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
         spacing = scheduler_option(scheduler, "timestep_spacing")
         if spacing == "trailing":
             check_sampler(path, "ddim", steps)
         if spacing == "linspace" and name == "DDIMScheduler":
-            raise UserError("DDIMScheduler steps past its times with linspace: give timestep_spacing='trailing'")
+            raise UserError("DDIMScheduler with timestep_spacing='linspace' steps past its times: give 'trailing'")
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
         if latents is None:
@@ -223,8 +226,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1)
 
     def _ancestral(self, image: Tensor, fraction: Tensor | None, x: Tensor, number: int, generator: Any) -> Tensor:
-        """DDPM's step as in `sample`, with a learned variance if the model has one. The step of diffusers adds noise to
-        the final image if its last time is not 0."""
+        """DDPM's step as in `sample`, with a learned variance if the model has one. The `diffusers` step adds noise to
+        the final image if its last time is not 0.
+        """
         timesteps = [*self.scheduler.timesteps.tolist(), -1]
         if fraction is None and self.scheduler.config.variance_type.startswith("fixed_small"):
             fraction = torch.full_like(x, -1)
@@ -293,7 +297,7 @@ def _is_one(labels: Any) -> bool:
 
 
 def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
-    """Number of images to draw; UserError when arguments disagree."""
+    """Number of images to generate; UserError when arguments disagree."""
     lengths = {
         "class_labels": None if labels is None or _is_one(labels) else len(labels),
         "batch_size": batch_size,

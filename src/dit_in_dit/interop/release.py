@@ -23,9 +23,9 @@ PICTURE = "samples.png"
 
 
 def export_release(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
-    """Write `out`, a run with the newest checkpoint's averaged weights alone, and its card; complete or not at all.
+    """Write the run `out`, with only the newest checkpoint's averaged weights, and its card; complete or not at all.
 
-    The copy can be sampled, evaluated, drawn and exported like any run, and can initialise a new run (`train.init`).
+    The copy can be sampled, evaluated, plotted and exported like any run, and can initialise a new run (`train.init`).
     float16 has three more mantissa bits than bfloat16, and weights are far from its largest value.
 
     Raises:

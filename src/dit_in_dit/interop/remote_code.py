@@ -113,7 +113,7 @@ def _gather(module: str, name: str) -> tuple[list[str], set[Definition], set[tup
 
 
 def _defining(module: Module, name: str) -> list[int]:
-    """Statements that define `name`, and those that define nothing and use it, such as a registration."""
+    """Statements that define `name`, and statements that define nothing and use `name`, such as a registration."""
     defining = [i for i, s in enumerate(module.statements) if name in s.defines]
     if not defining and not hasattr(builtins, name) and name not in ("__name__", "__file__"):
         raise NotImplementedError(f"{module.name}: no top-level statement defines {name}")
@@ -121,7 +121,7 @@ def _defining(module: Module, name: str) -> list[int]:
 
 
 def _order(module: str, done: tuple[str, ...] = ()) -> list[str]:
-    """The module and those it imports, each after its own imports."""
+    """The module and the modules that it imports, each after its own imports."""
     order: list[str] = list(done)
     for home, _ in dict.fromkeys(_read(module).inside.values()):
         if home not in order:
@@ -170,7 +170,7 @@ def _note_import(module: Module, node: ast.Import | ast.ImportFrom) -> None:
 
 
 def _scan(text: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that a statement defines in its module and those it uses, by Python's own symbol table."""
+    """The names that a statement defines in its module and the names it uses, by Python's own symbol table."""
     top = symtable(text, "statement", "exec")
     defines = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     names = {s.get_name() for s in top.get_symbols() if s.is_referenced()}

@@ -33,7 +33,7 @@ MOST_SHARED = 4  # bytes of all tensors over bytes of the file; tied weights sha
 def read_pt(path: Path) -> dict[str, Any]:
     """The nested dict of tensors and plain values in a file of `torch.save`; no code of the file is run.
 
-    Tensors are on the CPU. Those of a zip file (torch 1.6 and newer) are memory-mapped and read on demand. A file in
+    Tensors are on the CPU. Tensors of a zip file (torch 1.6 and newer) are memory-mapped and read on demand. A file in
     the older format is read whole. A `.safetensors` file is read by `read_safetensors`.
 
     Raises:
@@ -64,7 +64,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def strip_wrappers(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Weights by the names of the model itself, without those of wrappers of the model or of its blocks.
+    """Weights by the model's own names, without the prefixes of wrappers around the model or its blocks.
 
     Raises:
         UserError: two weights would have the same name.
@@ -73,7 +73,9 @@ def strip_wrappers(weights: Mapping[str, Any], what: str) -> dict[str, Any]:
     for name, value in weights.items():
         bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if bare in bare_weights:
-            raise UserError(f"{what} has two weights {truncate(bare, 60)!r}, wrapped and not: keep one of them")
+            raise UserError(
+                f"{what} has two weights {truncate(bare, 60)!r}, with and without a wrapper: keep one of them"
+            )
         if name != "n_averaged":  # the counter of torch's AveragedModel
             bare_weights[bare] = value
     while prefix := next(
@@ -178,5 +180,5 @@ def _plain(path: Path, content: Any, size: int) -> dict[str, Any]:
     except (ValueError, TypeError) as error:  # TypeError: an unhashable key in a nested dict
         raise _refused(path, str(error)[:80]) from None
     if copy.bytes > MOST_SHARED * size:
-        raise _refused(path, f"its tensors claim {copy.bytes / 1e9:.3g} GB, the file has {size / 1e9:.3g} GB")
+        raise _refused(path, f"its tensors claim {copy.bytes / 1e9:.3g} GB, but the file has {size / 1e9:.3g} GB")
     return copied

@@ -1,4 +1,4 @@
-"""The nested DiT as a model of diffusers. Exported folders name this module and class: do not rename them."""
+"""The nested DiT as a model of the `diffusers` library. Exported folders name this module and class: keep both."""
 
 from __future__ import annotations
 

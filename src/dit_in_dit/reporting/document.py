@@ -166,7 +166,7 @@ def latex(text: str) -> str:
 
 
 def latex_table(heads: Sequence[str], rows: Sequence[Sequence[str | Cell]], caption: str) -> str:
-    """A table for the package booktabs; one of more than WIDE columns is shrunk to the line by graphicx."""
+    """A table for the package booktabs; if it has more than WIDE columns, graphicx shrinks it to the line width."""
 
     def line(cells: Sequence[str | Cell]) -> str:
         minus = (re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", cell_text(cell)) for cell in cells)

@@ -15,7 +15,8 @@ Pixels = NDArray[np.uint8]
 
 
 def to_pixels(images: Tensor) -> Pixels:
-    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; of other numbers of channels, the first three.
+    """uint8 (N, H, W, 1 or 3) from images (N, C, H, W) in [-1, 1]; with other numbers of channels, the first three are
+    used.
 
     Raises:
         UserError: an image is not finite.
@@ -31,7 +32,7 @@ def check_finite(images: Tensor) -> None:
     if bad:
         raise UserError(
             f"{len(bad)} of {len(images)} images hold NaN or infinity, the first is number {bad[0]} of its batch: "
-            "use an earlier checkpoint, or float32; a model that diverged draws nothing"
+            "use an earlier checkpoint, or float32; a model that diverged generates nothing"
         )
 
 

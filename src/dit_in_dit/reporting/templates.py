@@ -1,4 +1,4 @@
-"""Jinja2 templates of HTML and Markdown. Values are escaped: no name of a user becomes markup."""
+"""Jinja2 templates of HTML and Markdown. Values are escaped, so that a name that a user chose never becomes markup."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def write_atomic(path: Path, content: bytes | str, *, once: bool = False) -> Non
 def check_free(out: Path) -> None:
     """UserError when `out` is a file or a folder with content, or holds the current folder."""
     if out.name in ("", "..") or (out.is_dir() and Path.cwd().is_relative_to(out.resolve())):
-        raise UserError(f"--out {out} is the current folder, or one above it: give a new name")
+        raise UserError(f"--out {out} is the current folder or a folder above it: give a new name")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists already: choose another --out")
 
@@ -97,8 +97,9 @@ def folder(out: Path) -> Iterator[Path]:
 
 
 def _settle(written: Path, folder: Path) -> None:
-    """Sync a file to the disk, with the permissions that the umask gave its folder: safetensors writes files that only
-    their owner can read."""
+    """Sync a file to the disk and give it the permissions that the umask gave its folder, because safetensors writes
+    files that only their owner can read.
+    """
     written.chmod(folder.stat().st_mode & 0o666)
     with written.open("rb") as opened:
         os.fsync(opened.fileno())

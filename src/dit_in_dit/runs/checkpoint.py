@@ -40,7 +40,7 @@ REMEDIES = {
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; older ones are unchanged, and a later save may succeed."""
+    """A checkpoint could not be written; older checkpoints are unchanged, and a later save may succeed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Checkpoint:
     folder: `RUN/checkpoints/STEP`.
     config: of the run; its hash is the manifest's.
     manifest: step, class names, digest of the data, SHA-256 of the files.
-    passed_over: damages of newer checkpoints.
+    passed_over: the damages of newer checkpoints.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, run: Path) -> Checkpoint:
-        """The run's newest good checkpoint; warns (DamagedWarning) of each damaged newer one.
+        """The run's newest good checkpoint; warns (DamagedWarning) of each newer checkpoint that is damaged.
 
         Raises:
             UserError: there is none, or config.yaml has changed since it was written.
@@ -95,11 +95,11 @@ class Checkpoint:
         return LazyTensors(self.folder / AVERAGED)
 
     def trained(self) -> LazyTensors:
-        """The state from which training resumes; UserError in a run exported with averaged weights alone."""
+        """The state from which training resumes; UserError if the run was exported with only its averaged weights."""
         state = self.state()
         if not any(name.startswith("model.") for name in state):
             raise UserError(
-                f"{self.folder} holds averaged weights alone: sample or evaluate them, or begin a new run with --init"
+                f"{self.folder} holds only averaged weights: sample or evaluate them, or begin a new run with --init"
             )
         return state
 
@@ -124,13 +124,13 @@ class Checkpoint:
         """UserError when the weights belong to a model given to train(): the config builds another model."""
         if model := self.manifest.get("objects", {}).get("model"):
             raise UserError(
-                f"{self.folder} holds weights of a model given to train(), {model}: load {AVERAGED} into it"
+                f"{self.folder} holds weights of a model given to train(), {model}: load {AVERAGED} into that model"
             )
 
     def misfit(self) -> UserError:
-        """The error to raise when its tensors do not fit the config's model."""
+        """The error to raise when the checkpoint's tensors do not fit the config's model."""
         config = self.folder.parents[1] / "config.yaml"
-        return UserError(f"{self.folder} does not fit {config}: the model was changed since")
+        return UserError(f"{self.folder} does not fit {config}: the model has changed since")
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -154,12 +154,12 @@ def save(
     data: Mapping[str, str] | None = None,
     objects: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step`, then delete those that are neither milestones nor among the newest `KEEP`.
+    """Write the checkpoint of `step`, then delete checkpoints except milestones and the newest `KEEP`.
 
     Files are written to a temporary folder and synced, the manifest last. The folder is synced, read again, and
-    renamed. At every moment a checkpoint's folder is complete or absent, and once there were `KEEP` good ones there
-    always are.
-    `state` and `ema` are all that changes in a run: the average is a function of the step and has no counter.
+    renamed. At every moment a checkpoint's folder is complete or absent, and once `KEEP` good checkpoints exist, there
+    are never fewer.
+    `state` and `ema` are everything that changes in a run: the average depends only on the step and has no counter.
 
     Args:
         steady: false for a checkpoint of a stopped run: a run that diverges does not go back to it.
@@ -167,7 +167,8 @@ def save(
         objects: classes of a model or optimizer given to train().
 
     Raises:
-        SaveError: the disk refused it. No part of it remains, and older checkpoints are unchanged.
+        SaveError: the disk refused the checkpoint. No part of the checkpoint remains, and older checkpoints are
+            unchanged.
     """
     folder = run / "checkpoints"
     target, beside = folder / f"{step:07d}", folder / f"{step:07d}.part"
@@ -221,9 +222,9 @@ def has_any(run: Path) -> bool:
 
 
 def newest(run: Path, *, steady: bool = False) -> Checkpoint:
-    """The newest checkpoint that verifies (with `steady`: and is steady), with the damages of newer ones.
+    """The newest checkpoint that verifies (and is steady, if `steady`), with the damages of newer checkpoints.
 
-    All loading of a run's weights goes through here, so that weights never meet another config than their own.
+    All loading of a run's weights goes through here, so that weights are never used with the config of another run.
 
     Raises:
         UserError: there is none, or config.yaml has changed since it was written.
@@ -236,7 +237,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
             if manifest["steady"] or not steady:
                 _check_config(config, folder, manifest)
                 for name in plugins.changed_sources(manifest):
-                    warnings.warn(f"{name} is not as it was when {folder} was written", PluginWarning, stacklevel=2)
+                    warnings.warn(f"{name} has changed since {folder} was written", PluginWarning, stacklevel=2)
                 return Checkpoint(folder, config, manifest, tuple(passed_over))
         except DamagedError as error:
             passed_over += error.damages
@@ -249,7 +250,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
 
 
 def recorded_data(run: Path) -> dict[str, str] | None:
-    """Digest and place of the data in the run's newest manifest; None without one."""
+    """Digest and place of the data in the run's newest manifest; None without a record."""
     noted: dict[str, str] | None = newest_manifest(run).get("data")
     return noted
 

@@ -39,7 +39,7 @@ def create_run(run: Path, config: RunConfig) -> None:
 
 @contextmanager
 def lock_run(run: Path) -> Iterator[None]:
-    """Keep other processes, and other callers in this one, from training the run.
+    """Keep other processes, and other callers in this process, from training the run.
 
     Raises:
         BusyError: another process trains it; the message names the process and its machine.
@@ -63,7 +63,7 @@ def read_config(run: Path) -> RunConfig:
 
 
 def newest_manifest(run: Path) -> dict[str, Any]:
-    """The manifest of the newest checkpoint that has one; empty without any."""
+    """The manifest of the newest checkpoint with a manifest; empty without any manifest."""
     for folder in checkpoint_folders(run):
         with suppress(integrity.DamagedError):
             return integrity.read_manifest(folder)

@@ -33,8 +33,9 @@ KINDS: dict[Kind, str] = {
 class Damage(NamedTuple):
     """Damage of one file in a checkpoint's folder.
 
-    kind: flipped: other content of the same size. swapped: the content of another file, of this checkpoint or of one
-    beside it. extra: a file that does not belong there; hidden files of file managers and NFS are ignored.
+    The kind `flipped` means other content of the same size. `swapped` means the content of another file in this
+    checkpoint or in another checkpoint of the run. `extra` means a file that does not belong there; hidden files of
+    file managers and NFS are ignored.
     """
 
     folder: Path
@@ -55,11 +56,11 @@ class DamagedError(UserError):
 
 
 class DamagedWarning(UserWarning):
-    """A damaged checkpoint was passed over for an older one."""
+    """A damaged checkpoint was skipped, and an older checkpoint is used."""
 
 
 def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write and sync a file; return size and SHA-256 of the bytes given, not of those on the disk."""
+    """Write and sync a file; return size and SHA-256 of the given bytes, not of the bytes on the disk."""
     size, sha256 = 0, hashlib.sha256()
     with path.open("wb") as file:
         for part in parts:
@@ -98,7 +99,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, if every file is as it was written; else DamagedError, which names each that is not."""
+    """The manifest, if every file is as it was written; else DamagedError, which names each changed file."""
     manifest = read_manifest(checkpoint)
     sha256: dict[str, str] = manifest["sha256"]
     elsewhere = None
@@ -152,7 +153,7 @@ def _has_all_parts(manifest: dict[str, Any]) -> bool:
 
 
 def _compare(path: Path, size: int, sha256: str) -> tuple[Kind | None, str]:
-    """The kind of a file's damage, None without any, and its SHA-256 if it can be read."""
+    """The kind of a file's damage (None without damage), and the file's SHA-256 if the file can be read."""
     try:
         actual_size, actual = path.stat().st_size, file_sha256(path)
     except (FileNotFoundError, NotADirectoryError):

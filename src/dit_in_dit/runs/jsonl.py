@@ -1,4 +1,4 @@
-"""Files of JSON lines in a run's folder: its log, a function of the config, and its times."""
+"""Files of JSON lines in a run's folder: the log, which is a function of the config, and the times."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_lines(lines: list[Line], good: Callable[[Line], bool], what: str, advi
 
 
 def _are_errors(kinds: object) -> bool:
-    """Whether these are errors by kind; a non-finite one is written by its name, such as 'nan'."""
+    """Whether an object holds errors by kind; a non-finite error is written as a name, such as 'nan'."""
     return isinstance(kinds, dict) and all(
         isinstance(error, NUMBER) or (isinstance(error, str) and _is_number(error)) for error in kinds.values()
     )
@@ -64,7 +64,7 @@ def _is_number(text: str) -> bool:
 class Lines:
     """An append-only file. On opening, an incomplete last line of a killed process is removed.
 
-    A line that cannot be written (a full disk) stays in memory and is tried again with the next one.
+    A line that cannot be written (a full disk) stays in memory and is tried again with the next line.
 
     Args:
         path: the file; None, as on ranks other than 0: nothing is read or written.
@@ -137,7 +137,7 @@ class Log:
         return (rolled, *self._name(line)) in self.done
 
     def write(self, rolled: int, line: Line) -> None:
-        """Append, unless the log has it."""
+        """Append a line, unless the log has it."""
         if not self.has(rolled, line):
             self.lines.add(line)
 

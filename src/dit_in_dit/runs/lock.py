@@ -1,7 +1,8 @@
 """Locks on files: one holder among all processes, and among all callers within one process.
 
-A lock belongs to the opened file (`flock`), not to the process: a second caller in one process is refused, and a file
-that this caller closes releases nothing. The lock ends when its holder releases it, is garbage-collected or dies.
+A lock belongs to the opened file (`flock`), not to the process: a second caller in one process is refused, and nothing
+is released when the second caller closes its file. The lock ends when its holder releases it, is garbage-collected or
+dies.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def open_locked(path: Path, *, wait: bool) -> io.FileIO:
     """Open the file, creating it if necessary, and lock it until `release`.
 
     Raises:
-        BlockingIOError: another holds the lock, and `wait` is false.
-        OSError: it cannot be opened, or its file system does not support locks.
+        BlockingIOError: another process or caller holds the lock, and `wait` is false.
+        OSError: the file cannot be opened, or its file system does not support locks.
     """
     file = io.FileIO(path, "a+")
     _held.add(file)

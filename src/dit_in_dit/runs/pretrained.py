@@ -1,4 +1,4 @@
-"""Trained models that ship with the package, by name: read-only runs with averaged weights alone."""
+"""Trained models that ship with the package, by name: read-only runs that hold only averaged weights."""
 
 from __future__ import annotations
 

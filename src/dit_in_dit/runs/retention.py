@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: list them, and delete those that are no longer needed.
+"""Checkpoint folders of a run: list all folders, and delete folders that are no longer needed.
 
 A checkpoint's folder has its name once it is complete, synced and read again. `0001200.part` is being written or
 deleted. `0001200.old` is complete and about to be replaced by another checkpoint of its step.
@@ -42,7 +42,9 @@ def _good(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def move_aside(target: Path) -> None:
-    """Move a checkpoint of the same step aside: a good one to `.old`, where `checkpoint_folders` still lists it."""
+    """Move a checkpoint of the same step aside. A good checkpoint is renamed to `.old`, and `checkpoint_folders` still
+    lists this folder.
+    """
     aside = target.with_name(f"{target.name}.old")
     if _good(target):
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier save that was killed here
@@ -59,10 +61,10 @@ def _drop(folder: Path) -> None:
 
 
 def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
-    """Delete checkpoints, but for the newest `KEEP` that verify, milestones, and the newest steady one, to which a run
-    may roll back.
+    """Delete checkpoints. Three kinds stay: milestones, the newest `KEEP` checkpoints that verify, and the newest
+    steady checkpoint, to which a run may roll back.
 
-    A damaged checkpoint is not counted, and is deleted once it is older than the kept ones.
+    A damaged checkpoint is not counted, and is deleted once it is older than the kept checkpoints.
 
     Args:
         saved: the manifest of the checkpoint that was just verified.

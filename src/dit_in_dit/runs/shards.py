@@ -28,7 +28,7 @@ PATIENCE = 1800  # seconds to wait for a new chunk of another process
 
 
 def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
-    """Write to `path` what the files beside it are, unless another process has.
+    """Describe the files beside `path` in it, unless another process has written this description.
 
     Raises:
         UserError: the existing file describes something else.
@@ -42,7 +42,7 @@ def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def share_work(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
-    """Make the missing parts of `total` images, this process its share; yields the number of existing images until all
+    """Make this process's share of the missing parts of `total` images; yields the number of existing images until all
     exist.
 
     Args:
@@ -70,7 +70,7 @@ def share_work(total: int, size: int, there: Callable[[range], bool], make: Call
 def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
-    """Wait until all parts exist; yields the missing ones ten times a second.
+    """Wait until all parts exist; yields the missing parts ten times a second.
 
     Args:
         there: whether a part exists.
@@ -84,7 +84,7 @@ def wait_for_missing(
         if len(missing) < len(left):
             left, since = missing, time.monotonic()
         if time.monotonic() - since > patience:
-            raise UserError(f"{what(left)} did not come within {patience} s: run it again")
+            raise UserError(f"{what(left)} did not come within {patience} s: run the command again")
         yield left
         time.sleep(0.1)
 
@@ -110,13 +110,13 @@ def fill_shards(folder: Path, total: int, size: int, make: Callable[[range], Arr
 
 
 def read_chunks(folder: Path, total: int, size: int, name: str) -> Iterator[NDArray[Any]]:
-    """One array of every chunk, in index order; UserError naming a damaged chunk."""
+    """The array `name` of each chunk, in index order; UserError that names a damaged chunk."""
     for part in _parts(total, size):
         yield _load(_path(folder, part), name)
 
 
 def lazy_rows(folder: Path, total: int, size: int, name: str) -> Callable[[range], NDArray[Any]]:
-    """A function from image numbers to rows of one array; it caches the last chunk."""
+    """A function from image numbers to rows of one array; the function caches the last chunk."""
     parts = _parts(total, size)
     load = lru_cache(maxsize=1)(lambda chunk: _load(_path(folder, parts[chunk]), name))
     return lambda numbers: np.stack([load(n // size)[n % size] for n in numbers])

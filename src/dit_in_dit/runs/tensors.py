@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: written one at a time, read one at a time or all at once."""
+"""Tensors in safetensors files: written one by one, read one by one or all together."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same types and shapes that are free to read: of a sharded state, its local tensors."""
+    """Tensors from which types and shapes can be read at no cost; for a sharded state, its local tensors."""
     described: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
     return described
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a tensor at a time, equal to those of `safetensors.torch.save`.
+    """The bytes of a safetensors file, a tensor at a time; equal to the output of `safetensors.torch.save`.
 
     `save` holds all tensors in memory twice. `save_file` returns no hash, and its errors have no errno.
     """

@@ -1,1 +1,1 @@
-"""Formats of images and latents: a file each, with a class of `data.source.Source` whose `name` puts it in SOURCES."""
+"""Formats of images and latents. Each file has a subclass of `Source`, whose `name` is its key in SOURCES."""

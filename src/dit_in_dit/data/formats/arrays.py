@@ -25,7 +25,8 @@ NAMES = (("images", "labels"), ("arr_0", "arr_1"))  # of arrays in a .npz: ours,
 class ArraySource(SplitSource):
     """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
 
-    uint8 (N, H, W, C) are pixels; floats (N, C, H, W) are used unchanged (latents). Each row is its own family.
+    uint8 arrays (N, H, W, C) are pixels. Float arrays (N, C, H, W) are latents, used unchanged. Each row is its own
+    family.
     ADM's names `arr_0` and `arr_1` are accepted too. Labels are whole numbers, or false and true for 0 and 1.
     `notes` lists the arrays that are not read.
     """
@@ -116,7 +117,7 @@ def _check_growth(archive: zipfile.ZipFile) -> None:
 
 
 def _read_npz(path: Path) -> tuple[list[Any], list[str]]:
-    """Images and labels (none of both without an array of images), and the names of the other arrays."""
+    """Images, labels and the names of the other arrays; without an array of images, labels are not read either."""
     with np.load(path, allow_pickle=False) as archive:
         names: tuple[str, ...] = next((pair for pair in NAMES if pair[0] in archive), ())
         if names:
@@ -147,5 +148,5 @@ def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.
         notes.append(left_out_clause(len(others), others, "arrays"))
     images, labels = arrays
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
-        raise UserError(f"{path} does not hold arrays of the kind its name says (.npz: several, .npy: one)")
+        raise UserError(f"{path} has the wrong suffix: .npz is for several arrays, .npy for one")
     return images, labels

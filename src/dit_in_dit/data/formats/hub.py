@@ -22,7 +22,7 @@ FILES = {".parquet": "parquet", ".arrow": "arrow"}
 class HubRows(ImageFiles):
     """The rows of a dataset, in order; UserError when it cannot be loaded or lacks a column.
 
-    The family of a row is its image's file name up to the first `~`, or the row's number where no file name is stored.
+    The family of a row is its image's file name up to the first `~`, or the row's number if no file name is stored.
     """
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
@@ -42,7 +42,7 @@ class HubRows(ImageFiles):
             raise UserError(f"data.source: {data.source} has no rows in the split {data.split!r}")
 
     def _without_decoding(self) -> Any:
-        """The image column alone, as bytes of image files."""
+        """The rows with only their image column, as bytes of image files."""
         column, kind = self.data.image_column, self.rows.features[self.data.image_column]
         name = type(kind).__name__
         if isinstance(kind, dict) and "binary" in str(getattr(kind.get("bytes"), "dtype", "")):
@@ -91,8 +91,8 @@ class HubRows(ImageFiles):
             return classes, [classes.index(label) for label in labels], families
         if not all(isinstance(label, int) for label in labels):
             raise UserError(
-                f"data.label_column: {self.data.label_column!r} of {self.data.source} must hold numbers or names "
-                f"alone: got {str(kind)[:60]}"
+                f"data.label_column: {self.data.label_column!r} of {self.data.source} must hold only numbers "
+                f"or only names: got {str(kind)[:60]}"
             )
         labels = list(map(int, labels))  # of false and true, too
         known: Sequence[str] = getattr(kind, "names", None) or ()

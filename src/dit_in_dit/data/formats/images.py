@@ -19,7 +19,8 @@ from dit_in_dit.data.source import Source, SplitSource
 
 
 class ImageSource(SplitSource):
-    """A folder or .zip of image files (names.SUFFIXES) with a folder per class; without folders, one class.
+    """A folder or .zip of image files (names.SUFFIXES) with a folder per class. Without class folders, all images are
+    one class.
 
     Subclasses list other files (`list_files`).
 
@@ -90,8 +91,8 @@ class ImageSource(SplitSource):
             raise UserError(f"data.source: none of the {len(self.names)} images in {self.path} can be read")
         if lost := set(self._labels) - {self._labels[position] for position in good}:
             raise UserError(
-                f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: "
-                "none of its images can be read; fix one, or remove the class (later classes would move up)"
+                f"class {truncate(self.classes[min(lost)], 40)} of {truncate(self.path, 60)}: none of its images "
+                "can be read; fix one image, or remove the class (skipping it would shift later labels)"
             )
         self.names = [self.names[position] for position in good]
         self._labels = [self._labels[position] for position in good]

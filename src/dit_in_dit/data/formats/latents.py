@@ -3,8 +3,9 @@
     latents.json            settings of the encoding, classes, mean and deviation, SHA-256 of each file
     000000.safetensors      moments, flipped (n, 2C, h, w): mean and log variance; label, family (n,)
 
-`moments` encode the image, `flipped` its mirror image: the encoding of a mirror image is not the mirror image of the
-encoding. `family` is the family's number (groups.family_number), which decides the held-out split as for images.
+`moments` encode the image, and `flipped` encodes its mirror image: the mirror image of an encoding is not the encoding
+of the mirror image. `family` is the family's number (groups.family_number), which decides the held-out split as for
+images.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
 
 
 def fill_latent_keys(data: DataConfig) -> DataConfig:
-    """The keys with null ones filled in from the latents' index: the VAE, its mean and scale."""
+    """The data's keys; null keys for the VAE, its mean and its scale are filled in from the latents' index."""
     if not is_latents_folder(data.source):
         return data
     vae = read_latents_index(Path(data.source))["vae"]
@@ -115,7 +116,8 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
 class LatentSource(SplitSource):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
-    `train` and `held_out` give the posterior's mean. `example` gives the mean or a draw, by `data.posterior`.
+    `train` and `held_out` give the posterior's mean. `example` gives the mean or a random sample, as `data.posterior`
+    says.
     """
 
     name = "latents folder"
@@ -128,12 +130,14 @@ class LatentSource(SplitSource):
         self.digest = digest_values("latents", index["classes"], index["shards"])  # shards have their SHA-256
         made = index["made"]
         if made["dtype"] not in STORED:
-            raise UserError(f"{truncate(self.folder / LATENTS_INDEX)}: latents are {', '.join(STORED)}; encode again")
+            raise UserError(
+                f"{truncate(self.folder / LATENTS_INDEX)}: the dtype must be one of {', '.join(STORED)}; encode again"
+            )
         shape = model.image_shape
         if list(shape) != made["shape"]:
             raise UserError(
-                f"{self.folder} holds latents {made['shape']}: set model.channels and model.image_size to them, "
-                f"got {list(shape)}"
+                f"{self.folder} holds latents of shape {made['shape']}: set model.channels and model.image_size to "
+                f"this shape, got {list(shape)}"
             )
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
@@ -174,7 +178,9 @@ class LatentSource(SplitSource):
         return LatentSource, (self.data, self.model)  # a worker maps the files itself
 
     def _tables(self, dtype: str) -> None:
-        """Tables of normalised means and deviations for all 65,536 16-bit numbers, one or one per channel."""
+        """Tables of normalised means and deviations for all 65,536 16-bit numbers: a common table, or a table per
+        channel.
+        """
         constants = []
         for name in ("latent_mean", "latent_scale"):
             numbers = getattr(self.data, name)
@@ -225,7 +231,7 @@ class LatentSource(SplitSource):
         return self._mean_of(mean), int(self._labels[position])
 
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
-        """Training image `index` or its mirror image: the mean of its posterior, or a draw."""
+        """Training image `index` or its mirror image: the mean of its posterior, or a random sample."""
         position, channels = int(self._train[index]), self.model.channels
         moments = self._find(position, "flipped" if flip else "moments")
         latent = self._mean_of(moments[:channels])

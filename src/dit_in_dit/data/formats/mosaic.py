@@ -40,7 +40,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Truth:
-    """Parameters of image number `index`; the first region is the background, later ones cover earlier ones."""
+    """Parameters of image number `index`; region 0 is the background, and later regions cover earlier regions."""
 
     index: int
     label: int
@@ -83,7 +83,7 @@ class Mosaic:
         return Truth(index, label, layout, texture, tuple(regions))
 
     def mask(self, truth: Truth, region: Region) -> Array:
-        """Coverage (H, W) in [0, 1] of one region, before later ones cover it; edges are one pixel wide."""
+        """Coverage (H, W) in [0, 1] of one region, before later regions cover it; edges are one pixel wide."""
         dy, dx = self.y - region.centre[0], self.x - region.centre[1]
         along = dx * np.cos(region.tilt) + dy * np.sin(region.tilt)
         across = dy * np.cos(region.tilt) - dx * np.sin(region.tilt)
@@ -109,7 +109,7 @@ class Mosaic:
 
 
 class MosaicSource(Source):
-    """The images as a source; the first HELD_OUT are held out, training images follow."""
+    """Mosaic images as a source: the first HELD_OUT images are held out, and training images follow."""
 
     name = "mosaic"
 

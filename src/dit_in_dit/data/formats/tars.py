@@ -1,4 +1,4 @@
-"""Images in tar files (WebDataset shards), read in place: image number i needs no pass over the others."""
+"""Images in tar files (WebDataset shards), read in place: image i is read without reading the images before it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ PACKED = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst|lz4|lzma|br)|zip
 
 
 def find_shards(source: str) -> tuple[list[Path], list[str]]:
-    """The shards that a source names, in order, and other files beside them; both empty for another kind of source.
+    """The shards that a source names, in order, and other files beside them. Both are empty if the source does not name
+    shards.
 
     A source of shards is `shards/train-{0000..0146}.tar` (all must exist), `shards/train-*.tar`, one `.tar`, or a
     folder with only `.tar` files, their indices and files that are no images.
@@ -57,7 +58,9 @@ def find_shards(source: str) -> tuple[list[Path], list[str]]:
     if numbers := re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", source):
         first, last = numbers.groups()
         if int(last) - int(first) >= MOST_SHARDS:
-            raise UserError(f"data.source: at most {MOST_SHARDS} shards: {source} names more; count them again")
+            raise UserError(
+                f"data.source: at most {MOST_SHARDS} shards are allowed: {source} names more; check its range"
+            )
         named = [f"{i:0{len(first)}d}".join(source.split(numbers[0], 1)) for i in range(int(first), int(last) + 1)]
     else:
         named = sorted(glob(source)) or [source]
@@ -77,9 +80,9 @@ def _refuse_splits(shards: list[Path], folder: Path) -> None:
 class TarFiles(ImageFiles):
     """The images of tar files, in the order of the shards and of their members.
 
-    The label of `a/b.jpg` is the number in `a/b.cls`. If no shard has a `.cls`, the class is the image's folder;
-    without folders it is the shard, as in ImageNet's own archives, one per class. The family is the file's name up to
-    the first `~`.
+    The label of `a/b.jpg` is the number in `a/b.cls`. If no shard has a `.cls`, the class is the image's folder.
+    Without folders, the class is the shard, as in ImageNet's own archives (one archive per class). The family is the
+    file's name up to the first `~`.
     """
 
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
@@ -89,7 +92,7 @@ class TarFiles(ImageFiles):
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._labels = {}
         if len({shard.name for shard in shards}) < len(shards):
-            raise UserError(f"data.source: shards need names of their own: {source} has some twice")
+            raise UserError(f"data.source: each shard needs a different name: {source} has a name twice")
         others, examples, folders = 0, list[str](), list[str]()
         trailing: dict[str, int] = {}
         self._linked = set()
@@ -123,7 +126,7 @@ class TarFiles(ImageFiles):
             labels = {self._labels[key] for key in keys if key in self._labels}
             if lost := set(self._labels.values()) - labels:
                 raise UserError(
-                    f"data.source: {truncate(self.path, 60)}: a .cls names class {min(lost)}, but no image is of it"
+                    f"data.source: {truncate(self.path, 60)}: a .cls names class {min(lost)}, but no image has it"
                 )
         elif self._in_folders:
             inside = [name.split("/", 1)[1] for name in folders]
@@ -134,21 +137,21 @@ class TarFiles(ImageFiles):
             if empty := next((shard for shard in shards if shard.name not in filled), None):
                 raise UserError(
                     f"data.source: no images in {truncate(empty, 60)}: convert what it holds, or move it away "
-                    "(later classes would move up)"
+                    "(skipping it would shift later labels)"
                 )
 
     def content(self, name: str) -> bytes:
-        """The stored bytes of one image; ValueError when it is too large or not stored in one piece."""
+        """The stored bytes of one image; ValueError when the image is too large or not stored in one piece."""
         shard, offset, size = self._places[name]
         if offset < 0:
-            raise ValueError("a link to nothing in its archive, or no plain file")
+            raise ValueError("a link to a missing file, or not a plain file")
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         with shard.open("rb", buffering=0) as file:  # opened each time: workers must not share a position
             return os.pread(file.fileno(), size, offset)
 
     def inside(self) -> list[str]:
-        """The names, in order, each below its shard's."""
+        """The names, in order, each below the name of its shard."""
         return self.names
 
     def sizes(self) -> list[int]:
@@ -166,7 +169,7 @@ class TarFiles(ImageFiles):
         for name in names:
             key = example_key(name)
             if key not in self._labels:
-                raise UserError(f"{self.path}: {name[:80]} has no .cls beside it, as others have")
+                raise UserError(f"{self.path}: {name[:80]} has no .cls file, but other images have one")
             labels.append(self._labels[key])
         return label_names(labels, self.num_classes, str(self.path)), labels, families
 

@@ -27,7 +27,7 @@ def crosses_patches(mixer: str) -> bool:
 
 
 def keeps_outer(fuse: str) -> bool:
-    """Whether a fusion keeps the outer tokens (false: the aggregated ones replace them)."""
+    """Whether a fusion keeps the outer tokens (false: the aggregated tokens replace them)."""
     return KEEPS_OUTER[fuse]
 
 

@@ -375,7 +375,10 @@ def test_the_cuda_suite_without_a_device_is_refused_in_one_line(capsys):
         (["--preset", "emoji", "--set", "model.innr=3"], "unknown key"),
         (["--set", "train.batch_size=3"], "give --preset"),
         (["--preset", "emoji", "--beside", "plain,theirs"], "must be of plain, first-written"),
-        (["--preset", "emoji", "--beside", "first-written", "--set", "model.inner.mixer=conv"], "as first written"),
+        (
+            ["--preset", "emoji", "--beside", "first-written", "--set", "model.inner.mixer=conv"],
+            "first-written model needs",
+        ),
         (["--preset", "emoji", "--beside", "diffusers", "--set", "model.outer.mlp_ratio=3"], "an MLP ratio of 4"),
         (["--preset", "emoji", "--beside", "official"], "with --dit"),
         (["--sweep", "E=32,x"], "KEY=A,B"),

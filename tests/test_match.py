@@ -184,7 +184,7 @@ def test_a_model_within_the_tolerance_is_unchanged():
 
 def test_a_missing_twin_is_reported_in_one_line():
     dear = small_model("inner*40 outer*1", inner={"width": 128})
-    with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink its inner"):
+    with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink the inner"):
         find_twin(dear, forward_macs(small_model("outer*2")), forward_macs)
     model = small_model("outer*2")
     with pytest.raises(NoTwin, match="free more of depth"):

@@ -142,7 +142,7 @@ def test_a_plan_survives_writing_and_reading(base, tmp_path):
         ("arms: {a: {}}\ngrid: {seed: [1]}", "give one of arms, grid and search"),
         ("arms: {a: {}}\ncontrol: b", "no arm 'b'"),
         ("arms: {a: {}, b: {against: c}}", "no arm 'c'"),
-        ("arms: {a b: {}, a-b: {}}", "have one folder, a-b"),
+        ("arms: {a b: {}, a-b: {}}", "share the folder name a-b"),
         ("arms: {a: {}}\nbudget: {days: 3}", "study.budget must be one of steps, images, macs, seconds"),
         ("arms: {a: {}}\nbudget: {steps: -1}", "study.budget.steps must be a number above 0"),
         ("arms: {a: {}}\nseeds: [1, 1]", "study.seeds must be different numbers"),

@@ -368,7 +368,7 @@ def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
     other = {**PROTOCOL, "samples": {"sampler": "dpm++", "steps": 50}}
     for trial in plan.trials:
         write_trial(out, trial, {PRIMARY: 1.0}, protocol=other if trial.arm == "b" else PROTOCOL)
-    with pytest.raises(UserError, match=r"cannot stand in one table.*samples\.steps: 25 / 50"):
+    with pytest.raises(UserError, match=r"cannot stand in one table, because.*samples\.steps: 25 / 50"):
         write_report(out)
 
 

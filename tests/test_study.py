@@ -126,7 +126,7 @@ def test_keys_that_a_study_sets_are_not_adapted_to_the_number_of_steps():
     assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
 
 
-def test_a_plan_survives_writing_and_reading(base, tmp_path):
+def test_a_plan_is_equal_after_writing_and_reading(base, tmp_path):
     plan = planned(small(base, arms={"one": {}, "two": {"model.use_inner": False}}), tmp_path / "s")
     assert Plan.from_json(plan.to_json()) == plan == read_plan(tmp_path / "s")
     assert [trial.key for trial in plan.trials] == ["one-s0", "two-s0"]

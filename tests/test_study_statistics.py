@@ -175,7 +175,7 @@ def test_higher_is_better_only_for_metrics_of_that_direction():
     assert not metric_of("FID").better(0.1)
 
 
-def test_metrics_are_grouped_with_the_primary_one_first():
+def test_metrics_are_grouped_with_the_primary_metric_first():
     names = ["swd.16", "memorised", "seam.8", "swd.8", "held_out.0.2.high", "held_out.0.5.whole", "FID"]
     found = group_metrics(names, "held_out.0.5.whole")
     assert list(found) == ["held_out", "pixels", "standard", "listed"]

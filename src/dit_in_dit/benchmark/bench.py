@@ -66,7 +66,7 @@ class Bench:
         return BenchmarkSubject(run, self.device, make)
 
     def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
-        """Measure subjects in turns, for `longer` times the usual seconds."""
+        """Measure subjects alternately, for `longer` times the usual seconds."""
         with check_memory(subjects, self.device):
             built = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
             measurements = measure_subjects(built, longer * self.seconds)

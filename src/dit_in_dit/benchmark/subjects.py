@@ -205,7 +205,7 @@ class Measurements:
 
 
 def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -> dict[str, Measurements]:
-    """Measure the forward passes and steps of all subjects in turns, and each subject's memory."""
+    """Measure the forward passes and steps of all subjects alternately, and each subject's memory."""
     turns, compiling = {}, {}
     for name, subject in subjects.items():
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Growth of costs with one quantity: times at several values, measured in turns, and a fitted power law's exponent."""
+"""Growth of costs with one quantity: times at several values, measured alternately, and a fitted power law."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str,
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
-    """Measure step and inner path (`parts.INNER`) of a model at each value, in turns.
+    """Measure the step and the inner path (`parts.INNER`) of a model at each value, alternately.
 
     Raises:
         UserError: as `sweep_configs`.

@@ -1,4 +1,4 @@
-"""Seconds and bytes, measured in turns so that other load on the machine slows all compared models alike."""
+"""Seconds and bytes, measured alternately, so that other load on the machine slows all compared models equally."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def step_seconds(
 ) -> dict[str, Times]:
     """Time a training step (all its micro-batches, optimizer and average) of each config on white noise.
 
-    Each round gives every config a turn; every other round runs in reverse order. All models are in memory at once. On
-    one CPU thread, seconds are that thread's CPU time, which other processes do not affect.
+    Each round times every config once; every other round runs in reverse order. All models are in memory together. On
+    one CPU thread, seconds are the thread's CPU time, which other processes do not affect.
 
     Args:
         threads: CPU threads while measuring; None: unchanged.

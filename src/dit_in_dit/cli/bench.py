@@ -26,9 +26,13 @@ TWIN_TOLERANCE = 0.02  # in MACs, of the plain twin
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "measure time, memory and parts of models in turns, and compare with other models and with goals"
+    about = "measure time, memory and parts of models, and compare them with other models and with goals"
     bench = commands.add("bench", _bench, about)
-    bench.add_argument("--suite", choices=("cpu", "cuda", "quick"), help="measure these goals (default: the device's)")
+    bench.add_argument(
+        "--suite",
+        choices=("cpu", "cuda", "quick"),
+        help="measure a suite of goals (default without --preset and --sweep: the suite of the device)",
+    )
     bench.add_argument("--preset", nargs="+", default=[], metavar="NAME|FILE", help="presets or YAML files of configs")
     bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every config")
     bench.add_argument(

@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
         help="report when the held-out error at time T reached ERROR, such as 0.5:0.04; repeatable "
         "(default: the last error of the worst run)",
     )
-    curves.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default for one run: the run)")
+    curves.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default for one run: its folder)")
 
 
 def _target(text: str) -> tuple[float, float]:

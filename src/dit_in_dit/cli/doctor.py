@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "examine a run or a config; exit code 0: healthy, or only warnings; 1: a fault; 2: not examined"
+    about = "examine a run or a config; exit code 0: healthy, or only warnings; 1: a fault; 2: cannot be examined"
     doctor = commands.add("doctor", _doctor, about)
     doctor.add_argument(
         "run_folder", type=find_run, nargs="?", metavar="RUN", help="a run's folder; without it, name a config:"

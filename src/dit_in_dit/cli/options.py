@@ -99,7 +99,7 @@ def add_vae(command: argparse.ArgumentParser) -> None:
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
     """Add the options of sampling, for `sampling_config`; `classes` describes the default of --classes."""
     command.add_argument(
-        "--seed", type=seed, default=0, help="seed; sample number i depends only on seed and i (default 0)"
+        "--seed", type=seed, default=0, help="seed; sample number i depends on the seed and i (default 0)"
     )
     command.add_argument("--classes", help=f"class names or numbers, comma-separated, in rotation (default: {classes})")
     command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")

@@ -33,7 +33,8 @@ def add(commands: Commands) -> None:
         "--batch",
         type=whole_number,
         default=1,
-        help="images that a process generates between writes, in whole micro-batches; images stay the same (default 1)",
+        help="images that a process generates between writes, in whole micro-batches; does not change the images "
+        "(default: one micro-batch)",
     )
     add_vae(sample)
     add_device(sample)

@@ -187,7 +187,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
 def _times(
     study: StudyConfig, configs: Mapping[str, RunConfig], device: torch.device, threads: int | None
 ) -> dict[str, Times]:
-    """Step times of all arms, measured in turns; empty if they are optional and measuring would take long."""
+    """Step times of all arms, measured alternately; empty if they are optional and measuring would take long."""
     if study.match == "time" or "seconds" in study.budget:
         return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
     return quick_times(configs, device, threads)

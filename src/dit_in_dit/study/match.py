@@ -268,7 +268,7 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
 
 
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
-    """Step times, measured in turns; empty if a model compiles, warming up takes long, or memory is too small."""
+    """Step times, measured alternately; empty if a model compiles, warming up takes long, or memory is too small."""
     compiles = any(config.train.compile for config in configs.values())
     if compiles or estimate_seconds(configs, device, threads=threads) > SECONDS_TO_SPARE:
         return {}

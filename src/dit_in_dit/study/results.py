@@ -99,7 +99,7 @@ class StudyResults:
         return paired_difference(own, other, max(1, len(self.compared)))
 
     def floor(self, metric: str) -> float | None:
-        """The score of real images against real images, mean over trials; None where no trial has it."""
+        """The score of real images against real images, mean over trials; None if no trial has this score."""
         floors = [r.floors[metric] for r in self.done.values() if r.floors.get(metric) is not None]
         return sum(floors) / len(floors) if floors else None
 

@@ -35,7 +35,7 @@ class Difference:
     Attributes:
         seeds: the seeds that both arms have.
         mean: mean of the differences; NaN if there is no common seed, or if a value is not finite.
-        scale: factor from a difference to percent of the absolute mean of the other arm; None where that mean is 0.
+        scale: factor from a difference to percent of the absolute mean of the other arm; None if that mean is 0.
         low, high: the 95% interval; None for one seed, or if the differences do not vary.
         wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
         p: two-sided p-value of this single comparison, not corrected.

@@ -122,7 +122,7 @@ def _work_in_processes(plan: Plan, options: argparse.Namespace, queue: Queue, co
 def _start_workers(
     options: argparse.Namespace, logs: Path, count: int, device: torch.device
 ) -> list[subprocess.Popen[bytes]]:
-    """`count` processes of `study work`; CUDA devices take turns unless --device names one."""
+    """Start `count` processes of `study work`, spread over the CUDA devices unless --device names a device."""
     import torch
 
     command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]

@@ -1,4 +1,4 @@
-"""Study folders written by hand, with known numbers."""
+"""Study folders that tests write themselves, with known numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plan_of(study: StudyConfig, name: str = "planted", *, timed: bool = True) ->
 
 
 def write_plan(out: Path, plan: Plan) -> Path:
-    """Write a study's folder with its plan only."""
+    """Write a study's folder that holds only the plan."""
     out.mkdir(parents=True)
     (out / "plan.json").write_text(plan.to_json())
     return out

@@ -1,4 +1,4 @@
-"""The benchmark: planted pauses are measured, outputs are complete, and errors are one line."""
+"""The benchmark measures planted pauses, writes complete outputs, and gives one-line errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pause() -> None:
 
 
 class Pause(torch.autograd.Function):
-    """The identity with a pause."""
+    """An identity function that pauses in the forward pass and in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def slow(run: RunConfig) -> nn.Module:
 # ------------------------------------------------------------------------------------------- turns
 
 
-def test_turns_alternate_and_end_in_time():
+def test_turns_alternate_and_stop_at_the_time_limit():
     seen: list[str] = []
     found = interleave({name: lambda name=name: seen.append(name) or 1 for name in "ab"}, seconds=60, rounds=3)
     assert "".join(seen) == "abbaab"
@@ -256,7 +256,7 @@ def test_the_official_code_is_loaded_from_a_checkout(tmp_path):
     assert subject.model.model.sizes["depth"] == 2
 
 
-def test_a_checkout_without_the_official_code_is_reported_in_one_line(tmp_path):
+def test_a_checkout_without_the_official_code_gives_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"no models\.py"):
         official_dit(tmp_path)
     (tmp_path / "models.py").write_text("import a_package_that_is_absent\n")
@@ -268,7 +268,7 @@ def test_a_checkout_without_the_official_code_is_reported_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("length", [4, 16])
-def test_implementations_of_attention_agree(length):
+def test_all_attention_implementations_agree(length):
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 5, 2, length, 8, generator=draw).unbind(0)
     expected = attention_kernels(length, CPU)["SDPA"](q, k, v)
@@ -362,7 +362,7 @@ def test_any_preset_is_compared_with_other_models(capsys, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_cuda_suite_without_a_device_is_refused_in_one_line(capsys):
+def test_the_cuda_suite_without_a_cuda_device_gives_a_one_line_error(capsys):
     assert "device 'cuda' is not available" in lines_of(["bench", "--suite", "cuda"], capsys)
 
 
@@ -374,8 +374,11 @@ def test_the_cuda_suite_without_a_device_is_refused_in_one_line(capsys):
         (["--preset", "absent.yaml"], "cannot read --config absent.yaml"),
         (["--preset", "emoji", "--set", "model.innr=3"], "unknown key"),
         (["--set", "train.batch_size=3"], "give --preset"),
-        (["--preset", "emoji", "--beside", "plain,theirs"], "must be of plain, first-written"),
-        (["--preset", "emoji", "--beside", "first-written", "--set", "model.inner.mixer=conv"], "as first written"),
+        (["--preset", "emoji", "--beside", "plain,theirs"], "must be some of plain, first-written"),
+        (
+            ["--preset", "emoji", "--beside", "first-written", "--set", "model.inner.mixer=conv"],
+            "first-written model needs",
+        ),
         (["--preset", "emoji", "--beside", "diffusers", "--set", "model.outer.mlp_ratio=3"], "an MLP ratio of 4"),
         (["--preset", "emoji", "--beside", "official"], "with --dit"),
         (["--sweep", "E=32,x"], "KEY=A,B"),
@@ -388,6 +391,6 @@ def test_the_cuda_suite_without_a_device_is_refused_in_one_line(capsys):
         (["--suite", "cpu", "--device", "tpu"], "not available"),
     ],
 )
-def test_mistakes_cost_one_line(words, part, capsys, tmp_path, monkeypatch):
+def test_mistakes_give_a_one_line_error(words, part, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert part in lines_of(["bench", *words], capsys)

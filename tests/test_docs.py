@@ -38,7 +38,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def shown(page: Path) -> list[str]:
-    """Command lines: indented, in blocks without a language, and in the running text."""
+    """The command lines of a page: in indented lines, in blocks without a language, and in running text."""
     text = page.read_text()
     lines = re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     lines += [line for language, block in blocks(page) if not language for line in block.splitlines()]
@@ -49,8 +49,8 @@ def shown(page: Path) -> list[str]:
 
 
 def meant(line: str) -> list[list[str]]:
-    """The command lines (words after the program's name) that one in a synopsis' notation stands for: `[x]` may be
-    left out, of `x | y` either is given, and `...` is more of the same."""
+    """Expand a synopsis into the command lines that it stands for, as lists of words after the program's name. `[x]`
+    is optional, `x | y` means either x or y, and `...` means more arguments of the same kind."""
     words = shlex.split(line, comments=True)
     words = [word.strip("[]") if not word.startswith("set.") else word for word in words]
     if "dit_in_dit" in words:
@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
 
 
-def test_every_other_code_block_is_a_study_or_commands(tmp_path):
+def test_every_other_code_block_holds_a_study_or_commands(tmp_path):
     for page in PAGES:
         for language, text in blocks(page):
             assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
@@ -136,7 +136,7 @@ def test_every_other_code_block_is_a_study_or_commands(tmp_path):
 
 
 def test_the_class_in_contributing_equals_the_tested_plug_in(tmp_path):
-    """The file on the page runs unchanged, with the output of the tested plug-in in tests/plugin."""
+    """The plug-in on the page runs unchanged, and gives the same output as the tested plug-in in tests/plugin."""
     ((_, shown),) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block[0] == "python"]
     (tmp_path / "shown_idea.py").write_text(shown)
     words = ["inspect", "--preset", "emoji-reference", "--set", "model.inner.aggregate=softmax", "--json"]

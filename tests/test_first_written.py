@@ -60,6 +60,6 @@ def test_models_without_labels_equal_the_first_implementation():
 
 
 @pytest.mark.parametrize("choice", [{"mixer": "conv"}, {"condition": "patch"}], ids=str)
-def test_choices_that_the_first_implementation_lacks_are_refused_in_one_line(choice):
-    with pytest.raises(UserError, match=r"as first written there is .* got"):
+def test_choices_missing_in_the_first_implementation_give_a_one_line_error(choice):
+    with pytest.raises(UserError, match=r"the first-written model needs .* got"):
         FirstWritten(small_model("inner outer", inner=choice))

@@ -1,4 +1,4 @@
-"""Twins of equal cost: within the tolerance, with only free keys changed."""
+"""Twins have equal cost within the tolerance, and differ only in keys that are not fixed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def total(model: ModelConfig, by: str) -> int:
 
 
 def dearer_plain(nested: ModelConfig, by: str, seed: int) -> ModelConfig:
-    """A plain model that costs up to twice as much: the inner blocks alone may cost more than the plain model."""
+    """A plain model that costs up to twice as much. At equal cost, the nested model's inner blocks might exceed it."""
     factor = 1 + random.Random(seed).random()
     plain = (replace(nested, use_inner=False, stages=f"outer*{n}") for n in range(1, 500))
     return next(model for model in plain if total(model, by) >= factor * total(nested, by))
@@ -95,7 +95,7 @@ def test_twenty_random_models_have_a_twin_within_a_percent(by, way):
         assert found.model.use_inner == model.use_inner
 
 
-def test_twins_cost_the_same_by_the_flop_counter():
+def test_the_flop_counter_confirms_that_twins_cost_the_same():
     for seed in range(4):
         nested = replace(random_nested(seed), num_classes=9)
         plain = find_twin(replace(nested, use_inner=False), forward_macs(nested), forward_macs).model
@@ -111,7 +111,7 @@ def test_parameters_are_counted_without_building_every_block():
         assert count_parameters(model) == cost.parameters(model)["total"]
 
 
-def test_depth_alone_changes_where_that_suffices():
+def test_only_the_depth_changes_if_that_is_enough():
     found = find_twin(presets.get("dit-xl2").model, forward_macs(presets.get("dit-in-dit-xl2").model), forward_macs)
     assert found.changed == {"model.depth": (28, None), "model.stages": ("first", "outer*55")}
     assert abs(found.gap) < 0.001
@@ -134,7 +134,7 @@ def test_a_named_order_becomes_a_program_with_the_same_inner_blocks():
     assert levels(found.model) == [("inner", 2), ("outer", None), ("inner", 2)]
 
 
-def test_a_fixed_ratio_keeps_its_meaning():
+def test_a_fixed_depth_ratio_ties_inner_blocks_to_the_depth():
     model = small_model("last", depth=8, inner={"depth_ratio": 0.5})
     found = find_twin(model, 2 * forward_macs(model), forward_macs, tolerance=0.1, fixed=["model.inner.depth_ratio"])
     assert found.changed == {"model.depth": (8, found.model.depth)}
@@ -167,8 +167,9 @@ def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
             assert outer.width // outer.num_heads % 2 == 0
 
 
-def test_another_mlp_comes_before_a_far_width():
-    """Six blocks and 4% more cost: no number of blocks of a near width fits, one of half the width might."""
+def test_another_mlp_ratio_is_tried_before_a_far_width():
+    """The target is 4% above the cost of six blocks. At near widths no number of blocks fits; at half the width, some
+    number might."""
     model = ModelConfig(stages="outer*6", outer=OuterConfig(192, 4))
     found = find_twin(model, 1.04 * forward_macs(model), forward_macs, tolerance=0.001)
     assert found.changed.keys() >= {"model.outer.mlp_ratio"}
@@ -182,9 +183,9 @@ def test_a_model_within_the_tolerance_is_unchanged():
     assert find_twin(model, 1.009 * forward_macs(model), forward_macs).changed == {}
 
 
-def test_a_missing_twin_is_reported_in_one_line():
+def test_a_missing_twin_gives_a_one_line_error():
     dear = small_model("inner*40 outer*1", inner={"width": 128})
-    with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink its inner"):
+    with pytest.raises(NoTwin, match=r"no twin within 1% in cost.*% off; raise the tolerance, or shrink the inner"):
         find_twin(dear, forward_macs(small_model("outer*2")), forward_macs)
     model = small_model("outer*2")
     with pytest.raises(NoTwin, match="free more of depth"):
@@ -207,7 +208,7 @@ def wide(stages: str) -> ModelConfig:
 
 
 @pytest.mark.slow
-def test_twice_the_blocks_take_about_twice_as_long():
+def test_a_model_with_twice_the_blocks_takes_about_twice_as_long():
     threads = torch.get_num_threads()
     pair = {"short": run_of(wide("outer*3")), "long": run_of(wide("outer*6"))}
     for _ in range(3):  # others may use the machine
@@ -224,7 +225,7 @@ def test_times_are_compared_round_by_round():
     assert twice.seconds == 2
 
 
-def test_a_step_is_timed_within_its_budget_and_leaves_no_trace():
+def test_timing_stays_in_its_budget_and_keeps_the_random_state():
     config = replace(run_of(small_model("outer inner")), train=TrainConfig(batch_size=2, accumulate=2))
     before = torch.random.get_rng_state()
     times = step_seconds({"a": config, "b": config}, CPU, threads=1, seconds=0.0)
@@ -263,7 +264,7 @@ SMALL = {
 
 @pytest.fixture
 def quickly(monkeypatch):
-    """Times without meaning."""
+    """Replace measured times by made-up times."""
     for module in ("arms", "match"):
         monkeypatch.setattr(f"dit_in_dit.study.{module}.SECONDS_EACH", 0.1)
 
@@ -347,7 +348,7 @@ def test_a_budget_holds_after_matching():
         ({"arms": {"a": {}, "b": {"against": "c"}, "c": {"against": "b"}}}, "b, c are compared in a circle"),
     ],
 )  # fmt: skip
-def test_a_study_with_unmatchable_arms_is_refused_in_one_line(values, part):
+def test_a_study_with_unmatchable_arms_gives_a_one_line_error(values, part):
     with pytest.raises(UserError, match=part) as refused:
         match_arms(study(**values), CPU, 1)
     assert len(str(refused.value)) <= 220
@@ -432,6 +433,6 @@ def test_a_model_can_be_matched_to_a_run_and_to_a_shipped_model(capsys, tmp_path
         (["--preset", "emoji", "--like", "."], "no run at ."),
     ],
 )
-def test_mistakes_cost_one_line(words, part, capsys, tmp_path, monkeypatch):
+def test_mistakes_give_a_one_line_error(words, part, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert part in lines_of(["match", *words], capsys)

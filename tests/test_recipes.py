@@ -93,6 +93,6 @@ def test_a_mistake_gives_a_one_line_error(capsys):
         (["dit-s8", "--gpus", "7"], "must divide the 256 examples"),
         (["dit-s8", "--gpus", "16", "--per-node", "5"], "multiple of 5"),
         (["dit-s8", "--gpu", "h1000"], "did you mean 'h100'"),
-        (["dit-s8", "--mfu", "2"], "1 at most"),
+        (["dit-s8", "--mfu", "2"], "at most 1"),
     ):
         assert part in lines_of(["recipe", *words], capsys)

@@ -38,7 +38,7 @@ def test_gelu_equals_its_formula_in_every_dtype(dtype, error):
 
 @pytest.mark.parametrize("stages", PROGRAMS)
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_fast_model_equals_one_of_plain_formulas(monkeypatch, stages, dtype, error):
+def test_the_fast_model_equals_a_model_of_plain_formulas(monkeypatch, stages, dtype, error):
     model = perturbed(NestedDiT(small_model(stages, inner={"aggregate": "attention"}))).to(dtype)
     x, t, y = inputs(model.config)
     # Times stay float32 features: only what comes after them is asked for so exactly.

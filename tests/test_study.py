@@ -35,20 +35,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no step times: these studies do not need them."""
+    """Measure no step times, because these studies do not need step times."""
     monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
 
 
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path) -> str:
-    """A config of a few steps on the small folder, as a file."""
+    """The file of a config that trains a few steps on the small image folder."""
     path = tmp_path / "base.yaml"
     path.write_text(to_yaml(with_train(run_config, steps=8)))
     return str(path)
 
 
 def small(base: str, **keys) -> StudyConfig:
-    """Two arms with one seed, held-out errors alone."""
+    """A study of two arms with one seed that measures only held-out errors."""
     arms = {} if {"grid", "search"} & keys.keys() else {"one": {}, "two": {"train.learning_rate": 1e-4}}
     defaults = {"arms": arms, "seeds": [0], "metrics": ["held_out"], "match": "none", "samples": 4}
     return StudyConfig.from_dict({"question": "Which?", "base": base, **defaults, **keys})
@@ -119,14 +119,14 @@ def test_a_budget_becomes_steps_of_this_batch_and_model(budget, steps):
     assert found == steps
 
 
-def test_keys_that_a_study_names_do_not_follow_the_number_of_steps():
+def test_keys_that_a_study_sets_are_not_adapted_to_the_number_of_steps():
     study = StudyConfig(base="emoji", arms={"one": {}}, budget={"steps": 100}, set={"train.warmup": 60})
     changes = {"train.evaluate_every": 3}
     train = arms.budgeted_config(study, arms.configure(study, changes), changes).train
     assert (train.warmup, train.evaluate_every, train.checkpoint_every) == (60, 3, 12)
 
 
-def test_a_plan_survives_writing_and_reading(base, tmp_path):
+def test_a_plan_is_equal_after_writing_and_reading(base, tmp_path):
     plan = planned(small(base, arms={"one": {}, "two": {"model.use_inner": False}}), tmp_path / "s")
     assert Plan.from_json(plan.to_json()) == plan == read_plan(tmp_path / "s")
     assert [trial.key for trial in plan.trials] == ["one-s0", "two-s0"]
@@ -142,7 +142,7 @@ def test_a_plan_survives_writing_and_reading(base, tmp_path):
         ("arms: {a: {}}\ngrid: {seed: [1]}", "give one of arms, grid and search"),
         ("arms: {a: {}}\ncontrol: b", "no arm 'b'"),
         ("arms: {a: {}, b: {against: c}}", "no arm 'c'"),
-        ("arms: {a b: {}, a-b: {}}", "have one folder, a-b"),
+        ("arms: {a b: {}, a-b: {}}", "share the folder name a-b"),
         ("arms: {a: {}}\nbudget: {days: 3}", "study.budget must be one of steps, images, macs, seconds"),
         ("arms: {a: {}}\nbudget: {steps: -1}", "study.budget.steps must be a number above 0"),
         ("arms: {a: {}}\nseeds: [1, 1]", "study.seeds must be different numbers"),
@@ -161,7 +161,7 @@ def test_a_plan_survives_writing_and_reading(base, tmp_path):
         ("arms: {a: {}}\narms: {b: {}}", "given twice"),
     ],
 )
-def test_an_invalid_study_ends_before_the_first_trial_with_one_line(text, words, tmp_path, capsys):
+def test_an_invalid_study_gives_a_one_line_error_before_the_first_trial(text, words, tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(SystemExit) as ended:
         main(["study", "run", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
@@ -172,7 +172,7 @@ def test_an_invalid_study_ends_before_the_first_trial_with_one_line(text, words,
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_an_unmatched_cost_ends_a_study_before_the_first_trial(base, tmp_path, capsys):
+def test_an_arm_that_cannot_be_matched_gives_an_error_before_the_first_trial(base, tmp_path, capsys):
     deep = "{model.depth: 9, model.stages: first, model.outer.width: 64, model.outer.mlp_ratio: 4}"
     (tmp_path / "bad.yaml").write_text(f"base: {base}\nmetrics: [held_out]\narms:\n  a: {{}}\n  b: {deep}\n")
     with pytest.raises(SystemExit) as ended:
@@ -185,7 +185,7 @@ def test_an_unmatched_cost_ends_a_study_before_the_first_trial(base, tmp_path, c
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_folder_holds_one_study(base, tmp_path):
+def test_a_folder_of_one_study_refuses_another_study(base, tmp_path):
     planned(small(base), tmp_path)
     with pytest.raises(UserError, match=r"another study, samples: 4 / 5"):
         planned(small(base, samples=5), tmp_path)
@@ -230,7 +230,7 @@ def test_every_arm_is_trained_with_every_seed_and_measured(base, tmp_path):
     assert found["one-s0"].metrics != found["one-s1"].metrics != found["two-s1"].metrics
 
 
-def test_a_users_metric_can_be_primary(base, tmp_path, monkeypatch):
+def test_a_custom_metric_can_be_primary(base, tmp_path, monkeypatch):
     contrast = Metric("contrast", "Mine", "zero", lambda samples, real: float(samples.std() - real.std()))
     monkeypatch.setitem(METRICS, "contrast", contrast)
     finish(small(base, metrics=["Mine"], primary="contrast"), tmp_path)
@@ -377,7 +377,7 @@ def test_a_trial_enqueued_twice_is_done_once(base, tmp_path):
     assert [claim and claim.key for claim in claims] == ["one-s0", "two-s0", None, None]
 
 
-def test_a_trial_that_kills_its_workers_is_given_up(base, tmp_path, monkeypatch):
+def test_a_trial_that_kills_every_worker_is_given_up(base, tmp_path, monkeypatch):
     plan = planned(small(base, arms={"one": {}}), tmp_path)
     clock = [0.0]
     monkeypatch.setattr("dit_in_dit.study.queue.time.monotonic", lambda: clock[0])
@@ -395,7 +395,7 @@ def test_a_trial_that_kills_its_workers_is_given_up(base, tmp_path, monkeypatch)
     assert "5 workers were lost" in results(tmp_path)["one-s0"].reason
 
 
-def test_a_result_that_a_lost_worker_did_not_record_is_recorded_by_the_next(base, tmp_path):
+def test_the_next_worker_records_the_result_of_a_lost_worker(base, tmp_path):
     study = small(base, arms={"one": {}})
     finish(study, tmp_path / "a")
     plan = planned(study, tmp_path / "b")
@@ -405,7 +405,7 @@ def test_a_result_that_a_lost_worker_did_not_record_is_recorded_by_the_next(base
     assert queue.keys()["one-s0"].value == results(tmp_path / "a")["one-s0"].metrics["held_out.0.2.high"]
 
 
-def test_a_search_has_no_more_trials_than_planned_with_several_workers(base, tmp_path):
+def test_several_workers_start_no_more_search_trials_than_planned(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": [1e-3, 1e-4]}, trials=3), tmp_path)
     queues = [Queue(plan, tmp_path) for _ in range(5)]
     claims = [queue.claim() for queue in queues]
@@ -425,7 +425,7 @@ def test_a_lost_trial_of_a_search_keeps_its_choice(base, tmp_path, monkeypatch):
     assert (taken.key, taken.trial.params) == (lost.key, lost.trial.params)
 
 
-def test_workers_of_a_search_make_different_choices_also_after_a_restart(base, tmp_path):
+def test_search_workers_make_different_choices_even_after_a_restart(base, tmp_path):
     plan = planned(small(base, search={"train.learning_rate": {"low": 1e-5, "high": 1e-3}}, trials=6), tmp_path)
     chosen = [Queue(plan, tmp_path).claim().trial.params["train.learning_rate"] for _ in range(6)]
     assert len(set(chosen)) == 6
@@ -439,14 +439,14 @@ def test_an_incomplete_line_in_the_journal_is_removed(base, tmp_path):
     assert Queue(plan, tmp_path).claim().key == "two-s0"
 
 
-def test_another_order_of_arms_is_another_study(base, tmp_path):
+def test_a_different_order_of_arms_makes_a_different_study(base, tmp_path):
     first = planned(small(base), tmp_path / "a")
     second = replace(first, made={**first.made, "id": "another"})
     url = f"sqlite:///{tmp_path}/trials.db"
     assert Queue(first, tmp_path, url).claim().key == Queue(second, tmp_path, url).claim().key == "one-s0"
 
 
-def test_a_storage_that_cannot_be_opened_is_reported_in_one_line(base, tmp_path):
+def test_an_unusable_storage_gives_a_one_line_error(base, tmp_path):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match="cannot open --storage"):
         Queue(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")

@@ -1,4 +1,4 @@
-"""A study detects planted differences with their sign, and no others."""
+"""A study detects planted differences with the right sign, and detects no other differences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARK = 1e-9  # a weight decay that changes nothing, by which the planted arm is 
 
 @pytest.fixture
 def base(tmp_path: Path) -> str:
-    """Emoji at half their size, for runs of seconds."""
+    """The emoji at half resolution, so that a run takes seconds."""
     config = replace_keys(
         presets.get("emoji"),
         {
@@ -40,12 +40,12 @@ def base(tmp_path: Path) -> str:
 
 
 def steps(count: int) -> dict:
-    """A number of steps, with held-out errors at the end only."""
+    """Config keys for a number of steps, with a held-out evaluation only at the end."""
     return {"train.steps": count, "train.evaluate_every": 1000}
 
 
 def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
-    """Results of the study with three seeds."""
+    """Run the study with three seeds; returns its results."""
     study = StudyConfig.from_dict({"base": base, "arms": arms, "match": "none", "samples": 16, **keys})
     out.mkdir()
     plan = open_plan(out, lambda: plan_study("study", study, CPU))
@@ -53,7 +53,7 @@ def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:
     return read_study(out)
 
 
-def test_the_same_config_twice_shows_no_difference(base, tmp_path):
+def test_two_arms_with_the_same_config_show_no_difference(base, tmp_path):
     study = ran(base, tmp_path / "aa", {"a": {}, "b": {}}, metrics=["held_out", "pixels"], set=steps(60))
     assert len(study.done) == 6
     arm = next(arm for arm in study.plan.arms if arm.name == "b")

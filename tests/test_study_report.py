@@ -95,8 +95,8 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
-    """A study with a planted difference, an arm that is compared with another than the control, one with a name that
-    means something to every format, a failed trial, one under way, and one that never started."""
+    """A study with a planted difference. One arm is not compared with the control, and one arm's name has special
+    characters of every format. One trial failed, one is under way, and one never started."""
     out = write_plan(tmp_path_factory.mktemp("study") / "out", plan := study_of({**ARMS, EVIL: {"train.clip": 0}}))
     metrics = noisy({"plain": 0.3})
     for trial in plan.trials:
@@ -110,7 +110,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
     return out, write_report(out)
 
 
-def test_the_page_loads_nothing(whole: tuple[Path, StudyReport]):
+def test_the_page_loads_no_other_files(whole: tuple[Path, StudyReport]):
     text = (whole[0] / "report.html").read_text()
     page = Page(text)
     assert all(source.startswith(("data:", "#")) for source in page.sources)
@@ -121,7 +121,7 @@ def test_the_page_loads_nothing(whole: tuple[Path, StudyReport]):
     assert set(anchors) <= set(page.ids)
 
 
-def test_the_page_holds_every_arm_every_metric_and_every_figure(whole: tuple[Path, StudyReport]):
+def test_the_page_shows_every_arm_metric_and_figure(whole: tuple[Path, StudyReport]):
     out, _ = whole
     page = Page((out / "report.html").read_text())
     for text in [*ARMS, EVIL, "does it help?", PRIMARY, "spectrum.1/4", "precision", "memorised", EMOJI.stages]:
@@ -150,7 +150,7 @@ def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, S
     assert any(sentence.startswith("Seeds of 'gate' failed") and "flatters" in sentence for sentence in made.summary)
 
 
-def test_times_come_with_the_caveat_of_other_trials(whole: tuple[Path, StudyReport]):
+def test_times_carry_a_warning_about_other_trials(whole: tuple[Path, StudyReport]):
     assert (whole[0] / "report.md").read_text().count("other trials may have run beside") >= 4
 
 
@@ -187,7 +187,7 @@ def test_the_same_folder_gives_the_same_bytes(whole: tuple[Path, StudyReport]):
     assert [path.name for path, _ in made.files] == list(names)
 
 
-def test_other_files_beside_the_figures_stay(tmp_path: Path):
+def test_a_new_report_keeps_other_files_in_the_figures_folder(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
     mine = {"figures/poster.png": b"mine", "figures/talk/notes.txt": b"mine too", "figures/curves/loss.svg": b"redrawn"}
     for name, content in mine.items():
@@ -272,7 +272,7 @@ def test_a_signed_metric_nearer_to_zero_is_better(tmp_path: Path):
     assert "'b' is better than 'a': -2, 95% interval" in text
 
 
-def test_an_arm_compared_with_another_than_the_control_names_it(tmp_path: Path):
+def test_an_arm_not_compared_with_the_control_names_its_partner(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of(ARMS), noisy({"gate": 0.2, "gate, mean": 0.2}))
     text = says(out)
     assert "'gate' is worse than 'full'" in text
@@ -280,7 +280,7 @@ def test_an_arm_compared_with_another_than_the_control_names_it(tmp_path: Path):
 
 
 def test_noise_is_rarely_reported_as_a_difference(tmp_path: Path):
-    """Of 200 studies of eight equal arms at most a twentieth may claim anything: ten, and ten more by chance."""
+    """Of 200 studies of eight equal arms, 5% may claim a difference: ten studies, and up to ten more by chance."""
     plan = study_of({f"arm {name}": {} for name in "abcdefgh"})
     out = write_plan(tmp_path / "out", plan)
     for trial in plan.trials:
@@ -294,7 +294,7 @@ def test_noise_is_rarely_reported_as_a_difference(tmp_path: Path):
     assert 0 < claims <= 20
 
 
-def test_one_seed_is_a_lead_and_no_claim(tmp_path: Path):
+def test_a_study_with_one_seed_makes_no_claim(tmp_path: Path):
     out = write_study(tmp_path / "out", study_of(ARMS, seeds=(0,)), noisy({"plain": 5.0}))
     text = says(out)
     assert "One seed: a lead, no claim." in text
@@ -362,17 +362,17 @@ def test_unequal_costs_of_matched_arms_are_reported(tmp_path: Path):
 # ---------------------------------------------------------------------------------------- refusals
 
 
-def test_other_evaluation_protocols_are_refused_by_field(tmp_path: Path):
+def test_different_evaluation_protocols_give_an_error_with_the_field(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
     out = write_plan(tmp_path / "out", plan)
     other = {**PROTOCOL, "samples": {"sampler": "dpm++", "steps": 50}}
     for trial in plan.trials:
         write_trial(out, trial, {PRIMARY: 1.0}, protocol=other if trial.arm == "b" else PROTOCOL)
-    with pytest.raises(UserError, match=r"cannot stand in one table.*samples\.steps: 25 / 50"):
+    with pytest.raises(UserError, match=r"cannot stand in one table, because.*samples\.steps: 25 / 50"):
         write_report(out)
 
 
-def test_real_images_may_differ_between_seeds_but_not_within_one(tmp_path: Path):
+def test_real_images_may_differ_between_seeds_but_not_within_a_seed(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
 
     def written(out: Path, sha256: Any) -> Path:
@@ -389,7 +389,7 @@ def test_real_images_may_differ_between_seeds_but_not_within_one(tmp_path: Path)
         read_study(written(tmp_path / "other", lambda trial: trial.key))
 
 
-def test_other_held_out_images_are_refused(tmp_path: Path):
+def test_different_held_out_images_are_refused(tmp_path: Path):
     plan = study_of({"a": {}, "b": {"data.held_out": 0.3}})
     with pytest.raises(UserError, match=r"data\.held_out"):
         write_report(write_study(tmp_path / "out", plan, noisy({})))
@@ -400,7 +400,7 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path):
         write_report(tmp_path)
 
 
-def test_a_report_without_the_studys_plug_in_names_the_option(tmp_path: Path):
+def test_a_report_with_a_missing_plug_in_names_the_option(tmp_path: Path):
     out = write_study(tmp_path / "out", plan := study_of({"a": {}, "b": {}}, seeds=(0,)), noisy({}))
     checkpoint = out / "runs" / plan.trials[1].key / "checkpoints" / "0000040"
     checkpoint.mkdir(parents=True)
@@ -417,7 +417,7 @@ def test_a_report_without_the_studys_plug_in_names_the_option(tmp_path: Path):
     assert "report.html" in command("study", "report", out)
 
 
-def test_a_damaged_result_is_named(tmp_path: Path):
+def test_the_error_names_the_damaged_result_file(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}})
     out = write_study(tmp_path / "out", plan, noisy({}))
     path = out / "runs" / plan.trials[0].key / "result.json"
@@ -429,8 +429,8 @@ def test_a_damaged_result_is_named(tmp_path: Path):
 # ------------------------------------------------------------------------------------------ curves
 
 
-def test_an_error_is_compared_at_equal_macs(tmp_path: Path):
-    """Of a run with a third less MACs a step and the same error at each step, the error at equal MACs is lower."""
+def test_held_out_errors_are_compared_at_equal_macs(tmp_path: Path):
+    """A run with a third less MACs per step has the same error at each step, so its error at equal MACs is lower."""
     plan = study_of({"full": {}, "plain": {"model.use_inner": False}}, seeds=(0,))
     runs = [read_run(write_trial(tmp_path, trial, None)) for trial in plan.trials]
     same = relative(runs[0], runs[0], (0.2, "high"))
@@ -449,8 +449,8 @@ def test_an_error_is_compared_at_equal_macs(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyReport]:
-    """Six trials: the third is the best, the fourth failed before it had a config, the fifth was pruned, the sixth is
-    not done."""
+    """A search of six trials: the third is the best, the fourth failed before it had a config, the fifth was pruned,
+    and the sixth is not done."""
     search = {"model.inner.width": [16, 32, 64], "model.inner.aggregate": ["mean", "concat"]}
     study = StudyConfig(question="which width?", search=search, trials=8, budget={"steps": 40}, seeds=(0,))
     base = plan_of(StudyConfig(arms={"base": {}}, budget={"steps": 40}, seeds=(0,)))

@@ -69,7 +69,7 @@ def test_equal_values_are_no_difference():
     assert not found.marked
 
 
-def test_rounding_is_no_difference():
+def test_rounding_errors_are_no_difference():
     a = {0: 0.1 + 0.2, 1: 0.7}
     assert paired_difference(a, {0: 0.3, 1: 0.7}).equal
 
@@ -105,7 +105,7 @@ def test_values_that_are_not_finite_are_never_marked(bad: float):
 
 
 def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
-    """Twelve arms that share the control's numbers: the marks of a study are not independent, and still hold."""
+    """Twelve arms are compared with the same control, so their marks are not independent, and the limit still holds."""
     draw, arms, studies = np.random.default_rng(0), 12, 1000
     marked = 0
     for _ in range(studies):
@@ -117,7 +117,7 @@ def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
     assert marked  # the test can fail: something is marked now and then
 
 
-def test_the_interval_covers_a_planted_difference_at_its_level():
+def test_95_percent_of_intervals_cover_a_planted_difference():
     draw, inside = np.random.default_rng(1), 0
     for _ in range(1000):
         shared = draw.normal(size=3)
@@ -175,7 +175,7 @@ def test_higher_is_better_only_for_metrics_of_that_direction():
     assert not metric_of("FID").better(0.1)
 
 
-def test_metrics_are_grouped_with_the_primary_one_first():
+def test_metrics_are_grouped_with_the_primary_metric_first():
     names = ["swd.16", "memorised", "seam.8", "swd.8", "held_out.0.2.high", "held_out.0.5.whole", "FID"]
     found = group_metrics(names, "held_out.0.5.whole")
     assert list(found) == ["held_out", "pixels", "standard", "listed"]

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A config of a few steps on the small folder, as a file; step times are not measured."""
+    """The file of a config that trains a few steps on the small image folder; step times are not measured."""
     monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
     path = tmp_path / "base.yaml"
     path.write_text(to_yaml(with_train(run_config, steps=8)))
@@ -40,7 +40,7 @@ def away() -> OperationalError:
 
 
 class Flaky:
-    """A storage whose calls fail as often as `fails` says; from `after` on, only once they are done."""
+    """A storage whose first `fails` calls fail. With `after`, a call is carried out before it fails."""
 
     def __init__(self, storage: Any, fails: int, *, after: bool = False) -> None:
         self.storage, self.fails, self.after, self.calls = storage, fails, after, 0
@@ -60,7 +60,7 @@ class Flaky:
 
 
 class Answers:
-    """A storage that answers."""
+    """A storage that always answers."""
 
     def get(self, value: int) -> int:
         return value
@@ -89,7 +89,7 @@ def test_a_call_waits_for_a_silent_storage_and_reports_its_outage_and_return():
     assert waiting.outages == 1
 
 
-def test_an_outage_of_a_lease_ends_the_call_and_later_calls_at_once():
+def test_an_outage_as_long_as_the_lease_ends_this_call_and_later_calls():
     waiting, flaky, lines = storage(fails=1000, lease=1.0)
     began = time.monotonic()
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_an_outage_of_a_lease_ends_the_call_and_later_calls_at_once():
     assert len(lines) == 1
 
 
-def test_a_call_that_must_not_wait_fails_at_once():
+def test_a_call_that_must_not_wait_fails_immediately():
     waiting, flaky, _ = storage(fails=1)
     with pytest.raises(StorageAwayError), waiting.at_once():
         waiting.get(3)
@@ -113,7 +113,7 @@ def test_a_call_that_must_not_wait_fails_at_once():
 
 
 def test_a_connection_that_breaks_within_a_query_is_an_outage():
-    """Optuna repeats such a query in the broken session, and raises the session's error as one of its own."""
+    """Optuna repeats such a query in the broken session, and raises the session's error as an error of Optuna."""
 
     class Interrupted(Answers):
         calls = 0
@@ -181,7 +181,7 @@ def test_a_result_whose_answer_was_lost_with_the_connection_counts(base, tmp_pat
     assert queue.counts()[state] == 1
 
 
-def test_an_outage_of_the_storage_loses_no_worker(base, tmp_path):
+def test_a_storage_outage_does_not_mark_workers_as_lost(base, tmp_path):
     plan, url = planned(small(base), tmp_path), f"sqlite:///{tmp_path}/trials.db"
     worker, other = Queue(plan, tmp_path, url, lease=1), Queue(plan, tmp_path, url, lease=1)
     worker.claim().trial.set_user_attr("beat", [0, 0, 0])
@@ -199,7 +199,7 @@ def test_an_outage_of_the_storage_loses_no_worker(base, tmp_path):
     assert other.counts()["running"] == 0  # it has given no sign since
 
 
-def test_a_lasting_outage_ends_the_command_with_one_line(base, tmp_path, monkeypatch, capsys):
+def test_a_lasting_outage_ends_the_command_with_a_one_line_error(base, tmp_path, monkeypatch, capsys):
     planned(small(base), tmp_path / "study")
     real = Queue.claim
 
@@ -254,7 +254,7 @@ def test_a_url_is_shown_without_its_password(url, shown):
         "://me:secret@host",
     ],
 )
-def test_an_ambiguous_url_is_refused_without_being_repeated(base, tmp_path, url):
+def test_the_error_for_an_ambiguous_url_does_not_show_the_url(base, tmp_path, url):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match=r"cannot open --storage: .*; write it as postgresql\+psycopg://") as found:
         Queue(plan, tmp_path, url)
@@ -275,13 +275,13 @@ def test_a_drivers_message_is_shown_without_the_password(url, said):
     assert shown == re.sub(r"no [^,]*(, |$)", r"no ***\1", said.splitlines()[0])
 
 
-def test_the_command_repeats_no_password(capsys):
+def test_the_command_line_error_does_not_show_the_password(capsys):
     with pytest.raises(SystemExit):
         main(["study", "report", "here", "--storage", "postgresql://me:sec@ret@host/db?sslpassword=secret&x=1"])
     assert "--storage postgresql://me:***@host/db?sslpassword=***&x=1" in capsys.readouterr().err
 
 
-def test_the_storage_may_be_named_by_the_environment(base, tmp_path, monkeypatch, capsys):
+def test_an_environment_variable_can_name_the_storage(base, tmp_path, monkeypatch, capsys):
     planned(small(base), tmp_path / "study")
     monkeypatch.setenv("DIT_IN_DIT_STORAGE", f"sqlite:///{tmp_path}/trials.db")
     main(["study", "status", str(tmp_path / "study")])
@@ -289,7 +289,7 @@ def test_the_storage_may_be_named_by_the_environment(base, tmp_path, monkeypatch
     assert not (tmp_path / "study" / "journal.log").exists()
 
 
-def test_an_empty_environment_variable_is_no_storage(base, tmp_path, monkeypatch):
+def test_an_empty_environment_variable_names_no_storage(base, tmp_path, monkeypatch):
     planned(small(base), tmp_path / "study")
     monkeypatch.setenv("DIT_IN_DIT_STORAGE", "")
     main(["study", "status", str(tmp_path / "study")])

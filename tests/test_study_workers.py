@@ -1,4 +1,4 @@
-"""Workers as processes: killed at any moment, on a journal and on PostgreSQL, they end with the serial run's table."""
+"""Worker processes that are killed at any moment still give the table of a serial run, with both kinds of storage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
-    """Four arms with two seeds: eight trials of some seconds, with a checkpoint every tenth of them."""
+    """A study of four arms with two seeds: eight trials of some seconds, each with ten checkpoints."""
     from conftest import small_model
     from dit_in_dit.config.run import DataConfig, SampleConfig, TrainConfig
 
@@ -75,7 +75,7 @@ def table(out: Path) -> dict[str, Result]:
 
 @pytest.fixture(scope="module")
 def serial(study: StudyConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """The table of one undisturbed worker."""
+    """The results of a study that one undisturbed worker has done."""
     out = tmp_path_factory.mktemp("serial") / "study"
     plan = planned(study, out)
     list(run_trials(plan, out, Queue(plan, out), CPU))
@@ -92,7 +92,7 @@ def start(out: Path, number: int, url: str | None) -> subprocess.Popen[bytes]:
 
 
 def halfway(out: Path, alive: dict[int, subprocess.Popen[bytes]], spared: Container[str]) -> tuple[int, str] | None:
-    """A worker that trains a run some checkpoints after its start, and the trial's name."""
+    """A worker that is some checkpoints into the training of a trial, and the trial's name."""
     numbers = {worker.pid: number for number, worker in alive.items()}
     for lock in out.glob("runs/*/lock"):
         key, owner = lock.parent.name, re.match(r"process (\d+)", lock.read_text())
@@ -110,9 +110,9 @@ def saved(run: Path) -> int:
 def kill_while_they_work(
     plan: Plan, out: Path, workers: int, url: str | None, kills: int
 ) -> tuple[Queue, dict[str, int]]:
-    """Let workers do a study and kill some, each in the middle of another trial; each is replaced.
+    """Let workers do a study. Kill some workers, each in the middle of a different trial, and replace each of them.
 
-    Returns the queue, and for each trial whose worker was killed the step it had saved.
+    Returns the queue, and the last saved step of each trial whose worker was killed.
     """
     queue = Queue(plan, out, url)
     alive = {number: start(out, number, url) for number in range(workers)}
@@ -141,7 +141,8 @@ def kill_while_they_work(
 
 
 def check(queue: Queue, out: Path, serial: dict[str, Result], left: dict[str, int]) -> None:
-    """Every trial done once, each lost one from the step it had saved on, and the table that of the serial run."""
+    """Check that every trial was done once, that lost trials resumed from their saved step, and that the table equals
+    the serial run's table."""
     assert table(out) == serial
     tries = queue.trials()
     done = Counter(trial.user_attrs["key"] for trial in tries if trial.state.name == "COMPLETE")
@@ -155,7 +156,7 @@ def check(queue: Queue, out: Path, serial: dict[str, Result], left: dict[str, in
         assert f"{key}: continued from step {step}\n" in said, (key, step)
 
 
-def test_killed_workers_lose_no_trial_and_do_none_twice(study, serial, tmp_path):
+def test_no_trial_is_lost_or_done_twice_when_workers_are_killed(study, serial, tmp_path):
     plan = planned(study, tmp_path / "study")
     queue, left = kill_while_they_work(plan, tmp_path / "study", 2, None, KILLS)
     check(queue, tmp_path / "study", serial, left)
@@ -170,7 +171,7 @@ WRITTEN = "p%40ss%3Aw%2Fo%25rd"  # in a URL
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A server for the duration of the test, with the password."""
+    """A database server for the duration of the test, and its password."""
     started = Server(PASSWORD)
     try:
         started.start()
@@ -179,7 +180,7 @@ def server() -> Iterator[Server]:
         started.remove()
 
 
-def test_killed_workers_with_a_database_lose_no_trial_and_do_none_twice(study, serial, tmp_path, server):
+def test_no_trial_in_a_database_is_lost_or_done_twice_when_workers_are_killed(study, serial, tmp_path, server):
     plan = planned(study, tmp_path / "study")
     queue, left = kill_while_they_work(plan, tmp_path / "study", 2, server.url(WRITTEN), 2)
     check(queue, tmp_path / "study", serial, left)
@@ -187,7 +188,7 @@ def test_killed_workers_with_a_database_lose_no_trial_and_do_none_twice(study, s
 
 
 def command_lines() -> str:
-    """The output of `ps` for all processes, without the shells that name it."""
+    """The command lines of all processes, as `ps` shows them."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -195,7 +196,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-def test_an_outage_of_seconds_ends_nothing_and_the_password_is_nowhere(study, serial, tmp_path, server):
+def test_a_short_outage_stops_no_worker_and_the_password_appears_nowhere(study, serial, tmp_path, server):
     out = tmp_path / "out"
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(study)))
     command = [sys.executable, "-m", "dit_in_dit", "study", "run", str(tmp_path / "mine.yaml"), "--out", str(out)]
@@ -230,7 +231,7 @@ def test_an_outage_of_seconds_ends_nothing_and_the_password_is_nowhere(study, se
     ("password", "database", "reason"),
     [("no%40ne", "postgres", "password authentication failed"), (WRITTEN, "none", 'database "none" does not exist')],
 )
-def test_a_refusing_database_is_reported_at_once_in_one_line(study, tmp_path, server, password, database, reason):
+def test_a_database_that_refuses_gives_an_immediate_one_line_error(study, tmp_path, server, password, database, reason):
     plan, began = planned(study, tmp_path / "study"), time.monotonic()
     with pytest.raises(UserError, match=f"cannot open --storage postgresql.*study:\\*\\*\\*@.*{reason}") as found:
         Queue(plan, tmp_path / "study", server.url(password, database))

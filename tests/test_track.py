@@ -1,4 +1,4 @@
-"""Trackers: a resumed run is one tracked run, with scalars, sample grids and curves; JSON lines are always written."""
+"""A resumed run stays one tracked run, with scalars, sample grids and curves. JSON lines are always written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def follow(config, run: Path, names, *, resume: bool = False, stop: int = STEPS + 1) -> list[str]:
-    """Train and draw as the command does, and stop as if killed after step `stop`; returns the warnings."""
+    """Train and write sample grids as the command does, and stop as if killed after `stop` steps; returns warnings."""
     warnings: list[str] = []
     facts = log_to(train(config, run, resume=resume, device="cpu"), names, run, warnings.append)
     for fact in facts:
@@ -51,12 +51,12 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    """No curves: drawing takes seconds, and only one test needs them."""
+    """Plot no curves, because plotting takes seconds and only one test needs the plots."""
     monkeypatch.setattr("dit_in_dit.training.trackers._curves", lambda run: [])
 
 
 def twice(config, run: Path, names) -> dict[int, float]:
-    """Train, killed after step 5, two steps past its checkpoint, and resume; returns the losses of the log."""
+    """Train until a kill after step 5, two steps past the checkpoint; then resume. Returns the losses of the log."""
     assert not follow(config, run, names, stop=5)
     assert not follow(config, run, chosen_trackers(None, run), resume=True)
     lines = [json.loads(line) for line in (run / "log.jsonl").open()]
@@ -78,7 +78,7 @@ def test_tensorboard_holds_each_step_once_after_a_resume_and_the_pictures(config
     assert json.loads((run / "trackers.json").read_text()) == {"tensorboard": "tensorboard"}
 
 
-def test_a_users_tracker_needs_no_package_of_its_name(no_curves, config, run, monkeypatch):
+def test_a_custom_tracker_needs_no_package_with_the_same_name(no_curves, config, run, monkeypatch):
     class Mine:
         def __init__(self, run: Path, config: Any, identity: str, step: int) -> None:
             self.identity = identity or "one"
@@ -203,7 +203,7 @@ class Notes:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_resumed_run_keeps_its_identity_at_the_tracker(no_curves, config, run, monkeypatch, name):
+def test_a_resumed_run_keeps_its_run_id_at_the_tracker(no_curves, config, run, monkeypatch, name):
     notes = Notes()
     monkeypatch.setitem(sys.modules, name, notes)
     losses = twice(config, run, [name])
@@ -228,7 +228,7 @@ def test_a_failing_tracker_is_dropped_with_one_warning(no_curves, config, run, m
     assert len(events.Scalars("train/loss")) == STEPS
 
 
-def test_a_tracker_that_cannot_start_is_a_one_line_error(config, run, monkeypatch):
+def test_a_tracker_that_cannot_start_gives_a_one_line_error(config, run, monkeypatch):
     notes = Notes()
     notes.init = lambda **options: (_ for _ in ()).throw(PermissionError("no key"))
     monkeypatch.setitem(sys.modules, "wandb", notes)

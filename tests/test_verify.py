@@ -12,7 +12,7 @@ from dit_in_dit.training.trainer import Trainer
 
 @pytest.fixture
 def run(run_config, tmp_path, full, monkeypatch):
-    """A run that has just started; unless all faults are tested, the command trains in this process."""
+    """A run that has just started. Unless all faults are tested, the command trains in this process for speed."""
     create_run(tmp_path / "run", run_config)
     if not full:
         monkeypatch.setattr(verify_resume, "_train", lambda arguments: main(["train", *arguments]))

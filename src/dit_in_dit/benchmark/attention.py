@@ -1,4 +1,4 @@
-"""Attention within small groups by several implementations, against the time of moving the same bytes."""
+"""Time attention within small groups in several implementations, and compare it with copying the same bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROADCAST_UP_TO = 8  # tokens in a group; larger groups are faster as matrix pro
 
 
 def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention elementwise, which a compiler fuses into one pass over memory."""
+    """Softmax attention in elementwise operations, which a compiler fuses into one pass over memory."""
     weights = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
     return (weights.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
 
@@ -42,9 +42,9 @@ def group_times(
     """Seconds for `tokens` tokens in groups of `length`, with queries, keys and values in the model's memory layout.
 
     Returns:
-        copy: a copy of as many bytes as attention reads (queries, keys, values) and writes (the result).
-        forward: by implementation, without gradients.
-        trained: by implementation, forward and backward.
+        copy: seconds to copy as many bytes as attention reads (queries, keys, values) and writes (the result).
+        forward: seconds by implementation, forward pass without gradients.
+        trained: seconds by implementation, forward and backward pass.
     """
     draw = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(tokens // length, length, 3, heads, width // heads, device=device, dtype=dtype, generator=draw)

@@ -35,8 +35,9 @@ class Bench:
     """Measures models and collects the results in `report`.
 
     Args:
-        seconds: of measuring, for each comparison.
-        twin: gives a plain config the cost of another one. An argument, because matching is on a higher floor.
+        seconds: measuring time for each comparison.
+        twin: a function that gives a plain config the cost of another config. It is passed in, because this package
+            must not import `study`.
         dit: a checkout of facebookresearch/DiT, to compare with the official code; None: no comparison.
 
     Raises:
@@ -65,7 +66,7 @@ class Bench:
         return BenchmarkSubject(run, self.device, make)
 
     def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
-        """Measure subjects in turns, for `longer` times the usual seconds."""
+        """Measure subjects alternately, for `longer` times the usual seconds."""
         with check_memory(subjects, self.device):
             built = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
             measurements = measure_subjects(built, longer * self.seconds)

@@ -1,4 +1,4 @@
-"""The experiments that measure speed: a suite's, and those on any config."""
+"""The experiments that measure speed: the experiments of a suite, and experiments for any config."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLER_STEPS = 8
 
 
 def run_experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
-    """The suite's experiments: a name, and a function that measures and adds to the report."""
+    """The suite's experiments: for each, a name and a function that measures and adds results to the report."""
     others = " and ".join(bench.others)
     yield f"plain DiT beside {others}", _bound(_plain, bench, suite)
     if suite.compiled:
@@ -193,10 +193,10 @@ def _rate(bench: Bench, suite: Suite, name: str) -> None:
 
 
 def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> list[Experiment]:
-    """Experiments on any configs: each compared with the models of `beside`, then measured part by part.
+    """Experiments for any configs: compare each config with the models of `beside`, then measure it part by part.
 
     Args:
-        beside: some of plain (the plain twin), first-written, diffusers, official.
+        beside: names of models to compare with: plain (the plain twin), first-written, diffusers, official.
 
     Raises:
         UserError: a config cannot be compared with a model of `beside`.
@@ -229,7 +229,7 @@ def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> Non
 
 
 def run_sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
-    """Experiments on the growth of costs along axes; UserError where a value gives no valid config."""
+    """Experiments on the growth of costs along axes; UserError if a value gives no valid config."""
     todo: list[Experiment] = []
     for name, run in runs.items():
         for axis, values in asked.items():

@@ -99,7 +99,7 @@ class FirstHead(nn.Module):
 
 
 class FirstAggregate(nn.Module):
-    """One vector per patch; inner tokens (N*T, S, E) -> (N*T, D)."""
+    """Aggregate the inner tokens (N*T, S, E) of each patch into one vector: (N*T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class FirstAggregate(nn.Module):
 
 
 class FirstFuse(nn.Module):
-    """Outer and aggregated tokens, both (N, T, D) -> outer tokens (N, T, D)."""
+    """Fuse outer tokens and aggregated tokens, both (N, T, D), into new outer tokens (N, T, D)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -158,17 +158,17 @@ class FirstSpread(nn.Module):
 
 
 def check_first_written(model: ModelConfig) -> None:
-    """UserError where the config has a choice that the plainly written version lacks."""
+    """Raise UserError if the config has a choice that the plainly written version lacks."""
     if model.qk_norm:
-        raise UserError("as first written there is model.qk_norm=false: got true")
+        raise UserError("the first-written model needs model.qk_norm=false: got true")
     for level in (model.outer, model.inner):
         if level.norm != "layer":
-            raise UserError(f"as first written there is {level.prefix}.norm=layer: got {level.norm}")
+            raise UserError(f"the first-written model needs {level.prefix}.norm=layer: got {level.norm}")
     if not model.blocks("inner"):
         return
     for name, first in {"mixer": "patch", "condition": "image", "spread": "add"}.items():
         if (value := getattr(model.inner, name)) != first:
-            raise UserError(f"as first written there is model.inner.{name}={first}: got {value}")
+            raise UserError(f"the first-written model needs model.inner.{name}={first}: got {value}")
 
 
 class FirstWritten(nn.Module):
@@ -243,7 +243,7 @@ class FirstWritten(nn.Module):
         return self.draw(outer, inner, c, per_patch, previous)
 
     def condition(self, t: Tensor) -> Tensor:
-        """Times (N,) to vectors (N, D)."""
+        """Embed times (N,) as vectors (N, D)."""
         half = TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / half * steps)

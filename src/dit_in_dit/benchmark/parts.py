@@ -76,7 +76,7 @@ class PartClock:
 
 
 def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
-    """The model's modules with the part of `cost.macs` that each belongs to, in the order in which they run."""
+    """The model's modules in the order in which they run, each with the part of `cost.macs` that it belongs to."""
     embeds = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed", "label_embed")]
     named = [("time_embed" if name == "label_embed" else name, module) for name, module in embeds]
     for stage in model.stages:
@@ -87,9 +87,9 @@ def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
-    """While open, call `mark` when a part begins, in the forward and the backward pass.
+    """Within a `with` block, call `mark` when a part begins, in the forward pass and in the backward pass.
 
-    The backward pass runs in reverse order, so a part ends there when the part before it begins.
+    The backward pass runs the parts in reverse order.
     """
     parts = parts_of(model)
     begin = [(module, partial(_begin, mark, part)) for part, module in parts]
@@ -123,7 +123,7 @@ def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of a training step of a `subject_by_parts` subject: by part of `cost.macs`, loss, optimizer and rest."""
+    """Seconds of a training step of a `subject_by_parts` subject: each part of `cost.macs`, loss, optimizer, rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = PartClock(subject.device)
     with mark_parts(subject.model, marks):
@@ -142,7 +142,7 @@ def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
 
 
 def table_parts(parts: Mapping[str, float]) -> dict[str, float]:
-    """Sums of parts by row of the table, without zeros."""
+    """The sum of the parts in each row of the table; sums of zero are left out."""
     sums = {row: sum(parts.get(part, 0) for part in members) for row, members in SHOWN_PARTS.items()}
     return {name: value for name, value in sums.items() if value}
 
@@ -155,7 +155,7 @@ def seconds_per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts
 def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
     """Seconds of a step of a `subject_by_parts` subject by part and kind of operation, from torch's profiler.
 
-    Kinds are those of `KINDS` and `other`. On CUDA it is the device's time.
+    Kinds are those of `KINDS`, and `other`. On CUDA, the seconds are device time.
     """
     assert isinstance(subject.model, NestedDiT)
     on_cuda = subject.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The results of a benchmark: ratios with their goals, subjects, parts and sweeps; as JSON and as plots."""
+"""The results of a benchmark as JSON and as plots: subjects, parts, sweeps, and ratios with their goals."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Goal:
     """A ratio and its goal.
 
     Attributes:
-        how: what the ratio is of.
-        limit: the largest value that meets the goal, or the smallest if `at_least`; None: no goal.
+        how: what was measured for the ratio.
+        limit: the largest ratio that meets the goal, or, with `at_least`, the smallest ratio; None: no goal.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds and MACs of a training step by part, for the whole batch, and seconds by kind of operation in each."""
+    """Seconds and MACs of a training step by part, for the whole batch, and seconds by operation kind in each part."""
 
     precision: str
     seconds: Mapping[str, float]
@@ -86,7 +86,7 @@ class BenchmarkReport:
     """All measurements of a benchmark.
 
     Attributes:
-        command: the command that repeats it.
+        command: the command that repeats the benchmark.
         products: MACs per second of the best matrix product, by precision.
         subjects, parts: by the subject's name.
         notes: caveats for a reader.
@@ -102,7 +102,7 @@ class BenchmarkReport:
     notes: list[str] = field(default_factory=list)
 
     def share(self, measured: Measurements) -> float:
-        """MACs per second in training, as a share of the best matrix product's."""
+        """MACs per second in training, divided by the MACs per second of the best matrix product."""
         return measured.macs_per_second / self.products[measured.precision]
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def versions() -> dict[str, str]:
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write those of parts.png, throughput.png and sweeps.png for which there are measurements.
+    """Write parts.png, throughput.png and sweeps.png. A picture without measurements is left out.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -187,7 +187,7 @@ def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
 
 
 def _draw_parts(report: BenchmarkReport) -> Figure:
-    """Bars of time by part, and each part's share of the time over its share of the MACs."""
+    """Plot the time of each part as a bar, and the part's share of the time divided by its share of the MACs."""
     rows = {name: table_parts(parts.seconds) for name, parts in report.parts.items()}
     page, axes = figure(1, 2, width=5.0, height=1.2 + 0.5 * len(rows))
     colour = dict(zip(SHOWN_PARTS, (*COLOURS, "#BBBBBB"), strict=True))
@@ -250,7 +250,7 @@ def _draw_sweeps(report: BenchmarkReport) -> Figure:
 
 
 def _log(axes: Axes, which: str) -> None:
-    """A logarithmic scale with plain numbers."""
+    """Set a logarithmic scale with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})

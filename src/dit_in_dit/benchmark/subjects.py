@@ -37,7 +37,7 @@ def first_written(run: RunConfig) -> nn.Module:
 
 
 class OtherDiT(nn.Module):
-    """A DiT of other code under the signature of our model."""
+    """A DiT from other code, with the call signature of our model."""
 
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OtherDiT(nn.Module):
 
 
 def diffusers_dit(run: RunConfig) -> nn.Module:
-    """`DiTTransformer2DModel` of diffusers in the size of a plain config; UserError where it has no such size."""
+    """`DiTTransformer2DModel` of the `diffusers` library in a plain config's size; UserError for impossible sizes."""
     model, outer = run.model, run.model.outer
     check_other_dit(model, "diffusers' DiT")
     dit = import_module("diffusers").DiTTransformer2DModel(  # the import takes seconds
@@ -102,22 +102,20 @@ def official_dit(checkout: Path) -> Make:
 
 
 def check_other_dit(model: ModelConfig, whose: str) -> None:
-    """UserError where `whose` DiT cannot have the config's size."""
+    """Raise UserError if the other DiT, named `whose` in the message, cannot have the config's size."""
     height, width = model.image_size
     if model.blocks("inner") or height != width or not model.num_classes or model.outer.mlp_ratio != 4:
-        raise UserError(
-            f"{whose} has square images, classes, an MLP ratio of 4 and no inner blocks: take such a config"
-        )
+        raise UserError(f"{whose} needs a config with square images, classes, an MLP ratio of 4 and no inner blocks")
 
 
 class BenchmarkSubject:
     """A model in training on a batch of white noise.
 
     Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data
-    loading are left out, because other DiT code has none.
+    loading are left out, because other DiT code does none of these.
 
     Args:
-        run: the config; of `train` it uses batch_size, precision, recompute and compile.
+        run: the config; from `train`, only batch_size, precision, recompute and compile are used.
         make: builds the model from the config.
     """
 
@@ -139,11 +137,11 @@ class BenchmarkSubject:
 
     @property
     def macs(self) -> int:
-        """MACs of a forward pass per image, by our count also for other code."""
+        """MACs of a forward pass per image. For models from other code, too, our code counts the MACs."""
         return cost.macs(self.run.model)["total"]
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the config's precision is bfloat16."""
+        """Autocast to bfloat16 if the config's precision is bfloat16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.train.precision == "bfloat16")
 
     @torch.no_grad()
@@ -153,7 +151,7 @@ class BenchmarkSubject:
             return self.call(*self.inputs)
 
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
-        """Take a training step; `mark` is called when the loss and the optimizer begin."""
+        """Take a training step; `mark` is called when the loss begins and when the optimizer begins."""
         with self.autocast():
             prediction = self.call(*self.inputs)
         mark("loss")
@@ -178,11 +176,11 @@ class Measurements:
     """The measurements of one subject.
 
     Attributes:
-        macs: of a forward pass per image; `macs_per_second` counts whole training steps.
+        macs: MACs of a forward pass per image; `macs_per_second` counts whole training steps.
         forward, step: seconds for the whole batch.
         kept_bytes: bytes kept for the backward pass, whole batch.
-        peak_bytes: peak bytes on a CUDA device during a step, other subjects' weights included; None elsewhere.
-        compiling_seconds: seconds of the first step of a compiled model; None for others.
+        peak_bytes: peak bytes on a CUDA device during a step, with the weights of all subjects; None on other devices.
+        compiling_seconds: seconds of the first step of a compiled model; None if the model is not compiled.
     """
 
     macs: int
@@ -207,7 +205,7 @@ class Measurements:
 
 
 def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -> dict[str, Measurements]:
-    """Measure forward passes and steps of all subjects in turns, and their memory."""
+    """Measure the forward passes and steps of all subjects alternately, and each subject's memory."""
     turns, compiling = {}, {}
     for name, subject in subjects.items():
         began = time.perf_counter()

@@ -21,13 +21,13 @@ class Suite:
         plain, compiled: compared with other DiT code.
         reference: inner first, E = D; compared with its plainly written version.
         paths: configs whose inner path is compared with their outer path per MAC, and the limit of the ratio.
-        last: configs with inner blocks last, the start of the search for a plain twin, and the limit of the step ratio.
+        last: a config with inner blocks last, the plain config that becomes its twin, and the limit of the step ratio.
         sampled: the model whose sampling and training loop are timed.
         growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
-        groups: (tokens, width, heads) of attention within groups.
+        groups: (tokens, width, heads) for the measurement of attention within groups.
         rates: models whose share of the best matrix product has a goal.
-        seconds: of measuring, for each comparison.
-        on_cuda: whether the goals for CUDA alone apply.
+        seconds: measuring time for each comparison.
+        on_cuda: whether the goals that hold only for CUDA apply.
     """
 
     plain: RunConfig
@@ -155,6 +155,6 @@ SUITES = {"cpu": _CPU, "cuda": _CUDA, "quick": _QUICK}
 
 
 def check_suite(suite: str, device: torch.device) -> None:
-    """UserError where the suite cannot run on the device."""
+    """Raise UserError if the suite cannot run on the device."""
     if suite not in ("quick", device.type):
         raise UserError(f"--suite {suite} needs a {suite.upper()} device: got --device {device}")

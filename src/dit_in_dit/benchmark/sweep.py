@@ -1,4 +1,4 @@
-"""Growth of costs with one quantity: times in turns at several values, and the exponent of a fitted power law."""
+"""Growth of costs with one quantity: times at several values, measured alternately, and a fitted power law."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Axis:
     Attributes:
         label: name of the size in plots and tables.
         keys: config keys that set the quantity to a value.
-        size: the size of a config, against which costs are fitted.
+        size: the size of a config; costs are fitted as a power of this size.
     """
 
     label: str
@@ -114,12 +114,12 @@ def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str,
     if axis not in AXES:
         raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
     if len(set(values)) < 2:
-        raise UserError(f"--sweep {axis}: two values or more make a curve: got {len(set(values))}")
+        raise UserError(f"--sweep {axis} needs two values or more, all different: got {len(set(values))}")
     return {str(value): replace_keys(run, AXES[axis].keys(run.model, value)) for value in sorted(set(values))}
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
-    """Measure step and inner path (`parts.INNER`) of a model at each value, in turns.
+    """Measure the step and the inner path (`parts.INNER`) of a model at each value, alternately.
 
     Raises:
         UserError: as `sweep_configs`.

@@ -1,4 +1,4 @@
-"""Seconds and bytes, measured in turns so that other load on the machine slows all compared models alike."""
+"""Seconds and bytes, measured alternately, so that other load on the machine slows all compared models equally."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Times:
         return median(self.rounds)
 
     def over(self, other: Times) -> float:
-        """The median of the ratios to `other` in each round, in which a slow-down of a whole round cancels."""
+        """The median over rounds of the ratio to `other`. A slow-down of a whole round cancels in the ratio."""
         return median(self.ratios(other))
 
     def ratios(self, other: Times) -> tuple[float, ...]:
@@ -61,12 +61,12 @@ def step_seconds(
 ) -> dict[str, Times]:
     """Time a training step (all its micro-batches, optimizer and average) of each config on white noise.
 
-    Each round gives every config a turn; every other round runs in reverse order. All models are in memory at once. On
-    one CPU thread, seconds are that thread's CPU time, which other processes do not affect.
+    Each round times every config once; every other round runs in reverse order. All models are in memory together. On
+    one CPU thread, seconds are the thread's CPU time, which other processes do not affect.
 
     Args:
         threads: CPU threads while measuring; None: unchanged.
-        seconds: time after which rounds end, after at least one; building and warming up not counted.
+        seconds: time limit for the rounds, of which at least one runs. Building and warming up do not count.
         rounds: largest number of rounds.
 
     Raises:
@@ -81,7 +81,7 @@ def step_seconds(
 
 @contextmanager
 def use_threads(threads: int | None) -> Iterator[None]:
-    """While open, torch uses `threads` CPU threads; None: unchanged."""
+    """Within a `with` block, torch uses `threads` CPU threads; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -92,7 +92,7 @@ def use_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def check_memory(subjects: Iterable[object], device: torch.device) -> Iterator[None]:
-    """While open, running out of the device's memory is a UserError that names the number of subjects."""
+    """Within a `with` block, running out of the device's memory raises a UserError with the number of subjects."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -104,10 +104,12 @@ def check_memory(subjects: Iterable[object], device: torch.device) -> Iterator[N
 def interleave(
     turns: Mapping[str, Callable[[], V]], seconds: float, rounds: int = 200, least: int = 3
 ) -> dict[str, list[V]]:
-    """The results of each turn by round; every other round runs in reverse order.
+    """Call every function of `turns` once in each round; returns each function's results by round.
+
+    Every other round runs in reverse order.
 
     Args:
-        seconds: time after which rounds end.
+        seconds: time limit for the rounds.
         rounds, least: largest and smallest number of rounds.
     """
     results: dict[str, list[V]] = {name: [] for name in turns}
@@ -122,7 +124,7 @@ def interleave(
 
 
 def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """A function that measures the seconds of one call of `work`, as a mean over `TURN_SECONDS`; warmed up."""
+    """Warm up `work`; returns a function that measures the seconds of one call, as a mean over `TURN_SECONDS`."""
     now = clock(device)
 
     def timed(count: int) -> float:
@@ -151,7 +153,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
-    """Estimate the seconds of warming up and one round of `step_seconds`, without building the models."""
+    """Estimate the seconds for the warm-up and one round of `step_seconds` together, without building the models."""
     macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
     with use_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))

@@ -26,17 +26,21 @@ TWIN_TOLERANCE = 0.02  # in MACs, of the plain twin
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "times, memory and parts of models, measured in turns, beside other models and beside goals"
+    about = "measure time, memory and parts of models, and compare them with other models and with goals"
     bench = commands.add("bench", _bench, about)
-    bench.add_argument("--suite", choices=("cpu", "cuda", "quick"), help="the goals (default, alone: the device's)")
+    bench.add_argument(
+        "--suite",
+        choices=("cpu", "cuda", "quick"),
+        help="measure a suite of goals (default without --preset and --sweep: the suite of the device)",
+    )
     bench.add_argument("--preset", nargs="+", default=[], metavar="NAME|FILE", help="presets or YAML files of configs")
-    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of them")
+    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every config")
     bench.add_argument(
         "--beside",
         type=_others,
         default=("plain",),
         metavar="A,B",
-        help="what each is compared with: plain (of equal MACs), first-written, diffusers, official (default: plain)",
+        help="models to compare with: plain (equal MACs), first-written, diffusers, official (default: plain)",
     )
     bench.add_argument(
         "--sweep",
@@ -48,18 +52,18 @@ def add(commands: Commands) -> None:
     )
     bench.add_argument("--dit", type=Path, metavar="DIR", help="a checkout of facebookresearch/DiT to compare with")
     add_device(bench)
-    bench.add_argument("--threads", type=whole_number, help="CPU threads (default: as many as torch takes)")
+    bench.add_argument("--threads", type=whole_number, help="CPU threads (default: torch's default)")
     bench.add_argument(
-        "--seconds", type=_seconds, help="of measuring, for each comparison (default: the suite's, or 5)"
+        "--seconds", type=_seconds, help="measuring time for each comparison (default: the suite's, or 5)"
     )
     bench.add_argument("--json", action="store_true", help="print JSON")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and plots there")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json and plots")
 
 
 def _others(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := set(names) - set(BESIDE):
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(BESIDE)}: got {sorted(unknown)[0][:40]!r}")
+        raise argparse.ArgumentTypeError(f"must be some of {', '.join(BESIDE)}: got {sorted(unknown)[0][:40]!r}")
     return names
 
 

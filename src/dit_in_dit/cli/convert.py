@@ -17,18 +17,18 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def add(commands: Commands) -> None:
     """Add the commands."""
     take = commands.add("import", _import, "make a run from official DiT or SiT weights, or from diffusers' DiT")
-    take.add_argument("source", type=Path, metavar="FILE", help="a .pt of DiT or SiT, or a folder of diffusers")
+    take.add_argument("source", type=Path, metavar="FILE", help="a .pt file of DiT or SiT, or a diffusers folder")
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(
         "--kind",
         choices=("dit", "sit"),
-        help="their files look the same (default: by the file's args or name, else dit)",
+        help="dit and sit files look the same (default: from the file's args or name, otherwise dit)",
     )
     take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
         "--num-classes",
         type=whole_number,
-        help="classes, if the file does not say: a table with exactly this many rows has no null class",
+        help="number of classes, if the file does not hold it; a label table with this many rows has no null class",
     )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
@@ -38,12 +38,13 @@ def add(commands: Commands) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="official: a .pt of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (plain DiT, path ddpm); "
+        help="official: a .pt file of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (for plain DiT with "
+        "path ddpm); "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
         "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes",
     )
     give.add_argument("--out", type=Path, required=True, help="the file or folder")
-    give.add_argument("--raw", action="store_true", help="trained weights instead of the averaged ones")
+    give.add_argument("--raw", action="store_true", help="use trained weights instead of averaged weights")
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")

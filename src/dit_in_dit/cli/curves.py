@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     """Add the command."""
     curves = commands.add("curves", _curves, "training curves of runs: loss, held-out error, gradients, speed")
     curves.add_argument(
-        "runs", type=find_run, nargs="+", metavar="RUN", help="run folders; seeds of one config are a band"
+        "runs", type=find_run, nargs="+", metavar="RUN", help="run folders; runs that differ only in seed form a band"
     )
     curves.add_argument(
         "--reach",
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
         help="report when the held-out error at time T reached ERROR, such as 0.5:0.04; repeatable "
         "(default: the last error of the worst run)",
     )
-    curves.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default, for one run: in it)")
+    curves.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default for one run: its folder)")
 
 
 def _target(text: str) -> tuple[float, float]:
@@ -50,7 +50,7 @@ def _curves(options: argparse.Namespace) -> None:
     from dit_in_dit.curves.plots import draw_curves
 
     if not options.out and len(options.runs) > 1:
-        raise UserError("curves of several runs need a folder of their own: give --out DIR")
+        raise UserError("curves of several runs need a folder for the results: give --out DIR")
     curves = [read_run(run) for run in options.runs]
     compared = arms(curves)
     result = {**convergence_tables(compared, options.reach), "notes": notes(curves)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "examine a run or a config; exit code 0: healthy, or warnings alone; 1: a fault; 2: it cannot be examined"
+    about = "examine a run or a config; exit code 0: healthy, or only warnings; 1: a fault; 2: cannot be examined"
     doctor = commands.add("doctor", _doctor, about)
     doctor.add_argument(
         "run_folder", type=find_run, nargs="?", metavar="RUN", help="a run's folder; without it, name a config:"
@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
     add_config(doctor)
     add_device(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument("--out", type=Path, metavar="DIR", help="write doctor.json and doctor.png there")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="folder for doctor.json and doctor.png")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -17,12 +17,14 @@ from dit_in_dit.runtime.process import is_main
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    encode = commands.add("encode", _encode, "encode images to latents of a VAE, to train on")
+    encode = commands.add("encode", _encode, "encode images with a VAE to latents for training")
     encode.add_argument("--data", required=True, metavar="SOURCE", help="the images: any value of data.source")
-    encode.add_argument("--vae", required=True, help="a VAE of diffusers, or a pipeline with one: a folder or a hub id")
+    encode.add_argument("--vae", required=True, help="a diffusers VAE or pipeline: a folder or a hub id")
     encode.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the latents")
-    encode.add_argument("--size", type=_size, default=(256, 256), help="of the images: 256 or 256x384 (default 256)")
-    encode.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the latents")
+    encode.add_argument("--size", type=_size, default=(256, 256), help="image size: 256 or 256x384 (default 256)")
+    encode.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type of the latents"
+    )
     encode.add_argument("--no-flips", action="store_true", help="do not encode the mirror images")
     encode.add_argument("--batch", type=whole_number, default=32, help="images per batch (default 32)")
     encode.add_argument("--shard", type=whole_number, default=2048, help="images per file (default 2048)")
@@ -43,7 +45,7 @@ def _size(text: str) -> tuple[int, int]:
 def _encode(options: argparse.Namespace) -> None:
     for assignment in options.set:
         if not assignment.startswith("data."):
-            raise UserError(f"encode --set takes keys of data: got {assignment[:60]!r}")
+            raise UserError(f"encode --set takes only keys of data: got {assignment[:60]!r}")
     data = override(RunConfig(), [f"data.source={json.dumps(options.data)}", *options.set]).data
 
     from rich.console import Console

@@ -40,7 +40,7 @@ GROUPS = ("pixels", "inception", "dinov2")
 def add(commands: Commands) -> None:
     """Add the commands."""
     evaluate = commands.add(
-        "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real ones"
+        "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real images"
     )
     evaluate.add_argument("subject", type=find_run, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
     add_num(evaluate, 1000)
@@ -61,24 +61,24 @@ def add(commands: Commands) -> None:
         "--statistics",
         type=Path,
         metavar="FILE",
-        help=".npz of ADM's layout (mu, sigma, mu_s, sigma_s) for FID and sFID",
+        help="for FID and sFID: an .npz file in ADM's layout (mu, sigma, mu_s, sigma_s)",
     )
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
-    add_sampling(evaluate, classes="as often as in the training data")
+    add_sampling(evaluate, classes="all, as often as in the training data")
     add_micro_batch(evaluate)
     add_vae(evaluate)
     evaluate.add_argument(
-        "--batch", type=whole_number, default=64, help="images in a batch of the feature networks (default 64)"
+        "--batch", type=whole_number, default=64, help="images per batch of the feature networks (default 64)"
     )
     add_device(evaluate)
     evaluate.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="default for a run: RUN/evaluation/STEP; for a shipped one evaluation/RUN/STEP",
+        help="folder for the results (default: RUN/evaluation/STEP; for a shipped run: evaluation/RUN/STEP)",
     )
 
-    compare = commands.add("compare", _compare, "one table and one picture of evaluations with equal protocols")
+    compare = commands.add("compare", _compare, "put evaluations with equal protocols into one table and one picture")
     compare.add_argument(
         "evaluations", type=find_run, nargs="+", metavar="RUN|DIR", help="evaluated runs, or --out folders"
     )
@@ -165,7 +165,7 @@ def _report(evaluation: Evaluation, out: Path) -> None:
 
 
 def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
-    """Show the progress; returns the evaluation, on process 0 alone."""
+    """Show the progress; returns the evaluation on process 0, and None on other processes."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -185,7 +185,7 @@ def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
 
 
 def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
-    """Print a row per score: each value with half its interval, and the floor."""
+    """Print a row per score: the value, half the width of its interval, and the floor."""
     rows = []
     for name, entries in scores.items():
         floor = next((s["floor"] for s in entries if s and s["floor"] is not None), None)
@@ -205,7 +205,7 @@ def _compare(options: argparse.Namespace) -> None:
     from dit_in_dit.metrics.report import compare_evaluations, draw_compared
 
     if len(options.evaluations) < 2:
-        raise UserError("compare needs two evaluations or more: got one; name another")
+        raise UserError("compare needs two evaluations or more: got one; name a second evaluation")
     labels, scores = compare_evaluations(options.evaluations)
     _print_table(scores, labels)
     if options.out:

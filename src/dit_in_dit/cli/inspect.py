@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
     inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
     add_config(inspect)
-    inspect.add_argument("--batch", type=whole_number, default=1, help="images in the batch (default 1)")
+    inspect.add_argument("--batch", type=whole_number, default=1, help="images per batch (default 1)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
 

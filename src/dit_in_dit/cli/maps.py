@@ -15,14 +15,16 @@ def add(commands: Commands) -> None:
     """Add the command."""
     maps = commands.add("maps", _maps, "look inside a trained run: attention, effect of the inner path, trajectories")
     maps.add_argument("run_folder", type=find_run, metavar="RUN")
-    maps.add_argument("--num", type=whole_number, default=6, help="held-out images, and samples (default 6)")
+    maps.add_argument(
+        "--num", type=whole_number, default=6, help="number of held-out images and of samples (default 6)"
+    )
     maps.add_argument(
         "--times", type=parse_times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9"
     )
     add_sampling(maps)
     add_device(maps)
     maps.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the page (default RUN/maps; for a shipped run maps/RUN)"
+        "--out", type=Path, metavar="DIR", help="folder for the page (default: RUN/maps; for a shipped run: maps/RUN)"
     )
 
 

@@ -1,4 +1,4 @@
-"""`match`: a model's twin, which costs as much as another model."""
+"""`match`: change a model into a twin, which costs as much as another model."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ ROWS = {  # cost: its name in the table, and its unit
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "change a model's outer transformer until it costs what another model does; keys given with --set stay"
+    about = "change a model's outer transformer until both models cost the same; keys given with --set stay"
     match = commands.add("match", _match, about)
     add_config(match)
     match.add_argument(
         "--like",
         required=True,
         metavar="NAME|FILE|RUN",
-        help="what has the wanted cost: a preset, a YAML file or a run",
+        help="the model with the wanted cost: a preset, a YAML file or a run",
     )
-    match.add_argument("--by", choices=("macs", "time", "params"), default="macs", help="the cost (default: macs)")
+    match.add_argument(
+        "--by", choices=("macs", "time", "params"), default="macs", help="the cost to match (default: macs)"
+    )
     match.add_argument("--tolerance", type=float, default=0.01, help="largest relative difference (default: 0.01)")
     add_device(match)
     match.add_argument("--json", action="store_true", help="print JSON")
-    match.add_argument("--out", type=Path, metavar="FILE.yaml", help="write the twin's config there")
+    match.add_argument("--out", type=Path, metavar="FILE.yaml", help="file for the twin's config")
 
 
 def _match(options: argparse.Namespace) -> None:
@@ -49,7 +51,7 @@ def _match(options: argparse.Namespace) -> None:
     from dit_in_dit.study.match import costs, match, quick_times
 
     if not 1e-4 <= options.tolerance < 1:
-        raise UserError(f"--tolerance must be from 0.0001 to below 1: got {options.tolerance:g}")
+        raise UserError(f"--tolerance must be at least 0.0001 and below 1: got {options.tolerance:g}")
     config, device = chosen_config(options), pick_device(options.device)
     like = replace(config, model=_named(options.like).model)  # step times compare only with equal training keys
     if options.out:

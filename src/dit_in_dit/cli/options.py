@@ -1,4 +1,4 @@
-"""Shared parts of commands: the parser, argument types, and groups of options with the values that they name."""
+"""Shared parts of commands: the parser, argument types, groups of options, and the values that options name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Commands:
         self._commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(self, name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        """Add a command with a line of help; `run` gets the parsed options. Returns its parser, for arguments."""
+        """Add a command with a line of help; `run` gets the parsed options. Returns the command's parser."""
         command = self._commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
         command.add_argument(
@@ -77,7 +77,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 
 def add_num(command: argparse.ArgumentParser, default: int) -> None:
-    """Add the options -n and --num. Under torchrun only -n works: torchrun takes --num for a prefix of its options."""
+    """Add the options -n and --num. Under torchrun only -n works, because --num is a prefix of torchrun's options."""
     command.add_argument("-n", "--num", type=whole_number, default=default, help=f"images (default {default})")
 
 
@@ -98,10 +98,10 @@ def add_vae(command: argparse.ArgumentParser) -> None:
 
 def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
     """Add the options of sampling, for `sampling_config`; `classes` describes the default of --classes."""
-    command.add_argument("--seed", type=seed, default=0, help="seed; sample i depends on the seed and i (default 0)")
     command.add_argument(
-        "--classes", help=f"class names or numbers, comma-separated, used in turn (default: {classes})"
+        "--seed", type=seed, default=0, help="seed; sample number i depends on the seed and i (default 0)"
     )
+    command.add_argument("--classes", help=f"class names or numbers, comma-separated, in rotation (default: {classes})")
     command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
     command.add_argument(
@@ -113,7 +113,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
 def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
-    """The config with the options of `add_sampling`, and the numbers of --classes (empty: all), found in `names`."""
+    """The config with the options of `add_sampling`; and the class numbers of --classes by `names`, empty for all."""
     keys = ("sampler", "steps", "guidance", "micro_batch")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))

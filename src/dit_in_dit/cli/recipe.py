@@ -16,17 +16,19 @@ FEW = 8  # images in a forward pass, below which a GPU probably waits for its ho
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    recipe = commands.add("recipe", _recipe, "the command that trains a preset on GPUs, with estimated memory and time")
+    recipe = commands.add(
+        "recipe", _recipe, "print the command that trains a preset on GPUs, with estimated memory and time"
+    )
     recipe.add_argument("preset", help="see `dit-in-dit presets`")
     recipe.add_argument(
         "--gpus",
         type=whole_number,
         action="append",
         metavar="N",
-        help="number of GPUs; repeatable (default: those of 1, 8 and 64 that divide the batch)",
+        help="number of GPUs; repeatable (default: 1, 8 and 64, if they divide the batch)",
     )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
-    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="share of the peak that a step reaches")
+    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="share of the GPU's peak that a step reaches")
     recipe.add_argument("--per-node", type=whole_number, default=8, metavar="N", help="GPUs in a machine (default 8)")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     recipe.add_argument("--json", action="store_true", help="print JSON")
@@ -38,7 +40,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, and 1 at most: got {text[:40]!r}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1: got {text[:40]!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""`sample`: draw numbered images from a run; any number of processes share the work, and it can be resumed."""
+"""`sample`: generate numbered images from a run. Several processes can share the work, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dit_in_dit.runtime.process import is_main
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    sample = commands.add("sample", _sample, "draw images from a trained run; existing images are kept")
+    sample = commands.add("sample", _sample, "generate images from a trained run; existing images are kept")
     sample.add_argument("run_folder", type=find_run, metavar="RUN")
     add_num(sample, 64)
     add_sampling(sample)
@@ -33,7 +33,8 @@ def add(commands: Commands) -> None:
         "--batch",
         type=whole_number,
         default=1,
-        help="images that a process draws between writes, in whole micro-batches; changes no byte (default: one)",
+        help="images that a process generates between writes, in whole micro-batches; does not change the images "
+        "(default: one micro-batch)",
     )
     add_vae(sample)
     add_device(sample)
@@ -41,7 +42,7 @@ def add(commands: Commands) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for the images (default samples/RUN, with options that change images: samples/RUN-seed5)",
+        help="folder for the images (default samples/RUN plus options that change images, such as samples/RUN-seed5)",
     )
 
 
@@ -72,7 +73,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _default_name(options: argparse.Namespace) -> str:
-    """The run's name and the options that change the samples, such as `emoji-seed5`: other samples, another folder."""
+    """The run's name with the options that change the samples, such as `emoji-seed5`, so that folders differ."""
     given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

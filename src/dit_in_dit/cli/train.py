@@ -40,22 +40,22 @@ def add(commands: Commands) -> None:
     train.add_argument("--init", metavar="RUN", help="start from the weights of a run or a shipped model (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument(
-        "--data", metavar="PLACE", help="with --resume: the new place of the run's data, which must be the same data"
+        "--data", metavar="PLACE", help="with --resume: the new place of the run's data; the data must be the same"
     )
     train.add_argument(
         "--track",
         metavar="NAMES",
-        help="log to trackers too: tensorboard, wandb, trackio, mlflow, with commas; none (default: those used before)",
+        help="also log to trackers, comma-separated: tensorboard, wandb, trackio, mlflow; none (default: as before)",
     )
     train.add_argument("--until", type=whole_number, metavar="STEP", help="stop after this step, to resume later")
     train.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits on CUDA too; slower (always on with reduction=fixed)",
+        help="bitwise equal results on CUDA too, but slower (always on with reduction=fixed)",
     )
     add_device(train)
 
-    demo = commands.add("demo", _demo, "train a small model on emoji from scratch and draw samples")
+    demo = commands.add("demo", _demo, "train a small model on emoji from scratch and generate samples")
     add_config(demo)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default runs/demo")
     add_device(demo)
@@ -115,9 +115,9 @@ def _signals() -> StopRequest:
 
 
 def _follow(events: Iterator[Event], out: Path, stop: StopRequest) -> None:
-    """Show events of training as a progress bar and lines; draw sample grids when they are due.
+    """Show events of training as a progress bar and lines; write sample grids when they are due.
 
-    When a signal stopped the run, ends the process with that signal's code.
+    If a signal stopped the run, the process ends with the exit code of that signal.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -191,7 +191,7 @@ def _devices(values: dict[str, Any]) -> str:
 
 
 def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) -> None:
-    """Draw the grid of a step, unless it exists; one that a signal interrupts is drawn when the run is resumed."""
+    """Write the sample grid of a step, unless it exists. If a signal interrupts this, a resumed run writes the grid."""
     from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
     from dit_in_dit.sampling.numbered import sample
     from dit_in_dit.training.interrupt import Interrupted
@@ -212,7 +212,7 @@ def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) ->
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
-    """Images decoded from latents, or the latents where the VAE cannot be loaded: a grid must not end a run."""
+    """Images decoded from latents, or the latents if the VAE cannot be loaded, because a grid must not end a run."""
     import torch
 
     from dit_in_dit.data.encode import open_decoder
@@ -239,7 +239,7 @@ def _end(event: Event, console: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    """Train or resume, sample, and put the samples beside real images."""
+    """Train or resume, generate samples, and put the samples beside real images."""
     from dit_in_dit.reporting.images import image_grid, image_png, side_by_side, to_pixels
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runs.folder import read_config
@@ -272,7 +272,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _real(config: RunConfig, count: int) -> Any:
-    """Training images, uint8 (count, H, W, C), whose classes take turns as in the samples."""
+    """Training images, uint8 (count, H, W, C), whose classes alternate as in the samples."""
     import numpy as np
     import torch
 

@@ -16,16 +16,18 @@ from dit_in_dit.runs.pretrained import find_run
 
 def add(commands: Commands) -> None:
     """Add the command."""
-    about = "train a run's config twice for a few steps, once stopped and resumed, and compare every hash"
+    about = "train a run's config twice for a few steps, stop and resume the second time, and compare every hash"
     verify = commands.add("verify-resume", _verify, about)
     verify.add_argument(
-        "run_folder", type=find_run, metavar="RUN", help="the run whose config is trained; nothing in it changes"
+        "run_folder", type=find_run, metavar="RUN", help="the run whose config is trained; the run does not change"
     )
-    verify.add_argument("--steps", type=whole_number, default=20, help="steps of the unbroken run (default 20)")
+    verify.add_argument("--steps", type=whole_number, default=20, help="steps of the run without a stop (default 20)")
     verify.add_argument(
-        "--stop", type=whole_number, metavar="STEP", help="the step at which the other run stops (default: half way)"
+        "--stop", type=whole_number, metavar="STEP", help="the step at which the second run stops (default: half way)"
     )
-    verify.add_argument("--keep", type=Path, metavar="DIR", help="keep both runs there (default: a temporary folder)")
+    verify.add_argument(
+        "--keep", type=Path, metavar="DIR", help="folder that keeps both runs (default: a temporary folder)"
+    )
     add_device(verify)
 
 
@@ -61,7 +63,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    """Train in a process of its own, so that runs share no state."""
+    """Train in a separate process, so that runs share no state."""
     command = [sys.executable, "-m", "dit_in_dit", "train", *arguments, *plugins.plugin_arguments()]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -70,7 +72,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
-    """SHA-256 in both runs by name of the file: weights and moments, averaged weights, the log."""
+    """SHA-256 in both runs by file name: weights with optimizer moments, averaged weights, and the log."""
     from dit_in_dit.runs.checkpoint import newest
     from dit_in_dit.runs.integrity import file_sha256
 

@@ -1,7 +1,7 @@
-"""The arms of a study: their names and changes, and each one's config of matched cost within the budget.
+"""The arms of a study: their names, their changed keys, and their configs with matched cost and a limited budget.
 
-Named arms, the combinations of a grid and the choices of a search all become configs by `matched_config` and
-`budgeted_config`.
+`matched_config` and `budgeted_config` make the configs of named arms, of a grid's combinations and of a search's
+choices.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MOST_ARMS = 1000
 
 
 def arm_changes(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
-    """The config keys of every arm by name, and the arm it is compared with; not matched yet.
+    """For each arm by name: the config keys that it changes (without matching), and the arm that it is compared with.
 
     Raises:
-        UserError: an arm is no group of keys, an arm compared with does not exist, or two names have one folder.
+        UserError: an arm is no group of keys, the arm to compare with does not exist, or two arms share a folder name.
     """
     if study.grid:
         named = dict(_combinations(study.grid))
@@ -53,20 +53,20 @@ def arm_changes(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
     slugs: dict[str, str] = {}
     for name in arms:
         if (other := slugs.setdefault(slug(name), name)) != name:
-            raise UserError(f"arms {other!r} and {name!r} have one folder, {slug(name)}: rename one of them")
+            raise UserError(f"arms {other!r} and {name!r} share the folder name {slug(name)}: rename one of them")
     return arms
 
 
 def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str, Any]]]:
     if (count := math.prod(map(len, grid.values()))) > MOST_ARMS:
-        raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: make it a search")
+        raise UserError(f"study.grid has {count} combinations, more than {MOST_ARMS}: use study.search instead")
     for chosen in product(*grid.values()):
         changes = dict(zip(grid, chosen, strict=True))
         yield describe_changes(changes), changes
 
 
 def describe_changes(changes: Mapping[str, Any]) -> str:
-    """Changes as a name: each value with the last part of its key, or with the whole key where last parts repeat."""
+    """A name made from changes: keys are shortened to their last part, except keys that share their last part."""
     ends = [name.rpartition(".")[2] for name in changes]
     return ", ".join(
         f"{name if ends.count(e) > 1 else e}={changes[name]}" for name, e in zip(changes, ends, strict=True)
@@ -74,19 +74,19 @@ def describe_changes(changes: Mapping[str, Any]) -> str:
 
 
 def _in_order(arms: Mapping[str, tuple[dict[str, Any], str]]) -> list[str]:
-    """Names of arms, each after the arm it is compared with; controls first."""
+    """Arm names, sorted so that each arm follows the arm it is compared with; controls come first."""
     order: list[str] = []
     while len(order) < len(arms):
         ready = [n for n, (_, against) in arms.items() if n not in order and (against == n or against in order)]
         if not ready:
             left = ", ".join(name for name in arms if name not in order)
-            raise UserError(f"study.arms: {left} are compared in a circle: one must be against a control")
+            raise UserError(f"study.arms: {left} are compared in a circle: compare one of them with a control")
         order += ready
     return order
 
 
 def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The study's base with the study's and the arm's keys, neither matched nor budgeted."""
+    """The study's base config with the study's keys and the arm's changes, before matching and budgeting."""
     is_file = study.base.endswith((".yaml", ".yml"))
     base = from_file(Path(study.base), "study.base") if is_file else presets.get(study.base)
     return replace_keys(base, {**study.set, **changes})
@@ -99,12 +99,12 @@ def matched_config(
     device: torch.device,
     threads: int | None = None,
 ) -> tuple[RunConfig, Twin | None]:
-    """The config of an arm whose cost matches that of `like`; and the twin, where it was matched.
+    """An arm's config, changed so that its cost matches `like`; and the twin, or None if nothing was matched.
 
-    Matching changes no key that the study or the arm names.
+    Matching changes no key that the study or the arm sets.
 
     Args:
-        like: config of the arm compared with; None for a control.
+        like: config of the arm to compare with; None for a control.
 
     Raises:
         NoTwin: no model is within the study's tolerance.
@@ -122,11 +122,11 @@ def budgeted_config(
 ) -> RunConfig:
     """The config of an arm with the number of steps that the study's budget allows.
 
-    Keys that neither the study nor the arm names follow the number of steps: ten held-out evaluations, eight
-    checkpoints, no grids, and a warm-up of at most a tenth.
+    If neither the study nor the arm sets these keys, they are adapted to the number of steps: ten held-out
+    evaluations, eight checkpoints, no sample grids, and a warm-up of at most a tenth of the steps.
 
     Args:
-        step_seconds: measured seconds of a step, for a budget of seconds.
+        step_seconds: measured seconds per step, needed for a budget in seconds.
     """
     train, named = config.train, {**study.set, **changes}
     for kind, amount in study.budget.items():
@@ -147,9 +147,9 @@ def budgeted_config(
 
 
 def match_arms(study: StudyConfig, device: torch.device, threads: int | None = None) -> tuple[Arm, ...]:
-    """The study's arms, each matched in cost to the arm it is compared with, within the budget.
+    """The study's arms: each arm matches the cost of the arm it is compared with, and stays within the budget.
 
-    Step times are measured where matching or the budget needs them, or where measuring takes only seconds.
+    Step times are measured if matching or the budget needs them, or if measuring takes only seconds.
 
     Raises:
         UserError: an arm cannot be matched, or arms are compared with each other in a circle.
@@ -187,7 +187,7 @@ def match_arms(study: StudyConfig, device: torch.device, threads: int | None = N
 def _times(
     study: StudyConfig, configs: Mapping[str, RunConfig], device: torch.device, threads: int | None
 ) -> dict[str, Times]:
-    """Step times of all arms in turns; empty where they are optional and would take long."""
+    """Step times of all arms, measured alternately; empty if they are optional and measuring would take long."""
     if study.match == "time" or "seconds" in study.budget:
         return step_seconds(configs, device, threads=threads, seconds=SECONDS_EACH * len(configs))
     return quick_times(configs, device, threads)

@@ -1,4 +1,4 @@
-"""Numbers of a study as CSV, and its table to paste into a paper."""
+"""Numbers of a study as CSV, and a table for a paper."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dit_in_dit.study.results import StudyResults
 
 
 def csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows below their heads, as CSV."""
+    """CSV with a header line, then the rows."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     return text.getvalue()
 
 
 def metric_rows(start: Sequence[object], result: Result | None) -> Iterator[list[object]]:
-    """`start`, step, metric, value and floor for each metric of a trial; one row without a metric if it has none."""
+    """A row for each metric of a trial: `start`, step, metric, value, floor. A trial without metrics gives one row."""
     begin = [*start, result.step if result else ""]
     if result is None or not result.metrics:
         yield [*begin, "", "", ""]
@@ -31,7 +31,7 @@ def metric_rows(start: Sequence[object], result: Result | None) -> Iterator[list
 
 
 def results_csv(study: StudyResults) -> str:
-    """CSV: a line for each arm, seed and metric; one without a metric for a trial that has none."""
+    """CSV: a line for each arm, seed and metric. A trial without metrics has one line with empty metric fields."""
     states = {(arm, seed): state for arm, seed, state, _ in study.missing()}
     rows = (
         row for key in study.folders for row in metric_rows([*key, states.get(key, "done")], study.results.get(key))
@@ -51,7 +51,7 @@ def held_out_curves(study: StudyResults) -> str:
 
 
 def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and caption of a table to paste: cost and the metrics of `_in_paper`."""
+    """Column heads, rows and caption of the table for a paper: costs, and the metrics that `_in_paper` selects."""
     shown = [name for group, names in study.metrics.items() for name in names if _in_paper(study, group, name)]
     heads = ["arm", "MACs (M)", "params (M)", *shown]
     rows = []
@@ -74,7 +74,7 @@ def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
 
 
 def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
-    """Whether a metric is shown in the table to paste: no spectra, moments and seams except a primary one."""
+    """Whether the table for a paper shows a metric. Spectra, moments and seams are shown only as primary metric."""
     known = metric_of(metric)
     if known.direction == "listed":
         return False

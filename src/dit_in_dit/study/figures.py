@@ -32,7 +32,7 @@ SAMPLES = 16
 
 
 def picture_label(name: str, most: int = LONGEST) -> str:
-    """A name of at most `most` characters for a picture, with what matplotlib would interpret escaped."""
+    """A name for a picture, cut to `most` characters; characters with a meaning in matplotlib are escaped."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
     return short.replace("$", r"\$").removeprefix("_") or "arm"
 
@@ -46,7 +46,7 @@ def panel_grid(count: int, columns: int, *, width: float, height: float) -> tupl
 
 
 def draw_forest(study: StudyResults, path: Path) -> None:
-    """Draw the differences by the primary metric with both intervals, a line for each arm."""
+    """Plot each arm's difference in the primary metric with both of its intervals."""
     metric = study.primary
     changes = [study.difference(arm, metric) for arm in study.drawn]
     scales = [formatting.scale(metric, change) for change in changes]
@@ -81,7 +81,7 @@ def draw_forest(study: StudyResults, path: Path) -> None:
 
 
 def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
-    """The limit of the axis, beyond all means, all 95% intervals, and wide intervals up to 8 times the largest mean."""
+    """The axis limit: it covers all means, all 95% intervals, and wide intervals of up to 8 times the largest mean."""
 
     def reach(ends: Iterable[tuple[float | None, float]]) -> float:
         return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
@@ -111,7 +111,7 @@ def _colour(metric: str, change: Difference) -> str:
 
 
 def draw_matrix(study: StudyResults, path: Path) -> None:
-    """Draw every arm's difference in every ranked metric, in colour where the interval excludes zero."""
+    """Plot every arm's difference in every ranked metric; a cell is coloured if the interval excludes zero."""
     metrics, arms = study.ranked, study.drawn
     page, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
     axis = axes[0, 0]
@@ -145,7 +145,7 @@ def _square(column: int, row: int, colour: str) -> Any:
 
 
 def draw_pareto(study: StudyResults, path: Path) -> None:
-    """Draw the primary metric against MACs and against time, with intervals."""
+    """Plot the primary metric with intervals against MACs, and against step time."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
     panels: list[tuple[str, list[float | None]]] = [
         ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
@@ -188,13 +188,13 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
 
 
 def _span(costs: Sequence[float | None]) -> float:
-    """The range of an axis of costs: at least a tenth of the largest, so that matched arms do not look far apart."""
+    """The range of a cost axis: at least a tenth of the largest cost, so that matched arms do not look far apart."""
     known = [x for x in costs if x is not None]
     return max(max(known) - min(known), 0.1 * max(known)) if known else 1.0
 
 
 def _apart(costs: Sequence[float | None]) -> list[float | None]:
-    """The costs, where nearly equal ones are moved apart so that every point is visible."""
+    """The costs, with nearly equal costs moved apart so that every point is visible."""
     step = 0.016 * _span(costs)
     moved = list(costs)
     order = sorted((i for i, x in enumerate(costs) if x is not None), key=lambda i: costs[i] or 0.0)
@@ -208,7 +208,7 @@ def _apart(costs: Sequence[float | None]) -> list[float | None]:
 
 
 def draw_samples(rows: dict[str, Path], path: Path) -> None:
-    """Draw a row for each `drawn.npz` by name, with real images on top; a column has one noise and one class.
+    """Plot the samples of each named `drawn.npz` as a row below a row of real images. A column has one noise and class.
 
     Raises:
         UserError: a file does not hold images.

@@ -17,7 +17,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """Mean ± half the width of its interval, to two significant digits of the half width, or of 1% of the mean."""
+    """Mean ± half the width of its interval, with decimals for two significant digits of the half width or the mean."""
     if estimate is None:
         return "-"
     if estimate.low is None or estimate.high is None or estimate.high == estimate.low:
@@ -29,12 +29,12 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def mean(study: StudyResults, arm: str, metric: str) -> str:
-    """An arm's mean by a metric, as `format_estimate` writes it."""
+    """An arm's mean in a metric, formatted by `format_estimate`."""
     return format_estimate(study.estimate(arm, metric))
 
 
 def scale(metric: str, change: Difference) -> float | None:
-    """The factor from a difference to percent; None for a metric around zero, or where the other arm's mean is 0."""
+    """The factor from a difference to percent; None for a metric around zero, or if the other arm's mean is 0."""
     return None if direction(metric) == "zero" else change.scale
 
 
@@ -45,7 +45,7 @@ def signed(percent: float) -> str:
 
 
 def format_difference(metric: str, change: Difference) -> str:
-    """The mean difference with its sign: in percent, or in the metric's unit where `scale` is None."""
+    """The mean difference with its sign: in percent, or in the metric's unit if `scale` is None."""
     if change.equal:
         return "0"
     if not math.isfinite(change.mean):
@@ -55,7 +55,7 @@ def format_difference(metric: str, change: Difference) -> str:
 
 
 def interval(metric: str, change: Difference, *, wide: bool) -> str:
-    """An interval of a difference in the unit of `format_difference`; `wide`: for all comparisons together."""
+    """The interval of a difference in the unit of `format_difference`. `wide`: the one for all comparisons together."""
     low, high = (change.wide_low, change.wide_high) if wide else (change.low, change.high)
     if low is None or high is None:
         return ""
@@ -82,11 +82,11 @@ def verdict(metric: str, change: Difference) -> str:
 
 
 def listing(names: list[str]) -> str:
-    """Names in quotes, in a sentence."""
+    """Quoted names, joined as in a sentence."""
     quoted = [f"'{name}'" for name in names]
     return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + f" and {quoted[-1]}" if quoted else "none"
 
 
 def count(amount: int, thing: str) -> str:
-    """`1 seed`, `2 seeds`."""
+    """A number with its noun: `1 seed`, `2 seeds`."""
     return f"{amount} {thing}" if amount == 1 else f"{amount} {thing}s"

@@ -1,7 +1,7 @@
 """Twins of equal cost: a model's outer transformer is changed until the model costs as much as another.
 
-The search changes the number of outer blocks first, then the outer width, then the hidden width of the MLP. The inner
-transformer is the subject of studies, so it never changes, not even where its width equalled the outer one.
+The search changes the number of outer blocks first, then the outer width, then the hidden width of the MLP. Studies
+examine the inner transformer, so it never changes, even if its width was equal to the outer width.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Twin:
 
     Attributes:
         changed: config keys that differ from the original model, each with the value before and after.
-        gap: relative difference to the wanted cost; above 0 costs more.
-        seconds: of a training step of the twin and of the model it is matched to; None where not measured.
+        gap: relative difference to the wanted cost; above 0, the twin costs more.
+        seconds: training step times of the twin and of the model it is matched to; None if not measured.
     """
 
     model: ModelConfig
@@ -51,15 +51,15 @@ class Twin:
 
 
 class NoTwin(UserError):
-    """No change of the outer transformer comes within the tolerance; `nearest` comes closest."""
+    """No change of the outer transformer is within the tolerance; `nearest` is the model with the closest cost."""
 
     def __init__(self, nearest: Twin, what: str, tolerance: float) -> None:
         outer, blocks = nearest.model.outer, nearest.model.blocks("outer")
         too_much = nearest.gap > 0 and nearest.model.blocks("inner")
-        way_out = "shrink its inner transformer" if too_much else "free more of depth, outer.width, outer.mlp_ratio"
+        way_out = "shrink the inner transformer" if too_much else "free more of depth, outer.width, outer.mlp_ratio"
         super().__init__(
-            f"no twin within {100 * tolerance:g}% in {what}: the nearest, {blocks} outer blocks {outer.width} wide, "
-            f"is {nearest.gap:+.1%} off; raise the tolerance, or {way_out}"
+            f"no twin within {100 * tolerance:g}% in {what}: the nearest has {blocks} outer blocks of width "
+            f"{outer.width} and is {nearest.gap:+.1%} off; raise the tolerance, or {way_out}"
         )
         self.nearest = nearest
 
@@ -70,7 +70,7 @@ def forward_macs(model: ModelConfig) -> int:
 
 
 def count_parameters(model: ModelConfig) -> int:
-    """Trainable parameters, computed from a model of few blocks: all blocks of a level have equally many."""
+    """Trainable parameters, computed from a model of few blocks, because all blocks of a level have the same size."""
     few = replace(model, stages=format_stages(tuple((level, 1) for level, _ in model.program)), depth=None)
     total, each = _parameters_of_few(few)
     return total + sum((model.blocks(level) - few.blocks(level)) * number for level, number in each.items())
@@ -85,7 +85,7 @@ def _parameters_of_few(few: ModelConfig) -> tuple[int, dict[str, int]]:
 
 
 def costs(config: RunConfig) -> dict[str, float]:
-    """`macs`, `params` and `activation_bytes`: what a forward pass of one image keeps for the backward pass."""
+    """`macs`, `params`, and `activation_bytes` that a forward pass of one image keeps for the backward pass."""
     activations = inspect(config.model, 1, config.train.recompute)["activation_bytes"]["total"]
     return {
         **{by: float(count(config.model)) for by, count in COUNTS.items()},
@@ -101,13 +101,14 @@ def find_twin(
 ) -> Twin:
     """The smallest change of the outer transformer that brings `count` within `tolerance` of `target`.
 
-    Change the number of outer blocks alone, if that suffices. Otherwise take the nearest width with its best number of
-    blocks; the number of heads stays, and heads of even size keep an even size. Before widths that are far off, try
-    another `mlp_ratio` of the model nearest in cost so far. Outer stages of a program keep their proportions. A named
-    order becomes a program with the same inner blocks, unless `depth_ratio` is fixed: then they follow the depth.
+    If a change in the number of outer blocks is enough, nothing else changes. Otherwise the search takes the nearest
+    width with its best number of blocks. The number of heads stays, and even head sizes stay even. Before widths that
+    are far off, the search tries another `mlp_ratio` for the model with the closest cost so far. Outer stages of a
+    program keep their proportions. A named order becomes a program with the same number of inner blocks. If
+    `depth_ratio` is fixed, the order keeps its name, and the number of inner blocks follows the depth.
 
     Args:
-        count: the cost of a model; grows with depth, width and mlp_ratio of the outer transformer.
+        count: the cost of a model, which grows with depth, width and mlp_ratio of the outer transformer.
         fixed: dotted keys, or groups of keys, that stay. `model.stages` fixes the order, not the number of blocks.
 
     Raises:
@@ -117,14 +118,14 @@ def find_twin(
 
 
 def _accept(nearest: Twin, what: str, tolerance: float) -> Twin:
-    """`nearest` if it is within the tolerance; NoTwin otherwise."""
+    """Return `nearest` if its cost is within the tolerance; otherwise raise NoTwin."""
     if abs(nearest.gap) > tolerance:
         raise NoTwin(nearest, what, tolerance)
     return nearest
 
 
 def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, fixed: Collection[str]) -> Twin:
-    """The twin, or the model that comes nearest to one."""
+    """The twin, or, if there is none, the model with the closest cost."""
     fewest, most = depth_limits(model, fixed)
     width, heads, blocks = model.outer.width, model.outer.num_heads, model.blocks("outer")
     step = math.lcm(4, heads * math.gcd(2, width // heads))  # kernels are slow on heads of odd size
@@ -136,7 +137,7 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
         return compare(_closest(lambda n: with_depth(start, n, fixed), fewest, most, target, count))
 
     def widths(sign: int) -> Iterator[Twin]:
-        """Narrower (-1) or wider models, until no number of blocks can compensate for the width."""
+        """Narrower models (`sign` -1) or wider models (1), until no number of blocks can compensate for the width."""
         for other in range(width + sign * step, SPAN * width if sign > 0 else width // SPAN, sign * step):
             start = with_outer(model, width=other)
             yield with_best_depth(start)
@@ -168,7 +169,7 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
 
 
 def _closest(make: Callable[[int], ModelConfig], low: int, high: int, target: float, count: Count) -> ModelConfig:
-    """Of make(low) to make(high), whose cost increases, the model nearest to the target; by regula falsi."""
+    """The model from make(low) to make(high) with cost nearest to the target. Costs increase; regula falsi is used."""
     below, above = count(make(low)), count(make(high))
     if target <= below or low == high:
         return make(low)
@@ -195,14 +196,14 @@ def match(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> Twin:
-    """The twin of a run's model that costs as much as another run's model; unchanged if it already does.
+    """The twin of a run's model that costs as much as another run's model; the same model if the costs already agree.
 
-    By time, models of other MACs are tried until a training step takes as long. `gap` then comes from a separate
-    measurement after the search.
+    To match time, models with different MACs are tried until their training steps take equally long. `gap` then comes
+    from a separate measurement after the search.
 
     Args:
         fixed, tolerance: as in `find_twin`.
-        device, threads: where time is measured.
+        device, threads: device and CPU threads with which time is measured.
 
     Raises:
         NoTwin: no model is within the tolerance.
@@ -216,13 +217,13 @@ def match(
 
 
 def _check_alike(model: ModelConfig, like: ModelConfig) -> None:
-    """UserError unless both models take the same images and classes: costs are per image."""
+    """Raise UserError unless both models have the same image shape and classes, because costs are per image."""
     pairs = {name: (getattr(model, name), getattr(like, name)) for name in ("image_size", "channels", "num_classes")}
     unlike = [f"model.{name}={json.dumps(wanted)}" for name, (own, wanted) in pairs.items() if own != wanted]
     if unlike:
         raise UserError(
-            f"costs compare for the same images and classes, but the model to match has {', '.join(unlike)}: "
-            "set the same here, or match another"
+            f"costs can be compared only for the same images and classes, but the model to match has "
+            f"{', '.join(unlike)}: set the same values here, or match another model"
         )
 
 
@@ -257,7 +258,7 @@ def _match_time(
 
 
 def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
-    """MACs at which the gap in time would vanish, by a line in logarithms through the two nearest models."""
+    """MACs at which the gap in time would be zero, from a line in log-log space through the two nearest models."""
     points = sorted(((math.log(forward_macs(m)), math.log1p(gap)) for m, gap in seen.items()), key=lambda p: abs(p[1]))
     x, y = points[0]
     slope = 1.0
@@ -267,7 +268,7 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
 
 
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
-    """Step times in turns; empty where a model compiles, warming up takes long or the models do not fit."""
+    """Step times, measured alternately; empty if a model compiles, warming up takes long, or memory is too small."""
     compiles = any(config.train.compile for config in configs.values())
     if compiles or estimate_seconds(configs, device, threads=threads) > SECONDS_TO_SPARE:
         return {}

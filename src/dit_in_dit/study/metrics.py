@@ -23,7 +23,7 @@ def group_metrics(metrics: Iterable[str], primary: str) -> dict[str, list[str]]:
 
 
 def _parts(metric: str) -> list[tuple[int, str]]:
-    """Sorts `swd.8` before `swd.16`."""
+    """A sort key that puts `swd.8` before `swd.16`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.findall(r"[0-9]+|[^0-9]+", metric)]
 
 

@@ -41,22 +41,22 @@ class StudyConfig(Section):
     question: str = key("", "the study's question, in words")
     base: str = key("emoji", "the preset, or the YAML file of a config, that all arms start from")
     set: dict[str, Any] = key(dict, "config keys of all arms, such as {train.batch_size: 64}")
-    arms: dict[str, Any] = key(dict, "name: {config keys}, one by one; `against: ARM` in place of the control")
+    arms: dict[str, Any] = key(dict, "name: {config keys} of each arm; `against: ARM` replaces the control")
     grid: dict[str, Any] = key(dict, "config key: [values]; every combination is an arm")
     search: dict[str, Any] = key(dict, "config key: [values] or {low, high, step or log}; a sampler chooses")
     trials: int = key(20, "number of trials of a search", low=1, high=100_000)
     control: str = key("", "the arm that the others are compared with; empty: the first")
     match: Literal["macs", "time", "params", "none"] = key("macs", "the cost that an arm shares with the control")
     tolerance: float = key(0.02, "largest relative difference in the matched cost", low=1e-4, high=1)
-    budget: dict[str, Any] = key(dict, "one of steps, images, macs, seconds of training; empty: train.steps")
-    seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once for each", low=0, high=2**63 - 1)
+    budget: dict[str, Any] = key(dict, "training budget in steps, images, macs or seconds; empty: train.steps")
+    seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once with each seed", low=0, high=2**63 - 1)
     metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, inception, dinov2")
     primary: str = key("held_out.0.2.high", "the metric that the study is judged by; a search minimises it")
-    samples: int = key(256, "samples of each trial, for all metrics except held_out", low=2, high=10**6)
+    samples: int = key(256, "number of samples per trial, for all metrics except held_out", low=2, high=10**6)
     prune: bool = key(False, "stop trials whose held-out error is above the median of the others")
     weights: str = key("", "torch-fidelity's Inception weights, for inception")
     dinov2: str = key("", "folder of DINOv2 weights, for dinov2")
-    threads: int = key(1, "CPU threads of a trial: results are the same for any number of workers", low=1, high=1024)
+    threads: int = key(1, "CPU threads per trial; results do not depend on the number of workers", low=1, high=1024)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -88,7 +88,7 @@ class StudyConfig(Section):
 
 
 def _check_values(name: str, values: Any, what: str) -> None:
-    """UserError when the values of a key of a grid or a search are not valid."""
+    """Raise UserError if the values for a key of a grid or a search are invalid."""
     if isinstance(values, list) and values:
         return
     if what == "search" and isinstance(values, dict):
@@ -124,7 +124,7 @@ def read_study_config(name: str, assignments: Iterable[str] = ()) -> StudyConfig
 
 
 def _assign(values: dict[str, Any], name: str, value: Any) -> None:
-    """Set a key, or after the first dot a key within a group. A budget has one key, so it is replaced."""
+    """Set a key, or a key in a group (`group.key`). A budget has only one key, so the old budget is replaced."""
     group, _, rest = name.partition(".")
     if not rest:
         values[name] = value
@@ -133,7 +133,7 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     elif group in ("set", "grid", "search"):
         before = values.get(group) or {}
         if not isinstance(before, dict):
-            raise UserError(f"study.{group} was set to {truncate(before, 40)!r}, which has no keys: leave out one")
+            raise UserError(f"study.{group} was set to {truncate(before, 40)!r}, which has no keys: leave one out")
         values[group] = {**before, rest: value}
     else:
         raise UserError(f"unknown key 'study.{name}'{did_you_mean(f'study.{name}', StudyConfig.names())}")
@@ -148,7 +148,7 @@ class Arm:
         against: the arm it is matched to and compared with; its own name for the control.
         config: the config that is trained, with seed 0.
         matched: keys that matching changed, each with the value before and after.
-        cost: `macs` of a forward pass per image, `params`, and, where measured, `time`: seconds of a training step.
+        cost: `macs` (forward pass per image), `params`, and, if measured, `time` (seconds of a training step).
         gap: relative difference to `against` in each cost.
     """
 
@@ -177,7 +177,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study as it runs. A search has no arm but the control.
+    """A study that is ready to run. In a search, the control is the only arm.
 
     Attributes:
         made: the device, versions and data digests that the plan was made with.
@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """Every arm with every seed, seed by seed: a study that is stopped early has complete rounds."""
+        """Every arm with every seed. All arms of a seed come first, so that a study stopped early has whole rounds."""
         return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
 
     def to_json(self) -> str:
@@ -224,7 +224,7 @@ class Plan:
         names = {arm.name for arm in arms}
         if len(names) < len(arms) or {arm.against for arm in arms} - names:
             raise UserError(
-                "this is no plan of a study: two arms have one name, or an arm is compared with no arm of it"
+                "this is no plan of a study: two arms have one name, or an arm is compared with an unknown arm"
             )
         plan = cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
         if not any(arm.against == arm.name for arm in arms):
@@ -236,7 +236,7 @@ def read_plan(out: Path) -> Plan:
     """Read the plan in a study's folder.
 
     Raises:
-        UserError: there is no plan, it is damaged, or it names a choice of a plug-in that is not loaded.
+        UserError: there is no plan, it is damaged, or it uses a class of a plug-in that is not loaded.
     """
     path = out / "plan.json"
     try:
@@ -254,9 +254,11 @@ def read_plan(out: Path) -> Plan:
 
 def _arm_from_dict(values: dict[str, Any]) -> Arm:
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in values["matched"].values()):
-        raise UserError(f"this is no plan of a study: what was matched of {truncate(values['name'], 40)!r} is no pair")
+        raise UserError(
+            f"this is no plan of a study: a matched key of {truncate(values['name'], 40)!r} must hold two values"
+        )
     if not all(has_form(number, NUMBER) for kind in ("cost", "gap") for number in values[kind].values()):
-        raise UserError(f"this is no plan of a study: a cost of {truncate(values['name'], 40)!r} is no number")
+        raise UserError(f"this is no plan of a study: a cost of {truncate(values['name'], 40)!r} is not a number")
     matched = {name: (before, after) for name, (before, after) in values["matched"].items()}
     parts = {f.name: values[f.name] for f in fields(Arm)}
     return Arm(**{**parts, "config": RunConfig.from_dict(values["config"]), "matched": matched})

@@ -1,4 +1,4 @@
-"""From a study to the plan in its folder, with every check that is possible before the first trial."""
+"""Make a study's plan, write the plan into a folder, and check everything possible before the first trial."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
 
 
 def check_data(plan: Plan) -> None:
-    """UserError when the images are not those of the plan: trials would be of different images.
+    """Raise UserError if the images are not those of the plan, because trials would then use different images.
 
-    Plans of earlier versions without digests are not checked.
+    Plans of earlier versions have no digests, so their images are not checked.
     """
     noted = plan.made.get("data")
     digests = dict(noted) if isinstance(noted, dict) else {}
@@ -75,7 +75,7 @@ def check_data(plan: Plan) -> None:
 
 
 def _check_primary(study: StudyConfig, config: RunConfig) -> None:
-    """UserError when the primary metric is not among those that will be measured."""
+    """Raise UserError if the primary metric will not be measured."""
     known = []
     if "held_out" in study.metrics and config.train.evaluate_every:
         known = [f"held_out.{t}.{kind}" for t in EVALUATION_TIMES for kind in ("whole", "high")]
@@ -93,17 +93,17 @@ def _check_primary(study: StudyConfig, config: RunConfig) -> None:
 
 
 def open_networks(study: StudyConfig, device: torch.device) -> tuple[Network, ...]:
-    """The feature networks of the study's metrics; UserError where their weights are missing."""
+    """The feature networks of the study's metrics; UserError if the weights of a network are missing."""
     weights = {"inception": study.weights, "dinov2": study.dinov2}
     wanted = [name for name in weights if name in study.metrics]
     return tuple(open_network(name, Path(weights[name]) if weights[name] else None, device) for name in wanted)
 
 
 def open_plan(out: Path, make: Callable[[], Plan], study: StudyConfig | None = None) -> Plan:
-    """The plan in `out`; if there is none, the plan from `make`, which only one process writes.
+    """The plan in `out`. If there is none, exactly one process writes the plan that `make` returns.
 
     Args:
-        study: the study that the plan must be of; None: any.
+        study: the study that the plan must belong to; None: any study.
 
     Raises:
         UserError: `out` holds another study.

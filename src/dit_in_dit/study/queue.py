@@ -1,12 +1,12 @@
 """A queue of a study's trials for any number of workers: each trial is done once, and none is lost.
 
-Optuna stores the trials: in a journal file for the workers of one machine, or in a database for those of many. While a
-worker has a trial, it increments a counter in the storage, the trial's *beat*. If the beat does not change for the
-length of a lease, by an observer's own clock, the trial has lost its worker. One observer marks the trial as failed and
-enqueues it again; the next worker resumes it from its last checkpoint.
+Optuna stores the trials: in a journal file for workers on one machine, or in a database for workers on several. While a
+worker has a trial, the worker increments a counter in the storage, the trial's *beat*. If the beat does not change for
+the length of a lease, by an observer's own clock, the trial has lost its worker. One observer marks the trial as failed
+and enqueues the trial again; the next worker resumes from the last checkpoint.
 
-Two workers may enqueue the same trial at once. Among the tries of one key, the first that was not lost counts; a worker
-that gets another one discards it.
+Two workers may enqueue the same trial at the same time. Among the tries of one key, the first try that was not lost
+counts; a worker discards any other try.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Lease:
 
     Attributes:
         key: the trial's name, the same for every try.
-        losses: workers that the trial lost since its last checkpoint.
-        step, saved: its training step and the step of its last checkpoint, for other processes to read.
+        losses: number of workers that were lost with the trial since its last checkpoint.
+        step, saved: the trial's training step and the step of its last checkpoint, for other processes to read.
         lost: set when another worker took the trial.
     """
 
@@ -57,7 +57,7 @@ class Lease:
     lost: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        """LeaseLostError when the trial went to another worker because its beat stopped."""
+        """Raise LeaseLostError if the trial went to another worker because its beat stopped."""
         if self.lost.is_set():
             raise LeaseLostError(self.key)
 
@@ -67,13 +67,13 @@ class Queue:
 
     Args:
         url: SQLAlchemy URL of a database (postgresql+psycopg://...); None: the journal file in `out`.
-        lease: seconds without a beat after which a trial goes to another worker; also how long calls wait for a storage
-            that does not answer.
+        lease: seconds without a beat after which a trial goes to another worker. Calls also wait this long for a
+            storage that does not answer.
         say: called with a line when the storage stops answering, and when it answers again.
 
     Raises:
         UserError: the storage cannot be opened.
-        StorageAwayError: later, from any method: the storage has not answered for a lease.
+        StorageAwayError: any later call raises it if the storage has not answered for the length of a lease.
     """
 
     def __init__(
@@ -160,18 +160,18 @@ class Queue:
             self.study.tell(trial, state=self.states.FAIL)
 
     def _is_first(self, key: str, number: int) -> bool:
-        """Whether this try is the one of its key that counts, and the key is within the study's number of trials."""
+        """Whether this try is the one that counts for its key, and the key is within the study's number of trials."""
         if self.plan.study.search and key not in self._searched()[: self.total]:
             return False
         return self.keys()[key].number == number
 
     def _searched(self) -> list[str]:
-        """The keys of a search so far, in order."""
+        """The keys of the search's trials so far, in order."""
         attributes = [trial.user_attrs for trial in self.trials() if trial.user_attrs.get(OUTCOME) != "surplus"]
         return sorted({each["key"] for each in attributes if "key" in each})
 
     def _enqueue(self) -> None:
-        """Enqueue the trials without a live try: all of them at the start, later those that were lost."""
+        """Enqueue every trial without a live try: at the start all trials, later the lost trials."""
         live = self.keys()
         if not self.plan.study.search:
             for trial in self.plan.trials:
@@ -185,13 +185,13 @@ class Queue:
                 live[key] = lost
 
     def _losses(self, key: str) -> int:
-        """The number of workers that the trial lost since its last checkpoint."""
+        """The number of workers that were lost with the trial since its last checkpoint."""
         tries = [t for t in self.trials() if t.user_attrs.get("key") == key and not self._live(t)]
         saved = [t.user_attrs["beat"][2] for t in tries if "beat" in t.user_attrs and OUTCOME not in t.user_attrs]
         return saved.count(max(saved)) if saved else 0
 
     def _give_up_lost(self) -> None:
-        """Mark trials whose beat has not changed for a lease as failed, unless another observer already did."""
+        """Mark a trial as failed if its beat has not changed for a lease, unless another observer has marked it."""
         trials, now = self.trials(), time.monotonic()
         if self._outages != self.storage.outages:  # during an outage no beat arrives
             self._outages = self.storage.outages
@@ -208,9 +208,9 @@ class Queue:
 
     @contextmanager
     def keep(self, lease: Lease) -> Iterator[None]:
-        """While open, renew the trial's beat in a thread, and give up trials of lost workers.
+        """Within a `with` block, renew the trial's beat in a thread, and give up trials of lost workers.
 
-        A trial that has not ended on exit is given back for the next worker.
+        If the trial has not ended when the block ends, the trial is given back for the next worker.
         """
         done = threading.Event()
         thread = threading.Thread(target=self._beats, args=(lease, done), daemon=True)
@@ -248,7 +248,7 @@ class Queue:
             self._end(lease.trial.number, self.states.FAIL)
 
     def _end(self, number: int, state: Any, value: float | None = None) -> bool:
-        """Record how a trial ended; False when it had ended otherwise before."""
+        """Record how a trial ended. Returns False if a different end was recorded before."""
         try:
             self.study.tell(number, value, state)
         except self.errors:
@@ -257,8 +257,8 @@ class Queue:
         return True
 
     def report(self, lease: Lease, value: float, step: int) -> bool:
-        """Record an error during training; whether the pruner stops the trial. An error that is not finite is not
-        compared: the run continues, or ends as diverged."""
+        """Record a held-out error during training; returns whether the pruner stops the trial. An error that is not
+        finite is not recorded: the run continues, or it ends as diverged."""
         if not math.isfinite(value):
             return False
         try:
@@ -268,10 +268,10 @@ class Queue:
         return self.plan.study.prune and lease.trial.should_prune()
 
     def done(self, lease: Lease, state: str, value: float | None) -> None:
-        """Record the result: done with the primary metric's value, pruned or failed.
+        """Record the result: `done` (with the primary metric's value), `pruned` or `failed`.
 
         Raises:
-            LeaseLostError: another worker took the trial before.
+            LeaseLostError: another worker took the trial earlier.
         """
         if state == "failed":
             try:

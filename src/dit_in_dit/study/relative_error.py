@@ -1,4 +1,4 @@
-"""Held-out error of each arm relative to the arm it is compared with, over training."""
+"""Held-out error during training, of each arm relative to the arm it is compared with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ COLUMNS = 4
 
 
 def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats, Floats]:
-    """Training MACs (V,) of a run's evaluations, and its errors in percent above the other run's at equal MACs.
+    """Compare a run's held-out errors with another run's held-out errors at equal training MACs.
 
-    The other run's error is interpolated log-log between its evaluations. Evaluations outside their range are left out.
+    The other run's error is interpolated log-log between its evaluations. Evaluations of the run outside the other
+    run's range of MACs are left out.
+
+    Returns:
+        training MACs (V,) of the run's evaluations, and percent (V,) by which the run's errors are above the other's.
     """
     macs, error = curve.macs(curve.evaluated), curve.held_out.get(at, np.empty(0))
     other_macs, other_error = other.macs(other.evaluated), other.held_out.get(at, np.empty(0))
@@ -34,11 +38,11 @@ def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats,
 
 
 def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
-    """Draw a panel for each arm, a line for each seed, of its error relative to the arm it is compared with.
+    """Plot each arm's error relative to the arm it is compared with: a panel for each arm, a line for each seed.
 
     Returns:
-        time and frequencies of the error: the primary metric's if it is a held-out error. None, and no picture, where
-        no held-out error was logged.
+        time t and frequencies of the plotted error: the primary metric's if the primary metric is a held-out error.
+        If no held-out error was logged: None, and no picture is written.
     """
     at = _time_and_band(study)
     panels = []
@@ -73,7 +77,7 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
 
 
 def _time_and_band(study: StudyResults) -> tuple[float, str] | None:
-    """The time and frequencies of the primary metric, or of the first held-out error that was logged."""
+    """The time t and frequencies of the primary metric, or of the first held-out error that was logged."""
     logged = [at for log in study.logs.values() for at in log.held_out]
     named = [at for at in logged if study.primary == f"held_out.{at[0]:g}.{at[1]}"]
     return next(iter([*named, *logged]), None)

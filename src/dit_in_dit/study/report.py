@@ -1,4 +1,4 @@
-"""The report of a study: a page, the same as Markdown, numbers as CSV, and tables to paste."""
+"""The report of a study: an HTML page, the same content as Markdown, numbers as CSV, and tables for a paper."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class StudyReport:
 def write_report(out: Path) -> StudyReport:
     """Write the report of a study, finished or not, into its folder; the same folder gives the same bytes.
 
-    Nothing is deleted: figures of an earlier report stay, also where this report has none of that name.
+    Nothing is deleted: figures of an earlier report stay, even if the new report has no figure of the same name.
 
     Raises:
         UserError: there is no study, a file of it is damaged, its trials were not evaluated alike, or a package is
@@ -159,8 +159,8 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 
 def _groups(study: StudyResults) -> list[list[RunGroup]]:
-    """Arms that share a picture of curves: at most one for each colour, each with the arm it is compared with, and the
-    control."""
+    """Groups of arms, one for each picture of curves. A group has no more arms than there are colours. It holds the
+    control, and each of its arms together with the arm it is compared with."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
     control = study.plan.control.name
     groups: list[dict[str, None]] = [{control: None}]

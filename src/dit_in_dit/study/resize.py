@@ -1,4 +1,4 @@
-"""Models with another depth, width or MLP of the outer transformer; the inner transformer stays."""
+"""Change the depth, width or MLP of a model's outer transformer; the inner transformer stays unchanged."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dit_in_dit.config.schema import Section, keys
 
 
 def changed_keys(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys in which two models differ, with both values."""
+    """Dotted config keys whose values differ between two models, with both values."""
     pairs = zip(keys(before, "model."), keys(after, "model."), strict=True)
     return {name: (a, b) for (name, _, a), (_, _, b) in pairs if a != b and not isinstance(a, Section)}
 
 
 def is_fixed(name: str, fixed: Collection[str]) -> bool:
-    """Whether `fixed` has the dotted key or a group of it."""
+    """Whether `fixed` holds the dotted key, or a group that contains the key."""
     return any(name == key or name.startswith(f"{key}.") for key in fixed)
 
 
@@ -37,7 +37,7 @@ def with_hidden(model: ModelConfig, hidden: int) -> ModelConfig:
 
 
 def _follows(model: ModelConfig, fixed: Collection[str]) -> bool:
-    """Whether inner blocks follow the depth."""
+    """Whether the number of inner blocks changes with the number of outer blocks."""
     return model.depth is not None and model.use_inner and is_fixed("model.inner.depth_ratio", fixed)
 
 
@@ -64,7 +64,7 @@ def with_depth(model: ModelConfig, blocks: int, fixed: Collection[str]) -> Model
 
 
 def _apportion(total: int, weights: list[int]) -> list[int]:
-    """Integers in proportion to the weights that sum to `total`, at least one each (largest remainder)."""
+    """Divide `total` into integers in proportion to the weights, each at least 1 (largest-remainder method)."""
     exact = [total * weight / sum(weights) for weight in weights]
     shares = [max(1, int(share)) for share in exact]
     places = range(len(weights))

@@ -14,7 +14,7 @@ from dit_in_dit.config.strict_json import has_form, parse_json
 STATES = ("done", "failed", "pruned")
 NOT_FINITE = ("nan", "inf", "-inf")
 FORM = {"arm": str, "seed": int, "state": str, "step": int, "metrics": dict, "floors": dict, "protocol": dict}
-WAY_OUT = "remove it, and the trial is done again"
+WAY_OUT = "remove this file, and the trial is done again"
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Result:
 
     Attributes:
         state: done, failed (`reason` says why) or pruned.
-        metrics: at the last step, by name, such as `held_out.0.2.high` or `swd.32`.
-        floors: the score of real images against real images, for the metrics that have one.
-        protocol: of the evaluation, as in `metrics.json`; empty where the study measures held-out errors only.
+        metrics: values at the last step by name, such as `held_out.0.2.high` or `swd.32`.
+        floors: scores of real images against real images, for metrics that have such a score.
+        protocol: the evaluation's protocol, as in `metrics.json`; empty if the study measures only held-out errors.
     """
 
     arm: str
@@ -53,14 +53,14 @@ class Result:
 
 
 def _written(numbers: dict[str, float]) -> dict[str, float | str]:
-    """Numbers for JSON; those that are not finite as strings, as in a run's log."""
+    """Numbers for JSON; numbers that are not finite become strings, as in a run's log."""
     return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The inverse of `_written`; UserError where a value is not a number."""
+    """The inverse of `_written`; UserError if a value is not a number."""
     if not all(has_form(value, (int, float)) or value in NOT_FINITE for value in values.values()):
-        raise UserError(f"this is no result of a trial: one of its metrics is no number; {WAY_OUT}")
+        raise UserError(f"this is no result of a trial: one of its metrics is not a number; {WAY_OUT}")
     return {name: float(value) for name, value in values.items()}
 
 

@@ -31,9 +31,9 @@ class StudyResults:
     """The results of a study of named arms, finished or not.
 
     Attributes:
-        results: of the trials that ended, by arm and seed, in the order of the plan.
-        folders: of all planned trials, by arm and seed.
-        logs: of the trials that logged a step, by arm and seed.
+        results: results of the trials that ended, by arm and seed, in the order of the plan.
+        folders: folders of all planned trials, by arm and seed.
+        logs: logs of the trials that logged a step, by arm and seed.
     """
 
     plan: Plan
@@ -53,7 +53,7 @@ class StudyResults:
 
     @property
     def drawn(self) -> list[Arm]:
-        """The compared arms that pictures show: all, except in a very large grid."""
+        """The compared arms that pictures show: all arms, unless the grid is very large."""
         return self.compared[:MOST_DRAWN]
 
     @property
@@ -74,11 +74,11 @@ class StudyResults:
 
     @property
     def ranked(self) -> list[str]:
-        """Metrics of which one value is better than another."""
+        """Metrics with a direction: a higher value, a lower value or a value nearer to zero is better."""
         return [name for members in self.metrics.values() for name in members if direction(name) != "listed"]
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
-        """A metric of an arm by seed, of the trials that are done."""
+        """An arm's values of a metric by seed, from the trials that are done."""
         return {
             seed: float(result.metrics[metric])
             for (name, seed), result in self.done.items()
@@ -99,12 +99,12 @@ class StudyResults:
         return paired_difference(own, other, max(1, len(self.compared)))
 
     def floor(self, metric: str) -> float | None:
-        """The score of real images against real images, mean over trials; None where no trial has it."""
+        """The score of real images against real images, mean over trials; None if no trial has this score."""
         floors = [r.floors[metric] for r in self.done.values() if r.floors.get(metric) is not None]
         return sum(floors) / len(floors) if floors else None
 
     def missing(self) -> Iterator[tuple[str, int, str, str]]:
-        """Arm, seed, state and reason of every trial without numbers."""
+        """Arm, seed, state and reason of every trial without metrics."""
         for key in self.folders:
             result = self.results.get(key)
             if result is None:
@@ -114,9 +114,9 @@ class StudyResults:
                 yield *key, result.state, result.reason or f"at step {result.step}"
 
     def arms_of_curves(self) -> list[RunGroup]:
-        """The curves of each arm: of its trials that are done, or, if none is, of all that logged a step.
+        """The curves of each arm's done trials. If an arm has no done trial, those of all trials that logged a step.
 
-        A trial that failed or is under way would cut the arm's curve short. Arms of equal configs stay apart.
+        A trial that failed or still runs would cut the arm's curve short. Arms with equal configs are not merged.
         """
         groups = []
         for arm in self.plan.arms:
@@ -132,7 +132,7 @@ class SearchTrial:
 
     Attributes:
         changes: config keys that the sampler chose, with their values.
-        config: None where there is none, as when no match exists.
+        config: None if the trial has no config, for example because no match exists.
         result: None until the trial ends.
     """
 
@@ -151,7 +151,7 @@ class SearchResults:
     trials: list[SearchTrial]
 
     def value(self, trial: SearchTrial) -> float:
-        """The primary metric as it is ranked; NaN where there is none."""
+        """The value of the primary metric by which the trial is ranked; NaN if the trial has no such value."""
         if trial.result is None or trial.result.state != "done":
             return math.nan
         value = trial.result.metrics.get(self.plan.study.primary)
@@ -188,12 +188,14 @@ def read_study(out: Path) -> StudyResults:
 
 
 def read_search(out: Path) -> SearchResults:
-    """Read a search; errors as `read_study`."""
+    """Read a search; raises the same errors as `read_study`."""
     plan, trials = read_plan(out), []
     for path in sorted(out.glob("runs/*/changes.json")):
         choice, folder = read_json(path), path.parent
         if not has_form(choice, {"number": int, "changes": dict}):
-            raise UserError(f"{path} does not hold a trial's number and changes: remove it, and the trial is left out")
+            raise UserError(
+                f"{path} does not hold a trial's number and changes: remove this file to leave the trial out"
+            )
         config = read_config(folder) if (folder / "config.yaml").exists() else None
         trials.append(SearchTrial(choice["number"], choice["changes"], config, folder, read_result(folder)))
     _check_alike(plan, {t.folder: t.result for t in trials if t.result is not None and t.result.state == "done"})
@@ -201,10 +203,10 @@ def read_search(out: Path) -> SearchResults:
 
 
 def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
-    """UserError when two trials have different evaluation protocols.
+    """Raise UserError if two trials have different evaluation protocols.
 
-    An endless source has no fixed training set: a trial's reference is the images that it saw, which depend on its
-    seed. So the digest of the reference must agree within a seed only.
+    An endless source has no fixed training set. The reference of a trial is then the images that the trial saw, which
+    depend on the seed. So the digest of the reference must agree only between trials of the same seed.
     """
     firsts: dict[int | None, tuple[Path, dict[str, Any]]] = {}
     torch_version = str(plan.made.get("versions", {}).get("torch", ""))
@@ -217,6 +219,6 @@ def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
             first, expected = firsts.setdefault(seed, (path, compared))
             if field_ := json_difference(expected, compared):
                 raise UserError(
-                    f"{first.name} and {path.name} cannot stand in one table, their evaluation protocols differ in "
-                    f"{field_}; evaluate them alike"
+                    f"{first.name} and {path.name} cannot stand in one table, because their evaluation protocols "
+                    f"differ in {field_}; evaluate both in the same way"
                 )

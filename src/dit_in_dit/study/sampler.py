@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def suggest_changes(study: StudyConfig, trials: optuna.Study, trial: optuna.Trial) -> None:
     """Let the sampler choose the config keys of a trial; choices of an earlier try are kept.
 
-    The trial's number seeds the sampler. A sampler that kept its state would choose alike in every worker, and would
-    repeat its choices when the study is resumed.
+    The trial's number seeds the sampler. If a sampler kept its state instead, it would make the same choices in every
+    worker, and would repeat its choices when the study is resumed.
     """
     from optuna.samplers import TPESampler
 

@@ -27,7 +27,7 @@ SHOWN = 6  # best trials whose samples are shown
 
 
 def summarise_search(searched: SearchResults) -> list[str]:
-    """Sentences about the number of trials, the best one, and how much a search can claim."""
+    """Sentences about the number of trials, the best trial, and how much a search can claim."""
     study = searched.plan.study
     states = {
         name: sum(_state(t) == name for t in searched.trials) for name in ("done", "pruned", "failed", "not done")
@@ -54,7 +54,7 @@ def _state(trial: SearchTrial) -> str:
 
 
 def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
-    """Protocol, trials, panels, samples, and the study to confirm the best."""
+    """The report's chapters: protocol, trials, panels, samples, and a study to confirm the best trials."""
     evaluated = next((t.result.protocol for t in searched.trials if t.result and t.result.protocol), {})
     parts = [
         Chapter("Protocol", tables.protocol_tables(searched.plan, evaluated)),
@@ -81,7 +81,7 @@ def _keys(searched: SearchResults) -> list[str]:
 
 
 def _rows(searched: SearchResults) -> list[tuple[SearchTrial, list[str]]]:
-    """Every trial, the best first and those without a number last, and its cells."""
+    """Every trial and its table cells. The best trial comes first; trials without a finite metric come last."""
     ranked = searched.ranked
     known = {trial.number for trial in ranked}
     rest = [trial for trial in searched.trials if trial.number not in known]
@@ -118,7 +118,7 @@ def _table(searched: SearchResults) -> Table:
 
 
 def _draw(searched: SearchResults, path: Path) -> None:
-    """Draw a panel for each key, and one for MACs."""
+    """Plot a panel for each searched key, and a panel for MACs."""
     ranked = searched.ranked
     values = [searched.value(trial) for trial in ranked]
     panels: dict[str, list[Any]] = {
@@ -146,7 +146,7 @@ def _draw(searched: SearchResults, path: Path) -> None:
 
 
 def confirm(searched: SearchResults) -> str:
-    """YAML of a study of the best trials against the base, with seeds that the search has not used."""
+    """YAML of a study that compares the best trials with the base, with seeds that the search has not used."""
     plan = searched.plan
     study, used = plan.study, set(plan.study.seeds)
     fresh = [seed for seed in range(len(used) + 5) if seed not in used][:5]
@@ -164,14 +164,14 @@ def confirm(searched: SearchResults) -> str:
 
 
 def search_paper_table(searched: SearchResults) -> tuple[list[str], list[list[str]], str]:
-    """Heads, rows and caption of a table to paste: the trials with a number."""
+    """Column heads, rows and caption of the table for a paper: all trials with a finite primary metric."""
     rows = [cells for trial, cells in _rows(searched) if math.isfinite(searched.value(trial))]
     caption = f"{searched.plan.study.question or searched.plan.name} A search, one seed each: a lead, no claim."
     return _heads(searched), rows, caption
 
 
 def search_csv(searched: SearchResults) -> str:
-    """CSV: a line for each trial and metric, with its changes; one without a metric for a trial that has none."""
+    """CSV: a line for each trial and metric, with the trial's changes. A trial without metrics has one line."""
     keys, seed = _keys(searched), searched.plan.study.seeds[0]
     rows = (
         row

@@ -20,7 +20,7 @@ ROUNDING = 1e-12  # relative: values that differ by less are equal up to roundin
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its 95% interval; no interval for one seed, and NaN where a value is not finite."""
+    """A mean over seeds and its 95% interval. One seed has no interval; the mean is NaN if a value is not finite."""
 
     mean: float
     low: float | None
@@ -34,11 +34,11 @@ class Difference:
 
     Attributes:
         seeds: the seeds that both arms have.
-        mean: of the differences; NaN where there is no seed, or a value that is not finite.
-        scale: factor from a difference to percent of the absolute mean of the other arm; None where that mean is 0.
-        low, high: the 95% interval; None for one seed, or where the differences do not vary.
+        mean: mean of the differences; NaN if there is no common seed, or if a value is not finite.
+        scale: factor from a difference to percent of the absolute mean of the other arm; None if that mean is 0.
+        low, high: the 95% interval; None for one seed, or if the differences do not vary.
         wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
-        p: two-sided, of this comparison alone.
+        p: two-sided p-value of this single comparison, not corrected.
         equal: the two values of every seed are equal.
         constant: the values of every seed differ by the same amount, so there is no interval.
     """
@@ -66,7 +66,7 @@ class Difference:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95% interval (Student's t) of one value for each seed, at least one seed."""
+    """Mean and 95% interval (Student's t) of values from at least one seed, one value for each seed."""
     mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
     if len(values) < 2 or math.isnan(mean):
         return Estimate(mean, None, None, len(values))

@@ -29,7 +29,7 @@ SECRET = re.compile(r"pass|pwd|secret|token|odbc_connect", re.IGNORECASE)  # que
 
 
 class StorageAwayError(Exception):
-    """The storage has not answered for a lease."""
+    """The storage has not answered for the length of a lease."""
 
 
 def parse_url(url: str) -> sqlalchemy.URL:
@@ -46,12 +46,12 @@ def parse_url(url: str) -> sqlalchemy.URL:
     except Exception:  # ArgumentError, or ValueError of a port; their messages may hold the password
         raise UserError(f"cannot open --storage: this is not the URL of a database; {URL_FORM}") from None
     if not parsed.drivername.startswith("sqlite") and "@" in f"{parsed.host or ''}{parsed.database or ''}":
-        raise UserError(f"cannot open --storage: its host or name would contain '@'; {URL_FORM}")
+        raise UserError(f"cannot open --storage: the URL's host or name would contain '@'; {URL_FORM}")
     return parsed
 
 
 def masked_url(parsed: sqlalchemy.URL) -> str:
-    """The URL without its password and its query, which may hold a password too."""
+    """The URL without its password, and without its query, because the query may also hold a password."""
     return truncate(parsed.set(query={}).render_as_string(hide_password=True), 60)
 
 
@@ -69,15 +69,15 @@ def _reason(error: BaseException, parsed: sqlalchemy.URL) -> str:
 
 
 class Storage:
-    """Optuna's storage; its calls wait while a database does not answer, up to `lease` seconds.
+    """Optuna's storage. If the database does not answer, calls wait for it up to `lease` seconds.
 
-    A call may run twice if the answer to the first was lost, so calls must be safe to repeat.
+    If an answer was lost, the call runs a second time, so calls must be safe to repeat.
 
     Args:
-        say: called with a line when a call begins to wait, and when the storage answers again.
+        say: called with a line of text when a call begins to wait, and when the storage answers again.
 
     Attributes:
-        outages: the number of outages that ended; during an outage no worker's beat arrives.
+        outages: the number of outages that ended. During an outage, no worker's beat arrives.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Storage:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """While open, calls of this thread do not wait: StorageAwayError at the first failure."""
+        """Within a `with` block, calls of this thread do not wait: the first failure raises StorageAwayError."""
         self._thread.at_once = True
         try:
             yield
@@ -157,7 +157,8 @@ def _is_away(error: BaseException | None) -> bool:
 
 
 class JournalLock:
-    """The journal's lock, freed when its process ends, unlike Optuna's own. It removes an incomplete last line."""
+    """The journal's lock. Unlike Optuna's own lock, it is freed when its process ends, and taking it removes an
+    incomplete last line of the journal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -165,7 +166,7 @@ class JournalLock:
         self.threads = threading.Lock()
 
     def acquire(self) -> bool:
-        """Wait for the lock. UserError, and no lock, where the file system has no locks or the journal is gone."""
+        """Wait for the lock. UserError, without holding it, if the journal or the file system's locks are missing."""
         self.threads.acquire()
         try:
             self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)
@@ -204,7 +205,8 @@ def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], 
     """Open the database at `url`, or the journal in `out`.
 
     Raises:
-        UserError: Optuna or a driver is missing, or the database refuses; at once, in a message without the password.
+        UserError: Optuna or a driver is missing, or the database refuses the connection. Nothing waits, and the
+            message does not show the password.
     """
     try:
         import optuna

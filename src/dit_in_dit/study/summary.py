@@ -90,7 +90,7 @@ def _interval(study: StudyResults) -> str:
 
 
 def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
-    """The largest difference that the intervals of `unseen` arms allow."""
+    """A sentence about the largest difference that the intervals of the `unseen` arms allow."""
     percents = [formatting.scale(study.primary, change) for _, change in unseen]
     ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
     if all(percents):
@@ -100,7 +100,7 @@ def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
 
 
 def _strength(study: StudyResults, seeds: set[int]) -> str:
-    """Half the width of the intervals in standard errors, for each number of seeds."""
+    """A sentence about half the width of the intervals in standard errors, for each number of seeds."""
     many, parts = len(study.compared), []
     for amount in sorted(seeds):
         alone, together = (f"{standard_errors(amount, m):.1f}" for m in (1, many))
@@ -152,7 +152,7 @@ def _between(values: list[int] | list[float], form: str) -> str:
 
 
 def _unequal(plan: Plan) -> list[str]:
-    """A sentence about the costs in which the arms differ by more than the tolerance; none where they do not."""
+    """A sentence about the costs in which arms differ by more than the tolerance; empty if there are no such costs."""
     study, unequal = plan.study, []
     kinds = {"macs": "MACs", "params": "parameters", "time": "time of a step"}
     for kind, name in kinds.items():

@@ -25,7 +25,7 @@ TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # of a verdict;
 
 
 def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
-    """The study's keys, what it was planned on, and the protocol of its evaluations."""
+    """The study's keys, the machine and data with which the study was planned, and its evaluation protocol."""
     rows = []
     for name, value in to_dict(plan.study).items():
         if isinstance(value, dict) and name != "budget":
@@ -87,14 +87,14 @@ def _cost_row(study: StudyResults, arm: Arm, scales: Mapping[str, float]) -> lis
 
 
 def training_seconds(study: StudyResults, arm: str) -> float | None:
-    """Seconds of training, mean over the seeds that are done; None where no times were logged."""
+    """Mean seconds of training over the seeds that are done; None if no times were logged."""
     logs = [log for key, log in study.logs.items() if key[0] == arm and key in study.done]
     totals = [float(log.seconds[-1]) for log in logs if len(log.seconds)]
     return float(np.mean(totals)) if totals else None
 
 
 def primary(study: StudyResults) -> Table:
-    """The differences by the primary metric, with verdicts, intervals, p and means."""
+    """The differences in the primary metric, with verdicts, intervals, p-values and means."""
     metric, many = study.primary, len(study.compared)
     together = [f"interval, all {many} together"] if many > 1 else []
     heads = ["arm", "verdict", "difference", *together, "95% interval", "p", "mean"]
@@ -126,7 +126,7 @@ def _verdict(verdict: str, text: str = "") -> Cell:
 
 
 def differences(study: StudyResults) -> list[Table]:
-    """The differences by every ranked metric, a table for each group."""
+    """The differences in every ranked metric, a table for each group of metrics."""
     tables = []
     for group, members in study.metrics.items():
         metrics = [name for name in members if direction(name) != "listed"]
@@ -152,7 +152,7 @@ def _difference(study: StudyResults, arm: Arm, metric: str) -> Cell:
 
 
 def means_table(study: StudyResults) -> list[Table]:
-    """Mean and interval of every arm by every metric, a table for each group."""
+    """Mean and interval of every arm in every metric, a table for each group of metrics."""
     tables = []
     for group, metrics in study.metrics.items():
         rows: list[list[str | Cell]] = [
@@ -193,7 +193,7 @@ def convergence(study: StudyResults) -> list[Table]:
 
 
 def stability_table(study: StudyResults) -> Table:
-    """Skipped steps, spikes and gradient norms of every arm, all its seeds together."""
+    """Skipped steps, spikes and gradient norms of every arm, over all seeds of the arm together."""
     rows = [[arm.name, str(len(arm.curves)), *_stability(arm.curves)] for arm in study.arms_of_curves()]
     heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]
     heads += ["largest gradient norm", "clipped"]
@@ -212,7 +212,7 @@ def _stability(curves: Sequence[Curve]) -> list[str]:
 
 
 def missing_trials(study: StudyResults) -> Table:
-    """Every trial without numbers, and the reason."""
+    """Every trial without metrics, and the reason."""
     rows = [[arm, str(seed), state, reason] for arm, seed, state, reason in study.missing()]
     return Table(["arm", "seed", "state", "reason"], rows, words=True)
 

@@ -55,11 +55,11 @@ class WorkerEvent:
 
 
 def run_trials(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Generator[WorkerEvent, None, None]:
-    """Do trials until none is left. Closing the generator stops the worker and gives its trial back.
+    """Do trials until no trial is left. Closing the generator stops the worker and gives its trial back.
 
     Raises:
         UserError: the weights of a metric are missing, or the data changed since the study was planned.
-        StorageAwayError: the queue's storage has not answered for a lease.
+        StorageAwayError: the queue's storage has not answered for the length of a lease.
     """
     feature_networks = open_networks(plan.study, device)
     if not queue.finished():
@@ -78,7 +78,7 @@ def run_trials(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Gen
 
 
 def _pause(queue: Queue) -> None:
-    """Wait for other workers: the time between two beats, at most a second."""
+    """Wait for other workers for the time between two beats, but at most a second."""
     time.sleep(min(1.0, queue.lease / BEATS))
 
 
@@ -118,7 +118,7 @@ class _Try:
             yield WorkerEvent("lost", lease.key)
 
     def _trial(self) -> Trial:
-        """The trial of the plan, or in a search of the sampler's choice."""
+        """The planned trial. In a search, the trial with the sampler's choice."""
         plan, run, key = self.plan, self.run, self.lease.key
         if not plan.study.search:
             return next(trial for trial in plan.trials if trial.key == key)
@@ -129,7 +129,7 @@ class _Try:
         return Trial(describe_changes(changes), seed, config)
 
     def _chosen(self, changes: dict[str, Any]) -> RunConfig:
-        """The config of a sampler's choice, of the control's cost and within the budget; UserError if none exists."""
+        """The config of a sampler's choice, matched in cost to the control, within the budget; or UserError."""
         study, threads = self.plan.study, self.plan.study.threads
         config, _ = matched_config(study, changes, self.plan.control.config, self.device, threads)
         seconds = None
@@ -162,7 +162,7 @@ class _Try:
         return Result(trial.arm, trial.seed, "done", total, metrics, floors, protocol)
 
     def _train(self, config: RunConfig) -> Generator[WorkerEvent, None, bool]:
-        """Train from the last checkpoint; whether the trial was pruned. Waits while another process locks the run."""
+        """Train from the last checkpoint; returns whether the trial was pruned. Waits while the run is locked."""
         while True:
             started = (self.run / "config.yaml").exists()
             with closing(train(config, self.run, resume=started, device=str(self.device))) as events:
@@ -176,7 +176,7 @@ class _Try:
                 return (yield from self._follow(first, events))
 
     def _follow(self, first: Event, events: Iterator[Event]) -> Generator[WorkerEvent, None, bool]:
-        """Report the training's errors to the queue; whether the trial was pruned."""
+        """Report held-out errors to the queue during training; returns whether the trial was pruned."""
         queue, lease, run, primary = self.queue, self.lease, self.run, self.plan.study.primary
         steps = read_config(run).train.steps
         lease.step = lease.saved = first.step
@@ -198,7 +198,7 @@ class _Try:
 
 
 def _errors(run: Path, primary: str) -> list[tuple[int, float]]:
-    """Steps and held-out errors so far: of the primary metric, or at t = 0.5 and high frequencies."""
+    """Steps and held-out errors so far. If the primary metric is another metric: at t = 0.5 and high frequencies."""
     curve = read_run(run)
     name = primary if primary.startswith("held_out.") else "held_out.0.5.high"
     _, whole, part, kind = name.split(".")
@@ -213,7 +213,7 @@ def _held_out(run: Path) -> dict[str, float]:
 
 
 def _draw(run: Path, device: torch.device) -> None:
-    """Write samples 0 to 23 of the averaged model, whose classes take turns, and real images of the same classes."""
+    """Write samples 0 to 23 of the averaged model, with alternating classes, and real images of the same classes."""
     checkpoint = Checkpoint.open(run)
     config = checkpoint.config
     images = to_pixels(sample(checkpoint.model(device), config, DRAWN))
@@ -223,7 +223,7 @@ def _draw(run: Path, device: torch.device) -> None:
 
 
 def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
-    """A training image for each label, different ones while the class has more; of any class if its own has none."""
+    """A training image for each label; images repeat only if a class has too few, and an empty class takes any."""
     source = open_source(config.data, config.model)
     if source.train_size is None:  # endless
         known = np.array([source.train(number)[1] for number in range(SEARCHED)])
@@ -241,8 +241,8 @@ def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
 
 
 def trial_bytes(config: RunConfig) -> int:
-    """Rough bytes of a trial on its device: weights, gradients, optimizer and average, and 1.5 times the activations
-    kept for the backward pass."""
+    """A rough estimate of a trial's memory in bytes: weights, gradients, optimizer state, averaged weights, and 1.5
+    times the activations that are kept for the backward pass."""
     from dit_in_dit.inspection import cost
     from dit_in_dit.inspection.trace import inspect
 

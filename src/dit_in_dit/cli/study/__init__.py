@@ -1,4 +1,4 @@
-"""`study`: answer a question with trained arms, from the plan to the report; a file for each part of its commands."""
+"""`study`: answer a question with trained arms, from the plan to the report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from dit_in_dit.cli.study import plan, report, run, work
 
 def add(commands: Commands) -> None:
     """Add the command and its subcommands."""
-    study = Commands(commands.add("study", print, "answer a question with arms of equal cost, seeds and intervals"))
+    study = Commands(commands.add("study", print, "compare arms of equal cost over several seeds, with intervals"))
     for part in (plan, run, work, report):
         part.add(study)

@@ -1,4 +1,4 @@
-"""`study list`, `show` and `plan`: studies, and the costs of their matched arms; nothing is trained."""
+"""`study list`, `show` and `plan`: print studies, and the costs of their matched arms; nothing is trained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def add(study: Commands) -> None:
     """Add the subcommands."""
-    study.add("list", _list, "the studies that come with the package")
-    show = study.add("show", _show, "print a study, as a start for your own")
+    study.add("list", _list, "list the studies that come with the package")
+    show = study.add("show", _show, "print a study, as a start for your own study")
     show.add_argument("study", metavar="NAME|FILE")
-    add_study(study.add("plan", _plan, "match the arms and print what each costs; nothing is trained"))
+    add_study(study.add("plan", _plan, "match the arms and print the cost of each arm; nothing is trained"))
 
 
 def add_study(command: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def plan_named(options: argparse.Namespace, study: StudyConfig, device: torch.device) -> Plan:
-    """The plan of a study under its name on the command line, with a spinner on stderr."""
+    """Plan the study that the command line names, with a spinner on stderr."""
     from rich.console import Console
 
     from dit_in_dit.study.planning import plan_study
@@ -76,7 +76,7 @@ def print_costs(plan: Plan) -> None:
 
 
 def _arm_row(arm: Arm) -> list[Any]:
-    """Size, each cost with its gap to the arm compared with, and the keys that matching changed."""
+    """Model size, each cost with its gap to the arm it is compared with, and the keys that matching changed."""
     model = arm.config.model
     gap = {name: "" if arm.against == arm.name else f"{value:+.1%}" for name, value in arm.gap.items()}
     return [

@@ -28,11 +28,11 @@ PATIENCE = 10.0  # seconds that workers have to give their trials back
 
 def add(study: Commands) -> None:
     """Add the subcommand."""
-    about = "train and measure every arm with every seed, then report; run it again to resume"
+    about = "train and measure every arm with every seed, then report; run the command again to resume"
     command = study.add("run", _run, about)
     add_study(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
-    command.add_argument("--workers", default="1", help="processes on this machine, or auto: as memory allows")
+    command.add_argument("--workers", default="1", help="processes on this machine; auto: as many as memory allows")
     add_storage(command)
 
 
@@ -73,7 +73,7 @@ def _workers(text: str) -> int | None:
 
 
 def _as_memory_allows(plan: Plan, device: torch.device) -> int:
-    """The number of trials that fit into memory at once; on the CPU at most one for every `threads` cores."""
+    """The number of trials that fit into memory together; on the CPU, at most one for every `threads` cores."""
     import torch
 
     from dit_in_dit.study.worker import trial_bytes
@@ -122,7 +122,7 @@ def _work_in_processes(plan: Plan, options: argparse.Namespace, queue: Queue, co
 def _start_workers(
     options: argparse.Namespace, logs: Path, count: int, device: torch.device
 ) -> list[subprocess.Popen[bytes]]:
-    """`count` processes of `study work`; CUDA devices take turns unless --device names one."""
+    """Start `count` processes of `study work`, spread over the CUDA devices unless --device names a device."""
     import torch
 
     command = [sys.executable, "-m", "dit_in_dit", "study", "work", str(options.out), "--lease", str(options.lease)]

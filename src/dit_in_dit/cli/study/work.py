@@ -1,4 +1,4 @@
-"""`study work` and `study status`: join a study as one more worker, and see how far it is."""
+"""`study work` and `study status`: join a study as an additional worker, and see the study's progress."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ STORAGE = "DIT_IN_DIT_STORAGE"  # environment variable of the URL: `ps` would sh
 
 def add(study: Commands) -> None:
     """Add both subcommands."""
-    command = study.add("work", _work, "join a study that was started, as one more worker, on any machine")
+    command = study.add("work", _work, "join a started study as an additional worker, from any machine")
     command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
     add_storage(command)
     add_device(command)
-    command = study.add("status", _status, "how far a study is")
+    command = study.add("status", _status, "print the progress of a study")
     command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
     add_storage(command)
 
@@ -50,7 +50,7 @@ def add_storage(command: argparse.ArgumentParser) -> None:
         "--lease",
         type=_seconds,
         default=60.0,
-        help="seconds without a sign of its worker until a trial goes to another (60)",
+        help="seconds without a sign from a trial's worker before another worker takes the trial (default 60)",
     )
 
 
@@ -66,7 +66,7 @@ def _seconds(text: str) -> float:
 
 @contextmanager
 def open_queue(plan: Plan, options: argparse.Namespace) -> Iterator[Queue]:
-    """The study's queue. Outages of its storage are printed on stderr; one as long as a lease ends the command."""
+    """The study's queue. Storage outages are printed on stderr; an outage as long as a lease ends the command."""
     from dit_in_dit.study.queue import Queue
     from dit_in_dit.study.storage import StorageAwayError
 
@@ -106,7 +106,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def work_here(plan: Plan, out: Path, queue: Queue, device: torch.device) -> None:
-    """Do trials in this process until none is left."""
+    """Do trials in this process until no trial is left."""
     from dit_in_dit.study.worker import run_trials
 
     shown = 0.0
@@ -154,7 +154,7 @@ def study_progress(plan: Plan, queue: Queue) -> Iterator[Callable[..., None]]:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """While open, SIGTERM stops as Ctrl-C does: the trial is given back at once."""
+    """Within a `with` block, SIGTERM stops the worker as Ctrl-C does: the trial is given back immediately."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

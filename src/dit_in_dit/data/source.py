@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.picture import Array
-from dit_in_dit.data.source_checks import check_opened
 
 Stream = Callable[[], np.random.Generator]  # makes the generator of a training example's random numbers
 
@@ -64,13 +63,8 @@ class Source(ABC):
 
     @classmethod
     def open(cls, data: DataConfig, model: ModelConfig) -> Source:
-        """The source at the model's size; UserError when it is missing, empty or does not fit the model.
-
-        A user's class is checked here (check_opened): an override has to do the same.
-        """
-        source = cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
-        check_opened(source, model)
-        return source
+        """The source at the model's size; UserError if it is missing, empty or does not fit the model."""
+        return cls(data, model)  # type: ignore[call-arg]  # the constructor of a subclass
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_in_dit.config.choices import PACKAGE
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.picture import Array
-
-if TYPE_CHECKING:
-    from dit_in_dit.data.source import Source
-
-PACKAGE = __name__.split(".", maxsplit=1)[0]
+from dit_in_dit.data.source import Source
 
 
 def check_opened(source: Source, model: ModelConfig) -> None:

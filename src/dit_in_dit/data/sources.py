@@ -17,6 +17,7 @@ from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data import formats
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.source import Source
+from dit_in_dit.data.source_checks import check_opened
 
 
 def _built_in() -> dict[str, type[Source]]:
@@ -59,6 +60,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     One LeftOutWarning names everything at that place that is not read.
     """
     source = source_kind(data.source).open(data, model)
+    check_opened(source, model)
     check_class_count(source, data.source, model)
     notes = list(source.notes)
     if source.skipped:

@@ -210,7 +210,7 @@ def test_a_nan_is_reported_with_its_layer_and_first_example(run, tmp_path):
         weights[f"{name}.weight"][3, 4] = math.nan
 
     seen = only(look(planted(run, tmp_path / "run", plant)), "non-finite")
-    assert f"{name}.weight (trained): 1 of its numbers" in seen
+    assert f"{name}.weight (trained): 1;" in seen
     assert f"{name} (trained) is the first layer" in seen
     assert f"example {200 * 32}" in seen  # the first that training would see next
 

@@ -159,7 +159,7 @@ def _judge_range(section: CheckResult, images: Tensor) -> None:
 
 
 def _from_bytes(images: Tensor) -> bool:
-    """Whether all values are x / 127.5 - 1 for integers x. If so, a reader has scaled the images, which are bright."""
+    """Whether all values are x / 127.5 - 1 for integers x. If so, a reader has scaled bright images."""
     levels = (images.double() + 1) * 127.5
     return bool((levels - levels.round()).abs().max() < 1e-3) and bool(levels.max() < 256)
 

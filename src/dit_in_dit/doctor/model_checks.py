@@ -48,7 +48,7 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
         layer = f"; {name} ({which}) is the first layer whose output is not finite, at example {example}"
     if bad:
         name, number = next(iter(bad.items()))
-        seen = f"{len(bad)} parameters are not finite; the first is {name}, with {number} numbers that are not finite"
+        seen = f"{len(bad)} parameters are not finite; non-finite numbers in the first, {name}: {number}"
         earlier = "go back to an earlier checkpoint; lower train.learning_rate"
         advice = earlier if patient.trained else "start from another train.init"
         section.find("fault", "non-finite", seen + layer, advice)

@@ -217,7 +217,7 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
         metrics["detail"] = {"images": DETAIL_IMAGES, "times": list(DETAIL_TIMES)}
     own = plugin_scores(images, real_images)
     if taken_names := own.keys() & scores.keys():
-        raise UserError(f"metric {min(taken_names)} has the name of a built-in score: register it under another name")
+        raise UserError(f"metric {min(taken_names)} has the name of a built-in score: choose another name")
     scores |= own
     metrics |= {name: {"images": count} for name in own}
     first = np.argsort(near.train, kind="stable")[:SHOWN]

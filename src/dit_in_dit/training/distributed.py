@@ -206,7 +206,9 @@ def shard(model: NestedDiT) -> None:
 
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # before 2.7
-        raise UserError(f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update it")
+        raise UserError(
+            f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update PyTorch"
+        )
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
     # By default the last group stays whole after the forward pass, for the backward pass; an average has none.

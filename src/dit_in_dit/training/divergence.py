@@ -15,7 +15,7 @@ REMEDY = "lower train.learning_rate, lengthen train.warmup or set train.precisio
 
 
 class DivergedError(Exception):
-    """Too many steps in a row were skipped. `step` is the last one; `problem` has its loss and gradient norm."""
+    """Too many steps in a row were skipped. `step` is the last of these; `problem` has its loss and gradient norm."""
 
     def __init__(self, step: int, problem: str) -> None:
         super().__init__(step, problem)

@@ -266,7 +266,7 @@ def _start(name: str, run: Path, config: RunConfig, identity: str, step: int) ->
     try:
         return TRACKERS[name](run, config, identity, step)
     except Exception as error:  # no key, no server
-        raise UserError(f"--track {name} failed: {_line(error)}; fix this, or resume with --track {NONE}") from None
+        raise UserError(f"--track {name} failed: {_line(error)}; fix the cause or use --track {NONE}") from None
 
 
 def _line(error: Exception) -> str:

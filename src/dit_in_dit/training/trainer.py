@@ -246,7 +246,7 @@ class Trainer:
     def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
 
-        The average needs no counter beside the step.
+        The average needs no counter except the step.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())

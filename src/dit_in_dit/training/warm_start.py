@@ -95,7 +95,7 @@ def _chosen(old: ModelConfig, new: ModelConfig, blocks: Sequence[int] | None, ru
     if blocks is None:
         if needed > available:
             raise UserError(
-                f"train.init: {truncate(run)} has {available} outer blocks, fewer than the {needed} here: use fewer"
+                f"train.init: {truncate(run)} has {available} outer blocks, fewer than the {needed} needed: use fewer"
             )
         # The first and the last are always copied: they are next to the embedding and the head.
         return [round(number * (available - 1) / max(1, needed - 1)) for number in range(needed)]

@@ -151,7 +151,7 @@ def test_a_process_group_ended_by_the_user_is_not_ended_again(tmp_path):
         "distributed.ProcessGroup = lambda timeout: None\n"
         "begin = dist.init_process_group\n"
         "dist.init_process_group = lambda *_, **__: begin('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "distributed.join(torch.device('cpu'), 60)\n"
+        "distributed.join_group(torch.device('cpu'), 60)\n"
         "dist.destroy_process_group()\n"
     )
     ended = subprocess.run([sys.executable, "-c", user], capture_output=True, text=True, check=False)

@@ -37,13 +37,13 @@ def lines(rows: Iterable[dict]) -> str:
 
 
 def steps(count: int = 400, **columns: Callable[[int], float]) -> list[dict]:
-    """A line for each step from 1; loss and gradient norm are 0.5 unless given."""
+    """A log line for each step from 1; loss and gradient norm are 0.5 unless given."""
     made = {"loss": lambda step: 0.5, "grad_norm": lambda step: 0.5, **columns}
     return [{"step": step, **{name: value(step) for name, value in made.items()}} for step in range(1, count + 1)]
 
 
 def evaluations(errors: dict[int, float], t: str = "0.5") -> list[dict]:
-    """A held-out line for each step; the high frequencies have half the error."""
+    """A log line of held-out errors for each step; the error of high frequencies is half the error."""
     return [{"step": step, "held_out": {t: {"whole": error, "high": error / 2}}} for step, error in errors.items()]
 
 
@@ -111,7 +111,7 @@ def test_an_incomplete_last_line_is_ignored(tmp_path: Path, cut: int):
     assert len(curve.timed) == (1 if cut <= 20 else 0)
 
 
-def test_a_damaged_line_is_an_error_that_names_the_file(tmp_path: Path):
+def test_a_damaged_line_gives_an_error_that_names_the_file(tmp_path: Path):
     run = write(tmp_path / "run", steps(20))
     for damage in ('{"step": 21, \n', "17\n", '{"step": 21}, {"step": 22}\n', '{"loss": 1.0}\n'):
         (run / "log.jsonl").write_text(lines(steps(20)) + damage + lines([{"step": 30}]))
@@ -147,7 +147,7 @@ def test_steps_that_a_resumed_run_repeats_count_once(tmp_path: Path):
 # -------------------------------------------------------------------------------------------- arms
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path):
+def test_runs_that_differ_only_in_the_seed_are_one_arm(tmp_path: Path):
     paths = [write(tmp_path / f"a{seed}", steps(20), seed=seed) for seed in range(3)]
     paths.insert(1, write(tmp_path / "plain", steps(20), "model.stages=outer*3"))
     first, plain = read_arms(*paths)
@@ -156,7 +156,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_arm(tmp_path: Path):
     assert plain.label == "stages=outer*3 (1 seed)"
 
 
-def test_arms_are_named_by_the_fewest_distinguishing_keys_and_list_all(tmp_path: Path):
+def test_the_fewest_distinguishing_keys_name_an_arm_but_all_are_listed(tmp_path: Path):
     paths = [
         write(tmp_path / "a", steps(20), "train.learning_rate=0.1", "train.warmup=1"),
         write(tmp_path / "b", steps(20), "train.learning_rate=0.2", "train.warmup=1", "train.ema=0.5"),
@@ -192,11 +192,11 @@ def test_a_program_and_its_named_order_are_one_arm(tmp_path: Path):
 
 def test_the_same_seed_twice_is_refused(tmp_path: Path):
     paths = [write(tmp_path / name, steps(20)) for name in "ab"]
-    with pytest.raises(UserError, match="one config with one seed"):
+    with pytest.raises(UserError, match="have the same config and seed"):
         read_arms(*paths)
 
 
-def test_a_run_without_a_step_is_left_out_with_a_note(tmp_path: Path):
+def test_a_run_without_a_logged_step_is_left_out_with_a_note(tmp_path: Path):
     paths = [write(tmp_path / "a", steps(20)), write(tmp_path / "b", [], seed=1, seconds=None)]
     (paths[1] / "log.jsonl").unlink()
     curves = [read_run(path) for path in paths]
@@ -273,7 +273,7 @@ def test_every_run_reaches_the_default_error(tmp_path: Path):
     assert second.needed["steps"].mean == 300
 
 
-def test_an_error_passed_before_the_first_evaluation_is_a_bound_without_a_ratio(tmp_path: Path):
+def test_an_error_reached_before_the_first_evaluation_gives_a_bound_and_no_ratio(tmp_path: Path):
     good = write(tmp_path / "a", steps() + evaluations({100: 0.2, 300: 0.1}))
     bad = write(tmp_path / "b", steps() + evaluations({100: 0.9, 300: 0.3}), "model.stages=outer*3")
     first, second = steps_to_reach(read_arms(good, bad))
@@ -293,7 +293,7 @@ def test_a_time_that_was_not_logged_is_refused(tmp_path: Path):
     "assignment",
     ["data.source=mosaic", "data.held_out=0.2", "model.image_size=[16, 16]", "diffusion.path=ddpm"],
 )
-def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assignment: str):
+def test_different_held_out_sets_or_noise_are_refused(tmp_path: Path, assignment: str):
     rows = steps() + evaluations({100: 0.2})
     euler = ("sample.sampler=ddim",)  # a sampler that every path has
     ours = write(tmp_path / "a", rows, *euler)
@@ -304,14 +304,14 @@ def test_other_held_out_sets_or_noise_are_refused_by_name(tmp_path: Path, assign
             use()
 
 
-def test_other_predictions_are_compared_but_their_losses_are_not(tmp_path: Path):
+def test_different_predictions_are_compared_by_held_out_error_but_not_by_loss(tmp_path: Path):
     rows = steps() + evaluations({100: 0.2})
     paths = [write(tmp_path / "a", rows), write(tmp_path / "b", rows, "diffusion.predict=image")]
     assert len(steps_to_reach(read_arms(*paths))) == 2
     assert any("not comparable" in note for note in notes([read_run(path) for path in paths]))
 
 
-def test_cosine_schedules_of_other_lengths_are_noted(tmp_path: Path):
+def test_cosine_schedules_of_different_lengths_give_a_note(tmp_path: Path):
     def said(schedule: str) -> bool:
         lengths = [(f"train.schedule={schedule}", f"train.steps={n}") for n in (400, 800)]
         runs = [write(tmp_path / schedule / f"{n}", steps(20), *set_) for n, set_ in enumerate(lengths)]
@@ -364,7 +364,7 @@ def test_the_running_median_covers_the_previous_hundred(tmp_path: Path):
 
 @pytest.mark.parametrize(("at", "spikes"), [(201, 0), (202, 1)])
 def test_the_median_drops_when_most_of_the_previous_hundred_are_low(tmp_path: Path, at: int, spikes: int):
-    """At step 201, 50 of them are high and 50 low: the median is 0.55; one step later it is 0.1."""
+    """At step 201, 50 of the previous hundred losses are high: the median is 0.55. One step later the median is 0.1."""
     found = curve_of(tmp_path, steps(loss=lambda s: 1.2 if s == at else 1.0 if s <= 150 else 0.1))
     assert stability(found).loss_spikes == spikes
 
@@ -393,7 +393,7 @@ def pixels_of(colour: str, path: Path) -> int:
     return int((np.abs(picture - wanted).max(-1) < 8).sum())
 
 
-def test_the_command_draws_and_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_the_command_prints_tables_and_writes_json_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture):
     def rows(level: float) -> list[dict]:
         parts = {f"grad_norm.{part}": lambda s: level for part in ("inner_blocks", "outer_blocks", "outer_head")}
         return steps(loss=lambda s: level / s, **parts) + evaluations({100: 2 * level, 300: level})
@@ -419,14 +419,14 @@ def test_the_command_draws_and_writes_what_it_prints(tmp_path: Path, capsys: pyt
         assert text in printed
 
 
-def test_curves_of_one_run_are_in_its_folder_without_hours_if_untimed(tmp_path: Path):
+def test_curves_of_an_untimed_run_are_in_its_folder_without_hours(tmp_path: Path):
     run = write(tmp_path / "run", steps(200), seconds=None)  # still training, and not evaluated yet
     run_command(run)
     assert {path.name for path in (run / "curves").iterdir()} == {"loss.png", "gradients.png", "curves.json"}
     assert "no hours" in " ".join(json.loads((run / "curves" / "curves.json").read_text())["notes"])
 
 
-def test_a_run_of_a_few_steps_beside_a_long_one_is_drawn(tmp_path: Path):
+def test_a_short_run_is_plotted_beside_a_long_run(tmp_path: Path):
     found = read_arms(write(tmp_path / "a", steps()), write(tmp_path / "b", steps(1), "model.stages=outer*3"))
     assert {path.name for path in draw_curves(found, tmp_path)} == {"loss.png", "gradients.png", "throughput.png"}
 

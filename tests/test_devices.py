@@ -36,7 +36,7 @@ from processes import run_together
 CUDA = torch.device("cuda:1")
 
 
-def test_the_picked_gpu_becomes_the_processes_own(monkeypatch):
+def test_the_chosen_gpu_becomes_the_current_device_of_the_process(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
@@ -115,7 +115,7 @@ def test_no_process_waits_for_parts_of_a_checkpoint_that_cannot_be_written(run_c
     assert run_together(2, _train_on_a_full_disk, config, tmp_path / "run") == ["no room for the log"] * 2
 
 
-def test_a_process_group_knows_its_gpu_waits_for_slow_starts_and_ends_with_the_process(monkeypatch):
+def test_a_process_group_gets_its_gpu_and_timeout_and_ends_with_the_process(monkeypatch):
     begun, stores, ends = [], [], []
 
     class Store:
@@ -183,7 +183,7 @@ def test_values_of_many_steps_are_read_from_the_device_in_one_copy(monkeypatch):
 
 @pytest.fixture
 def without_float64(monkeypatch):
-    """No float64 tensor is moved to a device, because MPS has no float64. Recorded on a CPU."""
+    """Check, on a CPU, that no float64 tensor is moved to a device: MPS has no float64."""
     real = torch.Tensor.to
 
     def to(tensor, *arguments, **keys):
@@ -277,7 +277,7 @@ def test_a_checkpoint_file_is_read_one_tensor_at_a_time(run_config, tmp_path):
 
 
 class Counted(dict):
-    """Tensors that count their reads."""
+    """Tensors that record the name of each tensor that is read."""
 
     def __init__(self, *tensors):
         super().__init__(*tensors)
@@ -316,7 +316,7 @@ def _sharded(config, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", [SHARDED])
-def test_only_rank_0_draws_the_samples_of_a_sharded_run(run_config, tmp_path, parallel):
+def test_only_rank_0_generates_the_samples_of_a_sharded_run(run_config, tmp_path, parallel):
     config = with_train(run_config, parallel=parallel, sample_every=3)
     drawn = run_together(2, _sharded, config, tmp_path / "run")
     assert drawn == [(["samples", "samples"], True), ([], True)]

@@ -1,4 +1,4 @@
-"""Distances on features against closed forms, brute force and torchmetrics; files of statistics."""
+"""Feature distances, tested against closed forms, brute force and torchmetrics; and files of statistics."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_moments_equal_those_of_numpy():
 
 
 @pytest.mark.parametrize("chunk", [1, 10, 20, 511, 1299])
-def test_chunks_change_no_bit_of_the_moments(chunk):
+def test_the_chunk_size_changes_no_bit_of_the_moments(chunk):
     rows = normal(1300, 7)
     whole, parts = feature_moments([rows]), feature_moments(rows[i : i + chunk] for i in range(0, 1300, chunk))
     np.testing.assert_array_equal(whole.mean, parts.mean)
@@ -130,7 +130,7 @@ def test_frechet_equals_torchmetrics_on_the_same_features():
 
 @pytest.mark.parametrize(("first", "second"), [(20, 30), (20, 300), (300, 20)])
 def test_frechet_is_exact_with_fewer_images_than_dimensions(first, second):
-    """Then tr (S1 S2)^1/2 is the sum of the singular values of the products of the images themselves."""
+    """With fewer images than dimensions, tr (S1 S2)^1/2 is the sum of the singular values of products of the images."""
     a, b = normal(first, 100, 1), normal(second, 100, 2, shift=0.3)
     rows = [(x - x.mean(0, dtype=np.float64)) / np.sqrt(len(x) - 1) for x in (a, b)]
     apart = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
@@ -155,7 +155,7 @@ def test_frechet_is_symmetric_and_grows_with_shift_and_spread():
         assert frechet(sets[-1], base) == pytest.approx(found[-1], rel=1e-12)
 
 
-def test_frechet_of_other_features_is_refused():
+def test_frechet_of_features_with_different_dimensions_is_refused():
     with pytest.raises(UserError, match="got 3 and 4 dimensions"):
         frechet(*of(normal(9, 3), normal(9, 4)))
 
@@ -188,7 +188,7 @@ def test_the_kernel_distance_of_one_distribution_is_zero_within_its_deviation():
     assert mean < 0.02 * kernel_distance(rows[:2000], normal(2000, 6, 1, shift=2), subsets=5, size=200)[0]
 
 
-def test_kernel_subsets_depend_on_the_seed_alone():
+def test_kernel_subsets_depend_only_on_the_seed():
     real, made = normal(300, 6), normal(300, 6, 1)
     once, again, other = (kernel_distance(real, made, subsets=4, size=50, seed=seed) for seed in (0, 0, 1))
     assert once == again != other
@@ -218,7 +218,7 @@ def brute(real: np.ndarray, made: np.ndarray, k: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block", [1, 700, 2**23])
-def test_neighbour_metrics_equal_brute_force_in_any_blocks(monkeypatch, k, block):
+def test_neighbour_metrics_equal_brute_force_at_any_block_size(monkeypatch, k, block):
     monkeypatch.setattr(feature_distances, "BLOCK", block)
     real, made = normal(90, 5), normal(70, 5, 1, shift=0.8, scale=0.7)
     expected = brute(real, made, k)
@@ -233,13 +233,13 @@ def test_copies_of_the_real_images_score_exactly_one():
     assert density_coverage(real, real[::-1]) == (1, 1)
 
 
-def test_equal_images_are_at_no_distance():
+def test_precision_and_recall_are_exact_if_every_radius_is_zero():
     real = np.repeat(normal(10, 16, shift=50), 5, axis=0)  # five of each: every radius is zero
     assert precision_recall(real, real[5:]) == (1, 0.9)  # one of ten is not there
     assert precision_recall(real, real + 1e-2)[0] == 0
 
 
-def test_collapse_costs_recall_and_coverage_and_noise_costs_precision_and_density():
+def test_collapse_lowers_recall_and_coverage_but_noise_lowers_precision_and_density():
     real = normal(400, 4)
     same, collapsed, noisy = normal(400, 4, 1), normal(400, 4, 1, scale=0.1), normal(400, 4, 1, scale=4)
     (p, r), (p_collapsed, r_collapsed), (p_noisy, _) = (precision_recall(real, x) for x in (same, collapsed, noisy))
@@ -268,7 +268,7 @@ def test_the_inception_score_of_one_split_equals_torchmetrics():
     assert inception_score(logits, splits=1)[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-5)  # float32
 
 
-def test_the_inception_score_of_sure_and_even_predictions_is_the_number_of_classes():
+def test_the_inception_score_of_certain_balanced_predictions_is_the_number_of_classes():
     sure = 100 * np.eye(8)[np.arange(8000) // 1000]  # sorted by class: unshuffled, every split would have one class
     mean, deviation = inception_score(sure, splits=10)
     assert 7.7 < mean < 8
@@ -293,7 +293,7 @@ def layout(path: Path, **changes) -> Path:
     return path
 
 
-def test_statistics_of_adms_layout_are_read_as_written(tmp_path):
+def test_statistics_in_adms_layout_are_read_unchanged(tmp_path):
     path = layout(tmp_path / "reference.npz")
     found = read_reference(path)
     pool, spatial = of(normal(50, 6), normal(50, 4, shift=1))
@@ -325,13 +325,13 @@ def test_single_precision_statistics_are_converted_to_double(tmp_path):
         ({"mu": np.array([None] * 6)}, "cannot read"),  # a pickle inside
     ],
 )
-def test_statistics_that_do_not_fit_are_one_line(tmp_path, changes, message):
+def test_statistics_that_do_not_fit_give_a_one_line_error(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         read_reference(layout(tmp_path / "reference.npz", **changes))
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_statistics_are_one_line(tmp_path):
+def test_files_without_statistics_give_a_one_line_error(tmp_path):
     good = layout(tmp_path / "good.npz").read_bytes()
     bad = {"text.npz": b"hello", "empty.npz": b"", "cut.npz": good[: len(good) // 2], "half.npz": good[:300]}
     bad["flip.npz"] = good[:200] + bytes([good[200] ^ 255]) + good[201:]
@@ -348,7 +348,7 @@ def test_files_that_are_no_statistics_are_one_line(tmp_path):
 # Feature networks, where they are not installed
 
 
-def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
+def test_a_missing_package_gives_a_one_line_error(monkeypatch, tmp_path):
     for name in ("torch_fidelity", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"torch-fidelity is missing: pip install 'dit-in-dit\[eval\]'"):

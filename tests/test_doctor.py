@@ -90,7 +90,7 @@ def planted(run: Path, folder: Path, edit: Edit, **keys: object) -> Path:
 
 
 def set_already(advice: str, config: RunConfig) -> list[str]:
-    """Each `key=value` that an advice sets although the config has it; "lower KEY=VALUE" only states the value."""
+    """Each `key=value` that an advice sets but the config already has. "lower KEY=VALUE" is exempt: it sets nothing."""
     values = {name: str(value) for name, _, value in keys(config)}
     pairs = re.findall(r"(?<!lower )\b([a-z_.]+)=([\w.]+)", advice)
     held = ((values.get(name, values.get(f"model.{name}", "")), value) for name, value in pairs)
@@ -98,7 +98,7 @@ def set_already(advice: str, config: RunConfig) -> list[str]:
 
 
 def look(run: Path) -> DoctorReport:
-    """Report on a run, whose advice is checked to change the config."""
+    """Report on a run. Also checks that every advice changes the config."""
     config = read_config(run)
     report = examine(config, CPU, run)
     assert not [advice for finding in report.findings for advice in set_already(finding.advice, config)]
@@ -111,7 +111,7 @@ def raised(report: DoctorReport) -> set[str]:
 
 
 def only(report: DoctorReport, check: str) -> str:
-    """Observation of the only finding, which is a fault of this check."""
+    """Observation of the only finding, which must be a fault of this check."""
     assert raised(report) == {check}, report.findings
     assert report.findings[0].severity == "fault"
     assert report.findings[0].advice
@@ -163,7 +163,7 @@ def test_a_label_table_shifted_by_one_is_found(run, tmp_path):
     assert raised(report) == {"null class", "labels"}  # both are true: class rows are wrong, too
 
 
-def test_a_null_class_that_is_a_copy_or_was_never_trained_is_found(run, config, tmp_path):
+def test_finds_a_null_class_that_is_a_copy_or_untrained(run, config, tmp_path):
     def copy(weights: dict[str, Tensor]) -> None:
         weights["label_embed.table.weight"][4] = weights["label_embed.table.weight"][2]
 
@@ -210,7 +210,7 @@ def test_a_nan_is_reported_with_its_layer_and_first_example(run, tmp_path):
         weights[f"{name}.weight"][3, 4] = math.nan
 
     seen = only(look(planted(run, tmp_path / "run", plant)), "non-finite")
-    assert f"{name}.weight (trained): 1 of its numbers" in seen
+    assert f"{name}.weight (trained): 1;" in seen
     assert f"{name} (trained) is the first layer" in seen
     assert f"example {200 * 32}" in seen  # the first that training would see next
 
@@ -243,7 +243,7 @@ def test_data_that_changed_since_the_first_step_is_found(run, config, tmp_path):
     assert "loss at start" in raised(look(planted(run, tmp_path / "run", lambda weights: None, data=data)))
 
 
-def test_a_class_without_images_and_copies_are_found(config, tmp_path):
+def test_finds_duplicate_images_and_classes_without_images(config, tmp_path):
     images, labels = waves_of_classes(80)
     np.savez(tmp_path / "few.npz", images=np.concatenate([images[:40]] * 2), labels=labels % 2)
     few = replace(config, data=replace(config.data, source=str(tmp_path / "few.npz")))
@@ -280,7 +280,7 @@ def test_the_untrained_loss_is_that_of_a_zero_prediction(config, run):
     assert loss["again"] == pytest.approx(loss["logged"], rel=1e-5)
 
 
-def test_a_step_at_every_border_peaks_at_the_last_position():
+def test_a_step_at_every_cell_border_gives_a_seam_peak_at_the_last_position():
     ramp = torch.arange(32).float().expand(2, 3, 32, 32)
     stairs = ramp + 3 * (ramp // 8)  # one more a pixel, four more over a border
     down, across = seam_peaks(stairs, 8) - seam_peaks(ramp + 1e-6, 8)
@@ -288,7 +288,7 @@ def test_a_step_at_every_border_peaks_at_the_last_position():
     assert not down.any()
 
 
-def test_pattern_is_the_repeating_share():
+def test_periodic_share_is_the_repeating_part_of_the_errors():
     draw = torch.Generator().manual_seed(0)
     noise = torch.randn(64, 3, 32, 32, generator=draw)
     tile = torch.randn(3, 8, 8, generator=draw)
@@ -331,7 +331,7 @@ def call(*arguments: str) -> int:
     return 0
 
 
-def test_the_command_prints_writes_and_draws(run, tmp_path, capsys):
+def test_the_command_prints_a_report_and_writes_json_and_a_picture(run, tmp_path, capsys):
     assert call(str(run), "--out", str(tmp_path)) == 0
     assert "no findings" in capsys.readouterr().out
     stored = json.loads((tmp_path / "doctor.json").read_text())

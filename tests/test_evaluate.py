@@ -36,7 +36,7 @@ def run(tmp_path_factory, run_config_of) -> Path:
 
 @pytest.fixture(scope="module")
 def run_config_of(folder):
-    """Function that trains a run."""
+    """Function that trains a small run, given a folder, a name, a seed and data keys."""
     from conftest import small_model
     from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
 
@@ -89,14 +89,14 @@ def test_an_evaluation_records_its_protocol_and_draws_figures(run, tmp_path, cap
     assert "swd.8" in capsys.readouterr().out
 
 
-def test_labels_are_as_common_as_in_the_data_unless_classes_are_named(run, tmp_path):
+def test_label_frequencies_match_the_data_unless_classes_are_given(run, tmp_path):
     evaluate(run, "--num", 4, "--out", tmp_path / "a")
     evaluate(run, "--num", 4, "--out", tmp_path / "b", "--classes", "red,blue")
     assert result_of(tmp_path / "a")["protocol"]["samples"]["labels"] == "as often as in the training data"
     assert result_of(tmp_path / "b")["protocol"]["samples"]["labels"] == ["red", "blue"]
 
 
-def test_images_of_a_folder_a_zip_and_arrays_score_alike_in_any_batch(folder_of_samples, folder, tmp_path):
+def test_scores_are_equal_for_a_folder_a_zip_and_arrays_at_any_batch_size(folder_of_samples, folder, tmp_path):
     images, array, archive = folder_of_samples
     scores = []
     for number, (subject, batch) in enumerate(((images, 1), (images, 10), (images, 20), (array, 7), (archive, 3))):
@@ -120,7 +120,7 @@ def folder_of_samples(tmp_path_factory) -> tuple[Path, Path, Path]:
     return root / "png", root / "samples.npz", root / "samples.zip"
 
 
-def test_two_processes_give_the_scores_of_one(run, tmp_path):
+def test_two_processes_give_the_scores_of_one_process(run, tmp_path):
     evaluate(run, "--num", 20, "--micro-batch", 4, "--out", tmp_path / "one")
     command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "--num", "20", "--micro-batch", "4"]
     command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
@@ -152,7 +152,7 @@ def test_a_killed_evaluation_resumes_to_the_same_json(run, tmp_path):
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())  # not made again
 
 
-def test_a_folder_holds_one_evaluation_and_names_the_field_of_another(run, tmp_path, capsys):
+def test_another_evaluation_in_the_same_folder_is_refused_with_the_field_that_differs(run, tmp_path, capsys):
     evaluate(run, "--num", 4, "--out", tmp_path / "a")
     with pytest.raises(SystemExit) as stop:
         evaluate(run, "--num", 4, "--out", tmp_path / "a", "--guidance", 3)
@@ -190,14 +190,14 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
         (["{png}", "--out", "{tmp}/x"], "--against"),
         (["{png}", "--against", "{folder}"], "--out"),
         (["{run}", "--metrics", "fid"], "unknown metrics 'fid'"),
-        (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need 2 images"),
+        (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need at least 2 images"),
         (["{run}", "--classes", "purple", "--out", "{tmp}/x"], "unknown class"),
         (["{run}", "--against", "nowhere", "--out", "{tmp}/x"], "no such file or folder"),
         (["{mixed}", "--against", "{folder}", "--out", "{tmp}/x"], "must be of one size"),
         (["{run}", "--statistics", "{png}/000.png", "--out", "{tmp}/x"], "000.png"),
     ],
 )
-def test_a_users_error_is_one_line(run, folder, folder_of_samples, tmp_path, capsys, arguments, words):
+def test_a_wrong_call_gives_a_one_line_error(run, folder, folder_of_samples, tmp_path, capsys, arguments, words):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for side in (8, 9):
@@ -211,7 +211,7 @@ def test_a_users_error_is_one_line(run, folder, folder_of_samples, tmp_path, cap
     assert words in lines[0]
 
 
-def test_a_damaged_chunk_is_named(run, tmp_path, capsys):
+def test_the_error_names_a_damaged_chunk(run, tmp_path, capsys):
     evaluate(run, "--num", 4, "--micro-batch", 2, "--out", tmp_path / "a")
     (tmp_path / "a/samples/0000002-0000004.npz").write_bytes(b"half of it")
     with pytest.raises(SystemExit) as stop:
@@ -284,7 +284,7 @@ main(sys.argv[1:])
 
 
 def evaluate_with_fake_inception(*arguments: object, **environment: str) -> None:
-    """`evaluate` in a process of its own, whose Inception is a small random network."""
+    """Run `evaluate` in a separate process, with a small random network in place of Inception."""
     command = [
         sys.executable,
         "-c",
@@ -299,7 +299,7 @@ def evaluate_with_fake_inception(*arguments: object, **environment: str) -> None
     subprocess.run(command, check=True, timeout=200, env={**os.environ, **environment}, capture_output=True)
 
 
-def test_standard_scores_are_those_of_the_features_and_never_called_fid_below_2048(folder_of_samples, folder, tmp_path):
+def test_standard_scores_match_the_features_and_are_not_named_fid_below_2048(folder_of_samples, folder, tmp_path):
     images = folder_of_samples[0]
     evaluate_with_fake_inception(images, "--against", folder, "--out", tmp_path / "a")
     scores = result_of(tmp_path / "a")["scores"]
@@ -317,7 +317,7 @@ def test_standard_scores_are_those_of_the_features_and_never_called_fid_below_20
     assert scores["Frechet distance (N=14)"]["value"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_standard_scores_agree_in_any_batch_and_number_of_processes(folder_of_samples, folder, tmp_path):
+def test_standard_scores_do_not_depend_on_batch_size_or_number_of_processes(folder_of_samples, folder, tmp_path):
     images, scores = folder_of_samples[0], {}
     for batch in (1, 10, 20):
         evaluate_with_fake_inception(images, "--against", folder, "--out", tmp_path / str(batch), "--batch", batch)

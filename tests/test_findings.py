@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def patient(config: RunConfig, **parts: object) -> DoctorSubject:
-    """A patient with only the parts that a check reads."""
+    """A subject of `doctor` with only the parts that a check reads."""
     trainer = SimpleNamespace(device=CPU, step=0, optimizer=SimpleNamespace(state={"weight": {}}), begun=None)
     given = {"trainer": trainer, "config": config, "trained": True, "log": [], **parts}
     return SimpleNamespace(**given)  # type: ignore[return-value]
@@ -41,7 +41,7 @@ def advice(section: CheckResult) -> str:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1.0])
-def test_clipping_is_advised_where_there_is_none(run_config, monkeypatch, clip):
+def test_clipping_is_advised_if_the_config_has_none(run_config, monkeypatch, clip):
     for judge in ("_judge_rate", "_judge_gradients"):
         monkeypatch.setattr(training_checks, judge, lambda *parts: None)
     norms = [100.0 if step % 20 == 0 else 1.0 for step in range(200)]
@@ -59,7 +59,7 @@ def test_weight_decay_is_added_or_raised(run_config, decay):
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
-def test_no_mixing_is_advised_for_inner_blocks_alone(run_config, level):
+def test_mixer_none_is_advised_only_for_inner_blocks(run_config, level):
     seen = {0.5: Observation({}, {f"{level}_blocks.0": torch.full((2, 1, 2, 4, 4), 0.25)}, {}, {})}
     text = advice(model_checks.check_attention(patient(run_config), seen))
     assert ("mixer=none" in text) == (level == "inner")
@@ -77,7 +77,7 @@ def test_a_seam_advises_only_changes_that_widen_the_receptive_field(mixer, embed
     assert ("inner.mixer=window" in text) == (mixer in ("patch", "none"))
 
 
-def test_a_seam_of_a_plain_model_advises_nothing_inner():
+def test_a_seam_of_a_plain_model_gives_no_advice_on_inner_keys():
     section = CheckResult("seams")
     model_checks._judge_seams(section, small_model("outer*2"), "patch", 2.0, 0.0, 100.0)
     assert "inner" not in advice(section)
@@ -91,7 +91,7 @@ def test_a_pattern_of_sub_patches_names_the_responsible_head(stages, head):
 
 
 @pytest.mark.parametrize(("check", "other"), [("gate", True), ("inner path", False)])
-def test_adding_the_inner_path_is_advised_where_it_is_not_added(run_config, check, other):
+def test_fuse_add_is_advised_only_for_a_dead_gate(run_config, check, other):
     section = CheckResult("inner path", rows={"aggregates.0: share": {"t=0.5": 1e-5}})
     model_checks._judge_share(section, patient(run_config), "aggregates.0", check, "here")
     assert ("inner.fuse=add" in advice(section)) == other
@@ -168,7 +168,7 @@ def test_less_guidance_is_advised_only_for_guided_samples(guided):
 
 
 @pytest.mark.parametrize(("stages", "left"), [("outer*2 inner", True), ("inner outer*2", False)])
-def test_replace_leaves_nothing_without_the_inner_path_only_where_levels_join(stages, left):
+def test_fuse_replace_needs_the_inner_path_only_if_the_levels_join(stages, left):
     config = small_model(stages, inner={"fuse": "replace"})
     assert can_run_without_inner(perturbed(NestedDiT(config))) == left
     assert ("without" in missing_parts(config)) == (not left)

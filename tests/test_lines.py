@@ -76,7 +76,7 @@ def test_a_checkpoint_that_does_not_fit_is_retried_at_the_next_interval(run_conf
     assert hashes[0] == hashes[1]
 
 
-def test_the_log_is_synced_before_the_checkpoint_of_its_last_step(run_config, tmp_path, monkeypatch):
+def test_the_log_is_synced_to_disk_before_the_checkpoint(run_config, tmp_path, monkeypatch):
     synced, log = [], tmp_path / "run/log.jsonl"
     plain_sync, plain_save = os.fsync, checkpoint.save
 
@@ -95,7 +95,7 @@ def test_the_log_is_synced_before_the_checkpoint_of_its_last_step(run_config, tm
     assert len(synced) == 2
 
 
-def test_a_last_checkpoint_that_does_not_fit_is_an_error(run_config, tmp_path, monkeypatch):
+def test_a_last_checkpoint_that_does_not_fit_gives_an_error(run_config, tmp_path, monkeypatch):
     def full(*_, **__):
         raise SaveError("cannot save it: no space left: make room")
 

@@ -104,7 +104,7 @@ def test_measures_match_the_attention_weights(monkeypatch, mixer, chunk):
 
 
 def away(place: int, places: np.ndarray, columns: int = 12) -> np.ndarray:
-    """Distances in the 8x12 sub-patches of a WIDE image."""
+    """Distances between the 8x12 sub-patches of a WIDE image."""
     return np.hypot(places // columns - place // columns, places % columns - place % columns)
 
 
@@ -233,7 +233,7 @@ def views_noise(seed: int, index: int, model: ModelConfig) -> np.ndarray:
     return generator(seed, "sample", index).standard_normal(model.image_shape, np.float32)
 
 
-def test_images_have_different_classes_and_the_noise_of_training(run_config):
+def test_chosen_images_have_different_classes_and_the_noise_of_the_held_out_error(run_config):
     source = open_source(run_config.data, run_config.model)
     chosen = choose(source, run_config, 3, TIMES)
     assert sorted(chosen.labels) == [0, 1, 2]
@@ -246,7 +246,7 @@ def test_images_have_different_classes_and_the_noise_of_training(run_config):
     assert len(choose(source, run_config, 99, TIMES).numbers) == source.held_out_size
 
 
-def test_training_images_are_used_without_held_out_ones(run_config):
+def test_training_images_are_used_if_none_is_held_out(run_config):
     config = replace(run_config, data=replace(run_config.data, held_out=0.0))
     chosen = choose(open_source(config.data, config.model), config, 2, TIMES)
     assert chosen.split == "training"
@@ -303,7 +303,7 @@ def test_a_plan_that_drops_heads_keeps_their_mean(monkeypatch):
     np.testing.assert_allclose(mean.inner.entropy, full.inner.entropy)
 
 
-def test_even_choices_include_both_ends():
+def test_evenly_chosen_items_include_both_ends():
     assert evenly_chosen((1, 2, 3, 4, 5, 6, 7, 8, 9), 5) == (1, 3, 5, 7, 9)
     assert evenly_chosen((4, 5), 3) == (4, 5)
     assert evenly_chosen((4, 5, 6), 1) == (4,)
@@ -461,7 +461,7 @@ def test_the_command_writes_the_page_and_every_figure(tmp_path, run_config, caps
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:constrained_layout not applied")  # a title leaves no room for pictures
-def test_one_image_at_one_time_fits_every_figure(tmp_path, run_config):
+def test_every_figure_is_drawn_for_one_image_at_one_time(tmp_path, run_config):
     run = saved(tmp_path / "run", run_config)
     run_command(str(run), "--num", "1", "--times", "0.5", "--steps", "2", "--device", "cpu")
 
@@ -485,7 +485,7 @@ def test_invalid_times_are_refused(tmp_path, given):
         run_command(str(tmp_path), "--times", given)
 
 
-def test_a_class_without_images_is_named(run_config):
+def test_the_error_names_a_class_without_images(run_config):
     source = open_source(replace(run_config.data, held_out=0.0), run_config.model)
     with pytest.raises(UserError, match="no training image"):
         choose(source, run_config, 2, TIMES, classes=[7])

@@ -1,4 +1,4 @@
-"""Metrics of a user: they are checked, and computed, compared and ranked as the built-in ones are."""
+"""A user's metrics are checked, and are computed, compared and ranked like built-in metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from studies import plan_of, write_study
 
 
 def contrast(samples: Any, real: Any) -> float:
-    """Standard deviation of the samples, less that of the real images."""
+    """Standard deviation of the samples minus the standard deviation of the real images."""
     assert samples.shape == real.shape
     assert samples.dtype == real.dtype == np.uint8
     return float(samples.std() - real.std())
@@ -35,7 +35,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(out: Path, seed: int = 0) -> tuple[dict[str, Any], Evaluation]:
-    """metrics.json of ten images of noise against others of twice the contrast."""
+    """metrics.json of ten noise images, compared with noise images of twice the contrast."""
     draw = np.random.default_rng(0)
     for name, low, high in (("real", 0, 256), (f"samples{seed}", 64, 192)):
         if not (out / f"{name}.npy").exists():
@@ -80,7 +80,7 @@ def test_a_score_with_an_interval_is_written_unchanged(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("bad", [None, "a lot", [1.0, 2.0], 10**400, Score("high"), Score(1.0, low=[2])])
-def test_anything_but_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any):
+def test_a_metric_result_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any):
     compute_with(monkeypatch, lambda samples, real: bad)
     with pytest.raises(UserError, match=r"metric mine must return a number or a Score: got .*; fix its compute"):
         evaluated(tmp_path)
@@ -96,7 +96,9 @@ def test_anything_but_a_number_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         (Score(1.0, floor=float("nan")), r"got Score\(.*nan"),
     ],
 )
-def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any, named: str):
+def test_a_metric_result_that_is_not_finite_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Any, named: str
+):
     compute_with(monkeypatch, lambda samples, real: bad)
     with pytest.raises(UserError, match=f"metric mine must return finite numbers: {named}.*; fix its compute"):
         evaluated(tmp_path)
@@ -109,14 +111,14 @@ def test_a_floor_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pyte
         evaluated(tmp_path)
 
 
-def test_half_an_interval_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interval_with_only_one_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compute_with(monkeypatch, lambda samples, real: Score(1.0, low=0.5))
     with pytest.raises(UserError, match="metric mine must return both ends of an interval, or none: got Score"):
         evaluated(tmp_path)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("division\nby zero"), UserError("no such file"), SystemExit(3)])
-def test_a_metric_that_raises_is_one_line_with_its_name(
+def test_an_exception_in_a_metric_gives_a_one_line_error_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ):
     def fails(samples: Any, real: Any) -> float:
@@ -124,7 +126,7 @@ def test_a_metric_that_raises_is_one_line_with_its_name(
 
     compute_with(monkeypatch, fails)
     with pytest.raises(
-        UserError, match=rf"metric mine ends with {type(error).__name__}: .*; fix its compute"
+        UserError, match=rf"metric mine failed with {type(error).__name__}: .*; fix its compute"
     ) as refusal:
         evaluated(tmp_path)
     assert "\n" not in str(refusal.value)
@@ -162,7 +164,7 @@ def test_an_unknown_direction_is_refused():
 
 
 @pytest.mark.usefixtures("own")
-def test_a_study_ranks_it_by_its_own_direction(tmp_path: Path):
+def test_a_study_ranks_a_users_metric_by_its_direction(tmp_path: Path):
     study = StudyConfig.from_dict(
         {
             "question": "?",

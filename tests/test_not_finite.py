@@ -56,7 +56,7 @@ def no_warning() -> Iterator[None]:
 
 
 def errors(values: dict[int, Any]) -> list[dict[str, Any]]:
-    """Log lines of held-out errors, the non-finite ones by name."""
+    """Log lines of held-out errors; non-finite errors are written by name."""
     return [{"step": step, "held_out": {"0.5": {"whole": e, "high": e}}} for step, e in values.items()]
 
 
@@ -68,7 +68,7 @@ def huge(self: Trainer) -> dict[str, dict[str, float]]:
 # ----------------------------------------------------------------------------------------------- curves
 
 
-def test_a_non_finite_error_is_a_gap_in_the_curve_and_noted(tmp_path, capsys):
+def test_a_non_finite_error_gives_a_gap_in_the_curve_and_a_note(tmp_path, capsys):
     bad = write(tmp_path / "bad", steps(280) + errors(DIVERGED))
     good = write(tmp_path / "good", steps(280) + evaluations(HEALTHY), "model.inner.mixer=none")
     curves = [read_run(bad), read_run(good)]
@@ -146,7 +146,7 @@ def test_doctor_reports_non_finite_evaluations(trains, trained, tmp_path, capsys
     json.loads(found.to_json(), parse_constant=pytest.fail)
 
 
-def test_doctor_reports_no_finite_evaluations(trained):
+def test_doctor_does_not_report_finite_evaluations(trained):
     found = examine(read_config(trained), CPU, trained)
     assert not [f for f in found.findings if f.check == "held-out error"]
 
@@ -173,7 +173,7 @@ def test_doctor_examines_a_run_with_one_huge_held_out_image(value, trained, tmp_
 
 @pytest.fixture
 def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A config as a file; arms whose learning rate is 1e-4 diverge."""
+    """A config file. Runs of this config diverge if the learning rate is 1e-4."""
     monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
     evaluate = Trainer.evaluate
 

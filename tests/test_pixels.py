@@ -1,4 +1,4 @@
-"""Metrics without a network against known corruptions, spectra and neighbours."""
+"""Metrics without a network, tested on known corruptions, spectra and neighbours."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def answers(emoji, clean):
 
 
 def sizes(found, name):
-    """The metric at each strength, as a multiple of real against real."""
+    """The metric at each strength, divided by the score of real images against real images."""
     return [abs(f[name].value) / found[0][name].floor for f in found]
 
 
@@ -92,14 +92,14 @@ def test_blur_hurts_the_finest_level_of_the_pyramid_most(answers):
 
 
 @pytest.mark.slow
-def test_a_grid_raises_the_seams_and_little_else(answers):
+def test_a_patch_grid_raises_seam_scores_more_than_other_scores(answers):
     multiples = {name: sizes(answers["grid"], name)[3] for name in answers["grid"][0]}
     others = {name: size for name, size in multiples.items() if not name.startswith("seam")}
     assert multiples["seam.8"] > 5
     assert multiples["seam.8"] > 2 * max(others.values())
 
 
-def test_scores_do_not_depend_on_earlier_draws(emoji):
+def test_scores_do_not_depend_on_earlier_random_numbers(emoji):
     small = to_floats(emoji[:8]), to_floats(emoji[8:24])
     first = score(*small, (8,))
     np.random.default_rng().random(5)
@@ -123,7 +123,7 @@ def test_pyramid_levels_add_up_to_the_image(emoji):
     np.testing.assert_allclose(total, images, atol=1e-5)
 
 
-def test_a_one_dimensional_wasserstein_distance_is_the_one_of_scipy():
+def test_the_one_dimensional_wasserstein_distance_equals_that_of_scipy():
     from scipy.stats import wasserstein_distance
 
     draw = np.random.default_rng(0)
@@ -142,14 +142,14 @@ def test_a_wave_has_its_power_at_its_own_frequency(size):
     assert spectrum.frequency[np.argmax(spectrum(wave)[0])] == pytest.approx(1 / 4, abs=spectrum.step / 2)
 
 
-def test_a_spectrum_twice_as_strong_is_six_decibels_up():
+def test_doubled_amplitude_raises_the_spectrum_by_six_decibels():
     draw = np.random.default_rng(0).normal(size=(5, 3, 16, 16)).astype(np.float32)
     spectrum = Spectrum(16, 16)
     found = spectrum.compare(spectrum(2 * draw).mean(0), spectrum(draw).mean(0))
     np.testing.assert_allclose(list(found.values()), 20 * np.log10(2), rtol=1e-6)
 
 
-def test_moments_are_those_of_scipy():
+def test_moments_equal_those_of_scipy():
     from scipy.stats import kurtosis, skew
 
     a, b = (np.random.default_rng(s).gamma(2, size=(7, 3, 8, 8)).astype(np.float32) for s in (0, 1))
@@ -197,7 +197,7 @@ def test_odd_and_tiny_sizes_are_measured():
 # --------------------------------------------------------------------------------------------- neighbours
 
 
-def test_nearest_rows_are_those_of_brute_force():
+def test_nearest_rows_equal_brute_force():
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(20, 6, generator=draw), torch.randn(30, 6, generator=draw)
     distance, number = nearest(a, b)
@@ -227,7 +227,7 @@ def test_copied_training_images_give_a_warning(sets):
     assert any("MEMORISING" in warning for warning in found.warnings(guided=True))
 
 
-def test_mirrored_copies_are_found_where_training_showed_mirror_images(sets):
+def test_mirrored_copies_are_found_if_training_showed_mirror_images(sets):
     train, held = sets
     half = len(held) // 2
     copies = train[::20][:half].flip(-1)
@@ -238,7 +238,7 @@ def test_mirrored_copies_are_found_where_training_showed_mirror_images(sets):
     assert aware.too_near_train <= unaware.too_near_train  # unseen images have the same two chances
 
 
-def test_a_tenth_of_copies_among_unseen_images_is_enough_for_the_warning(sets):
+def test_ten_percent_of_copies_give_a_memorising_warning(sets):
     train, held = sets
     mixed = torch.cat([held[:270], train[::100][:30]])
     assert any("MEMORISING" in warning for warning in neighbours(mixed, train, held).warnings(guided=True))
@@ -252,7 +252,7 @@ def test_held_out_images_give_no_memorising_warning(sets):
     )
 
 
-def test_one_image_over_and_over_is_called_repeating(sets):
+def test_copies_of_one_image_give_a_repeating_warning(sets):
     train, held = sets
     found = neighbours(held[:10].repeat(10, 1, 1, 1), train, held)
     assert any("REPEATING" in warning for warning in found.warnings(guided=True))
@@ -305,7 +305,7 @@ def test_contrast_is_the_share_of_the_true_amplitude():
 
 
 def pixels_of(mosaic, truth, number):
-    """Mask of the pixels that show one region alone."""
+    """Mask of the pixels that show only this region."""
     from dit_in_dit.metrics.detail import visible_regions
 
     return visible_regions(mosaic, truth) == number

@@ -19,7 +19,7 @@ def test_numbers_are_aligned_right_and_words_left():
     ]
 
 
-def test_tables_may_lack_heads_and_cells():
+def test_tables_without_headers_cells_or_rows_are_printed():
     assert text_table([], [["a", None], ["bb", 2]]).splitlines() == ["  a   -", "  bb  2"]
     assert text_table(["", "x"], []) == ""
 

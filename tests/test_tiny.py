@@ -27,7 +27,7 @@ def in_double(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float, *, apart: bool = False) -> None:
-    """Outputs and gradients, for heads split from one tensor as in a model, or separate (`apart`)."""
+    """Check outputs and gradients, for heads split from one tensor as in a model, or for separate tensors (`apart`)."""
     groups, heads, length, width = shape
     draw = torch.Generator().manual_seed(0)
     qkv, grad = (torch.randn(groups, length, n, heads, width, generator=draw).to(device, dtype) for n in (3, 1))
@@ -48,7 +48,7 @@ def check(shape: tuple[int, ...], device: str, dtype: torch.dtype, error: float,
 
 @triton
 @pytest.mark.slow
-def test_the_kernel_is_softmax_attention_in_the_interpreter():
+def test_the_kernel_equals_softmax_attention_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_the_kernel_is_softmax_attention_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_the_kernel_is_softmax_attention_on_a_gpu(shape, dtype, error):
+def test_the_kernel_equals_softmax_attention_on_a_gpu(shape, dtype, error):
     check(shape, "cuda", dtype, error)
 
 
@@ -78,7 +78,7 @@ def test_the_kernel_is_off_by_default():
 
 
 def check_model() -> None:
-    """A model with the kernel gives the same results; its outer attention fits too."""
+    """Check that a model gives the same results with the kernel, which also computes the outer attention."""
     model = perturbed(NestedDiT(small_model("inner outer inner")))
     results = []
     for longest in (0, 8):

@@ -180,7 +180,7 @@ def test_beta2_sets_the_decay_of_the_second_moment(run_config):
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.5)}
 
 
-def test_unlabelled_data_trains(run_config, tmp_path):
+def test_a_model_trains_on_unlabelled_data(run_config, tmp_path):
     config = replace(run_config, model=small_model("outer inner", image_size=(8, 8), num_classes=0))
     assert run(config, tmp_path / "run")[-1].kind == "checkpoint"
 
@@ -208,7 +208,7 @@ def test_averaged_weights_follow_the_closed_form():
     torch.testing.assert_close(ema.model.outer_embed.proj.bias, expected)
 
 
-def test_learning_lowers_the_held_out_error(run_config, tmp_path):
+def test_training_lowers_the_held_out_error(run_config, tmp_path):
     config = with_train(run_config, steps=120, evaluate_every=10, learning_rate=3e-3, batch_size=16)
     config = replace(config, data=DataConfig(source="mosaic"), diffusion=DiffusionConfig(predict="image"))
     config = replace(config, model=small_model("outer*2 inner*1", image_size=(8, 8), num_classes=9))
@@ -247,7 +247,7 @@ def test_log_and_timing_are_json_lines(run_config, tmp_path):
     assert all(line["images_per_second"] > 0 for line in timing)
 
 
-def test_resume_passes_over_a_damaged_checkpoint(run_config, tmp_path):
+def test_resume_skips_a_damaged_checkpoint(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     saved = checkpoint.newest(tmp_path / "run")
     folder, manifest = saved.folder, saved.manifest
@@ -265,7 +265,7 @@ def test_only_the_newest_checkpoints_are_kept(run_config, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["0000005", "0000006"]
 
 
-def test_the_parts_gradient_norms_add_up_to_the_whole(run_config, tmp_path):
+def test_squared_gradient_norms_of_the_parts_add_up_to_the_total(run_config, tmp_path):
     run(run_config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "grad_norm" in line]
@@ -334,7 +334,7 @@ def test_a_run_resumes_with_its_data_at_another_place(half_run, run_config, tmp_
     assert hashes(out) == hashes(tmp_path / "unbroken")
 
 
-def test_evaluate_and_verify_resume_take_the_new_place_of_a_runs_data(half_run, tmp_path, monkeypatch, capsys):
+def test_evaluate_and_verify_resume_accept_the_new_place_of_the_data(half_run, tmp_path, monkeypatch, capsys):
     from dit_in_dit.cli import main
 
     config, out, images = half_run

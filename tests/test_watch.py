@@ -32,8 +32,8 @@ def made(stages: str = INTERLEAVED, **inner) -> NestedDiT:
 
 
 def weights_in_use(monkeypatch, module) -> list[Tensor]:
-    """The weights with which every later `attend` of the module weighs its values: the kernel's output for values
-    that are the identity matrix."""
+    """The attention weights of every later `attend` of the module: the kernel's output if the values are the identity
+    matrix."""
     used: list[Tensor] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of attention weights: entropy, weight on itself, distance, weight received, and the weights themselves.
+"""Measures of attention weights: entropy, weight of a query on itself, distance to the keys, and weight received.
 
 Letters: N images, K times, T patches, S sub-patches per patch, L tokens per group (see `Tokens`).
 """
@@ -35,19 +35,21 @@ class LevelAttention:
     """The attention of one level.
 
     Attributes:
-        blocks: names of its blocks.
+        blocks: names of the level's blocks.
         entropy: entropy of a query's weights over log(L), mean over the queries of a patch, (N, K, layers, heads, T).
             1 is uniform attention, 0 is all weight on one token.
         own: weight of a query on itself; mean and shape as for entropy.
         distance: weighted mean distance from a query to its keys, in tokens; mean and shape as for entropy.
         average: weights among the tokens of one patch, mean over images and patches, (K, layers, heads, S, S).
-        squares: mean square of those weights over images, patches and times, (layers, heads).
-        plan: layers and heads for which `received`, `inside` and `reach` are kept. They have the shape
-            (images, times, layers, heads or 1, ...), with the images and times of the maps' plan.
-        received: sum of the weights that a token receives from all queries, (..., tokens of the image); its mean is 1.
-        inside: weights among the tokens of each patch, (..., T, S, S); empty where S is 1.
-        reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty where
-            L is S.
+        squares: mean square of the weights among the tokens of one patch, over images, patches and times,
+            (layers, heads).
+        plan: layers and heads for which `received`, `inside` and `reach` are kept. Their shape is
+            (images, times, layers, heads or 1, ...), with the images and times of `MapsPlan`.
+        received: sum of the weights that a token receives from all queries, (..., tokens of the image). The mean over
+            tokens is 1.
+        inside: weights among the tokens of each patch, (..., T, S, S); empty if S is 1.
+        reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty if
+            L equals S.
     """
 
     blocks: tuple[str, ...]
@@ -66,8 +68,8 @@ class LevelAttention:
         """Decomposition of the variance of the weights inside a patch, over all layers and heads.
 
         Returns:
-            Shares that sum to 1, or zeros where all weights are equal. position: between pairs of sub-patches. time:
-            between times, for the same pair. content: between patches and images, for the same pair and time.
+            Shares that sum to 1, or zeros if all weights are equal. position: variance between pairs of sub-patches.
+            time: between times, for the same pair. content: between patches and images, for the same pair and time.
         """
         mean = self.average.mean(0)  # layers heads S S
         total = (self.squares - mean.mean((-2, -1)) ** 2).sum()
@@ -126,7 +128,7 @@ def measure_attention(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = 
             inside[here], reach[here] = blocks.movedim(-1, 2), of_patch.mean(3)
 
     def in_order(values: Tensor, numbers: NDArray[np.int64]) -> Array:
-        """(groups, heads, L or L / S, ...) -> (heads, tokens or patches of the image, ...)."""
+        """Reorder (groups, heads, L or L / S, ...) to (heads, tokens or patches of the image, ...)."""
         return values.transpose(0, 1).flatten(1, 2)[:, np.argsort(numbers.ravel())].cpu().numpy()
 
     return AttentionMeasures(
@@ -142,7 +144,7 @@ def measure_attention(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = 
 
 
 def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of groups and of queries whose weights number at most `MOST_WEIGHTS`; whole patches, at least one."""
+    """Slices of groups and of queries with at most `MOST_WEIGHTS` weights, but with at least one whole patch."""
     fit = max(1, MOST_WEIGHTS // (heads * length**2))
     rows = length
     if heads * length**2 > MOST_WEIGHTS:
@@ -158,7 +160,7 @@ def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tu
 class LevelRecorder:
     """Accumulator of the measures of one level, filled block by block for each image and time.
 
-    It keeps `received`, `inside` and `reach` only as far as the plan does, and sums of `average` and `squares`.
+    It keeps `received`, `inside` and `reach` for the plan's recordings, and sums of `average` and `squares`.
     """
 
     def __init__(

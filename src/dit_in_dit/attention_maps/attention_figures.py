@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def draw_inside_patches(maps: Maps, level: LevelAttention) -> Figure:
-    """Weights inside a patch, mean over images and patches: a small map per query sub-patch, at its position."""
+    """Plot the weights inside a patch (mean over images and patches): one small map at the position of each query."""
     side = maps.config.model.sub_grid
     blocks, heads = evenly_spaced(len(level.blocks), 4), evenly_spaced(level.average.shape[2], 2)
     rows = [(layer, head) for layer in blocks for head in heads]
@@ -52,7 +52,7 @@ def draw_inside_patches(maps: Maps, level: LevelAttention) -> Figure:
 
 
 def draw_received(maps: Maps, level: LevelAttention) -> Figure:
-    """Weight that each sub-patch receives, over the images; last recorded layer, mean over heads."""
+    """Plot over the images the weight that each sub-patch receives in the last recorded layer (mean over heads)."""
     plan = maps.plan
     rows = evenly_spaced(len(plan.images), MOST_ROWS)
     columns = evenly_spaced(len(plan.times), MOST_COLUMNS)
@@ -71,7 +71,7 @@ def draw_received(maps: Maps, level: LevelAttention) -> Figure:
 
 
 def draw_over_time(maps: Maps) -> Figure:
-    """Entropy, weight on itself and distance of every layer over t; thin lines are single heads."""
+    """Plot each layer's entropy, weight of a query on itself, and distance over t; thin lines are single heads."""
     levels = [(name, level) for name, level in (("inner", maps.inner), ("outer", maps.outer)) if level]
     fig, axes = figure(len(levels), 3, width=3.6, height=2.8)
     times, mark = maps.views.times, "-" if len(maps.views.times) > 1 else "o"
@@ -96,7 +96,8 @@ def draw_over_time(maps: Maps) -> Figure:
 
 
 def draw_outer(maps: Maps) -> Figure:
-    """Outer attention of one central patch, mean over heads, by layer and time; without it, the weight received."""
+    """Plot outer attention by layer and time, mean over heads: that of the middle patch or, if only summaries are
+    kept, the weight that each patch receives."""
     model, plan, level = maps.config.model, maps.plan, maps.outer
     (h, w), has_reach = model.grid, bool(level.reach.size)
     patch = h // 2 * w + w // 2
@@ -120,7 +121,7 @@ def draw_outer(maps: Maps) -> Figure:
 
 
 def _outline(column: int, row: int, side: int) -> Any:
-    """The border of a patch, whose side is in pixels."""
+    """The border of a patch; `side` is in pixels."""
     from matplotlib.patches import Rectangle
 
     corner = column * side - 0.5, row * side - 0.5

@@ -1,4 +1,4 @@
-"""Maps as PNG figures: the figures that a model has, with their file names."""
+"""Maps as PNG figures with file names. A model has only the figures of its parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def figures(maps: Maps, classes: tuple[str, ...]) -> Iterator[tuple[str, str, Figure]]:
-    """Every figure that this model has: file name, what the figure shows, figure."""
+    """File name, description and figure of each map that this model has."""
     why = missing_parts(maps.config.model)
     if maps.inner:
         if maps.inner.tokens.per_patch > 1:

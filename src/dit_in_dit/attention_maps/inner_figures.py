@@ -34,7 +34,7 @@ MOST_CALLS = 9  # most steps of a trajectory in a figure
 
 
 def draw_aggregation(maps: Maps) -> Figure:
-    """Weights of the sub-patches in the last aggregation, by position and head, and over the images."""
+    """Plot the sub-patch weights of the last aggregation: by position and head, and as overlays on the images."""
     model = maps.config.model
     name, weights = list(maps.aggregation.items())[-1]
     if AGGREGATORS[model.inner.aggregate].weights_depend_on == "position":  # equal in all patches, images and times
@@ -66,7 +66,7 @@ def draw_aggregation(maps: Maps) -> Figure:
 
 
 def draw_contribution(maps: Maps) -> Figure:
-    """The inner path's share of every patch, as maps and over t."""
+    """Plot the inner path's share of every patch: as maps, and as a curve over t."""
     model = maps.config.model
     name, shares = list(maps.contribution.items())[-1]
     images = evenly_spaced(len(maps.views.images), MOST_ROWS)
@@ -92,7 +92,7 @@ def draw_contribution(maps: Maps) -> Figure:
 
 
 def draw_estimates(maps: Maps) -> Figure:
-    """Image estimates at the same x_t with the inner path on and off, their difference, and its power spectrum."""
+    """Plot image estimates at the same x_t with the inner path on and off, their difference, and power spectra."""
     assert maps.without is not None
     images = evenly_spaced(len(maps.views.images), 2)
     columns = evenly_spaced(len(maps.views.times), MOST_COLUMNS)
@@ -117,7 +117,7 @@ def draw_estimates(maps: Maps) -> Figure:
 
 
 def draw_sample_pairs(maps: Maps, classes: tuple[str, ...]) -> Figure:
-    """Samples with the inner path on and off, their difference, and the power spectra."""
+    """Plot samples with the inner path on and off, their difference, and power spectra."""
     samples = maps.draws
     assert samples.off is not None
     columns = evenly_spaced(len(samples.on), 8)
@@ -139,7 +139,7 @@ def draw_sample_pairs(maps: Maps, classes: tuple[str, ...]) -> Figure:
 
 
 def spectra(images: Array) -> tuple[Array, Array]:
-    """Radial frequencies in cycles per pixel (bins,), and mean power of images (N, K, C, H, W) at each, (K, bins)."""
+    """Radial frequencies (bins,) in cycles per pixel, and mean power (K, bins) of images (N, K, C, H, W)."""
     spectrum = Spectrum(*images.shape[-2:])
     powers = [spectrum(images[:, k]).mean(0) for k in range(images.shape[1])]
     return spectrum.frequency.astype(np.float32), np.stack(powers).astype(np.float32)
@@ -155,7 +155,7 @@ def _class_name(number: int, classes: tuple[str, ...]) -> str:
 
 
 def draw_trajectories(maps: Maps, classes: tuple[str, ...]) -> Figure:
-    """Sampling of some images, step by step: x_t above, the image estimate below."""
+    """Plot the sampling steps of some images: x_t above, the image estimate below."""
     samples, settings = maps.draws, maps.config.sample
     columns = evenly_spaced(len(samples.times), MOST_CALLS)
     fig, axes = panels(2 * samples.noisy.shape[1], len(columns), aspect=image_aspect(maps.config.model), right=0)

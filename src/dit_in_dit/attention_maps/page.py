@@ -1,5 +1,5 @@
-"""Maps as one HTML page without network access: it embeds the arrays as text, and the script of `page.html.j2`
-draws them."""
+"""Maps as one HTML page that needs no network. The page embeds the arrays as text; the script of `page.html.j2`
+plots them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def page(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> str:
 
 
 def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict[str, Any]:
-    """Data for the script of the page; its keys are those that the script reads."""
+    """Data for the script of the page, with the keys that the script reads."""
     model, plan, views = maps.config.model, maps.plan, maps.views
     n, k = list(plan.images), list(plan.times)
     names = [classes[y] if model.num_classes and y < len(classes) else "" for y in views.labels]
@@ -112,7 +112,7 @@ def _group_of_patch(level: LevelAttention) -> list[int]:
 
 
 def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Data on the samples: trajectories, and inner path on and off."""
+    """Data on the samples: trajectories, and samples with the inner path on and off."""
     samples, how = maps.draws, maps.config.sample
     labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in samples.labels]
     calls = list(evenly_chosen(tuple(range(len(samples.times))), STRIP))
@@ -147,7 +147,7 @@ def _floats(values: Array) -> dict[str, Any]:
 
 
 def _bytes(values: Array, axes: int) -> dict[str, Any]:
-    """An array as one byte per value, scaled by the maximum of its block (the last `axes` axes), and the maxima."""
+    """An array as one byte per value, and the maxima: each block (the last `axes` axes) is scaled by its maximum."""
     blocks = tuple(range(values.ndim - axes, values.ndim))
     most = values.max(blocks, keepdims=True, initial=0)
     levels = np.rint(values / np.maximum(most, 1e-30) * 255).astype(np.uint8)
@@ -162,7 +162,7 @@ def _rounded(values: NDArray[Any]) -> Any:
 def _sheet(images: Array) -> dict[str, Any]:
     """Pictures (rows, columns, C, H, W) as one image in base64, and the size of each picture.
 
-    PNG; pictures larger than `PICTURE_PIXELS` are scaled down to it, and the image is a JPEG.
+    The image is a PNG. If pictures are larger than `PICTURE_PIXELS`, they are scaled down and the image is a JPEG.
     """
     rows, columns = images.shape[:2]
     tiles = [to_image(pixels) for pixels in to_pixels(torch.from_numpy(images.reshape(-1, *images.shape[2:])))]

@@ -53,7 +53,7 @@ def set_title(fig: Figure, text: str) -> None:
 
 
 def set_times(axes: Any, times: Sequence[float], form: str = "g", **style: Any) -> None:
-    """Write a time above each of a row of panels."""
+    """Write a time above each panel of a row."""
     for axis, t in zip(axes, times, strict=True):
         axis.set_title(f"t = {t:{form}}", **style)
 
@@ -90,7 +90,7 @@ def _pale(image: Array) -> NDArray[np.float64]:
 
 
 def image_of_patches(values: Array, model: ModelConfig) -> Array:
-    """(T,) or (T, S) -> (rows, columns) of patches or sub-patches."""
+    """Arrange values (T,) of patches or (T, S) of sub-patches as in the image, (rows, columns)."""
     (h, w), i = model.grid, model.sub_grid
     if values.ndim == 1:
         return values.reshape(h, w)
@@ -108,7 +108,7 @@ def evenly_spaced(length: int, most: int) -> tuple[int, ...]:
 
 
 def plot_below(fig: Figure, axes: Any) -> Any:
-    """One plot in place of the last two rows of panels."""
+    """Replace the last two rows of panels by one plot."""
     for axis in axes[-2:].flat:
         axis.remove()
     plot = fig.add_subplot(axes[0, 0].get_gridspec()[-2:, :])

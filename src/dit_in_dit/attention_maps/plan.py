@@ -1,6 +1,6 @@
 """Choice of the images, times, layers and heads whose attention is kept in full, to bound the size of the page.
 
-Statistics are always taken over everything.
+Statistics always cover all images, times, layers and heads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class MapsPlan:
-    """Recordings kept, by number of the image and of the time, and by level."""
+    """Recordings kept: numbers of the images and times, and a plan for each level."""
 
     images: tuple[int, ...]
     times: tuple[int, ...]
@@ -43,17 +43,17 @@ class MapsPlan:
 
 
 def evenly_chosen(items: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """At most `most` of the items, evenly spaced; they include the first and the last where `most` is above 1."""
+    """At most `most` of the items, evenly spaced; the first and the last are included if `most` is above 1."""
     if len(items) <= most:
         return items
     return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
 
 
 def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
-    """Keep everything, or cut until it fits into `most` bytes.
+    """Keep all recordings, or cut recordings until the page fits into `most` bytes.
 
-    Cuts are made one by one, least important first (`_CUTS`). Where all of them do not suffice, they are made again
-    without the weights of the inner level, then without those of both levels.
+    Cuts are made one by one; the least important recordings are cut first (`_CUTS`). If all cuts do not suffice, they
+    are repeated without the weights of the inner level, then without the weights of both levels.
     """
     mixer = MIXERS[model.inner.mixer]
     attends = mixer is not None and mixer.length(model) > 0
@@ -115,7 +115,7 @@ def size(model: ModelConfig, plan: MapsPlan) -> int:
 
 
 def joining(model: ModelConfig) -> list[str]:
-    """Places where inner tokens join the outer ones or the image, by the names of `watch_contribution`."""
+    """Places where inner tokens join the outer tokens or the image, named as in `watch_contribution`."""
     levels = [level for level, _ in model.program]
     aggregates = sum(pair == ("inner", "outer") for pair in pairwise(levels))
     return [f"aggregates.{i}" for i in range(aggregates)] + ["inner_head"] * (levels[-1] == "inner")

@@ -66,9 +66,9 @@ class Maps:
 
     Attributes:
         noisy, estimate: x_t and the model's image estimate, (N, K, C, H, W).
-        without: the estimate at the same x_t without the inner path; None where the model cannot run without it.
-        inner: None where inner tokens do not attend.
-        aggregation: by name of the aggregate; empty where inner tokens never join the outer ones.
+        without: the estimate at the same x_t without the inner path; None if the model cannot run without it.
+        inner: None if inner tokens do not attend to each other.
+        aggregation: by name of the aggregate; empty if inner tokens never join the outer tokens.
         contribution: the inner path's share of each patch, by name, (N, K, T); see `watch_contribution`.
     """
 
@@ -86,13 +86,13 @@ class Maps:
 
 
 def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], classes: Sequence[int] = ()) -> Views:
-    """Choose `num` held-out images, or training images where none is held out; the classes take turns.
+    """Choose `num` held-out images, or training images if none is held out; the classes alternate.
 
     Args:
-        classes: class numbers; empty: all, evenly spaced ones where there are more classes than images.
+        classes: class numbers. If empty: all classes, or evenly spaced classes if there are more classes than images.
 
     Raises:
-        UserError: no image of these classes.
+        UserError: no image belongs to one of these classes.
     """
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train
@@ -101,7 +101,7 @@ def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], 
         by_class.setdefault(get(i)[1] if config.model.num_classes else 0, []).append(i)
     present = tuple(c for c in sorted(by_class) if not classes or c in classes)
     if not present:
-        raise UserError(f"--classes: no {split} image of them in {config.data.source}; choose others")
+        raise UserError(f"--classes: {config.data.source} has no {split} image of these classes; choose others")
     turns = zip_longest(*(by_class[c] for c in evenly_chosen(present, num)))
     numbers = tuple(i for i in chain.from_iterable(turns) if i is not None)[:num]
     examples = [get(i) for i in numbers]
@@ -133,10 +133,10 @@ def record_maps(
     classes: Sequence[int] = (),
     advance: Callable[[], None] = lambda: None,
 ) -> Maps:
-    """Run the model on one image at one time after another: memory holds the weights of one block and image.
+    """Run the model on one image and one t per pass, so that memory holds the weights of one block and image.
 
     Args:
-        samples: samples drawn with the inner path on and off; numbered and seeded as by `sample_batches`.
+        samples: number of samples to generate with the inner path on, then off; seeded as by `sample_batches`.
         advance: called after each image at each time, and after each sampler step.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Samples of the same noise with the inner path on and off, with the trajectories of some."""
+"""Samples of the same noise with the inner path on and off, and the trajectories of some samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STRIPS = 4  # samples whose trajectory is kept
 
 @dataclass(frozen=True)
 class Draws:
-    """Samples with the inner path on and off, and trajectories with it on.
+    """Samples with the inner path on and off, and trajectories with the inner path on.
 
     Attributes:
         labels: class numbers, (M,).
@@ -49,10 +49,10 @@ def draw_on_and_off(
     classes: Sequence[int] = (),
     advance: Callable[[], None] = lambda: None,
 ) -> Draws:
-    """Draw samples 0 to num - 1, numbered as by `sample_batches`, with the inner path on, then off.
+    """Generate samples 0 to num - 1 with the inner path on, then off. Noise and labels are as in `sample_batches`.
 
     Args:
-        classes: class numbers that take turns; empty: all.
+        classes: class numbers that alternate; empty: all classes.
         advance: called after each sampler step.
     """
     device, classified = next(model.parameters()).device, config.model.num_classes

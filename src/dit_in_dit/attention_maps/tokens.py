@@ -41,9 +41,9 @@ class Tokens:
         return self.places.shape[1]
 
     def distances(self, rows: slice) -> Tensor:
-        """Distances, in tokens, from the tokens `rows` of a group to all tokens of it, (rows, L).
+        """Distances (rows, L), in tokens, from the tokens `rows` of a group to all tokens of the group.
 
-        They are the same in every group.
+        The distances are the same in every group.
         """
         y, x = (torch.from_numpy(part).float() for part in np.divmod(self.places[0], self.grid[1]))
         return torch.hypot(y[rows, None] - y, x[rows, None] - x)

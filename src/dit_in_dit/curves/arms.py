@@ -1,4 +1,4 @@
-"""Arms: runs whose configs differ in the seed alone, named by the keys in which the arms differ."""
+"""Arms: groups of runs whose configs differ only in the seed. Arms are named by the keys in which they differ."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST_NAME = 48  # characters of an arm's name; longer ones are replaced by fo
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs whose configs differ in the seed alone."""
+    """Runs whose configs differ only in the seed."""
 
     name: str
     differs: dict[str, Any]  # each key in which the arms differ, with this arm's value
@@ -47,7 +47,7 @@ def arms(curves: Sequence[Curve]) -> list[RunGroup]:
         group = groups.setdefault(tuple(_settings(curve.config).items()), [])
         for other in group:
             if other.config.seed == curve.config.seed:
-                raise UserError(f"{other.run} and {curve.run} are one config with one seed: leave one of them out")
+                raise UserError(f"{other.run} and {curve.run} have the same config and seed: leave one run out")
         group.append(curve)
     if not groups:
         raise UserError("no step is logged yet in " + ", ".join(str(curve.run) for curve in curves))
@@ -62,7 +62,7 @@ def arms(curves: Sequence[Curve]) -> list[RunGroup]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Config keys that identify an arm: no seed, stages as a program, and no key that the model ignores."""
+    """Config keys that identify an arm, without the seed and the keys that the model ignores; stages as a program."""
     settings = {name: value for name, _, value in keys(config) if not isinstance(value, Section)}
     settings["model.stages"] = format_stages(config.model.program)
     spelled = ("seed", "model.depth", "model.use_inner", "model.inner.depth_ratio")
@@ -71,7 +71,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _names(settings: list[dict[str, Any]], differing: list[str], groups: list[list[Curve]]) -> list[str]:
-    """A name for each arm, from the fewest keys that distinguish the arms, or from the folders where that is long."""
+    """A name for each arm: the fewest keys that distinguish the arms or, if these are too long, the folders."""
 
     def distinguished(by: Sequence[str]) -> int:
         return len({tuple(known.get(name) for name in by) for known in settings})
@@ -119,7 +119,7 @@ def unlike_losses(curves: Sequence[Curve]) -> bool:
 
 
 def _loss_of(config: RunConfig) -> tuple[Any, ...]:
-    """The quantity that the training loss measures: error of which target, at which times."""
+    """What the training loss measures: the predicted target, and the distribution of times."""
     diffusion = config.diffusion
     of = diffusion.predict if diffusion.weight == "prediction" else diffusion.weight
     spread = (diffusion.time_mean, diffusion.time_std) if diffusion.time == "logit_normal" else ()

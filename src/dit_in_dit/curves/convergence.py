@@ -57,7 +57,7 @@ def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
             if value != values[first]:
                 raise UserError(
                     f"held-out errors cannot be compared: {name} is {values[first]} for {first!r} and {value} for "
-                    f"{other!r}; compare them separately"
+                    f"{other!r}; compare these runs separately"
                 )
 
 
@@ -95,7 +95,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Reach:
-    """Training of one arm until its whole-image error at time t was first at most `error`."""
+    """Training that one arm needed until its whole-image error at time t first was at most `error`."""
 
     t: float
     error: float
@@ -112,11 +112,11 @@ def steps_to_reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, 
     """The training that each arm needed to reach each (t, error).
 
     Args:
-        targets: by default, for each t, the last error of the worst run.
+        targets: pairs (t, error). By default: for each t, the last error of the worst run.
 
 
     Raises:
-        UserError: an error was never logged at that t, or the arms' held-out sets differ.
+        UserError: no error was logged at the t of a target, or the arms' held-out sets differ.
     """
     check_comparable(compared)
     known = logged_times(compared)
@@ -152,7 +152,7 @@ def _worst(compared: Sequence[RunGroup]) -> list[tuple[float, float]]:
 
 
 def _crossing(evaluations: Mapping[float, float], error: float) -> tuple[float | None, bool]:
-    """The step at which the error is first reached (None: not yet), and whether the first evaluation is below it."""
+    """The step at which the error is first reached (None: not yet), and whether the first evaluation is lower."""
     previous: tuple[float, float] | None = None
     for step, value in evaluations.items():
         if value <= error:
@@ -234,7 +234,7 @@ def convergence_tables(compared: Sequence[RunGroup], targets: Sequence[tuple[flo
     """Arms, last held-out errors, convergence speed and stability, as values for JSON.
 
     Raises:
-        UserError: as `steps_to_reach`.
+        UserError: see `steps_to_reach`.
     """
     return {
         "definitions": DEFINITIONS,
@@ -261,7 +261,7 @@ def _summary(arm: RunGroup) -> dict[str, Any]:
 
 
 def _ends(arm: RunGroup) -> list[dict[str, Any]]:
-    """Held-out errors at the last step at which every seed was evaluated; None where one is not finite."""
+    """Held-out errors at the last step at which every seed was evaluated; None if an error is not finite."""
     ends = []
     for t in logged_times([arm]):
         for kind in ERROR_BANDS:

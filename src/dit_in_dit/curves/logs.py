@@ -20,7 +20,7 @@ from dit_in_dit.runs.jsonl import MOST_STEP, check_lines, is_log_line
 
 Floats = NDArray[np.floating[Any]]
 
-ADVICE = "fix it, or leave the run out"
+ADVICE = "fix the file, or leave the run out"
 CHUNK_BYTES = 1 << 20  # of a log, parsed in one call
 
 
@@ -53,7 +53,7 @@ class Curve:
 
 
 def read_run(path: Path) -> Curve:
-    """Read the logs of a run folder, finished or not; an incomplete last line is ignored.
+    """Read the logs of a finished or unfinished run; an incomplete last line is ignored.
 
     Raises:
         UserError: the folder holds no run, or one of its files is damaged.
@@ -88,7 +88,7 @@ def read_run(path: Path) -> Curve:
 
 
 def _read_log(log: Path) -> tuple[dict[Any, Floats], dict[Any, Floats]]:
-    """Columns of the training steps and of the held-out evaluations, without those that a rollback discarded."""
+    """Columns of the training steps and of the held-out evaluations, without the steps that a rollback discarded."""
     steps: list[dict[Any, Floats]] = []
     evaluations: list[dict[Any, Any]] = []
     for rows, back in _between_rollbacks(log):
@@ -115,7 +115,7 @@ def _rows(path: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _between_rollbacks(path: Path) -> Iterator[tuple[list[dict[str, Any]], int | None]]:
-    """Objects of a log up to each rollback, with the step that the run rolled back to; None at the end of a chunk."""
+    """Objects of a log up to each rollback, with the step to which the run went back (None at the end of a chunk)."""
     for rows in _rows(path):
         start = 0
         for place in [place for place, row in enumerate(rows) if "rollback" in row]:
@@ -130,13 +130,13 @@ def held_out_errors(row: dict[str, Any]) -> dict[tuple[float, str], float]:
 
 
 def _finite(error: Any) -> float:
-    """The number, or NaN where it is not finite. A log writes those as "inf" or "nan"."""
+    """The number, or NaN if it is not finite. A log stores non-finite numbers as "inf" or "nan"."""
     number = float(error)
     return number if math.isfinite(number) else math.nan
 
 
 def _columns(rows: list[dict[Any, Any]]) -> dict[Any, Floats]:
-    """A column for each key that `_is_used`; NaN where a row lacks it."""
+    """A column for each key that `_is_used` accepts; NaN if a row lacks the key."""
     names = {name for name in set().union(*rows) if _is_used(name)}
     steps = {"step": np.array([row["step"] for row in rows], float)} if rows else {}
     return {**{name: np.array([row.get(name, math.nan) for row in rows], float) for name in names}, **steps}
@@ -154,7 +154,7 @@ def _concatenate(chunks: list[dict[Any, Floats]]) -> dict[Any, Floats]:
 
 
 def _clock(path: Path) -> tuple[Floats, Floats]:
-    """Steps, and the seconds of training up to them. Where a resumed run repeats a step, only its first time counts."""
+    """Steps, and seconds of training up to each step. If a resumed run repeats a step, only the first time counts."""
     try:
         rows = [(row["step"], row["seconds"]) for chunk in _rows(path) for row in chunk]
         step, seconds = np.array(rows, float).reshape(-1, 2).T
@@ -170,11 +170,11 @@ def _clock(path: Path) -> tuple[Floats, Floats]:
 
 
 def not_finite_steps(curve: Curve) -> Floats:
-    """Steps of the evaluations that have an error that is not finite."""
+    """Steps whose evaluation has an error that is not finite."""
     bad = [np.isnan(errors) for errors in curve.held_out.values()]
     return curve.evaluated[np.logical_or.reduce(bad)] if bad else np.empty(0)
 
 
 def last_step(curve: Curve) -> float:
-    """The last logged step; 0 without one."""
+    """The last logged step; 0 if no step is logged."""
     return float(curve.step[-1]) if len(curve.step) else 0.0

@@ -1,4 +1,4 @@
-"""Plots of training curves: a line is the mean over an arm's seeds, a band their range."""
+"""Plots of training curves: a line is the mean over an arm's seeds, a band is the range over these seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POINTS = 200  # most points of a curve; each is the mean of a window of steps
 
 
 def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
-    """Write loss.png, held-out.png, gradients.png and throughput.png, as far as there is data; returns their paths.
+    """Write loss.png, held-out.png, gradients.png and throughput.png, as far as there is data; returns the paths.
 
     Raises:
         UserError: the arms' held-out sets differ, or matplotlib is not installed.
@@ -86,7 +86,7 @@ def _has_hours(compared: Sequence[RunGroup]) -> bool:
 
 
 def _window(compared: Sequence[RunGroup]) -> int:
-    """Steps per point, the same for all arms: all are smoothed equally."""
+    """Steps per plotted point, the same for all arms, so that all curves are smoothed equally."""
     return math.ceil(max(last_step(curve) for arm in compared for curve in arm.curves) / POINTS)
 
 
@@ -120,7 +120,7 @@ def _style(number: int) -> dict[str, Any]:
 def _lines(
     axes: Axes, compared: Sequence[RunGroup], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
 ) -> None:
-    """Draw the mean and the range of each arm's rows (seeds, B) at its steps (B,)."""
+    """Plot the mean and the range over the seeds of each arm's rows (seeds, B), at the arm's steps (B,)."""
     for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
         if not rows.size or np.isnan(rows).all():
             continue
@@ -131,7 +131,7 @@ def _lines(
 
 
 def _log_scale(axes: Axes) -> None:
-    """Set a logarithmic scale, with plain numbers as ticks even where it spans less than a decade."""
+    """Set a logarithmic scale, with plain numbers as ticks even if it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     if not any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
@@ -195,7 +195,7 @@ def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
 
 
 def _draw_gradients(compared: Sequence[RunGroup]) -> Figure:
-    """Total norm against each horizontal axis, then the norm of each level and part against steps."""
+    """Plot the total norm against each horizontal axis, then the norm of each level and part against steps."""
     window, acrosses = _window(compared), _acrosses(compared)
     parts = sorted({part for arm in compared for curve in arm.curves for part in curve.parts})
     panels = [f"{level} level" for level in ("outer", "inner") if any(_in(level, part) for part in parts)] + parts
@@ -228,7 +228,7 @@ def _in(level: str, part: str) -> bool:
 
 
 def _norm(curve: Curve, panel: str) -> Floats:
-    """Gradient norm of a part, or of a level: of all parts whose names begin with it."""
+    """Gradient norm of a part, or of a level, whose parts have names that begin with the level's name."""
     level, _, is_level = panel.partition(" ")
     if not is_level:
         return curve.parts.get(panel, np.full(len(curve.step), np.nan))
@@ -237,7 +237,7 @@ def _norm(curve: Curve, panel: str) -> Floats:
 
 
 def _draw_throughput(compared: Sequence[RunGroup]) -> Figure:
-    """Images per second of each window."""
+    """Plot the images per second of each window."""
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))
     curves = []

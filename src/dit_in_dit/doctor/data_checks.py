@@ -1,7 +1,7 @@
-"""Subject and results of `doctor`, and its checks of the data and of the initial loss.
+"""What `doctor` examines, what it finds, and the checks of the data and of the initial loss.
 
-A check measures, then judges. A threshold has its reason beside it. `model_checks` and `training_checks` hold the other
-checks.
+A check measures, then judges. The reason for each threshold is beside the threshold. `model_checks` and
+`training_checks` hold the other checks.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class DoctorSubject:
     Attributes:
         initial: parameters before training, by name.
         examples: the first training examples.
-        start: the initial model's loss on each of them.
-        held: held-out images, evenly spaced over all of them, with noise that is the same for every run.
+        start: the initial model's loss on each example.
+        held: evenly spaced held-out images, with noise that is the same for every run.
         log: the lines of log.jsonl.
         trained: whether the weights are from a checkpoint.
     """
@@ -120,9 +120,9 @@ def check_examples(patient: DoctorSubject) -> CheckResult:
     copies = 1 - len({image.numpy().tobytes() for image in flat}) / len(flat)
     section.rows["images"] = {"looked at": len(flat), "constant": constant, "duplicates": copies}
     if constant > 0.1:  # a few blank images are usual; a tenth suggests a reader that fails silently
-        section.find("warning", "data", f"{constant:.0%} of the images are constant", "look at them; remove them")
+        section.find("warning", "data", f"{constant:.0%} of the images are constant", "look at the images; remove them")
     if copies > 0.05 and len(flat) >= 32:  # copies of held-out images in training would bias the held-out error
-        section.find("warning", "data", f"{copies:.0%} of the images are copies of another", "remove duplicates")
+        section.find("warning", "data", f"{copies:.0%} of the images are copies of another image", "remove duplicates")
     low, high = images.min().item(), images.max().item()
     if math.isfinite(low + high):
         counts, edges = np.histogram(flat.numpy(), bins=64, range=(low, high or 1.0))
@@ -159,13 +159,13 @@ def _judge_range(section: CheckResult, images: Tensor) -> None:
 
 
 def _from_bytes(images: Tensor) -> bool:
-    """Whether all values are x / 127.5 - 1 for integers x. A reader has then scaled them: the images are bright."""
+    """Whether all values are x / 127.5 - 1 for integers x. If so, a reader has scaled bright images."""
     levels = (images.double() + 1) * 127.5
     return bool((levels - levels.round()).abs().max() < 1e-3) and bool(levels.max() < 256)
 
 
 def _labels(section: CheckResult, patient: DoctorSubject) -> None:
-    """Check for classes without images, and the labels of training examples."""
+    """Check the labels of training examples, and that every class has images."""
     config, source, batch = patient.config, patient.trainer.source, patient.examples
     classes, drop = config.model.num_classes, config.train.label_drop
     true = torch.tensor([source.train(int(number))[1] for number in batch.image])
@@ -192,7 +192,7 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
         section.find("warning", "labels", f"no training image of {len(empty)} classes: {names}", "remove the class")
     if not torch.equal(batch.y[~dropped], true[~dropped]):
         section.find(
-            "fault", "null class", "training examples carry labels that are neither the image's nor num_classes",
+            "fault", "null class", "training examples have labels that are neither the image's label nor num_classes",
             f"a dropped label must be {classes} (model.num_classes)",
         )  # fmt: skip
     if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four standard deviations of a binomial share
@@ -206,7 +206,7 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:
     """Expected loss (N,) over the noise of a zero prediction, for these images at these times.
 
-    It is weight(t) (u(t)^2 x^2 + w(t)^2) where the target is u x + w e.
+    The loss is weight(t) (u(t)^2 x^2 + w(t)^2) if the target is u x + w e.
     """
     u, w = prediction_coefficients(objective.path, objective.config.predict, *objective.path.coefficients(batch.t))
     return objective.weight(batch.t) * (u**2 * batch.x.square().flatten(1).mean(1) + w**2)
@@ -232,7 +232,7 @@ def check_initial_loss(patient: DoctorSubject) -> CheckResult:
     if patient.trainer.begun is None and not abs(measured / expected - 1) < 0.1:
         section.find(
             "warning", "loss at start",
-            f"the untrained model's loss is {measured:.4g}, a zero prediction's {expected:.4g}",
+            f"the untrained model's loss is {measured:.4g}; a zero prediction has a loss of {expected:.4g}",
             "zero-initialise the heads, or check the objective",
         )  # fmt: skip
     error = zero.std().item() / math.sqrt(len(zero))
@@ -246,6 +246,6 @@ def check_initial_loss(patient: DoctorSubject) -> CheckResult:
         if not abs(logged / again - 1) < 0.05:  # same examples and weights: only the precision can differ
             section.find(
                 "warning", "loss at start", f"step 1 logged {logged:.4g}; the same examples now give {again:.4g}",
-                "data.source or the code changed since: restore it, or train again",
+                "data.source or the code has changed since: undo the change, or train again",
             )  # fmt: skip
     return section

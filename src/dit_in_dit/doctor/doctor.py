@@ -41,7 +41,7 @@ STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All results, in the order of the checks; `step` is that of the weights."""
+    """All results, in the order of the checks; `step` is the step of the examined weights."""
 
     subject: str
     step: int
@@ -60,7 +60,7 @@ class DoctorReport:
 
 
 def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> DoctorReport:
-    """Examine a config before training or, with `run`, its trained model. Writes nothing.
+    """Examine a config before training or, if `run` is given, the run's trained model. Writes no files.
 
     Consequences of a fault are not reported. Data out of range and numbers that are not finite end the examination. A
     run that diverged because of its learning rate has no other findings.
@@ -114,9 +114,10 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorS
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Load a checkpoint: all of its state, or only its averaged weights.
+    """Load a checkpoint: its whole state, or only its averaged weights.
 
-    An exported or imported checkpoint holds nothing else. An optimizer that was passed to train() is not available.
+    Exported and imported checkpoints hold only averaged weights. The state of an optimizer that was passed to train()
+    cannot be loaded.
     """
     state = saved.state()
     if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
@@ -139,7 +140,7 @@ def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
 
 
 def _held_out(source: Source, config: RunConfig, most: int) -> Batch:
-    """Held-out images, or training images without any; evenly spaced, since data is often sorted by class."""
+    """Held-out images, or training images if none is held out; evenly spaced, since data is often sorted by class."""
     size = source.held_out_size or source.train_size or most
     read = source.held_out if source.held_out_size else source.train
     chosen = np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
@@ -165,7 +166,7 @@ def _read_log(run: Path | None) -> list[Line]:
     for line in lines:
         numbers = [value for name, value in line.items() if name in STEP or name.startswith("grad_norm.")]
         if "loss" in line and not (has_form(line, STEP) and has_form(numbers, [(int, float)])):
-            raise UserError(f"{path} is not a training log: a step of it lacks a number; {ADVICE}")
+            raise UserError(f"{path} is not a training log: a step lacks a number; {ADVICE}")
     read_run(path.parent)  # checks that held-out errors are numbers
     return lines
 
@@ -240,7 +241,7 @@ def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
-    """Medians over equal stretches of steps: a long log would be drawn as a band."""
+    """Medians over equal stretches of steps, because all steps of a long log would look like a band."""
     parts = max(1, min(CURVE_POINTS, len(steps)) // (1 if len(steps) <= CURVE_POINTS else 4))
     split = np.array_split(np.arange(len(steps)), parts)
     return [np.mean(np.array(steps)[p]) for p in split], [np.median(np.array(values)[p]) for p in split]

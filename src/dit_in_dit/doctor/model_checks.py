@@ -1,6 +1,6 @@
 """Checks of the trained model: non-finite numbers, activations, attention, the inner path, the null class and seams.
 
-Each check judges an observation (see `observe`). A threshold has its reason beside it.
+Each check judges an observation (see `observe`). The reason for each threshold is beside the threshold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dit_in_dit.training.trainer import learning_rate
 
 @torch.no_grad()
 def check_finite_weights(patient: DoctorSubject) -> CheckResult:
-    """Check that all parameters are finite, and the outputs on the examples due next in training."""
+    """Check that all parameters are finite, and all outputs on the examples that training would take next."""
     section, bad = CheckResult("finite"), non_finite_parameters(patient)
     model, which = (patient.trainer.model, "trained") if bad else (patient.trainer.ema.model, "averaged")
     failures, examples = non_finite_outputs(patient, model)
@@ -48,7 +48,7 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
         layer = f"; {name} ({which}) is the first layer whose output is not finite, at example {example}"
     if bad:
         name, number = next(iter(bad.items()))
-        seen = f"{len(bad)} parameters are not finite, the first is {name}: {number} of its numbers"
+        seen = f"{len(bad)} parameters are not finite; non-finite numbers in the first, {name}: {number}"
         earlier = "go back to an earlier checkpoint; lower train.learning_rate"
         advice = earlier if patient.trained else "start from another train.init"
         section.find("fault", "non-finite", seen + layer, advice)
@@ -83,13 +83,13 @@ def check_activations(patient: DoctorSubject, observations: dict[float, Observat
         section.find("warning", "activations", seen, f"lower train.learning_rate; {decay} train.weight_decay")
     dead = [name for name, row in section.rows.items() if row["dead"] > 0.5]
     if dead and patient.trained:  # half of the width costs compute and carries nothing
-        seen = f"over half of the channels have one value for every token, image and time in {', '.join(dead)}"
-        section.find("warning", "activations", seen, "make that level narrower, or lower train.learning_rate")
+        seen = f"in {', '.join(dead)}, over half of the channels have the same value for every token, image and time"
+        section.find("warning", "activations", seen, "reduce the width of that level, or lower train.learning_rate")
     return section
 
 
 def check_attention(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
-    """Check the entropy of every block's attention over log(length): 0 is one token, 1 is uniform."""
+    """Check every block's attention entropy, divided by log(length): 0 is all weight on one token, 1 is uniform."""
     section = CheckResult("attention entropy / log(length)")
     for name in next(iter(observations.values())).attention:
         weights = torch.stack([o.attention[name] for o in observations.values()])  # times N groups heads L L
@@ -119,7 +119,7 @@ def check_attention(patient: DoctorSubject, observations: dict[float, Observatio
 
 
 def check_inner_path(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
-    """Check the weights of the sub-patch positions, the gates, and the inner path's share of the tokens' norm."""
+    """Check the gates, the weight of each sub-patch position, and the inner path's share of the tokens' norm."""
     section, first = CheckResult("inner path"), next(iter(observations.values()))
     for name in first.aggregation:
         weights = torch.stack([o.aggregation[name] for o in observations.values()]).abs().flatten(0, 3).mean(0)
@@ -149,7 +149,7 @@ def check_inner_path(patient: DoctorSubject, observations: dict[float, Observati
 
 
 def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check: str, where: str) -> None:
-    """Report an inner path that adds less than the rounding of bfloat16 (1/256), with a margin of four."""
+    """Report an inner path that adds less than a quarter of the rounding of bfloat16 (1/256)."""
     share = max(section.rows[f"{name}: share"].values())
     if patient.trained and share < 1e-3:
         seen = f"{where}; the inner path adds {share:.2g} of the norm of the tokens that it joins"
@@ -165,8 +165,8 @@ def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check:
 def check_null_class(patient: DoctorSubject) -> CheckResult:
     """Check that the label table's last row means "no class": it has moved, is no copy, and belongs to no class.
 
-    The last is judged by contrasts. Row k must fit images of class k better, relative to the null row, than it fits
-    other images. A difference of differences does not depend on how well each row is trained.
+    Contrasts show whether the row belongs to a class. Row k must fit images of class k better, relative to the null
+    row, than it fits other images. A difference of differences does not depend on how well each row is trained.
     """
     section, config, trainer = CheckResult("null class"), patient.config, patient.trainer
     null, name = config.model.num_classes, "label_embed.table.weight"
@@ -192,7 +192,7 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
 
 
 def _judge_labels(section: CheckResult, errors: LabelErrors) -> float:
-    """Compare the errors of wrong and right classes; returns their mean difference in standard errors."""
+    """Compare the errors under wrong and right classes; returns the mean difference in standard errors."""
     gap = (errors.wrong - errors.right)[~errors.wrong.isnan()]
     strength = _standard_errors(gap)
     section.rows[f"held-out error, t={LABEL_TIME:g}"] = {
@@ -283,7 +283,7 @@ def _judge_seams(
 
 
 def _see_further(model: ModelConfig) -> str:
-    """Changes that would let a model see past the borders of patches, without those that it has."""
+    """Advice on changes, not yet in the config, that would let a model see past the borders of patches."""
     if not model.blocks("inner"):
         return "train longer, or use smaller patches"
     further = [] if EMBEDS[model.inner.embed].crosses_patches else ["inner.embed=conv"]

@@ -38,7 +38,7 @@ ATTENTION_BYTES = 2**28
 
 @contextmanager
 def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]]]:
-    """The first module whose output is not finite in a forward pass of `images` images, by name, and the image."""
+    """Record the first module whose output is not finite in a forward pass of `images` images, and the image number."""
     failures: list[tuple[str, int]] = []
 
     def hook(name: str, module: nn.Module, arguments: object, output: object) -> None:
@@ -54,7 +54,7 @@ def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]
 
 
 def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
-    """Non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
+    """Count of non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
     return {
         f"{name} ({which})": int((~torch.isfinite(parameter)).sum())
         for which, model in (("trained", patient.trainer.model), ("averaged", patient.trainer.ema.model))
@@ -64,10 +64,10 @@ def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
 
 
 def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
-    """The first layer whose output is not finite, with its example's number, on the examples due next in training.
+    """The first layer whose output is not finite on the examples that training would take next.
 
     Returns:
-        The layer's name and the example's number, or nothing; and the number of examples in the pass.
+        The layer's name and the example's number (empty if all outputs are finite), and the number of examples.
     """
     trainer = patient.trainer
     first = trainer.step * patient.config.global_batch
@@ -140,13 +140,13 @@ class LabelErrors:
 
     @property
     def wrong(self) -> Tensor:
-        """Mean error under the wrong classes that were tried, (M,); NaN where none was."""
+        """Mean error under the wrong classes that were tried, (M,); NaN if no wrong class was tried."""
         errors = [torch.where(self.y == k, torch.nan, errors) for k, errors in self.by_class.items()]
         return torch.stack(errors).nanmean(0)
 
 
 def label_errors(patient: DoctorSubject) -> LabelErrors | None:
-    """Errors of held-out images under right, wrong and null labels; None with fewer than two classes."""
+    """Errors of held-out images under right, wrong and null labels; None if there are fewer than two classes."""
     trainer, null, held = patient.trainer, patient.config.model.num_classes, patient.held
     present = sorted(set(held.y.tolist()))
     if len(present) < 2:
@@ -185,7 +185,7 @@ def seam_peaks(images: Tensor, period: int) -> Tensor:
 
 
 def periodic_share(errors: Tensor, period: int) -> float:
-    """The part of errors (N, C, H, W) that repeats every `period` pixels, rms over that of the errors."""
+    """Rms of the part of errors (N, C, H, W) that repeats every `period` pixels, divided by the rms of the errors."""
     cells = errors.unfold(2, period, period).unfold(3, period, period).mean((0, 2, 3))  # C period period
     repeats = cells - cells.mean((1, 2), keepdim=True)
     return (repeats.square().mean() / errors.square().mean().clamp(min=1e-30)).sqrt().item()

@@ -31,7 +31,7 @@ PROBE_LEAST = 8  # Adam's first steps have unit size whatever the gradient: fewe
 
 
 def probe(trainer: Trainer) -> list[Line]:
-    """Run optimizer steps in memory; returns log lines, or none where the steps would take too long.
+    """Run optimizer steps in memory; returns log lines, or none if the steps would take too long.
 
     The budget is about twenty seconds; a backward pass costs twice a forward pass. The batch size is reduced to keep
     at least `PROBE_LEAST` steps.
@@ -52,12 +52,12 @@ def probe(trainer: Trainer) -> list[Line]:
 
 
 def check_training(patient: DoctorSubject) -> CheckResult:
-    """Check loss and gradients over the log, or over a `probe` where there is no log."""
+    """Check loss and gradients over the log, or over a `probe` if there is no log."""
     section, train = CheckResult("training"), patient.config.train
     _judge_held_out(section, patient)
     if patient.trained and not patient.trainer.optimizer.state:
         seen = "the run holds weights only, no log and no optimizer state: gradients and learning rate cannot be judged"
-        section.find("note", "training", seen, "run doctor on the run from which it was exported, if there is one")
+        section.find("note", "training", seen, "run doctor on the run that was exported, if there is one")
         return section
     logged = [line for line in patient.log if "loss" in line]
     in_log = bool(logged) and any(name.startswith("grad_norm.") for name in logged[-1])
@@ -104,9 +104,9 @@ def _spikes(values: np.ndarray[Any, Any], window: int = 50) -> float:
 def check_update_ratios(patient: DoctorSubject) -> dict[str, float]:
     """Relative size of one update at the peak learning rate, by part of the model.
 
-    It is rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The direction
-    comes from Adam's moments: other optimizers give no ratios. Initial weights are used, since
-    weights that a wrong rate has inflated would hide it.
+    The ratio is rate * rms(Adam's direction) / rms(initial weights), over matrices that do not start at zero. The
+    direction comes from Adam's moments: other optimizers give no ratios. Initial weights are used because a wrong rate
+    inflates the weights, which would hide the wrong rate.
     """
     optimizer, rate = patient.trainer.optimizer, patient.config.train.learning_rate
     sums: dict[str, list[float]] = {}
@@ -147,8 +147,8 @@ def _judge_rate(section: CheckResult, patient: DoctorSubject, lines: list[Line],
     # that of a zero prediction is not noise: both are of the same examples. Healthy runs stay below 1.
     elif highest > 0.1 or last > 1.5 or worst > 3:
         seen = (
-            f"a step at the peak rate changes the blocks' weights by {highest:.2g} of their size; the loss is up to "
-            f"{worst:.2g} times, at the end {last:.2g} times that of a zero prediction"
+            f"a step at the peak rate changes the blocks' weights by {highest:.2g} of their size; the loss reaches "
+            f"{worst:.2g} times, and ends at {last:.2g} times, the loss of a zero prediction"
         )
         section.find("fault", "learning rate", seen, lower)
     # The mean image is learned within some steps, and lowers the loss by a tenth.
@@ -187,4 +187,4 @@ def _judge_gradients(section: CheckResult, patient: DoctorSubject) -> None:
             still.append(name)
     if still:
         seen = f"{len(still)} parameters never got a gradient: {', '.join(still[:4])}{' ...' if still[4:] else ''}"
-        section.find("warning", "gradients", seen, "they are unused, or a factor of zero blocks the gradient")
+        section.find("warning", "gradients", seen, "the parameters are unused, or a zero factor blocks the gradient")

@@ -1,4 +1,4 @@
-"""Detail of a mosaic that an image has: the texture of each region, and the layout of the regions."""
+"""How much detail of a mosaic an image shows: the texture of each region, and the layout of the regions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Detail:
 
     Attributes:
         period: 1 per visible region whose period is recovered, else 0.
-        direction: the same for the direction.
+        direction: 1 per visible region whose direction is recovered, else 0.
         contrast: share of the true contrast, per visible region.
         layout: share of pixels whose surroundings fit the texture of their own region best.
     """
@@ -53,7 +53,7 @@ def detail(mosaic: Mosaic, truth: Truth, image: Image) -> Detail:
 
 
 def visible_regions(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
-    """Number of the region that each pixel shows (H, W); -1 where an edge mixes two."""
+    """Number of the region that each pixel shows (H, W); -1 if an edge mixes two regions."""
     owner = np.zeros(mosaic.size, np.int64)
     for number, region in enumerate(truth.regions):
         cover = mosaic.mask(truth, region)
@@ -108,7 +108,7 @@ def _layout(mosaic: Mosaic, truth: Truth, owner: NDArray[np.int64], image: Image
 
 
 def _surroundings(values: Float64Array) -> Float64Array:
-    """Mean over the (2 REACH + 1)^2 pixels around each, mirrored at the border."""
+    """Mean over the (2 REACH + 1)^2 pixels around each pixel, mirrored at the border."""
     padded = np.pad(values, REACH, mode="reflect")
     return np.lib.stride_tricks.sliding_window_view(padded, (2 * REACH + 1,) * 2).mean((2, 3))
 

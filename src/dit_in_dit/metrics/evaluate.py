@@ -1,4 +1,4 @@
-"""Evaluation of a subject into `metrics.json`, with the protocol of every number; a killed one can be resumed."""
+"""Evaluation of images: `metrics.json` gets every score with its protocol. A killed evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _check_counts(subject: Subject, real: RealImages, num: int) -> None:
     if subject.count is not None and subject.count < num:
         raise UserError(f"--num must be at most the {subject.count} images of {subject.about['name']}: got {num}")
     if num < 2 or real.count < 4:
-        raise UserError(f"metrics need 2 images and 4 real ones: got {num} and {real.count}")
+        raise UserError(f"metrics need at least 2 images and 4 real images: got {num} and {real.count}")
 
 
 def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class _NetworkFeatures:
     def measure(
         self, statistics: feature_distances.ReferenceStatistics | None, result: dict[str, Any]
     ) -> Iterator[Progress]:
-        """Add the scores, and the network they were computed with, to the result."""
+        """Add the scores and the identity of the network to the result."""
         name = self.network.name
         yield Progress(f"{name} metrics", 0, 1)
         statistics = statistics if name == "inception" else None
@@ -173,7 +173,7 @@ def images_of(subject: Subject, out: Path, num: int) -> Draw:
 
 
 def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:
-    """Write images as ADM's evaluator reads them: `arr_0`, uint8 (N, H, W, 3); `block` of them are in memory."""
+    """Write images as ADM's evaluator reads them: `arr_0`, uint8 (N, H, W, 3). Memory holds `block` images."""
     shape = (num, *_rgb(draw(range(1))).shape[1:])
     with (
         atomic.file(path) as whole,
@@ -217,7 +217,7 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
         metrics["detail"] = {"images": DETAIL_IMAGES, "times": list(DETAIL_TIMES)}
     own = plugin_scores(images, real_images)
     if taken_names := own.keys() & scores.keys():
-        raise UserError(f"metric {min(taken_names)} has the name of a built-in score: register it under another")
+        raise UserError(f"metric {min(taken_names)} has the name of a built-in score: choose another name")
     scores |= own
     metrics |= {name: {"images": count} for name in own}
     first = np.argsort(near.train, kind="stable")[:SHOWN]

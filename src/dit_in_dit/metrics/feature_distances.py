@@ -28,7 +28,7 @@ BLOCK = 2**23  # distances in memory
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (d,) and unbiased covariance (d, d) of `count` rows; None: unknown, as in a file of statistics."""
+    """Mean (d,) and unbiased covariance (d, d) of `count` rows; `count` is None if unknown, as in a file."""
 
     count: int | None
     mean: Float64Array
@@ -38,7 +38,7 @@ class Moments:
 def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
     """Moments of features in chunks (n, d); the size of the chunks changes no bit.
 
-    Sums are about the first row: beside squares of a large mean, a small covariance would be lost to rounding.
+    The first row is subtracted before summing: squares of a large mean would lose a small covariance to rounding.
 
     Raises:
         UserError: fewer than two rows.
@@ -77,8 +77,8 @@ def frechet(a: Moments, b: Moments) -> float:
     """Frechet (2-Wasserstein) distance, squared, of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^1/2. The last trace is the sum of the singular values of R1' R2 with
-    S = R R', which are exact to rounding. Square roots of the eigenvalues of S1 S2 are not: with fewer images than
-    dimensions, each empty dimension adds an error of the square root of rounding.
+    S = R R', which are exact to rounding. Square roots of the eigenvalues of S1 S2 are not exact: with fewer images
+    than dimensions, each empty dimension adds an error of the square root of rounding.
 
     Raises:
         UserError: the features have different dimensions.
@@ -101,9 +101,9 @@ def _root(covariance: Float64Array) -> Float64Array:
 
 
 def frechet_name(network: str, features: str, count: int) -> str:
-    """Name of a Frechet distance: FID, sFID or FD-DINOv2 only from 2,048 images on each side.
+    """Name of a Frechet distance: FID, sFID or FD-DINOv2 only if both sets have at least 2,048 images.
 
-    With fewer images the bias, which falls with their number, exceeds the differences between models.
+    With fewer images, the bias of the distance exceeds the differences between models.
     """
     name = DISTANCE_NAMES[network, features]
     if count >= ENOUGH:
@@ -115,13 +115,13 @@ def frechet_name(network: str, features: str, count: int) -> str:
 def kernel_distance(
     real: NDArray[Any], generated: NDArray[Any], subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and deviation over random subsets of the kernel distance, squared (KID; Binkowski et al. 2018, section 4).
+    """Squared kernel distance (KID; Binkowski et al. 2018, section 4): mean and deviation over random subsets.
 
     The estimate is unbiased, with the kernel (x.y / d + 1)^3, and may be negative. Subsets are drawn without
     replacement.
 
     Raises:
-        UserError: a side has fewer than `size` images.
+        UserError: a set has fewer than `size` images.
     """
     if min(len(real), len(generated)) < size or size < 2:
         raise UserError(
@@ -148,13 +148,13 @@ def _discrepancy(x: Float64Array, y: Float64Array) -> float:
 
 
 def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> tuple[float, float]:
-    """Precision, the share of generated images among the real ones, and recall, the share of real among the generated.
+    """Precision: share of generated images near the real ones. Recall: share of real images near the generated ones.
 
-    Among: no farther from some image than the k-th neighbour of that image on its own side (Kynkaanniemi et al. 2019,
-    eq. 2).
+    An image is near a set if it is no farther from some image of the set than that image's k-th neighbour in the set
+    (Kynkaanniemi et al. 2019, eq. 2).
 
     Raises:
-        UserError: a side has k images or fewer.
+        UserError: a set has k images or fewer.
     """
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
     among_real, among_generated = np.zeros(len(generated), bool), np.zeros(len(real), bool)
@@ -166,10 +166,10 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) ->
 
 
 def density_coverage(real: NDArray[Any], generated: NDArray[Any], k: int = 5) -> tuple[float, float]:
-    """Density, the mean number of balls that hold a generated image, over k; coverage, the share of balls with one.
+    """Density: mean number of balls that hold a generated image, over k. Coverage: share of balls that hold any.
 
-    A ball reaches from a real image to its k-th real neighbour, which is outside as in the authors' code (Naeem et al.
-    2020, eqs. 3 and 4).
+    A ball around a real image reaches to the k-th real neighbour, which is outside the ball as in the authors' code
+    (Naeem et al. 2020, eqs. 3 and 4).
 
     Raises:
         UserError: there are k real images or fewer.
@@ -196,7 +196,7 @@ def _radii(rows: NDArray[Any], k: int) -> Float64Array:
 
 
 def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, Float64Array]]:
-    """Squared distances of rows of `a` to all of `b`, in blocks of at most `BLOCK`; each block after its first row."""
+    """Squared distances of rows of `a` to all rows of `b`, in blocks of at most `BLOCK`: (first row, block)."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     centre = b.mean(0)  # else the expanded square loses digits to the common part of the norms
     a, b = a - centre, b - centre
@@ -250,7 +250,7 @@ def read_reference(path: Path) -> ReferenceStatistics:
     images) are not read.
 
     Raises:
-        UserError: the file cannot be read, or lacks such an array.
+        UserError: the file cannot be read, or lacks one of these arrays.
     """
     arrays = _read_npz(path)
     if missing := set(STATISTICS) - set(arrays):
@@ -263,7 +263,7 @@ def read_reference(path: Path) -> ReferenceStatistics:
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """Those of STATISTICS that a `.npz` holds; UserError where it cannot be read."""
+    """The arrays of STATISTICS that a `.npz` file holds; UserError if the file cannot be read."""
     try:
         arrays = np.load(path, allow_pickle=False)
         if isinstance(arrays, np.lib.npyio.NpzFile):
@@ -277,7 +277,7 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _checked(path: Path, mean: Any, covariance: Any, name: str) -> Moments:
-    """The two arrays as moments; UserError where they are not a mean (d,) and its covariance (d, d)."""
+    """The two arrays as moments; UserError if the arrays are not a mean (d,) and its covariance (d, d)."""
     mean, covariance = np.asarray(mean), np.asarray(covariance)
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise UserError(f"{path}: statistics must be floats: {name} and its mean are {covariance.dtype}, {mean.dtype}")

@@ -50,17 +50,17 @@ class Network:
     compute: Callable[[Pixels], dict[str, Tensor]]
 
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
-        """Features of each image; grey ones are repeated to three channels. UserError where a feature is not finite."""
+        """Features of each image; grey images are repeated to three channels. UserError if a feature is not finite."""
         colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         with torch.inference_mode():
             features = {kind: values.float().cpu().numpy() for kind, values in self.compute(colour).items()}
         if not all(np.isfinite(values).all() for values in features.values()):
-            raise UserError(f"{self.name} features are not finite: its weights are damaged; get them again")
+            raise UserError(f"{self.name} features are not finite: the file of weights is damaged; get the file again")
         return features
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> Network:
-    """`inception` or `dinov2` with the weights at `weights` (None, for Inception: where torch-fidelity keeps them).
+    """Open `inception` or `dinov2` with the weights at `weights` (Inception only: None is torch-fidelity's own copy).
 
     Raises:
         UserError: a package or the weights are missing, or do not fit.
@@ -111,13 +111,13 @@ def _inception(path: Path | None, device: torch.device) -> Network:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` file by name, read without running code from it; UserError where it cannot be read so."""
+    """Read the tensors of a `.pth` file by name, without running code from the file. UserError if that fails."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about damaged bytes: the error below reports them
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         return {str(name): tensor.clone() for name, tensor in tensors.items()}  # a clone has no other attributes
     except Exception as error:  # on damaged bytes torch raises anything from AssertionError to struct.error
-        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors by name"
+        reason = getattr(error, "strerror", None) or "the file is damaged, or holds more than tensors by name"
         raise UserError(f"cannot read the weights in {path}: {reason}; get the file again") from None
 
 
@@ -147,7 +147,7 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
 
 
 def _read_dinov2(folder: Path) -> Any:
-    """The model in a folder, for images of DINOV2_SIDE pixels; UserError where the folder does not hold one."""
+    """The model in a folder, for images of DINOV2_SIDE pixels; UserError if the folder holds no such model."""
     try:
         from transformers import Dinov2Model
         from transformers.utils import logging as transformers_logging
@@ -182,7 +182,7 @@ def _read_dinov2(folder: Path) -> Any:
 
 @contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-    """Any error within becomes a UserError: transformers raises every kind of error over a config."""
+    """Turn any error in the body into a UserError: the `transformers` library raises many kinds of errors."""
     try:
         yield
     except Exception as error:

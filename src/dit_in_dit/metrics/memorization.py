@@ -43,7 +43,7 @@ class Neighbours:
 
     @property
     def too_near_other(self) -> float:
-        """Distance within which one in a hundred real images has another real one."""
+        """Distance within which one in a hundred real images has another real image."""
         return float(np.quantile(self.unseen_other, NEAR))
 
     def scores(self) -> dict[str, Score]:
@@ -59,7 +59,7 @@ class Neighbours:
         """Warnings of memorising and repeating.
 
         Args:
-            guided: samples were drawn with guidance, so that less guidance is a way out.
+            guided: whether samples were generated with guidance: only then less guidance is advised.
         """
         scores = self.scores()
         standing_out = [name for name in ("memorised", "repeated") if _stands_out(scores[name])]
@@ -94,8 +94,8 @@ def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrore
     """Nearest neighbours among all training images; each set as `thumbnails` (N, C, h, w).
 
     Args:
-        unseen: real images that are not among the training ones; None: training images take their place, each compared
-            with all others.
+        unseen: real images that are not training images. If None, training images are used instead, and each is
+            compared with all other training images.
         mirrored: training showed mirror images too (data.flip): the mirror image of a sample is searched for as well.
     """
     base = train.flatten(1)
@@ -120,7 +120,7 @@ def _steps(images: Tensor) -> Float64Array:
 def _either_way(
     images: Tensor, base: Tensor, *, mirrored: bool, itself: bool = False
 ) -> tuple[Float64Array, NDArray[np.int64]]:
-    """`nearest` of images (N, C, h, w), or of their mirror images where those are nearer."""
+    """`nearest` of images (N, C, h, w), or of their mirror images if the mirror images are nearer."""
     distance, number = nearest(images.flatten(1), base, itself=itself)
     if mirrored:
         flipped, flipped_number = nearest(images.flip(-1).flatten(1), base, itself=itself)

@@ -1,4 +1,4 @@
-"""Table of the metrics: the group of each, which of its values are better, and the functions of a user's metrics."""
+"""Table of the metrics: group, direction in which values get better, and the functions of a user's metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Metric:
     """A score, or a family of scores.
 
     Attributes:
-        name: of the score in metrics.json; a `*` matches what differs within a family, such as the level of `swd.*`.
+        name: of the score in metrics.json; a `*` matches the part that differs within a family, such as the level of
+            `swd.*`.
         group: key of TITLES, or a title of the user's own.
         direction: which values are better; `listed` scores are not ranked.
         compute: a function of samples and as many real images, both uint8 (N, H, W, C). It returns a finite number, or
@@ -65,11 +66,11 @@ class Metric:
             _check_signature(self.name, self.compute)
 
     def ranked(self, value: float) -> float:
-        """The value that is compared: its size where nearer to zero is better."""
+        """The value that is compared: the absolute value if nearer to zero is better."""
         return abs(value) if self.direction == "zero" else value
 
     def better(self, change: float) -> bool:
-        """Whether a change of the compared value is for the better."""
+        """Whether a change of the compared value is an improvement."""
         return change > 0 if self.direction == "higher" else change < 0
 
 
@@ -103,7 +104,7 @@ METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a
 
 
 def metric_of(score: str) -> Metric:
-    """The metric of a score's name; one that no registered metric has is listed, not ranked."""
+    """The metric of a score's name. A score without a registered metric is listed, not ranked."""
     matches = (metric for name, metric in METRICS.items() if fnmatchcase(score, name))
     return METRICS.get(score) or next(matches, Metric(score, "listed", "listed"))
 
@@ -119,10 +120,10 @@ def plugin_metrics() -> dict[str, Metric]:
 
 
 def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
-    """Scores of the user's metrics, of M images against a half of 2M real ones; the floor is that of the other half.
+    """The user's metrics of M images against one half of 2M real images. The floor is the score of the other half.
 
     Raises:
-        UserError: a metric raises an error, or returns anything but a finite number or a Score of these.
+        UserError: a metric raises an error, or returns neither a finite number nor a Score of finite numbers.
     """
     halves = ReferenceHalves.of(len(real))
     first, second = real[halves.first[0]], real[halves.second[0]]
@@ -137,7 +138,7 @@ def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
 
 
 def _check_signature(name: str, compute: object) -> None:
-    """UserError where `compute` cannot be called with samples and real images."""
+    """Raise UserError if `compute` cannot be called with samples and real images."""
     if not callable(compute):
         raise UserError(
             f"metric {name}: compute must be a function of samples and real images: got {truncate(repr(compute), 40)}; "
@@ -163,7 +164,7 @@ def _compute(name: str, metric: Metric, images: Images, real: Images) -> Score:
         result = metric.compute(images, real)
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {truncate(error, 100)}"
-        raise UserError(f"metric {name} ends with {problem}; fix its compute") from error
+        raise UserError(f"metric {name} failed with {problem}; fix its compute") from error
     try:
         numbers = astuple(result) if isinstance(result, Score) else (result, None, None, None)
         score = Score(float(numbers[0]), *(None if number is None else float(number) for number in numbers[1:]))

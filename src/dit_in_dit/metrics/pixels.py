@@ -18,7 +18,7 @@ Compare = Callable[[Float64Array, Float64Array], dict[str, float]]
 
 
 def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ()) -> dict[str, Score]:
-    """Every distance of M images to a half of 2M real ones; the floor is the distance of the other half.
+    """Every distance between M images and one half of 2M real images; the floor is the distance between the two halves.
 
     Args:
         images: (M, C, H, W).
@@ -27,7 +27,7 @@ def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ())
             patches of the first.
     """
     if len(real) != 2 * len(images) or len(images) < 2:
-        raise ValueError(f"real must be twice as many images, at least 4: got {len(real)} for {len(images)}")
+        raise ValueError(f"real must hold twice as many images, at least 4: got {len(real)} for {len(images)}")
     halves = ReferenceHalves.of(len(real))
     scores: dict[str, Score] = {}
     for statistic, compare in statistics(images.shape[1:], periods):
@@ -70,7 +70,7 @@ class Spectrum:
 
     `spectrum` is the root mean square over the radial bins. `spectrum.1/4` is the signed difference of the octave
     from 1/4 to 1/2 cycles a pixel (and the corners above), `spectrum.1/8` that of the octave below, and so on. A
-    negative one means missing detail.
+    negative difference means missing detail.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -143,10 +143,10 @@ def _central(raw: Float64Array) -> dict[str, Float64Array]:
 class Seams:
     """Visible borders between patches of `period` pixels.
 
-    A profile is the mean |difference| between neighbouring pixels by its place in the period, per axis. It is nearly
-    even for real images, and uneven for a model that draws patch by patch. The excess is the profile less its own mean,
-    in units of the real mean. `seam.P` is the root mean square, over places and axes, of the excess less that of real
-    images. Differences across the borders of a coarser grid `skip` are left out.
+    A profile is the mean |difference| between neighbouring pixels by its place in the period, per axis. The profile is
+    nearly even for real images, and uneven for a model that draws patch by patch. The excess is the profile minus its
+    mean, in units of the real mean. `seam.P` is the root mean square, over places and axes, of the difference between
+    the excess of the images and of real images. Borders of a coarser grid `skip` are left out.
     """
 
     def __init__(self, period: int, skip: int = 0) -> None:
@@ -174,7 +174,7 @@ class Seams:
         return {f"seam.{self.period}": float(np.sqrt(np.mean(self.deviation(images, real) ** 2)))}
 
     def deviation(self, images: Float64Array, real: Float64Array) -> Float64Array:
-        """Excess less that of real images at each place, (2, period): down and across."""
+        """Excess of images minus excess of real images at each place, (2, period): down and across."""
         a, b = (x.reshape(2, self.period) for x in (images, real))
         tiny = 1e-6  # of a range of 2: real images without any edge
         return ((a - a.mean(1, keepdims=True)) - (b - b.mean(1, keepdims=True))) / (b.mean(1, keepdims=True) + tiny)

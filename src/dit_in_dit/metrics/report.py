@@ -1,4 +1,4 @@
-"""Figures and tables of an evaluation, and of several with equal protocols."""
+"""Figures and tables of one evaluation, and of several evaluations with equal protocols."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metric
 
 
 def draw_evaluation(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]:
-    """Write the figures; returns their paths, each with what it shows."""
+    """Write the figures; returns the path and a description of each figure."""
     samples, metrics, nearest = out / "samples.png", out / "metrics.png", out / "nearest.png"
     step = max(1, len(evaluation.real) // SHOWN)
     pictures = {
@@ -56,7 +56,7 @@ def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
 
 
 def draw_metrics(evaluation: Evaluation, path: Path) -> None:
-    """Draw every score against its floor, the power spectra, the seams and the distances to training images."""
+    """Plot every score against its floor, the power spectra, the seams and the distances to training images."""
     figure, axes = plots.figure(2, 2, width=5.2, height=3.9)
     images, real = to_floats(evaluation.images), to_floats(evaluation.real)
     first = ReferenceHalves.of(len(real)).first[0]
@@ -85,7 +85,7 @@ def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
 
 
 def _draw_scores(axis: Any, scores: dict[str, dict[str, Any]]) -> None:
-    """Draw distances as multiples of their floor, with intervals, on a logarithmic scale; those without a floor are
+    """Plot distances as multiples of their floor, with intervals, on a logarithmic scale; distances without a floor are
     left out."""
     rows = [(name, s) for name, s in scores.items() if s["floor"] and direction(name) in ("lower", "zero")]
     y = np.arange(len(rows))[::-1]
@@ -138,7 +138,7 @@ def _draw_neighbours(axis: Any, evaluation: Evaluation) -> None:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """An evaluation from its `metrics.json`, its folder, or a run with evaluations (the newest).
+    """Read an evaluation from its `metrics.json`, from its folder, or from a run (its newest evaluation).
 
     Raises:
         UserError: there is no evaluation, or its file is damaged.
@@ -158,16 +158,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def compare_evaluations(paths: list[Path]) -> tuple[list[str], dict[str, list[dict[str, Any] | None]]]:
-    """Names of the evaluations and, by score, an entry of each (None: it lacks the score).
+    """Names of the evaluations and, by score, an entry of each evaluation (None: no such score).
 
     Raises:
-        UserError: the protocols differ; the message names the first field that does.
+        UserError: the protocols differ; the message names the first field that differs.
     """
     results = [read_evaluation(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):
         if field := json_difference(results[0]["protocol"], result["protocol"]):
             raise UserError(
-                f"{paths[0]} and {path} cannot be compared, their protocols differ in {field}; evaluate them alike"
+                f"{paths[0]} and {path} cannot be compared: their protocols differ in {field}; use one protocol"
             )
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     return [_label(r) for r in results], {name: [r["scores"].get(name) for r in results] for name in names}
@@ -181,7 +181,7 @@ def _label(result: dict[str, Any]) -> str:
 def draw_compared(
     labels: list[str], scores: dict[str, list[dict[str, Any] | None]], path: Path, columns: int = 5
 ) -> None:
-    """Draw a panel per score: the floor, and a dot with its interval for each evaluation."""
+    """Plot one panel per score: the floor, and a dot with its interval for each evaluation."""
     rows = -(-len(scores) // columns)
     figure, axes = plots.figure(rows, columns, width=2.5, height=0.7 + 0.22 * len(labels))
     for axis in axes.ravel()[len(scores) :]:

@@ -19,7 +19,7 @@ DRAWS = {"halves": 0, "resamples": 1, "projections": 2, "order": 3, "subsets": 4
 
 @dataclass(frozen=True)
 class Score:
-    """A number, its 95% interval, and its floor, the score of real images against real ones; None where unknown."""
+    """A number, its 95% interval, and its floor, the score of real images against real images; None if unknown."""
 
     value: float
     low: float | None = None
@@ -36,7 +36,7 @@ class ReferenceHalves:
 
     @classmethod
     def of(cls, count: int) -> ReferenceHalves:
-        """Random halves of `count` images; an odd one is left out."""
+        """Random halves of `count` images; an odd image is left out."""
         draw, half = generator(0, "evaluation", DRAWS["halves"]), count // 2
         orders = np.stack([draw.permutation(count) for _ in range(FLOOR_SPLITS)])
         return cls(orders[:, :half], orders[:, half : 2 * half])
@@ -53,7 +53,7 @@ def bootstrap_weights(count: int) -> Iterator[tuple[Float64Array, Float64Array]]
 def bootstrap_score(value: float, resampled: list[float], floors: list[float]) -> Score:
     """A distance with the interval value +- 1.96 bootstrap deviations.
 
-    Percentiles of a resampled distance all lie above the value, because resampling adds a distance of its own.
+    Percentiles of resampled distances are not used: resampling adds distance, so that all of them exceed the value.
     """
     deviation = float(np.std(resampled, ddof=1))
     return Score(value, value - 1.96 * deviation, value + 1.96 * deviation, float(np.mean(np.abs(floors))))

@@ -1,4 +1,4 @@
-"""Images to evaluate, of a run, a folder or arrays, and the real images they are compared with; all numbered."""
+"""Images to evaluate, from a run, a folder or arrays, and real images to compare them with. All have numbers."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def run_subject(
     """Samples of a run's newest checkpoint.
 
     Args:
-        configure: from the run's config and class names to the config to sample with, and the class numbers that take
-            turns (empty: as often as in the training data).
-        decoder: from the run's data to the decoder of its latents; None: samples are images.
+        configure: function from the run's config and class names to the config for sampling, and to the class numbers
+            that alternate (empty: as frequent as in the training data).
+        decoder: function from the run's data to the decoder of the latents; None: samples are images.
 
     Raises:
         UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
@@ -94,7 +94,7 @@ def run_subject(
     decode = decoder(config.data)
     if decode is None and config.model.channels not in (1, 3):
         raise UserError(
-            f"evaluation needs images of 1 or 3 channels: {run} draws latents of {config.model.channels}; "
+            f"evaluation needs images of 1 or 3 channels: {run} generates latents of {config.model.channels}; "
             "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, saved.classes)
@@ -144,19 +144,19 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
 
     Args:
         against: a source; None: the data that the run was trained on. That data and NAMED sources have a held-out part,
-            which is left out; all of any other source is used.
+            which is left out. Other sources are used as a whole.
         wanted: number of images of an endless source.
 
     Raises:
-        UserError: there is no such data, or none is named for images without a run or with latents.
+        UserError: the data does not exist, or `against` is None but the images have no run or the run has latents.
     """
     if against is None and subject.config is None:
         raise UserError(
-            "images need real ones to be compared with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
+            "metrics need real images to compare with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
     if against is None and latents.is_latents_folder(data.source):
-        raise UserError(f"the run was trained on latents: name the images that {data.source} encodes with --against")
+        raise UserError(f"the run was trained on latents: give --against IMAGES, from which {data.source} was encoded")
     seed = subject.config.seed if subject.config else 0
     if against is not None and against != data.source:
         data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
@@ -188,7 +188,7 @@ def _open(data: DataConfig, shape: tuple[int, int, int]) -> Source:
 
 
 def _pixels(image: Callable[[int], tuple[NDArray[np.float32], int]]) -> Draw:
-    """Images as uint8, from a function to one in [-1, 1]."""
+    """Function from numbers to uint8 images, made from a function that returns an image in [-1, 1]."""
 
     def draw(numbers: range) -> Pixels:
         return to_pixels(torch.from_numpy(np.stack([image(i)[0] for i in numbers])))

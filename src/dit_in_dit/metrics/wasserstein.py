@@ -24,8 +24,8 @@ PATCH_DRAWS = 1000  # stream of the first image's patches; each further image ha
 
 
 def laplacian_pyramid(images: FloatImages) -> list[FloatImages]:
-    """Band-pass levels from fine to coarse, then the low-pass rest (Burt & Adelson 1983); images are the sum of all,
-    each enlarged to full size."""
+    """Band-pass levels from fine to coarse, then the low-pass rest (Burt & Adelson 1983); an image is the sum of
+    all levels, each enlarged to full size."""
     levels = []
     while min(images.shape[2:]) >= 2 * SMALLEST_LEVEL and not any(side % 2 for side in images.shape[2:]):
         smaller = _smooth(images)[..., ::2, ::2]
@@ -55,8 +55,8 @@ def _smooth(images: FloatImages) -> FloatImages:
 def sliced_wasserstein(images: FloatImages, real: FloatImages, halves: ReferenceHalves) -> dict[str, Score]:
     """Sliced Wasserstein-1 distance per level, `swd.SIDE` with the level's shorter side in pixels.
 
-    7x7 patches, as Karras et al. 2018 (section 5), but both sets are scaled by the deviation of the real patches, not
-    each by its own: else a loss of contrast would not count.
+    Patches are 7x7 pixels, as in Karras et al. 2018 (section 5). But both sets are scaled by the deviation of the real
+    patches, because a loss of contrast would not count if each set were scaled by its own deviation.
     """
     scores = {}
     per_image = min(MOST_PATCHES, max(1, POINTS // len(images)))

@@ -40,8 +40,8 @@ def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 
 def shuffled_index(seed: int, index: int, size: int | None) -> int:
-    """Number of the training image that example `index` shows: each image once per epoch; of an endless source
-    (`size` None), any image."""
+    """Number of the training image that example `index` shows: each image once per epoch, or any image of an endless
+    source (`size` None)."""
     if size is None:
         return int(generator(seed, "order", index).integers(2**62))
     epoch, position = divmod(index, size)
@@ -49,8 +49,8 @@ def shuffled_index(seed: int, index: int, size: int | None) -> int:
 
 
 class Examples(Dataset[Batch]):
-    """Micro-batches of process `rank` of `world`, by number. A single process has the examples from k * batch_size on
-    in micro-batch k.
+    """Micro-batches of process `rank` of `world`, by number. In a single process, micro-batch k
+    starts with example k * batch_size.
 
     Every process has an equal share of a step's examples: with train.reduction=fast some rows of each micro-batch, with
     train.reduction=fixed whole micro-batches.
@@ -79,7 +79,7 @@ class Examples(Dataset[Batch]):
         return range(first, first + rows)
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number`; UserError if an image cannot be read or is not what the model takes."""
+        """Micro-batch `number`; UserError if an image cannot be read or does not fit the model."""
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
@@ -104,7 +104,7 @@ class Examples(Dataset[Batch]):
 
 
 class _Messages(Dataset["Batch | str"]):
-    """Examples that return the message of a UserError instead of raising it, so that it leaves a worker unchanged."""
+    """Like `Examples`, but returns the message of a UserError instead of raising the error: workers would alter it."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -119,8 +119,8 @@ class _Messages(Dataset["Batch | str"]):
 def _begin_worker(_: int) -> None:
     """Ignore signals in a loader worker: the trainer answers them, and needs its workers to end the step.
 
-    A trainer that ends closes the connection to its workers. This error of the thread that sends batches is not
-    printed. (Other errors of a worker go to the trainer, and never to this hook.)
+    When the trainer ends, it closes the connection to its workers. The error that this causes in the thread that sends
+    batches is not printed. (Other errors of a worker go to the trainer, and never to this hook.)
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -133,8 +133,8 @@ def _begin_worker(_: int) -> None:
 
 
 def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
-    """Micro-batches `first` to `last` - 1 in order, prepared by `workers` processes. In place of a micro-batch that
-    cannot be read comes the error message."""
+    """Micro-batches `first` to `last` - 1 in order, prepared by `workers` processes. If a
+    micro-batch cannot be read, the error message takes its place."""
     return DataLoader(
         _Messages(examples),
         batch_size=None,

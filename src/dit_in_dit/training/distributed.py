@@ -32,7 +32,7 @@ class ProcessLostError(UserError):
 
 
 class Process:
-    """A single process, as `join_group` returns it without a launcher; `rank` 0 of `size` 1. Rank 0 leads."""
+    """The only process of a run without a launcher: `rank` 0 of `size` 1. In a group, rank 0 leads."""
 
     rank, size = 0, 1
 
@@ -46,12 +46,12 @@ class Process:
         return action()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Stack the tensors of all processes, of one shape, into (size, ...) on the same device."""
+        """Stack tensors of all processes into (size, ...) on the same device. All tensors have the same shape."""
         return rows[None]
 
     def agree(self, signal: int, due: bool) -> tuple[int, bool]:
-        """Largest signal of all processes, and whether any of them is due; the same result on every rank. With several
-        processes the result is that of the previous call, so that no process waits."""
+        """Largest `signal` of all processes, and whether `due` is true in any process; the same result on every rank.
+        With several processes the result is that of the previous call, so that no process waits."""
         return signal, due
 
     def add(self, tensors: list[Tensor]) -> None:
@@ -136,8 +136,8 @@ class ProcessGroup(Process):
             raise self._lost() from None
 
     def _lost(self) -> ProcessLostError:
-        """Error that names the processes missing from a roll call. Those on this host are killed, so that their job
-        ends too."""
+        """Error that names the processes missing from a roll call. Missing processes on this host are killed, so
+        that their job ends too."""
         atexit.unregister(leave_group)  # it would wait for the missing processes again
         missing = self._missing()
         names = []
@@ -155,7 +155,7 @@ class ProcessGroup(Process):
         return lost
 
     def _missing(self) -> list[int]:
-        """Ranks that miss the roll call; rank 0, which may host the store, if the store does not answer."""
+        """Ranks that miss the roll call. If the store does not answer: rank 0, which may host the store."""
         try:
             self.store.set(f"here/{self.rank}", "yes")
             deadline = time.monotonic() + ROLL_CALL
@@ -178,7 +178,7 @@ def join_group(device: torch.device, timeout: int) -> Process:
     """Join the processes that the launcher started; a single `Process` without a launcher.
 
     Args:
-        device: device of the gradients, a CUDA device with its index. NCCL sums on CUDA, gloo elsewhere.
+        device: device of the gradients; a CUDA device must have an index. NCCL sums on CUDA, gloo elsewhere.
         timeout: seconds within which a process must answer.
     """
     if world_size() == 1:
@@ -197,7 +197,7 @@ def join_group(device: torch.device, timeout: int) -> Process:
 
 def shard(model: NestedDiT) -> None:
     """Shard a model by FSDP2: each block is a group, and all other parameters form one. Every process holds an equal
-    part of a group, and all of it only while the group computes.
+    part of a group, and the whole group only while the group computes.
 
     Raises:
         UserError: the model is on the CPU, and this version of PyTorch shards on GPUs only.
@@ -206,7 +206,9 @@ def shard(model: NestedDiT) -> None:
 
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # before 2.7
-        raise UserError(f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: this is {torch.__version__}")
+        raise UserError(
+            f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update PyTorch"
+        )
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
     # By default the last group stays whole after the forward pass, for the backward pass; an average has none.

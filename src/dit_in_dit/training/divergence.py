@@ -15,7 +15,7 @@ REMEDY = "lower train.learning_rate, lengthen train.warmup or set train.precisio
 
 
 class DivergedError(Exception):
-    """Too many steps in a row were skipped; `step` is the last of them, `problem` gives its loss and gradient norm."""
+    """Too many steps in a row were skipped. `step` is the last of these; `problem` has its loss and gradient norm."""
 
     def __init__(self, step: int, problem: str) -> None:
         super().__init__(step, problem)
@@ -27,7 +27,7 @@ class Divergence:
     """Counts of skipped steps and roll-backs of a run; checkpoints store them.
 
     Attributes:
-        shift: steps whose examples were left out by roll-backs.
+        shift: number of steps whose examples roll-backs left out.
         rolled_back: number of roll-backs.
         tries: number of roll-backs since the last regular checkpoint.
         streak: number of consecutive skipped steps up to this one.
@@ -40,11 +40,11 @@ class Divergence:
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor]) -> Divergence:
-        """The counts in a checkpoint's tensors; 0 where an older one has none."""
+        """The counts in a checkpoint's tensors; 0 if an older checkpoint has none."""
         return cls(**{f.name: int(state.get(f"run.{f.name}", 0)) for f in fields(cls)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The counts as a checkpoint has them."""
+        """The counts as tensors for a checkpoint."""
         return {f"run.{name}": torch.tensor(value) for name, value in asdict(self).items()}
 
     def count(self, *, finite: bool) -> None:
@@ -56,7 +56,7 @@ class Divergence:
         self.tries = 0
 
     def check_way_back(self, diverged: DivergedError, on_divergence: str, has_checkpoint: Callable[[], bool]) -> str:
-        """Reason for a roll-back.
+        """Check that the run can roll back; returns the reason for the roll-back.
 
         Raises:
             UserError: train.on_divergence=stop, too many roll-backs, or no checkpoint.
@@ -65,13 +65,13 @@ class Divergence:
         if on_divergence == "stop":
             raise UserError(f"{problem}; {REMEDY}, or set train.on_divergence=roll_back")
         if self.tries == ROLL_BACKS:
-            raise UserError(f"{problem}, also after going back {self.tries} times; {REMEDY}")
+            raise UserError(f"{problem}, even after {self.tries} roll-backs; {REMEDY}")
         if not has_checkpoint():
             raise UserError(f"{problem}, and there is no checkpoint to go back to; {REMEDY}")
         return problem
 
     def after(self, step: int, to: int) -> Divergence:
-        """Counts after a roll-back from `step` to the step `to`; the examples between them are left out."""
+        """Counts after a roll-back from `step` to the step `to`; the examples of the steps between are left out."""
         return replace(
             self, shift=self.shift + step - to, rolled_back=self.rolled_back + 1, tries=self.tries + 1, streak=0
         )

@@ -1,4 +1,4 @@
-"""Requests to stop: between two steps, or at once during a wait that changes nothing."""
+"""Requests to stop: a run stops between two steps, or immediately during a wait that changes nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Interrupted(BaseException):
 class StopRequest:
     """A request to stop; `signal` is its signal number, 0 without a request.
 
-    A step and a save are never interrupted. A wait for data, a held-out evaluation and a picture can take long and
-    change nothing: `waiting` marks them, and a request ends them at once.
+    A step and a save are never interrupted. Waits for data, held-out evaluations and pictures can take long and
+    change nothing: `waiting` marks them, and a request ends them immediately.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StopRequest:
         self._waiting = False
 
     def ask(self, signal: int, _: object = None) -> None:
-        """Request a stop; a handler for `signal.signal`. The first signal counts, later ones do nothing."""
+        """Request a stop; a handler for `signal.signal`. The first signal counts; later signals do nothing."""
         self.signal = self.signal or signal
         if self._waiting:
             self._waiting = False
@@ -30,7 +30,7 @@ class StopRequest:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Raise `Interrupted` in the body, or before it, once a stop is requested."""
+        """Raise `Interrupted` before or in the body as soon as a stop is requested."""
         if self.signal:
             raise Interrupted
         self._waiting = True

@@ -40,7 +40,7 @@ def train(
 ) -> Generator[Event, None, None]:
     """Train into the folder `out` and yield events; with `resume`, continue the run in that folder.
 
-    Under a launcher (torchrun, Slurm) its processes share the run. Their number may differ from that of earlier starts.
+    Under a launcher (torchrun, Slurm) its processes share the run. Their number may change when a run resumes.
 
     Args:
         stop: on its request, the run saves a checkpoint and ends.
@@ -48,7 +48,7 @@ def train(
         deterministic: bit-identical results on CUDA too, but slower. train.reduction=fixed implies it.
         data: new place of a resumed run's data, whose content must be unchanged. Or a `Source` that replaces
             data.source.
-        model: a `NestedDiT`, or a module with its forward, that replaces the config's model; it keeps its weights.
+        model: a `NestedDiT`, or a module with the same `forward`, in place of the config's model; its weights are kept.
         optimizer: a function of parameter groups (`params`, and `scale` of their learning rate) that replaces
             train.optimizer. The schedule sets `lr` of the groups.
 
@@ -88,7 +88,7 @@ def train(
 
 @contextmanager
 def _held(run: Path, world: Process) -> Iterator[None]:
-    """Hold `lock_run` on rank 0; its error is raised on every rank."""
+    """Hold `lock_run` on rank 0; an error of the lock is raised on every rank."""
     with ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(lock_run(run)))
         yield

@@ -40,15 +40,15 @@ def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:
     """Check that a user's function returned an optimizer of all weights, in the groups that it received.
 
     Raises:
-        UserError: it is no optimizer, or groups or weights are missing.
+        UserError: the function returned no optimizer, or groups or weights are missing.
     """
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"the optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}; return one")
     if not all("scale" in group for group in optimizer.param_groups):
-        raise UserError("the optimizer lost the factors on its learning rate (`scale`): pass it the groups unchanged")
+        raise UserError("the optimizer lost the factors on the learning rate (`scale`): pass all groups unchanged")
     taken = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     if lost := sum(weight.requires_grad and id(weight) not in taken for weight in weights):
-        raise UserError(f"the optimizer lacks {lost} of the model's weights: pass it the groups unchanged")
+        raise UserError(f"the optimizer lacks {lost} of the model's weights: pass all groups unchanged")
 
 
 def is_fused(optimizer: Optimizer) -> bool:
@@ -57,7 +57,8 @@ def is_fused(optimizer: Optimizer) -> bool:
 
 
 def is_trained(state: Iterable[str]) -> bool:
-    """Whether a checkpoint's tensor names include training state; false for weights alone, which cannot resume."""
+    """Whether a checkpoint's tensor names include training state; false if the
+    checkpoint has only weights, from which a run cannot resume."""
     return any(name.startswith((PREFIX, "run.")) for name in state)
 
 
@@ -102,8 +103,8 @@ def restore_state(optimizer: Optimizer, parameters: Named, state: Mapping[str, T
 
 
 def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tensor:
-    """Copy of a state tensor on the device that PyTorch's optimizers expect: the parameter's, but the CPU for the step
-    count of an optimizer without fused step."""
+    """Copy of a state tensor on the device that PyTorch's optimizers expect: the parameter's device, or the CPU
+    for the step count of an optimizer without a fused step."""
     if key != "step" and value.shape == parameter.shape:
         return shard_like(value, parameter)
     device = "cpu" if key == "step" and not fused else local_part(parameter).device
@@ -111,7 +112,7 @@ def _placed(value: Tensor, key: str, parameter: Tensor, *, fused: bool) -> Tenso
 
 
 def reached_by_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Mask of a parameter's elements that a gradient has reached, those with a non-zero moment.
+    """Mask of a parameter's elements that a gradient has reached: elements with a non-zero moment.
 
     None if the optimizer keeps no tensor of the parameter's shape.
     """

@@ -32,14 +32,14 @@ NAMED = 8  # most examples named in the log line of a skipped step
 class Event:
     """An event of a run; `values` depends on its `kind`.
 
-    start: device, precision, parameters, processes, and the damaged checkpoints passed over.
+    start: device, precision, parameters, processes, and the damaged checkpoints that were skipped.
     step: loss, gradient norm in total and of each part, learning rate.
     skipped: the examples of a step whose loss or gradient was not finite.
     rolled_back: the step to which the run went back, and the reason.
     held_out: denoising error by time.
     checkpoint: its path.
     unsaved: the reason why a checkpoint could not be written.
-    samples: samples are due, to be drawn with the averaged `model`; None in processes that do not lead.
+    samples: samples are due; the averaged `model` must generate them. `model` is None except on rank 0.
     stopped: the signal that stopped the run; the last event.
     """
 
@@ -50,7 +50,7 @@ class Event:
 
 
 class Session:
-    """A run from its current step to step `last`, in one of its processes."""
+    """A run from its current step to step `last`, in one of the run's processes."""
 
     def __init__(self, trainer: Trainer, run: Path, stop: StopRequest, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
@@ -60,10 +60,11 @@ class Session:
         self.saved = -1  # the last step that has a checkpoint
 
     def restore(self, stored: RunConfig, *, steady: bool = False) -> tuple[str, ...]:
-        """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular one.
+        """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular
+        checkpoint.
 
         Returns:
-            Paths of the newer, damaged checkpoints that were passed over.
+            Paths of the newer, damaged checkpoints that were skipped.
 
         Raises:
             UserError: config, classes, data or objects given to train() are not those of the run.
@@ -77,7 +78,7 @@ class Session:
             return ()
         saved = self.world.on_main(lambda: checkpoint.newest(run, steady=steady))
         if tuple(saved.manifest["classes"]) != tuple(trainer.source.classes):
-            raise UserError(f"{self.data['place']} has other classes than when {run} was started")
+            raise UserError(f"{self.data['place']} has other classes than the run {run}: restore the data")
         _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
         noted = saved.manifest.get("data")
         self.world.on_main(lambda: check_unchanged(self.data, noted, str(run)))
@@ -89,7 +90,7 @@ class Session:
         return tuple(map(str, saved.passed_over))
 
     def start(self, **values: Any) -> Event:
-        """The first event of a start, with more values."""
+        """The event of a start of the run; `values` are added to the event's values."""
         trainer = self.trainer
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         values |= {"device": str(trainer.device), "precision": self.how.precision, "parameters": parameters}
@@ -153,7 +154,7 @@ class Session:
             self.lines.start_clock()
 
     def _waiting(self) -> AbstractContextManager[None]:
-        """A wait that a stop request ends; only in a single process, because others would be left waiting."""
+        """A wait that a stop request ends; only in a single process, because other processes would be left waiting."""
         return self.stop.waiting() if self.world.size == 1 else nullcontext()
 
     def _due(self, step: int) -> tuple[bool, bool]:
@@ -172,7 +173,8 @@ class Session:
             yield self._samples()
 
     def _flush(self) -> Iterator[Event]:
-        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped ones in a row."""
+        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped steps in a
+        row."""
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
@@ -188,7 +190,8 @@ class Session:
                 raise DivergedError(step, f"loss {why['loss']}, gradient norm {why['grad_norm']}")
 
     def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
-        """Record of a skipped step: its examples, and the numbers and images of those with a non-finite loss."""
+        """Record of a skipped step: its examples, and the numbers and images of the examples with a non-finite
+        loss."""
         first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
         bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
         size = self.trainer.source.train_size
@@ -242,7 +245,8 @@ class Session:
         return Event("checkpoint", trainer.step, {"path": str(path)})
 
     def _stop(self) -> Iterator[Event]:
-        """Save the current step, unless training has just diverged: the last checkpoint leads to that again."""
+        """Save the current step, unless training has just diverged: a resume from the last checkpoint repeats the
+        divergence."""
         try:
             yield from self._flush()
         except DivergedError:
@@ -254,8 +258,8 @@ class Session:
         yield Event("stopped", self.trainer.step, {"signal": self.stop.signal})
 
     def _roll_back(self, diverged: DivergedError) -> Event:
-        """Go back to the last regular checkpoint and continue with later examples, which leaves out those before the
-        divergence (as PaLM, Chowdhery et al. 2022, section 5.1)."""
+        """Go back to the last regular checkpoint and continue with later examples: the examples before the divergence
+        are left out (as in PaLM, Chowdhery et al. 2022, section 5.1)."""
         trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
         has_checkpoint = partial(self.world.on_main, partial(checkpoint.has_any, self.run))
         problem = before.check_way_back(diverged, self.how.on_divergence, has_checkpoint)
@@ -272,11 +276,11 @@ def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: 
     for name in ("model", "optimizer"):
         if passed.get(name) != recorded.get(name):
             before, now = (names.get(name, "the config's") for names in (recorded, passed))
-            raise UserError(f"{run} was trained with {name} {before}: give the same to train(), got {now}")
+            raise UserError(f"{run} was trained with {name} {before}: got {now}; give the first one to train()")
 
 
 def _whole(batch: Batch | str) -> Batch:
-    """The batch, or the UserError of a loader worker; raised in the worker, it would arrive as a traceback."""
+    """Return the batch, or raise the UserError of a loader worker: raised in the worker, it would be a traceback."""
     if isinstance(batch, str):
         raise UserError(batch)
     return batch

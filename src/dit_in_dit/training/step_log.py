@@ -1,4 +1,5 @@
-"""Log lines of a run. Values stay on the device for a while and are read together, so that no step waits for them."""
+"""Log lines of a run. Values stay on the device for a while and are read together, so that no step waits for
+the device."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ class StepLog:
         return self.clock.waited() > FLUSH_SECONDS
 
     def read(self) -> tuple[list[Step], float]:
-        """Read the waiting steps; also images per second since the previous read."""
+        """Read the waiting steps, and the number of images per second since the previous read."""
         steps, self.pending = self.pending, []
         if not steps:
             return [], 0.0

@@ -1,6 +1,6 @@
 """Experiment trackers: scalars, sample grids and curves of a run, in addition to its JSON lines.
 
-`--track` names trackers; the config does not, because they change nothing of the run. `trackers.json` in the run's
+`--track` names trackers; the config does not, because trackers do not change the run. `trackers.json` in the run's
 folder stores the run's identity at each tracker, so that a resumed run continues the same tracked run. Steps that a
 killed process had logged but not saved are logged again, with the same values. A tracker that fails during training is
 dropped with a warning, and the run continues.
@@ -52,7 +52,7 @@ class Tracker(Protocol):
         ...
 
     def flush(self) -> None:
-        """Write buffered values, at a checkpoint: a killed run resumes from here."""
+        """Write buffered values. Called at every checkpoint, from which a killed run resumes."""
         ...
 
     def close(self) -> None:
@@ -180,13 +180,13 @@ PACKAGES = frozenset(TRACKERS)  # trackers that need the package of their name; 
 
 
 def log_to(events: Iterator[Event], names: Sequence[str], run: Path, warn: Callable[[str], None]) -> Iterator[Event]:
-    """Pass on the events of a run and log them to trackers; `warn` gets a line for a tracker that fails.
+    """Pass on the events of a run and log them to trackers; `warn` gets a line for each tracker that fails.
 
-    The consumer of a `samples` event draws the grid into the run's folder; it is logged after that. Curves are logged
+    The consumer of a `samples` event writes the grid into the run's folder; then the grid is logged. Curves are logged
     at the end of the run.
 
     Raises:
-        UserError: a tracker cannot be started, at the first event.
+        UserError: a tracker cannot be started. Raised at the first event.
     """
     first = next(events)
     config, identities = read_config(run), _identities(run)
@@ -241,13 +241,14 @@ def _curves(run: Path) -> list[Path]:
 
 
 def chosen_trackers(option: str | None, run: Path) -> list[str]:
-    """Names from `--track`, or the trackers of earlier starts; UserError if one is unknown or not installed."""
+    """Names from `--track`, or the trackers of earlier starts; UserError if a tracker is unknown or not
+    installed."""
     names = list(_identities(run)) if option is None else [n for n in option.split(",") if n not in ("", NONE)]
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"--track: unknown tracker {name[:40]!r}{did_you_mean(name, [*TRACKERS, NONE])}")
         if name in PACKAGES and find_spec(name) is None:
-            raise UserError(f"--track {name} needs the package {name}: pip install {name}, or leave it out")
+            raise UserError(f"--track {name} needs the package {name}: pip install {name}, or leave out this tracker")
     return list(dict.fromkeys(names))
 
 
@@ -258,14 +259,14 @@ def _identities(run: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError, RecursionError):
-        raise UserError(f"cannot read {path}: remove it, and trackers start a new run") from None
+        raise UserError(f"cannot read {path}: remove the file, and trackers start a new run") from None
 
 
 def _start(name: str, run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
     try:
         return TRACKERS[name](run, config, identity, step)
     except Exception as error:  # no key, no server
-        raise UserError(f"--track {name} failed: {_line(error)}; fix it, or resume with --track {NONE}") from None
+        raise UserError(f"--track {name} failed: {_line(error)}; fix the cause or use --track {NONE}") from None
 
 
 def _line(error: Exception) -> str:

@@ -42,7 +42,7 @@ HELD_OUT_BATCH = 64  # most images in one of its forward passes; independent of 
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0), a function of the step alone."""
+    """Learning rate of optimizer step `step` (from 0), which depends only on the step."""
     if step < train.warmup:
         return train.learning_rate * (step + 1) / train.warmup
     if train.schedule == "constant":
@@ -131,7 +131,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
-        """Exchange gradients between processes after the last micro-batch only."""
+        """Exchange gradients between processes only after the last micro-batch."""
         if self.sharded:
             self.net.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(self.net, DistributedDataParallel) and not last:
@@ -166,8 +166,8 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
 
     def _micro_batches(self, own: int) -> int:
-        """Number of micro-batches over which the loss is averaged: this process's (DDP averages over processes), or
-        all with the tree, which sums."""
+        """Number of micro-batches over which the loss is averaged: those of this process (DDP averages over processes),
+        or all if the tree sums them."""
         return own * self.world.size if self.tree else own
 
     def _in_order(self, losses: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class Trainer:
             self.optimizer.step()
 
     def gradient_norms(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient norm before clipping, in total and of each part of the model."""
+        """Gradient norm before clipping: of the whole model and of each part."""
         gradients = {name: local_part(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
         if self.sharded:
@@ -203,7 +203,7 @@ class Trainer:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Held-out denoising error of the averaged model by time: whole image and high frequencies.
 
-        Processes take batches in turns. The sums do not depend on the number of processes.
+        The batches are divided among the processes. The sums do not depend on the number of processes.
         """
         assert self.held_out is not None
         errors = {}
@@ -229,8 +229,8 @@ class Trainer:
 
     @torch.no_grad()
     def averaged(self) -> NestedDiT | None:
-        """The averaged model for sampling. If it is sharded: an unsharded copy on rank 0, None on the others; all
-        processes must call."""
+        """The averaged model for sampling. If the model is sharded: an unsharded copy on rank 0, None on other ranks;
+        all processes must call."""
         if not self.sharded:
             return self.ema.model
         model = None
@@ -246,7 +246,7 @@ class Trainer:
     def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
 
-        The average needs no counter beside the step.
+        The average needs no counter except the step.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())
@@ -261,7 +261,7 @@ class Trainer:
         """Continue from a saved state and average. Tensors are copied.
 
         Raises:
-            UserError: the state has weights alone, as in an imported run.
+            UserError: the state has only weights, as in an imported run.
         """
         if not is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
@@ -273,7 +273,7 @@ class Trainer:
 
 
 def _new_model(config: RunConfig) -> NestedDiT:
-    """The config's model. Initial weights are drawn on the CPU, so that they are the same on every device."""
+    """The config's model. Initial weights are generated on the CPU, so that they are the same on every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return NestedDiT(config.model, recompute=config.train.recompute)
@@ -283,10 +283,10 @@ def check_process_count(train: TrainConfig, size: int) -> None:
     """Check that `size` processes can share the run's batches. Raises UserError."""
     if train.reduction == "fast" and train.batch_size % size:
         raise UserError(
-            f"{size} processes share each batch: train.batch_size must be a multiple of it, got {train.batch_size}"
+            f"train.batch_size must be a multiple of the number of processes ({size}): got {train.batch_size}"
         )
     if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
         raise UserError(
-            f"train.reduction=fixed halves a step's {train.accumulate} micro-batches until each process has its own: "
-            f"got {size} processes; use a power of two up to {train.accumulate}, or raise train.accumulate"
+            f"train.reduction=fixed needs a number of processes that is a power of two and divides train.accumulate="
+            f"{train.accumulate}: got {size} processes; change their number, or raise train.accumulate"
         )

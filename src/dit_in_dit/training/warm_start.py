@@ -50,7 +50,7 @@ def warm_start(
     Args:
         model: a new model of any arrangement, with outer blocks of the run's width.
         run: a run, or an imported model.
-        blocks: numbers of the run's outer blocks to copy, in order; None: all, or evenly spaced ones if it has more.
+        blocks: numbers of the run's outer blocks to copy, in order; None: all, or evenly spaced if too many.
         digest: digest of the images that the new model will be trained on.
 
     Raises:
@@ -68,7 +68,7 @@ def warm_start(
             continue
         if weights[source].shape != weight.shape:
             raise UserError(
-                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)} and {_shape(weight)} here: "
+                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)}, {_shape(weight)} in the model:   "
                 "give both models the same outer width, patch, channels and classes"
             )
         weight.copy_(weights[source])
@@ -83,19 +83,19 @@ def warm_start(
 
 
 def starts_as_outer_blocks(model: ModelConfig) -> bool:
-    """Whether a new model of this arrangement has the output of its outer blocks alone."""
+    """Whether the output of a new model of this arrangement is that of its outer blocks without the inner level."""
     aggregates = model.program[0][0] == "inner" or len(model.program) > 2
     fuse = FUSIONS[model.inner.fuse]
     return not model.blocks("inner") or (fuse.keeps_outer and (not aggregates or fuse.starts_closed))
 
 
 def _chosen(old: ModelConfig, new: ModelConfig, blocks: Sequence[int] | None, run: Path) -> list[int]:
-    """Number of the old outer block for each new one."""
+    """Number of the run's outer block to copy into each new outer block."""
     available, needed = old.blocks("outer"), new.blocks("outer")
     if blocks is None:
         if needed > available:
             raise UserError(
-                f"train.init: {truncate(run)} has {available} outer blocks, fewer than the {needed} here: use fewer"
+                f"train.init: {truncate(run)} has {available} outer blocks, fewer than the {needed} needed: use fewer"
             )
         # The first and the last are always copied: they are next to the embedding and the head.
         return [round(number * (available - 1) / max(1, needed - 1)) for number in range(needed)]
@@ -108,7 +108,7 @@ def _chosen(old: ModelConfig, new: ModelConfig, blocks: Sequence[int] | None, ru
 
 
 def _source(name: str, chosen: list[int]) -> str:
-    """Name in the trained model of a parameter of the new model."""
+    """Name that a parameter of the new model has in the trained model."""
     if not name.startswith(BLOCKS):
         return name
     number, _, rest = name.removeprefix(BLOCKS).partition(".")

@@ -165,7 +165,7 @@ def test_a_result_with_a_wrong_part_gives_a_one_line_error(key, study):
 
 
 @pytest.mark.parametrize("text", [*TEXTS, '{"number": "3", "changes": {}}', '{"number": 3, "changes": []}'])
-def test_damaged_changes_of_a_search_trial_give_a_one_line_error(text, tmp_path):
+def test_unreadable_changes_of_a_search_trial_give_a_one_line_error(text, tmp_path):
     search = StudyConfig(base="emoji", search={"train.learning_rate": [1e-3, 1e-4]}, trials=2, budget={"steps": 20})
     out = tmp_path / "search"
     (out / "runs" / "t0000").mkdir(parents=True)

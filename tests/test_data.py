@@ -48,7 +48,7 @@ def test_folder_and_zip_hold_the_same_images(folder, tmp_path):
     assert everything(pickle.loads(pickle.dumps(b))) == everything(b)  # as a worker process gets it
 
 
-def test_arrays_hold_the_same_images(folder, tmp_path):
+def test_an_array_file_gives_the_same_images_as_the_folder(folder, tmp_path):
     source = opened(folder, held_out=0.0)
     pairs = [source.train(i) for i in range(30)]
     pixels = np.stack([np.round((image + 1) * 127.5).astype(np.uint8).transpose(1, 2, 0) for image, _ in pairs])

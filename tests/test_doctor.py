@@ -280,7 +280,7 @@ def test_the_untrained_loss_is_that_of_a_zero_prediction(config, run):
     assert loss["again"] == pytest.approx(loss["logged"], rel=1e-5)
 
 
-def test_a_step_at_every_cell_border_gives_a_seam_peak_at_the_last_position():
+def test_a_jump_in_value_at_every_cell_border_gives_a_seam_peak_at_the_last_position():
     ramp = torch.arange(32).float().expand(2, 3, 32, 32)
     stairs = ramp + 3 * (ramp // 8)  # one more a pixel, four more over a border
     down, across = seam_peaks(stairs, 8) - seam_peaks(ramp + 1e-6, 8)

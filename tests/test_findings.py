@@ -10,7 +10,7 @@ import torch
 
 from conftest import perturbed, small_model, with_train
 from dit_in_dit.attention_maps.findings import missing_parts
-from dit_in_dit.config.run import RateConfig, RunConfig
+from dit_in_dit.config.run import LrScaleConfig, RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, check_initial_loss
@@ -98,7 +98,7 @@ def test_fuse_add_is_advised_only_for_a_dead_gate(run_config, check, other):
 
 
 def test_a_frozen_level_is_not_reported_as_without_gradient(run_config):
-    config = with_train(run_config, lr_scale=RateConfig(outer=0))
+    config = with_train(run_config, lr_scale=LrScaleConfig(outer=0))
     model = NestedDiT(config.model)
     state = {parameter: {"exp_avg_sq": torch.ones_like(parameter)} for parameter in model.parameters()}
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

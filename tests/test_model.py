@@ -17,7 +17,15 @@ from conftest import inputs, perturbed, small_model
 from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Mean, Weighted
 from dit_in_dit.model.condition import CONDITIONS
-from dit_in_dit.model.embed import EMBEDS, ConvEmbed, Cut, InnerUnpatch, LinearEmbed, OuterEmbed, OuterUnpatch
+from dit_in_dit.model.embed import (
+    EMBEDS,
+    ConvEmbed,
+    InnerUnpatch,
+    LinearEmbed,
+    OuterEmbed,
+    OuterUnpatch,
+    SplitSubPatches,
+)
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
@@ -155,7 +163,7 @@ def test_only_the_convolutional_embedding_reaches_across_patch_borders():
 def test_unpatchify_inverts_patchify(size):
     model = small_model(image_size=size)
     x, _, _ = inputs(model)
-    by_sub_patch = Cut(model)(x).unflatten(-1, (3, 2, 2)).permute(0, 1, 2, 4, 5, 3).flatten(3)
+    by_sub_patch = SplitSubPatches(model)(x).unflatten(-1, (3, 2, 2)).permute(0, 1, 2, 4, 5, 3).flatten(3)
     assert torch.equal(InnerUnpatch(model)(by_sub_patch), x)
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).unflatten(-1, (3, 4, 4)).permute(0, 1, 3, 4, 2).flatten(2)
     assert torch.equal(OuterUnpatch(model)(patches), x)
@@ -164,7 +172,7 @@ def test_unpatchify_inverts_patchify(size):
 def test_sub_patches_lie_inside_their_patch():
     model = small_model()
     x = torch.arange(16 * 8, dtype=torch.float32).view(1, 1, 16, 8).expand(1, 3, 16, 8)
-    tokens = Cut(model)(x)  # 1 T=8 S=4 12
+    tokens = SplitSubPatches(model)(x)  # 1 T=8 S=4 12
     # patch 3 is the second of the second row: rows 4-7, columns 4-7; its last sub-patch starts at (6, 6)
     assert tokens[0, 3, 3, 0] == 6 * 8 + 6
 
@@ -287,7 +295,7 @@ def test_fuse_replace_leaves_no_path_that_avoids_the_inner_level():
 def test_fuse_replace_keeps_the_patch_positions():
     model = perturbed(NestedDiT(small_model("inner outer", inner={"fuse": "replace"})))
     x = torch.zeros(1, 3, 16, 8)  # every patch alike
-    out = Cut(model.config)(model(x, torch.ones(1)))[0]
+    out = SplitSubPatches(model.config)(model(x, torch.ones(1)))[0]
     assert not torch.allclose(out[0], out[5])
 
 

@@ -419,7 +419,7 @@ def test_no_damage_to_a_file_of_weights_is_more_than_one_line(tmp_path: Path) ->
             refusal("inception", path)  # what is still readable is another network's
 
 
-def test_another_networks_weights_are_refused(weights: Path, dinov2: Path, tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(weights: Path, dinov2: Path, tmp_path: Path) -> None:
     state, path = torch.load(weights, weights_only=True), tmp_path / "other.pth"
     others = [load_file(dinov2 / "model.safetensors"), {**state, "more": torch.ones(1)}, {1: torch.ones(1)}, {}]
     others += [{**state, "fc.weight": torch.ones(1000, 2048)}, {n: x for n, x in state.items() if n != "fc.bias"}]

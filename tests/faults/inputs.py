@@ -61,7 +61,7 @@ YAML: dict[str, Bad] = {
     "heads that do not divide": (assigned("model.outer.num_heads=7"), "must divide width"),
     "an unknown key": (assigned("model.inner.widht=3"), "did you mean 'model.inner.width'"),
     "a key like no other": (assigned("x" * 3000 + "=1"), "the nearest of"),
-    "a key below a value": (assigned("model=5", "model.depth=3"), "model was set to '5', which has no keys"),
+    "a key below a value": (assigned("model=5", "model.depth=3"), "model is set to '5' and has a key below it"),
     "a list for a number": (assigned("model.channels=[1, 2]"), "model.channels must be a whole number"),
     "a number for a group": (assigned("model=5"), "model must be a group of keys"),
     "a date": (assigned("seed=2020-01-01"), "seed must be a whole number"),

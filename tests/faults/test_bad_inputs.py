@@ -356,7 +356,7 @@ def test_images_are_rotated_by_their_orientation(tmp_path):
     content = io.BytesIO()
     Image.fromarray(seen).save(content, "PNG", exif=b"Exif\0\0MM\0*" + bytes(3))  # metadata that makes no sense
     assert np.array_equal(
-        picture.with_image(content.getvalue(), lambda image: resize_and_crop(image, (12, 16), 3)), seen
+        picture.apply_to_image(content.getvalue(), lambda image: resize_and_crop(image, (12, 16), 3)), seen
     )
 
 
@@ -364,9 +364,9 @@ def test_the_pixel_limit_is_ours_and_not_the_limit_of_pillow(monkeypatch):
     for theirs in (None, 10**9, 100):  # switched off, high, low
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
         with pytest.raises(ValueError, match="more than"):
-            picture.with_image(png_of(8193, 8192), lambda image: pytest.fail("was opened"))
+            picture.apply_to_image(png_of(8193, 8192), lambda image: pytest.fail("was opened"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert picture.with_image(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
+    assert picture.apply_to_image(png_of(8192, 8192), lambda image: image.size) == (8192, 8192)
 
 
 def test_damaged_images_are_either_read_or_refused_with_one_line(tmp_path, full):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_in_dit.attention_maps.attention import LevelAttention, LevelRecorder, level_recorders
 from dit_in_dit.attention_maps.plan import MapsPlan, evenly_chosen, plan_maps
-from dit_in_dit.attention_maps.samples import Draws, draw_on_and_off
+from dit_in_dit.attention_maps.samples import OnOffSamples, draw_on_and_off
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.picture import Array
@@ -82,7 +82,7 @@ class Maps:
     outer: LevelAttention
     aggregation: dict[str, Aggregation]
     contribution: dict[str, Array]
-    draws: Draws
+    draws: OnOffSamples
 
 
 def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], classes: Sequence[int] = ()) -> Views:
@@ -92,7 +92,7 @@ def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], 
         classes: class numbers. If empty: all classes, or evenly spaced classes if there are more classes than images.
 
     Raises:
-        UserError: no image belongs to one of these classes.
+        UserError: one of these classes has no image.
     """
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train

@@ -20,7 +20,7 @@ STRIPS = 4  # samples whose trajectory is kept
 
 
 @dataclass(frozen=True)
-class Draws:
+class OnOffSamples:
     """Samples with the inner path on and off, and trajectories with the inner path on.
 
     Attributes:
@@ -48,7 +48,7 @@ def draw_on_and_off(
     seed: int = 0,
     classes: Sequence[int] = (),
     advance: Callable[[], None] = lambda: None,
-) -> Draws:
+) -> OnOffSamples:
     """Generate samples 0 to num - 1 with the inner path on, then off. Noise and labels are as in `sample_batches`.
 
     Args:
@@ -71,4 +71,4 @@ def draw_on_and_off(
         samples.append(step[-1].cpu().numpy())
     times, noisy, estimates = zip(*calls, strict=True)
     off = samples[1] if len(samples) > 1 else None
-    return Draws(labels, samples[0], off, times, np.stack(noisy), np.stack(estimates))
+    return OnOffSamples(labels, samples[0], off, times, np.stack(noisy), np.stack(estimates))

@@ -52,7 +52,7 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """The median."""
+        """The median over the rounds."""
         return median(self.rounds)
 
     @property

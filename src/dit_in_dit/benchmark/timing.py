@@ -39,7 +39,7 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        """The median."""
+        """The median of the measured seconds."""
         return median(self.rounds)
 
     def over(self, other: Times) -> float:
@@ -153,7 +153,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
-    """Estimate the seconds for the warm-up and one round of `step_seconds` together, without building the models."""
+    """Estimate how many seconds the warm-up and one round of `step_seconds` take, without building the models."""
     macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
     with use_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))

@@ -9,9 +9,9 @@ from dit_in_dit.config.run import (
     DataConfig,
     DiffusionConfig,
     InnerConfig,
+    LrScaleConfig,
     ModelConfig,
     OuterConfig,
-    RateConfig,
     RunConfig,
     SampleConfig,
     TrainConfig,
@@ -84,7 +84,9 @@ _EMOJI = RunConfig(
         steps=4800,
         batch_size=32,
         learning_rate=4e-3,
-        lr_scale=RateConfig(inner=0.5),  # at 1 training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
+        lr_scale=LrScaleConfig(
+            inner=0.5
+        ),  # at 1 training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
         warmup=200,
         schedule="cosine",
         ema=0.998,
@@ -104,12 +106,12 @@ _EMOJI_REFERENCE = replace(
         outer=OuterConfig(width=152, num_heads=4),
         inner=InnerConfig(sub_patch=2, width=32, num_heads=2),
     ),
-    train=replace(_EMOJI.train, lr_scale=RateConfig()),
+    train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
 )
 _EMOJI_DIT = replace(
     _EMOJI,
     model=replace(_EMOJI.model, stages="outer*3", outer=OuterConfig(width=184, num_heads=4), inner=InnerConfig()),
-    train=replace(_EMOJI.train, lr_scale=RateConfig()),
+    train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
 )
 
 PRESETS: dict[str, RunConfig] = {

@@ -211,7 +211,7 @@ class DataConfig(Section):
 
 
 @dataclass(frozen=True)
-class RateConfig(Section):
+class LrScaleConfig(Section):
     prefix: ClassVar[str] = "train.lr_scale"
     outer: float = key(1.0, "factor for outer weights, and for time and label embeddings; 0: frozen", low=0, high=1000)
     inner: float = key(1.0, "factor for inner weights, and for modules between the levels; 0: frozen", low=0, high=1000)
@@ -228,7 +228,7 @@ class TrainConfig(Section):
         "adamw", "adamw: decoupled weight decay; adam: weight decay is added to the gradient", added=2
     )
     learning_rate: float = key(1e-4, "peak learning rate", low=0, high=10)
-    lr_scale: RateConfig = key(RateConfig, "factors on the learning rate, by level")
+    lr_scale: LrScaleConfig = key(LrScaleConfig, "factors on the learning rate, by level")
     init: str | None = key(None, "run whose averaged weights this run starts from; null: random weights")
     init_blocks: tuple[int, ...] | None = key(
         None, "outer blocks to take from init, in order; null: all, or the needed number evenly spaced", low=0, high=999

@@ -27,7 +27,7 @@ from dit_in_dit.data.names import (
     number_classes,
     resolve_links,
 )
-from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, with_image
+from dit_in_dit.data.picture import MOST_BYTES, UNREADABLE, Seen, apply_to_image
 
 SAMPLES = "samples.json"
 SHARD = re.compile(r"\d{5}/")  # a folder as the tools of StyleGAN and EDM2 number them
@@ -188,7 +188,7 @@ class ImageFiles:
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
         """`look` applied to one image; UserError with the file's name when it cannot be decoded."""
         try:
-            return with_image(self.content(name), look)
+            return apply_to_image(self.content(name), look)
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = truncate(self.path / name, 60)

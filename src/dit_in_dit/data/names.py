@@ -78,7 +78,9 @@ def check_class_names(
     depth = len(wrapped)
     paths = [path for name in images if len(path := name.split("/")) > depth + 1]
     classes = {path[depth] for path in paths}
-    refuse_splits(classes, "/".join((place, *wrapped)), "unpack it and name one, {}" if packed else "name one, {}")
+    refuse_split_folders(
+        classes, "/".join((place, *wrapped)), "unpack it and name one, {}" if packed else "name one, {}"
+    )
     for name in sorted(classes):
         if not name.isprintable():
             raise UserError(
@@ -108,7 +110,7 @@ def check_class_names(
             )
 
 
-def refuse_splits(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
+def refuse_split_folders(classes: Iterable[str], place: str, way: str = "name one, {}", pattern: str = "{}") -> None:
     """UserError when two or more of the classes in `place` are splits of a data set: the user means one split."""
     splits = sorted(name for name in classes if name.lower() in SPLIT_NAMES)
     if len({name.lower() for name in splits}) > 1:

@@ -29,7 +29,7 @@ UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversize
 )
 
 
-def with_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
+def apply_to_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
     """`look` applied to the image in a file; an error of UNREADABLE if the image cannot be decoded or is too large.
 
     If the header states more than MOST_PIXELS pixels, the image is refused. Pillow's own limit is higher, warns before
@@ -58,7 +58,7 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) ->
     at least twice too large, resize with a bicubic filter to cover the target, and crop the centre.
 
     Before that, an image is converted to 8 bits as a viewer shows it. It is rotated by its EXIF orientation, which ADM
-    ignores. The first frame of a PNG or WebP is used; `with_image` refuses several frames in other formats. Transparent
+    ignores. The first frame of a PNG or WebP is used; `apply_to_image` refuses several frames in other formats. Transparent
     images (RGBA, LA, PA, a transparent colour) are composited on white. Modes 1, P, CMYK and YCbCr are converted by
     Pillow. 16-bit grey v (mode I;16, or I in some versions of Pillow) becomes v // 257.
 

@@ -41,7 +41,7 @@ def variant_of(folder: Path) -> str | None:
 
 
 def load_vae(name: str, device: torch.device) -> Any:
-    """A float32 VAE from a folder or a Hub id. It names a VAE, or a pipeline with a VAE in `vae/`.
+    """Load a float32 VAE from a folder or a Hub id, which holds a VAE, or a pipeline with a VAE in `vae/`.
 
     Raises:
         UserError: it cannot be loaded, or its class is not in CLASSES.

@@ -75,7 +75,7 @@ def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) ->
         scheduler = create()
     except Exception as error:
         problem = f"{type(error).__name__}: {truncate(error, 80)}"
-        raise UserError(f"{name}() ends with {problem}; a scheduler is created without arguments") from error
+        raise UserError(f"{name}() fails with {problem}; a scheduler class must take no arguments") from error
     noise = ["noise"] if stochastic and not is_ddpm(scheduler) else []
     for method, arguments, keywords in (
         ("set_timesteps", ["steps"], []),

@@ -94,7 +94,7 @@ def take_examples(examples: Examples, first: int, count: int) -> Batch:
     return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def batches(batch: Batch, size: int = CHUNK) -> list[Batch]:
+def split_batch(batch: Batch, size: int = CHUNK) -> list[Batch]:
     """Split the batch into pieces of at most `size` examples."""
     return [Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.x), size)]
 

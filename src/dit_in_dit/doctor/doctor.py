@@ -20,7 +20,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
-from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Finding, Line, batches, take_examples
+from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Finding, Line, split_batch, take_examples
 from dit_in_dit.doctor.observe import observe
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
@@ -132,7 +132,7 @@ def _restore(trainer: Trainer, saved: Checkpoint) -> None:
 def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
     """The model's loss on each example."""
     losses, objective = [], Objective(trainer.config.diffusion)
-    for batch in batches(examples):
+    for batch in split_batch(examples):
         x, noise, t, y, _ = (part.to(trainer.device) for part in batch)
         with trainer.autocast():
             losses.append(objective.loss(trainer.model, x, noise, t, y).cpu())

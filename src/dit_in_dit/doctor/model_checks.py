@@ -18,8 +18,8 @@ from dit_in_dit.doctor.observe import (
     SEAM_TIME,
     LabelErrors,
     Observation,
+    errors_by_label,
     estimates,
-    label_errors,
     non_finite_outputs,
     non_finite_parameters,
     periodic_share,
@@ -185,7 +185,7 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
     if copies:
         section.find("fault", "null class", f"the null class's row equals that of class {copies[0]}", advice)
         return section
-    if errors := label_errors(patient):
+    if errors := errors_by_label(patient):
         strength = _judge_labels(section, errors)
         _judge_contrasts(section, patient, errors, strength)
     return section

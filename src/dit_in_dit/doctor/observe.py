@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
-from dit_in_dit.doctor.data_checks import CHUNK, DoctorSubject, batches, forward_budget, take_examples
+from dit_in_dit.doctor.data_checks import CHUNK, DoctorSubject, forward_budget, split_batch, take_examples
 from dit_in_dit.inspection.hooks import (
     forward_hooks,
     watch_aggregation,
@@ -73,7 +73,7 @@ def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[t
     first = trainer.step * patient.config.global_batch
     count = min(len(patient.examples.x), forward_budget(patient.config, trainer.device))
     batch = take_examples(Examples(trainer.source, patient.config), first, count)
-    for number, part in enumerate(batches(batch)):
+    for number, part in enumerate(split_batch(batch)):
         x, noise, t, y, _ = (tensor.to(trainer.device) for tensor in part)
         with watch_finite(model, len(x)) as failures, trainer.autocast():
             model(trainer.objective.noisy(x, noise, t), t, y)
@@ -145,7 +145,7 @@ class LabelErrors:
         return torch.stack(errors).nanmean(0)
 
 
-def label_errors(patient: DoctorSubject) -> LabelErrors | None:
+def errors_by_label(patient: DoctorSubject) -> LabelErrors | None:
     """Errors of held-out images under right, wrong and null labels; None if there are fewer than two classes."""
     trainer, null, held = patient.trainer, patient.config.model.num_classes, patient.held
     present = sorted(set(held.y.tolist()))
@@ -158,7 +158,7 @@ def label_errors(patient: DoctorSubject) -> LabelErrors | None:
 
     def errors(labels: Tensor) -> Tensor:
         parts = []
-        for part in batches(Batch(x, noise, torch.zeros(len(x)), labels, labels)):
+        for part in split_batch(Batch(x, noise, torch.zeros(len(x)), labels, labels)):
             images, its_noise, _, its_labels, _ = (tensor.to(trainer.device) for tensor in part)
             error = trainer.objective.denoising_error(trainer.ema.model, images, its_noise, LABEL_TIME, its_labels)
             parts.append(error[0].cpu().double())
@@ -197,7 +197,7 @@ def estimates(patient: DoctorSubject) -> tuple[Tensor, Tensor]:
     count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
     keep = torch.linspace(0, len(patient.held.x) - 1, count).long()
     parts = []
-    for part in batches(Batch(*(column[keep] for column in patient.held))):
+    for part in split_batch(Batch(*(column[keep] for column in patient.held))):
         x, noise, _, y, _ = (tensor.to(trainer.device) for tensor in part)
         t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
         parts.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())

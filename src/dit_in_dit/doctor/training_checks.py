@@ -14,8 +14,8 @@ from dit_in_dit.doctor.data_checks import (
     CheckResult,
     DoctorSubject,
     Line,
-    batches,
     forward_budget,
+    split_batch,
     take_examples,
     zero_loss,
 )
@@ -44,7 +44,9 @@ def probe(trainer: Trainer) -> list[Line]:
     for number in range(steps):
         batch = take_examples(examples, first + number * size, size)
         zero = zero_loss(trainer.objective, batch).mean().item()
-        values = {name: float(value) for name, value in trainer.update(batches(batch, config.train.batch_size)).items()}
+        values = {
+            name: float(value) for name, value in trainer.update(split_batch(batch, config.train.batch_size)).items()
+        }
         lines.append({"step": trainer.step, **values, "relative": values["loss"] / zero})
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             break

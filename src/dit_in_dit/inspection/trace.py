@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
-from dit_in_dit.model.embed import Cut
+from dit_in_dit.model.embed import SplitSubPatches
 from dit_in_dit.model.nested import AggregateStage, NestedDiT
 
 
@@ -77,7 +77,7 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
             storages[parameter.untyped_storage()._cdata] = parameter.untyped_storage()
         watch(net.outer_embed, "outer tokens")
         for module in net.inner_embed.modules():
-            if isinstance(module, Cut):
+            if isinstance(module, SplitSubPatches):
                 watch(module, "sub-patches")
         if net.inner_blocks:
             watch(net.inner_embed, "inner tokens")

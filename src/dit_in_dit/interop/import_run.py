@@ -63,7 +63,7 @@ def import_run(
     what = source.name
     weights, origin = _read(source, kind)
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
-    weights = official.with_null_class(weights, what)
+    weights = official.add_null_class(weights, what)
     if not weights.null_class:
         origin["null_class"] = False
     model = official.model_of(weights, what)

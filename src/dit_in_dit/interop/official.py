@@ -158,7 +158,7 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
     return model
 
 
-def with_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
+def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     """The weights with a null class. A model that was trained without label drop has a table with rows only for its
     classes. This table gets a row of zeros, which is never used.
 

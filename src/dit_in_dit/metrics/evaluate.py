@@ -114,7 +114,7 @@ def _check_counts(subject: Subject, real: RealImages, num: int) -> None:
     if subject.count is not None and subject.count < num:
         raise UserError(f"--num must be at most the {subject.count} images of {subject.about['name']}: got {num}")
     if num < 2 or real.count < 4:
-        raise UserError(f"metrics need at least 2 images and 4 real images: got {num} and {real.count}")
+        raise UserError(f"metrics need at least 2 generated and 4 real images: got {num} and {real.count}")
 
 
 def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a
 
 
 def metric_of(score: str) -> Metric:
-    """The metric of a score's name. A score without a registered metric is listed, not ranked."""
+    """The metric that a score's name belongs to; for an unknown name, a metric that is listed and not ranked."""
     matches = (metric for name, metric in METRICS.items() if fnmatchcase(score, name))
     return METRICS.get(score) or next(matches, Metric(score, "listed", "listed"))
 

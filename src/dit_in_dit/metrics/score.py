@@ -43,7 +43,7 @@ class ReferenceHalves:
 
 
 def bootstrap_weights(count: int) -> Iterator[tuple[Float64Array, Float64Array]]:
-    """Bootstrap weights (count,) of mean one, for the images and for the reference: multinomial counts."""
+    """Pairs of bootstrap weights, for the images and for the reference: each (count,), multinomial, of mean one."""
     draw = generator(0, "evaluation", DRAWS["resamples"])
     even = np.full(count, 1 / count)
     for _ in range(RESAMPLES):

@@ -62,7 +62,7 @@ class Mean(Aggregator):
         return _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
-        """Weight of each sub-patch, 1/S; (N, T, 1, S)."""
+        """The same weight, 1/S, for every sub-patch; (N, T, 1, S)."""
         return torch.full_like(inner[..., 0], 1 / inner.shape[2])[:, :, None]
 
     def forward(self, inner: Tensor) -> Tensor:

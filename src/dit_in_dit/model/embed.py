@@ -49,7 +49,7 @@ class OuterPosition(nn.Module):
         return self.position.expand(len(x), -1, -1)
 
 
-class Cut(nn.Module):
+class SplitSubPatches(nn.Module):
     """Sub-patches grouped by patch, (N, C, H, W) -> (N, T, S, C*s*s)."""
 
     def __init__(self, model: ModelConfig) -> None:
@@ -81,7 +81,7 @@ class LinearEmbed(nn.Sequential, Embed):
 
     def __init__(self, model: ModelConfig) -> None:
         size = model.channels * model.inner.sub_patch**2
-        super().__init__(Cut(model), nn.Linear(size, model.inner.width))
+        super().__init__(SplitSubPatches(model), nn.Linear(size, model.inner.width))
 
     @staticmethod
     def macs(model: ModelConfig) -> int:

@@ -63,7 +63,7 @@ class Checkpoint:
         """The run's newest good checkpoint; warns (DamagedWarning) of each newer checkpoint that is damaged.
 
         Raises:
-            UserError: there is none, or config.yaml has changed since it was written.
+            UserError: no checkpoint verifies, or config.yaml was edited after the checkpoint was written.
         """
         checkpoint = newest(run)
         for damage in checkpoint.passed_over:
@@ -222,12 +222,12 @@ def has_any(run: Path) -> bool:
 
 
 def newest(run: Path, *, steady: bool = False) -> Checkpoint:
-    """The newest checkpoint that verifies (and is steady, if `steady`), with the damages of newer checkpoints.
+    """The newest checkpoint that verifies (and is steady, if `steady`), and what is damaged in newer ones.
 
     All loading of a run's weights goes through here, so that weights are never used with the config of another run.
 
     Raises:
-        UserError: there is none, or config.yaml has changed since it was written.
+        UserError: no checkpoint verifies, or config.yaml was edited after the checkpoint was written.
     """
     config = read_config(run)
     passed_over: list[Damage] = []

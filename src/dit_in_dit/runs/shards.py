@@ -74,7 +74,7 @@ def wait_for_missing(
 
     Args:
         there: whether a part exists.
-        what: names missing parts in the error.
+        what: the word for a part in the error.
 
     Raises:
         UserError: no new part appeared for `patience` seconds.

@@ -196,7 +196,7 @@ def match(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> Twin:
-    """The twin of a run's model that costs as much as another run's model; the same model if the costs already agree.
+    """Resize the model of one run until its cost equals the model of another run, if the two differ.
 
     To match time, models with different MACs are tried until their training steps take equally long. `gap` then comes
     from a separate measurement after the search.

@@ -21,7 +21,7 @@ from dit_in_dit.data.names import (
     class_folders,
     left_out_clause,
     number_classes,
-    refuse_splits,
+    refuse_split_folders,
 )
 from dit_in_dit.data.picture import MOST_BYTES
 from dit_in_dit.data.tar_index import TAR_INDEX, example_key, extension, read_tar_index
@@ -74,7 +74,7 @@ def _refuse_splits(shards: list[Path], folder: Path) -> None:
     """UserError when a folder holds shards of several splits, such as `train-0000.tar` and `val-0000.tar`."""
     words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
     first = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
-    refuse_splits(first, str(folder), "name one, {}", "*{}*.tar")
+    refuse_split_folders(first, str(folder), "name one, {}", "*{}*.tar")
 
 
 class TarFiles(ImageFiles):

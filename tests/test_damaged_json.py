@@ -203,7 +203,10 @@ def test_resuming_with_wrong_times_gives_a_one_line_error(seconds, run):
 def test_a_wrong_line_of_a_log_is_shown(run):
     path = run / "log.jsonl"
     path.write_text(path.read_text() + '{"step": 99999999999999999999999, "loss": 1}\n')
-    with pytest.raises(UserError, match=r'log.jsonl holds a line that no run writes, \{"step": 9999.*: fix it'):
+    with pytest.raises(
+        UserError,
+        match=r'log.jsonl holds a line that no run writes, \{"step": 9999.*: fix the file, or leave the run out',
+    ):
         read_run(run)
 
 

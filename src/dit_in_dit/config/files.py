@@ -93,7 +93,7 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             target = target.setdefault(group, {})
             if not isinstance(target, dict):
                 raise UserError(
-                    f"{name}: {group} is set to {truncate(target, 40)!r} and has a key below it: leave out one of the two"
+                    f"{name}: {group} is set to {truncate(target, 40)!r} and has a key below it: leave out one"
                 )
         target[last] = value
     return RunConfig.from_dict(values)

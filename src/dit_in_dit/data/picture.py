@@ -58,9 +58,9 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) ->
     at least twice too large, resize with a bicubic filter to cover the target, and crop the centre.
 
     Before that, an image is converted to 8 bits as a viewer shows it. It is rotated by its EXIF orientation, which ADM
-    ignores. The first frame of a PNG or WebP is used; `apply_to_image` refuses several frames in other formats. Transparent
-    images (RGBA, LA, PA, a transparent colour) are composited on white. Modes 1, P, CMYK and YCbCr are converted by
-    Pillow. 16-bit grey v (mode I;16, or I in some versions of Pillow) becomes v // 257.
+    ignores. The first frame of a PNG or WebP is used; `apply_to_image` refuses several frames in other formats.
+    Transparent images (RGBA, LA, PA, a transparent colour) are composited on white. Modes 1, P, CMYK and YCbCr are
+    converted by Pillow. 16-bit grey v (mode I;16, or I in some versions of Pillow) becomes v // 257.
 
     Raises:
         ValueError: the mode is F, or I with values beyond 16 bits: white is undefined there.

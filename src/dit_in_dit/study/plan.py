@@ -133,9 +133,7 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
     elif group in ("set", "grid", "search"):
         before = values.get(group) or {}
         if not isinstance(before, dict):
-            raise UserError(
-                f"study.{group} is set to {truncate(before, 40)!r} and has a key below it: leave out one of the two"
-            )
+            raise UserError(f"study.{group} is set to {truncate(before, 40)!r} and has a key below it: leave out one")
         values[group] = {**before, rest: value}
     else:
         raise UserError(f"unknown key 'study.{name}'{did_you_mean(f'study.{name}', StudyConfig.names())}")

@@ -137,9 +137,11 @@ def test_every_other_code_block_holds_a_study_or_commands(tmp_path):
 
 def test_the_class_in_contributing_equals_the_tested_plug_in(tmp_path):
     """The plug-in on the page runs unchanged, and gives the same output as the tested plug-in in tests/plugin."""
-    ((_, shown),) = [block for block in blocks(ROOT / "CONTRIBUTING.md") if block[0] == "python"]
-    (tmp_path / "shown_idea.py").write_text(shown)
+    shown = [text for language, text in blocks(ROOT / "CONTRIBUTING.md") if language == "python"]
+    assert len(shown) == 2  # the class, and its own config keys
+    (tmp_path / "shown_idea.py").write_text("\n".join(shown))
     words = ["inspect", "--preset", "emoji-reference", "--set", "model.inner.aggregate=softmax", "--json"]
+    words += ["--set", "plugins.softmax.temperature=2"]
     told = []
     for path in (tmp_path / "shown_idea.py", ROOT / "tests/plugin/my_idea.py"):
         line = [sys.executable, "-m", "dit_in_dit", *words, "--plugin", str(path)]

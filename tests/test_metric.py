@@ -113,7 +113,23 @@ def test_a_floor_that_is_not_finite_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_an_interval_with_only_one_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     compute_with(monkeypatch, lambda samples, real: Score(1.0, low=0.5))
-    with pytest.raises(UserError, match="metric mine must return both ends of an interval, or none: got Score"):
+    with pytest.raises(UserError, match="metric mine must return an interval with low <= high, or none: got Score"):
+        evaluated(tmp_path)
+
+
+def test_an_interval_upside_down_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compute_with(monkeypatch, lambda samples, real: Score(1.0, low=2.0, high=0.5))
+    with pytest.raises(UserError, match="an interval with low <= high, or none: got Score"):
+        evaluated(tmp_path)
+
+
+def test_a_metric_cannot_change_the_images_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def zero(samples: Any, real: Any) -> float:
+        samples[:] = 0
+        return 0.0
+
+    compute_with(monkeypatch, zero)
+    with pytest.raises(UserError, match="metric mine failed with ValueError: assignment destination is read-only"):
         evaluated(tmp_path)
 
 

@@ -75,6 +75,19 @@ def test_a_wrong_output_shape_gives_a_one_line_error(kind, change):
         inspect(config(kind, altered(BASES[kind], change)))
 
 
+@pytest.mark.parametrize("kind", BASES)
+def test_another_type_is_refused_in_one_line(kind):
+    with pytest.raises(UserError, match=rf"{kind}=mine: Altered must keep the type of its input, torch.float32: got"):
+        inspect(config(kind, altered(BASES[kind], lambda out: out.double())))
+
+
+def test_the_rows_that_a_condition_states_are_those_that_it_gives():
+    part = altered(PatchCondition, lambda out: out)
+    part.rows = staticmethod(lambda model: 1000)
+    with pytest.raises(UserError, match=r"Altered\.rows must be the rows per image that it gives, 8: got 1000"):
+        check_plugin_parts(config("condition", part))
+
+
 def test_a_condition_may_give_one_row_for_all_tokens():
     check_plugin_parts(config("condition", altered(ImageCondition, lambda out: out)))
 
@@ -95,7 +108,12 @@ def test_invalid_macs_give_a_one_line_error(macs, said):
         check_plugin_parts(config("aggregate", part))
 
 
-def test_a_part_that_reads_numbers_is_not_checked():
+def test_a_part_that_reads_numbers_is_checked_on_the_cpu():
+    with pytest.raises(UserError, match="must give a tensor"):
+        check_plugin_parts(config("aggregate", altered(Mean, lambda out: out[:, :1] * out.sum().item())))
+
+
+def test_a_part_that_reads_numbers_passes():
     check_plugin_parts(config("aggregate", altered(Mean, lambda out: out * out.sum().item())))
 
 

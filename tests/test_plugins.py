@@ -269,14 +269,50 @@ def test_register_errors_about_keys_name_the_rule(loaded):
     class Needed(Section):
         needed: int
 
+    @dataclass(frozen=True)
+    class Loose(Section):
+        loose: dict[str, float] = key(dict, "unhashable")
+
+    @dataclass(frozen=True)
+    class Taken(Section):
+        items: int = key(1, "a method of Section")
+
+    @dataclass(frozen=True)
+    class Broken(Section):
+        broken: int = key(1, "two\nlines")
+
+    class Undecorated(Section):
+        number: int = key(1, "a number")
+
     for kind, name, keys, said in (
         ("metric", "contrast", Other, "a metric cannot have config keys"),
         ("aggregate", "softmax", dict, r"must be a class with the base dit_in_dit\.config\.schema\.Section"),
         ("aggregate", "softmax", Other, r"plugins\.softmax exists already"),
-        ("mixer", "shift", Needed, "each of the keys of 'shift' must have a default"),
+        ("mixer", "shift", Needed, r"plugins\.shift\.needed must be `key\(DEFAULT, MEANING\)`"),
+        ("mixer", "shift", Loose, r"each key of plugins\.shift must have a default of numbers, text or tuples"),
+        ("mixer", "shift", Taken, r"plugins\.shift\.items must be .* of a name that is free"),
+        ("mixer", "shift", Broken, r"the meaning of plugins\.shift\.broken must be one line"),
+        ("mixer", "shift", Undecorated, r"Undecorated of plugins\.shift must be a dataclass"),
     ):
         with pytest.raises(UserError, match=said):
             dit_in_dit.register(kind, name, choices.table(kind)[name], keys=keys)
+
+
+def test_a_later_key_of_a_users_class_keeps_the_hash_at_its_default(loaded):
+    @dataclass(frozen=True)
+    class Later(Section):
+        strength: float = key(1.0, "came later", added=2)
+
+    before = config_hash(small_run("model.inner.mixer=shift"))
+    dit_in_dit.register("mixer", "shift", MIXERS["shift"], keys=Later)
+    after = small_run("model.inner.mixer=shift")
+    assert after.plugins["shift"].strength == 1
+    assert config_hash(after) == before != config_hash(override(after, ["plugins.shift.strength=2"]))
+
+
+def test_keys_that_no_class_has_are_an_error_that_names_register(loaded):
+    with pytest.raises(UserError, match="shift has no config keys: register it with keys="):
+        small_run("model.inner.mixer=shift").plugins["shift"]
 
 
 def test_an_unknown_choice_names_the_plugin_option():

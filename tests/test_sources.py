@@ -121,6 +121,9 @@ WRONG_ATTRIBUTES = [
         "labels must be whole numbers: got 'odd'",
     ),
     ({"train": lambda self, index: (np.zeros(self.shape, np.float32), 3)}, "labels must be from 0 to 2: got 3"),
+    ({"labels": np.full(Dots.train_size, 7)}, "labels must be from 0 to 2: got 7 to 7"),
+    ({"labels": np.zeros(3, np.int64)}, r"labels must be one whole number per training image: got int64 \[3\]"),
+    ({"labels": [0.5] * 4}, r"labels must be one whole number per training image: got float64 \[4\]"),
 ]
 
 

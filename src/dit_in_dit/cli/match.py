@@ -14,6 +14,7 @@ from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_conf
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, to_yaml
+from dit_in_dit.config.plugins import plugin_arguments
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
 
@@ -125,5 +126,9 @@ def _show(
         print(f"  {what}: not measured, it takes long here or compiles")
     print("\nchanged" if changed else "\nnothing changed: the costs agree")
     print_table([], [[name, f"{_yaml(before)} -> {_yaml(after)}"] for name, (before, after) in changed.items()])
-    arguments = [*start, *(word for assignment in (*options.set, *words) for word in ("--set", assignment))]
+    arguments = [
+        *start,
+        *plugin_arguments(),
+        *(word for assignment in (*options.set, *words) for word in ("--set", assignment)),
+    ]
     print(f"\n  dit-in-dit train {shlex.join(arguments)} --out RUN")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -47,7 +48,6 @@ def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
     _check_contract(kind, name, thing)
     if keys is not None:
         _check_keys(kind, name, keys)
-        keys.prefix = f"plugins.{name}"
         PLUGIN_KEYS[name] = keys
     entries[name] = thing
 
@@ -82,10 +82,30 @@ def _check_keys(kind: str, name: str, keys: Any) -> None:
         raise UserError(f"register: these keys belong to {keys.prefix}: write another class for {name!r}")
     if name in PLUGIN_KEYS and not _is_same(PLUGIN_KEYS[name], keys):
         raise UserError(f"register: plugins.{name} exists already: choose another name")
+    if "." in name:
+        raise UserError(f"register: a name with keys must have no '.', which separates keys: got {name!r}")
+    _check_section(f"plugins.{name}", keys)
+
+
+def _check_section(prefix: str, section: Any) -> None:
+    """Check the fields of a section of keys, and give it and the groups in it their prefix."""
+    if "__dataclass_fields__" not in vars(section):
+        raise UserError(f"register: {section.__name__} of {prefix} must be a dataclass: add @dataclass(frozen=True)")
+    for field in fields(section):
+        if "meaning" not in field.metadata or hasattr(Section, field.name):
+            raise UserError(f"register: {prefix}.{field.name} must be `key(DEFAULT, MEANING)`, of a name that is free")
+        if not field.metadata["meaning"].isprintable():
+            raise UserError(f"register: the meaning of {prefix}.{field.name} must be one line")
+    section.prefix = prefix
     try:
-        keys()
+        hash(defaults := section())
     except TypeError as error:
-        raise UserError(f"register: each of the keys of {name!r} must have a default: {truncate(error, 80)}") from None
+        raise UserError(
+            f"register: each key of {prefix} must have a default of numbers, text or tuples: {truncate(error, 80)}"
+        ) from None
+    for field in fields(section):
+        if isinstance(group := getattr(defaults, field.name), Section):
+            _check_section(f"{prefix}.{field.name}", type(group))
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -87,7 +87,10 @@ class PluginKeys(Section):
     sections: tuple[tuple[str, Section], ...] = ()
 
     def __getitem__(self, name: str) -> Any:
-        return dict(self.sections).get(name) or plugin_keys()[name]()
+        registered = plugin_keys()
+        if name not in registered:
+            raise UserError(f"{name} has no config keys: register it with keys=")
+        return dict(self.sections).get(name) or registered[name]()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PluginKeys:
@@ -213,10 +216,9 @@ def to_hash(config: Section) -> dict[str, Any]:
     for f in _fields(config):
         if f.metadata["added"] > 1 and getattr(config, f.name) == _default(f):
             plain.pop(f.name, None)
-    return {
-        **plain,
-        **{name: to_hash(value) for name, _, value in config.items() if name in plain and isinstance(value, Section)},
-    }
+    groups = {name: to_hash(value) for name, _, value in config.items() if name in plain and isinstance(value, Section)}
+    # A plug-in's section whose keys all came later and have their defaults is none.
+    return {name: value for name, value in {**plain, **groups}.items() if value != {} or name not in groups}
 
 
 def _default(f: Field[Any]) -> Any:

@@ -32,9 +32,22 @@ def check_opened(source: Source, model: ModelConfig) -> None:
         raise _wrong(source, "held_out_size must be a whole number of at least 0", held_out)
     if not isinstance(source.digest, str):
         raise _wrong(source, "digest must be a text", source.digest)
+    if any("labels" in vars(owner) for owner in (source, *type(source).__mro__) if owner is not Source):
+        _check_labels(source, None if size is None else int(size), len(classes))
     image, _ = check_example(source, source.train(0), model, len(classes))
     if not np.isfinite(image).all():
         raise _wrong(source, "images must be finite", "NaN or infinity in training image 0")
+
+
+def _check_labels(source: Source, size: int | None, classes: int) -> None:
+    """Check labels that a source states itself; by default they are read from its examples."""
+    labels = np.asarray(source.labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or (size is not None and len(labels) != size):
+        raise _wrong(
+            source, "labels must be one whole number per training image", f"{labels.dtype} {list(labels.shape)}"
+        )
+    if len(labels) and classes and not 0 <= labels.min() <= labels.max() < classes:
+        raise _wrong(source, f"labels must be from 0 to {classes - 1}", f"{labels.min()} to {labels.max()}")
 
 
 def check_example(source: Source, example: object, model: ModelConfig, classes: int | None = None) -> tuple[Array, int]:

@@ -1,4 +1,4 @@
-"""Checks of users' own model parts: the MACs and the output shapes."""
+"""Checks of users' own model parts: the numbers that they state, and what they give."""
 
 from __future__ import annotations
 
@@ -17,35 +17,42 @@ from dit_in_dit.inspection.hooks import forward_hooks
 from dit_in_dit.model.nested import NestedDiT
 
 Shape = tuple[int, ...]
+COUNTS = ("macs", "rows", "width", "length")
 BATCH = 2  # of the forward pass: a part that drops this axis would broadcast with one image
 
 
 def check_plugin_parts(model: ModelConfig) -> None:
     """Check the user's own parts that a config names, if there are any, in a forward pass without memory.
 
-    A part that cannot run on PyTorch's device `meta`, because its forward pass reads numbers, is not checked.
+    A part that reads numbers cannot run on PyTorch's device `meta`: then the pass runs on the CPU. An error that a part
+    raises itself is left to the training, which shows its place.
 
     Raises:
-        UserError: `macs` of a part is not a whole number, or the part's output does not have the shape of its kind.
-            Without this check, an output that broadcasts would silently train another model.
+        UserError: `macs`, `rows`, `width` or `length` of a part is not a whole number, or the part's output does not
+            have the shape and type of its kind. Without this check, an output that broadcasts would silently train
+            another model.
     """
     values = {f"model.{name}": value for name, _, value in keys(model)}
     named = {key: values[key] for key, kind in KEYS.items() if kind in PARTS}
     own = {key: name for key, name in named.items() if is_plugin(table(KEYS[key])[name])}
     for key, name in own.items():
-        _check_macs(key, name, table(KEYS[key])[name], model)
+        _check_counts(f"{key}={name}", table(KEYS[key])[name], model)
     if not own or (not model.blocks("inner") and "model.outer.norm" not in own):
         return
-    with torch.device("meta"):
-        network = NestedDiT(model)
-        x, t = torch.zeros(BATCH, *model.image_shape), torch.zeros(BATCH)
     asked = {table(KEYS[key])[name]: (f"{key}={name}", KEYS[key]) for key, name in own.items()}
-    hooks = [(part, partial(_check_shape, *asked[type(part)], model)) for part in _parts(network, tuple(asked))]
-    with forward_hooks(hooks), torch.no_grad():
+    for device in ("meta", "cpu"):
         try:
-            network(x, t)
-        except (NotImplementedError, RuntimeError):  # its own error comes when it trains, with the place
+            with torch.random.fork_rng(devices=()), torch.device(device):
+                network = NestedDiT(model)
+                x, t = torch.zeros(BATCH, *model.image_shape), torch.zeros(BATCH)
+                parts = _parts(network, tuple(asked))
+                with forward_hooks((part, partial(_check_output, *asked[type(part)], model)) for part in parts):
+                    network(x, t)
             return
+        except UserError:
+            raise
+        except Exception:  # of the part itself
+            continue
 
 
 def is_plugin(part: Any) -> bool:
@@ -57,30 +64,38 @@ def _parts(network: NestedDiT, classes: tuple[type, ...]) -> Iterator[nn.Module]
     return (module for module in network.modules() if type(module) in classes)
 
 
-def _check_macs(key: str, name: str, part: Any, model: ModelConfig) -> None:
-    if not hasattr(part, "macs"):
-        return
-    try:
-        macs = part.macs(model)
-    except TypeError as error:
-        raise UserError(
-            f"{key}={name}: {part.__name__}.macs takes the model's config, as a staticmethod: {error}"
-        ) from None
-    if type(macs) is not int or macs < 0:
-        raise UserError(f"{key}={name}: {part.__name__}.macs must give a whole number of at least 0: got {macs!r}")
+def _check_counts(what: str, part: Any, model: ModelConfig) -> None:
+    """Check the numbers that a part states, each a static method of the config."""
+    for name in COUNTS:
+        if not hasattr(part, name):
+            continue
+        try:
+            count = getattr(part, name)(model)
+        except TypeError as error:
+            raise UserError(
+                f"{what}: {part.__name__}.{name} takes the model's config, as a staticmethod: {error}"
+            ) from None
+        if type(count) is not int or count < 0:
+            raise UserError(f"{what}: {part.__name__}.{name} must give a whole number of at least 0: got {count!r}")
 
 
-def _check_shape(key: str, kind: str, model: ModelConfig, part: nn.Module, given: tuple[Tensor, ...], out: Any) -> None:
+def _check_output(key: str, kind: str, model: ModelConfig, part: Any, given: tuple[Tensor, ...], out: Any) -> None:
+    """Check shape and type of a part's output; for a condition, the number of rows too."""
+    what = f"{key}: {type(part).__name__}"
     shape, first = tuple(out.shape) if isinstance(out, Tensor) else (), tuple(given[0].shape)
     tokens = (len(given[0]), model.patches)
     asked: dict[str, Callable[[], Shape]] = {
         "embed": lambda: (*tokens, model.sub_patches, model.inner.width),
         "aggregate": lambda: (*tokens, model.outer.width),
-        "condition": lambda: _rows(shape, (*tokens, model.sub_patches, part.width(model))),  # type: ignore[operator]
+        "condition": lambda: _rows(shape, (*tokens, model.sub_patches, part.width(model))),
     }
     if shape != (wanted := asked.get(kind, lambda: first)()):
         got = list(shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UserError(f"{key}: {type(part).__name__} must give a tensor {list(wanted)}: got {got}")
+        raise UserError(f"{what} must give a tensor {list(wanted)}: got {got}")
+    if out.dtype != given[0].dtype:
+        raise UserError(f"{what} must keep the type of its input, {given[0].dtype}: got {out.dtype}")
+    if kind == "condition" and (rows := shape[1] * shape[2]) != part.rows(model):
+        raise UserError(f"{what}.rows must be the rows per image that it gives, {rows}: got {part.rows(model)}")
 
 
 def _rows(shape: Shape, full: Shape) -> Shape:

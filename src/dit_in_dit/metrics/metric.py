@@ -127,6 +127,9 @@ def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
     """
     halves = ReferenceHalves.of(len(real))
     first, second = real[halves.first[0]], real[halves.second[0]]
+    images = images.view()
+    for array in (images, first, second):
+        array.flags.writeable = False  # a metric that wrote into its arrays would change the next metric's
     scores = {}
     for name, metric in plugin_metrics().items():
         score = _compute(name, metric, images, first)
@@ -175,6 +178,8 @@ def _compute(name: str, metric: Metric, images: Images, real: Images) -> Score:
     if not all(number is None or math.isfinite(number) for number in astuple(score)):
         got = score if isinstance(result, Score) else score.value
         raise UserError(f"metric {name} must return finite numbers: got {got}; fix its compute")
-    if (score.low is None) != (score.high is None):
-        raise UserError(f"metric {name} must return both ends of an interval, or none: got {score}; fix its compute")
+    if (score.low is None) != (score.high is None) or (score.low or 0) > (score.high or 0):
+        raise UserError(
+            f"metric {name} must return an interval with low <= high, or none: got {score}; fix its compute"
+        )
     return score

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -65,7 +65,7 @@ class SplitSubPatches(nn.Module):
         return rearrange(x, "n c (h i p) (w j q) -> n (h w) (i j) (c p q)", **self.sizes)
 
 
-class Embed(nn.Module):
+class Embed(nn.Module, ABC):
     """Sub-patch embedding, (N, C, H, W) -> (N, T, S, E); constructed by `cls(model)`."""
 
     crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch

@@ -261,6 +261,11 @@ def _check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, An
         return
     if manifest.get("hash_version", 1) > HASH_VERSION:
         raise UserError(f"{checkpoint} was written by a later version of dit-in-dit: use that version or a newer one")
+    if changed := plugins.changed_sources(manifest):
+        raise UserError(
+            f"{checkpoint.parents[1]} was made with other config keys of {changed[0]}, which has changed: give a key "
+            "that came later `added=2` and its default, or take the plug-in as it was"
+        )
     raise UserError(
         f"{checkpoint.parents[1] / 'config.yaml'} was changed since {checkpoint.name} was written: put it back, or "
         "begin a new run with --config"

@@ -370,7 +370,7 @@ def test_latents_that_do_not_fit_the_run_are_refused(images, vae, latents, tmp_p
     model = small_model(image_size=(8, 8), channels=4, num_classes=3)
     with pytest.raises(UserError, match=r"got 3, .* has 2"):
         open_source(DataConfig(source=str(latents)), model)
-    with pytest.raises(UserError, match=r"latents \[4, 8, 8\]: set model.channels"):
+    with pytest.raises(UserError, match=r"latents of shape \[4, 8, 8\]: set model.channels"):
         open_source(DataConfig(source=str(latents)), small_model(image_size=(8, 8), num_classes=2))
     for folder, keys, part in (
         (plain, {"flip": True}, "without mirror images"),
@@ -452,7 +452,7 @@ def test_a_run_on_latents_is_evaluated_on_decoded_images(images, latents, run_co
     config = replace(run_config, model=MODEL, data=DataConfig(source=str(latents)), sample=SampleConfig(steps=1))
     list(train(with_train(config, steps=1, evaluate_every=0), tmp_path / "run", device="cpu"))
     words = ["evaluate", str(tmp_path / "run"), "--num", "16", "--device", "cpu"]
-    assert "name the images" in lines_of(words, capsys)
+    assert "give --against IMAGES" in lines_of(words, capsys)
     main([*words, "--against", str(images), "--out", str(tmp_path / "scores"), "--npz"])
     found = json.loads((tmp_path / "scores/metrics.json").read_text())
     assert found["protocol"]["samples"]["vae"]["scale"] == [0.5]

@@ -219,7 +219,7 @@ def test_a_sample_of_sampler_ddpm_does_not_depend_on_its_batch(config):
 
 
 def test_sampler_ddpm_without_a_noise_source_is_refused():
-    with pytest.raises(ValueError, match="give a function"):
+    with pytest.raises(ValueError, match="pass a function, such as numbered_noise"):
         denoise(lambda x, t, y: x, DDPM, SampleConfig(sampler="ddpm"), normal(1, 1, 2, 2), None)
 
 

@@ -357,7 +357,7 @@ COMMANDS: dict[str, Bad] = {
     "a target that is no number": (lambda: ["curves", "absent", "--reach", "0.5:nan"], "must be T:ERROR"),
     "a tolerance that is no number": (
         lambda: ["match", "--preset", "emoji", "--like", "emoji", "--tolerance", "nan"],
-        "--tolerance must be from",
+        "--tolerance must be at least 0.0001 and below 1: got nan",
     ),
     "an unknown study": (lambda: ["study", "plan", "ablatoin"], "did you mean 'ablation'"),
     "a study's folder that is none": (lambda: ["study", "status", "absent"], "absent is not a study's folder"),

@@ -196,7 +196,7 @@ def test_a_stopped_run_that_rolled_back_ends_like_an_uninterrupted_run(diverging
 
 def test_a_run_that_diverges_repeatedly_stops(diverging, tmp_path, monkeypatch):
     monkeypatch.setattr(Examples, "__getitem__", _all_bad(Examples.__getitem__))
-    with pytest.raises(UserError, match="also after going back 3 times"):
+    with pytest.raises(UserError, match="even after 3 roll-backs"):
         run(diverging, tmp_path / "run")
 
 

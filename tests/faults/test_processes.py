@@ -114,7 +114,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(shared):
     fixed = with_train(shared, reduction="fixed").train
     check_process_count(fixed, 4)
     for size in (3, 8):
-        with pytest.raises(UserError, match="power of two and divides train.accumulate=4"):
+        with pytest.raises(UserError, match=r"power of two and divides train\.accumulate=4"):
             check_process_count(fixed, size)
     with pytest.raises(UserError, match=r"power of two with train\.reduction=fixed: got 3"):
         with_train(shared, reduction="fixed", accumulate=3)

@@ -74,6 +74,26 @@ class Metric:
         return change > 0 if self.direction == "higher" else change < 0
 
 
+def _check_signature(name: str, compute: object) -> None:
+    """Raise UserError if `compute` cannot be called with samples and real images."""
+    if not callable(compute):
+        raise UserError(
+            f"metric {name}: compute must be a function of samples and real images: got {truncate(repr(compute), 40)}; "
+            "give a function"
+        )
+    try:
+        signature = inspect.signature(compute)
+    except (TypeError, ValueError):  # a function written in C may have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise UserError(
+            f"metric {name}: compute must take two arguments, samples and real images: got {truncate(signature, 60)}; "
+            "change its arguments"
+        ) from None
+
+
 METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a report, within each group
     metric.name: metric
     for metric in (
@@ -138,26 +158,6 @@ def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
             score = Score(score.value, floor=metric.ranked(floor))
         scores[name] = score
     return scores
-
-
-def _check_signature(name: str, compute: object) -> None:
-    """Raise UserError if `compute` cannot be called with samples and real images."""
-    if not callable(compute):
-        raise UserError(
-            f"metric {name}: compute must be a function of samples and real images: got {truncate(repr(compute), 40)}; "
-            "give a function"
-        )
-    try:
-        signature = inspect.signature(compute)
-    except (TypeError, ValueError):  # a function written in C may have none
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        raise UserError(
-            f"metric {name}: compute must take two arguments, samples and real images: got {truncate(signature, 60)}; "
-            "change its arguments"
-        ) from None
 
 
 def _compute(name: str, metric: Metric, images: Images, real: Images) -> Score:

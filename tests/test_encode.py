@@ -269,7 +269,7 @@ def test_replaced_images_with_the_same_name_are_not_mixed_into_latents(half_done
     images, folder = half_done
     before = content(folder)
     turn(images)
-    with pytest.raises(UserError, match=r"latents of other images than .*set has now: .* another --out, or delete it"):
+    with pytest.raises(UserError, match=r"latents of images that .*set no longer has: .* another --out, or delete it"):
         made(folder, how(images, vae))
     assert content(folder) == before
     turn(images)  # they are put back

@@ -142,7 +142,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
         del made[DATA]
     elif before[DATA] != made[DATA]:
         raise UserError(
-            f"{truncate(out, 60)} holds latents of other images than {truncate(made['source'], 60)} has now: "
+            f"{truncate(out, 60)} holds latents of images that {truncate(made['source'], 60)} no longer has: "
             "put the former images back, choose another --out, or delete it"
         )
     for name, value in made.items():

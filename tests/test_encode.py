@@ -275,7 +275,7 @@ def test_replaced_images_with_the_same_name_are_not_mixed_into_latents(half_done
     turn(images)  # they are put back
     finished = content(made(folder, how(images, vae)))
     turn(images)
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match="no longer has: put the former images back"):
         made(folder, how(images, vae))
     assert content(folder) == finished
 

@@ -1,7 +1,7 @@
 """Conversion of weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT) to ours and back, bit for bit.
 
-Both have the same parameters as a plain DiT here, under other names. Two facts do not follow from the shapes of the
-weights:
+The official models have the parameters of our plain DiT, under other names. Two facts do not follow from the shapes of
+the weights:
 
 - The number of heads. For the published sizes it follows from depth and width.
 - The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids take this time, not 1000 times
@@ -224,8 +224,8 @@ def official_position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
 
 
 def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the opposite sign: this holds for SiT's velocity, because SiT's time runs from
-    noise to the image.
+    """Whether the official output has the opposite sign of ours: this holds for SiT's velocity, because SiT's time runs
+    from noise to the image.
     """
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 

@@ -85,7 +85,7 @@ class OfficialWeights:
 
 
 def official_names(depth: int) -> dict[str, str]:
-    """Official name -> our name of all parameters of a DiT, in the official order."""
+    """Official name -> our name, for all parameters of a DiT, in the official order."""
     blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
     both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
     del both["y_embedder.embedding_table.bias"]
@@ -189,7 +189,7 @@ def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int
 
 
 def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of all parameters of a plain model."""
+    """Official name -> shape, for all parameters of a plain model."""
     with torch.device("meta"):
         shapes = NestedDiT(model).state_dict()
     return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}

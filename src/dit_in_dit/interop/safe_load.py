@@ -106,8 +106,8 @@ def _size(path: Path) -> int:
 
 
 def _check_zip(path: Path, size: int) -> bool:
-    """Whether the file is a zip. UserError unless the zip is the only archive in the file, and
-    its members are as `torch.save` writes them: uncompressed and without overlap."""
+    """Whether the file is a zip. UserError unless the zip is the only archive in the file, and its members are as
+    `torch.save` writes them: uncompressed and without overlap."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch tells the two formats apart by this
             return False

@@ -78,7 +78,7 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
 
 
 def fill_latent_keys(data: DataConfig) -> DataConfig:
-    """The data's config. If the keys for the VAE, its mean and its scale are null, the latents' index fills them in."""
+    """The data's config. Null keys for the VAE, its mean and its scale get the values of the latents' index."""
     if not is_latents_folder(data.source):
         return data
     vae = read_latents_index(Path(data.source))["vae"]

@@ -70,7 +70,7 @@ def said(source: Path, **keys) -> str:
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_every_single_frame_format_of_pillow_is_read(suffix, tmp_path):
+def test_every_one_frame_format_of_pillow_is_read(suffix, tmp_path):
     pixels = np.kron(np.arange(0, 256, 64, dtype=np.uint8).reshape(2, 2), np.ones((4, 4), np.uint8))
     exact = Image.fromarray(np.stack([pixels] * 3, -1))
     for name in (f"apple/0{suffix}", f"banana/0{suffix.upper()}"):
@@ -197,7 +197,7 @@ def test_a_zip_made_on_windows_has_the_classes_of_its_folder(folder, tmp_path):
         opened(tmp_path / "out.zip")
 
 
-def test_names_in_a_zip_that_begin_with_a_dot_and_a_slash_are_read(folder, tmp_path):
+def test_zip_members_whose_names_begin_with_a_dot_and_a_slash_are_read(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("./", b"")
         for path in folder.rglob("*.*"):
@@ -217,7 +217,7 @@ def test_links_in_a_zip_are_read_as_their_targets(tmp_path):
     assert np.round((source.train(1)[0][:, 0, 0] + 1) * 127.5).tolist() == [0, 255, 0]
 
 
-def test_a_class_folder_in_a_zip_that_is_a_link_is_refused(tmp_path):
+def test_a_linked_class_folder_in_a_zip_is_refused(tmp_path):
     root = fruits(tmp_path / "set")
     with zipfile.ZipFile(zipped(root, tmp_path / "set.zip"), "a") as archive:
         entry = zipfile.ZipInfo("banana")

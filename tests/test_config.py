@@ -84,7 +84,7 @@ def test_named_orders_expand_to_stage_programs(order, program):
     assert named.program == parse_stages(program)  # int(12 * 0.25) = 3 inner blocks
 
 
-def test_interleaving_keeps_every_block_if_the_depths_do_not_divide():
+def test_interleaving_keeps_every_block_if_the_inner_depth_does_not_divide_the_outer_depth():
     model = small_model("interleaved", depth=7, inner={"depth_ratio": 0.45})
     assert (model.blocks("outer"), model.blocks("inner")) == (7, 3)
 
@@ -203,7 +203,7 @@ def test_the_config_hash_identifies_a_config():
 
 
 def values(section=RunConfig, prefix=""):
-    """A strategy for each key, from its type and range alone, so that new keys are tested too."""
+    """A strategy for each key, made only from its type and range, so that new keys are tested too."""
     found = {}
     for f, hint in ((f, get_type_hints(section)[f.name]) for f in fields(section) if f.name != "plugins"):
         if is_dataclass(hint):

@@ -26,7 +26,7 @@ MODEL = small_model(image_size=(8, 8), num_classes=3)
 
 
 def everything(source) -> list[tuple[bytes, int]]:
-    """All training, then all held-out images with labels."""
+    """All training images, then all held-out images, with labels."""
     pairs = [source.train(i) for i in range(source.train_size)]
     pairs += [source.held_out(i) for i in range(source.held_out_size)]
     return [(image.tobytes(), label) for image, label in pairs]

@@ -328,7 +328,7 @@ def test_forward_equals_diffusers(made, tmp_path, steps, eps):
 
 
 def test_diffusers_and_the_official_dit_agree_only_at_time_zero(made):
-    """The reason for `model.time_embed=diffusers`: its frequencies differ, so outputs differ at every other time."""
+    """The reason for `model.time_embed=diffusers`: frequencies differ, so outputs differ at every time except 0."""
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(made).eval()
     with torch.no_grad():
         out = theirs(golden("x"), timestep=golden("t"), class_labels=golden("y")).sample
@@ -656,7 +656,7 @@ def test_an_unknown_number_of_heads_is_asked_for(tmp_path):
         import_run(tmp_path / "tiny.pt", tmp_path / "run", heads=5)
 
 
-def test_the_kind_is_read_from_args_then_the_name_and_unknown_outputs_are_refused(tmp_path):
+def test_the_kind_is_read_from_args_or_else_the_name_and_unknown_outputs_are_refused(tmp_path):
     for name, args, kind in (
         ("0400000.pt", argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity"), "sit"),
         ("my-SiT-XL-2.pt", None, "sit"),

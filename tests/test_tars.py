@@ -334,7 +334,7 @@ def test_a_label_above_the_limit_gives_a_one_line_error(folder, tmp_path):
         opened(tmp_path / "set.tar", classes=0, held_out=0.0)
 
 
-def test_files_in_and_beside_shards_that_are_not_read_are_reported(shards):
+def test_unread_files_in_and_beside_shards_are_reported(shards):
     (shards / "README.md").write_text("what the shards are")
     with pytest.warns(LeftOutWarning) as said:
         opened(shards)

@@ -216,7 +216,7 @@ IMAGES: dict[str, Bad] = {
 
 
 def archive(content: dict[str, bytes], method: int = zipfile.ZIP_STORED, change: object = None) -> Callable[[], Words]:
-    """A .zip of good images and others, its bytes changed by `change(bytes, offset of the directory)`."""
+    """A .zip of good images and `content`; `change(bytes, offset of the directory)` changes its bytes."""
 
     def make() -> Words:
         with zipfile.ZipFile("data.zip", "w", method, compresslevel=1) as made:

@@ -1,7 +1,7 @@
 """Bad input gives exit code 2 and one line of at most 200 characters that names the input and the way out; nothing
 changes on the disk.
 
-Images of every mode become what their formats say, by NumPy's arithmetic.
+Images of every mode are converted as their formats specify; NumPy's arithmetic gives the expected pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from inputs import BAD, GOOD, encoded, files, png_of, training
 from conftest import small_model
 
 SECONDS, BYTES = 5, 2**30
-ALONE = (  # those that are worth a process of their own in every test run: what could take time or memory
+ALONE = (  # inputs that run in a process of their own in every test run, because they could take time or memory
     *("billion laughs", "brackets in brackets", "a file too large", "a device for a config", "a tag that calls"),
     *(
         "a bomb at which Pillow warns",

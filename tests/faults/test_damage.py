@@ -27,7 +27,7 @@ LAST, BEFORE = "0000006", "0000003"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A run of six steps with checkpoints of the third and the sixth."""
+    """A run of six steps with checkpoints of the third and the sixth step."""
     config = RunConfig(
         model=small_model("outer inner", image_size=(8, 8), num_classes=3),
         data=DataConfig(source=str(folder), held_out=0.2),
@@ -61,7 +61,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def found(run: Path) -> list[tuple[str, str, str]]:
-    """Folder, file and kind of all damages that are passed over; the checkpoint before must be in use."""
+    """Folder, file and kind of all damages that are passed over; the previous checkpoint must be in use."""
     newest = checkpoint.newest(run)
     assert newest.folder.name == (BEFORE if newest.passed_over else LAST)
     return [(damage.folder.name, damage.file, damage.kind) for damage in newest.passed_over]

@@ -1,4 +1,4 @@
-"""Disks that are full, limited, read-only or broken while a checkpoint is saved: nothing is lost, one line reports it.
+"""Disks that are full, limited, read-only or broken during a save: nothing is lost, and one line reports the fault.
 
 Faults are injected by Python's profiler, which sees every call into C: the package has no hooks for faults.
 """

@@ -23,7 +23,7 @@ STEPS = 9
 
 @pytest.fixture
 def config(run_config) -> RunConfig:
-    """Nine steps of two micro-batches of five on thirty images: an epoch is three steps."""
+    """Nine steps, each of two micro-batches of five, on thirty images: an epoch is three steps."""
     config = with_train(run_config, steps=STEPS, batch_size=5, accumulate=2, checkpoint_every=1, evaluate_every=0)
     return replace(config, data=replace(config.data, held_out=0))
 

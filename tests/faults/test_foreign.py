@@ -262,7 +262,7 @@ def test_tensors_that_were_read_have_no_hooks_or_attributes(tmp_path):
     assert not hasattr(read["a"], "note")
     assert not hasattr(read, "_metadata")
     assert read["a"].data_ptr() == read["b"].data_ptr()
-    with pytest.raises(AttributeError):  # the oracle: what hangs on the file's own would have broken the reader's model
+    with pytest.raises(AttributeError):  # attributes of the file's own tensors would break the reader's model
         torch.nn.ParameterDict(tied).load_state_dict(torch.load(tmp_path / "tied.pt", weights_only=True))
     torch.nn.ParameterDict(tied).load_state_dict(read)
 
@@ -369,7 +369,7 @@ def test_overlapping_members_are_refused(tmp_path):
 
 @pytest.mark.parametrize("new", [True, False])
 def test_damage_anywhere_in_a_file_gives_a_one_line_error(new, tmp_path, full):
-    """A file that is cut anywhere, or has any byte changed, is refused, or gives a checkpoint with another number."""
+    """A file that is cut anywhere, or has one bit flipped, is refused, or gives a checkpoint with a changed value."""
     torch.save(official(), tmp_path / "whole.pt", _use_new_zipfile_serialization=new)
     whole = (tmp_path / "whole.pt").read_bytes()
     draw, path = np.random.default_rng(1), tmp_path / "torn.pt"

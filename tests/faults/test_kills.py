@@ -37,7 +37,7 @@ MOST_SECONDS = 300.0  # of a life
 
 @dataclass(frozen=True)
 class Plan:
-    """How a life ends: at a call inside its first or a later save, some seconds after its birth, or regularly."""
+    """How a life ends: at a call inside its first or a later save, some seconds after its birth, or without a kill."""
 
     run: str
     config: str
@@ -66,7 +66,7 @@ def warm_up(config: str) -> None:
 
 
 def live(plan: Plan) -> list[str]:
-    """Fork a life; returns its lines, and the last line says how the life ended."""
+    """Fork a life; returns its lines, the last of which says how the life ended."""
     read, write = os.pipe()
     born = time.monotonic()
     child = os.fork()
@@ -193,7 +193,7 @@ def small(folder: Path, steps: int) -> RunConfig:
 def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path, full):
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
-    # So many that no life comes to the end, however fast the machine: killed lives alone are counted.
+    # So many that no life comes to the end, however fast the machine: only killed lives are counted.
     config = to_yaml(small(folder, steps=6000 if full else 500))
     draw = random.Random(0)
     unbroken, run = tmp_path / "unbroken", tmp_path / "killed"

@@ -52,7 +52,7 @@ def finite(out) -> bool:
 
 
 def reached(config) -> tuple[int, int]:
-    """The step (from 1) and the example that show the bad image."""
+    """The step (counted from 1) and the example in which the bad image occurs."""
     examples = Examples(open_source(config.data, config.model), config)
     for step in range(10):
         if BAD in examples[step].image:
@@ -61,8 +61,8 @@ def reached(config) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf"])
-def test_a_step_with_a_bad_example_is_skipped_and_names_it(config, tmp_path, loss, monkeypatch):
-    if loss == "inf":  # by itself an image of 3e38 gives NaN
+def test_a_step_with_a_bad_example_is_skipped_and_the_example_is_named(config, tmp_path, loss, monkeypatch):
+    if loss == "inf":  # an image of 3e38 gives NaN; infinity needs a changed loss
         config, plain = with_images(config, tmp_path, 5.0), Objective.loss
         monkeypatch.setattr(Objective, "loss", lambda self, net, x, *more: _infinite(plain(self, net, x, *more), x))
     facts = run(config, tmp_path / "run")

@@ -121,7 +121,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(shared):
 
 
 @pytest.mark.slow
-def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(shared, tmp_path):
+def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all_processes(shared, tmp_path):
     images = np.zeros((32, 3, 8, 8), np.float32)
     images[7] = 3e38
     np.savez(tmp_path / "set.npz", images=images, labels=np.zeros(32, int))
@@ -138,7 +138,7 @@ def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(shared
 
 @pytest.mark.slow
 def test_a_stopped_process_ends_the_job_and_is_named(run_config, tmp_path):
-    """SIGSTOP to one of two processes under torchrun, timeout 8 s: all processes are gone after 15 s."""
+    """SIGSTOP to one of two processes under torchrun, with a timeout of 8 s: all processes are gone after 15 s."""
     config = with_train(run_config, steps=10**6, checkpoint_every=10**6, evaluate_every=0, timeout=8)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     train = ["-m", "dit_in_dit", "train", "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]

@@ -262,7 +262,7 @@ def test_sampled_latents_have_the_same_bits_in_numbered_files_and_in_the_final_a
         pass
     out = tmp_path / "drawn"
     words = ["sample", str(tmp_path / "run"), "--device", "cpu", "--out", str(out)]
-    main([*words, "--num", "6", "--batch", "1"])  # on some CPUs a batch of one alone gives other bits
+    main([*words, "--num", "6", "--batch", "1"])  # on some CPUs, a batch of one gives other bits than larger batches
     kept = (out / "000005.npy").stat().st_mtime_ns
     main([*words, "--num", "9", "--batch", "7"])
     assert (out / "000005.npy").stat().st_mtime_ns == kept

@@ -18,7 +18,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
 from dit_in_dit.training.loop import train
 
-# Trains as the command does, tells the moment and waits there: a step, a save, a picture, the first step, data.
+# Trains as the command does, prints the moment and waits there: a step, a save, a picture, the first step, data.
 DRIVER = """
 import os, sys, time
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_a_signal_at_any_moment_ends_the_step_and_the_run_resumes_exactly(tmp_pa
         assert done.returncode == 0, done.stderr
         assert no_process_left(job.pid)
         step, _, lines, pictures = outcome(out)
-        if workers == 0:  # the number of workers is a key of the config, whose hash is in the manifest alone
+        if workers == 0:  # the number of workers is a key of the config, whose hash is only in the manifest
             assert outcome(out) == unbroken, moment
         assert (step, lines, pictures) == (unbroken[0], unbroken[2], unbroken[3]), (moment, workers)
 
@@ -162,7 +162,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_a_user_error_in_a_worker_ends_the_process_and_its_workers(tmp_path, config):
-    """Workers ignore SIGTERM, with which Python ends its children."""
+    """Python ends its children with SIGTERM, which workers ignore."""
     (tmp_path / "2.yaml").write_text(to_yaml(with_workers(config, 2)))
     what = [sys.executable, "-c", MISTAKEN, *arguments(tmp_path, tmp_path / "run", 2)]
     job = subprocess.Popen(what, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Choices: config keys whose value names a class or function in a table, which a user's own can join by `register`.
+"""Choices: config keys whose value names a class or function in a table. `register` adds a user's own to it.
 
 This module imports no torch. A table is imported when a name that is not built in is first used.
 """

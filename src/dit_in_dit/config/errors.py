@@ -13,7 +13,7 @@ class UserError(ValueError):
     """A user's mistake; the message is one line with the rule, the value and the way out."""
 
     code = 2  # exit code of the command
-    quiet = False  # true where another process prints the message
+    quiet = False  # true if another process prints the message
 
 
 class LeftOutWarning(UserWarning):

@@ -57,7 +57,7 @@ def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
 
 
 def _yaml_lines(section: Section, indent: str = "") -> Iterator[tuple[str, str]]:
-    """(line, meaning) of each key, and of the keys of its group below it."""
+    """(line, meaning) of each key; a group is followed by its keys."""
     plain = to_dict(section)
     for name, meaning, value in section.items():
         if isinstance(value, Section) and plain.get(name):

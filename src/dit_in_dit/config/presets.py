@@ -86,7 +86,7 @@ _EMOJI = RunConfig(
         learning_rate=4e-3,
         lr_scale=LrScaleConfig(
             inner=0.5
-        ),  # at 1 training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
+        ),  # at 1, training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
         warmup=200,
         schedule="cosine",
         ema=0.998,

@@ -57,7 +57,7 @@ def _both(outer: int, inner: int) -> Program:
 
 
 def _interleaved(outer: int, inner: int) -> Program:
-    """Each inner block before an even share of the outer blocks, as in TNT (Han et al. 2021)."""
+    """Each inner block, followed by an even share of the outer blocks, as in TNT (Han et al. 2021)."""
     cuts = [i * outer // inner for i in range(inner + 1)]
     runs: list[tuple[Level, int]] = []
     for start, end in pairwise(cuts):

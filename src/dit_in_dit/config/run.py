@@ -132,7 +132,7 @@ class ModelConfig(Section):
 
     @property
     def reads_patches(self) -> bool:
-        """Whether any stage reads the embedded patches; false if fusion replaces them all before that."""
+        """Whether any stage reads the embedded patches; false if fusion replaces them all before a stage reads them."""
         replaced = self.program[0][0] == "inner" and not keeps_outer(self.inner.fuse)
         return not replaced or reads_outer(self.inner.condition)
 

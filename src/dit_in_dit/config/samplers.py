@@ -21,7 +21,7 @@ class Sampler:
     Attributes:
         schedulers: scheduler by path: the name of a class in the `diffusers` library, or a user's own class
             (`dit_in_dit.diffusion.schedulers.Scheduler`). Every batch is sampled with a new object of that class.
-        stochastic: whether each step takes noise.
+        stochastic: whether each step adds noise.
         least_steps: smallest number of steps that works.
         spacing: spacing of the steps on path ddpm if `sample.spacing` is null.
         spacings: values of `sample.spacing` that fit.

@@ -94,7 +94,7 @@ class PluginKeys(Section):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PluginKeys:
-        """Build from a mapping for each name. Raises UserError."""
+        """Build from one mapping per name. Raises UserError."""
         registered = plugin_keys()
         for name, section in values.items():
             if name not in registered:

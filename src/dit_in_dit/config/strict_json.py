@@ -34,7 +34,7 @@ def read_json(path: Path, what: str = "", advice: str = "write it again") -> dic
     """The JSON object of a file of at most MOST_BYTES.
 
     Raises:
-        UserError: the file cannot be read, is too long, or holds something else. The message gives `what`, the kind of
+        UserError: the file cannot be read, is too long, or holds no JSON object. The message gives `what`, the kind of
             file (such as `the plan `), and the path, and ends with `advice`.
     """
     shown = f"{what}{truncate(path)}"

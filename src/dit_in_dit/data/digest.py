@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.picture import UNREADABLE
 
-MOST_CONTENT = 2**28  # bytes of all files up to which contents are read: uncompressed images all have one size
+MOST_CONTENT = 2**28  # total bytes up to which contents are read: sizes show no change of uncompressed images
 MOST_ARRAY = 2**32  # bytes of an array up to which all rows count
 CHUNK = 2**24  # bytes of an array in memory at a time
 

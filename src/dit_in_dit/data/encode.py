@@ -110,7 +110,7 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
 
 
 def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
-    """The settings that decide the bytes of the files, and the source of the images."""
+    """The source of the images, and the settings that decide the bytes of the files."""
     side_of = downsampling_factor(vae)
     if any(side % side_of for side in how.size):
         raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
@@ -126,7 +126,7 @@ def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]
 
 
 def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the unfinished index unless there is one; return the files of a finished index.
+    """Write an unfinished index unless an index exists; return the files that a finished index lists.
 
     An index of an earlier version has no digest. Images are then compared only by name and count, and the digest is
     removed from `index`, because some files may have been made from other images.
@@ -156,7 +156,7 @@ def _begin(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
-    """Images (n, 3, H, W) and labels by batch number. A worker returns a UserError as its message."""
+    """Images (n, 3, H, W) and labels by batch number. A worker returns the message of a UserError as a value."""
 
     def __init__(self, source: Source, batches: list[range]) -> None:
         self.source, self.batches = source, batches
@@ -192,7 +192,7 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
 
 
 def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
-    """Moments of images in the stored dtype; UserError that names images whose moments are not finite in that dtype."""
+    """Moments of images in the stored dtype; a UserError names images whose moments are not finite in it."""
     exact = posterior_moments(vae, images)
     for tensor, of in ((exact, "the VAE gives no finite latents"), (exact.to(DTYPES[dtype]), None)):
         finite = tensor.isfinite().flatten(1).all(1)
@@ -223,7 +223,7 @@ def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict
     """Complete the index with the files' SHA-256 and the measured mean and deviation.
 
     Raises:
-        UserError: a file differs from `done`, the files of an index that was complete before.
+        UserError: a file differs from its entry in `done`, the files of an index that was complete already.
     """
     shards: list[dict[str, Any]] = []
     counts, sums = 0, np.zeros((3, index["made"]["shape"][0]))
@@ -257,7 +257,7 @@ def _float64(numbers: Any) -> Any:
 
 
 class LatentDecoder:
-    """Decoder of normalised latents to images, with the VAE of a run."""
+    """A decoder with the VAE of a run, from normalised latents to images."""
 
     def __init__(self, data: DataConfig, device: torch.device) -> None:
         assert data.vae is not None

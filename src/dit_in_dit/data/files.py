@@ -117,8 +117,8 @@ class ImageFiles:
         return list(names)
 
     def _read_table(self, others: list[str]) -> dict[str, int] | None:
-        """The labels of a `dataset.json` (see table_labels), whose name is removed from `others`; None without a
-        `dataset.json`.
+        """The labels of a `dataset.json` (see table_labels); None without such a file. Its name is removed from
+        `others`.
         """
         place = find_table(others, self.names)
         if place is None:
@@ -166,7 +166,7 @@ class ImageFiles:
         return read()
 
     def inside(self) -> list[str]:
-        """The names, in order, below the folders that wrap all class folders."""
+        """The names, in order, relative to the folder that contains all class folders."""
         start = sum(len(part) + 1 for part in common_folder(self.names))
         return [name[start:] for name in self.names]
 
@@ -186,7 +186,7 @@ class ImageFiles:
         return label_names(labels, self.num_classes, truncate(self.path, 60)), labels, families
 
     def open(self, name: str, look: Callable[[Image.Image], Seen]) -> Seen:
-        """`look` applied to one image; UserError with the file's name when it cannot be decoded."""
+        """The result of `look` on one image; UserError with the file's name when the image cannot be decoded."""
         try:
             return apply_to_image(self.content(name), look)
         except UNREADABLE as error:
@@ -206,7 +206,7 @@ def file_size(path: Path) -> int:
 
 
 def _names(root: Path) -> Iterator[str]:
-    """Names of all files below a folder, and of folders with a final `/`. Links are followed, each folder once."""
+    """Names of all files and folders below a folder; names of folders end with `/`. Links are followed, each once."""
     seen = {os.path.realpath(root)}
 
     def refuse(error: OSError) -> None:

@@ -15,7 +15,7 @@ def is_held_out(family: str, share: float) -> bool:
 
 
 def family_number(family: str) -> int:
-    """A hash of the family's name in [0, 2^64): families with the lowest numbers are held out."""
+    """A hash of the family's name, from 0 to `2^64 - 1`: families with the lowest numbers are held out."""
     name = os.fsencode(family)  # file names need not be Unicode
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big")
 

@@ -27,13 +27,13 @@ def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
 
 
 def normalise_name(name: str) -> str:
-    """A member's name from the root of its archive, without empty parts and `.`; a folder keeps its final `/`."""
+    """A member's name from the root of its archive, without empty parts and parts `.`; a folder keeps its final `/`."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     return "/".join(parts) + "/" * (name.endswith("/") and bool(parts))
 
 
 def common_folder(names: Iterable[str]) -> list[str]:
-    """The folders, from the root, that contain all class folders."""
+    """The path, from the root, of the folder that contains all class folders."""
     paths = [name.split("/")[:-1] for name in names]
     depth = 0
     while all(len(path) > depth + 1 and path[depth] == paths[0][depth] for path in paths):

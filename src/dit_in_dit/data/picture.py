@@ -30,14 +30,14 @@ UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversize
 
 
 def apply_to_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
-    """`look` applied to the image in a file; an error of UNREADABLE if the image cannot be decoded or is too large.
+    """The result of `look` on the image in a file; raises one of UNREADABLE if it cannot be decoded or is too large.
 
     If the header states more than MOST_PIXELS pixels, the image is refused. Pillow's own limit is higher, warns before
     it refuses, and can be switched off.
     """
     if len(content) > MOST_BYTES:
         raise ValueError(f"{len(content)} bytes, more than {MOST_BYTES}")
-    with warnings.catch_warnings(action="ignore"):  # of Pillow, on odd metadata and its limit
+    with warnings.catch_warnings(action="ignore"):  # Pillow's warnings about odd metadata and about its limit
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
@@ -49,7 +49,7 @@ def apply_to_image(content: bytes, look: Callable[[Image.Image], Seen]) -> Seen:
             if content[4:12] == b"ftypavif":
                 raise ValueError("AVIF, which this Pillow does not read: upgrade Pillow") from None
             raise ValueError("not a PNG, JPEG, WebP, BMP, TIFF, GIF or AVIF image") from None
-        except Image.DecompressionBombError:  # above twice Pillow's limit, which hides the header
+        except Image.DecompressionBombError:  # raised above twice Pillow's limit, before the header can be read
             raise ValueError(f"more than {MOST_PIXELS} pixels") from None
 
 

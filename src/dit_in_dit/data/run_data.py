@@ -82,7 +82,7 @@ def find_moved_data(data: DataConfig, noted: Mapping[str, str] | None) -> DataCo
 
 
 def check_unchanged(data: Mapping[str, str], noted: Mapping[str, str] | None, what: str) -> None:
-    """Compare the record of a run's data with its checkpoint's, if the checkpoint has one.
+    """Compare the record of a run's data with the record in its checkpoint, if there is one.
 
     Raises:
         UserError: the images have changed since `what` was trained on them.

@@ -68,7 +68,7 @@ class Source(ABC):
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
-        """Number of classes, read from the labels; 0: none, or known only once the source is open."""
+        """Number of classes, read from the labels; 0 without labels, or if it is known only once the source is open."""
         return 0
 
     @classmethod

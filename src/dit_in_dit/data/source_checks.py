@@ -40,7 +40,7 @@ def check_opened(source: Source, model: ModelConfig) -> None:
 
 
 def _check_labels(source: Source, size: int | None, classes: int) -> None:
-    """Check labels that a source states itself; by default they are read from its examples."""
+    """Check the `labels` that a source itself defines; the default `labels` are read from the examples."""
     labels = np.asarray(source.labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or (size is not None and len(labels) != size):
         raise _wrong(
@@ -51,7 +51,7 @@ def _check_labels(source: Source, size: int | None, classes: int) -> None:
 
 
 def check_example(source: Source, example: object, model: ModelConfig, classes: int | None = None) -> tuple[Array, int]:
-    """An example (image, label) of a source, after all checks except the check for NaN.
+    """Check an example of a source, except for NaN, and return it as (image, label).
 
     Args:
         classes: number of classes; None: the model's.

@@ -28,7 +28,7 @@ def _built_in() -> dict[str, type[Source]]:
     return {kind.name: kind for kind in sorted(kinds, key=lambda kind: ("fallback" not in vars(kind), kind.name))}
 
 
-SOURCES = _built_in()  # of several that recognise a place the last counts: one's own before ours
+SOURCES = _built_in()  # if several recognise a place, the last one counts: a user's own before ours
 
 
 def source_kind(source: str) -> type[Source]:
@@ -71,7 +71,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
 
 
 def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
-    """UserError when the model has labels, and another number of classes than the source."""
+    """UserError when a model with labels does not have as many classes as the source."""
     if model.num_classes and len(source.classes) != model.num_classes:
         raise UserError(
             f"model.num_classes must fit the data: got {model.num_classes}, but {place} has {len(source.classes)}"

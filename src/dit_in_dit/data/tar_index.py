@@ -83,7 +83,8 @@ def _walk(shard: Path, length: int) -> dict[str, Any]:
     """The index of a tar file, from its headers; UserError when it is no tar file or is truncated.
 
     A file may hold several archives, one after another (`cat a.tar b.tar`). If several members have the same name, the
-    last is used, as when the file is unpacked. Bytes after an end mark without a tar header are counted, not read.
+    last is used, as when the file is unpacked. Bytes that follow an end mark and do not begin with a tar header are
+    counted, not read.
     """
     members = _Members()
     try:

@@ -44,7 +44,7 @@ def load_vae(name: str, device: torch.device) -> Any:
     """Load a float32 VAE from a folder or a Hub id, which holds a VAE, or a pipeline with a VAE in `vae/`.
 
     Raises:
-        UserError: it cannot be loaded, or its class is not in CLASSES.
+        UserError: the VAE cannot be loaded, or its class is not in CLASSES.
     """
     diffusers: Any = import_module("diffusers")  # imported here: it takes seconds
     problem = ""
@@ -77,7 +77,7 @@ def _line(error: Exception) -> str:
 
 
 def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
-    """Mean and scale of a VAE's latents from its config: one number, or one number per channel. The default is Stable
+    """Mean and scale of a VAE's latents from its config, for all channels or per channel. The default is Stable
     Diffusion's.
     """
     config = vae.config

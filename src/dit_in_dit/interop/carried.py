@@ -20,7 +20,7 @@ INSTALLED = {
 
 
 def code_of(cls: type) -> tuple[str, str]:
-    """Name and text of a module that defines a class without this package.
+    """Name and text of a module that defines a class and does not import this package.
 
     The name contains a hash of the text, because `diffusers` copies such modules of all folders into one place.
     """

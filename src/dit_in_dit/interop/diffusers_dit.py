@@ -82,7 +82,7 @@ HEADS = ("attn1.to_q", "attn1.to_k", "attn1.to_v")  # one matrix in the official
 
 
 def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
-    """Official weights and config.json of a folder of the model, or of a whole `DiTPipeline`.
+    """Weights under official names, and config.json, from a folder of the model or of a whole `DiTPipeline`.
 
     Raises:
         UserError: a file is missing or cannot be read, or the model is no DiT.

@@ -1,4 +1,4 @@
-"""Files in a folder of the `diffusers` library: JSON, and weights in one or several files, with or without variant."""
+"""Files in a folder of `diffusers`: JSON, and weights in one or several files, with or without a variant."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
-    """A model as a pipeline with the defaults of its config; it holds the model itself, not a copy."""
+    """A pipeline with the defaults of the config; it holds the model itself, not a copy."""
     diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
     scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
     if not isinstance(scheduler, SchedulerMixin):
@@ -90,7 +90,7 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
 
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:
-    """The named VAE or the run's, with the run's mean and scale of latents in the VAE's config; None without a VAE."""
+    """The named VAE or the run's; its config gets the run's mean and scale of latents. None without a VAE."""
     data = fill_latent_keys(config.data)
     if (name := name or data.vae) is None:
         return None

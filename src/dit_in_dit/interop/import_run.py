@@ -1,6 +1,6 @@
 """Import of published DiT and SiT weights as a run folder, and export of a plain run's weights to their formats.
 
-    config.yaml, checkpoints/    a run; its step is the optimizer's, if the file has it
+    config.yaml, checkpoints/    a run; its step is the optimizer's, if the file has an optimizer's state
     origin.json                  origin of the weights: file, SHA-256, format, and diffusers' config
 
 The weights keep their type and every bit; a model with these weights computes in float32.
@@ -124,7 +124,7 @@ def is_diffusers_dit(run: Path) -> bool:
 
 
 def _fits_diffusers(config: RunConfig) -> bool:
-    """Whether diffusers' DiT can hold the weights: a plain DiT with classes on the ddpm path, square images."""
+    """Whether diffusers' DiT can hold the weights: a plain DiT with classes and square images, on the ddpm path."""
     model, square = config.model, config.model.image_size[0] == config.model.image_size[1]
     plain = not model.blocks("inner") and not model.qk_norm and model.outer.norm == "layer" and square
     return plain and config.diffusion.path == "ddpm" and model.num_classes > 0

@@ -1,7 +1,7 @@
 """Conversion of weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT) to ours and back, bit for bit.
 
-Both have the same parameters as a plain DiT here, under other names. Two facts do not follow from the shapes of the
-weights:
+The official models have the parameters of our plain DiT, under other names. Two facts do not follow from the shapes of
+the weights:
 
 - The number of heads. For the published sizes it follows from depth and width.
 - The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids take this time, not 1000 times
@@ -85,7 +85,7 @@ class OfficialWeights:
 
 
 def official_names(depth: int) -> dict[str, str]:
-    """Official name -> our name of all parameters of a DiT, in the official order."""
+    """Official name -> our name, for all parameters of a DiT, in the official order."""
     blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
     both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
     del both["y_embedder.embedding_table.bias"]
@@ -189,7 +189,7 @@ def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int
 
 
 def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape of all parameters of a plain model."""
+    """Official name -> shape, for all parameters of a plain model."""
     with torch.device("meta"):
         shapes = NestedDiT(model).state_dict()
     return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}
@@ -224,8 +224,8 @@ def official_position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
 
 
 def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the opposite sign: this holds for SiT's velocity, because SiT's time runs from
-    noise to the image.
+    """Whether the official output has the opposite sign of ours: this holds for SiT's velocity, because SiT's time runs
+    from noise to the image.
     """
     return model.time_embed == "sit" and diffusion.predict == "velocity"
 

@@ -24,10 +24,10 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None) -> OfficialWei
     """Read a file of the official DiT or SiT: only weights, or a training checkpoint of model, ema, opt and args.
 
     Args:
-        kind: DiT or SiT; None: by its args, else by the file's name, else DiT.
+        kind: DiT or SiT; None: by the file's args, else by its name, else DiT.
 
     Raises:
-        UserError: it cannot be read, holds no weights, or its prediction is unknown.
+        UserError: the file cannot be read or holds no weights, or its prediction type is unknown.
     """
     content = read_pt(path)
     args = content.get("args")
@@ -42,7 +42,7 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None) -> OfficialWei
 
 
 def _groups(content: Mapping[str, Any], path: Path) -> tuple[Weights, Weights]:
-    """Averaged and trained weights; the same when the file has only one of them."""
+    """Averaged and trained weights; if the file has only one of the two, it is returned as both."""
     groups = []
     for names in (AVERAGED, TRAINED):
         known = [name for name in names if isinstance(content.get(name), dict)]
@@ -72,7 +72,7 @@ def _kind(name: str) -> OfficialKind | None:
 
 
 def _output(kind: OfficialKind, args: Mapping[str, Any], path: Path) -> tuple[Predicted, int | None]:
-    """The prediction type, and the attention heads of the size in args."""
+    """The prediction type, and the number of attention heads of the size that args name."""
     size = re.search(r"-(S|B|L|XL)/", str(args.get("model", "")))
     heads = presets.SIZES[size[1].lower()][2] if size else None
     if kind == "dit":

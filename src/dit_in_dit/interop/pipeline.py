@@ -93,8 +93,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             num_inference_steps: steps of the scheduler.
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance is applied.
-            generator: source of the noise. In a list, generator i gives the noise of image i. In another batch, image i
-                differs only in its last bits.
+            generator: source of the noise. In a list, generator i gives the noise of image i. If the rest of
+                the batch changes, only the last bits of image i can change.
             latents: the initial noise (N, C, H, W), of variance one.
             eta: DDIM's eta, the scale of its added noise.
             output_type: pil, np (N, H, W, C) or pt (N, C, H, W) in [0, 1], or latent (N, C, H, W), not decoded.
@@ -155,7 +155,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
 
     @property
     def null(self) -> int:
-        """The label of no class: the number of classes."""
+        """The label that means no class: it equals the number of classes."""
         return int(self.transformer.config.model["num_classes"])
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -227,7 +227,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
 
     def _ancestral(self, image: Tensor, fraction: Tensor | None, x: Tensor, number: int, generator: Any) -> Tensor:
         """DDPM's step as in `sample`, with a learned variance if the model has one. The `diffusers` step adds noise to
-        the final image if its last time is not 0.
+        the final image if the last time is not 0.
         """
         timesteps = [*self.scheduler.timesteps.tolist(), -1]
         if fraction is None and self.scheduler.config.variance_type.startswith("fixed_small"):

@@ -23,10 +23,10 @@ PICTURE = "samples.png"
 
 
 def export_release(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
-    """Write the run `out`, with only the newest checkpoint's averaged weights, and its card; complete or not at all.
+    """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, and a card.
 
     The copy can be sampled, evaluated, plotted and exported like any run, and can initialise a new run (`train.init`).
-    float16 has three more mantissa bits than bfloat16, and weights are far from its largest value.
+    float16 has three more mantissa bits than bfloat16, and weights are far below its largest value.
 
     Raises:
         UserError: there is no such run, `out` exists, or a weight is too large for the precision.

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 @dataclass(frozen=True)
 class Statement:
-    """A top-level statement of a module: its text with the comments above it, the names it defines and uses."""
+    """A top-level statement of a module: its text with the comments above it, and the names it defines and uses."""
 
     text: str
     defines: frozenset[str]

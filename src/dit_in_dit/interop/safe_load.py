@@ -27,7 +27,7 @@ PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 DEEPEST = 20  # levels of nesting; an optimizer's state has five
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, FSDP
 MODELS = ("model.", "ema.", "ema_model.")  # prefixes of a model inside another module, such as Lightning's
-MOST_SHARED = 4  # bytes of all tensors over bytes of the file; tied weights share memory
+MOST_SHARED = 4  # bytes of all tensors divided by bytes of the file; tied weights share memory
 
 
 def read_pt(path: Path) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def _size(path: Path) -> int:
 
 
 def _check_zip(path: Path, size: int) -> bool:
-    """Whether the file is a zip. UserError unless its members are as `torch.save` writes them: uncompressed, without
-    overlap, and the only archive in the file."""
+    """Whether the file is a zip. UserError unless the zip is the only archive in the file, and its members are as
+    `torch.save` writes them: uncompressed and without overlap."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch tells the two formats apart by this
             return False
@@ -171,7 +171,7 @@ class _Plain:
 
 
 def _plain(path: Path, content: Any, size: int) -> dict[str, Any]:
-    """A copy of a dict; UserError when it is no dict, holds other than plain values, or claims too many bytes."""
+    """A copy of a dict; UserError when it is no dict, holds anything but plain values, or claims too many bytes."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise _refused(path, "it does not hold tensors by name")
     copy = _Plain()

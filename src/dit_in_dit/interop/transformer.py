@@ -19,7 +19,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 
 class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
-    """A NestedDiT with the meaning of its prediction. Its config has the keys of a run's config.yaml.
+    """A NestedDiT, with what it predicts and on which path. Its config has the keys of a run's config.yaml.
 
     Args:
         model: the keys of `model`.

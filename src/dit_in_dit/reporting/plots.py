@@ -47,7 +47,7 @@ def figure_png(plot: Figure, *, colours: int | None = None) -> bytes:
     """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 
     Args:
-        colours: reduce to this many, at most 256: enough for lines and letters, in a third of the bytes.
+        colours: number of colours of the PNG, at most 256: enough for lines and letters, in a third of the bytes.
     """
     plot.savefig(drawn := io.BytesIO(), dpi=110, metadata={"Software": None})
     if colours is None:

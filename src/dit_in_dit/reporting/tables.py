@@ -20,7 +20,7 @@ UNLIMITED = 100_000
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int | None = None) -> str:
     """A table as lines indented by two; cells are plain text, None is "-".
 
-    Numeric columns are aligned right, except the first column.
+    Numeric columns are aligned right, except the first, which is always aligned left.
 
     Args:
         heads: one per column; empty: a table without a head.

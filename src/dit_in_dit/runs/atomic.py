@@ -52,13 +52,13 @@ def file(path: Path, *, once: bool = False) -> Iterator[BinaryIO]:
 
 
 def _link(beside: Path, path: Path) -> None:
-    """Give the file its name unless it is taken: a rename would replace the other file."""
+    """Give the file its name unless the name is taken: a rename would replace the other file."""
     with suppress(FileExistsError):
         os.link(beside, path)
 
 
 def write_atomic(path: Path, content: bytes | str, *, once: bool = False) -> None:
-    """Write a file by `file`."""
+    """Write `content` to a file, by means of `file`."""
     with file(path, once=once) as opened:
         opened.write(content.encode() if isinstance(content, str) else content)
 

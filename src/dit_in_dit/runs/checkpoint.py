@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a folder is complete or absent, and the newest that verifies is opened."""
+"""Checkpoints of a run: a folder is complete or absent, and the newest folder that verifies is opened."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Checkpoint:
     """A checkpoint that verified when it was opened; its tensors are read on demand.
 
     folder: `RUN/checkpoints/STEP`.
-    config: of the run; its hash is the manifest's.
+    config: of the run; the manifest records its hash.
     manifest: step, class names, digest of the data, SHA-256 of the files.
     passed_over: the damages of newer checkpoints.
     """
@@ -159,7 +159,7 @@ def save(
     Files are written to a temporary folder and synced, the manifest last. The folder is synced, read again, and
     renamed. At every moment a checkpoint's folder is complete or absent, and once `KEEP` good checkpoints exist, there
     are never fewer.
-    `state` and `ema` are everything that changes in a run: the average depends only on the step and has no counter.
+    `state` and `ema` are everything that changes in a run: the decay of the average is computed from the step.
 
     Args:
         steady: false for a checkpoint of a stopped run: a run that diverges does not go back to it.

@@ -1,7 +1,7 @@
 """The folder of a run: create it, lock it, read its config.
 
     config.yaml            the complete config of the run
-    log.jsonl              one line per step and per held-out evaluation, a function of the config
+    log.jsonl              a line for each step and held-out evaluation; the config decides every line
     timing.jsonl           seconds and images per second
     checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
     samples/0001200.png
@@ -42,7 +42,7 @@ def lock_run(run: Path) -> Iterator[None]:
     """Keep other processes, and other callers in this process, from training the run.
 
     Raises:
-        BusyError: another process trains it; the message names the process and its machine.
+        BusyError: another process trains the run; the message names the process and its machine.
     """
     with lock.lock_file(run / "lock", f"{run} is being trained"):
         clear_unfinished(run)

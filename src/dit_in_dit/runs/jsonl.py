@@ -67,7 +67,7 @@ class Lines:
     A line that cannot be written (a full disk) stays in memory and is tried again with the next line.
 
     Args:
-        path: the file; None, as on ranks other than 0: nothing is read or written.
+        path: the file; None (on ranks other than 0): nothing is read or written.
         good: whether an object can be a line of the file.
 
     Raises:
@@ -120,7 +120,7 @@ class Lines:
 
 
 class Log:
-    """`log.jsonl`. A resumed run does not repeat existing lines; a run that was rolled back does."""
+    """`log.jsonl`. A resumed run does not write existing lines again; a run that was rolled back does."""
 
     def __init__(self, path: Path | None) -> None:
         self.lines, self.done, rolled = Lines(path, is_log_line), set(), 0

@@ -64,7 +64,7 @@ def release(file: io.FileIO) -> None:
 
 @contextmanager
 def lock_file(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock on a file, which names its holder. Warn (LocklessWarning) and continue without a lock when the file
+    """Hold a lock on a file that names its holder. Warn (LocklessWarning) and continue without a lock when the file
     system does not support them.
 
     Args:

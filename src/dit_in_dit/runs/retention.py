@@ -1,6 +1,6 @@
 """Checkpoint folders of a run: list all folders, and delete folders that are no longer needed.
 
-A checkpoint's folder has its name once it is complete, synced and read again. `0001200.part` is being written or
+A checkpoint's folder has its final name once it is complete, synced and read again. `0001200.part` is being written or
 deleted. `0001200.old` is complete and about to be replaced by another checkpoint of its step.
 """
 
@@ -42,8 +42,8 @@ def _good(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def move_aside(target: Path) -> None:
-    """Move a checkpoint of the same step aside. A good checkpoint is renamed to `.old`, and `checkpoint_folders` still
-    lists this folder.
+    """Move a checkpoint aside, so that another one of its step can replace it. A good checkpoint is renamed to `.old`,
+    and `checkpoint_folders` still lists this folder.
     """
     aside = target.with_name(f"{target.name}.old")
     if _good(target):
@@ -54,7 +54,7 @@ def move_aside(target: Path) -> None:
 
 
 def _drop(folder: Path) -> None:
-    """Delete a checkpoint; if killed, it leaves no folder that looks like a checkpoint."""
+    """Delete a checkpoint; a process killed meanwhile leaves no folder that looks like a checkpoint."""
     leaving = folder.with_name(f"{folder.name}.gone.part")
     folder.rename(leaving)
     shutil.rmtree(leaving)

@@ -28,7 +28,7 @@ PATIENCE = 1800  # seconds to wait for a new chunk of another process
 
 
 def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
-    """Describe the files beside `path` in it, unless another process has written this description.
+    """Write `identity`, which describes the files beside `path`, into `path` unless another process has done so.
 
     Raises:
         UserError: the existing file describes something else.
@@ -74,7 +74,7 @@ def wait_for_missing(
 
     Args:
         there: whether a part exists.
-        what: the word for a part in the error.
+        what: words for the missing parts in the error.
 
     Raises:
         UserError: no new part appeared for `patience` seconds.

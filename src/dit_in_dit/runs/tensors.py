@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 
-DTYPES = {  # names of safetensors, in its order of writing
+DTYPES = {  # names of types in safetensors, in the order in which it writes tensors
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",

@@ -26,5 +26,5 @@ def use_full_float32() -> None:
 
 
 def precision_of_version(version: str) -> str:
-    """The precision of an evaluation by this version of PyTorch, for protocols that name none."""
+    """The precision of evaluations with this version of PyTorch, for protocols that name no precision."""
     return MIXED if "+cu" in version or "+rocm" in version else FULL

@@ -18,7 +18,7 @@ from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.data.source import SplitSource
 
-MOST_GROWTH = 50  # of compressed arrays: pixels grow threefold, zeros a thousandfold
+MOST_GROWTH = 50  # limit for compressed arrays: when unpacked, pixels grow threefold, zeros a thousandfold
 NAMES = (("images", "labels"), ("arr_0", "arr_1"))  # of arrays in a .npz: ours, and ADM's
 
 
@@ -109,7 +109,7 @@ def _commas(shape: tuple[int, ...]) -> str:
 
 
 def _check_growth(archive: zipfile.ZipFile) -> None:
-    """ValueError when an archive unpacks to far more than its file: it would fill the memory."""
+    """ValueError when an archive unpacks to far more bytes than its file has: they would fill the memory."""
     members = archive.infolist()
     packed, whole = (sum(sizes) for sizes in zip(*((m.compress_size, m.file_size) for m in members), strict=True))
     if whole > max(MOST_BYTES, MOST_GROWTH * packed):

@@ -50,7 +50,7 @@ def is_latents_folder(source: str) -> bool:
 
 
 def load_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder of latents, finished or not; UserError when there is none or its format is another."""
+    """The index of a folder of latents, finished or not; UserError when there is none or it has another format."""
     path = folder / LATENTS_INDEX
     index = read_json(path, advice="encode again")
     if index.get("format") != FORMAT:
@@ -78,7 +78,7 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
 
 
 def fill_latent_keys(data: DataConfig) -> DataConfig:
-    """The data's keys; null keys for the VAE, its mean and its scale are filled in from the latents' index."""
+    """The data's config. Null keys for the VAE, its mean and its scale get the values of the latents' index."""
     if not is_latents_folder(data.source):
         return data
     vae = read_latents_index(Path(data.source))["vae"]

@@ -86,7 +86,7 @@ class TarFiles(ImageFiles):
     """
 
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
-        """`beside`: names of files beside the shards that are not read."""
+        """`beside`: names of unread files beside the shards."""
         self.path, self.num_classes = Path(source), num_classes
         self.notes = [left_out_clause(len(beside), beside, "files beside the shards")] if beside else []
         self._places: dict[str, tuple[Path, int, int]] = {}

@@ -1,4 +1,4 @@
-"""In place of `interop.carried`: the code of a loaded folder is copied unchanged into the next."""
+"""In place of `interop.carried`: the code of a loaded folder is copied unchanged into the next saved folder."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def _train_on_a_full_disk(config, out):
     Lines.keep = full
     try:
         list(train(config, out, device="cpu"))
-    except checkpoint.SaveError as error:  # raised at the last step alone: before it, a run goes on
+    except checkpoint.SaveError as error:  # raised only at the last step: before it, a run continues
         return str(error)
     return "saved"
 
@@ -166,7 +166,7 @@ def test_constant_tables_are_copied_to_a_device_once():
         first = table(cpu)
     assert table(cpu) is first
     assert made == [1]
-    assert not first.is_inference()  # or a loss could not go back through it
+    assert not first.is_inference()  # otherwise no gradient could pass through it
     path = Ddpm()
     assert path.table(cpu) is path.table(cpu)
 
@@ -245,7 +245,7 @@ def test_a_non_finite_held_out_error_is_logged_as_a_string(run_config, tmp_path,
 
     monkeypatch.setattr(Objective, "denoising_error", huge)
     facts = list(train(run_config, tmp_path / "run", device="cpu"))
-    assert [fact.step for fact in facts if fact.kind == "checkpoint"] == [3, 6]  # the run is none the worse for it
+    assert [fact.step for fact in facts if fact.kind == "checkpoint"] == [3, 6]  # the run saves as usual
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").open()]
     errors = [error for line in lines for kinds in line.get("held_out", {}).values() for error in kinds.values()]
     assert errors
@@ -294,7 +294,7 @@ def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     state = GatheredTensors({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
     for part in serialize(state):
         written.append(part)
-    assert gathered == [2, 3, 4]  # after the header's two parts each is gathered when its turn has come
+    assert gathered == [2, 3, 4]  # the header has two parts; then each tensor is gathered just before it is written
     assert file_order(state) == ["weight0", "weight1", "weight2"]
     assert len(gathered) == 3
 

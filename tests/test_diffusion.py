@@ -185,7 +185,7 @@ def test_samplers_solve_the_closed_form_gaussian(name, sampler, steps, predict):
     images = denoise(ideal, config, SampleConfig(sampler=sampler, steps=steps), noise, None)
     a, b = path.coefficients(torch.tensor(0.999 if name == "ddpm" else 1.0))
     expected = mean + std * (noise - a * mean) / (a**2 * std**2 + b**2).sqrt()
-    assert (images - expected).abs().max() < (0.12 if sampler in {"euler", "ddim"} else 0.03)  # by their order
+    assert (images - expected).abs().max() < (0.12 if sampler in {"euler", "ddim"} else 0.03)  # by sampler order
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])

@@ -80,7 +80,7 @@ def test_a_large_mean_leaves_the_covariance_exact():
     near, far = (
         feature_moments([rows]),
         feature_moments([rows + 2.0**40]),
-    )  # exact in float64: only the sums could lose digits
+    )  # this sum is exact in float64: only the sums of the moments could lose digits
     np.testing.assert_allclose(far.covariance, near.covariance, rtol=1e-12, atol=1e-12)
 
 
@@ -175,7 +175,7 @@ def test_a_frechet_distance_is_called_fid_from_2048_images_on():
 
 def test_the_kernel_distance_of_whole_sets_equals_torchmetrics():
     real, made = normal(60, 8), normal(60, 8, 1, shift=3)
-    mean, deviation = kernel_distance(real, made, subsets=3, size=60)  # every subset is the whole
+    mean, deviation = kernel_distance(real, made, subsets=3, size=60)  # every subset is the whole set
     expected = poly_mmd(*(torch.from_numpy(rows).double() for rows in (real, made)))
     assert mean == pytest.approx(float(expected), rel=1e-12)
     assert 0 <= deviation < 1e-10 * mean
@@ -184,7 +184,7 @@ def test_the_kernel_distance_of_whole_sets_equals_torchmetrics():
 def test_the_kernel_distance_of_one_distribution_is_zero_within_its_deviation():
     rows = normal(4000, 6)
     mean, deviation = kernel_distance(rows[:2000], rows[2000:], subsets=50, size=200)
-    assert abs(mean) < 3 * deviation  # 50 subsets of few images: far from independent
+    assert abs(mean) < 3 * deviation  # the subsets overlap: they are far from independent
     assert mean < 0.02 * kernel_distance(rows[:2000], normal(2000, 6, 1, shift=2), subsets=5, size=200)[0]
 
 
@@ -224,7 +224,7 @@ def test_neighbour_metrics_equal_brute_force_at_any_block_size(monkeypatch, k, b
     expected = brute(real, made, k)
     assert precision_recall(real, made, k) == pytest.approx((expected["precision"], expected["recall"]), abs=1e-12)
     assert density_coverage(real, made, k) == pytest.approx((expected["density"], expected["coverage"]), abs=1e-12)
-    assert 0.05 < expected["recall"] < 0.95  # neither end, where anything would agree
+    assert 0.05 < expected["recall"] < 0.95  # not 0 or 1, where wrong formulas would agree too
 
 
 def test_copies_of_the_real_images_score_exactly_one():
@@ -234,8 +234,8 @@ def test_copies_of_the_real_images_score_exactly_one():
 
 
 def test_precision_and_recall_are_exact_if_every_radius_is_zero():
-    real = np.repeat(normal(10, 16, shift=50), 5, axis=0)  # five of each: every radius is zero
-    assert precision_recall(real, real[5:]) == (1, 0.9)  # one of ten is not there
+    real = np.repeat(normal(10, 16, shift=50), 5, axis=0)  # five copies of each row: every radius is zero
+    assert precision_recall(real, real[5:]) == (1, 0.9)  # one row of ten is missing
     assert precision_recall(real, real + 1e-2)[0] == 0
 
 
@@ -249,7 +249,7 @@ def test_collapse_lowers_recall_and_coverage_but_noise_lowers_precision_and_dens
     assert r_collapsed < 0.3 * r
     assert c_collapsed < 0.3 * c
     assert p_collapsed > 0.98
-    assert d == pytest.approx(1, abs=0.15)  # what it is made to expect, whatever the distribution
+    assert d == pytest.approx(1, abs=0.15)  # the expected density of equal distributions
 
 
 def test_too_few_images_for_neighbours_are_refused():
@@ -265,11 +265,11 @@ def test_the_inception_score_of_one_split_equals_torchmetrics():
     logits = 3 * normal(200, 11)
     theirs = InceptionScore(nn.Flatten(), splits=1)
     theirs.update(torch.from_numpy(logits))
-    assert inception_score(logits, splits=1)[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-5)  # float32
+    assert inception_score(logits, splits=1)[0] == pytest.approx(float(theirs.compute()[0]), rel=1e-5)  # in float32
 
 
 def test_the_inception_score_of_certain_balanced_predictions_is_the_number_of_classes():
-    sure = 100 * np.eye(8)[np.arange(8000) // 1000]  # sorted by class: unshuffled, every split would have one class
+    sure = 100 * np.eye(8)[np.arange(8000) // 1000]  # sorted by class: unshuffled splits would have one class each
     mean, deviation = inception_score(sure, splits=10)
     assert 7.7 < mean < 8
     assert deviation < 0.1

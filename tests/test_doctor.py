@@ -160,7 +160,7 @@ def test_a_label_table_shifted_by_one_is_found(run, tmp_path):
         table.copy_(table.roll(1, 0))
 
     report = look(planted(run, tmp_path / "run", shift))
-    assert raised(report) == {"null class", "labels"}  # both are true: class rows are wrong, too
+    assert raised(report) == {"null class", "labels"}  # both findings are right: rows of classes are wrong too
 
 
 def test_finds_a_null_class_that_is_a_copy_or_untrained(run, config, tmp_path):
@@ -212,7 +212,7 @@ def test_a_nan_is_reported_with_its_layer_and_first_example(run, tmp_path):
     seen = only(look(planted(run, tmp_path / "run", plant)), "non-finite")
     assert f"{name}.weight (trained): 1;" in seen
     assert f"{name} (trained) is the first layer" in seen
-    assert f"example {200 * 32}" in seen  # the first that training would see next
+    assert f"example {200 * 32}" in seen  # the first example that training would take next
 
 
 def test_an_overflow_with_finite_parameters_is_reported_with_its_layer(run, tmp_path):
@@ -276,13 +276,13 @@ def test_expected_loss_of_a_zero_prediction_matches_the_closed_form():
 
 def test_the_untrained_loss_is_that_of_a_zero_prediction(config, run):
     loss = rows(look(run), "loss at start")["loss"]
-    assert loss["measured"] == pytest.approx(loss["these examples"], rel=1e-5)  # image prediction: no noise in it
+    assert loss["measured"] == pytest.approx(loss["these examples"], rel=1e-5)  # the target is the image, without noise
     assert loss["again"] == pytest.approx(loss["logged"], rel=1e-5)
 
 
 def test_a_jump_in_value_at_every_cell_border_gives_a_seam_peak_at_the_last_position():
     ramp = torch.arange(32).float().expand(2, 3, 32, 32)
-    stairs = ramp + 3 * (ramp // 8)  # one more a pixel, four more over a border
+    stairs = ramp + 3 * (ramp // 8)  # grows by one per pixel, by four across a border
     down, across = seam_peaks(stairs, 8) - seam_peaks(ramp + 1e-6, 8)
     assert across.exp().tolist() == pytest.approx([1] * 7 + [4], rel=1e-3)
     assert not down.any()

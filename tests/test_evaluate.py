@@ -149,7 +149,7 @@ def test_a_killed_evaluation_resumes_to_the_same_json(run, tmp_path):
     assert not (tmp_path / "killed/metrics.json").exists()
     subprocess.run(command, check=True, timeout=200, stderr=subprocess.DEVNULL)
     assert (tmp_path / "killed/metrics.json").read_bytes() == (tmp_path / "whole/metrics.json").read_bytes()
-    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())  # not made again
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())  # not generated again
 
 
 def test_another_evaluation_in_the_same_folder_is_refused_with_the_field_that_differs(run, tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_another_evaluation_in_the_same_folder_is_refused_with_the_field_that_di
         evaluate(run, "--num", 4, "--out", tmp_path / "a", "--guidance", 3)
     assert stop.value.code == 2
     assert "samples.guidance: 1.0 / 3.0" in capsys.readouterr().err
-    evaluate(run, "--num", 6, "--batch", 64, "--out", tmp_path / "a")  # more of the same is welcome
+    evaluate(run, "--num", 6, "--batch", 64, "--out", tmp_path / "a")  # more images with the same settings are accepted
     assert result_of(tmp_path / "a")["protocol"]["images"] == 6
 
 
@@ -177,7 +177,7 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
     evaluate(tmp_path / "run", "--num", 4, "--out", tmp_path / "a")
     scores = result_of(tmp_path / "a")["scores"]
     assert {f"detail.{n}@{t}" for n in ("period", "direction", "contrast", "layout") for t in (0.5, 0.8)} <= set(scores)
-    assert scores["detail.direction@0.5"]["floor"] > 0.9  # the true images have it
+    assert scores["detail.direction@0.5"]["floor"] > 0.9  # the true images have this detail
 
 
 # --------------------------------------------------------------------------------------------- errors
@@ -352,10 +352,10 @@ def test_statistics_of_adms_layout_replace_real_features(folder_of_samples, fold
     assert len(result["protocol"]["reference"]["statistics"]) == 64
 
 
-def test_chunks_of_a_gpu_without_a_recorded_precision_are_not_continued(run, tmp_path, monkeypatch, capsys):
+def test_gpu_chunks_without_a_recorded_precision_are_not_continued(run, tmp_path, monkeypatch, capsys):
     arguments = ["evaluate", str(run), "-n", "4", "--device", "cpu", "--out", str(tmp_path)]
     main(arguments)
-    assert "precision" not in json.loads((tmp_path / "identity.json").read_text())  # as before: a CPU has no TF32
+    assert "precision" not in json.loads((tmp_path / "identity.json").read_text())  # as in old versions: CPUs lack TF32
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(SystemExit):
         main(arguments)

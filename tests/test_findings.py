@@ -51,7 +51,7 @@ def test_clipping_is_advised_if_the_config_has_none(run_config, monkeypatch, cli
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_weight_decay_is_added_or_raised(run_config, decay):
+def test_the_advice_is_to_add_or_to_raise_weight_decay(run_config, decay):
     tokens = torch.randn(4, 3, 8) * 1e5
     seen = {0.5: Observation({"outer_blocks.0": tokens}, {}, {}, {})}
     text = advice(model_checks.check_activations(patient(with_train(run_config, weight_decay=decay)), seen))

@@ -69,7 +69,7 @@ def maps_of(stages: str = "inner*2 outer", /, *, diffusion: dict | None = None, 
 @pytest.mark.parametrize("mixer", ["patch", "window", "image"])
 @pytest.mark.parametrize("chunk", [2**24, 100])
 def test_measures_match_the_attention_weights(monkeypatch, mixer, chunk):
-    monkeypatch.setattr(attention, "MOST_WEIGHTS", chunk)  # small: some queries, or some groups, at a time
+    monkeypatch.setattr(attention, "MOST_WEIGHTS", chunk)  # the small value takes some queries or some groups at a time
     model = perturbed(NestedDiT(small_model("inner outer", image_size=WIDE, inner={"mixer": mixer})))
     x, t, y = inputs(model.config, batch=1)
     heads = {}
@@ -412,7 +412,7 @@ def test_a_browser_shows_the_chosen_patch_with_its_numbers(tmp_path):
     place = divmod(int(weights.argmax()), 2)
     most = re.search(r"Sub-patch \(1, 1\) gives \((\d), (\d)\) ([\d.]+)% of its weight", body)
     assert (int(most[1]), int(most[2])) == place
-    assert float(most[3]) == pytest.approx(100 * weights.max(), abs=0.3)  # a byte a weight
+    assert float(most[3]) == pytest.approx(100 * weights.max(), abs=0.3)  # the page stores one byte per weight
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_a_browser_shows_a_plain_dit(tmp_path):
     maps = maps_of("outer*2")
     dom = shown(tmp_path, page(maps, ("red", "blue"), "run", 7), "patch=99&t=-1&layer=nothing")
     assert 'data-ready="yes"' in dom
-    assert "Patch 7" in dom  # the last there is
+    assert "Patch 7" in dom  # the last patch
     assert "this is a plain DiT" in dom[: dom.index("<script>")]
 
 
@@ -460,7 +460,7 @@ def test_the_command_writes_the_page_and_every_figure(tmp_path, run_config, caps
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error:constrained_layout not applied")  # a title leaves no room for pictures
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # warned if a title leaves no room for pictures
 def test_every_figure_is_drawn_for_one_image_at_one_time(tmp_path, run_config):
     run = saved(tmp_path / "run", run_config)
     run_command(str(run), "--num", "1", "--times", "0.5", "--steps", "2", "--device", "cpu")
@@ -476,7 +476,7 @@ def test_a_large_image_and_all_aggregates_are_drawn(tmp_path):
         names = [name for name, _, _ in figures(maps, ("a",))]
         assert ("aggregation.png" in names) == (keys.get("inner", {}).get("aggregate") is not None)
         tile = payload(maps, ("a",), "run", 1)["clean"]
-        assert (tile["width"], tile["height"]) == (48, 96)  # shown smaller, in its shape
+        assert (tile["width"], tile["height"]) == (48, 96)  # scaled down, with the same aspect
 
 
 @pytest.mark.parametrize("given", ["", "0", "1", "0.5,x", "0.5,1.2", "nan"])

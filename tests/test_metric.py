@@ -123,7 +123,7 @@ def test_an_interval_upside_down_is_refused(tmp_path: Path, monkeypatch: pytest.
         evaluated(tmp_path)
 
 
-def test_a_metric_cannot_change_the_images_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_metric_cannot_change_the_images_of_the_next_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def zero(samples: Any, real: Any) -> float:
         samples[:] = 0
         return 0.0

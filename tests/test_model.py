@@ -53,7 +53,7 @@ def choices(section: type) -> dict[str, tuple]:
 
 
 CHOICES = choices(InnerConfig) | {key: tuple(table) for key, table in TABLES.items()}
-# Arguments of `small_model`: every value of every choice, those that a later version adds included.
+# Arguments of `small_model`: every value of every choice, including those that a later version adds.
 EVERY_CHOICE = [
     *({"inner": {key: value}} for key, values in CHOICES.items() for value in values),
     *({"outer": {key: value}} for key, values in choices(OuterConfig).items() for value in values),
@@ -125,7 +125,7 @@ def test_plain_dit_is_initialised_like_the_official_dit():
             value = parameters[our_name(name)].double()
             expected, mean = float(golden[key]), float(golden[f"init_mean/{name}"])
             assert value.std(correction=0).item() == pytest.approx(expected, rel=0.05), name
-            chance = 4 * (2 / value.numel()) ** 0.5 * expected + 1e-12  # two means of that many draws
+            chance = 4 * (2 / value.numel()) ** 0.5 * expected + 1e-12  # difference of two means over this many draws
             assert value.mean().item() == pytest.approx(mean, abs=chance), name
 
 
@@ -288,13 +288,13 @@ def test_fuse_replace_leaves_no_path_that_avoids_the_inner_level():
     x, t, y = inputs(model.config)
     with torch.no_grad():
         for parameter in model.inner_embed.parameters():
-            parameter.zero_()  # the image is cut off: nothing else may carry it to the output
+            parameter.zero_()  # cuts off the outer path: no other path may carry the image to the output
     assert torch.equal(model(x, t, y), model(torch.randn_like(x), t, y))
 
 
 def test_fuse_replace_keeps_the_patch_positions():
     model = perturbed(NestedDiT(small_model("inner outer", inner={"fuse": "replace"})))
-    x = torch.zeros(1, 3, 16, 8)  # every patch alike
+    x = torch.zeros(1, 3, 16, 8)  # all patches are equal
     out = SplitSubPatches(model.config)(model(x, torch.ones(1)))[0]
     assert not torch.allclose(out[0], out[5])
 
@@ -363,7 +363,7 @@ def test_the_interpolation_weight_depends_on_time_and_channel():
     inner, outer = torch.zeros(2, 8, 4, 16), torch.randn(1, 8, 32).expand(2, -1, -1)
     told = spread(inner, outer, torch.stack([torch.zeros(32), torch.ones(32)]))
     share = told / spread.message(outer)
-    assert share.std(dim=(1, 2)).max() < 1e-4  # one for all sub-patches of an image
+    assert share.std(dim=(1, 2)).max() < 1e-4  # one value for all sub-patches of an image
     assert (share[0] - share[1]).abs().max() > 1e-3
     assert share[1, 0, 0].std() > 1e-3
 
@@ -375,7 +375,7 @@ def test_rms_norm_equals_its_formula_and_is_used_by_all_blocks_of_a_level():
     torch.testing.assert_close(norm(x), norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
     model = NestedDiT(small_model("(inner outer)*2 inner", inner={"norm": "rms"}))
     weights = [name for name, _ in model.named_parameters() if "norm" in name]
-    assert len(weights) == 3 * 2 + 1  # two a block, one of the head
+    assert len(weights) == 3 * 2 + 1  # two per block, one in the head
     assert all(name.startswith("inner") for name in weights)
 
 

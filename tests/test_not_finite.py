@@ -51,7 +51,7 @@ def no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.simplefilter("error", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # older libraries', of one another
+        warnings.simplefilter("ignore", DeprecationWarning)  # older libraries warn about each other
         yield
 
 
@@ -141,7 +141,7 @@ def test_doctor_reports_non_finite_evaluations(trains, trained, tmp_path, capsys
     assert "first at step 12" in findings[0].seen
     with pytest.raises(SystemExit) as ended:
         main(["doctor", str(run), "--device", "cpu"])
-    assert ended.value.code == 1  # a finding, and no traceback
+    assert ended.value.code == 1  # a finding, not a traceback
     assert "held-out error: the held-out error is not finite" in capsys.readouterr().out
     json.loads(found.to_json(), parse_constant=pytest.fail)
 

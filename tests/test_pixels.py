@@ -166,7 +166,7 @@ def test_moments_equal_those_of_scipy():
 
 def test_seams_are_found_at_their_own_period_and_place():
     draw = np.random.default_rng(0).normal(size=(50, 1, 24, 16)).astype(np.float32)
-    stepped = draw + 2 * (np.arange(16) // 4 % 2)[None, None, None]  # a step across each border of 4 columns
+    stepped = draw + 2 * (np.arange(16) // 4 % 2)[None, None, None]  # a jump in value across the border every 4 columns
     seams = Seams(4)
     deviation = seams.deviation(seams(stepped).mean(0), seams(draw).mean(0))
     assert np.argmax(deviation[1]) == 3
@@ -191,7 +191,7 @@ def test_odd_and_tiny_sizes_are_measured():
     draw = np.random.default_rng(0)
     found = score(draw.random((4, 1, 9, 15), np.float32), draw.random((8, 1, 9, 15), np.float32), (3,))
     assert {"swd.9", "spectrum", "seam.3"} <= found.keys()
-    assert "moments.correlation" not in found  # one channel
+    assert "moments.correlation" not in found  # needs more than one channel
 
 
 # --------------------------------------------------------------------------------------------- neighbours
@@ -235,7 +235,7 @@ def test_mirrored_copies_are_found_if_training_showed_mirror_images(sets):
     assert unaware.scores()["memorised"].value < 0.5
     assert aware.scores()["memorised"].value > 0.95
     assert (aware.train == 0).all()
-    assert aware.too_near_train <= unaware.too_near_train  # unseen images have the same two chances
+    assert aware.too_near_train <= unaware.too_near_train  # mirror images of unseen images are compared too
 
 
 def test_ten_percent_of_copies_give_a_memorising_warning(sets):

@@ -37,7 +37,7 @@ from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
 from test_model import EVERY_CHOICE, PROGRAMS
 
-HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # and how far an output may be off: relative, of its norm
+HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # with the largest relative error of an output, in norm
 POLICIES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "cpu": lambda: torch.autocast("cpu", torch.bfloat16),
     "cuda": CudaAutocast,
@@ -252,7 +252,7 @@ def test_full_float32_holds_for_products_and_convolutions(tf32):
     assert not is_full()
     use_full_float32()
     assert is_full()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # what others switch for themselves
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):  # as other code may do
         assert not is_full()
     assert is_full()
 
@@ -285,7 +285,7 @@ def test_every_entry_point_computes_in_full_float32(tf32, data, tmp_path):
 def test_every_command_with_a_device_option_uses_pick_device():
     """`pick_device` turns on full float32."""
     room, texts = Path(cli.__file__).parent, dict[str, str]()
-    for path in room.rglob("*.py"):  # a command is a file, or a folder of them
+    for path in room.rglob("*.py"):  # a command is a file or a folder
         name = path.relative_to(room).parts[0].removesuffix(".py")
         texts[name] = texts.get(name, "") + path.read_text()
     taking = {name: text for name, text in texts.items() if "add_device(" in text}

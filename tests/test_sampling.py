@@ -54,7 +54,7 @@ def test_every_forward_pass_has_the_same_size_and_rows_for_any_requested_samples
         return seen
 
     whole = inputs(range(15))
-    assert {len(x) for x in whole} == {10}  # guided: with the label and without
+    assert {len(x) for x in whole} == {10}  # guidance doubles the rows: with and without the label
     calls = len(whole) // 3
     for number, asked in enumerate(([4], [5, 9], [12, 13])):
         for x, expected in zip(inputs(asked), whole[number * calls : (number + 1) * calls], strict=True):
@@ -137,7 +137,7 @@ class Euler:
 def test_a_users_euler_sampler_gives_the_samples_of_the_built_in_sampler(run_config, model, monkeypatch):
     monkeypatch.setitem(SAMPLERS, "mine", Sampler({"flow": Euler}, spacings=()))
     euler, mine = (replace(run_config, sample=SampleConfig(sampler=name, steps=5)) for name in ("euler", "mine"))
-    drawn = sample(model, mine, 10)  # of two batches: each has a scheduler of its own
+    drawn = sample(model, mine, 10)  # two batches, each with its own scheduler
     assert torch.allclose(drawn, sample(model, euler, 10), atol=1e-5)
     with pytest.raises(UserError, match=r"sampler=mine needs diffusion.path=flow: use ddim, .* with path ddpm"):
         check_sampler("ddpm", "mine", 5)
@@ -166,7 +166,7 @@ def test_a_users_stochastic_sampler_receives_the_prediction_and_the_noise(monkey
         wanted = {"velocity": noise - image, "image": image, "noise": noise}[prediction]
         assert torch.allclose(given, wanted, atol=1e-5)
         assert not torch.equal(after, given)
-    assert next(draws, None) is None  # one at the start, one a step
+    assert next(draws, None) is None  # one draw at the start and one per step
 
 
 class NoStep:
@@ -259,7 +259,7 @@ def test_samples_depend_on_seed_and_class(run_config, model):
     first = sample(model, run_config, 3)
     assert not torch.allclose(first, sample(model, run_config, 3, seed=1), atol=1e-3)
     other = sample(model, run_config, 3, classes=[2])
-    assert torch.allclose(first[2], other[2], atol=1e-4)  # sample 2 is of class 2 either way
+    assert torch.allclose(first[2], other[2], atol=1e-4)  # sample 2 has class 2 in both
     assert not torch.allclose(first[0], other[0], atol=1e-3)
 
 

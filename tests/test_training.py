@@ -79,7 +79,7 @@ def test_resumed_run_equals_unbroken_run(run_config, tmp_path):
 def test_a_resumed_log_repeats_no_line_and_repairs_a_cut_line(run_config, tmp_path):
     run(run_config, tmp_path / "unbroken")
     stopped = train(run_config, tmp_path / "killed", device="cpu")
-    list(islice(stopped, 9))  # three lines after the checkpoint that it goes on from
+    list(islice(stopped, 9))  # three lines after the checkpoint from which the run resumes
     stopped.close()
     log = tmp_path / "killed/log.jsonl"
     log.write_bytes(log.read_bytes() + b'{"step": 6, "lo')
@@ -288,7 +288,7 @@ def test_a_run_is_locked_until_its_process_ends(run_config, tmp_path):
         with pytest.raises(BusyError, match=f"is being trained by process {owner.pid} on "):
             list(train(with_train(run_config, steps=3), tmp_path / "run", resume=True))
     finally:
-        owner.kill()  # as a machine does that runs out of memory
+        owner.kill()  # as a system out of memory does
         owner.wait()
     assert [fact.kind for fact in train(with_train(run_config, steps=3), tmp_path / "run", resume=True)] == ["start"]
 
@@ -344,7 +344,7 @@ def test_evaluate_and_verify_resume_accept_the_new_place_of_the_data(half_run, t
     main(["evaluate", str(out), "-n", "4", "--device", "cpu"])
     main(["maps", str(out), "--num", "1", "--times", "0.5", "--device", "cpu"])
     main(["verify-resume", str(out), "--steps", "2", "--device", "cpu"])
-    with contextlib.suppress(SystemExit):  # of six steps the doctor may complain
+    with contextlib.suppress(SystemExit):  # the doctor may complain about a run of six steps
         main(["doctor", str(out), "--device", "cpu"])
     assert "no such file" not in capsys.readouterr().err
 

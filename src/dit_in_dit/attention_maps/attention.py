@@ -26,7 +26,7 @@ from dit_in_dit.model.layers import attention_weights
 from dit_in_dit.model.mixers import PatchMixer
 from dit_in_dit.model.nested import NestedDiT
 
-MOST_WEIGHTS = 2**22  # attention weights in memory at a time; more exceed the processor's cache and are slower
+MOST_WEIGHTS = 2**22  # most attention weights in memory at a time; more exceed the processor's cache and are slower
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -36,7 +36,7 @@ class LevelAttention:
 
     Attributes:
         blocks: names of the level's blocks.
-        entropy: entropy of a query's weights over log(L), mean over the queries of a patch, (N, K, layers, heads, T).
+        entropy: entropy of a query's weights / log(L), mean over the queries of a patch, (N, K, layers, heads, T).
             1 is uniform attention, 0 is all weight on one token.
         own: weight of a query on itself; mean and shape as for entropy.
         distance: weighted mean distance from a query to its keys, in tokens; mean and shape as for entropy.

@@ -15,7 +15,7 @@ from dit_in_dit.model.mixers import MIXERS
 
 
 def findings(maps: Maps) -> list[str]:
-    """Sentences on attention, variance of inner weights, aggregation, contribution, and the inner path switched off."""
+    """Sentences on attention, variance of inner weights, aggregation, contribution and effect of the inner path."""
     sentences = _attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))
@@ -62,7 +62,7 @@ def not_shown(model: ModelConfig) -> list[str]:
 
 
 def _ends(values: Array, maps: Maps, form: str = ".0%", unit: str = "") -> str:
-    """Text of the values (K,) at the first and last time, and of extremes between that differ from both by over 2%."""
+    """Text of the values (K,) at the first and last time, and of extremes between them, over 2% from both."""
     times, last = maps.views.times, len(values) - 1
     extremes = {int(values.argmin()), int(values.argmax())} - {0, last}
     distinct = {k for k in extremes if np.abs(values[k] - values[[0, last]]).min() > 0.02 * abs(values[k])}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NARROWEST, TITLE_LINE = 5.0, 0.19  # inches: least width of a figure, and height of a line of its title
 PANEL = 1.25  # inches per panel
 MOST_COLUMNS, MOST_ROWS = 5, 6  # most times, and most images or layers, in a figure
-WEIGHT_COLOURS = "GnBu"  # colour map; light is small
+WEIGHT_COLOURS = "GnBu"  # colour map; small values are light
 
 
 def panels(rows: int, columns: int, size: float = PANEL, aspect: float = 1.0, right: float = 0.9) -> tuple[Figure, Any]:

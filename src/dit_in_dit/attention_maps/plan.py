@@ -52,7 +52,7 @@ def evenly_chosen(items: tuple[int, ...], most: int) -> tuple[int, ...]:
 def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTES) -> MapsPlan:
     """Keep all recordings, or cut recordings until the page fits into `most` bytes.
 
-    Cuts are made one by one; the least important recordings are cut first (`_CUTS`). If all cuts do not suffice, they
+    Cuts are made one by one; the least important recordings are cut first (`_CUTS`). If all do not suffice, the cuts
     are repeated without the weights of the inner level, then without the weights of both levels.
     """
     mixer = MIXERS[model.inner.mixer]

@@ -25,7 +25,7 @@ class OnOffSamples:
 
     Attributes:
         labels: class numbers, (M,).
-        on, off: samples (M, C, H, W) of the same noise. `off` is None where the model cannot run without the inner
+        on, off: samples (M, C, H, W) of the same noise. `off` is None if the model cannot run without the inner
             path.
         times: t of each call of the network, (calls,).
         noisy, estimate: x_t and the image estimate at each call, (calls, STRIPS, C, H, W).

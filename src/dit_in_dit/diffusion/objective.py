@@ -13,7 +13,7 @@ from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_pat
 from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Weight = Callable[[Flow, str, Tensor], Tensor]  # path, prediction, t (N,) -> factor (N,) on its squared error
+Weight = Callable[[Flow, str, Tensor], Tensor]  # path, prediction, t (N,) -> factor (N,) on the squared error
 LOSS_FLOOR = 0.05  # lower bound of a determinant in a weight (JiT, Li & He 2025, section 4)
 MIN_SNR = 5.0  # gamma of Hang et al. 2023
 EVALUATION_TIMES = (0.2, 0.5, 0.8)
@@ -27,7 +27,7 @@ def logit_normal(uniform: Tensor, config: DiffusionConfig) -> Tensor:
 
 TIME_DISTRIBUTIONS: dict[
     str, Callable[[Tensor, DiffusionConfig], Tensor]
-] = {  # of t: inverse cumulative distribution functions
+] = {  # inverse cumulative distribution functions of t
     "uniform": lambda uniform, config: uniform,
     "logit_normal": logit_normal,
 }
@@ -114,7 +114,7 @@ class Objective:
     def estimate(
         self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x_t (from images, noise and times (N,)) and the image estimate of the model at x_t, both (N, C, H, W)."""
+        """x_t of images, noise and times (N,), and the model's image estimate at this x_t; both (N, C, H, W)."""
         x_t = self.noisy(x, noise, t)
         return x_t, self.image(predict(x_t, t, y).float(), x_t, t)
 

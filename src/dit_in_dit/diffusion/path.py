@@ -1,6 +1,6 @@
 """The path from image x to noise e, x_t = a(t) x + b(t) e, and the quantities that a model may predict on it.
 
-Every quantity (velocity, image or noise) is u x + w e with its pair of coefficients (u, w). A prediction and x_t give
+Every quantity (velocity, image or noise) is u x + w e, each with its own coefficients (u, w). A prediction and x_t give
 two equations in x and e, so that one 2x2 solve converts a prediction of any quantity into any other quantity.
 """
 
@@ -117,5 +117,5 @@ def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: st
     u, w = prediction_coefficients(path, given, a, b)
     det = determinant(path, given, a, b, SMALLEST_DETERMINANT)
     v, z = prediction_coefficients(path, wanted, a, b)
-    # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det; collected into a factor of each.
+    # image = (w x_t - b prediction) / det, noise = (a prediction - u x_t) / det; as a factor on each.
     return (a * z - b * v) / det * prediction + (w * v - u * z) / det * x_t

@@ -94,12 +94,12 @@ def _one(noise: Tensor) -> Noise:
 def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     """Classifier-free guidance (Ho & Salimans 2022) in one batch, within an interval of t (Kynkaanniemi et al. 2024).
 
-    `null` is the number of the null class. Variance channels are not guided: they come from the given class.
+    `null` is the number of the null class. Variance channels are not guided: they are those of the given class.
     """
     if how.guidance == 1 or null == 0:
         return predict
     low, high = how.interval
-    everywhere = (low, high) == (0, 1)  # then no time is read, so that the host does not wait for the device
+    everywhere = (low, high) == (0, 1)  # if true, no time is read: the host does not wait for the device
 
     def with_guidance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if y is None or not (everywhere or low <= float(t[0]) <= high):

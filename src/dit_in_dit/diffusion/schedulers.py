@@ -1,4 +1,4 @@
-"""Schedulers for a path: a user's own, and those of the `diffusers` library, with equal times in all its versions."""
+"""Schedulers for a path: a user's own, and those of the `diffusers` library, whose times are equal in all versions."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
 
 TIMES = "of diffusers 0.42"  # times of a sampler's steps, in every installed version
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
-STRAIGHT = (  # classes of diffusers for straight paths, whose step takes the velocity
+STRAIGHT = (  # classes of diffusers for straight paths; their `step` takes the velocity
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
 )
 RESHAPING = (  # options that change the noise levels of a scheduler
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas"),
     *("use_dynamic_shifting", "shift_terminal", "trained_betas", "rescale_betas_zero_snr"),
 )
-FULL = (None, -math.inf, "-inf")  # `lambda_min_clipped` where no step is clipped
-Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels where a class has some
+FULL = (None, -math.inf, "-inf")  # values of `lambda_min_clipped` that clip no step
+Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels if the class has any
 
 
 class Scheduler(Protocol):
@@ -92,7 +92,7 @@ def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) ->
             raise UserError(f"{name}.{method} must take ({wanted}): got {got}; change its arguments") from None
     try:
         prediction = prediction_type(scheduler)
-    except (AttributeError, KeyError):  # neither a prediction of its own, nor a class of diffusers with a known one
+    except (AttributeError, KeyError):  # it has no `prediction`, nor a known `prediction_type` of diffusers
         prediction = ""
     if prediction not in QUANTITIES:
         hint = did_you_mean(prediction, QUANTITIES)
@@ -113,7 +113,7 @@ def check_timesteps(scheduler: Any, sampler: str) -> None:
 
 
 def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
-    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError if it has not returned x."""
+    """The next x (N, C, H, W) that a scheduler's `step` has returned; UserError if it has returned something else."""
     after = getattr(step, "prev_sample", None)
     if isinstance(after, Tensor) and after.shape == x.shape:
         return after
@@ -134,9 +134,9 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
     else:
         kinds = {"image": "sample", "noise": "epsilon", "velocity": "v_prediction"}
         options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": DDPM_STEPS}
-        # No class that takes this config over clips images.
+        # A class created from this config does not clip images either.
         options |= {"prediction_type": kinds[diffusion.predict], "timestep_spacing": spacing, "clip_sample": False}
-        options |= {"variance_type": "fixed_large"} if stochastic else {}  # where it is not learned
+        options |= {"variance_type": "fixed_large"} if stochastic else {}  # used if the variance is not learned
     if not hasattr(diffusers, name):
         known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
         raise UserError(
@@ -151,7 +151,7 @@ def matches_flow(scheduler: Any) -> bool:
 
 
 def is_ddpm(scheduler: Any) -> bool:
-    """Whether `variance.ancestral` replaces a scheduler's step: `DDPMScheduler.step` adds noise to the final image."""
+    """Whether `variance.ancestral` replaces the step, since `DDPMScheduler.step` adds noise to the final image."""
     return type(scheduler).__name__ == "DDPMScheduler"
 
 
@@ -166,8 +166,8 @@ def scheduler_option(scheduler: Any, name: str) -> Any:
 def set_steps(scheduler: Any, steps: int) -> None:
     """Start a new trajectory with this number of steps."""
     if matches_flow(scheduler):
-        # Even steps of 1/steps down to zero. By default the last but one ends at 1/1000, where the velocity, and with
-        # it Heun's correction, is 1000 times the error of the image.
+        # Even steps of 1/steps down to zero. Otherwise the last step but one would end at 1/1000, where the velocity,
+        # and so Heun's correction, has 1000 times the error of the image.
         scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
     if (own := _own_steps(scheduler, steps)) is not None:
@@ -176,13 +176,13 @@ def set_steps(scheduler: Any, steps: int) -> None:
         if sigmas is not None:
             scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks up its place by a time that rounding may repeat
+        scheduler.set_begin_index(0)  # otherwise it finds its step by the time, and rounded times may be equal
 
 
 def _own_steps(scheduler: Any, steps: int) -> Steps | None:
     """Timesteps of a scheduler in `SPACED`, and the noise levels if the scheduler has any, as in diffusers 0.42.
 
-    Versions differ: UniPC's second of 25 flow steps is 960 in 0.42 and 959 in 0.35. If an option of the scheduler
+    Versions differ: the second of UniPC's 25 flow steps is 960 in 0.42, 959 in 0.35. If an option of the scheduler
     asks for other steps, the result is None.
     """
     spaced = SPACED.get(type(scheduler).__name__)

@@ -45,8 +45,8 @@ class Posterior(NamedTuple):
 def posterior(step: Tensor, before: Tensor) -> Posterior:
     """The posterior from step k to step j < k; k and j are int64 tensors on the CPU, of one shape.
 
-    j = -1 is the image itself. Its posterior variance is zero, which has no logarithm: the variance of the
-    step above is used.
+    j = -1 is the image itself. Its posterior variance is zero, which has no logarithm: the posterior
+    variance from step 1 to step 0 is used.
     """
     left = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar()])  # left[k + 1] is alpha_bar_k
     now, then = left[step + 1], left[before + 1]
@@ -72,7 +72,7 @@ def _between(step: int, before: int, device: torch.device) -> Posterior:
 
 
 def ancestral(image: Tensor, fraction: Tensor | None, noisy: Tensor, step: int, before: int, noise: Tensor) -> Tensor:
-    """One step of DDPM's sampler, of any length: x_j from x_k, the image estimate and noise, all (N, C, H, W).
+    """One step, of any length, of DDPM's sampler: x_j from x_k, the image estimate and noise, all (N, C, H, W).
 
     Without a learned fraction, the variance is the larger bound. The last step (j = -1) adds no noise.
     """

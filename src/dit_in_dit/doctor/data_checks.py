@@ -24,7 +24,7 @@ from dit_in_dit.training.trainer import Trainer
 Severity = Literal["fault", "warning", "note"]
 Line = dict[str, Any]
 
-MOST_NUMBERS = 2**25  # of the images in memory at a time: 128 MB of float32
+MOST_NUMBERS = 2**25  # values of images in memory at a time: 128 MB of float32
 CHUNK = 16  # examples at a time
 LABELS_READ = 4096  # training images read for their labels
 
@@ -81,7 +81,7 @@ class DoctorSubject:
 
 
 def forward_budget(config: RunConfig, device: torch.device) -> int:
-    """Images per forward pass of about two seconds, at 1e10 MACs per second on a CPU core and 1e12 on a GPU."""
+    """Number of images for a forward pass of two seconds, at 1e10 MACs per second on a CPU core, 1e12 on a GPU."""
     return max(2, int((2e10 if device.type == "cpu" else 2e12) // macs(config.model)["total"]))
 
 
@@ -147,7 +147,7 @@ def _judge_range(section: CheckResult, images: Tensor) -> None:
     elif not_scaled:
         section.find("fault", "data range", f"{seen}: pixels in [0, 1]", "store uint8, or floats 2 x - 1")
     elif max(-low, high) <= 1 + slack and pixels:
-        if deviation < 0.05:  # usual images have about .5: a signal-to-noise ratio 100 times that
+        if deviation < 0.05:  # usual images have about 0.5, and so 100 times the signal-to-noise ratio
             section.find("warning", "data range", f"{seen}: almost no contrast", "scale the images to [-1, 1]")
     # The noise has deviation 1. A factor of two shifts every signal-to-noise ratio as much as one deviation of
     # logit-normal times. Beyond a factor of ten the network sees either only noise or none.
@@ -204,7 +204,7 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
 
 
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:
-    """Expected loss (N,) over the noise of a zero prediction, for these images at these times.
+    """Loss (N,) of a zero prediction for these images at these times, in expectation over the noise.
 
     The loss is weight(t) (u(t)^2 x^2 + w(t)^2) if the target is u x + w e.
     """

@@ -33,7 +33,7 @@ from dit_in_dit.training.optimizer import is_trained
 from dit_in_dit.training.trainer import Trainer
 
 EXAMPLES = 256  # training examples examined
-HELD_OUT = 512  # held-out images; the null class makes small differences
+HELD_OUT = 512  # held-out images; many, because the null class changes errors only a little
 SEVERITIES = ("fault", "warning", "note")
 CURVE_POINTS = 400
 STEP = {"step": int, "loss": (int, float), "grad_norm": (int, float)}  # a line of a log

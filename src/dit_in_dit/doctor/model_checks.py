@@ -77,7 +77,7 @@ def check_activations(patient: DoctorSubject, observations: dict[float, Observat
             "dead": (deviation < 1e-3 * size).float().mean().item(),
         }
     large = [name for name, row in section.rows.items() if row["max"] > 3e4]
-    if large:  # float16 ends at 65504; steps of bfloat16 are 128 wide there
+    if large:  # float16 ends at 65504; numbers of bfloat16 are 128 apart there
         seen = f"values up to {max(section.rows[name]['max'] for name in large):.3g} in {', '.join(large)}"
         decay = "raise" if patient.config.train.weight_decay else "add"
         section.find("warning", "activations", seen, f"lower train.learning_rate; {decay} train.weight_decay")
@@ -149,7 +149,7 @@ def check_inner_path(patient: DoctorSubject, observations: dict[float, Observati
 
 
 def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check: str, where: str) -> None:
-    """Report an inner path that adds less than a quarter of the rounding of bfloat16 (1/256)."""
+    """Report an inner path that adds less than a quarter of 1/256, the rounding of bfloat16."""
     share = max(section.rows[f"{name}: share"].values())
     if patient.trained and share < 1e-3:
         seen = f"{where}; the inner path adds {share:.2g} of the norm of the tokens that it joins"
@@ -163,7 +163,7 @@ def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check:
 
 @torch.no_grad()
 def check_null_class(patient: DoctorSubject) -> CheckResult:
-    """Check that the label table's last row means "no class": it has moved, is no copy, and belongs to no class.
+    """Check that the label table's last row means "no class": it has been trained, is no copy, and belongs to no class.
 
     Contrasts show whether the row belongs to a class. Row k must fit images of class k better, relative to the null
     row, than it fits other images. A difference of differences does not depend on how well each row is trained.
@@ -238,7 +238,7 @@ def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: Label
 
 
 def _standard_errors(values: Tensor) -> float:
-    """Mean over its standard error; 0 for fewer than two values."""
+    """Mean divided by its standard error; 0 if there are fewer than two values."""
     return (values.mean() / (values.std() / math.sqrt(len(values))).clamp(min=1e-30)).item() if len(values) > 1 else 0.0
 
 
@@ -277,7 +277,7 @@ def _judge_seams(
         seen = f"{repeats:.0%} of the estimates' error repeats with every {what}"
         head = "inner" if what == "sub-patch" and model.program[-1][0] == "inner" else "outer"
         section.find("fault", "seams", seen, f"look at the bias of the {head} head; train longer")
-    elif peak > 1:  # a step over the border e times that inside; healthy runs of a few minutes show 0.2 to 0.4
+    elif peak > 1:  # a jump over the border e times those inside; healthy runs of a few minutes show 0.2 to 0.4
         seen = f"differences between neighbouring pixels deviate by a factor of {math.exp(peak):.1f} along each {what}"
         section.find("warning", "seams", seen, _see_further(model))
 

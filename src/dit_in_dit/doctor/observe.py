@@ -38,7 +38,7 @@ ATTENTION_BYTES = 2**28
 
 @contextmanager
 def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]]]:
-    """Record the first module whose output is not finite in a forward pass of `images` images, and the image number."""
+    """In a forward pass of `images` images, record the first module with non-finite output, and the image's number."""
     failures: list[tuple[str, int]] = []
 
     def hook(name: str, module: nn.Module, arguments: object, output: object) -> None:
@@ -174,7 +174,7 @@ def errors_by_label(patient: DoctorSubject) -> LabelErrors | None:
 def seam_peaks(images: Tensor, period: int) -> Tensor:
     """Log of the mean |difference of neighbours| by position mod `period`, down and across, (2, period).
 
-    Entry period - 1 is the step over the border between two cells. Needs images larger than the period.
+    Entry `period - 1` is the difference across the border between two cells. Needs images larger than the period.
     """
     profiles = []
     for axis in (2, 3):

@@ -145,7 +145,7 @@ def _judge_rate(section: CheckResult, patient: DoctorSubject, lines: list[Line],
     lower = f"lower train.learning_rate={rate:g} to about {rate * 1e-2 / max(highest, 0.3):.0e}"
     if not math.isfinite(lines[-1]["loss"] + lines[-1]["grad_norm"]):
         section.find("fault", "learning rate", f"the loss is not finite at step {lines[-1]['step']}", lower)
-    # Healthy updates lie between 1e-4 and 3e-2. At a tenth, a hundred noisy steps replace every weight. A loss above
+    # Healthy ratios lie between 1e-4 and 3e-2. At 0.1, a hundred noisy steps replace every weight. A loss above
     # that of a zero prediction is not noise: both are of the same examples. Healthy runs stay below 1.
     elif highest > 0.1 or last > 1.5 or worst > 3:
         seen = (

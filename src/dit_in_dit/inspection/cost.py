@@ -25,7 +25,7 @@ FORWARDS_PER_STEP = 3  # MACs of a training step over those of a forward pass: t
 def macs(model: ModelConfig) -> dict[str, int]:
     """MACs per image of each part of the model, and their `total`.
 
-    A block of width D on L tokens, each of which attends to M, costs L (4 D^2 + 2 M D) for attention, 2 L D H for an
+    A block of width D on L tokens that attend to M tokens each costs L (4 D^2 + 2 M D) for attention, 2 L D H for an
     MLP of hidden width H, and 6 D K for adaLN on each conditioning row of width K.
     """
     outer, inner = model.outer, model.inner
@@ -84,7 +84,7 @@ def held_bytes(model: ModelConfig) -> int:
 
 
 def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> None:
-    """Check that this machine can hold the model in training. Otherwise the system would kill the process silently.
+    """Check that this machine can hold the model in training. A process that is too large would be killed silently.
 
     Args:
         moments: number of tensors that the optimizer keeps for each weight tensor.

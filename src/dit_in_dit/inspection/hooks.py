@@ -116,7 +116,7 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
         prediction = output[:, : model.config.channels]  # without the variance fraction
         patches = prediction.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
         images[module.name] = patches.flatten(2).norm(dim=-1).detach()
-        if module.name == "inner head":  # the last to run
+        if module.name == "inner head":  # this head runs last
             inner = images["inner head"]
             seen["inner_head"] = share(inner, images.get("outer head", torch.zeros_like(inner)))
 
@@ -147,7 +147,7 @@ def can_run_without_inner(model: NestedDiT) -> bool:
 
 @contextmanager
 def without_inner(model: NestedDiT) -> Iterator[None]:
-    """Disable the inner path while open: the path adds nothing to outer tokens or the image, as with a gate of zero."""
+    """Disable the inner path in the context: it adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
     heads = [head for head in model.heads if isinstance(head, InnerHead)]
     unchanged = [(stage, lambda module, arguments, output: arguments[:2]) for stage in joins]

@@ -18,7 +18,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 Shape = tuple[int, ...]
 COUNTS = ("macs", "rows", "width", "length")
-BATCH = 2  # of the forward pass: a part that drops this axis would broadcast with one image
+BATCH = 2  # images in the forward pass; with one, an output that lacks this axis would broadcast
 
 
 def check_plugin_parts(model: ModelConfig) -> None:
@@ -51,7 +51,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
             return
         except UserError:
             raise
-        except Exception:  # of the part itself
+        except Exception:  # raised by the part itself
             continue
 
 

@@ -19,7 +19,7 @@ def blur(images: Pixels, strength: float) -> Pixels:
 
 
 def noise(images: Pixels, strength: float) -> Pixels:
-    """White noise of standard deviation `strength` (of a range of 1)."""
+    """White noise of standard deviation `strength`; pixels have range 1."""
     draws = [generator(0, "noise", i).standard_normal(image.shape) for i, image in enumerate(images)]
     return _pixels(images + 255 * strength * np.stack(draws))
 
@@ -35,14 +35,14 @@ def jpeg(images: Pixels, strength: float) -> Pixels:
 
 
 def patch_grid(images: Pixels, strength: float, period: int = 8) -> Pixels:
-    """Darken the last row and column of every patch by `strength` (of a range of 1); patches have `period` pixels."""
+    """Darken the last row and column of every patch of `period` pixels by `strength`; pixels have range 1."""
     lines = np.zeros(images.shape[1:3])
     lines[period - 1 :: period], lines[:, period - 1 :: period] = 1, 1
     return _pixels(images - 255 * strength * lines[..., None])
 
 
 def colour(images: Pixels, strength: float) -> Pixels:
-    """Lighten the first channel and darken the last by `strength` (of a range of 1)."""
+    """Lighten the first channel and darken the last by `strength`; pixels have range 1."""
     shift = np.zeros(images.shape[-1])
     shift[0], shift[-1] = 255 * strength, -255 * strength
     return _pixels(images + shift)

@@ -19,7 +19,7 @@ DIRECTIONS = np.arange(0, np.pi, np.pi / 36)  # search grid: steps of 5 degrees
 RIGHT_PERIOD = 0.1  # largest relative error of a recovered period
 RIGHT_DIRECTION = np.pi / 18  # largest error of a recovered direction: ten degrees
 SMALLEST_REGION = 48  # visible pixels: a few waves of any texture
-MOST_PIXELS = 1024  # of a region that are analysed, the nearest to its centroid
+MOST_PIXELS = 1024  # most pixels of a region that are analysed: those nearest to its centroid
 REACH = 2  # a pixel is assigned to a region by (2 REACH + 1)^2 pixels around it
 
 
@@ -62,7 +62,7 @@ def visible_regions(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
 
 
 def _mix(region: Region, image: Image) -> Float64Array:
-    """Position of pixels between the two colours of their region; (3, ...) -> (...), 0 dark to 1 light."""
+    """Position of pixels between the two colours of their region; (3, ...) -> (...), from 0 (dark) to 1 (light)."""
     dark, light = (np.asarray(c, float) for c in region.colours)
     axis = (light - dark) / np.sum((light - dark) ** 2)
     return np.tensordot(axis, image, 1) - axis @ dark
@@ -80,7 +80,7 @@ def _texture(region: Region, pixels: NDArray[np.int64], image: Image) -> tuple[b
     along = x * np.cos(region.direction) + y * np.sin(region.direction)
     phase = 2 * np.pi * along / region.period + region.phase
     parts = np.column_stack([np.ones_like(phase), np.sin(phase), np.cos(phase)])
-    amplitude = np.linalg.lstsq(parts, wave, rcond=None)[0][1]  # in step with the true wave
+    amplitude = np.linalg.lstsq(parts, wave, rcond=None)[0][1]  # in phase with the true wave
     return (
         abs(PERIODS[best_period] / region.period - 1) < RIGHT_PERIOD,
         min(angle, np.pi - angle) < RIGHT_DIRECTION,

@@ -34,7 +34,7 @@ from dit_in_dit.runtime.process import is_main
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import held_out_batch
 
-PIXELS_AT_ONCE = 2**28  # values of a set of images that the pixel metrics hold in memory
+PIXELS_AT_ONCE = 2**28  # most values per set of images that the pixel metrics hold in memory
 SHOWN = 64  # images in a figure
 DETAIL_IMAGES = 64
 DETAIL_TIMES = (0.5, 0.8)
@@ -54,8 +54,8 @@ class Evaluation:
     """The content of `metrics.json`, and the images that figures show."""
 
     result: dict[str, Any]
-    images: Pixels  # those that the pixel metrics compare
-    real: Pixels  # twice as many
+    images: Pixels  # the images that the pixel metrics compare
+    real: Pixels  # real images, twice as many
     near: Neighbours
     nearest: Pixels  # the samples nearest to training images, nearest first
     nearest_real: Pixels  # the training image nearest to each
@@ -120,7 +120,7 @@ def _check_counts(subject: Subject, real: RealImages, num: int) -> None:
 def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any]:
     """Everything that the chunks in a folder depend on."""
     gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    precision = {"precision": FULL} if gpu else {}  # a GPU's chunks without this key were convolved in TF32
+    precision = {"precision": FULL} if gpu else {}  # GPU chunks without it were convolved in TF32
     return {"samples": subject.samples, "subject": subject.about, **at_once, **precision}
 
 

@@ -19,11 +19,11 @@ from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 
-ENOUGH = 2048  # images on each side, below which a Frechet distance does not get the name of a published metric
+ENOUGH = 2048  # fewest images on each side for which a Frechet distance has the name of a published metric
 DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # arrays of ADM's layout
 ROWS = 512  # rows summed by one matrix product
-BLOCK = 2**23  # distances in memory
+BLOCK = 2**23  # most distances in memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Moments:
 
 
 def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
-    """Moments of features in chunks (n, d); the size of the chunks changes no bit.
+    """Moments of features in chunks (n, d); the size of the chunks changes no bit of the result.
 
     The first row is subtracted before summing: squares of a large mean would lose a small covariance to rounding.
 
@@ -143,15 +143,15 @@ def _discrepancy(x: Float64Array, y: Float64Array) -> float:
     within = 0.0
     for rows in (x, y):
         kernel = (rows @ rows.T / dimension + 1) ** 3
-        within += kernel.sum() - np.trace(kernel)  # without each row with itself
+        within += kernel.sum() - np.trace(kernel)  # without pairs of a row with itself
     return float(within / (size * (size - 1)) - 2 * ((x @ y.T / dimension + 1) ** 3).mean())
 
 
 def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> tuple[float, float]:
     """Precision: share of generated images near the real ones. Recall: share of real images near the generated ones.
 
-    An image is near a set if it is no farther from some image of the set than that image's k-th neighbour in the set
-    (Kynkaanniemi et al. 2019, eq. 2).
+    An image is near a set if it lies in a ball around some image of the set. The ball's radius is the distance from
+    that image to its k-th neighbour in the set (Kynkaanniemi et al. 2019, eq. 2).
 
     Raises:
         UserError: a set has k images or fewer.
@@ -166,15 +166,15 @@ def precision_recall(real: NDArray[Any], generated: NDArray[Any], k: int = 3) ->
 
 
 def density_coverage(real: NDArray[Any], generated: NDArray[Any], k: int = 5) -> tuple[float, float]:
-    """Density: mean number of balls that hold a generated image, over k. Coverage: share of balls that hold any.
+    """Density: mean number of balls that hold a generated image, divided by k. Coverage: share of balls that hold any.
 
-    A ball around a real image reaches to the k-th real neighbour, which is outside the ball as in the authors' code
+    A ball around a real image reaches to its k-th real neighbour, which is outside the ball, as in the authors' code
     (Naeem et al. 2020, eqs. 3 and 4).
 
     Raises:
         UserError: there are k real images or fewer.
     """
-    radii = _radii(real, k) * (1 - 1e-9)  # open in spite of rounding
+    radii = _radii(real, k) * (1 - 1e-9)  # the border is outside in spite of rounding
     covered, balls = np.zeros(len(real), bool), 0
     for _, distances in _squared_distances(generated, real):
         inside = distances < radii
@@ -206,7 +206,7 @@ def _squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Iterator[tuple[int, 
         part = slice(start, start + step)
         norms = norms_a[part, None] + norms_b
         distances = norms - 2 * (a[part] @ b.T)
-        yield start, np.where(distances > 1e-12 * norms, distances, 0.0)  # equal rows are at 0 in spite of rounding
+        yield start, np.where(distances > 1e-12 * norms, distances, 0.0)  # equal rows: 0 in spite of rounding
 
 
 def inception_score(logits: NDArray[Any], splits: int = 10, seed: int = 0) -> tuple[float, float]:

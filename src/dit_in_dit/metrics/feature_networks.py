@@ -60,7 +60,7 @@ class Network:
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> Network:
-    """Open `inception` or `dinov2` with the weights at `weights` (Inception only: None is torch-fidelity's own copy).
+    """Open `inception` or `dinov2` with the weights at `weights` (None, for Inception only: torch-fidelity's own copy).
 
     Raises:
         UserError: a package or the weights are missing, or do not fit.

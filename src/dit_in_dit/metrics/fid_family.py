@@ -70,5 +70,5 @@ def feature_scores(
 
 
 def _with_deviation(name: str, result: tuple[float, float]) -> dict[str, Score]:
-    """Scores for a mean and for the deviation over subsets or splits. The deviation is not an error of the mean."""
+    """Two scores: the mean, and the deviation over subsets or splits. The deviation is not an error of the mean."""
     return {name: Score(result[0]), f"{name} deviation": Score(result[1])}

@@ -19,22 +19,22 @@ from dit_in_dit.runtime.seeding import generator
 Float64Array = NDArray[np.float64]
 
 SIDE = 32  # longest side of an image that is compared, in pixels; larger ones are averaged down
-BLOCK = 2**26  # distances in memory
-NEAR = 0.01  # "too near": as near to a training image as this share of unseen real images
+BLOCK = 2**26  # most distances in memory
+NEAR = 0.01  # "too near": within the distance at which this share of unseen real images has a training image
 LOUD = 0.05  # share of samples that are too near, above which a warning is given
-DETAILED = 0.5  # share of real detail below which samples are blurred: blurred images are near to all others
+DETAILED = 0.5  # samples with less than this share of real detail are blurred: blurred images are near to all others
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Nearest neighbours of samples and real images. A distance is a root mean square over pixels, of a range of 2."""
+    """Nearest neighbours of samples and real images. A distance is a root mean square over pixels of range 2."""
 
     train: Float64Array  # of each sample to its nearest training image
     number: NDArray[np.int64]  # of that training image
     other: Float64Array  # of each sample to its nearest other sample
-    unseen_train: Float64Array  # as `train`, of unseen real images
-    unseen_other: Float64Array  # as `other`, of real images
-    detail: float  # median root mean square of steps between neighbouring pixels, samples over training images
+    unseen_train: Float64Array  # as `train`, but of unseen real images
+    unseen_other: Float64Array  # as `other`, but of real images
+    detail: float  # median rms difference of neighbouring pixels: of samples, divided by that of training images
 
     @property
     def too_near_train(self) -> float:
@@ -111,7 +111,7 @@ def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrore
 
 
 def _steps(images: Tensor) -> Float64Array:
-    """Root mean square of the steps between neighbouring pixels, down and across, of each image (N, C, h, w)."""
+    """Root mean square of the differences between neighbouring pixels, down and across, of each image (N, C, h, w)."""
     squares = [images.diff(dim=axis).double().square().flatten(1).sum(1) for axis in (2, 3)]
     count = sum(images[0].diff(dim=axis).numel() for axis in (1, 2))
     return ((squares[0] + squares[1]) / max(count, 1)).sqrt().numpy()

@@ -104,8 +104,8 @@ METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a
         Metric("moments.*", "pixels", "lower"),
         Metric("seam.*", "pixels", "lower"),
         Metric("detail.*", "detail", "higher"),
-        Metric("* deviation", "listed", "listed"),  # over splits or subsets, which is no error of the mean
-        Metric("memorised", "listed", "listed"),  # near to training images is neither good nor bad by itself
+        Metric("* deviation", "listed", "listed"),  # deviation over splits or subsets: no error of the mean
+        Metric("memorised", "listed", "listed"),  # closeness to training images may be good or bad
         Metric("nearest.train", "listed", "listed"),
         Metric("repeated", "listed", "listed"),
         Metric("FD-DINOv2", "standard", "lower"),
@@ -135,7 +135,7 @@ def direction(score: str) -> Direction:
 
 
 def plugin_metrics() -> dict[str, Metric]:
-    """The metrics of the user, which compute their own score."""
+    """The user's metrics: those that have a `compute`."""
     return {name: metric for name, metric in METRICS.items() if metric.compute}
 
 
@@ -149,7 +149,7 @@ def plugin_scores(images: Images, real: Images) -> dict[str, Score]:
     first, second = real[halves.first[0]], real[halves.second[0]]
     images = images.view()
     for array in (images, first, second):
-        array.flags.writeable = False  # a metric that wrote into its arrays would change the next metric's
+        array.flags.writeable = False  # a metric that writes into its arrays must not change the next metric's
     scores = {}
     for name, metric in plugin_metrics().items():
         score = _compute(name, metric, images, first)

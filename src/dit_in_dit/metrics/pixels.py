@@ -1,4 +1,4 @@
-"""Distances between two sets of images without a network, each with a floor: real images against real ones.
+"""Distances, without a network, between two sets of images; each has a floor: real images against real ones.
 
 Sets are float arrays (N, C, H, W) in [-1, 1]. Two kinds of metric: a *statistic* is a vector per image, and sets are
 compared by its mean; `wasserstein` compares clouds of small patches.
@@ -176,7 +176,7 @@ class Seams:
     def deviation(self, images: Float64Array, real: Float64Array) -> Float64Array:
         """Excess of images minus excess of real images at each place, (2, period): down and across."""
         a, b = (x.reshape(2, self.period) for x in (images, real))
-        tiny = 1e-6  # of a range of 2: real images without any edge
+        tiny = 1e-6  # pixels have range 2; for real images without any edge
         return ((a - a.mean(1, keepdims=True)) - (b - b.mean(1, keepdims=True))) / (b.mean(1, keepdims=True) + tiny)
 
 

@@ -44,7 +44,7 @@ def draw_evaluation(evaluation: Evaluation, out: Path) -> list[tuple[Path, str]]
 
 
 def draw_nearest(evaluation: Evaluation, path: Path, columns: int = 16) -> None:
-    """Draw the samples nearest to training images, each above its training image."""
+    """Draw the samples nearest to training images, each above the training image nearest to it."""
     count = min(columns * 2, len(evaluation.nearest))
     rows = []
     for start in range(0, count, columns):

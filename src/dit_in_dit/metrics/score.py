@@ -12,14 +12,14 @@ from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 
-FLOOR_SPLITS = 64  # random halvings of the reference that the floor is the mean over
+FLOOR_SPLITS = 64  # the floor is the mean over this many random halvings of the reference
 RESAMPLES = 100  # of the bootstrap
 DRAWS = {"halves": 0, "resamples": 1, "projections": 2, "order": 3, "subsets": 4}  # streams of the purpose "evaluation"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number, its 95% interval, and its floor, the score of real images against real images; None if unknown."""
+    """A number, its 95% interval, and its floor, the score of real images against real images. None: unknown."""
 
     value: float
     low: float | None = None
@@ -53,7 +53,7 @@ def bootstrap_weights(count: int) -> Iterator[tuple[Float64Array, Float64Array]]
 def bootstrap_score(value: float, resampled: list[float], floors: list[float]) -> Score:
     """A distance with the interval value +- 1.96 bootstrap deviations.
 
-    Percentiles of resampled distances are not used: resampling adds distance, so that all of them exceed the value.
+    Percentiles of resampled distances are not used: resampling adds distance, so that all percentiles exceed the value.
     """
     deviation = float(np.std(resampled, ddof=1))
     return Score(value, value - 1.96 * deviation, value + 1.96 * deviation, float(np.mean(np.abs(floors))))

@@ -1,4 +1,4 @@
-"""Images to evaluate, from a run, a folder or arrays, and real images to compare them with. All have numbers."""
+"""Images to evaluate, from a run, a folder or arrays, and real images to compare them with. All images are numbered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dit_in_dit.training.batches import shuffled_index
 Draw = Callable[[range], Pixels]  # numbers -> images (N, H, W, C)
 
 NAMED = ("emoji", "mosaic")  # sources with a held-out part of their own
-MOST_REAL = 50_000  # real images drawn at random from a larger set
+MOST_REAL = 50_000  # most real images; drawn at random from a larger set
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Subject:
 class RealImages:
     """Real images."""
 
-    draw: Draw  # those that samples are compared with
+    draw: Draw  # the images that samples are compared with
     count: int
     unseen: Draw  # held out
     unseen_count: int
@@ -134,7 +134,7 @@ def files_subject(path: Path) -> Subject:
     shape = size_of(path)
     source = _open(DataConfig(source=str(path), held_out=0), shape)
     draw, count = _pixels(source.train), source.train_size or 0
-    # Of all images, even where fewer are measured: features are stored, and the next evaluation may measure more.
+    # Of all images, even if fewer are measured: features are stored, and the next evaluation may measure more.
     about = {"name": str(path), "sha256": _sha256(draw, count)}
     return Subject(draw, shape, {"made by": "files, as they are"}, about, count=count)
 

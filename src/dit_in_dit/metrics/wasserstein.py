@@ -16,10 +16,10 @@ FloatImages = NDArray[np.float32]
 NEIGHBOURHOOD = 7  # side of a patch (Karras et al. 2018, section 5)
 SMALLEST_LEVEL = 8  # shorter side of the pyramid's last level, in pixels
 POINTS = 16384  # patches per set and level
-MOST_PATCHES = 128  # per image, as Karras et al.
+MOST_PATCHES = 128  # patches per image, as in Karras et al.
 PROJECTIONS = 64
 RESAMPLED_PROJECTIONS = 16  # of the bootstrap
-SLICED_SPLITS = 8  # halvings that the floor is the mean over: this distance is slow and varies little
+SLICED_SPLITS = 8  # the floor is the mean over this many halvings: this distance is slow and varies little
 PATCH_DRAWS = 1000  # stream of the first image's patches; each further image has the next
 
 
@@ -73,7 +73,7 @@ def sliced_wasserstein(images: FloatImages, real: FloatImages, halves: Reference
 
 
 def _patches(level: FloatImages, count: int, first: int) -> FloatImages:
-    """`count` random patches of each image, (N, count, C, 49); the image's number, from `first`, seeds the draw."""
+    """`count` random patches of each image, (N, count, C, 49); the image's number (`first` and on) seeds the draw."""
     side = min(NEIGHBOURHOOD, *level.shape[2:])
     windows = sliding_window_view(level, (side, side), axis=(2, 3))  # N C y x side side
     places = windows.shape[2] * windows.shape[3]

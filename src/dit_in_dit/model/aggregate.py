@@ -31,7 +31,7 @@ def _widen_macs(model: ModelConfig) -> int:
 class Aggregator(nn.Module, ABC):
     """Pooling of each patch's sub-patches, (N, T, S, E) -> (N, T, D); constructed by `cls(model)`."""
 
-    # Weights are equal (nothing), learned per position in the patch (position), or computed from the tokens (tokens).
+    # nothing: equal weights; position: weights learned per position in the patch; tokens: computed from the tokens.
     weights_depend_on: ClassVar[Literal["nothing", "position", "tokens"]] = "tokens"
 
     @staticmethod
@@ -44,7 +44,7 @@ class Aggregator(nn.Module, ABC):
         """Weight of each sub-patch, (N, T, heads, S)."""
 
     def initialise(self) -> None:
-        """Initialise parameters that need another start than `xavier_uniform_` on linear layers and convolutions."""
+        """Initialise parameters that the default (`xavier_uniform_` of linear and convolution layers) does not suit."""
 
 
 class Mean(Aggregator):
@@ -142,7 +142,7 @@ class Concat(Aggregator):
         return model.patches * model.sub_patches * model.inner.width * model.outer.width
 
     def weights(self, inner: Tensor) -> Tensor:
-        """Norm of each sub-patch's contribution divided by the sum of norms, (N, T, 1, S), in place of weights."""
+        """In place of weights, (N, T, 1, S): the norm of each sub-patch's contribution over the sum of these norms."""
         parts = self.proj.weight.view(-1, *inner.shape[2:])  # D S E
         shares = torch.einsum("ntse,dse->ntsd", inner, parts).norm(dim=-1)
         return (shares / shares.sum(-1, keepdim=True).clamp(min=1e-12))[:, :, None]
@@ -163,7 +163,7 @@ class Fusion(nn.Module):
     """Fusion of outer and aggregated tokens, both (N, T, D) -> (N, T, D); constructed by `cls(model)`."""
 
     keeps_outer: ClassVar[bool] = True  # whether the outer tokens are kept; false is the "no residual" ablation
-    starts_closed: ClassVar[bool] = False  # whether a new model computes the same as its outer blocks alone
+    starts_closed: ClassVar[bool] = False  # whether a new model's output is that of its outer blocks
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class TimeEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """One vector per class, the null class last; y (N,) int64 -> (N, D), None (the null class) -> (D,)."""
+    """One vector per class, the null class last; y (N,) int64 -> (N, D). If y is None, the null class: (D,)."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Condition(nn.Module, ABC):
     """Conditioning rows of inner adaLN: c (N, D) and outer tokens (N, T, D) -> (N, 1|T, 1|S, width); constructed by
     `cls(model)`."""
 
-    reads_outer: ClassVar[bool] = True  # whether the rows depend on the outer tokens; false: on c alone
+    reads_outer: ClassVar[bool] = True  # whether the rows depend on the outer tokens; if false, only on c
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 TINY_UP_TO: dict[str, int] = {}
 # Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences, the
 # limit of CUDA's grid (PyTorch issues 146704 and 142228) and of cuDNN's attention (PyTorch 181235). FlashAttention's
-# backward pass sums gradients of queries in a buffer padded to tiles of 128 tokens, with 32-bit indices.
+# backward pass sums gradients of queries in a buffer with 32-bit indices, padded to tiles of 128 tokens.
 LIMITED = frozenset({"cuda"})
 MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
 
@@ -22,7 +22,7 @@ MOST_SEQUENCES, MOST_NUMBERS, ROWS = 65_535, 2**31, 128
 def most_sequences(heads: int, length: int, width: int) -> int:
     """Largest number of sequences that every kernel takes in one call, for `length` queries and heads of `width`."""
     rows = -(-length // ROWS) * ROWS
-    channels = -(-width // 32) * 32 if width <= 192 else 256  # as FlashAttention rounds them up
+    channels = -(-width // 32) * 32 if width <= 192 else 256  # FlashAttention rounds widths up in this way
     return max(1, min(MOST_SEQUENCES, MOST_NUMBERS // (heads * rows * channels)))
 
 

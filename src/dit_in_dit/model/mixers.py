@@ -16,7 +16,7 @@ from dit_in_dit.model.layers import Attention
 class Mixer(nn.Module, ABC):
     """Mixing of inner tokens, (N, T, S, E) -> (N, T, S, E); constructed by `cls(model)`."""
 
-    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch; true adds the position in the image
+    crosses_patches: ClassVar[bool] = False  # whether a token sees past its patch; if so, it gets its image position
     why_no_attention: ClassVar[str] = "inner tokens are mixed without attention"  # shown in place of attention maps
 
     @classmethod
@@ -30,7 +30,7 @@ class Mixer(nn.Module, ABC):
         return 0
 
     def initialise(self) -> None:
-        """Initialise parameters that need another start than `xavier_uniform_` on linear layers and convolutions."""
+        """Initialise parameters that the default (`xavier_uniform_` of linear and convolution layers) does not suit."""
 
 
 class PatchMixer(Attention, Mixer):
@@ -143,5 +143,5 @@ MIXERS: dict[str, type[Mixer] | None] = {
     "window": WindowMixer,
     "image": ImageMixer,
     "conv": ConvMixer,
-    "none": None,  # tokens do not see each other: the inner block is an MLP alone
+    "none": None,  # tokens do not see each other: the inner block is only an MLP
 }

@@ -118,8 +118,8 @@ class InnerHead(nn.Module):
 class NestedDiT(nn.Module):
     """A DiT (Peebles & Xie 2023) with an inner transformer over the sub-patches of each patch.
 
-    `model.program` gives the order of the blocks. Between an inner and an outer stage, the inner tokens are aggregated
-    and fused with the outer tokens. Between an outer and an inner stage, the outer tokens are spread over their
+    `model.program` gives the order of the blocks. From an inner to an outer stage, the inner tokens are aggregated
+    and fused with the outer tokens. From an outer to an inner stage, the outer tokens are spread over their
     sub-patches. If the program ends in inner blocks, an inner head is added to the outer head; if also fuse=replace,
     there is no outer head. The program `outer*N` is DiT, with DiT's parameters.
 

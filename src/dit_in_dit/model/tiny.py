@@ -31,7 +31,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values in one memory layout; no copy if one linear layer has computed all three."""
+    """Queries, keys and values in one memory layout; nothing is copied if one linear layer computed all three."""
     if q.stride() == k.stride() == v.stride() and q.stride(-1) == 1:
         return q, k, v
     return _in_rows(q), _in_rows(k), _in_rows(v)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 32  # least rows of a tile; a product of a tensor core has 16
+ROWS = 32  # fewest rows of a tile; a tensor core multiplies 16 rows at once
 
 
 @triton.jit

@@ -31,7 +31,7 @@ IDENTITY = "samples.json"
 class ImageDecoder(Protocol):
     """Decodes latents into images."""
 
-    factor: int  # pixels to a latent pixel, along a side
+    factor: int  # pixels per latent pixel, along a side
 
     def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
         """Images (n, 3, H, W) of the samples `indices`, from latents (n, C, h, w); all samples are in one
@@ -155,11 +155,11 @@ def _finish(out: Path, paths: list[Path], latents: bool) -> None:
     else:
         shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
     atomic.write_atomic(out / "grid.png", image_png(image_grid(shown)))
-    atomic.clear_temporary(out, {path.name for path in paths})  # of no others: another process may draw more
+    atomic.clear_temporary(out, {path.name for path in paths})  # only copies of these: another process may draw more
 
 
 def _read(path: Path) -> NDArray[Any]:
-    """The array of a .npy, or pixels (H, W, 1 or 3) of a .png; UserError when the file is damaged."""
+    """The array of a .npy, or pixels (H, W, 1 or 3) of a .png; UserError if the file is damaged."""
     try:
         array = np.asarray(np.load(path, allow_pickle=False) if path.suffix == ".npy" else Image.open(path))
     except (OSError, ValueError, EOFError):

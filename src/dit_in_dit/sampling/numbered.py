@@ -92,7 +92,7 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
     """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
-    # Times once came from the installed version of diffusers; only those of this pair have changed since.
+    # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     return {
         "made by": "sampling",

@@ -63,7 +63,7 @@ class Examples(Dataset[Batch]):
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of this process per optimizer step."""
+        """Number of micro-batches of this process per optimizer step."""
         train = self.config.train
         return train.accumulate // self.world if train.reduction == "fixed" else train.accumulate
 
@@ -104,7 +104,7 @@ class Examples(Dataset[Batch]):
 
 
 class _Messages(Dataset["Batch | str"]):
-    """Like `Examples`, but returns the message of a UserError instead of raising the error: workers would alter it."""
+    """Like `Examples`, but returns the message of a UserError: an error that a worker raises would be altered."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
@@ -117,7 +117,7 @@ class _Messages(Dataset["Batch | str"]):
 
 
 def _begin_worker(_: int) -> None:
-    """Ignore signals in a loader worker: the trainer answers them, and needs its workers to end the step.
+    """Ignore signals in a loader worker: the trainer answers them, and needs its workers until the step ends.
 
     When the trainer ends, it closes the connection to its workers. The error that this causes in the thread that sends
     batches is not printed. (Other errors of a worker go to the trainer, and never to this hook.)
@@ -142,7 +142,7 @@ def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # its own: iterating must not draw from the global one
+        generator=torch.Generator(),  # its own generator: iterating must not draw from the global one
         persistent_workers=False,
     )
 

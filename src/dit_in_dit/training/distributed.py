@@ -184,7 +184,7 @@ def join_group(device: torch.device, timeout: int) -> Process:
     if world_size() == 1:
         return Process()
     if not dist.is_initialized():
-        # Without device_id NCCL guesses the GPU from the rank. It warns about a group that is not destroyed.
+        # Without device_id NCCL guesses the GPU from the rank. NCCL warns about a group that is not destroyed.
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=bound)
         atexit.register(leave_group)
@@ -205,13 +205,13 @@ def shard(model: NestedDiT) -> None:
     from torch.distributed.fsdp import fully_shard
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # before 2.7
+    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # PyTorch before 2.7
         raise UserError(
             f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update PyTorch"
         )
     for block in (*model.outer_blocks, *model.inner_blocks):
         fully_shard(block)
-    # By default the last group stays whole after the forward pass, for the backward pass; an average has none.
+    # By default the last group stays whole after the forward pass, for the backward pass, which an average lacks.
     if any(weight.requires_grad for weight in model.parameters()):
         fully_shard(model)
     else:

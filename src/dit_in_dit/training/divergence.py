@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 
-ROLL_BACKS = 3  # most roll-backs without a checkpoint between
+ROLL_BACKS = 3  # most roll-backs between two regular checkpoints
 REMEDY = "lower train.learning_rate, lengthen train.warmup or set train.precision=float32"
 
 
@@ -48,7 +48,7 @@ class Divergence:
         return {f"run.{name}": torch.tensor(value) for name, value in asdict(self).items()}
 
     def count(self, *, finite: bool) -> None:
-        """Count a step: finite, or skipped."""
+        """Count a step, either finite or skipped."""
         self.streak = 0 if finite else self.streak + 1
 
     def end_tries(self) -> None:

@@ -40,7 +40,7 @@ def train(
 ) -> Generator[Event, None, None]:
     """Train into the folder `out` and yield events; with `resume`, continue the run in that folder.
 
-    Under a launcher (torchrun, Slurm) its processes share the run. Their number may change when a run resumes.
+    The processes that a launcher (torchrun, Slurm) starts share the run. Their number may change when a run resumes.
 
     Args:
         stop: on its request, the run saves a checkpoint and ends.
@@ -49,7 +49,7 @@ def train(
         data: new place of a resumed run's data, whose content must be unchanged. Or a `Source` that replaces
             data.source.
         model: a `NestedDiT`, or a module with the same `forward`, in place of the config's model; its weights are kept.
-        optimizer: a function of parameter groups (`params`, and `scale` of their learning rate) that replaces
+        optimizer: a function of parameter groups (`params`, and `scale` for the learning rate) that replaces
             train.optimizer. The schedule sets `lr` of the groups.
 
     `data`, `model` and `optimizer` take precedence over the config. Checkpoints record their class names, and a run
@@ -67,7 +67,7 @@ def train(
         cost.check_fits(config.model, chosen_device, moments=0 if optimizer else 2)
     resumed = resume and checkpoint.has_any(run)
     recorded = checkpoint.recorded_data(run) if resumed else None
-    source, record = find_source(config, data, recorded)  # may take minutes, so before other processes wait
+    source, record = find_source(config, data, recorded)  # may take minutes: done before other processes wait
     same_bits = deterministic or config.train.reduction == "fixed"
     with deterministic_algorithms(chosen_device, on=same_bits):  # before any tensor is on the device
         world = join_group(chosen_device, config.train.timeout)
@@ -77,7 +77,7 @@ def train(
         with world.watched():
             if not resume:
                 world.on_main(lambda: create_run(run, config))
-            stored = world.on_main(lambda: read_config(run))  # before the lock, which needs a run
+            stored = world.on_main(lambda: read_config(run))  # before the lock, which needs the folder of a run
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
                 session = Session(trainer, run, stop or StopRequest(), last, record)

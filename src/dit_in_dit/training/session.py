@@ -84,13 +84,13 @@ class Session:
         self.world.on_main(lambda: check_unchanged(self.data, noted, str(run)))
         try:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
-        except (KeyError, RuntimeError):  # a user's class whose weights have changed since
+        except (KeyError, RuntimeError):  # the weights of a user's class have changed since the save
             raise saved.misfit() from None
         self.saved = trainer.step
         return tuple(map(str, saved.passed_over))
 
     def start(self, **values: Any) -> Event:
-        """The event of a start of the run; `values` are added to the event's values."""
+        """The event `start`; the given `values` are added to the event's own."""
         trainer = self.trainer
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         values |= {"device": str(trainer.device), "precision": self.how.precision, "parameters": parameters}
@@ -163,7 +163,7 @@ class Session:
         return evaluate, _due(self.how.sample_every, step, self.how.steps)
 
     def _overdue(self) -> Iterator[Event]:
-        """Evaluations and samples due at the restored step that the interruption prevented."""
+        """Evaluations and samples that were due at the restored step, but that the interruption prevented."""
         step = self.trainer.step
         evaluate, draw = self._due(step) if step else (False, False)
         line = {"step": step, "held_out": {}}
@@ -245,7 +245,7 @@ class Session:
         return Event("checkpoint", trainer.step, {"path": str(path)})
 
     def _stop(self) -> Iterator[Event]:
-        """Save the current step, unless training has just diverged: a resume from the last checkpoint repeats the
+        """Save the current step, unless training has just diverged: then a resume from the last checkpoint repeats the
         divergence."""
         try:
             yield from self._flush()
@@ -280,7 +280,7 @@ def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: 
 
 
 def _whole(batch: Batch | str) -> Batch:
-    """Return the batch, or raise the UserError of a loader worker: raised in the worker, it would be a traceback."""
+    """Return the batch, or raise the UserError of a loader worker: an error raised there would print a traceback."""
     if isinstance(batch, str):
         raise UserError(batch)
     return batch

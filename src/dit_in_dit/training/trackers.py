@@ -232,7 +232,7 @@ def _curves(run: Path) -> list[Path]:
 
     try:
         from dit_in_dit.curves.plots import draw_curves
-    except ImportError:  # matplotlib is of an extra
+    except ImportError:  # matplotlib is optional
         return []
 
     out = run / "curves"
@@ -265,7 +265,7 @@ def _identities(run: Path) -> dict[str, str]:
 def _start(name: str, run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
     try:
         return TRACKERS[name](run, config, identity, step)
-    except Exception as error:  # no key, no server
+    except Exception as error:  # for example, no key or no server
         raise UserError(f"--track {name} failed: {_line(error)}; fix the cause or use --track {NONE}") from None
 
 

@@ -38,7 +38,7 @@ from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
 HELD_OUT_IMAGES = 512  # most images in a held-out evaluation
-HELD_OUT_BATCH = 64  # most images in one of its forward passes; independent of the number of processes
+HELD_OUT_BATCH = 64  # most images in a forward pass of this evaluation, whatever the number of processes
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -116,7 +116,7 @@ class Trainer:
         return self.model
 
     def _groups(self) -> Groups:
-        """Parameters of each level, with the factor on its learning rate."""
+        """Parameters of each level, with the factor on the level's learning rate."""
         scale = self.config.train.lr_scale
         if scale.outer == scale.inner:
             return [{"params": list(self.weights.values()), "scale": scale.outer}]
@@ -211,7 +211,7 @@ class Trainer:
         batch = min(self.config.train.batch_size, HELD_OUT_BATCH)
         starts = range(0, len(x), batch)
         rank, size = self.world.rank, self.world.size
-        # The same number of forward passes in each process, because all take part in one of a sharded model.
+        # The same number of forward passes in each process, because all take part in each pass of a sharded model.
         own_starts = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
         for t in EVALUATION_TIMES:
             sums = []

@@ -171,7 +171,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The trial's name and that of its folder: lower case, digits and dashes."""
+        """The name of the trial and of its folder: lower-case letters, digits and dashes."""
         return f"{slug(self.arm)}-s{self.seed}"
 
 
@@ -265,5 +265,5 @@ def _arm_from_dict(values: dict[str, Any]) -> Arm:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path."""
+    """A name, changed so that it can be part of a path."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "arm"

@@ -123,7 +123,7 @@ def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of a `subject_by_parts` subject's training step by part: those of `cost.macs`, loss, optimizer, rest."""
+    """Seconds of a `subject_by_parts` subject's training step by part: parts of `cost.macs`, loss, optimizer, rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = PartClock(subject.device)
     with mark_parts(subject.model, marks):

@@ -179,7 +179,7 @@ class Measurements:
         macs: MACs of a forward pass per image; `macs_per_second` counts whole training steps.
         forward, step: seconds for the whole batch.
         kept_bytes: bytes kept for the backward pass, for the whole batch.
-        peak_bytes: peak bytes on a CUDA device during a step (the weights of all subjects count); else None.
+        peak_bytes: peak bytes during a step on a CUDA device, weights of all subjects included; None on other devices.
         compiling_seconds: seconds of the first step of a compiled model; None if the model is not compiled.
     """
 

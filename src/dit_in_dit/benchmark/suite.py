@@ -21,11 +21,11 @@ class Suite:
         plain, compiled: configs that are compared with other DiT code.
         reference: a config with inner blocks first and E = D, compared with its plainly written version.
         paths: configs whose inner and outer paths are compared in time per MAC, and the limit of the ratio.
-        last: a config with inner blocks last, the plain config that becomes its twin, and the step times' ratio limit.
+        last: a config with inner blocks last, the plain config for its twin, and the limit of the ratio of step times.
         sampled: the model whose sampling and training loop are timed.
         growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
         groups: (tokens, width, heads) for the measurement of attention within groups.
-        rates: models whose speed has a goal, as a share of the speed of the best matrix product.
+        rates: models whose speed, as a share of the speed of the best matrix product, has a goal.
         seconds: measuring time for each comparison.
         on_cuda: whether the goals that hold only for CUDA apply.
     """

@@ -113,7 +113,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
 def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
-    """The config with the options of `add_sampling`, and the numbers of the --classes in `names` (empty: all)."""
+    """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
     keys = ("sampler", "steps", "guidance", "micro_batch")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))

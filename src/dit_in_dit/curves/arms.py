@@ -62,7 +62,7 @@ def arms(curves: Sequence[Curve]) -> list[RunGroup]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Config keys that identify an arm: all but the seed and those that the model ignores. Stages are a program."""
+    """Config keys that identify an arm, except the seed and keys that the model ignores; stages become a program."""
     settings = {name: value for name, _, value in keys(config) if not isinstance(value, Section)}
     settings["model.stages"] = format_stages(config.model.program)
     spelled = ("seed", "model.depth", "model.use_inner", "model.inner.depth_ratio")

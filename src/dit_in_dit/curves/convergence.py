@@ -218,7 +218,7 @@ def _spikes(values: Floats, times_median: float) -> int:
 
 
 def _medians(values: Floats) -> Floats:
-    """For each value after the first MEDIAN_STEPS, the median of the MEDIAN_STEPS values before it. NaN is infinite."""
+    """For each value after the first MEDIAN_STEPS, the median of the MEDIAN_STEPS before it; NaN counts as infinite."""
     known = np.where(np.isfinite(values), values, np.inf).tolist()
     window = sorted(known[:MEDIAN_STEPS])
     middle, medians = MEDIAN_STEPS // 2, []

@@ -29,7 +29,7 @@ POINTS = 200  # most points of a curve; each is the mean of a window of steps
 
 
 def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
-    """Write those of loss.png, held-out.png, gradients.png and throughput.png that have data; returns the paths.
+    """Write loss.png, held-out.png, gradients.png and throughput.png, except plots without data; returns the paths.
 
     Raises:
         UserError: the arms' held-out sets differ, or matplotlib is not installed.

@@ -28,7 +28,7 @@ By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
 COST_NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
 SPAN = 4  # largest factor by which a width or an MLP may change
-NEAR = 1 / 8  # relative distance; further widths are tried after another MLP, which may close such a gap in cost
+NEAR = 1 / 8  # relative; widths further off are tried after another MLP, which may close a gap in cost of up to this
 TRIES = 6  # models that a search for equal time measures
 SECONDS_EACH = 2.5  # for measuring a model
 SECONDS_TO_SPARE = 15.0  # longest warm-up for which optional times are measured
@@ -108,7 +108,7 @@ def find_twin(
     `depth_ratio` is fixed, the order keeps its name, and the number of inner blocks follows the depth.
 
     Args:
-        count: a function for a model's cost, which must grow with the outer depth, width and mlp_ratio.
+        count: gives a model's cost. The cost must grow with the outer depth, width and mlp_ratio.
         fixed: keys or groups of keys that do not change. `model.stages` fixes the order, not the number of blocks.
 
     Raises:
@@ -196,7 +196,7 @@ def match(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> Twin:
-    """Resize a run's model until it costs as much as another run's model; equal costs change nothing.
+    """Resize a run's model until it costs as much as another run's model; if the costs are equal, nothing changes.
 
     To match time, models with different MACs are tried until their training steps take equally long. `gap` then comes
     from a separate measurement after the search.

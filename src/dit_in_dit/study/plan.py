@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """Every arm with every seed. All arms of a seed come first, so that a study stopped early has whole rounds."""
+        """Every arm with every seed, seed by seed, so that a study that is stopped early has seeds with all arms."""
         return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
 
     def to_json(self) -> str:

@@ -257,8 +257,10 @@ class Queue:
         return True
 
     def report(self, lease: Lease, value: float, step: int) -> bool:
-        """Record a held-out error during training; returns whether the pruner stops the trial. A
-        non-finite error is not recorded: the run continues, or it ends as diverged."""
+        """Record a held-out error during training; returns whether the pruner stops the trial.
+
+        A non-finite error is not recorded: the run continues, or it ends as diverged.
+        """
         if not math.isfinite(value):
             return False
         try:

@@ -166,7 +166,7 @@ class JournalLock:
         self.threads = threading.Lock()
 
     def acquire(self) -> bool:
-        """Wait for the lock. UserError, and no lock, if the journal or the file system's locks are missing."""
+        """Wait for the lock. If the journal or the file system's locks are missing: UserError, and no lock is held."""
         self.threads.acquire()
         try:
             self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)

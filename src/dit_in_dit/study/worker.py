@@ -198,7 +198,10 @@ class _Try:
 
 
 def _errors(run: Path, primary: str) -> list[tuple[int, float]]:
-    """Steps and errors so far: the primary metric or, if it is no held-out error, the one of t = 0.5, high."""
+    """Steps and held-out errors so far, for the primary metric.
+
+    If this metric is not a held-out error, the errors at t = 0.5 and high frequencies take its place.
+    """
     curve = read_run(run)
     name = primary if primary.startswith("held_out.") else "held_out.0.5.high"
     _, whole, part, kind = name.split(".")

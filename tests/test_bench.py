@@ -231,7 +231,7 @@ def test_every_axis_makes_models_of_the_wanted_size(axis, values, sizes):
 # ---------------------------------------------------------------------------------- other people's
 
 
-def test_other_dit_code_has_the_same_size():
+def test_dits_from_other_code_have_the_same_size():
     ours, theirs = BenchmarkSubject(PLAIN, CPU), BenchmarkSubject(PLAIN, CPU, diffusers_dit)
     assert theirs.forward().shape == ours.forward().shape
     blocks = [sum(p.numel() for p in part.parameters()) for part in (ours.model.outer_blocks[0],)]

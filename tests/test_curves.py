@@ -234,7 +234,7 @@ def test_seeds_are_compared_at_common_evaluations(tmp_path: Path):
     assert rows.tolist() == [[0.4], [0.2]]
 
 
-def test_the_step_of_an_error_is_interpolated_between_evaluations(tmp_path: Path):
+def test_the_step_at_which_an_error_is_reached_is_interpolated(tmp_path: Path):
     quick = write(tmp_path / "a", steps() + evaluations({100: 0.5, 200: 0.3, 300: 0.4, 400: 0.1}))
     slow = write(tmp_path / "b", steps() + evaluations({100: 0.8, 200: 0.6, 400: 0.2}), "model.stages=outer*3")
     first, second = steps_to_reach(read_arms(quick, slow), [(0.5, 0.35)])
@@ -354,7 +354,7 @@ def test_a_spike_is_relative_to_the_steps_before_it(tmp_path: Path):
     assert rising.loss_spikes == 1  # 1.05^50 = 11 times the median: one stretch from step 101 on
 
 
-def test_the_running_median_covers_the_previous_hundred(tmp_path: Path):
+def test_the_running_median_covers_the_previous_hundred_steps(tmp_path: Path):
     draw_ = np.random.default_rng(0).lognormal(0, 1.5, 400)
     found = stability(curve_of(tmp_path, steps(loss=lambda s: draw_[s - 1])))
     above = [draw_[i] > 3 * np.median(draw_[i - 100 : i]) for i in range(100, 400)]
@@ -419,7 +419,7 @@ def test_the_command_prints_tables_and_writes_json_and_pictures(tmp_path: Path, 
         assert text in printed
 
 
-def test_curves_of_an_untimed_run_are_in_its_folder_without_hours(tmp_path: Path):
+def test_curves_of_an_untimed_run_show_no_hours_and_are_in_its_folder(tmp_path: Path):
     run = write(tmp_path / "run", steps(200), seconds=None)  # still training, and not evaluated yet
     run_command(run)
     assert {path.name for path in (run / "curves").iterdir()} == {"loss.png", "gradients.png", "curves.json"}

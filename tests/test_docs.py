@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
 
 
-def test_every_other_code_block_holds_a_study_or_commands(tmp_path):
+def test_all_remaining_code_blocks_hold_a_study_or_commands(tmp_path):
     for page in PAGES:
         for language, text in blocks(page):
             assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"

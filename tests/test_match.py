@@ -318,7 +318,7 @@ def test_an_arm_is_matched_to_the_arm_it_is_compared_with():
 
 
 @pytest.mark.usefixtures("quickly")
-def test_unmatched_arms_are_unchanged():
+def test_arms_stay_unchanged_if_nothing_is_matched():
     arms = arms_of(arms={"full": {}, "deep": {"model.stages": "outer*8 inner*2"}}, match="none")
     assert arms["deep"].matched == {}
     assert arms["deep"].gap["macs"] > 0.3

@@ -254,7 +254,7 @@ def test_a_planted_difference_is_reported_with_its_sign(tmp_path: Path, effect: 
     assert "No difference is seen for 'alike'" in text
 
 
-def test_more_precision_is_better(tmp_path: Path):
+def test_a_higher_value_of_the_precision_metric_is_better(tmp_path: Path):
     plan = study_of({"a": {}, "b": {}}, primary="precision", metrics=("inception",))
     out = write_study(
         tmp_path / "out", plan, lambda arm, seed: {"precision": 0.5 + 0.1 * (arm == "b") + 0.001 * seed * (arm == "b")}

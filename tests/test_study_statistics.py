@@ -56,7 +56,7 @@ def test_only_seeds_that_both_arms_have_are_paired():
     assert found.mean * found.scale == pytest.approx(100 * 2.5 / 3)
 
 
-def test_percent_is_of_the_size_of_the_other_mean():
+def test_percent_is_relative_to_the_absolute_value_of_the_other_mean():
     found = paired_difference({0: -3.0}, {0: -2.0})
     assert found.mean * found.scale == -50
     assert paired_difference({0: 1.0}, {0: 0.0}).scale is None
@@ -104,7 +104,7 @@ def test_values_that_are_not_finite_are_never_marked(bad: float):
     assert mean_interval([1.0, bad]).low is None
 
 
-def test_noise_alone_is_marked_in_at_most_one_study_in_twenty():
+def test_pure_noise_is_marked_in_at_most_one_study_in_twenty():
     """Twelve arms are compared with the same control, so their marks are not independent, and the limit still holds."""
     draw, arms, studies = np.random.default_rng(0), 12, 1000
     marked = 0
@@ -162,7 +162,7 @@ def test_every_metric_has_its_direction(metric: str, expected: str):
     assert direction(metric) == expected
 
 
-def test_signed_metrics_are_compared_by_their_size():
+def test_signed_metrics_are_compared_by_their_absolute_value():
     octave = metric_of("spectrum.1/4")
     assert octave.ranked(-3.0) == 3.0
     assert metric_of("held_out.0.2.high").ranked(-3.0) == -3.0

@@ -65,7 +65,7 @@ def twice(config, run: Path, names) -> dict[int, float]:
     return losses
 
 
-def test_tensorboard_holds_each_step_once_after_a_resume_and_the_pictures(config, run):
+def test_tensorboard_holds_the_pictures_and_each_step_once_after_a_resume(config, run):
     losses = twice(config, run, ["tensorboard"])
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(losses)

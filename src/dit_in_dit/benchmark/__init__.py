@@ -1,4 +1,4 @@
-"""The speed of models: by part, against their cost, and against other code."""
+"""The speed of models: by part, in relation to their cost, and compared with other code."""
 
 from dit_in_dit.benchmark.timing import Times as Times
 from dit_in_dit.benchmark.timing import estimate_seconds as estimate_seconds

@@ -1,4 +1,4 @@
-"""Time attention within small groups in several implementations, and compare it with copying the same bytes."""
+"""Time several implementations of attention within small groups, and compare them with a copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BROADCAST_UP_TO = 8  # tokens in a group; larger groups are faster as matrix pro
 
 
 def broadcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention in elementwise operations, which a compiler fuses into one pass over memory."""
+    """Softmax attention as elementwise operations, which a compiler fuses into one pass over memory."""
     weights = (q[..., :, None, :] * k[..., None, :, :]).sum(-1) * q.shape[-1] ** -0.5
     return (weights.softmax(-1)[..., None] * v[..., None, :, :]).sum(-2)
 
@@ -43,14 +43,14 @@ def group_times(
 
     Returns:
         copy: seconds to copy as many bytes as attention reads (queries, keys, values) and writes (the result).
-        forward: seconds by implementation, forward pass without gradients.
-        trained: seconds by implementation, forward and backward pass.
+        forward: seconds of a forward pass without gradients, by implementation.
+        trained: seconds of a forward and backward pass, by implementation.
     """
     draw = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(tokens // length, length, 3, heads, width // heads, device=device, dtype=dtype, generator=draw)
     source = torch.empty(
         2 * tokens * width, device=device, dtype=dtype
-    )  # with the write: as many as q, k, v and the result
+    )  # read and written: as many bytes as q, k, v and the result
     target = torch.empty_like(source)
     gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # in the memory layout of the next linear layer
 

@@ -28,7 +28,7 @@ from dit_in_dit.runtime.device import resolve_precision
 Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROFILE_STEPS = 3
-BUSY = 0.3  # load of other processes for each core, above which the report notes it
+BUSY = 0.3  # load of other processes per core; the report notes a higher load
 
 
 class Bench:
@@ -36,7 +36,7 @@ class Bench:
 
     Args:
         seconds: measuring time for each comparison.
-        twin: a function that gives a plain config the cost of another config. It is passed in, because this package
+        twin: a function that resizes a plain config to the cost of another. It is passed in, because this package
             must not import `study`.
         dit: a checkout of facebookresearch/DiT, to compare with the official code; None: no comparison.
 
@@ -66,7 +66,7 @@ class Bench:
         return BenchmarkSubject(run, self.device, make)
 
     def compare(self, subjects: Mapping[str, tuple[RunConfig, Make]], longer: float = 1.0) -> dict[str, Measurements]:
-        """Measure subjects alternately, for `longer` times the usual seconds."""
+        """Measure subjects alternately; the measuring time is `seconds` multiplied by `longer`."""
         with check_memory(subjects, self.device):
             built = {name: self.subject(run, make) for name, (run, make) in subjects.items()}
             measurements = measure_subjects(built, longer * self.seconds)
@@ -78,7 +78,7 @@ class Bench:
         self.report.ratios.append(Ratio(goal, rounds))
 
     def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
-        """Measure seconds by part in each round; a compiled model is compiled block by block."""
+        """Measure the seconds of each part in each round; a compiled model is compiled block by block."""
         self.measure_product(run)
         subject = subject_by_parts(run, self.device)
         rounds = interleave({name: partial(part_seconds, subject)}, self.seconds / 2)[name]

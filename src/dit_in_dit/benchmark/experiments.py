@@ -27,7 +27,7 @@ SAMPLER_STEPS = 8
 
 
 def run_experiments(suite: Suite, bench: Bench) -> Iterator[Experiment]:
-    """The suite's experiments: for each, a name and a function that measures and adds results to the report."""
+    """The suite's experiments: for each, its name and a function that measures it and fills the report."""
     others = " and ".join(bench.others)
     yield f"plain DiT beside {others}", _bound(_plain, bench, suite)
     if suite.compiled:
@@ -146,7 +146,7 @@ def _sampling(bench: Bench, suite: Suite) -> None:
     turns = {
         "guided": inferring(lambda: predict(x, t, y)),
         "twice": inferring(lambda: call(*twice)),
-        # As long as the loop: rare disturbances of the machine hit long work more often than short work.
+        # As many calls as the loop makes, because rare disturbances of the machine hit long work more often.
         "steps": inferring(lambda: [predict(x, t, y) for _ in range(calls)]),
         "loop": inferring(lambda: denoise(predict, run.diffusion, run.sample, x, y)),
     }

@@ -146,7 +146,7 @@ class FirstFuse(nn.Module):
 
 
 class FirstSpread(nn.Module):
-    """Broadcast of a patch token to its sub-patches; outer tokens (N, T, D) -> (N*T, S, E)."""
+    """Broadcast each patch token to its sub-patches: outer tokens (N, T, D) -> (N*T, S, E)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ def check_first_written(model: ModelConfig) -> None:
 
 
 class FirstWritten(nn.Module):
-    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), as `NestedDiT` of the same config.
+    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), like the `NestedDiT` of the same config.
 
     Raises:
         UserError: the config has a choice that this version lacks.
@@ -251,14 +251,14 @@ class FirstWritten(nn.Module):
         return self.time_out(F.silu(self.time_in(features)))
 
     def cut(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) to inner tokens (N*T, S, E)."""
+        """Cut images (N, C, H, W) into inner tokens (N*T, S, E)."""
         (rows, columns), side = self.config.grid, self.config.sub_grid
         tokens = self.inner_conv(x)  # N E H/s W/s
         tokens = tokens.reshape(len(x), -1, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)
         return tokens.reshape(-1, side * side, tokens.shape[-1]) + self.inner_position
 
     def draw(self, outer: Tensor, inner: Tensor, c: Tensor, per_patch: Tensor, last: str) -> Tensor:
-        """The image (N, C, H, W) of the heads; `last`: the level of the program's last stage."""
+        """The image (N, C, H, W) that the heads predict; `last`: the level of the program's last stage."""
         model = self.config
         (rows, columns), side, s, p = model.grid, model.sub_grid, model.inner.sub_patch, model.patch_size
         image = torch.zeros((), device=outer.device, dtype=outer.dtype)

@@ -1,4 +1,4 @@
-"""Time of a training step by part of the model and by kind of operation."""
+"""The time of each model part and of each kind of operation in a training step."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of a training step of a `subject_by_parts` subject: each part of `cost.macs`, loss, optimizer, rest."""
+    """Seconds of a `subject_by_parts` subject's training step by part: parts of `cost.macs`, loss, optimizer, rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = PartClock(subject.device)
     with mark_parts(subject.model, marks):
@@ -148,12 +148,12 @@ def table_parts(parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def seconds_per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts: tuple[str, ...]) -> float:
-    """Seconds for each MAC of several parts together."""
+    """The total seconds of several parts, divided by their total MACs."""
     return sum(seconds.get(part, 0.0) for part in parts) / sum(macs[part] for part in parts)
 
 
 def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of a step of a `subject_by_parts` subject by part and kind of operation, from torch's profiler.
+    """Seconds of a `subject_by_parts` subject's step, by part and kind of operation, from torch's profiler.
 
     Kinds are those of `KINDS`, and `other`. On CUDA, the seconds are device time.
     """

@@ -34,7 +34,7 @@ class Goal:
 
     Attributes:
         how: what was measured for the ratio.
-        limit: the largest ratio that meets the goal, or, with `at_least`, the smallest ratio; None: no goal.
+        limit: the largest ratio that meets the goal (the smallest if `at_least` is set); None: no goal.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds and MACs of a training step by part, for the whole batch, and seconds by operation kind in each part."""
+    """A training step by part, for the whole batch: seconds, MACs, and seconds of each kind of operation."""
 
     precision: str
     seconds: Mapping[str, float]
@@ -88,7 +88,7 @@ class BenchmarkReport:
     Attributes:
         command: the command that repeats the benchmark.
         products: MACs per second of the best matrix product, by precision.
-        subjects, parts: by the subject's name.
+        subjects, parts: measurements by the subject's name.
         notes: caveats for a reader.
     """
 
@@ -136,7 +136,7 @@ class BenchmarkReport:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The processor, the accelerator and other settings of the machine that times depend on."""
+    """The machine's processor, accelerator and other properties on which times depend."""
     known: dict[str, Any] = {
         "device": str(device),
         "processor": _processor(),
@@ -161,7 +161,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that times depend on."""
+    """Versions of the installed packages on which times depend."""
     known = {"dit-in-dit": __version__, "python": platform.python_version(), "system": platform.system()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -170,7 +170,7 @@ def versions() -> dict[str, str]:
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write parts.png, throughput.png and sweeps.png. A picture without measurements is left out.
+    """Write parts.png, throughput.png and sweeps.png. A picture is left out if nothing was measured for it.
 
     Raises:
         UserError: matplotlib is not installed.

@@ -48,7 +48,7 @@ class OtherDiT(nn.Module):
 
 
 def diffusers_dit(run: RunConfig) -> nn.Module:
-    """`DiTTransformer2DModel` of the `diffusers` library in a plain config's size; UserError for impossible sizes."""
+    """`DiTTransformer2DModel` of `diffusers` in the size of a plain config; UserError if it cannot have this size."""
     model, outer = run.model, run.model.outer
     check_other_dit(model, "diffusers' DiT")
     dit = import_module("diffusers").DiTTransformer2DModel(  # the import takes seconds
@@ -64,7 +64,7 @@ def diffusers_dit(run: RunConfig) -> nn.Module:
 
 
 def official_dit(checkout: Path) -> Make:
-    """`DiT` of `models.py` in a checkout of facebookresearch/DiT, which needs timm.
+    """The `DiT` in `models.py` of a facebookresearch/DiT checkout. It needs timm.
 
     Raises:
         UserError: the checkout has no DiT, or it cannot be imported.
@@ -109,13 +109,13 @@ def check_other_dit(model: ModelConfig, whose: str) -> None:
 
 
 class BenchmarkSubject:
-    """A model in training on a batch of white noise.
+    """A model that trains on a batch of white noise.
 
     Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data
     loading are left out, because other DiT code does none of these.
 
     Args:
-        run: the config; from `train`, only batch_size, precision, recompute and compile are used.
+        run: the config. Of its `train` keys, only batch_size, precision, recompute and compile are used.
         make: builds the model from the config.
     """
 
@@ -137,7 +137,7 @@ class BenchmarkSubject:
 
     @property
     def macs(self) -> int:
-        """MACs of a forward pass per image. For models from other code, too, our code counts the MACs."""
+        """MACs of a forward pass per image. Our code counts them, also for models from other code."""
         return cost.macs(self.run.model)["total"]
 
     def autocast(self) -> torch.autocast:
@@ -162,7 +162,7 @@ class BenchmarkSubject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def kept_bytes(self) -> int:
-        """Bytes that a forward pass keeps for the backward pass, whole batch."""
+        """Bytes that a forward pass keeps for the backward pass, for the whole batch."""
 
         def forward() -> Tensor:
             with self.autocast():
@@ -178,8 +178,8 @@ class Measurements:
     Attributes:
         macs: MACs of a forward pass per image; `macs_per_second` counts whole training steps.
         forward, step: seconds for the whole batch.
-        kept_bytes: bytes kept for the backward pass, whole batch.
-        peak_bytes: peak bytes on a CUDA device during a step, with the weights of all subjects; None on other devices.
+        kept_bytes: bytes kept for the backward pass, for the whole batch.
+        peak_bytes: peak bytes during a step on a CUDA device, weights of all subjects included; None on other devices.
         compiling_seconds: seconds of the first step of a compiled model; None if the model is not compiled.
     """
 

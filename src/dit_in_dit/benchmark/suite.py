@@ -18,14 +18,14 @@ class Suite:
     """The configs at which goals are measured.
 
     Attributes:
-        plain, compiled: compared with other DiT code.
-        reference: inner first, E = D; compared with its plainly written version.
-        paths: configs whose inner path is compared with their outer path per MAC, and the limit of the ratio.
-        last: a config with inner blocks last, the plain config that becomes its twin, and the limit of the step ratio.
+        plain, compiled: configs that are compared with other DiT code.
+        reference: a config with inner blocks first and E = D, compared with its plainly written version.
+        paths: configs whose inner and outer paths are compared in time per MAC, and the limit of the ratio.
+        last: a config with inner blocks last, the plain config for its twin, and the limit of the ratio of step times.
         sampled: the model whose sampling and training loop are timed.
         growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
         groups: (tokens, width, heads) for the measurement of attention within groups.
-        rates: models whose share of the best matrix product has a goal.
+        rates: models whose speed, as a share of the speed of the best matrix product, has a goal.
         seconds: measuring time for each comparison.
         on_cuda: whether the goals that hold only for CUDA apply.
     """

@@ -1,4 +1,4 @@
-"""Growth of costs with one quantity: times at several values, measured alternately, and a fitted power law."""
+"""How costs grow with one quantity: times at several values, measured alternately, and a fitted power law."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ AXES = {
 
 @dataclass(frozen=True)
 class Point:
-    """Costs at one value; `step` and `inner` are seconds for the whole batch in each round."""
+    """Costs at one value; `step` and `inner` hold each round's seconds for the whole batch."""
 
     value: int
     size: float

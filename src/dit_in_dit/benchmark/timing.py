@@ -124,7 +124,7 @@ def interleave(
 
 
 def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Warm up `work`; returns a function that measures the seconds of one call, as a mean over `TURN_SECONDS`."""
+    """Warm up `work`; returns a function that measures the mean seconds of a call over about `TURN_SECONDS`."""
     now = clock(device)
 
     def timed(count: int) -> float:
@@ -183,7 +183,7 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass after `forward`, without the tensors of `own`."""
+    """Bytes that autograd keeps after `forward` for the backward pass, not counting the tensors of `own`."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in own}
     before = len(storages)
 
@@ -192,7 +192,7 @@ def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()  # a reference, without which its graph would be freed
+        result = forward()  # without this reference, the graph would be freed
     kept = sum(storage.nbytes() for storage in list(storages.values())[before:])
     del result
     return kept
@@ -218,7 +218,7 @@ class _Noise(Source):
         self.shape = model.image_shape
 
     def train(self, index: int) -> tuple[NDArray[np.float32], int]:
-        """An image by number, and its label."""
+        """The image with this number, and its label."""
         image = np.random.default_rng(index).standard_normal(self.shape, np.float32)
         return image, index % max(1, len(self.classes))
 

@@ -17,7 +17,7 @@ from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
 from dit_in_dit.runtime.process import is_main
 
-ORDER = (  # of commands in the help; modules of this folder that are not listed come last
+ORDER = (  # order of commands in the help; modules of this folder that are not listed come last
     *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),
     *("curves", "doctor", "maps", "match", "study", "bench", "verify_resume"),
 )

@@ -132,7 +132,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _device(options: argparse.Namespace) -> str:
-    """The device's name; with --device auto, a suite names it."""
+    """The device's name; with --device auto, the suite's device."""
     if options.device != "auto" or options.suite is None:
         return str(options.device)
     return "cpu" if options.suite == "quick" else str(options.suite)
@@ -167,7 +167,7 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _run(todo: list[Any]) -> None:
-    """Do every experiment, with a progress bar and a line when it ends."""
+    """Run every experiment; show a progress bar, and a line when an experiment ends."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""`doctor`: examine a run, or a config before it is trained, for faults."""
+"""`doctor`: look for faults in a run, or in a config before it is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`maps`: attention, the effect of the inner path and trajectories of a trained run, as a page and pictures."""
+"""`maps`: a trained run's attention, effect of the inner path, and trajectories, as a page and pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def parse_times(text: str) -> tuple[float, ...]:
-    """Sorted times above 0 and below 1, from numbers separated by commas."""
+    """Parse comma-separated times above 0 and below 1, and sort them."""
     try:
         times = sorted({float(part) for part in text.split(",")})
     except ValueError:

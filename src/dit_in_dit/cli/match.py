@@ -1,4 +1,4 @@
-"""`match`: change a model into a twin, which costs as much as another model."""
+"""`match`: change a model until it costs as much as another model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_in_dit.config.plugins import plugin_arguments
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
 
-ROWS = {  # cost: its name in the table, and its unit
+ROWS = {  # the name in the table and the unit of each cost
     "macs": ("MACs per image", ""),
     "params": ("parameters", ""),
     "activation_bytes": ("kept for backward, per image", "B"),

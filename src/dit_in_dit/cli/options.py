@@ -18,11 +18,11 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import RunConfig
 
-MOST = 10**7  # largest whole number of an option, such as images per command
+MOST = 10**7  # largest whole number that an option accepts
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a `UserError` of one line."""
+    """An argument parser that raises a one-line `UserError`."""
 
     def error(self, message: str) -> NoReturn:
         if wrong := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
@@ -59,7 +59,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 
 def chosen_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
-    """The config from --preset (or `default`) or --config, with the assignments of --set. Raises UserError."""
+    """The config that --config, --preset or else `default` names, changed by --set. Raises UserError."""
     if options.preset and options.config:
         raise UserError("--preset and --config exclude each other: give one of them")
     if options.config:
@@ -113,7 +113,7 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
 def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
-    """The config with the options of `add_sampling`; and the class numbers of --classes by `names`, empty for all."""
+    """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
     keys = ("sampler", "steps", "guidance", "micro_batch")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))
@@ -161,7 +161,7 @@ def seed(text: str) -> int:
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
-    """Print a plain-text table below its title; print nothing without rows. Cells wrap on a terminal only."""
+    """Print a plain-text table below its title, or nothing if there are no rows. Cells wrap only on a terminal."""
     from dit_in_dit.reporting.tables import text_table
 
     if not rows:

@@ -1,4 +1,4 @@
-"""`recipe`: the command that trains a preset on GPUs, with estimated memory and time."""
+"""`recipe`: the command that trains a preset on GPUs, and estimates of its memory and time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.files import override
 
 USUAL = (1, 8, 64)  # GPUs
-FEW = 8  # images in a forward pass, below which a GPU probably waits for its host
+FEW = 8  # with fewer images in a forward pass, a GPU probably waits for its host
 
 
 def add(commands: Commands) -> None:

@@ -73,7 +73,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _default_name(options: argparse.Namespace) -> str:
-    """The run's name with the options that change the samples, such as `emoji-seed5`, so that folders differ."""
+    """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
     given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
-REAL_SEARCHED = 1000  # training images among which real ones of each class are looked for
+REAL_SEARCHED = 1000  # training images that are searched for images of each class
 
 
 def add(commands: Commands) -> None:
@@ -105,7 +105,7 @@ def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[E
 
 
 def _signals() -> StopRequest:
-    """Make SIGINT and SIGTERM stop a run between two steps, with a checkpoint."""
+    """Make SIGINT and SIGTERM stop a run between two steps; a checkpoint is written."""
     from dit_in_dit.training.interrupt import StopRequest
 
     stop = StopRequest()
@@ -166,7 +166,7 @@ def _start_lines(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _event_line(event: Event) -> str:
-    """The line about an event; empty for a kind that is not shown."""
+    """The line about an event; empty if events of its kind are not shown."""
     values = event.values
     match event.kind:
         case "held_out":
@@ -212,7 +212,7 @@ def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) ->
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
-    """Images decoded from latents, or the latents if the VAE cannot be loaded, because a grid must not end a run."""
+    """Decode latents to images. If the VAE cannot be loaded, return the latents: a failed grid must not end a run."""
     import torch
 
     from dit_in_dit.data.encode import open_decoder
@@ -232,7 +232,7 @@ def _end(event: Event, console: Any) -> None:
     """Print the step at which the run stopped; after a signal, exit with its code."""
     console.print(f"step {event.step}  stopped; continue it with --resume")
     if number := event.values["signal"]:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader takes the end of a worker for a fault
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader would report the killed workers as a fault
         for child in multiprocessing.active_children():
             child.kill()  # it may be waiting for data
         sys.exit(128 + number)

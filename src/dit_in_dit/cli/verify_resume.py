@@ -1,4 +1,4 @@
-"""`verify-resume`: test on a run that stopping and resuming changes no bit of the result."""
+"""`verify-resume`: test with a run whether stopping and resuming leaves every bit of the result unchanged."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
-    """SHA-256 in both runs by file name: weights with optimizer moments, averaged weights, and the log."""
+    """By file name, the SHA-256 in both runs: weights and optimizer moments, averaged weights, and the log."""
     from dit_in_dit.runs.checkpoint import newest
     from dit_in_dit.runs.integrity import file_sha256
 

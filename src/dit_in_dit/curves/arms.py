@@ -12,7 +12,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys
 from dit_in_dit.curves.logs import Curve, last_step, not_finite_steps
 
-LONGEST_NAME = 48  # characters of an arm's name; longer ones are replaced by folders' names
+LONGEST_NAME = 48  # characters of an arm's name; longer names are replaced by the folders' names
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RunGroup:
 
     @property
     def label(self) -> str:
-        """Name and number of seeds."""
+        """The arm's name and its number of seeds."""
         return f"{self.name} ({len(self.curves)} {'seed' if len(self.curves) == 1 else 'seeds'})"
 
 
@@ -62,7 +62,7 @@ def arms(curves: Sequence[Curve]) -> list[RunGroup]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Config keys that identify an arm, without the seed and the keys that the model ignores; stages as a program."""
+    """Config keys that identify an arm, except the seed and keys that the model ignores; stages become a program."""
     settings = {name: value for name, _, value in keys(config) if not isinstance(value, Section)}
     settings["model.stages"] = format_stages(config.model.program)
     spelled = ("seed", "model.depth", "model.use_inner", "model.inner.depth_ratio")

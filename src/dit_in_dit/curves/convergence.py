@@ -18,7 +18,7 @@ from dit_in_dit.curves.logs import Curve, Floats, last_step
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 
-MEDIAN_STEPS = 100  # a spike is a multiple of the median over this many previous steps
+MEDIAN_STEPS = 100  # a spike is compared with the median over this many previous steps
 LOSS_SPIKE = 3.0  # multiple of the median; healthy runs with batch 32 stay below 2.6
 GRADIENT_SPIKE = 10.0
 ERROR_BANDS = {"whole": "whole image", "high": "high frequencies"}
@@ -44,12 +44,12 @@ DEFINITIONS = {
 
 
 def check_comparable(compared: Sequence[RunGroup]) -> None:
-    """Raise UserError unless the held-out errors of these arms are of the same images with the same noise."""
+    """Raise UserError unless the arms' held-out errors were measured on the same images with the same noise."""
     check_same_held_out({arm.name: arm.config for arm in compared if any(len(c.evaluated) for c in arm.curves)})
 
 
 def check_same_held_out(configs: Mapping[str, RunConfig]) -> None:
-    """Raise UserError unless runs of these configs, by name, are evaluated on the same images with the same noise."""
+    """Raise UserError unless runs of all these configs are evaluated on the same images with the same noise."""
     for name in COMPARABLE:
         values = {arm: {key: value for key, _, value in keys(config)}[name] for arm, config in configs.items()}
         first = next(iter(values), "")
@@ -95,17 +95,17 @@ class Range:
 
 @dataclass(frozen=True)
 class Reach:
-    """Training that one arm needed until its whole-image error at time t first was at most `error`."""
+    """The training that an arm needed until its whole-image error at time t was first at most `error`."""
 
     t: float
     error: float
     arm: str
     seeds: int
-    reached: int  # seeds that reached it
+    reached: int  # seeds that reached the error
     best: float | None  # least error of any seed so far
-    bound: bool  # a seed was below it at its first evaluation: the numbers are upper bounds
+    bound: bool  # a seed's first evaluation was already below `error`: the numbers are upper bounds
     needed: dict[str, Range]  # steps, macs, hours; empty unless every seed reached it
-    ratio: dict[str, float]  # of the means, to the first arm's; empty where one of them is missing or a bound
+    ratio: dict[str, float]  # this arm's means relative to the first arm's; empty if one is missing or a bound
 
 
 def steps_to_reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, float]] = ()) -> list[Reach]:
@@ -113,7 +113,6 @@ def steps_to_reach(compared: Sequence[RunGroup], targets: Sequence[tuple[float, 
 
     Args:
         targets: pairs (t, error). By default: for each t, the last error of the worst run.
-
 
     Raises:
         UserError: no error was logged at the t of a target, or the arms' held-out sets differ.
@@ -152,7 +151,7 @@ def _worst(compared: Sequence[RunGroup]) -> list[tuple[float, float]]:
 
 
 def _crossing(evaluations: Mapping[float, float], error: float) -> tuple[float | None, bool]:
-    """The step at which the error is first reached (None: not yet), and whether the first evaluation is lower."""
+    """The step at which the error is first reached (None: not yet), and whether the first evaluation is below it."""
     previous: tuple[float, float] | None = None
     for step, value in evaluations.items():
         if value <= error:
@@ -190,8 +189,8 @@ class Stability:
     non_finite: int
     loss_spikes: int
     gradient_spikes: int
-    largest_gradient: float | None  # of the finite ones
-    largest_at: int | None  # its step
+    largest_gradient: float | None  # of the finite norms
+    largest_at: int | None  # the step of `largest_gradient`
     clipped: float | None  # share of steps; None: no clipping
 
 
@@ -219,7 +218,7 @@ def _spikes(values: Floats, times_median: float) -> int:
 
 
 def _medians(values: Floats) -> Floats:
-    """For each value but the first MEDIAN_STEPS, the median of the MEDIAN_STEPS before it; NaN counts as infinite."""
+    """For each value after the first MEDIAN_STEPS, the median of the MEDIAN_STEPS before it; NaN counts as infinite."""
     known = np.where(np.isfinite(values), values, np.inf).tolist()
     window = sorted(known[:MEDIAN_STEPS])
     middle, medians = MEDIAN_STEPS // 2, []

@@ -125,7 +125,7 @@ def _between_rollbacks(path: Path) -> Iterator[tuple[list[dict[str, Any]], int |
 
 
 def held_out_errors(row: dict[str, Any]) -> dict[tuple[float, str], float]:
-    """Errors of a line of a log, by (t, kind); NaN: not finite."""
+    """The held-out errors in a line of a log, by (t, kind); NaN: not finite."""
     return {(float(t), kind): _finite(error) for t, kinds in row["held_out"].items() for kind, error in kinds.items()}
 
 

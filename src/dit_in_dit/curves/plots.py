@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # units of an axis, per hour
+CLOCK = {"hours": 1, "minutes": 60, "seconds": 3600}  # how many of each unit make an hour
 ROW = 0.2  # inches per row of a legend
 POINTS = 200  # most points of a curve; each is the mean of a window of steps
 
 
 def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
-    """Write loss.png, held-out.png, gradients.png and throughput.png, as far as there is data; returns the paths.
+    """Write loss.png, held-out.png, gradients.png and throughput.png, except plots without data; returns the paths.
 
     Raises:
         UserError: the arms' held-out sets differ, or matplotlib is not installed.
@@ -51,7 +51,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Across:
-    """A horizontal axis: its label, and the position of an arm's steps."""
+    """A horizontal axis: its label, and the positions of an arm's steps on it."""
 
     label: str
     place: Callable[[RunGroup, Floats], Floats]
@@ -101,7 +101,7 @@ def _binned(
     rows = []
     for curve in arm.curves:
         edges = np.arange(int(last_step(curve)) // window + 1) * window
-        first = np.searchsorted(curve.step, edges, side="right")  # a window holds steps edge + 1 to edge + window
+        first = np.searchsorted(curve.step, edges, side="right")  # a window holds steps `edge + 1` to `edge + window`
         count = np.diff(first)
         padded = np.append(values(curve), 0)  # reduceat needs every start to exist
         binned = (np.maximum if largest else np.add).reduceat(padded, first)[:-1]
@@ -228,7 +228,7 @@ def _in(level: str, part: str) -> bool:
 
 
 def _norm(curve: Curve, panel: str) -> Floats:
-    """Gradient norm of a part, or of a level, whose parts have names that begin with the level's name."""
+    """Gradient norm of a part or of a level. The names of a level's parts begin with the level's name."""
     level, _, is_level = panel.partition(" ")
     if not is_level:
         return curve.parts.get(panel, np.full(len(curve.step), np.nan))

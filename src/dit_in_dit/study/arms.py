@@ -1,4 +1,4 @@
-"""The arms of a study: their names, their changed keys, and their configs with matched cost and a limited budget.
+"""The arms of a study: their names, the keys they change, and their configs within the budget, matched in cost.
 
 `matched_config` and `budgeted_config` make the configs of named arms, of a grid's combinations and of a search's
 choices.
@@ -29,10 +29,10 @@ MOST_ARMS = 1000
 
 
 def arm_changes(study: StudyConfig) -> dict[str, tuple[dict[str, Any], str]]:
-    """For each arm by name: the config keys that it changes (without matching), and the arm that it is compared with.
+    """By arm name: the config keys that the arm changes, before matching, and the arm that it is compared with.
 
     Raises:
-        UserError: an arm is no group of keys, the arm to compare with does not exist, or two arms share a folder name.
+        UserError: an arm is not a group of keys, the arm to compare with does not exist, or two arms share a folder.
     """
     if study.grid:
         named = dict(_combinations(study.grid))
@@ -66,7 +66,7 @@ def _combinations(grid: Mapping[str, list[Any]]) -> Iterable[tuple[str, dict[str
 
 
 def describe_changes(changes: Mapping[str, Any]) -> str:
-    """A name made from changes: keys are shortened to their last part, except keys that share their last part."""
+    """A name made from changes: each key is shortened to its last part, unless another key has the same last part."""
     ends = [name.rpartition(".")[2] for name in changes]
     return ", ".join(
         f"{name if ends.count(e) > 1 else e}={changes[name]}" for name, e in zip(changes, ends, strict=True)
@@ -120,10 +120,10 @@ def matched_config(
 def budgeted_config(
     study: StudyConfig, config: RunConfig, changes: Mapping[str, Any], step_seconds: float | None = None
 ) -> RunConfig:
-    """The config of an arm with the number of steps that the study's budget allows.
+    """An arm's config with as many steps as the study's budget allows.
 
-    If neither the study nor the arm sets these keys, they are adapted to the number of steps: ten held-out
-    evaluations, eight checkpoints, no sample grids, and a warm-up of at most a tenth of the steps.
+    Unless the study or the arm sets them, these keys are adapted to the number of steps: ten held-out evaluations,
+    eight checkpoints, no sample grids, and a warm-up of at most a tenth of the steps.
 
     Args:
         step_seconds: measured seconds per step, needed for a budget in seconds.

@@ -74,7 +74,7 @@ def paper_table(study: StudyResults) -> tuple[list[str], list[list[str]], str]:
 
 
 def _in_paper(study: StudyResults, group: str, metric: str) -> bool:
-    """Whether the table for a paper shows a metric. Spectra, moments and seams are shown only as primary metric."""
+    """Whether the table for a paper shows a metric. Spectra, moments and seams are shown only as the primary metric."""
     known = metric_of(metric)
     if known.direction == "listed":
         return False

@@ -38,7 +38,7 @@ def picture_label(name: str, most: int = LONGEST) -> str:
 
 
 def panel_grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of `count` panels, each `width` x `height` inches, in rows of `columns`; and their axes."""
+    """A figure of `count` panels in `columns` columns, each panel `width` x `height` inches; and the panels' axes."""
     page, axes = figure(-(-count // columns), columns, width=width, height=height)
     for axis in axes.ravel()[count:]:
         axis.set_visible(False)
@@ -81,7 +81,7 @@ def draw_forest(study: StudyResults, path: Path) -> None:
 
 
 def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
-    """The axis limit: it covers all means, all 95% intervals, and wide intervals of up to 8 times the largest mean."""
+    """The axis limit. It covers all means and 95% intervals, and wide intervals up to 8 times the largest mean."""
 
     def reach(ends: Iterable[tuple[float | None, float]]) -> float:
         return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
@@ -145,7 +145,7 @@ def _square(column: int, row: int, colour: str) -> Any:
 
 
 def draw_pareto(study: StudyResults, path: Path) -> None:
-    """Plot the primary metric with intervals against MACs, and against step time."""
+    """Plot the primary metric and its intervals, once against MACs and once against step time."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
     panels: list[tuple[str, list[float | None]]] = [
         ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
@@ -208,7 +208,7 @@ def _apart(costs: Sequence[float | None]) -> list[float | None]:
 
 
 def draw_samples(rows: dict[str, Path], path: Path) -> None:
-    """Plot the samples of each named `drawn.npz` as a row below a row of real images. A column has one noise and class.
+    """Plot a row of real images, then a row of samples for each named `drawn.npz`. A column has one noise and class.
 
     Raises:
         UserError: a file does not hold images.

@@ -17,7 +17,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """Mean ± half the width of its interval, with decimals for two significant digits of the half width or the mean."""
+    """Mean ± half the width of its interval; the smaller of the two numbers gets two significant digits."""
     if estimate is None:
         return "-"
     if estimate.low is None or estimate.high is None or estimate.high == estimate.low:
@@ -34,7 +34,7 @@ def mean(study: StudyResults, arm: str, metric: str) -> str:
 
 
 def scale(metric: str, change: Difference) -> float | None:
-    """The factor from a difference to percent; None for a metric around zero, or if the other arm's mean is 0."""
+    """The factor that converts a difference to percent; None if the metric lies around 0 or the other mean is 0."""
     return None if direction(metric) == "zero" else change.scale
 
 
@@ -55,7 +55,7 @@ def format_difference(metric: str, change: Difference) -> str:
 
 
 def interval(metric: str, change: Difference, *, wide: bool) -> str:
-    """The interval of a difference in the unit of `format_difference`. `wide`: the one for all comparisons together."""
+    """A difference's interval in the unit of `format_difference`. `wide`: the one that holds for all comparisons."""
     low, high = (change.wide_low, change.wide_high) if wide else (change.low, change.high)
     if low is None or high is None:
         return ""

@@ -27,10 +27,10 @@ from dit_in_dit.study.resize import changed_keys, depth_limits, is_fixed, with_d
 By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
 COST_NAMES = {"macs": "MACs", "time": "time", "params": "parameters"}
-SPAN = 4  # largest factor on a width or an MLP
-NEAR = 1 / 8  # relative: widths further off come after another MLP, which may close a gap in cost of up to so much
-TRIES = 6  # models measured in a search by time
-SECONDS_EACH = 2.5  # of measuring a model
+SPAN = 4  # largest factor by which a width or an MLP may change
+NEAR = 1 / 8  # relative; widths further off are tried after another MLP, which may close a gap in cost of up to this
+TRIES = 6  # models that a search for equal time measures
+SECONDS_EACH = 2.5  # for measuring a model
 SECONDS_TO_SPARE = 15.0  # longest warm-up for which optional times are measured
 
 
@@ -85,7 +85,7 @@ def _parameters_of_few(few: ModelConfig) -> tuple[int, dict[str, int]]:
 
 
 def costs(config: RunConfig) -> dict[str, float]:
-    """`macs`, `params`, and `activation_bytes` that a forward pass of one image keeps for the backward pass."""
+    """`macs`, `params` and `activation_bytes`: bytes that an image's forward pass keeps for the backward pass."""
     activations = inspect(config.model, 1, config.train.recompute)["activation_bytes"]["total"]
     return {
         **{by: float(count(config.model)) for by, count in COUNTS.items()},
@@ -108,8 +108,8 @@ def find_twin(
     `depth_ratio` is fixed, the order keeps its name, and the number of inner blocks follows the depth.
 
     Args:
-        count: the cost of a model, which grows with depth, width and mlp_ratio of the outer transformer.
-        fixed: dotted keys, or groups of keys, that stay. `model.stages` fixes the order, not the number of blocks.
+        count: gives a model's cost. The cost must grow with the outer depth, width and mlp_ratio.
+        fixed: keys or groups of keys that do not change. `model.stages` fixes the order, not the number of blocks.
 
     Raises:
         NoTwin: no model is within the tolerance.
@@ -169,7 +169,7 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
 
 
 def _closest(make: Callable[[int], ModelConfig], low: int, high: int, target: float, count: Count) -> ModelConfig:
-    """The model from make(low) to make(high) with cost nearest to the target. Costs increase; regula falsi is used."""
+    """The model, of make(low) to make(high), with cost nearest to the target, by regula falsi. Costs must increase."""
     below, above = count(make(low)), count(make(high))
     if target <= below or low == high:
         return make(low)
@@ -196,14 +196,14 @@ def match(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> Twin:
-    """Resize the model of one run until its cost equals the model of another run, if the two differ.
+    """Resize a run's model until it costs as much as another run's model; if the costs are equal, nothing changes.
 
     To match time, models with different MACs are tried until their training steps take equally long. `gap` then comes
     from a separate measurement after the search.
 
     Args:
         fixed, tolerance: as in `find_twin`.
-        device, threads: device and CPU threads with which time is measured.
+        device, threads: the device and CPU threads for measuring time.
 
     Raises:
         NoTwin: no model is within the tolerance.
@@ -251,7 +251,7 @@ def _match_time(
                 return candidate
         seen[model] = candidate.gap
         best = min(seen, key=lambda m: abs(math.log1p(seen[m])))
-        # From the best, with a tolerance in proportion to its gap: at equal MACs another shape takes another time.
+        # Search from the best model, with a tolerance in proportion to its gap: time also depends on the shape.
         step = max(tolerance, abs(math.log1p(seen[best]))) / 4
         model = _nearest(best, _macs_of_equal_time(seen), forward_macs, step, fixed).model
     return _accept(measured(best, 4 * SECONDS_EACH), COST_NAMES["time"], tolerance)
@@ -268,7 +268,7 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
 
 
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
-    """Step times, measured alternately; empty if a model compiles, warming up takes long, or memory is too small."""
+    """Step times, measured alternately; empty if a model is compiled, warming up takes long, or memory is too small."""
     compiles = any(config.train.compile for config in configs.values())
     if compiles or estimate_seconds(configs, device, threads=threads) > SECONDS_TO_SPARE:
         return {}

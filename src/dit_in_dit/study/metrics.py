@@ -28,7 +28,7 @@ def _parts(metric: str) -> list[tuple[int, str]]:
 
 
 def explain_directions(metrics: Iterable[str]) -> list[str]:
-    """A sentence for each direction that occurs, with its metrics."""
+    """A sentence for each direction that occurs; it lists the metrics of this direction."""
     members: dict[str, list[str]] = {word: [] for word in WORDS.values()}
     for metric in metrics:
         members[WORDS[direction(metric)]].append(metric)

@@ -171,7 +171,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The trial's name and that of its folder: lower case, digits and dashes."""
+        """The name of the trial and of its folder: lower-case letters, digits and dashes."""
         return f"{slug(self.arm)}-s{self.seed}"
 
 
@@ -195,7 +195,7 @@ class Plan:
 
     @property
     def trials(self) -> list[Trial]:
-        """Every arm with every seed. All arms of a seed come first, so that a study stopped early has whole rounds."""
+        """Every arm with every seed, seed by seed, so that a study that is stopped early has seeds with all arms."""
         return [Trial(a.name, seed, replace(a.config, seed=seed)) for seed in self.study.seeds for a in self.arms]
 
     def to_json(self) -> str:
@@ -265,5 +265,5 @@ def _arm_from_dict(values: dict[str, Any]) -> Arm:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path."""
+    """A name, changed so that it can be part of a path."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "arm"

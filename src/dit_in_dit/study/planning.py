@@ -50,7 +50,7 @@ def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
             raise UserError("study.metrics: only held_out can be measured of latents")
         _check_primary(study, arm.config)
     made = {
-        "id": uuid.uuid4().hex,  # tells two studies of one plan apart in a storage
+        "id": uuid.uuid4().hex,  # distinguishes studies of the same plan in one storage
         "device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
         "versions": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "data": digests,  # of the images, by source

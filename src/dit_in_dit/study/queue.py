@@ -1,9 +1,9 @@
 """A queue of a study's trials for any number of workers: each trial is done once, and none is lost.
 
 Optuna stores the trials: in a journal file for workers on one machine, or in a database for workers on several. While a
-worker has a trial, the worker increments a counter in the storage, the trial's *beat*. If the beat does not change for
-the length of a lease, by an observer's own clock, the trial has lost its worker. One observer marks the trial as failed
-and enqueues the trial again; the next worker resumes from the last checkpoint.
+worker has a trial, the worker increments a counter in the storage, the trial's *beat*. If an observer's own clock shows
+that the beat has not changed for the length of a lease, the trial has lost its worker. One observer marks the trial as
+failed and enqueues the trial again; the next worker resumes from the last checkpoint.
 
 Two workers may enqueue the same trial at the same time. Among the tries of one key, the first try that was not lost
 counts; a worker discards any other try.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LEASE = 60.0  # seconds
 BEATS = 4  # in a lease
 MOST_LOSSES = 5  # workers that a trial may lose since its last checkpoint
-OUTCOME = "outcome"  # of a try that Optuna calls failed: failed, surplus or given back; none: its worker was lost
+OUTCOME = "outcome"  # of a try that Optuna calls failed: failed, surplus or given back; absent: its worker was lost
 
 
 class LeaseLostError(Exception):
@@ -191,7 +191,7 @@ class Queue:
         return saved.count(max(saved)) if saved else 0
 
     def _give_up_lost(self) -> None:
-        """Mark a trial as failed if its beat has not changed for a lease, unless another observer has marked it."""
+        """Mark trials as failed if their beat has not changed for a lease, unless another observer has done so."""
         trials, now = self.trials(), time.monotonic()
         if self._outages != self.storage.outages:  # during an outage no beat arrives
             self._outages = self.storage.outages
@@ -243,7 +243,7 @@ class Queue:
         with (
             suppress(*self.errors, StorageAwayError),
             self.storage.at_once(),
-        ):  # the trial has ended, or its lease will expire
+        ):  # an error is harmless: the trial has ended, or its lease will expire
             lease.trial.set_user_attr(OUTCOME, "given back")
             self._end(lease.trial.number, self.states.FAIL)
 
@@ -252,13 +252,15 @@ class Queue:
         try:
             self.study.tell(number, value, state)
         except self.errors:
-            ended = self.trials()[number]  # the same end is recorded if the connection broke after a first call
+            ended = self.trials()[number]  # a first call may have recorded this end before the connection broke
             return ended.state == state and (state != self.states.FAIL or ended.user_attrs.get(OUTCOME) == "failed")
         return True
 
     def report(self, lease: Lease, value: float, step: int) -> bool:
-        """Record a held-out error during training; returns whether the pruner stops the trial. An error that is not
-        finite is not recorded: the run continues, or it ends as diverged."""
+        """Record a held-out error during training; returns whether the pruner stops the trial.
+
+        A non-finite error is not recorded: the run continues, or it ends as diverged.
+        """
         if not math.isfinite(value):
             return False
         try:

@@ -1,4 +1,4 @@
-"""Held-out error during training, of each arm relative to the arm it is compared with."""
+"""Each arm's held-out error during training, relative to the arm that it is compared with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COLUMNS = 4
 def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats, Floats]:
     """Compare a run's held-out errors with another run's held-out errors at equal training MACs.
 
-    The other run's error is interpolated log-log between its evaluations. Evaluations of the run outside the other
-    run's range of MACs are left out.
+    The other run's error is interpolated log-log between its evaluations. The run's evaluations outside the
+    other run's range of MACs are left out.
 
     Returns:
         training MACs (V,) of the run's evaluations, and percent (V,) by which the run's errors are above the other's.
@@ -41,7 +41,7 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
     """Plot each arm's error relative to the arm it is compared with: a panel for each arm, a line for each seed.
 
     Returns:
-        time t and frequencies of the plotted error: the primary metric's if the primary metric is a held-out error.
+        time t and frequencies of the plotted error: those of the primary metric if it is a held-out error.
         If no held-out error was logged: None, and no picture is written.
     """
     at = _time_and_band(study)

@@ -159,8 +159,8 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
 
 
 def _groups(study: StudyResults) -> list[list[RunGroup]]:
-    """Groups of arms, one for each picture of curves. A group has no more arms than there are colours. It holds the
-    control, and each of its arms together with the arm it is compared with."""
+    """Groups of arms, one for each picture of curves. A group has at most as many arms as there are colours. It holds
+    the control and, for each of its arms, the arm that this arm is compared with."""
     known = {arm.name: arm for arm in study.arms_of_curves()}
     control = study.plan.control.name
     groups: list[dict[str, None]] = [{control: None}]
@@ -185,7 +185,7 @@ def _convergence(study: StudyResults) -> list[DocumentPart]:
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
     rows = {}
-    for (arm, _), folder in study.folders.items():  # seed by seed: the first seed with samples
+    for (arm, _), folder in study.folders.items():  # of the first seed with samples
         if arm not in rows and (folder / "drawn.npz").exists():
             rows[arm] = folder / "drawn.npz"
     if not rows:

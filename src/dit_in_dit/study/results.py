@@ -53,7 +53,7 @@ class StudyResults:
 
     @property
     def drawn(self) -> list[Arm]:
-        """The compared arms that pictures show: all arms, unless the grid is very large."""
+        """The compared arms that pictures show: all of them, unless the grid is very large."""
         return self.compared[:MOST_DRAWN]
 
     @property
@@ -91,7 +91,7 @@ class StudyResults:
         return mean_interval(list(values.values())) if values else None
 
     def difference(self, arm: Arm, metric: str) -> Difference:
-        """The arm minus the arm it is compared with, corrected for all comparisons that the study planned."""
+        """The arm minus the arm it is compared with; the wide interval holds for all comparisons that were planned."""
         own, other = (
             {seed: metric_of(metric).ranked(value) for seed, value in self.values(name, metric).items()}
             for name in (arm.name, arm.against)
@@ -114,7 +114,7 @@ class StudyResults:
                 yield *key, result.state, result.reason or f"at step {result.step}"
 
     def arms_of_curves(self) -> list[RunGroup]:
-        """The curves of each arm's done trials. If an arm has no done trial, those of all trials that logged a step.
+        """Each arm with the curves of its done trials or, if it has none, of all its trials that logged a step.
 
         A trial that failed or still runs would cut the arm's curve short. Arms with equal configs are not merged.
         """
@@ -132,7 +132,7 @@ class SearchTrial:
 
     Attributes:
         changes: config keys that the sampler chose, with their values.
-        config: None if the trial has no config, for example because no match exists.
+        config: the trial's config; None if there is none, for example because no match exists.
         result: None until the trial ends.
     """
 
@@ -151,7 +151,7 @@ class SearchResults:
     trials: list[SearchTrial]
 
     def value(self, trial: SearchTrial) -> float:
-        """The value of the primary metric by which the trial is ranked; NaN if the trial has no such value."""
+        """The primary metric's value, by which the trial is ranked; NaN if the trial has none."""
         if trial.result is None or trial.result.state != "done":
             return math.nan
         value = trial.result.metrics.get(self.plan.study.primary)

@@ -146,7 +146,7 @@ def _draw(searched: SearchResults, path: Path) -> None:
 
 
 def confirm(searched: SearchResults) -> str:
-    """YAML of a study that compares the best trials with the base, with seeds that the search has not used."""
+    """YAML of a study that compares the best trials with the base, on seeds that the search has not used."""
     plan = searched.plan
     study, used = plan.study, set(plan.study.seeds)
     fresh = [seed for seed in range(len(used) + 5) if seed not in used][:5]

@@ -35,12 +35,12 @@ class Difference:
     Attributes:
         seeds: the seeds that both arms have.
         mean: mean of the differences; NaN if there is no common seed, or if a value is not finite.
-        scale: factor from a difference to percent of the absolute mean of the other arm; None if that mean is 0.
+        scale: factor that converts a difference to percent of the other arm's absolute mean; None if that mean is 0.
         low, high: the 95% interval; None for one seed, or if the differences do not vary.
         wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
         p: two-sided p-value of this single comparison, not corrected.
-        equal: the two values of every seed are equal.
-        constant: the values of every seed differ by the same amount, so there is no interval.
+        equal: in every seed, the two arms have equal values.
+        constant: the two arms differ by the same amount in every seed, so there is no interval.
     """
 
     seeds: tuple[int, ...]
@@ -66,7 +66,7 @@ class Difference:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Mean and 95% interval (Student's t) of values from at least one seed, one value for each seed."""
+    """Mean and 95% interval (Student's t) of at least one value; each seed gives one value."""
     mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
     if len(values) < 2 or math.isnan(mean):
         return Estimate(mean, None, None, len(values))
@@ -78,7 +78,7 @@ def paired_difference(arm: Mapping[int, float], other: Mapping[int, float], comp
     """The paired difference of two arms' values by seed.
 
     Args:
-        comparisons: the number of comparisons in the study; `wide_low` to `wide_high` has level 1 - 5% / comparisons.
+        comparisons: how many comparisons the study has; `wide_low` to `wide_high` has level `1 - 0.05 / comparisons`.
     """
     seeds = tuple(sorted(arm.keys() & other.keys()))
     a, b = (np.array([values[seed] for seed in seeds], float) for values in (arm, other))

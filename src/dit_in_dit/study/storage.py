@@ -166,7 +166,7 @@ class JournalLock:
         self.threads = threading.Lock()
 
     def acquire(self) -> bool:
-        """Wait for the lock. UserError, without holding it, if the journal or the file system's locks are missing."""
+        """Wait for the lock. If the journal or the file system's locks are missing: UserError, and no lock is held."""
         self.threads.acquire()
         try:
             self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)
@@ -205,8 +205,8 @@ def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], 
     """Open the database at `url`, or the journal in `out`.
 
     Raises:
-        UserError: Optuna or a driver is missing, or the database refuses the connection. Nothing waits, and the
-            message does not show the password.
+        UserError: Optuna or a driver is missing, or the database refuses the connection. The error is
+            raised at once, and its message does not show the password.
     """
     try:
         import optuna

@@ -21,7 +21,7 @@ from dit_in_dit.study.results import StudyResults
 
 BESIDE = "other trials may have run beside"  # a caveat of everything timed while trials ran
 FLOOR = "real against real"
-TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # of a verdict; others are soft
+TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # by verdict; all other verdicts have the tone "soft"
 
 
 def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
@@ -174,7 +174,7 @@ def convergence(study: StudyResults) -> list[Table]:
     """
     arms = sorted(
         study.arms_of_curves(), key=lambda arm: arm.name != study.plan.control.name
-    )  # ratios are to the first
+    )  # ratios are relative to the first arm
     tables: dict[tuple[float, float], list[list[str | Cell]]] = {}
     for row in steps_to_reach(arms):
         cells = [row.arm, f"{row.reached} of {row.seeds}"]

@@ -40,7 +40,7 @@ from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
 
 DRAWN = 24  # samples of a trial, for the report's picture
-SEARCHED = 200  # images of an endless source in which real images of each class are looked for
+SEARCHED = 200  # images of an endless source that are searched for images of each class
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run_trials(plan: Plan, out: Path, queue: Queue, device: torch.device) -> Gen
                     yield from _Try(plan, queue, lease, out / "runs" / lease.key, device, feature_networks).do()
             elif queue.finished():
                 return
-            else:  # other workers hold the rest, or have lost it
+            else:  # other workers hold the remaining trials, or have lost them
                 yield WorkerEvent("waiting", text=f"for {queue.counts()['running']} trials of other workers")
                 _pause(queue)
 
@@ -98,7 +98,7 @@ class _Try:
         lease, run, study = self.lease, self.run, self.plan.study
         run.mkdir(parents=True, exist_ok=True)
         try:
-            result = read_result(run)  # there is one if a worker was lost between writing and recording it
+            result = read_result(run)  # a result exists if a worker was lost between writing and recording it
             if result is None:
                 trial = None
                 try:
@@ -129,7 +129,7 @@ class _Try:
         return Trial(describe_changes(changes), seed, config)
 
     def _chosen(self, changes: dict[str, Any]) -> RunConfig:
-        """The config of a sampler's choice, matched in cost to the control, within the budget; or UserError."""
+        """The config of a sampler's choice, matched to the control's cost, within the budget. Raises UserError."""
         study, threads = self.plan.study, self.plan.study.threads
         config, _ = matched_config(study, changes, self.plan.control.config, self.device, threads)
         seconds = None
@@ -180,7 +180,7 @@ class _Try:
         queue, lease, run, primary = self.queue, self.lease, self.run, self.plan.study.primary
         steps = read_config(run).train.steps
         lease.step = lease.saved = first.step
-        for step, error in _errors(run, primary):  # again: to the pruner a resumed try is new
+        for step, error in _errors(run, primary):  # reported again, because a resumed try is new to the pruner
             if step <= first.step:
                 queue.report(lease, error, step)
         yield WorkerEvent("training", lease.key, first.step, steps, "continued" if first.step else "")
@@ -198,7 +198,10 @@ class _Try:
 
 
 def _errors(run: Path, primary: str) -> list[tuple[int, float]]:
-    """Steps and held-out errors so far. If the primary metric is another metric: at t = 0.5 and high frequencies."""
+    """Steps and held-out errors so far, for the primary metric.
+
+    If this metric is not a held-out error, the errors at t = 0.5 and high frequencies take its place.
+    """
     curve = read_run(run)
     name = primary if primary.startswith("held_out.") else "held_out.0.5.high"
     _, whole, part, kind = name.split(".")
@@ -223,7 +226,7 @@ def _draw(run: Path, device: torch.device) -> None:
 
 
 def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
-    """A training image for each label; images repeat only if a class has too few, and an empty class takes any."""
+    """A training image for each label (any image if a class has none). Images repeat only if a class has too few."""
     source = open_source(config.data, config.model)
     if source.train_size is None:  # endless
         known = np.array([source.train(number)[1] for number in range(SEARCHED)])

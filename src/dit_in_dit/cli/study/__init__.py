@@ -1,4 +1,4 @@
-"""`study`: answer a question with trained arms, from the plan to the report."""
+"""`study`: plan and train the arms that answer a question, and report the results."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def print_costs(plan: Plan) -> None:
 
 
 def _arm_row(arm: Arm) -> list[Any]:
-    """Model size, each cost with its gap to the arm it is compared with, and the keys that matching changed."""
+    """An arm's model size, its costs with gaps to the arm it is compared with, and the keys that matching changed."""
     model = arm.config.model
     gap = {name: "" if arm.against == arm.name else f"{value:+.1%}" for name, value in arm.gap.items()}
     return [

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dit_in_dit.study.plan import Plan
     from dit_in_dit.study.queue import Queue
 
-PATIENCE = 10.0  # seconds that workers have to give their trials back
+PATIENCE = 10.0  # seconds within which workers must give their trials back
 
 
 def add(study: Commands) -> None:

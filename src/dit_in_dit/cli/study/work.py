@@ -130,7 +130,7 @@ def work_here(plan: Plan, out: Path, queue: Queue, device: torch.device) -> None
 
 @contextmanager
 def study_progress(plan: Plan, queue: Queue) -> Iterator[Callable[..., None]]:
-    """A bar over all training steps; the function it yields updates the bar, or prints a line above it."""
+    """Show a bar of all training steps; the yielded function updates the bar, or prints a line above it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -17,7 +17,14 @@ from dit_in_dit import inspect
 from dit_in_dit.benchmark.attention import attention_kernels, broadcast, matmul_attention
 from dit_in_dit.benchmark.bench import Bench
 from dit_in_dit.benchmark.experiments import run_experiments
-from dit_in_dit.benchmark.parts import INNER, operation_kind, part_macs, part_seconds, profile_by_part, subject_by_parts
+from dit_in_dit.benchmark.parts import (
+    INNER,
+    operation_kind,
+    part_macs,
+    part_seconds,
+    profile_by_part,
+    subject_for_parts,
+)
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
 from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
@@ -132,7 +139,7 @@ def test_matrix_products_leave_the_global_generator_unchanged():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stages", ["outer*2 inner", "inner outer*2", "(inner outer)*2"])
 def test_parts_sum_to_the_whole_step(stages):
-    subject = subject_by_parts(run_of(stages), CPU)
+    subject = subject_for_parts(run_of(stages), CPU)
     began = time.thread_time()
     parts = part_seconds(subject)
     taken = time.thread_time() - began
@@ -157,7 +164,7 @@ def test_parts_sum_to_the_whole_step(stages):
     ],
 )
 def test_a_planted_pause_is_measured_in_its_part(part: str, place: Callable[[nn.Module], nn.Module]):
-    subject = subject_by_parts(run_of("inner outer*2 inner"), CPU)
+    subject = subject_for_parts(run_of("inner outer*2 inner"), CPU)
     before = part_seconds(subject)
     place(subject.model).register_forward_hook(lambda module, given, output: Pause.apply(output))
     after = part_seconds(subject)
@@ -167,7 +174,7 @@ def test_a_planted_pause_is_measured_in_its_part(part: str, place: Callable[[nn.
 
 
 def test_the_profiler_sees_every_part_and_its_products():
-    found = profile_by_part(subject_by_parts(run_of("inner outer inner", inner={"mixer": "conv"}), CPU))
+    found = profile_by_part(subject_for_parts(run_of("inner outer inner", inner={"mixer": "conv"}), CPU))
     for part in ("outer_blocks", "inner_blocks", "spread", "outer_head", "inner_head"):
         assert found[part]["products"] > 0, part
     assert found["inner_blocks"]["convolutions"] > 0

@@ -306,6 +306,6 @@ def test_contrast_is_the_share_of_the_true_amplitude():
 
 def pixels_of(mosaic, truth, number):
     """Mask of the pixels that show only this region."""
-    from dit_in_dit.metrics.detail import visible_regions
+    from dit_in_dit.metrics.detail import region_map
 
-    return visible_regions(mosaic, truth) == number
+    return region_map(mosaic, truth) == number

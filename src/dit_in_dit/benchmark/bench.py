@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dit_in_dit.benchmark.parts import part_macs, part_seconds, profile_by_part, subject_by_parts
+from dit_in_dit.benchmark.parts import part_macs, part_seconds, profile_by_part, subject_for_parts
 from dit_in_dit.benchmark.report import BenchmarkReport, Goal, Parts, Ratio
 from dit_in_dit.benchmark.subjects import (
     BenchmarkSubject,
@@ -80,7 +80,7 @@ class Bench:
     def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
         """Measure the seconds of each part in each round; a compiled model is compiled block by block."""
         self.measure_product(run)
-        subject = subject_by_parts(run, self.device)
+        subject = subject_for_parts(run, self.device)
         rounds = interleave({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
         middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
         self.report.parts[name] = Parts(

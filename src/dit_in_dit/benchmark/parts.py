@@ -110,7 +110,7 @@ def _end(mark: Callable[[str], None], part: str, module: nn.Module, inputs: tupl
             tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
 
-def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
+def subject_for_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
     """A warmed-up subject for `part_seconds`; a compiled model is compiled block by block, so that its hooks run."""
     subject = BenchmarkSubject(replace(run, train=replace(run.train, compile=False)), device)
     assert isinstance(subject.model, NestedDiT)
@@ -123,7 +123,7 @@ def subject_by_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
 
 
 def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
-    """Seconds of a `subject_by_parts` subject's training step by part: parts of `cost.macs`, loss, optimizer, rest."""
+    """Seconds of a `subject_for_parts` subject's training step by part: parts of `cost.macs`, loss, optimizer, rest."""
     assert isinstance(subject.model, NestedDiT)
     marks = PartClock(subject.device)
     with mark_parts(subject.model, marks):
@@ -153,7 +153,7 @@ def seconds_per_mac(seconds: Mapping[str, float], macs: Mapping[str, int], parts
 
 
 def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict[str, float]]:
-    """Seconds of a `subject_by_parts` subject's step, by part and kind of operation, from torch's profiler.
+    """Seconds of a `subject_for_parts` subject's step, by part and kind of operation, from torch's profiler.
 
     Kinds are those of `KINDS`, and `other`. On CUDA, the seconds are device time.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, subject_by_parts
+from dit_in_dit.benchmark.parts import INNER, part_macs, part_seconds, subject_for_parts
 from dit_in_dit.benchmark.timing import interleave
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.files import replace_keys
@@ -124,7 +124,7 @@ def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device
     Raises:
         UserError: as `sweep_configs`.
     """
-    subjects = {name: subject_by_parts(config, device) for name, config in sweep_configs(run, axis, values).items()}
+    subjects = {name: subject_for_parts(config, device) for name, config in sweep_configs(run, axis, values).items()}
     rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []
     for name, subject in subjects.items():

@@ -69,7 +69,7 @@ def plugin_keys() -> dict[str, Any]:
     return PLUGIN_KEYS
 
 
-def is_choice(key: str) -> bool:
+def accepts_registered(key: str) -> bool:
     """Whether a config key accepts registered names."""
     return key in KEYS
 

@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dit_in_dit.config.choices import choice_names, is_choice, plugin_keys
+from dit_in_dit.config.choices import accepts_registered, choice_names, plugin_keys
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
@@ -155,10 +155,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in parts or (is_choice(name) and value in choice_names(name)):
+        if value in parts or (accepts_registered(name) and value in choice_names(name)):
             return value
         known, way_out = (
-            (choice_names(name, parts), " (a plug-in's name needs --plugin)") if is_choice(name) else (parts, "")
+            (choice_names(name, parts), " (a plug-in's name needs --plugin)")
+            if accepts_registered(name)
+            else (parts, "")
         )
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):

@@ -42,7 +42,7 @@ class Detail:
 
 def detail(mosaic: Mosaic, truth: Truth, image: Image) -> Detail:
     """Compare an image (3, H, W) with the regions of mosaic number `truth.index`."""
-    owner = visible_regions(mosaic, truth)
+    owner = region_map(mosaic, truth)
     textures = []
     for number, region in enumerate(truth.regions):
         pixels = np.argwhere(owner == number)
@@ -52,7 +52,7 @@ def detail(mosaic: Mosaic, truth: Truth, image: Image) -> Detail:
     return Detail(period, direction, contrast, _layout(mosaic, truth, owner, image))
 
 
-def visible_regions(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
+def region_map(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
     """Number of the region that each pixel shows (H, W); -1 if an edge mixes two regions."""
     owner = np.zeros(mosaic.size, np.int64)
     for number, region in enumerate(truth.regions):

@@ -11,7 +11,7 @@ def plugin_keys() -> dict[str, Any]:
     return {}
 
 
-def is_choice(key: str) -> bool:
+def accepts_registered(key: str) -> bool:
     """Whether a user can register choices for a config key: not here."""
     return False
 

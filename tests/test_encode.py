@@ -316,7 +316,7 @@ def test_training_on_latents_equals_training_through_the_vae_with_the_posterior_
     through = [(posteriors["moments"][i, :4].numpy() - 0.25) * 0.5 for i in range(COUNT)]
 
     class ThroughTheVae(Source):  # what the VAE gives, image by image, in the order of the images
-        classes, skipped, labels = ("lying", "standing"), (), np.array([0, 1])
+        classes, skipped = ("lying", "standing"), ()
         digest = "0" * 64
         train_size, held_out_size = COUNT - len(held), len(held)
 

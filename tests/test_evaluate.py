@@ -190,7 +190,7 @@ def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
         (["{png}", "--out", "{tmp}/x"], "--against"),
         (["{png}", "--against", "{folder}"], "--out"),
         (["{run}", "--metrics", "fid"], "unknown metrics 'fid'"),
-        (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need at least 2 images"),
+        (["{run}", "--num", "1", "--out", "{tmp}/x"], "metrics need at least 2 generated and 4 real images"),
         (["{run}", "--classes", "purple", "--out", "{tmp}/x"], "unknown class"),
         (["{run}", "--against", "nowhere", "--out", "{tmp}/x"], "no such file or folder"),
         (["{mixed}", "--against", "{folder}", "--out", "{tmp}/x"], "must be of one size"),

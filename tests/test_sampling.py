@@ -222,7 +222,7 @@ def refused(monkeypatch, scheduler, **rules) -> str:
         (with_euler(prediction=None), "Other.prediction must name a quantity: got none; choose from"),
         (lambda: SimpleNamespace(step=print), "lacks set_timesteps: write set_timesteps(steps)"),
         (lambda: SimpleNamespace(set_timesteps=print), "lacks step: write step(prediction, timestep, x)"),
-        (with_euler(__init__=lambda self, path: None), "Other() ends with TypeError: "),
+        (with_euler(__init__=lambda self, path: None), "Other() fails with TypeError: "),
         (with_euler(step=lambda self, x: x), "Other.step must take (prediction, timestep, x): got (x); change"),
         (with_euler(set_timesteps=lambda self: None), "Other.set_timesteps must take (steps): got (); change"),
         (with_euler(set_timesteps=lambda self, steps: None), "must set timesteps, a tensor (K,) of 1000 t"),

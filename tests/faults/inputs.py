@@ -94,7 +94,7 @@ YAML: dict[str, Bad] = {
     "a bomb to match": (yaml(LAUGHS + "]", "match", "--preset", "emoji", "--like"), "its aliases (*) stand for more"),
     "a group of a study that is none": (
         lambda: ["study", "plan", "ablation", *settings("set=5", "set.train.steps=3")],
-        "study.set was set to '5'",
+        "study.set is set to '5'",
     ),
 }
 

@@ -157,11 +157,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if origin is Literal:
         if value in parts or (accepts_registered(name) and value in choice_names(name)):
             return value
-        known, way_out = (
-            (choice_names(name, parts), " (a plug-in's name needs --plugin)")
-            if accepts_registered(name)
-            else (parts, "")
-        )
+        way_out = " (a plug-in's name needs --plugin)" if accepts_registered(name) else ""
+        known = choice_names(name, parts) if way_out else parts
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)

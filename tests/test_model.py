@@ -53,12 +53,17 @@ def choices(section: type) -> dict[str, tuple]:
 
 
 CHOICES = choices(InnerConfig) | {key: tuple(table) for key, table in TABLES.items()}
-# Arguments of `small_model`: every value of every choice, including those that a later version adds.
-EVERY_CHOICE = [
-    *({"inner": {key: value}} for key, values in CHOICES.items() for value in values),
-    *({"outer": {key: value}} for key, values in choices(OuterConfig).items() for value in values),
-    *({key: value} for key, values in choices(ModelConfig).items() for value in values),
-]
+# Arguments of `small_model`: every value of every choice, those of later versions included. All defaults are one.
+EVERY_CHOICE = list(
+    {
+        small_model(**choice): choice
+        for choice in (
+            *({"inner": {key: value}} for key, values in CHOICES.items() for value in values),
+            *({"outer": {key: value}} for key, values in choices(OuterConfig).items() for value in values),
+            *({key: value} for key, values in choices(ModelConfig).items() for value in values),
+        )
+    }.values()
+)
 
 
 @pytest.mark.parametrize("key", TABLES)

@@ -124,9 +124,14 @@ class PluginKeys(Section):
         return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))
 
 
-def _fields(section: Any) -> list[Field[Any]]:
-    """The fields of a section (or of its class) that are config keys."""
-    return [f for f in fields(section) if "meaning" in f.metadata]
+def _fields(section: Any) -> tuple[Field[Any], ...]:
+    """The fields of a section, or of its class, that are config keys."""
+    return _fields_of(section if isinstance(section, type) else type(section))
+
+
+@cache
+def _fields_of(section: Any) -> tuple[Field[Any], ...]:
+    return tuple(f for f in fields(section) if "meaning" in f.metadata)
 
 
 @cache

@@ -15,7 +15,7 @@ from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import LeftOutWarning, PluginWarning, UserError, hide_passwords, one_line
 from dit_in_dit.runs.integrity import DamagedWarning
 from dit_in_dit.runs.lock import LocklessWarning
-from dit_in_dit.runtime.process import is_main
+from dit_in_dit.runtime.process import gc_paused, is_main
 
 ORDER = (  # order of commands in the help; modules of this folder that are not listed come last
     *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),
@@ -28,9 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command. A user's mistake prints one line on stderr and ends with exit code 2."""
     warnings.formatwarning = _line
     try:
-        options = parser().parse_args(arguments)
-        for plugin in getattr(options, "plugin", ()):
-            plugins.load_plugin(plugin)
+        with gc_paused():
+            options = parser().parse_args(arguments)
+            for plugin in getattr(options, "plugin", ()):
+                plugins.load_plugin(plugin)
         options.run(options)
     except UserError as error:
         _refuse("" if error.quiet else str(error), error.code)

@@ -12,6 +12,7 @@ from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
+from dit_in_dit.runtime.process import gc_paused
 
 
 def add(commands: Commands) -> None:
@@ -43,11 +44,12 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from dit_in_dit.inspection.trace import inspect
+    with gc_paused():
+        from dit_in_dit.inspection.trace import inspect
 
-    config = chosen_config(options)
-    traced = inspect(config.model, options.batch, config.train.recompute)
-    plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+        config = chosen_config(options)
+        traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
+        plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
     if options.json:
         print(json.dumps({**traced, "plain": plain}, indent=1))
         return

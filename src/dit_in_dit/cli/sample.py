@@ -19,7 +19,7 @@ from dit_in_dit.cli.options import (
     whole_number,
 )
 from dit_in_dit.runs.pretrained import find_run
-from dit_in_dit.runtime.process import is_main
+from dit_in_dit.runtime.process import gc_paused, is_main
 
 
 def add(commands: Commands) -> None:
@@ -50,10 +50,11 @@ def _sample(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from dit_in_dit.data.encode import open_decoder
-    from dit_in_dit.runs.checkpoint import Checkpoint
-    from dit_in_dit.runtime.device import pick_device
-    from dit_in_dit.sampling.folder import SampleFolder
+    with gc_paused():
+        from dit_in_dit.data.encode import open_decoder
+        from dit_in_dit.runs.checkpoint import Checkpoint
+        from dit_in_dit.runtime.device import pick_device
+        from dit_in_dit.sampling.folder import SampleFolder
 
     device, averaged = pick_device(options.device), not options.raw
     saved = Checkpoint.open(options.run_folder)

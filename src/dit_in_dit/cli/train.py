@@ -18,7 +18,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
-from dit_in_dit.runtime.process import is_main
+from dit_in_dit.runtime.process import gc_paused, is_main
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,9 +62,10 @@ def add(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dit_in_dit.data.formats.latents import fill_latent_keys
-    from dit_in_dit.runs.folder import read_config
-    from dit_in_dit.training.loop import train
+    with gc_paused():
+        from dit_in_dit.data.formats.latents import fill_latent_keys
+        from dit_in_dit.runs.folder import read_config
+        from dit_in_dit.training.loop import train
 
     if options.data and not options.resume:
         raise UserError(

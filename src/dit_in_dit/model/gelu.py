@@ -8,21 +8,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 SLOPE = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(z)) / 2 = sigmoid(2 z): gelu(x) = x sigmoid(SLOPE x + CUBE x^3)
 CUBE = 0.044715 * SLOPE
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp ...) or forward-mode AD calls the model."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 class Gelu(nn.Module):
     """gelu(x), (...) -> (...).
 
     On a GPU, PyTorch's kernel is fastest. In a compiled graph, all formulas are equally fast. On a CPU, the kernel's
-    tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass.
+    tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass. Under `torch.func`,
+    PyTorch's kernel is used: it has derivatives of every order and kind.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or in_transform():
             return F.gelu(x, approximate="tanh")
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithSlope.apply(x)  # type: ignore[no-untyped-call]

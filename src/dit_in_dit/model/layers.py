@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.model.gelu import Gelu
+from dit_in_dit.model.gelu import Gelu, in_transform
 from dit_in_dit.model.norms import EPS, LayerNorm, Norm
 from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
@@ -42,13 +42,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The kernel is the fastest that was measured (docs/decisions/benchmark.md).
     """
+    if in_transform():  # most kernels have no forward-mode derivative, and vmap calls some once per example
+        return attention_weights(q, k) @ v
     if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and tiny_fits(q, k):
         return tiny_attention(q, k, v)
     return sdpa(q, k, v)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Attention weights of `attend`, (B, heads, L, L'); rows sum to one. For inspection, not for training."""
+    """Attention weights of `attend`, (B, heads, L, L'); rows sum to one. Slower than the kernels."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,28 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         if pictures:
             shutil.copyfile(pictures[-1], beside / "samples.png")
         (beside / "README.md").write_text(text)
+
+
+def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
+    """Write the network as an ONNX program of any batch size: x (N, C, H, W), t (N,) and y (N,) -> prediction.
+
+    Raises:
+        UserError: there is no such run, `out` exists, or the packages of the extra `onnx` are missing.
+    """
+    atomic.check_free(out)
+    saved = Checkpoint.open(run)
+    model = saved.model(torch.device("cpu"), averaged=averaged)
+    check_weights(model.state_dict(), str(run))
+    inputs: dict[str, Any] = {"x": torch.zeros(2, *saved.config.model.image_shape), "t": torch.full((2,), 0.5)}
+    inputs |= {"y": torch.zeros(2, dtype=torch.int64)} if saved.config.model.num_classes else {}
+    if find_spec("onnxscript") is None:
+        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
+    options: dict[str, Any] = {"input_names": list(inputs), "output_names": ["prediction"], "verbose": False}
+    options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch")} for name in inputs}}
+    program: Any = torch.onnx.export(model, kwargs=inputs, dynamo=True, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(out) as file:
+        file.write(program.model_proto.SerializeToString())
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 SLOPE = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(z)) / 2 = sigmoid(2 z): gelu(x) = x sigmoid(SLOPE x + CUBE x^3)
@@ -16,10 +15,8 @@ CUBE = 0.044715 * SLOPE
 
 
 def in_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp ...) or forward-mode AD calls the model."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a transform of `torch.func` (vmap, grad, jvp ...) calls the model."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class Gelu(nn.Module):

@@ -28,8 +28,7 @@ def most_sequences(heads: int, length: int, width: int) -> int:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's softmax attention, in the fewest chunks of equal size that respect the kernels' limits."""
-    most = most_sequences(*q.shape[1:]) if q.device.type in LIMITED else len(q)
-    if len(q) <= most:
+    if q.device.type not in LIMITED or len(q) <= (most := most_sequences(*q.shape[1:])):
         return F.scaled_dot_product_attention(q, k, v)
     size = -(-len(q) // -(-len(q) // most))
     chunks = zip(*(torch.split(part, size) for part in (q, k, v)), strict=True)

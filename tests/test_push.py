@@ -137,7 +137,6 @@ def test_a_pushed_run_has_its_files_and_replaces_an_earlier_checkpoint(pushed):
     assert repository.private
     assert "dit-in-dit sample me/small" in repository.files["README.md"].decode()
     assert f"{place / 'run'} as {server.url}/me/small" in printed
-    assert f"{place / 'run'} as {place / 'kept'}" in printed
 
 
 def test_a_pushed_pipeline_has_a_card_that_the_hub_reads(pushed):
@@ -234,7 +233,6 @@ def test_without_network_token_or_package_an_error_says_what_to_do(tmp_path, mon
         (["--format", "run"], "name what to write: --out PATH, --push USER/NAME, or both"),
         (["--format", "official", "--push", "me/x"], "leave out --format official"),
         (["--format", "onnx", "--push", "me/x"], "leave out --format onnx"),
-        (["--format", "run", "--private", "--out", "never"], "--private is for --push"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(words, says, tmp_path, capsys):

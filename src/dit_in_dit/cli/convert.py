@@ -18,12 +18,8 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def add(commands: Commands) -> None:
     """Add the commands."""
     take = commands.add("import", _import, "make a run from official DiT or SiT weights, or from diffusers' DiT")
-    take.add_argument(
-        "source",
-        type=Path,
-        metavar="FILE",
-        help="a .pt file of DiT or SiT, a diffusers folder, or USER/NAME of the Hub",
-    )
+    about = "a .pt file of DiT or SiT, a diffusers folder, or a repository USER/NAME[@REVISION] of the Hub"
+    take.add_argument("source", type=Path, metavar="FILE", help=about)
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(
         "--kind",
@@ -52,7 +48,7 @@ def add(commands: Commands) -> None:
     )
     give.add_argument("--out", type=Path, help="the file or folder")
     give.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
-    give.add_argument("--private", action="store_true", help="--push: create the repository as a private one")
+    give.add_argument("--private", action="store_true", help="--push: create a private repository")
     give.add_argument("--raw", action="store_true", help="use trained weights instead of averaged weights")
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
@@ -81,44 +77,34 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from dit_in_dit.interop import hub, import_run
+
+    run, averaged, notes = options.run_folder, not options.raw, list[str]()
     if not (options.out or options.push):
         raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
-    if options.private and not options.push:
-        raise UserError("--private is for --push")
     if options.push and options.format in ("official", "onnx"):
-        raise UserError(f"--push uploads a folder with a card, not a file: leave out --format {options.format}")
+        raise UserError(f"--push uploads a folder, not a file: leave out --format {options.format}")
     with TemporaryDirectory() as place:
         out = options.out or Path(place, options.push.rpartition("/")[2])
-        _write(options, out)
-        if options.push:
-            from dit_in_dit.interop.hub import push_folder
+        if options.format == "official":
+            notes = import_run.export_official(run, out, averaged=averaged)
+        elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
+            notes = import_run.export_diffusers(run, out, averaged=averaged)
+        elif options.format == "run":
+            if options.raw:
+                raise UserError("--format run holds averaged weights: leave out --raw")
+            from dit_in_dit.interop.release import export_release
 
-            print(f"{options.run_folder} as {push_folder(out, options.push, private=options.private)}")
-    if options.out:
-        print(f"{options.run_folder} as {out}")
+            export_release(run, out, options.precision, licence=options.licence, name=options.push)
+        elif options.format == "onnx":
+            from dit_in_dit.interop.export_pipeline import export_onnx
 
-
-def _write(options: argparse.Namespace, out: Path) -> None:
-    from dit_in_dit.interop import import_run
-
-    run, averaged = options.run_folder, not options.raw
-    notes: list[str] = []
-    if options.format == "official":
-        notes = import_run.export_official(run, out, averaged=averaged)
-    elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
-        notes = import_run.export_diffusers(run, out, averaged=averaged)
-    elif options.format == "run":
-        from dit_in_dit.interop.release import export_release
-
-        if options.raw:
-            raise UserError("--format run holds averaged weights: leave out --raw")
-        export_release(run, out, precision=options.precision, licence=options.licence, name=options.push)
-    else:
-        from dit_in_dit.interop.export_pipeline import export, export_onnx
-
-        if options.format == "onnx":
             export_onnx(run, out, averaged=averaged)
-            return
-        export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
+        else:
+            from dit_in_dit.interop.export_pipeline import export
+
+            export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
+        url = hub.push_folder(out, options.push, private=options.private) if options.push else out
     for note in notes:
         print(f"note: {note}")
+    print(f"{run} as {url}")

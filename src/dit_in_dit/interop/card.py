@@ -88,20 +88,16 @@ def card(
     )
 
 
-def _front_matter(
-    name: str, config: RunConfig, evaluation: dict[str, Any] | None, licence: str, library: str
-) -> Markup:
+def _front_matter(name: str, config: RunConfig, evaluation: Any, licence: str, library: str) -> Markup:
     """YAML of the Hub's keys; `library` names the package whose classes load the folder."""
     labelled = ["class-conditional"] * bool(config.model.num_classes)
     tags = ["dit-in-dit", "diffusion-transformer", "nested-transformer", *labelled]
     task = "unconditional-image-generation"  # the Hub has no task for classes
     front: dict[str, Any] = {"license": licence, "library_name": library, "pipeline_tag": task, "tags": tags}
-    dataset = re.split("[:@]", config.data.source.removeprefix("hf:"))[0]
-    if config.data.source.startswith("hf:") and is_repo_id(dataset):
-        front["datasets"] = [dataset]
+    if (dataset := re.match("hf:([^:@]+)", config.data.source)) and is_repo_id(dataset[1]):
+        front["datasets"] = [dataset[1]]
     scores = evaluation["scores"] if evaluation else {}
-    values = {_word(key): score["value"] for key, score in scores.items() if score["value"] is not None}
-    if evaluation and values:
+    if values := {_word(key): score["value"] for key, score in scores.items() if score["value"] is not None}:
         data = _word(_public(evaluation["protocol"]["reference"]["data"]))
         metrics = [{"type": key, "name": key, "value": value} for key, value in values.items()]
         result = {"task": {"type": task}, "dataset": {"type": data, "name": data}, "metrics": metrics}

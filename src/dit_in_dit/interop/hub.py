@@ -12,7 +12,7 @@ from typing import Any
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs.pretrained import find_run
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)  # USER/NAME
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?", re.ASCII)  # USER/NAME[@REVISION]
 SAFE, PICKLED = ["*.safetensors", "*.json", "*.yaml", "*.md"], ["*.bin", "*.pt", "*.pth"]
 REPLACED = ["checkpoints/*", "dit_in_dit_*.py", "*/dit_in_dit_*.py"]  # files of an earlier version, under other names
 _AWAY = "no such path, not in the cache, and the Hub cannot be reached: check the name and the network"
@@ -27,17 +27,14 @@ _WAYS = {  # by the names of errors: the HTTP client's classes depend on the ver
 
 def is_repo_id(text: str) -> bool:
     """Whether a text is USER/NAME or USER/NAME@REVISION, and neither a path that exists nor a pretrained model."""
-    name, at, revision = text.partition("@")
-    return NAME.fullmatch(name) is not None and bool(revision) == bool(at) and not find_run(text).exists()
+    return NAME.fullmatch(text) is not None and not find_run(text).exists()
 
 
 def fetch_repo(repo_id: str) -> Path:
     """Folder with the weights, JSON, YAML and card of USER/NAME[@REVISION], from the cache or the Hub.
 
     Pickled weights are fetched only if there are no `.safetensors`; `safe_load` reads them without running code.
-
-    Raises:
-        UserError: the repository does not exist, needs access, or is neither cached nor reached.
+    UserError if the repository does not exist, needs access, or is neither cached nor reached.
     """
     name, _, revision = repo_id.partition("@")
     with _hub(f"fetch {repo_id}") as hub:
@@ -48,10 +45,8 @@ def fetch_repo(repo_id: str) -> Path:
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a folder as the repository USER/NAME, which is created if it does not exist; its URL.
-
-    Raises:
-        UserError: there is no token, or the Hub refuses the name or the upload.
+    """Upload a folder as the repository USER/NAME, which is created if it does not exist, and return its URL. UserError
+    if there is no token, or the Hub refuses the name or the upload.
     """
     with _hub(f"push {repo_id}") as hub:
         if hub.get_token() is None:
@@ -69,6 +64,6 @@ def _hub(action: str) -> Iterator[Any]:
     except UserError:
         raise
     except Exception as error:  # of the Hub, its client, HTTP or the disk
-        way = next((_WAYS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _WAYS), None)
-        way = way or truncate((str(error).strip() or type(error).__name__).splitlines()[0], 120)
+        ways = [_WAYS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _WAYS]
+        way = ways[0] if ways else truncate(" ".join(str(error).split()) or type(error).__name__, 120)
         raise UserError(f"cannot {truncate(action, 70)}: {way}") from None

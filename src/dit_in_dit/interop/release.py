@@ -24,7 +24,7 @@ PICTURE = "samples.png"
 
 
 def export_release(
-    run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown", name: str | None = None
+    run: Path, out: Path, precision: Precision = "float16", *, licence: str = "unknown", name: str | None = None
 ) -> None:
     """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, and a card with `name`.
 
@@ -45,10 +45,9 @@ def export_release(
     with atomic.folder(out) as beside:
         create_run(beside, saved.config)
         save(beside, saved.config, saved.step, {}, averaged, saved.classes)
-        results = evaluation_of(run, saved.sha256())
-        if results and saved.sha256() != newest(beside).sha256():
+        if (results := evaluation_of(run, saved.sha256())) and precision != "float32":
             note = f"The results are of the weights before they were rounded to {precision}."
-            results = {**results, "warnings": [*results.get("warnings", ()), note]}
+            results["warnings"] = [*results.get("warnings", ()), note]
         write_card(beside, name or out.resolve().name, licence=licence, results=results)
 
 

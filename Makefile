@@ -10,7 +10,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval test-track test-oldest test-faults check
+.PHONY: demo test test-eval test-lora test-track test-oldest test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -49,6 +49,17 @@ test-eval: .venv-eval/made
 	$(EVAL) -m pip install --disable-pip-version-check -c constraints.txt -c tests/eval/constraints.txt \
 		-e '.[viz]' pytest pytest-timeout transformers
 	$(EVAL) -m pip install --disable-pip-version-check -c tests/eval/constraints.txt --no-deps torch-fidelity torchvision
+	touch $@
+
+# peft brings transformers and accelerate: apart from dev, because diffusers imports them wherever they are.
+LORA := .venv-lora/bin/python
+
+test-lora: .venv-lora/made
+	OMP_NUM_THREADS=1 $(LORA) -m pytest tests/test_tools.py
+
+.venv-lora/made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lora
+	$(LORA) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,lora]'
 	touch $@
 
 # Trackers that bring many packages: apart from dev, so that nothing else has to agree with them.

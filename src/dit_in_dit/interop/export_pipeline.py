@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,25 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         if pictures:
             shutil.copyfile(pictures[-1], beside / "samples.png")
         (beside / "README.md").write_text(text)
+
+
+def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
+    """Write the network as an ONNX program: x (N, C, H, W), t (N,) and y (N,), for any N, to `prediction`. UserError if
+    there is no such run, `out` exists, or a package is missing.
+    """
+    atomic.check_free(out)
+    model = Checkpoint.open(run).model(torch.device("cpu"), averaged=averaged)
+    check_weights(model.state_dict(), str(run))
+    inputs = {"x": torch.zeros(2, *model.config.image_shape), "t": torch.full((2,), 0.5)}
+    inputs |= {"y": torch.zeros(2, dtype=torch.int64)} if model.config.num_classes else {}
+    if find_spec("onnxscript") is None:
+        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "output_names": ["prediction"]}
+    options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch")} for name in inputs}}
+    program: Any = torch.onnx.export(model, kwargs=inputs, input_names=list(inputs), **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(out) as file:
+        file.write(program.model_proto.SerializeToString())
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:

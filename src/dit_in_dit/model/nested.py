@@ -21,7 +21,8 @@ AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
 
 
-def _plainly(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+    """The block's output; activations are kept for the backward pass."""
     return block(x, c)
 
 
@@ -150,8 +151,8 @@ class NestedDiT(nn.Module):
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
         """The program's stages, with aggregate and spread between levels."""
-        outer_run = _recomputed if recompute in ("outer", "both") else _plainly
-        inner_run = _recomputed if recompute in ("inner", "both") else _plainly
+        outer_run = _recomputed if recompute in ("outer", "both") else run_block
+        inner_run = _recomputed if recompute in ("inner", "both") else run_block
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
         previous = None

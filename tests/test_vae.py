@@ -19,8 +19,8 @@ from conftest import perturbed, small_model
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, LatentDecoder, encode
-from dit_in_dit.data.formats.latents import fill_latent_keys, read_latents_index
-from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.formats.latents import read_latents_index
+from dit_in_dit.data.sources import fill_latent_keys, open_source
 from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments
 from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline

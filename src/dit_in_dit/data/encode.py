@@ -27,13 +27,12 @@ from dit_in_dit.data.formats.latents import (
     FORMAT,
     LATENTS_INDEX,
     LOG_VARIANCE,
-    fill_latent_keys,
     load_index,
     open_shard,
 )
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import count_classes, open_source
+from dit_in_dit.data.sources import count_classes, fill_latent_keys, open_source
 from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments, weights_sha256
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.integrity import file_sha256

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, truncate
-from dit_in_dit.data.formats.latents import LOG_VARIANCE
+from dit_in_dit.data.formats.latents import LOG_VARIANCE, SD_SCALE
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", "AutoencoderRAE")
 # Errors of diffusers on damaged files.
 FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
-SD_SCALE = 0.18215  # of Stable Diffusion (Rombach et al. 2022), for a VAE without its own
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, before the variant
 
 
@@ -55,7 +54,8 @@ def load_vae(name: str, device: torch.device) -> Any:
             problem = problem or _line(error)
             continue
         if kind in CLASSES:
-            return _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
+            vae = _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
+            return _signed(vae) if kind == "AutoencoderRAE" else vae
         problem = f"it is a {truncate(kind, 40)}, known are {', '.join(CLASSES)}"
     raise UserError(f"no VAE (folder or hub id) at {name!r}: {problem}")
 
@@ -72,6 +72,15 @@ def _load(kind: Any, name: str, inside: str | None) -> Any:
     raise UserError(f"no {kind.__name__} (folder or hub id) at {name!r}: {problem}")
 
 
+def _signed(rae: Any) -> Any:
+    """An AutoencoderRAE with images in [-1, 1] instead of [0, 1], and its channels under the name of other classes."""
+    mean, std = (torch.tensor(rae.config[f"encoder_norm_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    rae.encoder_mean.copy_(2 * mean - 1)
+    rae.encoder_std.copy_(2 * std)
+    rae.register_to_config(latent_channels=rae.config.encoder_hidden_size)
+    return rae
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:80]
 
@@ -81,6 +90,8 @@ def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
     Diffusion's.
     """
     config = vae.config
+    if "encoder_norm_mean" in config:  # an AutoencoderRAE normalises its latents itself
+        return [0.0], [1.0]
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean and deviation:
@@ -93,7 +104,7 @@ def downsampling_factor(vae: Any) -> int:
     """Pixels per latent pixel along a side. It is measured by decoding, because each class names this factor
     differently.
     """
-    side = 4
+    side = int(vae.num_patches**0.5) if hasattr(vae, "num_patches") else 4  # an AutoencoderRAE has one size
     images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
     return images.shape[-1] // side
 

@@ -16,7 +16,7 @@ from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys, to_dict
-from dit_in_dit.data.formats.latents import fill_latent_keys
+from dit_in_dit.data.sources import fill_latent_keys
 from dit_in_dit.data.vae import latent_constants, load_vae
 from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ class HubRows(ImageFiles):
     """
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
-        self.path, self.data, self.num_classes = Path(data.source), data, num_classes
+        self.path, self.num_classes = Path(data.source), num_classes
         self.rows = load_hub(data.source.removeprefix(PREFIX), data.split)
+        self.data = data = name_columns(data, self.rows.column_names)
         for column in (data.image_column, data.label_column)[: 2 if num_classes else 1]:
             if column not in self.rows.column_names:
                 what = "image" if column == data.image_column else "label"
@@ -35,7 +37,7 @@ class HubRows(ImageFiles):
                     f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
-        self.notes = [left_out_clause(len(other), other, "columns")] if other else []
+        self.notes = [left_out_clause(len(other), other, "columns", ("text", "caption"))] if other else []
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:
@@ -125,6 +127,7 @@ class HubSource(ImageSource):
     def count_classes(cls, data: DataConfig) -> int:
         """Number of classes in the label column; 0 without that column."""
         rows = load_hub(data.source.removeprefix(PREFIX), data.split)
+        data = name_columns(data, rows.column_names)
         if data.label_column not in rows.column_names:
             return 0
         if names := getattr(rows.features[data.label_column], "names", None):
@@ -135,6 +138,15 @@ class HubSource(ImageSource):
     def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
         """The rows of the dataset."""
         return HubRows(data, num_classes)
+
+
+def name_columns(data: DataConfig, columns: Sequence[str]) -> DataConfig:
+    """The data's config. If a column has its default name but is not there, the name of CIFAR's data sets is taken."""
+    image, label = (
+        cifar if own == default and own not in columns and cifar in columns else own
+        for own, default, cifar in ((data.image_column, "image", "img"), (data.label_column, "label", "fine_label"))
+    )
+    return replace(data, image_column=image, label_column=label)
 
 
 def load_hub(name: str, split: str) -> Any:

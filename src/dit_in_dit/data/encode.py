@@ -111,8 +111,10 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
 def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
     """The source of the images, and the settings that decide the bytes of the files."""
     side_of = downsampling_factor(vae)
-    if any(side % side_of for side in how.size):
-        raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
+    only = getattr(vae, "decoder_image_size", 0)  # of an AutoencoderRAE
+    if any(side % side_of or side != (only or side) for side in how.size):
+        wanted = only or f"a multiple of {side_of}"
+        raise UserError(f"--size must be {wanted} for this VAE: got {how.size[0]}x{how.size[1]}")
     if how.shard % how.batch:
         raise UserError(f"--shard must be a multiple of --batch: got {how.shard} and {how.batch}")
     data = how.data

@@ -16,7 +16,7 @@ from dit_in_dit.data.formats.latents import LOG_VARIANCE, SD_SCALE
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", "AutoencoderRAE")
 # Errors of diffusers on damaged files.
-FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, NameError)
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, before the variant
 
 
@@ -74,14 +74,15 @@ def _load(kind: Any, name: str, inside: str | None) -> Any:
 
 def _signed(rae: Any) -> Any:
     """An AutoencoderRAE with images in [-1, 1] instead of [0, 1], and its channels under the name of other classes."""
-    mean, std = (torch.tensor(rae.config[f"encoder_norm_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    rae.encoder_mean.copy_(2 * mean - 1)
-    rae.encoder_std.copy_(2 * std)
+    rae.encoder_mean.mul_(2).sub_(1)
+    rae.encoder_std.mul_(2)
     rae.register_to_config(latent_channels=rae.config.encoder_hidden_size)
     return rae
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, NameError):  # of diffusers, where AutoencoderRAE lacks its encoder's classes
+        return "it needs the package transformers: pip install transformers"
     return " ".join(str(error).split())[:80]
 
 
@@ -90,7 +91,7 @@ def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
     Diffusion's.
     """
     config = vae.config
-    if "encoder_norm_mean" in config:  # an AutoencoderRAE normalises its latents itself
+    if type(vae).__name__ == "AutoencoderRAE":  # it normalises its latents itself
         return [0.0], [1.0]
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")

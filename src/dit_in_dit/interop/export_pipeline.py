@@ -95,6 +95,8 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
     if (name := name or data.vae) is None:
         return None
     vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
+    if type(vae).__name__ == "AutoencoderRAE":  # without scale and shift, and with images in [0, 1]
+        raise UserError(f"the VAE {name} is an AutoencoderRAE, which a pipeline does not take: sample from the run")
     if vae.config.latent_channels != channels:
         raise UserError(
             f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "

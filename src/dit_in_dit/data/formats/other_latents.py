@@ -133,9 +133,8 @@ class FastDitSource(Edm2Source):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether a folder has a folder of features, with a `.npy` file in it, beside one of labels."""
-        path = next(Path(source).glob("*features/*.npy"), None) if Path(source).is_dir() else None
-        return path is not None and Path(f"{str(path.parent).removesuffix('features')}labels").is_dir()
+        """Whether a folder has a folder of features with a `.npy` file in it."""
+        return Path(source).is_dir() and any(Path(source).glob("*features/*.npy"))
 
     def _shape(self) -> tuple[int, ...]:
         return 1, *self.model.image_shape

@@ -45,8 +45,7 @@ class ImageFiles:
             (names.check_class_names).
     """
 
-    kind: str = "images"
-    suffixes: tuple[str, ...] = SUFFIXES
+    kind, suffixes = "images", SUFFIXES
 
     def __init__(self, path: Path, num_classes: int = 0) -> None:
         """`num_classes`: number of classes of a `dataset.json`; 0 means the largest label plus one."""
@@ -64,6 +63,8 @@ class ImageFiles:
         others = [name for name in names if not self._is_read(name)]
         self.notes: list[str] = []
         self._labels = self._read_table(others)
+        if self._labels is None and self.kind != "images":
+            raise UserError(f"{shown} has no {DATASET_JSON}: copy it beside the folders of {self.kind}")
         if self._labels is None:
             check_class_names(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
         captions = (f"{name.rpartition('.')[0]}.txt" for name in self.names)

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from dit_in_dit.config.errors import UserError, truncate
 
-SUFFIXES = (
+SUFFIXES: tuple[str, ...] = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),
     *(".bmp", ".tif", ".tiff", ".gif", ".avif"),
 )

@@ -72,9 +72,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
 
 
 def fill_latent_keys(data: DataConfig) -> DataConfig:
-    """The data's config. Null keys for the VAE, its mean and its scale get the values that the latents at that place
-    need. Without such a place, the config is unchanged.
-    """
+    """The data's config. Null keys for the VAE, its mean and its scale get the values for the latents at that place."""
     try:
         kind = source_kind(data.source)
     except UserError:  # raised again when the source is opened

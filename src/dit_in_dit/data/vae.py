@@ -53,9 +53,13 @@ def load_vae(name: str, device: torch.device) -> Any:
         except FAILURES as error:  # report the first error
             problem = problem or _line(error)
             continue
-        if kind in CLASSES:
+        if kind in CLASSES and hasattr(diffusers, kind):
             vae = _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
-            return _signed(vae) if kind == "AutoencoderRAE" else vae
+            if kind == "AutoencoderRAE":  # images in [-1, 1], not [0, 1], and the channels' name, as in other classes
+                vae.encoder_mean.mul_(2).sub_(1)
+                vae.encoder_std.mul_(2)
+                vae.register_to_config(latent_channels=vae.config.encoder_hidden_size)
+            return vae
         problem = f"it is a {truncate(kind, 40)}, known are {', '.join(CLASSES)}"
     raise UserError(f"no VAE (folder or hub id) at {name!r}: {problem}")
 
@@ -70,14 +74,6 @@ def _load(kind: Any, name: str, inside: str | None) -> Any:
         except FAILURES as error:
             problem = problem or _line(error)
     raise UserError(f"no {kind.__name__} (folder or hub id) at {name!r}: {problem}")
-
-
-def _signed(rae: Any) -> Any:
-    """An AutoencoderRAE with images in [-1, 1] instead of [0, 1], and its channels under the name of other classes."""
-    rae.encoder_mean.mul_(2).sub_(1)
-    rae.encoder_std.mul_(2)
-    rae.register_to_config(latent_channels=rae.config.encoder_hidden_size)
-    return rae
 
 
 def _line(error: Exception) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import struct
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -146,7 +145,7 @@ def _read_idx(folder: Path, split: str) -> tuple[list[Any], list[str]]:
     arrays: list[NDArray[np.uint8]] = []
     for name, dimensions in zip(pair, (3, 1), strict=True):
         with gzip.open(folder / name) if name.endswith(".gz") else (folder / name).open("rb") as file:
-            magic, *shape = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4))
+            magic, *shape = np.frombuffer(file.read(4 * dimensions + 4), ">u4").tolist()
             size = math.prod(shape)
             if magic != 0x800 + dimensions or size > IN_MEMORY or len(content := file.read(size + 1)) != size:
                 raise ValueError(f"{name} is damaged, or not of bytes in {dimensions} dimensions")
@@ -154,15 +153,11 @@ def _read_idx(folder: Path, split: str) -> tuple[list[Any], list[str]]:
     return [arrays[0][..., None], arrays[1]], [name for name in names if name not in pair]
 
 
-def load_arrays(
-    path: Path, notes: list[str] | None = None, split: str = "train"
-) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
+def load_arrays(path: Path, notes: list[str] | None = None, split: str = "train") -> tuple[NDArray[Any], Any]:
     """The stored images and labels; no code of the file is run. A clause on what is not read is added to `notes`."""
     try:
-        if path.is_dir():
-            arrays, others = _read_idx(path, split)
-        else:
-            arrays, others = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
+        read = _read_npz if path.suffix == ".npz" else _read_npy
+        arrays, others = _read_idx(path, split) if path.is_dir() else read(path)
     except (*UNREADABLE, AttributeError) as error:
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if "pickle" in problem:  # NumPy advises to trust the file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ class HubRows(ImageFiles):
     """
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
-        self.path, self.num_classes = Path(data.source), num_classes
-        self.rows = load_hub(data.source.removeprefix(PREFIX), data.split)
-        self.data = data = name_columns(data, self.rows.column_names)
+        self.path, self.data, self.num_classes = Path(data.source), data, num_classes
+        self.rows = load_hub(data)
         for column in (data.image_column, data.label_column)[: 2 if num_classes else 1]:
             if column not in self.rows.column_names:
                 what = "image" if column == data.image_column else "label"
@@ -126,8 +124,7 @@ class HubSource(ImageSource):
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
         """Number of classes in the label column; 0 without that column."""
-        rows = load_hub(data.source.removeprefix(PREFIX), data.split)
-        data = name_columns(data, rows.column_names)
+        rows = load_hub(data)
         if data.label_column not in rows.column_names:
             return 0
         if names := getattr(rows.features[data.label_column], "names", None):
@@ -140,17 +137,9 @@ class HubSource(ImageSource):
         return HubRows(data, num_classes)
 
 
-def name_columns(data: DataConfig, columns: Sequence[str]) -> DataConfig:
-    """The data's config. If a column has its default name but is not there, the name of CIFAR's data sets is taken."""
-    image, label = (
-        cifar if own == default and own not in columns and cifar in columns else own
-        for own, default, cifar in ((data.image_column, "image", "img"), (data.label_column, "label", "fine_label"))
-    )
-    return replace(data, image_column=image, label_column=label)
-
-
-def load_hub(name: str, split: str) -> Any:
+def load_hub(data: DataConfig) -> Any:
     """One split of a dataset: `NAME[:SUBSET][@REVISION]` on the hub, or a local file or folder."""
+    name, split = data.source.removeprefix(PREFIX), data.split
     try:
         datasets: Any = import_module("datasets")
     except ImportError:
@@ -175,4 +164,7 @@ def load_hub(name: str, split: str) -> Any:
         raise UserError(f"cannot load {PREFIX}{name}, split {split!r}: {problem[:120]}") from None
     if not isinstance(rows, datasets.Dataset):
         raise UserError(f"{PREFIX}{name}: {split!r} must name one split")
+    used, columns = {data.image_column, data.label_column}, {*rows.column_names}
+    cifar = {"img": "image", "fine_label": "label"}.items()  # its names of the default columns
+    rows = rows.rename_columns({new: old for new, old in cifar if new in columns - used and old in used - columns})
     return rows.flatten_indices() if rows._indices is not None else rows

@@ -98,14 +98,12 @@ class LatentSource(SplitSource):
 
     `train` and `held_out` give the posterior's mean. `example` gives the mean or a random sample, as `data.posterior`
     says. A subclass may store latents without log variances, which are samples already.
-
-    Attributes:
-        stored_scale: factor that the stored latents have been multiplied by.
     """
 
     name = "latents folder"
     by_path = True
-    stored_scale: ClassVar[float] = 1.0
+    pattern: ClassVar[str] = LATENTS_INDEX  # of a file in the folder
+    stored_scale: ClassVar[float] = 1.0  # by which the stored latents have been multiplied
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), data, model
@@ -131,24 +129,18 @@ class LatentSource(SplitSource):
         )
         others = [name for name in others if not HIDDEN.search(name)]
         self.notes = [left_out_clause(len(others), others, "files that are not in the index")] if others else []
-        self._take(shards, made["dtype"])
+        self._split(shards, made["dtype"])
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether a folder holds latents."""
-        return (Path(source) / LATENTS_INDEX).is_file()
+        """Whether a folder holds latents of this kind."""
+        return Path(source).is_dir() and any(Path(source).glob(cls.pattern))
 
     @classmethod
     def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
         """The VAE of the index, with its mean and scale."""
         vae = read_latents_index(Path(data.source))["vae"]
         return {"vae": vae["name"], "latent_mean": vae["mean"], "latent_scale": vae["scale"]}
-
-    def _take(self, shards: list[dict[str, NDArray[Any]]], dtype: str) -> None:
-        """Set the files' arrays, the constants and the split."""
-        self.shards, self._ends = shards, np.cumsum([len(shard["label"]) for shard in shards])
-        self._tables(dtype)
-        self._split()
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The arrays of one file; UserError when they do not match the index."""
@@ -183,8 +175,7 @@ class LatentSource(SplitSource):
                     f"data.{name} must have 1 or {self.model.channels} numbers for {self.folder}: got {len(numbers)}"
                 )
             constants.append(np.asarray(numbers, np.float32).reshape(-1, 1, 1))
-        self._mean = constants[0] * np.float32(self.stored_scale)
-        self._scale = constants[1] / np.float32(self.stored_scale)
+        self._mean, self._scale = constants[0] * self.stored_scale, constants[1] / self.stored_scale
         self._means: NDArray[np.float32] | None = None
         if dtype != "float32":
             every = np.arange(2**16, dtype=np.uint32)
@@ -200,9 +191,11 @@ class LatentSource(SplitSource):
     def _deviation(self, log_variance: Array) -> Array:
         return np.exp(0.5 * np.clip(log_variance, *LOG_VARIANCE)) * self._scale
 
-    def _split(self) -> None:
-        families = np.concatenate([shard["family"] for shard in self.shards if "family" in shard])
-        labels = np.concatenate([shard["label"] for shard in self.shards])
+    def _split(self, shards: list[dict[str, NDArray[Any]]], dtype: str) -> None:
+        self._tables(dtype)
+        self.shards, self._ends = shards, np.cumsum([len(shard["label"]) for shard in shards])
+        families = np.concatenate([shard["family"] for shard in shards if "family" in shard])
+        labels = np.concatenate([shard["label"] for shard in shards])
         # The exact integer, so that an image and its latent are on the same side of the split.
         held = families < np.uint64(math.ceil(self.data.held_out * 2**64))
         check_split(int((~held).sum()), int(held.sum()), self.data.held_out, str(self.folder))

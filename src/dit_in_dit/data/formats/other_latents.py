@@ -1,4 +1,4 @@
-"""Latents as other projects write them. A size (C, h, w) is that of one latent.
+"""Latents as other projects write them.
 
 EDM2, REPA      dataset.json                            {"labels": [["00000/img-mean-std-00000000.npy", 3], ...]}
                 00000/img-mean-std-00000000.npy         (2C, h, w): mean and standard deviation, not normalised
@@ -10,11 +10,9 @@ LightningDiT    latents_rank00_shard000.safetensors     latents, latents_flip (n
 
 from __future__ import annotations
 
-import copyreg
 import io
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,37 +27,26 @@ from dit_in_dit.data.labels import label_names
 from dit_in_dit.data.picture import UNREADABLE, Array
 from dit_in_dit.runs.safe_load import read_pt
 
-SHARDS = "latents_rank*_shard*.safetensors"
 
-
-class MomentFiles(ImageFiles):
+class NpyFiles(ImageFiles):
     """EDM2's `.npy` files in a folder or .zip, with the labels of its `dataset.json`."""
 
     kind, suffixes = "latents", (".npy",)
-
-    def _read_table(self, others: list[str]) -> dict[str, int] | None:
-        if (labels := super()._read_table(others)) is None:
-            raise UserError(f"{truncate(self.path, 60)} has no dataset.json: copy it beside the folders of latents")
-        return labels
 
     def array(self, name: str, kinds: str, shape: tuple[int, ...]) -> NDArray[Any]:
         """The array of one file; UserError unless it holds finite numbers of NumPy's `kinds` in this shape."""
         try:
             array = np.lib.format.read_array(io.BytesIO(self.content(name)), allow_pickle=False)
-            if array.dtype.kind not in kinds or array.shape != shape:
-                raise ValueError(f"{array.dtype} {list(array.shape)} instead of {list(shape)}")
-            if not np.isfinite(array).all():
-                raise ValueError("NaN or infinite values")
+            if array.dtype.kind not in kinds or array.shape != shape or not np.isfinite(array).all():
+                raise ValueError(f"{array.dtype} {list(array.shape)} instead of finite numbers {list(shape)}")
         except UNREADABLE as error:
             problem = truncate(getattr(error, "strerror", None) or error, 90)
-            raise UserError(
-                f"cannot use {truncate(self.path / name, 60)}: {problem}; write it again, or set model.channels and "
-                "model.image_size to the latents'"
-            ) from None
+            way = "write it again, or set model.channels and model.image_size to the shape of the latents"
+            raise UserError(f"cannot use {truncate(self.path / name, 60)}: {problem}; {way}") from None
         return np.asarray(array)
 
 
-class FeatureFiles(MomentFiles):
+class FeatureFiles(NpyFiles):
     """fast-DiT's `.npy` files of features. The label of a file is in a file of the same name."""
 
     def _is_read(self, name: str) -> bool:
@@ -71,29 +58,42 @@ class FeatureFiles(MomentFiles):
         return {name: int(self.array(place, "iu", (1,))[0]) for name, place in places.items()}
 
 
-class Edm2Source(LatentSource):
-    """Latents of EDM2 or REPA. If they have at most MOST_CONTENT bytes, each file is checked at opening."""
+class FastDitSource(LatentSource):
+    """Features of fast-DiT. If they have at most MOST_CONTENT bytes, each file is checked at opening."""
 
-    name = "edm2 latents"
-    files_class = MomentFiles
+    name, pattern = "fast-dit features", "*features/*.npy"
+    stored_scale, moments = SD_SCALE, False
+    files_class: ClassVar[type[NpyFiles]] = FeatureFiles
+    __reduce__ = object.__reduce__  # a worker reads no labels
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), data, model
         if data.flip:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         self.files = self.files_class(self.folder, model.num_classes)
-        self.notes = self.files.notes
+        self.notes, self.digest = self.files.notes, digest_files(self.files)
         self.classes, labels, families = self.files.about(self.files.names)
-        images = [family.replace("-mean-std-", "") for family in families]  # img00000000 is the image of a latent
-        self._take(
-            [{"label": np.array(labels), "family": np.array([*map(family_number, images)], np.uint64)}], "float32"
-        )
-        if sum(self.files.sizes()) <= MOST_CONTENT:
-            for position in range(len(labels)):
-                self._find(position, "moments")
+        numbers = np.array([family_number(name.replace("-mean-std-", "")) for name in families], np.uint64)
+        self._split([{"label": np.array(labels), "family": numbers}], "float32")
+        for position in range(len(labels) if sum(self.files.sizes()) <= MOST_CONTENT else 0):
+            self._find(position, "moments")
 
-    def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]  # reads no label again
+    @classmethod
+    def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
+        """Stable Diffusion's mean and scale, as in fast-DiT and REPA. The VAE is unknown."""
+        return {"latent_mean": (0.0,), "latent_scale": (SD_SCALE,)}
+
+    def _find(self, position: int, which: str) -> NDArray[Any]:
+        channels, *size = self.model.image_shape
+        shape = (2 * channels, *size) if self.moments else (1, channels, *size)
+        return self.files.array(self.files.names[position], "f", shape).astype(np.float32).reshape(-1, *size)
+
+
+class Edm2Source(FastDitSource):
+    """Means and deviations of EDM2 or REPA. `img-mean-std-00000000` is of the family of its image, `img00000000`."""
+
+    name, pattern, files_class = "edm2 latents", "00000/img-mean-std-*.npy", NpyFiles
+    stored_scale, moments = 1.0, True
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
@@ -103,51 +103,20 @@ class Edm2Source(LatentSource):
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - 2**16))  # the names of the last members
                 return b"/img-mean-std-" in file.read()
-        return path.is_dir() and any((path / "00000").glob("img-mean-std-*.npy"))
-
-    @classmethod
-    def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
-        """Stable Diffusion's mean and scale, as in REPA and fast-DiT. The VAE is unknown."""
-        return {"latent_mean": (0.0,), "latent_scale": (SD_SCALE,)}
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the files' contents (data/digest.py)."""
-        return digest_files(self.files)
-
-    def _shape(self) -> tuple[int, ...]:
-        return 2 * self.model.channels, *self.model.image_size
-
-    def _find(self, position: int, which: str) -> NDArray[Any]:
-        array = self.files.array(self.files.names[position], "f", self._shape())
-        return array.astype(np.float32).reshape(-1, *self.model.image_size)
+        return super().recognises(source, name)
 
     def _deviation(self, log_variance: Array) -> Array:
         return log_variance * self._scale  # deviations are stored
 
 
-class FastDitSource(Edm2Source):
-    """Features of fast-DiT, which have no deviations."""
-
-    name, files_class, stored_scale = "fast-dit features", FeatureFiles, SD_SCALE
-
-    @classmethod
-    def recognises(cls, source: str, name: str) -> bool:
-        """Whether a folder has a folder of features with a `.npy` file in it."""
-        return Path(source).is_dir() and any(Path(source).glob("*features/*.npy"))
-
-    def _shape(self) -> tuple[int, ...]:
-        return 1, *self.model.image_shape
-
-
 class LightningDitSource(LatentSource):
     """Latents of LightningDiT, normalised by their statistics: (z - mean) / std."""
 
-    name = "lightningdit latents"
+    name, pattern = "lightningdit latents", "latents_rank*_shard*.safetensors"
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), data, model
-        shards = [self._shard(path) for path in sorted(self.folder.glob(SHARDS))]
+        shards = [self._shard(path) for path in sorted(self.folder.glob(self.pattern))]
         dtypes = {shard[name].dtype for shard in shards for name in ("moments", "flipped")}
         if (dtype := next((name for name, kind in STORED.items() if {kind} == dtypes), None)) is None:
             raise UserError(f"{truncate(self.folder, 60)}: all latents must have one type of {', '.join(STORED)}")
@@ -156,18 +125,11 @@ class LightningDitSource(LatentSource):
         step = max(1, sum(shard["moments"].nbytes for shard in shards) // MOST_CONTENT)  # above 1: evenly spaced rows
         self.digest = digest_arrays(labels, *(s[name][::step] for s in shards for name in ("moments", "flipped")))
         shards[0]["family"] = np.array([family_number(str(row)) for row in range(len(labels))], np.uint64)
-        self._take(shards, dtype)
-
-    @classmethod
-    def recognises(cls, source: str, name: str) -> bool:
-        """Whether a folder has such files."""
-        return Path(source).is_dir() and any(Path(source).glob(SHARDS))
+        self._split(shards, dtype)
 
     @classmethod
     def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
-        """The mean and 1 / std of the statistics, which are read if they are needed."""
-        if None not in (data.latent_mean, data.latent_scale):
-            return {}
+        """The mean and 1 / std of the statistics."""
         content = read_pt(path := Path(data.source) / "latents_stats.pt")
         try:
             mean, std = (content[name].double().flatten().tolist() for name in ("mean", "std"))

@@ -187,10 +187,10 @@ class DataConfig(Section):
     prefix: ClassVar[str] = "data"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
     source: str = key(
-        "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
+        "emoji", "emoji, mosaic, folder or .zip with a folder per class, .npz, .npy, idx, .tar shards, hf:NAME, latents"
     )
-    split: str = key("train", "hf: split of the dataset")
-    image_column: str = key("image", "hf: column of the images")
+    split: str = key("train", "hf, idx: split of the dataset")
+    image_column: str = key("image", "hf: column of the images (or CIFAR's img)")
     label_column: str = key("label", "hf: column of the labels; not read with model.num_classes=0")
     flip: bool = key(False, "mirror training images left to right, each with probability 1/2")
     held_out: float = key(0.1, "fraction of image families that training never sees", low=0, high=0.9)

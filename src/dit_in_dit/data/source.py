@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,6 +70,11 @@ class Source(ABC):
     def count_classes(cls, data: DataConfig) -> int:
         """Number of classes, read from the labels; 0 without labels, or if it is known only once the source is open."""
         return 0
+
+    @classmethod
+    def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
+        """Defaults of data.vae, data.latent_mean and data.latent_scale for the latents at a place; none for pixels."""
+        return {}
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ and NAME:REST.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -59,7 +60,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
 
     One LeftOutWarning names everything at that place that is not read.
     """
-    source = source_kind(data.source).open(data, model)
+    source = source_kind(data.source).open(fill_latent_keys(data), model)
     check_opened(source, model)
     check_class_count(source, data.source, model)
     notes = list(source.notes)
@@ -68,6 +69,15 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     if notes:
         warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
+
+
+def fill_latent_keys(data: DataConfig) -> DataConfig:
+    """The data's config. Null keys for the VAE, its mean and its scale get the values for the latents at that place."""
+    try:
+        kind = source_kind(data.source)
+    except UserError:  # raised again when the source is opened
+        return data
+    return replace(data, **{key: value for key, value in kind.latent_keys(data).items() if getattr(data, key) is None})
 
 
 def check_class_count(source: Source, place: str, model: ModelConfig) -> None:

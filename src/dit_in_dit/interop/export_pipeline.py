@@ -17,7 +17,7 @@ from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys, to_dict
-from dit_in_dit.data.formats.latents import fill_latent_keys
+from dit_in_dit.data.sources import fill_latent_keys
 from dit_in_dit.data.vae import latent_constants, load_vae
 from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of
@@ -115,6 +115,8 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
     if (name := name or data.vae) is None:
         return None
     vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
+    if type(vae).__name__ == "AutoencoderRAE":  # without scale and shift, and with images in [0, 1]
+        raise UserError(f"the VAE {name} is an AutoencoderRAE, which a pipeline does not take: sample from the run")
     if vae.config.latent_channels != channels:
         raise UserError(
             f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "

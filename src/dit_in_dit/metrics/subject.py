@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
-from dit_in_dit.data.formats import latents
 from dit_in_dit.data.run_data import find_moved_data, open_source_of
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import open_source, size_of
+from dit_in_dit.data.sources import fill_latent_keys, open_source, size_of
 from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
@@ -155,7 +154,7 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
             "metrics need real images to compare with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
-    if against is None and latents.is_latents_folder(data.source):
+    if against is None and fill_latent_keys(replace(data, latent_scale=None)).latent_scale:
         raise UserError(f"the run was trained on latents: give --against IMAGES, from which {data.source} was encoded")
     seed = subject.config.seed if subject.config else 0
     if against is not None and against != data.source:

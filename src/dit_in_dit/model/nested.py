@@ -230,8 +230,11 @@ def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) ->
             raise ValueError(f"{name} must be one number per image, ({len(x)},): got {tuple(value.shape)}")
         if torch.compiler.is_compiling() or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
             continue
-        if not torch._C._are_functorch_transforms_active() and not 0 <= value.min() <= value.max() <= most:  # also NaN
-            raise ValueError(f"{name} must be from 0 to {most}: got {value.min():g} to {value.max():g}")
+        if torch._C._are_functorch_transforms_active():
+            continue
+        low, high = (number.item() for number in value.aminmax())
+        if not 0 <= low <= high <= most:  # also NaN
+            raise ValueError(f"{name} must be from 0 to {most}: got {low:g} to {high:g}")
 
 
 def part_of(name: str) -> str:

@@ -28,6 +28,7 @@ from dit_in_dit.interop.release import export_release
 from dit_in_dit.study import arms
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.session import Event
+from test_pipeline import tiny_vae
 
 SIGNATURES = """
 Model(net: 'NestedDiT', config: 'RunConfig', classes: 'tuple[str, ...]', folder: 'Path', step: 'int', _kept: 'TemporaryDirectory[str] | None' = None) -> None
@@ -229,6 +230,19 @@ def test_a_mistake_is_one_line(call, message, tmp_path, monkeypatch):
     with pytest.raises(dd.UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_with_a_vae_shows_the_images_of_its_run(run_config, tmp_path):
+    tiny_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    np.savez(tmp_path / "latents.npz", images=np.random.default_rng(0).standard_normal((40, 4, 8, 8), np.float32))
+    words = ["model.channels=4", "model.num_classes=0", "train.evaluate_every=0", "sample.guidance=1"]
+    words += [f"data.source={tmp_path / 'latents.npz'}", f"data.vae={tmp_path / 'vae'}", "train.ema=0.1"]
+    run = dd.train(override(run_config, words), tmp_path / "run", device="cpu").run()
+    run.load().save_pretrained(tmp_path / "pipeline")
+    one, other = (dd.load(tmp_path / name, device="cpu").sample(num=3) for name in ("run", "pipeline"))
+    assert (one.pixels == other.pixels).all()
+    assert one.pixels.shape[0] == 3
+    assert one.pixels.shape[1] > 8  # decoded
 
 
 def test_a_model_is_pushed_as_the_pipeline_that_loads(plain, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,9 @@ def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path 
     device = next(model.net.parameters()).device
     given = run.data if data is None and isinstance(run, Run) else data
     source = None if given is None else as_source(given, model.config)
-    samples = subject.run_subject(
-        model.folder,
-        device,
-        lambda config, names: (config, []),
-        seed=seed,
-        averaged=True,
-        decoder=lambda data: open_decoder(data, device),
-        source=None if isinstance(source, str) else source,
-    )
+    own: dict[str, Any] = {"decoder": partial(open_decoder, device=device), "averaged": True, "seed": seed}
+    own["source"] = None if isinstance(source, str) else source
+    samples = subject.run_subject(model.folder, device, lambda config, names: (config, []), **own)
     folder = Path(out) if out else results_folder(model.folder, "evaluation") / f"{model.step:07d}"
     for _ in evaluation.evaluate(samples, subject.reference(source, samples, wanted=2 * num), folder, num):
         pass

@@ -110,7 +110,7 @@ class Run(Generator[Event, None, None]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        live = None if find_spec("ipywidgets") else False  # without this package a notebook shows only the last state
+        live = None if find_spec("ipywidgets") else False  # without this package a notebook has the bar as text
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with closing(self), Progress(*columns, console=Console(stderr=True, force_jupyter=live)) as bar:
             task = bar.add_task("", total=self.config.train.steps)

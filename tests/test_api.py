@@ -20,6 +20,7 @@ from conftest import inputs, small_model
 from dit_in_dit.api import model as api_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.files import override
+from dit_in_dit.curves import plots
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.interop.export_pipeline import export
@@ -110,8 +111,9 @@ def test_all_names_are_listed_typed_and_loaded_on_first_use():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Names in examples: settings of a run of one step. Studies do not time their arms."""
+    """Names in examples: settings of a run of one step. Studies neither time their arms nor draw curves."""
     monkeypatch.setattr(arms, "quick_times", lambda *arguments: {})
+    monkeypatch.setattr(plots, "draw_curves", lambda *arguments: [])  # tests/test_curves.py draws them
     keys = {"train": {"steps": 1, "batch_size": 2, "warmup": 0}, "model__outer": {"width": 32}, "stages": "outer inner"}
     settings = {"train.steps": 1, "train.batch_size": 2, "train.warmup": 0, "model.outer.width": 32}
     return {"tiny": keys, "settings": {**settings, "model.stages": "outer inner", "train.evaluate_every": 1}}

@@ -83,14 +83,12 @@ class Scores:
 
 
 def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path | None = None, seed: int = 0) -> Scores:
-    """Measure `num` samples against real images, without a feature network, as the command `evaluate` does.
+    """Measure `num` samples against real images, without a feature network, as the command `evaluate` does. UserError
+    if there are too few images, or if the data cannot be read.
 
     Args:
         data: real images, as for `train`; None: those that the run was trained on.
         out: folder for the result; None: that of the command.
-
-    Raises:
-        UserError: there is no such run, there are too few images, or the data cannot be read.
 
     >>> images, labels = np.zeros((99, 32, 32, 3), np.uint8), np.arange(99) % 9
     >>> dd.evaluate("emoji", num=2, data=(images, labels), out="scores").labels
@@ -125,13 +123,11 @@ def compare(*evaluated: Trained | Scores) -> Scores:
 
 def run_study(study: str | Path | Mapping[str, Any], out: str | Path | None = None) -> StudyReport:
     """Train and measure every arm with every seed, in this process, and write the report; a second call resumes.
+    UserError if the study or its data is invalid, or if an arm cannot be matched.
 
     Args:
         study: a shipped study, a YAML file, or the keys of a study.
         out: the study's folder; None: studies/NAME.
-
-    Raises:
-        UserError: the study or its data is invalid, or an arm cannot be matched.
 
     >>> keys = {"arms": {"plain": {"model.use_inner": False}, "nested": {}}, "match": "none", "seeds": [0]}
     >>> dd.run_study({**keys, "set": settings, "metrics": ["held_out"]}, "studies/tiny").files[0][0].name

@@ -103,14 +103,12 @@ class Model:
         sampler: str | None = None,
     ) -> Pictures:
         """Samples 0 to num - 1, those of the command `sample`; latents without a VAE show their first channels.
+        UserError for an unknown class, or a value that does not fit.
 
         Args:
             classes: names or numbers, used in rotation; empty: all.
             num: number of samples; None: one for each of `classes`, or 16.
             guidance, steps, sampler: None: the run's.
-
-        Raises:
-            UserError: a class is unknown, or a value does not fit.
         """
         keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler}
         how = replace(self.config.sample, **{name: value for name, value in keys.items() if value is not None})
@@ -163,14 +161,11 @@ COSTS = {"parameters": "parameters", "macs": "MACs per image"}
 
 
 def load(name: str | Path, device: str = "auto") -> Model:
-    """A trained model with its averaged weights. No code of a file is run.
+    """A trained model with its averaged weights. No code of a file is run. UserError if there is no such model.
 
     Args:
         name: a shipped model, a run, a folder that `export` wrote or of diffusers' DiT, a file of the official DiT or
             SiT, or a repository USER/NAME of the Hub.
-
-    Raises:
-        UserError: there is no such model, or it cannot be read.
 
     >>> dd.load("emoji").classes[:2]
     ('activities', 'animals')

@@ -312,6 +312,12 @@ class SampleConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
+    """Everything that decides a run, as groups of keys; a notebook shows those that are not at their default.
+
+    >>> dd.RunConfig.from_dict({"seed": 3, "model": {"patch_size": 4}}).model.patch_size
+    4
+    """
+
     seed: int = key(0, "seed from which every random number of the run follows", low=0, high=2**63 - 1)
     model: ModelConfig = key(ModelConfig, "the network")
     diffusion: DiffusionConfig = key(DiffusionConfig, "noise, target and loss")

@@ -155,7 +155,8 @@ def test_a_pushed_pipeline_has_a_card_that_the_hub_reads(pushed):
 
 
 def test_what_was_pushed_comes_back_with_equal_weights(pushed):
-    _, place, *_ = pushed
+    _, place, _, printed = pushed
+    assert "nested DiT of 16x8x3, p=4, D=32, 4 heads, outer*1 inner*1, 5 classes" in printed
     own = Checkpoint.open(place / "run").weights()
     assert_equal(Checkpoint.open(place / "small").weights(), own)
     assert not any(path.is_symlink() for path in (place / "small").rglob("*"))  # the cache may be emptied
@@ -207,7 +208,14 @@ def test_errors_of_the_hub_are_one_line(pushed, command, says):
     [
         *(("user/name", True), ("user/name-v1.0@main", True), ("user/name@refs/pr/1", True)),
         *(("name", False), ("a/b/c", False), ("./a", False), ("/a/b", False), ("user/name@", False)),
-        *(("models/emoji", False), ("here/folder", False), ("", False), ("a b/c", False), ("a/b\n", False)),
+        *(
+            ("models/emoji", False),
+            ("here/folder", False),
+            ("", False),
+            ("a b/c", False),
+            ("a/b\n", False),
+            (f"a/b@{300 * 'x'}", False),
+        ),
     ],
 )
 def test_a_name_of_the_hub_is_told_from_a_path(text, expected, tmp_path, monkeypatch):

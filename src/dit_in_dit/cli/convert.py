@@ -67,7 +67,7 @@ def _import(options: argparse.Namespace) -> None:
         settings=options.set,
     )
     model = config.model
-    kind = "SiT" if model.time_embed == "sit" else "DiT"
+    kind = "SiT" if model.time_embed == "sit" else "nested DiT" if model.blocks("inner") else "DiT"
     size = "x".join(map(str, (*model.image_size, model.channels)))
     print(
         f"{kind} of {size}, p={model.patch_size}, D={model.outer.width}, {model.outer.num_heads} heads, "

@@ -14,7 +14,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from dit_in_dit.config.choices import check_travels
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys, to_dict
 from dit_in_dit.data.sources import fill_latent_keys
@@ -68,6 +68,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         (beside / "README.md").write_text(text)
 
 
+@torch.no_grad()
 def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
     """Write the network as an ONNX program: x (N, C, H, W), t (N,) and y (N,), for any N, to `prediction`. UserError if
     there is no such run, `out` exists, or a package is missing.
@@ -80,8 +81,11 @@ def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
     if find_spec("onnxscript") is None:
         raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
     options: dict[str, Any] = {"dynamo": True, "verbose": False, "output_names": ["prediction"]}
-    options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch")} for name in inputs}}
-    program: Any = torch.onnx.export(model, kwargs=inputs, input_names=list(inputs), **options)
+    options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch", max=2**16)} for name in inputs}}
+    try:
+        program: Any = torch.onnx.export(model, kwargs=inputs, input_names=list(inputs), **options)
+    except Exception as error:  # of PyTorch before 2.7, or an operation of a user's class
+        raise UserError(f"PyTorch {torch.__version__} cannot export {run} as ONNX: {truncate(error, 60)}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(out) as file:
         file.write(program.model_proto.SerializeToString())

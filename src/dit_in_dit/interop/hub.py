@@ -12,7 +12,7 @@ from typing import Any
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs.pretrained import find_run
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?", re.ASCII)  # USER/NAME[@REVISION]
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)  # USER/NAME@REVISION
 SAFE, PICKLED = ["*.safetensors", "*.json", "*.yaml", "*.md"], ["*.bin", "*.pt", "*.pth"]
 REPLACED = ["checkpoints/*", "dit_in_dit_*.py", "*/dit_in_dit_*.py"]  # files of an earlier version, under other names
 _AWAY = "no such path, not in the cache, and the Hub cannot be reached: check the name and the network"

@@ -38,7 +38,9 @@ def add(commands: Commands) -> None:
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     train.add_argument("--init", metavar="RUN", help="start from the weights of a run or a shipped model (train.init)")
-    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--resume", action="store_true", help="continue the run in --out; longer with --set train.steps=N"
+    )
     train.add_argument(
         "--data", metavar="PLACE", help="with --resume: the new place of the run's data; the data must be the same"
     )
@@ -153,6 +155,8 @@ def _start_lines(values: dict[str, Any]) -> Iterator[str]:
         f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
+    if values["changed"]:
+        yield values["changed"]
     for damage in values["passed_over"]:
         yield f"passed over: {damage}"
     if begun := values["begun"]:

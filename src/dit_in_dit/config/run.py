@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, plugin_keys, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
@@ -221,7 +222,10 @@ class LrScaleConfig(Section):
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
-    steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
+    steps: int = key(400_000, "optimizer steps; or set train.epochs, passes over the data", low=1, high=10**12)
+    epochs: float | None = key(
+        None, "passes over the training images; becomes train.steps when the run starts", low=1e-9, high=10**9, added=2
+    )
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
     optimizer: Literal["adamw", "adam"] = key(
@@ -264,6 +268,17 @@ class TrainConfig(Section):
     )
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out evaluations; 0: never", low=0, high=10**12)
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        return ("epochs",) if self.epochs is None else ("steps",)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from a mapping. Raises UserError."""
+        if "steps" in values and values.get("epochs") is not None:
+            raise UserError("train.steps and train.epochs exclude each other: give one of them")
+        return super().from_dict(values)
 
     def check(self) -> None:
         if self.keep_every % self.checkpoint_every:
@@ -347,3 +362,12 @@ class RunConfig(Section):
     def global_batch(self) -> int:
         """Examples per optimizer step."""
         return self.train.batch_size * self.train.accumulate
+
+    def resolve_epochs(self, images: int | None) -> RunConfig:
+        """The config with train.steps in place of train.epochs, for a number of training images (None: endless)."""
+        if self.train.epochs is None:
+            return self
+        if images is None:
+            raise UserError(f"train.epochs needs data with an end, and {self.data.source} has none: set train.steps")
+        steps = max(1, round(self.train.epochs * images / self.global_batch))
+        return replace(self, train=replace(self.train, steps=steps, epochs=None))

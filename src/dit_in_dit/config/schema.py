@@ -54,6 +54,11 @@ class Section:
     def check(self) -> None:
         """Check the rules between the keys of this section. Raises UserError."""
 
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Keys that plain values and YAML leave out, because another key takes their place."""
+        return ()
+
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         """Build from nested mappings. For an unknown key, a UserError names the nearest known key."""
@@ -230,9 +235,9 @@ def _default(f: Field[Any]) -> Any:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain values, as JSON and YAML hold them; an empty `plugins` group is left out."""
+    """Nested plain values, as JSON and YAML hold them, without an empty `plugins` group and `unwritten` keys."""
     return {
         name: to_dict(value) if isinstance(value, Section) else json.loads(json.dumps(value, default=asdict))
         for name, _, value in config.items()
-        if value != PluginKeys()
+        if value != PluginKeys() and name not in config.unwritten
     }

@@ -38,7 +38,8 @@ def train(
     model: NestedDiT | None = None,
     optimizer: Callable[[Groups], Optimizer] | None = None,
 ) -> Generator[Event, None, None]:
-    """Train into the folder `out` and yield events; with `resume`, continue the run in that folder.
+    """Train into the folder `out` and yield events; with `resume`, continue the run in that folder. The config of a
+    resumed run may differ in the keys of `changes.CHANGEABLE`, such as train.steps.
 
     The processes that a launcher (torchrun, Slurm) starts share the run. Their number may change when a run resumes.
 
@@ -68,6 +69,7 @@ def train(
     resumed = resume and checkpoint.has_any(run)
     recorded = checkpoint.recorded_data(run) if resumed else None
     source, record = find_source(config, data, recorded)  # may take minutes: done before other processes wait
+    config = config.resolve_epochs(source.train_size)
     same_bits = deterministic or config.train.reduction == "fixed"
     with deterministic_algorithms(chosen_device, on=same_bits):  # before any tensor is on the device
         world = join_group(chosen_device, config.train.timeout)
@@ -81,7 +83,7 @@ def train(
             with _held(run, world):
                 last = min(until or config.train.steps, config.train.steps)
                 session = Session(trainer, run, stop or StopRequest(), last, record)
-                passed_over = session.restore(stored) if resume else ()
+                passed_over = session.resume(stored) if resume else ()
                 yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
                 yield from session.events()
 

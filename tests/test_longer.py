@@ -37,7 +37,7 @@ def test_an_extended_run_equals_a_run_of_that_many_steps(run_config, tmp_path):
     run(longer, tmp_path / "asked")
     run(run_config, tmp_path / "extended")
     events = run(longer, tmp_path / "extended", resume=True)
-    assert "from step 6: train.steps is 9, was 6; as if" in events[0].values["changed"]
+    assert "from step 6: train.steps 6 -> 9, as if" in events[0].values["changed"]
     assert bits(tmp_path / "extended") == bits(tmp_path / "asked")
     assert (tmp_path / "extended/config.yaml").read_bytes() == (tmp_path / "asked/config.yaml").read_bytes()
     recorded = checkpoint.newest(tmp_path / "extended").manifest["changes"]
@@ -60,7 +60,7 @@ def test_a_stopped_run_is_shortened_and_extended_again(run_config, tmp_path):
 def test_a_run_does_not_end_before_the_step_it_reached(run_config, tmp_path):
     run(run_config, tmp_path / "run", until=4)
     before = (tmp_path / "run/config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"at least the step that .* has reached, 4: got 3"):
+    with pytest.raises(UserError, match=r"at least 4, which .* has reached: got 3"):
         run(with_train(run_config, steps=3), tmp_path / "run", resume=True)
     assert (tmp_path / "run/config.yaml").read_bytes() == before
     ended = run(with_train(run_config, steps=4), tmp_path / "run", resume=True)
@@ -82,11 +82,11 @@ def test_a_cosine_schedule_continues_on_the_longer_cosine_and_says_so(run_config
     longer = with_train(cosine, steps=12)
     events = run(longer, tmp_path / "run", resume=True)
     before, after = learning_rate(cosine.train, 5), learning_rate(longer.train, 6)
-    assert f"learning rate goes from {before:.3g} to {after:.3g}" in events[0].values["changed"]
+    assert f"learning rate is now {after:.3g}, was {before:.3g}" in events[0].values["changed"]
     rates = [event.values["learning_rate"] for event in events if event.kind == "step"]
     assert rates == [learning_rate(longer.train, step) for step in range(6, 12)]
     run(cosine, tmp_path / "early", until=2)  # in the warm-up, which does not depend on the number of steps
-    assert "; as if" in run(longer, tmp_path / "early", resume=True)[0].values["changed"]
+    assert ", as if" in run(longer, tmp_path / "early", resume=True)[0].values["changed"]
     run(longer, tmp_path / "asked")
     assert bits(tmp_path / "early") == bits(tmp_path / "asked")
 
@@ -162,7 +162,7 @@ def test_the_command_extends_a_run_and_verify_resume_accepts_it(run_config, tmp_
     out = str(tmp_path / "run")
     run(run_config, tmp_path / "run")
     main(["train", "--resume", "--set", "train.steps=7", "--out", out, "--device", "cpu"])
-    assert "train.steps is 7, was 6" in capsys.readouterr().err
+    assert "train.steps 6 -> 7" in capsys.readouterr().err
     main(["verify-resume", out, "--steps", "7", "--stop", "3", "--device", "cpu"])
     assert "DIFFERENT" not in capsys.readouterr().out
     main(["sample", out, "-n", "1", "--out", str(tmp_path / "samples"), "--device", "cpu"])

@@ -271,6 +271,7 @@ class TrainConfig(Section):
 
     @property
     def unwritten(self) -> tuple[str, ...]:
+        """Keys that plain values and YAML leave out, because another key takes their place."""
         return ("epochs",) if self.epochs is None else ("steps",)
 
     @classmethod

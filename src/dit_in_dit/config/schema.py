@@ -54,11 +54,6 @@ class Section:
     def check(self) -> None:
         """Check the rules between the keys of this section. Raises UserError."""
 
-    @property
-    def unwritten(self) -> tuple[str, ...]:
-        """Keys that plain values and YAML leave out, because another key takes their place."""
-        return ()
-
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         """Build from nested mappings. For an unknown key, a UserError names the nearest known key."""
@@ -239,5 +234,5 @@ def to_dict(config: Section) -> dict[str, Any]:
     return {
         name: to_dict(value) if isinstance(value, Section) else json.loads(json.dumps(value, default=asdict))
         for name, _, value in config.items()
-        if value != PluginKeys() and name not in config.unwritten
+        if value != PluginKeys() and name not in getattr(config, "unwritten", ())
     }

@@ -24,14 +24,24 @@ from dit_in_dit.diffusion.schedulers import (
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
 Noise = Callable[[], Tensor]  # returns the next noise (N, C, H, W) of a batch
+Watch = Callable[[float, Tensor, Tensor], None]
 
 
 def denoise(
-    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+    predict: Predict,
+    diffusion: DiffusionConfig,
+    how: SampleConfig,
+    noise: Noise | Tensor,
+    y: Tensor | None,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`."""
-    last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
-    return last[0][-1]
+    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`. At each
+    network call, `watch` gets the time t, x_t and the image estimate."""
+    if watch is None:
+        return deque(_calls(predict, diffusion, how, noise, y), maxlen=1)[0][-1]
+    for call in trajectory(predict, diffusion, how, noise, y):
+        watch(*call[:3])
+    return call[-1]
 
 
 def trajectory(

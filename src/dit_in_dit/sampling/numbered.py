@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.objective import Predict
-from dit_in_dit.diffusion.samplers import Noise, denoise, guided
+from dit_in_dit.diffusion.samplers import Noise, Watch, denoise, guided
 from dit_in_dit.diffusion.schedulers import TIMES
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.runtime.precision import use_full_float32
 from dit_in_dit.runtime.seeding import generator
+
+T = TypeVar("T")
 
 
 def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
@@ -36,8 +38,8 @@ def cast_to_weights(model: NestedDiT) -> Predict:
     return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
 
 
-def class_of(index: int, classes: Sequence[int]) -> int:
-    """The class of sample `index`: the classes are used cyclically."""
+def class_of(index: int, classes: Sequence[T]) -> T:
+    """The class of sample `index` (its number or name): the classes are used cyclically."""
     return classes[index % len(classes)]
 
 
@@ -49,6 +51,7 @@ def sample_batches(
     *,
     seed: int = 0,
     classes: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
@@ -61,6 +64,8 @@ def sample_batches(
         config: its `diffusion` and `sample` are used.
         indices: numbers of the samples; sorted, so that no micro-batch is generated twice.
         classes: class numbers, used cyclically; empty: all classes.
+        watch: called with t, x_t and the image estimate of the whole micro-batch before each step; sample i is row
+            i % `sample.micro_batch`.
     """
     keep_freed_memory()
     use_full_float32()
@@ -72,7 +77,7 @@ def sample_batches(
         batch, part = range(number * size, (number + 1) * size), list(wanted)
         noise = numbered_noise(seed, batch, shape, device)
         y = torch.tensor([class_of(i, turns) for i in batch], device=device) if model.config.num_classes else None
-        x = denoise(predict, config.diffusion, config.sample, noise, y)
+        x = denoise(predict, config.diffusion, config.sample, noise, y, watch)
         yield part, x.cpu()[[i - batch.start for i in part]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,35 +36,23 @@ def check_changes(run: Path, stored: RunConfig, config: RunConfig) -> dict[str, 
 
 
 def record_changes(
-    run: Path,
-    stored: RunConfig,
-    config: RunConfig,
-    changes: Mapping[str, tuple[Any, Any]],
-    step: int,
-    log: Sequence[Mapping[str, Any]],
+    run: Path, stored: RunConfig, config: RunConfig, changes: Mapping[str, Any], step: int, logged: int
 ) -> str:
     """Write the changed config and its history; returns a line about the changes.
 
-    Args:
-        step: of the restored checkpoint.
-        log: the run's log, which may have later steps.
-
     Raises:
-        UserError: train.steps is below the step reached, or the disk refuses the files.
+        UserError: train.steps is below the last logged step, or the disk refuses the files.
     """
-    reached, last = max((line["step"] for line in log), default=step), config.train.steps
-    if last < reached:
-        raise UserError(f"train.steps must be at least the step that {run} has reached, {reached}: got {last}")
+    last = config.train.steps
+    if last < max(step, logged):
+        raise UserError(f"train.steps must be at least {max(step, logged)}, which {run} has reached: got {last}")
     change_run(run, stored, config, changes, step)
-    words = (f"{name} is {now}, was {before}" for name, (before, now) in changes.items())
-    line = f"from step {step}: {', '.join(words)}"
-    rates = [learning_rate(each.train, max(step - 1, 0)) for each in (stored, config)]
+    line = f"from step {step}: " + ", ".join(f"{name} {a} -> {b}" for name, (a, b) in changes.items())
+    before, after = (learning_rate(each.train, max(step - 1, 0)) for each in (stored, config))
     if "train.steps" not in changes or not step:
         return line
-    if rates[0] == rates[1]:  # so were those of all steps before
-        return f"{line}; as if the run had been started with {last} steps"
-    following = learning_rate(config.train, step)
-    return (
-        f"{line}; not as if it had been started with {last} steps: the learning rate goes from {rates[0]:.3g} to "
-        f"{following:.3g}, because the {config.train.schedule} schedule is now that of {last} steps"
-    )
+    if before == after:  # at all earlier steps too
+        return f"{line}, as if asked for at first"
+    now = learning_rate(config.train, step)
+    how = f"{config.train.schedule} schedule of {last} steps"
+    return f"{line}; on the {how} the learning rate is now {now:.3g}, was {before:.3g}: not as if asked for at first"

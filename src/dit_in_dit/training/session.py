@@ -65,8 +65,8 @@ class Session:
         changes = check_changes(self.run, stored, self.config)
         skipped = self.restore()
         if changes:
-            step, log = self.trainer.step, self.lines.log.lines.stored
-            record = partial(record_changes, self.run, stored, self.config, changes, step, log)
+            logged = max((line["step"] for line in self.lines.log.lines.stored), default=0)
+            record = partial(record_changes, self.run, stored, self.config, changes, self.trainer.step, logged)
             self.changed = self.world.on_main(record)
         return skipped
 

@@ -99,16 +99,17 @@ def _train(options: argparse.Namespace) -> None:
         deterministic=options.deterministic,
         data=options.data,
     )
-    _follow(_tracked(_started(events, config.train.init), options), options.out, stop, options.scale)
+    _follow(_tracked(_started(events, config), options), options.out, stop, options.scale)
 
 
-def _started(events: Iterator[Event], init: str | None) -> Iterator[Event]:
+def _started(events: Iterator[Event], config: RunConfig) -> Iterator[Event]:
     """The events; before the first one, weights for train.init that are not a run are fetched or imported."""
+    init = config.train.init
     with TemporaryDirectory() as scratch:
         if init and not (find_run(init) / "config.yaml").exists():
             from dit_in_dit.interop.import_run import fetch_init
 
-            fetch_init(init, Path(scratch))
+            fetch_init(init, Path(scratch), config.model.outer.num_heads)
         yield from islice(events, 1)
     yield from events
 

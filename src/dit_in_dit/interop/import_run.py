@@ -80,7 +80,7 @@ def import_run(
     return config
 
 
-def fetch_init(name: str, scratch: Path) -> None:
+def fetch_init(name: str, scratch: Path, heads: int) -> None:
     """Make a run of what train.init names, for `find_run`: fetch a repository of the Hub, and import other projects'
     weights into `scratch`. Raises UserError."""
     folder = find_run(name)
@@ -88,7 +88,7 @@ def fetch_init(name: str, scratch: Path) -> None:
     if hub.is_repo_id(name):
         folder = hub.fetch_repo(name)
     if folder.exists() and not (folder / "config.yaml").exists():
-        import_run(folder, scratch / "run")
+        import_run(folder, scratch / "run", heads=heads)
         folder = scratch / "run"
     FETCHED[name] = folder
 

@@ -120,8 +120,7 @@ class SampleFolder:
             for x in (each.cpu() for each in shown):
                 pixels = to_pixels(self.decode.numbered(range(count), x, count) if self.decode else x)
                 grids.append(image_grid(pixels, scale=self.scale, names=self._names(count)))
-            captions = (f"x, t = {t:.2f}", "estimate") if t else ("sample", " ")
-            frames.append(side_by_side(dict(zip(captions, grids, strict=True))))
+            frames.append(side_by_side(dict(zip((f"x, t = {t:.2f}", "estimate"), grids, strict=True))))
 
         batches = sample_batches(
             self.model, config, range(count), seed=self.seed, classes=self.classes, watch=add_frame

@@ -84,7 +84,7 @@ class Trainer:
         self.begun = None
         if train.init and fresh:
             run, names = Path(train.init), source.classes
-            self.begun = warm_start(self.model, run, train.init_blocks, classes=names, digest=source.digest)
+            self.begun = warm_start(self.model, run, train.init_blocks, names, source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"

@@ -30,18 +30,14 @@ class WarmStart:
     step: int
     taken: int  # tensors copied
     new: int  # tensors that keep their random initialisation
-    rows: tuple[int, int]  # classes whose label row was copied, and all classes of the model
-    resized: bool  # whether the images have another size: positions are computed anew
+    notes: tuple[str, ...]  # sentences on classes and images that differ
     exact: bool  # whether the output equals that of the trained model
     other_data: bool  # whether that model was trained on other data; false if unknown
 
     def __str__(self) -> str:
-        kept, classes = self.rows
-        parts = [f"starts from {self.taken} tensors of {self.run}, step {self.step}", f"{self.new} are new"]
-        parts += [f"{kept} of {classes} classes keep their label row"] if kept < classes else []
-        parts += ["positions are of the new image size"] if self.resized else []
-        parts[-1] += f": its output is {'still' if self.exact else 'no longer'} that model's"
-        return "; ".join(parts)
+        of = f"{self.taken} tensors of {self.run}, step {self.step}"
+        changes = "; ".join((f"{self.new} are new", *self.notes))
+        return f"starts from {of}; {changes}: its output is {'still' if self.exact else 'no longer'} that model's"
 
 
 def is_inner(name: str) -> bool:
@@ -51,15 +47,10 @@ def is_inner(name: str) -> bool:
 
 @torch.no_grad()
 def warm_start(
-    model: NestedDiT,
-    run: Path,
-    blocks: Sequence[int] | None = None,
-    *,
-    classes: Sequence[str] = (),
-    digest: str | None = None,
+    model: NestedDiT, run: Path, blocks: Sequence[int] | None, classes: Sequence[str], digest: str | None = None
 ) -> WarmStart:
-    """Copy the averaged weights of a run into a model, by parameter name; other weights keep their initialisation.
-    Label rows are copied by class name (see `_label_rows`); positions are fixed functions of the image size.
+    """Copy the averaged weights of a run into a model, by parameter name, and label rows by class name; other weights
+    keep their initialisation. Positions are fixed functions of the image size.
 
     While gates and heads are zero, the output is that of the outer blocks, bit for bit: a trained DiT becomes a nested
     model without any loss.
@@ -82,7 +73,7 @@ def warm_start(
     rows = _label_rows(trained.classes[: old.num_classes], classes[: model.config.num_classes])
     if LABELS in own and own[LABELS].shape[1] == weights[LABELS].shape[1]:
         table, weights[LABELS] = weights[LABELS], own[LABELS].clone()
-        weights[LABELS][[*rows]] = table[[*rows.values()]]
+        weights[LABELS][[*rows]] = table[[*rows.values()]].to(weights[LABELS].dtype)
     for name, weight in own.items():
         source = _source(name, chosen)
         if source not in weights:
@@ -96,18 +87,14 @@ def warm_start(
         taken.add(name)
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
-    kept, resized = len(rows) - 1, old.image_size != model.config.image_size
-    whole = (
-        not resized
-        and kept == model.config.num_classes
-        and chosen == list(range(old.blocks("outer")))
-        and not old.blocks("inner")
-    )
+    kept, count = len(rows) - 1, model.config.num_classes
+    notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []
+    notes += ["positions are those of the new image size"] if old.image_size != model.config.image_size else []
+    whole = not notes and chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
     exact = whole and starts_as_outer_blocks(model.config)
     noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
-    counts = len(taken), len(own) - len(taken), (kept, model.config.num_classes)
-    return WarmStart(str(run), trained.step, *counts, resized, exact, other_data)
+    return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), tuple(notes), exact, other_data)
 
 
 def _label_rows(old: Sequence[str], new: Sequence[str]) -> dict[int, int]:

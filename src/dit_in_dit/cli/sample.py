@@ -19,6 +19,7 @@ from dit_in_dit.cli.options import (
     sampling_config,
     whole_number,
 )
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runtime.process import gc_paused, is_main
@@ -40,7 +41,7 @@ def add(commands: Commands) -> None:
     )
     add_scale(sample)
     sample.add_argument(
-        "--film", type=_film, metavar="FILE", help="also write the way from noise to the images: a .gif or .webp"
+        "--film", type=Path, metavar="FILE", help="also write the way from noise to the images: a .gif or .webp"
     )
     add_vae(sample)
     add_device(sample)
@@ -50,13 +51,6 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="folder for the images (default samples/RUN plus options that change images, such as samples/RUN-seed5)",
     )
-
-
-def _film(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in (".gif", ".webp"):
-        raise argparse.ArgumentTypeError(f"must end in .gif or .webp: got {text[:40]!r}")
-    return path
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -77,6 +71,8 @@ def _sample(options: argparse.Namespace) -> None:
     out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
     if options.film:
+        if options.film.suffix not in (".gif", ".webp"):
+            raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
         make_folder(options.film.parent)
     folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale)
     counts = folder.fill(options.num, options.batch)

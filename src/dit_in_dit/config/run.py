@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, plugin_keys, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
@@ -274,14 +273,9 @@ class TrainConfig(Section):
         """Keys that plain values and YAML leave out, because another key takes their place."""
         return ("epochs",) if self.epochs is None else ("steps",)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from a mapping. Raises UserError."""
-        if "steps" in values and values.get("epochs") is not None:
-            raise UserError("train.steps and train.epochs exclude each other: give one of them")
-        return super().from_dict(values)
-
     def check(self) -> None:
+        if self.epochs is not None and self.steps != TrainConfig.steps:
+            raise UserError("train.steps and train.epochs exclude each other: give one of them")
         if self.keep_every % self.checkpoint_every:
             raise UserError(
                 "train.keep_every must be a multiple of train.checkpoint_every: "
@@ -364,11 +358,11 @@ class RunConfig(Section):
         """Examples per optimizer step."""
         return self.train.batch_size * self.train.accumulate
 
-    def resolve_epochs(self, images: int | None) -> RunConfig:
-        """The config with train.steps in place of train.epochs, for a number of training images (None: endless)."""
-        if self.train.epochs is None:
+    def resolve_epochs(self, images: int | None, epochs: float | None = None) -> RunConfig:
+        """The config with the train.steps of `epochs` or train.epochs; `images` to train on are endless if None."""
+        if (epochs := epochs or self.train.epochs) is None:
             return self
         if images is None:
             raise UserError(f"train.epochs needs data with an end, and {self.data.source} has none: set train.steps")
-        steps = max(1, round(self.train.epochs * images / self.global_batch))
+        steps = max(1, round(epochs * images / self.global_batch))
         return replace(self, train=replace(self.train, steps=steps, epochs=None))

@@ -27,8 +27,7 @@ from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.runs import atomic, integrity, lock
 from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished
 
-HISTORY = "history.json"
-CHANGE = {"step": int, "keys": dict, "from": str, "to": str}  # `from` and `to` are hashes of configs
+HISTORY = "history.json"  # {"changes": [{"step": 6, "keys": {KEY: [BEFORE, AFTER]}, "from": HASH, "to": HASH}]}
 
 
 def create_run(run: Path, config: RunConfig) -> None:
@@ -46,22 +45,22 @@ def create_run(run: Path, config: RunConfig) -> None:
 def change_run(run: Path, stored: RunConfig, config: RunConfig, keys: Mapping[str, Any], step: int) -> None:
     """Replace the run's config at a step, and record the changed keys, each with the values before and after."""
     change = {"step": step, "keys": keys, "from": config_hash(stored), "to": config_hash(config)}
-    text = json.dumps({"changes": [*read_history(run, stored), change]}, indent=1) + "\n"
-    try:  # the history first: what a process killed in between leaves is not read
-        atomic.write_atomic(run / HISTORY, text)
+    history = {"changes": [*read_history(run, stored), change]}
+    try:
+        atomic.write_atomic(run / HISTORY, json.dumps(history, indent=1) + "\n")  # a process may be killed after this
         atomic.write_atomic(run / "config.yaml", to_yaml(config, meanings=True))
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
 
 
 def read_history(run: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The changes that led to the run's config, in order, each of the form CHANGE. UserError if the file is damaged."""
+    """The changes that led to the run's config, in order. UserError if the file is damaged."""
     path, wanted = run / HISTORY, config_hash(config)
     changes = read_json(path).get("changes") if path.exists() else []
-    if not isinstance(changes, list) or not has_form(changes, [CHANGE]):
+    if not has_form(changes, [{"step": int, "keys": dict, "from": str, "to": str}]):
         raise UserError(f"{path} is not the history of a run: put it back as it was")
     history: list[dict[str, Any]] = []
-    for change in reversed(changes):
+    for change in reversed(changes or ()):
         if change["to"] == wanted:
             history.insert(0, change)
             wanted = change["from"]

@@ -132,8 +132,7 @@ def budgeted_config(
     train, named = config.train, {**study.set, **changes}
     budget = dict(study.budget)
     if epochs := budget.pop("epochs", None if budget else train.epochs):
-        images = open_source(config.data, config.model).train_size
-        train = replace(config, train=replace(train, epochs=epochs)).resolve_epochs(images).train
+        train = config.resolve_epochs(open_source(config.data, config.model).train_size, epochs).train
     for kind, amount in budget.items():
         per_step = {
             "steps": 1.0,

@@ -20,39 +20,32 @@ CHANGEABLE = (
 
 
 def check_changes(run: Path, stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys in which a resumed run's config differs from the stored one, with both values.
-
-    Raises:
-        UserError: a key is not CHANGEABLE.
-    """
+    """The keys that a resume changes, with both values; UserError if one is not CHANGEABLE."""
     changes = changed_keys(stored, config)
-    for name, (before, now) in changes.items():
-        if not name.startswith(CHANGEABLE):
-            raise UserError(
-                f"{run} was started with another config: {name} is {before}, not {now}; resume without this change, "
-                f"or begin another run from its weights with --init {run}"
-            )
+    if name := next((name for name in changes if not name.startswith(CHANGEABLE)), None):
+        before, now = changes[name]
+        raise UserError(
+            f"{run} was started with another config: {name} is {before}, not {now}; resume without this change, "
+            f"or begin another run from its weights with --init {run}"
+        )
     return changes
 
 
 def record_changes(
     run: Path, stored: RunConfig, config: RunConfig, changes: Mapping[str, Any], step: int, logged: int
 ) -> str:
-    """Write the changed config and its history; returns a line about the changes.
-
-    Raises:
-        UserError: train.steps is below the last logged step, or the disk refuses the files.
-    """
+    """Write the changed config and its history; returns a line about the changes. UserError if train.steps is below
+    the last logged step, or the disk refuses the files."""
     last = config.train.steps
     if last < max(step, logged):
         raise UserError(f"train.steps must be at least {max(step, logged)}, which {run} has reached: got {last}")
     change_run(run, stored, config, changes, step)
     line = f"from step {step}: " + ", ".join(f"{name} {a} -> {b}" for name, (a, b) in changes.items())
-    before, after = (learning_rate(each.train, max(step - 1, 0)) for each in (stored, config))
-    if "train.steps" not in changes or not step:
-        return line
-    if before == after:  # at all earlier steps too
+    before, same = (learning_rate(each.train, max(step - 1, 0)) for each in (stored, config))
+    if "train.steps" not in changes or not step or before == same:  # equal rates: at all earlier steps too
         return f"{line}, as if asked for at first"
-    now = learning_rate(config.train, step)
-    how = f"{config.train.schedule} schedule of {last} steps"
-    return f"{line}; on the {how} the learning rate is now {now:.3g}, was {before:.3g}: not as if asked for at first"
+    now, how = learning_rate(config.train, step), config.train.schedule
+    return (
+        f"{line}, not as if asked for at first: the learning rate, {before:.3g} before, is now {now:.3g}, "
+        f"as on the {how} schedule of {last} steps"
+    )

@@ -257,3 +257,8 @@ def test_the_command_starts_from_a_repository_and_from_weights_of_other_projects
         assert f"tensors of {name}, step" in said
         assert "; 0 are new: its output is still" in said
         assert read_config(out).train.init == name
+    monkeypatch.delitem(sys.modules, "dit_in_dit.interop.hub")  # a resume fetches nothing
+    pretrained.FETCHED.clear()
+    (tmp_path / "weights.pt").unlink()
+    main(["train", "--resume", "--set", "train.steps=2", "--out", str(out), "--device", "cpu"])
+    assert checkpoint.newest(out).step == 2

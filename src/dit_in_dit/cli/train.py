@@ -99,12 +99,14 @@ def _train(options: argparse.Namespace) -> None:
         deterministic=options.deterministic,
         data=options.data,
     )
-    _follow(_tracked(_started(events, config), options), options.out, stop, options.scale)
+    _follow(_tracked(_started(events, config, options), options), options.out, stop, options.scale)
 
 
-def _started(events: Iterator[Event], config: RunConfig) -> Iterator[Event]:
+def _started(events: Iterator[Event], config: RunConfig, options: argparse.Namespace) -> Iterator[Event]:
     """The events; before the first one, weights for train.init that are not a run are fetched or imported."""
-    init = config.train.init
+    from dit_in_dit.runs.checkpoint import has_any
+
+    init = None if options.resume and has_any(options.out) else config.train.init
     with TemporaryDirectory() as scratch:
         if init and not (find_run(init) / "config.yaml").exists():
             from dit_in_dit.interop.import_run import fetch_init

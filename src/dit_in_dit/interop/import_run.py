@@ -84,8 +84,7 @@ def fetch_init(name: str, scratch: Path, heads: int) -> None:
     """Make a run of what train.init names, for `find_run`: fetch a repository of the Hub, and import other projects'
     weights into `scratch`. Raises UserError."""
     folder = find_run(name)
-    hub: Any = import_module("dit_in_dit.interop.hub")
-    if hub.is_repo_id(name):
+    if not folder.exists() and (hub := import_module("dit_in_dit.interop.hub")).is_repo_id(name):
         folder = hub.fetch_repo(name)
     if folder.exists() and not (folder / "config.yaml").exists():
         import_run(folder, scratch / "run", heads=heads)

@@ -24,6 +24,8 @@ from dit_in_dit.curves.logs import Curve, read_run
 from dit_in_dit.curves.plots import draw_curves
 from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.plots import COLOURS
+from dit_in_dit.runs.folder import lock_run
+from dit_in_dit.runs.lock import is_locked, lock_file
 
 CONFIG = RunConfig(
     model=small_model("outer*2 inner*1"),
@@ -462,3 +464,49 @@ def test_smoothed_loss_is_the_mean_of_equal_windows(tmp_path: Path):
     (band,) = page.axes[0].collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == (3, 999)
+
+
+# ------------------------------------------------------------------------------- a run that is being trained
+
+
+def test_a_run_in_training_says_its_step_until_it_ends(tmp_path: Path):
+    run = write(tmp_path / "run", steps(20))
+    with lock_run(run):
+        assert read_arms(run)[0].label == "stages=outer*2 inner*1 (1 seed; running, step 20 of 400)"
+    assert read_arms(run)[0].label == "stages=outer*2 inner*1 (1 seed)"
+    done = write(tmp_path / "done", steps(400))
+    with lock_run(done):
+        assert "running" not in read_arms(done)[0].label
+    slow = write(tmp_path / "slow", steps(7), seed=1)
+    with lock_run(slow):
+        assert "(2 seeds; running, step 7 of 400)" in read_arms(run, slow)[0].label
+
+
+def test_the_lock_of_a_run_can_be_taken_after_it_was_looked_at(tmp_path: Path):
+    assert not is_locked(tmp_path / "lock")
+    assert not (tmp_path / "lock").exists()
+    (tmp_path / "lock").write_text("")
+    assert not is_locked(tmp_path / "lock")
+    with lock_file(tmp_path / "lock", "it"):
+        assert is_locked(tmp_path / "lock")
+    with lock_file(tmp_path / "lock", "it"):
+        pass
+
+
+@pytest.mark.parametrize("share", [0.001, 0.03, 0.6])
+def test_logs_cut_anywhere_are_drawn_or_have_no_step_yet(tmp_path: Path, share: float):
+    whole = write(tmp_path / "whole", steps(12) + evaluations({5: 0.5, 10: 0.4}))
+    run = tmp_path / "live"
+    run.mkdir()
+    for name in ("config.yaml", "log.jsonl", "timing.jsonl"):
+        content = (whole / name).read_bytes()
+        (run / name).write_bytes(content if name == "config.yaml" else content[: int(share * len(content))])
+    if share < 0.1:
+        with pytest.raises(UserError, match="no step is logged yet in "):
+            run_command(run)
+        return
+    run_command(run)
+    assert (run / "curves/loss.png").stat().st_size > 1000
+    (run / "log.jsonl").write_bytes((whole / "log.jsonl").read_bytes())  # later
+    run_command(run)
+    assert (run / "curves/held-out.png").exists()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import inputs, perturbed, small_model, with_train
+from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import override
+from dit_in_dit.config.files import override, to_yaml
 from dit_in_dit.data.sources import open_source
+from dit_in_dit.interop import import_run
+from dit_in_dit.interop.release import export_release
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.folder import create_run
+from dit_in_dit.runs import checkpoint, pretrained
+from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
@@ -151,3 +156,109 @@ def test_parameters_of_a_model_belong_to_one_level():
     ours = NestedDiT(model("inner outer inner outer inner", condition="patch", aggregate="attention", fuse="gate"))
     outer = {n.split(".")[0] for n, _ in ours.named_parameters() if not is_inner(n)}
     assert outer == {"outer_embed", "outer_blocks", "outer_head", "time_embed", "label_embed"}
+
+
+# ------------------------------------------------------------------------------------------ other classes and sizes
+
+
+def begun(config, run, names, **changes):
+    """A trainer whose model starts from the run, on data with these class names."""
+    ours = replace(
+        config, model=replace(config.model, **changes), train=replace(config.train, init=str(run), evaluate_every=0)
+    )
+    source = open_source(replace(config.data, source="mosaic"), replace(ours.model, num_classes=0))
+    source.classes = tuple(names)
+    return Trainer(ours, source, torch.device("cpu"))
+
+
+def label_rows(trainer):
+    return trainer.model.label_embed.table.weight.detach()
+
+
+def test_classes_of_the_same_name_keep_their_label_row_and_others_start_anew(plain):
+    config, run, trainer = plain  # of the classes blue, green, red
+    names = ("black", "red", "white", "blue")
+    started = begun(config, run, names, num_classes=4)
+    old, new = label_rows(trainer), label_rows(started)
+    assert torch.equal(new[[1, 3, 4]], old[[2, 0, 3]])  # the null class is the last
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        untouched = NestedDiT(started.config.model).label_embed.table.weight.detach()
+    assert torch.equal(new[[0, 2]], untouched[[0, 2]])
+    assert "2 of 4 classes keep their label row: its output is no longer" in str(started.begun)
+
+
+def test_some_of_the_classes_in_another_order_give_the_same_output(plain):
+    config, run, trainer = plain
+    started = begun(config, run, ("red", "blue"), num_classes=2)
+    x, t, _ = inputs(started.config.model, batch=3)
+    with torch.no_grad():
+        found = started.model(x, t, torch.tensor([0, 1, 2]))
+        assert torch.equal(found, trainer.model(x, t, torch.tensor([2, 0, 3])))
+    assert started.begun.exact
+    assert "label row" not in str(started.begun)
+
+
+@pytest.mark.parametrize(("names", "kept"), [("xyz", 3), ("012", 3), ("0123", 0), ("wxyz", 0)])
+def test_without_a_shared_name_equally_many_classes_keep_their_rows_by_number(plain, names, kept):
+    config, run, trainer = plain
+    started = begun(config, run, names, num_classes=len(names))
+    old, new = label_rows(trainer), label_rows(started)
+    same = [bool((row == old[:3]).all(1).any()) for row in new[:-1]]
+    assert sum(same) == kept
+    assert torch.equal(new[-1], old[-1])
+
+
+def test_numbers_are_no_names(plain, run_config, tmp_path):
+    config, run, trainer = plain
+    saved = checkpoint.newest(run)
+    checkpoint.save(run, config, 2, saved.state(), saved.averaged(), ("0", "1", "2"))
+    new = label_rows(begun(config, run, "01", num_classes=2))
+    assert torch.equal(new[-1], label_rows(trainer)[-1])
+    assert not (new[:2, None] == label_rows(trainer)[None]).all(-1).any()
+
+
+def test_a_run_with_and_without_labels_start_from_each_other(plain, tmp_path):
+    config, run, trainer = plain
+    unlabelled = begun(config, run, ("all",), num_classes=0)
+    assert torch.equal(label_rows(unlabelled), label_rows(trainer)[-1:])
+    assert unlabelled.begun.exact
+
+
+def test_a_model_of_another_image_size_computes_its_positions(plain):
+    config, run, trainer = plain
+    started = begun(config, run, ("blue", "green", "red"), image_size=(16, 8))
+    assert started.model.outer_embed.position.shape[0] == 2 * trainer.model.outer_embed.position.shape[0]
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(dict(started.model.named_parameters())[name], weight)
+    assert "positions are those of the new image size: its output is no longer" in str(started.begun)
+    assert not started.begun.exact
+
+
+def test_averaged_weights_in_half_precision_give_their_label_rows(plain, tmp_path):
+    config, run, trainer = plain
+    export_release(run, tmp_path / "slim")
+    new = label_rows(begun(config, tmp_path / "slim", ("red", "new"), num_classes=2))
+    torch.testing.assert_close(new[0], label_rows(trainer)[2], rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_starts_from_a_repository_and_from_weights_of_other_projects(plain, tmp_path, monkeypatch, capsys):
+    config, run, _ = plain
+    import_run.export_official(run, tmp_path / "weights.pt")
+    monkeypatch.setattr(pretrained, "FETCHED", {})
+    monkeypatch.setattr(import_run, "FETCHED", pretrained.FETCHED)
+    hub = SimpleNamespace(is_repo_id=lambda text: text == "user/dit", fetch_repo=lambda name: run)
+    monkeypatch.setitem(sys.modules, "dit_in_dit.interop.hub", hub)
+    (tmp_path / "new.yaml").write_text(to_yaml(with_train(config, steps=1)))
+    for name in ("user/dit", str(tmp_path / "weights.pt")):
+        out = tmp_path / name.replace("/", "-")
+        main(["train", "--config", str(tmp_path / "new.yaml"), "--init", name, "--out", str(out), "--device", "cpu"])
+        said = capsys.readouterr().err
+        assert f"tensors of {name}, step" in said
+        assert "; 0 are new: its output is still" in said
+        assert read_config(out).train.init == name
+    monkeypatch.delitem(sys.modules, "dit_in_dit.interop.hub")  # a resume fetches nothing
+    pretrained.FETCHED.clear()
+    (tmp_path / "weights.pt").unlink()
+    main(["train", "--resume", "--set", "train.steps=2", "--out", str(out), "--device", "cpu"])
+    assert checkpoint.newest(out).step == 2

@@ -91,6 +91,16 @@ def add_micro_batch(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_scale(command: argparse.ArgumentParser) -> None:
+    """Add the option --scale, for `image_grid`."""
+    command.add_argument(
+        "--scale",
+        type=whole_number,
+        metavar="N",
+        help="enlarge images in grids by N (default: small ones to 64 pixels)",
+    )
+
+
 def add_vae(command: argparse.ArgumentParser) -> None:
     """Add the option --vae, for runs on latents."""
     command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")

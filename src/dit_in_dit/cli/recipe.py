@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from dit_in_dit.cli.options import Commands, whole_number
 from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
 
 USUAL = (1, 8, 64)  # GPUs
@@ -48,6 +49,8 @@ def _recipe(options: argparse.Namespace) -> None:
     from dit_in_dit.inspection.launch_plan import GPUS, MFU, recipe
 
     config = override(presets.get(options.preset), options.set)
+    if config.train.epochs is not None:
+        raise UserError("recipe does not read the data: set train.steps instead of train.epochs")
     mfu = options.mfu or MFU
     usual = [gpus for gpus in USUAL if config.global_batch % gpus == 0]
     recipes = [

@@ -13,11 +13,14 @@ from dit_in_dit.cli.options import (
     add_micro_batch,
     add_num,
     add_sampling,
+    add_scale,
     add_vae,
     make_folder,
     sampling_config,
     whole_number,
 )
+from dit_in_dit.config.errors import UserError, truncate
+from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runtime.process import gc_paused, is_main
 
@@ -35,6 +38,10 @@ def add(commands: Commands) -> None:
         default=1,
         help="images that a process generates between writes, in whole micro-batches; does not change the images "
         "(default: one micro-batch)",
+    )
+    add_scale(sample)
+    sample.add_argument(
+        "--film", type=Path, metavar="FILE", help="also write the way from noise to the images: a .gif or .webp"
     )
     add_vae(sample)
     add_device(sample)
@@ -65,7 +72,11 @@ def _sample(options: argparse.Namespace) -> None:
     decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
     out: Path = options.out or Path("samples", _default_name(options))
     make_folder(out)
-    folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode)
+    if options.film:
+        if options.film.suffix not in (".gif", ".webp"):
+            raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
+        make_folder(options.film.parent)
+    folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale)
     counts = folder.fill(options.num, options.batch)
     with Progress(console=Console(stderr=True), disable=not is_main()) as bar:
         task = bar.add_task("sampling", total=options.num)
@@ -73,6 +84,9 @@ def _sample(options: argparse.Namespace) -> None:
             bar.update(task, completed=count)
     if is_main():
         print(f"{options.num} samples and grid.png in {out}")
+        if options.film:
+            atomic.write_atomic(options.film, folder.film(options.num, options.film.suffix[1:]))
+            print(f"the way from noise to them in {options.film}")
 
 
 def _default_name(options: argparse.Namespace) -> str:

@@ -7,17 +7,20 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
+from dit_in_dit.cli.options import Commands, add_config, add_device, add_scale, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
+from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runtime.process import gc_paused, is_main
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
-REAL_SEARCHED = 1000  # training images that are searched for images of each class
 
 
 def add(commands: Commands) -> None:
@@ -37,8 +39,14 @@ def add(commands: Commands) -> None:
     train = commands.add("train", _train, "train a model into a run folder")
     add_config(train)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
-    train.add_argument("--init", metavar="RUN", help="start from the weights of a run or a shipped model (train.init)")
-    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start from weights (train.init): a run, a shipped model, USER/NAME on the Hub, or what `import` reads",
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="continue the run in --out; longer with --set train.steps=N"
+    )
     train.add_argument(
         "--data", metavar="PLACE", help="with --resume: the new place of the run's data; the data must be the same"
     )
@@ -53,6 +61,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="bitwise equal results on CUDA too, but slower (always on with reduction=fixed)",
     )
+    add_scale(train)
     add_device(train)
 
     demo = commands.add("demo", _demo, "train a small model on emoji from scratch and generate samples")
@@ -90,7 +99,21 @@ def _train(options: argparse.Namespace) -> None:
         deterministic=options.deterministic,
         data=options.data,
     )
-    _follow(_tracked(events, options), options.out, stop)
+    _follow(_tracked(_started(events, config, options), options), options.out, stop, options.scale)
+
+
+def _started(events: Iterator[Event], config: RunConfig, options: argparse.Namespace) -> Iterator[Event]:
+    """The events; before the first one, weights for train.init that are not a run are fetched or imported."""
+    from dit_in_dit.runs.checkpoint import has_any
+
+    init = None if options.resume and has_any(options.out) else config.train.init
+    with TemporaryDirectory() as scratch:
+        if init and not (find_run(init) / "config.yaml").exists():
+            from dit_in_dit.interop.import_run import fetch_init
+
+            fetch_init(init, Path(scratch), config.model.outer.num_heads)
+        yield from islice(events, 1)
+    yield from events
 
 
 def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:
@@ -115,7 +138,7 @@ def _signals() -> StopRequest:
     return stop
 
 
-def _follow(events: Iterator[Event], out: Path, stop: StopRequest) -> None:
+def _follow(events: Iterator[Event], out: Path, stop: StopRequest, scale: int | None = None) -> None:
     """Show events of training as a progress bar and lines; write sample grids when they are due.
 
     If a signal stopped the run, the process ends with the exit code of that signal.
@@ -139,7 +162,7 @@ def _follow(events: Iterator[Event], out: Path, stop: StopRequest) -> None:
                 text = f"loss {event.values['loss']:.4f}  {event.values['images_per_second']:.0f} images/s"
                 bar.update(task, completed=event.step, description=text)
             elif event.kind == "samples" and event.model is not None:
-                _draw_grid(event, config, out, stop)
+                _draw_grid(event, config, out, stop, start.values["classes"], scale)
             elif event.kind == "stopped":
                 bar.stop()
                 _end(event, console)
@@ -153,13 +176,12 @@ def _start_lines(values: dict[str, Any]) -> Iterator[str]:
         f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
+    if values["changed"]:
+        yield values["changed"]
     for damage in values["passed_over"]:
         yield f"passed over: {damage}"
     if begun := values["begun"]:
-        yield (
-            f"starts from {begun.taken} tensors of {begun.run}, step {begun.step}; {begun.new} are new: "
-            + ("its output is still that model's" if begun.exact else "its output is no longer that model's")
-        )
+        yield str(begun)
         if begun.other_data:
             yield f"{begun.run} was trained on other data: it may have seen images that are held out here"
     if values["unrecorded"]:
@@ -191,10 +213,12 @@ def _devices(values: dict[str, Any]) -> str:
     return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
 
 
-def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) -> None:
+def _draw_grid(
+    event: Event, config: RunConfig, out: Path, stop: StopRequest, classes: Sequence[str], scale: int | None
+) -> None:
     """Write the sample grid of a step, unless it exists. If a signal interrupts this, a resumed run writes the grid."""
     from dit_in_dit.reporting.images import image_grid, image_png, to_pixels
-    from dit_in_dit.sampling.numbered import sample
+    from dit_in_dit.sampling.numbered import class_of, sample
     from dit_in_dit.training.interrupt import Interrupted
 
     assert event.model is not None
@@ -209,7 +233,8 @@ def _draw_grid(event: Event, config: RunConfig, out: Path, stop: StopRequest) ->
             print(f"dit-in-dit: no grid of step {event.step}: {error}", file=sys.stderr)
             return
         path.parent.mkdir(exist_ok=True)
-        atomic.write_atomic(path, image_png(image_grid(pixels)))
+        names = [class_of(i, classes) for i in range(GRID_IMAGES)] if config.model.num_classes else []
+        atomic.write_atomic(path, image_png(image_grid(pixels, scale=scale, names=names)))
 
 
 def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
@@ -241,11 +266,12 @@ def _end(event: Event, console: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     """Train or resume, generate samples, and put the samples beside real images."""
+    from dit_in_dit.data.run_data import images_of_classes
     from dit_in_dit.reporting.images import image_grid, image_png, side_by_side, to_pixels
     from dit_in_dit.runs.checkpoint import Checkpoint
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runtime.device import pick_device
-    from dit_in_dit.sampling.numbered import sample
+    from dit_in_dit.sampling.numbered import class_of, sample
     from dit_in_dit.training.loop import train
 
     out: Path = options.out
@@ -259,7 +285,8 @@ def _demo(options: argparse.Namespace) -> None:
     print("drawing samples ...", file=sys.stderr)
     drawn = image_grid(to_pixels(sample(model, config, DEMO_IMAGES)))
     atomic.write_atomic(out / "samples.png", image_png(drawn))
-    real = image_grid(_real(config, DEMO_IMAGES))
+    labels = [class_of(i, range(config.model.num_classes or 1)) for i in range(DEMO_IMAGES)]
+    real = image_grid(images_of_classes(config, labels))
     atomic.write_atomic(out / "real.png", image_png(real))
     both = side_by_side({"drawn by the model": drawn, "real training images": real})
     atomic.write_atomic(out / "samples-beside-real.png", image_png(both))
@@ -270,23 +297,3 @@ def _demo(options: argparse.Namespace) -> None:
         ("samples/", "samples during training"),
     ):
         print(f"  {out / name}  {what}")
-
-
-def _real(config: RunConfig, count: int) -> Any:
-    """Training images, uint8 (count, H, W, C), whose classes alternate as in the samples."""
-    import numpy as np
-    import torch
-
-    from dit_in_dit.data.sources import open_source
-    from dit_in_dit.reporting.images import to_pixels
-    from dit_in_dit.sampling.numbered import class_of
-    from dit_in_dit.training.batches import shuffled_index
-
-    source = open_source(config.data, config.model)
-    images: dict[int, list[Any]] = {}
-    for index in range(REAL_SEARCHED):
-        image, y = source.train(shuffled_index(config.seed, index, source.train_size))
-        images.setdefault(y if config.model.num_classes else 0, []).append(image)
-    classes = sorted(images)  # a small class may have no training image
-    chosen = [images[class_of(i, classes)][i // len(classes) % len(images[class_of(i, classes)])] for i in range(count)]
-    return to_pixels(torch.from_numpy(np.stack(chosen)))

@@ -42,13 +42,16 @@ def _run(values: Any, what: str) -> RunConfig:
     return RunConfig.from_dict(values)
 
 
+def changed_keys(before: Section, after: Section, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two configs, with both values."""
+    old, new = ({name: value for name, _, value in keys(section, prefix)} for section in (before, after))
+    pairs = {name: (old.get(name), new.get(name)) for name in old | new}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b and not isinstance(a, Section)}
+
+
 def first_difference(stored: RunConfig, new: RunConfig) -> str:
     """The first key in which two configs differ, with both values; empty when they are equal."""
-    before, now = ({name: value for name, _, value in keys(config)} for config in (stored, new))
-    for name in before | now:
-        if (a := before.get(name)) != (b := now.get(name)) and not isinstance(a, Section):
-            return f"{name} is {a}, not {b}"
-    return ""
+    return next((f"{name} is {a}, not {b}" for name, (a, b) in changed_keys(stored, new).items()), "")
 
 
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
@@ -84,6 +87,9 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
 def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The config with new values at dotted keys, checked after all are set. Raises UserError."""
     values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
+    for name, other in (("train.steps", "epochs"), ("train.epochs", "steps")):
+        if name in changes:
+            values["train"].pop(other, None)  # the new one replaces the other
     for name, value in changes.items():
         if name not in known:
             raise UserError(f"unknown key {name!r}{did_you_mean(name, known)}")

@@ -221,7 +221,10 @@ class LrScaleConfig(Section):
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
-    steps: int = key(400_000, "optimizer steps", low=1, high=10**12)
+    steps: int = key(400_000, "optimizer steps; or set train.epochs, passes over the data", low=1, high=10**12)
+    epochs: float | None = key(
+        None, "passes over the training images; becomes train.steps when the run starts", low=1e-9, high=10**9, added=2
+    )
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
     optimizer: Literal["adamw", "adam"] = key(
@@ -265,7 +268,14 @@ class TrainConfig(Section):
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out evaluations; 0: never", low=0, high=10**12)
 
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Keys that plain values and YAML leave out, because another key takes their place."""
+        return ("epochs",) if self.epochs is None else ("steps",)
+
     def check(self) -> None:
+        if self.epochs is not None and self.steps != TrainConfig.steps:
+            raise UserError("train.steps and train.epochs exclude each other: give one of them")
         if self.keep_every % self.checkpoint_every:
             raise UserError(
                 "train.keep_every must be a multiple of train.checkpoint_every: "
@@ -353,3 +363,12 @@ class RunConfig(Section):
     def global_batch(self) -> int:
         """Examples per optimizer step."""
         return self.train.batch_size * self.train.accumulate
+
+    def resolve_epochs(self, images: int | None, epochs: float | None = None) -> RunConfig:
+        """The config with the train.steps of `epochs` or train.epochs; `images` to train on are endless if None."""
+        if (epochs := epochs or self.train.epochs) is None:
+            return self
+        if images is None:
+            raise UserError(f"train.epochs needs data with an end, and {self.data.source} has none: set train.steps")
+        steps = max(1, round(epochs * images / self.global_batch))
+        return replace(self, train=replace(self.train, steps=steps, epochs=None))

@@ -239,9 +239,9 @@ def _default(f: Field[Any]) -> Any:
 
 
 def to_dict(config: Section) -> dict[str, Any]:
-    """Nested plain values, as JSON and YAML hold them; an empty `plugins` group is left out."""
+    """Nested plain values, as JSON and YAML hold them, without an empty `plugins` group and `unwritten` keys."""
     return {
         name: to_dict(value) if isinstance(value, Section) else json.loads(json.dumps(value, default=asdict))
         for name, _, value in config.items()
-        if value != PluginKeys()
+        if value != PluginKeys() and name not in getattr(config, "unwritten", ())
     }

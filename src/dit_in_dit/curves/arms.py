@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from dit_in_dit.config.errors import UserError
@@ -11,6 +12,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, keys
 from dit_in_dit.curves.logs import Curve, last_step, not_finite_steps
+from dit_in_dit.runs.lock import is_locked
 
 LONGEST_NAME = 48  # characters of an arm's name; longer names are replaced by the folders' names
 
@@ -28,10 +30,14 @@ class RunGroup:
         """Config of the first seed."""
         return self.curves[0].config
 
-    @property
+    @cached_property
     def label(self) -> str:
-        """The arm's name and its number of seeds."""
-        return f"{self.name} ({len(self.curves)} {'seed' if len(self.curves) == 1 else 'seeds'})"
+        """The arm's name, its number of seeds, and the step of the slowest seed while it is trained."""
+        slowest, seeds = min(self.curves, key=last_step), len(self.curves)
+        step, steps = last_step(slowest), slowest.config.train.steps
+        running = step < steps and is_locked(slowest.run / "lock")
+        state = f"; running, step {step:.0f} of {steps}" if running else ""
+        return f"{self.name} ({seeds} {'seed' if seeds == 1 else 'seeds'}{state})"
 
 
 def arms(curves: Sequence[Curve]) -> list[RunGroup]:

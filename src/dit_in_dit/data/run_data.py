@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.source_checks import check_opened
 from dit_in_dit.data.sources import check_class_count, open_source, path_in, source_kind
+from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import checkpoint
 
+SEARCHED = 200  # images of an endless source that are searched for images of each class
 OBJECT = "object:"  # prefix of the class of a source given to train()
 
 
@@ -103,3 +110,21 @@ def _is_here(source: str) -> bool:
         return path == source and source_kind(source).by_path  # a pattern such as train-{000..009}.tar
     except UserError:
         return False
+
+
+def images_of_classes(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
+    """A training image for each label (any image if a class has none). Images repeat only if a class has too few."""
+    source = open_source(config.data, config.model)
+    if source.train_size is None:  # endless
+        known = np.array([source.train(number)[1] for number in range(SEARCHED)])
+    else:
+        known = source.labels
+    turns: Counter[int] = Counter()
+    images = []
+    for y in labels:
+        of_class = np.flatnonzero(known == y) if config.model.num_classes else np.empty(0, int)
+        if not len(of_class):
+            of_class = np.arange(len(known))
+        images.append(source.train(int(of_class[turns[y] * len(of_class) // len(labels) % len(of_class)]))[0])
+        turns[y] += 1
+    return to_pixels(torch.from_numpy(np.stack(images)))

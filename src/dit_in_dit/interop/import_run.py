@@ -30,6 +30,7 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
 from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.integrity import file_sha256
+from dit_in_dit.runs.pretrained import FETCHED, find_run
 from dit_in_dit.runs.tensors import check_weights
 
 Tensors = dict[str, Tensor]
@@ -86,6 +87,18 @@ def import_run(
         save(beside, config, weights.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
+
+
+def fetch_init(name: str, scratch: Path, heads: int) -> None:
+    """Make a run of what train.init names, for `find_run`: fetch a repository of the Hub, and import other projects'
+    weights into `scratch`. Raises UserError."""
+    folder = find_run(name)
+    if not folder.exists() and is_repo_id(name):
+        folder = fetch_repo(name)
+    if folder.exists() and not (folder / "config.yaml").exists():
+        import_run(folder, scratch / "run", heads=heads)
+        folder = scratch / "run"
+    FETCHED[name] = folder
 
 
 def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dict[str, Any]]:

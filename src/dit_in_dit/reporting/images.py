@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 
 Pixels = NDArray[np.uint8]
+NAME_PIXELS = 15  # height of a name under an image of a grid
 
 
 def to_pixels(images: Tensor) -> Pixels:
@@ -41,17 +43,30 @@ def to_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def image_grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
-    """A grid of images (N, H, W, C) on white, about square by default; small images are enlarged by whole factors."""
+def image_grid(
+    pixels: Pixels, columns: int | None = None, *, scale: int | None = None, names: Sequence[str] = ()
+) -> Image.Image:
+    """A grid of images (N, H, W, C) on white, about square by default, with the names under the images. Images are
+    enlarged by the whole factor `scale`; None: small images to about 64 pixels."""
     count, height, width, _ = pixels.shape
     columns = columns or round(count**0.5 + 0.49)
-    scale, gap = max(1, 64 // max(height, width)), 2
-    cell_w, cell_h = width * scale + gap, height * scale + gap
+    scale, gap = scale or max(1, 64 // max(height, width)), 2
+    cell_w, cell_h = width * scale + gap, height * scale + gap + bool(names) * NAME_PIXELS
     sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(NAME_PIXELS - 3)
+    short = {name: _fitting(name, lambda text: draw.textlength(text, font) < cell_w) for name in names}
     for number, image in enumerate(pixels):
+        left, top = gap + number % columns * cell_w, gap + number // columns * cell_h
         tile = to_image(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + number % columns * cell_w, gap + number // columns * cell_h))
+        sheet.paste(tile, (left, top))
+        if names:
+            draw.text((left, top + height * scale), short[names[number]], "black", font)
     return sheet
+
+
+def _fitting(name: str, fits: Callable[[str], bool]) -> str:
+    """The name, or as much of its beginning as fits."""
+    return next((name[:end] for end in range(len(name), 0, -1) if fits(name[:end])), "")
 
 
 def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:

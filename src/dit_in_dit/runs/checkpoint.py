@@ -24,7 +24,7 @@ from dit_in_dit.config.files import HASH_VERSION, config_hash
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import integrity
-from dit_in_dit.runs.folder import newest_manifest, read_config
+from dit_in_dit.runs.folder import newest_manifest, read_config, read_history
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, verify
 from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune
 from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
@@ -187,6 +187,7 @@ def save(
             "steady": steady,
             **({"data": dict(data)} if data else {}),
             **({"objects": dict(objects)} if objects else {}),
+            **({"changes": history} if (history := read_history(run, config)) else {}),
             "versions": _versions(),
             **({"plugins": plugins.loaded_plugins()} if plugins.loaded_plugins() else {}),
             "bytes": {name: size for name, (size, _) in written.items()},
@@ -259,6 +260,8 @@ def _check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, An
     """UserError when a run's config has changed since a checkpoint of it was written."""
     if manifest["config"] == config_hash(config):
         return
+    if manifest["config"] in {change["from"] for change in read_history(checkpoint.parents[1], config)}:
+        return  # a resume changed the config
     if manifest.get("hash_version", 1) > HASH_VERSION:
         raise UserError(f"{checkpoint} was written by a later version of dit-in-dit: use that version or a newer one")
     if changed := plugins.changed_sources(manifest):

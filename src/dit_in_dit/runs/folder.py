@@ -1,6 +1,7 @@
 """The folder of a run: create it, lock it, read its config.
 
     config.yaml            the complete config of the run
+    history.json           config keys that changed when the run was resumed, and the step; absent if none changed
     log.jsonl              a line for each step and held-out evaluation; the config decides every line
     timing.jsonl           seconds and images per second
     checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
@@ -12,17 +13,21 @@ No file that is loaded can run code: YAML (safe), JSON and safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dit_in_dit.config import plugins
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import from_file, to_yaml
+from dit_in_dit.config.files import config_hash, from_file, to_yaml
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.runs import atomic, integrity, lock
 from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished
+
+HISTORY = "history.json"  # {"changes": [{"step": 6, "keys": {KEY: [BEFORE, AFTER]}, "from": HASH, "to": HASH}]}
 
 
 def create_run(run: Path, config: RunConfig) -> None:
@@ -35,6 +40,31 @@ def create_run(run: Path, config: RunConfig) -> None:
         integrity.sync(run)
     except OSError as error:
         raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
+
+
+def change_run(run: Path, stored: RunConfig, config: RunConfig, keys: Mapping[str, Any], step: int) -> None:
+    """Replace the run's config at a step, and record the changed keys, each with the values before and after."""
+    change = {"step": step, "keys": keys, "from": config_hash(stored), "to": config_hash(config)}
+    history = {"changes": [*read_history(run, stored), change]}
+    try:
+        atomic.write_atomic(run / HISTORY, json.dumps(history, indent=1) + "\n")  # a process may be killed after this
+        atomic.write_atomic(run / "config.yaml", to_yaml(config, meanings=True))
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror or error}") from None
+
+
+def read_history(run: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """The changes that led to the run's config, in order. UserError if the file is damaged."""
+    path, wanted = run / HISTORY, config_hash(config)
+    changes = read_json(path).get("changes") if path.exists() else []
+    if not has_form(changes, [{"step": int, "keys": dict, "from": str, "to": str}]):
+        raise UserError(f"{path} is not the history of a run: put it back as it was")
+    history: list[dict[str, Any]] = []
+    for change in reversed(changes or ()):
+        if change["to"] == wanted:
+            history.insert(0, change)
+            wanted = change["from"]
+    return history
 
 
 @contextmanager

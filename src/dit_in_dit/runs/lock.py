@@ -62,6 +62,16 @@ def release(file: io.FileIO) -> None:
     _held.discard(file)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock; false if the file system does not support locks."""
+    try:
+        with path.open() as file:  # a shared lock, for a moment
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
+
+
 @contextmanager
 def lock_file(path: Path, what: str) -> Iterator[None]:
     """Hold a lock on a file that names its holder. Warn (LocklessWarning) and continue without a lock when the file

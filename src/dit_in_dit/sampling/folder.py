@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,14 +17,15 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.reporting.images import check_finite, image_grid, image_png, to_image, to_pixels
+from dit_in_dit.reporting.images import check_finite, image_grid, image_png, side_by_side, to_image, to_pixels
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.precision import FULL
 from dit_in_dit.runtime.process import is_main
-from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
+from dit_in_dit.sampling.numbered import class_of, sample_batches, sampling_protocol
 
 GRID_MOST = 1024  # images in grid.png
+FRAMES, FILM_PIXELS = 40, 2**19  # most frames of a film; pixels of all images of a frame
 IDENTITY = "samples.json"
 
 
@@ -62,6 +63,12 @@ class SampleFolder:
     seed: int = 0
     averaged: bool = True
     decode: ImageDecoder | None = None
+    scale: int | None = None  # of the images in grid.png, as for `image_grid`
+
+    def _names(self, count: int) -> list[str]:
+        """Class names of the first samples; empty without labels."""
+        turns = self.classes or range(self.config.model.num_classes)
+        return [self.saved.classes[class_of(index, turns)] for index in range(count)] if turns else []
 
     @property
     def latents(self) -> bool:
@@ -94,7 +101,35 @@ class SampleFolder:
             count = num
             while self.path(count).exists():  # an earlier call drew more: the grid shows them too
                 count += 1
-            _finish(self.out, [self.path(index) for index in range(count)], self.latents)
+            self._finish([self.path(index) for index in range(count)])
+
+    def film(self, num: int, kind: str) -> bytes:
+        """An animated gif or webp of the way from noise to the first `num` samples, or fewer if they are large.
+
+        A frame shows x_t and the image estimate, the last frame the samples, which are drawn again in one batch.
+        """
+        scale, model = self.decode.factor if self.decode else 1, self.config.model
+        count = min(num, 64, max(4, FILM_PIXELS // (model.image_size[0] * model.image_size[1] * scale**2)))
+        config = replace(self.config, sample=replace(self.config.sample, micro_batch=count))
+        frames: list[Image.Image] = []
+
+        def add_frame(t: float, *shown: Tensor) -> None:
+            if t > 1 - len(frames) / FRAMES:  # the sampler has more steps than the film has frames
+                return
+            grids = []
+            for x in (each.cpu() for each in shown):
+                pixels = to_pixels(self.decode.numbered(range(count), x, count) if self.decode else x)
+                grids.append(image_grid(pixels, scale=self.scale, names=self._names(count)))
+            frames.append(side_by_side(dict(zip((f"x, t = {t:.2f}", "estimate"), grids, strict=True))))
+
+        batches = sample_batches(
+            self.model, config, range(count), seed=self.seed, classes=self.classes, watch=add_frame
+        )
+        _, images = next(batches)
+        add_frame(0.0, images, images)
+        durations = [*[80] * (len(frames) - 1), 2500]  # milliseconds
+        frames[0].save(out := io.BytesIO(), kind, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        return out.getvalue()
 
     def _claim(self, num: int) -> None:
         """Record what the samples depend on; UserError if images in the folder depend on something else."""
@@ -128,6 +163,22 @@ class SampleFolder:
             for index, image in zip(indices, images, strict=True):
                 atomic.write_atomic(self.path(index), _encoded(image, self.latents))
 
+    def _finish(self, paths: list[Path]) -> None:
+        """Write the grid, and all latents as one array; delete incomplete copies that killed processes left."""
+        out = self.out
+        if self.latents:
+            images = np.stack([_read(path) for path in paths])
+            with atomic.file(out / "samples.npz") as file:
+                np.savez(file, images=images)
+            shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
+        else:
+            shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
+        grid = image_grid(shown, scale=self.scale, names=self._names(len(shown)))
+        atomic.write_atomic(out / "grid.png", image_png(grid))
+        atomic.clear_temporary(
+            out, {path.name for path in paths}
+        )  # only copies of these: another process may draw more
+
 
 def _machine(device: torch.device) -> dict[str, str]:
     """The machine: the last bits depend on it, but not on the number of CPU threads (docs/decisions/sampling.md)."""
@@ -143,19 +194,6 @@ def _encoded(image: Tensor, latents: bool) -> bytes:
         return image_png(to_image(to_pixels(image[None])[0]))
     np.save(content := io.BytesIO(), image.numpy())
     return content.getvalue()
-
-
-def _finish(out: Path, paths: list[Path], latents: bool) -> None:
-    """Write the grid, and all latents as one array; delete incomplete copies that killed processes left."""
-    if latents:
-        images = np.stack([_read(path) for path in paths])
-        with atomic.file(out / "samples.npz") as file:
-            np.savez(file, images=images)
-        shown = to_pixels(torch.from_numpy(images[:GRID_MOST]))
-    else:
-        shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
-    atomic.write_atomic(out / "grid.png", image_png(image_grid(shown)))
-    atomic.clear_temporary(out, {path.name for path in paths})  # only copies of these: another process may draw more
 
 
 def _read(path: Path) -> NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.runtime.precision import use_full_float32
 from dit_in_dit.runtime.seeding import generator
+
+T = TypeVar("T")
 
 
 def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
@@ -36,8 +38,8 @@ def cast_to_weights(model: NestedDiT) -> Predict:
     return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
 
 
-def class_of(index: int, classes: Sequence[int]) -> int:
-    """The class of sample `index`: the classes are used cyclically."""
+def class_of(index: int, classes: Sequence[T]) -> T:
+    """The class of sample `index` (its number or name): the classes are used cyclically."""
     return classes[index % len(classes)]
 
 

@@ -20,6 +20,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.files import from_file, replace_keys
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection import cost
 from dit_in_dit.study.match import COST_NAMES, COUNTS, SECONDS_EACH, NoTwin, Twin, match, quick_times
 from dit_in_dit.study.plan import Arm, StudyConfig, slug
@@ -129,14 +130,17 @@ def budgeted_config(
         step_seconds: measured seconds per step, needed for a budget in seconds.
     """
     train, named = config.train, {**study.set, **changes}
-    for kind, amount in study.budget.items():
+    budget = dict(study.budget)
+    if epochs := budget.pop("epochs", None if budget else train.epochs):
+        train = config.resolve_epochs(open_source(config.data, config.model).train_size, epochs).train
+    for kind, amount in budget.items():
         per_step = {
             "steps": 1.0,
             "images": float(config.global_batch),
             "macs": float(cost.training_macs(config.model)["total"] * config.global_batch),
             "seconds": step_seconds or 1.0,
         }[kind]
-        train = replace(train, steps=max(1, round(amount / per_step)))
+        train = replace(train, epochs=None, steps=max(1, round(amount / per_step)))
     every: dict[str, Any] = {
         "evaluate_every": max(1, train.steps // 10),
         "checkpoint_every": max(1, train.steps // 8),

@@ -18,11 +18,12 @@ import torch
 
 from dit_in_dit.benchmark.timing import Times, estimate_seconds, step_seconds
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import changed_keys
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.trace import inspect
-from dit_in_dit.study.resize import changed_keys, depth_limits, is_fixed, with_depth, with_hidden, with_outer
+from dit_in_dit.study.resize import depth_limits, is_fixed, with_depth, with_hidden, with_outer
 
 By = Literal["macs", "time", "params"]
 Count = Callable[[ModelConfig], float]
@@ -131,7 +132,7 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
     step = math.lcm(4, heads * math.gcd(2, width // heads))  # kernels are slow on heads of odd size
 
     def compare(after: ModelConfig) -> Twin:
-        return Twin(after, changed_keys(model, after), count(after) / target - 1)
+        return Twin(after, changed_keys(model, after, "model."), count(after) / target - 1)
 
     def with_best_depth(start: ModelConfig) -> Twin:
         return compare(_closest(lambda n: with_depth(start, n, fixed), fewest, most, target, count))
@@ -239,7 +240,9 @@ def _match_time(
         pair = {"this": replace(config, model=model), "like": like}
         times = step_seconds(pair, device, threads=threads, seconds=seconds)
         gap = times["this"].over(times["like"]) - 1
-        return Twin(model, changed_keys(config.model, model), gap, (times["this"].seconds, times["like"].seconds))
+        return Twin(
+            model, changed_keys(config.model, model, "model."), gap, (times["this"].seconds, times["like"].seconds)
+        )
 
     seen: dict[ModelConfig, float] = {}
     model = best = config.model

@@ -25,7 +25,7 @@ from dit_in_dit.config.strict_yaml import read_yaml
 from dit_in_dit.metrics.metric import plugin_metrics
 from dit_in_dit.runs.folder import newest_manifest
 
-BUDGETS = ("steps", "images", "macs", "seconds")
+BUDGETS = ("steps", "images", "macs", "seconds", "epochs")
 GROUPS = ("held_out", "pixels", "inception", "dinov2")
 NUMBER = (int, float)
 COSTS = {"macs": NUMBER, "params": NUMBER}
@@ -48,7 +48,7 @@ class StudyConfig(Section):
     control: str = key("", "the arm that the others are compared with; empty: the first")
     match: Literal["macs", "time", "params", "none"] = key("macs", "the cost that an arm shares with the control")
     tolerance: float = key(0.02, "largest relative difference in the matched cost", low=1e-4, high=1)
-    budget: dict[str, Any] = key(dict, "training budget in steps, images, macs or seconds; empty: train.steps")
+    budget: dict[str, Any] = key(dict, "training budget in steps, images, macs, seconds or epochs; empty: train.steps")
     seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once with each seed", low=0, high=2**63 - 1)
     metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, inception, dinov2")
     primary: str = key("held_out.0.2.high", "the metric that the study is judged by; a search minimises it")

@@ -5,17 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
 from dit_in_dit.config.program import MOST_BLOCKS, format_stages
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.config.schema import Section, keys
-
-
-def changed_keys(before: ModelConfig, after: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted config keys whose values differ between two models, with both values."""
-    pairs = zip(keys(before, "model."), keys(after, "model."), strict=True)
-    return {name: (a, b) for (name, _, a), (_, _, b) in pairs if a != b and not isinstance(a, Section)}
 
 
 def is_fixed(name: str, fixed: Collection[str]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dit_in_dit.benchmark.timing import step_seconds, use_threads
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
-from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.run_data import images_of_classes
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
@@ -40,7 +38,6 @@ from dit_in_dit.training.loop import train
 from dit_in_dit.training.session import Event
 
 DRAWN = 24  # samples of a trial, for the report's picture
-SEARCHED = 200  # images of an endless source that are searched for images of each class
 
 
 @dataclass(frozen=True)
@@ -222,25 +219,7 @@ def _draw(run: Path, device: torch.device) -> None:
     images = to_pixels(sample(checkpoint.model(device), config, DRAWN))
     labels = [class_of(i, range(config.model.num_classes or 1)) for i in range(DRAWN)]
     with atomic.file(run / "drawn.npz") as file:
-        np.savez(file, images=images, labels=np.array(labels), real=_real(config, labels))
-
-
-def _real(config: RunConfig, labels: list[int]) -> NDArray[np.uint8]:
-    """A training image for each label (any image if a class has none). Images repeat only if a class has too few."""
-    source = open_source(config.data, config.model)
-    if source.train_size is None:  # endless
-        known = np.array([source.train(number)[1] for number in range(SEARCHED)])
-    else:
-        known = source.labels
-    turns: Counter[int] = Counter()
-    images = []
-    for y in labels:
-        of_class = np.flatnonzero(known == y) if config.model.num_classes else np.empty(0, int)
-        if not len(of_class):
-            of_class = np.arange(len(known))
-        images.append(source.train(int(of_class[turns[y] * len(of_class) // len(labels) % len(of_class)]))[0])
-        turns[y] += 1
-    return to_pixels(torch.from_numpy(np.stack(images)))
+        np.savez(file, images=images, labels=np.array(labels), real=images_of_classes(config, labels))
 
 
 def trial_bytes(config: RunConfig) -> int:

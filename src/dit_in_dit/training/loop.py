@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Run(Generator[Event, None, None]):
-    """Train into the folder `out`: an iterator of events. With `resume`, continue the run in that folder.
+    """Train into the folder `out`: an iterator of events. With `resume`, continue the run in that folder,
+    whose config may differ in the keys of `changes.CHANGEABLE`, such as train.steps.
 
     The processes that a launcher (torchrun, Slurm) starts share the run. Their number may change when a run resumes.
     A notebook shows the loss curve.
@@ -113,8 +114,11 @@ class Run(Generator[Event, None, None]):
         live = None if find_spec("ipywidgets") else False  # without this package a notebook has the bar as text
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with closing(self), Progress(*columns, console=Console(stderr=True, force_jupyter=live)) as bar:
-            task = bar.add_task("", total=self.config.train.steps)
+            task = bar.add_task("", total=None)
             for event in self:
+                if event.kind == "start":  # its config has train.steps in place of train.epochs
+                    self.config = read_config(self.folder)
+                    bar.update(task, total=self.config.train.steps)
                 text = f"loss {event.values['loss']:.4f}" if event.kind == "step" else None
                 bar.update(task, completed=event.step, description=text)
         return self
@@ -141,6 +145,7 @@ class Run(Generator[Event, None, None]):
         resumed = resume and checkpoint.has_any(run)
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
+        config = config.resolve_epochs(source.train_size)
         same_bits = self.deterministic or config.train.reduction == "fixed"
         with deterministic_algorithms(device, on=same_bits):  # before any tensor is on the device
             world = join_group(device, config.train.timeout)
@@ -153,7 +158,7 @@ class Run(Generator[Event, None, None]):
                 with _held(run, world):
                     last = min(self.until or config.train.steps, config.train.steps)
                     session = Session(trainer, run, self.stop or StopRequest(), last, record)
-                    passed_over = session.restore(stored) if resume else ()
+                    passed_over = session.resume(stored) if resume else ()
                     yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
                     yield from session.events()
 

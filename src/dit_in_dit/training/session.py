@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import first_difference
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import file_order
 from dit_in_dit.training.batches import Batch, Examples, end_workers, load_batches, shuffled_index
+from dit_in_dit.training.changes import check_changes, record_changes
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
 from dit_in_dit.training.step_log import StepLog, is_finite, number_or_name
@@ -58,8 +58,19 @@ class Session:
         self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
         self.batches: Iterator[Batch | str] = iter(())
         self.saved = -1  # the last step that has a checkpoint
+        self.changed = ""  # a line about config keys that this resume changed
 
-    def restore(self, stored: RunConfig, *, steady: bool = False) -> tuple[str, ...]:
+    def resume(self, stored: RunConfig) -> tuple[str, ...]:
+        """`restore` a run whose config is `stored`, and record how the config changes; errors as in `changes`."""
+        changes = check_changes(self.run, stored, self.config)
+        skipped = self.restore()
+        if changes:
+            logged = max((line["step"] for line in self.lines.log.lines.stored), default=0)
+            record = partial(record_changes, self.run, stored, self.config, changes, self.trainer.step, logged)
+            self.changed = self.world.on_main(record)
+        return skipped
+
+    def restore(self, *, steady: bool = False) -> tuple[str, ...]:
         """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular
         checkpoint.
 
@@ -67,13 +78,9 @@ class Session:
             Paths of the newer, damaged checkpoints that were skipped.
 
         Raises:
-            UserError: config, classes, data or objects given to train() are not those of the run.
+            UserError: classes, data or objects given to train() are not those of the run.
         """
         trainer, run = self.trainer, self.run
-        if differing := first_difference(stored, self.config):
-            raise UserError(
-                f"{run} was started with another config: {differing}; resume with that config, or use another --out"
-            )
         if not self.world.on_main(lambda: checkpoint.has_any(run)):
             return ()
         saved = self.world.on_main(lambda: checkpoint.newest(run, steady=steady))
@@ -94,7 +101,7 @@ class Session:
         trainer = self.trainer
         parameters = sum(weight.numel() for weight in trainer.model.parameters())
         values |= {"device": str(trainer.device), "precision": self.how.precision, "parameters": parameters}
-        values |= {"processes": self.world.size, "begun": trainer.begun}
+        values |= {"processes": self.world.size, "begun": trainer.begun, "changed": self.changed}
         values |= {"classes": trainer.source.classes, "skipped": trainer.source.skipped}
         return Event("start", trainer.step, values)
 
@@ -263,7 +270,7 @@ class Session:
         trainer, step, before = self.trainer, diverged.step, self.trainer.divergence
         has_checkpoint = partial(self.world.on_main, partial(checkpoint.has_any, self.run))
         problem = before.check_way_back(diverged, self.how.on_divergence, has_checkpoint)
-        self.restore(self.config, steady=True)
+        self.restore(steady=True)
         trainer.divergence = before.after(step, trainer.step)
         values = {"to": trainer.step, "shift": trainer.divergence.shift}
         self.lines.log.write(before.rolled_back, {"step": step, "rollback": values})

@@ -85,7 +85,8 @@ class Trainer:
         self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
-            self.begun = warm_start(self.model, Path(train.init), train.init_blocks, digest=source.digest)
+            run, names = Path(train.init), source.classes
+            self.begun = warm_start(self.model, run, train.init_blocks, names, source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"

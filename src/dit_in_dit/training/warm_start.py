@@ -17,6 +17,7 @@ from dit_in_dit.runs.checkpoint import newest
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runs.tensors import check_weights
 
+LABELS = "label_embed.table.weight"
 INNER = ("inner_embed", "inner_blocks", "inner_head", "aggregate", "fuse", "spread", "condition")  # parts of a model
 BLOCKS = "outer_blocks."
 
@@ -29,8 +30,14 @@ class WarmStart:
     step: int
     taken: int  # tensors copied
     new: int  # tensors that keep their random initialisation
+    notes: tuple[str, ...]  # sentences on classes and images that differ
     exact: bool  # whether the output equals that of the trained model
     other_data: bool  # whether that model was trained on other data; false if unknown
+
+    def __str__(self) -> str:
+        of = f"{self.taken} tensors of {self.run}, step {self.step}"
+        changes = "; ".join((f"{self.new} are new", *self.notes))
+        return f"starts from {of}; {changes}: its output is {'still' if self.exact else 'no longer'} that model's"
 
 
 def is_inner(name: str) -> bool:
@@ -40,9 +47,10 @@ def is_inner(name: str) -> bool:
 
 @torch.no_grad()
 def warm_start(
-    model: NestedDiT, run: Path, blocks: Sequence[int] | None = None, *, digest: str | None = None
+    model: NestedDiT, run: Path, blocks: Sequence[int] | None, classes: Sequence[str], digest: str | None = None
 ) -> WarmStart:
-    """Copy the averaged weights of a run into a model, by parameter name; other weights keep their initialisation.
+    """Copy the averaged weights of a run into a model, by parameter name, and label rows by class name; other weights
+    keep their initialisation. Positions are fixed functions of the image size.
 
     While gates and heads are zero, the output is that of the outer blocks, bit for bit: a trained DiT becomes a nested
     model without any loss.
@@ -51,35 +59,54 @@ def warm_start(
         model: a new model of any arrangement, with outer blocks of the run's width.
         run: a run, or an imported model.
         blocks: numbers of the run's outer blocks to copy, in order; None: all, or evenly spaced if too many.
+        classes: class names of the new model.
         digest: digest of the images that the new model will be trained on.
 
     Raises:
         UserError: the run does not exist, or the shapes of its tensors do not fit.
     """
-    run = find_run(str(run))
-    trained = newest(run)
+    trained = newest(find_run(str(run)))
     old, weights = trained.config.model, trained.weights()
     check_weights(weights, str(run))
     chosen = _chosen(old, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()
+    rows = _label_rows(trained.classes[: old.num_classes], classes[: model.config.num_classes])
+    if LABELS in own and own[LABELS].shape[1] == weights[LABELS].shape[1]:
+        table, weights[LABELS] = weights[LABELS], own[LABELS].clone()
+        weights[LABELS][[*rows]] = table[[*rows.values()]].to(weights[LABELS].dtype)
     for name, weight in own.items():
         source = _source(name, chosen)
         if source not in weights:
             continue
         if weights[source].shape != weight.shape:
             raise UserError(
-                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)}, {_shape(weight)} in the model:   "
-                "give both models the same outer width, patch, channels and classes"
+                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)}, {_shape(weight)} in the model: "
+                "give both models the same outer width, patch and channels"
             )
         weight.copy_(weights[source])
         taken.add(name)
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
-    whole = chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
+    kept, count = len(rows) - 1, model.config.num_classes
+    notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []
+    notes += ["positions are those of the new image size"] if old.image_size != model.config.image_size else []
+    whole = not notes and chosen == list(range(old.blocks("outer"))) and not old.blocks("inner")
     exact = whole and starts_as_outer_blocks(model.config)
     noted = trained.manifest.get("data", {}).get("digest")
     other_data = None not in (noted, digest) and noted != digest
-    return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), exact, other_data)
+    return WarmStart(str(run), trained.step, len(taken), len(own) - len(taken), tuple(notes), exact, other_data)
+
+
+def _label_rows(old: Sequence[str], new: Sequence[str]) -> dict[int, int]:
+    """The trained row of each label row that is copied: of classes of the same name, and of the null class, the last.
+
+    If no name is shared, or the names are only numbers, equally many classes keep their rows by number.
+    """
+    named = [*old] != [*map(str, range(len(old)))]
+    shared = {new.index(name): old.index(name) for name in old if named and name in new}
+    if len(old) == len(new) and not shared:
+        shared = {row: row for row in range(len(new))}
+    return {**shared, len(new): len(old)}
 
 
 def starts_as_outer_blocks(model: ModelConfig) -> bool:

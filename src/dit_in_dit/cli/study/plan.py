@@ -68,7 +68,9 @@ def print_costs(plan: Plan) -> None:
     study = plan.study
     print(f"{plan.name}: {study.question}")
     held = "nothing is matched" if study.match == "none" else f"equal {study.match} within {study.tolerance:.1%}"
-    print(f"  {held}; {plan.arms[0].config.train.steps} steps; seeds {', '.join(map(str, study.seeds))}")
+    steps = sorted({arm.config.train.steps for arm in plan.arms})
+    span = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
+    print(f"  {held}; {span} steps; seeds {', '.join(map(str, study.seeds))}")
     print_table(
         ["", "stages", "D", "E", "MMACs", "", "M params", "", "ms/step", "", "matched"],
         [_arm_row(arm) for arm in plan.arms],

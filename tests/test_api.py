@@ -23,6 +23,7 @@ from dit_in_dit.config.files import override
 from dit_in_dit.curves import plots
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.interop import resolve
 from dit_in_dit.interop.export_pipeline import export
 from dit_in_dit.interop.import_run import export_diffusers, export_official
 from dit_in_dit.interop.release import export_release
@@ -166,7 +167,7 @@ def test_a_model_loads_from_every_format(kind, plain, tmp_path, monkeypatch):
         FORMATS[kind](plain, tmp_path / "out")
         place = tmp_path / ("out.pt" if kind == "official" else "out")
     if kind == "hub":
-        monkeypatch.setattr(api_model, "fetch_repo", {"me/mine@main": plain}.get)
+        monkeypatch.setattr(resolve, "fetch_repo", {"me/mine@main": plain}.get)
         place = "me/mine@main"
     model, source = dd.load(place, device="cpu"), dd.load(plain, device="cpu")
     assert not model.net.training
@@ -207,7 +208,7 @@ def test_a_trajectory_leads_from_the_noise_to_the_samples(plain):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dd.load("emojy"), "no model, .*'emojy'; did you mean 'emoji'"),
+        (lambda: dd.load("emojy"), "no run at emojy, .*; did you mean 'emoji'"),
         (lambda: dd.load("emoji").sample(["flagz"]), "unknown class 'flagz'; did you mean 'flags'"),
         (lambda: dd.load("emoji").sample(steps=0), "sample.steps must be from 1"),
         (lambda: dd.load("emoji").sample(sampler="fast"), "sample.sampler must be one of"),

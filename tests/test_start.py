@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +13,10 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override, to_yaml
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.interop import import_run
+from dit_in_dit.interop import import_run, resolve
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs import checkpoint, pretrained
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
@@ -245,10 +243,8 @@ def test_averaged_weights_in_half_precision_give_their_label_rows(plain, tmp_pat
 def test_the_command_starts_from_a_repository_and_from_weights_of_other_projects(plain, tmp_path, monkeypatch, capsys):
     config, run, _ = plain
     import_run.export_official(run, tmp_path / "weights.pt")
-    monkeypatch.setattr(pretrained, "FETCHED", {})
-    monkeypatch.setattr(import_run, "FETCHED", pretrained.FETCHED)
-    hub = SimpleNamespace(is_repo_id=lambda text: text == "user/dit", fetch_repo=lambda name: run)
-    monkeypatch.setitem(sys.modules, "dit_in_dit.interop.hub", hub)
+    monkeypatch.setattr(resolve, "is_repo_id", lambda text: text == "user/dit")
+    monkeypatch.setattr(resolve, "fetch_repo", lambda name: run)
     (tmp_path / "new.yaml").write_text(to_yaml(with_train(config, steps=1)))
     for name in ("user/dit", str(tmp_path / "weights.pt")):
         out = tmp_path / name.replace("/", "-")
@@ -257,8 +253,7 @@ def test_the_command_starts_from_a_repository_and_from_weights_of_other_projects
         assert f"tensors of {name}, step" in said
         assert "; 0 are new: its output is still" in said
         assert read_config(out).train.init == name
-    monkeypatch.delitem(sys.modules, "dit_in_dit.interop.hub")  # a resume fetches nothing
-    pretrained.FETCHED.clear()
+    monkeypatch.undo()  # a resume fetches nothing
     (tmp_path / "weights.pt").unlink()
     main(["train", "--resume", "--set", "train.steps=2", "--out", str(out), "--device", "cpu"])
     assert checkpoint.newest(out).step == 2

@@ -14,18 +14,18 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.encode import open_decoder
 from dit_in_dit.data.labels import class_numbers
 from dit_in_dit.inspection.trace import inspect
-from dit_in_dit.interop.hub import fetch_repo, is_repo_id, push_folder
+from dit_in_dit.interop.hub import push_folder
+from dit_in_dit.interop.resolve import resolve_run
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, image_grid, image_png, to_image, to_pixels
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.pretrained import find_run, pretrained_models
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.sampling.numbered import sample_batches
 
@@ -170,17 +170,12 @@ def load(name: str | Path, device: str = "auto") -> Model:
     >>> dd.load("emoji").classes[:2]
     ('activities', 'animals')
     """
-    text, kept = str(name), None
-    folder = fetch_repo(text) if is_repo_id(text) else find_run(text)
-    if not folder.exists():
-        hint = did_you_mean(text, pretrained_models())
-        raise UserError(f"no model, run, export, file or Hub id (USER/NAME) {truncate(text, 60)!r}{hint}")
-    if not (folder / "config.yaml").is_file():
-        from dit_in_dit.interop import import_pipeline, import_run
-
-        kept, source = TemporaryDirectory(), folder
-        folder = Path(kept.name, source.resolve().stem)
-        own = import_pipeline.is_pipeline(source)
-        (import_pipeline.import_pipeline if own else import_run.import_run)(source, folder)
+    scratch = TemporaryDirectory()
+    folder = resolve_run(str(name), Path(scratch.name))
+    imported = folder.is_relative_to(scratch.name)
+    if not imported:
+        scratch.cleanup()
     saved = Checkpoint.open(folder)
-    return Model(saved.model(pick_device(device)), saved.config, saved.classes, folder, saved.step, kept)
+    return Model(
+        saved.model(pick_device(device)), saved.config, saved.classes, folder, saved.step, scratch if imported else None
+    )

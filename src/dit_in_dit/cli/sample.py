@@ -6,6 +6,7 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dit_in_dit.cli.options import (
     Commands,
@@ -28,7 +29,12 @@ from dit_in_dit.runtime.process import gc_paused, is_main
 def add(commands: Commands) -> None:
     """Add the command."""
     sample = commands.add("sample", _sample, "generate images from a trained run; existing images are kept")
-    sample.add_argument("run_folder", type=find_run, metavar="RUN", help="a run's folder, or USER/NAME of the Hub")
+    sample.add_argument(
+        "run_folder",
+        type=find_run,
+        metavar="RUN",
+        help="a run, an export, weights of other projects, or USER/NAME of the Hub",
+    )
     add_num(sample, 64)
     add_sampling(sample)
     add_micro_batch(sample)
@@ -59,34 +65,34 @@ def _sample(options: argparse.Namespace) -> None:
 
     with gc_paused():
         from dit_in_dit.data.encode import open_decoder
-        from dit_in_dit.interop.hub import fetch_repo, is_repo_id
+        from dit_in_dit.interop.resolve import resolve_run
         from dit_in_dit.runs.checkpoint import Checkpoint
         from dit_in_dit.runtime.device import pick_device
         from dit_in_dit.sampling.folder import SampleFolder
 
-    device, averaged = pick_device(options.device), not options.raw
-    named = str(options.run_folder)
-    saved = Checkpoint.open(fetch_repo(named) if is_repo_id(named) else options.run_folder)
-    model = saved.model(device, averaged=averaged)
-    config, classes = sampling_config(options, saved.config, saved.classes)
-    decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
-    out: Path = options.out or Path("samples", _default_name(options))
-    make_folder(out)
-    if options.film:
-        if options.film.suffix not in (".gif", ".webp"):
-            raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
-        make_folder(options.film.parent)
-    folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale)
-    counts = folder.fill(options.num, options.batch)
-    with Progress(console=Console(stderr=True), disable=not is_main()) as bar:
-        task = bar.add_task("sampling", total=options.num)
-        for count in counts:
-            bar.update(task, completed=count)
-    if is_main():
-        print(f"{options.num} samples and grid.png in {out}")
+    with TemporaryDirectory() as scratch:
+        device, averaged = pick_device(options.device), not options.raw
+        saved = Checkpoint.open(resolve_run(str(options.run_folder), Path(scratch)))
+        model = saved.model(device, averaged=averaged)
+        config, classes = sampling_config(options, saved.config, saved.classes)
+        decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
+        out: Path = options.out or Path("samples", _default_name(options))
+        make_folder(out)
         if options.film:
-            atomic.write_atomic(options.film, folder.film(options.num, options.film.suffix[1:]))
-            print(f"the way from noise to them in {options.film}")
+            if options.film.suffix not in (".gif", ".webp"):
+                raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
+            make_folder(options.film.parent)
+        folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale)
+        counts = folder.fill(options.num, options.batch)
+        with Progress(console=Console(stderr=True), disable=not is_main()) as bar:
+            task = bar.add_task("sampling", total=options.num)
+            for count in counts:
+                bar.update(task, completed=count)
+        if is_main():
+            print(f"{options.num} samples and grid.png in {out}")
+            if options.film:
+                atomic.write_atomic(options.film, folder.film(options.num, options.film.suffix[1:]))
+                print(f"the way from noise to them in {options.film}")
 
 
 def _default_name(options: argparse.Namespace) -> str:

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, add_scale, chosen_config, whole_number
@@ -20,7 +18,6 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
-from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runtime.process import gc_paused, is_main
 
 if TYPE_CHECKING:
@@ -99,21 +96,7 @@ def _train(options: argparse.Namespace) -> None:
         deterministic=options.deterministic,
         data=options.data,
     )
-    _follow(_tracked(_started(events, config, options), options), options.out, stop, options.scale)
-
-
-def _started(events: Iterator[Event], config: RunConfig, options: argparse.Namespace) -> Iterator[Event]:
-    """The events; before the first one, weights for train.init that are not a run are fetched or imported."""
-    from dit_in_dit.runs.checkpoint import has_any
-
-    init = None if options.resume and has_any(options.out) else config.train.init
-    with TemporaryDirectory() as scratch:
-        if init and not (find_run(init) / "config.yaml").exists():
-            from dit_in_dit.interop.import_run import fetch_init
-
-            fetch_init(init, Path(scratch), config.model.outer.num_heads)
-        yield from islice(events, 1)
-    yield from events
+    _follow(_tracked(events, options), options.out, stop, options.scale)
 
 
 def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[Event]:

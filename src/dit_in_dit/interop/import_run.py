@@ -30,7 +30,6 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
 from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.integrity import file_sha256
-from dit_in_dit.runs.pretrained import FETCHED, find_run
 from dit_in_dit.runs.tensors import check_weights
 
 Tensors = dict[str, Tensor]
@@ -64,8 +63,8 @@ def import_run(
     what = source.name
     if from_hub := is_repo_id(str(source)):
         source = fetch_repo(str(source))
-        files = list(source.glob("*.pt*"))
-        source = files[0] if len(files) == 1 else source
+    if len(files := list(source.glob("*.pt*"))) == 1:
+        source = files[0]
     if (source / "config.yaml").exists():
         if from_hub and not settings:
             with atomic.folder(out) as beside:
@@ -87,18 +86,6 @@ def import_run(
         save(beside, config, weights.step, state, averaged, names)
         (beside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n")
     return config
-
-
-def fetch_init(name: str, scratch: Path, heads: int) -> None:
-    """Make a run of what train.init names, for `find_run`: fetch a repository of the Hub, and import other projects'
-    weights into `scratch`. Raises UserError."""
-    folder = find_run(name)
-    if not folder.exists() and is_repo_id(name):
-        folder = fetch_repo(name)
-    if folder.exists() and not (folder / "config.yaml").exists():
-        import_run(folder, scratch / "run", heads=heads)
-        folder = scratch / "run"
-    FETCHED[name] = folder
 
 
 def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dict[str, Any]]:

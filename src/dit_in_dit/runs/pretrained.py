@@ -6,7 +6,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parents[1]
 ROOM = "models"  # `models/NAME` names the model even if a preset has the name NAME
-FETCHED: dict[str, Path] = {}  # runs that this process has fetched or imported, by name
 PLACES = (HERE / ROOM, HERE.parents[1] / ROOM)  # installed; in a checkout
 
 
@@ -18,7 +17,7 @@ def pretrained_models() -> dict[str, Path]:
 
 def find_run(text: str) -> Path:
     """A run's folder: the path itself if it exists, else the pretrained run NAME or models/NAME."""
-    path = FETCHED.get(text) or Path(text)
+    path = Path(text)
     try:
         taken = path.exists()
     except (OSError, ValueError):  # a name too long or with a NUL: reading it raises the error

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.interop.resolve import resolve_run
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runs.checkpoint import newest
-from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.runs.tensors import check_weights
 
 LABELS = "label_embed.table.weight"
@@ -57,7 +58,7 @@ def warm_start(
 
     Args:
         model: a new model of any arrangement, with outer blocks of the run's width.
-        run: a run, or an imported model.
+        run: any trained model (see `resolve_run`).
         blocks: numbers of the run's outer blocks to copy, in order; None: all, or evenly spaced if too many.
         classes: class names of the new model.
         digest: digest of the images that the new model will be trained on.
@@ -65,8 +66,9 @@ def warm_start(
     Raises:
         UserError: the run does not exist, or the shapes of its tensors do not fit.
     """
-    trained = newest(find_run(str(run)))
-    old, weights = trained.config.model, trained.weights()
+    with TemporaryDirectory() as scratch:
+        trained = newest(resolve_run(str(run), Path(scratch), heads=model.config.outer.num_heads))
+        old, weights = trained.config.model, trained.weights()
     check_weights(weights, str(run))
     chosen = _chosen(old, model.config, blocks, run)
     own, taken = dict(model.named_parameters()), set()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
-from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.run import AUTO, RunConfig
 
 MOST = 10**7  # largest whole number that an option accepts
 
@@ -60,15 +60,23 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 def chosen_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
     """The config that --config, --preset or else `default` names, changed by --set. Raises UserError."""
+    config = override(named_config(options, default), options.set)
+    if config.model.num_classes == AUTO:
+        from dit_in_dit.data.sources import count_auto_classes
+
+        config = count_auto_classes(config)
+    return config
+
+
+def named_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
+    """The config that --config, --preset or else `default` names. Raises UserError."""
     if options.preset and options.config:
         raise UserError("--preset and --config exclude each other: give one of them")
     if options.config:
-        config = from_file(options.config, "--config")
-    elif name := options.preset or default:
-        config = presets.get(name)
-    else:
-        raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
-    return override(config, options.set)
+        return from_file(options.config, "--config")
+    if name := options.preset or default:
+        return presets.get(name)
+    raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

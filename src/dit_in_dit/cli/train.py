@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_in_dit.cli.data import own_config
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -40,7 +41,10 @@ def add(commands: Commands) -> None:
     train.add_argument("--init", metavar="RUN", help="start from the weights of a run or a shipped model (train.init)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument(
-        "--data", metavar="PLACE", help="with --resume: the new place of the run's data; the data must be the same"
+        "--data",
+        metavar="PLACE",
+        help="your images: a folder, .zip, hf:NAME ... (data.source); a preset that fits is chosen, unless you name one; "
+        "with --resume: the new place of the run's data, which must be the same",
     )
     train.add_argument(
         "--track",
@@ -67,10 +71,6 @@ def _train(options: argparse.Namespace) -> None:
         from dit_in_dit.runs.folder import read_config
         from dit_in_dit.training.loop import train
 
-    if options.data and not options.resume:
-        raise UserError(
-            "--data is the new place of a resumed run's data: use it with --resume, or use --set data.source"
-        )
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -78,7 +78,7 @@ def _train(options: argparse.Namespace) -> None:
         stored = read_config(options.out)
         config = chosen_config(options) if options.preset or options.config else override(stored, options.set)
     else:
-        config = chosen_config(options)
+        config = own_config(options) if options.data else chosen_config(options)
     config = replace(config, data=fill_latent_keys(config.data))  # the config then names the VAE of its latents
     events = train(
         config,
@@ -88,7 +88,7 @@ def _train(options: argparse.Namespace) -> None:
         stop=stop,
         until=options.until,
         deterministic=options.deterministic,
-        data=options.data,
+        data=options.data if options.resume else None,
     )
     _follow(_tracked(events, options), options.out, stop)
 

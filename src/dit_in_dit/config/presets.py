@@ -114,11 +114,38 @@ _EMOJI_DIT = replace(
     train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
 )
 
+
+def _own(side: int, patch: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int]) -> list[RunConfig]:
+    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs. Each has a depth and a width."""
+    models = [
+        replace(
+            _EMOJI.model,
+            image_size=(side, side),
+            patch_size=patch,
+            stages=f"outer*{depth}{decoder}",
+            outer=OuterConfig(width=width, num_heads=4),
+        )
+        for (depth, width), decoder in ((nested, " inner*3"), (plain, ""))
+    ]
+    # More noise for larger images, towards JiT's 0.8 at 256x256.
+    base = replace(_EMOJI, diffusion=replace(_EMOJI.diffusion, time_mean=time_mean), train=_OWN_TRAIN)
+    return [replace(base, model=models[0]), replace(base, model=replace(models[1], inner=InnerConfig()))]
+
+
+_OWN_TRAIN = TrainConfig(40_000, 64, learning_rate=1.5e-3, warmup=500, schedule="cosine", ema=0.9995)
+_OWN = {  # for own images; trained and measured in docs/presets.md
+    "pixels-64": _own(64, 8, 0.5, (6, 256), (7, 248)),
+    "pixels-128": _own(128, 16, 0.7, (6, 256), (6, 296)),
+    "small": _own(64, 8, 0.5, (4, 160), (4, 180)),
+}
+
 PRESETS: dict[str, RunConfig] = {
     **_all_official(),
     "emoji": _EMOJI,
     "emoji-reference": _EMOJI_REFERENCE,
     "emoji-dit": _EMOJI_DIT,
+    **{name: pair[0] for name, pair in _OWN.items()},
+    **{f"{name}-dit": pair[1] for name, pair in _OWN.items()},
 }
 NAMES = tuple(PRESETS)
 

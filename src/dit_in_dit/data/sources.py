@@ -8,12 +8,13 @@ and NAME:REST.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
 from dit_in_dit.config.errors import LeftOutWarning, UserError, truncate
-from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.config.run import AUTO, DataConfig, ModelConfig, RunConfig
 from dit_in_dit.data import formats
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.source import Source
@@ -83,6 +84,15 @@ def count_classes(data: DataConfig) -> int:
     known only when the source is opened.
     """
     return source_kind(data.source).count_classes(data)
+
+
+def count_auto_classes(config: RunConfig) -> RunConfig:
+    """The config with a number of classes in place of model.num_classes=auto; 0 for a single class."""
+    if config.model.num_classes != AUTO:
+        return config
+    model = replace(config.model, num_classes=count_classes(config.data))
+    number = model.num_classes or len(open_source(config.data, model).classes)
+    return replace(config, model=replace(model, num_classes=number if number > 1 else 0))
 
 
 def size_of(path: Path) -> tuple[int, int, int]:

@@ -54,16 +54,21 @@ def image_grid(pixels: Pixels, columns: int | None = None) -> Image.Image:
     return sheet
 
 
-def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
-    """Pictures side by side, each under its caption."""
-    top, gap = 28, 16
-    width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + top + gap), "white")
-    draw, left = ImageDraw.Draw(sheet), gap
-    for caption, image in pictures.items():
-        draw.text((left + 2, 7), caption, fill="black", font_size=14)
-        sheet.paste(image, (left, top))
-        left += image.width + gap
+def side_by_side(pictures: dict[str, Image.Image], columns: int = 1000) -> Image.Image:
+    """Pictures side by side, at most `columns` of them in a row, each under its caption."""
+    top, gap, cells = 28, 16, list(pictures.items())
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(image.height for _, image in row) + top + gap for row in rows]
+    width = max(sum(image.width + gap for _, image in row) for row in rows) + gap
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw, above = ImageDraw.Draw(sheet), 0
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for caption, image in row:
+            draw.text((left + 2, above + 7), caption, fill="black", font_size=14)
+            sheet.paste(image, (left, above + top))
+            left += image.width + gap
+        above += height
     return sheet
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import find_source
 from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import count_auto_classes
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.nested import NestedDiT
@@ -61,7 +62,7 @@ def train(
         ProcessLostError: another process of the run ended or does not answer.
     """
     run, chosen_device = Path(out), pick_device(device)
-    config = resolve_precision(config, chosen_device)
+    config = count_auto_classes(resolve_precision(config, chosen_device))
     if model is None:
         check_plugin_parts(config.model)
         cost.check_fits(config.model, chosen_device, moments=0 if optimizer else 2)

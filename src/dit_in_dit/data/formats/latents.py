@@ -121,7 +121,7 @@ class LatentSource(SplitSource):
     """
 
     name = "latents folder"
-    by_path = True
+    by_path = fixed_size = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         self.folder, self.data, self.model = Path(data.source), fill_latent_keys(data), model
@@ -155,6 +155,17 @@ class LatentSource(SplitSource):
     def recognises(cls, source: str, name: str) -> bool:
         """Whether a folder holds latents."""
         return is_latents_folder(source)
+
+    @classmethod
+    def count_classes(cls, data: DataConfig) -> int:
+        """Number of classes in the index."""
+        return len(read_latents_index(Path(data.source))["classes"])
+
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """The shape of every latent."""
+        channels, height, width = read_latents_index(Path(data.source))["made"]["shape"]
+        return [(channels, height, width)]
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The arrays of one file; UserError when they do not match the index."""

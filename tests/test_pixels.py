@@ -8,8 +8,8 @@ import torch
 
 from dit_in_dit.config import presets
 from dit_in_dit.data.formats.mosaic import Mosaic
-from dit_in_dit.data.nearest import nearest, thumbnails
 from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.summary import nearest, thumbnails
 from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, detail_scores

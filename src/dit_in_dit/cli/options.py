@@ -60,23 +60,20 @@ def add_config(command: argparse.ArgumentParser) -> None:
 
 def chosen_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
     """The config that --config, --preset or else `default` names, changed by --set. Raises UserError."""
-    config = override(named_config(options, default), options.set)
+    if options.preset and options.config:
+        raise UserError("--preset and --config exclude each other: give one of them")
+    if options.config:
+        config = from_file(options.config, "--config")
+    elif name := options.preset or default:
+        config = presets.get(name)
+    else:
+        raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
+    config = override(config, options.set)
     if config.model.num_classes == AUTO:
         from dit_in_dit.data.sources import count_auto_classes
 
         config = count_auto_classes(config)
     return config
-
-
-def named_config(options: argparse.Namespace, default: str | None = None) -> RunConfig:
-    """The config that --config, --preset or else `default` names. Raises UserError."""
-    if options.preset and options.config:
-        raise UserError("--preset and --config exclude each other: give one of them")
-    if options.config:
-        return from_file(options.config, "--config")
-    if name := options.preset or default:
-        return presets.get(name)
-    raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.data import own_config
+from dit_in_dit.cli.data import open_or_keep, own_config
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--data",
         metavar="PLACE",
-        help="your images: a folder, .zip, hf:NAME ... (data.source); a preset that fits is chosen, unless you name one; "
+        help="your images: a folder, .zip, hf:NAME ... (data.source); a preset that fits is chosen if none is named; "
         "with --resume: the new place of the run's data, which must be the same",
     )
     train.add_argument(
@@ -216,15 +216,7 @@ def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
     """Decode latents to images. If the VAE cannot be loaded, return the latents: a failed grid must not end a run."""
     import torch
 
-    from dit_in_dit.data.encode import open_decoder
-
-    try:
-        decode = open_decoder(config.data, next(model.parameters()).device)
-    except UserError as error:
-        print(f"dit-in-dit: the grid shows latents: {error}", file=sys.stderr)
-        return images
-    if decode is None:
-        return images
+    decode = open_or_keep(config.data, next(model.parameters()).device)
     batches = [images[start : start + 4] for start in range(0, len(images), 4)]  # training occupies most of the memory
     return torch.cat([decode(batch) for batch in batches])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import (
@@ -115,28 +116,22 @@ _EMOJI_DIT = replace(
 )
 
 
-def _own(side: int, patch: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int]) -> list[RunConfig]:
-    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs. Each has a depth and a width."""
+def _own(side: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int], **train: Any) -> list[RunConfig]:
+    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs; for each: outer blocks and width."""
+    how = replace(TrainConfig(20_000, 64, learning_rate=1.5e-3, warmup=500, schedule="cosine", ema=0.9995), **train)
+    diffusion = replace(_EMOJI.diffusion, time_mean=time_mean)  # more noise for larger images; JiT at 256x256: 0.8
+    base = replace(_EMOJI.model, image_size=(side, side), patch_size=side // 8)
     models = [
-        replace(
-            _EMOJI.model,
-            image_size=(side, side),
-            patch_size=patch,
-            stages=f"outer*{depth}{decoder}",
-            outer=OuterConfig(width=width, num_heads=4),
-        )
-        for (depth, width), decoder in ((nested, " inner*3"), (plain, ""))
+        replace(base, stages=f"outer*{depth}{decoder}", outer=OuterConfig(width=width, num_heads=4), inner=inner)
+        for (depth, width), decoder, inner in ((nested, " inner*3", PIXEL_DECODER), (plain, "", InnerConfig()))
     ]
-    # More noise for larger images, towards JiT's 0.8 at 256x256.
-    base = replace(_EMOJI, diffusion=replace(_EMOJI.diffusion, time_mean=time_mean), train=_OWN_TRAIN)
-    return [replace(base, model=models[0]), replace(base, model=replace(models[1], inner=InnerConfig()))]
+    return [replace(_EMOJI, model=model, diffusion=diffusion, train=how) for model in models]
 
 
-_OWN_TRAIN = TrainConfig(40_000, 64, learning_rate=1.5e-3, warmup=500, schedule="cosine", ema=0.9995)
-_OWN = {  # for own images; trained and measured in docs/presets.md
-    "pixels-64": _own(64, 8, 0.5, (6, 256), (7, 248)),
-    "pixels-128": _own(128, 16, 0.7, (6, 256), (6, 296)),
-    "small": _own(64, 8, 0.5, (4, 160), (4, 180)),
+_OWN = {  # for own images; measured in docs/presets.md
+    "pixels-64": _own(64, 0.5, (6, 256), (7, 248)),
+    "pixels-128": _own(128, 0.7, (6, 256), (6, 296)),
+    "small": _own(64, 0.5, (4, 160), (4, 180), steps=4000, batch_size=32, warmup=200, ema=0.999),
 }
 
 PRESETS: dict[str, RunConfig] = {

@@ -34,10 +34,6 @@ SHARD = re.compile(r"\d{5}/")  # a folder as the tools of StyleGAN and EDM2 numb
 MOST_LINK = 4096  # bytes of a path
 
 
-class UnreadableError(UserError):
-    """An image cannot be decoded."""
-
-
 class ImageFiles:
     """The image files of a folder or .zip, by name.
 
@@ -196,7 +192,7 @@ class ImageFiles:
         except UNREADABLE as error:
             problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         place = truncate(self.path / name, 60)
-        raise UnreadableError(
+        raise UserError(
             f"cannot read {place}: {truncate(problem, 60)}; fix or remove the image, or set data.corrupt=skip"
         )
 

@@ -9,10 +9,6 @@ from pathlib import PurePosixPath
 from dit_in_dit.config.errors import UserError
 
 
-class SplitError(UserError):
-    """A split leaves no training image, or no held-out image."""
-
-
 def is_held_out(family: str, share: float) -> bool:
     """Whether a family of images is held out. This depends only on the family's name and the share."""
     return family_number(family) < share * 2**64
@@ -40,7 +36,7 @@ def split_families(families: list[str], share: float, what: str) -> tuple[list[i
 def check_split(trained: int, held: int, share: float, what: str) -> None:
     """UserError when a split leaves no training image, or no held-out image although `share` is above 0."""
     if not trained or (share and not held):
-        raise SplitError(
+        raise UserError(
             f"data.held_out={share} leaves {trained} training and {held} held-out images of {what}: "
             "change it (0 holds none out)"
         )

@@ -98,11 +98,6 @@ class Source(ABC):
             return np.arange(len(self.classes))
         return np.array([self.train(index)[1] for index in range(self.train_size)], np.int64)
 
-    @cached_property
-    def held_out_labels(self) -> NDArray[np.int64]:
-        """Labels of the held-out images."""
-        return np.array([self.held_out(index)[1] for index in range(self.held_out_size)], np.int64)
-
     @abstractmethod
     def train(self, index: int) -> tuple[Array, int]:
         """Training image `index` and its label."""
@@ -132,8 +127,7 @@ class SplitSource(Source):
         """Set the attributes of `Source`, from the positions of both parts and the label of every position."""
         self._train, self._held = np.asarray(train, np.int64), np.asarray(held_out, np.int64)
         self.train_size, self.held_out_size = len(self._train), len(self._held)
-        labels = np.asarray(labels, np.int64)
-        self.labels, self.held_out_labels = labels[self._train], labels[self._held]
+        self.labels = np.asarray(labels, np.int64)[self._train]
 
     @abstractmethod
     def _image(self, position: int) -> tuple[Array, int]:

@@ -18,8 +18,8 @@ from dit_in_dit import __version__
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.formats.mosaic import Mosaic
-from dit_in_dit.data.nearest import SIDE, thumbnails
 from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.summary import SIDE, thumbnails
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein
 from dit_in_dit.metrics.feature_networks import Network

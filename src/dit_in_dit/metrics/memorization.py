@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_in_dit.data.nearest import nearest
+from dit_in_dit.data.summary import nearest
 from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
 from dit_in_dit.runtime.seeding import generator
 

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
@@ -65,11 +65,20 @@ def side_by_side(pictures: dict[str, Image.Image], columns: int = 1000) -> Image
     for row, height in zip(rows, heights, strict=True):
         left = gap
         for caption, image in row:
-            draw.text((left + 2, above + 7), caption, fill="black", font_size=14)
+            draw.text((left + 2, above + 7), caption, fill="black", font=_font(caption))
             sheet.paste(image, (left, above + top))
             left += image.width + gap
         above += height
     return sheet
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's font, which has ASCII only; for other text Matplotlib's."""
+    if text.isascii():
+        return ImageFont.load_default(14)
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", 14)
 
 
 def image_png(image: Image.Image) -> bytes:

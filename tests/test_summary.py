@@ -31,16 +31,8 @@ from test_sources import Dots
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "animated")
 NAMES = ("ü ñ", "a b", "%20", "#1", "x;y", "'q'", "~tilde", "-dash", "日本", "UPPER", "new.line", "{0..3}")
 CLASSES = ("Vögel & co", "cats", "x y")
-QUICK = ["--device", "cpu", *(f"--set={key}" for key in ("train.steps=2", "train.batch_size=2", "model.stages=outer inner"))]
-    "--set",
-    "train.steps=2",
-    "--set",
-    "train.batch_size=2",
-    "--set",
-    "model.stages=outer inner",
-    "--device",
-    "cpu",
-]
+KEYS = ("train.steps=2", "train.batch_size=2", "model.stages=outer inner")
+QUICK = ["--device", "cpu", *(f"--set={key}" for key in KEYS)]
 
 
 def save(path: Path, pixels: np.ndarray, mode: str = "RGB", turn: int = 1) -> None:

@@ -1,6 +1,7 @@
 # make demo   from nothing to a trained small model and its pictures
 # make test   from nothing to all tests passed
-# make test-faults   killed, starved, fed garbage: every attack of tests/faults (make test tries a few of each), and weights of XL
+# make test-faults   killed, starved, fed garbage: every attack (make test tries a few of each), the backward pass of every choice
+#   compiled, and weights of XL
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval test-track test-oldest test-faults check
+.PHONY: demo test test-eval test-lora test-track test-oldest test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -20,7 +21,7 @@ test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test-faults: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py --full -n auto --dist loadfile --timeout 900
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_study_workers.py --full -n auto --dist loadfile --timeout 900
 
 check: .venv/dev
 	$(RUN) -m ruff check .
@@ -48,6 +49,17 @@ test-eval: .venv-eval/made
 	$(EVAL) -m pip install --disable-pip-version-check -c constraints.txt -c tests/eval/constraints.txt \
 		-e '.[viz]' pytest pytest-timeout transformers
 	$(EVAL) -m pip install --disable-pip-version-check -c tests/eval/constraints.txt --no-deps torch-fidelity torchvision
+	touch $@
+
+# peft brings transformers and accelerate: apart from dev, because diffusers imports them wherever they are.
+LORA := .venv-lora/bin/python
+
+test-lora: .venv-lora/made
+	OMP_NUM_THREADS=1 $(LORA) -m pytest tests/test_tools.py
+
+.venv-lora/made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lora
+	$(LORA) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,lora]'
 	touch $@
 
 # Trackers that bring many packages: apart from dev, so that nothing else has to agree with them.

@@ -22,7 +22,7 @@ class Server:
 
     def __init__(self, password: str = "") -> None:
         places = [Path(shutil.which("initdb") or "").resolve().parent, *Path("/usr/lib/postgresql").glob("*/bin")]
-        needed = ("initdb", "postgres", "pg_isready")
+        needed = ("initdb", "postgres", "pg_isready", "createdb")
         binaries = next((place for place in places if all((place / name).exists() for name in needed)), None)
         if binaries is None:
             pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
@@ -45,6 +45,13 @@ class Server:
     def url(self, password: str = "", database: str = "postgres") -> str:
         """Of a database, for SQLAlchemy; the password as it stands in a URL."""
         return f"postgresql+psycopg://study{password and ':'}{password}@127.0.0.1:{self.port}/{database}"
+
+    def create(self, database: str) -> str:
+        """Create a database; returns its name."""
+        command = [str(self.binaries / "createdb"), "-h", "127.0.0.1", "-p", str(self.port), "-U", "study", database]
+        environment = {**os.environ, "PGPASSWORD": (self.home / "password").read_text()}
+        subprocess.run(command, check=True, env=environment, cwd="/", capture_output=True)
+        return database
 
     def start(self) -> None:
         """Start it and wait until it answers."""

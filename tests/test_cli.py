@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_in_dit.cli import main, options
+from dit_in_dit.cli import main
 from dit_in_dit.config.files import from_yaml, to_yaml
 from dit_in_dit.config.presets import NAMES, get
+from dit_in_dit.data import labels
 from dit_in_dit.data.groups import is_held_out
 
 
@@ -185,9 +186,9 @@ def test_mistakes_about_a_run_print_one_line(trained, capsys, tmp_path):
 
 def test_class_names_with_commas_need_few_lookups(monkeypatch):
     known, tried = ["a", "b, c, d", "b"], []
-    plain = options._plain
-    monkeypatch.setattr(options, "_plain", lambda name: tried.append(name) or plain(name))
-    assert options.class_numbers(",".join(["a", "b", "b, c", " d", "0"] * 200), known) == [0, 2, 1, 0] * 200
+    plain = labels._plain
+    monkeypatch.setattr(labels, "_plain", lambda name: tried.append(name) or plain(name))
+    assert labels.class_numbers(",".join(["a", "b", "b, c", " d", "0"] * 200), known) == [0, 2, 1, 0] * 200
     assert len(tried) < 5 * 1200
 
 

@@ -25,9 +25,9 @@ from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import DataConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, encode, open_decoder
-from dit_in_dit.data.formats.latents import FORMAT, fill_latent_keys, read_latents_index
+from dit_in_dit.data.formats.latents import FORMAT, read_latents_index
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.sources import fill_latent_keys, open_source
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config

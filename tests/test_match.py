@@ -242,7 +242,7 @@ def test_a_twin_by_time_takes_as_long_when_measured_again():
             model = match(config, like, "time", tolerance=0.05, device=CPU, threads=1).model
         except NoTwin:
             continue
-        again = step_seconds({"this": replace(config, model=model), "like": like}, CPU, threads=1, seconds=8)
+        again = step_seconds({"this": replace(config, model=model), "like": like}, CPU, threads=1, seconds=5)
         if abs(again["this"].over(again["like"]) - 1) <= 0.05:
             return
     pytest.fail("no twin by time stood a second measurement in three tries")

@@ -939,3 +939,83 @@ def test_an_export_is_complete_or_absent(run, tmp_path, monkeypatch):
         export(run, tmp_path / "out")
     with pytest.raises(UserError, match="no run at"):
         export(tmp_path / "nowhere", tmp_path / "other")
+
+
+# ------------------------------------------------------------- what users of `diffusers` type
+
+
+def test_each_label_gives_several_images(pipe):
+    together = pipe(["cat", "owl"], num_images_per_prompt=4, latents=noise(WHOLE), output_type="latent").images
+    one_by_one = pipe(["cat"] * 4 + ["owl"] * 4, latents=noise(WHOLE), output_type="latent").images
+    assert torch.equal(together, one_by_one)
+    assert len(pipe("cat", num_images_per_prompt=3).images) == 3
+    assert len(pipe("cat", batch_size=2, num_images_per_prompt=2).images) == 4
+    draws = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    assert len(pipe(["cat", "owl"], num_images_per_prompt=3, generator=draws).images) == 6
+    for options, says in (
+        ({"num_images_per_prompt": 0}, "how many images"),
+        ({"num_images_per_prompt": 2, "latents": noise(3)}, "class_labels: 4, latents: 3"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pipe(["cat", "owl"], **options)
+
+
+def test_label_ids_are_those_of_the_names(pipe):
+    assert pipe.get_label_ids(["yak", "cat"]) == [4, 0]
+    assert pipe.get_label_ids("owl") == [3]
+    with pytest.raises(UserError, match="did you mean 'owl'"):
+        pipe.get_label_ids(["owk"])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm++", "unipc"])
+def test_given_sigmas_are_the_times_of_the_steps(sampler):
+    """The scheduler's own levels, given as sigmas, change no bit; other levels are the times of the model's calls."""
+    how = SampleConfig(sampler=sampler, steps=4, guidance=1.0)
+    pipe = piped(replace(FLOW, sample=how))
+    drawn = pipe(LABELS, latents=noise(WHOLE), output_type="latent").images
+    own = list(dict.fromkeys(float(level) for level in pipe.scheduler.sigmas[:-1]))
+    assert len(own) == 4
+    assert torch.equal(pipe(LABELS, sigmas=own, latents=noise(WHOLE), output_type="latent").images, drawn)
+    times = []
+    pipe.transformer.register_forward_pre_hook(lambda module, given: times.append(float(given[1][0])))
+    pipe("cat", sigmas=np.array([1.0, 0.7, 0.1]), output_type="latent")
+    expected = [1.0, 0.7, 0.7, 0.1, 0.1] if sampler == "heun" else [1.0, 0.7, 0.1]
+    assert times == pytest.approx(expected, abs=2e-6)  # UniPC begins just below 1
+    assert float(pipe.scheduler.sigmas[-1]) == 0
+
+
+def test_one_euler_step_from_given_sigmas_equals_diffusers():
+    pipe = piped(replace(FLOW, sample=SampleConfig(sampler="euler", steps=3, guidance=1.0)))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe("cat", sigmas=[0.9, 0.5], output_type="latent")
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=[0.9, 0.5])
+    torch.testing.assert_close(pipe.scheduler.sigmas, theirs.sigmas)
+    torch.testing.assert_close(pipe.scheduler.timesteps, theirs.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "says"),
+    [
+        (FLOW, {"sigmas": [0.5, 0.9]}, "sigmas must fall from at most 1 to above 0"),
+        (FLOW, {"sigmas": [999.0, 500.0]}, "sigmas must fall from at most 1 to above 0"),
+        (FLOW, {"sigmas": [1.0, 0.0]}, "sigmas must fall from at most 1 to above 0"),
+        (FLOW, {"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "one a step"),
+        (FLOW, {"sigmas": []}, "steps must be from 1 to 1000: got 0"),
+        (DDPM, {"sigmas": [1.0, 0.5]}, "takes no sigmas: give num_inference_steps"),
+    ],
+)
+def test_sigmas_that_cannot_be_taken_are_refused(config, options, says):
+    with pytest.raises(UserError, match=says):
+        piped(config)("cat", **options)
+
+
+def test_a_pipeline_from_another_shares_its_parts_and_takes_changes(pipe):
+    pipe.transformer.half()
+    other = quiet(DiTInDiTPipeline.from_pipe(pipe, scheduler=FlowMatchEulerDiscreteScheduler()))
+    assert other.transformer is pipe.transformer
+    assert other.transformer.dtype == torch.float16  # diffusers' own would change it to float32, in `pipe` too
+    pipe.transformer.float()
+    assert (other.config.sample, other.labels, other.config.null_class) == (pipe.config.sample, pipe.labels, True)
+    assert type(other.scheduler) is FlowMatchEulerDiscreteScheduler is not type(pipe.scheduler)
+    assert len(other("owl").images) == 1

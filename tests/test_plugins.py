@@ -29,7 +29,7 @@ from dit_in_dit.model.nested import NestedDiT
 
 IDEA = Path(__file__).parent / "plugin" / "my_idea.py"
 PARTS = {"embed": "flat", "aggregate": "softmax", "mixer": "shift", "condition": "halved", "fuse": "doubled"}
-PARTS |= {"spread": "same"}
+PARTS |= {"spread": "same", "norm": "peak"}
 SMALL = [
     "model.image_size=8",
     "model.patch_size=4",
@@ -91,8 +91,8 @@ def loaded():
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
     known, keys = dict(plugins._loaded), dict(choices.PLUGIN_KEYS)
     plugins.load_plugin(str(IDEA))
-    sys.modules.pop(IDEA.stem)  # run anew in each test
     yield
+    sys.modules.pop(IDEA.stem)  # run anew in each test
     for kind, entries in before.items():
         choices.table(kind).clear()
         choices.table(kind).update(entries)
@@ -184,6 +184,16 @@ def test_a_users_part_runs_in_half_precision(kind, dtype, loaded):
     with torch.autocast("cpu", torch.bfloat16):
         out = NestedDiT(model)(x, t, y)
     out.float().sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(PARTS))
+def test_a_users_part_compiles_without_graph_breaks(kind, loaded):
+    torch._dynamo.reset()
+    model = perturbed(NestedDiT(small_model("inner outer inner", inner={kind: PARTS[kind]})))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x, t, y = inputs(model.config)
+    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
 
 
 def test_a_run_in_bfloat16_resumes_and_is_sampled_from_another_working_folder(settings, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,12 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DiffusionPi
 from safetensors.torch import load_file
 
 from conftest import perturbed, small_model
+from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
 from dit_in_dit.data.encode import Encoding, LatentDecoder, encode
-from dit_in_dit.data.formats.latents import fill_latent_keys, read_latents_index
-from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.formats.latents import read_latents_index
+from dit_in_dit.data.sources import fill_latent_keys, open_source
 from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments
 from dit_in_dit.interop.export_pipeline import _open_vae, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
@@ -49,6 +51,17 @@ def dc() -> AutoencoderDC:
         encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(1, 1),
         decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
         scaling_factor=0.4,
+    )  # fmt: skip
+
+
+def rae() -> Any:
+    """Its images are in [0, 1], and it has one size: 32x32 pixels, 16x16 for the encoder, 4x4 latents."""
+    pytest.importorskip("transformers")
+    return pytest.importorskip("diffusers", "0.38").AutoencoderRAE(
+        encoder_type="mae", encoder_hidden_size=64, encoder_patch_size=4, encoder_num_hidden_layers=1,
+        encoder_input_size=16, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=16, patch_size=8, latents_mean=torch.full((64, 4, 4), 0.1),
+        latents_std=torch.full((64, 4, 4), 2.0),
     )  # fmt: skip
 
 
@@ -135,6 +148,42 @@ def test_each_class_is_exported_with_a_pipeline(name, tmp_path):
 
 def model_shape(model: Any) -> tuple[int, ...]:
     return model.channels, *model.image_size
+
+
+def test_an_autoencoder_rae_encodes_trains_and_decodes(tmp_path, capsys):
+    theirs = seeded(rae)
+    theirs.save_pretrained(tmp_path / "vae")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(6) % 2)
+    for size in ("16", "32"):
+        np.savez(tmp_path / f"{size}.npz", images=pixels[:, : int(size), : int(size)], labels=np.arange(6) % 2)
+    words = ["encode", "--vae", str(tmp_path / "vae"), "--out", str(tmp_path / "latents"), "--dtype", "float32"]
+    small = ["--data", str(tmp_path / "16.npz"), "--size", "16"]
+    assert "--size must be 32 for this VAE: got 16x16" in lines_of([*words, *small], capsys)
+    main([*words, "--data", str(tmp_path / "32.npz"), "--size", "32"])
+    data = fill_latent_keys(DataConfig(source=str(tmp_path / "latents"), held_out=0.0))
+    assert (data.latent_mean, data.latent_scale) == ((0.0,), (1.0,))
+    model = small_model(image_size=(4, 4), channels=64, num_classes=2)
+    latents = torch.from_numpy(np.stack([open_source(data, model).train(index)[0] for index in range(6)]))
+    with torch.no_grad():
+        wanted = theirs.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)[0]
+        back = theirs.decode(wanted).sample
+    torch.testing.assert_close(latents, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(LatentDecoder(data, CPU)(latents), 2 * back - 1, rtol=1e-3, atol=1e-3)
+    with pytest.raises(UserError, match="AutoencoderRAE, which a pipeline does not take"):
+        _open_vae(None, RunConfig(model=model, data=data))
+
+
+def test_a_missing_package_of_a_vae_is_named(tmp_path, monkeypatch):
+    class Lacking:
+        @staticmethod
+        def from_pretrained(*_: object, **__: object) -> None:
+            raise NameError("name 'ViTMAEConfig' is not defined")
+
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderRAE"}))
+    monkeypatch.setattr(diffusers, "AutoencoderRAE", Lacking, raising=False)
+    with pytest.raises(UserError, match="it needs the package transformers: pip install transformers"):
+        load_vae(str(tmp_path), CPU)
 
 
 def test_an_unknown_class_is_refused_in_one_line(tmp_path, images, capsys):

@@ -1,45 +1,56 @@
-"""DiT-in-DiT: nested diffusion transformers, written as data."""
+"""DiT-in-DiT: nested diffusion transformers, written as data.
+
+>>> import dit_in_dit as dd
+>>> model = dd.load("emoji")
+>>> pictures = model.sample(["flags", "smileys"], guidance=2.0, steps=4)
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dit_in_dit.config import presets as presets
-    from dit_in_dit.config.errors import UserError as UserError
-    from dit_in_dit.config.registration import register as register
-    from dit_in_dit.config.run import RunConfig as RunConfig
-    from dit_in_dit.inspection import cost as cost
-    from dit_in_dit.inspection.trace import inspect as inspect
-    from dit_in_dit.model.nested import NestedDiT as NestedDiT
-    from dit_in_dit.sampling.numbered import sample as sample
-    from dit_in_dit.training.loop import train as train
+    from dit_in_dit.api.measure import Scores, attention, compare, evaluate, match, run_study
+    from dit_in_dit.api.model import Model, Pictures, load
+    from dit_in_dit.config import presets
+    from dit_in_dit.config.errors import UserError
+    from dit_in_dit.config.presets import preset
+    from dit_in_dit.config.registration import register
+    from dit_in_dit.config.run import RunConfig
+    from dit_in_dit.inspection import cost
+    from dit_in_dit.inspection.trace import inspect
+    from dit_in_dit.model.nested import NestedDiT
+    from dit_in_dit.sampling.numbered import sample
+    from dit_in_dit.training.loop import Run, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "presets": ("dit_in_dit.config.presets", None),
-    "cost": ("dit_in_dit.inspection.cost", None),
-    "register": ("dit_in_dit.config.registration", "register"),
-    "RunConfig": ("dit_in_dit.config.run", "RunConfig"),
-    "UserError": ("dit_in_dit.config.errors", "UserError"),
-    "inspect": ("dit_in_dit.inspection.trace", "inspect"),
-    "NestedDiT": ("dit_in_dit.model.nested", "NestedDiT"),
-    "sample": ("dit_in_dit.sampling.numbered", "sample"),
-    "train": ("dit_in_dit.training.loop", "train"),
+    "api.measure": "Scores attention compare evaluate match run_study",
+    "api.model": "Model Pictures load",
+    "config": "presets",
+    "config.errors": "UserError",
+    "config.presets": "preset",
+    "config.registration": "register",
+    "config.run": "RunConfig",
+    "inspection": "cost",
+    "inspection.trace": "inspect",
+    "model.nested": "NestedDiT",
+    "sampling.numbered": "sample",
+    "training.loop": "Run train",
 }
-__all__ = ["NestedDiT", "RunConfig", "UserError", "cost", "inspect", "presets", "register", "sample", "train"]
+__all__ = ["Model", "NestedDiT", "Pictures", "Run", "RunConfig", "Scores", "UserError", "attention", "compare", "cost"]
+__all__ += ["evaluate", "inspect", "load", "match", "preset", "presets", "register", "run_study", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, because configs need no torch."""
-    from importlib import import_module
-
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dit_in_dit' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    home = import_module(module)
-    return getattr(home, attribute) if attribute else home
+    for module, names in _HOMES.items():
+        if name in names.split():
+            home = import_module(f"{__name__}.{module}")
+            return getattr(home, name, None) or import_module(f"{home.__name__}.{name}")  # a module, if not imported
+    raise AttributeError(f"module 'dit_in_dit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.interop.safe_load import read_pt, read_safetensors
+from dit_in_dit.runs.safe_load import read_pt, read_safetensors
 
 
 class Call:

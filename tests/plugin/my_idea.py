@@ -20,6 +20,7 @@ from dit_in_dit.model.aggregate import Aggregator, Fusion, Spread
 from dit_in_dit.model.condition import Condition
 from dit_in_dit.model.embed import Embed
 from dit_in_dit.model.mixers import Mixer
+from dit_in_dit.model.norms import Norm
 from dit_in_dit.training.optimizer import Groups
 
 
@@ -140,6 +141,13 @@ class Halved(Condition):
         return c[:, None, None] / 2
 
 
+class Peak(Norm):
+    """Each token divided by the largest absolute value of its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.abs().amax(-1, keepdim=True) + self.eps)
+
+
 class EvenSteps:
     """x + dt velocity, in even steps of t from 1 to 0: Euler's method."""
 
@@ -197,3 +205,4 @@ dit_in_dit.register("fuse", "doubled", Doubled)
 dit_in_dit.register("embed", "flat", Flat)
 dit_in_dit.register("spread", "same", Same)
 dit_in_dit.register("condition", "halved", Halved)
+dit_in_dit.register("norm", "peak", Peak)

@@ -84,6 +84,10 @@ class Maps:
     contribution: dict[str, Array]
     draws: OnOffSamples
 
+    def __repr__(self) -> str:
+        entropies = [f"{level.blocks[0]} {level.entropy.mean():.3f}" for level in (self.inner, self.outer) if level]
+        return f"maps of {len(self.views.images)} images, t={self.views.times}; attention entropy of {entropies}"
+
 
 def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], classes: Sequence[int] = ()) -> Views:
     """Choose `num` held-out images, or training images if none is held out; the classes alternate.

@@ -18,7 +18,7 @@ from dit_in_dit import __version__
 from dit_in_dit.benchmark.parts import SHOWN_PARTS, table_parts
 from dit_in_dit.benchmark.subjects import Measurements, measurements_dict
 from dit_in_dit.benchmark.sweep import Sweep
-from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
+from dit_in_dit.reporting.plots import COLOURS, figure, figure_png, panel_grid
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
@@ -229,9 +229,8 @@ def _draw_throughput(report: BenchmarkReport) -> Figure:
 
 
 def _draw_sweeps(report: BenchmarkReport) -> Figure:
-    columns = min(2, len(report.sweeps))
-    page, axes = figure(-(-len(report.sweeps) // columns), columns)
-    for axis, (name, sweep) in zip(axes.flat, report.sweeps.items(), strict=False):
+    page, axes = panel_grid(len(report.sweeps), min(2, len(report.sweeps)))
+    for axis, (name, sweep) in zip(axes, report.sweeps.items(), strict=True):
         values, sizes = sweep.to_dict(), [point.size for point in sweep.points]
         for number, (what, label) in enumerate((("step", "step"), ("inner", "inner path"))):
             if what in values["exponents"]:
@@ -243,9 +242,7 @@ def _draw_sweeps(report: BenchmarkReport) -> Figure:
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(values["label"])
         axis.legend(fontsize=8)
-    for axis in axes.flat[len(report.sweeps) :]:
-        axis.set_visible(False)
-    axes[0, 0].set_ylabel("milliseconds of a training step")
+    axes[0].set_ylabel("milliseconds of a training step")
     return page
 
 

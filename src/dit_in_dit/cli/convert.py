@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dit_in_dit.cli.options import Commands, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.runs.pretrained import find_run
 
-FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run")
+FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run", "onnx")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add(commands: Commands) -> None:
     """Add the commands."""
     take = commands.add("import", _import, "make a run from official DiT or SiT weights, or from diffusers' DiT")
-    take.add_argument("source", type=Path, metavar="FILE", help="a .pt file of DiT or SiT, or a diffusers folder")
+    about = "a .pt file of DiT or SiT, a diffusers folder, or a repository USER/NAME[@REVISION] of the Hub"
+    take.add_argument("source", type=Path, metavar="FILE", help=about)
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(
         "--kind",
@@ -41,9 +43,12 @@ def add(commands: Commands) -> None:
         help="official: a .pt file of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (for plain DiT with "
         "path ddpm); "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
-        "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes",
+        "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes; "
+        "onnx: the network alone, a file for onnxruntime",
     )
-    give.add_argument("--out", type=Path, required=True, help="the file or folder")
+    give.add_argument("--out", type=Path, help="the file or folder")
+    give.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
+    give.add_argument("--private", action="store_true", help="--push: create a private repository")
     give.add_argument("--raw", action="store_true", help="use trained weights instead of averaged weights")
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
@@ -72,24 +77,34 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from dit_in_dit.interop import import_run
+    from dit_in_dit.interop import hub, import_run
 
-    run, out, averaged = options.run_folder, options.out, not options.raw
-    notes: list[str] = []
-    if options.format == "official":
-        notes = import_run.export_official(run, out, averaged=averaged)
-    elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
-        notes = import_run.export_diffusers(run, out, averaged=averaged)
-    elif options.format == "run":
-        from dit_in_dit.interop.release import export_release
+    run, averaged, notes = options.run_folder, not options.raw, list[str]()
+    if not (options.out or options.push):
+        raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
+    if options.push and options.format in ("official", "onnx"):
+        raise UserError(f"--push uploads a folder, not a file: leave out --format {options.format}")
+    with TemporaryDirectory() as place:
+        out = options.out or Path(place, options.push.rpartition("/")[2])
+        if options.format == "official":
+            notes = import_run.export_official(run, out, averaged=averaged)
+        elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
+            notes = import_run.export_diffusers(run, out, averaged=averaged)
+        elif options.format == "run":
+            if options.raw:
+                raise UserError("--format run holds averaged weights: leave out --raw")
+            from dit_in_dit.interop.release import export_release
 
-        if options.raw:
-            raise UserError("--format run holds averaged weights: leave out --raw")
-        export_release(run, out, precision=options.precision, licence=options.licence)
-    else:
-        from dit_in_dit.interop.export_pipeline import export
+            export_release(run, out, options.precision, licence=options.licence, name=options.push)
+        elif options.format == "onnx":
+            from dit_in_dit.interop.export_pipeline import export_onnx
 
-        export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
+            export_onnx(run, out, averaged=averaged)
+        else:
+            from dit_in_dit.interop.export_pipeline import export
+
+            export(run, out, averaged=averaged, vae=options.vae, licence=options.licence)
+        url = hub.push_folder(out, options.push, private=options.private) if options.push else out
     for note in notes:
         print(f"note: {note}")
-    print(f"{run} as {out}")
+    print(f"{run} as {url}")

@@ -184,21 +184,10 @@ def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
     return None
 
 
-def _print_table(scores: dict[str, list[dict[str, Any] | None]], heads: list[str]) -> None:
-    """Print a row per score: the value, half the width of its interval, and the floor."""
-    rows = []
-    for name, entries in scores.items():
-        floor = next((s["floor"] for s in entries if s and s["floor"] is not None), None)
-        cells = [cell for score in entries for cell in _cells(score)]
-        rows.append([name, *cells, "" if floor is None else f"{floor:.4g}"])
-    print_table(["", *(cell for head in heads for cell in (head, "")), "real vs real"], rows)
+def _print_table(scores: dict[str, list[dict[str, Any] | None]], labels: list[str]) -> None:
+    from dit_in_dit.metrics.report import score_table
 
-
-def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
-    if score is None:
-        return "-", ""
-    half = "" if score["low"] is None else f"+- {(score['high'] - score['low']) / 2:.2g}"
-    return f"{score['value']:.4g}", half
+    print_table(*score_table(scores, labels))
 
 
 def _compare(options: argparse.Namespace) -> None:

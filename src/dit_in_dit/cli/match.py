@@ -12,11 +12,10 @@ from typing import Any
 
 from dit_in_dit.cli.options import Commands, add_config, add_device, chosen_config, make_folder, print_table
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.files import from_file, to_yaml
+from dit_in_dit.config.errors import UserError, truncate
+from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.plugins import plugin_arguments
-from dit_in_dit.config.run import RunConfig
-from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models
+from dit_in_dit.runs.pretrained import find_run
 
 ROWS = {  # the name in the table and the unit of each cost
     "macs": ("MACs per image", ""),
@@ -47,6 +46,7 @@ def add(commands: Commands) -> None:
 
 
 def _match(options: argparse.Namespace) -> None:
+    from dit_in_dit.api.measure import find_config
     from dit_in_dit.benchmark.timing import estimate_seconds
     from dit_in_dit.runtime.device import pick_device
     from dit_in_dit.study.match import costs, match, quick_times
@@ -54,7 +54,8 @@ def _match(options: argparse.Namespace) -> None:
     if not 1e-4 <= options.tolerance < 1:
         raise UserError(f"--tolerance must be at least 0.0001 and below 1: got {options.tolerance:g}")
     config, device = chosen_config(options), pick_device(options.device)
-    like = replace(config, model=_named(options.like).model)  # step times compare only with equal training keys
+    named = find_config(options.like, "--like").model
+    like = replace(config, model=named)  # step times compare only with equal training keys
     if options.out:
         make_folder(options.out.parent)
     if options.by == "time" and (seconds := estimate_seconds({"this": config, "like": like}, device)) > 10:
@@ -81,20 +82,6 @@ def _match(options: argparse.Namespace) -> None:
         print(json.dumps({**wanted, "costs": rows, "changed": twin.changed, "set": words}, indent=1))
     else:
         _show(options, pairs, ratios, twin.changed, words)
-
-
-def _named(name: str) -> RunConfig:
-    """The preset, or the config in a YAML file or in a run's folder."""
-    from dit_in_dit.runs.folder import read_config
-
-    if name in presets.NAMES:
-        return presets.get(name)
-    if Path(name).suffix in (".yaml", ".yml"):
-        return from_file(Path(name), "--like")
-    if (run := find_run(name)).is_dir():
-        return read_config(run)
-    runs = [f"{ROOM}/{shipping}" for shipping in pretrained_models()]
-    raise UserError(f"--like: no preset, file or run {truncate(name)!r}{did_you_mean(name, [*presets.NAMES, *runs])}")
 
 
 def _yaml(value: Any) -> str:

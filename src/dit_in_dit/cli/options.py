@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import AUTO, RunConfig
+from dit_in_dit.data.labels import class_numbers
 
 MOST = 10**7  # largest whole number that an option accepts
 
@@ -125,32 +125,6 @@ def sampling_config(
     if options.classes is not None and not config.model.num_classes:
         raise UserError("--classes: this run was trained without labels")
     return config, [] if options.classes is None else class_numbers(options.classes, names)
-
-
-def class_numbers(text: str, known: Sequence[str]) -> list[int]:
-    """Class numbers from comma-separated names or numbers. Names may contain commas: the longest match counts.
-    Surrounding spaces and Unicode normalisation do not matter."""
-    names: dict[str, int] = {}
-    for number, name in enumerate(known):
-        names.setdefault(_plain(name), number)
-    most = 1 + max((name.count(",") for name in names), default=0)  # most comma-separated parts of a name
-    parts, numbers, start = text.split(","), [], 0
-    while start < len(parts):
-        ends = range(min(len(parts), start + most), start + 1, -1)
-        end = next((end for end in ends if _plain(",".join(parts[start:end])) in names), start + 1)
-        name, start = _plain(",".join(parts[start:end])), end
-        if name in names:
-            numbers.append(names[name])
-        elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
-            numbers.append(int(name))
-        else:
-            raise UserError(f"unknown class {name!r}{did_you_mean(name, known)}")
-    return numbers
-
-
-def _plain(name: str) -> str:
-    """A class name in the form used for comparison."""
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def whole_number(text: str) -> int:

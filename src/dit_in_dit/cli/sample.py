@@ -25,7 +25,7 @@ from dit_in_dit.runtime.process import gc_paused, is_main
 def add(commands: Commands) -> None:
     """Add the command."""
     sample = commands.add("sample", _sample, "generate images from a trained run; existing images are kept")
-    sample.add_argument("run_folder", type=find_run, metavar="RUN")
+    sample.add_argument("run_folder", type=find_run, metavar="RUN", help="a run's folder, or USER/NAME of the Hub")
     add_num(sample, 64)
     add_sampling(sample)
     add_micro_batch(sample)
@@ -52,12 +52,14 @@ def _sample(options: argparse.Namespace) -> None:
 
     with gc_paused():
         from dit_in_dit.data.encode import open_decoder
+        from dit_in_dit.interop.hub import fetch_repo, is_repo_id
         from dit_in_dit.runs.checkpoint import Checkpoint
         from dit_in_dit.runtime.device import pick_device
         from dit_in_dit.sampling.folder import SampleFolder
 
     device, averaged = pick_device(options.device), not options.raw
-    saved = Checkpoint.open(options.run_folder)
+    named = str(options.run_folder)
+    saved = Checkpoint.open(fetch_repo(named) if is_repo_id(named) else options.run_folder)
     model = saved.model(device, averaged=averaged)
     config, classes = sampling_config(options, saved.config, saved.classes)
     decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)

@@ -67,7 +67,7 @@ def add(commands: Commands) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     with gc_paused():
-        from dit_in_dit.data.formats.latents import fill_latent_keys
+        from dit_in_dit.data.sources import fill_latent_keys
         from dit_in_dit.runs.folder import read_config
         from dit_in_dit.training.loop import train
 

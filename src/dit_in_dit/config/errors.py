@@ -10,7 +10,12 @@ LINE = 200  # characters of a message as the command prints it
 
 
 class UserError(ValueError):
-    """A user's mistake; the message is one line with the rule, the value and the way out."""
+    """A user's mistake; the message is one line with the rule, the value and the way out.
+
+    >>> dd.preset("emojy")
+    Traceback (most recent call last):
+    dit_in_dit.config.errors.UserError: unknown preset 'emojy'; did you mean 'emoji'?
+    """
 
     code = 2  # exit code of the command
     quiet = False  # true if another process prints the message

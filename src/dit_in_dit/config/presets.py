@@ -1,11 +1,17 @@
-"""Presets, the configs of named runs: `get(name)` returns a config, and `NAMES` lists the names."""
+"""Presets, the configs of named runs: `get(name)` returns a config, and `NAMES` lists the names.
+
+>>> dd.presets.get("emoji").model.patch_size
+8
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from dit_in_dit.config.errors import UserError, did_you_mean
+from dit_in_dit.config.files import parse_assignment, replace_keys
 from dit_in_dit.config.run import (
     DataConfig,
     DiffusionConfig,
@@ -17,6 +23,7 @@ from dit_in_dit.config.run import (
     SampleConfig,
     TrainConfig,
 )
+from dit_in_dit.config.schema import PluginKeys
 
 # name: depth, width, heads (Peebles & Xie 2023, table 1)
 SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
@@ -150,3 +157,35 @@ def get(name: str) -> RunConfig:
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
     return PRESETS[name]
+
+
+def preset(name: str, *sets: str, **keys: Any) -> RunConfig:
+    """The config of a preset with changed keys, as with `--preset` and `--set`. Raises UserError.
+
+    Args:
+        sets: `KEY=VALUE` texts; the value is read as YAML.
+        keys: values by key. `__` stands for `.`, groups may be left out if the rest is unique, and a dictionary sets
+            several keys of a group.
+
+    >>> config = dd.preset("emoji", "train.steps=100", mixer="window", model__outer={"width": 128})
+    >>> config.model.inner.mixer, config.model.outer.width, config.train.steps
+    ('window', 128, 100)
+    """
+    return replace_keys(get(name), {**dict(map(parse_assignment, sets)), **dict(_full_keys(keys))})
+
+
+def _full_keys(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys, with their groups, of the names that `preset` accepts."""
+    known = [*RunConfig.names(), *PluginKeys.names()]
+    for name, value in keys.items():
+        short = name.replace("__", ".")
+        full = [key for key in known if key == short] or [key for key in known if key.endswith(f".{short}")]
+        if len(full) > 1:
+            spelled = " or ".join(key.replace(".", "__") for key in full)
+            raise UserError(f"{short} is a key of several groups: write {spelled}")
+        if not full:
+            raise UserError(f"unknown key {short!r}{did_you_mean(short, [*known, *(k.split('.')[-1] for k in known)])}")
+        if isinstance(value, Mapping):
+            yield from _full_keys({f"{full[0]}.{below}": inside for below, inside in value.items()})
+        else:
+            yield full[0], value

@@ -37,6 +37,9 @@ def register(kind: str, name: str, thing: Any, *, keys: Any = None) -> None:
 
     Raises:
         UserError: the kind is unknown, the name is taken or invalid, or the class lacks a method of its base.
+
+    >>> dd.register("weight", "late", lambda path, predict, t: 1 + t)  # a loss weight
+    >>> config = dd.preset("emoji", weight="late")
     """
     if kind not in KINDS:
         raise UserError(f"register: unknown kind {truncate(kind, 40)!r}{did_you_mean(str(kind), KINDS)}")

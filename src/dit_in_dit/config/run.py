@@ -194,10 +194,10 @@ class DataConfig(Section):
     prefix: ClassVar[str] = "data"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
     source: str = key(
-        "emoji", "emoji, mosaic, a folder or .zip with a folder per class, .npz, .npy, .tar shards, hf:NAME, latents"
+        "emoji", "emoji, mosaic, folder or .zip with a folder per class, .npz, .npy, idx, .tar shards, hf:NAME, latents"
     )
-    split: str = key("train", "hf: split of the dataset")
-    image_column: str = key("image", "hf: column of the images")
+    split: str = key("train", "hf, idx: split of the dataset")
+    image_column: str = key("image", "hf: column of the images (or CIFAR's img)")
     label_column: str = key("label", "hf: column of the labels; not read with model.num_classes=0")
     flip: bool = key(False, "mirror training images left to right, each with probability 1/2")
     held_out: float = key(0.1, "fraction of image families that training never sees", low=0, high=0.9)
@@ -319,6 +319,12 @@ class SampleConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
+    """Everything that decides a run, as groups of keys; a notebook shows those that are not at their default.
+
+    >>> dd.RunConfig.from_dict({"seed": 3, "model": {"patch_size": 4}}).model.patch_size
+    4
+    """
+
     seed: int = key(0, "seed from which every random number of the run follows", low=0, high=2**63 - 1)
     model: ModelConfig = key(ModelConfig, "the network")
     diffusion: DiffusionConfig = key(DiffusionConfig, "noise, target and loss")

@@ -69,6 +69,15 @@ class Section:
         """Dotted keys of this section and of the groups below it."""
         return [name for name, _, _ in keys(cls(), f"{cls.prefix}." if cls.prefix else "")]
 
+    def _repr_html_(self) -> str:
+        """A notebook's view: the keys that are not at their default."""
+        from html import escape
+
+        usual = {name: value for name, _, value in keys(type(self)())}
+        changed = [row for row in keys(self) if not isinstance(row[2], Section) and usual.get(row[0]) != row[2]]
+        rows = "".join(f"<tr><td>{n}<td>{escape(str(value))}<td>{escape(what)}" for n, what, value in changed)
+        return f"<table><tr><th>{type(self).__name__}<th>value<th>meaning{rows}</table>"
+
     def items(self) -> Iterator[tuple[str, str, Any]]:
         """(key, meaning, value) of every key of this section."""
         for f in _fields(self):

@@ -36,7 +36,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
     """
     check_comparable(compared)
     pages = {
-        "loss": _draw_loss(compared),
+        "loss": draw_loss(compared),
         "held-out": _draw_held_out(compared) if logged_times(compared) else None,
         "gradients": _draw_gradients(compared),
         "throughput": _draw_throughput(compared) if _has_hours(compared) else None,
@@ -162,7 +162,7 @@ def _finish(page: Figure, title: str) -> Figure:
     return page
 
 
-def _draw_loss(compared: Sequence[RunGroup]) -> Figure:
+def draw_loss(compared: Sequence[RunGroup]) -> Figure:
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))
     curves = [_binned(arm, window, lambda curve: curve.loss) for arm in compared]

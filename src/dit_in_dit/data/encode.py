@@ -27,13 +27,12 @@ from dit_in_dit.data.formats.latents import (
     FORMAT,
     LATENTS_INDEX,
     LOG_VARIANCE,
-    fill_latent_keys,
     load_index,
     open_shard,
 )
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import count_classes, open_source
+from dit_in_dit.data.sources import count_classes, fill_latent_keys, open_source
 from dit_in_dit.data.vae import downsampling_factor, latent_constants, load_vae, posterior_moments, weights_sha256
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.integrity import file_sha256
@@ -112,8 +111,10 @@ def _images(how: Encoding) -> tuple[Source, list[str]]:
 def _made(how: Encoding, vae: Any, source: Source, count: int) -> dict[str, Any]:
     """The source of the images, and the settings that decide the bytes of the files."""
     side_of = downsampling_factor(vae)
-    if any(side % side_of for side in how.size):
-        raise UserError(f"--size must be a multiple of {side_of} for this VAE: got {how.size[0]}x{how.size[1]}")
+    only = getattr(vae, "decoder_image_size", 0)  # of an AutoencoderRAE
+    if any(side % side_of or side != (only or side) for side in how.size):
+        wanted = only or f"a multiple of {side_of}"
+        raise UserError(f"--size must be {wanted} for this VAE: got {how.size[0]}x{how.size[1]}")
     if how.shard % how.batch:
         raise UserError(f"--shard must be a multiple of --batch: got {how.shard} and {how.batch}")
     data = how.data

@@ -37,13 +37,15 @@ MOST_LINK = 4096  # bytes of a path
 class ImageFiles:
     """The image files of a folder or .zip, by name.
 
-    `notes` lists what is not read, one clause each.
+    `notes` lists what is not read, one clause each. `kind` and `suffixes` name the files that are read.
 
     Raises:
         UserError: the path is neither a folder nor a .zip, no image is in it, a member's name points out of the
             archive, the `dataset.json` does not fit, or the classes would not be the folders that a person sees
             (names.check_class_names).
     """
+
+    kind, suffixes = "images", SUFFIXES
 
     def __init__(self, path: Path, num_classes: int = 0) -> None:
         """`num_classes`: number of classes of a `dataset.json`; 0 means the largest label plus one."""
@@ -55,16 +57,23 @@ class ImageFiles:
         names = sorted(name for name in self._list(shown) if not HIDDEN.search(name))
         if SAMPLES in names:  # a folder written by `sample`: its grid is no sample
             names = [name for name in names if name not in (SAMPLES, "grid.png")]
-        self.names = [name for name in names if name.lower().endswith(SUFFIXES)]
+        self.names = [name for name in names if self._is_read(name)]
         if not self.names:
-            raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {shown}: name another place")
-        others = [name for name in names if not name.lower().endswith(SUFFIXES)]
+            raise UserError(f"data.source: no {', '.join(self.suffixes)} files in {shown}: name another place")
+        others = [name for name in names if not self._is_read(name)]
         self.notes: list[str] = []
         self._labels = self._read_table(others)
+        if self._labels is None and self.kind != "images":
+            raise UserError(f"{shown} has no {DATASET_JSON}: copy it beside the folders of {self.kind}")
         if self._labels is None:
             check_class_names(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
+        captions = (f"{name.rpartition('.')[0]}.txt" for name in self.names)
         if unread := [name for name in others if not name.endswith("/")]:
-            self.notes.append(left_out_clause(len(unread), unread, "files that are no images"))
+            self.notes.append(left_out_clause(len(unread), unread, f"files that are no {self.kind}", captions))
+
+    def _is_read(self, name: str) -> bool:
+        """Whether a file is read, by its name."""
+        return name.lower().endswith(self.suffixes)
 
     def _list(self, shown: str) -> list[str]:
         """All names; names of folders end with `/`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from dit_in_dit.config.errors import UserError, truncate
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.names import left_out_clause, normalise_name
 
@@ -61,3 +62,29 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
     return labels, [
         left_out_clause(len(named), list(named), f"labels of {DATASET_JSON} without an image")
     ] if named else []
+
+
+def class_numbers(text: str, known: Sequence[str]) -> list[int]:
+    """Class numbers from comma-separated names or numbers. Names may contain commas: the longest match counts.
+    Surrounding spaces and Unicode normalisation do not matter."""
+    names: dict[str, int] = {}
+    for number, name in enumerate(known):
+        names.setdefault(_plain(name), number)
+    most = 1 + max((name.count(",") for name in names), default=0)  # most comma-separated parts of a name
+    parts, numbers, start = text.split(","), [], 0
+    while start < len(parts):
+        ends = range(min(len(parts), start + most), start + 1, -1)
+        end = next((end for end in ends if _plain(",".join(parts[start:end])) in names), start + 1)
+        name, start = _plain(",".join(parts[start:end])), end
+        if name in names:
+            numbers.append(names[name])
+        elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
+            numbers.append(int(name))
+        else:
+            raise UserError(f"unknown class {name!r}{did_you_mean(name, known)}")
+    return numbers
+
+
+def _plain(name: str) -> str:
+    """A class name in the form used for comparison."""
+    return unicodedata.normalize("NFC", name.strip())

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from dit_in_dit.config.errors import UserError, truncate
 
-SUFFIXES = (
+SUFFIXES: tuple[str, ...] = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp"),
     *(".bmp", ".tif", ".tiff", ".gif", ".avif"),
 )
@@ -21,9 +21,10 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 MOST_LINKS = 40  # in a chain of links, as on Linux
 
 
-def left_out_clause(count: int, examples: Sequence[str], what: str) -> str:
-    """A clause about things that are not read: how many there are, and two examples."""
-    return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}"
+def left_out_clause(count: int, examples: Sequence[str], what: str, texts: Iterable[str] = ()) -> str:
+    """A clause about things that are not read: how many there are, and two examples. `texts` are names of captions."""
+    captions = " (captions)" if not {*examples[:2]}.isdisjoint(texts) else ""
+    return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}{captions}"
 
 
 def normalise_name(name: str) -> str:

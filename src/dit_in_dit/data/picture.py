@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
+from tokenize import TokenError
 from typing import TypeVar
 
 import numpy as np
@@ -23,9 +24,9 @@ ONE_FRAME = ("TIFF", "GIF", "AVIF")  # refused with several frames; of PNG and W
 IN_MEMORY = 2**30  # bytes of decoded pixels up to which a source is decoded once, at opening
 MOST_PIXELS = 2**26  # of an image: 8192x8192, at most 0.8 GB while it is composited on white
 MOST_BYTES = 2**28  # of an image file: four per pixel
-UNREADABLE = (  # errors of Pillow and zipfile on damaged, encrypted or oversized files
+UNREADABLE = (  # errors of Pillow, zipfile and NumPy on damaged, encrypted or oversized files
     *(OSError, ValueError, SyntaxError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, struct.error),
-    *(LookupError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile, Image.DecompressionBombError),
+    *(LookupError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile, Image.DecompressionBombError, TokenError),
 )
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -78,6 +78,11 @@ class Source(ABC):
         """(C, H, W) of at most `most` stored images, evenly spaced; a single shape if all images must have it, and none
         if the source makes images of any size."""
         return []
+
+    @classmethod
+    def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
+        """Defaults of data.vae, data.latent_mean and data.latent_scale for the latents at a place; none for pixels."""
+        return {}
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:

@@ -60,7 +60,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
 
     One LeftOutWarning names everything at that place that is not read.
     """
-    source = source_kind(data.source).open(data, model)
+    source = source_kind(data.source).open(fill_latent_keys(data), model)
     check_opened(source, model)
     check_class_count(source, data.source, model)
     notes = list(source.notes)
@@ -69,6 +69,15 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     if notes:
         warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
+
+
+def fill_latent_keys(data: DataConfig) -> DataConfig:
+    """The data's config. Null keys for the VAE, its mean and its scale get the values for the latents at that place."""
+    try:
+        kind = source_kind(data.source)
+    except UserError:  # raised again when the source is opened
+        return data
+    return replace(data, **{key: value for key, value in kind.latent_keys(data).items() if getattr(data, key) is None})
 
 
 def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
@@ -86,12 +95,13 @@ def count_classes(data: DataConfig) -> int:
     return source_kind(data.source).count_classes(data)
 
 
-def count_auto_classes(config: RunConfig) -> RunConfig:
-    """The config with a number of classes in place of model.num_classes=auto; 0 for a single class."""
+def count_auto_classes(config: RunConfig, given: Source | None = None) -> RunConfig:
+    """The config with the number of classes of its data, or of the `given` source, in place of model.num_classes=auto;
+    0 for a single class."""
     if config.model.num_classes != AUTO:
         return config
-    model = replace(config.model, num_classes=count_classes(config.data))
-    number = model.num_classes or len(open_source(config.data, model).classes)
+    model = replace(config.model, num_classes=0 if given else count_classes(config.data))
+    number = model.num_classes or len((given or open_source(config.data, model)).classes)
     return replace(config, model=replace(model, num_classes=number if number > 1 else 0))
 
 

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.files import replace_keys
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
-from dit_in_dit.data.formats.latents import is_latents_folder, read_latents_index
+from dit_in_dit.data.formats.latents import LatentSource
 from dit_in_dit.data.run_data import absolute_place
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, open_source, source_kind
@@ -59,7 +58,10 @@ def summarise_source(place: str, settings: Mapping[str, Any], base: RunConfig | 
     choices = [] if base else _choose_shape(shapes, fixed=kind.fixed_size)
     size, channels = ({**shape, **{key: value for key, value, *_ in choices}, **given}[key] for key in shape)
     model = ModelConfig(image_size=size, channels=channels, patch_size=1, num_classes=count_classes(start.data))
-    source, data = _open(start.data, model, given)
+    flip = start.data.flip or (base is None and issubclass(kind, LatentSource) and "data.flip" not in given)
+    source, data = _open(replace(start.data, flip=flip), model, given)
+    if kind.fixed_size and not model.num_classes and len(source.classes) > 1:  # else all labels are 0
+        source, data = _open(data, replace(model, num_classes=len(source.classes)), given)
     count, names = len(source.classes), ", ".join(source.classes[:4])
     names = f"{names}{', ...' * (count > 4)}" if count > 1 else "one class: no labels"
     choices.append(("model.num_classes", count if count > 1 else 0, names, "--set model.num_classes=0"))
@@ -69,7 +71,7 @@ def summarise_source(place: str, settings: Mapping[str, Any], base: RunConfig | 
         bad = f"{len(source.skipped)} files cannot be read, such as {source.skipped[0]}"
         choices.append(("data.corrupt", data.corrupt, bad, "--set data.corrupt=error"))
     if base is None:
-        named, *more = _choose_preset(source, model, start.data.source)
+        named, *more = _choose_preset(source, model, flip=data.flip)
         base, choices = presets.get(named[1]), [named, *choices, *more]
     choices = [choice for choice in choices if choice[0] not in given]
     chosen = {key: value for key, value, *_ in choices if key != "preset"}
@@ -93,12 +95,11 @@ def _choose_shape(shapes: Sequence[tuple[int, int, int]], *, fixed: bool) -> lis
     ]
 
 
-def _choose_preset(source: Source, model: ModelConfig, place: str) -> list[Choice]:
+def _choose_preset(source: Source, model: ModelConfig, *, flip: bool) -> list[Choice]:
     """The preset, and keys in which it is changed."""
     if model.channels not in (1, 3):
-        flips = is_latents_folder(place) and read_latents_index(Path(place))["made"]["flips"]
         choices: list[Choice] = [("preset", "dit-in-dit-s2", "latents", "--preset dit-in-dit-b2")]
-        choices.append(("data.flip", flips, "mirror images are stored, or not", ""))
+        choices.append(("data.flip", flip, f"{'' if flip else 'no '}mirror images are stored", ""))
     else:
         size, count = max(model.image_size), source.train_size
         fits = OWN[min(OWN, key=lambda side: abs(math.log2(size / side)))]
@@ -120,6 +121,8 @@ def _open(data: DataConfig, model: ModelConfig, given: Mapping[str, Any]) -> tup
         except UserError as error:  # its way out is taken
             if "set data.corrupt=skip" in str(error) and "data.corrupt" not in given:
                 data = replace(data, corrupt="skip")
+            elif "set data.flip=false" in str(error) and "data.flip" not in given:
+                data = replace(data, flip=False)
             elif "(0 holds none out)" in str(error) and "data.held_out" not in given:
                 data = replace(data, held_out=0.3 if 0 < data.held_out < 0.3 else 0.0)
             else:

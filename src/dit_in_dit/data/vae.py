@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, truncate
-from dit_in_dit.data.formats.latents import LOG_VARIANCE
+from dit_in_dit.data.formats.latents import LOG_VARIANCE, SD_SCALE
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel")
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "VQModel", "AutoencoderRAE")
 # Errors of diffusers on damaged files.
-FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError)
-SD_SCALE = 0.18215  # of Stable Diffusion (Rombach et al. 2022), for a VAE without its own
+FAILURES = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, NameError)
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' files of weights, before the variant
 
 
@@ -54,8 +53,13 @@ def load_vae(name: str, device: torch.device) -> Any:
         except FAILURES as error:  # report the first error
             problem = problem or _line(error)
             continue
-        if kind in CLASSES:
-            return _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
+        if kind in CLASSES and hasattr(diffusers, kind):
+            vae = _load(getattr(diffusers, kind), name, inside).requires_grad_(False).to(device).eval()
+            if kind == "AutoencoderRAE":  # images in [-1, 1], not [0, 1], and the channels' name, as in other classes
+                vae.encoder_mean.mul_(2).sub_(1)
+                vae.encoder_std.mul_(2)
+                vae.register_to_config(latent_channels=vae.config.encoder_hidden_size)
+            return vae
         problem = f"it is a {truncate(kind, 40)}, known are {', '.join(CLASSES)}"
     raise UserError(f"no VAE (folder or hub id) at {name!r}: {problem}")
 
@@ -73,6 +77,8 @@ def _load(kind: Any, name: str, inside: str | None) -> Any:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, NameError):  # of diffusers, where AutoencoderRAE lacks its encoder's classes
+        return "it needs the package transformers: pip install transformers"
     return " ".join(str(error).split())[:80]
 
 
@@ -81,6 +87,8 @@ def latent_constants(vae: Any) -> tuple[list[float], list[float]]:
     Diffusion's.
     """
     config = vae.config
+    if type(vae).__name__ == "AutoencoderRAE":  # it normalises its latents itself
+        return [0.0], [1.0]
     scale = float(config.get("scaling_factor") or SD_SCALE)
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean and deviation:
@@ -93,7 +101,7 @@ def downsampling_factor(vae: Any) -> int:
     """Pixels per latent pixel along a side. It is measured by decoding, because each class names this factor
     differently.
     """
-    side = 4
+    side = int(vae.num_patches**0.5) if hasattr(vae, "num_patches") else 4  # an AutoencoderRAE has one size
     images: Tensor = vae.decode(torch.zeros(1, vae.config.latent_channels, side, side, device=vae.device)).sample
     return images.shape[-1] // side
 

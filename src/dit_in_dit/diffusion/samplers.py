@@ -4,34 +4,49 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.diffusion.objective import Predict
-from dit_in_dit.diffusion.path import convert, make_path
+from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.schedulers import (
+    PREDICTIONS,
     check_timesteps,
     is_ddpm,
     make_scheduler,
+    matches_flow,
     next_sample,
     prediction_type,
+    scheduler_option,
     set_steps,
     time_of,
 )
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 
 Noise = Callable[[], Tensor]  # returns the next noise (N, C, H, W) of a batch
+Watch = Callable[[float, Tensor, Tensor], None]
 
 
 def denoise(
-    predict: Predict, diffusion: DiffusionConfig, how: SampleConfig, noise: Noise | Tensor, y: Tensor | None
+    predict: Predict,
+    diffusion: DiffusionConfig,
+    how: SampleConfig,
+    noise: Noise | Tensor,
+    y: Tensor | None,
+    watch: Watch | None = None,
 ) -> Tensor:
-    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`."""
-    last = deque(_calls(predict, diffusion, how, noise, y), maxlen=1)
-    return last[0][-1]
+    """Images (N, C, H, W) from noise along the configured path; arguments and errors as for `trajectory`. At each
+    network call, `watch` gets the time t, x_t and the image estimate."""
+    if watch is None:
+        return deque(_calls(predict, diffusion, how, noise, y), maxlen=1)[0][-1]
+    for call in trajectory(predict, diffusion, how, noise, y):
+        watch(*call[:3])
+    return call[-1]
 
 
 def trajectory(
@@ -112,3 +127,32 @@ def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
         return guided
 
     return with_guidance
+
+
+def fit_scheduler(scheduler: Any, path: str, steps: int) -> Any:
+    """The scheduler, with straight paths if it is a multi-step scheduler and the model needs them; UserError for a
+    scheduler of another path.
+    """
+    name = type(scheduler).__name__
+    straight = scheduler_option(scheduler, "use_flow_sigmas")
+    if path == "flow":
+        if straight is False:
+            options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            return type(scheduler).from_config(scheduler.config, **options)
+        if straight is None and not matches_flow(scheduler):
+            raise UserError(f"{name} has no straight paths: use FlowMatch, DPM-Solver++ or UniPC")
+        return scheduler
+    if matches_flow(scheduler) or straight:
+        raise UserError(f"{name} steps along straight paths, but the model's path is {path}: use DDIMScheduler")
+    expected = Ddpm().table(torch.device("cpu"))[0] ** 2
+    levels = getattr(scheduler, "alphas_cumprod", torch.zeros(0)).cpu().float()
+    if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-4):
+        raise UserError(f"{name} has other noise levels than the model: set beta_schedule='linear', 0.0001 to 0.02")
+    if (kind := scheduler_option(scheduler, "prediction_type")) not in PREDICTIONS:
+        raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
+    spacing = scheduler_option(scheduler, "timestep_spacing")
+    if spacing == "trailing":
+        check_sampler(path, "ddim", steps)
+    if spacing == "linspace" and name == "DDIMScheduler":
+        raise UserError("DDIMScheduler with timestep_spacing='linspace' steps past its times: give 'trailing'")
+    return scheduler

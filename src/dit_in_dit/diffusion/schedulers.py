@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -31,6 +31,7 @@ RESHAPING = (  # options that change the noise levels of a scheduler
 )
 FULL = (None, -math.inf, "-inf")  # values of `lambda_min_clipped` that clip no step
 Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels if the class has any
+Levels = NDArray[np.float64] | None  # noise levels that a caller gives
 
 
 class Scheduler(Protocol):
@@ -163,23 +164,33 @@ def scheduler_option(scheduler: Any, name: str) -> Any:
     return scheduler.config.get(name) if name in signature(type(scheduler).__init__).parameters else None
 
 
-def set_steps(scheduler: Any, steps: int) -> None:
-    """Start a new trajectory with this number of steps."""
+def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> None:
+    """Start a new trajectory with this number of steps.
+
+    `sigmas` replaces the scheduler's noise levels on path flow: t of each step, falling in (0, 1]. As in diffusers, the
+    scheduler's `shift` applies to them. UserError if they do not fall, or the scheduler does not take them.
+    """
+    levels = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+    if levels is not None and not (levels.shape == (steps,) and levels[0] <= 1 and (np.diff([*levels, 0]) < 0).all()):
+        raise UserError(f"sigmas must fall from at most 1 to above 0, one a step: got {truncate(levels.tolist(), 60)}")
     if matches_flow(scheduler):
         # Even steps of 1/steps down to zero. Otherwise the last step but one would end at 1/1000, where the velocity,
         # and so Heun's correction, has 1000 times the error of the image.
         scheduler.sigma_min = 1 / steps
     scheduler.set_timesteps(steps)
-    if (own := _own_steps(scheduler, steps)) is not None:
-        times, sigmas = own
+    own = _own_steps(scheduler, steps, levels)
+    if levels is not None and not (own and (matches_flow(scheduler) or scheduler_option(scheduler, "use_flow_sigmas"))):
+        raise UserError(f"{type(scheduler).__name__} with these options takes no sigmas: give num_inference_steps")
+    if own is not None:
+        times, noise = own
         scheduler.timesteps = torch.from_numpy(times)
-        if sigmas is not None:
-            scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0).astype(np.float32))
+        if noise is not None:
+            scheduler.sigmas = torch.from_numpy(np.append(noise, 0).astype(np.float32))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # otherwise it finds its step by the time, and rounded times may be equal
 
 
-def _own_steps(scheduler: Any, steps: int) -> Steps | None:
+def _own_steps(scheduler: Any, steps: int, given: Levels) -> Steps | None:
     """Timesteps of a scheduler in `SPACED`, and the noise levels if the scheduler has any, as in diffusers 0.42.
 
     Versions differ: the second of UniPC's 25 flow steps is 960 in 0.42, 959 in 0.35. If an option of the scheduler
@@ -192,28 +203,29 @@ def _own_steps(scheduler: Any, steps: int) -> Steps | None:
         scheduler_option(scheduler, "final_sigmas_type") == "sigma_min"
         or scheduler_option(scheduler, "lambda_min_clipped") not in FULL
     )
-    return None if cut else spaced(scheduler, steps)
+    return None if cut else spaced(scheduler, steps, given)
 
 
-def _flow_steps(scheduler: Any, steps: int) -> Steps:
+def _flow_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     total = scheduler.config.num_train_timesteps
     shift = vars(scheduler).get("_shift", scheduler.config.shift)  # `set_shift` leaves the config as it was
-    levels = _shifted(np.linspace(total, total / steps, steps) / total, shift).astype(np.float32)
+    even = np.linspace(total, total / steps, steps) / total
+    levels = _shifted(even if given is None else given, shift).astype(np.float32)
     return levels * np.float32(total), levels
 
 
-def _heun_steps(scheduler: Any, steps: int) -> Steps:
+def _heun_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     """Each Heun step ends with a network call at the next time."""
-    times, levels = (each.repeat(2)[1:] for each in _flow_steps(scheduler, steps) if each is not None)
+    times, levels = (each.repeat(2)[1:] for each in _flow_steps(scheduler, steps, given) if each is not None)
     return times, levels
 
 
-def _dpm_steps(scheduler: Any, steps: int) -> Steps:
-    return _multistep(scheduler, steps, lambda even: (1 - even)[:0:-1])
+def _dpm_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
+    return _multistep(scheduler, steps, lambda even: (1 - even)[:0:-1] if given is None else given)
 
 
-def _unipc_steps(scheduler: Any, steps: int) -> Steps:
-    return _multistep(scheduler, steps, lambda even: even[:-1])
+def _unipc_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
+    return _multistep(scheduler, steps, lambda even: even[:-1] if given is None else given)
 
 
 def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
@@ -229,12 +241,12 @@ def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], ND
     return times, np.interp(times, np.arange(total), (((1 - left) / left) ** 0.5).numpy())
 
 
-def _ddpm_steps(scheduler: Any, steps: int) -> Steps:
+def _ddpm_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     config = scheduler.config
     return _spaced(config.timestep_spacing, config.num_train_timesteps, steps, config.steps_offset, last=True), None
 
 
-SPACED: dict[str, Callable[[Any, int], Steps]] = {
+SPACED: dict[str, Callable[[Any, int, Levels], Steps]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_steps,
     "FlowMatchHeunDiscreteScheduler": _heun_steps,
     "DPMSolverMultistepScheduler": _dpm_steps,

@@ -2,6 +2,9 @@
 
 MACs count the matrix products, convolutions and attention of one forward pass for one image. Sums, norms and
 activations do not count, as in every published "Gflops" of a DiT (which are MACs).
+
+>>> dd.cost.macs(dd.presets.get("dit-xl2").model)["total"]
+118616702976
 """
 
 from __future__ import annotations

@@ -18,17 +18,38 @@ from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
 from dit_in_dit.model.nested import AggregateStage, NestedDiT
+from dit_in_dit.reporting.tables import text_table
 
 
-def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict[str, Any]:
+class Inspection(dict[str, Any]):
+    """The result of `inspect`, shown as a table."""
+
+    def __repr__(self) -> str:
+        parts = dict.fromkeys((*self["parameters"], *self["activation_bytes"]))  # in order
+        columns = ("parameters", "macs", "activation_bytes")
+        rows = [[part, *(f"{self[column].get(part, 0):,}" for column in columns)] for part in parts]
+        return text_table(["", "parameters", "MACs per image", "bytes kept for backward"], rows)
+
+
+def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
     """Count the shapes, tokens, parameters, MACs and activations of a model.
+
+    Args:
+        config: a `ModelConfig`, a `RunConfig`, a loaded model or a network.
+        batch: number of images.
+        recompute: levels whose blocks recompute activations, as `train.recompute`.
 
     Returns:
         flow: list of {name, shape} in order, for `batch` images.
         tokens, token_layers: {outer, inner, total} per image; a token-layer is one token in one block.
         parameters, macs: {part: count, ..., total}; MACs for one image.
         activation_bytes: {part: bytes, ..., total} saved for the backward pass, in float32, for `batch` images.
+
+    >>> dd.inspect(dd.preset("emoji"))["tokens"]
+    {'outer': 16, 'inner': 1024, 'total': 1040}
     """
+    config = getattr(config, "config", config)
+    model: ModelConfig = getattr(config, "model", config)
     check_plugin_parts(model)
     flow, activation_bytes = _trace(model, batch, recompute)
     tokens = {
@@ -36,7 +57,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
         "inner": model.patches * model.sub_patches * bool(model.blocks("inner")),
     }
     layers = {level: count * model.blocks(level) for level, count in tokens.items()}
-    return {
+    counts = {
         "batch": batch,
         "flow": flow,
         "tokens": {**tokens, "total": sum(tokens.values())},
@@ -45,6 +66,7 @@ def inspect(model: ModelConfig, batch: int = 1, recompute: str = "none") -> dict
         "macs": macs(model),
         "activation_bytes": activation_bytes,
     }
+    return Inspection(counts)
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:

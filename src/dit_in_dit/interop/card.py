@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, read_json
 from dit_in_dit.inspection import cost
+from dit_in_dit.interop.hub import is_repo_id
 from dit_in_dit.reporting.templates import code, code_block, render
 
 EVALUATION = {  # the parts of metrics.json that a card reads
@@ -69,7 +71,7 @@ def card(
     return render(
         "interop",
         "card.md.j2",
-        front=_front_matter(licence, "dit-in-dit" if use else "diffusers", labelled=bool(model.num_classes)),
+        front=_front_matter(name, config, evaluation, licence, "dit-in-dit" if use else "diffusers"),
         name=name,
         model=model,
         picture=picture,
@@ -86,12 +88,26 @@ def card(
     )
 
 
-def _front_matter(licence: str, library: str, *, labelled: bool) -> Markup:
+def _front_matter(name: str, config: RunConfig, evaluation: Any, licence: str, library: str) -> Markup:
     """YAML of the Hub's keys; `library` names the package whose classes load the folder."""
-    tags = ["dit-in-dit", "diffusion-transformer", "nested-transformer"] + ["class-conditional"] * labelled
+    labelled = ["class-conditional"] * bool(config.model.num_classes)
+    tags = ["dit-in-dit", "diffusion-transformer", "nested-transformer", *labelled]
     task = "unconditional-image-generation"  # the Hub has no task for classes
-    front = {"license": licence, "library_name": library, "pipeline_tag": task, "tags": tags}
-    return Markup(yaml.safe_dump(front, sort_keys=False).rstrip())
+    front: dict[str, Any] = {"license": licence, "library_name": library, "pipeline_tag": task, "tags": tags}
+    if (dataset := re.match("hf:([^:@]+)", config.data.source)) and is_repo_id(dataset[1]):
+        front["datasets"] = [dataset[1]]
+    scores = evaluation["scores"] if evaluation else {}
+    if values := {_word(key): score["value"] for key, score in scores.items() if score["value"] is not None}:
+        data = _word(_public(evaluation["protocol"]["reference"]["data"]))
+        metrics = [{"type": key, "name": key, "value": value} for key, value in values.items()]
+        result = {"task": {"type": task}, "dataset": {"type": data, "name": data}, "metrics": metrics}
+        front |= {"metrics": list(values), "model-index": [{"name": _word(name), "results": [result]}]}
+    return Markup(yaml.safe_dump(front, sort_keys=False, width=1000).rstrip())
+
+
+def _word(text: str | None) -> str:
+    """A name without characters that YAML, Markdown or the Hub gives a meaning."""
+    return re.sub(r"[^\w./ -]+", "-", str(text))
 
 
 def _public(name: str | None) -> str | None:

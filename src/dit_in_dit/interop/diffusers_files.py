@@ -10,7 +10,7 @@ from torch import Tensor
 from dit_in_dit.config import strict_json
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.data.vae import WEIGHTS, variant_of
-from dit_in_dit.interop.safe_load import read_pt, read_safetensors
+from dit_in_dit.runs.safe_load import read_pt, read_safetensors
 
 PIPELINE_INDEX = "model_index.json"  # of a pipeline
 

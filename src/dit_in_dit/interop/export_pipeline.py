@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import keys, to_dict
-from dit_in_dit.data.formats.latents import fill_latent_keys
+from dit_in_dit.data.sources import fill_latent_keys
 from dit_in_dit.data.vae import latent_constants, load_vae
 from dit_in_dit.diffusion.schedulers import make_scheduler
 from dit_in_dit.interop.card import card, evaluation_of
@@ -67,6 +68,25 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         (beside / "README.md").write_text(text)
 
 
+def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
+    """Write the network as an ONNX program: x (N, C, H, W), t (N,) and y (N,), for any N, to `prediction`. UserError if
+    there is no such run, `out` exists, or a package is missing.
+    """
+    atomic.check_free(out)
+    model = Checkpoint.open(run).model(torch.device("cpu"), averaged=averaged)
+    check_weights(model.state_dict(), str(run))
+    inputs = {"x": torch.zeros(2, *model.config.image_shape), "t": torch.full((2,), 0.5)}
+    inputs |= {"y": torch.zeros(2, dtype=torch.int64)} if model.config.num_classes else {}
+    if find_spec("onnxscript") is None:
+        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "output_names": ["prediction"]}
+    options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch")} for name in inputs}}
+    program: Any = torch.onnx.export(model, kwargs=inputs, input_names=list(inputs), **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(out) as file:
+        file.write(program.model_proto.SerializeToString())
+
+
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A pipeline with the defaults of the config; it holds the model itself, not a copy."""
     diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
@@ -95,6 +115,8 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
     if (name := name or data.vae) is None:
         return None
     vae, channels = load_vae(name, torch.device("cpu")), config.model.channels
+    if type(vae).__name__ == "AutoencoderRAE":  # without scale and shift, and with images in [0, 1]
+        raise UserError(f"the VAE {name} is an AutoencoderRAE, which a pipeline does not take: sample from the run")
     if vae.config.latent_channels != channels:
         raise UserError(
             f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "

@@ -9,6 +9,7 @@ The weights keep their type and every bit; a model with these weights computes i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from dit_in_dit.config.files import override, parse_assignment
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
+from dit_in_dit.interop.hub import fetch_repo, is_repo_id
 from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
 from dit_in_dit.runs import atomic
@@ -44,8 +46,8 @@ def import_run(
     classes: int | None = None,
     settings: Sequence[str] = (),
 ) -> RunConfig:
-    """Write the run folder `out`, complete or not at all, from a file of the official DiT or SiT or from a folder of
-    diffusers' DiT.
+    """Write the run folder `out`, complete or not at all, from a file of the official DiT or SiT, from a folder of
+    diffusers' DiT, or from a repository USER/NAME of the Hub that holds one of them or a run.
 
     Args:
         kind: DiT or SiT, whose files look the same; None: by the file (see `read_checkpoint`).
@@ -58,9 +60,17 @@ def import_run(
         UserError: the source cannot be read or is not exactly a DiT, or `out` exists.
     """
     atomic.check_free(out)
-    if (source / "config.yaml").exists():
-        raise UserError(f"{source} is a run already: import takes weights of other projects")
     what = source.name
+    if from_hub := is_repo_id(str(source)):
+        source = fetch_repo(str(source))
+        files = list(source.glob("*.pt*"))
+        source = files[0] if len(files) == 1 else source
+    if (source / "config.yaml").exists():
+        if from_hub and not settings:
+            with atomic.folder(out) as beside:
+                shutil.copytree(source, beside, dirs_exist_ok=True)
+            return read_config(out)
+        raise UserError(f"{source} is a run already: import takes weights of other projects")
     weights, origin = _read(source, kind)
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
     weights = official.add_null_class(weights, what)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.interop.official import OfficialKind, OfficialWeights, Predicted, Weights
-from dit_in_dit.interop.safe_load import read_pt, strip_wrappers
+from dit_in_dit.runs.safe_load import read_pt, strip_wrappers
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict")  # keys of the averaged weights in a checkpoint
 TRAINED = ("model", "state_dict", "model_state_dict", "module")

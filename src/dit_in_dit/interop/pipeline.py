@@ -18,18 +18,9 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, SampleConfig
-from dit_in_dit.config.samplers import check_sampler
-from dit_in_dit.diffusion.path import Ddpm, convert, make_path
-from dit_in_dit.diffusion.samplers import guided
-from dit_in_dit.diffusion.schedulers import (
-    PREDICTIONS,
-    is_ddpm,
-    matches_flow,
-    prediction_type,
-    scheduler_option,
-    set_steps,
-    time_of,
-)
+from dit_in_dit.diffusion.path import convert, make_path
+from dit_in_dit.diffusion.samplers import fit_scheduler, guided
+from dit_in_dit.diffusion.schedulers import is_ddpm, prediction_type, set_steps, time_of
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 from dit_in_dit.interop.carried import code_of, installed
 from dit_in_dit.reporting.images import check_finite, to_image, to_pixels
@@ -74,7 +65,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         class_labels: int | str | Sequence[int | str | None] | None = None,
         *,
         batch_size: int | None = None,
+        num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -90,7 +83,9 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         Args:
             class_labels: numbers or names, one for all images or one for each; None: no class.
             batch_size: number of images; default: the number of labels, generators or latents, or one.
+            num_images_per_prompt: images of each label, one after the other; multiplies `batch_size`.
             num_inference_steps: steps of the scheduler.
+            sigmas: t of each step, falling in (0, 1], for a model of path flow; default: the scheduler's own.
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance is applied.
             generator: source of the noise. In a list, generator i gives the noise of image i. If the rest of
@@ -106,7 +101,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         Raises:
             UserError: a value is invalid, or the scheduler does not fit the model's path.
         """
-        how = self._how(num_inference_steps, guidance_scale, guidance_interval)
+        steps = num_inference_steps if num_inference_steps or sigmas is None else len(sigmas)
+        how = self._how(steps, guidance_scale, guidance_interval)
         if output_type not in OUTPUTS:
             raise UserError(
                 f"output_type {str(output_type)[:40]!r} is unknown{did_you_mean(str(output_type), OUTPUTS)}"
@@ -117,13 +113,14 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         wanted_tensors = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         if unknown := set(wanted_tensors) - set(self._callback_tensor_inputs):
             raise UserError(f"callbacks only get {', '.join(self._callback_tensor_inputs)}: got {sorted(unknown)}")
-        count, device = _count(class_labels, batch_size, generator, latents), self._execution_device
-        y = self._numbers(class_labels, count, device)
+        count = _count(class_labels, batch_size, num_images_per_prompt, generator, latents)
+        device = self._execution_device
+        y = self._numbers(class_labels, count, num_images_per_prompt, device)
         if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
             raise UserError("this model has no null class: give class_labels, and guidance_scale=1")
         diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
-        self._fit_scheduler(diffusion.path, how.steps)
-        set_steps(self.scheduler, how.steps)
+        self.scheduler = fit_scheduler(self.scheduler, diffusion.path, how.steps)
+        set_steps(self.scheduler, how.steps, sigmas)
         x = self._noise((count, *shape), generator, latents, device)
 
         path, predict = make_path(diffusion), guided(self._predict, self.null, how)
@@ -171,14 +168,18 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return SampleConfig.from_dict({**(self.config.sample or {}), **arguments})
 
-    def _numbers(self, labels: Any, count: int, device: torch.device) -> Tensor | None:
+    def _numbers(self, labels: Any, count: int, per_label: int, device: torch.device) -> Tensor | None:
         """Class numbers (count,) of labels; None without labels."""
         if labels is None:
             return None
         if not self.null:
             raise UserError("this model was trained without labels: give no class_labels")
-        each = [labels] * count if _is_one(labels) else labels
+        each = [labels] * count if _is_one(labels) else [label for label in labels for _ in range(per_label)]
         return torch.tensor([self._number(label) for label in each], device=device)
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """Class numbers of class names."""
+        return [self._number(name) for name in ([label] if isinstance(label, str) else label)]
 
     def _number(self, label: int | str | None) -> int:
         if label is None:
@@ -190,33 +191,6 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         if not 0 <= int(label) <= self.null:
             raise UserError(f"class numbers go from 0 to {self.null - 1}, {self.null} means no class: got {label}")
         return int(label)
-
-    def _fit_scheduler(self, path: str, steps: int) -> None:
-        """Set a multi-step scheduler to straight paths if the model needs them; UserError for a scheduler of another
-        path.
-        """
-        scheduler, name = self.scheduler, type(self.scheduler).__name__
-        straight = scheduler_option(scheduler, "use_flow_sigmas")
-        if path == "flow":
-            if straight is False:
-                options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-                self.scheduler = type(scheduler).from_config(scheduler.config, **options)
-            elif straight is None and not matches_flow(scheduler):
-                raise UserError(f"{name} has no straight paths: use FlowMatch, DPM-Solver++ or UniPC")
-            return
-        if matches_flow(scheduler) or straight:
-            raise UserError(f"{name} steps along straight paths, but the model's path is {path}: use DDIMScheduler")
-        expected = Ddpm().table(torch.device("cpu"))[0] ** 2
-        levels = getattr(scheduler, "alphas_cumprod", torch.zeros(0)).cpu().float()
-        if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-4):
-            raise UserError(f"{name} has other noise levels than the model: set beta_schedule='linear', 0.0001 to 0.02")
-        if (kind := scheduler_option(scheduler, "prediction_type")) not in PREDICTIONS:
-            raise UserError(f"{name} takes prediction_type {str(kind)[:40]!r}: known are {', '.join(PREDICTIONS)}")
-        spacing = scheduler_option(scheduler, "timestep_spacing")
-        if spacing == "trailing":
-            check_sampler(path, "ddim", steps)
-        if spacing == "linspace" and name == "DDIMScheduler":
-            raise UserError("DDIMScheduler with timestep_spacing='linspace' steps past its times: give 'trailing'")
 
     def _noise(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
         if latents is None:
@@ -282,6 +256,12 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         return (installed(config[0]), *config[1:]) if isinstance(config, tuple) else installed(config)
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **changes: Any) -> DiTInDiTPipeline:
+        """A pipeline with the parts and defaults of another, which it shares, except for `changes`."""
+        own = {name: pipeline.config[name] for name in ("id2label", "sample", "null_class")}
+        return cls(**{**pipeline.components, **own, **changes})
+
+    @classmethod
     def download(cls, pretrained_model_name: str, **options: Any) -> str:
         """Download a repository of the Hub; return its local folder."""
         known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -296,15 +276,15 @@ def _is_one(labels: Any) -> bool:
     return isinstance(labels, str) or np.ndim(labels) == 0
 
 
-def _count(labels: Any, batch_size: int | None, generator: Any, latents: Tensor | None) -> int:
+def _count(labels: Any, batch_size: int | None, per_label: int, generator: Any, latents: Tensor | None) -> int:
     """Number of images to generate; UserError when arguments disagree."""
     lengths = {
-        "class_labels": None if labels is None or _is_one(labels) else len(labels),
-        "batch_size": batch_size,
+        "class_labels": None if labels is None or _is_one(labels) else len(labels) * per_label,
+        "batch_size": batch_size and batch_size * per_label,
         "generator": len(generator) if isinstance(generator, list) else None,
         "latents": None if latents is None else len(latents),
     }
     counts = {name: count for name, count in lengths.items() if count is not None}
-    if len(set(counts.values())) > 1 or 0 in counts.values():
+    if len(set(counts.values())) > 1 or min(per_label, *counts.values(), 1) < 1:
         raise UserError(f"how many images? {', '.join(f'{name}: {count}' for name, count in counts.items())}")
-    return next(iter(counts.values()), 1)
+    return next(iter(counts.values()), per_label)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +23,10 @@ Precision = Literal["float32", "bfloat16", "float16"]
 PICTURE = "samples.png"
 
 
-def export_release(run: Path, out: Path, *, precision: Precision = "float16", licence: str = "unknown") -> None:
-    """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, and a card.
+def export_release(
+    run: Path, out: Path, precision: Precision = "float16", *, licence: str = "unknown", name: str | None = None
+) -> None:
+    """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, and a card with `name`.
 
     The copy can be sampled, evaluated, plotted and exported like any run, and can initialise a new run (`train.init`).
     float16 has three more mantissa bits than bfloat16, and weights are far below its largest value.
@@ -36,17 +39,20 @@ def export_release(run: Path, out: Path, *, precision: Precision = "float16", li
     weights = saved.weights()
     check_weights(weights, str(run))
     averaged = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    for name, tensor in averaged.items():
+    for part, tensor in averaged.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{name} of {run} has a value too large for {precision}: use --precision bfloat16")
+            raise UserError(f"{part} of {run} has a value too large for {precision}: use --precision bfloat16")
     with atomic.folder(out) as beside:
         create_run(beside, saved.config)
         save(beside, saved.config, saved.step, {}, averaged, saved.classes)
-        write_card(beside, out.resolve().name, licence=licence)
+        if (results := evaluation_of(run, saved.sha256())) and precision != "float32":
+            note = f"The results are of the weights before they were rounded to {precision}."
+            results["warnings"] = [*results.get("warnings", ()), note]
+        write_card(beside, name or out.resolve().name, licence=licence, results=results)
 
 
-def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
-    """Write README.md of a run, with its evaluation's results and its picture."""
+def write_card(run: Path, name: str, *, licence: str = "unknown", results: dict[str, Any] | None = None) -> None:
+    """Write README.md of a run, with its evaluation's results, or else `results`, and its picture."""
     saved = newest(run)
     config = saved.config
     text = card(
@@ -55,18 +61,21 @@ def write_card(run: Path, name: str, *, licence: str = "unknown") -> None:
         saved.step,
         list(saved.classes),
         cost.parameters(config.model)["total"],
-        evaluation_of(run, saved.sha256()),
+        evaluation_of(run, saved.sha256()) or results,
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
-        use=sampling_instructions(name, config),
+        use=sampling_instructions(name, config, [plugin["name"] for plugin in saved.manifest.get("plugins", ())]),
     )
     atomic.write_atomic(run / "README.md", text)
 
 
-def sampling_instructions(name: str, config: RunConfig) -> str:
-    """Markdown for a card: how to sample a run of the package."""
+def sampling_instructions(name: str, config: RunConfig, plugins: Sequence[str] = ()) -> str:
+    """Markdown for a card: how to sample a run of the package, with the plug-ins that it needs."""
     classes = " --classes 0,1" if config.model.num_classes else ""
-    command = code_block(f"dit-in-dit sample {shlex.quote(name)}{classes} --num 64")
+    loads = "".join(f" --plugin {shlex.quote(plugin)}" for plugin in plugins)
+    command: str = code_block(f"dit-in-dit sample {shlex.quote(name)}{classes} --num 64{loads}")
+    if plugins:
+        command = f"{command}\n\nThe run needs {' and '.join(map(code, plugins))}, which is not in this folder."
     return (
         f"{command}\n\nThe folder is a run of the package `dit-in-dit` with the averaged weights alone: every command "
         f"that takes a run takes it, by its path or, where it came with the package, as {code(name)}."

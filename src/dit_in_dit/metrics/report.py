@@ -173,6 +173,23 @@ def compare_evaluations(paths: list[Path]) -> tuple[list[str], dict[str, list[di
     return [_label(r) for r in results], {name: [r["scores"].get(name) for r in results] for name in names}
 
 
+def score_table(scores: dict[str, list[dict[str, Any] | None]], labels: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Heads, and a row per score: for each evaluation the value and half the width of its interval; the floor."""
+    rows = []
+    for name, entries in scores.items():
+        floor = next((s["floor"] for s in entries if s and s["floor"] is not None), None)
+        cells = [cell for score in entries for cell in _cells(score)]
+        rows.append([name, *cells, "" if floor is None else f"{floor:.4g}"])
+    return ["", *(cell for label in labels for cell in (label, "")), "real vs real"], rows
+
+
+def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
+    if score is None:
+        return "-", ""
+    half = "" if score["low"] is None else f"+- {(score['high'] - score['low']) / 2:.2g}"
+    return f"{score['value']:.4g}", half
+
+
 def _label(result: dict[str, Any]) -> str:
     subject = result["subject"]
     return Path(subject["name"]).name + (f"@{subject['step']}" if "step" in subject else "")

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
-from dit_in_dit.data.formats import latents
-from dit_in_dit.data.run_data import find_moved_data, open_source_of
+from dit_in_dit.data.run_data import find_moved_data, open_source_of, qualified_name
 from dit_in_dit.data.source import Source
-from dit_in_dit.data.sources import open_source, size_of
+from dit_in_dit.data.sources import fill_latent_keys, open_source, size_of
 from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
@@ -77,6 +76,7 @@ def run_subject(
     seed: int,
     averaged: bool,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
+    source: Source | None = None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
@@ -84,6 +84,7 @@ def run_subject(
         configure: function from the run's config and class names to the config for sampling, and to the class numbers
             that alternate (empty: as frequent as in the training data).
         decoder: function from the run's data to the decoder of the latents; None: samples are images.
+        source: the training images, if the config does not name them.
 
     Raises:
         UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
@@ -100,7 +101,7 @@ def run_subject(
     config, classes = configure(config, saved.classes)
     names: str | list[str] = [saved.classes[c] for c in classes]
     if config.model.num_classes and not classes:
-        classes, names = _common_labels(run, config), "as often as in the training data"
+        classes, names = _common_labels(source or open_source_of(run, config)), "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
@@ -119,9 +120,8 @@ def run_subject(
     return Subject(draw, shape, samples, about, model=model, config=config)
 
 
-def _common_labels(run: Path, config: RunConfig) -> list[int]:
+def _common_labels(source: Source) -> list[int]:
     """Labels of the training images in a fixed random order: samples then have the class frequencies of the data."""
-    source = open_source_of(run, config)
     return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
@@ -139,12 +139,12 @@ def files_subject(path: Path) -> Subject:
     return Subject(draw, shape, {"made by": "files, as they are"}, about, count=count)
 
 
-def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
+def reference(against: str | Source | None, subject: Subject, wanted: int) -> RealImages:
     """Real images for a subject.
 
     Args:
-        against: a source; None: the data that the run was trained on. That data and NAMED sources have a held-out part,
-            which is left out. Other sources are used as a whole.
+        against: a source; None: the data that the run was trained on. That data, NAMED sources and objects have a
+            held-out part, which is left out. Other sources are used as a whole.
         wanted: number of images of an endless source.
 
     Raises:
@@ -155,12 +155,14 @@ def reference(against: str | None, subject: Subject, wanted: int) -> RealImages:
             "metrics need real images to compare with: give --against DATA (emoji, mosaic, a folder, .zip or arrays)"
         )
     data = subject.config.data if subject.config else DataConfig()
-    if against is None and latents.is_latents_folder(data.source):
+    if against is None and fill_latent_keys(replace(data, latent_scale=None)).latent_scale:
         raise UserError(f"the run was trained on latents: give --against IMAGES, from which {data.source} was encoded")
     seed = subject.config.seed if subject.config else 0
-    if against is not None and against != data.source:
+    if isinstance(against, Source):
+        data = replace(data, source=qualified_name(against))
+    elif against is not None and against != data.source:
         data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
-    source = _open(data, subject.shape)
+    source = against if isinstance(against, Source) else _open(data, subject.shape)
     total = source.train_size
     if total is None:
         count = wanted

@@ -108,7 +108,8 @@ class ConvEmbed(Embed):
         return LinearEmbed.macs(model) * model.inner.kernel**2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # so that the convolution writes contiguous tokens
+        # Channels last, so that the convolution writes contiguous tokens. Permuted: vmap knows no memory format.
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         tokens = self.conv(x).permute(0, 2, 3, 1)  # N H/s W/s E
         return rearrange(tokens, "n (h i) (w j) e -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
 

@@ -14,15 +14,21 @@ SLOPE = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(z)) / 2 = sigmoid(2 z): gelu(x) 
 CUBE = 0.044715 * SLOPE
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp ...) calls the model."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class Gelu(nn.Module):
     """gelu(x), (...) -> (...).
 
     On a GPU, PyTorch's kernel is fastest. In a compiled graph, all formulas are equally fast. On a CPU, the kernel's
-    tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass.
+    tanh takes four times as long as a sigmoid, in the forward pass and again in the backward pass. Under `torch.func`,
+    PyTorch's kernel is used: it has derivatives of every order and kind.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or in_transform():
             return F.gelu(x, approximate="tanh")
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithSlope.apply(x)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.model.gelu import Gelu
+from dit_in_dit.model.gelu import Gelu, in_transform
 from dit_in_dit.model.norms import EPS, LayerNorm, Norm
 from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
@@ -28,8 +28,7 @@ def most_sequences(heads: int, length: int, width: int) -> int:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's softmax attention, in the fewest chunks of equal size that respect the kernels' limits."""
-    most = most_sequences(*q.shape[1:]) if q.device.type in LIMITED else len(q)
-    if len(q) <= most:
+    if q.device.type not in LIMITED or len(q) <= (most := most_sequences(*q.shape[1:])):
         return F.scaled_dot_product_attention(q, k, v)
     size = -(-len(q) // -(-len(q) // most))
     chunks = zip(*(torch.split(part, size) for part in (q, k, v)), strict=True)
@@ -42,13 +41,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The kernel is the fastest that was measured (docs/decisions/benchmark.md).
     """
+    if in_transform():  # most kernels have no forward-mode derivative, and vmap calls some once per example
+        return attention_weights(q, k) @ v
     if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and tiny_fits(q, k):
         return tiny_attention(q, k, v)
     return sdpa(q, k, v)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Attention weights of `attend`, (B, heads, L, L'); rows sum to one. For inspection, not for training."""
+    """Attention weights of `attend`, (B, heads, L, L'); rows sum to one. Slower than the kernels."""
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 

@@ -21,7 +21,8 @@ AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
 
 
-def _plainly(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+    """The block's output; activations are kept for the backward pass."""
     return block(x, c)
 
 
@@ -129,6 +130,10 @@ class NestedDiT(nn.Module):
     Args:
         model: the architecture.
         recompute: levels (none, inner, outer, both) whose blocks recompute activations in the backward pass.
+
+    >>> net = dd.NestedDiT(dd.preset("emoji").model)
+    >>> net(torch.zeros(2, 3, 32, 32), t=0.5, y=torch.tensor([0, 8])).shape
+    torch.Size([2, 3, 32, 32])
     """
 
     def __init__(self, model: ModelConfig, *, recompute: str = "none") -> None:
@@ -150,8 +155,8 @@ class NestedDiT(nn.Module):
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
         """The program's stages, with aggregate and spread between levels."""
-        outer_run = _recomputed if recompute in ("outer", "both") else _plainly
-        inner_run = _recomputed if recompute in ("inner", "both") else _plainly
+        outer_run = _recomputed if recompute in ("outer", "both") else run_block
+        inner_run = _recomputed if recompute in ("inner", "both") else run_block
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
         previous = None
@@ -186,12 +191,13 @@ class NestedDiT(nn.Module):
             heads.append(self.inner_head)
         return tuple(heads)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
 
         Args:
             x: noisy images (N, C, H, W), in the dtype of the weights.
-            t: times (N,) in [0, 1], always in float32, whatever the dtype of the weights; 1 is pure noise.
+            t: times (N,) in [0, 1], or one time for all; always in float32, whatever the dtype of the weights. 1 is
+                pure noise.
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
 
         Returns:
@@ -199,19 +205,37 @@ class NestedDiT(nn.Module):
             prediction, then the variance fraction.
 
         Raises:
-            ValueError: x does not have the configured channels and size.
+            ValueError: a shape is wrong, or (of tensors on the CPU) a time or a class is out of range.
         """
-        if x.shape[1:] != (self.config.channels, *self.config.image_size):
-            raise ValueError(
-                f"x must be (N, {self.config.channels}, {self.config.image_size[0]}, "
-                f"{self.config.image_size[1]}): got {tuple(x.shape)}"
-            )
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        _check_inputs(self.config, x, t, y)
         outer = self.outer_embed(x)  # N T D
         inner = self.inner_embed(x)  # N T S E
         c = self.time_embed(t, x.dtype) + self.label_embed(y)  # N D
         for stage in self.stages:  # the program, one arrow per stage
             outer, inner = stage(outer, inner, c)
         return reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W
+
+
+def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    """Raise ValueError for a wrong shape, or for a value out of range. Values are read on the CPU only (the host would
+    wait for a GPU), and not while the model is traced, transformed or run on fake tensors."""
+    shape = (model.channels, *model.image_size)
+    if x.shape[1:] != shape:
+        raise ValueError(f"x must be (N, {', '.join(map(str, shape))}): got {tuple(x.shape)}")
+    for name, value, most in (("t", t, 1), ("y", y, model.num_classes)):
+        if value is None:
+            continue
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"{name} must be one number per image, ({len(x)},): got {tuple(value.shape)}")
+        if torch.compiler.is_compiling() or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
+            continue
+        if torch._C._are_functorch_transforms_active():
+            continue
+        low, high = (number.item() for number in value.aminmax())
+        if not 0 <= low <= high <= most:  # also NaN
+            raise ValueError(f"{name} must be from 0 to {most}: got {low:g} to {high:g}")
 
 
 def part_of(name: str) -> str:

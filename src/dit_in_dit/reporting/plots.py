@@ -43,6 +43,14 @@ def figure(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float
         return plot, plot.subplots(rows, columns, squeeze=False)
 
 
+def panel_grid(count: int, columns: int, *, width: float = 4.0, height: float = 3.0) -> tuple[Figure, Any]:
+    """A figure of `count` panels in `columns` columns, each panel `width` x `height` inches; and the panels' axes."""
+    page, axes = figure(-(-count // columns), columns, width=width, height=height)
+    for axis in axes.ravel()[count:]:
+        axis.set_visible(False)
+    return page, axes.ravel()[:count]
+
+
 def figure_png(plot: Figure, *, colours: int | None = None) -> bytes:
     """A figure as the bytes of a PNG file; the same figure gives the same bytes.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.objective import Predict
-from dit_in_dit.diffusion.samplers import Noise, denoise, guided
+from dit_in_dit.diffusion.samplers import Noise, Watch, denoise, guided
 from dit_in_dit.diffusion.schedulers import TIMES
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.memory import keep_freed_memory
@@ -49,6 +49,7 @@ def sample_batches(
     *,
     seed: int = 0,
     classes: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
@@ -61,6 +62,8 @@ def sample_batches(
         config: its `diffusion` and `sample` are used.
         indices: numbers of the samples; sorted, so that no micro-batch is generated twice.
         classes: class numbers, used cyclically; empty: all classes.
+        watch: called with t, x_t and the image estimate of the whole micro-batch before each step; sample i is row
+            i % `sample.micro_batch`.
     """
     keep_freed_memory()
     use_full_float32()
@@ -72,7 +75,7 @@ def sample_batches(
         batch, part = range(number * size, (number + 1) * size), list(wanted)
         noise = numbered_noise(seed, batch, shape, device)
         y = torch.tensor([class_of(i, turns) for i in batch], device=device) if model.config.num_classes else None
-        x = denoise(predict, config.diffusion, config.sample, noise, y)
+        x = denoise(predict, config.diffusion, config.sample, noise, y, watch)
         yield part, x.cpu()[[i - batch.start for i in part]]
 
 
@@ -84,7 +87,12 @@ def sample(
     seed: int = 0,
     classes: Sequence[int] = (),
 ) -> Tensor:
-    """Samples 0 to num - 1, (num, C, H, W), about in [-1, 1]; see `sample_batches`."""
+    """Samples 0 to num - 1, (num, C, H, W), about in [-1, 1]; see `sample_batches`.
+
+    >>> model = dd.load("emoji")
+    >>> dd.sample(model.net, model.config, num=2).shape
+    torch.Size([2, 3, 32, 32])
+    """
     return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
 
 

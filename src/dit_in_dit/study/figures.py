@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from dit_in_dit.study.results import StudyResults
 from dit_in_dit.study.statistics import Difference
 from dit_in_dit.study.tables import BESIDE, training_seconds
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 BETTER, WORSE, UNSEEN = COLOURS[0], COLOURS[1], "#8a97a3"
 MARKERS = "osD^vP*X"
 LONGEST = 56  # characters of an arm's name in a picture
@@ -35,14 +32,6 @@ def picture_label(name: str, most: int = LONGEST) -> str:
     """A name for a picture, cut to `most` characters; characters with a meaning in matplotlib are escaped."""
     short = name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
     return short.replace("$", r"\$").removeprefix("_") or "arm"
-
-
-def panel_grid(count: int, columns: int, *, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of `count` panels in `columns` columns, each panel `width` x `height` inches; and the panels' axes."""
-    page, axes = figure(-(-count // columns), columns, width=width, height=height)
-    for axis in axes.ravel()[count:]:
-        axis.set_visible(False)
-    return page, axes.ravel()[:count]
 
 
 def draw_forest(study: StudyResults, path: Path) -> None:

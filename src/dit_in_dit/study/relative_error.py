@@ -9,9 +9,9 @@ import numpy as np
 
 from dit_in_dit.curves.convergence import ERROR_BANDS
 from dit_in_dit.curves.logs import Curve, Floats
-from dit_in_dit.reporting.plots import COLOURS, figure_png
+from dit_in_dit.reporting.plots import COLOURS, figure_png, panel_grid
 from dit_in_dit.runs import atomic
-from dit_in_dit.study.figures import panel_grid, picture_label
+from dit_in_dit.study.figures import picture_label
 from dit_in_dit.study.results import StudyResults
 
 COLUMNS = 4

@@ -52,6 +52,9 @@ class StudyReport:
     summary: list[str]
     files: list[tuple[Path, str]]
 
+    def __repr__(self) -> str:
+        return "\n".join(self.summary)
+
 
 def write_report(out: Path) -> StudyReport:
     """Write the report of a study, finished or not, into its folder; the same folder gives the same bytes.

@@ -14,12 +14,12 @@ from dit_in_dit.config.schema import to_dict
 from dit_in_dit.inspection import cost
 from dit_in_dit.metrics.metric import WORDS, direction
 from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
-from dit_in_dit.reporting.plots import COLOURS, figure_png
+from dit_in_dit.reporting.plots import COLOURS, figure_png, panel_grid
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.arms import describe_changes
 from dit_in_dit.study.exports import csv_text, metric_rows
-from dit_in_dit.study.figures import draw_samples, panel_grid
+from dit_in_dit.study.figures import draw_samples
 from dit_in_dit.study.results import SearchResults, SearchTrial
 
 CONFIRMED = 3  # best trials that the proposed study takes

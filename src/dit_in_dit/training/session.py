@@ -272,8 +272,8 @@ class Session:
 
 
 def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: Path) -> None:
-    """Check that train() received the model and optimizer classes that the checkpoint records. Raises UserError."""
-    for name in ("model", "optimizer"):
+    """Check that train() received the classes that the checkpoint records. Raises UserError."""
+    for name in ("model", "optimizer", "loss"):
         if passed.get(name) != recorded.get(name):
             before, now = (names.get(name, "the config's") for names in (recorded, passed))
             raise UserError(f"{run} was trained with {name} {before}: got {now}; give the first one to train()")

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import RunConfig, TrainConfig
+from dit_in_dit.config.run import DiffusionConfig, RunConfig, TrainConfig
 from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
@@ -68,6 +68,7 @@ class Trainer:
         fresh: bool = True,
         model: NestedDiT | None = None,
         make_optimizer: Callable[[Groups], Optimizer] | None = None,
+        make_loss: Callable[[DiffusionConfig], Objective] | None = None,
     ) -> None:
         """
         Args:
@@ -75,6 +76,7 @@ class Trainer:
             model: replaces the config's model, and keeps its weights.
             make_optimizer: function of parameter groups that replaces train.optimizer. Groups have `params` and
                 `scale`; every step sets their `lr`.
+            make_loss: class of the objective, in place of `Objective`.
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         train = config.train
@@ -96,9 +98,9 @@ class Trainer:
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
         check_optimizer(self.optimizer, self.weights.values())
-        own = {"model": model, "optimizer": make_optimizer and self.optimizer}
+        self.objective = (make_loss or Objective)(config.diffusion)
+        own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
-        self.objective = Objective(config.diffusion)
         self.predict = torch.compile(self.net) if train.compile else self.net
         self.step = 0
         self.divergence = Divergence()

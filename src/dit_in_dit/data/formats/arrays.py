@@ -1,7 +1,9 @@
-"""Images and labels as NumPy arrays."""
+"""Images and labels as NumPy arrays, and in MNIST's idx files."""
 
 from __future__ import annotations
 
+import gzip
+import math
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +16,18 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split_families
-from dit_in_dit.data.names import left_out_clause
+from dit_in_dit.data.names import HIDDEN, left_out_clause
 from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
 from dit_in_dit.data.source import SplitSource
 
 MOST_GROWTH = 50  # limit for compressed arrays: when unpacked, pixels grow threefold, zeros a thousandfold
+IDX = ("images-idx3-ubyte", "labels-idx1-ubyte")
 NAMES = (("images", "labels"), ("arr_0", "arr_1"))  # of arrays in a .npz: ours, and ADM's
 
 
 class ArraySource(SplitSource):
-    """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`.
+    """Arrays: a `.npz` with `images` and, if labelled, `labels`; or `NAME.npy` and `NAME.labels.npy`; or a folder of
+    MNIST's files, packed (.gz) or not, of which `train-*` is read, or `t10k-*` with data.split=test.
 
     uint8 arrays (N, H, W, C) are pixels. Float arrays (N, C, H, W) are latents, used unchanged. Each row is its own
     family.
@@ -37,7 +41,7 @@ class ArraySource(SplitSource):
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         path = Path(data.source)
         self.notes: list[str] = []
-        images, labels = load_arrays(path, self.notes)
+        images, labels = load_arrays(path, self.notes, data.split)
         if images.dtype != np.uint8 and images.dtype.kind != "f":
             raise UserError(f"images in {path} must be uint8 (pixels) or floats (latents): got {images.dtype}")
         self._pixels = images.dtype == np.uint8
@@ -66,13 +70,15 @@ class ArraySource(SplitSource):
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether `source` is an existing .npz or .npy file."""
+        """Whether `source` is an existing .npz or .npy file, or a folder of idx files."""
+        if Path(source).is_dir():
+            return any(Path(source).glob(f"*-{IDX[0]}*"))
         return Path(source).suffix in (".npz", ".npy") and Path(source).exists()
 
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
         """The largest label plus one; 0 without labels."""
-        labels = load_arrays(Path(data.source))[1]
+        labels = load_arrays(Path(data.source), split=data.split)[1]
         if labels is None or not labels.size:
             return 0
         if labels.dtype.kind not in "biu":
@@ -140,10 +146,27 @@ def _read_npy(path: Path) -> tuple[list[Any], list[str]]:
     return [images, np.load(labels, allow_pickle=False) if labels.exists() else None], []
 
 
-def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.generic], NDArray[np.generic] | None]:
-    """The stored images and labels; no code of the file is run. A clause on the other arrays is added to `notes`."""
+def _read_idx(folder: Path, split: str) -> tuple[list[Any], list[str]]:
+    """The images (N, H, W, 1) and labels of a split, and the names of other files."""
+    names = sorted(path.name for path in folder.iterdir() if not HIDDEN.search(path.name))
+    stems = [f"{'t10k' if split == 'test' else split}-{end}" for end in IDX]
+    pair = [next((name for name in names if name.removesuffix(".gz") == stem), stem) for stem in stems]
+    arrays: list[NDArray[np.uint8]] = []
+    for name, dimensions in zip(pair, (3, 1), strict=True):
+        with gzip.open(folder / name) if name.endswith(".gz") else (folder / name).open("rb") as file:
+            magic, *shape = np.frombuffer(file.read(4 * dimensions + 4), ">u4").tolist()
+            size = math.prod(shape)
+            if magic != 0x800 + dimensions or size > IN_MEMORY or len(content := file.read(size + 1)) != size:
+                raise ValueError(f"{name} is damaged, or not of bytes in {dimensions} dimensions")
+        arrays.append(np.frombuffer(content, np.uint8).reshape(shape))
+    return [arrays[0][..., None], arrays[1]], [name for name in names if name not in pair]
+
+
+def load_arrays(path: Path, notes: list[str] | None = None, split: str = "train") -> tuple[NDArray[Any], Any]:
+    """The stored images and labels; no code of the file is run. A clause on what is not read is added to `notes`."""
     try:
-        arrays, others = _read_npz(path) if path.suffix == ".npz" else _read_npy(path)
+        read = _read_npz if path.suffix == ".npz" else _read_npy
+        arrays, others = _read_idx(path, split) if path.is_dir() else read(path)
     except (*UNREADABLE, AttributeError) as error:
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if "pickle" in problem:  # NumPy advises to trust the file
@@ -154,7 +177,7 @@ def load_arrays(path: Path, notes: list[str] | None = None) -> tuple[NDArray[np.
     if not arrays:
         raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {others}")
     if notes is not None and others:
-        notes.append(left_out_clause(len(others), others, "arrays"))
+        notes.append(left_out_clause(len(others), others, "files outside data.split" if path.is_dir() else "arrays"))
     images, labels = arrays
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
         raise UserError(f"{path} has the wrong suffix: .npz is for several arrays, .npy for one")

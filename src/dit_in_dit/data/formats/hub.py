@@ -27,7 +27,7 @@ class HubRows(ImageFiles):
 
     def __init__(self, data: DataConfig, num_classes: int) -> None:
         self.path, self.data, self.num_classes = Path(data.source), data, num_classes
-        self.rows = load_hub(data.source.removeprefix(PREFIX), data.split)
+        self.rows = load_hub(data)
         for column in (data.image_column, data.label_column)[: 2 if num_classes else 1]:
             if column not in self.rows.column_names:
                 what = "image" if column == data.image_column else "label"
@@ -35,7 +35,7 @@ class HubRows(ImageFiles):
                     f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
-        self.notes = [left_out_clause(len(other), other, "columns")] if other else []
+        self.notes = [left_out_clause(len(other), other, "columns", ("text", "caption"))] if other else []
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:
@@ -124,7 +124,7 @@ class HubSource(ImageSource):
     @classmethod
     def count_classes(cls, data: DataConfig) -> int:
         """Number of classes in the label column; 0 without that column."""
-        rows = load_hub(data.source.removeprefix(PREFIX), data.split)
+        rows = load_hub(data)
         if data.label_column not in rows.column_names:
             return 0
         if names := getattr(rows.features[data.label_column], "names", None):
@@ -138,8 +138,9 @@ class HubSource(ImageSource):
         return HubRows(data, num_classes)
 
 
-def load_hub(name: str, split: str) -> Any:
+def load_hub(data: DataConfig) -> Any:
     """One split of a dataset: `NAME[:SUBSET][@REVISION]` on the hub, or a local file or folder."""
+    name, split = data.source.removeprefix(PREFIX), data.split
     try:
         datasets: Any = import_module("datasets")
     except ImportError:
@@ -164,4 +165,7 @@ def load_hub(name: str, split: str) -> Any:
         raise UserError(f"cannot load {PREFIX}{name}, split {split!r}: {problem[:120]}") from None
     if not isinstance(rows, datasets.Dataset):
         raise UserError(f"{PREFIX}{name}: {split!r} must name one split")
+    used, columns = {data.image_column, data.label_column}, {*rows.column_names}
+    cifar = {"img": "image", "fine_label": "label"}.items()  # its names of the default columns
+    rows = rows.rename_columns({new: old for new, old in cifar if new in columns - used and old in used - columns})
     return rows.flatten_indices() if rows._indices is not None else rows

@@ -11,9 +11,8 @@ images.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +41,7 @@ FORM = {  # of those parts of the index that are read
 }
 MOST_HEADER = 10**8  # bytes, the limit of safetensors
 LOG_VARIANCE = (-30.0, 20.0)  # AutoencoderKL clamps to these
-
-
-def is_latents_folder(source: str) -> bool:
-    """Whether a folder holds latents."""
-    return (Path(source) / LATENTS_INDEX).is_file()
+SD_SCALE = 0.18215  # of Stable Diffusion (Rombach et al. 2022), for a VAE without its own
 
 
 def load_index(folder: Path) -> dict[str, Any]:
@@ -77,19 +72,6 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def fill_latent_keys(data: DataConfig) -> DataConfig:
-    """The data's config. Null keys for the VAE, its mean and its scale get the values of the latents' index."""
-    if not is_latents_folder(data.source):
-        return data
-    vae = read_latents_index(Path(data.source))["vae"]
-    return replace(
-        data,
-        vae=vae["name"] if data.vae is None else data.vae,
-        latent_mean=vae["mean"] if data.latent_mean is None else data.latent_mean,
-        latent_scale=vae["scale"] if data.latent_scale is None else data.latent_scale,
-    )
-
-
 def open_shard(path: Path) -> dict[str, NDArray[Any]]:
     """The memory-mapped arrays of a safetensors file, bfloat16 as uint16; UserError when it is damaged."""
     try:
@@ -107,9 +89,7 @@ def open_shard(path: Path) -> dict[str, NDArray[Any]]:
                     raise ValueError("sizes differ from its header")
                 arrays[name] = np.memmap(path, kind, "r", start + first, tuple(about["shape"])).view(np.ndarray)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{truncate(path)} is damaged ({truncate(error, 60)}): remove it and run `dit-in-dit encode` again"
-        ) from None
+        raise UserError(f"{truncate(path)} is damaged ({truncate(error, 60)}): remove it and encode again") from None
     return arrays
 
 
@@ -117,14 +97,16 @@ class LatentSource(SplitSource):
     """Latents (C, h, w), float32, normalised: (z - data.latent_mean) * data.latent_scale.
 
     `train` and `held_out` give the posterior's mean. `example` gives the mean or a random sample, as `data.posterior`
-    says.
+    says. A subclass may store latents without log variances, which are samples already.
     """
 
     name = "latents folder"
     by_path = fixed_size = True
+    pattern: ClassVar[str] = LATENTS_INDEX  # of a file in the folder
+    stored_scale: ClassVar[float] = 1.0  # by which the stored latents have been multiplied
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
-        self.folder, self.data, self.model = Path(data.source), fill_latent_keys(data), model
+        self.folder, self.data, self.model = Path(data.source), data, model
         index = read_latents_index(self.folder)
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.digest = digest_values("latents", index["classes"], index["shards"])  # shards have their SHA-256
@@ -141,25 +123,24 @@ class LatentSource(SplitSource):
             )
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
-        self.size = made["shard"]
-        self.shards = [self._open(shard, made) for shard in index["shards"]]
+        shards = [self._open(shard, made) for shard in index["shards"]]
         others = sorted(
             {path.name for path in self.folder.iterdir()} - {LATENTS_INDEX, *(s["file"] for s in index["shards"])}
         )
         others = [name for name in others if not HIDDEN.search(name)]
         self.notes = [left_out_clause(len(others), others, "files that are not in the index")] if others else []
-        self._tables(made["dtype"])
-        self._split()
+        self._split(shards, made["dtype"])
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
-        """Whether a folder holds latents."""
-        return is_latents_folder(source)
+        """Whether a folder holds latents of this kind."""
+        return Path(source).is_dir() and any(Path(source).glob(cls.pattern))
 
     @classmethod
-    def count_classes(cls, data: DataConfig) -> int:
-        """Number of classes in the index."""
-        return len(read_latents_index(Path(data.source))["classes"])
+    def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
+        """The VAE of the index, with its mean and scale."""
+        vae = read_latents_index(Path(data.source))["vae"]
+        return {"vae": vae["name"], "latent_mean": vae["mean"], "latent_scale": vae["scale"]}
 
     @classmethod
     def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
@@ -185,8 +166,8 @@ class LatentSource(SplitSource):
                 )
         return arrays
 
-    def __reduce__(self) -> tuple[type[LatentSource], tuple[DataConfig, ModelConfig]]:
-        return LatentSource, (self.data, self.model)  # a worker maps the files itself
+    def __reduce__(self) -> Any:
+        return type(self), (self.data, self.model)  # a worker maps the files itself
 
     def _tables(self, dtype: str) -> None:
         """Tables of normalised means and deviations for all 65,536 16-bit numbers: a common table, or a table per
@@ -200,7 +181,7 @@ class LatentSource(SplitSource):
                     f"data.{name} must have 1 or {self.model.channels} numbers for {self.folder}: got {len(numbers)}"
                 )
             constants.append(np.asarray(numbers, np.float32).reshape(-1, 1, 1))
-        self._mean, self._scale = constants
+        self._mean, self._scale = constants[0] * self.stored_scale, constants[1] / self.stored_scale
         self._means: NDArray[np.float32] | None = None
         if dtype != "float32":
             every = np.arange(2**16, dtype=np.uint32)
@@ -216,9 +197,11 @@ class LatentSource(SplitSource):
     def _deviation(self, log_variance: Array) -> Array:
         return np.exp(0.5 * np.clip(log_variance, *LOG_VARIANCE)) * self._scale
 
-    def _split(self) -> None:
-        families = np.concatenate([shard["family"] for shard in self.shards])
-        labels = np.concatenate([shard["label"] for shard in self.shards])
+    def _split(self, shards: list[dict[str, NDArray[Any]]], dtype: str) -> None:
+        self._tables(dtype)
+        self.shards, self._ends = shards, np.cumsum([len(shard["label"]) for shard in shards])
+        families = np.concatenate([shard["family"] for shard in shards if "family" in shard])
+        labels = np.concatenate([shard["label"] for shard in shards])
         # The exact integer, so that an image and its latent are on the same side of the split.
         held = families < np.uint64(math.ceil(self.data.held_out * 2**64))
         check_split(int((~held).sum()), int(held.sum()), self.data.held_out, str(self.folder))
@@ -231,8 +214,8 @@ class LatentSource(SplitSource):
         self._set_split(np.flatnonzero(~held), np.flatnonzero(held), self._labels)
 
     def _find(self, position: int, which: str) -> NDArray[Any]:
-        shard, row = divmod(position, self.size)
-        return self.shards[shard][which][row]
+        shard = int(np.searchsorted(self._ends, position, "right"))
+        return self.shards[shard][which][position - self._ends[shard]]  # counted from the end: below 0
 
     def _mean_of(self, moments: NDArray[Any]) -> Array:
         return _look_up(self._means, moments) if self._means is not None else self._normalised(moments)
@@ -246,8 +229,7 @@ class LatentSource(SplitSource):
         position, channels = int(self._train[index]), self.model.channels
         moments = self._find(position, "flipped" if flip else "moments")
         latent = self._mean_of(moments[:channels])
-        if self.data.posterior == "sample":
-            spread = moments[channels:]
+        if self.data.posterior == "sample" and len(spread := moments[channels:]):
             deviation = _look_up(self._deviations, spread) if self._means is not None else self._deviation(spread)
             latent += deviation * stream().standard_normal(latent.shape, np.float32)
         return latent, int(self._labels[position])

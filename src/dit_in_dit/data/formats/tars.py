@@ -114,7 +114,8 @@ class TarFiles(ImageFiles):
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {source}")
         self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
         if others:
-            self.notes.append(left_out_clause(others, examples, "members that are no images"))
+            captions = (f"{example_key(name)}.{end}" for name in self.names for end in ("txt", "json"))
+            self.notes.append(left_out_clause(others, examples, "members that are no images", captions))
         if trailing:
             self.notes.append(left_out_clause(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
         self._check(folders, shards)

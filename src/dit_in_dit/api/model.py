@@ -1,0 +1,186 @@
+"""Trained models: load, sample, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.data.encode import open_decoder
+from dit_in_dit.data.labels import class_numbers
+from dit_in_dit.inspection.trace import inspect
+from dit_in_dit.interop.hub import fetch_repo, is_repo_id, push_folder
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.reporting.images import Pixels, image_grid, image_png, to_image, to_pixels
+from dit_in_dit.runs import atomic
+from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runs.pretrained import find_run, pretrained_models
+from dit_in_dit.runtime.device import pick_device
+from dit_in_dit.sampling.numbered import sample_batches
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pictures(Sequence[Image.Image]):
+    """Samples as PIL images by number, of pixels (N, H, W, 1 or 3). A notebook shows them as a grid.
+
+    >>> pictures = dd.load("emoji").sample(["flags", "smileys"], steps=2)
+    >>> pictures[0].size, pictures.grid().size, len(pictures.trajectory())
+    ((32, 32), (134, 68), 3)
+    >>> pictures.save("two")
+    """
+
+    pixels: Pixels
+    _steps: Callable[[], list[Pixels]] = list
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, number: Any) -> Any:
+        return Pictures(self.pixels[number]) if isinstance(number, slice) else to_image(self.pixels[number])
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All in one image, about square by default."""
+        return image_grid(self.pixels, columns)
+
+    def save(self, folder: str | Path) -> None:
+        """Write 000000.png and on, the files of the command `sample`, and grid.png."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, image in (("grid", self.grid()), *((f"{i:06d}", image) for i, image in enumerate(self))):
+            atomic.write_atomic(Path(folder, f"{name}.png"), image_png(image))
+
+    def trajectory(self) -> list[Pictures]:
+        """The way from noise, sampled again: x_t before each step, then the samples."""
+        return [Pictures(pixels) for pixels in self._steps()] or [self]
+
+    def __repr__(self) -> str:
+        return f"{len(self)} pictures, {self.pixels.shape[2]}x{self.pixels.shape[1]}"
+
+    def _repr_png_(self) -> bytes:
+        return image_png(self.grid())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A trained model in evaluation mode: the network, its run's config, class names, folder and step.
+
+    >>> model = dd.load("emoji")
+    >>> model(torch.zeros(2, 3, 32, 32), 0.5).shape
+    torch.Size([2, 3, 32, 32])
+    >>> model.save_pretrained("pipeline")  # for diffusers too
+    >>> dd.Model.from_pretrained("pipeline")
+    pipeline: 32x32x3, 9 classes, outer*4 inner*3, 4.23 M parameters, 49.00 M MACs per image
+    """
+
+    net: NestedDiT
+    config: RunConfig
+    classes: tuple[str, ...]
+    folder: Path
+    step: int
+    _kept: TemporaryDirectory[str] | None = None  # of weights that were imported
+
+    def __call__(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+        return self.net(x, t, y)
+
+    def sample(
+        self,
+        classes: str | int | Iterable[str | int] = (),
+        num: int | None = None,
+        *,
+        seed: int = 0,
+        guidance: float | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+    ) -> Pictures:
+        """Samples 0 to num - 1, those of the command `sample`; latents without a VAE show their first channels.
+        UserError for an unknown class, or a value that does not fit.
+
+        Args:
+            classes: names or numbers, used in rotation; empty: all.
+            num: number of samples; None: one for each of `classes`, or 16.
+            guidance, steps, sampler: None: the run's.
+        """
+        keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler}
+        how = replace(self.config.sample, **{name: value for name, value in keys.items() if value is not None})
+        listed = [classes] if isinstance(classes, str | int) else classes
+        numbers = [number for each in listed for number in class_numbers(str(each), self.classes)]
+        if numbers and not self.config.model.num_classes:
+            raise UserError("classes: this model was trained without labels; leave them out")
+        draw = partial(self._draw, replace(self.config, sample=how), num or len(numbers) or 16, seed, numbers)
+        return Pictures(draw(way=False)[-1], partial(draw, way=True))
+
+    def _draw(self, config: RunConfig, num: int, seed: int, classes: list[int], *, way: bool) -> list[Pixels]:
+        """Pixels of the samples, with `way` after those of each step."""
+        decode = open_decoder(config.data, next(self.net.parameters()).device)
+        size, seen, drawn = config.sample.micro_batch, list[Tensor](), list[list[Pixels]]()
+        watch = (lambda t, x, image: seen.append(x.cpu())) if way else None
+        for part, x in sample_batches(self.net, config, range(num), seed=seed, classes=classes, watch=watch):
+            every = [*(each[[i % size for i in part]] for each in seen), x]
+            drawn.append([to_pixels(decode.numbered(part, each, size) if decode else each) for each in every])
+            seen.clear()
+        return [np.concatenate(parts) for parts in zip(*drawn, strict=True)]
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Model:
+        """As `load`."""
+        return load(name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a pipeline of `diffusers`, as `export --format pipeline`. Raises UserError."""
+        from dit_in_dit.interop.export_pipeline import export
+
+        export(self.folder, Path(folder))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the pipeline as USER/NAME; returns its URL. Raises UserError."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(pipeline := Path(folder, repo_id.rpartition("/")[2]))
+            return push_folder(pipeline, repo_id, private=private)
+
+    def __repr__(self) -> str:
+        model, counts = self.config.model, inspect(self)
+        size, name = "x".join(map(str, (*model.image_size, model.channels))), self.folder.resolve().name
+        costs = [f"{counts[kind]['total'] / 1e6:.2f} M {what}" for kind, what in COSTS.items()]
+        return f"{name}: {size}, {model.num_classes} classes, {format_stages(model.program)}, {', '.join(costs)}"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}<br>{escape(repr(inspect(self)))}</pre>"
+
+
+COSTS = {"parameters": "parameters", "macs": "MACs per image"}
+
+
+def load(name: str | Path, device: str = "auto") -> Model:
+    """A trained model with its averaged weights. No code of a file is run. UserError if there is no such model.
+
+    Args:
+        name: a shipped model, a run, a folder that `export` wrote or of diffusers' DiT, a file of the official DiT or
+            SiT, or a repository USER/NAME of the Hub.
+
+    >>> dd.load("emoji").classes[:2]
+    ('activities', 'animals')
+    """
+    text, kept = str(name), None
+    folder = fetch_repo(text) if is_repo_id(text) else find_run(text)
+    if not folder.exists():
+        hint = did_you_mean(text, pretrained_models())
+        raise UserError(f"no model, run, export, file or Hub id (USER/NAME) {truncate(text, 60)!r}{hint}")
+    if not (folder / "config.yaml").is_file():
+        from dit_in_dit.interop import import_pipeline, import_run
+
+        kept, source = TemporaryDirectory(), folder
+        folder = Path(kept.name, source.resolve().stem)
+        own = import_pipeline.is_pipeline(source)
+        (import_pipeline.import_pipeline if own else import_run.import_run)(source, folder)
+    saved = Checkpoint.open(folder)
+    return Model(saved.model(pick_device(device)), saved.config, saved.classes, folder, saved.step, kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
+import layouts
 from conftest import small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
@@ -167,7 +169,7 @@ def latents(folder: Path, images: int = 20) -> Path:
 
 
 def places(folder: Path, root: Path) -> dict[str, str]:
-    """A `data.source` of every kind; all but the last four hold the images of `folder`."""
+    """A `data.source` of every kind; the first five hold the images of `folder`."""
     shutil.make_archive(str(root / "set"), "zip", folder)
     paths = sorted(folder.rglob("*.png"))
     with tarfile.open(root / "set.tar", "w") as tar:
@@ -179,12 +181,19 @@ def places(folder: Path, root: Path) -> dict[str, str]:
     rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     datasets.Dataset.from_dict({"image": rows, "label": labels}, features).to_parquet(root / "set.parquet")
+    drawn = np.random.default_rng(1).normal(size=(2, 40, 4, 8, 8)).astype(np.float32)
+    classes = [number % 2 for number in range(40)]
+    layouts.write_fast_dit(root / "fast", drawn[0], classes)
+    layouts.write_edm2(root / "edm2", np.abs(np.concatenate([*drawn], 1)), classes)
+    layouts.write_lightning(root / "lightning", drawn[0], drawn[1], classes)
+    layouts.write_idx(root / "idx", "train", layouts.pixels(40, 28)[..., 0], classes)
     np.save(root / "floats.npy", np.random.default_rng(0).normal(size=(40, 4, 8, 8)).astype(np.float32))
     return {
         "folder": str(folder), ".zip": f"{root}/set.zip", "tar shards": f"{root}/set.tar",
         "arrays": f"{root}/set.npz", "hf": f"hf:{root}/set.parquet",
         "float arrays": f"{root}/floats.npy", "latents": str(latents(root / "latents")),
-        "mosaic": "mosaic", "own": "dots:",
+        "fast-dit latents": f"{root}/fast", "edm2 latents": f"{root}/edm2", "lightning latents": f"{root}/lightning",
+        "idx": f"{root}/idx", "mosaic": "mosaic", "own": "dots:",
     }  # fmt: skip
 
 
@@ -203,23 +212,25 @@ def test_data_shows_every_kind_of_source(tmp_path, capsys, monkeypatch):
         assert Image.open(out / "data.png").size > (64, 64), kind
         assert "preset" in said, kind
         if kind in ("folder", ".zip", "tar shards", "arrays", "hf"):
-            size = "28x20" if kind == "arrays" else "[32, 32]"
-            assert size.replace("x", ", ") in said or size in said, kind
+            assert ("[28, 20]" if kind == "arrays" else "[32, 32]") in said, kind
             assert f"{place.removeprefix('hf:').removeprefix(str(tmp_path))}: 3 classes, 28x20" in said, kind
             assert (out / "nearest.png").exists(), kind
-            assert "0 of 12 held-out" in said or "held-out images equal" in said, kind
+            assert "copies: 0 of " in said, kind
         if "latents" in kind or "float" in kind:
             assert "dit-in-dit-s2" in said, kind
             assert "[8, 8]" in said, kind
-    assert SOURCES.keys() - {"emoji"} == {
-        "image files",
-        "tar shards",
-        "arrays",
-        "hf",
-        "latents folder",
-        "mosaic",
-        "dots",
-    }
+            flips = kind in ("latents", "lightning latents")
+            assert f"data.flip {flips} {'' if flips else 'no '}mirror images are stored" in " ".join(said.split()), kind
+            if kind != "float arrays":
+                assert "2 classes, 8x8" in said, kind
+                assert len(re.findall(r"^  (?:left|right|0|1) +\d", said, re.MULTILINE)) == 2, kind
+        if kind == "idx":
+            assert "[28, 28]" in said
+            assert "model.patch_size 7 " in " ".join(said.split())
+            assert "model.channels 1 " in " ".join(said.split())
+    latent_kinds = {"latents folder", "fast-dit features", "edm2 latents", "lightningdit latents"}
+    other_kinds = {"image files", "tar shards", "arrays", "hf", "mosaic", "dots", "emoji"}
+    assert SOURCES.keys() == latent_kinds | other_kinds  # a new kind needs a place above
 
 
 def test_copies_and_near_pairs_across_the_split_are_found_by_name(tmp_path, capsys):

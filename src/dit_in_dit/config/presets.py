@@ -125,7 +125,8 @@ _EMOJI_DIT = replace(
 
 def _own(side: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int], **train: Any) -> list[RunConfig]:
     """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs; for each: outer blocks and width."""
-    how = replace(TrainConfig(20_000, 64, learning_rate=1.5e-3, warmup=500, schedule="cosine", ema=0.9995), **train)
+    recipe = {"steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-3, "warmup": 500, "ema": 0.9995, **train}
+    how = TrainConfig(schedule="cosine", **recipe)
     diffusion = replace(_EMOJI.diffusion, time_mean=time_mean)  # more noise for larger images; JiT at 256x256: 0.8
     base = replace(_EMOJI.model, image_size=(side, side), patch_size=side // 8)
     models = [

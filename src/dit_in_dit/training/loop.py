@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import copy
@@ -96,6 +97,7 @@ class Run(Generator[Event, None, None]):
         if isinstance(self.data, str) and not self.resume:
             self.config = replace(self.config, data=replace(self.config.data, source=self.data))
         self._events = copy(self)._train()  # of a copy: without a cycle, an abandoned run frees its lock at once
+        weakref.finalize(self, self._events.close)  # also when Python ends, while the modules still work
 
     def send(self, value: None) -> Event:
         """The next event, after the callbacks."""

@@ -88,7 +88,7 @@ class ArraySource(SplitSource):
     @classmethod
     def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
         """The shape of every image."""
-        images, _ = load_arrays(Path(data.source))
+        images, _ = load_arrays(Path(data.source), split=data.split)
         if images.ndim != 4:
             raise UserError(f"images in {data.source} must have four axes: got ({_commas(images.shape)})")
         first, second, third = images.shape[1:]

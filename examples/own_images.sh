@@ -8,7 +8,7 @@ steps=${2:+--set train.steps=$2}
 
 dit-in-dit data "$images" --out looked  # classes, sizes, copies; data.png shows eight images of each class
 dit-in-dit train --data "$images" --out runs/mine $steps
-dit-in-dit train --data "$images" --out runs/idea $steps --set model.inner.aggregate=attention  # the idea
+dit-in-dit train --data "$images" --out runs/idea $steps --set model.inner.mixer=window  # the idea
 for run in mine idea; do
   dit-in-dit sample "runs/$run" --num 16 --out "samples/$run" --film "samples/$run.webp"
   dit-in-dit evaluate "runs/$run" --num 64

@@ -169,6 +169,26 @@ def test_long_programs_print_as_one_line():
     assert from_yaml(to_yaml(config, meanings=True)) == config
 
 
+@pytest.mark.parametrize(
+    ("stages", "key", "unused"),
+    [
+        ("outer*3 inner*3", "aggregate=attention", True),
+        ("outer*3 inner*3", "spread=add", False),
+        ("inner*2 outer*3", "spread=add", False),
+        ("inner*2 outer*3", "spread=interpolate", True),
+        ("inner*2 outer*3", "aggregate=mean", False),
+        ("inner outer inner", "aggregate=concat", False),
+        ("inner outer inner", "spread=interpolate", False),
+        ("outer*3", "aggregate=attention", False),
+    ],
+)
+def test_a_choice_that_no_stage_uses_gives_a_warning(stages, key, unused, recwarn):
+    override(presets.get("emoji"), [f"model.stages={stages}", f"model.inner.{key}"])
+    assert [f"model.inner.{key.split('=')[0]} has no effect" in str(each.message) for each in recwarn] == [
+        True
+    ] * unused
+
+
 def test_overrides_apply_together():
     config = override(
         presets.get("dit-in-dit-s2"), ["model.depth=null", "model.stages=outer*3 inner", "train.steps=1e3"]

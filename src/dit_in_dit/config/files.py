@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dit_in_dit.config.errors import UserError, did_you_mean, truncate
-from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.errors import LeftOutWarning, UserError, did_you_mean, truncate
+from dit_in_dit.config.program import format_stages, unused_choices
+from dit_in_dit.config.run import InnerConfig, RunConfig
 from dit_in_dit.config.schema import PluginKeys, Section, keys, to_dict, to_hash
 from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
@@ -85,7 +87,10 @@ def parse_assignment(assignment: str) -> tuple[str, Any]:
 
 
 def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The config with new values at dotted keys, checked after all are set. Raises UserError."""
+    """The config with new values at dotted keys, checked after all are set. Raises UserError.
+
+    A choice that the config's stages do not use gives a LeftOutWarning.
+    """
     values, known = to_dict(config), [*RunConfig.names(), *PluginKeys.names()]
     for name, other in (("train.steps", "epochs"), ("train.epochs", "steps")):
         if name in changes:
@@ -102,7 +107,12 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
                     f"{name}: {group} is set to {truncate(target, 40)!r} and has a key below it: leave out one"
                 )
         target[last] = value
-    return RunConfig.from_dict(values)
+    config = RunConfig.from_dict(values)
+    for choice, reason in unused_choices(config.model.program).items():
+        if changes.get(name := f"model.inner.{choice}", usual := getattr(InnerConfig, choice)) != usual:
+            stages = truncate(format_stages(config.model.program), 40)
+            warnings.warn(f"{name} has no effect: {reason} in {stages}", LeftOutWarning, stacklevel=3)
+    return config
 
 
 HASH_VERSION = 2  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,9 @@ class Trainer:
             shard(self.model)
             shard(self.ema.model)
         elif self.world.size > 1 and self.config.train.reduction == "fast":
-            return DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
+            sync = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
+            return DistributedDataParallel(self.model, **{sync: False}, gradient_as_bucket_view=True)
         return self.model
 
     def _groups(self) -> Groups:

@@ -117,8 +117,9 @@ class Trainer:
             shard(self.ema.model)
         elif self.world.size > 1 and self.config.train.reduction == "fast":
             known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
-            sync = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
-            return DistributedDataParallel(self.model, **{sync: False}, gradient_as_bucket_view=True)
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+            return DistributedDataParallel(self.model, **options)
         return self.model
 
     def _groups(self) -> Groups:

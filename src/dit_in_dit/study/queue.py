@@ -152,18 +152,13 @@ class Queue:
                 suggest_changes(self.plan.study, self.study, trial)
                 if "key" not in trial.user_attrs:
                     trial.set_user_attr("key", f"t{trial.number:04d}")
-            key = trial.user_attrs.get("key")
-            if key is not None and self._is_first(key, trial.number):
+            key: str = trial.user_attrs.get("key", "")
+            surplus = not key or (self.plan.study.search and key not in self._searched()[: self.total])
+            if not surplus and self.keys()[key].number == trial.number:
                 self._own = Lease(key, trial, losses=self._losses(key))
                 return self._own
             trial.set_user_attr(OUTCOME, "surplus")
             self.study.tell(trial, state=self.states.FAIL)
-
-    def _is_first(self, key: str, number: int) -> bool:
-        """Whether this try is the one that counts for its key, and the key is within the study's number of trials."""
-        if self.plan.study.search and key not in self._searched()[: self.total]:
-            return False
-        return self.keys()[key].number == number
 
     def _searched(self) -> list[str]:
         """The keys of the search's trials so far, in order."""
@@ -221,7 +216,10 @@ class Queue:
             done.set()
             thread.join()
             self._own = None
-            self._give_back(lease)
+            with suppress(*self.errors, StorageAwayError), self.storage.at_once():
+                # an error is harmless: the trial has ended, or its lease will expire
+                lease.trial.set_user_attr(OUTCOME, "given back")
+                self._end(lease.trial.number, self.states.FAIL)
 
     def _beats(self, lease: Lease, done: threading.Event) -> None:
         number, answered = 0, time.monotonic()
@@ -238,14 +236,6 @@ class Queue:
                     lease.lost.set()
             if done.wait(self.lease / BEATS):
                 return
-
-    def _give_back(self, lease: Lease) -> None:
-        with (
-            suppress(*self.errors, StorageAwayError),
-            self.storage.at_once(),
-        ):  # an error is harmless: the trial has ended, or its lease will expire
-            lease.trial.set_user_attr(OUTCOME, "given back")
-            self._end(lease.trial.number, self.states.FAIL)
 
     def _end(self, number: int, state: Any, value: float | None = None) -> bool:
         """Record how a trial ended. Returns False if a different end was recorded before."""

@@ -179,13 +179,10 @@ class LevelRecorder:
         measures = measure_attention(q[0], k[0], self.tokens, matrices=is_kept and self.level.matrices)
         self.average[time, layer] += measures.average / self.shape[0]
         self.squares[layer] += measures.squares / (self.shape[0] * self.shape[1])
-
-        def reduced(values: Array) -> Array:
-            if not is_kept:
-                return NOTHING
-            return values if self.level.heads or not values.size else values.mean(0, keepdims=True)
-
-        arrays = {name: reduced(getattr(measures, name)) for name in ("received", "inside", "reach")}
+        arrays = {}
+        for name in ("received", "inside", "reach"):
+            values = getattr(measures, name) if is_kept else NOTHING
+            arrays[name] = values if self.level.heads or not values.size else values.mean(0, keepdims=True)
         self.measures[image, time, layer] = replace(measures, average=NOTHING, squares=NOTHING, **arrays)
 
     def result(self) -> LevelAttention:

@@ -118,16 +118,13 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
     if not study.done:
         return [Text("No trial is done yet.")]
     blocks: list[DocumentPart] = []
-    measured = study.primary in study.ranked
-    if study.compared and measured:
-        path = out / "figures" / "differences.png"
-        figures.draw_forest(study, path)
-        blocks += [Picture(path, f"Differences by the primary metric, {study.primary}."), tables.primary(study)]
+    if study.compared and study.primary in study.ranked:
+        caption = f"Differences by the primary metric, {study.primary}."
+        blocks.append(figures.save_picture(out, "differences", figures.draw_forest(study), caption))
+        blocks.append(tables.primary(study))
     blocks += tables.means_table(study)
     if study.compared and study.ranked:
-        path = out / "figures" / "metrics.png"
-        figures.draw_matrix(study, path)
-        blocks += [Picture(path, MATRIX)]
+        blocks.append(figures.save_picture(out, "metrics", figures.draw_matrix(study), MATRIX))
         blocks += tables.differences(study)
     if len(study.compared) > len(study.drawn):
         blocks.append(Text(f"Pictures show the first {len(study.drawn)} of {len(study.compared)} arms; tables, all."))
@@ -137,9 +134,7 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
 def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
     if study.primary not in study.ranked:
         return []
-    path = out / "figures" / "cost.png"
-    figures.draw_pareto(study, path)
-    return [Picture(path, f"{study.primary} against what it costs.")]
+    return [figures.save_picture(out, "cost", figures.draw_pareto(study), f"{study.primary} against what it costs.")]
 
 
 def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -152,10 +147,8 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
         drawn = [path for pair in zip(groups, folders, strict=True) for path in plots.draw_curves(*pair)]
     except UserError as error:  # held-out errors of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
-    first: list[DocumentPart] = []
-    against = out / "figures" / "relative.png"
-    if relative_error.draw_relative(study, against):
-        first.append(Picture(against, RELATIVE))
+    relative = relative_error.draw_relative(study)
+    first = [figures.save_picture(out, "relative", relative, RELATIVE)] if relative else []
     clock = f" Time is of the machine that trained; {tables.BESIDE}."
     order = sorted(drawn, key=lambda path: (list(CURVES).index(path.stem), path))
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
@@ -187,13 +180,12 @@ def _convergence(study: StudyResults) -> list[DocumentPart]:
 
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
-    rows = {}
-    for (arm, _), folder in study.folders.items():  # of the first seed with samples
-        if arm not in rows and (folder / "drawn.npz").exists():
-            rows[arm] = folder / "drawn.npz"
+    rows: dict[str, Path] = {}
+    for (arm, _), folder in study.folders.items():
+        if (folder / "drawn.npz").exists():
+            rows.setdefault(arm, folder / "drawn.npz")
     if not rows:
         return []
-    path = out / "figures" / "samples.png"
-    order = {arm.name: rows[arm.name] for arm in study.shown if arm.name in rows}
-    figures.draw_samples(order, path)
-    return [Picture(path, "First seed of each arm: below each other, images of the same noise and class.")]
+    drawn = figures.draw_samples({arm.name: rows[arm.name] for arm in study.shown if arm.name in rows})
+    caption = "First seed of each arm: below each other, images of the same noise and class."
+    return [figures.save_picture(out, "samples", drawn, caption)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +80,13 @@ def draw_forest(study: StudyResults) -> bytes:
 def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
     """The axis limit. It covers all means and 95% intervals, and wide intervals up to 8 times the largest mean."""
 
-    def reach(ends: Iterable[tuple[float | None, float]]) -> float:
-        return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
+    def reach(*ends: str) -> float:
+        values = np.array([[getattr(change, end) for end in ends] for change in changes], float)  # None: NaN
+        sizes = np.abs(values) * np.array(units)[:, None]
+        return float(sizes.max(initial=0.0, where=np.isfinite(sizes)))
 
-    pairs = list(zip(changes, units, strict=True))
-    means = reach((f.mean, unit) for f, unit in pairs)
-    alone = reach((end, unit) for f, unit in pairs for end in (f.low, f.high))
-    wide = reach((end, unit) for f, unit in pairs for end in (f.wide_low, f.wide_high))
-    return 1.1 * max(means, alone, min(wide, 8 * means)) or 1.0
+    mean = reach("mean")
+    return 1.1 * max(mean, reach("low", "high"), min(reach("wide_low", "wide_high"), 8 * mean)) or 1.0
 
 
 def _draw_row(axis: Any, at: float, change: Difference, unit: float, edge: float, colour: str) -> None:
@@ -141,17 +140,17 @@ def draw_matrix(study: StudyResults) -> bytes:
 def draw_pareto(study: StudyResults) -> bytes:
     """Plot the primary metric and its intervals, once against MACs and once against step time."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
-    panels: list[tuple[str, list[float | None]]] = [
-        ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
-    ]
+    panels: dict[str, list[float | None]] = {
+        "million MACs per image (forward)": [arm.cost["macs"] / 1e6 for arm in arms]
+    }
+    spent = [training_seconds(study, arm.name) for arm in arms]
     if all("time" in arm.cost for arm in arms):
-        panels.append(
-            ("milliseconds of a training step, as measured when planned", [1e3 * arm.cost["time"] for arm in arms])
-        )
-    elif any(training_seconds(study, arm.name) is not None for arm in arms):
-        panels.append((f"training, seconds ({BESIDE})", [training_seconds(study, arm.name) for arm in arms]))
+        step_time = "milliseconds of a training step, as measured when planned"
+        panels[step_time] = [1e3 * arm.cost["time"] for arm in arms]
+    elif any(seconds is not None for seconds in spent):
+        panels[f"training, seconds ({BESIDE})"] = spent
     page, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
-    for axis, (name, costs) in zip(axes[0], panels, strict=True):
+    for axis, (name, costs) in zip(axes[0], panels.items(), strict=True):
         known = [x for x in costs if x]
         wide = bool(known) and max(known) > 3 * min(known)
         if wide:

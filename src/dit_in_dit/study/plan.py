@@ -234,11 +234,9 @@ def read_plan(out: Path) -> Plan:
     """
     path = out / "plan.json"
     try:
-        text = path.read_text()
+        return Plan.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{out} is not a study's folder: {error}") from None
-    try:
-        return Plan.from_json(text)
     except UserError as error:
         manifests = (newest_manifest(run) for run in sorted(out.glob("runs/*")))
         if missing := next(filter(None, map(missing_plugins, manifests)), ""):

@@ -8,18 +8,8 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves import plots
 from dit_in_dit.curves.arms import RunGroup
-from dit_in_dit.reporting.document import (
-    Bullets,
-    Chapter,
-    DocumentPart,
-    Picture,
-    Text,
-    Verbatim,
-    latex_table,
-    markdown_table,
-    to_html,
-    to_markdown,
-)
+from dit_in_dit.reporting import document
+from dit_in_dit.reporting.document import Bullets, Chapter, DocumentPart, Picture, Text, Verbatim
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import exports, figures, relative_error, search, tables
@@ -78,7 +68,10 @@ def write_report(out: Path) -> StudyReport:
         chapters = _chapters(study, out)
         heads, rows, caption = exports.paper_table(study)
         numbers, curve_numbers = exports.results_csv(study), exports.held_out_curves(study)
-    pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
+    pasted = {
+        "table.md": document.markdown_table(heads, rows) + "\n",
+        "table.tex": document.latex_table(heads, rows, caption),
+    }
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),
         Verbatim("LaTeX, with booktabs and graphicx", pasted["table.tex"]),
@@ -86,8 +79,8 @@ def write_report(out: Path) -> StudyReport:
     whole = [Chapter("In short", [Bullets(summary)]), *chapters, Chapter("Tables to paste", to_paste)]
     title, lead = f"Study: {plan.name}", plan.study.question
     written = {
-        "report.html": (to_html(title, lead, whole), "the report, one page that needs no network"),
-        "report.md": (to_markdown(title, lead, whole, out), "the same as Markdown, with figures/"),
+        "report.html": (document.to_html(title, lead, whole), "the report, one page that needs no network"),
+        "report.md": (document.to_markdown(title, lead, whole, out), "the same as Markdown, with figures/"),
         "results.csv": (numbers, "every number of every trial"),
         "table.md": (pasted["table.md"], "a table to paste"),
         "table.tex": (pasted["table.tex"], "the same for LaTeX"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,8 @@ SHOWN = 6  # best trials whose samples are shown
 def summarise_search(searched: SearchResults) -> list[str]:
     """Sentences about the number of trials, the best trial, and how much a search can claim."""
     study = searched.plan.study
-    states = {
-        name: sum(_state(t) == name for t in searched.trials) for name in ("done", "pruned", "failed", "not done")
-    }
-    counted = ", ".join(f"{amount} {state}" for state, amount in states.items() if amount)
+    states = Counter(map(_state, searched.trials))
+    counted = ", ".join(f"{states[s]} {s}" for s in ("done", "pruned", "failed", "not done") if states[s])
     sentences = [f"Tried: {len(searched.trials)} of {study.trials} configs ({counted or 'none'})."]
     if not searched.ranked:
         return [*sentences, f"No trial has ended with the primary metric {study.primary}: nothing can be said yet."]
@@ -77,11 +76,11 @@ def _keys(searched: SearchResults) -> list[str]:
 
 def _rows(searched: SearchResults) -> list[tuple[SearchTrial, list[str]]]:
     """Every trial and its table cells. The best trial comes first; trials without a finite metric come last."""
-    ranked, rows = searched.ranked, []
+    ranked, keys, rows = searched.ranked, _keys(searched), []
     known = {trial.number for trial in ranked}
     for trial in [*ranked, *(trial for trial in searched.trials if trial.number not in known)]:
         value = searched.value(trial)
-        changes = [str(trial.changes.get(name, "-")) for name in _keys(searched)]
+        changes = [str(trial.changes.get(name, "-")) for name in keys]
         shown = formatting.number(value) if math.isfinite(value) else "-"
         rows.append((trial, [str(trial.number), *changes, formatting.number(_macs(trial)), shown]))
     return rows

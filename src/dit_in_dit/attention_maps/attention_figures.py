@@ -89,11 +89,8 @@ def draw_outer(maps: Maps) -> Figure:
     (h, w), side, has_reach = model.grid, model.patch_size, bool(level.reach.size)
     layers = evenly_spaced(len(level.plan.layers), panels.MOST_ROWS)
     columns = evenly_spaced(len(plan.times), panels.MOST_COLUMNS)
-    title = (
-        "Where the middle patch looks at the outer level, mean over heads"
-        if has_reach
-        else "What outer attention looks at, mean over heads and patches"
-    )
+    looks = "Where the middle patch looks at the outer level, mean over heads"
+    title = looks if has_reach else "What outer attention looks at, mean over heads and patches"
     fig, axes = panels.grid(len(layers), len(columns) + 1, title, model=model)
     values = level.reach[0, :, :, :, h // 2 * w + w // 2].mean(2) if has_reach else level.received[0].mean(2)
     shown = values[columns][:, layers].swapaxes(0, 1).reshape(len(layers), len(columns), h, w)

@@ -127,10 +127,8 @@ def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: i
     for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):
         if len(kept) < all_:
             sentences.append(f"{len(kept)} of {all_} {name} are shown.")
-    for name, level, heads in (
-        ("inner", plan.inner, model.inner.num_heads),
-        ("outer", plan.outer, model.outer.num_heads),
-    ):
+    for name, level in (("inner", plan.inner), ("outer", plan.outer)):
+        heads = getattr(model, name).num_heads
         if not level.layers:
             continue
         if len(level.layers) < model.blocks(name):

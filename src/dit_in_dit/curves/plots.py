@@ -18,7 +18,6 @@ from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -151,16 +150,15 @@ def _log_scale(axes: Axes) -> None:
 
 def _finish(page: Figure, title: str, *, log: bool = True) -> Figure:
     """Add a title, one legend for all axes and, with `log`, logarithmic scales."""
-    shown: dict[str, Artist] = {}
+    shown: dict[str, Any] = {}
     for axes in page.axes:
         if log and axes.get_visible():
             _log_scale(axes)
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, line)
-    bands = (
-        "; band: range of the seeds, as far as all of them got" if any(axes.collections for axes in page.axes) else ""
-    )
-    page.suptitle(title + bands, fontsize=10)
+    if any(axes.collections for axes in page.axes):
+        title += "; band: range of the seeds, as far as all of them got"
+    page.suptitle(title, fontsize=10)
     page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # else the legend shrinks the axes
     page.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False)
     return page
@@ -171,12 +169,10 @@ def draw_loss(compared: Sequence[RunGroup]) -> Figure:
     page, axes = figure(1, len(acrosses))
     _lines(axes[0], compared, acrosses, [_binned(arm, window, lambda curve: curve.loss) for arm in compared])
     axes[0, 0].set_ylabel("training loss")
-    unlike = (
-        "; NOT comparable between arms: losses of different quantities"
-        if unlike_losses([arm.curves[0] for arm in compared])
-        else ""
-    )
-    return _finish(page, f"training loss, {_smoothed(window)}{unlike}")
+    title = f"training loss, {_smoothed(window)}"
+    if unlike_losses([arm.curves[0] for arm in compared]):
+        title += "; NOT comparable between arms: losses of different quantities"
+    return _finish(page, title)
 
 
 def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:

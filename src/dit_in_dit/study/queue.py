@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.study.plan import Plan
-from dit_in_dit.study.sampler import suggest_changes
+from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.storage import StorageAwayError, open_storage
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ class Queue:
                 return None
             trial = self.study.ask()
             if self.plan.study.search:
-                suggest_changes(self.plan.study, self.study, trial)
+                _suggest_changes(self.plan.study, self.study, trial)
                 if "key" not in trial.user_attrs:
                     trial.set_user_attr("key", f"t{trial.number:04d}")
             key: str = trial.user_attrs.get("key", "")
@@ -273,3 +272,22 @@ class Queue:
         ends = {"done": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
         if not self._end(lease.trial.number, ends[state], value if state == "done" else None):
             raise LeaseLostError(lease.key)
+
+
+def _suggest_changes(study: StudyConfig, trials: optuna.Study, trial: optuna.Trial) -> None:
+    """Let Optuna's TPE sampler (Bergstra et al., 2011) choose a trial's keys; choices of an earlier try are kept.
+
+    The trial's number seeds the sampler. If a sampler kept its state instead, it would make the same choices in every
+    worker, and would repeat its choices when the study is resumed.
+    """
+    from optuna.samplers import TPESampler
+
+    trials.sampler = TPESampler(seed=(study.seeds[0] + trial.number) % 2**32, constant_liar=True)
+    for name, values in study.search.items():
+        if isinstance(values, list):
+            trial.suggest_categorical(name, values)
+            continue
+        spacing = {option: values[option] for option in ("step", "log") if option in values}
+        whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+        suggest = trial.suggest_int if whole else trial.suggest_float
+        suggest(name, values["low"], values["high"], **spacing)

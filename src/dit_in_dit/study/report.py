@@ -94,11 +94,14 @@ def write_report(out: Path) -> StudyReport:
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
+    caption = f"{study.primary} against what it costs."
+    has_primary = study.primary in study.ranked
+    against_cost = [figures.save_picture(out, "cost", figures.draw_pareto(study), caption)] if has_primary else []
     chapters = [
         Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
-        Chapter("Error against cost", _cost(study, out)),
+        Chapter("Error against cost", against_cost),
         Chapter("Curves", _curves(study, out)),
         Chapter("Convergence and stability", _convergence(study)),
         Chapter("Samples", _samples(study, out)),
@@ -122,12 +125,6 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
     if len(study.compared) > len(study.drawn):
         blocks.append(Text(f"Pictures show the first {len(study.drawn)} of {len(study.compared)} arms; tables, all."))
     return [*blocks, Bullets(explain_directions(name for names in study.metrics.values() for name in names))]
-
-
-def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
-    if study.primary not in study.ranked:
-        return []
-    return [figures.save_picture(out, "cost", figures.draw_pareto(study), f"{study.primary} against what it costs.")]
 
 
 def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:

@@ -99,9 +99,8 @@ def _heads(searched: SearchResults) -> list[str]:
 def _table(searched: SearchResults) -> Table:
     rows: list[list[str | Cell]] = []
     for trial, cells in _rows(searched):
-        step = f"at step {trial.result.step}" if trial.result else ""
-        reason = trial.result.reason if trial.result and trial.result.reason else step
-        state = _state(trial)
+        state, result = _state(trial), trial.result
+        reason = result.reason or f"at step {result.step}" if result else ""
         stages = format_stages(trial.config.model.program) if trial.config else "-"
         rows.append([*cells, stages, state, "" if state == "done" else Cell(reason, "soft")])
     heads = [*_heads(searched), "stages", "state", "reason"]

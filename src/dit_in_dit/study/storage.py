@@ -5,6 +5,7 @@ The URL of a database may hold a password, which no message shows.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
@@ -20,8 +21,6 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import lock
 
 if TYPE_CHECKING:
-    import io
-
     import sqlalchemy
 
 PAUSES = (0.1, 2.0)  # first and longest wait before a call is repeated, seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy as np
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import DEFINITIONS, stability, steps_to_reach
-from dit_in_dit.curves.logs import Curve
 from dit_in_dit.metrics.metric import TITLES, direction
 from dit_in_dit.reporting.document import Cell, Table, Tone
 from dit_in_dit.study import formatting
@@ -187,21 +186,18 @@ def convergence(study: StudyResults) -> list[Table]:
 
 def stability_table(study: StudyResults) -> Table:
     """Skipped steps, spikes and gradient norms of every arm, over all seeds of the arm together."""
-    rows = [[arm.name, str(len(arm.curves)), *_stability(arm.curves)] for arm in study.arms_of_curves()]
+    counts, rows = ("steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes"), []
+    for arm in study.arms_of_curves():
+        runs = [stability(curve) for curve in arm.curves]
+        sums = [f"{sum(getattr(run, count) for run in runs):,d}" for count in counts]
+        largest = max((run.largest_gradient for run in runs if run.largest_gradient is not None), default=None)
+        clipped = [run.clipped for run in runs if run.clipped is not None]
+        share = f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"
+        rows.append([arm.name, str(len(runs)), *sums, formatting.number(largest), share])
     heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]
     heads += ["largest gradient norm", "clipped"]
-    kinds = ("skipped", "non_finite", "loss_spikes", "gradient_spikes", "clipped")
-    note = "; ".join(f"{kind.replace('_', ' ')}: {DEFINITIONS[kind]}" for kind in kinds)
+    note = "; ".join(f"{kind.replace('_', ' ')}: {DEFINITIONS[kind]}" for kind in (*counts[1:], "clipped"))
     return Table(heads, rows, "Stability, all seeds of an arm together", f"{note}.")
-
-
-def _stability(curves: Sequence[Curve]) -> list[str]:
-    runs = [stability(curve) for curve in curves]
-    counts = ("steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
-    sums = [f"{sum(getattr(run, count) for run in runs):,d}" for count in counts]
-    largest = max((run.largest_gradient for run in runs if run.largest_gradient is not None), default=None)
-    clipped = [run.clipped for run in runs if run.clipped is not None]
-    return [*sums, formatting.number(largest), f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"]
 
 
 def missing_trials(study: StudyResults) -> Table:

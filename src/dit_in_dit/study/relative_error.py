@@ -38,7 +38,7 @@ def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats,
 def draw_relative(study: StudyResults) -> bytes | None:
     """Plot each arm's error relative to the arm it is compared with: a panel for each arm, a line for each seed.
 
-    The error is the primary metric if that is a held-out error. None if no held-out error was logged.
+    The error is the primary metric or, if that is no held-out error, the first that was logged; None without any.
     """
     at = _time_and_band(study)
     panels = []

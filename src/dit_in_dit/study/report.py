@@ -173,7 +173,7 @@ def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
     rows: dict[str, Path] = {}
     for (arm, _), folder in study.folders.items():
         if (folder / "drawn.npz").exists():
-            rows.setdefault(arm, folder / "drawn.npz")
+            rows.setdefault(arm, folder / "drawn.npz")  # of the first seed with samples
     if not rows:
         return []
     drawn = figures.draw_samples({arm.name: rows[arm.name] for arm in study.shown if arm.name in rows})

@@ -31,54 +31,6 @@ NOTHING = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
-class LevelAttention:
-    """The attention of one level.
-
-    Attributes:
-        blocks: names of the level's blocks.
-        entropy: entropy of a query's weights / log(L), mean over the queries of a patch, (N, K, layers, heads, T).
-            1 is uniform attention, 0 is all weight on one token.
-        own: weight of a query on itself; mean and shape as for entropy.
-        distance: weighted mean distance from a query to its keys, in tokens; mean and shape as for entropy.
-        average: weights among the tokens of one patch, mean over images and patches, (K, layers, heads, S, S).
-        squares: mean square of the weights among the tokens of one patch, over images, patches and times,
-            (layers, heads).
-        plan: layers and heads for which `received`, `inside` and `reach` are kept. Their shape is
-            (images, times, layers, heads or 1, ...), with the images and times of `MapsPlan`.
-        received: sum of the weights that a token receives from all queries, (..., tokens of the image). The mean over
-            tokens is 1.
-        inside: weights among the tokens of each patch, (..., T, S, S); empty if S is 1.
-        reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty if
-            L equals S.
-    """
-
-    blocks: tuple[str, ...]
-    tokens: Tokens
-    entropy: Array
-    own: Array
-    distance: Array
-    average: Array
-    squares: Array
-    plan: LevelPlan
-    received: Array
-    inside: Array
-    reach: Array
-
-    def variance(self) -> dict[str, float]:
-        """Decomposition of the variance of the weights inside a patch, over all layers and heads.
-
-        Returns:
-            Shares that sum to 1, or zeros if all weights are equal. position: variance between pairs of sub-patches.
-            time: between times, for the same pair. content: between patches and images, for the same pair and time.
-        """
-        mean = self.average.mean(0)  # layers heads S S
-        total = (self.squares - mean.mean((-2, -1)) ** 2).sum()
-        position, time = mean.var((-2, -1)).sum(), self.average.var(0).mean((-2, -1)).sum()
-        parts = {"position": position, "time": time, "content": total - position - time}
-        return {name: float(part / max(total, 1e-12)) for name, part in parts.items()}
-
-
-@dataclass(frozen=True)
 class AttentionMeasures:
     """The measures of `LevelAttention` for one block and one image.
 
@@ -94,6 +46,46 @@ class AttentionMeasures:
     squares: Array
     inside: Array
     reach: Array
+
+
+@dataclass(frozen=True)
+class LevelAttention(AttentionMeasures):
+    """The attention of one level.
+
+    Attributes:
+        entropy: entropy of a query's weights / log(L), mean over the queries of a patch, (N, K, layers, heads, T).
+            1 is uniform attention, 0 is all weight on one token.
+        own: weight of a query on itself; mean and shape as for entropy.
+        distance: weighted mean distance from a query to its keys, in tokens; mean and shape as for entropy.
+        received: sum of the weights that a token receives from all queries, (..., tokens of the image). The mean over
+            tokens is 1.
+        average: weights among the tokens of one patch, mean over images and patches, (K, layers, heads, S, S).
+        squares: mean square of the weights among the tokens of one patch, over images, patches and times,
+            (layers, heads).
+        inside: weights among the tokens of each patch, (..., T, S, S); empty if S is 1.
+        reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty if
+            L equals S.
+        blocks: names of the level's blocks.
+        plan: layers and heads for which `received`, `inside` and `reach` are kept. Their shape is
+            (images, times, layers, heads or 1, ...), with the images and times of `MapsPlan`.
+    """
+
+    blocks: tuple[str, ...]
+    tokens: Tokens
+    plan: LevelPlan
+
+    def variance(self) -> dict[str, float]:
+        """Decomposition of the variance of the weights inside a patch, over all layers and heads.
+
+        Returns:
+            Shares that sum to 1, or zeros if all weights are equal. position: variance between pairs of sub-patches.
+            time: between times, for the same pair. content: between patches and images, for the same pair and time.
+        """
+        mean = self.average.mean(0)  # layers heads S S
+        total = (self.squares - mean.mean((-2, -1)) ** 2).sum()
+        position, time = mean.var((-2, -1)).sum(), self.average.var(0).mean((-2, -1)).sum()
+        parts = {"position": position, "time": time, "content": total - position - time}
+        return {name: float(part / max(total, 1e-12)) for name, part in parts.items()}
 
 
 def measure_attention(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = True) -> AttentionMeasures:
@@ -179,13 +171,10 @@ class LevelRecorder:
         measures = measure_attention(q[0], k[0], self.tokens, matrices=is_kept and self.level.matrices)
         self.average[time, layer] += measures.average / self.shape[0]
         self.squares[layer] += measures.squares / (self.shape[0] * self.shape[1])
-
-        def reduced(values: Array) -> Array:
-            if not is_kept:
-                return NOTHING
-            return values if self.level.heads or not values.size else values.mean(0, keepdims=True)
-
-        arrays = {name: reduced(getattr(measures, name)) for name in ("received", "inside", "reach")}
+        arrays = {}
+        for name in ("received", "inside", "reach"):
+            values = getattr(measures, name) if is_kept else NOTHING
+            arrays[name] = values if self.level.heads or not values.size else values.mean(0, keepdims=True)
         self.measures[image, time, layer] = replace(measures, average=NOTHING, squares=NOTHING, **arrays)
 
     def result(self) -> LevelAttention:

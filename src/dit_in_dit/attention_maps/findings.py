@@ -16,12 +16,21 @@ from dit_in_dit.model.mixers import MIXERS
 
 def findings(maps: Maps) -> list[str]:
     """Sentences on attention, variance of inner weights, aggregation, contribution and effect of the inner path."""
-    sentences = _attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)
+    sentences = [_attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)]
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))
-    if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens":
-        sentences += [_aggregation(name, weights.maps, maps) for name, weights in list(maps.aggregation.items())[-1:]]
-    sentences += [_contribution(name, share, maps) for name, share in list(maps.contribution.items())[-1:]]
+    if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens" and maps.aggregation:
+        name, weights = list(maps.aggregation.items())[-1]
+        heaviest = weights.maps.max(-1).mean((0, 2)) * weights.maps.shape[-1]
+        sentences.append(
+            f"In the aggregation ({name}), the largest weight of a sub-patch in its patch is "
+            f"{_ends(heaviest, maps, '.2f', ' times the mean')}."
+        )
+    if maps.contribution:
+        name, share = list(maps.contribution.items())[-1]
+        at_head = name == "inner_head"
+        of = "the pixels that the two heads predict" if at_head else f"a patch token at the fusion ({name})"
+        sentences.append(f"By norm, the inner path's share of {of} is {_ends(share.mean((0, 2)), maps)}.")
     if maps.without is not None:
         sentences.append(_on_off(maps.estimate, maps.without, maps))
     return sentences
@@ -76,19 +85,19 @@ def _list(items: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
-def _attention(name: str, level: LevelAttention, maps: Maps) -> list[str]:
+def _attention(name: str, level: LevelAttention, maps: Maps) -> str:
     entropy, own, distance = (x.mean((0, 2, 3, 4)) for x in (level.entropy, level.own, level.distance))
     token = "sub-patch" if name == "Inner" else "patch"
     length = level.tokens.length
     even = format(1 / length, ".1%" if length < 100 else ".2%")
     if length == 1:
-        return [f"{name} attention: a {token} attends to itself alone."]
-    return [
+        return f"{name} attention: a {token} attends to itself alone."
+    return (
         f"{name} attention has an entropy of {_ends(entropy, maps)}, where 100% is uniform attention to {length} "
         f"{token}es. The weight of a {token} on itself is {_ends(own, maps)} (uniform: {even}). The mean distance to "
         f"what it attends to is {_ends(distance, maps, '.2f', f' {token}es')} (uniform: "
         f"{level.tokens.even_distance:.2f})."
-    ]
+    )
 
 
 def _dependence(level: LevelAttention) -> str:
@@ -102,19 +111,6 @@ def _dependence(level: LevelAttention) -> str:
         f"between patches and images, {parts['position']:.0%} between pairs of positions and {parts['time']:.1%} "
         "between times."
     )
-
-
-def _aggregation(name: str, weights: Array, maps: Maps) -> str:
-    heaviest = weights.max(-1).mean((0, 2)) * weights.shape[-1]
-    return (
-        f"In the aggregation ({name}), the largest weight of a sub-patch in its patch is "
-        f"{_ends(heaviest, maps, '.2f', ' times the mean')}."
-    )
-
-
-def _contribution(name: str, share: Array, maps: Maps) -> str:
-    of = "the pixels that the two heads predict" if name == "inner_head" else f"a patch token at the fusion ({name})"
-    return f"By norm, the inner path's share of {of} is {_ends(share.mean((0, 2)), maps)}."
 
 
 def _on_off(on: Array, off: Array, maps: Maps) -> str:

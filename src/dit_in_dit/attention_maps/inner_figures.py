@@ -6,21 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_in_dit.attention_maps.panels import (
-    MOST_COLUMNS,
-    MOST_ROWS,
-    WEIGHT_COLOURS,
-    colour_bar,
-    evenly_spaced,
-    image_aspect,
-    image_of_patches,
-    overlay,
-    panels,
-    plot_below,
-    set_times,
-    set_title,
-    show_image,
-)
+from dit_in_dit.attention_maps import panels
+from dit_in_dit.attention_maps.panels import evenly_spaced, show_image
 from dit_in_dit.attention_maps.record import Maps
 from dit_in_dit.data.picture import Array
 from dit_in_dit.metrics.pixels import Spectrum
@@ -38,56 +25,49 @@ def draw_aggregation(maps: Maps) -> Figure:
     model = maps.config.model
     name, weights = list(maps.aggregation.items())[-1]
     if AGGREGATORS[model.inner.aggregate].weights_depend_on == "position":  # equal in all patches, images and times
-        fig, axes = panels(1, 1, 3)
-        shown = axes[0, 0].imshow(weights.position[0, 0].reshape(model.sub_grid, -1), WEIGHT_COLOURS)
-        colour_bar(fig, shown, axes, f"weight (starts at {1 / model.sub_patches:.3g})")
-        set_title(fig, f"{name}: learned weights\nof the sub-patch positions")
+        fig, axes = panels.grid(1, 1, f"{name}: learned weights\nof the sub-patch positions", size=3)
+        shown = axes[0, 0].imshow(weights.position[0, 0].reshape(model.sub_grid, -1), panels.WEIGHT_COLOURS)
+        panels.colour_bar(fig, shown, axes, f"weight (starts at {1 / model.sub_patches:.3g})")
         return fig
-    columns = evenly_spaced(len(maps.views.times), MOST_COLUMNS)
-    heads, images = evenly_spaced(weights.position.shape[1], 4), evenly_spaced(len(maps.views.images), MOST_ROWS)
-    fig, axes = panels(len(heads) + len(images), len(columns) + 1, aspect=image_aspect(model))
-    positions, values = weights.position[list(columns)][:, list(heads)], weights.maps[list(images)][:, list(columns)]
+    columns = evenly_spaced(len(maps.views.times), panels.MOST_COLUMNS)
+    heads = evenly_spaced(weights.position.shape[1], 4)
+    images = evenly_spaced(len(maps.views.images), panels.MOST_ROWS)
+    title = f"{name} ({model.inner.aggregate}): what each sub-patch weighs; over images: mean over heads"
+    fig, axes = panels.grid(len(heads) + len(images), len(columns) + 1, title, model=model)
+    positions, values = weights.position[columns][:, heads], weights.maps[images][:, columns]
     limits = {"vmin": positions.min(), "vmax": positions.max()}
     for j, head in enumerate(heads):
         text = f"head {head},\nmean over\npatches"
         axes[j, 0].text(0.5, 0.5, text, ha="center", va="center", transform=axes[j, 0].transAxes)
         for axis, of_position in zip(axes[j, 1:], positions[:, j], strict=True):
-            shown = axis.imshow(of_position.reshape(model.sub_grid, -1), WEIGHT_COLOURS, **limits)
-    colour_bar(fig, shown, axes[: len(heads)], "weight")
-    for n, line, of_image in zip(images, axes[len(heads) :], values, strict=True):
-        show_image(line[0], maps.views.images[n])
-        for axis, of_patches in zip(line[1:], of_image, strict=True):
-            image = image_of_patches(of_patches, model)
-            scale = overlay(axis, image, maps.views.images[n], 0, float(values.max()))
-    colour_bar(fig, scale, axes[len(heads) :], f"weight (all alike: {1 / model.sub_patches:.3g})")
-    set_times(axes[0, 1:], [maps.views.times[k] for k in columns])
-    set_title(fig, f"{name} ({model.inner.aggregate}): what each sub-patch weighs; over images: mean over heads")
+            shown = axis.imshow(of_position.reshape(model.sub_grid, -1), panels.WEIGHT_COLOURS, **limits)
+    panels.colour_bar(fig, shown, axes[: len(heads)], "weight")
+    below, text = axes[len(heads) :], f"weight (all alike: {1 / model.sub_patches:.3g})"
+    arranged = panels.image_of_patches(values, model)
+    panels.overlay_rows(fig, below, maps.views.images[images], arranged, (0, float(values.max())), text)
+    panels.set_times(axes[0, 1:], [maps.views.times[k] for k in columns])
     return fig
 
 
 def draw_contribution(maps: Maps) -> Figure:
     """Plot the inner path's share of every patch: as maps, and as a curve over t."""
-    model = maps.config.model
+    model, times = maps.config.model, maps.views.times
     name, shares = list(maps.contribution.items())[-1]
-    images = evenly_spaced(len(maps.views.images), MOST_ROWS)
-    columns = evenly_spaced(len(maps.views.times), MOST_COLUMNS)
-    fig, axes = panels(len(images) + 2, len(columns) + 1, aspect=image_aspect(model))
-    values = shares[list(images)][:, list(columns)]
+    images = evenly_spaced(len(maps.views.images), panels.MOST_ROWS)
+    columns = evenly_spaced(len(times), panels.MOST_COLUMNS)
+    title = f"The inner path's share of each patch ({name}); curve: mean and middle 80% of the patches"
+    fig, axes = panels.grid(len(images) + 2, len(columns) + 1, title, model=model)
+    values = panels.image_of_patches(shares[images][:, columns, :, None], model)
     limits = float(values.min()), float(values.max()) + 1e-6
-    for n, line, of_image in zip(images, axes, values, strict=False):
-        show_image(line[0], maps.views.images[n])
-        for axis, share in zip(line[1:], of_image, strict=True):
-            scale = overlay(axis, image_of_patches(share, model), maps.views.images[n], *limits)
-    set_times(axes[0, 1:], [maps.views.times[k] for k in columns])
-    colour_bar(fig, scale, axes[: len(images)], "share of the norm")
-    plot = plot_below(fig, axes)
+    panels.overlay_rows(fig, axes[: len(images)], maps.views.images[images], values, limits, "share of the norm")
+    panels.set_times(axes[0, 1:], [times[k] for k in columns])
+    plot = panels.plot_below(fig, axes)
     for (place, share), colour in zip(list(maps.contribution.items())[-len(COLOURS) :], COLOURS, strict=False):
-        plot.plot(maps.views.times, share.mean((0, 2)), color=colour, marker="o", markersize=3, label=place)
+        plot.plot(times, share.mean((0, 2)), color=colour, marker="o", markersize=3, label=place)
         low, high = np.quantile(share, (0.1, 0.9), axis=(0, 2))
-        plot.fill_between(maps.views.times, low, high, color=colour, alpha=0.15, linewidth=0)
+        plot.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
     plot.set(xlabel="time t (1: noise)", ylabel="share of the norm", xlim=(0, 1), ylim=(0, 1))
     plot.legend(fontsize=8)
-    set_title(fig, f"The inner path's share of each patch ({name}); curve: mean and middle 80% of the patches")
     return fig
 
 
@@ -95,8 +75,10 @@ def draw_estimates(maps: Maps) -> Figure:
     """Plot image estimates at the same x_t with the inner path on and off, their difference, and power spectra."""
     assert maps.without is not None
     images = evenly_spaced(len(maps.views.images), 2)
-    columns = evenly_spaced(len(maps.views.times), MOST_COLUMNS)
-    fig, axes = panels(4 * len(images) + 2, len(columns), aspect=image_aspect(maps.config.model), right=0)
+    columns = evenly_spaced(len(maps.views.times), panels.MOST_COLUMNS)
+    times = [maps.views.times[k] for k in columns]
+    title = "What the inner path draws: the image estimate with it on and off (grey: no difference)"
+    fig, axes = panels.grid(4 * len(images) + 2, len(columns), title, model=maps.config.model, right=0)
     change = maps.estimate - maps.without
     kinds = {"noisy $x_t$": maps.noisy, "estimate": maps.estimate, "inner off": maps.without, "difference": change}
     for row, n in enumerate(images):
@@ -104,15 +86,13 @@ def draw_estimates(maps: Maps) -> Figure:
             line[0].set_ylabel(text, fontsize=8)
             for k, axis in zip(columns, line, strict=True):
                 show_image(axis, pictures[n, k])
-    set_times(axes[0], [maps.views.times[k] for k in columns])
-    plot = plot_below(fig, axes)
+    panels.set_times(axes[0], times)
+    plot = panels.plot_below(fig, axes)
     frequency, power = spectra(change)
-    for k in columns:
-        shade = str(round(0.75 * maps.views.times[k], 3))
-        plot.plot(frequency, power[k], color=shade, label=f"difference, t = {maps.views.times[k]:g}")
+    for k, t in zip(columns, times, strict=True):
+        plot.plot(frequency, power[k], color=str(round(0.75 * t, 3)), label=f"difference, t = {t:g}")
     plot.plot(frequency, spectra(maps.views.images[:, None])[1][0], color=COLOURS[1], label="the images themselves")
     _label_spectrum(plot)
-    set_title(fig, "What the inner path draws: the image estimate with it on and off (grey: no difference)")
     return fig
 
 
@@ -121,7 +101,8 @@ def draw_sample_pairs(maps: Maps, classes: tuple[str, ...]) -> Figure:
     samples = maps.draws
     assert samples.off is not None
     columns = evenly_spaced(len(samples.on), 8)
-    fig, axes = panels(5, max(len(columns), 4), aspect=image_aspect(maps.config.model), right=0)
+    title = "The same noise with the inner path on and off (grey: no difference)"
+    fig, axes = panels.grid(5, max(len(columns), 4), title, model=maps.config.model, right=0)
     kinds = {"inner on": samples.on, "inner off": samples.off, "difference": samples.on - samples.off}
     for (text, pictures), line in zip(kinds.items(), axes, strict=False):
         line[0].set_ylabel(text)
@@ -129,12 +110,11 @@ def draw_sample_pairs(maps: Maps, classes: tuple[str, ...]) -> Figure:
             show_image(axis, pictures[i])
     for i, axis in zip(columns, axes[0], strict=False):
         axis.set_title(_class_name(samples.labels[i], classes), fontsize=8)
-    plot = plot_below(fig, axes)
+    plot = panels.plot_below(fig, axes)
     for (text, pictures), colour in zip(kinds.items(), COLOURS, strict=False):
         frequency, power = spectra(pictures[:, None])
         plot.plot(frequency, power[0], color=colour, label=text)
     _label_spectrum(plot)
-    set_title(fig, "The same noise with the inner path on and off (grey: no difference)")
     return fig
 
 
@@ -158,14 +138,13 @@ def draw_trajectories(maps: Maps, classes: tuple[str, ...]) -> Figure:
     """Plot the sampling steps of some images: x_t above, the image estimate below."""
     samples, settings = maps.draws, maps.config.sample
     columns = evenly_spaced(len(samples.times), MOST_CALLS)
-    fig, axes = panels(2 * samples.noisy.shape[1], len(columns), aspect=image_aspect(maps.config.model), right=0)
+    title = f"From noise to images: {settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+    fig, axes = panels.grid(2 * samples.noisy.shape[1], len(columns), title, model=maps.config.model, right=0)
     for i, (above, below) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
         for line, pictures in ((above, samples.noisy), (below, samples.estimate)):
             for call, axis in zip(columns, line, strict=True):
                 show_image(axis, pictures[call, i])
         above[0].set_ylabel(f"{_class_name(samples.labels[i], classes)}\n$x_t$", fontsize=8)
         below[0].set_ylabel("estimate", fontsize=8)
-    set_times(axes[0], [samples.times[call] for call in columns], ".2f", fontsize=8)
-    how = f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
-    set_title(fig, f"From noise to images: {how}")
+    panels.set_times(axes[0], [samples.times[call] for call in columns], ".2f", fontsize=8)
     return fig

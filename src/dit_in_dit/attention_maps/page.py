@@ -74,7 +74,8 @@ def payload(maps: Maps, classes: tuple[str, ...], title: str, step: int) -> dict
 
 
 def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
-    layers = list(level.plan.layers)
+    layers, patches = list(level.plan.layers), level.tokens.patches
+    statistics = {"entropy": level.entropy, "own": level.own, "distance": level.distance}  # N K layers heads T
 
     def per_patch(values: Array) -> dict[str, Any]:
         kept = values[np.ix_(n, k, layers)]
@@ -90,32 +91,20 @@ def _level(level: LevelAttention, n: list[int], k: list[int]) -> dict[str, Any]:
         "even_distance": level.tokens.even_distance,
         "grid": level.tokens.grid,
         "places": level.tokens.places.ravel().tolist() if level.reach.size else [],
-        "group": _group_of_patch(level),
-        "entropy": per_patch(level.entropy),
-        "own": per_patch(level.own),
-        "distance": per_patch(level.distance),
+        "group": (np.argsort(patches.ravel()) // patches.shape[1]).tolist(),  # of each patch
+        **{name: per_patch(values) for name, values in statistics.items()},
         "received": _bytes(level.received, 1),
         "inside": _bytes(level.inside, 2) if level.inside.size else None,
         "reach": _bytes(level.reach, 1) if level.reach.size else None,
-        "curves": {
-            name: _rounded(values.mean((0, 4)).transpose(1, 2, 0))  # layers heads K
-            for name, values in (("entropy", level.entropy), ("own", level.own), ("distance", level.distance))
-        },
+        "curves": {name: _rounded(values.mean((0, 4)).transpose(1, 2, 0)) for name, values in statistics.items()},
     }
-
-
-def _group_of_patch(level: LevelAttention) -> list[int]:
-    """The number of the group of each patch."""
-    groups = np.zeros(level.tokens.patches.size, int)
-    groups[level.tokens.patches] = np.arange(len(level.tokens.patches))[:, None]
-    return groups.tolist()
 
 
 def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
     """Data on the samples: trajectories, and samples with the inner path on and off."""
     samples, how = maps.draws, maps.config.sample
     labels = [classes[y] if maps.config.model.num_classes and y < len(classes) else "" for y in samples.labels]
-    calls = list(evenly_chosen(tuple(range(len(samples.times))), STRIP))
+    calls = list(evenly_chosen(range(len(samples.times)), STRIP))
     data: dict[str, Any] = {
         "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance:g}",
         "labels": labels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from einops import rearrange
-from numpy.typing import NDArray
 
 from dit_in_dit.attention_maps.plan import evenly_chosen
 from dit_in_dit.config.run import ModelConfig
@@ -26,14 +26,17 @@ MOST_COLUMNS, MOST_ROWS = 5, 6  # most times, and most images or layers, in a fi
 WEIGHT_COLOURS = "GnBu"  # colour map; small values are light
 
 
-def panels(rows: int, columns: int, size: float = PANEL, aspect: float = 1.0, right: float = 0.9) -> tuple[Figure, Any]:
+def grid(
+    rows: int, columns: int, title: str, *, model: ModelConfig | None = None, size: float = PANEL, right: float = 0.9
+) -> tuple[Figure, Any]:
     """A figure of panels without ticks, and its axes (rows, columns).
 
     Args:
+        model: panels have the proportions of its images; without a model, they are square.
         size: width of a panel, in inches.
-        aspect: height of a panel over its width.
         right: inches at the right for a colour bar.
     """
+    aspect = model.image_size[0] / model.image_size[1] if model else 1.0
     fig, axes = figure(rows, columns, width=size, height=size * aspect)
     width, height = fig.get_size_inches()
     fig.set_size_inches(width + right + 0.3, height + 0.6)
@@ -41,6 +44,7 @@ def panels(rows: int, columns: int, size: float = PANEL, aspect: float = 1.0, ri
         axis.set(xticks=[], yticks=[])
         axis.grid(visible=False)
         axis.spines[:].set_visible(False)
+    set_title(fig, title)
     return fig, axes
 
 
@@ -56,11 +60,6 @@ def set_times(axes: Any, times: Sequence[float], form: str = "g", **style: Any) 
     """Write a time above each panel of a row."""
     for axis, t in zip(axes, times, strict=True):
         axis.set_title(f"t = {t:{form}}", **style)
-
-
-def image_aspect(model: ModelConfig) -> float:
-    """Height over width of an image."""
-    return model.image_size[0] / model.image_size[1]
 
 
 def show_image(axis: Any, image: Array) -> None:
@@ -79,22 +78,25 @@ def overlay(axis: Any, values: Array, image: Array, low: float, high: float) -> 
     scale = ScalarMappable(Normalize(low, high), colormaps[WEIGHT_COLOURS])
     cells = [np.arange(side) * count // side for side, count in ((height, values.shape[0]), (width, values.shape[1]))]
     colours = scale.to_rgba(values)[np.ix_(*cells)][..., :3]
-    axis.imshow(colours * _pale(image)[..., None])
+    grey = to_pixels(torch.from_numpy(image[None]))[0].mean(-1) / 255
+    axis.imshow(colours * (0.7 + 0.3 * grey)[..., None])  # pale: a factor of 0.7 to 1
     return scale
 
 
-def _pale(image: Array) -> NDArray[np.float64]:
-    """Brightness (H, W) of an image, scaled to [0.7, 1]: a factor for the colours of a map."""
-    grey = to_pixels(torch.from_numpy(image[None]))[0].mean(-1) / 255
-    return 0.7 + 0.3 * grey
+def overlay_rows(fig: Figure, axes: Any, images: Array, values: Array, limits: tuple[float, float], text: str) -> None:
+    """Show a row for each image (N, C, H, W): the image, then its values (N, K, rows, columns) over it, one by one.
+    A colour bar shows the limits."""
+    for line, image, of_image in zip(axes, images, values, strict=True):
+        show_image(line[0], image)
+        for axis, shown in zip(line[1:], of_image, strict=True):
+            scale = overlay(axis, shown, image, *limits)
+    colour_bar(fig, scale, axes, text)
 
 
 def image_of_patches(values: Array, model: ModelConfig) -> Array:
-    """Arrange values (T,) of patches or (T, S) of sub-patches as in the image, (rows, columns)."""
-    (h, w), i = model.grid, model.sub_grid
-    if values.ndim == 1:
-        return values.reshape(h, w)
-    return rearrange(values, "(h w) (i j) -> (h i) (w j)", h=h, i=i, w=w, j=i)
+    """Arrange values (..., T, S) of sub-patches, or (..., T, 1) of patches, as in the image, (..., rows, columns)."""
+    (h, w), i = model.grid, math.isqrt(values.shape[-1])
+    return rearrange(values, "... (h w) (i j) -> ... (h i) (w j)", h=h, i=i, w=w, j=i)
 
 
 def colour_bar(fig: Figure, scale: Any, axes: Any, text: str) -> None:
@@ -102,9 +104,9 @@ def colour_bar(fig: Figure, scale: Any, axes: Any, text: str) -> None:
     fig.colorbar(scale, ax=axes, shrink=0.6, aspect=30, label=text)
 
 
-def evenly_spaced(length: int, most: int) -> tuple[int, ...]:
+def evenly_spaced(length: int, most: int) -> list[int]:
     """At most `most` numbers below `length`, evenly spaced, both ends included."""
-    return evenly_chosen(tuple(range(length)), most)
+    return list(evenly_chosen(range(length), most))
 
 
 def plot_below(fig: Figure, axes: Any) -> Any:

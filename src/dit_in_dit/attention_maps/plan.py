@@ -5,9 +5,10 @@ Statistics always cover all images, times, layers and heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.aggregate import AGGREGATORS
@@ -42,10 +43,10 @@ class MapsPlan:
     outer: LevelPlan
 
 
-def evenly_chosen(items: tuple[int, ...], most: int) -> tuple[int, ...]:
+def evenly_chosen(items: Sequence[int], most: int) -> tuple[int, ...]:
     """At most `most` of the items, evenly spaced; the first and the last are included if `most` is above 1."""
     if len(items) <= most:
-        return items
+        return tuple(items)
     return tuple(items[round(i * (len(items) - 1) / max(most - 1, 1))] for i in range(most))
 
 
@@ -63,41 +64,33 @@ def plan_maps(model: ModelConfig, images: int, times: int, most: int = MOST_BYTE
         LevelPlan(tuple(range(model.blocks("inner") if attends else 0))),
         LevelPlan(tuple(range(model.blocks("outer")))),
     )
-    plan = full
-    for start in (full, _inner(matrices=False)(full), _outer(matrices=False)(_inner(matrices=False)(full))):
+    summarised = _cut(full, "inner", "matrices")
+    for start in (full, summarised, _cut(summarised, "outer", "matrices")):
         plan = start
         for cut in _CUTS:
             if size(model, plan) <= most:
                 return plan
-            plan = cut(plan)
+            plan = _cut(plan, *cut)
     return plan
 
 
-def _images(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, images=evenly_chosen(plan.images, most))
-
-
-def _times(most: int) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(plan, times=evenly_chosen(plan.times, most))
-
-
-def _inner(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(
-        plan, inner=replace(plan.inner, layers=evenly_chosen(plan.inner.layers, most), **changes)
-    )
-
-
-def _outer(most: int = 1000, **changes: bool) -> Callable[[MapsPlan], MapsPlan]:
-    return lambda plan: replace(
-        plan, outer=replace(plan.outer, layers=evenly_chosen(plan.outer.layers, most), **changes)
-    )
-
-
-_CUTS = (
-    *(_images(12), _times(12), _images(6), _times(9)),
-    *(_outer(heads=False), _inner(heads=False), _outer(4), _inner(4), _times(5)),
-    *(_images(3), _times(3), _outer(2), _inner(2), _images(2), _images(1)),
+_CUTS: tuple[tuple[str, int | str], ...] = (
+    *(("images", 12), ("times", 12), ("images", 6), ("times", 9), ("outer", "heads"), ("inner", "heads")),
+    *(("outer", 4), ("inner", 4), ("times", 5), ("images", 3), ("times", 3), ("outer", 2), ("inner", 2)),
+    *(("images", 2), ("images", 1)),
 )
+
+
+def _cut(plan: MapsPlan, name: str, to: int | str) -> MapsPlan:
+    """The plan with at most `to` images, times or layers of a level, or without a level's heads or matrices."""
+    kept: Any = getattr(plan, name)
+    if isinstance(to, str):
+        kept = replace(kept, **{to: False})
+    elif isinstance(kept, LevelPlan):
+        kept = replace(kept, layers=evenly_chosen(kept.layers, to))
+    else:
+        kept = evenly_chosen(kept, to)
+    return replace(plan, **{name: kept})
 
 
 def size(model: ModelConfig, plan: MapsPlan) -> int:
@@ -134,10 +127,8 @@ def left_out_sentences(model: ModelConfig, plan: MapsPlan, images: int, times: i
     for name, kept, all_ in (("images", plan.images, images), ("times", plan.times, times)):
         if len(kept) < all_:
             sentences.append(f"{len(kept)} of {all_} {name} are shown.")
-    for name, level, heads in (
-        ("inner", plan.inner, model.inner.num_heads),
-        ("outer", plan.outer, model.outer.num_heads),
-    ):
+    for name, level in (("inner", plan.inner), ("outer", plan.outer)):
+        heads = getattr(model, name).num_heads
         if not level.layers:
             continue
         if len(level.layers) < model.blocks(name):

@@ -101,7 +101,7 @@ def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], 
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train
     by_class: dict[int, list[int]] = {}
-    for i in evenly_chosen(tuple(range(size)), SEARCHED):
+    for i in evenly_chosen(range(size), SEARCHED):
         by_class.setdefault(get(i)[1] if config.model.num_classes else 0, []).append(i)
     present = tuple(c for c in sorted(by_class) if not classes or c in classes)
     if not present:

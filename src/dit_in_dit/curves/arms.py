@@ -108,25 +108,20 @@ def notes(curves: Sequence[Curve]) -> list[str]:
             )
         if done and not len(curve.timed):
             lines.append(f"{curve.run}: no timing.jsonl, so no hours and no throughput")
-    if len({(c.config.train.schedule, c.config.train.steps) for c in curves}) > 1 and any(
-        c.config.train.schedule == "cosine" for c in curves
-    ):
-        lines.append(
-            "learning-rate schedules have other lengths (train.schedule, train.steps): speeds are not comparable"
-        )
+    schedules = {(curve.config.train.schedule, curve.config.train.steps) for curve in curves}
+    if len(schedules) > 1 and any(schedule == "cosine" for schedule, _ in schedules):
+        unlike = "learning-rate schedules have other lengths (train.schedule, train.steps)"
+        lines.append(f"{unlike}: speeds are not comparable")
     if unlike_losses(curves):
         lines.append("training losses are of different quantities (diffusion.weight, predict or time): not comparable")
     return lines
 
 
 def unlike_losses(curves: Sequence[Curve]) -> bool:
-    """Whether the runs' training losses measure different quantities."""
-    return len({_loss_of(curve.config) for curve in curves}) > 1
-
-
-def _loss_of(config: RunConfig) -> tuple[Any, ...]:
-    """What the training loss measures: the predicted target, and the distribution of times."""
-    diffusion = config.diffusion
-    of = diffusion.predict if diffusion.weight == "prediction" else diffusion.weight
-    spread = (diffusion.time_mean, diffusion.time_std) if diffusion.time == "logit_normal" else ()
-    return diffusion.path, of, diffusion.time, spread
+    """Whether the runs' training losses have different targets, or different distributions of times."""
+    measured = set()
+    for diffusion in (curve.config.diffusion for curve in curves):
+        of = diffusion.predict if diffusion.weight == "prediction" else diffusion.weight
+        spread = (diffusion.time_mean, diffusion.time_std) if diffusion.time == "logit_normal" else ()
+        measured.add((diffusion.path, of, diffusion.time, spread))
+    return len(measured) > 1

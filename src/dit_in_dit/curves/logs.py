@@ -125,25 +125,17 @@ def _between_rollbacks(path: Path) -> Iterator[tuple[list[dict[str, Any]], int |
 
 
 def held_out_errors(row: dict[str, Any]) -> dict[tuple[float, str], float]:
-    """The held-out errors in a line of a log, by (t, kind); NaN: not finite."""
-    return {(float(t), kind): _finite(error) for t, kinds in row["held_out"].items() for kind, error in kinds.items()}
-
-
-def _finite(error: Any) -> float:
-    """The number, or NaN if it is not finite. A log stores non-finite numbers as "inf" or "nan"."""
-    number = float(error)
-    return number if math.isfinite(number) else math.nan
+    """The held-out errors in a line of a log, by (t, kind); NaN: not finite (in the log: "inf" or "nan")."""
+    errors = {(float(t), kind): float(error) for t, kinds in row["held_out"].items() for kind, error in kinds.items()}
+    return {at: error if math.isfinite(error) else math.nan for at, error in errors.items()}
 
 
 def _columns(rows: list[dict[Any, Any]]) -> dict[Any, Floats]:
-    """A column for each key that `_is_used` accepts; NaN if a row lacks the key."""
-    names = {name for name in set().union(*rows) if _is_used(name)}
+    """A column for each key of `Curve`; NaN if a row lacks the key."""
+    used = ("loss", "grad_norm", "skipped")
+    names = {n for n in set().union(*rows) if isinstance(n, tuple) or n in used or n.startswith("grad_norm.")}
     steps = {"step": np.array([row["step"] for row in rows], float)} if rows else {}
     return {**{name: np.array([row.get(name, math.nan) for row in rows], float) for name in names}, **steps}
-
-
-def _is_used(name: Any) -> bool:
-    return isinstance(name, tuple) or name in ("loss", "grad_norm", "skipped") or name.startswith("grad_norm.")
 
 
 def _concatenate(chunks: list[dict[Any, Floats]]) -> dict[Any, Floats]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -39,7 +37,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
         "loss": draw_loss(compared),
         "held-out": _draw_held_out(compared) if logged_times(compared) else None,
         "gradients": _draw_gradients(compared),
-        "throughput": _draw_throughput(compared) if _has_hours(compared) else None,
+        "throughput": _draw_throughput(compared) if _hours(compared) else None,
     }
     paths = []
     for name, page in pages.items():
@@ -49,8 +47,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
     return paths
 
 
-@dataclass(frozen=True)
-class _Across:
+class _Across(NamedTuple):
     """A horizontal axis: its label, and the positions of an arm's steps on it."""
 
     label: str
@@ -67,22 +64,19 @@ def _acrosses(compared: Sequence[RunGroup]) -> list[_Across]:
             lambda arm, steps: arm.curves[0].macs(steps) / 10.0**power,
         ),
     ]
-    if _has_hours(compared):
-        longest = max(
-            float(curve.hours(curve.timed[-1:])[0]) for a in compared for curve in a.curves if len(curve.timed)
-        )
-        unit, per_hour = next((unit, n) for unit, n in CLOCK.items() if longest * n >= 2 or unit == "seconds")
-        acrosses.append(
-            _Across(
-                f"training time / {unit}",
-                lambda arm, steps: per_hour * np.mean([c.hours(steps) for c in arm.curves], axis=0),
-            )
-        )
+    if hours := _hours(compared):
+        unit, per_hour = next((unit, n) for unit, n in CLOCK.items() if max(hours) * n >= 2 or unit == "seconds")
+
+        def mean_time(arm: RunGroup, steps: Floats) -> Floats:
+            return per_hour * np.mean([curve.hours(steps) for curve in arm.curves], axis=0)
+
+        acrosses.append(_Across(f"training time / {unit}", mean_time))
     return acrosses
 
 
-def _has_hours(compared: Sequence[RunGroup]) -> bool:
-    return any(len(curve.timed) for arm in compared for curve in arm.curves)
+def _hours(compared: Sequence[RunGroup]) -> list[float]:
+    """Hours of training of every run with timing."""
+    return [float(curve.hours(curve.timed[-1:])[0]) for arm in compared for curve in arm.curves if len(curve.timed)]
 
 
 def _window(compared: Sequence[RunGroup]) -> int:
@@ -118,16 +112,23 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _lines(
-    axes: Axes, compared: Sequence[RunGroup], across: _Across, curves: Sequence[tuple[Floats, Floats]], **style: Any
+    axes: Sequence[Axes],
+    compared: Sequence[RunGroup],
+    acrosses: Sequence[_Across],
+    curves: Sequence[tuple[Floats, Floats]],
+    **style: Any,
 ) -> None:
-    """Plot the mean and the range over the seeds of each arm's rows (seeds, B), at the arm's steps (B,)."""
-    for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
-        if not rows.size or np.isnan(rows).all():
-            continue
-        at = across.place(arm, steps)
-        axes.plot(at, rows.mean(0), label=arm.label, **{"linewidth": 1.3, **_style(number), **style})
-        if len(rows) > 1:
-            axes.fill_between(at, rows.min(0), rows.max(0), alpha=0.2, linewidth=0, color=_style(number)["color"])
+    """Plot the mean and the range over the seeds of each arm's rows (seeds, B), at the arm's steps (B,), against each
+    horizontal axis."""
+    for at, across in zip(axes, acrosses, strict=True):
+        at.set_xlabel(across.label)
+        for number, (arm, (steps, rows)) in enumerate(zip(compared, curves, strict=True)):
+            if not rows.size or np.isnan(rows).all():
+                continue
+            place = across.place(arm, steps)
+            at.plot(place, rows.mean(0), label=arm.label, **{"linewidth": 1.3, **_style(number), **style})
+            if len(rows) > 1:
+                at.fill_between(place, rows.min(0), rows.max(0), alpha=0.2, linewidth=0, color=_style(number)["color"])
 
 
 def _log_scale(axes: Axes) -> None:
@@ -147,16 +148,17 @@ def _log_scale(axes: Axes) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _finish(page: Figure, title: str) -> Figure:
-    """Add a title, and one legend for all axes."""
-    shown: dict[str, Artist] = {}
+def _finish(page: Figure, title: str, *, log: bool = True) -> Figure:
+    """Add a title, one legend for all axes and, with `log`, logarithmic scales."""
+    shown: dict[str, Any] = {}
     for axes in page.axes:
+        if log and axes.get_visible():
+            _log_scale(axes)
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, line)
-    bands = (
-        "; band: range of the seeds, as far as all of them got" if any(axes.collections for axes in page.axes) else ""
-    )
-    page.suptitle(title + bands, fontsize=10)
+    if any(axes.collections for axes in page.axes):
+        title += "; band: range of the seeds, as far as all of them got"
+    page.suptitle(title, fontsize=10)
     page.set_figheight(page.get_figheight() + ROW * math.ceil(len(shown) / 2))  # else the legend shrinks the axes
     page.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=2, frameon=False)
     return page
@@ -165,18 +167,12 @@ def _finish(page: Figure, title: str) -> Figure:
 def draw_loss(compared: Sequence[RunGroup]) -> Figure:
     window, acrosses = _window(compared), _acrosses(compared)
     page, axes = figure(1, len(acrosses))
-    curves = [_binned(arm, window, lambda curve: curve.loss) for arm in compared]
-    for at, across in zip(axes[0], acrosses, strict=True):
-        _lines(at, compared, across, curves)
-        _log_scale(at)
-        at.set_xlabel(across.label)
+    _lines(axes[0], compared, acrosses, [_binned(arm, window, lambda curve: curve.loss) for arm in compared])
     axes[0, 0].set_ylabel("training loss")
-    unlike = (
-        "; NOT comparable between arms: losses of different quantities"
-        if unlike_losses([arm.curves[0] for arm in compared])
-        else ""
-    )
-    return _finish(page, f"training loss, {_smoothed(window)}{unlike}")
+    title = f"training loss, {_smoothed(window)}"
+    if unlike_losses([arm.curves[0] for arm in compared]):
+        title += "; NOT comparable between arms: losses of different quantities"
+    return _finish(page, title)
 
 
 def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
@@ -185,12 +181,10 @@ def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
     page, axes = figure(len(rows), len(acrosses), height=2.1)
     for (t, kind), line in zip(rows, axes, strict=True):
         curves = [errors_by_seed(arm, t, kind) for arm in compared]
-        for at, across in zip(line, acrosses, strict=True):
-            _lines(at, compared, across, curves, marker=".", markersize=4)
-            _log_scale(at)
+        _lines(line, compared, acrosses, curves, marker=".", markersize=4)
         line[0].set_ylabel(f"t = {t:g}, {ERROR_BANDS[kind]}\nmean squared error")
-    for at, across in zip(axes[-1], acrosses, strict=True):
-        at.set_xlabel(across.label)
+    for at in axes[:-1].flat:
+        at.set_xlabel("")
     return _finish(page, "held-out error of the averaged model's image estimate")
 
 
@@ -198,23 +192,20 @@ def _draw_gradients(compared: Sequence[RunGroup]) -> Figure:
     """Plot the total norm against each horizontal axis, then the norm of each level and part against steps."""
     window, acrosses = _window(compared), _acrosses(compared)
     parts = sorted({part for arm in compared for curve in arm.curves for part in curve.parts})
-    panels = [f"{level} level" for level in ("outer", "inner") if any(_in(level, part) for part in parts)] + parts
+    levels = {f"{level} level": [p for p in parts if p.startswith(f"{level}_")] for level in ("outer", "inner")}
+    panels = {**{name: inside for name, inside in levels.items() if inside}, **{part: [part] for part in parts}}
     page, axes = figure(1 + math.ceil(len(panels) / len(acrosses)), len(acrosses), height=2.3 if panels else 3.0)
-    total = [_binned(arm, window, lambda curve: curve.grad_norm) for arm in compared]
+    _lines(axes[0], compared, acrosses, [_binned(arm, window, lambda curve: curve.grad_norm) for arm in compared])
     largest = [_binned(arm, window, lambda curve: curve.grad_norm, largest=True) for arm in compared]
     for at, across in zip(axes[0], acrosses, strict=True):
-        _lines(at, compared, across, total)
         for number, (arm, (steps, rows)) in enumerate(zip(compared, largest, strict=True)):
             if rows.size and window > 1:
                 at.plot(across.place(arm, steps), rows.max(0), **{**_style(number), "linewidth": 0.5, "alpha": 0.6})
-        _log_scale(at)
-        at.set_xlabel(across.label)
         at.set_title("whole model", fontsize=9)
-    for at, panel in zip(axes[1:].flat, panels, strict=False):
-        _lines(at, compared, acrosses[0], [_binned(arm, window, partial(_norm, panel=panel)) for arm in compared])
-        _log_scale(at)
+    for at, (panel, members) in zip(axes[1:].flat, panels.items(), strict=False):
+        curves = [_binned(arm, window, partial(_norm, parts=members)) for arm in compared]
+        _lines([at], compared, acrosses[:1], curves)
         at.set_title(panel.replace("_", " "), fontsize=9)
-        at.set_xlabel(acrosses[0].label)
     for at in axes[1:].flat[len(panels) :]:
         at.set_visible(False)
     for line in axes:
@@ -223,16 +214,9 @@ def _draw_gradients(compared: Sequence[RunGroup]) -> Figure:
     return _finish(page, f"gradient norm before clipping, {_smoothed(window)}{thin}")
 
 
-def _in(level: str, part: str) -> bool:
-    return part.startswith(f"{level}_")
-
-
-def _norm(curve: Curve, panel: str) -> Floats:
-    """Gradient norm of a part or of a level. The names of a level's parts begin with the level's name."""
-    level, _, is_level = panel.partition(" ")
-    if not is_level:
-        return curve.parts.get(panel, np.full(len(curve.step), np.nan))
-    norms = [values for part, values in curve.parts.items() if _in(level, part)]
+def _norm(curve: Curve, parts: Sequence[str]) -> Floats:
+    """Gradient norm (L,) of some parts together; NaN if the run logged none of them."""
+    norms = [curve.parts[part] for part in parts if part in curve.parts]
     return np.sqrt(np.sum(np.square(norms), axis=0)) if norms else np.full(len(curve.step), np.nan)
 
 
@@ -246,9 +230,8 @@ def _draw_throughput(compared: Sequence[RunGroup]) -> Figure:
         middle: Floats = edges[1:] - window / 2
         images = window * arm.config.global_batch
         curves.append((middle, np.array([images / np.diff(3600 * curve.hours(edges)) for curve in arm.curves])))
-    for at, across in zip(axes[0], acrosses, strict=True):
-        _lines(at, compared, across, curves)
+    _lines(axes[0], compared, acrosses, curves)
+    for at in axes[0]:
         at.set_ylim(bottom=0)
-        at.set_xlabel(across.label)
     axes[0, 0].set_ylabel("images per second")
-    return _finish(page, f"training speed on the machine of each run, {_smoothed(window)}")
+    return _finish(page, f"training speed on the machine of each run, {_smoothed(window)}", log=False)

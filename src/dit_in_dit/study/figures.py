@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics.metric import WORDS, direction, metric_of
 from dit_in_dit.reporting import images as pictures
+from dit_in_dit.reporting.document import Picture
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting
@@ -34,7 +35,14 @@ def picture_label(name: str, most: int = LONGEST) -> str:
     return short.replace("$", r"\$").removeprefix("_") or "arm"
 
 
-def draw_forest(study: StudyResults, path: Path) -> None:
+def save_picture(out: Path, name: str, png: bytes, caption: str) -> Picture:
+    """Write a PNG into the study's folder of figures; returns it as a part of the report."""
+    path = out / "figures" / f"{name}.png"
+    atomic.write_atomic(path, png)
+    return Picture(path, caption)
+
+
+def draw_forest(study: StudyResults) -> bytes:
     """Plot each arm's difference in the primary metric with both of its intervals."""
     metric = study.primary
     changes = [study.difference(arm, metric) for arm in study.drawn]
@@ -66,20 +74,19 @@ def draw_forest(study: StudyResults, path: Path) -> None:
         lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
         title = f"{lines}; colour: excludes zero"
     page.suptitle(title, fontsize=8)
-    atomic.write_atomic(path, figure_png(page, colours=256))
+    return figure_png(page, colours=256)
 
 
 def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
     """The axis limit. It covers all means and 95% intervals, and wide intervals up to 8 times the largest mean."""
 
-    def reach(ends: Iterable[tuple[float | None, float]]) -> float:
-        return max((abs(end) * unit for end, unit in ends if end is not None and math.isfinite(end)), default=0.0)
+    def reach(*ends: str) -> float:
+        values = np.array([[getattr(change, end) for end in ends] for change in changes], float)  # None: NaN
+        sizes = np.abs(values) * np.array(units)[:, None]
+        return float(sizes.max(initial=0.0, where=np.isfinite(sizes)))
 
-    pairs = list(zip(changes, units, strict=True))
-    means = reach((f.mean, unit) for f, unit in pairs)
-    alone = reach((end, unit) for f, unit in pairs for end in (f.low, f.high))
-    wide = reach((end, unit) for f, unit in pairs for end in (f.wide_low, f.wide_high))
-    return 1.1 * max(means, alone, min(wide, 8 * means)) or 1.0
+    mean = reach("mean")
+    return 1.1 * max(mean, reach("low", "high"), min(reach("wide_low", "wide_high"), 8 * mean)) or 1.0
 
 
 def _draw_row(axis: Any, at: float, change: Difference, unit: float, edge: float, colour: str) -> None:
@@ -99,8 +106,10 @@ def _colour(metric: str, change: Difference) -> str:
     return BETTER if metric_of(metric).better(change.mean) else WORSE
 
 
-def draw_matrix(study: StudyResults, path: Path) -> None:
+def draw_matrix(study: StudyResults) -> bytes:
     """Plot every arm's difference in every ranked metric; a cell is coloured if the interval excludes zero."""
+    from matplotlib.patches import Rectangle
+
     metrics, arms = study.ranked, study.drawn
     page, axes = figure(1, 1, width=2.4 + 0.55 * len(arms), height=1.9 + 0.24 * len(metrics))
     axis = axes[0, 0]
@@ -109,7 +118,8 @@ def draw_matrix(study: StudyResults, path: Path) -> None:
         for column, arm in enumerate(arms):
             change = study.difference(arm, metric)
             ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, change), "#f3f5f6")
-            axis.add_patch(_square(column, row, ground))
+            corner = column - 0.48, row - 0.46
+            axis.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=ground, edgecolor="none"))
             text = formatting.format_difference(metric, change).replace(" %", "")
             weight = "bold" if change.marked else "normal"
             ink = "black" if change.marked else "#66737e"
@@ -124,29 +134,23 @@ def draw_matrix(study: StudyResults, path: Path) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    atomic.write_atomic(path, figure_png(page, colours=256))
+    return figure_png(page, colours=256)
 
 
-def _square(column: int, row: int, colour: str) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, facecolor=colour, edgecolor="none")
-
-
-def draw_pareto(study: StudyResults, path: Path) -> None:
+def draw_pareto(study: StudyResults) -> bytes:
     """Plot the primary metric and its intervals, once against MACs and once against step time."""
     arms = [arm for arm in study.shown if study.estimate(arm.name, study.primary) is not None]
-    panels: list[tuple[str, list[float | None]]] = [
-        ("million MACs per image (forward)", [arm.cost["macs"] / 1e6 for arm in arms])
-    ]
+    panels: dict[str, list[float | None]] = {
+        "million MACs per image (forward)": [arm.cost["macs"] / 1e6 for arm in arms]
+    }
+    spent = [training_seconds(study, arm.name) for arm in arms]
     if all("time" in arm.cost for arm in arms):
-        panels.append(
-            ("milliseconds of a training step, as measured when planned", [1e3 * arm.cost["time"] for arm in arms])
-        )
-    elif any(training_seconds(study, arm.name) is not None for arm in arms):
-        panels.append((f"training, seconds ({BESIDE})", [training_seconds(study, arm.name) for arm in arms]))
+        step_time = "milliseconds of a training step, as measured when planned"
+        panels[step_time] = [1e3 * arm.cost["time"] for arm in arms]
+    elif any(seconds is not None for seconds in spent):
+        panels[f"training, seconds ({BESIDE})"] = spent
     page, axes = figure(1, len(panels), width=5.2, height=3.6 + 0.1 * len(arms))
-    for axis, (name, costs) in zip(axes[0], panels, strict=True):
+    for axis, (name, costs) in zip(axes[0], panels.items(), strict=True):
         known = [x for x in costs if x]
         wide = bool(known) and max(known) > 3 * min(known)
         if wide:
@@ -173,7 +177,7 @@ def draw_pareto(study: StudyResults, path: Path) -> None:
     page.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     kind = "mean over seeds; line: 95% interval" if len(study.plan.study.seeds) > 1 else "one seed"
     page.suptitle(f"{kind}; points of one cost are drawn a little apart", fontsize=8)
-    atomic.write_atomic(path, figure_png(page, colours=256))
+    return figure_png(page, colours=256)
 
 
 def _span(costs: Sequence[float | None]) -> float:
@@ -185,18 +189,16 @@ def _span(costs: Sequence[float | None]) -> float:
 def _apart(costs: Sequence[float | None]) -> list[float | None]:
     """The costs, with nearly equal costs moved apart so that every point is visible."""
     step = 0.016 * _span(costs)
-    moved = list(costs)
-    order = sorted((i for i, x in enumerate(costs) if x is not None), key=lambda i: costs[i] or 0.0)
-    while order:
-        first = costs[order[0]] or 0.0
-        near = [i for i in order if (costs[i] or 0.0) - first < step]
-        for place, i in enumerate(near):
-            moved[i] = (costs[i] or 0.0) + (place - (len(near) - 1) / 2) * step
-        order = order[len(near) :]
+    moved, left = list(costs), sorted((x, i) for i, x in enumerate(costs) if x is not None)
+    while left:
+        near = [(x, i) for x, i in left if x - left[0][0] < step]
+        for place, (x, i) in enumerate(near):
+            moved[i] = x + (place - (len(near) - 1) / 2) * step
+        left = left[len(near) :]
     return moved
 
 
-def draw_samples(rows: dict[str, Path], path: Path) -> None:
+def draw_samples(rows: dict[str, Path]) -> bytes:
     """Plot a row of real images, then a row of samples for each named `drawn.npz`. A column has one noise and class.
 
     Raises:
@@ -220,7 +222,7 @@ def draw_samples(rows: dict[str, Path], path: Path) -> None:
         draw.text((8, top + strip.height // 2), name, fill="black", font_size=14, anchor="lm")
         sheet.paste(strip, (margin, top))
         top += strip.height + (10 if top == 0 else 0)
-    atomic.write_atomic(path, pictures.image_png(sheet))
+    return pictures.image_png(sheet)
 
 
 def _drawn(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -54,6 +54,12 @@ def format_difference(metric: str, change: Difference) -> str:
     return f"{signed(change.mean * percent)} %" if percent else f"{change.mean:+.2g}"
 
 
+def interval_name(study: StudyResults, method: str = "") -> str:
+    """What the wide interval of a difference is called; `method` follows if it holds for several comparisons."""
+    many = len(study.compared)
+    return f"interval for all {many} comparisons together{method}" if many > 1 else "95% interval"
+
+
 def interval(metric: str, change: Difference, *, wide: bool) -> str:
     """A difference's interval in the unit of `format_difference`. `wide`: the one that holds for all comparisons."""
     low, high = (change.wide_low, change.wide_high) if wide else (change.low, change.high)

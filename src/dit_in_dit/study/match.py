@@ -88,10 +88,8 @@ def _parameters_of_few(few: ModelConfig) -> tuple[int, dict[str, int]]:
 def costs(config: RunConfig) -> dict[str, float]:
     """`macs`, `params` and `activation_bytes`: bytes that an image's forward pass keeps for the backward pass."""
     activations = inspect(config.model, 1, config.train.recompute)["activation_bytes"]["total"]
-    return {
-        **{by: float(count(config.model)) for by, count in COUNTS.items()},
-        "activation_bytes": float(activations),
-    }
+    counts = {by: float(count(config.model)) for by, count in COUNTS.items()}
+    return {**counts, "activation_bytes": float(activations)}
 
 
 COUNTS: dict[str, Count] = {"macs": forward_macs, "params": count_parameters}
@@ -239,10 +237,9 @@ def _match_time(
     def measured(model: ModelConfig, seconds: float) -> Twin:
         pair = {"this": replace(config, model=model), "like": like}
         times = step_seconds(pair, device, threads=threads, seconds=seconds)
-        gap = times["this"].over(times["like"]) - 1
-        return Twin(
-            model, changed_keys(config.model, model, "model."), gap, (times["this"].seconds, times["like"].seconds)
-        )
+        this, other = times["this"], times["like"]
+        changed = changed_keys(config.model, model, "model.")
+        return Twin(model, changed, this.over(other) - 1, (this.seconds, other.seconds))
 
     seen: dict[ModelConfig, float] = {}
     model = best = config.model

@@ -29,7 +29,6 @@ def _parts(metric: str) -> list[tuple[int, str]]:
 
 def explain_directions(metrics: Iterable[str]) -> list[str]:
     """A sentence for each direction that occurs; it lists the metrics of this direction."""
-    members: dict[str, list[str]] = {word: [] for word in WORDS.values()}
-    for metric in metrics:
-        members[WORDS[direction(metric)]].append(metric)
+    directions = {metric: direction(metric) for metric in metrics}
+    members = {word: [m for m, found in directions.items() if found == name] for name, word in WORDS.items()}
     return [f"{', '.join(names)}: {word}." for word, names in members.items() if names]

@@ -208,9 +208,7 @@ class Plan:
         return f"{self.name}-{hashlib.sha256(self._json(to_hash).encode()).hexdigest()[:12]}"
 
     def _json(self, plain: Callable[[Section], dict[str, Any]]) -> str:
-        arms = [
-            {**{f.name: getattr(arm, f.name) for f in fields(arm)}, "config": plain(arm.config)} for arm in self.arms
-        ]
+        arms = [{**vars(arm), "config": plain(arm.config)} for arm in self.arms]
         whole = {"name": self.name, "study": plain(self.study), "arms": arms, "made": self.made}
         return json.dumps(whole, indent=1)
 
@@ -218,17 +216,13 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote; UserError when the text is not a valid plan."""
         whole = parse_json(text, "this plan of a study", "begin the study in another --out")
-        if not has_form(whole, PLAN_FORM):
-            raise UserError("this is no plan of a study: it lacks a part, or a part has the wrong type")
+        _require(has_form(whole, PLAN_FORM), "it lacks a part, or a part has the wrong type")
         arms = tuple(_arm_from_dict(arm) for arm in whole["arms"])
         names = {arm.name for arm in arms}
-        if len(names) < len(arms) or {arm.against for arm in arms} - names:
-            raise UserError(
-                "this is no plan of a study: two arms have one name, or an arm is compared with an unknown arm"
-            )
+        known = len(names) == len(arms) and {arm.against for arm in arms} <= names
+        _require(known, "two arms have one name, or an arm is compared with an unknown arm")
         plan = cls(whole["name"], StudyConfig.from_dict(whole["study"]), arms, whole["made"])
-        if not any(arm.against == arm.name for arm in arms):
-            raise UserError("this is no plan of a study: it has no control")
+        _require(any(arm.against == arm.name for arm in arms), "it has no control")
         return plan
 
 
@@ -240,11 +234,9 @@ def read_plan(out: Path) -> Plan:
     """
     path = out / "plan.json"
     try:
-        text = path.read_text()
+        return Plan.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{out} is not a study's folder: {error}") from None
-    try:
-        return Plan.from_json(text)
     except UserError as error:
         manifests = (newest_manifest(run) for run in sorted(out.glob("runs/*")))
         if missing := next(filter(None, map(missing_plugins, manifests)), ""):
@@ -252,15 +244,19 @@ def read_plan(out: Path) -> Plan:
         raise UserError(f"{path}: {error}") from None
 
 
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise UserError(f"this is no plan of a study: {problem}")
+
+
 def _arm_from_dict(values: dict[str, Any]) -> Arm:
-    if any(not isinstance(pair, list) or len(pair) != 2 for pair in values["matched"].values()):
-        raise UserError(
-            f"this is no plan of a study: a matched key of {truncate(values['name'], 40)!r} must hold two values"
-        )
-    if not all(has_form(number, NUMBER) for kind in ("cost", "gap") for number in values[kind].values()):
-        raise UserError(f"this is no plan of a study: a cost of {truncate(values['name'], 40)!r} is not a number")
-    matched = {name: (before, after) for name, (before, after) in values["matched"].items()}
+    name, pairs = truncate(values["name"], 40), values["matched"]
+    paired = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs.values())
+    _require(paired, f"a matched key of {name!r} must hold two values")
+    costs = [*values["cost"].values(), *values["gap"].values()]
+    _require(has_form(costs, [NUMBER]), f"a cost of {name!r} is not a number")
     parts = {f.name: values[f.name] for f in fields(Arm)}
+    matched = {key: tuple(pair) for key, pair in pairs.items()}
     return Arm(**{**parts, "config": RunConfig.from_dict(values["config"]), "matched": matched})
 
 

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.study.plan import Plan
-from dit_in_dit.study.sampler import suggest_changes
+from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.storage import StorageAwayError, open_storage
 
 if TYPE_CHECKING:
@@ -149,21 +148,16 @@ class Queue:
                 return None
             trial = self.study.ask()
             if self.plan.study.search:
-                suggest_changes(self.plan.study, self.study, trial)
+                _suggest_changes(self.plan.study, self.study, trial)
                 if "key" not in trial.user_attrs:
                     trial.set_user_attr("key", f"t{trial.number:04d}")
-            key = trial.user_attrs.get("key")
-            if key is not None and self._is_first(key, trial.number):
+            key: str = trial.user_attrs.get("key", "")
+            surplus = not key or (self.plan.study.search and key not in self._searched()[: self.total])
+            if not surplus and self.keys()[key].number == trial.number:
                 self._own = Lease(key, trial, losses=self._losses(key))
                 return self._own
             trial.set_user_attr(OUTCOME, "surplus")
             self.study.tell(trial, state=self.states.FAIL)
-
-    def _is_first(self, key: str, number: int) -> bool:
-        """Whether this try is the one that counts for its key, and the key is within the study's number of trials."""
-        if self.plan.study.search and key not in self._searched()[: self.total]:
-            return False
-        return self.keys()[key].number == number
 
     def _searched(self) -> list[str]:
         """The keys of the search's trials so far, in order."""
@@ -221,7 +215,10 @@ class Queue:
             done.set()
             thread.join()
             self._own = None
-            self._give_back(lease)
+            with suppress(*self.errors, StorageAwayError), self.storage.at_once():
+                # an error is harmless: the trial has ended, or its lease will expire
+                lease.trial.set_user_attr(OUTCOME, "given back")
+                self._end(lease.trial.number, self.states.FAIL)
 
     def _beats(self, lease: Lease, done: threading.Event) -> None:
         number, answered = 0, time.monotonic()
@@ -238,14 +235,6 @@ class Queue:
                     lease.lost.set()
             if done.wait(self.lease / BEATS):
                 return
-
-    def _give_back(self, lease: Lease) -> None:
-        with (
-            suppress(*self.errors, StorageAwayError),
-            self.storage.at_once(),
-        ):  # an error is harmless: the trial has ended, or its lease will expire
-            lease.trial.set_user_attr(OUTCOME, "given back")
-            self._end(lease.trial.number, self.states.FAIL)
 
     def _end(self, number: int, state: Any, value: float | None = None) -> bool:
         """Record how a trial ended. Returns False if a different end was recorded before."""
@@ -283,3 +272,22 @@ class Queue:
         ends = {"done": self.states.COMPLETE, "pruned": self.states.PRUNED, "failed": self.states.FAIL}
         if not self._end(lease.trial.number, ends[state], value if state == "done" else None):
             raise LeaseLostError(lease.key)
+
+
+def _suggest_changes(study: StudyConfig, trials: optuna.Study, trial: optuna.Trial) -> None:
+    """Let Optuna's TPE sampler (Bergstra et al., 2011) choose a trial's keys; choices of an earlier try are kept.
+
+    The trial's number seeds the sampler. If a sampler kept its state instead, it would make the same choices in every
+    worker, and would repeat its choices when the study is resumed.
+    """
+    from optuna.samplers import TPESampler
+
+    trials.sampler = TPESampler(seed=(study.seeds[0] + trial.number) % 2**32, constant_liar=True)
+    for name, values in study.search.items():
+        if isinstance(values, list):
+            trial.suggest_categorical(name, values)
+            continue
+        spacing = {option: values[option] for option in ("step", "log") if option in values}
+        whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+        suggest = trial.suggest_int if whole else trial.suggest_float
+        suggest(name, values["low"], values["high"], **spacing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from textwrap import fill
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from dit_in_dit.curves.convergence import ERROR_BANDS
 from dit_in_dit.curves.logs import Curve, Floats
 from dit_in_dit.reporting.plots import COLOURS, figure_png, panel_grid
-from dit_in_dit.runs import atomic
 from dit_in_dit.study.figures import picture_label
 from dit_in_dit.study.results import StudyResults
 
@@ -37,21 +35,17 @@ def relative(curve: Curve, other: Curve, at: tuple[float, str]) -> tuple[Floats,
     return macs[known], change[known]
 
 
-def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
+def draw_relative(study: StudyResults) -> bytes | None:
     """Plot each arm's error relative to the arm it is compared with: a panel for each arm, a line for each seed.
 
-    Returns:
-        time t and frequencies of the plotted error: those of the primary metric if it is a held-out error.
-        If no held-out error was logged: None, and no picture is written.
+    The error is the primary metric or, if that is no held-out error, the first that was logged; None without any.
     """
     at = _time_and_band(study)
     panels = []
     for arm in study.drawn:
-        seeds = [
-            seed for seed in study.plan.study.seeds if {(arm.name, seed), (arm.against, seed)} <= study.logs.keys()
-        ]
-        pairs = [(study.logs[arm.name, seed], study.logs[arm.against, seed]) for seed in seeds]
-        lines = [line for curve, other in pairs if at and len((line := relative(curve, other, at))[0])]
+        pairs = [(study.logs.get((arm.name, s)), study.logs.get((arm.against, s))) for s in study.plan.study.seeds]
+        compared = [relative(curve, other, at) for curve, other in pairs if curve and other and at]
+        lines = [line for line in compared if len(line[0])]
         if lines:
             panels.append((arm, lines))
     if not at or not panels:
@@ -72,8 +66,7 @@ def draw_relative(study: StudyResults, path: Path) -> tuple[float, str] | None:
         if number >= len(panels) - columns:
             axis.set_xlabel("training TMACs", fontsize=8)
     page.suptitle(f"t = {at[0]:g}, {ERROR_BANDS[at[1]]}; a line for each seed; below 0: less error", fontsize=8)
-    atomic.write_atomic(path, figure_png(page, colours=256))
-    return at
+    return figure_png(page, colours=256)
 
 
 def _time_and_band(study: StudyResults) -> tuple[float, str] | None:

@@ -8,18 +8,8 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves import plots
 from dit_in_dit.curves.arms import RunGroup
-from dit_in_dit.reporting.document import (
-    Bullets,
-    Chapter,
-    DocumentPart,
-    Picture,
-    Text,
-    Verbatim,
-    latex_table,
-    markdown_table,
-    to_html,
-    to_markdown,
-)
+from dit_in_dit.reporting import document
+from dit_in_dit.reporting.document import Bullets, Chapter, DocumentPart, Picture, Text, Verbatim
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import exports, figures, relative_error, search, tables
@@ -78,7 +68,10 @@ def write_report(out: Path) -> StudyReport:
         chapters = _chapters(study, out)
         heads, rows, caption = exports.paper_table(study)
         numbers, curve_numbers = exports.results_csv(study), exports.held_out_curves(study)
-    pasted = {"table.md": markdown_table(heads, rows) + "\n", "table.tex": latex_table(heads, rows, caption)}
+    pasted = {
+        "table.md": document.markdown_table(heads, rows) + "\n",
+        "table.tex": document.latex_table(heads, rows, caption),
+    }
     to_paste = [
         Verbatim("Markdown", pasted["table.md"]),
         Verbatim("LaTeX, with booktabs and graphicx", pasted["table.tex"]),
@@ -86,8 +79,8 @@ def write_report(out: Path) -> StudyReport:
     whole = [Chapter("In short", [Bullets(summary)]), *chapters, Chapter("Tables to paste", to_paste)]
     title, lead = f"Study: {plan.name}", plan.study.question
     written = {
-        "report.html": (to_html(title, lead, whole), "the report, one page that needs no network"),
-        "report.md": (to_markdown(title, lead, whole, out), "the same as Markdown, with figures/"),
+        "report.html": (document.to_html(title, lead, whole), "the report, one page that needs no network"),
+        "report.md": (document.to_markdown(title, lead, whole, out), "the same as Markdown, with figures/"),
         "results.csv": (numbers, "every number of every trial"),
         "table.md": (pasted["table.md"], "a table to paste"),
         "table.tex": (pasted["table.tex"], "the same for LaTeX"),
@@ -101,11 +94,14 @@ def write_report(out: Path) -> StudyReport:
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
+    caption = f"{study.primary} against what it costs."
+    has_primary = study.primary in study.ranked
+    against_cost = [figures.save_picture(out, "cost", figures.draw_pareto(study), caption)] if has_primary else []
     chapters = [
         Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
-        Chapter("Error against cost", _cost(study, out)),
+        Chapter("Error against cost", against_cost),
         Chapter("Curves", _curves(study, out)),
         Chapter("Convergence and stability", _convergence(study)),
         Chapter("Samples", _samples(study, out)),
@@ -118,28 +114,17 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
     if not study.done:
         return [Text("No trial is done yet.")]
     blocks: list[DocumentPart] = []
-    measured = study.primary in study.ranked
-    if study.compared and measured:
-        path = out / "figures" / "differences.png"
-        figures.draw_forest(study, path)
-        blocks += [Picture(path, f"Differences by the primary metric, {study.primary}."), tables.primary(study)]
+    if study.compared and study.primary in study.ranked:
+        caption = f"Differences by the primary metric, {study.primary}."
+        blocks.append(figures.save_picture(out, "differences", figures.draw_forest(study), caption))
+        blocks.append(tables.primary(study))
     blocks += tables.means_table(study)
     if study.compared and study.ranked:
-        path = out / "figures" / "metrics.png"
-        figures.draw_matrix(study, path)
-        blocks += [Picture(path, MATRIX)]
+        blocks.append(figures.save_picture(out, "metrics", figures.draw_matrix(study), MATRIX))
         blocks += tables.differences(study)
     if len(study.compared) > len(study.drawn):
         blocks.append(Text(f"Pictures show the first {len(study.drawn)} of {len(study.compared)} arms; tables, all."))
     return [*blocks, Bullets(explain_directions(name for names in study.metrics.values() for name in names))]
-
-
-def _cost(study: StudyResults, out: Path) -> list[DocumentPart]:
-    if study.primary not in study.ranked:
-        return []
-    path = out / "figures" / "cost.png"
-    figures.draw_pareto(study, path)
-    return [Picture(path, f"{study.primary} against what it costs.")]
 
 
 def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -152,10 +137,8 @@ def _curves(study: StudyResults, out: Path) -> list[DocumentPart]:
         drawn = [path for pair in zip(groups, folders, strict=True) for path in plots.draw_curves(*pair)]
     except UserError as error:  # held-out errors of different images or noise
         return [Text(f"Curves are not drawn: {error}.")]
-    first: list[DocumentPart] = []
-    against = out / "figures" / "relative.png"
-    if relative_error.draw_relative(study, against):
-        first.append(Picture(against, RELATIVE))
+    relative = relative_error.draw_relative(study)
+    first = [figures.save_picture(out, "relative", relative, RELATIVE)] if relative else []
     clock = f" Time is of the machine that trained; {tables.BESIDE}."
     order = sorted(drawn, key=lambda path: (list(CURVES).index(path.stem), path))
     return [*first, *(Picture(path, CURVES[path.stem] + clock) for path in order)]
@@ -187,13 +170,12 @@ def _convergence(study: StudyResults) -> list[DocumentPart]:
 
 
 def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
-    rows = {}
-    for (arm, _), folder in study.folders.items():  # of the first seed with samples
-        if arm not in rows and (folder / "drawn.npz").exists():
-            rows[arm] = folder / "drawn.npz"
+    rows: dict[str, Path] = {}
+    for (arm, _), folder in study.folders.items():
+        if (folder / "drawn.npz").exists():
+            rows.setdefault(arm, folder / "drawn.npz")  # of the first seed with samples
     if not rows:
         return []
-    path = out / "figures" / "samples.png"
-    order = {arm.name: rows[arm.name] for arm in study.shown if arm.name in rows}
-    figures.draw_samples(order, path)
-    return [Picture(path, "First seed of each arm: below each other, images of the same noise and class.")]
+    drawn = figures.draw_samples({arm.name: rows[arm.name] for arm in study.shown if arm.name in rows})
+    caption = "First seed of each arm: below each other, images of the same noise and class."
+    return [figures.save_picture(out, "samples", drawn, caption)]

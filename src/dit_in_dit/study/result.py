@@ -39,8 +39,10 @@ class Result:
 
     def to_json(self) -> str:
         """The result as JSON; a metric that is not finite is a string such as "nan", as in a run's log."""
-        numbers = {"metrics": _written(self.metrics), "floors": _written(self.floors)}
-        return json.dumps({**asdict(self), **numbers}, indent=1, allow_nan=False)
+        whole = asdict(self)
+        for name in ("metrics", "floors"):
+            whole[name] = {metric: v if math.isfinite(v) else str(v) for metric, v in whole[name].items()}
+        return json.dumps(whole, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Result:
@@ -52,13 +54,8 @@ class Result:
         return cls(**{**whole, "metrics": _numbers(whole["metrics"]), "floors": _numbers(whole["floors"])})
 
 
-def _written(numbers: dict[str, float]) -> dict[str, float | str]:
-    """Numbers for JSON; numbers that are not finite become strings, as in a run's log."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-
-
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The inverse of `_written`; UserError if a value is not a number."""
+    """Numbers from JSON, also those that `to_json` wrote as strings; UserError if a value is not a number."""
     if not all(has_form(value, (int, float)) or value in NOT_FINITE for value in values.values()):
         raise UserError(f"this is no result of a trial: one of its metrics is not a number; {WAY_OUT}")
     return {name: float(value) for name, value in values.items()}
@@ -70,12 +67,10 @@ def read_result(folder: Path) -> Result | None:
     if not path.exists():
         return None
     try:
-        text = path.read_text()
+        return Result.from_json(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; {WAY_OUT}") from None
-    try:
-        return Result.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

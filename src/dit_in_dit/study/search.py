@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.inspection import cost
 from dit_in_dit.metrics.metric import WORDS, direction
-from dit_in_dit.reporting.document import Cell, Chapter, Picture, Table, Verbatim
+from dit_in_dit.reporting.document import Cell, Chapter, Table, Verbatim
 from dit_in_dit.reporting.plots import COLOURS, figure_png, panel_grid
-from dit_in_dit.runs import atomic
 from dit_in_dit.study import formatting, tables
 from dit_in_dit.study.arms import describe_changes
 from dit_in_dit.study.exports import csv_text, metric_rows
-from dit_in_dit.study.figures import draw_samples
+from dit_in_dit.study.figures import draw_samples, save_picture
 from dit_in_dit.study.results import SearchResults, SearchTrial
 
 CONFIRMED = 3  # best trials that the proposed study takes
@@ -29,10 +29,8 @@ SHOWN = 6  # best trials whose samples are shown
 def summarise_search(searched: SearchResults) -> list[str]:
     """Sentences about the number of trials, the best trial, and how much a search can claim."""
     study = searched.plan.study
-    states = {
-        name: sum(_state(t) == name for t in searched.trials) for name in ("done", "pruned", "failed", "not done")
-    }
-    counted = ", ".join(f"{amount} {state}" for state, amount in states.items() if amount)
+    states = Counter(map(_state, searched.trials))
+    counted = ", ".join(f"{states[s]} {s}" for s in ("done", "pruned", "failed", "not done") if states[s])
     sentences = [f"Tried: {len(searched.trials)} of {study.trials} configs ({counted or 'none'})."]
     if not searched.ranked:
         return [*sentences, f"No trial has ended with the primary metric {study.primary}: nothing can be said yet."]
@@ -61,16 +59,12 @@ def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
         Chapter("Tried", [_table(searched)]),
     ]
     if searched.ranked:
-        panels, samples = out / "figures" / "search.png", out / "figures" / "samples.png"
-        _draw(searched, panels)
         caption = f"{searched.plan.study.primary} against each key and MACs, a dot for each trial; ring: the best."
-        parts.append(Chapter("Key by key", [Picture(panels, caption)]))
+        parts.append(Chapter("Key by key", [save_picture(out, "search", _draw(searched), caption)]))
         drawn = {f"number {t.number}": t.folder / "drawn.npz" for t in searched.ranked[:SHOWN]}
-        drawn = {name: path for name, path in drawn.items() if path.exists()}
-        if drawn:
-            draw_samples(drawn, samples)
+        if drawn := {name: path for name, path in drawn.items() if path.exists()}:
             what = "The best trials, the best first: below each other, images of the same noise and class."
-            parts.append(Chapter("Samples", [Picture(samples, what)]))
+            parts.append(Chapter("Samples", [save_picture(out, "samples", draw_samples(drawn), what)]))
         what = "A study of the best, with seeds that the search has not used"
         parts.append(Chapter("To confirm", [Verbatim(what, confirm(searched))]))
     return parts
@@ -82,16 +76,13 @@ def _keys(searched: SearchResults) -> list[str]:
 
 def _rows(searched: SearchResults) -> list[tuple[SearchTrial, list[str]]]:
     """Every trial and its table cells. The best trial comes first; trials without a finite metric come last."""
-    ranked = searched.ranked
+    ranked, keys, rows = searched.ranked, _keys(searched), []
     known = {trial.number for trial in ranked}
-    rest = [trial for trial in searched.trials if trial.number not in known]
-    rows = []
-    for trial in [*ranked, *rest]:
+    for trial in [*ranked, *(trial for trial in searched.trials if trial.number not in known)]:
         value = searched.value(trial)
-        macs = _macs(trial)
-        changes = [str(trial.changes.get(name, "-")) for name in _keys(searched)]
+        changes = [str(trial.changes.get(name, "-")) for name in keys]
         shown = formatting.number(value) if math.isfinite(value) else "-"
-        rows.append((trial, [str(trial.number), *changes, formatting.number(macs), shown]))
+        rows.append((trial, [str(trial.number), *changes, formatting.number(_macs(trial)), shown]))
     return rows
 
 
@@ -108,16 +99,15 @@ def _heads(searched: SearchResults) -> list[str]:
 def _table(searched: SearchResults) -> Table:
     rows: list[list[str | Cell]] = []
     for trial, cells in _rows(searched):
-        step = f"at step {trial.result.step}" if trial.result else ""
-        reason = trial.result.reason if trial.result and trial.result.reason else step
-        state = _state(trial)
+        state, result = _state(trial), trial.result
+        reason = result.reason or f"at step {result.step}" if result else ""
         stages = format_stages(trial.config.model.program) if trial.config else "-"
         rows.append([*cells, stages, state, "" if state == "done" else Cell(reason, "soft")])
     heads = [*_heads(searched), "stages", "state", "reason"]
     return Table(heads, rows, note="Sorted by the primary metric; one seed each.")
 
 
-def _draw(searched: SearchResults, path: Path) -> None:
+def _draw(searched: SearchResults) -> bytes:
     """Plot a panel for each searched key, and a panel for MACs."""
     ranked = searched.ranked
     values = [searched.value(trial) for trial in ranked]
@@ -142,7 +132,7 @@ def _draw(searched: SearchResults, path: Path) -> None:
         axis.set_xlabel(name)
         if number % columns == 0:
             axis.set_ylabel(searched.plan.study.primary)
-    atomic.write_atomic(path, figure_png(page))
+    return figure_png(page)
 
 
 def confirm(searched: SearchResults) -> str:

@@ -25,7 +25,6 @@ class Estimate:
     mean: float
     low: float | None
     high: float | None
-    count: int
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,9 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean and 95% interval (Student's t) of at least one value; each seed gives one value."""
     mean = float(np.mean(values)) if all(map(math.isfinite, values)) else math.nan
     if len(values) < 2 or math.isnan(mean):
-        return Estimate(mean, None, None, len(values))
+        return Estimate(mean, None, None)
     reach = standard_errors(len(values)) * _error(values)
-    return Estimate(mean, mean - reach, mean + reach, len(values))
+    return Estimate(mean, mean - reach, mean + reach)
 
 
 def paired_difference(arm: Mapping[int, float], other: Mapping[int, float], comparisons: int = 1) -> Difference:

@@ -5,12 +5,14 @@ The URL of a database may hold a password, which no message shows.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus
@@ -19,8 +21,6 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import lock
 
 if TYPE_CHECKING:
-    import io
-
     import sqlalchemy
 
 PAUSES = (0.1, 2.0)  # first and longest wait before a call is repeated, seconds
@@ -168,21 +168,16 @@ class JournalLock:
     def acquire(self) -> bool:
         """Wait for the lock. If the journal or the file system's locks are missing: UserError, and no lock is held."""
         self.threads.acquire()
+        action, way_out = "lock", "choose another --out, or give --storage"
         try:
             self.file = lock.open_locked(self.path.with_name(self.path.name + ".lock"), wait=True)
-        except OSError as error:
-            self.threads.release()
-            problem = error.strerror or error
-            raise UserError(f"cannot lock {self.path} ({problem}): choose another --out, or give --storage") from None
-        try:
+            action, way_out = "read", "put it back, or choose another --out"
             self._cut_incomplete_line()
-        except OSError as error:
+        except BaseException as error:
             self.release()
-            problem = error.strerror or error
-            raise UserError(f"cannot read {self.path} ({problem}): put it back, or choose another --out") from None
-        except BaseException:
-            self.release()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            raise UserError(f"cannot {action} {self.path} ({error.strerror or error}): {way_out}") from None
         return True
 
     def _cut_incomplete_line(self) -> None:
@@ -220,10 +215,7 @@ def open_storage(out: Path, url: str | None, lease: float, say: Callable[[str], 
         backend = JournalFileBackend(str(journal), lock_obj=JournalLock(journal))  # type: ignore[arg-type]
         return Storage(optuna.storages.JournalStorage(backend), str(journal), str, lease, say)
     parsed = parse_url(url)
-
-    def reason(error: BaseException) -> str:
-        return _reason(error, parsed)
-
+    reason = partial(_reason, parsed=parsed)
     try:
         database = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except Exception as error:  # of SQLAlchemy, a driver or a server

@@ -17,18 +17,14 @@ MOST_NAMED = 14  # arms that a sentence lists
 
 def summarise_study(study: StudyResults) -> list[str]:
     """Sentences about the primary metric, the other metrics, the scope of the study, and missing trials."""
-    sentences = []
     if not any(study.values(arm.name, study.primary) for arm in study.plan.arms):
         measured = f" Measured: {', '.join(study.ranked)}." if study.ranked else ""
-        sentences.append(
+        first = [
             f"No trial has ended with the primary metric {study.primary}: nothing can be said by it yet.{measured}"
-        )
-    elif len(study.plan.study.seeds) == 1:
-        sentences += _one_seed(study)
+        ]
     else:
-        sentences += _primary(study)
-    sentences += _secondary(study)
-    return [*sentences, describe_scope(study.plan), *_unequal(study.plan), *_missing(study)]
+        first = _one_seed(study) if len(study.plan.study.seeds) == 1 else _primary(study)
+    return [*first, *_secondary(study), describe_scope(study.plan), *_unequal(study.plan), *_missing(study)]
 
 
 def _name(study: StudyResults) -> str:
@@ -70,7 +66,7 @@ def _primary(study: StudyResults) -> list[str]:
     for arm, change in marked:
         sentences.append(
             f"'{arm.name}' is {formatting.verdict(metric, change)} than '{arm.against}': "
-            f"{formatting.format_difference(metric, change)}, {_interval(study)} "
+            f"{formatting.format_difference(metric, change)}, {formatting.interval_name(study)} "
             f"{formatting.interval(metric, change, wide=True)}, {len(change.seeds)} seeds."
         )
     if unseen := groups.pop("no difference seen", []):
@@ -84,19 +80,15 @@ def _primary(study: StudyResults) -> list[str]:
     return sentences
 
 
-def _interval(study: StudyResults) -> str:
-    many = len(study.compared)
-    return "95% interval" if many == 1 else f"interval for all {many} comparisons together"
-
-
 def _allowed(study: StudyResults, unseen: list[tuple[Arm, Difference]]) -> str:
     """A sentence about the largest difference that the intervals of the `unseen` arms allow."""
     percents = [formatting.scale(study.primary, change) for _, change in unseen]
     ends = [max(abs(change.wide_low or 0), abs(change.wide_high or 0)) for _, change in unseen]
+    text = formatting.number(max(ends), 2)
     if all(percents):
         most = max(end * (percent or 0) for end, percent in zip(ends, percents, strict=True))
-        return f"That is no proof of equality: differences of up to {most:.{1 if most < 10 else 0}f} % fit the numbers."
-    return f"That is no proof of equality: differences of up to {formatting.number(max(ends), 2)} fit the numbers."
+        text = f"{most:.{1 if most < 10 else 0}f} %"
+    return f"That is no proof of equality: differences of up to {text} fit the numbers."
 
 
 def _strength(study: StudyResults, seeds: set[int]) -> str:

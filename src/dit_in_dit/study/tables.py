@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy as np
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.schema import to_dict
 from dit_in_dit.curves.convergence import DEFINITIONS, stability, steps_to_reach
-from dit_in_dit.curves.logs import Curve
 from dit_in_dit.metrics.metric import TITLES, direction
 from dit_in_dit.reporting.document import Cell, Table, Tone
 from dit_in_dit.study import formatting
@@ -20,6 +19,7 @@ from dit_in_dit.study.plan import Arm, Plan
 from dit_in_dit.study.results import StudyResults
 
 BESIDE = "other trials may have run beside"  # a caveat of everything timed while trials ran
+BONFERRONI = " (Bonferroni)"
 FLOOR = "real against real"
 TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # by verdict; all other verdicts have the tone "soft"
 
@@ -95,30 +95,23 @@ def training_seconds(study: StudyResults, arm: str) -> float | None:
 
 def primary(study: StudyResults) -> Table:
     """The differences in the primary metric, with verdicts, intervals, p-values and means."""
-    metric, many = study.primary, len(study.compared)
-    together = [f"interval, all {many} together"] if many > 1 else []
-    heads = ["arm", "verdict", "difference", *together, "95% interval", "p", "mean"]
-    heads += ["compared with", "its mean", "seeds"]
+    metric, many, interval = study.primary, len(study.compared), formatting.interval_name(study, BONFERRONI)
+    intervals = {f"interval, all {many} together": True, "95% interval": False} if many > 1 else {"95% interval": False}
+    heads = ["arm", "verdict", "difference", *intervals, "p", "mean", "compared with", "its mean", "seeds"]
     rows: list[list[str | Cell]] = []
     for arm in study.compared:
         change = study.difference(arm, metric)
         row: list[str | Cell] = [arm.name, _verdict(formatting.verdict(metric, change))]
         row.append(formatting.format_difference(metric, change))
-        widths = (True, False) if many > 1 else (False,)
-        row += [formatting.interval(metric, change, wide=wide) or "-" for wide in widths]
+        row += [formatting.interval(metric, change, wide=wide) or "-" for wide in intervals.values()]
         row += [formatting.number(change.p, 2), formatting.mean(study, arm.name, metric)]
         rows.append([*row, arm.against, formatting.mean(study, arm.against, metric), str(len(change.seeds))])
     note = (
         "Difference: arm less the other, seed by seed; in percent of the other's mean. Student's t over the seeds that "
-        f"both have. A verdict is better or worse where the {_interval(study)} excludes zero. p is of the single "
+        f"both have. A verdict is better or worse where the {interval} excludes zero. p is of the single "
         "comparison. ±: half of the 95% interval over seeds."
     )
     return Table(heads, rows, f"Differences by {metric}", note)
-
-
-def _interval(study: StudyResults) -> str:
-    many = len(study.compared)
-    return f"interval for all {many} comparisons together (Bonferroni)" if many > 1 else "95% interval"
 
 
 def _verdict(verdict: str, text: str = "") -> Cell:
@@ -127,7 +120,7 @@ def _verdict(verdict: str, text: str = "") -> Cell:
 
 def differences(study: StudyResults) -> list[Table]:
     """The differences in every ranked metric, a table for each group of metrics."""
-    tables = []
+    tables, interval = [], formatting.interval_name(study, BONFERRONI)
     for group, members in study.metrics.items():
         metrics = [name for name in members if direction(name) != "listed"]
         if not metrics:
@@ -137,7 +130,7 @@ def differences(study: StudyResults) -> list[Table]:
             name = arm.name if arm.against == study.plan.control.name else f"{arm.name} against {arm.against}"
             rows.append([name, *(_difference(study, arm, metric) for metric in metrics)])
         note = (
-            f"Difference ({_interval(study)}). In colour and with a word: the interval excludes zero. "
+            f"Difference ({interval}). In colour and with a word: the interval excludes zero. "
             "Corrected for the number of arms, not for the number of metrics."
         )
         tables.append(Table(["arm", *metrics], rows, f"{TITLES.get(group, group)}: differences", note))
@@ -172,9 +165,8 @@ def convergence(study: StudyResults) -> list[Table]:
     Raises:
         UserError: the arms' held-out sets differ.
     """
-    arms = sorted(
-        study.arms_of_curves(), key=lambda arm: arm.name != study.plan.control.name
-    )  # ratios are relative to the first arm
+    # ratios are relative to the first arm
+    arms = sorted(study.arms_of_curves(), key=lambda arm: arm.name != study.plan.control.name)
     tables: dict[tuple[float, float], list[list[str | Cell]]] = {}
     for row in steps_to_reach(arms):
         cells = [row.arm, f"{row.reached} of {row.seeds}"]
@@ -194,21 +186,18 @@ def convergence(study: StudyResults) -> list[Table]:
 
 def stability_table(study: StudyResults) -> Table:
     """Skipped steps, spikes and gradient norms of every arm, over all seeds of the arm together."""
-    rows = [[arm.name, str(len(arm.curves)), *_stability(arm.curves)] for arm in study.arms_of_curves()]
+    counts, rows = ("steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes"), []
+    for arm in study.arms_of_curves():
+        runs = [stability(curve) for curve in arm.curves]
+        sums = [f"{sum(getattr(run, count) for run in runs):,d}" for count in counts]
+        largest = max((run.largest_gradient for run in runs if run.largest_gradient is not None), default=None)
+        clipped = [run.clipped for run in runs if run.clipped is not None]
+        share = f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"
+        rows.append([arm.name, str(len(runs)), *sums, formatting.number(largest), share])
     heads = ["arm", "seeds", "steps", "skipped", "not finite", "loss spikes", "gradient spikes"]
     heads += ["largest gradient norm", "clipped"]
-    kinds = ("skipped", "non_finite", "loss_spikes", "gradient_spikes", "clipped")
-    note = "; ".join(f"{kind.replace('_', ' ')}: {DEFINITIONS[kind]}" for kind in kinds)
+    note = "; ".join(f"{kind.replace('_', ' ')}: {DEFINITIONS[kind]}" for kind in (*counts[1:], "clipped"))
     return Table(heads, rows, "Stability, all seeds of an arm together", f"{note}.")
-
-
-def _stability(curves: Sequence[Curve]) -> list[str]:
-    runs = [stability(curve) for curve in curves]
-    counts = ("steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
-    sums = [f"{sum(getattr(run, count) for run in runs):,d}" for count in counts]
-    largest = max((run.largest_gradient for run in runs if run.largest_gradient is not None), default=None)
-    clipped = [run.clipped for run in runs if run.clipped is not None]
-    return [*sums, formatting.number(largest), f"{100 * float(np.mean(clipped)):.1f} %" if clipped else "-"]
 
 
 def missing_trials(study: StudyResults) -> Table:

@@ -19,6 +19,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.run_data import images_of_classes
+from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.trace import inspect
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
 from dit_in_dit.metrics.feature_networks import Network
 from dit_in_dit.metrics.subject import reference, run_subject
@@ -225,8 +227,5 @@ def _draw(run: Path, device: torch.device) -> None:
 def trial_bytes(config: RunConfig) -> int:
     """A rough estimate of a trial's memory in bytes: weights, gradients, optimizer state, averaged weights, and 1.5
     times the activations that are kept for the backward pass."""
-    from dit_in_dit.inspection import cost
-    from dit_in_dit.inspection.trace import inspect
-
     activations: Any = inspect(config.model, config.train.batch_size, config.train.recompute)["activation_bytes"]
     return int(5 * 4 * cost.parameters(config.model)["total"] + 1.5 * activations["total"])

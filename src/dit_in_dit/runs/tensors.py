@@ -27,14 +27,13 @@ DTYPES = {  # names of types in safetensors, in the order in which it writes ten
 
 def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors in their order in a file: by type, then by name."""
-    rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
-    return sorted(described, key=lambda name: (rank[described[name].dtype], name))
+    rank, described = [*DTYPES], _described(tensors)
+    return sorted(described, key=lambda name: (rank.index(described[name].dtype), name))
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors from which types and shapes can be read at no cost; for a sharded state, its local tensors."""
-    described: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
-    return described
+    return getattr(tensors, "data", tensors)
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -108,12 +108,12 @@ class Session:
     def events(self) -> Iterator[Event]:
         """Events until step `last`, or until a request to stop."""
         atexit.register(self._end_workers)  # the generator may still be open when Python ends
-        with self.lines.opened():
-            try:
-                yield from self._train()
-            finally:
-                self._end_workers()
-                atexit.unregister(self._end_workers)
+        try:
+            yield from self._train()
+        finally:
+            self._end_workers()
+            atexit.unregister(self._end_workers)
+            self.lines.close()
 
     def _train(self) -> Iterator[Event]:
         try:
@@ -143,7 +143,7 @@ class Session:
                 batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]
             values = trainer.update(batches)
             step = trainer.step
-            self.lines.add(step, values, trainer.each)
+            self.lines.pending.append((step, values, trainer.each))
             asked, flush = self.world.agree(self.stop.signal, self.lines.is_due())
             if asked:
                 raise Interrupted
@@ -156,7 +156,7 @@ class Session:
             if draw:
                 yield self._samples()
             if save and (not trainer.divergence.streak or step == how.steps):  # no roll-back may end within a streak
-                trainer.divergence.end_tries()
+                trainer.divergence.tries = 0
                 yield self._save(steady=True)
             self.lines.start_clock()
 
@@ -185,7 +185,7 @@ class Session:
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
-            divergence.count(finite=is_finite(numbers))
+            divergence.streak = 0 if is_finite(numbers) else divergence.streak + 1
             if not divergence.streak:
                 self._note({"step": step, **numbers})
                 yield Event("step", step, {**numbers, "images_per_second": speed})
@@ -229,13 +229,7 @@ class Session:
         raised. `steady` marks a regular checkpoint, whose step follows from the config and not from a stop."""
         trainer = self.trainer
         state, ema = trainer.state(), trainer.averaged_state()
-
-        def write() -> Path:
-            config, classes, data, objects = self.config, trainer.source.classes, self.data, trainer.objects
-            return checkpoint.save(
-                self.run, config, trainer.step, state, ema, classes, steady=steady, data=data, objects=objects
-            )
-
+        write = partial(checkpoint.save, self.run, self.config, trainer.step, state, ema, trainer.source.classes)
         try:
             # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
             self.world.on_main(self.lines.log.lines.keep)
@@ -243,7 +237,7 @@ class Session:
                 for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
                     for name in file_order(tensors):
                         tensors[name]
-            path = self.world.on_main(write)
+            path = self.world.on_main(partial(write, steady=steady, data=self.data, objects=trainer.objects))
         except checkpoint.SaveError as error:
             if trainer.step >= self.last:
                 raise

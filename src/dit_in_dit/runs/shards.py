@@ -36,8 +36,8 @@ def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         atomic.write_atomic(path, json.dumps(identity, indent=1) + "\n", once=True)
-    lazy_rows = read_json(path, advice=f"remove {path.parent}, or choose another --out")
-    if field := json_difference(lazy_rows, json.loads(json.dumps(identity))):
+    stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
+    if field := json_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
@@ -68,8 +67,7 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        return self._file.get_tensor(name)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -80,10 +78,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    return dict(LazyTensors(path))
 
 
 def check_weights(weights: Mapping[str, Tensor], what: str) -> None:

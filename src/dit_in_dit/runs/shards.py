@@ -42,13 +42,8 @@ def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def share_work(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
-    """Make this process's share of the missing parts of `total` images; yields the number of existing images until all
-    exist.
-
-    Args:
-        size: images per part.
-        there: whether a part exists.
-        make: makes a part.
+    """Make this process's share of the missing parts of `total` images, each of `size` images; yields the number of
+    existing images until all exist. `there` tells whether a part exists.
 
     Raises:
         UserError: no new part of another process appeared for `PATIENCE` seconds.
@@ -70,11 +65,7 @@ def share_work(total: int, size: int, there: Callable[[range], bool], make: Call
 def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
-    """Wait until all parts exist; yields the missing parts ten times a second.
-
-    Args:
-        there: whether a part exists.
-        what: words for the missing parts in the error.
+    """Wait until all parts exist; yields the missing parts ten times a second. `what` names them in the error.
 
     Raises:
         UserError: no new part appeared for `patience` seconds.

@@ -26,13 +26,8 @@ DTYPES = {  # names of types in safetensors, in the order in which it writes ten
 
 def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors in their order in a file: by type, then by name."""
-    rank, described = [*DTYPES], _described(tensors)
-    return sorted(described, key=lambda name: (rank.index(described[name].dtype), name))
-
-
-def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors from which types and shapes can be read at no cost; for a sharded state, its local tensors."""
-    return getattr(tensors, "data", tensors)
+    types, described = [*DTYPES], getattr(tensors, "data", tensors)  # of a sharded state: the tensors before a gather
+    return sorted(described, key=lambda name: (types.index(described[name].dtype), name))
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -40,7 +35,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     `save` holds all tensors in memory twice. `save_file` returns no hash, and its errors have no errno.
     """
-    names, described = file_order(tensors), _described(tensors)
+    names, described = file_order(tensors), getattr(tensors, "data", tensors)
     header, end = {}, 0
     for name in names:
         tensor, start = described[name], end

@@ -71,11 +71,8 @@ class Session:
         return skipped
 
     def restore(self, *, steady: bool = False) -> tuple[str, ...]:
-        """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular
-        checkpoint.
-
-        Returns:
-            Paths of the newer, damaged checkpoints that were skipped.
+        """Restore the run's newest good checkpoint, if there is one; with `steady`, its newest regular checkpoint.
+        Returns the paths of newer, damaged checkpoints, which were skipped.
 
         Raises:
             UserError: classes, data or objects given to train() are not those of the run.
@@ -87,8 +84,7 @@ class Session:
         if tuple(saved.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data['place']} has other classes than the run {run}: restore the data")
         _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
-        noted = saved.manifest.get("data")
-        self.world.on_main(lambda: check_unchanged(self.data, noted, str(run)))
+        self.world.on_main(lambda: check_unchanged(self.data, saved.manifest.get("data"), str(run)))
         try:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
         except (KeyError, RuntimeError):  # the weights of a user's class have changed since the save
@@ -180,8 +176,7 @@ class Session:
             yield self._samples()
 
     def _flush(self) -> Iterator[Event]:
-        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped steps in a
-        row."""
+        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped in a row."""
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
@@ -197,8 +192,7 @@ class Session:
                 raise DivergedError(step, f"loss {why['loss']}, gradient norm {why['grad_norm']}")
 
     def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
-        """Record of a skipped step: its examples, and the numbers and images of the examples with a non-finite
-        loss."""
+        """Record of a skipped step: its examples, and numbers and images of those with a non-finite loss."""
         first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
         bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
         size = self.trainer.source.train_size
@@ -268,7 +262,8 @@ class Session:
         trainer.divergence = before.after(step, trainer.step)
         values = {"to": trainer.step, "shift": trainer.divergence.shift}
         self.lines.log.write(before.rolled_back, {"step": step, "rollback": values})
-        self.lines.drop()
+        self.lines.pending.clear()
+        self.lines.start_clock()
         return Event("rolled_back", step, {**values, "why": problem})
 
 

@@ -50,11 +50,6 @@ class StepLog:
         numbers = _read([values for _, values, _ in steps])
         return [Step(step, scalars, each) for (step, _, each), scalars in zip(steps, numbers, strict=True)], speed
 
-    def drop(self) -> None:
-        """Drop the waiting steps and restart the clock, after a roll-back."""
-        self.pending.clear()
-        self.clock.start()
-
     def start_clock(self) -> None:
         """Restart the clock if no step waits: only training is timed."""
         if not self.pending:

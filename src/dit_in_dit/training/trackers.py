@@ -222,8 +222,7 @@ def _curves(run: Path) -> list[Path]:
 
 
 def chosen_trackers(option: str | None, run: Path) -> list[str]:
-    """Names from `--track`, or the trackers of earlier starts; UserError if a tracker is unknown or not
-    installed."""
+    """Names from `--track`, or the trackers of earlier starts; UserError if one is unknown or not installed."""
     names = list(_identities(run)) if option is None else [n for n in option.split(",") if n not in ("", NONE)]
     for name in names:
         if name not in TRACKERS:

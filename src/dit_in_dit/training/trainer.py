@@ -238,10 +238,7 @@ class Trainer:
         return model
 
     def state(self) -> GatheredTensors:
-        """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
-
-        The average needs no counter except the step.
-        """
+        """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())
         return GatheredTensors(tensors | self.divergence.tensors())

@@ -100,8 +100,7 @@ class Lines:
             self.settle()
 
     def settle(self, *, sync: bool = False) -> None:
-        """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again.
-        `sync` before anything that depends on the lines is saved."""
+        """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again."""
         if not self.file:
             self.waiting = b""
             return
@@ -114,6 +113,10 @@ class Lines:
                 os.fsync(self.file.fileno())
         except OSError as error:
             raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
+
+    def keep(self) -> None:
+        """Write and sync all lines, before anything that depends on them is saved; SaveError when the disk refuses."""
+        self.settle(sync=True)
 
 
 class Log:

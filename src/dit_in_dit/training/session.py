@@ -226,7 +226,7 @@ class Session:
         write = partial(checkpoint.save, self.run, self.config, trainer.step, state, ema, trainer.source.classes)
         try:
             # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
-            self.world.on_main(partial(self.lines.log.lines.settle, sync=True))
+            self.world.on_main(self.lines.log.lines.keep)
             if trainer.sharded and not self.world.is_main:
                 for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
                     for name in file_order(tensors):

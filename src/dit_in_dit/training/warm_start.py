@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig
@@ -80,9 +81,8 @@ def warm_start(
         if source not in weights:
             continue
         if weights[source].shape != weight.shape:
-            theirs, ours = ("x".join(map(str, tensor.shape)) for tensor in (weights[source], weight))
             raise UserError(
-                f"train.init: {name} is {theirs} in {truncate(run)}, {ours} in the model: "
+                f"train.init: {name} is {_shape(weights[source])} in {truncate(run)}, {_shape(weight)} in the model: "
                 "give both models the same outer width, patch and channels"
             )
         weight.copy_(weights[source])
@@ -142,3 +142,7 @@ def _source(name: str, chosen: list[int]) -> str:
         return name
     number, _, rest = name.removeprefix(BLOCKS).partition(".")
     return f"{BLOCKS}{chosen[int(number)]}.{rest}"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -336,7 +336,7 @@ ARRAYS: dict[str, Bad] = {
     "a header that lies": (written("data.npy", header("(1000000000000, 16, 16, 3)")), "larger than|greater than"),
     "a header that lies in a zip": (a_lie_in_a_zip, "Unable to allocate"),
     "zeros that grow": (zipped_zeros, "a zip bomb?"),
-    "a folder as npz": (lambda: [Path("data.npz").mkdir(), training("data.npz")][1], "Is a directory"),
+    "a folder as npz": (lambda: [Path("data.npz").mkdir(), training("data.npz")][1], "files in data.npz: name another"),
 }
 
 

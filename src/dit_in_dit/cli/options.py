@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
-from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.run import AUTO, RunConfig
 from dit_in_dit.data.labels import class_numbers
 
 MOST = 10**7  # largest whole number that an option accepts
@@ -68,7 +68,12 @@ def chosen_config(options: argparse.Namespace, default: str | None = None) -> Ru
         config = presets.get(name)
     else:
         raise UserError("name what to start from: --preset NAME (see `dit-in-dit presets`) or --config FILE")
-    return override(config, options.set)
+    config = override(config, options.set)
+    if config.model.num_classes == AUTO:
+        from dit_in_dit.data.sources import count_auto_classes
+
+        config = count_auto_classes(config)
+    return config
 
 
 def add_device(command: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_in_dit.cli.data import open_or_keep, own_config
 from dit_in_dit.cli.options import Commands, add_config, add_device, add_scale, chosen_config, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -45,7 +46,10 @@ def add(commands: Commands) -> None:
         "--resume", action="store_true", help="continue the run in --out; longer with --set train.steps=N"
     )
     train.add_argument(
-        "--data", metavar="PLACE", help="with --resume: the new place of the run's data; the data must be the same"
+        "--data",
+        metavar="PLACE",
+        help="your images: a folder, .zip, hf:NAME ... (data.source); a preset that fits is chosen if none is named; "
+        "with --resume: the new place of the run's data, which must be the same",
     )
     train.add_argument(
         "--track",
@@ -73,10 +77,6 @@ def _train(options: argparse.Namespace) -> None:
         from dit_in_dit.runs.folder import read_config
         from dit_in_dit.training.loop import train
 
-    if options.data and not options.resume:
-        raise UserError(
-            "--data is the new place of a resumed run's data: use it with --resume, or use --set data.source"
-        )
     stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
@@ -84,7 +84,7 @@ def _train(options: argparse.Namespace) -> None:
         stored = read_config(options.out)
         config = chosen_config(options) if options.preset or options.config else override(stored, options.set)
     else:
-        config = chosen_config(options)
+        config = own_config(options) if options.data else chosen_config(options)
     config = replace(config, data=fill_latent_keys(config.data))  # the config then names the VAE of its latents
     events = train(
         config,
@@ -94,7 +94,7 @@ def _train(options: argparse.Namespace) -> None:
         stop=stop,
         until=options.until,
         deterministic=options.deterministic,
-        data=options.data,
+        data=options.data if options.resume else None,
     )
     _follow(_tracked(events, options), options.out, stop, options.scale)
 
@@ -224,15 +224,7 @@ def _pixels(images: Tensor, config: RunConfig, model: NestedDiT) -> Tensor:
     """Decode latents to images. If the VAE cannot be loaded, return the latents: a failed grid must not end a run."""
     import torch
 
-    from dit_in_dit.data.encode import open_decoder
-
-    try:
-        decode = open_decoder(config.data, next(model.parameters()).device)
-    except UserError as error:
-        print(f"dit-in-dit: the grid shows latents: {error}", file=sys.stderr)
-        return images
-    if decode is None:
-        return images
+    decode = open_or_keep(config.data, next(model.parameters()).device)
     batches = [images[start : start + 4] for start in range(0, len(images), 4)]  # training occupies most of the memory
     return torch.cat([decode(batch) for batch in batches])
 

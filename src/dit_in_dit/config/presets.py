@@ -122,11 +122,33 @@ _EMOJI_DIT = replace(
     train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
 )
 
+
+def _own(side: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int], **train: Any) -> list[RunConfig]:
+    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs; for each: outer blocks and width."""
+    recipe = {"steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-3, "warmup": 500, "ema": 0.9995, **train}
+    how = TrainConfig(schedule="cosine", **recipe)
+    diffusion = replace(_EMOJI.diffusion, time_mean=time_mean)  # more noise for larger images; JiT at 256x256: 0.8
+    base = replace(_EMOJI.model, image_size=(side, side), patch_size=side // 8)
+    models = [
+        replace(base, stages=f"outer*{depth}{decoder}", outer=OuterConfig(width=width, num_heads=4), inner=inner)
+        for (depth, width), decoder, inner in ((nested, " inner*3", PIXEL_DECODER), (plain, "", InnerConfig()))
+    ]
+    return [replace(_EMOJI, model=model, diffusion=diffusion, train=how) for model in models]
+
+
+_OWN = {  # for own images; measured in docs/presets.md
+    "pixels-64": _own(64, 0.5, (6, 256), (7, 248)),
+    "pixels-128": _own(128, 0.7, (6, 256), (6, 296)),
+    "small": _own(64, 0.5, (4, 160), (4, 180), steps=4000, batch_size=32, warmup=200, ema=0.999),
+}
+
 PRESETS: dict[str, RunConfig] = {
     **_all_official(),
     "emoji": _EMOJI,
     "emoji-reference": _EMOJI_REFERENCE,
     "emoji-dit": _EMOJI_DIT,
+    **{name: pair[0] for name, pair in _OWN.items()},
+    **{f"{name}-dit": pair[1] for name, pair in _OWN.items()},
 }
 NAMES = tuple(PRESETS)
 

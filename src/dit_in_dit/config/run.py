@@ -12,6 +12,8 @@ from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge_runs, 
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 
+AUTO = -1  # model.num_classes=auto; data.summary.count_auto_classes replaces it by a number
+
 
 @dataclass(frozen=True)
 class OuterConfig(Section):
@@ -68,7 +70,7 @@ class ModelConfig(Section):
     image_size: tuple[int, int] = key((32, 32), "height and width in pixels, or one number for both", low=1, high=65536)
     channels: int = key(3, "channels of the image or latent", low=1, high=4096)
     patch_size: int = key(8, "patch size p in pixels; must divide height and width", low=1, high=4096)
-    num_classes: int = key(0, "number of classes; 0: no labels", low=0, high=10_000_000)
+    num_classes: int = key(0, "number of classes; 0: no labels; auto: as many as the data has", low=AUTO, high=10**7)
     depth: int | None = key(None, "outer blocks of a named order; null with a program", low=1, high=MOST_BLOCKS)
     stages: str = key("outer*12", "named order (first, interleaved, last, both) or a program: 'inner*2 outer*6'")
     use_inner: bool = key(True, "false: outer blocks only, whatever stages says")
@@ -82,6 +84,11 @@ class ModelConfig(Section):
     mlp_norm_eps: float = key(1e-6, "epsilon of the norm before each MLP; diffusers' DiT has 1e-5", low=1e-12, high=1)
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
+
+    def __post_init__(self) -> None:
+        if self.num_classes == "auto":  # type: ignore[comparison-overlap]  # from YAML
+            object.__setattr__(self, "num_classes", AUTO)
+        super().__post_init__()
 
     def check(self) -> None:
         height, width = self.image_size

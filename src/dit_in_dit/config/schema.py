@@ -22,12 +22,12 @@ def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = mat
 
     `added` is the first version of the config hash (`files.HASH_VERSION`) that includes the key. A key with `added`
     above 1 is left out of the hash if its value is the default: older configs keep their hash. That default must never
-    change.
+    change. Such a key is given by name only, so that the positions of older keys stay.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
     if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=default, metadata=metadata, kw_only=added > 1)
+    return field(default=default, metadata=metadata, kw_only=added > 1)
 
 
 T = TypeVar("T", bound="Section")

@@ -84,6 +84,12 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) ->
     return np.asarray(image).reshape(height, width, channels)
 
 
+def image_shape(image: Image.Image) -> tuple[int, int, int]:
+    """Channels (1: grey, 3: colour), height and width as `resize_and_crop` sees them."""
+    width, height = apply_orientation(image).size
+    return 1 if image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16") else 3, height, width
+
+
 def apply_orientation(image: Image.Image) -> Image.Image:
     """The image rotated by its EXIF orientation; unreadable metadata is ignored."""
     try:

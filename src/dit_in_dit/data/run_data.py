@@ -69,10 +69,13 @@ def open_source_of(run: Path, config: RunConfig) -> Source:
 
 def data_record(source: Source, data: DataConfig) -> dict[str, str]:
     """A checkpoint's record of its images: their digest, and their place with an absolute path."""
-    place, path = data.source, path_in(data.source)
-    if _is_here(place):
-        place = place.removesuffix(path) + os.path.abspath(path)
-    return {"digest": source.digest, "place": place}
+    return {"digest": source.digest, "place": absolute_place(data.source)}
+
+
+def absolute_place(place: str) -> str:
+    """A `data.source` with an absolute path, if it names an existing one."""
+    path = path_in(place)
+    return place.removesuffix(path) + os.path.abspath(path) if _is_here(place) else place
 
 
 def find_moved_data(data: DataConfig, noted: Mapping[str, str] | None) -> DataConfig:

@@ -42,6 +42,7 @@ class Source(ABC):
         held_out_size: number of held-out images.
         skipped: unreadable files that were left out.
         notes: clauses of one line about other things that are not read.
+        fixed_size: whether the model must have the stored images' shape; else images are resized.
         name: name in SOURCES of a kind that a file of `data/formats` adds.
         by_path: whether the kind is recognised by the file or folder at a path; kinds with a name are tried first.
         fallback: true for the single kind that takes every path that no other kind recognises.
@@ -55,6 +56,7 @@ class Source(ABC):
     name: ClassVar[str] = ""
     by_path: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = False
 
     @classmethod
     def recognises(cls, source: str, name: str) -> bool:
@@ -70,6 +72,12 @@ class Source(ABC):
     def count_classes(cls, data: DataConfig) -> int:
         """Number of classes, read from the labels; 0 without labels, or if it is known only once the source is open."""
         return 0
+
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """(C, H, W) of at most `most` stored images, evenly spaced; a single shape if all images must have it, and none
+        if the source makes images of any size."""
+        return []
 
     @classmethod
     def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
@@ -102,6 +110,10 @@ class Source(ABC):
     def held_out(self, index: int) -> tuple[Array, int]:
         """Held-out image `index` and its label."""
         raise IndexError(f"no held-out image {index}: held_out_size is {self.held_out_size}")
+
+    def title(self, index: int, *, held_out: bool = False) -> str:
+        """Name of a training or held-out image."""
+        return f"image {index}"
 
     def example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Array, int]:
         """Training image `index`, or its mirror image, as used in one training example, and its label.

@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from dit_in_dit.config.errors import LeftOutWarning, UserError, truncate
-from dit_in_dit.config.run import DataConfig, ModelConfig
+from dit_in_dit.config.run import AUTO, DataConfig, ModelConfig, RunConfig
 from dit_in_dit.data import formats
 from dit_in_dit.data.names import left_out_clause
 from dit_in_dit.data.source import Source
@@ -93,6 +93,16 @@ def count_classes(data: DataConfig) -> int:
     known only when the source is opened.
     """
     return source_kind(data.source).count_classes(data)
+
+
+def count_auto_classes(config: RunConfig, given: Source | None = None) -> RunConfig:
+    """The config with the number of classes of its data, or of the `given` source, in place of model.num_classes=auto;
+    0 for a single class."""
+    if config.model.num_classes != AUTO:
+        return config
+    model = replace(config.model, num_classes=0 if given else count_classes(config.data))
+    number = model.num_classes or len((given or open_source(config.data, model)).classes)
+    return replace(config, model=replace(model, num_classes=number if number > 1 else 0))
 
 
 def size_of(path: Path) -> tuple[int, int, int]:

@@ -19,10 +19,11 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.summary import SIDE, thumbnails
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein
 from dit_in_dit.metrics.feature_networks import Network
-from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, thumbnails
+from dit_in_dit.metrics.memorization import NEAR, Neighbours, neighbours
 from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_in_dit.data.summary import nearest
 from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
-from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runtime.seeding import generator
 
 Float64Array = NDArray[np.float64]
 
-SIDE = 32  # longest side of an image that is compared, in pixels; larger ones are averaged down
-BLOCK = 2**26  # most distances in memory
 NEAR = 0.01  # "too near": within the distance at which this share of unseen real images has a training image
 LOUD = 0.05  # share of samples that are too near, above which a warning is given
 DETAILED = 0.5  # samples with less than this share of real detail are blurred: blurred images are near to all others
@@ -126,29 +122,3 @@ def _either_way(
         flipped, flipped_number = nearest(images.flip(-1).flatten(1), base, itself=itself)
         distance, number = np.minimum(distance, flipped), np.where(flipped < distance, flipped_number, number)
     return distance, number
-
-
-def thumbnails(images: Pixels) -> Tensor:
-    """uint8 (N, H, W, C) as images (N, C, h, w) in [-1, 1], of at most SIDE pixels a side."""
-    shrink = max(1, max(images.shape[1:3]) / SIDE)
-    height, width = (max(1, round(side / shrink)) for side in images.shape[1:3])
-    rows = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return F.adaptive_avg_pool2d(rows, (height, width))
-
-
-def nearest(queries: Tensor, base: Tensor, *, itself: bool = False) -> tuple[Float64Array, NDArray[np.int64]]:
-    """Distance (N,) and number (N,) of the row of `base` nearest to each query; with `itself`, query i is row i and
-    only other rows count."""
-    norms = base.square().sum(1)
-    rows = max(1, BLOCK // len(base))
-    numbers = []
-    for start in range(0, len(queries), rows):
-        block = queries[start : start + rows]
-        squares = norms - 2 * block @ base.T  # less the query's own norm: the same order
-        if itself:
-            squares[torch.arange(len(block)), torch.arange(start, start + len(block))] = torch.inf
-        numbers.append(squares.argmin(1))
-    number = torch.cat(numbers)
-    # Computed again from the difference: the expanded square loses small distances.
-    distances = [(q.double() - base[n].double()).square().mean().sqrt() for q, n in zip(queries, number, strict=True)]
-    return torch.stack(distances).numpy(), number.numpy()

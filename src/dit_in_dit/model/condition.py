@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import AUTO, ModelConfig
 from dit_in_dit.model.layers import layer_norm
 
 TIME_FREQUENCIES = 256  # sinusoidal features of time, as in DiT
@@ -62,6 +63,8 @@ class LabelEmbed(nn.Module):
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
+        if num_classes == AUTO:
+            raise UserError("model.num_classes=auto is counted when a run starts: set a number to build a model alone")
         self.table = nn.Embedding(num_classes + 1, width)
 
     def initialise(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def image_grid(
     scale, gap = scale or max(1, 64 // max(height, width)), 2
     cell_w, cell_h = width * scale + gap, height * scale + gap + bool(names) * NAME_PIXELS
     sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(NAME_PIXELS - 3)
+    draw, font = ImageDraw.Draw(sheet), _font("".join(names), NAME_PIXELS - 3)
     short = {name: _fitting(name, lambda text: draw.textlength(text, font) < cell_w) for name in names}
     for number, image in enumerate(pixels):
         left, top = gap + number % columns * cell_w, gap + number // columns * cell_h
@@ -69,17 +70,32 @@ def _fitting(name: str, fits: Callable[[str], bool]) -> str:
     return next((name[:end] for end in range(len(name), 0, -1) if fits(name[:end])), "")
 
 
-def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
-    """Pictures side by side, each under its caption."""
-    top, gap = 28, 16
-    width = sum(p.width for p in pictures.values()) + gap * (len(pictures) + 1)
-    sheet = Image.new("RGB", (width, max(p.height for p in pictures.values()) + top + gap), "white")
-    draw, left = ImageDraw.Draw(sheet), gap
-    for caption, image in pictures.items():
-        draw.text((left + 2, 7), caption, fill="black", font_size=14)
-        sheet.paste(image, (left, top))
-        left += image.width + gap
+def side_by_side(pictures: dict[str, Image.Image], columns: int = 1000) -> Image.Image:
+    """Pictures side by side, at most `columns` of them in a row, each under its caption."""
+    top, gap, cells = 28, 16, list(pictures.items())
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [max(image.height for _, image in row) + top + gap for row in rows]
+    width = max(sum(image.width + gap for _, image in row) for row in rows) + gap
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw, above = ImageDraw.Draw(sheet), 0
+    for row, height in zip(rows, heights, strict=True):
+        left = gap
+        for caption, image in row:
+            draw.text((left + 2, above + 7), caption, fill="black", font=_font(caption, 14))
+            sheet.paste(image, (left, above + top))
+            left += image.width + gap
+        above += height
     return sheet
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's font, which has ASCII only; for other text Matplotlib's, if it is installed."""
+    if not text.isascii():
+        with suppress(ImportError):
+            from matplotlib import get_data_path
+
+            return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def image_png(image: Image.Image) -> bytes:

@@ -20,7 +20,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.files import from_file, replace_keys
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.data.sources import open_source
+from dit_in_dit.data.sources import count_auto_classes, open_source
 from dit_in_dit.inspection import cost
 from dit_in_dit.study.match import COST_NAMES, COUNTS, SECONDS_EACH, NoTwin, Twin, match, quick_times
 from dit_in_dit.study.plan import Arm, StudyConfig, slug
@@ -90,7 +90,7 @@ def configure(study: StudyConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The study's base config with the study's keys and the arm's changes, before matching and budgeting."""
     is_file = study.base.endswith((".yaml", ".yml"))
     base = from_file(Path(study.base), "study.base") if is_file else presets.get(study.base)
-    return replace_keys(base, {**study.set, **changes})
+    return count_auto_classes(replace_keys(base, {**study.set, **changes}))
 
 
 def matched_config(

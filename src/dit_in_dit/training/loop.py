@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from copy import copy
@@ -18,6 +19,8 @@ from dit_in_dit.config.run import DiffusionConfig, RunConfig
 from dit_in_dit.curves import arms, logs, plots
 from dit_in_dit.data.coerce import as_source
 from dit_in_dit.data.run_data import find_source
+from dit_in_dit.data.source import Source
+from dit_in_dit.data.sources import count_auto_classes
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
@@ -94,6 +97,7 @@ class Run(Generator[Event, None, None]):
         if isinstance(self.data, str) and not self.resume:
             self.config = replace(self.config, data=replace(self.config.data, source=self.data))
         self._events = copy(self)._train()  # of a copy: without a cycle, an abandoned run frees its lock at once
+        weakref.finalize(self, self._events.close)  # also when Python ends, while the modules still work
 
     def send(self, value: None) -> Event:
         """The next event, after the callbacks."""
@@ -138,7 +142,8 @@ class Run(Generator[Event, None, None]):
 
     def _train(self) -> Generator[Event, None, None]:
         device, resume, run = pick_device(self.device), self.resume, self.folder
-        config = resolve_precision(self.config, device)
+        given = self.data if isinstance(self.data, Source) else None
+        config = count_auto_classes(resolve_precision(self.config, device), given)
         if self.model is None:
             check_plugin_parts(config.model)
             cost.check_fits(config.model, device, moments=0 if self.optimizer else 2)

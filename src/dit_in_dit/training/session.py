@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -103,12 +102,10 @@ class Session:
 
     def events(self) -> Iterator[Event]:
         """Events until step `last`, or until a request to stop."""
-        atexit.register(self._end_workers)  # the generator may still be open when Python ends
         try:
             yield from self._train()
         finally:
             self._end_workers()
-            atexit.unregister(self._end_workers)
             self.lines.close()
 
     def _train(self) -> Iterator[Event]:

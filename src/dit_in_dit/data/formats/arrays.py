@@ -36,7 +36,7 @@ class ArraySource(SplitSource):
     """
 
     name = "arrays"
-    by_path = True
+    by_path = fixed_size = True
 
     def __init__(self, data: DataConfig, model: ModelConfig) -> None:
         path = Path(data.source)
@@ -84,6 +84,15 @@ class ArraySource(SplitSource):
         if labels.dtype.kind not in "biu":
             raise UserError(f"labels of {data.source} must be whole numbers: got {labels.dtype}")
         return int(labels.max()) + 1
+
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """The shape of every image."""
+        images, _ = load_arrays(Path(data.source), split=data.split)
+        if images.ndim != 4:
+            raise UserError(f"images in {data.source} must have four axes: got ({_commas(images.shape)})")
+        first, second, third = images.shape[1:]
+        return [(third, first, second) if images.dtype == np.uint8 else (first, second, third)]
 
     @classmethod
     def size_of(cls, path: Path) -> tuple[int, int, int]:

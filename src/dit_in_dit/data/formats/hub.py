@@ -132,7 +132,8 @@ class HubSource(ImageSource):
         labels = rows.data.column(data.label_column).unique().to_pylist()
         return 1 + max(labels) if all(isinstance(label, int) for label in labels) else len(labels)
 
-    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+    @classmethod
+    def list_files(cls, data: DataConfig, num_classes: int) -> ImageFiles:
         """The rows of the dataset."""
         return HubRows(data, num_classes)
 

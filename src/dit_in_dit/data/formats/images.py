@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +15,7 @@ from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import split_families
-from dit_in_dit.data.picture import IN_MEMORY, Array, apply_orientation, resize_and_crop
+from dit_in_dit.data.picture import IN_MEMORY, Array, apply_orientation, image_shape, resize_and_crop
 from dit_in_dit.data.source import Source, SplitSource
 
 
@@ -64,9 +65,19 @@ class ImageSource(SplitSource):
                 )
         return *sizes[first], 3
 
-    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """Channels, height and width of evenly spaced images, from their headers; unreadable files have none."""
+        listed, shapes = cls.list_files(data, cls.count_classes(data)), []
+        for name in listed.names[:: -(-len(listed.names) // most)]:
+            with suppress(UserError):
+                shapes.append(listed.open(name, image_shape))
+        return shapes
+
+    @classmethod
+    def list_files(cls, data: DataConfig, num_classes: int) -> ImageFiles:
         """The source's image files."""
-        return ImageFiles(self.path, num_classes)
+        return ImageFiles(Path(data.source), num_classes)
 
     @cached_property
     def digest(self) -> str:
@@ -103,6 +114,10 @@ class ImageSource(SplitSource):
         """Pixels (H, W, C) of one file; UserError with its name when it cannot be decoded."""
         return self.files.open(name, lambda image: resize_and_crop(image, self.size, self.channels))
 
+    def title(self, index: int, *, held_out: bool = False) -> str:
+        """Name of the image's file."""
+        return self.names[int((self._held if held_out else self._train)[index])]
+
     def _image(self, position: int) -> tuple[Array, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
         return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
@@ -127,6 +142,10 @@ class EmojiSource(ImageSource):
     @classmethod
     @lru_cache(maxsize=2)
     def _decode(cls, size: tuple[int, int], channels: int, held_out: float) -> Source:
-        path = str(files("dit_in_dit.data") / "emoji.zip")
         model = ModelConfig(image_size=size, channels=channels, patch_size=1)
-        return cls(DataConfig(source=path, held_out=held_out), model)
+        return cls(DataConfig(held_out=held_out), model)
+
+    @classmethod
+    def list_files(cls, data: DataConfig, num_classes: int) -> ImageFiles:
+        """The members of the embedded .zip."""
+        return ImageFiles(Path(str(files("dit_in_dit.data") / "emoji.zip")), num_classes)

@@ -101,7 +101,7 @@ class LatentSource(SplitSource):
     """
 
     name = "latents folder"
-    by_path = True
+    by_path = fixed_size = True
     pattern: ClassVar[str] = LATENTS_INDEX  # of a file in the folder
     stored_scale: ClassVar[float] = 1.0  # by which the stored latents have been multiplied
 
@@ -141,6 +141,12 @@ class LatentSource(SplitSource):
         """The VAE of the index, with its mean and scale."""
         vae = read_latents_index(Path(data.source))["vae"]
         return {"vae": vae["name"], "latent_mean": vae["mean"], "latent_scale": vae["scale"]}
+
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """The shape of every latent."""
+        channels, height, width = read_latents_index(Path(data.source))["made"]["shape"]
+        return [(channels, height, width)]
 
     def _open(self, shard: dict[str, Any], made: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """The arrays of one file; UserError when they do not match the index."""

@@ -79,6 +79,19 @@ class FastDitSource(LatentSource):
             self._find(position, "moments")
 
     @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """The shape of the first latent."""
+        files = cls.files_class(Path(data.source))
+        try:
+            shape = np.load(io.BytesIO(files.content(files.names[0])), allow_pickle=False).shape
+            *_, channels, height, width = shape
+        except UNREADABLE as error:
+            raise UserError(
+                f"cannot use {truncate(files.names[0], 60)}: {truncate(error, 90)}; write it again"
+            ) from None
+        return [(channels // (1 + cls.moments), height, width)]
+
+    @classmethod
     def latent_keys(cls, data: DataConfig) -> dict[str, Any]:
         """Stable Diffusion's mean and scale, as in fast-DiT and REPA. The VAE is unknown."""
         return {"latent_mean": (0.0,), "latent_scale": (SD_SCALE,)}
@@ -126,6 +139,11 @@ class LightningDitSource(LatentSource):
         self.digest = digest_arrays(labels, *(s[name][::step] for s in shards for name in ("moments", "flipped")))
         shards[0]["family"] = np.array([family_number(str(row)) for row in range(len(labels))], np.uint64)
         self._split(shards, dtype)
+
+    @classmethod
+    def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
+        """The shape of every latent."""
+        return [open_shard(next(Path(data.source).glob(cls.pattern)))["latents"].shape[1:]]
 
     @classmethod
     def latent_keys(cls, data: DataConfig) -> dict[str, Any]:

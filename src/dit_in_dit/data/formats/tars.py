@@ -185,7 +185,8 @@ class TarSource(ImageSource):
         """Whether `source` names shards; UserError when a shard is missing."""
         return bool(find_shards(source)[0])
 
-    def list_files(self, data: DataConfig, num_classes: int) -> ImageFiles:
+    @classmethod
+    def list_files(cls, data: DataConfig, num_classes: int) -> ImageFiles:
         """The members of all shards."""
         shards, beside = find_shards(data.source)
         return TarFiles(data.source, shards, num_classes, beside)

@@ -25,9 +25,8 @@ def logit_normal(uniform: Tensor, config: DiffusionConfig) -> Tensor:
     return torch.sigmoid(config.time_mean + config.time_std * torch.special.ndtri(inside))
 
 
-TIME_DISTRIBUTIONS: dict[
-    str, Callable[[Tensor, DiffusionConfig], Tensor]
-] = {  # inverse cumulative distribution functions of t
+# Inverse cumulative distribution functions of t.
+TIME_DISTRIBUTIONS: dict[str, Callable[[Tensor, DiffusionConfig], Tensor]] = {
     "uniform": lambda uniform, config: uniform,
     "logit_normal": logit_normal,
 }

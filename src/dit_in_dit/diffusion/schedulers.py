@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from inspect import signature
 from typing import Any, Protocol
@@ -48,12 +48,10 @@ class Scheduler(Protocol):
 
     def set_timesteps(self, steps: int) -> None:
         """Start a new trajectory with this number of steps."""
-        ...
 
     def step(self, prediction: Tensor, timestep: Tensor, x: Tensor) -> Any:
         """An object whose `prev_sample` is the next x (N, C, H, W). The step of a stochastic sampler also takes the
         keyword `noise`, with the shape of x."""
-        ...
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
@@ -220,20 +218,13 @@ def _heun_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     return times, levels
 
 
-def _dpm_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
-    return _multistep(scheduler, steps, lambda even: (1 - even)[:0:-1] if given is None else given)
-
-
-def _unipc_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
-    return _multistep(scheduler, steps, lambda even: even[:-1] if given is None else given)
-
-
-def _multistep(scheduler: Any, steps: int, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
+def _multistep(scheduler: Any, steps: int, given: Levels, *, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
     """Steps on either path. On a straight path, `straight` picks `steps` levels from steps + 1 evenly spaced levels."""
     config = scheduler.config
     total = config.num_train_timesteps
     if scheduler_option(scheduler, "use_flow_sigmas"):
-        sigmas = _shifted(straight(np.linspace(1, 1 / total, steps + 1)), config.flow_shift)
+        levels = straight(np.linspace(1, 1 / total, steps + 1)) if given is None else given
+        sigmas = _shifted(levels, config.flow_shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 UniPC takes the logarithm of zero
         return (sigmas * total).astype(np.int64), sigmas
     times = _spaced(config.timestep_spacing, total, steps, config.steps_offset, last=False)
@@ -249,8 +240,8 @@ def _ddpm_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
 SPACED: dict[str, Callable[[Any, int, Levels], Steps]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_steps,
     "FlowMatchHeunDiscreteScheduler": _heun_steps,
-    "DPMSolverMultistepScheduler": _dpm_steps,
-    "UniPCMultistepScheduler": _unipc_steps,
+    "DPMSolverMultistepScheduler": partial(_multistep, straight=lambda even: (1 - even)[:0:-1]),
+    "UniPCMultistepScheduler": partial(_multistep, straight=lambda even: even[:-1]),
     "DDIMScheduler": _ddpm_steps,
     "DDPMScheduler": _ddpm_steps,
 }

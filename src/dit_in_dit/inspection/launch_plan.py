@@ -11,10 +11,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from dit_in_dit.config.errors import UserError, did_you_mean
-from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.inspection.trace import inspect
 
@@ -40,12 +39,10 @@ class Recipe:
     """A launch command and its estimates.
 
     Attributes:
-        batch_size, accumulate: values of `train.*`; their product is the same as in the preset.
+        batch_size, accumulate, recompute: values of `train.*`; the examples of a step are those of the preset.
         rows: images in a forward pass of one GPU.
-        recompute: value of `train.recompute`.
         memory: upper bound in bytes per GPU, with activations in float32; bfloat16 takes 50 to 100 % of it.
-        step: seconds per optimizer step.
-        hours: hours for all steps.
+        step, hours: seconds per optimizer step, and hours for all steps.
         images: images per second over all GPUs.
     """
 
@@ -87,8 +84,9 @@ def recipe(
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
     capacity, peak = GPUS[gpu]
-    for recompute in dict.fromkeys((config.train.recompute, "both")):
-        one = _counted(config.model, recompute)
+    train = config.train
+    for recompute in dict.fromkeys((train.recompute, "both")):
+        one = _counted(config.model, 1, recompute)
         state = STATE_BYTES * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
@@ -96,10 +94,12 @@ def recipe(
             if memory <= ROOM * capacity * 1e9:
                 flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
                 step = flops / (gpus * peak * 1e12 * mfu)
+                keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute}
+                changed = [f"train.{key}={value}" for key, value in keys.items() if value != getattr(train, key)]
                 return Recipe(
-                    _command(preset, config, gpus, per_node, total // accumulate, accumulate, recompute, settings),
+                    _command(preset, [*settings, *changed], gpus, per_node),
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
-                    *(step, step * config.train.steps / 3600, total / step),
+                    *(step, step * train.steps / 3600, total / step),
                 )
     raise UserError(
         f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu}): "
@@ -107,24 +107,11 @@ def recipe(
     )
 
 
-@lru_cache(maxsize=16)
-def _counted(model: ModelConfig, recompute: str) -> dict[str, Any]:
-    return inspect(model, 1, recompute)
+_counted = lru_cache(maxsize=16)(inspect)
 
 
-def _command(
-    preset: str,
-    config: RunConfig,
-    gpus: int,
-    per_node: int,
-    batch_size: int,
-    accumulate: int,
-    recompute: str,
-    settings: Sequence[str],
-) -> str:
-    keys = {"batch_size": batch_size, "accumulate": accumulate, "recompute": recompute}
+def _command(preset: str, settings: Sequence[str], gpus: int, per_node: int) -> str:
     options = [f"--set {shlex.quote(setting)}" for setting in settings]
-    options += [f"--set train.{key}={value}" for key, value in keys.items() if value != getattr(config.train, key)]
     train = " ".join(["train --preset", preset, *options, f"--out runs/{preset}"])
     if gpus == 1:
         return f"dit-in-dit {train}"

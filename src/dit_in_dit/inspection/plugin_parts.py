@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_in_dit.config.choices import KEYS, PACKAGE, PARTS, table
 from dit_in_dit.config.errors import UserError
@@ -45,7 +45,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
             with torch.random.fork_rng(devices=()), torch.device(device):
                 network = NestedDiT(model)
                 x, t = torch.zeros(BATCH, *model.image_shape), torch.zeros(BATCH)
-                parts = _parts(network, tuple(asked))
+                parts = [part for part in network.modules() if type(part) in asked]
                 with forward_hooks((part, partial(_check_output, *asked[type(part)], model)) for part in parts):
                     network(x, t)
             return
@@ -58,10 +58,6 @@ def check_plugin_parts(model: ModelConfig) -> None:
 def is_plugin(part: Any) -> bool:
     """Whether a class in a table is a user's own."""
     return part is not None and part.__module__.split(".")[0] != PACKAGE
-
-
-def _parts(network: NestedDiT, classes: tuple[type, ...]) -> Iterator[nn.Module]:
-    return (module for module in network.modules() if type(module) in classes)
 
 
 def _check_counts(what: str, part: Any, model: ModelConfig) -> None:

@@ -57,16 +57,15 @@ def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
         "inner": model.patches * model.sub_patches * bool(model.blocks("inner")),
     }
     layers = {level: count * model.blocks(level) for level, count in tokens.items()}
-    counts = {
-        "batch": batch,
-        "flow": flow,
-        "tokens": {**tokens, "total": sum(tokens.values())},
-        "token_layers": {**layers, "total": sum(layers.values())},
-        "parameters": parameters(model),
-        "macs": macs(model),
-        "activation_bytes": activation_bytes,
-    }
-    return Inspection(counts)
+    return Inspection(
+        batch=batch,
+        flow=flow,
+        tokens={**tokens, "total": sum(tokens.values())},
+        token_layers={**layers, "total": sum(layers.values())},
+        parameters=parameters(model),
+        macs=macs(model),
+        activation_bytes=activation_bytes,
+    )
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -57,8 +57,6 @@ def card(
     """Markdown with YAML front matter for the Hub.
 
     Args:
-        step: step of the checkpoint.
-        parameters: number of parameters.
         evaluation: content of `metrics.json` for these weights.
         weights: averaged or trained.
         decoded: whether a VAE decodes the samples.

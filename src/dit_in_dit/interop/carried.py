@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from dit_in_dit.config.choices import PACKAGE
+from dit_in_dit.interop.remote import carried
 from dit_in_dit.interop.remote_code import bundle
 
 # Classes that folders name, and their modules in this package.
@@ -25,15 +23,9 @@ def code_of(cls: type) -> tuple[str, str]:
     The name contains a hash of the text, because `diffusers` copies such modules of all folders into one place.
     """
     if not cls.__module__.startswith(f"{PACKAGE}."):  # loaded from a folder's code: copy that code
-        path = Path(str(sys.modules[cls.__module__].__file__))
-        return path.stem, path.read_text()
-    return _bundled(cls.__module__, cls.__name__)
-
-
-@cache
-def _bundled(module: str, name: str) -> tuple[str, str]:
-    text = bundle(module, name)
-    return f"{PACKAGE}_{module.rsplit('.', maxsplit=1)[-1]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}", text
+        return carried.code_of(cls)
+    text, module = bundle(cls.__module__, cls.__name__), cls.__module__.rpartition(".")[2]
+    return f"{PACKAGE}_{module}_{hashlib.sha256(text.encode()).hexdigest()[:8]}", text
 
 
 def installed(config: dict[str, Any]) -> dict[str, Any]:

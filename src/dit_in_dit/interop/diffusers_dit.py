@@ -90,7 +90,7 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     inside = folder / "transformer"
     model = inside if inside.is_dir() else folder
     config = read_diffusers_json(model / CONFIG)
-    what = str(model.name)
+    what = model.name
     if config.get("_class_name") not in CLASSES:
         raise UserError(f"{model / CONFIG} is of {str(config.get('_class_name'))[:40]!r}: known is {CLASSES[0]}")
     for name, value in FIXED.items():
@@ -113,9 +113,8 @@ def read_folder(folder: Path) -> tuple[OfficialWeights, dict[str, Any]]:
     scheduler = model.parent / "scheduler" / "scheduler_config.json"
     piped = inside.is_dir() or (model.parent / PIPELINE_INDEX).exists()  # a model without a scheduler predicts noise
     predict = _predicts(scheduler) if piped else "noise"
-    classes = config.get("num_embeds_ada_norm")
-    if classes is not None:
-        classes = _whole(config, "num_embeds_ada_norm", 1000, model)
+    unlabelled = config.get("num_embeds_ada_norm") is None
+    classes = None if unlabelled else _whole(config, "num_embeds_ada_norm", 1000, model)
     eps = config.get("norm_eps", 1e-5)
     if not isinstance(eps, float) or not 0 < eps <= 1:
         raise UserError(f"{model / CONFIG}: norm_eps must be a number from 0 to 1: got {str(eps)[:40]!r}")
@@ -174,7 +173,7 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
             yield f"{official}.{part}", take(f"{name}.{part}")
     for official, name in EMBEDDINGS.items():
         copies = [take(f"transformer_blocks.{i}.norm1.emb.{name}") for i in range(depth)]
-        if not all(_equal(copies[0], copy) for copy in copies[1:]):
+        if not all(copy.dtype == copies[0].dtype and torch.equal(copy, copies[0]) for copy in copies):
             raise UserError(f"{what}: {name} must be the same in every block: it differs; give weights of a DiT")
         yield official, copies[0]
     for i in range(depth):
@@ -187,10 +186,6 @@ def _official(weights: Weights, depth: int, what: str) -> Iterator[tuple[str, Te
                 yield f"blocks.{i}.{official}.{part}", take(f"transformer_blocks.{i}.{name}.{part}")
     if left:
         raise UserError(f"{what}: {CLASSES[0]} of {depth} blocks has no {min(left)[:60]!r}; get the folder again")
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------------- write

@@ -5,7 +5,6 @@ this package.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -126,21 +125,12 @@ def _open_vae(name: str | None, config: RunConfig) -> Any:
             f"the VAE {name} has latents of {vae.config.latent_channels} channels, the model {channels}: "
             "give the VAE that encoded the data"
         )
-    mean, scale = (
-        configured or own
-        for configured, own in zip((data.latent_mean, data.latent_scale), latent_constants(vae), strict=True)
-    )
+    own_mean, own_scale = latent_constants(vae)
+    mean, scale = data.latent_mean or own_mean, data.latent_scale or own_scale
     if len(mean) == len(scale) == 1:
-        keys_of_scale: dict[str, Any] = {"scaling_factor": scale[0], "shift_factor": mean[0]}
-        keys_of_scale |= {"latents_mean": None, "latents_std": None}
+        vae.register_to_config(scaling_factor=scale[0], shift_factor=mean[0], latents_mean=None, latents_std=None)
     else:
-        deviation = [1 / each for each in scale]
-        keys_of_scale = {"scaling_factor": 1.0, "shift_factor": None}
-        keys_of_scale |= {"latents_mean": _per_channel(mean, channels)}
-        keys_of_scale |= {"latents_std": _per_channel(deviation, channels)}
-    vae.register_to_config(**keys_of_scale)
+        means = [float(each) for each in mean] * (channels // len(mean))
+        deviations = [1 / each for each in scale] * (channels // len(scale))
+        vae.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=means, latents_std=deviations)
     return vae
-
-
-def _per_channel(numbers: Sequence[float], channels: int) -> list[float]:
-    return [float(number) for number in numbers] * (channels // len(numbers))

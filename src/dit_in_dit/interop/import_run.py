@@ -188,18 +188,15 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
     """Config and weights of a plain run, under official names, the position table first."""
     config = read_config(run)
     model = config.model
-    if model.blocks("inner"):
-        raise UserError(f"{run} has inner blocks, which no official DiT has: use --format pipeline")
-    if model.image_size[0] != model.image_size[1]:
-        raise UserError(
-            f"{run} has images of {model.image_size}, but an official DiT has square images: use --format pipeline"
-        )
-    if model.qk_norm:
-        raise UserError(f"{run} norms queries and keys, which no official DiT does: use --format pipeline")
-    if model.outer.norm != "layer":
-        raise UserError(
-            f"{run} has model.outer.norm={model.outer.norm}, but an official DiT has norm=layer: use --format pipeline"
-        )
+    norm, size = model.outer.norm, model.image_size
+    unlike = {
+        "has inner blocks, which no official DiT has": model.blocks("inner"),
+        f"has images of {size}, but an official DiT has square images": size[0] != size[1],
+        "norms queries and keys, which no official DiT does": model.qk_norm,
+        f"has model.outer.norm={norm}, but an official DiT has norm=layer": norm != "layer",
+    }
+    if what := next((what for what, holds in unlike.items() if holds), None):
+        raise UserError(f"{run} {what}: use --format pipeline")
     saved = Checkpoint.open(run)
     ours, imported = saved.weights(averaged=averaged), saved.state().get(IMPORTED_POSITION)
     check_weights(ours, str(run))

@@ -62,10 +62,9 @@ class OfficialWeights:
     averaged, trained: EMA weights, and weights of the last step; both are the same if the file has only one of them.
     step: optimizer steps taken; 0 if unknown.
     kind, predict: DiT or SiT, and the prediction type.
-    heads: attention heads, if known.
+    heads, classes: numbers of attention heads and of classes; None if unknown.
     clock: `model.time_embed`.
     eps: `model.mlp_norm_eps`.
-    classes: number of classes, if known.
     null_class: whether the last row of the table of labels is the null class.
     """
 

@@ -46,15 +46,10 @@ def file(path: Path, *, once: bool = False) -> Iterator[BinaryIO]:
         if not once:
             beside.replace(path)
         elif not path.exists():
-            _link(beside, path)
+            with suppress(FileExistsError):  # another process was faster; a rename would replace its file
+                os.link(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _link(beside: Path, path: Path) -> None:
-    """Give the file its name unless the name is taken: a rename would replace the other file."""
-    with suppress(FileExistsError):
-        os.link(beside, path)
 
 
 def write_atomic(path: Path, content: bytes | str, *, once: bool = False) -> None:
@@ -84,22 +79,14 @@ def folder(out: Path) -> Iterator[Path]:
     try:
         yield beside
         for written in (beside, *beside.rglob("*")):
-            if written.is_dir():
+            if written.is_file():
+                # The folder has them from the umask. safetensors writes files that only their owner can read.
+                written.chmod(beside.stat().st_mode & 0o666)
+            if written.is_file() or written.is_dir():
                 integrity.sync(written)
-            elif written.is_file():
-                _settle(written, beside)
         if out.is_dir():
             out.rmdir()
         beside.rename(out)
         integrity.sync(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _settle(written: Path, folder: Path) -> None:
-    """Sync a file to the disk and give it the permissions that the umask gave its folder, because safetensors writes
-    files that only their owner can read.
-    """
-    written.chmod(folder.stat().st_mode & 0o666)
-    with written.open("rb") as opened:
-        os.fsync(opened.fileno())

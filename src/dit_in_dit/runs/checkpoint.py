@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, veri
 from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune
 from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
 
+LIBRARIES = ("torch", "numpy", "safetensors")  # their versions are in the manifest
 STATE, AVERAGED = "state.safetensors", "ema.safetensors"
 REMEDIES = {
     errno.ENOSPC: "make room",
@@ -73,8 +73,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps that the run had taken."""
-        step: int = self.manifest["step"]
-        return step
+        return self.manifest["step"]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -83,8 +82,7 @@ class Checkpoint:
 
     def sha256(self, *, averaged: bool = True) -> str:
         """SHA-256 of the file with the averaged or the trained weights."""
-        sha256: str = self.manifest["sha256"][AVERAGED if averaged else STATE]
-        return sha256
+        return self.manifest["sha256"][AVERAGED if averaged else STATE]
 
     def state(self) -> LazyTensors:
         """The file of the trained weights and the optimizer's state; empty in an exported run."""
@@ -136,12 +134,6 @@ class Checkpoint:
 # ------------------------------------------------------------------------------------------ writing
 
 
-@cache
-def _versions() -> dict[str, str]:
-    # A source tree that is not installed has no metadata.
-    return {"dit-in-dit": __version__, **{name: version(name) for name in ("torch", "numpy", "safetensors")}}
-
-
 def save(
     run: Path,
     config: RunConfig,
@@ -188,7 +180,7 @@ def save(
             **({"data": dict(data)} if data else {}),
             **({"objects": dict(objects)} if objects else {}),
             **({"changes": history} if (history := read_history(run, config)) else {}),
-            "versions": _versions(),
+            "versions": {"dit-in-dit": __version__, **{name: version(name) for name in LIBRARIES}},
             **({"plugins": plugins.loaded_plugins()} if plugins.loaded_plugins() else {}),
             "bytes": {name: size for name, (size, _) in written.items()},
             "sha256": {name: sha256 for name, (_, sha256) in written.items()},
@@ -201,8 +193,7 @@ def save(
         integrity.sync(folder)
     except (OSError, DamagedError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        what = "reading it again gives other bytes"
-        remedy = "check the disk"
+        what, remedy = "reading it again gives other bytes", "check the disk"
         if isinstance(error, OSError):
             what, remedy = error.strerror or str(error), REMEDIES.get(error.errno or 0, remedy)
         raise SaveError(f"cannot save {target}: {what}; older checkpoints are unchanged: {remedy}") from error
@@ -252,8 +243,7 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
 
 def recorded_data(run: Path) -> dict[str, str] | None:
     """Digest and place of the data in the run's newest manifest; None without a record."""
-    noted: dict[str, str] | None = newest_manifest(run).get("data")
-    return noted
+    return newest_manifest(run).get("data")
 
 
 def _check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:

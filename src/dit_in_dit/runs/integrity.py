@@ -81,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync(folder: Path) -> None:
-    """Sync the names in a folder to the disk."""
+    """Sync the names in a folder, or a file, to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,13 +102,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """The manifest, if every file is as it was written; else DamagedError, which names each changed file."""
     manifest = read_manifest(checkpoint)
     sha256: dict[str, str] = manifest["sha256"]
-    elsewhere = None
     damages = []
     for name, expected in sha256.items():
         kind, actual = _compare(checkpoint / name, manifest["bytes"][name], expected)
-        if kind and actual:
-            elsewhere = elsewhere or _others(checkpoint) | set(sha256.values())
-            kind = "swapped" if actual in elsewhere else kind
+        if kind and actual and actual in _others(checkpoint) | set(sha256.values()):
+            kind = "swapped"
         if kind:
             damages.append(Damage(checkpoint, name, kind))
     try:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dit_in_dit.runs.integrity import DamagedError, verify
 
+COMPLETE = re.compile(r"[0-9]+(\.old)?")
 LEFT = re.compile(r"\d{7,}\.part|\d+(\.old)?\.gone\.part")  # remains of a killed save
 KEEP = 2  # number of newest verified checkpoints to keep
 
@@ -25,11 +26,7 @@ def _step(folder: Path) -> int:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest step first; a folder that is being replaced follows its replacement."""
-    checkpoints = []
-    for path in (run / "checkpoints").glob("*"):
-        name = path.name.removesuffix(".old")
-        if name.isascii() and name.isdigit():
-            checkpoints.append(path)
+    checkpoints = [path for path in (run / "checkpoints").glob("*") if COMPLETE.fullmatch(path.name)]
     return sorted(checkpoints, key=lambda path: (-_step(path), path.suffix))
 
 

@@ -13,6 +13,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,50 +136,43 @@ def _reason(error: Exception) -> str:
     return "it is damaged, or holds more than tensors and plain values"
 
 
-class _Plain:
+def _copy(value: Any, copies: dict[int, Any], depth: int = 0) -> Any:
     """Copy of plain values from an unpickled object: new containers, and tensors that share the memory but no hooks,
-    attributes or gradients."""
-
-    def __init__(self) -> None:
-        self.bytes = 0  # of all tensors
-        self._copies: dict[int, Any] = {}  # by id: a shared object is copied once
-
-    def __call__(self, value: Any, depth: int = 0) -> Any:
-        """The copy; ValueError for anything but plain values and ordinary tensors."""
-        if isinstance(value, PLAIN):
-            return value
-        if depth > DEEPEST:
-            raise ValueError(f"it nests more than {DEEPEST} levels")
-        if id(value) not in self._copies:
-            self._copies[id(value)] = self._copy(value, depth + 1)
-        return self._copies[id(value)]
-
-    def _copy(self, value: Any, depth: int) -> Any:
-        if isinstance(value, Tensor):
-            ordinary = type(value) in (Tensor, torch.nn.Parameter) and not value.is_quantized
-            if not ordinary or value.layout != torch.strided or value.device.type != "cpu":
-                raise ValueError(f"it holds a {truncate(type(value).__name__, 40)} that is no ordinary tensor")
-            self.bytes += value.numel() * value.element_size()
-            return value.detach()
-        if isinstance(value, dict):
-            return {self(key, depth): self(part, depth) for key, part in value.items()}
-        if isinstance(value, argparse.Namespace):
-            return argparse.Namespace(**self(vars(value), depth))
-        for kind in (list, tuple, set):
-            if isinstance(value, kind):
-                return kind(self(part, depth) for part in value)
+    attributes or gradients; ValueError for anything else. `copies` has them by id: a shared object is copied once."""
+    if isinstance(value, PLAIN):
+        return value
+    if depth > DEEPEST:
+        raise ValueError(f"it nests more than {DEEPEST} levels")
+    if id(value) in copies:
+        return copies[id(value)]
+    copied: Any
+    inside = partial(_copy, copies=copies, depth=depth + 1)
+    if isinstance(value, Tensor):
+        ordinary = type(value) in (Tensor, torch.nn.Parameter) and not value.is_quantized
+        if not ordinary or value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(f"it holds a {truncate(type(value).__name__, 40)} that is no ordinary tensor")
+        copied = value.detach()
+    elif isinstance(value, dict):
+        copied = {inside(key): inside(part) for key, part in value.items()}
+    elif isinstance(value, argparse.Namespace):
+        copied = argparse.Namespace(**inside(vars(value)))
+    elif kind := next((kind for kind in (list, tuple, set) if isinstance(value, kind)), None):
+        copied = kind(map(inside, value))
+    else:
         raise ValueError(f"it holds a {truncate(type(value).__name__, 40)}, which is no plain value")
+    return copies.setdefault(id(value), copied)
 
 
 def _plain(path: Path, content: Any, size: int) -> dict[str, Any]:
     """A copy of a dict; UserError when it is no dict, holds anything but plain values, or claims too many bytes."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise _refused(path, "it does not hold tensors by name")
-    copy = _Plain()
+    copies: dict[int, Any] = {}
     try:
-        copied: dict[str, Any] = copy(content)
+        copied = _copy(content, copies)
     except (ValueError, TypeError) as error:  # TypeError: an unhashable key in a nested dict
         raise _refused(path, str(error)[:80]) from None
-    if copy.bytes > MOST_SHARED * size:
-        raise _refused(path, f"its tensors claim {copy.bytes / 1e9:.3g} GB, but the file has {size / 1e9:.3g} GB")
+    claimed = sum(copy.nbytes for copy in copies.values() if isinstance(copy, Tensor))
+    if claimed > MOST_SHARED * size:
+        raise _refused(path, f"its tensors claim {claimed / 1e9:.3g} GB, but the file has {size / 1e9:.3g} GB")
     return copied

@@ -36,19 +36,14 @@ def claim_folder(path: Path, identity: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         atomic.write_atomic(path, json.dumps(identity, indent=1) + "\n", once=True)
-    lazy_rows = read_json(path, advice=f"remove {path.parent}, or choose another --out")
-    if field := json_difference(lazy_rows, json.loads(json.dumps(identity))):
+    stored = read_json(path, advice=f"remove {path.parent}, or choose another --out")
+    if field := json_difference(stored, json.loads(json.dumps(identity))):
         raise UserError(f"{path.parent} holds images of something else: {field}; choose another --out")
 
 
 def share_work(total: int, size: int, there: Callable[[range], bool], make: Callable[[range], None]) -> Iterator[int]:
-    """Make this process's share of the missing parts of `total` images; yields the number of existing images until all
-    exist.
-
-    Args:
-        size: images per part.
-        there: whether a part exists.
-        make: makes a part.
+    """Make this process's share of the missing parts of `total` images, each of `size` images; yields the number of
+    existing images until all exist. `there` tells whether a part exists.
 
     Raises:
         UserError: no new part of another process appeared for `PATIENCE` seconds.
@@ -70,11 +65,7 @@ def share_work(total: int, size: int, there: Callable[[range], bool], make: Call
 def wait_for_missing(
     parts: Sequence[range], there: Callable[[range], bool], patience: float, what: Callable[[Sequence[range]], str]
 ) -> Iterator[Sequence[range]]:
-    """Wait until all parts exist; yields the missing parts ten times a second.
-
-    Args:
-        there: whether a part exists.
-        what: words for the missing parts in the error.
+    """Wait until all parts exist; yields the missing parts ten times a second. `what` names them in the error.
 
     Raises:
         UserError: no new part appeared for `patience` seconds.

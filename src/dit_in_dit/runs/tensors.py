@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
@@ -27,14 +26,8 @@ DTYPES = {  # names of types in safetensors, in the order in which it writes ten
 
 def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors in their order in a file: by type, then by name."""
-    rank, described = {dtype: number for number, dtype in enumerate(DTYPES)}, _described(tensors)
-    return sorted(described, key=lambda name: (rank[described[name].dtype], name))
-
-
-def _described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors from which types and shapes can be read at no cost; for a sharded state, its local tensors."""
-    described: Mapping[str, Tensor] = getattr(tensors, "tensors", tensors)
-    return described
+    types, described = [*DTYPES], getattr(tensors, "data", tensors)  # of a sharded state: the tensors before a gather
+    return sorted(described, key=lambda name: (types.index(described[name].dtype), name))
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -42,7 +35,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     `save` holds all tensors in memory twice. `save_file` returns no hash, and its errors have no errno.
     """
-    names, described = file_order(tensors), _described(tensors)
+    names, described = file_order(tensors), getattr(tensors, "data", tensors)
     header, end = {}, 0
     for name in names:
         tensor, start = described[name], end
@@ -69,8 +62,7 @@ class LazyTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
+        return self._file.get_tensor(name)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -81,10 +73,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    return dict(LazyTensors(path))
 
 
 def check_weights(weights: Mapping[str, Tensor], what: str) -> None:

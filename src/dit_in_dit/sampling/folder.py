@@ -37,11 +37,9 @@ class ImageDecoder(Protocol):
     def numbered(self, indices: Sequence[int], latents: Tensor, size: int) -> Tensor:
         """Images (n, 3, H, W) of the samples `indices`, from latents (n, C, h, w); all samples are in one
         micro-batch of `size`."""
-        ...
 
     def about(self) -> dict[str, Any]:
         """Everything that the images depend on, as JSON holds it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -175,9 +173,7 @@ class SampleFolder:
             shown = np.stack([_read(path) for path in paths[:GRID_MOST]])
         grid = image_grid(shown, scale=self.scale, names=self._names(len(shown)))
         atomic.write_atomic(out / "grid.png", image_png(grid))
-        atomic.clear_temporary(
-            out, {path.name for path in paths}
-        )  # only copies of these: another process may draw more
+        atomic.clear_temporary(out, {path.name for path in paths})  # of these only: others may still be drawn
 
 
 def _machine(device: torch.device) -> dict[str, str]:

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -249,21 +250,12 @@ def replicate_like(tensor: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
-class GatheredTensors(Mapping[str, Tensor]):
+class GatheredTensors(UserDict[str, Tensor]):
     """Tensors by name, each gathered from all processes when it is read: a process holds one whole tensor at a time.
 
     All processes must read every tensor once, in the same order: rank 0 while it writes the file, the others in
-    `Session._save`. `tensors` gives dtypes and shapes without a gather.
+    `Session._save`. `data` gives dtypes and shapes without a gather.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
     def __getitem__(self, name: str) -> Tensor:
-        return full_tensor(self.tensors[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+        return full_tensor(self.data[name])

@@ -47,14 +47,6 @@ class Divergence:
         """The counts as tensors for a checkpoint."""
         return {f"run.{name}": torch.tensor(value) for name, value in asdict(self).items()}
 
-    def count(self, *, finite: bool) -> None:
-        """Count a step, either finite or skipped."""
-        self.streak = 0 if finite else self.streak + 1
-
-    def end_tries(self) -> None:
-        """Reset the tries: the run has reached a regular checkpoint."""
-        self.tries = 0
-
     def check_way_back(self, diverged: DivergedError, on_divergence: str, has_checkpoint: Callable[[], bool]) -> str:
         """Check that the run can roll back; returns the reason for the roll-back.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create_run, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, resolve_precision
-from dit_in_dit.training.distributed import Process, join_group
+from dit_in_dit.training.distributed import join_group
 from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
 from dit_in_dit.training.session import Event, Session
@@ -156,24 +156,16 @@ class Run(Generator[Event, None, None]):
             world = join_group(device, config.train.timeout)
             own: dict[str, Any] = {"model": self.model, "make_optimizer": self.optimizer, "make_loss": self.loss}
             trainer = Trainer(config, source, device, world, fresh=not resumed, **own)
-            with world.watched():
+            with world.watched(), ExitStack() as held:
                 if not resume:
                     world.on_main(lambda: create_run(run, config))
                 stored = world.on_main(lambda: read_config(run))  # before the lock, which needs the folder of a run
-                with _held(run, world):
-                    last = min(self.until or config.train.steps, config.train.steps)
-                    session = Session(trainer, run, self.stop or StopRequest(), last, record)
-                    passed_over = session.resume(stored) if resume else ()
-                    yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
-                    yield from session.events()
+                world.on_main(lambda: held.enter_context(lock_run(run)))
+                last = min(self.until or config.train.steps, config.train.steps)
+                session = Session(trainer, run, self.stop or StopRequest(), last, record)
+                passed_over = session.resume(stored) if resume else ()
+                yield session.start(passed_over=passed_over, unrecorded=resumed and not recorded)
+                yield from session.events()
 
 
 train = Run
-
-
-@contextmanager
-def _held(run: Path, world: Process) -> Iterator[None]:
-    """Hold `lock_run` on rank 0; an error of the lock is raised on every rank."""
-    with ExitStack() as stack:
-        world.on_main(lambda: stack.enter_context(lock_run(run)))
-        yield

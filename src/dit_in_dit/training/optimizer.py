@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,22 +19,16 @@ Named = Iterable[tuple[str, Tensor]]  # (name, parameter)
 PREFIX, NUMBER, GROUP = "optimizer.", "optimizer_number.", "optimizer_group."  # prefixes of names in a checkpoint
 
 
-def _fused(groups: Groups) -> bool:
-    """Whether the parameters' device has a fused step, which can skip itself without waiting for the device."""
-    return groups[0]["params"][0].device.type in ("cpu", "cuda")
+def _adam(kind: Callable[..., Optimizer], groups: Groups, train: TrainConfig) -> Optimizer:
+    """Adam or AdamW; fused where the device has a fused step, which can skip itself without waiting for the device."""
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
+    return kind(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=fused)
 
 
-def adamw(groups: Groups, train: TrainConfig) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019): decoupled weight decay."""
-    return torch.optim.AdamW(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=_fused(groups))
-
-
-def adam(groups: Groups, train: TrainConfig) -> Optimizer:
-    """Adam (Kingma & Ba 2015): weight decay is added to the gradient."""
-    return torch.optim.Adam(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=_fused(groups))
-
-
-OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {"adamw": adamw, "adam": adam}
+OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
+    "adamw": partial(_adam, torch.optim.AdamW),  # decoupled weight decay (Loshchilov & Hutter 2019)
+    "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
+}
 
 
 def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:
@@ -57,8 +52,7 @@ def is_fused(optimizer: Optimizer) -> bool:
 
 
 def is_trained(state: Iterable[str]) -> bool:
-    """Whether a checkpoint's tensor names include training state; false if the
-    checkpoint has only weights, from which a run cannot resume."""
+    """Whether a checkpoint's tensor names include training state; a run cannot resume from weights alone."""
     return any(name.startswith((PREFIX, "run.")) for name in state)
 
 

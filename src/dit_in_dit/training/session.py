@@ -70,11 +70,8 @@ class Session:
         return skipped
 
     def restore(self, *, steady: bool = False) -> tuple[str, ...]:
-        """Restore the newest good checkpoint of the run, if there is one; with `steady`, the newest regular
-        checkpoint.
-
-        Returns:
-            Paths of the newer, damaged checkpoints that were skipped.
+        """Restore the run's newest good checkpoint, if there is one; with `steady`, its newest regular checkpoint.
+        Returns the paths of newer, damaged checkpoints, which were skipped.
 
         Raises:
             UserError: classes, data or objects given to train() are not those of the run.
@@ -86,8 +83,7 @@ class Session:
         if tuple(saved.manifest["classes"]) != tuple(trainer.source.classes):
             raise UserError(f"{self.data['place']} has other classes than the run {run}: restore the data")
         _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
-        noted = saved.manifest.get("data")
-        self.world.on_main(lambda: check_unchanged(self.data, noted, str(run)))
+        self.world.on_main(lambda: check_unchanged(self.data, saved.manifest.get("data"), str(run)))
         try:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
         except (KeyError, RuntimeError):  # the weights of a user's class have changed since the save
@@ -106,11 +102,11 @@ class Session:
 
     def events(self) -> Iterator[Event]:
         """Events until step `last`, or until a request to stop."""
-        with self.lines.opened():
-            try:
-                yield from self._train()
-            finally:
-                self._end_workers()
+        try:
+            yield from self._train()
+        finally:
+            self._end_workers()
+            self.lines.close()
 
     def _train(self) -> Iterator[Event]:
         try:
@@ -140,7 +136,7 @@ class Session:
                 batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]
             values = trainer.update(batches)
             step = trainer.step
-            self.lines.add(step, values, trainer.each)
+            self.lines.pending.append((step, values, trainer.each))
             asked, flush = self.world.agree(self.stop.signal, self.lines.is_due())
             if asked:
                 raise Interrupted
@@ -153,7 +149,7 @@ class Session:
             if draw:
                 yield self._samples()
             if save and (not trainer.divergence.streak or step == how.steps):  # no roll-back may end within a streak
-                trainer.divergence.end_tries()
+                trainer.divergence.tries = 0
                 yield self._save(steady=True)
             self.lines.start_clock()
 
@@ -177,12 +173,11 @@ class Session:
             yield self._samples()
 
     def _flush(self) -> Iterator[Event]:
-        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped steps in a
-        row."""
+        """Read, log and yield the steps that wait on the device; DivergedError after too many skipped in a row."""
         steps, speed = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
-            divergence.count(finite=is_finite(numbers))
+            divergence.streak = 0 if is_finite(numbers) else divergence.streak + 1
             if not divergence.streak:
                 self._note({"step": step, **numbers})
                 yield Event("step", step, {**numbers, "images_per_second": speed})
@@ -194,8 +189,7 @@ class Session:
                 raise DivergedError(step, f"loss {why['loss']}, gradient norm {why['grad_norm']}")
 
     def _skipped(self, step: int, numbers: dict[str, float], each: Tensor) -> dict[str, Any]:
-        """Record of a skipped step: its examples, and the numbers and images of the examples with a non-finite
-        loss."""
+        """Record of a skipped step: its examples, and numbers and images of those with a non-finite loss."""
         first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
         bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
         size = self.trainer.source.train_size
@@ -226,13 +220,7 @@ class Session:
         raised. `steady` marks a regular checkpoint, whose step follows from the config and not from a stop."""
         trainer = self.trainer
         state, ema = trainer.state(), trainer.averaged_state()
-
-        def write() -> Path:
-            config, classes, data, objects = self.config, trainer.source.classes, self.data, trainer.objects
-            return checkpoint.save(
-                self.run, config, trainer.step, state, ema, classes, steady=steady, data=data, objects=objects
-            )
-
+        write = partial(checkpoint.save, self.run, self.config, trainer.step, state, ema, trainer.source.classes)
         try:
             # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
             self.world.on_main(self.lines.log.lines.keep)
@@ -240,7 +228,7 @@ class Session:
                 for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
                     for name in file_order(tensors):
                         tensors[name]
-            path = self.world.on_main(write)
+            path = self.world.on_main(partial(write, steady=steady, data=self.data, objects=trainer.objects))
         except checkpoint.SaveError as error:
             if trainer.step >= self.last:
                 raise
@@ -271,7 +259,8 @@ class Session:
         trainer.divergence = before.after(step, trainer.step)
         values = {"to": trainer.step, "shift": trainer.divergence.shift}
         self.lines.log.write(before.rolled_back, {"step": step, "rollback": values})
-        self.lines.drop()
+        self.lines.pending.clear()
+        self.lines.start_clock()
         return Event("rolled_back", step, {**values, "why": problem})
 
 

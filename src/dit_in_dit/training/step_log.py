@@ -4,8 +4,6 @@ the device."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +30,12 @@ class StepLog:
         self.log = Log(run / "log.jsonl" if writes else None)
         self.clock = Clock(run / "timing.jsonl" if writes else None)
         self.global_batch = global_batch
-        self.pending: list[tuple[int, dict[str, Tensor | float], Tensor]] = []
+        self.pending: list[tuple[int, dict[str, Tensor | float], Tensor]] = []  # to be read later
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Close the files on exit."""
-        try:
-            yield
-        finally:
-            self.clock.lines.close()
-            self.log.lines.close()
-
-    def add(self, step: int, values: dict[str, Tensor | float], each: Tensor) -> None:
-        """Add a step, to be read later."""
-        self.pending.append((step, values, each))
+    def close(self) -> None:
+        """Close the files."""
+        self.clock.lines.close()
+        self.log.lines.close()
 
     def is_due(self) -> bool:
         """Whether steps have waited for FLUSH_SECONDS."""
@@ -59,11 +49,6 @@ class StepLog:
         speed = self.clock.write(steps[-1][0], len(steps) * self.global_batch)
         numbers = _read([values for _, values, _ in steps])
         return [Step(step, scalars, each) for (step, _, each), scalars in zip(steps, numbers, strict=True)], speed
-
-    def drop(self) -> None:
-        """Drop the waiting steps and restart the clock, after a roll-back."""
-        self.pending.clear()
-        self.clock.start()
 
     def start_clock(self) -> None:
         """Restart the clock if no step waits: only training is timed."""

@@ -45,22 +45,18 @@ class Tracker(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers of a step, by name."""
-        ...
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
         """Log a picture of a step."""
-        ...
 
     def flush(self) -> None:
         """Write buffered values. Called at every checkpoint, from which a killed run resumes."""
-        ...
 
     def close(self) -> None:
         """Write buffered values and end."""
-        ...
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: Path, config: RunConfig, identity: str, step: int) -> None:
@@ -72,24 +68,20 @@ class TensorBoard:
             self.writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers of a step, by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Log a picture of a step."""
         self.writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write buffered values."""
         self.writer.flush()
 
     def close(self) -> None:
-        """Write buffered values and end."""
         self.writer.close()
 
 
-class _Logged:
+class _Logged(Tracker):
     """Weights & Biases, or trackio, which has the same interface."""
 
     def __init__(self, module: Any, identity: str, **options: Any) -> None:
@@ -97,18 +89,15 @@ class _Logged:
         self.module.init(project=os.environ.get("WANDB_PROJECT", PROJECT), resume="allow", **options)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers of a step, by name."""
         self.module.log(dict(values), step=step)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Log a picture of a step."""
         self.module.log({name: self.module.Image(picture)}, step=step)
 
     def flush(self) -> None:
         """Do nothing: both libraries write within about a second."""
 
     def close(self) -> None:
-        """Write buffered values and end."""
         self.module.finish()
 
 
@@ -125,7 +114,7 @@ def _trackio(run: Path, config: RunConfig, identity: str, step: int) -> Tracker:
     return _Logged(import_module("trackio"), identity, name=identity, config=to_dict(config), embed=False)
 
 
-class MLflow:
+class MLflow(Tracker):
     """An MLflow run, identified by its id, at MLFLOW_TRACKING_URI."""
 
     MOST = 500  # numbers per request; a server accepts 1000
@@ -147,25 +136,21 @@ class MLflow:
             self.client.log_batch(self.identity, params=parameters[start : start + 100])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers of a step, by name."""
         now = int(time.time() * 1000)
         self.waiting += [self.entities.Metric(name, value, now, step) for name, value in values.items()]
         if len(self.waiting) >= self.MOST:
             self.flush()
 
     def flush(self) -> None:
-        """Write buffered values."""
         while self.waiting:
             part, self.waiting = self.waiting[: self.MOST], self.waiting[self.MOST :]
             self.client.log_batch(self.identity, metrics=part)
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Log a picture of a step."""
         self.flush()
         self.client.log_image(self.identity, picture, artifact_file=f"{name}/{step:07d}.png")
 
     def close(self) -> None:
-        """Write buffered values and end."""
         self.flush()
         self.client.set_terminated(self.identity)
 
@@ -226,23 +211,18 @@ def log_to(events: Iterator[Event], names: Sequence[str], run: Path, warn: Calla
 
 
 def _curves(run: Path) -> list[Path]:
-    """Paths of pictures of the run's curves; empty if no plotting library is installed."""
-    from dit_in_dit.curves.arms import arms
-    from dit_in_dit.curves.logs import read_run
-
-    try:
-        from dit_in_dit.curves.plots import draw_curves
-    except ImportError:  # matplotlib is optional
+    """Paths of pictures of the run's curves; empty without matplotlib, which is optional."""
+    if find_spec("matplotlib") is None:
         return []
+    from dit_in_dit.curves import arms, logs, plots
 
     out = run / "curves"
     out.mkdir(exist_ok=True)
-    return list(draw_curves(arms([read_run(run)]), out))
+    return plots.draw_curves(arms.arms([logs.read_run(run)]), out)
 
 
 def chosen_trackers(option: str | None, run: Path) -> list[str]:
-    """Names from `--track`, or the trackers of earlier starts; UserError if a tracker is unknown or not
-    installed."""
+    """Names from `--track`, or the trackers of earlier starts; UserError if one is unknown or not installed."""
     names = list(_identities(run)) if option is None else [n for n in option.split(",") if n not in ("", NONE)]
     for name in names:
         if name not in TRACKERS:

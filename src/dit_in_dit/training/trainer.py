@@ -86,8 +86,7 @@ class Trainer:
         self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
-            run, names = Path(train.init), source.classes
-            self.begun = warm_start(self.model, run, train.init_blocks, names, source.digest)
+            self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
@@ -127,11 +126,10 @@ class Trainer:
         scale = self.config.train.lr_scale
         if scale.outer == scale.inner:
             return [{"params": list(self.weights.values()), "scale": scale.outer}]
-        levels: dict[bool, list[Tensor]] = {False: [], True: []}
+        groups: Groups = [{"params": [], "scale": factor} for factor in (scale.outer, scale.inner)]
         for name, weight in self.weights.items():
-            levels[is_inner(name)].append(weight)
-        factors = ((levels[False], scale.outer), (levels[True], scale.inner))
-        return [{"params": weights, "scale": factor} for weights, factor in factors if weights]
+            groups[is_inner(name)]["params"].append(weight)
+        return [group for group in groups if group["params"]]
 
     def autocast(self) -> torch.autocast:
         """Autocast to bfloat16 if train.precision=bfloat16."""
@@ -152,18 +150,22 @@ class Trainer:
         rate = learning_rate(train, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
+        # DDP averages over processes, the tree sums the micro-batches of all.
+        count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
             with self._accumulating(last=number == len(batches)):
                 with self.autocast():
                     each = self.objective.loss(self.predict, x, noise, t, y)  # of N examples
-                (each.mean() / self._micro_batches(len(batches))).backward()  # type: ignore[no-untyped-call]
+                (each.mean() / count).backward()  # type: ignore[no-untyped-call]
             losses.append(each.detach())
             if self.tree:
                 self.tree.take()
         if self.tree:
             self.tree.finish(self.world)
-        self.each = self._in_order(torch.stack(losses))
+        gathered = self.world.gather(torch.stack(losses))  # processes, micro-batches, N
+        # fast: a process has rows of every micro-batch; fixed: a process has whole micro-batches.
+        self.each = (gathered if self.tree else gathered.transpose(0, 1)).flatten()
         loss = self.each.mean()
         norm, parts = self.gradient_norms()
         self._descend(norm, loss.isfinite() & norm.isfinite())
@@ -171,17 +173,6 @@ class Trainer:
         self.step += 1
         self.ema.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
-
-    def _micro_batches(self, own: int) -> int:
-        """Number of micro-batches over which the loss is averaged: those of this process (DDP averages over processes),
-        or all if the tree sums them."""
-        return own * self.world.size if self.tree else own
-
-    def _in_order(self, losses: Tensor) -> Tensor:
-        """Losses of all examples in order, from this process's micro-batches (A, N)."""
-        gathered = self.world.gather(losses)  # processes A N
-        # fast: a process has rows of every micro-batch; fixed: a process has whole micro-batches.
-        return (gathered if self.tree else gathered.transpose(0, 1)).flatten()
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""
@@ -251,10 +242,7 @@ class Trainer:
         return model
 
     def state(self) -> GatheredTensors:
-        """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters.
-
-        The average needs no counter except the step.
-        """
+        """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= state_of(self.optimizer, self.weights.items())
         return GatheredTensors(tensors | self.divergence.tensors())

@@ -29,26 +29,19 @@ PACKAGES = ("torch", "diffusers", "numpy", "triton", "timm")
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A ratio and its goal.
+class Ratio:
+    """A ratio, measured in each round, and its goal.
 
     Attributes:
         how: what was measured for the ratio.
-        limit: the largest ratio that meets the goal (the smallest if `at_least` is set); None: no goal.
+        limit: the largest median that meets the goal (the smallest if `at_least` is set); None: no goal.
     """
 
     name: str
     how: str
+    rounds: tuple[float, ...]
     limit: float | None = None
     at_least: bool = False
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A goal and its measured ratio in each round."""
-
-    goal: Goal
-    rounds: tuple[float, ...]
 
     @property
     def value(self) -> float:
@@ -66,9 +59,9 @@ class Ratio:
     @property
     def met(self) -> bool | None:
         """Whether the median meets the goal; None without a goal."""
-        if self.goal.limit is None:
+        if self.limit is None:
             return None
-        return self.value >= self.goal.limit if self.goal.at_least else self.value <= self.goal.limit
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -114,12 +107,12 @@ class BenchmarkReport:
             "product_macs_per_second": self.products,
             "ratios": [
                 {
-                    "name": ratio.goal.name,
-                    "how": ratio.goal.how,
+                    "name": ratio.name,
+                    "how": ratio.how,
                     "ratio": ratio.value,
                     "quartiles": list(ratio.quartiles),
-                    "goal": ratio.goal.limit,
-                    "at_least": ratio.goal.at_least,
+                    "goal": ratio.limit,
+                    "at_least": ratio.at_least,
                     "met": ratio.met,
                     "rounds": list(ratio.rounds),
                 }

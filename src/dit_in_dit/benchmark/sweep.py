@@ -95,7 +95,7 @@ class Sweep:
         return {
             "axis": self.axis,
             "label": AXES[self.axis].label,
-            "points": [{**vars(point), "step": list(point.step), "inner": list(point.inner)} for point in self.points],
+            "points": [vars(point) for point in self.points],
             "exponents": {what: median(self.exponents(what)) for what in positive},
         }
 

@@ -7,6 +7,7 @@ A check measures, then judges. The reason for each threshold is beside the thres
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -94,9 +95,10 @@ def take_examples(examples: Examples, first: int, count: int) -> Batch:
     return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def split_batch(batch: Batch, size: int = CHUNK) -> list[Batch]:
-    """Split the batch into pieces of at most `size` examples."""
-    return [Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.x), size)]
+def split_batch(batch: Batch, device: torch.device, size: int = CHUNK) -> Iterator[Batch]:
+    """Pieces of at most `size` examples, on the device."""
+    for at in range(0, len(batch.x), size):
+        yield Batch(*(part[at : at + size].to(device) for part in batch))
 
 
 # ------------------------------------------------------------------------------------------ data

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.data.formats.mosaic import Mosaic, Region, Truth
-from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
-from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.metrics.score import Float64Array, Score, summary_score
 
-Float64Array = NDArray[np.float64]
 Image = NDArray[np.float32]
 
 PERIODS = np.geomspace(2.1, 12, 36)  # search grid, in pixels: steps of 5%
@@ -119,12 +119,10 @@ def detail_scores(details: list[Detail], real: list[Detail]) -> dict[str, Score]
     scores = {}
     for name in ("period", "direction", "contrast", "layout"):
         each, true = ([np.atleast_1d(getattr(d, name)) for d in ds] for ds in (details, real))
-        draw = generator(0, "evaluation", DRAWS["resamples"])
-        resampled = [
-            np.mean(np.concatenate([each[i] for i in draw.integers(len(each), size=len(each))]))
-            for _ in range(RESAMPLES)
-        ]
-        value, deviation = float(np.mean(np.concatenate(each))), float(np.std(resampled, ddof=1))
-        floor = float(np.mean(np.concatenate(true)))
-        scores[f"detail.{name}"] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation, floor)
+        scores[f"detail.{name}"] = summary_score(len(each), partial(_mean, each), _mean(true, range(len(true))))
     return scores
+
+
+def _mean(parts: list[Float64Array], numbers: Iterable[int]) -> float:
+    """Mean over all values of the parts with these numbers."""
+    return float(np.mean(np.concatenate([parts[i] for i in numbers])))

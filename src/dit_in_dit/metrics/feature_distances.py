@@ -13,11 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.metrics.score import DRAWS
+from dit_in_dit.metrics.score import DRAWS, Float64Array
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
-
-Float64Array = NDArray[np.float64]
 
 ENOUGH = 2048  # fewest images on each side for which a Frechet distance has the name of a published metric
 DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}

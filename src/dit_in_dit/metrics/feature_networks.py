@@ -51,12 +51,16 @@ class Network:
 
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
         """Features of each image; grey images are repeated to three channels. UserError if a feature is not finite."""
-        colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         with torch.inference_mode():
-            features = {kind: values.float().cpu().numpy() for kind, values in self.compute(colour).items()}
+            features = {kind: values.float().cpu().numpy() for kind, values in self.compute(to_rgb(pixels)).items()}
         if not all(np.isfinite(values).all() for values in features.values()):
             raise UserError(f"{self.name} features are not finite: the file of weights is damaged; get the file again")
         return features
+
+
+def to_rgb(images: Pixels) -> Pixels:
+    """Images (N, H, W, 3); grey images are repeated."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> Network:

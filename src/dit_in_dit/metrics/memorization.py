@@ -12,11 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
+from dit_in_dit.metrics.score import Float64Array, Score, summary_score
 from dit_in_dit.reporting.images import Pixels
-from dit_in_dit.runtime.seeding import generator
-
-Float64Array = NDArray[np.float64]
 
 SIDE = 32  # longest side of an image that is compared, in pixels; larger ones are averaged down
 BLOCK = 2**26  # most distances in memory
@@ -84,10 +81,7 @@ def _stands_out(score: Score) -> bool:
 
 def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[Any]], Any]) -> Score:
     """A summary over samples with its bootstrap interval; the floor is the summary over real images."""
-    draw = generator(0, "evaluation", DRAWS["resamples"])
-    drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
-    value, reach = float(summary(each)), 1.96 * float(np.std([summary(d) for d in drawn], ddof=1))
-    return Score(value, value - reach, value + reach, float(summary(real)))
+    return summary_score(len(each), lambda numbers: float(summary(each[numbers])), float(summary(real)))
 
 
 def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrored: bool = False) -> Neighbours:

@@ -49,12 +49,10 @@ class Subject:
         """Patch size in pixels and, with an inner path, sub-patch size."""
         if self.config is None:
             return ()
-        model, scale = (
-            self.config.model,
-            self.shape[0] // self.config.model.image_size[0],
-        )  # 1 unless latents are decoded
-        periods = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
-        return tuple(period * scale for period in periods)
+        model = self.config.model
+        scale = self.shape[0] // model.image_size[0]  # 1 unless latents are decoded
+        sides = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
+        return tuple(side * scale for side in sides)
 
 
 @dataclass(frozen=True)

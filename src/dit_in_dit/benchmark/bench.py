@@ -84,12 +84,8 @@ class Bench:
         subject = subject_for_parts(run, self.device)
         rounds = interleave({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
         middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
-        self.report.parts[name] = Parts(
-            resolve_precision(run, self.device).train.precision,
-            middle,
-            part_macs(subject),
-            profile_by_part(subject),
-        )
+        precision = subject.run.train.precision
+        self.report.parts[name] = Parts(precision, middle, part_macs(subject), profile_by_part(subject))
         return rounds
 
     def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:

@@ -30,18 +30,13 @@ PACKAGES = ("torch", "diffusers", "numpy", "triton", "timm")
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio, measured in each round, and its goal.
-
-    Attributes:
-        how: what was measured for the ratio.
-        limit: the largest median that meets the goal (the smallest if `at_least` is set); None: no goal.
-    """
+    """A ratio, measured in each round, and its goal."""
 
     name: str
-    how: str
+    how: str  # what was measured
     rounds: tuple[float, ...]
-    limit: float | None = None
-    at_least: bool = False
+    limit: float | None = None  # the largest median that meets the goal; None: no goal
+    at_least: bool = False  # whether `limit` is the smallest instead
 
     @property
     def value(self) -> float:
@@ -76,23 +71,16 @@ class Parts:
 
 @dataclass
 class BenchmarkReport:
-    """All measurements of a benchmark.
+    """All measurements of a benchmark; subjects, parts and sweeps by name."""
 
-    Attributes:
-        command: the command that repeats the benchmark.
-        products: MACs per second of the best matrix product, by precision.
-        subjects, parts: measurements by the subject's name.
-        notes: caveats for a reader.
-    """
-
-    command: str
+    command: str  # repeats the benchmark
     device: torch.device
-    products: dict[str, float] = field(default_factory=dict)
+    products: dict[str, float] = field(default_factory=dict)  # MACs per second of the best matrix product, by precision
     ratios: list[Ratio] = field(default_factory=list)
     subjects: dict[str, Measurements] = field(default_factory=dict)
     parts: dict[str, Parts] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # caveats for a reader
 
     def share(self, measured: Measurements) -> float:
         """MACs per second in training, divided by the MACs per second of the best matrix product."""

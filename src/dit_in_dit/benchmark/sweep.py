@@ -21,17 +21,11 @@ from dit_in_dit.config.run import ModelConfig, RunConfig
 
 @dataclass(frozen=True)
 class Axis:
-    """The quantity that a sweep varies.
+    """The quantity that a sweep varies."""
 
-    Attributes:
-        label: name of the size in plots and tables.
-        keys: config keys that set the quantity to a value.
-        size: the size of a config; costs are fitted as a power of this size.
-    """
-
-    label: str
-    keys: Callable[[ModelConfig, int], Mapping[str, Any]]
-    size: Callable[[RunConfig], float]
+    label: str  # name of the size in plots and tables
+    keys: Callable[[ModelConfig, int], Mapping[str, Any]]  # config keys that set the quantity to a value
+    size: Callable[[RunConfig], float]  # the size of a config; costs are fitted as a power of this size
 
 
 def _sub_patch(model: ModelConfig, sub_patches: int) -> Mapping[str, Any]:

@@ -56,24 +56,15 @@ class CheckResult:
 
 @dataclass
 class DoctorSubject:
-    """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data.
-
-    Attributes:
-        initial: parameters before training, by name.
-        examples: the first training examples.
-        start: the initial model's loss on each example.
-        held: evenly spaced held-out images, with noise that is the same for every run.
-        log: the lines of log.jsonl.
-        trained: whether the weights are from a checkpoint.
-    """
+    """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data."""
 
     trainer: Trainer
-    initial: dict[str, Tensor]
-    examples: Batch
-    start: Tensor
-    held: Batch
-    log: list[Line]
-    trained: bool
+    initial: dict[str, Tensor]  # parameters before training, by name
+    examples: Batch  # the first training examples
+    start: Tensor  # the initial model's loss on each example
+    held: Batch  # evenly spaced held-out images, with noise that is the same for every run
+    log: list[Line]  # of log.jsonl
+    trained: bool  # whether the weights are from a checkpoint
 
     @property
     def config(self) -> RunConfig:

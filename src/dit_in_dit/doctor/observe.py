@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,11 +40,8 @@ def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
 
 
 def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
-    """The first layer whose output is not finite on the examples that training would take next.
-
-    Returns:
-        The layer's name and the example's number (empty if all outputs are finite), and the number of examples.
-    """
+    """The first layer whose output is not finite, with the example's number (empty if all outputs are finite), and the
+    number of examples. The examples are those that training would take next."""
     trainer = patient.trainer
     failures: list[tuple[str, int]] = []
     first = trainer.step * patient.config.global_batch
@@ -92,17 +90,13 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
     most = max(1, ATTENTION_BYTES // (4 * heads * longest**2))
     count = min(16, most, forward_budget(patient.config, device))
     x, noise, _, y, _ = (part[:: max(1, len(part) // count)][:count].to(device) for part in patient.held)
+    watches = (hooks.watch_blocks, hooks.watch_attention, hooks.watch_aggregation, hooks.watch_contribution)
     observations = {}
     for t in EVALUATION_TIMES:
         times = patient.trainer.objective.path.snap(torch.full((len(x),), t, device=device))
-        with (
-            hooks.watch_blocks(model) as blocks,
-            hooks.watch_attention(model) as attention,
-            hooks.watch_aggregation(model) as aggregation,
-            hooks.watch_contribution(model) as contribution,
-        ):
+        with ExitStack() as stack:
+            observations[t] = Observation(*(stack.enter_context(watch(model)) for watch in watches))
             model(patient.trainer.objective.noisy(x, noise, times), times, y)
-        observations[t] = Observation(blocks, attention, aggregation, contribution)
     return observations
 
 
@@ -111,18 +105,12 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
 
 @dataclass
 class LabelErrors:
-    """Held-out errors of M images at t = `LABEL_TIME` under several labels.
+    """Held-out errors of M images at t = `LABEL_TIME` under several labels."""
 
-    Attributes:
-        y: true labels, (M,).
-        right, null: errors under the true label and under the null class, (M,).
-        by_class: errors of all images under one class, (M,), by class number.
-    """
-
-    y: Tensor
-    right: Tensor
-    null: Tensor
-    by_class: dict[int, Tensor]
+    y: Tensor  # true labels, (M,)
+    right: Tensor  # errors under the true label, (M,)
+    null: Tensor  # errors under the null class, (M,)
+    by_class: dict[int, Tensor]  # errors of all images under one class, (M,), by class number
 
     @property
     def wrong(self) -> Tensor:

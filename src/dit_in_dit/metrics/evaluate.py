@@ -19,7 +19,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.metrics import detail, pixels, wasserstein
+from dit_in_dit.metrics import detail, pixels
 from dit_in_dit.metrics.feature_distances import ReferenceStatistics
 from dit_in_dit.metrics.feature_networks import Network, to_rgb
 from dit_in_dit.metrics.fid_family import Features, feature_scores
@@ -27,6 +27,7 @@ from dit_in_dit.metrics.memorization import NEAR, SIDE, Neighbours, neighbours, 
 from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
+from dit_in_dit.metrics.wasserstein import POINTS, PROJECTIONS, FloatImages
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs import atomic, shards
@@ -188,8 +189,8 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     metrics: dict[str, Any] = {
         "pixels": {
             "images": count,
-            "patches": wasserstein.POINTS,
-            "projections": wasserstein.PROJECTIONS,
+            "patches": POINTS,
+            "projections": PROJECTIONS,
             "halvings": FLOOR_SPLITS,
             "resamples": RESAMPLES,
         },
@@ -227,7 +228,7 @@ def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
 
 
-def to_floats(images: Pixels) -> wasserstein.FloatImages:
+def to_floats(images: Pixels) -> FloatImages:
     """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 

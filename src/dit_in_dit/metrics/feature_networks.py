@@ -39,15 +39,11 @@ class Network:
     """Maps images (N, H, W, C), uint8, to features (N, d), float32, by kind.
 
     DINOv2 has `pool`; Inception has `pool`, `spatial` and `logits`.
-
-    Attributes:
-        identity: the package's version and the SHA-256 of the weights, on which features depend.
-        compute: the network on images of three channels.
     """
 
     name: str
-    identity: dict[str, str]
-    compute: Callable[[Pixels], dict[str, Tensor]]
+    identity: dict[str, str]  # the package's version and the SHA-256 of the weights, on which features depend
+    compute: Callable[[Pixels], dict[str, Tensor]]  # the network on images of three channels
 
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
         """Features of each image; grey images are repeated to three channels. UserError if a feature is not finite."""

@@ -99,7 +99,9 @@ def run_subject(
     config, classes = configure(config, saved.classes)
     names: str | list[str] = [saved.classes[c] for c in classes]
     if config.model.num_classes and not classes:
-        classes, names = _common_labels(source or open_source_of(run, config)), "as often as in the training data"
+        labels = (source or open_source_of(run, config)).labels  # in random order: class frequencies of the data
+        classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+        names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
@@ -107,8 +109,8 @@ def run_subject(
         images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
         return np.concatenate([to_pixels(batch) for batch in images])
 
-    labels = names if config.model.num_classes else "none"
-    samples = sampling_protocol(config, labels=labels, averaged=averaged, seed=seed)
+    named = names if config.model.num_classes else "none"
+    samples = sampling_protocol(config, labels=named, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
     about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
@@ -116,11 +118,6 @@ def run_subject(
         samples["vae"] = decode.about()
         shape = (shape[0] * decode.factor, shape[1] * decode.factor, 3)
     return Subject(draw, shape, samples, about, model=model, config=config)
-
-
-def _common_labels(source: Source) -> list[int]:
-    """Labels of the training images in a fixed random order: samples then have the class frequencies of the data."""
-    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:

@@ -170,11 +170,8 @@ def check_first_written(model: ModelConfig) -> None:
 
 
 class FirstWritten(nn.Module):
-    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), like the `NestedDiT` of the same config.
-
-    Raises:
-        UserError: the config has a choice that this version lacks.
-    """
+    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), like the `NestedDiT` of the same config. UserError if
+    the config has a choice that this version lacks."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -151,11 +151,8 @@ def versions() -> dict[str, str]:
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write parts.png, throughput.png and sweeps.png. A picture is left out if nothing was measured for it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Write parts.png, throughput.png and sweeps.png. A picture is left out if nothing was measured for it. UserError
+    without matplotlib."""
     plots = {
         "parts.png": (report.parts, _draw_parts),
         "throughput.png": (report.subjects, _draw_throughput),

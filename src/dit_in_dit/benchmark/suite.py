@@ -10,7 +10,7 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
-from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig
+from dit_in_dit.config.run import InnerConfig, OuterConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,9 @@ _LAST_128 = _of(
 _PLAIN_128 = _of("emoji-dit", "model.stages=outer*6", "model.outer.width=128")
 _LAST_384 = replace(
     _of("dit-s8", "train.batch_size=4"),
-    model=ModelConfig(
+    model=replace(
+        _LAST_128.model,
         image_size=(64, 64),
-        channels=3,
-        patch_size=8,
-        num_classes=9,
         stages="outer*10 inner*2",
         outer=OuterConfig(width=384, num_heads=6),
         inner=InnerConfig(sub_patch=2, width=64, num_heads=2),

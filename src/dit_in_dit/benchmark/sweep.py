@@ -113,11 +113,7 @@ def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str,
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
-    """Measure the step and the inner path (`parts.INNER`) of a model at each value, alternately.
-
-    Raises:
-        UserError: as `sweep_configs`.
-    """
+    """Measure the step and the inner path (`parts.INNER`) at each value, alternately; UserError as `sweep_configs`."""
     subjects = {name: subject_for_parts(config, device) for name, config in sweep_configs(run, axis, values).items()}
     rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []

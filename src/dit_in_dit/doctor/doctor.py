@@ -111,11 +111,8 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorS
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Load a checkpoint: its whole state, or only its averaged weights.
-
-    Exported and imported checkpoints hold only averaged weights. The state of an optimizer that was passed to train()
-    cannot be loaded.
-    """
+    """Load a checkpoint: its whole state, or only its averaged weights, if it is exported or imported and holds no
+    more, or if its optimizer was passed to train(): that state cannot be loaded."""
     state = saved.state()
     if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
         trainer.restore(state, saved.averaged(), saved.step)
@@ -171,11 +168,7 @@ def _read_log(run: Path | None) -> list[Line]:
 
 
 def draw_report(report: DoctorReport, path: Path) -> None:
-    """Draw six plots: data, loss, gradients, activations, attention and seams.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw six plots: data, loss, gradients, activations, attention and seams; UserError without matplotlib."""
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
     fig, axes = figure(2, 3, width=4.3)
     _draw_histogram(axes[0, 0], sections["data"])

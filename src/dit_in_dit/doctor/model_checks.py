@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
@@ -184,7 +183,7 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
 def _judge_labels(section: CheckResult, errors: LabelErrors) -> float:
     """Compare the errors under wrong and right classes; returns the mean difference in standard errors."""
     gap = (errors.wrong - errors.right)[~errors.wrong.isnan()]
-    strength = _standard_errors(gap)
+    strength = (gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp(min=1e-30)).item() if len(gap) > 1 else 0.0
     section.rows[f"held-out error, t={LABEL_TIME:g}"] = {
         "right class": errors.right.mean().item(),
         "null class": errors.null.mean().item(),
@@ -225,11 +224,6 @@ def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: Label
             f"rows of the label table are swapped or shifted: the null class must be row "
             f"{patient.config.model.num_classes}, the last",
         )  # fmt: skip
-
-
-def _standard_errors(values: Tensor) -> float:
-    """Mean divided by its standard error; 0 if there are fewer than two values."""
-    return (values.mean() / (values.std() / math.sqrt(len(values))).clamp(min=1e-30)).item() if len(values) > 1 else 0.0
 
 
 # ------------------------------------------------------------------------------------------ seams

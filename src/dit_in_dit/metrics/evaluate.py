@@ -41,6 +41,8 @@ SHOWN = 64  # images in a figure
 DETAIL_IMAGES = 64
 DETAIL_TIMES = (0.5, 0.8)
 
+Stored = tuple[Network, Features, Features]  # a network, and its features of samples and of real images
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -94,7 +96,7 @@ def evaluate(
         for done in shards.fill_shards(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
             yield Progress("samples", done, num)
     draw = images_of(subject, out, num)
-    stored = [(network, *_features(network, num, real, out / "features", batch)) for network in networks]
+    stored = [_stored(network, num, real, out / "features", batch) for network in networks]
     for network, own, reals in stored:
         yield from _extract(network, draw, own, "samples")
         yield from _extract(network, real.draw, reals, "real images")
@@ -104,8 +106,7 @@ def evaluate(
     evaluation = _measure_pixels(subject, draw, real, num)
     yield Progress("pixel metrics", 1, 1)
     result = evaluation.result
-    for network, own, reals in stored:
-        yield from _add_scores(result, network, own, reals, statistics)
+    yield from _add_scores(result, stored, statistics)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
@@ -127,11 +128,11 @@ def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any
     return {"samples": subject.samples, "subject": subject.about, **at_once, **precision}
 
 
-def _features(network: Network, num: int, real: RealImages, folder: Path, batch: int) -> tuple[Features, Features]:
-    """A network's features of `num` samples and of all real images, in chunks below `folder`."""
+def _stored(network: Network, num: int, real: RealImages, folder: Path, batch: int) -> Stored:
+    """The features of `num` samples and of all real images, in chunks below `folder`."""
     name = f"{network.name}-{network.identity['sha256'][:8]}"
     reals = Features(folder / f"{name}-{real.about['sha256'][:8]}", real.count, batch)
-    return Features(folder / f"{name}-samples", num, batch), reals
+    return network, Features(folder / f"{name}-samples", num, batch), reals
 
 
 def _extract(network: Network, draw: Draw, features: Features, what: str) -> Iterator[Progress]:
@@ -141,19 +142,16 @@ def _extract(network: Network, draw: Draw, features: Features, what: str) -> Ite
 
 
 def _add_scores(
-    result: dict[str, Any],
-    network: Network,
-    samples: Features,
-    real: Features,
-    statistics: ReferenceStatistics | None,
+    result: dict[str, Any], stored: list[Stored], statistics: ReferenceStatistics | None
 ) -> Iterator[Progress]:
-    """Add the scores and the identity of the network to the result."""
-    name = network.name
-    yield Progress(f"{name} metrics", 0, 1)
-    scores = feature_scores(name, samples, real, statistics if name == "inception" else None)
-    result["scores"] |= {score: asdict(value) for score, value in scores.items()}
-    result["protocol"]["metrics"][name] = network.identity
-    yield Progress(f"{name} metrics", 1, 1)
+    """Add the scores and the identity of every network to the result."""
+    for network, samples, real in stored:
+        name = network.name
+        yield Progress(f"{name} metrics", 0, 1)
+        scores = feature_scores(name, samples, real, statistics if name == "inception" else None)
+        result["scores"] |= {score: asdict(value) for score, value in scores.items()}
+        result["protocol"]["metrics"][name] = network.identity
+        yield Progress(f"{name} metrics", 1, 1)
 
 
 def images_of(subject: Subject, out: Path, num: int) -> Draw:

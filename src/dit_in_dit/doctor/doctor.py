@@ -111,8 +111,8 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorS
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Load a checkpoint: its whole state, or only its averaged weights, if it is exported or imported and holds no
-    more, or if its optimizer was passed to train(): that state cannot be loaded."""
+    """Load a checkpoint: its whole state, or only its averaged weights if it holds no more (exported, imported) or if
+    its optimizer was passed to train(), whose state cannot be loaded."""
     state = saved.state()
     if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
         trainer.restore(state, saved.averaged(), saved.step)

@@ -184,14 +184,9 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     unseen = _thumbnails(real.unseen, real.unseen_count) if real.unseen_count else None
     near = neighbours(_thumbnails(draw, num), _thumbnails(real.draw, real.count), unseen, mirrored=mirrored)
     scores |= near.scores()
+    resampling = {"halvings": FLOOR_SPLITS, "resamples": RESAMPLES}
     metrics: dict[str, Any] = {
-        "pixels": {
-            "images": count,
-            "patches": POINTS,
-            "projections": PROJECTIONS,
-            "halvings": FLOOR_SPLITS,
-            "resamples": RESAMPLES,
-        },
+        "pixels": {"images": count, "patches": POINTS, "projections": PROJECTIONS, **resampling},
         "nearest": {"among": real.count, "side": SIDE, "unseen": real.unseen_count, "near": NEAR, "mirrored": mirrored},
     }
     if subject.model is not None and subject.config is not None and subject.config.data.source == "mosaic":

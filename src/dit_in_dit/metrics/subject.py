@@ -97,7 +97,7 @@ def run_subject(
             "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, saved.classes)
-    names: str | list[str] = [saved.classes[c] for c in classes]
+    names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
         labels = (source or open_source_of(run, config)).labels  # in random order: class frequencies of the data
         classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
@@ -109,8 +109,7 @@ def run_subject(
         images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
         return np.concatenate([to_pixels(batch) for batch in images])
 
-    named = names if config.model.num_classes else "none"
-    samples = sampling_protocol(config, labels=named, averaged=averaged, seed=seed)
+    samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
     about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)

@@ -103,9 +103,8 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
                 tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
     parts = parts_of(model)
-    with forward_hooks(
-        [(m, partial(end, part)) for part, m in parts], [(m, partial(begin, part)) for part, m in parts]
-    ):
+    after = [(module, partial(end, part)) for part, module in parts]
+    with forward_hooks(after, [(module, partial(begin, part)) for part, module in parts]):
         yield
 
 

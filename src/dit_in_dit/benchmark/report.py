@@ -151,8 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write parts.png, throughput.png and sweeps.png. A picture is left out if nothing was measured for it. UserError
-    without matplotlib."""
+    """Write parts.png, throughput.png and sweeps.png, each if it was measured; UserError without matplotlib."""
     plots = {
         "parts.png": (report.parts, _draw_parts),
         "throughput.png": (report.subjects, _draw_throughput),

@@ -21,18 +21,14 @@ class Suite:
     compiled: RunConfig | None  # the same, compiled
     reference: RunConfig  # inner blocks first and E = D, beside its plainly written version
     paths: Mapping[str, tuple[RunConfig, float]]  # inner and outer path in time per MAC; the limit
-    last: Mapping[
-        str, tuple[RunConfig, RunConfig, float]
-    ]  # inner blocks last, the plain config for its twin; the limit
+    last: Mapping[str, tuple[RunConfig, RunConfig, float]]  # inner blocks last; the plain config of its twin; the limit
     sampled: RunConfig  # its sampling and training loop are timed
     growth: RunConfig  # swept over `sub_patches` (S) and `images` (side in pixels)
     images: tuple[int, ...]
     groups: tuple[int, int, int]  # (tokens, width, heads) for attention within groups
     seconds: float  # measuring time for each comparison
     sub_patches: tuple[int, ...] = (4, 16, 64)
-    rates: Mapping[str, tuple[RunConfig, float]] = field(
-        default_factory=dict
-    )  # share of the best product's speed; goal
+    rates: Mapping[str, tuple[RunConfig, float]] = field(default_factory=dict)  # as a share of the best product; least
     on_cuda: bool = False  # whether the goals that hold only for CUDA apply
 
 

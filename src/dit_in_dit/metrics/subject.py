@@ -99,14 +99,13 @@ def run_subject(
     config, classes = configure(config, saved.classes)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
-        labels = (source or open_source_of(run, config)).labels  # in random order: class frequencies of the data
+        labels = (source or open_source_of(run, config)).labels  # samples get the class frequencies of the data
         classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
         names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
-        size = config.sample.micro_batch
-        images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
+        images = (decode.numbered(part, x, config.sample.micro_batch) if decode else x for part, x in batches)
         return np.concatenate([to_pixels(batch) for batch in images])
 
     samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_in_dit.benchmark.timing import Times, interleave, stopwatch
+from dit_in_dit.benchmark.timing import Times, time_alternately
 from dit_in_dit.model.layers import attend, sdpa
 from dit_in_dit.model.tiny import TRITON, tiny_attention
 
@@ -48,9 +48,8 @@ def group_times(
     """
     draw = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(tokens // length, length, 3, heads, width // heads, device=device, dtype=dtype, generator=draw)
-    source = torch.empty(
-        2 * tokens * width, device=device, dtype=dtype
-    )  # read and written: as many bytes as q, k, v and the result
+    # Half of the bytes of q, k, v and the result: the copy reads and writes these.
+    source = torch.empty(2 * tokens * width, device=device, dtype=dtype)
     target = torch.empty_like(source)
     gradient = torch.ones_like(qkv[:, :, 0]).transpose(1, 2)  # in the memory layout of the next linear layer
 
@@ -74,7 +73,6 @@ def group_times(
     work: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     work |= {f"{name} forward": forward(attention) for name, attention in known.items()}
     work |= {f"{name} trained": trained(attention) for name, attention in known.items()}
-    rounds = interleave({name: stopwatch(each, device) for name, each in work.items()}, seconds)
-    times = {name: Times(tuple(seconds_each)) for name, seconds_each in rounds.items()}
+    times = time_alternately(work, device, seconds)
     forwards, steps = ({name: times[f"{name} {kind}"] for name in known} for kind in ("forward", "trained"))
     return times["copy"], forwards, steps

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dit_in_dit.benchmark.parts import part_macs, part_seconds, profile_by_part, subject_for_parts
-from dit_in_dit.benchmark.report import BenchmarkReport, Goal, Parts, Ratio
+from dit_in_dit.benchmark.report import BenchmarkReport, Parts, Ratio
 from dit_in_dit.benchmark.subjects import (
     BenchmarkSubject,
     Make,
@@ -27,7 +27,6 @@ from dit_in_dit.runtime.device import resolve_precision
 
 Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROFILE_STEPS = 3
 BUSY = 0.3  # load of other processes per core; the report notes a higher load
 
 
@@ -73,9 +72,11 @@ class Bench:
         self.report.subjects |= measurements
         return measurements
 
-    def add(self, goal: Goal, rounds: tuple[float, ...]) -> None:
-        """Add a goal and its ratio in each round to the report."""
-        self.report.ratios.append(Ratio(goal, rounds))
+    def add(
+        self, name: str, how: str, rounds: tuple[float, ...], limit: float | None = None, *, at_least: bool = False
+    ) -> None:
+        """Add a `Ratio` to the report."""
+        self.report.ratios.append(Ratio(name, how, rounds, limit, at_least))
 
     def parts(self, name: str, run: RunConfig) -> list[dict[str, float]]:
         """Measure the seconds of each part in each round; a compiled model is compiled block by block."""
@@ -83,12 +84,8 @@ class Bench:
         subject = subject_for_parts(run, self.device)
         rounds = interleave({name: partial(part_seconds, subject)}, self.seconds / 2)[name]
         middle = {part: Times(tuple(r.get(part, 0.0) for r in rounds)).seconds for part in rounds[0]}
-        self.report.parts[name] = Parts(
-            resolve_precision(run, self.device).train.precision,
-            middle,
-            part_macs(subject),
-            profile_by_part(subject, PROFILE_STEPS),
-        )
+        precision = subject.run.train.precision
+        self.report.parts[name] = Parts(precision, middle, part_macs(subject), profile_by_part(subject))
         return rounds
 
     def sweep(self, name: str, run: RunConfig, axis: str, values: tuple[int, ...]) -> Sweep:

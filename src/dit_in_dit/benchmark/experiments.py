@@ -12,11 +12,10 @@ from dit_in_dit.benchmark.attention import group_times
 from dit_in_dit.benchmark.bench import Bench
 from dit_in_dit.benchmark.first_written import check_first_written
 from dit_in_dit.benchmark.parts import INNER, OUTER, seconds_per_mac
-from dit_in_dit.benchmark.report import Goal
 from dit_in_dit.benchmark.subjects import Make, check_other_dit, first_written, nested
 from dit_in_dit.benchmark.suite import Suite
 from dit_in_dit.benchmark.sweep import sweep_configs
-from dit_in_dit.benchmark.timing import Times, interleave, stopwatch, trainer_step
+from dit_in_dit.benchmark.timing import time_alternately, trainer_step
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.samplers import denoise, guided
@@ -61,8 +60,8 @@ def _plain(bench: Bench, suite: Suite) -> None:
     subjects = {name: (suite.plain, make) for name, make in {"plain DiT": nested, **bench.others}.items()}
     measured = bench.compare(subjects)
     for other in bench.others:
-        goal = Goal(f"plain DiT / {other}, eager", "training step", 0.95)
-        bench.add(goal, measured["plain DiT"].step.ratios(measured[other].step))
+        ratios = measured["plain DiT"].step.ratios(measured[other].step)
+        bench.add(f"plain DiT / {other}, eager", "training step", ratios, 0.95)
 
 
 def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
@@ -72,17 +71,16 @@ def _compiled(bench: Bench, run: RunConfig, on_cuda: bool) -> None:
     measured = bench.compare(subjects, 1.5)
     ours = measured["plain DiT, compiled"].step
     for other in bench.others:
-        goal = Goal(f"plain DiT / {other}, both compiled", "training step", 0.90)
-        bench.add(goal, ours.ratios(measured[f"{other}, compiled"].step))
-        goal = Goal(f"plain DiT compiled / {other} eager", "training step", 0.75 if on_cuda else None)
-        bench.add(goal, ours.ratios(measured[f"{other}, eager"].step))
+        compiled, uncompiled = (ours.ratios(measured[f"{other}, {how}"].step) for how in ("compiled", "eager"))
+        bench.add(f"plain DiT / {other}, both compiled", "training step", compiled, 0.90)
+        bench.add(f"plain DiT compiled / {other} eager", "training step", uncompiled, 0.75 if on_cuda else None)
 
 
 def _path(bench: Bench, suite: Suite, name: str) -> None:
     run, limit = suite.paths[name]
     rounds, macs = bench.parts(name, run), bench.report.parts[name].macs
     ratios = tuple(seconds_per_mac(seconds, macs, INNER) / seconds_per_mac(seconds, macs, OUTER) for seconds in rounds)
-    bench.add(Goal(f"inner / outer path, {name}", "time per MAC, forward and backward", limit), ratios)
+    bench.add(f"inner / outer path, {name}", "time per MAC, forward and backward", ratios, limit)
 
 
 def _last(bench: Bench, suite: Suite, name: str) -> None:
@@ -91,7 +89,7 @@ def _last(bench: Bench, suite: Suite, name: str) -> None:
     subjects = {f"inner last, {name}": (run, nested), f"its plain twin, {name}": (twin, nested)}
     ours, other = bench.compare(subjects).values()
     how = f"training step; MACs {ours.macs / other.macs:.3f}x"
-    bench.add(Goal(f"inner last / plain twin, {name}", how, limit), ours.step.ratios(other.step))
+    bench.add(f"inner last / plain twin, {name}", how, ours.step.ratios(other.step), limit)
 
 
 def _reference(bench: Bench, suite: Suite) -> None:
@@ -102,23 +100,19 @@ def _reference(bench: Bench, suite: Suite) -> None:
         "reference as first written": (run, first_written),
     }
     ours, saving, first = bench.compare(subjects, 2.0).values()
-    bench.add(Goal("reference / first written", "training step", 0.90), ours.step.ratios(first.step))
-    bench.add(
-        Goal("reference / first written, memory", "bytes kept for backward", 0.95),
-        (ours.kept_bytes / first.kept_bytes,),
-    )
-    goal = Goal("inner recomputed / first written, memory", "bytes kept for backward", 0.50)
-    bench.add(goal, (saving.kept_bytes / first.kept_bytes,))
-    goal = Goal("inner recomputed / reference", "training step: the price of that memory", 1.2)
-    bench.add(goal, saving.step.ratios(ours.step))
+    bench.add("reference / first written", "training step", ours.step.ratios(first.step), 0.90)
+    for name, one, limit in (("reference", ours, 0.95), ("inner recomputed", saving, 0.50)):
+        kept = (one.kept_bytes / first.kept_bytes,)
+        bench.add(f"{name} / first written, memory", "bytes kept for backward", kept, limit)
+    price = saving.step.ratios(ours.step)
+    bench.add("inner recomputed / reference", "training step: the price of that memory", price, 1.2)
 
 
 def _training(bench: Bench, suite: Suite) -> None:
     run = suite.sampled
     steps = {"trainer": trainer_step(run, bench.device), "bare": bench.subject(run).step}
-    turns = {name: stopwatch(step, bench.device) for name, step in steps.items()}
-    trainer, bare = (Times(tuple(rounds)) for rounds in interleave(turns, bench.seconds / 2).values())
-    bench.add(Goal("trainer's step / bare step", "the former clips, averages and notes norms"), trainer.ratios(bare))
+    trainer, bare = time_alternately(steps, bench.device, bench.seconds / 2).values()
+    bench.add("trainer's step / bare step", "the former clips, averages and notes norms", trainer.ratios(bare))
 
 
 def _sampling(bench: Bench, suite: Suite) -> None:
@@ -134,37 +128,32 @@ def _sampling(bench: Bench, suite: Suite) -> None:
         calls += 1
         return predict(x, t, y)
 
-    def inferring(work: Callable[[], object]) -> Callable[[], float]:
-        def inside() -> None:
-            with torch.inference_mode(), subject.autocast():
-                work()
+    def inferring(work: Callable[[], object]) -> Callable[[], object]:
+        return torch.inference_mode()(subject.autocast()(work))
 
-        return stopwatch(inside, bench.device)
-
-    with torch.inference_mode(), subject.autocast():
-        denoise(counted, run.diffusion, run.sample, x, y)
-    turns = {
+    inferring(lambda: denoise(counted, run.diffusion, run.sample, x, y))()
+    work = {
         "guided": inferring(lambda: predict(x, t, y)),
         "twice": inferring(lambda: call(*twice)),
         # As many calls as the loop makes, because rare disturbances of the machine hit long work more often.
         "steps": inferring(lambda: [predict(x, t, y) for _ in range(calls)]),
         "loop": inferring(lambda: denoise(predict, run.diffusion, run.sample, x, y)),
     }
-    times = {name: Times(tuple(rounds)) for name, rounds in interleave(turns, bench.seconds).items()}
-    goal = Goal("guided step / forward of twice the batch", f"batch {len(x)}, without gradients", 1.02)
-    bench.add(goal, times["guided"].ratios(times["twice"]))
+    times = time_alternately(work, bench.device, bench.seconds)
+    guided_step, loop = times["guided"].ratios(times["twice"]), times["loop"].ratios(times["steps"])
+    bench.add("guided step / forward of twice the batch", f"batch {len(x)}, without gradients", guided_step, 1.02)
     how = f"{run.sample.sampler}, {run.sample.steps} steps, over {calls} guided steps"
-    bench.add(Goal("sampling loop / its guided steps", how, 1.03), times["loop"].ratios(times["steps"]))
+    bench.add("sampling loop / its guided steps", how, loop, 1.03)
 
 
 def _growth(bench: Bench, suite: Suite, mixer: str) -> None:
     run = override(suite.growth, [f"model.inner.mixer={mixer}"])
     for axis, values, what in (("S", suite.sub_patches, "sub-patches"), ("image", suite.images, "image area")):
         costs = bench.sweep(f"{what}, mixer {mixer}", run, axis, values)
-        goal = Goal(f"inner path against {what}, {mixer}", "exponent of time, forward and backward", 1.05)
-        bench.add(goal, costs.exponents("inner"))
-    goal = Goal(f"whole step against image area, {mixer}", "exponent; outer attention is quadratic")
-    bench.add(goal, costs.exponents("step"))
+        exponents, how = costs.exponents("inner"), "exponent of time, forward and backward"
+        bench.add(f"inner path against {what}, {mixer}", how, exponents, 1.05)
+    how = "exponent; outer attention is quadratic"
+    bench.add(f"whole step against image area, {mixer}", how, costs.exponents("step"))
 
 
 def _attention(bench: Bench, suite: Suite) -> None:
@@ -176,12 +165,10 @@ def _attention(bench: Bench, suite: Suite) -> None:
         for way, times in forward.items():
             wanted = suite.on_cuda and length == 4 and way == "the model's"
             what = f"attention within S={length}, {way}"
-            goal = Goal(f"copy bound / {what}", "forward", 0.7 if wanted else None, at_least=True)
-            bench.add(goal, copy.ratios(times))
-            goal = Goal(f"SDPA / {what}", "forward", 2.0 if wanted else None, at_least=True)
-            bench.add(goal, sdpa.ratios(times))
-            goal = Goal(f"SDPA / {what}, trained", "forward and backward", None, at_least=True)
-            bench.add(goal, trained_sdpa.ratios(trained[way]))
+            bench.add(f"copy bound / {what}", "forward", copy.ratios(times), 0.7 if wanted else None, at_least=True)
+            bench.add(f"SDPA / {what}", "forward", sdpa.ratios(times), 2.0 if wanted else None, at_least=True)
+            ratios = trained_sdpa.ratios(trained[way])
+            bench.add(f"SDPA / {what}, trained", "forward and backward", ratios, at_least=True)
 
 
 def _rate(bench: Bench, suite: Suite, name: str) -> None:
@@ -189,10 +176,10 @@ def _rate(bench: Bench, suite: Suite, name: str) -> None:
     (measured,) = bench.compare({name: (run, nested)}).values()
     macs, best = FORWARDS_PER_STEP * measured.macs * measured.batch, bench.report.products[measured.precision]
     shares = tuple(macs / seconds / best for seconds in measured.step.rounds)
-    bench.add(Goal(f"share of the matrix rate, {name}", "training step", limit, at_least=True), shares)
+    bench.add(f"share of the matrix rate, {name}", "training step", shares, limit, at_least=True)
 
 
-def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> list[Experiment]:
+def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> Iterator[Experiment]:
     """Experiments for any configs: compare each config with the models of `beside`, then measure it part by part.
 
     Args:
@@ -201,7 +188,6 @@ def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Benc
     Raises:
         UserError: a config cannot be compared with a model of `beside`.
     """
-    todo: list[Experiment] = []
     for name, run in runs.items():
         plain = override(run, ["model.use_inner=false"])
         subjects: dict[str, tuple[RunConfig, Make]] = {name: (run, nested)}
@@ -214,9 +200,8 @@ def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Benc
             if whose.split()[0] in beside:
                 check_other_dit(plain.model, whose)
                 subjects[f"{name}: {whose}, plain"] = plain, make
-        todo.append((name, _bound(_beside, bench, subjects)))
-        todo.append((f"{name}, parts", _bound(bench.parts, name, run)))
-    return todo
+        yield name, _bound(_beside, bench, subjects)
+        yield f"{name}, parts", _bound(bench.parts, name, run)
 
 
 def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> None:
@@ -224,15 +209,15 @@ def _beside(bench: Bench, subjects: Mapping[str, tuple[RunConfig, Make]]) -> Non
     name, *others = measured
     for other in others:
         how = f"training step; MACs {measured[name].macs / measured[other].macs:.3f}x"
-        goal = Goal(f"{name} /{other.removeprefix(name + ':')}", how)
-        bench.add(goal, measured[name].step.ratios(measured[other].step))
+        ratios = measured[name].step.ratios(measured[other].step)
+        bench.add(f"{name} /{other.removeprefix(name + ':')}", how, ratios)
 
 
-def run_sweeps(runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench) -> list[Experiment]:
+def run_sweeps(
+    runs: Mapping[str, RunConfig], asked: Mapping[str, tuple[int, ...]], bench: Bench
+) -> Iterator[Experiment]:
     """Experiments on the growth of costs along axes; UserError if a value gives no valid config."""
-    todo: list[Experiment] = []
     for name, run in runs.items():
         for axis, values in asked.items():
-            sweep_configs(run, axis, values)
-            todo.append((f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)))
-    return todo
+            sweep_configs(run, axis, values)  # checks the values
+            yield f"{name} over {axis}", _bound(bench.sweep, f"{name} over {axis}", run, axis, values)

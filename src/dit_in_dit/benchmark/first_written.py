@@ -159,24 +159,19 @@ class FirstSpread(nn.Module):
 
 def check_first_written(model: ModelConfig) -> None:
     """Raise UserError if the config has a choice that the plainly written version lacks."""
-    if model.qk_norm:
-        raise UserError("the first-written model needs model.qk_norm=false: got true")
-    for level in (model.outer, model.inner):
-        if level.norm != "layer":
-            raise UserError(f"the first-written model needs {level.prefix}.norm=layer: got {level.norm}")
-    if not model.blocks("inner"):
-        return
-    for name, first in {"mixer": "patch", "condition": "image", "spread": "add"}.items():
-        if (value := getattr(model.inner, name)) != first:
-            raise UserError(f"the first-written model needs model.inner.{name}={first}: got {value}")
+    needed = [("model.qk_norm", str(model.qk_norm).lower(), "false")]
+    needed += [(f"{level.prefix}.norm", level.norm, "layer") for level in (model.outer, model.inner)]
+    if model.blocks("inner"):
+        choices = {"mixer": "patch", "condition": "image", "spread": "add"}
+        needed += [(f"model.inner.{name}", getattr(model.inner, name), value) for name, value in choices.items()]
+    for key, got, value in needed:
+        if got != value:
+            raise UserError(f"the first-written model needs {key}={value}: got {got}")
 
 
 class FirstWritten(nn.Module):
-    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), like the `NestedDiT` of the same config.
-
-    Raises:
-        UserError: the config has a choice that this version lacks.
-    """
+    """x (N, C, H, W), t (N,) and y (N,) or None -> (N, C, H, W), like the `NestedDiT` of the same config. UserError if
+    the config has a choice that this version lacks."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -91,23 +91,21 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
 
     The backward pass runs the parts in reverse order.
     """
+
+    def begin(part: str, *arguments: object) -> None:
+        mark(part)
+
+    def end(part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
+        mark("rest")
+        for tensor in output if isinstance(output, tuple) else (output,):
+            is_new = all(tensor is not argument for argument in inputs)
+            if is_new and tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
+
     parts = parts_of(model)
-    begin = [(module, partial(_begin, mark, part)) for part, module in parts]
-    end = [(module, partial(_end, mark, part)) for part, module in parts]
-    with forward_hooks(end, begin):
+    after = [(module, partial(end, part)) for part, module in parts]
+    with forward_hooks(after, [(module, partial(begin, part)) for part, module in parts]):
         yield
-
-
-def _begin(mark: Callable[[str], None], part: str, *arguments: object) -> None:
-    mark(part)
-
-
-def _end(mark: Callable[[str], None], part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
-    mark("rest")
-    for tensor in output if isinstance(output, tuple) else (output,):
-        is_new = all(tensor is not argument for argument in inputs)
-        if is_new and tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
 
 def subject_for_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
@@ -166,7 +164,7 @@ def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict
             marks("rest")
             subject.step(marks)
         synchronize(subject.device)
-    seconds: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     part = "rest"
     events = [event for event in profiler.events() if event.device_type.name == "CPU"]
     for event in sorted(events, key=lambda event: event.time_range.start):
@@ -174,9 +172,7 @@ def profile_by_part(subject: BenchmarkSubject, steps: int = 3) -> dict[str, dict
             part = event.name.removeprefix("part ")
             continue
         taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        kinds = seconds.setdefault(part, {})
-        kind = operation_kind(event.name)
-        kinds[kind] = kinds.get(kind, 0.0) + taken / 1e6 / steps
+        seconds[part][operation_kind(event.name)] += taken / 1e6 / steps
     return seconds
 
 
@@ -187,9 +183,8 @@ def operation_kind(operation: str) -> str:
 
 def table_kinds(kinds: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Seconds by kind of operation for each row of the table."""
-    sums: dict[str, dict[str, float]] = {}
+    sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row, parts in SHOWN_PARTS.items():
         for kind, seconds in chain.from_iterable(kinds.get(part, {}).items() for part in parts):
-            of_row = sums.setdefault(row, {})
-            of_row[kind] = of_row.get(kind, 0.0) + seconds
+            sums[row][kind] += seconds
     return sums

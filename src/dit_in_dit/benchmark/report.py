@@ -29,26 +29,14 @@ PACKAGES = ("torch", "diffusers", "numpy", "triton", "timm")
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A ratio and its goal.
-
-    Attributes:
-        how: what was measured for the ratio.
-        limit: the largest ratio that meets the goal (the smallest if `at_least` is set); None: no goal.
-    """
+class Ratio:
+    """A ratio, measured in each round, and its goal."""
 
     name: str
-    how: str
-    limit: float | None = None
-    at_least: bool = False
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A goal and its measured ratio in each round."""
-
-    goal: Goal
+    how: str  # what was measured
     rounds: tuple[float, ...]
+    limit: float | None = None  # the largest median that meets the goal; None: no goal
+    at_least: bool = False  # whether `limit` is the smallest instead
 
     @property
     def value(self) -> float:
@@ -66,9 +54,9 @@ class Ratio:
     @property
     def met(self) -> bool | None:
         """Whether the median meets the goal; None without a goal."""
-        if self.goal.limit is None:
+        if self.limit is None:
             return None
-        return self.value >= self.goal.limit if self.goal.at_least else self.value <= self.goal.limit
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -83,23 +71,16 @@ class Parts:
 
 @dataclass
 class BenchmarkReport:
-    """All measurements of a benchmark.
+    """All measurements of a benchmark; subjects, parts and sweeps by name."""
 
-    Attributes:
-        command: the command that repeats the benchmark.
-        products: MACs per second of the best matrix product, by precision.
-        subjects, parts: measurements by the subject's name.
-        notes: caveats for a reader.
-    """
-
-    command: str
+    command: str  # repeats the benchmark
     device: torch.device
-    products: dict[str, float] = field(default_factory=dict)
+    products: dict[str, float] = field(default_factory=dict)  # MACs per second of the best matrix product, by precision
     ratios: list[Ratio] = field(default_factory=list)
     subjects: dict[str, Measurements] = field(default_factory=dict)
     parts: dict[str, Parts] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # caveats for a reader
 
     def share(self, measured: Measurements) -> float:
         """MACs per second in training, divided by the MACs per second of the best matrix product."""
@@ -114,12 +95,12 @@ class BenchmarkReport:
             "product_macs_per_second": self.products,
             "ratios": [
                 {
-                    "name": ratio.goal.name,
-                    "how": ratio.goal.how,
+                    "name": ratio.name,
+                    "how": ratio.how,
                     "ratio": ratio.value,
                     "quartiles": list(ratio.quartiles),
-                    "goal": ratio.goal.limit,
-                    "at_least": ratio.goal.at_least,
+                    "goal": ratio.limit,
+                    "at_least": ratio.at_least,
                     "met": ratio.met,
                     "rounds": list(ratio.rounds),
                 }
@@ -170,11 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def draw_benchmark(report: BenchmarkReport, out: Path) -> list[Path]:
-    """Write parts.png, throughput.png and sweeps.png. A picture is left out if nothing was measured for it.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Write parts.png, throughput.png and sweeps.png, each if it was measured; UserError without matplotlib."""
     plots = {
         "parts.png": (report.parts, _draw_parts),
         "throughput.png": (report.subjects, _draw_throughput),

@@ -173,25 +173,17 @@ class BenchmarkSubject:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of one subject.
+    """The measurements of one subject; times and bytes are for the whole batch."""
 
-    Attributes:
-        macs: MACs of a forward pass per image; `macs_per_second` counts whole training steps.
-        forward, step: seconds for the whole batch.
-        kept_bytes: bytes kept for the backward pass, for the whole batch.
-        peak_bytes: peak bytes during a step on a CUDA device, weights of all subjects included; None on other devices.
-        compiling_seconds: seconds of the first step of a compiled model; None if the model is not compiled.
-    """
-
-    macs: int
+    macs: int  # of a forward pass per image; `macs_per_second` counts whole training steps
     batch: int
     precision: str
     compiled: bool
     forward: Times
     step: Times
-    kept_bytes: int
-    peak_bytes: int | None
-    compiling_seconds: float | None
+    kept_bytes: int  # kept for the backward pass
+    peak_bytes: int | None  # during a step on a CUDA device, weights of all subjects included; None on other devices
+    compiling_seconds: float | None  # of the first step; None if the model is not compiled
 
     @property
     def images_per_second(self) -> float:

@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
-from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig
+from dit_in_dit.config.run import InnerConfig, OuterConfig, RunConfig
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The configs at which goals are measured.
+    """The configs at which goals are measured, with the limits of the ratios."""
 
-    Attributes:
-        plain, compiled: configs that are compared with other DiT code.
-        reference: a config with inner blocks first and E = D, compared with its plainly written version.
-        paths: configs whose inner and outer paths are compared in time per MAC, and the limit of the ratio.
-        last: a config with inner blocks last, the plain config for its twin, and the limit of the ratio of step times.
-        sampled: the model whose sampling and training loop are timed.
-        growth: the model that is swept over `sub_patches` (S) and `images` (side in pixels).
-        groups: (tokens, width, heads) for the measurement of attention within groups.
-        rates: models whose speed, as a share of the speed of the best matrix product, has a goal.
-        seconds: measuring time for each comparison.
-        on_cuda: whether the goals that hold only for CUDA apply.
-    """
-
-    plain: RunConfig
-    compiled: RunConfig | None
-    reference: RunConfig
-    paths: Mapping[str, tuple[RunConfig, float]]
-    last: Mapping[str, tuple[RunConfig, RunConfig, float]]
-    sampled: RunConfig
-    growth: RunConfig
-    sub_patches: tuple[int, ...]
+    plain: RunConfig  # beside other DiT code
+    compiled: RunConfig | None  # the same, compiled
+    reference: RunConfig  # inner blocks first and E = D, beside its plainly written version
+    paths: Mapping[str, tuple[RunConfig, float]]  # inner and outer path in time per MAC; the limit
+    last: Mapping[str, tuple[RunConfig, RunConfig, float]]  # inner blocks last; the plain config of its twin; the limit
+    sampled: RunConfig  # its sampling and training loop are timed
+    growth: RunConfig  # swept over `sub_patches` (S) and `images` (side in pixels)
     images: tuple[int, ...]
-    groups: tuple[int, int, int]
-    rates: Mapping[str, tuple[RunConfig, float]]
-    seconds: float
-    on_cuda: bool = False
+    groups: tuple[int, int, int]  # (tokens, width, heads) for attention within groups
+    seconds: float  # measuring time for each comparison
+    sub_patches: tuple[int, ...] = (4, 16, 64)
+    rates: Mapping[str, tuple[RunConfig, float]] = field(default_factory=dict)  # as a share of the best product; least
+    on_cuda: bool = False  # whether the goals that hold only for CUDA apply
 
 
 def _of(preset: str, *keys: str) -> RunConfig:
@@ -63,11 +50,9 @@ _LAST_128 = _of(
 _PLAIN_128 = _of("emoji-dit", "model.stages=outer*6", "model.outer.width=128")
 _LAST_384 = replace(
     _of("dit-s8", "train.batch_size=4"),
-    model=ModelConfig(
+    model=replace(
+        _LAST_128.model,
         image_size=(64, 64),
-        channels=3,
-        patch_size=8,
-        num_classes=9,
         stages="outer*10 inner*2",
         outer=OuterConfig(width=384, num_heads=6),
         inner=InnerConfig(sub_patch=2, width=64, num_heads=2),
@@ -88,10 +73,8 @@ _CPU = Suite(
     },
     sampled=override(_LAST_128, ["train.batch_size=16"]),
     growth=override(_LAST_128, ["train.batch_size=4", "model.inner.width=64", "model.inner.embed=linear"]),
-    sub_patches=(4, 16, 64),
     images=(32, 64, 128),
     groups=(2 * 1024, 384, 6),
-    rates={},
     seconds=20.0,
 )
 
@@ -122,7 +105,6 @@ _CUDA = Suite(
     last={"p=16, B, E=128": (_LAST_B16, _on_cuda("dit-b16", 32), 1.05)},
     sampled=_on_cuda("dit-in-dit-xl2", 16),
     growth=override(_LAST_B16, ["train.batch_size=8", "model.inner.width=64"]),
-    sub_patches=(4, 16, 64),
     images=(128, 256, 512),
     groups=(2**17, 1152, 16),
     rates={
@@ -148,7 +130,6 @@ _QUICK = Suite(
     sub_patches=(4, 16),
     images=(16, 32),
     groups=(64, 32, 4),
-    rates={},
     seconds=0.1,
 )
 SUITES = {"cpu": _CPU, "cuda": _CUDA, "quick": _QUICK}

@@ -21,17 +21,11 @@ from dit_in_dit.config.run import ModelConfig, RunConfig
 
 @dataclass(frozen=True)
 class Axis:
-    """The quantity that a sweep varies.
+    """The quantity that a sweep varies."""
 
-    Attributes:
-        label: name of the size in plots and tables.
-        keys: config keys that set the quantity to a value.
-        size: the size of a config; costs are fitted as a power of this size.
-    """
-
-    label: str
-    keys: Callable[[ModelConfig, int], Mapping[str, Any]]
-    size: Callable[[RunConfig], float]
+    label: str  # name of the size in plots and tables
+    keys: Callable[[ModelConfig, int], Mapping[str, Any]]  # config keys that set the quantity to a value
+    size: Callable[[RunConfig], float]  # the size of a config; costs are fitted as a power of this size
 
 
 def _sub_patch(model: ModelConfig, sub_patches: int) -> Mapping[str, Any]:
@@ -95,7 +89,7 @@ class Sweep:
         return {
             "axis": self.axis,
             "label": AXES[self.axis].label,
-            "points": [{**vars(point), "step": list(point.step), "inner": list(point.inner)} for point in self.points],
+            "points": [vars(point) for point in self.points],
             "exponents": {what: median(self.exponents(what)) for what in positive},
         }
 
@@ -119,11 +113,7 @@ def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str,
 
 
 def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device, seconds: float) -> Sweep:
-    """Measure the step and the inner path (`parts.INNER`) of a model at each value, alternately.
-
-    Raises:
-        UserError: as `sweep_configs`.
-    """
+    """Measure the step and the inner path (`parts.INNER`) at each value, alternately; UserError as `sweep_configs`."""
     subjects = {name: subject_for_parts(config, device) for name, config in sweep_configs(run, axis, values).items()}
     rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []

@@ -75,8 +75,8 @@ def step_seconds(
     if any(config.train.compile for config in configs.values()):
         torch.compiler.reset()  # earlier compilations count towards a limit
     with use_threads(threads), check_memory(configs, device):
-        turns = {name: stopwatch(trainer_step(config, device), device) for name, config in configs.items()}
-        return {name: Times(tuple(times)) for name, times in interleave(turns, seconds, rounds, least=1).items()}
+        steps = {name: trainer_step(config, device) for name, config in configs.items()}
+        return time_alternately(steps, device, seconds, rounds, least=1)
 
 
 @contextmanager
@@ -138,6 +138,14 @@ def stopwatch(work: Callable[[], object], device: torch.device) -> Callable[[], 
     timed(WARM_UP)
     repeats = max(1, round(TURN_SECONDS / max(timed(1), 1e-9)))
     return lambda: timed(repeats)
+
+
+def time_alternately(
+    work: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, rounds: int = 200, least: int = 3
+) -> dict[str, Times]:
+    """Seconds of each work in each round of `interleave`."""
+    turns = {name: stopwatch(each, device) for name, each in work.items()}
+    return {name: Times(tuple(times)) for name, times in interleave(turns, seconds, rounds, least).items()}
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -7,6 +7,7 @@ A check measures, then judges. The reason for each threshold is beside the thres
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -55,24 +56,15 @@ class CheckResult:
 
 @dataclass
 class DoctorSubject:
-    """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data.
-
-    Attributes:
-        initial: parameters before training, by name.
-        examples: the first training examples.
-        start: the initial model's loss on each example.
-        held: evenly spaced held-out images, with noise that is the same for every run.
-        log: the lines of log.jsonl.
-        trained: whether the weights are from a checkpoint.
-    """
+    """Subject of the checks: a model with its optimizer, untrained or from a checkpoint, and its data."""
 
     trainer: Trainer
-    initial: dict[str, Tensor]
-    examples: Batch
-    start: Tensor
-    held: Batch
-    log: list[Line]
-    trained: bool
+    initial: dict[str, Tensor]  # parameters before training, by name
+    examples: Batch  # the first training examples
+    start: Tensor  # the initial model's loss on each example
+    held: Batch  # evenly spaced held-out images, with noise that is the same for every run
+    log: list[Line]  # of log.jsonl
+    trained: bool  # whether the weights are from a checkpoint
 
     @property
     def config(self) -> RunConfig:
@@ -94,9 +86,10 @@ def take_examples(examples: Examples, first: int, count: int) -> Batch:
     return Batch(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def split_batch(batch: Batch, size: int = CHUNK) -> list[Batch]:
-    """Split the batch into pieces of at most `size` examples."""
-    return [Batch(*(part[at : at + size] for part in batch)) for at in range(0, len(batch.x), size)]
+def split_batch(batch: Batch, device: torch.device, size: int = CHUNK) -> Iterator[Batch]:
+    """Pieces of at most `size` examples, on the device."""
+    for at in range(0, len(batch.x), size):
+        yield Batch(*(part[at : at + size].to(device) for part in batch))
 
 
 # ------------------------------------------------------------------------------------------ data

@@ -18,7 +18,6 @@ from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.run_data import open_source_of
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Finding, Line, split_batch, take_examples
 from dit_in_dit.doctor.observe import observe
@@ -56,7 +55,8 @@ class DoctorReport:
     def to_json(self) -> str:
         """The report as JSON; numbers that are not finite are null."""
         values = {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
-        return json.dumps(_finite(values), indent=1, allow_nan=False)
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=1, allow_nan=False)
 
 
 def examine(config: RunConfig, device: torch.device, run: Path | None = None) -> DoctorReport:
@@ -78,11 +78,8 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     for check_inside in (model_checks.check_activations, model_checks.check_attention, model_checks.check_inner_path):
         report.sections.append(check_inside(patient, observations))
     del observations
-    for check in (
-        model_checks.check_null_class,
-        model_checks.check_seams,
-        training_checks.check_training,
-    ):  # a probe changes the weights
+    last = training_checks.check_training  # its probe changes the weights
+    for check in (model_checks.check_null_class, model_checks.check_seams, last):
         report.sections.append(check(patient))
     if patient.trained and any(f.check == "learning rate" for f in report.findings):
         for section in report.sections[:-1]:
@@ -114,11 +111,8 @@ def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorS
 
 
 def _restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Load a checkpoint: its whole state, or only its averaged weights.
-
-    Exported and imported checkpoints hold only averaged weights. The state of an optimizer that was passed to train()
-    cannot be loaded.
-    """
+    """Load a checkpoint: its whole state, or only its averaged weights if it holds no more (exported, imported) or if
+    its optimizer was passed to train(), whose state cannot be loaded."""
     state = saved.state()
     if is_trained(state) and "optimizer" not in saved.manifest.get("objects", {}):
         trainer.restore(state, saved.averaged(), saved.step)
@@ -131,11 +125,10 @@ def _restore(trainer: Trainer, saved: Checkpoint) -> None:
 @torch.no_grad()
 def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
     """The model's loss on each example."""
-    losses, objective = [], Objective(trainer.config.diffusion)
-    for batch in split_batch(examples):
-        x, noise, t, y, _ = (part.to(trainer.device) for part in batch)
+    losses = []
+    for x, noise, t, y, _ in split_batch(examples, trainer.device):
         with trainer.autocast():
-            losses.append(objective.loss(trainer.model, x, noise, t, y).cpu())
+            losses.append(trainer.objective.loss(trainer.model, x, noise, t, y).cpu())
     return torch.cat(losses)
 
 
@@ -171,27 +164,11 @@ def _read_log(run: Path | None) -> list[Line]:
     return lines
 
 
-def _finite(value: Any) -> Any:
-    """The value with None for numbers that JSON cannot hold."""
-    match value:
-        case dict():
-            return {key: _finite(part) for key, part in value.items()}
-        case list():
-            return [_finite(part) for part in value]
-        case float():
-            return value if np.isfinite(value) else None
-    return value
-
-
 # ------------------------------------------------------------------------------------------ picture
 
 
 def draw_report(report: DoctorReport, path: Path) -> None:
-    """Draw six plots: data, loss, gradients, activations, attention and seams.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw six plots: data, loss, gradients, activations, attention and seams; UserError without matplotlib."""
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}
     fig, axes = figure(2, 3, width=4.3)
     _draw_histogram(axes[0, 0], sections["data"])
@@ -242,9 +219,8 @@ def _draw_training(losses: Any, gradients: Any, sections: dict[str, CheckResult]
 
 def _thin(steps: list[float], values: list[float]) -> tuple[Any, Any]:
     """Medians over equal stretches of steps, because all steps of a long log would look like a band."""
-    parts = max(1, min(CURVE_POINTS, len(steps)) // (1 if len(steps) <= CURVE_POINTS else 4))
-    split = np.array_split(np.arange(len(steps)), parts)
-    return [np.mean(np.array(steps)[p]) for p in split], [np.median(np.array(values)[p]) for p in split]
+    parts = len(steps) if len(steps) <= CURVE_POINTS else CURVE_POINTS // 4
+    return [np.mean(p) for p in np.array_split(steps, parts)], [np.median(p) for p in np.array_split(values, parts)]
 
 
 def _draw_rows(axis: Any, section: CheckResult | None, prefix: str, label: str) -> None:
@@ -257,8 +233,7 @@ def _draw_rows(axis: Any, section: CheckResult | None, prefix: str, label: str) 
     names = [name.replace("_blocks", "") for name in section.rows]
     every = -(-len(names) // 12)
     axis.set_xticks(range(0, len(names), every), names[::every], rotation=60, ha="right", fontsize=7)
-    axis.set(ylabel=label)
-    axis.set_title(section.title.split(" /")[0] + " by block")
+    axis.set(ylabel=label, title=section.title.split(" /")[0] + " by block")
     axis.legend(fontsize=7, frameon=False)
 
 

@@ -8,23 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dit_in_dit.config.choices import crosses_patches
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.doctor import observe
 from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject
-from dit_in_dit.doctor.observe import (
-    LABEL_TIME,
-    SEAM_TIME,
-    LabelErrors,
-    Observation,
-    errors_by_label,
-    estimates,
-    non_finite_outputs,
-    non_finite_parameters,
-    periodic_share,
-    seam_peaks,
-)
+from dit_in_dit.doctor.observe import LABEL_TIME, SEAM_TIME, LabelErrors, Observation
 from dit_in_dit.model.aggregate import Gate
 from dit_in_dit.model.embed import EMBEDS
 from dit_in_dit.training.optimizer import reached_by_gradient
@@ -34,9 +23,9 @@ from dit_in_dit.training.trainer import learning_rate
 @torch.no_grad()
 def check_finite_weights(patient: DoctorSubject) -> CheckResult:
     """Check that all parameters are finite, and all outputs on the examples that training would take next."""
-    section, bad = CheckResult("finite"), non_finite_parameters(patient)
+    section, bad = CheckResult("finite"), observe.non_finite_parameters(patient)
     model, which = (patient.trainer.model, "trained") if bad else (patient.trainer.ema.model, "averaged")
-    failures, examples = non_finite_outputs(patient, model)
+    failures, examples = observe.non_finite_outputs(patient, model)
     section.rows["finite"] = {
         "examples": examples,
         "non-finite parameters": len(bad),
@@ -185,7 +174,7 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
     if copies:
         section.find("fault", "null class", f"the null class's row equals that of class {copies[0]}", advice)
         return section
-    if errors := errors_by_label(patient):
+    if errors := observe.errors_by_label(patient):
         strength = _judge_labels(section, errors)
         _judge_contrasts(section, patient, errors, strength)
     return section
@@ -194,7 +183,7 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
 def _judge_labels(section: CheckResult, errors: LabelErrors) -> float:
     """Compare the errors under wrong and right classes; returns the mean difference in standard errors."""
     gap = (errors.wrong - errors.right)[~errors.wrong.isnan()]
-    strength = _standard_errors(gap)
+    strength = (gap.mean() / (gap.std() / math.sqrt(len(gap))).clamp(min=1e-30)).item() if len(gap) > 1 else 0.0
     section.rows[f"held-out error, t={LABEL_TIME:g}"] = {
         "right class": errors.right.mean().item(),
         "null class": errors.null.mean().item(),
@@ -237,11 +226,6 @@ def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: Label
         )  # fmt: skip
 
 
-def _standard_errors(values: Tensor) -> float:
-    """Mean divided by its standard error; 0 if there are fewer than two values."""
-    return (values.mean() / (values.std() / math.sqrt(len(values))).clamp(min=1e-30)).item() if len(values) > 1 else 0.0
-
-
 # ------------------------------------------------------------------------------------------ seams
 
 
@@ -251,14 +235,14 @@ def check_seams(patient: DoctorSubject) -> CheckResult:
     section, model = CheckResult(f"seams, estimates at t={SEAM_TIME:g}"), patient.config.model
     if not patient.trained:
         return section
-    images, real = estimates(patient)
+    images, real = observe.estimates(patient)
     inner = {model.inner.sub_patch: "sub-patch"} if model.blocks("inner") else {}
     for period, what in ({**inner, model.patch_size: "patch"}).items():
         if period == 1 or period >= min(model.image_size):
             continue
-        ratio = seam_peaks(images, period) - seam_peaks(real, period)
+        ratio = observe.seam_peaks(images, period) - observe.seam_peaks(real, period)
         profile = ratio - ratio.mean(1, keepdim=True)
-        peak, repeats = profile.abs().max().item(), periodic_share(images - real, period)
+        peak, repeats = profile.abs().max().item(), observe.periodic_share(images - real, period)
         section.rows[f"{what}, period {period}"] = {"seam peak": peak, "repeating share of the error": repeats}
         section.series[f"{what} profile"] = profile.mean(0).tolist()
         cells = real[:, 0].numel() / period**2

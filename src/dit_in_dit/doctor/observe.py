@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,13 +14,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES
 from dit_in_dit.doctor.data_checks import CHUNK, DoctorSubject, forward_budget, split_batch, take_examples
-from dit_in_dit.inspection.hooks import (
-    forward_hooks,
-    watch_aggregation,
-    watch_attention,
-    watch_blocks,
-    watch_contribution,
-)
+from dit_in_dit.inspection import hooks
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.training.batches import Batch, Examples
@@ -36,23 +29,6 @@ ATTENTION_BYTES = 2**28
 # ------------------------------------------------------------------------------------------ non-finite
 
 
-@contextmanager
-def watch_finite(model: NestedDiT, images: int) -> Iterator[list[tuple[str, int]]]:
-    """In a forward pass of `images` images, record the first module with non-finite output, and the image's number."""
-    failures: list[tuple[str, int]] = []
-
-    def hook(name: str, module: nn.Module, arguments: object, output: object) -> None:
-        tensors = output if isinstance(output, tuple) else (output,)
-        for tensor in tensors if not failures else ():
-            bad = ~torch.isfinite(tensor)
-            if bad.any():  # rows are images, or the groups of tokens of each image in turn
-                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
-                failures.append((name, row * images // len(tensor)))
-
-    with forward_hooks((module, partial(hook, name)) for name, module in model.named_modules()):
-        yield failures
-
-
 def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
     """Count of non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
     return {
@@ -64,22 +40,30 @@ def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
 
 
 def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[tuple[str, int]], int]:
-    """The first layer whose output is not finite on the examples that training would take next.
-
-    Returns:
-        The layer's name and the example's number (empty if all outputs are finite), and the number of examples.
-    """
+    """The first layer whose output is not finite, with the example's number (empty if all outputs are finite), and the
+    number of examples. The examples are those that training would take next."""
     trainer = patient.trainer
+    failures: list[tuple[str, int]] = []
     first = trainer.step * patient.config.global_batch
     count = min(len(patient.examples.x), forward_budget(patient.config, trainer.device))
     batch = take_examples(Examples(trainer.source, patient.config), first, count)
-    for number, part in enumerate(split_batch(batch)):
-        x, noise, t, y, _ = (tensor.to(trainer.device) for tensor in part)
-        with watch_finite(model, len(x)) as failures, trainer.autocast():
+
+    def hook(name: str, start: int, images: int, module: nn.Module, arguments: object, output: object) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        for tensor in tensors if not failures else ():
+            bad = ~torch.isfinite(tensor)
+            if bad.any():  # rows are images, or the groups of tokens of each image in turn
+                row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+                failures.append((name, start + row * images // len(tensor)))
+
+    for number, (x, noise, t, y, _) in enumerate(split_batch(batch, trainer.device)):
+        place = first + number * CHUNK, len(x)
+        watched = ((module, partial(hook, name, *place)) for name, module in model.named_modules())
+        with hooks.forward_hooks(watched), trainer.autocast():
             model(trainer.objective.noisy(x, noise, t), t, y)
         if failures:
-            return [(name, first + number * CHUNK + row) for name, row in failures], len(batch.x)
-    return [], len(batch.x)
+            break
+    return failures, count
 
 
 # ------------------------------------------------------------------------------------------ inside
@@ -106,17 +90,13 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
     most = max(1, ATTENTION_BYTES // (4 * heads * longest**2))
     count = min(16, most, forward_budget(patient.config, device))
     x, noise, _, y, _ = (part[:: max(1, len(part) // count)][:count].to(device) for part in patient.held)
+    watches = (hooks.watch_blocks, hooks.watch_attention, hooks.watch_aggregation, hooks.watch_contribution)
     observations = {}
     for t in EVALUATION_TIMES:
         times = patient.trainer.objective.path.snap(torch.full((len(x),), t, device=device))
-        with (
-            watch_blocks(model) as blocks,
-            watch_attention(model) as attention,
-            watch_aggregation(model) as aggregation,
-            watch_contribution(model) as contribution,
-        ):
+        with ExitStack() as stack:
+            observations[t] = Observation(*(stack.enter_context(watch(model)) for watch in watches))
             model(patient.trainer.objective.noisy(x, noise, times), times, y)
-        observations[t] = Observation(blocks, attention, aggregation, contribution)
     return observations
 
 
@@ -125,18 +105,12 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
 
 @dataclass
 class LabelErrors:
-    """Held-out errors of M images at t = `LABEL_TIME` under several labels.
+    """Held-out errors of M images at t = `LABEL_TIME` under several labels."""
 
-    Attributes:
-        y: true labels, (M,).
-        right, null: errors under the true label and under the null class, (M,).
-        by_class: errors of all images under one class, (M,), by class number.
-    """
-
-    y: Tensor
-    right: Tensor
-    null: Tensor
-    by_class: dict[int, Tensor]
+    y: Tensor  # true labels, (M,)
+    right: Tensor  # errors under the true label, (M,)
+    null: Tensor  # errors under the null class, (M,)
+    by_class: dict[int, Tensor]  # errors of all images under one class, (M,), by class number
 
     @property
     def wrong(self) -> Tensor:
@@ -154,18 +128,17 @@ def errors_by_label(patient: DoctorSubject) -> LabelErrors | None:
     tried = present if len(present) <= ROWS else present[:: -(-len(present) // ROWS)]
     images = min(len(held.y), 5 * forward_budget(patient.config, trainer.device) // (len(tried) + 2))
     keep = torch.linspace(0, len(held.y) - 1, max(images, 2)).long()
-    x, noise, y = held.x[keep], held.noise[keep], held.y[keep]
+    held = Batch(*(column[keep] for column in held))
 
     def errors(labels: Tensor) -> Tensor:
         parts = []
-        for part in split_batch(Batch(x, noise, torch.zeros(len(x)), labels, labels)):
-            images, its_noise, _, its_labels, _ = (tensor.to(trainer.device) for tensor in part)
-            error = trainer.objective.denoising_error(trainer.ema.model, images, its_noise, LABEL_TIME, its_labels)
+        for x, noise, _, y, _ in split_batch(held._replace(y=labels), trainer.device):
+            error = trainer.objective.denoising_error(trainer.ema.model, x, noise, LABEL_TIME, y)
             parts.append(error[0].cpu().double())
         return torch.cat(parts)
 
-    by_class = {k: errors(torch.full_like(y, k)) for k in tried}
-    return LabelErrors(y, errors(y), errors(torch.full_like(y, null)), by_class)
+    by_class = {k: errors(torch.full_like(held.y, k)) for k in tried}
+    return LabelErrors(held.y, errors(held.y), errors(torch.full_like(held.y, null)), by_class)
 
 
 # ------------------------------------------------------------------------------------------ seams
@@ -196,9 +169,8 @@ def estimates(patient: DoctorSubject) -> tuple[Tensor, Tensor]:
     trainer = patient.trainer
     count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
     keep = torch.linspace(0, len(patient.held.x) - 1, count).long()
-    parts = []
-    for part in split_batch(Batch(*(column[keep] for column in patient.held))):
-        x, noise, _, y, _ = (tensor.to(trainer.device) for tensor in part)
+    held, parts = Batch(*(column[keep] for column in patient.held)), []
+    for x, noise, _, y, _ in split_batch(held, trainer.device):
         t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
         parts.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())
-    return torch.cat(parts), patient.held.x[keep]
+    return torch.cat(parts), held.x

@@ -9,16 +9,8 @@ import numpy as np
 import torch
 
 from dit_in_dit.curves.logs import held_out_errors
-from dit_in_dit.doctor.data_checks import (
-    MOST_NUMBERS,
-    CheckResult,
-    DoctorSubject,
-    Line,
-    forward_budget,
-    split_batch,
-    take_examples,
-    zero_loss,
-)
+from dit_in_dit.doctor import data_checks
+from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Line, take_examples, zero_loss
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.batches import Examples
@@ -37,16 +29,15 @@ def probe(trainer: Trainer) -> list[Line]:
     at least `PROBE_LEAST` steps.
     """
     config, lines = trainer.config, []
-    images = 10 * forward_budget(config, trainer.device) // 3
+    images = 10 * data_checks.forward_budget(config, trainer.device) // 3
     size = min(config.global_batch, images // PROBE_LEAST)
     steps = min(PROBE_STEPS, images // size) if size else 0
     examples, first = Examples(trainer.source, config), trainer.step * config.global_batch
     for number in range(steps):
         batch = take_examples(examples, first + number * size, size)
         zero = zero_loss(trainer.objective, batch).mean().item()
-        values = {
-            name: float(value) for name, value in trainer.update(split_batch(batch, config.train.batch_size)).items()
-        }
+        micro_batches = list(data_checks.split_batch(batch, trainer.device, config.train.batch_size))
+        values = {name: float(value) for name, value in trainer.update(micro_batches).items()}
         lines.append({"step": trainer.step, **values, "relative": values["loss"] / zero})
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             break
@@ -163,7 +154,7 @@ def _relative(patient: DoctorSubject, logged: list[Line]) -> list[float]:
     """Ratios of the ten largest and the ten last losses to those of a zero prediction for the same examples."""
     config, objective = patient.config, patient.trainer.objective
     examples = Examples(patient.trainer.source, config)
-    count = min(config.global_batch, max(1, MOST_NUMBERS // patient.examples.x[0].numel()))
+    count = min(config.global_batch, max(1, data_checks.MOST_NUMBERS // patient.examples.x[0].numel()))
     ratios = []
     for line in (*sorted(logged, key=lambda line: -line["loss"])[:10], *logged[-10:]):
         zero = zero_loss(objective, take_examples(examples, (line["step"] - 1) * config.global_batch, count))

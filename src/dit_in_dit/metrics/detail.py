@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.data.formats.mosaic import Mosaic, Region, Truth
-from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
-from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.metrics.score import Float64Array, Score, summary_score
 
-Float64Array = NDArray[np.float64]
 Image = NDArray[np.float32]
 
 PERIODS = np.geomspace(2.1, 12, 36)  # search grid, in pixels: steps of 5%
@@ -25,19 +25,12 @@ REACH = 2  # a pixel is assigned to a region by (2 REACH + 1)^2 pixels around it
 
 @dataclass(frozen=True)
 class Detail:
-    """Detail of one image.
+    """Detail of one image of R visible regions."""
 
-    Attributes:
-        period: 1 per visible region whose period is recovered, else 0.
-        direction: 1 per visible region whose direction is recovered, else 0.
-        contrast: share of the true contrast, per visible region.
-        layout: share of pixels whose surroundings fit the texture of their own region best.
-    """
-
-    period: Float64Array
-    direction: Float64Array
-    contrast: Float64Array
-    layout: float
+    period: Float64Array  # (R,), 1 where the period is recovered, else 0
+    direction: Float64Array  # (R,), 1 where the direction is recovered, else 0
+    contrast: Float64Array  # (R,), share of the true contrast
+    layout: float  # share of pixels whose surroundings fit the texture of their own region best
 
 
 def detail(mosaic: Mosaic, truth: Truth, image: Image) -> Detail:
@@ -61,19 +54,14 @@ def region_map(mosaic: Mosaic, truth: Truth) -> NDArray[np.int64]:
     return owner
 
 
-def _mix(region: Region, image: Image) -> Float64Array:
-    """Position of pixels between the two colours of their region; (3, ...) -> (...), from 0 (dark) to 1 (light)."""
-    dark, light = (np.asarray(c, float) for c in region.colours)
-    axis = (light - dark) / np.sum((light - dark) ** 2)
-    return np.tensordot(axis, image, 1) - axis @ dark
-
-
 def _texture(region: Region, pixels: NDArray[np.int64], image: Image) -> tuple[bool, bool, float]:
     """Whether period and direction are recovered, and the share of the contrast at the true wave."""
     middle = pixels.mean(0)
     pixels = pixels[np.argsort(np.sum((pixels - middle) ** 2, 1), kind="stable")[:MOST_PIXELS]]
     y, x = pixels.T + 0.5
-    wave = _mix(region, image[:, pixels[:, 0], pixels[:, 1]])
+    dark, light = (np.asarray(c, float) for c in region.colours)
+    axis = (light - dark) / np.sum((light - dark) ** 2)
+    wave = np.tensordot(axis, image[:, pixels[:, 0], pixels[:, 1]], 1) - axis @ dark  # from 0 (dark) to 1 (light)
     power = np.array([_powers(wave, x * np.cos(d) + y * np.sin(d)) for d in DIRECTIONS])
     best_direction, best_period = np.unravel_index(np.argmax(power), power.shape)
     angle = abs(DIRECTIONS[best_direction] - region.direction)
@@ -119,12 +107,10 @@ def detail_scores(details: list[Detail], real: list[Detail]) -> dict[str, Score]
     scores = {}
     for name in ("period", "direction", "contrast", "layout"):
         each, true = ([np.atleast_1d(getattr(d, name)) for d in ds] for ds in (details, real))
-        draw = generator(0, "evaluation", DRAWS["resamples"])
-        resampled = [
-            np.mean(np.concatenate([each[i] for i in draw.integers(len(each), size=len(each))]))
-            for _ in range(RESAMPLES)
-        ]
-        value, deviation = float(np.mean(np.concatenate(each))), float(np.std(resampled, ddof=1))
-        floor = float(np.mean(np.concatenate(true)))
-        scores[f"detail.{name}"] = Score(value, value - 1.96 * deviation, value + 1.96 * deviation, floor)
+        scores[f"detail.{name}"] = summary_score(len(each), partial(_mean, each), _mean(true, range(len(true))))
     return scores
+
+
+def _mean(parts: list[Float64Array], numbers: Iterable[int]) -> float:
+    """Mean over all values of the parts with these numbers."""
+    return float(np.mean(np.concatenate([parts[i] for i in numbers])))

@@ -6,7 +6,6 @@ import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.data.summary import SIDE, thumbnails
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.metrics import detail, feature_distances, fid_family, pixels, wasserstein
-from dit_in_dit.metrics.feature_networks import Network
+from dit_in_dit.metrics import detail, pixels
+from dit_in_dit.metrics.feature_distances import ReferenceStatistics
+from dit_in_dit.metrics.feature_networks import Network, to_rgb
+from dit_in_dit.metrics.fid_family import Features, feature_scores
 from dit_in_dit.metrics.memorization import NEAR, Neighbours, neighbours
 from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
+from dit_in_dit.metrics.wasserstein import POINTS, PROJECTIONS, FloatImages
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs import atomic, shards
@@ -39,6 +41,8 @@ PIXELS_AT_ONCE = 2**28  # most values per set of images that the pixel metrics h
 SHOWN = 64  # images in a figure
 DETAIL_IMAGES = 64
 DETAIL_TIMES = (0.5, 0.8)
+
+Stored = tuple[Network, Features, Features]  # a network, and its features of samples and of real images
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def evaluate(
     *,
     batch: int = 64,
     networks: tuple[Network, ...] = (),
-    statistics: feature_distances.ReferenceStatistics | None = None,
+    statistics: ReferenceStatistics | None = None,
 ) -> Iterator[Progress | Evaluation]:
     """Evaluate the first `num` images into `out/metrics.json`; yields the progress, then the evaluation.
 
@@ -93,17 +97,17 @@ def evaluate(
         for done in shards.fill_shards(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
             yield Progress("samples", done, num)
     draw = images_of(subject, out, num)
-    features = [_NetworkFeatures.of(network, num, real, out / "features", batch) for network in networks]
-    for each in features:
-        yield from each.extract(draw, real.draw)
+    stored = [_stored(network, num, real, out / "features", batch) for network in networks]
+    for network, own, reals in stored:
+        yield from _extract(network, draw, own, "samples")
+        yield from _extract(network, real.draw, reals, "real images")
     if not is_main():
         return
     yield Progress("pixel metrics", 0, 1)
     evaluation = _measure_pixels(subject, draw, real, num)
     yield Progress("pixel metrics", 1, 1)
     result = evaluation.result
-    for each in features:
-        yield from each.measure(statistics, result)
+    yield from _add_scores(result, stored, statistics)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
@@ -125,45 +129,30 @@ def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any
     return {"samples": subject.samples, "subject": subject.about, **at_once, **precision}
 
 
-@dataclass(frozen=True)
-class _NetworkFeatures:
-    """A network's features of samples and of real images, in chunks on the disk."""
+def _stored(network: Network, num: int, real: RealImages, folder: Path, batch: int) -> Stored:
+    """The features of `num` samples and of all real images, in chunks below `folder`."""
+    name = f"{network.name}-{network.identity['sha256'][:8]}"
+    reals = Features(folder / f"{name}-{real.about['sha256'][:8]}", real.count, batch)
+    return network, Features(folder / f"{name}-samples", num, batch), reals
 
-    network: Network
-    samples: fid_family.Features
-    real: fid_family.Features
 
-    @classmethod
-    def of(cls, network: Network, num: int, real: RealImages, folder: Path, batch: int) -> _NetworkFeatures:
-        """The features of `num` samples and of all real images, below `folder`."""
-        name = f"{network.name}-{network.identity['sha256'][:8]}"
-        samples = fid_family.Features(folder / f"{name}-samples", num, batch)
-        return cls(
-            network, samples, fid_family.Features(folder / f"{name}-{real.about['sha256'][:8]}", real.count, batch)
-        )
+def _extract(network: Network, draw: Draw, features: Features, what: str) -> Iterator[Progress]:
+    """Compute the missing chunks."""
+    for done in shards.fill_shards(features.folder, features.count, features.batch, lambda part: network(draw(part))):
+        yield Progress(f"{network.name} features of {what}", done, features.count)
 
-    def extract(self, samples: Draw, real: Draw) -> Iterator[Progress]:
-        """Compute the missing chunks."""
-        for what, draw, features in (("samples", samples, self.samples), ("real images", real, self.real)):
-            compute = partial(_extract, self.network, draw)
-            for done in shards.fill_shards(features.folder, features.count, features.batch, compute):
-                yield Progress(f"{self.network.name} features of {what}", done, features.count)
 
-    def measure(
-        self, statistics: feature_distances.ReferenceStatistics | None, result: dict[str, Any]
-    ) -> Iterator[Progress]:
-        """Add the scores and the identity of the network to the result."""
-        name = self.network.name
+def _add_scores(
+    result: dict[str, Any], stored: list[Stored], statistics: ReferenceStatistics | None
+) -> Iterator[Progress]:
+    """Add the scores and the identity of every network to the result."""
+    for network, samples, real in stored:
+        name = network.name
         yield Progress(f"{name} metrics", 0, 1)
-        statistics = statistics if name == "inception" else None
-        scores = fid_family.feature_scores(name, self.samples, self.real, statistics)
+        scores = feature_scores(name, samples, real, statistics if name == "inception" else None)
         result["scores"] |= {score: asdict(value) for score, value in scores.items()}
-        result["protocol"]["metrics"][name] = self.network.identity
+        result["protocol"]["metrics"][name] = network.identity
         yield Progress(f"{name} metrics", 1, 1)
-
-
-def _extract(network: Network, draw: Draw, part: range) -> shards.Arrays:
-    return network(draw(part))
 
 
 def images_of(subject: Subject, out: Path, num: int) -> Draw:
@@ -175,7 +164,7 @@ def images_of(subject: Subject, out: Path, num: int) -> Draw:
 
 def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:
     """Write images as ADM's evaluator reads them: `arr_0`, uint8 (N, H, W, 3). Memory holds `block` images."""
-    shape = (num, *_rgb(draw(range(1))).shape[1:])
+    shape = (num, *to_rgb(draw(range(1))).shape[1:])
     with (
         atomic.file(path) as whole,
         zipfile.ZipFile(whole, "w") as archive,
@@ -183,11 +172,7 @@ def write_npz(path: Path, draw: Draw, num: int, block: int = 64) -> None:
     ):
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         for start in range(0, num, block):
-            file.write(_rgb(draw(range(start, min(start + block, num)))).tobytes())
-
-
-def _rgb(images: Pixels) -> Pixels:
-    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+            file.write(to_rgb(draw(range(start, min(start + block, num)))).tobytes())
 
 
 def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) -> Evaluation:
@@ -200,18 +185,10 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     unseen = _thumbnails(real.unseen, real.unseen_count) if real.unseen_count else None
     near = neighbours(_thumbnails(draw, num), _thumbnails(real.draw, real.count), unseen, mirrored=mirrored)
     scores |= near.scores()
+    resampling = {"halvings": FLOOR_SPLITS, "resamples": RESAMPLES}
     metrics: dict[str, Any] = {
-        "pixels": {
-            "images": count,
-            "patches": wasserstein.POINTS,
-            "projections": wasserstein.PROJECTIONS,
-            "halvings": FLOOR_SPLITS,
-            "resamples": RESAMPLES,
-        },
-        "nearest": {
-            **{"among": real.count, "side": SIDE, "unseen": real.unseen_count, "near": NEAR},
-            "mirrored": mirrored,
-        },
+        "pixels": {"images": count, "patches": POINTS, "projections": PROJECTIONS, **resampling},
+        "nearest": {"among": real.count, "side": SIDE, "unseen": real.unseen_count, "near": NEAR, "mirrored": mirrored},
     }
     if subject.model is not None and subject.config is not None and subject.config.data.source == "mosaic":
         scores |= _detail(subject.model, subject.config)
@@ -245,7 +222,7 @@ def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
 
 
-def to_floats(images: Pixels) -> wasserstein.FloatImages:
+def to_floats(images: Pixels) -> FloatImages:
     """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
     return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 

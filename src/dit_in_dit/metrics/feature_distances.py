@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.metrics.score import DRAWS
+from dit_in_dit.metrics.score import DRAWS, Float64Array
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.seeding import generator
-
-Float64Array = NDArray[np.float64]
 
 ENOUGH = 2048  # fewest images on each side for which a Frechet distance has the name of a published metric
 DISTANCE_NAMES = {("inception", "pool"): "FID", ("inception", "spatial"): "sFID", ("dinov2", "pool"): "FD-DINOv2"}
@@ -59,18 +58,9 @@ def feature_moments(chunks: Iterable[NDArray[Any]]) -> Moments:
 
 def _blocks(chunks: Iterable[NDArray[Any]]) -> Iterator[Float64Array]:
     """The rows of all chunks in blocks of `ROWS`, so that the size of the chunks changes no bit of the sums."""
-    held: list[Float64Array] = []
-    waiting = 0
-    for chunk in chunks:
-        held.append(np.asarray(chunk, np.float64))
-        waiting += len(chunk)
-        if waiting >= ROWS:
-            rows = np.concatenate(held)
-            whole = waiting - waiting % ROWS
-            yield from np.split(rows[:whole], whole // ROWS)
-            held, waiting = [rows[whole:]], waiting - whole
-    if waiting:
-        yield np.concatenate(held)
+    rows = chain.from_iterable(chunks)
+    while block := list(islice(rows, ROWS)):
+        yield np.array(block, np.float64)
 
 
 def frechet(a: Moments, b: Moments) -> float:

@@ -39,24 +39,24 @@ class Network:
     """Maps images (N, H, W, C), uint8, to features (N, d), float32, by kind.
 
     DINOv2 has `pool`; Inception has `pool`, `spatial` and `logits`.
-
-    Attributes:
-        identity: the package's version and the SHA-256 of the weights, on which features depend.
-        compute: the network on images of three channels.
     """
 
     name: str
-    identity: dict[str, str]
-    compute: Callable[[Pixels], dict[str, Tensor]]
+    identity: dict[str, str]  # the package's version and the SHA-256 of the weights, on which features depend
+    compute: Callable[[Pixels], dict[str, Tensor]]  # the network on images of three channels
 
     def __call__(self, pixels: Pixels) -> dict[str, NDArray[np.float32]]:
         """Features of each image; grey images are repeated to three channels. UserError if a feature is not finite."""
-        colour = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
         with torch.inference_mode():
-            features = {kind: values.float().cpu().numpy() for kind, values in self.compute(colour).items()}
+            features = {kind: values.float().cpu().numpy() for kind, values in self.compute(to_rgb(pixels)).items()}
         if not all(np.isfinite(values).all() for values in features.values()):
             raise UserError(f"{self.name} features are not finite: the file of weights is damaged; get the file again")
         return features
+
+
+def to_rgb(images: Pixels) -> Pixels:
+    """Images (N, H, W, 3); grey images are repeated."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def open_network(name: str, weights: Path | None, device: torch.device) -> Network:

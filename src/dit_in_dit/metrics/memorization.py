@@ -11,10 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_in_dit.data.summary import nearest
-from dit_in_dit.metrics.score import DRAWS, RESAMPLES, Score
-from dit_in_dit.runtime.seeding import generator
-
-Float64Array = NDArray[np.float64]
+from dit_in_dit.metrics.score import Float64Array, Score, summary_score
 
 NEAR = 0.01  # "too near": within the distance at which this share of unseen real images has a training image
 LOUD = 0.05  # share of samples that are too near, above which a warning is given
@@ -80,10 +77,7 @@ def _stands_out(score: Score) -> bool:
 
 def _score(each: NDArray[Any], real: NDArray[Any], summary: Callable[[NDArray[Any]], Any]) -> Score:
     """A summary over samples with its bootstrap interval; the floor is the summary over real images."""
-    draw = generator(0, "evaluation", DRAWS["resamples"])
-    drawn = (each[draw.integers(len(each), size=len(each))] for _ in range(RESAMPLES))
-    value, reach = float(summary(each)), 1.96 * float(np.std([summary(d) for d in drawn], ddof=1))
-    return Score(value, value - reach, value + reach, float(summary(real)))
+    return summary_score(len(each), lambda numbers: float(summary(each[numbers])), float(summary(real)))
 
 
 def neighbours(samples: Tensor, train: Tensor, unseen: Tensor | None, *, mirrored: bool = False) -> Neighbours:

@@ -14,6 +14,7 @@ import numpy as np
 from dit_in_dit.metrics.score import Float64Array, ReferenceHalves, Score, bootstrap_score, bootstrap_weights
 from dit_in_dit.metrics.wasserstein import FloatImages, sliced_wasserstein
 
+Statistic = Callable[[FloatImages], Float64Array]
 Compare = Callable[[Float64Array, Float64Array], dict[str, float]]
 
 
@@ -38,20 +39,12 @@ def score(images: FloatImages, real: FloatImages, periods: tuple[int, ...] = ())
 # ------------------------------------------------------------------------------------------ statistics
 
 
-def statistics(
-    shape: tuple[int, ...], periods: tuple[int, ...]
-) -> list[tuple[Callable[[FloatImages], Float64Array], Compare]]:
+def statistics(shape: tuple[int, ...], periods: tuple[int, ...]) -> list[tuple[Statistic, Compare]]:
     """Statistics of an image (C, H, W), each with a function from two sets' means to their distances."""
     spectrum = Spectrum(shape[1], shape[2])
-    chosen: list[tuple[Callable[[FloatImages], Float64Array], Compare]] = [
-        (spectrum, spectrum.compare),
-        (channel_moments, compare_moments),
-    ]
-    for period in periods:
-        seams = Seams(period, 0 if period == periods[0] else periods[0])
-        if seams.exist(shape):
-            chosen.append((seams, seams.compare))
-    return chosen
+    seams = (Seams(period, 0 if period == periods[0] else periods[0]) for period in periods)
+    found = [(each, each.compare) for each in seams if each.exist(shape)]
+    return [(spectrum, spectrum.compare), (channel_moments, compare_moments), *found]
 
 
 def _statistic_scores(
@@ -84,9 +77,8 @@ class Spectrum:
         self.average = np.zeros((bins.max() + 1, bins.size))
         self.average[bins[not_mean], np.flatnonzero(not_mean)] = twice.ravel()[not_mean]
         self.average /= self.average.sum(1, keepdims=True)
-        frequency = (np.arange(bins.max() + 1) + 1) * self.step
-        self.frequency = frequency
-        octaves = np.clip(np.floor(-np.log2(frequency)), 1, None).astype(int)  # 1: from 1/4 to 1/2 and above
+        self.frequency = (np.arange(bins.max() + 1) + 1) * self.step
+        octaves = np.clip(np.floor(-np.log2(self.frequency)), 1, None).astype(int)  # 1: from 1/4 to 1/2 and above
         self.octaves = {f"1/{2 ** (o + 1)}": octaves == o for o in range(1, octaves.max() + 1)}
 
     def __call__(self, images: FloatImages) -> Float64Array:

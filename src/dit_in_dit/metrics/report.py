@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
-from dit_in_dit.metrics.evaluate import Evaluation, to_floats
+from dit_in_dit.metrics.evaluate import SHOWN, Evaluation, to_floats
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
 from dit_in_dit.metrics.score import ReferenceHalves
@@ -19,7 +19,6 @@ from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import precision_of_version
 
-SHOWN = 64  # images in a grid
 NUMBER = (int, float)
 SCORE = {"value": NUMBER, "low": (*NUMBER, NoneType), "high": (*NUMBER, NoneType), "floor": (*NUMBER, NoneType)}
 FORM = {"subject": {"name": str}, "protocol": dict, "scores": dict}  # of metrics.json
@@ -61,17 +60,15 @@ def draw_metrics(evaluation: Evaluation, path: Path) -> None:
     images, real = to_floats(evaluation.images), to_floats(evaluation.real)
     first = ReferenceHalves.of(len(real)).first[0]
     _draw_scores(axes[0, 0], evaluation.result["scores"])
-    spectra = {name: Spectrum(*images.shape[2:])(x).mean(0) for name, x in (("evaluated", images), ("real", real))}
-    _draw_spectra(axes[0, 1], Spectrum(*images.shape[2:]), spectra)
-    seams = [s for s, _ in statistics(images.shape[1:], _periods(evaluation.result)) if isinstance(s, Seams)]
+    spectrum = Spectrum(*images.shape[2:])
+    _draw_spectra(axes[0, 1], spectrum, {"evaluated": spectrum(images).mean(0), "real": spectrum(real).mean(0)})
+    scored = (name.partition(".") for name in evaluation.result["scores"])
+    periods = tuple(int(period) for name, _, period in scored if name == "seam")
+    seams = [s for s, _ in statistics(images.shape[1:], periods) if isinstance(s, Seams)]
     _draw_seams(axes[1, 0], [(s, s.deviation(s(images).mean(0), s(real[first]).mean(0))) for s in seams])
     _draw_neighbours(axes[1, 1], evaluation)
     figure.suptitle(caption(evaluation.result["subject"], evaluation.result["protocol"]), fontsize=9)
     atomic.write_atomic(path, plots.figure_png(figure))
-
-
-def _periods(result: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(int(name.split(".")[1]) for name in result["scores"] if name.startswith("seam."))
 
 
 def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
@@ -199,12 +196,9 @@ def draw_compared(
     labels: list[str], scores: dict[str, list[dict[str, Any] | None]], path: Path, columns: int = 5
 ) -> None:
     """Plot one panel per score: the floor, and a dot with its interval for each evaluation."""
-    rows = -(-len(scores) // columns)
-    figure, axes = plots.figure(rows, columns, width=2.5, height=0.7 + 0.22 * len(labels))
-    for axis in axes.ravel()[len(scores) :]:
-        axis.set_visible(False)
+    figure, axes = plots.panel_grid(len(scores), columns, width=2.5, height=0.7 + 0.22 * len(labels))
     y = np.arange(len(labels))[::-1]
-    for axis, (name, entries) in zip(axes.ravel(), scores.items(), strict=False):
+    for number, (axis, (name, entries)) in enumerate(zip(axes, scores.items(), strict=True)):
         for at, colour, score in zip(y, plots.COLOURS * len(y), entries, strict=False):
             if score is not None:
                 if score["low"] is not None:
@@ -215,7 +209,7 @@ def draw_compared(
             if direction(name) == "zero":
                 axis.axvspan(-floor, floor, color="black", alpha=0.08)
         axis.set(yticks=y, ylim=(-0.7, len(labels) - 0.3))
-        axis.set_yticklabels(labels if axis in axes[:, 0] else [], fontsize=7)
+        axis.set_yticklabels([] if number % columns else labels, fontsize=7)
         axis.set_title(name, fontsize=8)
         axis.tick_params(axis="x", labelsize=6)
         axis.locator_params(axis="x", nbins=4)

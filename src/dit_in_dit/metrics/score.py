@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,13 @@ def bootstrap_weights(count: int) -> Iterator[tuple[Float64Array, Float64Array]]
     even = np.full(count, 1 / count)
     for _ in range(RESAMPLES):
         yield draw.multinomial(count, even).astype(float), draw.multinomial(count, even).astype(float)
+
+
+def summary_score(count: int, summary: Callable[[NDArray[np.int64]], float], floor: float) -> Score:
+    """A summary of `count` images, a function of the numbers of some of them, with its bootstrap interval."""
+    draw = generator(0, "evaluation", DRAWS["resamples"])
+    resampled = [summary(draw.integers(count, size=count)) for _ in range(RESAMPLES)]
+    return bootstrap_score(summary(np.arange(count)), resampled, [floor])
 
 
 def bootstrap_score(value: float, resampled: list[float], floors: list[float]) -> Score:

@@ -49,12 +49,10 @@ class Subject:
         """Patch size in pixels and, with an inner path, sub-patch size."""
         if self.config is None:
             return ()
-        model, scale = (
-            self.config.model,
-            self.shape[0] // self.config.model.image_size[0],
-        )  # 1 unless latents are decoded
-        periods = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
-        return tuple(period * scale for period in periods)
+        model = self.config.model
+        scale = self.shape[0] // model.image_size[0]  # 1 unless latents are decoded
+        sides = (model.patch_size, model.inner.sub_patch) if model.blocks("inner") else (model.patch_size,)
+        return tuple(side * scale for side in sides)
 
 
 @dataclass(frozen=True)
@@ -99,18 +97,18 @@ def run_subject(
             "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, saved.classes)
-    names: str | list[str] = [saved.classes[c] for c in classes]
+    names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
-        classes, names = _common_labels(source or open_source_of(run, config)), "as often as in the training data"
+        labels = (source or open_source_of(run, config)).labels  # samples get the class frequencies of the data
+        classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+        names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
         batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
-        size = config.sample.micro_batch
-        images = (decode.numbered(part, drawn, size) if decode else drawn for part, drawn in batches)
+        images = (decode.numbered(part, x, config.sample.micro_batch) if decode else x for part, x in batches)
         return np.concatenate([to_pixels(batch) for batch in images])
 
-    labels = names if config.model.num_classes else "none"
-    samples = sampling_protocol(config, labels=labels, averaged=averaged, seed=seed)
+    samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
     about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
@@ -118,11 +116,6 @@ def run_subject(
         samples["vae"] = decode.about()
         shape = (shape[0] * decode.factor, shape[1] * decode.factor, 3)
     return Subject(draw, shape, samples, about, model=model, config=config)
-
-
-def _common_labels(source: Source) -> list[int]:
-    """Labels of the training images in a fixed random order: samples then have the class frequencies of the data."""
-    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:

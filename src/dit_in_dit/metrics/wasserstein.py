@@ -77,9 +77,8 @@ def _patches(level: FloatImages, count: int, first: int) -> FloatImages:
     side = min(NEIGHBOURHOOD, *level.shape[2:])
     windows = sliding_window_view(level, (side, side), axis=(2, 3))  # N C y x side side
     places = windows.shape[2] * windows.shape[3]
-    draws = [
-        generator(0, "evaluation", PATCH_DRAWS + first + i).integers(places, size=count) for i in range(len(level))
-    ]
+    numbers = range(first, first + len(level))
+    draws = [generator(0, "evaluation", PATCH_DRAWS + n).integers(places, size=count) for n in numbers]
     y, x = np.divmod(np.stack(draws), windows.shape[3])
     return windows[np.arange(len(level))[:, None], :, y, x].reshape(len(level), count, level.shape[1], -1)
 

@@ -63,10 +63,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     source = source_kind(data.source).open(fill_latent_keys(data), model)
     check_opened(source, model)
     check_class_count(source, data.source, model)
-    notes = list(source.notes)
-    if source.skipped:
-        notes.append(left_out_clause(len(source.skipped), source.skipped, "unreadable files"))
-    if notes:
+    if notes := [*source.notes, *left_out_clause(source.skipped, "unreadable files")]:
         warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
 

@@ -35,7 +35,7 @@ class HubRows(ImageFiles):
                     f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
-        self.notes = [left_out_clause(len(other), other, "columns", ("text", "caption"))] if other else []
+        self.notes = left_out_clause(other, "columns", ("text", "caption"))
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:

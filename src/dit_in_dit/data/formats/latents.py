@@ -124,11 +124,9 @@ class LatentSource(SplitSource):
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         shards = [self._open(shard, made) for shard in index["shards"]]
-        others = sorted(
-            {path.name for path in self.folder.iterdir()} - {LATENTS_INDEX, *(s["file"] for s in index["shards"])}
-        )
-        others = [name for name in others if not HIDDEN.search(name)]
-        self.notes = [left_out_clause(len(others), others, "files that are not in the index")] if others else []
+        listed = {LATENTS_INDEX, *(shard["file"] for shard in index["shards"])}
+        names = {path.name for path in self.folder.iterdir() if not HIDDEN.search(path.name)}
+        self.notes = left_out_clause(sorted(names - listed), "files that are not in the index")
         self._split(shards, made["dtype"])
 
     @classmethod

@@ -51,7 +51,9 @@ def find_shards(source: str) -> tuple[list[Path], list[str]]:
                 f"data.source: {truncate(packed, 40)} lies among the .tar files of {truncate(path, 50)}: "
                 "unpack it to a plain .tar, or move it away"
             )
-        _refuse_splits(shards, path)
+        words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)  # such as train-0000.tar and val-0000.tar
+        splits = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
+        refuse_split_folders(splits, str(path), pattern="*{}*.tar")
         return shards, [file.name for file in inside if not file.name.lower().endswith((".tar", f".tar{TAR_INDEX}"))]
     if not source.endswith(".tar"):
         return [], []
@@ -70,13 +72,6 @@ def find_shards(source: str) -> tuple[list[Path], list[str]]:
     return [Path(name) for name in named], []
 
 
-def _refuse_splits(shards: list[Path], folder: Path) -> None:
-    """UserError when a folder holds shards of several splits, such as `train-0000.tar` and `val-0000.tar`."""
-    words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
-    first = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
-    refuse_split_folders(first, str(folder), "name one, {}", "*{}*.tar")
-
-
 class TarFiles(ImageFiles):
     """The images of tar files, in the order of the shards and of their members.
 
@@ -88,7 +83,7 @@ class TarFiles(ImageFiles):
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
         """`beside`: names of unread files beside the shards."""
         self.path, self.num_classes = Path(source), num_classes
-        self.notes = [left_out_clause(len(beside), beside, "files beside the shards")] if beside else []
+        self.notes = left_out_clause(beside, "files beside the shards")
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._labels = {}
         if len({shard.name for shard in shards}) < len(shards):
@@ -113,11 +108,9 @@ class TarFiles(ImageFiles):
         if not self.names:
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {source}")
         self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
-        if others:
-            captions = (f"{example_key(name)}.{end}" for name in self.names for end in ("txt", "json"))
-            self.notes.append(left_out_clause(others, examples, "members that are no images", captions))
-        if trailing:
-            self.notes.append(left_out_clause(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
+        captions = (f"{example_key(name)}.{end}" for name in self.names for end in ("txt", "json"))
+        self.notes += left_out_clause(examples, "members that are no images", captions, others)
+        self.notes += left_out_clause(trailing, "bytes behind a tar's end mark", count=sum(trailing.values()))
         self._check(folders, shards)
 
     def _check(self, folders: list[str], shards: list[Path]) -> None:

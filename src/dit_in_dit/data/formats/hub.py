@@ -45,13 +45,11 @@ class HubRows(ImageFiles):
         """The rows with only their image column, as bytes of image files."""
         column, kind = self.data.image_column, self.rows.features[self.data.image_column]
         name = type(kind).__name__
+        rows = self.rows.select_columns([column])
         if isinstance(kind, dict) and "binary" in str(getattr(kind.get("bytes"), "dtype", "")):
-            return self.rows.select_columns(
-                [column]
-            )  # a plain struct {bytes, path}, without the metadata of `datasets`
+            return rows  # a plain struct {bytes, path}, without the metadata of `datasets`
         if name not in ("Image", "Value") or (name == "Value" and "binary" not in kind.dtype):
             raise UserError(f"data.image_column: {column!r} of {self.data.source} holds {str(kind)[:60]}, no images")
-        rows = self.rows.select_columns([column])
         return rows.cast_column(column, type(kind)(decode=False)) if name == "Image" else rows
 
     def content(self, name: str) -> bytes:

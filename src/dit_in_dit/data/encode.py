@@ -239,9 +239,7 @@ class LatentDecoder:
         self.factor = downsampling_factor(self.vae)
         mean, scale = latent_constants(self.vae)
         self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
-        self.mean, self.scale = (
-            torch.tensor(self.constants[name], device=device).view(1, -1, 1, 1) for name in ("mean", "scale")
-        )
+        self.mean, self.scale = (torch.tensor(c, device=device).view(1, -1, 1, 1) for c in self.constants.values())
 
     def about(self) -> dict[str, Any]:
         """SHA-256 of the VAE, mean and scale: all that decides the decoded images."""

@@ -99,21 +99,20 @@ def check_class_names(
         folder = name.endswith("/")
         if path[:depth] == wrapped and len(path) > depth + (not folder) and path[depth] not in classes:
             without[path[depth]] = without.get(path[depth]) or ("" if folder else path[-1])
+    shift = "(skipping it would shift later labels)"
     for name, example in sorted(without.items()):
         shown = truncate("/".join((place, *wrapped, name)))
         if not example and "/".join((*wrapped, f"{name}/")) in linked:
             raise UserError(
                 f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
-                "there, or remove it (skipping it would shift later labels)"
+                f"there, or remove it {shift}"
             )
         if not example:
-            raise UserError(
-                f"class folder {shown} is empty: fill it, or remove it (skipping it would shift later labels)"
-            )
+            raise UserError(f"class folder {shown} is empty: fill it, or remove it {shift}")
         if classes:  # else the images have no class folders
             raise UserError(
                 f"class folder {shown} holds {truncate(example, 30)}, but no image of a kind that is read: "
-                "convert it, or move the folder away (skipping it would shift later labels)"
+                f"convert it, or move the folder away {shift}"
             )
 
 

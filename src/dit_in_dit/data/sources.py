@@ -46,9 +46,7 @@ def source_kind(source: str) -> type[Source]:
 
 
 def path_in(source: str) -> str:
-    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name without a
-    path.
-    """
+    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name alone."""
     for name, kind in SOURCES.items():
         if not kind.by_path and kind.recognises(source, name):
             return source.removeprefix(name).removeprefix(":")
@@ -86,9 +84,7 @@ def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
 
 
 def count_classes(data: DataConfig) -> int:
-    """Number of classes in the labels of arrays or of a dataset; 0 without labels, and 0 for sources whose classes are
-    known only when the source is opened.
-    """
+    """Number of classes, as `Source.count_classes`: 0 if it is known only once the source is open."""
     return source_kind(data.source).count_classes(data)
 
 

@@ -75,7 +75,6 @@ class HubRows(ImageFiles):
         return [file_size(Path(paths[n] or "")) if size is None else size for n, size in enumerate(sizes)]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the labels and families of `names`."""
         numbers = [int(name.split()[1]) for name in names]
         paths = self._paths()
         families = [family(paths[n] or str(n)) for n in numbers]

@@ -116,9 +116,8 @@ class TarFiles(ImageFiles):
     def _check(self, folders: list[str], shards: list[Path]) -> None:
         """UserError when a class (a label, a folder or a shard) has no image."""
         if self._labels:
-            keys = set(map(example_key, self.names))
-            labels = {self._labels[key] for key in keys if key in self._labels}
-            if lost := set(self._labels.values()) - labels:
+            keys = {*map(example_key, self.names)} & self._labels.keys()
+            if lost := {*self._labels.values()} - {self._labels[key] for key in keys}:
                 raise UserError(
                     f"data.source: {truncate(self.path, 60)}: a .cls names class {min(lost)}, but no image has it"
                 )
@@ -153,18 +152,14 @@ class TarFiles(ImageFiles):
         return [size for _, _, size in self._places.values()]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the labels and families of `names`."""
         families = list(map(family, names))
         if not self._labels:
             inside = [name.split("/", 1)[1] for name in names]
             classes, numbers = number_classes(class_folders(inside if self._in_folders else names))
             return tuple(name.removesuffix(".tar") for name in classes), numbers, families
-        labels = []
-        for name in names:
-            key = example_key(name)
-            if key not in self._labels:
-                raise UserError(f"{self.path}: {name[:80]} has no .cls file, but other images have one")
-            labels.append(self._labels[key])
+        if bare := next((name for name in names if example_key(name) not in self._labels), None):
+            raise UserError(f"{self.path}: {bare[:80]} has no .cls file, but other images have one")
+        labels = [self._labels[example_key(name)] for name in names]
         return label_names(labels, self.num_classes, str(self.path)), labels, families
 
 

@@ -9,6 +9,7 @@ number of processes change nothing.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,13 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
-from dit_in_dit.data.formats.latents import (
-    FORMAT,
-    LATENTS_INDEX,
-    LOG_VARIANCE,
-    load_index,
-    open_shard,
-)
+from dit_in_dit.data.formats.latents import FORMAT, LATENTS_INDEX, LOG_VARIANCE, load_index, open_shard
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, fill_latent_keys, open_source
@@ -77,24 +72,22 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
     mean, scale = latent_constants(vae)
     index |= {"vae": {"name": how.vae, "mean": mean, "scale": scale}, "measured": {}, "shards": []}
     done = _begin(out, index)
-    parts = [
-        (range(start, min(start + how.shard, len(families))), out / f"{start // how.shard:06d}.safetensors")
-        for start in range(0, len(families), how.shard)
-    ]
-    rank, world = process.rank(), process.world_size()
-    mine = [part for number, part in enumerate(parts) if number % world == rank and not part[1].exists()]
-    count = sum(len(numbers) for numbers, path in parts if path.exists())
+    parts = [range(len(families))[start : start + how.shard] for start in range(0, len(families), how.shard)]
+    paths = {part: out / f"{number:06d}.safetensors" for number, part in enumerate(parts)}
+    mine = [part for part in parts[process.rank() :: process.world_size()] if not paths[part].exists()]
+    count = sum(len(part) for part in parts if paths[part].exists())
     yield count, len(families)
-    for (numbers, path), tensors in zip(
-        mine, _encoded(vae, source, how, [numbers for numbers, _ in mine]), strict=True
-    ):
-        tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in numbers], np.uint64))
-        atomic.write_atomic(path, save(tensors))
-        count += len(numbers)
+    for part, tensors in zip(mine, _encoded(vae, source, how, mine), strict=True):
+        tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in part], np.uint64))
+        atomic.write_atomic(paths[part], save(tensors))
+        count += len(part)
         yield count, len(families)
-    yield from _wait(parts)
-    if rank == 0:
-        _finish(out, index, [path for _, path in parts], done)
+    for left in shards.wait_for_missing(
+        parts, lambda part: paths[part].exists(), PATIENCE, lambda left: f"{len(left)} files of {out}"
+    ):
+        yield len(families) - sum(map(len, left)), len(families)
+    if process.rank() == 0:
+        _finish(out, index, [*paths.values()], done)
 
 
 def _images(how: Encoding) -> tuple[Source, list[str]]:
@@ -179,16 +172,16 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
     batches = _Batches(source, [batch for part in cut for batch in part])
     loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
     for part in cut:
-        rows: dict[str, list[Tensor]] = {}
+        rows = defaultdict[str, list[Tensor]](list)
         for numbers in part:
             batch = next(loader)
             if isinstance(batch, str):
                 raise UserError(batch)
             images, labels = batch
-            rows.setdefault("label", []).append(labels)
-            rows.setdefault("moments", []).append(_stored(vae, images, numbers, how.dtype))
+            rows["label"].append(labels)
+            rows["moments"].append(_stored(vae, images, numbers, how.dtype))
             if how.flips:
-                rows.setdefault("flipped", []).append(_stored(vae, images.flip(-1), numbers, how.dtype))
+                rows["flipped"].append(_stored(vae, images.flip(-1), numbers, how.dtype))
         yield {name: torch.cat(several).contiguous() for name, several in rows.items()}
 
 
@@ -207,51 +200,31 @@ def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:
     return tensor
 
 
-def _wait(parts: list[tuple[range, Path]]) -> Iterator[tuple[int, int]]:
-    """Wait for the files of the other processes, yielding (images done, all images)."""
-    total, paths = parts[-1][0].stop, {part.start: path for part, path in parts}
-    folder = parts[0][1].parent
-    for left in shards.wait_for_missing(
-        [part for part, _ in parts],
-        lambda part: paths[part.start].exists(),
-        PATIENCE,
-        lambda left: f"{len(left)} files of {folder}",
-    ):
-        yield total - sum(map(len, left)), total
-
-
 def _finish(out: Path, index: dict[str, Any], paths: list[Path], done: list[dict[str, Any]]) -> None:
     """Complete the index with the files' SHA-256 and the measured mean and deviation.
 
     Raises:
         UserError: a file differs from its entry in `done`, the files of an index that was complete already.
     """
-    shards: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     counts, sums = 0, np.zeros((3, index["made"]["shape"][0]))
     for path in paths:
         arrays = open_shard(path)
-        shards.append({"file": path.name, "count": len(arrays["label"]), "sha256": file_sha256(path)})
+        entries.append({"file": path.name, "count": len(arrays["label"]), "sha256": file_sha256(path)})
         for name in ("moments", "flipped")[: 1 + index["made"]["flips"]]:
-            mean, log_variance = np.split(_float64(arrays[name]), 2, axis=1)
+            moments = torch.tensor(arrays[name]).view(DTYPES[index["made"]["dtype"]])  # bfloat16 is given as uint16
+            mean, log_variance = np.split(moments.double().numpy(), 2, axis=1)
             variance = np.exp(np.clip(log_variance, *LOG_VARIANCE))
             sums += [part.sum((0, 2, 3)) for part in (mean, mean**2, variance)]
             counts += mean[:, 0].size
-    for was, shard in zip(done, shards, strict=False):
-        if was != shard:
-            raise UserError(
-                f"{out / shard['file']} is damaged: its SHA-256 differs from the index; remove the file and run again"
-            )
+    for was, entry, path in zip(done, entries, paths, strict=False):
+        if was != entry:
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the index; remove the file and run again")
     first, second, spread = sums / counts
     deviation = np.sqrt(second - first**2 + spread)  # of latents drawn from their posteriors
-    index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": shards}
+    index |= {"measured": {"mean": first.tolist(), "deviation": deviation.tolist()}, "shards": entries}
     atomic.clear_temporary(out, {LATENTS_INDEX, *(path.name for path in paths)})
     atomic.write_atomic(out / LATENTS_INDEX, json.dumps(index, indent=1))
-
-
-def _float64(numbers: Any) -> Any:
-    if numbers.dtype == np.uint16:  # bfloat16
-        return (numbers.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return numbers.astype(np.float64)
 
 
 # ------------------------------------------------------------------------------------------ decode
@@ -266,9 +239,7 @@ class LatentDecoder:
         self.factor = downsampling_factor(self.vae)
         mean, scale = latent_constants(self.vae)
         self.constants = {"mean": list(data.latent_mean or mean), "scale": list(data.latent_scale or scale)}
-        self.mean, self.scale = (
-            torch.tensor(self.constants[name], device=device).view(1, -1, 1, 1) for name in ("mean", "scale")
-        )
+        self.mean, self.scale = (torch.tensor(c, device=device).view(1, -1, 1, 1) for c in self.constants.values())
 
     def about(self) -> dict[str, Any]:
         """SHA-256 of the VAE, mean and scale: all that decides the decoded images."""

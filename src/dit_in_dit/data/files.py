@@ -7,6 +7,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -68,8 +69,8 @@ class ImageFiles:
         if self._labels is None:
             check_class_names(self.names, others, str(path), packed=not path.is_dir(), linked=self._linked)
         captions = (f"{name.rpartition('.')[0]}.txt" for name in self.names)
-        if unread := [name for name in others if not name.endswith("/")]:
-            self.notes.append(left_out_clause(len(unread), unread, f"files that are no {self.kind}", captions))
+        unread = [name for name in others if not name.endswith("/")]
+        self.notes += left_out_clause(unread, f"files that are no {self.kind}", captions)
 
     def _is_read(self, name: str) -> bool:
         """Whether a file is read, by its name."""
@@ -77,17 +78,16 @@ class ImageFiles:
 
     def _list(self, shown: str) -> list[str]:
         """All names; names of folders end with `/`."""
+        members, problem = None, ""
         try:
             if self.path.is_dir():
                 return list(_names(self.path))
-            members = self._read_directory() if self.path.is_file() else None  # opening a pipe would wait
+            if self.path.is_file():  # opening a pipe would wait
+                members = self._read_directory()
         except UNREADABLE as error:
-            problem = truncate(getattr(error, "strerror", None) or error, 60)
-            raise UserError(
-                f"data.source: {shown} is neither a folder nor a .zip: {problem}; name a folder or .zip"
-            ) from None
+            problem = f"{truncate(getattr(error, 'strerror', None) or error, 60)}; "
         if members is None:
-            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: name a folder or .zip")
+            raise UserError(f"data.source: {shown} is neither a folder nor a .zip: {problem}name a folder or .zip")
         return self._list_archive(members, shown)
 
     def _read_directory(self) -> list[tuple[str, str | None]]:
@@ -129,8 +129,7 @@ class ImageFiles:
         """The labels of a `dataset.json` (see table_labels); None without such a file. Its name is removed from
         `others`.
         """
-        place = find_table(others, self.names)
-        if place is None:
+        if (place := find_table(others, self.names)) is None:
             return None
         shown = truncate(self.path / place, 60)
         try:
@@ -166,10 +165,7 @@ class ImageFiles:
             size, read = status.st_size, path.read_bytes
         else:
             archive, member = self._open(), self._members.get(name, name)
-            size, read = (
-                archive.getinfo(member).file_size,
-                lambda: archive.read(member),
-            )  # zipfile reads at most this size
+            size, read = archive.getinfo(member).file_size, partial(archive.read, member)  # it reads at most `size`
         if size > MOST_BYTES:
             raise ValueError(f"{size} bytes, more than {MOST_BYTES}")
         return read()
@@ -199,11 +195,9 @@ class ImageFiles:
         try:
             return apply_to_image(self.content(name), look)
         except UNREADABLE as error:
-            problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        place = truncate(self.path / name, 60)
-        raise UserError(
-            f"cannot read {place}: {truncate(problem, 60)}; fix or remove the image, or set data.corrupt=skip"
-        )
+            problem = truncate(getattr(error, "strerror", None) or str(error) or type(error).__name__, 60)
+        place, way = truncate(self.path / name, 60), "fix or remove the image, or set data.corrupt=skip"
+        raise UserError(f"cannot read {place}: {problem}; {way}")
 
 
 def file_size(path: Path) -> int:

@@ -59,9 +59,7 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
         raise UserError(
             f"{shown} has labels of class {min(lost)}, but no image has this class: add images, or fetch the data again"
         )
-    return labels, [
-        left_out_clause(len(named), list(named), f"labels of {DATASET_JSON} without an image")
-    ] if named else []
+    return labels, left_out_clause(named, f"labels of {DATASET_JSON} without an image")
 
 
 def class_numbers(text: str, known: Sequence[str]) -> list[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping
+from posixpath import normpath
 
 from dit_in_dit.config.errors import UserError, truncate
 
@@ -21,10 +22,15 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 MOST_LINKS = 40  # in a chain of links, as on Linux
 
 
-def left_out_clause(count: int, examples: Sequence[str], what: str, texts: Iterable[str] = ()) -> str:
-    """A clause about things that are not read: how many there are, and two examples. `texts` are names of captions."""
-    captions = " (captions)" if not {*examples[:2]}.isdisjoint(texts) else ""
-    return f"left out {what}: {count}, such as {', '.join(truncate(name, 30) for name in examples[:2])}{captions}"
+def left_out_clause(names: Collection[str], what: str, texts: Iterable[str] = (), count: int = 0) -> list[str]:
+    """A clause about things that are not read, if any: how many (`count`, where `names` are only examples), and two
+    examples. `texts` are names of captions."""
+    if not names:
+        return []
+    examples = [*names][:2]
+    captions = " (captions)" if not {*examples}.isdisjoint(texts) else ""
+    shown = ", ".join(truncate(name, 30) for name in examples)
+    return [f"left out {what}: {count or len(names)}, such as {shown}{captions}"]
 
 
 def normalise_name(name: str) -> str:
@@ -93,21 +99,20 @@ def check_class_names(
         folder = name.endswith("/")
         if path[:depth] == wrapped and len(path) > depth + (not folder) and path[depth] not in classes:
             without[path[depth]] = without.get(path[depth]) or ("" if folder else path[-1])
+    shift = "(skipping it would shift later labels)"
     for name, example in sorted(without.items()):
         shown = truncate("/".join((place, *wrapped, name)))
         if not example and "/".join((*wrapped, f"{name}/")) in linked:
             raise UserError(
                 f"class folder {shown} is a link, and links to folders are not followed in an archive: pack its images "
-                "there, or remove it (skipping it would shift later labels)"
+                f"there, or remove it {shift}"
             )
         if not example:
-            raise UserError(
-                f"class folder {shown} is empty: fill it, or remove it (skipping it would shift later labels)"
-            )
+            raise UserError(f"class folder {shown} is empty: fill it, or remove it {shift}")
         if classes:  # else the images have no class folders
             raise UserError(
                 f"class folder {shown} holds {truncate(example, 30)}, but no image of a kind that is read: "
-                "convert it, or move the folder away (skipping it would shift later labels)"
+                f"convert it, or move the folder away {shift}"
             )
 
 
@@ -150,14 +155,8 @@ def _end(name: str, known: Mapping[str, str], links: Mapping[str, str]) -> str:
 
 def link_target(name: str, target: str) -> str:
     """The target of a symbolic link, from the root of the archive; empty if the target is outside."""
-    parts = name.split("/")[:-1]
-    if target.startswith("/"):
+    parts, steps = name.split("/")[:-1], normpath(target).split("/")
+    up = steps.count("..")
+    if target.startswith("/") or up > len(parts):
         return ""
-    for part in target.split("/"):
-        if part == ".." and not parts:
-            return ""
-        if part == "..":
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
+    return "/".join([*parts[: len(parts) - up], *(step for step in steps[up:] if step != ".")])

@@ -139,9 +139,7 @@ class SplitSource(Source):
         """The image at a position and its label."""
 
     def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index` and its label."""
         return self._image(int(self._train[index]))
 
     def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index` and its label."""
         return self._image(int(self._held[index]))

@@ -46,9 +46,7 @@ def source_kind(source: str) -> type[Source]:
 
 
 def path_in(source: str) -> str:
-    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name without a
-    path.
-    """
+    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name alone."""
     for name, kind in SOURCES.items():
         if not kind.by_path and kind.recognises(source, name):
             return source.removeprefix(name).removeprefix(":")
@@ -63,10 +61,7 @@ def open_source(data: DataConfig, model: ModelConfig) -> Source:
     source = source_kind(data.source).open(fill_latent_keys(data), model)
     check_opened(source, model)
     check_class_count(source, data.source, model)
-    notes = list(source.notes)
-    if source.skipped:
-        notes.append(left_out_clause(len(source.skipped), source.skipped, "unreadable files"))
-    if notes:
+    if notes := [*source.notes, *left_out_clause(source.skipped, "unreadable files")]:
         warnings.warn(f"{truncate(data.source, 50)}: {'; '.join(notes)}", LeftOutWarning, stacklevel=2)
     return source
 
@@ -89,9 +84,7 @@ def check_class_count(source: Source, place: str, model: ModelConfig) -> None:
 
 
 def count_classes(data: DataConfig) -> int:
-    """Number of classes in the labels of arrays or of a dataset; 0 without labels, and 0 for sources whose classes are
-    known only when the source is opened.
-    """
+    """Number of classes, as `Source.count_classes`: 0 if it is known only once the source is open."""
     return source_kind(data.source).count_classes(data)
 
 

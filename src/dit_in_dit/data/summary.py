@@ -123,7 +123,7 @@ def _open(data: DataConfig, model: ModelConfig, given: Mapping[str, Any]) -> tup
                 data = replace(data, corrupt="skip")
             elif "set data.flip=false" in str(error) and "data.flip" not in given:
                 data = replace(data, flip=False)
-            elif "(0 holds none out)" in str(error) and "data.held_out" not in given:
+            elif "(0 holds none out)" in str(error) and data.held_out and "data.held_out" not in given:
                 data = replace(data, held_out=0.3 if 0 < data.held_out < 0.3 else 0.0)
             else:
                 raise

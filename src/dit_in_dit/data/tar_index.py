@@ -51,10 +51,8 @@ def read_tar_index(shard: Path) -> dict[str, Any]:
     state = shard.stat()
     identity = {"version": VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-in-dit" / "tars"
-    places = (
-        shard.with_name(f"{shard.name}{TAR_INDEX}"),
-        cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json",
-    )
+    cached = cache / f"{sha256(os.fsencode(shard.resolve())).hexdigest()}.json"
+    places = (shard.with_name(f"{shard.name}{TAR_INDEX}"), cached)
     for place in places:
         with suppress(UserError):  # none yet, or truncated: computed below
             index = read_json(place)
@@ -112,11 +110,10 @@ def _skip_zeros(file: BinaryIO, end: int, length: int) -> int:
 def _is_header(file: BinaryIO, start: int) -> bool:
     """Whether a tar header, and so an archive, begins at `start`."""
     file.seek(start)
-    try:
+    with suppress(tarfile.HeaderError):
         tarfile.TarInfo.frombuf(file.read(BLOCK), tarfile.ENCODING, "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    return True
+        return True
+    return False
 
 
 class _Members:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from dit_in_dit.reporting.templates import code_block, escape_markdown, render
@@ -15,30 +14,26 @@ from dit_in_dit.reporting.templates import code_block, escape_markdown, render
 Tone = Literal["", "better", "worse", "soft"]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A highlighted cell of a table."""
 
     text: str
     tone: Tone
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A paragraph."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Bullets:
+class Bullets(NamedTuple):
     """A list."""
 
     items: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table with a head, and a note below it. With `words`, columns are aligned left and wrap."""
 
     heads: Sequence[str]
@@ -48,8 +43,7 @@ class Table:
     words: bool = False
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG in the report's folder."""
 
     path: Path
@@ -66,8 +60,7 @@ class Picture:
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
-@dataclass(frozen=True)
-class Verbatim:
+class Verbatim(NamedTuple):
     """Text to copy, in a block of code."""
 
     title: str
@@ -77,8 +70,7 @@ class Verbatim:
 DocumentPart = Text | Bullets | Table | Picture | Verbatim
 
 
-@dataclass(frozen=True)
-class Chapter:
+class Chapter(NamedTuple):
     """A heading and the parts below it."""
 
     title: str

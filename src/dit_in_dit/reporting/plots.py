@@ -61,7 +61,6 @@ def figure_png(plot: Figure, *, colours: int | None = None) -> bytes:
     if colours is None:
         return drawn.getvalue()
     with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(
-            few := io.BytesIO(), "PNG", optimize=True
-        )
+        reduced = picture.convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+        reduced.save(few := io.BytesIO(), "PNG", optimize=True)
     return few.getvalue()

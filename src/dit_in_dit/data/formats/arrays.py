@@ -176,8 +176,8 @@ def load_arrays(path: Path, notes: list[str] | None = None, split: str = "train"
         ) from None
     if not arrays:
         raise UserError(f"{path} must hold an array 'images' (and 'labels'): got {others}")
-    if notes is not None and others:
-        notes.append(left_out_clause(len(others), others, "files outside data.split" if path.is_dir() else "arrays"))
+    if notes is not None:
+        notes += left_out_clause(others, "files outside data.split" if path.is_dir() else "arrays")
     images, labels = arrays
     if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
         raise UserError(f"{path} has the wrong suffix: .npz is for several arrays, .npy for one")

@@ -35,7 +35,7 @@ class HubRows(ImageFiles):
                     f"data.{what}_column: {data.source} has no {column!r}{did_you_mean(column, self.rows.column_names)}"
                 )
         other = [name for name in self.rows.column_names if name not in (data.image_column, data.label_column)]
-        self.notes = [left_out_clause(len(other), other, "columns", ("text", "caption"))] if other else []
+        self.notes = left_out_clause(other, "columns", ("text", "caption"))
         self._encoded = self._without_decoding()
         self.names = [f"row {number}" for number in range(len(self.rows))]
         if not self.names:
@@ -45,13 +45,11 @@ class HubRows(ImageFiles):
         """The rows with only their image column, as bytes of image files."""
         column, kind = self.data.image_column, self.rows.features[self.data.image_column]
         name = type(kind).__name__
+        rows = self.rows.select_columns([column])
         if isinstance(kind, dict) and "binary" in str(getattr(kind.get("bytes"), "dtype", "")):
-            return self.rows.select_columns(
-                [column]
-            )  # a plain struct {bytes, path}, without the metadata of `datasets`
+            return rows  # a plain struct {bytes, path}, without the metadata of `datasets`
         if name not in ("Image", "Value") or (name == "Value" and "binary" not in kind.dtype):
             raise UserError(f"data.image_column: {column!r} of {self.data.source} holds {str(kind)[:60]}, no images")
-        rows = self.rows.select_columns([column])
         return rows.cast_column(column, type(kind)(decode=False)) if name == "Image" else rows
 
     def content(self, name: str) -> bytes:
@@ -77,7 +75,6 @@ class HubRows(ImageFiles):
         return [file_size(Path(paths[n] or "")) if size is None else size for n, size in enumerate(sizes)]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the labels and families of `names`."""
         numbers = [int(name.split()[1]) for name in names]
         paths = self._paths()
         families = [family(paths[n] or str(n)) for n in numbers]

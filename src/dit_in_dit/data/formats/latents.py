@@ -61,14 +61,11 @@ def read_latents_index(folder: Path) -> dict[str, Any]:
     if not index["shards"]:
         raise UserError(f"{truncate(folder)} is not encoded completely: run the same `dit-in-dit encode` again")
     size, counts = index["made"]["shard"], [shard["count"] for shard in index["shards"]]
+    damaged = f"{truncate(folder / LATENTS_INDEX)} is damaged"
     if not all(count == size for count in counts[:-1]) or not 0 < counts[-1] <= size:
-        raise UserError(
-            f"{truncate(folder / LATENTS_INDEX)} is damaged: files must have {size} images each; encode again"
-        )
+        raise UserError(f"{damaged}: files must have {size} images each; encode again")
     if any(Path(shard["file"]).name != shard["file"] for shard in index["shards"]):
-        raise UserError(
-            f"{truncate(folder / LATENTS_INDEX)} is damaged: it names files outside its folder; encode again"
-        )
+        raise UserError(f"{damaged}: it names files outside its folder; encode again")
     return index
 
 
@@ -124,11 +121,9 @@ class LatentSource(SplitSource):
         if data.flip and not made["flips"]:
             raise UserError(f"data.flip=true: {self.folder} was encoded without mirror images; set data.flip=false")
         shards = [self._open(shard, made) for shard in index["shards"]]
-        others = sorted(
-            {path.name for path in self.folder.iterdir()} - {LATENTS_INDEX, *(s["file"] for s in index["shards"])}
-        )
-        others = [name for name in others if not HIDDEN.search(name)]
-        self.notes = [left_out_clause(len(others), others, "files that are not in the index")] if others else []
+        listed = {LATENTS_INDEX, *(shard["file"] for shard in index["shards"])}
+        names = {path.name for path in self.folder.iterdir() if not HIDDEN.search(path.name)}
+        self.notes = left_out_clause(sorted(names - listed), "files that are not in the index")
         self._split(shards, made["dtype"])
 
     @classmethod
@@ -153,13 +148,9 @@ class LatentSource(SplitSource):
         path, count = self.folder / shard["file"], shard["count"]
         arrays = open_shard(path)
         channels, height, width = made["shape"]
-        wanted: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-            "label": (KINDS["I64"], (count,)),
-            "family": (KINDS["U64"], (count,)),
-        }
-        for name in ("moments", "flipped")[: 1 + made["flips"]]:
-            wanted[name] = (STORED[made["dtype"]], (count, 2 * channels, height, width))
-        for name, form in wanted.items():
+        moments = (STORED[made["dtype"]], (count, 2 * channels, height, width))
+        wanted: list[tuple[str, Any]] = [("label", (KINDS["I64"], (count,))), ("family", (KINDS["U64"], (count,)))]
+        for name, form in [*wanted, ("moments", moments), ("flipped", moments)][: 3 + made["flips"]]:
             if name not in arrays or (arrays[name].dtype, arrays[name].shape) != form:
                 raise UserError(
                     f"{truncate(path)} does not hold the {name!r} that {LATENTS_INDEX} describes: encode again"

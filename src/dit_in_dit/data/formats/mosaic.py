@@ -129,9 +129,7 @@ class MosaicSource(Source):
         return source == name
 
     def train(self, index: int) -> tuple[Array, int]:
-        """Training image `index`."""
         return self.mosaic.image(HELD_OUT + index)
 
     def held_out(self, index: int) -> tuple[Array, int]:
-        """Held-out image `index`."""
         return self.mosaic.image(index)

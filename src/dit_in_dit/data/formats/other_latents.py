@@ -82,13 +82,11 @@ class FastDitSource(LatentSource):
     def stored_shapes(cls, data: DataConfig, most: int) -> list[tuple[int, int, int]]:
         """The shape of the first latent."""
         files = cls.files_class(Path(data.source))
+        name = files.names[0]
         try:
-            shape = np.load(io.BytesIO(files.content(files.names[0])), allow_pickle=False).shape
-            *_, channels, height, width = shape
+            *_, channels, height, width = np.load(io.BytesIO(files.content(name)), allow_pickle=False).shape
         except UNREADABLE as error:
-            raise UserError(
-                f"cannot use {truncate(files.names[0], 60)}: {truncate(error, 90)}; write it again"
-            ) from None
+            raise UserError(f"cannot use {truncate(name, 60)}: {truncate(error, 90)}; write it again") from None
         return [(channels // (1 + cls.moments), height, width)]
 
     @classmethod

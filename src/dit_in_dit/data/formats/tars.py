@@ -51,7 +51,9 @@ def find_shards(source: str) -> tuple[list[Path], list[str]]:
                 f"data.source: {truncate(packed, 40)} lies among the .tar files of {truncate(path, 50)}: "
                 "unpack it to a plain .tar, or move it away"
             )
-        _refuse_splits(shards, path)
+        words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)  # such as train-0000.tar and val-0000.tar
+        splits = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
+        refuse_split_folders(splits, str(path), pattern="*{}*.tar")
         return shards, [file.name for file in inside if not file.name.lower().endswith((".tar", f".tar{TAR_INDEX}"))]
     if not source.endswith(".tar"):
         return [], []
@@ -70,13 +72,6 @@ def find_shards(source: str) -> tuple[list[Path], list[str]]:
     return [Path(name) for name in named], []
 
 
-def _refuse_splits(shards: list[Path], folder: Path) -> None:
-    """UserError when a folder holds shards of several splits, such as `train-0000.tar` and `val-0000.tar`."""
-    words = (re.split(r"[^A-Za-z]+", shard.stem) for shard in shards)
-    first = {next((word for word in several if word.lower() in SPLIT_NAMES), "") for several in words}
-    refuse_split_folders(first, str(folder), "name one, {}", "*{}*.tar")
-
-
 class TarFiles(ImageFiles):
     """The images of tar files, in the order of the shards and of their members.
 
@@ -88,7 +83,7 @@ class TarFiles(ImageFiles):
     def __init__(self, source: str, shards: list[Path], num_classes: int, beside: list[str]) -> None:
         """`beside`: names of unread files beside the shards."""
         self.path, self.num_classes = Path(source), num_classes
-        self.notes = [left_out_clause(len(beside), beside, "files beside the shards")] if beside else []
+        self.notes = left_out_clause(beside, "files beside the shards")
         self._places: dict[str, tuple[Path, int, int]] = {}
         self._labels = {}
         if len({shard.name for shard in shards}) < len(shards):
@@ -113,19 +108,16 @@ class TarFiles(ImageFiles):
         if not self.names:
             raise UserError(f"data.source: no {', '.join(SUFFIXES)} files in {source}")
         self._in_folders = any(name.count("/") > 1 for name in self.names)  # of their shard
-        if others:
-            captions = (f"{example_key(name)}.{end}" for name in self.names for end in ("txt", "json"))
-            self.notes.append(left_out_clause(others, examples, "members that are no images", captions))
-        if trailing:
-            self.notes.append(left_out_clause(sum(trailing.values()), [*trailing], "bytes behind a tar's end mark"))
+        captions = (f"{example_key(name)}.{end}" for name in self.names for end in ("txt", "json"))
+        self.notes += left_out_clause(examples, "members that are no images", captions, others)
+        self.notes += left_out_clause(trailing, "bytes behind a tar's end mark", count=sum(trailing.values()))
         self._check(folders, shards)
 
     def _check(self, folders: list[str], shards: list[Path]) -> None:
         """UserError when a class (a label, a folder or a shard) has no image."""
         if self._labels:
-            keys = set(map(example_key, self.names))
-            labels = {self._labels[key] for key in keys if key in self._labels}
-            if lost := set(self._labels.values()) - labels:
+            keys = {*map(example_key, self.names)} & self._labels.keys()
+            if lost := {*self._labels.values()} - {self._labels[key] for key in keys}:
                 raise UserError(
                     f"data.source: {truncate(self.path, 60)}: a .cls names class {min(lost)}, but no image has it"
                 )
@@ -160,18 +152,14 @@ class TarFiles(ImageFiles):
         return [size for _, _, size in self._places.values()]
 
     def about(self, names: list[str]) -> tuple[tuple[str, ...], list[int], list[str]]:
-        """The classes, and the labels and families of `names`."""
         families = list(map(family, names))
         if not self._labels:
             inside = [name.split("/", 1)[1] for name in names]
             classes, numbers = number_classes(class_folders(inside if self._in_folders else names))
             return tuple(name.removesuffix(".tar") for name in classes), numbers, families
-        labels = []
-        for name in names:
-            key = example_key(name)
-            if key not in self._labels:
-                raise UserError(f"{self.path}: {name[:80]} has no .cls file, but other images have one")
-            labels.append(self._labels[key])
+        if bare := next((name for name in names if example_key(name) not in self._labels), None):
+            raise UserError(f"{self.path}: {bare[:80]} has no .cls file, but other images have one")
+        labels = [self._labels[example_key(name)] for name in names]
         return label_names(labels, self.num_classes, str(self.path)), labels, families
 
 

@@ -17,7 +17,7 @@ import dit_in_dit
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.config import choices, facts, plugins, presets
 from dit_in_dit.config.errors import PluginWarning, UserError
-from dit_in_dit.config.files import config_hash, first_difference, from_yaml, override, to_yaml
+from dit_in_dit.config.files import changed_keys, config_hash, from_yaml, override, to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
@@ -158,7 +158,7 @@ def test_a_missing_plug_in_gives_an_error_that_names_the_option(run):
 def test_a_changed_plug_in_source_gives_a_warning(run, loaded, monkeypatch):
     from dit_in_dit.runs import checkpoint
 
-    changed = plugins.Plugin("my_idea.py", "0" * 64)
+    changed = {"name": "my_idea.py", "sha256": "0" * 64}
     monkeypatch.setitem(plugins._loaded, str(IDEA), changed)
     with pytest.warns(PluginWarning, match=r"my_idea\.py has changed since"):
         checkpoint.newest(run)
@@ -238,7 +238,7 @@ def test_keys_of_a_users_class_are_passed_to_it_and_hashed(loaded):
     hot = override(mine, ["plugins.softmax.temperature=2"])
     assert AGGREGATORS["softmax"](hot.model).temperature == 2
     assert config_hash(hot) != config_hash(mine) != config_hash(plain)
-    assert first_difference(mine, hot) == "plugins.softmax.temperature is 1.0, not 2.0"
+    assert changed_keys(mine, hot) == {"plugins.softmax.temperature": (1.0, 2.0)}
     text = to_yaml(hot, meanings=True)
     assert re.search(r"temperature: 2.0 +# divides the scores", text)
     assert from_yaml(text) == hot == RunConfig.from_dict(to_dict(hot))

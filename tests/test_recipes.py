@@ -12,7 +12,7 @@ from dit_in_dit.cli import main, parser
 from dit_in_dit.cli.options import chosen_config
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import first_difference, override
+from dit_in_dit.config.files import changed_keys, override
 from dit_in_dit.inspection.launch_plan import GPUS, recipe
 from test_cli import lines_of
 
@@ -38,7 +38,7 @@ def test_every_launch_plan_trains_on_the_same_examples(name):
         assert config.global_batch == preset.global_batch == found.rows * found.accumulate * gpus
         shared = {key: getattr(preset.train, key) for key in ("batch_size", "accumulate", "recompute")}
         # All that may differ, and none of it is an example.
-        assert not first_difference(preset, replace(config, train=replace(config.train, **shared)))
+        assert not changed_keys(preset, replace(config, train=replace(config.train, **shared)))
 
 
 def test_time_is_six_flops_per_mac_over_the_assumed_throughput():

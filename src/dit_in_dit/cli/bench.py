@@ -10,9 +10,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, chosen_config, make_folder, print_table, whole_number
+from dit_in_dit.cli.options import (
+    Commands,
+    add_device,
+    chosen_config,
+    make_folder,
+    number_where,
+    print_table,
+    whole_number,
+)
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs import atomic
@@ -54,7 +63,9 @@ def add(commands: Commands) -> None:
     add_device(bench)
     bench.add_argument("--threads", type=whole_number, help="CPU threads (default: torch's default)")
     bench.add_argument(
-        "--seconds", type=_seconds, help="measuring time for each comparison (default: the suite's, or 5)"
+        "--seconds",
+        type=number_where(lambda seconds: 0 < seconds <= 3600, "above 0 and at most 3600"),
+        help="measuring time for each comparison (default: the suite's, or 5)",
     )
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder for bench.json and plots")
@@ -75,16 +86,6 @@ def _swept(text: str) -> tuple[str, tuple[int, ...]]:
         raise argparse.ArgumentTypeError(
             f"must be KEY=A,B,... with whole numbers, such as E=32,64,128: got {text[:40]!r}"
         ) from None
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 3600: got {text[:40]!r}")
-    return seconds
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -214,15 +215,11 @@ def _show_subjects(subjects: Mapping[str, dict[str, Any]]) -> None:
     rows = []
     for name, subject in subjects.items():
         kind = subject["precision"] + (", compiled" if subject["compiled"] else "")
-        times = [f"{1000 * sorted(subject[what])[len(subject[what]) // 2]:,.1f}" for what in ("forward", "step")]
+        times = [f"{1000 * median_high(subject[what]):,.1f}" for what in ("forward", "step")]
         peak = "-" if subject["peak_bytes"] is None else f"{subject['peak_bytes'] / 1e9:.2f}"
-        rate = [
-            f"{subject['images_per_second']:,.1f}",
-            f"{subject['macs_per_second'] / 1e9:,.1f}",
-            f"{subject['share']:.0%}",
-        ]
-        memory = [f"{subject['kept_bytes'] / 1e6:,.1f}", peak]
-        rows.append([name, f"{subject['macs'] / 1e6:,.1f}", subject["batch"], kind, *times, *rate, *memory])
+        rate = [f"{subject['images_per_second']:,.1f}", f"{subject['macs_per_second'] / 1e9:,.1f}"]
+        share, kept = f"{subject['share']:.0%}", f"{subject['kept_bytes'] / 1e6:,.1f}"
+        rows.append([name, f"{subject['macs'] / 1e6:,.1f}", subject["batch"], kind, *times, *rate, share, kept, peak])
     heads = ["", "MMACs", "batch", "", "forward, ms", "step, ms", "images/s", "GMAC/s", "share", "kept, MB", "peak, GB"]
     print_table(heads, rows, title="models (share: of the best matrix product, in training)")
 
@@ -249,7 +246,7 @@ def _show_sweeps(sweeps: Mapping[str, dict[str, Any]]) -> None:
     for name, sweep in sweeps.items():
         rows = []
         for point in sweep["points"]:
-            times = [f"{1000 * sorted(point[what])[len(point[what]) // 2]:,.2f}" for what in ("step", "inner")]
+            times = [f"{1000 * median_high(point[what]):,.2f}" for what in ("step", "inner")]
             counts = [f"{point[what] / 1e6:,.1f}" for what in ("macs", "inner_macs", "kept")]
             rows.append([point["value"], *times, *counts])
         powers = sweep["exponents"]

@@ -58,46 +58,34 @@ def _curves(options: argparse.Namespace) -> None:
     make_folder(out)
     pictures = draw_curves(compared, out)
     atomic.write_atomic(out / "curves.json", json.dumps(result, indent=1) + "\n")
-    _print(result)
-    print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
-
-
-def _print(result: dict[str, Any]) -> None:
     _print_arms(result["arms"])
     _print_held_out(result["held_out"])
     _print_reach(result["reach"])
     _print_stability(result)
     for note in result["notes"]:
         print(f"note: {note}")
+    print(f"\n{', '.join(path.name for path in pictures)} and curves.json in {out}")
 
 
 def _print_stability(result: dict[str, Any]) -> None:
     heads = ["arm", "seed", "steps", "skipped", "non-finite", "loss spikes", "gradient spikes"]
-    counts = ("arm", "seed", "steps", "skipped", "non_finite", "loss_spikes", "gradient_spikes")
-    rows = [
-        [*(row[name] for name in counts), _number(row["largest_gradient"]), row["largest_at"], _percent(row["clipped"])]
-        for row in result["stability"]
-    ]
+    rows = []
+    for row in result["stability"]:
+        counts = [row[head.replace(" ", "_").replace("-", "_")] for head in heads]
+        clipped = "-" if row["clipped"] is None else f"{100 * row['clipped']:.2f} %"
+        rows.append([*counts, _number(row["largest_gradient"]), row["largest_at"], clipped])
     print_table([*heads, "largest gradient", "at step", "clipped"], rows, title="stability")
     for name in ("loss_spikes", "gradient_spikes"):
         print(f"  {name.replace('_', ' ')}: {result['definitions'][name]}")
 
 
 def _print_arms(arms: list[dict[str, Any]]) -> None:
-    rows = [
-        [
-            arm["arm"],
-            run["seed"],
-            run["steps"],
-            millions,
-            _number(run["hours"]),
-            _number(run["images_per_second"]),
-            run["run"],
-        ]
-        for arm in arms
-        for millions in [f"{arm['forward_macs'] / 1e6:,.2f}"]
-        for run in arm["runs"]
-    ]
+    rows = []
+    for arm in arms:
+        millions = f"{arm['forward_macs'] / 1e6:,.2f}"
+        for run in arm["runs"]:
+            speed = _number(run["hours"]), _number(run["images_per_second"])
+            rows.append([arm["arm"], run["seed"], run["steps"], millions, *speed, run["run"]])
     print_table(["arm", "seed", "steps", "forward MMACs", "hours", "images/s", "run"], rows, title="arms")
     differing = list(dict.fromkeys(key for arm in arms for key in arm["differs"]))
     if differing:
@@ -141,14 +129,8 @@ def _print_reach(rows: list[dict[str, Any]]) -> None:
 
 
 def _between(values: dict[str, float], form: str) -> str:
-    if values["low"] == values["high"]:
-        return ""
-    return f" ({values['low']:{form}} to {values['high']:{form}})"
+    return "" if values["low"] == values["high"] else f" ({values['low']:{form}} to {values['high']:{form}})"
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"

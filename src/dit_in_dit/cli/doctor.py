@@ -58,9 +58,8 @@ def _show(report: DoctorReport) -> None:
     for section in report.sections:
         if section.rows:
             print(f"\n{section.title}")
-        for heads, rows in groupby(
-            section.rows.items(), key=lambda item: tuple(item[1])
-        ):  # rows with the same columns share a head
+        # Rows with the same columns share a head.
+        for heads, rows in groupby(section.rows.items(), key=lambda item: tuple(item[1])):
             print_table(["", *heads], [[name, *(f"{value:.4g}" for value in row.values())] for name, row in rows])
     print("\nfindings" if report.findings else "\nno findings")
     for finding in report.findings:

@@ -152,7 +152,7 @@ def _report(evaluation: Evaluation, out: Path) -> None:
 
     result = evaluation.result
     print(report.caption(result["subject"], result["protocol"]))
-    _print_table({name: [score] for name, score in result["scores"].items()}, ["value"])
+    print_table(*report.score_table({name: [score] for name, score in result["scores"].items()}, ["value"]))
     files = [(out / "metrics.json", "every number and how it was made")]
     try:
         files += report.draw_evaluation(evaluation, out)
@@ -184,19 +184,13 @@ def _follow(events: Iterator[Progress | Evaluation]) -> Evaluation | None:
     return None
 
 
-def _print_table(scores: dict[str, list[dict[str, Any] | None]], labels: list[str]) -> None:
-    from dit_in_dit.metrics.report import score_table
-
-    print_table(*score_table(scores, labels))
-
-
 def _compare(options: argparse.Namespace) -> None:
-    from dit_in_dit.metrics.report import compare_evaluations, draw_compared
+    from dit_in_dit.metrics.report import compare_evaluations, draw_compared, score_table
 
     if len(options.evaluations) < 2:
         raise UserError("compare needs two evaluations or more: got one; name a second evaluation")
     labels, scores = compare_evaluations(options.evaluations)
-    _print_table(scores, labels)
+    print_table(*score_table(scores, labels))
     if options.out:
         make_folder(options.out)
         table = {"evaluations": list(map(str, options.evaluations)), "scores": scores}

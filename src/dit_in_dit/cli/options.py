@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -141,6 +142,21 @@ def whole_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MOST}: got {text[:40]!r}")
     return int(text)
+
+
+def number_where(fits: Callable[[float], bool], rule: str) -> Callable[[str], float]:
+    """The type of an option that takes a number; `rule` tells the user which numbers fit."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}: got {text[:40]!r}")
+        return value
+
+    return number
 
 
 def seed(text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from dit_in_dit.cli.options import Commands, whole_number
+from dit_in_dit.cli.options import Commands, number_where, whole_number
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -29,20 +29,11 @@ def add(commands: Commands) -> None:
         help="number of GPUs; repeatable (default: 1, 8 and 64, if they divide the batch)",
     )
     recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
-    recipe.add_argument("--mfu", type=_share, metavar="SHARE", help="share of the GPU's peak that a step reaches")
+    share = number_where(lambda share: 0 < share <= 1, "above 0 and at most 1")
+    recipe.add_argument("--mfu", type=share, metavar="SHARE", help="share of the GPU's peak that a step reaches")
     recipe.add_argument("--per-node", type=whole_number, default=8, metavar="N", help="GPUs in a machine (default 8)")
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     recipe.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1: got {text[:40]!r}")
-    return value
 
 
 def _recipe(options: argparse.Namespace) -> None:
@@ -53,18 +44,8 @@ def _recipe(options: argparse.Namespace) -> None:
         raise UserError("recipe does not read the data: set train.steps instead of train.epochs")
     mfu = options.mfu or MFU
     usual = [gpus for gpus in USUAL if config.global_batch % gpus == 0]
-    recipes = [
-        recipe(
-            options.preset,
-            config,
-            gpus,
-            gpu=options.gpu,
-            mfu=mfu,
-            per_node=options.per_node,
-            settings=options.set,
-        )
-        for gpus in options.gpus or usual
-    ]
+    how = {"gpu": options.gpu, "mfu": mfu, "per_node": options.per_node, "settings": options.set}
+    recipes = [recipe(options.preset, config, gpus, **how) for gpus in options.gpus or usual]
     if options.json:
         print(json.dumps({"gpu": options.gpu, "mfu": mfu, "recipes": [asdict(one) for one in recipes]}, indent=1))
         return

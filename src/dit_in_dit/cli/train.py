@@ -103,12 +103,9 @@ def _tracked(events: Iterator[Event], options: argparse.Namespace) -> Iterator[E
     """The events, logged to the chosen trackers on process 0."""
     from dit_in_dit.training.trackers import chosen_trackers, log_to
 
-    names = chosen_trackers(options.track, options.out) if is_main() else []
-    return (
-        log_to(events, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
-        if names
-        else events
-    )
+    if not is_main() or not (names := chosen_trackers(options.track, options.out)):
+        return events
+    return log_to(events, names, options.out, lambda line: print(f"dit-in-dit: {line}", file=sys.stderr))
 
 
 def _signals() -> StopRequest:
@@ -155,8 +152,10 @@ def _follow(events: Iterator[Event], out: Path, stop: StopRequest, scale: int | 
 
 def _start_lines(values: dict[str, Any]) -> Iterator[str]:
     """Lines about the model, the data and the checkpoint that training starts with."""
+    many = f"{values['processes']} processes, {values['device']} ..."
+    device = values["device"] if values["processes"] == 1 else many
     yield (
-        f"{values['parameters'] / 1e6:.2f} M parameters on {_devices(values)} in {values['precision']}, "
+        f"{values['parameters'] / 1e6:.2f} M parameters on {device} in {values['precision']}, "
         f"{len(values['classes'])} classes: {', '.join(values['classes'][:12])}"
     )
     if values["changed"]:
@@ -190,10 +189,6 @@ def _event_line(event: Event) -> str:
         case "rolled_back":
             return f"{values['why']}: back to step {values['to']}, and on with later examples"
     return ""
-
-
-def _devices(values: dict[str, Any]) -> str:
-    return values["device"] if values["processes"] == 1 else f"{values['processes']} processes, {values['device']} ..."
 
 
 def _draw_grid(

@@ -76,8 +76,5 @@ def _compare(one: Path, other: Path) -> dict[str, tuple[str, str]]:
     from dit_in_dit.runs.checkpoint import newest
     from dit_in_dit.runs.integrity import file_sha256
 
-    by_run = []
-    for run in (one, other):
-        hashes = dict(newest(run).manifest["sha256"])
-        by_run.append(hashes | {"log.jsonl": file_sha256(run / "log.jsonl")})
+    by_run = [{**newest(run).manifest["sha256"], "log.jsonl": file_sha256(run / "log.jsonl")} for run in (one, other)]
     return {name: (by_run[0][name], by_run[1].get(name, "missing")) for name in sorted(by_run[0])}

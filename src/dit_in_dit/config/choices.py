@@ -53,7 +53,7 @@ KINDS = {
     "metric": Kind((), "metrics.metric", "METRICS", "Metric", instance=True),
     "tracker": Kind((), "training.trackers", "TRACKERS"),
 }
-KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}
+KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}  # config keys that accept registered names
 PLUGIN_KEYS: dict[str, Any] = {}  # registered name: the section of config keys that the user's class declares
 PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # kinds whose classes are model parts
 
@@ -64,19 +64,14 @@ def table(kind: str) -> dict[str, Any]:
     return entries
 
 
-def plugin_keys() -> dict[str, Any]:
-    """The sections of config keys that plug-ins declare, by registered name."""
-    return PLUGIN_KEYS
-
-
-def accepts_registered(key: str) -> bool:
-    """Whether a config key accepts registered names."""
-    return key in KEYS
-
-
 def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:
     """Names that a config key accepts: built-in ones, then registered ones."""
     return list(dict.fromkeys([*built_in, *table(KEYS[key])]))
+
+
+def is_plugin(part: Any) -> bool:
+    """Whether a class in a table is a user's own."""
+    return part is not None and part.__module__.split(".")[0] != PACKAGE
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
@@ -89,8 +84,7 @@ def check_travels(values: Mapping[str, Any]) -> None:
         UserError: a model part of the config comes from a plug-in.
     """
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
-        part = table(KEYS[key])[values[key]]
-        if part is not None and part.__module__.split(".")[0] != PACKAGE:
+        if is_plugin(table(KEYS[key])[values[key]]):
             raise UserError(
                 f"a pipeline must have no class of a plug-in: got {key}={values[key]}; use export --format run, "
                 "and load the exported run with --plugin"

@@ -51,11 +51,6 @@ def changed_keys(before: Section, after: Section, prefix: str = "") -> dict[str,
     return {name: (a, b) for name, (a, b) in pairs.items() if a != b and not isinstance(a, Section)}
 
 
-def first_difference(stored: RunConfig, new: RunConfig) -> str:
-    """The first key in which two configs differ, with both values; empty when they are equal."""
-    return next((f"{name} is {a}, not {b}" for name, (a, b) in changed_keys(stored, new).items()), "")
-
-
 def to_yaml(config: RunConfig, *, meanings: bool = False) -> str:
     """YAML that `from_yaml` reads back to an equal config; with `meanings`, each key has its meaning as a comment."""
     return "".join(f"{line:<32}  # {meaning}\n" if meanings else f"{line}\n" for line, meaning in _yaml_lines(config))

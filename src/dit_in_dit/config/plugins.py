@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +19,9 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 GROUP = "dit_in_dit.plugins"
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """A plug-in as a run records it: the file name without the folder, and the SHA-256 of the source."""
-
-    name: str
-    sha256: str
-
-
-_loaded: dict[str, Plugin] = {}  # by absolute path or entry point, in the order of loading
+# By absolute path or entry point, in the order of loading: what a run records of a plug-in, the file name without the
+# folder (`name`), and the SHA-256 of the source (`sha256`).
+_loaded: dict[str, dict[str, str]] = {}
 
 
 def load_plugin(text: str) -> None:
@@ -51,8 +44,8 @@ def load_plugin(text: str) -> None:
     except (Exception, SystemExit) as error:
         problem = f"{type(error).__name__}: {truncate(error, 100)}"
         raise UserError(f"--plugin {truncate(text, 60)} failed: {problem}") from error
-    source = Path(str(imported.__file__))
-    _loaded[name] = Plugin(Path(text).name, hashlib.sha256(source.read_bytes()).hexdigest())
+    source = Path(str(imported.__file__)).read_bytes()
+    _loaded[name] = {"name": Path(text).name, "sha256": hashlib.sha256(source).hexdigest()}
 
 
 def plugin_arguments() -> list[str]:
@@ -62,23 +55,20 @@ def plugin_arguments() -> list[str]:
 
 def loaded_plugins() -> list[dict[str, str]]:
     """The loaded plug-ins, as a checkpoint's manifest stores them."""
-    return [asdict(plugin) for plugin in _loaded.values()]
+    return [dict(plugin) for plugin in _loaded.values()]
 
 
 def missing_plugins(manifest: Mapping[str, Any]) -> str:
     """`--plugin` options for the plug-ins that a manifest names and that are not loaded; empty if none is missing."""
-    known = {plugin.name for plugin in _loaded.values()}
+    known = {plugin["name"] for plugin in _loaded.values()}
     return " ".join(f"--plugin {entry['name']}" for entry in manifest.get("plugins", ()) if entry["name"] not in known)
 
 
 def changed_sources(manifest: Mapping[str, Any]) -> list[str]:
     """Names of the loaded plug-ins whose source differs from the one that a manifest records."""
-    known = {plugin.name: plugin.sha256 for plugin in _loaded.values()}
-    return [
-        entry["name"]
-        for entry in manifest.get("plugins", ())
-        if known.get(entry["name"], entry["sha256"]) != entry["sha256"]
-    ]
+    known = {plugin["name"]: plugin["sha256"] for plugin in _loaded.values()}
+    recorded = {entry["name"]: entry["sha256"] for entry in manifest.get("plugins", ())}
+    return [name for name, sha256 in recorded.items() if known.get(name, sha256) != sha256]
 
 
 def _module_of(path: Path) -> str:

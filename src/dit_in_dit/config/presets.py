@@ -92,9 +92,8 @@ _EMOJI = RunConfig(
         steps=4800,
         batch_size=32,
         learning_rate=4e-3,
-        lr_scale=LrScaleConfig(
-            inner=0.5
-        ),  # at 1, training of the inner level is unstable (docs/lab-notebook.md, 11, 13)
+        # At 1, training of the inner level is unstable (docs/lab-notebook.md, 11, 13).
+        lr_scale=LrScaleConfig(inner=0.5),
         warmup=200,
         schedule="cosine",
         ema=0.998,

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from dit_in_dit.config.choices import KEYS, crosses_patches, keeps_outer, plugin_keys, reads_outer
+from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS, crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge_runs, parse_stages
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
@@ -345,7 +345,7 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not plugin_keys() and not self.plugins.sections:
+        if not PLUGIN_KEYS and not self.plugins.sections:
             return
         values = {name: value for name, _, value in keys(self)}
         names = [values[name] for name in KEYS] + [self.data.source.partition(":")[0]]

@@ -64,11 +64,8 @@ def _check_class(path: str, scheduler: object) -> None:
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler({"flow": "FlowMatchEulerDiscreteScheduler"}),
     "heun": Sampler({"flow": "FlowMatchHeunDiscreteScheduler"}),
-    "ddim": Sampler(
-        {
-            "flow": "FlowMatchEulerDiscreteScheduler",
-            "ddpm": "DDIMScheduler",
-        },  # DDIM on a straight path is Euler's method
+    "ddim": Sampler(  # on a straight path, DDIM is Euler's method
+        {"flow": "FlowMatchEulerDiscreteScheduler", "ddpm": "DDIMScheduler"},
         spacings=("trailing", "leading"),  # diffusers goes back by 1000 // steps, which linspace does not
     ),
     "dpm++": Sampler({"flow": "DPMSolverMultistepScheduler", "ddpm": "DPMSolverMultistepScheduler"}),

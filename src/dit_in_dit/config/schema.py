@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dit_in_dit.config.choices import accepts_registered, choice_names, plugin_keys
+from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS, choice_names
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
@@ -96,30 +96,27 @@ class PluginKeys(Section):
     sections: tuple[tuple[str, Section], ...] = ()
 
     def __getitem__(self, name: str) -> Any:
-        registered = plugin_keys()
-        if name not in registered:
+        if name not in PLUGIN_KEYS:
             raise UserError(f"{name} has no config keys: register it with keys=")
-        return dict(self.sections).get(name) or registered[name]()
+        return dict(self.sections).get(name) or PLUGIN_KEYS[name]()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PluginKeys:
         """Build from one mapping per name. Raises UserError."""
-        registered = plugin_keys()
         for name, section in values.items():
-            if name not in registered:
+            if name not in PLUGIN_KEYS:
                 raise UserError(
-                    f"unknown key 'plugins.{truncate(name)}'{did_you_mean(str(name), registered)}: "
+                    f"unknown key 'plugins.{truncate(name)}'{did_you_mean(str(name), PLUGIN_KEYS)}: "
                     "name its plug-in with --plugin"
                 )
             if not isinstance(section, Mapping):
                 raise UserError(f"plugins.{name} must be a group of keys: got {truncate(section, 60)!r}")
-        return cls(tuple((name, registered[name].from_dict(section)) for name, section in values.items()))
+        return cls(tuple((name, PLUGIN_KEYS[name].from_dict(section)) for name, section in values.items()))
 
     @classmethod
     def names(cls) -> list[str]:
         """Dotted keys of the loaded plug-ins."""
-        full = PluginKeys().including(plugin_keys())
-        return [name for name, _, _ in keys(full, f"{cls.prefix}.")]
+        return [name for name, _, _ in keys(PluginKeys().including(PLUGIN_KEYS), f"{cls.prefix}.")]
 
     def items(self) -> Iterator[tuple[str, str, Any]]:
         """(name, first line of the section's docstring, section) of every section."""
@@ -128,9 +125,8 @@ class PluginKeys(Section):
 
     def including(self, names: Iterable[str]) -> PluginKeys:
         """These sections, plus a default section for each of `names` that declares keys and has no section yet."""
-        known, registered = dict(self.sections), plugin_keys()
-        missing = sorted({name for name in names if name in registered and name not in known})
-        return PluginKeys((*self.sections, *((name, registered[name]()) for name in missing)))
+        missing = sorted({name for name in names if name in PLUGIN_KEYS} - dict(self.sections).keys())
+        return PluginKeys((*self.sections, *((name, PLUGIN_KEYS[name]()) for name in missing)))
 
 
 def _fields(section: Any) -> tuple[Field[Any], ...]:
@@ -169,9 +165,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in parts or (accepts_registered(name) and value in choice_names(name)):
+        if value in parts or (name in KEYS and value in choice_names(name)):
             return value
-        way_out = " (a plug-in's name needs --plugin)" if accepts_registered(name) else ""
+        way_out = " (a plug-in's name needs --plugin)" if name in KEYS else ""
         known = choice_names(name, parts) if way_out else parts
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
@@ -227,15 +223,12 @@ def to_hash(config: Section) -> dict[str, Any]:
     """`to_dict` without the keys that have `added` above 1 and their default value."""
     plain = to_dict(config)
     for f in _fields(config):
-        if f.metadata["added"] > 1 and getattr(config, f.name) == _default(f):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.metadata["added"] > 1 and getattr(config, f.name) == default:
             plain.pop(f.name, None)
     groups = {name: to_hash(value) for name, _, value in config.items() if name in plain and isinstance(value, Section)}
     # A plug-in's section whose keys all came later and have their defaults is none.
     return {name: value for name, value in {**plain, **groups}.items() if value != {} or name not in groups}
-
-
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def to_dict(config: Section) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_in_dit.config.choices import KEYS, PACKAGE, PARTS, table
+from dit_in_dit.config.choices import KEYS, PARTS, is_plugin, table
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.config.schema import keys
@@ -53,11 +53,6 @@ def check_plugin_parts(model: ModelConfig) -> None:
             raise
         except Exception:  # raised by the part itself
             continue
-
-
-def is_plugin(part: Any) -> bool:
-    """Whether a class in a table is a user's own."""
-    return part is not None and part.__module__.split(".")[0] != PACKAGE
 
 
 def _check_counts(what: str, part: Any, model: ModelConfig) -> None:

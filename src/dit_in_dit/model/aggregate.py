@@ -58,7 +58,6 @@ class Mean(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
@@ -81,7 +80,6 @@ class Weighted(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
@@ -108,7 +106,6 @@ class AttentionPool(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         width = model.inner.width
         per_patch = model.sub_patches * (2 * width**2 + 2 * width) + width * model.outer.width
         return model.patches * per_patch
@@ -138,7 +135,6 @@ class Concat(Aggregator):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return model.patches * model.sub_patches * model.inner.width * model.outer.width
 
     def weights(self, inner: Tensor) -> Tensor:
@@ -231,7 +227,6 @@ class AddSpread(Spread):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
     def message(self, outer: Tensor) -> Tensor:
@@ -256,7 +251,6 @@ class Interpolate(AddSpread):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return AddSpread.macs(model) + model.outer.width * model.inner.width
 
     def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:

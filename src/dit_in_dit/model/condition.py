@@ -107,42 +107,30 @@ class ImageCondition(Condition):
 
     @staticmethod
     def width(model: ModelConfig) -> int:
-        """Width of a conditioning row."""
         return model.outer.width
 
     @staticmethod
     def rows(model: ModelConfig) -> int:
-        """Conditioning rows per image."""
         return 1
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image and inner stage."""
         return 0
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:
         return c[:, None, None]
 
 
-class PatchCondition(Condition):
+class PatchCondition(ImageCondition):
     """c plus the normalised outer token as one row per patch, (N, T, 1, D).
 
     The token is normalised because outer tokens grow with depth, whereas c does not.
     """
 
-    @staticmethod
-    def width(model: ModelConfig) -> int:
-        """Width of a conditioning row."""
-        return model.outer.width
-
-    @staticmethod
-    def macs(model: ModelConfig) -> int:
-        """MACs per image and inner stage."""
-        return 0
+    reads_outer = True
 
     @staticmethod
     def rows(model: ModelConfig) -> int:
-        """Conditioning rows per image."""
         return model.patches
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:
@@ -163,17 +151,14 @@ class SubPatchCondition(Condition):
 
     @staticmethod
     def width(model: ModelConfig) -> int:
-        """Width of a conditioning row."""
         return model.inner.width
 
     @staticmethod
     def rows(model: ModelConfig) -> int:
-        """Conditioning rows per image."""
         return model.patches * model.sub_patches
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image and inner stage."""
         return model.patches * model.outer.width * model.sub_patches * model.inner.width
 
     def forward(self, c: Tensor, outer: Tensor) -> Tensor:

@@ -13,30 +13,6 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import sincos
 
 
-class OuterEmbed(nn.Module):
-    """Patch embedding by one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
-
-    The linear layer on a flattened patch (channel, row, column) equals DiT's strided convolution; its weight is the
-    flattened weight of that convolution.
-    """
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.patch = model.patch_size
-        self.proj = nn.Linear(model.channels * self.patch**2, model.outer.width)
-        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
-        self.position: Tensor
-
-    @staticmethod
-    def macs(model: ModelConfig) -> int:
-        """MACs per image."""
-        return model.patches * model.channels * model.patch_size**2 * model.outer.width
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
-        return self.proj(patches) + self.position
-
-
 class OuterPosition(nn.Module):
     """Only the fixed position, for models in which no stage reads the patches; (N, C, H, W) -> (N, T, D)."""
 
@@ -49,17 +25,35 @@ class OuterPosition(nn.Module):
         return self.position.expand(len(x), -1, -1)
 
 
+class OuterEmbed(OuterPosition):
+    """Patch embedding by one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
+
+    The linear layer on a flattened patch (channel, row, column) equals DiT's strided convolution; its weight is the
+    flattened weight of that convolution.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.patch = model.patch_size
+        self.proj = nn.Linear(model.channels * self.patch**2, model.outer.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image."""
+        return model.patches * model.channels * model.patch_size**2 * model.outer.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
+        return self.proj(patches) + self.position
+
+
 class SplitSubPatches(nn.Module):
     """Sub-patches grouped by patch, (N, C, H, W) -> (N, T, S, C*s*s)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.sizes = {
-            "p": model.inner.sub_patch,
-            "q": model.inner.sub_patch,
-            "i": model.sub_grid,
-            "j": model.sub_grid,
-        }
+        s = model.inner.sub_patch
+        self.sizes = {"p": s, "q": s, "i": model.sub_grid, "j": model.sub_grid}
 
     def forward(self, x: Tensor) -> Tensor:
         return rearrange(x, "n c (h i p) (w j q) -> n (h w) (i j) (c p q)", **self.sizes)
@@ -85,7 +79,6 @@ class LinearEmbed(nn.Sequential, Embed):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         inner = model.inner
         return model.patches * model.sub_patches * model.channels * inner.sub_patch**2 * inner.width
 
@@ -104,7 +97,6 @@ class ConvEmbed(Embed):
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        """MACs per image."""
         return LinearEmbed.macs(model) * model.inner.kernel**2
 
     def forward(self, x: Tensor) -> Tensor:

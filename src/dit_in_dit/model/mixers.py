@@ -41,12 +41,10 @@ class PatchMixer(Attention, Mixer):
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token attends to."""
         return model.sub_patches
 
     @classmethod
     def macs(cls, model: ModelConfig) -> int:
-        """MACs per inner token."""
         return 4 * model.inner.width**2 + 2 * cls.length(model) * model.inner.width
 
     def group(self, x: Tensor) -> Tensor:
@@ -77,7 +75,6 @@ class WindowMixer(PatchMixer):
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token attends to."""
         return model.inner.window**2 * model.sub_patches
 
     def group(self, x: Tensor) -> Tensor:
@@ -96,16 +93,11 @@ class ImageMixer(PatchMixer):
 
     @staticmethod
     def length(model: ModelConfig) -> int:
-        """Tokens that one token attends to."""
         return model.patches * model.sub_patches
 
     def group(self, x: Tensor) -> Tensor:
         """(N, T, S, E) -> (N, T*S, E)."""
         return x.flatten(1, 2)
-
-    def ungroup(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """(N, T*S, E) -> (N, T, S, E)."""
-        return x.view(shape)
 
 
 class ConvMixer(Mixer):
@@ -128,7 +120,6 @@ class ConvMixer(Mixer):
 
     @classmethod
     def macs(cls, model: ModelConfig) -> int:
-        """MACs per inner token."""
         return 9 * model.inner.width
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial, reduce
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,10 @@ _recomputed: Run = partial(checkpoint, use_reentrant=False)
 class OuterStage(nn.Module):
     """Outer blocks, with attention among all patches; outer (N, T, D), c (N, D)."""
 
-    def __init__(self, blocks: list[AnyBlock], run: Run) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], run: Run) -> None:
         super().__init__()
         self.blocks, self.run = nn.ModuleList(blocks), run
-        self.name = f"outer*{len(blocks)}"
+        self.name = f"outer*{len(self.blocks)}"
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         rows = c[:, None]  # N 1 D
@@ -47,10 +48,10 @@ class OuterStage(nn.Module):
 class InnerStage(nn.Module):
     """Inner blocks, with adaLN driven by the condition's rows; inner (N, T, S, E), c (N, D)."""
 
-    def __init__(self, blocks: list[AnyBlock], condition: Condition, run: Run) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], condition: Condition, run: Run) -> None:
         super().__init__()
         self.blocks, self.condition, self.run = nn.ModuleList(blocks), condition, run
-        self.name = f"inner*{len(blocks)}"
+        self.name = f"inner*{len(self.blocks)}"
 
     def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.condition(c, outer)  # N 1|T 1|S K
@@ -92,8 +93,7 @@ class OuterHead(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        width = model.outer.width
-        out = model.patch_size**2 * model.out_channels
+        width, out = model.outer.width, model.patch_size**2 * model.out_channels
         self.final = FinalLayer(width, width, out, NORMS[model.outer.norm])
         self.unpatch = OuterUnpatch(model)
 
@@ -171,11 +171,11 @@ class NestedDiT(nn.Module):
                 self.fuses.append(fuse)
                 stages.append(AggregateStage(aggregate, fuse))
             if level == "outer":
-                stages.append(OuterStage(_take(outer, count), outer_run))
+                stages.append(OuterStage(islice(outer, count), outer_run))
             else:
                 condition = CONDITIONS[model.inner.condition](model)
                 self.conditions.append(condition)
-                stages.append(InnerStage(_take(inner, count), condition, inner_run))
+                stages.append(InnerStage(islice(inner, count), condition, inner_run))
             previous = level
         return stages
 
@@ -257,10 +257,6 @@ def _inner_block(model: ModelConfig) -> AnyBlock:
     if mixer is None:
         return MlpBlock(inner.width, rows, inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
     return Block(inner.width, rows, mixer(model), inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
-
-
-def _take(blocks: Iterator[nn.Module], count: int) -> list[AnyBlock]:
-    return [next(blocks) for _ in range(count)]  # type: ignore[misc]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_device, print_table
+from dit_in_dit.cli.options import Commands, add_device, number_where, print_table
 from dit_in_dit.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,13 +28,12 @@ STORAGE = "DIT_IN_DIT_STORAGE"  # environment variable of the URL: `ps` would sh
 
 def add(study: Commands) -> None:
     """Add both subcommands."""
-    command = study.add("work", _work, "join a started study as an additional worker, from any machine")
-    command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
-    add_storage(command)
-    add_device(command)
-    command = study.add("status", _status, "print the progress of a study")
-    command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
-    add_storage(command)
+    work = study.add("work", _work, "join a started study as an additional worker, from any machine")
+    status = study.add("status", _status, "print the progress of a study")
+    for command in (work, status):
+        command.add_argument("out", type=Path, metavar="DIR", help="the study's folder")
+        add_storage(command)
+    add_device(work)
 
 
 def add_storage(command: argparse.ArgumentParser) -> None:
@@ -48,20 +47,10 @@ def add_storage(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--lease",
-        type=_seconds,
+        type=number_where(lambda seconds: 1 <= seconds <= 86400, "from 1 to 86400 seconds"),
         default=60.0,
         help="seconds without a sign from a trial's worker before another worker takes the trial (default 60)",
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 86400 seconds: got {text[:40]!r}")
-    return seconds
 
 
 @contextmanager

@@ -5,15 +5,8 @@ from typing import Any
 
 from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
 
-
-def plugin_keys() -> dict[str, Any]:
-    """The section of keys that each registered name declares: none here."""
-    return {}
-
-
-def accepts_registered(key: str) -> bool:
-    """Whether a user can register choices for a config key: not here."""
-    return False
+KEYS: dict[str, str] = {}  # config keys that accept registered names: none here
+PLUGIN_KEYS: dict[str, Any] = {}  # the section of keys that each registered name declares: none here
 
 
 def choice_names(key: str, built_in: Iterable[str] = ()) -> list[str]:

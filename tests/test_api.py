@@ -54,14 +54,14 @@ RunConfig.from_dict(values: 'Mapping[str, Any]') -> 'T'
 RunConfig.names() -> 'list[str]'
 Scores(labels: 'list[str]', scores: 'dict[str, list[dict[str, Any] | None]]', folders: 'list[Path]') -> None
 UserError
-attention(model: 'Model | Run', image: 'Any', t: 'float' = 0.5, y: 'int | str | None' = None) -> 'Maps'
+attention(model: 'Trained', image: 'Any', t: 'float' = 0.5, y: 'int | str | None' = None) -> 'Maps'
 compare(*evaluated: 'Trained | Scores') -> 'Scores'
 cost.macs(model: 'ModelConfig') -> 'dict[str, int]'
 cost.parameters(model: 'ModelConfig') -> 'dict[str, int]'
 evaluate(run: 'Trained', num: 'int' = 500, *, data: 'Any' = None, out: 'str | Path | None' = None, seed: 'int' = 0) -> 'Scores'
 inspect(config: 'Any', batch: 'int' = 1, recompute: 'str' = 'none') -> 'Inspection'
 load(name: 'str | Path', device: 'str' = 'auto') -> 'Model'
-match(config: 'RunConfig', like: 'Trained | RunConfig', *, by: 'matching.By' = 'macs', tolerance: 'float' = 0.01, fixed: 'Collection[str]' = ()) -> 'RunConfig'
+match(config: 'RunConfig | str', like: 'Trained | RunConfig', *, by: 'matching.By' = 'macs', tolerance: 'float' = 0.01, fixed: 'Collection[str]' = ()) -> 'RunConfig'
 preset(name: 'str', *sets: 'str', **keys: 'Any') -> 'RunConfig'
 presets.get(name: 'str') -> 'RunConfig'
 register(kind: 'str', name: 'str', thing: 'Any', *, keys: 'Any' = None) -> 'None'
@@ -205,6 +205,45 @@ def test_a_trajectory_leads_from_the_noise_to_the_samples(plain):
     assert changes[0] > 20
 
 
+class Long:
+    """A dataset whose length is wrong."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, number):
+        return [(Image.new("RGB", (32, 32)), 0)][number]
+
+
+def test_classes_are_names_or_whole_numbers_of_any_kind(plain):
+    model = dd.load(plain, device="cpu")
+    for classes in (1, np.int64(1), torch.tensor(1), np.array([1]), torch.tensor([1])):
+        assert (model.sample(classes, steps=1).pixels == model.sample([1], steps=1).pixels).all()
+    assert (model.sample(None, num=2, steps=1).pixels == model.sample(num=2, steps=1).pixels).all()
+
+
+def test_slices_of_pictures_keep_their_trajectory_and_may_be_empty(plain):
+    pictures = dd.load(plain, device="cpu").sample(num=4, steps=2)
+    way = pictures[1:3].trajectory()
+    assert [len(step) for step in way] == [2] * 3
+    assert (way[-1].pixels == pictures.pixels[1:3]).all()
+    assert len(pictures[9:]) == 0
+    assert pictures[9:].grid().size
+
+
+def test_a_callback_cannot_end_a_run_without_a_word_and_an_ended_run_says_so(run_config, tmp_path):
+    def stop(event):
+        raise StopIteration
+
+    with pytest.raises(RuntimeError, match="a callback raised StopIteration"):
+        list(dd.train(run_config, tmp_path / "one", device="cpu", callbacks=[stop]))
+    run = dd.train(run_config, tmp_path / "two", device="cpu")
+    next(run)
+    run.close()
+    with pytest.raises(dd.UserError, match=r"this run has ended: train.*resume=True. continues it"):
+        run.run()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -222,6 +261,31 @@ def test_a_trajectory_leads_from_the_noise_to_the_samples(plain):
         (lambda: dd.match(dd.preset("emoji"), like="emojy"), "like: no preset, file or run 'emojy'"),
         (lambda: dd.compare("nowhere"), "no evaluation at nowhere"),
         (lambda: dd.run_study({"arms": {}}), "give one of arms, grid and search"),
+        (lambda: dd.load("x" * 5000), "no run at xxx"),
+        (lambda: dd.load("emoji", device=torch.device("meta")), "device 'meta' is not available"),
+        (lambda: dd.load("emoji").sample(num=0), "num must be a whole number from 1 to 1000000: got 0"),
+        (lambda: dd.load("emoji").sample(num=1.5), "num must be a whole number"),
+        (lambda: dd.load("emoji").sample(seed=True), "seed must be a whole number"),
+        (lambda: dd.load("emoji").sample([1.5]), "a class must be a whole number"),
+        (lambda: dd.preset(None), "unknown preset None"),
+        (lambda: dd.train("emoji", "run"), "train takes a config, such as preset"),
+        (lambda: dd.train(dd.preset("emoji"), ""), "and a folder for the run"),
+        (lambda: dd.train(dd.preset("emoji"), "run", callbacks=print), "callbacks must be a list of functions"),
+        (lambda: dd.train(dd.preset("emoji"), "run", callbacks=[3]), "callbacks must be a list of functions"),
+        (lambda: dd.train(dd.preset("emoji"), "run", until=0), "until must be a whole number from 1"),
+        (lambda: dd.train(dd.preset("emoji"), "run", data=[{"image": 1}]), "item 0 of the dataset must be an image or"),
+        (
+            lambda: dd.train(dd.preset("emoji"), "run", data=[(Image.new("F", (9, 9)), 0)]),
+            r"item 0 of the dataset: .*8 bits",
+        ),
+        (
+            lambda: dd.train(dd.preset("emoji"), "run", data=Long()),
+            "item 1 of the dataset is missing, although __len__",
+        ),
+        (lambda: dd.match("emojy", like="emoji"), "config: no preset, file or run 'emojy'"),
+        (lambda: dd.match("emoji", like="emoji-dit", fixed="outter"), "fixed: unknown key 'outter'"),
+        (lambda: dd.attention("emoji", np.zeros((32, 32, 3), np.uint8), t=2), "a time t from 0 to 1: got None, 2"),
+        (lambda: dd.attention("emoji", np.zeros((32, 32, 3), np.uint8), y="0,1"), "takes one class y .*: got '0,1'"),
         (
             lambda: dd.attention(dd.load("emoji"), np.zeros((3, 3, 3), np.uint8)),
             "must be .3, 32, 32., the model's",
@@ -344,7 +408,7 @@ def test_arrays_and_a_list_are_the_same_data_as_a_dataset(config):
         ([(np.full((3, 8, 8), 1.5), 0)], r"scaled to \[-1, 1\] already: got values to 1.5"),
         ([(np.full((3, 8, 8), np.nan), 0)], "got values to nan"),
         ([(np.zeros((8, 8, 3)), 0)], r"must be \(3, 8, 8\), the model's shape, or a PIL image: got \(8, 8, 3\)"),
-        ([("a.png", 0)], "must be uint8"),
+        ([("a.png", 0)], "must be an image or a pair .*: got a.png"),
         ([(np.zeros((8, 8, 3), np.uint8), 0.5)], "must be an image with a whole number"),
         ([(np.zeros((8, 8, 3), np.uint8), -1)] * 30, "labels of the dataset must be from 0"),
         ((np.zeros((9, 8, 8, 3), np.uint8), np.zeros(8, int)), "as many images as labels: got 9 and 8"),

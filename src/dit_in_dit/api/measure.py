@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,14 @@ def find_config(name: str, what: str) -> RunConfig:
         return presets.get(name)
     if Path(name).suffix in (".yaml", ".yml"):
         return files.from_file(Path(name), what)
-    if (run := find_run(name)).is_dir():
+    if isdir(run := find_run(name)):  # False for a name that is too long, or has a NUL
         return read_config(run)
     known = [*presets.NAMES, *(f"{ROOM}/{shipping}" for shipping in pretrained_models())]
     raise UserError(f"{what}: no preset, file or run {truncate(name)!r}{did_you_mean(name, known)}")
 
 
 def match(
-    config: RunConfig,
+    config: RunConfig | str,
     like: Trained | RunConfig,
     *,
     by: matching.By = "macs",
@@ -59,6 +60,11 @@ def match(
     >>> dd.match(dd.preset("emoji", mixer="none"), like="emoji-dit").model.outer.width
     168
     """
+    config = config if isinstance(config, RunConfig) else find_config(str(config), "config")
+    fixed = {fixed} if isinstance(fixed, str) else fixed
+    groups = {name.rpartition(".")[0] for name in RunConfig.names()}
+    if unknown := [key for key in fixed if key not in {*RunConfig.names(), *groups}]:
+        raise UserError(f"fixed: unknown key {unknown[0]!r}{did_you_mean(unknown[0], RunConfig.names())}")
     named = like if isinstance(like, RunConfig | Run | Model) else find_config(str(like), "like")
     other = named if isinstance(named, RunConfig) else named.config
     wanted = replace(config, model=other.model)  # step times compare only with equal training keys
@@ -146,7 +152,7 @@ def run_study(study: str | Path | Mapping[str, Any], out: str | Path | None = No
     return write_report(folder)
 
 
-def attention(model: Model | Run, image: Any, t: float = 0.5, y: int | str | None = None) -> Maps:
+def attention(model: Trained, image: Any, t: float = 0.5, y: int | str | None = None) -> Maps:
     """Attention, aggregation and the inner path's share for one image with fixed noise, as the command `maps` records.
     The image is as for `train`; `y` is the name or number of its class, None: no class.
 
@@ -154,9 +160,11 @@ def attention(model: Model | Run, image: Any, t: float = 0.5, y: int | str | Non
     >>> maps.outer.entropy.shape  # images, times, blocks, heads, patches
     (1, 1, 4, 4, 16)
     """
-    model = model.load() if isinstance(model, Run) else model
-    label = model.config.model.num_classes if y is None else class_numbers(str(y), model.classes)[0]
+    model = model if isinstance(model, Model) else load(model.folder if isinstance(model, Run) else model)
+    named = [model.config.model.num_classes] if y is None else class_numbers(str(y), model.classes)
+    if len(named) != 1 or not 0 <= t <= 1:
+        raise UserError(f"attention takes one class y and a time t from 0 to 1: got {y!r}, {t!r}")
     x = as_image(image, model.config.model)[None]
     noise = generator(0, "held_out", 0).standard_normal(x.shape, np.float32)
     config = replace(model.config, sample=replace(model.config.sample, steps=2))  # its samples are not used
-    return record_maps(model.net, config, Views("given", (0,), (label,), x, noise, (t,)), samples=1)
+    return record_maps(model.net, config, Views("given", (0,), (named[0],), x, noise, (t,)), samples=1)

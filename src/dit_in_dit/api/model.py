@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
+from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, check_whole
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.encode import open_decoder
@@ -47,7 +48,9 @@ class Pictures(Sequence[Image.Image]):
         return len(self.pixels)
 
     def __getitem__(self, number: Any) -> Any:
-        return Pictures(self.pixels[number]) if isinstance(number, slice) else to_image(self.pixels[number])
+        if isinstance(number, slice):
+            return Pictures(self.pixels[number], lambda: [step[number] for step in self._steps()])
+        return to_image(self.pixels[index(number)])
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """All in one image, about square by default."""
@@ -112,11 +115,15 @@ class Model:
         """
         keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler}
         how = replace(self.config.sample, **{name: value for name, value in keys.items() if value is not None})
-        listed = [classes] if isinstance(classes, str | int) else classes
-        numbers = [number for each in listed for number in class_numbers(str(each), self.classes)]
+        several = isinstance(classes, Iterable) and not isinstance(classes, str) and getattr(classes, "ndim", 1) > 0
+        listed: Any = () if classes is None else classes if several else [classes]
+        texts = [each if isinstance(each, str) else str(check_whole(each, "a class", 0, 10**9)) for each in listed]
+        numbers = [number for text in texts for number in class_numbers(text, self.classes)]
         if numbers and not self.config.model.num_classes:
             raise UserError("classes: this model was trained without labels; leave them out")
-        draw = partial(self._draw, replace(self.config, sample=how), num or len(numbers) or 16, seed, numbers)
+        count = len(numbers) or 16 if num is None else check_whole(num, "num", 1, 10**6)
+        seed = check_whole(seed, "seed", 0, 2**63 - 1)
+        draw = partial(self._draw, replace(self.config, sample=how), count, seed, numbers)
         return Pictures(draw(way=False)[-1], partial(draw, way=True))
 
     def _draw(self, config: RunConfig, num: int, seed: int, classes: list[int], *, way: bool) -> list[Pixels]:

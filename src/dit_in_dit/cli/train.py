@@ -77,7 +77,6 @@ def _train(options: argparse.Namespace) -> None:
         from dit_in_dit.runs.folder import read_config
         from dit_in_dit.training.loop import train
 
-    stop = _signals()
     if options.init:
         options.set.append(f"train.init={json.dumps(options.init)}")
     if options.resume:
@@ -86,6 +85,7 @@ def _train(options: argparse.Namespace) -> None:
     else:
         config = own_config(options) if options.data else chosen_config(options)
     config = replace(config, data=fill_latent_keys(config.data))  # the config then names the VAE of its latents
+    stop = _signals()
     events = train(
         config,
         options.out,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from operator import index
+from typing import Any
 
 LINE = 200  # characters of a message as the command prints it
 
@@ -27,6 +29,17 @@ class LeftOutWarning(UserWarning):
 
 class PluginWarning(UserWarning):
     """A plug-in differs from the one that a run was trained with; the message is one line."""
+
+
+def check_whole(value: Any, name: str, low: int, high: int) -> int:
+    """The value as an int. UserError unless it is a whole number from `low` to `high`."""
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if not low <= number <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high}: got {truncate(value, 40)}")
+    return number
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -154,8 +154,8 @@ NAMES = tuple(PRESETS)
 
 def get(name: str) -> RunConfig:
     """The config of a named run; UserError with the nearest name if the name is unknown."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), PRESETS)}")
     return PRESETS[name]
 
 
@@ -171,7 +171,7 @@ def preset(name: str, *sets: str, **keys: Any) -> RunConfig:
     >>> config.model.inner.mixer, config.model.outer.width, config.train.steps
     ('window', 128, 100)
     """
-    return replace_keys(get(name), {**dict(map(parse_assignment, sets)), **dict(_full_keys(keys))})
+    return replace_keys(get(name), {**dict(map(parse_assignment, map(str, sets))), **dict(_full_keys(keys))})
 
 
 def _full_keys(keys: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -74,8 +74,14 @@ class DatasetSource(SplitSource):
         self._set_split(*split_families(list(map(str, range(len(labels)))), config.data.held_out, WHAT), labels)
 
     def _image(self, position: int) -> tuple[Array, int]:
-        item, what = self._dataset[position], f"item {position} of {WHAT}"
+        what = f"item {position} of {WHAT}"
+        try:
+            item = self._dataset[position]
+        except IndexError:
+            raise UserError(f"{what} is missing, although __len__ gives {len(self._dataset)}") from None
         image, label = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        if not isinstance(image, Image.Image) and not hasattr(image, "__array__"):
+            raise UserError(f"{what} must be an image or a pair (image, class number): got {truncate(image, 60)}")
         if label is None and self._model.num_classes:
             raise UserError(f"{what} has no label: give pairs (image, label), or set model.num_classes=0")
         try:
@@ -88,7 +94,10 @@ def as_image(image: Any, model: ModelConfig, what: str = "the image") -> Array:
     """An image of a user, see `DatasetSource`, as float32 (C, H, W) of the model's shape. Raises UserError."""
     channels, *size = model.image_shape
     if isinstance(image, Image.Image):
-        image = resize_and_crop(image, model.image_size, channels)
+        try:
+            image = resize_and_crop(image, model.image_size, channels)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None
     array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if array.dtype == np.uint8:
         array = array[..., None] if array.shape == tuple(size) else array

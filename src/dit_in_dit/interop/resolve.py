@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import exists
 from pathlib import Path
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
@@ -21,7 +22,7 @@ def resolve_run(name: str, scratch: Path, *, heads: int | None = None) -> Path:
         UserError: there is no such model, or it cannot be read.
     """
     folder = fetch_repo(name) if is_repo_id(name) else find_run(name)
-    if not folder.exists():
+    if not exists(folder):  # False for a name that is too long, or has a NUL
         hint = did_you_mean(name, pretrained_models())
         raise UserError(
             f"no run at {truncate(name, 60)}, and no pretrained model or Hub id (USER/NAME) of that name{hint}"

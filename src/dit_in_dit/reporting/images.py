@@ -50,7 +50,7 @@ def image_grid(
     """A grid of images (N, H, W, C) on white, about square by default, with the names under the images. Images are
     enlarged by the whole factor `scale`; None: small images to about 64 pixels."""
     count, height, width, _ = pixels.shape
-    columns = columns or round(count**0.5 + 0.49)
+    columns = columns or max(1, round(count**0.5 + 0.49))
     scale, gap = scale or max(1, 64 // max(height, width)), 2
     cell_w, cell_h = width * scale + gap, height * scale + gap + bool(names) * NAME_PIXELS
     sheet = Image.new("RGB", (columns * cell_w + gap, -(-count // columns) * cell_h + gap), "white")

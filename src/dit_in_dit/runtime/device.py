@@ -13,17 +13,17 @@ from dit_in_dit.runtime.precision import use_full_float32
 from dit_in_dit.runtime.process import local_rank
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The named or best device, under torchrun the GPU of this process. UserError if the device is missing."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     available = [kind for kind, count in counts.items() if count]
-    kind, _, number = (available[0] if name == "auto" else name).partition(":")
+    kind, _, number = (available[0] if name == "auto" else str(name)).partition(":")
     if kind == "cuda" and not number:
         number = local_rank()
     if kind not in available or (
         number and not (number.isascii() and number.isdecimal() and int(number) < counts[kind])
     ):
-        raise UserError(f"device {name!r} is not available here: choose from {', '.join(available)}")
+        raise UserError(f"device {str(name)!r} is not available here: choose from {', '.join(available)}")
     if kind == "cuda":  # tensors on plain "cuda" go to the current GPU: make it this one
         number = number or str(torch.cuda.current_device())
         torch.cuda.set_device(int(number))

@@ -8,13 +8,14 @@ from contextlib import ExitStack, closing
 from copy import copy
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 import dit_in_dit
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, check_whole
 from dit_in_dit.config.run import DiffusionConfig, RunConfig
 from dit_in_dit.curves import arms, logs, plots
 from dit_in_dit.data.coerce import as_source
@@ -91,6 +92,12 @@ class Run(Generator[Event, None, None]):
     callbacks: Sequence[Callable[[Event], object]] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, RunConfig) or not str(self.out):
+            raise UserError("train takes a config, such as preset('emoji'), and a folder for the run")
+        if not isinstance(self.callbacks, Sequence) or not all(map(callable, self.callbacks)):
+            raise UserError("callbacks must be a list of functions of an Event")
+        if self.until is not None:
+            check_whole(self.until, "until", 1, 10**12)
         self.folder = Path(self.out)
         if self.data is not None:
             self.data = as_source(self.data, self.config)
@@ -102,8 +109,13 @@ class Run(Generator[Event, None, None]):
     def send(self, value: None) -> Event:
         """The next event, after the callbacks."""
         event = self._events.send(value)
+        if event.kind == "start":  # the stored config has train.steps in place of train.epochs
+            self.config = read_config(self.folder)
         for callback in self.callbacks:
-            callback(event)
+            try:
+                callback(event)
+            except StopIteration as error:  # it would end a loop over the events without a word
+                raise RuntimeError("a callback raised StopIteration") from error
         return event
 
     def throw(self, *error: Any) -> Event:
@@ -115,16 +127,15 @@ class Run(Generator[Event, None, None]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        if getgeneratorstate(self._events) == GEN_CLOSED:
+            raise UserError(f"this run has ended: train(config, {str(self.out)!r}, resume=True) continues it")
         live = None if find_spec("ipywidgets") else False  # without this package a notebook has the bar as text
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with closing(self), Progress(*columns, console=Console(stderr=True, force_jupyter=live)) as bar:
             task = bar.add_task("", total=None)
             for event in self:
-                if event.kind == "start":  # its config has train.steps in place of train.epochs
-                    self.config = read_config(self.folder)
-                    bar.update(task, total=self.config.train.steps)
                 text = f"loss {event.values['loss']:.4f}" if event.kind == "step" else None
-                bar.update(task, completed=event.step, description=text)
+                bar.update(task, total=self.config.train.steps, completed=event.step, description=text)
         return self
 
     def load(self, device: str = "auto") -> Model:

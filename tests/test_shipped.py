@@ -139,7 +139,7 @@ WITH_A_SHIPPED_RUN = {
     "compare": (["small", "small", "--out", "compared"], "compared/compare.png"),
     "maps": (["small", "--num", "1", "--times", "0.5"], "maps/small/maps.html"),
     "doctor": (["small", "--out", "examined"], "examined/doctor.json"),
-    "match": (["--config", "RUN.yaml", "--like", "small", "--out", "twin.yaml"], "twin.yaml"),
+    "match": (["--config", "RUN.yaml", "--like", "models/small", "--out", "twin.yaml"], "twin.yaml"),
     "verify-resume": (["small", "--steps", "2", "--keep", "kept"], "kept/stopped/log.jsonl"),
     "curves": (["small"], None),  # it has no log: refused, in one line
 }

@@ -308,3 +308,10 @@ def test_the_picture_of_classes_without_ascii_names_is_drawn():
     drawn = {name: side_by_side({name: Image.new("RGB", (90, 9))}) for name in ("Vögel", "Vogel", "Жар")}
     assert len({image.tobytes() for image in drawn.values()}) == 3
     assert torch.tensor(np.asarray(drawn["Жар"])).float().std() > 0
+
+
+@pytest.mark.timeout(60)
+def test_arrays_without_images_end_in_one_line(tmp_path):
+    np.savez(tmp_path / "none.npz", images=np.zeros((0, 32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="leaves 0 training and 0 held-out images"):
+        summarise_source(str(tmp_path / "none.npz"), {})

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from corruptions import CORRUPTIONS
 from dit_in_dit.config import presets
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.pixels import score
 from dit_in_dit.reporting import plots

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,6 @@ from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.data.summary import nearest, thumbnails
 from dit_in_dit.metrics import wasserstein
-from dit_in_dit.metrics.corruptions import CORRUPTIONS
 from dit_in_dit.metrics.detail import detail, detail_scores
 from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.memorization import neighbours
@@ -20,6 +22,7 @@ from dit_in_dit.metrics.score import ReferenceHalves, bootstrap_weights
 from dit_in_dit.reporting.images import to_pixels
 
 COUNT = 128
+CORRUPTIONS = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "corruptions.py"))["CORRUPTIONS"]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Corruptions of real images, by strength from 0 (none), to which metrics must respond."""
+"""Corruptions of real images, by strength from 0 (none), to which metrics must respond: used by `metric_response.py`
+and tests."""
 
 from __future__ import annotations
 

@@ -20,17 +20,11 @@ PICTURE_PIXELS = 96  # longer side of a picture in the page
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """Recordings kept for one level.
+    """Recordings kept for one level."""
 
-    Attributes:
-        layers: numbers of the layers.
-        heads: whether heads are kept one by one, or as their mean.
-        matrices: whether weights are kept, or only their summaries.
-    """
-
-    layers: tuple[int, ...]
-    heads: bool = True
-    matrices: bool = True
+    layers: tuple[int, ...]  # numbers of the layers
+    heads: bool = True  # whether heads are kept one by one, or as their mean
+    matrices: bool = True  # whether weights are kept, or only their summaries
 
 
 @dataclass(frozen=True)

@@ -37,15 +37,10 @@ SEARCHED = 512  # most held-out images that are read to find some of each class
 
 @dataclass(frozen=True)
 class Aggregation:
-    """Weights of the sub-patches in the aggregation of their patch.
+    """Weights of the sub-patches in the aggregation of their patch."""
 
-    Attributes:
-        position: by position in the patch, mean over images and patches, (K, heads, S).
-        maps: per patch, mean over heads, (N, K, T, S).
-    """
-
-    position: Array
-    maps: Array
+    position: Array  # by position in the patch, mean over images and patches, (K, heads, S)
+    maps: Array  # per patch, mean over heads, (N, K, T, S)
 
 
 @dataclass(frozen=True)

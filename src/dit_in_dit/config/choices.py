@@ -18,21 +18,13 @@ PACKAGE = __name__.split(".", maxsplit=1)[0]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of choice.
+    """A kind of choice."""
 
-    Attributes:
-        keys: config keys that take a name of this kind; empty if a command or a study takes the name.
-        module: module of the package that holds the table.
-        table: name of the table, a dictionary.
-        base: name of the class that states what a choice must offer; empty: any callable.
-        instance: whether the table holds instances of the base instead of subclasses.
-    """
-
-    keys: tuple[str, ...]
-    module: str
-    table: str
-    base: str = ""
-    instance: bool = False
+    keys: tuple[str, ...]  # config keys that take a name of this kind; empty if a command or a study takes the name
+    module: str  # module of the package that holds the table
+    table: str  # name of the table, a dictionary
+    base: str = ""  # name of the class that states what a choice must offer; empty: any callable
+    instance: bool = False  # whether the table holds instances of the base instead of subclasses
 
 
 KINDS = {

@@ -36,26 +36,18 @@ FLOPS_PER_MAC = {"none": 2 * FORWARDS_PER_STEP, "both": 2 * (FORWARDS_PER_STEP +
 
 @dataclass(frozen=True)
 class Recipe:
-    """A launch command and its estimates.
-
-    Attributes:
-        batch_size, accumulate, recompute: values of `train.*`; the examples of a step are those of the preset.
-        rows: images in a forward pass of one GPU.
-        memory: upper bound in bytes per GPU, with activations in float32; bfloat16 takes 50 to 100 % of it.
-        step, hours: seconds per optimizer step, and hours for all steps.
-        images: images per second over all GPUs.
-    """
+    """A launch command and its estimates."""
 
     command: str
     gpus: int
-    batch_size: int
-    accumulate: int
-    rows: int
-    recompute: str
-    memory: float
-    step: float
-    hours: float
-    images: float
+    batch_size: int  # train.batch_size; the examples of a step are those of the preset
+    accumulate: int  # train.accumulate
+    rows: int  # images in a forward pass of one GPU
+    recompute: str  # train.recompute
+    memory: float  # upper bound in bytes per GPU, with activations in float32; bfloat16 takes 50 to 100 % of it
+    step: float  # seconds per optimizer step
+    hours: float  # for all steps
+    images: float  # images per second over all GPUs
 
 
 def recipe(

@@ -44,22 +44,15 @@ class ImageDecoder(Protocol):
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder of a run's samples: `000000.png` and on (.npy for latents without a decoder), and `grid.png`.
-
-    Attributes:
-        saved: the checkpoint whose weights `model` has.
-        config: how to sample; its `diffusion` and `sample` are used.
-        classes: class numbers, used cyclically; empty: all classes.
-        averaged: the model has the averaged weights.
-    """
+    """A folder of a run's samples: `000000.png` and on (.npy for latents without a decoder), and `grid.png`."""
 
     out: Path
-    saved: Checkpoint
+    saved: Checkpoint  # the checkpoint whose weights `model` has
     model: NestedDiT
-    config: RunConfig
-    classes: Sequence[int] = ()
+    config: RunConfig  # how to sample; its `diffusion` and `sample` are used
+    classes: Sequence[int] = ()  # class numbers, used cyclically; empty: all classes
     seed: int = 0
-    averaged: bool = True
+    averaged: bool = True  # the model has the averaged weights
     decode: ImageDecoder | None = None
     scale: int | None = None  # of the images in grid.png, as for `image_grid`
 

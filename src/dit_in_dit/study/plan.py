@@ -141,24 +141,15 @@ def _assign(values: dict[str, Any], name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """A config that is compared with another.
-
-    Attributes:
-        changes: config keys of the arm, as the study gives them.
-        against: the arm it is matched to and compared with; its own name for the control.
-        config: the config that is trained, with seed 0.
-        matched: keys that matching changed, each with the value before and after.
-        cost: `macs` (forward pass per image), `params`, and, if measured, `time` (seconds of a training step).
-        gap: relative difference to `against` in each cost.
-    """
+    """A config that is compared with another."""
 
     name: str
-    changes: dict[str, Any]
-    against: str
-    config: RunConfig
-    matched: dict[str, tuple[Any, Any]]
-    cost: dict[str, float]
-    gap: dict[str, float]
+    changes: dict[str, Any]  # config keys of the arm, as the study gives them
+    against: str  # the arm it is matched to and compared with; its own name for the control
+    config: RunConfig  # the config that is trained, with seed 0
+    matched: dict[str, tuple[Any, Any]]  # keys that matching changed, each with the value before and after
+    cost: dict[str, float]  # `macs` (forward pass per image), `params`, and `time` if measured (seconds of a step)
+    gap: dict[str, float]  # relative difference to `against` in each cost
 
 
 @dataclass(frozen=True)
@@ -177,16 +168,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study that is ready to run. In a search, the control is the only arm.
-
-    Attributes:
-        made: the device, versions and data digests that the plan was made with.
-    """
+    """A study that is ready to run. In a search, the control is the only arm."""
 
     name: str
     study: StudyConfig
     arms: tuple[Arm, ...]
-    made: dict[str, Any]
+    made: dict[str, Any]  # the device, versions and data digests that the plan was made with
 
     @property
     def control(self) -> Arm:

@@ -39,21 +39,14 @@ class LeaseLostError(Exception):
 
 @dataclass
 class Lease:
-    """A trial that this worker holds.
+    """A trial that this worker holds."""
 
-    Attributes:
-        key: the trial's name, the same for every try.
-        losses: number of workers that were lost with the trial since its last checkpoint.
-        step, saved: the trial's training step and the step of its last checkpoint, for other processes to read.
-        lost: set when another worker took the trial.
-    """
-
-    key: str
+    key: str  # the trial's name, the same for every try
     trial: optuna.Trial
-    losses: int = 0
-    step: int = 0
-    saved: int = 0
-    lost: threading.Event = field(default_factory=threading.Event)
+    losses: int = 0  # number of workers that were lost with the trial since its last checkpoint
+    step: int = 0  # the trial's training step, for other processes to read
+    saved: int = 0  # the step of its last checkpoint
+    lost: threading.Event = field(default_factory=threading.Event)  # set when another worker took the trial
 
     def check(self) -> None:
         """Raise LeaseLostError if the trial went to another worker because its beat stopped."""

@@ -19,22 +19,15 @@ WAY_OUT = "remove this file, and the trial is done again"
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended, and its metrics.
-
-    Attributes:
-        state: done, failed (`reason` says why) or pruned.
-        metrics: values at the last step by name, such as `held_out.0.2.high` or `swd.32`.
-        floors: scores of real images against real images, for metrics that have such a score.
-        protocol: the evaluation's protocol, as in `metrics.json`; empty if the study measures only held-out errors.
-    """
+    """How a trial ended, and its metrics."""
 
     arm: str
     seed: int
-    state: Literal["done", "failed", "pruned"]
+    state: Literal["done", "failed", "pruned"]  # done, failed (`reason` says why) or pruned
     step: int
-    metrics: dict[str, float]
-    floors: dict[str, float]
-    protocol: dict[str, Any]
+    metrics: dict[str, float]  # values at the last step by name, such as `held_out.0.2.high` or `swd.32`
+    floors: dict[str, float]  # scores of real images against real images, for metrics that have such a score
+    protocol: dict[str, Any]  # of the evaluation, as in `metrics.json`; empty if only held-out errors are measured
     reason: str = ""
 
     def to_json(self) -> str:

@@ -128,19 +128,13 @@ class StudyResults:
 
 @dataclass(frozen=True)
 class SearchTrial:
-    """One trial of a search.
-
-    Attributes:
-        changes: config keys that the sampler chose, with their values.
-        config: the trial's config; None if there is none, for example because no match exists.
-        result: None until the trial ends.
-    """
+    """One trial of a search."""
 
     number: int
-    changes: dict[str, Any]
-    config: RunConfig | None
+    changes: dict[str, Any]  # config keys that the sampler chose, with their values
+    config: RunConfig | None  # the trial's config; None if there is none, for example because no match exists
     folder: Path
-    result: Result | None
+    result: Result | None  # None until the trial ends
 
 
 @dataclass(frozen=True)

@@ -29,29 +29,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm minus the arm it is compared with, over the seeds that both have.
+    """An arm minus the arm it is compared with, over the seeds that both have."""
 
-    Attributes:
-        seeds: the seeds that both arms have.
-        mean: mean of the differences; NaN if there is no common seed, or if a value is not finite.
-        scale: factor that converts a difference to percent of the other arm's absolute mean; None if that mean is 0.
-        low, high: the 95% interval; None for one seed, or if the differences do not vary.
-        wide_low, wide_high: the interval that holds for all comparisons together (Bonferroni).
-        p: two-sided p-value of this single comparison, not corrected.
-        equal: in every seed, the two arms have equal values.
-        constant: the two arms differ by the same amount in every seed, so there is no interval.
-    """
-
-    seeds: tuple[int, ...]
-    mean: float
-    scale: float | None
-    low: float | None = None
+    seeds: tuple[int, ...]  # the seeds that both arms have
+    mean: float  # mean of the differences; NaN if there is no common seed, or if a value is not finite
+    scale: float | None  # factor from a difference to percent of the other arm's absolute mean; None if that is 0
+    low: float | None = None  # the 95% interval; None for one seed, or if the differences do not vary
     high: float | None = None
-    wide_low: float | None = None
+    wide_low: float | None = None  # the interval that holds for all comparisons together (Bonferroni)
     wide_high: float | None = None
-    p: float | None = None
-    equal: bool = False
-    constant: bool = False
+    p: float | None = None  # two-sided p-value of this single comparison, not corrected
+    equal: bool = False  # in every seed, the two arms have equal values
+    constant: bool = False  # the two arms differ by the same amount in every seed, so there is no interval
 
     @property
     def percent(self) -> float | None:

@@ -24,19 +24,12 @@ class DivergedError(Exception):
 
 @dataclass
 class Divergence:
-    """Counts of skipped steps and roll-backs of a run; checkpoints store them.
+    """Counts of skipped steps and roll-backs of a run; checkpoints store them."""
 
-    Attributes:
-        shift: number of steps whose examples roll-backs left out.
-        rolled_back: number of roll-backs.
-        tries: number of roll-backs since the last regular checkpoint.
-        streak: number of consecutive skipped steps up to this one.
-    """
-
-    shift: int = 0
-    rolled_back: int = 0
-    tries: int = 0
-    streak: int = 0
+    shift: int = 0  # number of steps whose examples roll-backs left out
+    rolled_back: int = 0  # number of roll-backs
+    tries: int = 0  # number of roll-backs since the last regular checkpoint
+    streak: int = 0  # number of consecutive skipped steps up to this one
 
     @classmethod
     def read(cls, state: Mapping[str, Tensor]) -> Divergence:

@@ -9,13 +9,15 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, NoReturn
 
-from dit_in_dit import __version__
-from dit_in_dit.cli.options import Commands, Parser
-from dit_in_dit.config import plugins
-from dit_in_dit.config.errors import LeftOutWarning, PluginWarning, UserError, hide_passwords, one_line
-from dit_in_dit.runs.integrity import DamagedWarning
-from dit_in_dit.runs.lock import LocklessWarning
 from dit_in_dit.runtime.process import gc_paused, is_main
+
+with gc_paused():
+    from dit_in_dit import __version__
+    from dit_in_dit.cli.options import Commands, Parser
+    from dit_in_dit.config import plugins
+    from dit_in_dit.config.errors import LeftOutWarning, PluginWarning, UserError, hide_passwords, one_line
+    from dit_in_dit.runs.integrity import DamagedWarning
+    from dit_in_dit.runs.lock import LocklessWarning
 
 ORDER = (  # order of commands in the help; modules of this folder that are not listed come last
     *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),

@@ -43,7 +43,9 @@ class Section:
         hints = _hints(type(self))  # type: ignore[arg-type]  # mypy takes the __hash__ of instances for the class's
         for f in _fields(self):
             name = f"{self.prefix}.{f.name}" if self.prefix else f.name
-            value = _typed(getattr(self, f.name), hints[f.name], name)
+            value, hint = getattr(self, f.name), hints[f.name]
+            if value is not f.default or type(value) is not hint:  # most defaults need no check: presets load faster
+                value = _typed(value, hint, name)
             low, high = f.metadata["low"], f.metadata["high"]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not low <= number <= high:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A folder of images and one idea: from nothing to samples of two models and a fair comparison.
+# A folder of images and one idea: from nothing to samples of two models, side by side. Their costs differ (curves prints
+# them); `dit-in-dit match --config CONFIG --like RUN` makes a twin of equal cost.
 #   pip install -e '.[viz]'
 #   examples/own_images.sh FOLDER [STEPS]
 set -euo pipefail

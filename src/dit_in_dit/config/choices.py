@@ -27,6 +27,11 @@ class Kind:
     instance: bool = False  # whether the table holds instances of the base instead of subclasses
 
 
+def _at_both(*names: str) -> tuple[str, ...]:
+    """Keys that both levels have."""
+    return tuple(f"model.{level}.{name}" for name in names for level in ("outer", "inner"))
+
+
 KINDS = {
     "embed": Kind(("model.inner.embed",), "model.embed", "EMBEDS", "Embed"),
     "aggregate": Kind(("model.inner.aggregate",), "model.aggregate", "AGGREGATORS", "Aggregator"),
@@ -34,7 +39,11 @@ KINDS = {
     "condition": Kind(("model.inner.condition",), "model.condition", "CONDITIONS", "Condition"),
     "fuse": Kind(("model.inner.fuse",), "model.aggregate", "FUSIONS", "Fusion"),
     "spread": Kind(("model.inner.spread",), "model.aggregate", "SPREADS", "Spread"),
-    "norm": Kind(("model.outer.norm", "model.inner.norm"), "model.norms", "NORMS", "Norm"),
+    "norm": Kind(_at_both("norm", "head_norm"), "model.norms", "NORMS", "Norm"),
+    "mlp": Kind(_at_both("mlp"), "model.mlps", "MLPS", "Mlp"),
+    "rope": Kind(_at_both("rope"), "model.rope", "ROPES", "Rope"),
+    "modulation": Kind(_at_both("modulation"), "model.modulation", "MODULATIONS", "BlockModulation"),
+    "time_embed": Kind(("model.time_embed",), "model.condition", "TIME_EMBEDS", "TimeEmbed"),
     "path": Kind(("diffusion.path",), "diffusion.path", "PATHS"),
     "predict": Kind(("diffusion.predict",), "diffusion.path", "QUANTITIES"),
     "weight": Kind(("diffusion.weight",), "diffusion.objective", "LOSS_WEIGHTS"),
@@ -47,7 +56,10 @@ KINDS = {
 }
 KEYS = {key: name for name, kind in KINDS.items() for key in kind.keys}  # config keys that accept registered names
 PLUGIN_KEYS: dict[str, Any] = {}  # registered name: the section of config keys that the user's class declares
-PARTS = ("embed", "aggregate", "mixer", "condition", "fuse", "spread", "norm")  # kinds whose classes are model parts
+PARTS = (  # kinds whose classes are model parts
+    *("embed", "aggregate", "mixer", "condition", "fuse", "spread"),
+    *("norm", "mlp", "rope", "modulation", "time_embed"),
+)
 
 
 def table(kind: str) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def check_travels(values: Mapping[str, Any]) -> None:
         UserError: a model part of the config comes from a plug-in.
     """
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
-        if is_plugin(table(KEYS[key])[values[key]]):
+        if is_plugin(table(KEYS[key]).get(values[key])):
             raise UserError(
                 f"a pipeline must have no class of a plug-in: got {key}={values[key]}; use export --format run, "
                 "and load the exported run with --plugin"

@@ -158,14 +158,15 @@ def check_null_class(patient: DoctorSubject) -> CheckResult:
     row, than it fits other images. A difference of differences does not depend on how well each row is trained.
     """
     section, config, trainer = CheckResult("null class"), patient.config, patient.trainer
-    null, name = config.model.num_classes, "label_embed.table.weight"
+    null, own = config.model.num_classes, not config.model.tokens.adaln and config.model.tokens.rows == "own"
+    name = "tokens.own.table.weight" if own else "label_embed.table.weight"
     if not null or not patient.trained:
         return section
     if not config.train.label_drop:
         section.find("note", "null class", "no label is dropped", "set train.label_drop above 0 to use guidance")
         return section
-    table, initial = trainer.ema.model.label_embed.table.weight.cpu(), patient.initial[name]
-    reached = reached_by_gradient(trainer.optimizer, trainer.model.label_embed.table.weight)
+    table, initial = trainer.ema.model.get_parameter(name).cpu(), patient.initial[name]
+    reached = reached_by_gradient(trainer.optimizer, trainer.model.get_parameter(name))
     advice = f"a dropped label must become {null} (model.num_classes); train again"
     if torch.equal(table[-1], initial[-1]) or (reached is not None and not reached[-1].any()):
         section.find("fault", "null class", "the null class's row never moved from its initial value", advice)

@@ -14,12 +14,14 @@ from itertools import pairwise
 import torch
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.model import ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
-from dit_in_dit.model.condition import CONDITIONS, TimeEmbed
-from dit_in_dit.model.embed import EMBEDS, OuterEmbed
+from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS
+from dit_in_dit.model.embed import InnerEmbed, OuterEmbed
 from dit_in_dit.model.mixers import MIXERS
-from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.model.mlps import MLPS
+from dit_in_dit.model.modulation import MODULATIONS
+from dit_in_dit.model.nested import NestedDiT, part_of, shares_modulation
 from dit_in_dit.runtime.memory import installed_memory
 
 FORWARDS_PER_STEP = 3  # MACs of a training step over those of a forward pass: the backward pass costs two
@@ -35,33 +37,53 @@ def macs(model: ModelConfig) -> dict[str, int]:
     tokens, inner_tokens = model.patches, model.patches * model.sub_patches
     levels = [level for level, _ in model.program]
     pairs = list(pairwise(levels))
-
-    mlp = 2 * outer.width * int(outer.width * outer.mlp_ratio)
-    attention = 4 * outer.width**2 + 2 * tokens * outer.width
-    outer_block = tokens * (attention + mlp) + 6 * outer.width**2
-
-    mixer, condition = MIXERS[inner.mixer], CONDITIONS[inner.condition]
-    mix = mixer.macs(model) if mixer else 0
-    inner_mlp = 2 * inner.width * int(inner.width * inner.mlp_ratio)
-    modulation = (6 if mixer else 3) * inner.width * condition.width(model)
-    inner_block = inner_tokens * (mix + inner_mlp) + condition.rows(model) * modulation
-
     ends_inner = levels[-1] == "inner"
-    outer_head = tokens * outer.width * model.patch_size**2 * model.out_channels + 2 * outer.width**2
-    inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.out_channels + 2 * inner.width * outer.width
+    mixer, condition = MIXERS[inner.mixer], CONDITIONS[inner.condition]
+    rows, row = (condition.rows(model), condition.width(model)) if inner.reads_rows else (1, outer.width)
+
+    blocks = [_outer_block(model, number) for number in range(model.blocks("outer"))]
+    inner_count = inner_tokens + model.carries_tokens * model.tokens.count
+    places = model.sub_patches if condition.per_block else 1
+    inner_block = _block(inner, inner_count, rows, row, branches=1 + bool(mixer), places=places)
+    inner_block += mixer.image_macs(model) if mixer else 0
+
+    outer_head = tokens * outer.width * model.patch_size**2 * model.out_channels + _head(outer, 1, outer.width)
+    rows, row = (rows, row) if inner.head_condition == "rows" else (1, outer.width)
+    inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.out_channels + _head(inner, rows, row)
+    conditions = levels.count("inner") * inner.reads_rows
     parts = {
         "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
-        "inner_embed": EMBEDS[inner.embed].macs(model) if "inner" in levels else 0,
-        "time_embed": TimeEmbed.macs(model),
-        "outer_blocks": model.blocks("outer") * outer_block,
+        "inner_embed": InnerEmbed.macs(model) if "inner" in levels else 0,
+        "time_embed": TIME_EMBEDS[model.time_embed].macs(model),
+        "outer_blocks": sum(blocks),
         "inner_blocks": model.blocks("inner") * inner_block,
-        "condition": levels.count("inner") * condition.macs(model),
+        "condition": conditions * condition.macs(model) + shares_modulation(model) * 6 * outer.width**2,
         "aggregate": pairs.count(("inner", "outer")) * AGGREGATORS[inner.aggregate].macs(model),
         "spread": pairs.count(("outer", "inner")) * SPREADS[inner.spread].macs(model),
         "outer_head": 0 if ends_inner and not FUSIONS[inner.fuse].keeps_outer else outer_head,
         "inner_head": inner_head if ends_inner else 0,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _outer_block(model: ModelConfig, number: int) -> int:
+    """MACs per image of outer block `number`, with the tokens of time and class once they have joined."""
+    joined = model.tokens.count if number >= model.tokens.start else 0
+    tokens, width = model.patches + joined, model.outer.width
+    attention = tokens * (4 * width**2 + 2 * tokens * width)
+    return attention + _block(model.outer, tokens, 1, width, branches=2)
+
+
+def _block(level: OuterConfig, tokens: int, rows: int, row: int, *, branches: int, places: int = 1) -> int:
+    """MACs of the MLP on `tokens` tokens, and of the modulation by `rows` conditioning rows of width `row`."""
+    mlp, hidden = MLPS[level.mlp], int(level.width * level.mlp_ratio)
+    modulation = MODULATIONS[level.modulation].macs(row, level.width, branches, places)
+    return tokens * mlp.macs(level.width, hidden) + rows * (mlp.row_macs(level.width, hidden, row) + modulation)
+
+
+def _head(level: OuterConfig, rows: int, row: int) -> int:
+    """MACs of a head's modulation."""
+    return 0 if level.head_condition == "none" or level.modulation == "shared" else 2 * level.width * row * rows
 
 
 def training_macs(model: ModelConfig) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
-from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead
+from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead, State
 
 Look = Callable[[str, Tensor, Tensor], None]
 Hook = Callable[..., Any]
@@ -107,12 +107,13 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
     def share(part: Tensor, rest: Tensor) -> Tensor:
         return part / (part + rest).clamp(min=torch.finfo(part.dtype).tiny)
 
-    def fused(number: int, module: nn.Module, arguments: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        outer = arguments[0] if FUSIONS[model.config.inner.fuse].keeps_outer else torch.zeros_like(output[0])
-        added = output[0] - outer
+    def fused(number: int, module: nn.Module, arguments: tuple[State, Any], output: State) -> None:
+        keeps = FUSIONS[model.config.inner.fuse].keeps_outer
+        outer = arguments[0].outer if keeps else torch.zeros_like(output.outer)
+        added = output.outer - outer
         seen[f"aggregates.{number}"] = share(added.norm(dim=-1), outer.norm(dim=-1)).detach()
 
-    def drawn(module: OuterHead | InnerHead, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+    def drawn(module: OuterHead | InnerHead, arguments: tuple[Any, ...], output: Tensor) -> None:
         prediction = output[:, : model.config.channels]  # without the variance fraction
         patches = prediction.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
         images[module.name] = patches.flatten(2).norm(dim=-1).detach()
@@ -150,7 +151,7 @@ def without_inner(model: NestedDiT) -> Iterator[None]:
     """Disable the inner path in the context: it adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
     heads = [head for head in model.heads if isinstance(head, InnerHead)]
-    unchanged = [(stage, lambda module, arguments, output: arguments[:2]) for stage in joins]
+    unchanged = [(stage, lambda module, arguments, output: arguments[0]) for stage in joins]
     blank = [(head, lambda module, arguments, output: torch.zeros_like(output)) for head in heads]
     with forward_hooks([*unchanged, *blank]):
         yield

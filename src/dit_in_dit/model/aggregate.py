@@ -10,10 +10,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.layers import Modulation, attend, attention_weights, layer_norm, sincos
+from dit_in_dit.model.layers import attend, attention_weights, layer_norm, sincos
+from dit_in_dit.model.modulation import Modulation
 
 
 def _widen(model: ModelConfig) -> nn.Module:
@@ -193,7 +195,8 @@ class Replace(Fusion):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
-        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
+        fixed = sincos(model.outer.width, *model.grid) if model.outer.position == "sincos" else torch.zeros(())
+        self.register_buffer("position", fixed, persistent=False)
         self.position: Tensor
 
     def forward(self, outer: Tensor, aggregated: Tensor) -> Tensor:
@@ -260,4 +263,42 @@ class Interpolate(AddSpread):
         return torch.lerp(inner, message, share)
 
 
-SPREADS: dict[str, type[Spread]] = {"add": AddSpread, "interpolate": Interpolate}
+class NoSpread(Spread):
+    """The sub-patch tokens as they are: the outer tokens reach them only as conditioning rows (DDT, DeCo, PixelDiT)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        return 0
+
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        return inner
+
+
+class Refine(Spread):
+    """Sum of each sub-patch token and a message that is made by two linear layers with a GELU and a norm between them
+    (MPDiT). `carry` takes the tokens of time and class along."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.sub_patches = model.sub_patches
+        self.proj = nn.Linear(model.outer.width, model.sub_patches * model.inner.width)
+        self.refine = nn.Linear(model.inner.width, model.inner.width)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        tokens = model.patches * model.sub_patches + model.carries_tokens * model.tokens.count
+        return AddSpread.macs(model) + tokens * model.inner.width**2
+
+    def carry(self, tokens: Tensor) -> Tensor:
+        """Tokens of time and class for the inner level, (N, K, E) -> (N, K, E)."""
+        return self.refine(layer_norm(tokens))
+
+    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+        message = F.gelu(self.proj(outer), approximate="tanh")
+        return inner + self.carry(message.view(inner.shape))
+
+
+SPREADS: dict[str, type[Spread]] = {"add": AddSpread, "interpolate": Interpolate, "none": NoSpread, "refine": Refine}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import sincos
+from dit_in_dit.model.rope import by_patch
 
 
 class OuterPosition(nn.Module):
@@ -18,7 +19,10 @@ class OuterPosition(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.register_buffer("position", sincos(model.outer.width, *model.grid), persistent=False)
+        fixed = torch.zeros(model.patches, model.outer.width)
+        if model.outer.position == "sincos":
+            fixed = sincos(model.outer.width, *model.grid)
+        self.register_buffer("position", fixed, persistent=False)
         self.position: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,7 +30,8 @@ class OuterPosition(nn.Module):
 
 
 class OuterEmbed(OuterPosition):
-    """Patch embedding by one linear layer, plus the fixed position; (N, C, H, W) -> (N, T, D).
+    """Patch embedding by one linear layer, or two with a bottleneck (JiT), plus the fixed position;
+    (N, C, H, W) -> (N, T, D).
 
     The linear layer on a flattened patch (channel, row, column) equals DiT's strided convolution; its weight is the
     flattened weight of that convolution.
@@ -35,16 +40,20 @@ class OuterEmbed(OuterPosition):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__(model)
         self.patch = model.patch_size
-        self.proj = nn.Linear(model.channels * self.patch**2, model.outer.width)
+        size = model.channels * self.patch**2
+        self.bottleneck = nn.Linear(size, model.bottleneck, bias=False) if model.bottleneck else None
+        self.proj = nn.Linear(model.bottleneck or size, model.outer.width)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
         """MACs per image."""
-        return model.patches * model.channels * model.patch_size**2 * model.outer.width
+        size = model.channels * model.patch_size**2
+        narrow = model.bottleneck * (size + model.outer.width)
+        return model.patches * (narrow or size * model.outer.width)
 
     def forward(self, x: Tensor) -> Tensor:
         patches = rearrange(x, "n c (h p) (w q) -> n (h w) (c p q)", p=self.patch, q=self.patch)
-        return self.proj(patches) + self.position
+        return self.proj(self.bottleneck(patches) if self.bottleneck else patches) + self.position
 
 
 class SplitSubPatches(nn.Module):
@@ -106,35 +115,75 @@ class ConvEmbed(Embed):
         return rearrange(tokens, "n (h i) (w j) e -> n (h w) (i j) e", i=self.sub_grid, j=self.sub_grid)
 
 
-EMBEDS: dict[str, type[Embed]] = {"linear": LinearEmbed, "conv": ConvEmbed}
+class DctEmbed(Embed):
+    """One linear layer on a sub-patch's pixels and 64 features of its place in the patch (PixNerd, DeCo).
+
+    Feature (i, j) is cos(pi f_i x) cos(pi f_j y) / (1 + f_i f_j); x and y run from 0 to 1, frequencies f from 0 to 8.
+    """
+
+    frequencies: ClassVar[int] = 8
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.split = SplitSubPatches(model)
+        count, side = self.frequencies, model.sub_grid
+        f, place = torch.linspace(0, count, count), torch.linspace(0, 1, side)
+        wave = torch.cos(torch.pi * place[:, None] * f)  # side f
+        features = wave[None, :, :, None] * wave[:, None, None, :] / (1 + f[:, None] * f)  # row column f f
+        self.register_buffer("features", features.reshape(side**2, count**2), persistent=False)
+        self.features: Tensor
+        self.proj = nn.Linear(model.channels * model.inner.sub_patch**2 + count**2, model.inner.width)
+
+    @classmethod
+    def macs(cls, model: ModelConfig) -> int:
+        size = model.channels * model.inner.sub_patch**2 + cls.frequencies**2
+        return model.patches * model.sub_patches * size * model.inner.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.split(x)
+        return self.proj(torch.cat([pixels, self.features.to(pixels.dtype).expand(*pixels.shape[:2], -1, -1)], dim=-1))
+
+
+EMBEDS: dict[str, type[Embed]] = {"linear": LinearEmbed, "conv": ConvEmbed, "dct": DctEmbed}
 
 
 class InnerEmbed(nn.Module):
     """Embedded sub-patches of the noisy image plus their position; (N, C, H, W) -> (N, T, S, E).
 
-    A learned position encodes the place in the patch. With `global_position`, for mixers that cross patches, a fixed
-    position encodes the place in the image.
+    A learned position encodes the place in the patch, a fixed position the place in the image.
     """
 
-    def __init__(self, model: ModelConfig, *, global_position: bool) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        width = model.inner.width
         self.embed = EMBEDS[model.inner.embed](model)
-        self.position = nn.Parameter(torch.zeros(model.sub_patches, model.inner.width))
+        self.second = nn.Linear(width, width) if model.inner.embed_layers == 2 else None
+        learned = model.inner.position == "learned"
+        self.position = nn.Parameter(torch.zeros(model.sub_patches, width)) if learned else None
         fixed = torch.zeros(())
-        if global_position:
-            (h, w), i = model.grid, model.sub_grid
-            fixed = sincos(model.inner.width, h * i, w * i).view(h, i, w, i, -1)
-            # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
-            fixed = fixed.transpose(1, 2).reshape(h * w, i * i, -1)
+        if model.has_inner_sincos:
+            sides = [side * model.sub_grid for side in model.grid]
+            fixed = by_patch(sincos(width, *sides).view(*sides, -1), model)
         self.register_buffer("global_position", fixed, persistent=False)
         self.global_position: Tensor
 
     def initialise(self) -> None:
         """Initialise the learned position."""
-        nn.init.normal_(self.position, std=0.02)
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
+
+    @staticmethod
+    def macs(model: ModelConfig) -> int:
+        """MACs per image."""
+        second = model.patches * model.sub_patches * model.inner.width**2 if model.inner.embed_layers == 2 else 0
+        return EMBEDS[model.inner.embed].macs(model) + second
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.embed(x) + (self.position + self.global_position)
+        tokens = self.embed(x)
+        if self.second:
+            tokens = self.second(tokens)
+        position = self.global_position if self.position is None else self.position + self.global_position
+        return tokens + position
 
 
 class NoEmbed(nn.Module):

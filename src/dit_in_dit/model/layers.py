@@ -1,13 +1,19 @@
-"""Layers of both levels: attention, MLP, adaLN-Zero block and head, fixed position."""
+"""Layers of both levels: attention, block and head, fixed position."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.model.gelu import Gelu, in_transform
-from dit_in_dit.model.norms import EPS, LayerNorm, Norm
+from dit_in_dit.model.gelu import in_transform
+from dit_in_dit.model.mlps import Mlp
+from dit_in_dit.model.modulation import BlockModulation, modulate
+from dit_in_dit.model.norms import EPS, Norm
+from dit_in_dit.model.rope import Rope
 from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
 # Longest sequences for the Triton kernel, by device type. Empty: the kernel has not been measured on any GPU yet.
@@ -69,46 +75,30 @@ class QkNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions."""
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, num_heads: int, *, qk_norm: bool = False, bias: bool = True, rope: Rope | None = None
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias)
         self.qk_norm = QkNorm(width // num_heads) if qk_norm else None
+        self.rope = rope
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # this order saves a copy in the backward pass
-        return (*self.qk_norm(q, k), v) if self.qk_norm else (q, k, v)
+        if self.qk_norm:
+            q, k = self.qk_norm(q, k)
+        if self.rope:
+            q, k = self.rope(q, k)
+        return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))  # B L D
-
-
-class Mlp(nn.Sequential):
-    """Two linear layers around a tanh GELU, (..., D) -> (..., D)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__(nn.Linear(width, hidden), Gelu(), nn.Linear(hidden, width))
-
-
-class Modulation(nn.Module):
-    """adaLN: a condition (..., K) -> `count` vectors of the tokens' width, each (..., D)."""
-
-    def __init__(self, condition: int, width: int, count: int) -> None:
-        super().__init__()
-        self.count = count
-        self.linear = nn.Linear(condition, count * width)
-
-    def initialise(self) -> None:
-        """adaLN-Zero: every block starts as the identity."""
-        nn.init.zeros_(self.linear.weight)
-
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(c)).chunk(self.count, dim=-1)
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -116,69 +106,51 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift; each conditioning row is broadcast over its tokens."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 class Block(nn.Module):
-    """adaLN-Zero block (Peebles & Xie 2023, figure 3): `mix` mixes the tokens, then an MLP the channels.
+    """Transformer block: `mix` mixes the tokens, then `mlp` the channels, each modulated by the condition (with
+    adaLN-Zero in DiT, Peebles & Xie 2023, figure 3).
 
     The condition is broadcast over the tokens, so that one row modulates all tokens of its group. Outer tokens
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
-    def __init__(
-        self,
-        width: int,
-        condition: int,
-        mix: nn.Module,
-        mlp_ratio: float,
-        *,
-        norm: type[Norm] = LayerNorm,
-        mlp_norm_eps: float = EPS,
-    ) -> None:
+    def __init__(self, mix: nn.Module, mlp: Mlp, norms: tuple[Norm, Norm], modulation: BlockModulation) -> None:
         super().__init__()
-        self.norm_mix, self.norm_mlp = norm(width), norm(width, mlp_norm_eps)
-        self.branches = nn.ModuleDict({"mix": mix, "mlp": Mlp(width, int(width * mlp_ratio))})
-        self.modulation = Modulation(condition, width, 6)
+        self.norm_mix, self.norm_mlp = norms
+        self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
+        self.modulation = modulation
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        mix, mlp = self.branches["mix"], self.branches["mlp"]
-        shift_mix, scale_mix, gate_mix, shift_mlp, scale_mlp, gate_mlp = self.modulation(c)
-        x = torch.addcmul(x, gate_mix, mix(modulate(self.norm_mix(x), shift_mix, scale_mix)))
-        return torch.addcmul(x, gate_mlp, mlp(modulate(self.norm_mlp(x), shift_mlp, scale_mlp)))
+        vectors, count = self.modulation(c), self.modulation.per_branch
+        x = self.modulation.branch(x, self.norm_mix, self.branches["mix"], *vectors[:count])
+        return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *vectors[count:])
 
 
 class MlpBlock(nn.Module):
-    """adaLN-Zero block without mixing: tokens do not see each other. Shapes as for `Block`."""
+    """Block without mixing: tokens do not see each other. Shapes as for `Block`."""
 
-    def __init__(
-        self,
-        width: int,
-        condition: int,
-        mlp_ratio: float,
-        *,
-        norm: type[Norm] = LayerNorm,
-        mlp_norm_eps: float = EPS,
-    ) -> None:
+    def __init__(self, mlp: Mlp, norm: Norm, modulation: BlockModulation) -> None:
         super().__init__()
-        self.norm_mlp = norm(width, mlp_norm_eps)
-        self.branches = nn.ModuleDict({"mlp": Mlp(width, int(width * mlp_ratio))})
-        self.modulation = Modulation(condition, width, 3)
+        self.norm_mlp = norm
+        self.branches = nn.ModuleDict({"mlp": mlp})
+        self.modulation = modulation
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(c)
-        return torch.addcmul(x, gate, self.branches["mlp"](modulate(self.norm_mlp(x), shift, scale)))
+        return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *self.modulation(c))
+
+
+def _with_rows(mlp: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """The MLP as a function of the tokens alone."""
+    return partial(mlp, rows=rows) if mlp.reads_rows else mlp
 
 
 class FinalLayer(nn.Module):
-    """adaLN and a linear layer to pixels, both initialised to zero; x (..., D), c (..., K) -> (..., out)."""
+    """Norm, modulation if there is any, and a linear layer to pixels; x (..., D), c (..., K) -> (..., out)."""
 
-    def __init__(self, width: int, condition: int, out: int, norm: type[Norm] = LayerNorm) -> None:
+    def __init__(self, width: int, out: int, norm: Norm, modulation: nn.Module | None) -> None:
         super().__init__()
-        self.norm = norm(width)
-        self.modulation = Modulation(condition, width, 2)
+        self.norm = norm
+        self.modulation = modulation
         self.linear = nn.Linear(width, out)
 
     def initialise(self) -> None:
@@ -186,8 +158,8 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(c)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        x = self.norm(x)
+        return self.linear(modulate(x, *self.modulation(c)) if self.modulation else x)
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import Attention
+from dit_in_dit.model.rope import ROPES, by_patch, places
 
 
 class Mixer(nn.Module, ABC):
@@ -23,6 +24,11 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def macs(cls, model: ModelConfig) -> int:
         """MACs per inner token."""
+
+    @classmethod
+    def image_macs(cls, model: ModelConfig) -> int:
+        """MACs per image."""
+        return cls.macs(model) * model.patches * model.sub_patches
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -37,7 +43,13 @@ class PatchMixer(Attention, Mixer):
     """Attention among the S sub-patches of a patch, in one call for all N*T patches."""
 
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__(model.inner.width, model.inner.num_heads, qk_norm=model.qk_norm)
+        inner = model.inner
+        super().__init__(inner.width, inner.num_heads, qk_norm=model.qk_norm, bias=inner.bias == "all")
+        if make := ROPES[inner.rope]:
+            sides = [side * model.sub_grid for side in model.grid]
+            where = self.group(by_patch(places(*sides), model)[None])[0]  # of the first patch, window or image
+            lead = model.tokens.count if model.carries_tokens else 0
+            self.rope = make(inner.width // inner.num_heads, where, (sides[0], sides[1]), lead)
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -69,9 +81,9 @@ class WindowMixer(PatchMixer):
     crosses_patches = True
 
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__(model)
         side = model.inner.window
         self.sizes = {"h": model.grid[0] // side, "w": model.grid[1] // side, "a": side, "b": side}
+        super().__init__(model)
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -95,9 +107,15 @@ class ImageMixer(PatchMixer):
     def length(model: ModelConfig) -> int:
         return model.patches * model.sub_patches
 
+    @classmethod
+    def image_macs(cls, model: ModelConfig) -> int:
+        carried = model.tokens.count if model.carries_tokens else 0
+        tokens = cls.length(model) + carried
+        return tokens * (4 * model.inner.width**2 + 2 * tokens * model.inner.width)
+
     def group(self, x: Tensor) -> Tensor:
-        """(N, T, S, E) -> (N, T*S, E)."""
-        return x.flatten(1, 2)
+        """(N, T, S, E) -> (N, T*S, E); with tokens of time and class in front, (N, L, E) as it is."""
+        return x if x.ndim == 3 else x.flatten(1, 2)
 
 
 class ConvMixer(Mixer):
@@ -129,10 +147,41 @@ class ConvMixer(Mixer):
         return rearrange(mixed, "n (h i) (w j) e -> n (h w) (i j) e", **self.sizes)
 
 
+class CompactMixer(Mixer):
+    """Attention among patches: a linear layer compacts the sub-patches of a patch to one token of the outer width, and
+    another expands it again (PixelDiT's token compaction). Heads are those of the outer level."""
+
+    crosses_patches = True
+    why_no_attention = "each patch is compacted to one token, and these tokens attend to each other"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        outer, size = model.outer, model.sub_patches * model.inner.width
+        make, rope = ROPES[model.inner.rope], None
+        if make:
+            rope = make(outer.width // outer.num_heads, places(*model.grid).flatten(0, 1), model.grid)
+        self.compress, self.expand = nn.Linear(size, outer.width), nn.Linear(outer.width, size)
+        bias = model.inner.bias == "all"
+        self.attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm, bias=bias, rope=rope)
+
+    @classmethod
+    def macs(cls, model: ModelConfig) -> int:
+        return cls.image_macs(model) // (model.patches * model.sub_patches)
+
+    @classmethod
+    def image_macs(cls, model: ModelConfig) -> int:
+        width, size = model.outer.width, model.sub_patches * model.inner.width
+        return model.patches * (2 * size * width + 4 * width**2 + 2 * model.patches * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(self.attention(self.compress(x.flatten(2)))).view(x.shape)
+
+
 MIXERS: dict[str, type[Mixer] | None] = {
     "patch": PatchMixer,
     "window": WindowMixer,
     "image": ImageMixer,
     "conv": ConvMixer,
+    "compact": CompactMixer,
     "none": None,  # tokens do not see each other: the inner block is only an MLP
 }

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from itertools import islice
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, Aggregator, Fusion, Spread
-from dit_in_dit.model.condition import CONDITIONS, Condition, LabelEmbed, TimeEmbed
+from dit_in_dit.config.model import ModelConfig, OuterConfig
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, Aggregator, Fusion, Refine, Spread
+from dit_in_dit.model.condition import (
+    CONDITIONS,
+    TIME_EMBEDS,
+    Condition,
+    Conditioning,
+    ConditionTokens,
+    LabelEmbed,
+)
 from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
-from dit_in_dit.model.norms import NORMS
+from dit_in_dit.model.mlps import MLPS, Mlp
+from dit_in_dit.model.modulation import MODULATIONS, BlockModulation, Modulation, SharedHead
+from dit_in_dit.model.norms import NORMS, Norm
+from dit_in_dit.model.rope import ROPES, places
 
 AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
@@ -30,34 +42,62 @@ def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
 _recomputed: Run = partial(checkpoint, use_reentrant=False)
 
 
-class OuterStage(nn.Module):
-    """Outer blocks, with attention among all patches; outer (N, T, D), c (N, D)."""
+class State(NamedTuple):
+    """What the stages change: outer tokens (N, T, D), inner tokens (N, T, S, E), the tokens of time and class (N, K, D)
+    once they have joined, and the conditioning rows of the last inner stage."""
 
-    def __init__(self, blocks: Iterable[nn.Module], run: Run) -> None:
+    outer: Tensor
+    inner: Tensor
+    tokens: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class OuterStage(nn.Module):
+    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
+
+    def __init__(self, blocks: Iterable[nn.Module], run: Run, *, shared: bool, start: int | None) -> None:
         super().__init__()
-        self.blocks, self.run = nn.ModuleList(blocks), run
+        self.blocks, self.run, self.shared, self.start = nn.ModuleList(blocks), run, shared, start
         self.name = f"outer*{len(self.blocks)}"
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        rows = c[:, None]  # N 1 D
-        for block in self.blocks:
-            outer = self.run(block, outer, rows)  # type: ignore[arg-type]
-        return outer, inner
+    def forward(self, state: State, condition: Conditioning) -> State:
+        tokens, patches = state.tokens, state.outer.shape[1]
+        row = condition.row(self.shared)[:, None]  # N 1 K
+        x = state.outer if tokens is None else torch.cat([tokens, state.outer], dim=1)
+        for number, block in enumerate(self.blocks):
+            if number == self.start:
+                x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
+            x = self.run(block, x, row)  # type: ignore[arg-type]
+        if tokens is None and self.start is None:
+            return state._replace(outer=x)
+        tokens, outer = x[:, :-patches], x[:, -patches:]
+        return state._replace(outer=outer, tokens=tokens)
 
 
 class InnerStage(nn.Module):
-    """Inner blocks, with adaLN driven by the condition's rows; inner (N, T, S, E), c (N, D)."""
+    """Inner blocks, with adaLN driven by the condition's rows; `carries`: tokens of time and class go along."""
 
-    def __init__(self, blocks: Iterable[nn.Module], condition: Condition, run: Run) -> None:
+    def __init__(
+        self, blocks: Iterable[nn.Module], condition: Condition | None, run: Run, *, shared: bool, carries: bool
+    ) -> None:
         super().__init__()
         self.blocks, self.condition, self.run = nn.ModuleList(blocks), condition, run
+        self.shared, self.carries = shared, carries
         self.name = f"inner*{len(self.blocks)}"
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.condition(c, outer)  # N 1|T 1|S K
+    def forward(self, state: State, condition: Conditioning) -> State:
+        rows = condition.row(self.shared)[:, None, None]  # N 1 1 K
+        if self.condition is not None:
+            rows = self.condition(condition.time if self.condition.reads_time else condition.c, state.outer)
+        x, tokens = state.inner, state.tokens  # N T S E
+        if self.carries:
+            x, rows = torch.cat([tokens, x.flatten(1, 2)], dim=1), rows.flatten(1, 2)  # type: ignore[list-item]
         for block in self.blocks:
-            inner = self.run(block, inner, rows)  # type: ignore[arg-type]
-        return outer, inner
+            x = self.run(block, x, rows)  # type: ignore[arg-type]
+        if self.carries:
+            places = state.inner.shape[1] * state.inner.shape[2]
+            tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)
+        return state._replace(inner=x, tokens=tokens, rows=rows)
 
 
 class AggregateStage(nn.Module):
@@ -69,8 +109,8 @@ class AggregateStage(nn.Module):
         super().__init__()
         self.aggregate, self.fuse = aggregate, fuse
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fuse(outer, self.aggregate(inner)), inner
+    def forward(self, state: State, condition: Conditioning) -> State:
+        return state._replace(outer=self.fuse(state.outer, self.aggregate(state.inner)))
 
 
 class SpreadStage(nn.Module):
@@ -82,8 +122,18 @@ class SpreadStage(nn.Module):
         super().__init__()
         self.spread = spread
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        return outer, self.spread(inner, outer, c)
+    def forward(self, state: State, condition: Conditioning) -> State:
+        tokens = state.tokens
+        if tokens is not None and isinstance(self.spread, Refine):
+            tokens = self.spread.carry(tokens)
+        return state._replace(inner=self.spread(state.inner, state.outer, condition.c), tokens=tokens)
+
+
+def _head_modulation(level: OuterConfig, condition: int) -> nn.Module | None:
+    """The modulation of a level's head, driven by rows of width `condition`."""
+    if level.modulation == "shared":
+        return SharedHead()
+    return None if level.head_condition == "none" else Modulation(condition, level.width, 2)
 
 
 class OuterHead(nn.Module):
@@ -93,27 +143,34 @@ class OuterHead(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        width, out = model.outer.width, model.patch_size**2 * model.out_channels
-        self.final = FinalLayer(width, width, out, NORMS[model.outer.norm])
+        outer, out = model.outer, model.patch_size**2 * model.out_channels
+        norm = NORMS[outer.head_norm or outer.norm](outer.width)
+        self.shared = outer.modulation == "shared"
+        self.final = FinalLayer(outer.width, out, norm, _head_modulation(outer, outer.width))
         self.unpatch = OuterUnpatch(model)
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
-        return self.unpatch(self.final(outer, c[:, None]))
+    def forward(self, state: State, condition: Conditioning) -> Tensor:
+        return self.unpatch(self.final(state.outer, condition.row(self.shared)[:, None]))
 
 
 class InnerHead(nn.Module):
-    """Inner tokens to the image, with adaLN driven by c; (N, T, S, E) -> (N, out_channels, H, W)."""
+    """Inner tokens to the image; (N, T, S, E) -> (N, out_channels, H, W)."""
 
     name = "inner head"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        out = model.inner.sub_patch**2 * model.out_channels
-        self.final = FinalLayer(model.inner.width, model.outer.width, out, NORMS[model.inner.norm])
+        inner, out = model.inner, model.inner.sub_patch**2 * model.out_channels
+        self.shared = inner.modulation == "shared"
+        self.reads_rows = inner.head_condition == "rows" and not self.shared
+        width = CONDITIONS[inner.condition].width(model) if self.reads_rows else model.outer.width
+        norm = NORMS[inner.head_norm or inner.norm](inner.width)
+        self.final = FinalLayer(inner.width, out, norm, _head_modulation(inner, width))
         self.unpatch = InnerUnpatch(model)
 
-    def forward(self, outer: Tensor, inner: Tensor, c: Tensor) -> Tensor:
-        return self.unpatch(self.final(inner, c[:, None, None]))
+    def forward(self, state: State, condition: Conditioning) -> Tensor:
+        rows = state.rows if self.reads_rows else condition.row(self.shared)[:, None, None]
+        return self.unpatch(self.final(state.inner, rows))
 
 
 class NestedDiT(nn.Module):
@@ -140,14 +197,17 @@ class NestedDiT(nn.Module):
         super().__init__()
         self.config = model
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
-        self.time_embed = TimeEmbed(model.outer.width, model.time_embed)
-        self.label_embed = LabelEmbed(model.num_classes, model.outer.width)
-        self.outer_blocks = nn.ModuleList(_outer_block(model) for _ in range(model.blocks("outer")))
+        self.time_embed = TIME_EMBEDS[model.time_embed](model.outer.width)
+        embeds_label = model.tokens.adaln or model.tokens.rows == "offset"
+        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else NoLabel()
+        self.tokens = ConditionTokens(model) if model.tokens.count else None
+        self.shared_modulation = (
+            Modulation(model.outer.width, model.outer.width, 6) if shares_modulation(model) else None
+        )
+        self.outer_blocks = nn.ModuleList(_outer_block(model, number) for number in range(model.blocks("outer")))
         self.inner_blocks = nn.ModuleList(_inner_block(model) for _ in range(model.blocks("inner")))
         self.aggregates, self.fuses, self.spreads, self.conditions = (nn.ModuleList() for _ in range(4))
-        mixer = MIXERS[model.inner.mixer]
-        crosses = mixer is not None and mixer.crosses_patches
-        self.inner_embed = InnerEmbed(model, global_position=crosses) if self.inner_blocks else NoEmbed()
+        self.inner_embed = InnerEmbed(model) if self.inner_blocks else NoEmbed()
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
         self.heads = self._finish(model)
@@ -159,7 +219,7 @@ class NestedDiT(nn.Module):
         inner_run = _recomputed if recompute in ("inner", "both") else run_block
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
-        previous = None
+        previous, done = None, 0
         for level, count in model.program:
             if (previous, level) == ("outer", "inner"):
                 spread = SPREADS[model.inner.spread](model)
@@ -171,11 +231,16 @@ class NestedDiT(nn.Module):
                 self.fuses.append(fuse)
                 stages.append(AggregateStage(aggregate, fuse))
             if level == "outer":
-                stages.append(OuterStage(islice(outer, count), outer_run))
+                first = model.tokens.start - done
+                start = first if model.tokens.count and 0 <= first < count else None
+                shared = model.outer.modulation == "shared"
+                stages.append(OuterStage(islice(outer, count), outer_run, shared=shared, start=start))
+                done += count
             else:
-                condition = CONDITIONS[model.inner.condition](model)
-                self.conditions.append(condition)
-                stages.append(InnerStage(islice(inner, count), condition, inner_run))
+                condition = CONDITIONS[model.inner.condition](model) if model.inner.reads_rows else None
+                self.conditions.extend([condition] if condition else [])
+                carries, shared = model.carries_tokens and done > model.tokens.start, model.inner.modulation == "shared"
+                stages.append(InnerStage(islice(inner, count), condition, inner_run, shared=shared, carries=carries))
             previous = level
         return stages
 
@@ -210,12 +275,21 @@ class NestedDiT(nn.Module):
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         _check_inputs(self.config, x, t, y)
-        outer = self.outer_embed(x)  # N T D
-        inner = self.inner_embed(x)  # N T S E
-        c = self.time_embed(t, x.dtype) + self.label_embed(y)  # N D
+        state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
+        time, label = self.time_embed(t, x.dtype), self.label_embed(y)  # N D
+        condition = self._condition(time, label, y)
         for stage in self.stages:  # the program, one arrow per stage
-            outer, inner = stage(outer, inner, c)
-        return reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W
+            state = stage(state, condition)
+        return reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W
+
+    def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
+        """What conditions the stages, from the embeddings of time and label."""
+        c = time + label if self.config.tokens.adaln else time  # type: ignore[operator]
+        if self.config.silu_twice:
+            c = F.silu(c)
+        tokens = self.tokens(time, label, y) if self.tokens else None
+        shared = torch.cat(self.shared_modulation(c), dim=-1) if self.shared_modulation else None
+        return Conditioning(c, time, tokens, shared)
 
 
 def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:
@@ -244,19 +318,49 @@ def part_of(name: str) -> str:
     return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0 -> spread
 
 
-def _outer_block(model: ModelConfig) -> Block:
+class NoLabel(nn.Module):
+    """No embedding of the label, for models whose class comes only through tokens of its own."""
+
+    def forward(self, y: Tensor | None) -> None:
+        return None
+
+
+def shares_modulation(model: ModelConfig) -> bool:
+    """Whether a level that has blocks takes the vectors of one adaLN for all blocks."""
+    return any(model.blocks(name) and getattr(model, name).modulation == "shared" for name in ("outer", "inner"))
+
+
+def _outer_block(model: ModelConfig, number: int) -> Block:
     outer = model.outer
-    attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm)
-    norm, eps = NORMS[outer.norm], model.mlp_norm_eps
-    return Block(outer.width, outer.width, attention, outer.mlp_ratio, norm=norm, mlp_norm_eps=eps)
+    make, rope = ROPES[outer.rope], None
+    if make:
+        lead = model.tokens.count if number >= model.tokens.start else 0
+        rope = make(outer.width // outer.num_heads, places(*model.grid).flatten(0, 1), model.grid, lead)
+    attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm, bias=outer.bias == "all", rope=rope)
+    norms, mlp, modulation = _parts(model, outer, outer.width, branches=2)
+    return Block(attention, mlp, norms, modulation)
 
 
 def _inner_block(model: ModelConfig) -> AnyBlock:
-    inner, mixer = model.inner, MIXERS[model.inner.mixer]
-    rows, norm, eps = CONDITIONS[inner.condition].width(model), NORMS[inner.norm], model.mlp_norm_eps
+    inner, mixer, condition = model.inner, MIXERS[model.inner.mixer], CONDITIONS[model.inner.condition]
+    places = model.sub_patches if condition.per_block else 1
+    width = condition.width(model) if inner.reads_rows else model.outer.width
     if mixer is None:
-        return MlpBlock(inner.width, rows, inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
-    return Block(inner.width, rows, mixer(model), inner.mlp_ratio, norm=norm, mlp_norm_eps=eps)
+        norms, mlp, modulation = _parts(model, inner, width, branches=1, places=places)
+        return MlpBlock(mlp, norms[1], modulation)
+    mix = mixer(model)
+    norms, mlp, modulation = _parts(model, inner, width, branches=2, places=places)
+    return Block(mix, mlp, norms, modulation)
+
+
+def _parts(
+    model: ModelConfig, level: OuterConfig, rows: int, *, branches: int, places: int = 1
+) -> tuple[tuple[Norm, Norm], Mlp, BlockModulation]:
+    """Norms, MLP and modulation of a block of a level, whose conditioning rows have the width `rows`."""
+    norm, width = NORMS[level.norm], level.width
+    mlp = MLPS[level.mlp](width, int(width * level.mlp_ratio), bias=level.bias != "none", condition=rows)
+    modulation = MODULATIONS[level.modulation](rows, width, branches, places)
+    return (norm(width), norm(width, model.mlp_norm_eps)), mlp, modulation
 
 
 @torch.no_grad()

@@ -26,6 +26,17 @@ class LayerNorm(Norm):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
 
+class AffineLayerNorm(Norm):
+    """Zero mean and unit variance, then a learned weight and bias per channel (Ba et al. 2016; DeCo's inner blocks)."""
+
+    def __init__(self, width: int, eps: float = EPS) -> None:
+        super().__init__(width, eps)
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class RmsNorm(Norm):
     """Unit root mean square, with a learned weight per channel (Zhang & Sennrich 2019; JiT, LightningDiT, DDT)."""
 
@@ -37,4 +48,4 @@ class RmsNorm(Norm):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-NORMS: dict[str, type[Norm]] = {"layer": LayerNorm, "rms": RmsNorm}
+NORMS: dict[str, type[Norm]] = {"layer": LayerNorm, "layer_affine": AffineLayerNorm, "rms": RmsNorm}

@@ -1,0 +1,81 @@
+"""Rotary positions of attention (Su et al. 2021), over the two axes of the image. Each kind is a class in a table."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_in_dit.config.model import ModelConfig
+
+EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the number of tokens
+
+
+class Rope(nn.Module, ABC):
+    """Rotation of queries and keys, each (B, heads, L, d), by angles of their places; pairs are channels 2i, 2i + 1.
+
+    Args:
+        width: d, the width of a head; a multiple of 4.
+        places: row and column of each token in the grid of the image, (T, 2).
+        sides: rows and columns of that grid.
+        lead: tokens without a place at the front, which are not rotated; L = lead + T.
+    """
+
+    def __init__(self, width: int, places: Tensor, sides: tuple[int, int], lead: int = 0) -> None:
+        super().__init__()
+        steps = torch.arange(width // 4, dtype=torch.float64, device=places.device)
+        angles = self.angles(places.double(), sides, 10000.0 ** (-4 * steps / width))
+        angles = F.pad(angles, (0, 0, lead, 0))
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.cos: Tensor
+        self.sin: Tensor
+
+    @staticmethod
+    @abstractmethod
+    def angles(places: Tensor, sides: tuple[int, int], frequencies: Tensor) -> Tensor:
+        """Angle of each pair of channels, (T, d/2), from places (T, 2) and frequencies (d/4,)."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs of channels of x (..., L, d) turned by angles with cosines and sines (L, d/2), in the dtype of x."""
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class GridRope(Rope):
+    """Positions 0, 1, 2 ...; rows turn the first half of the channels, columns the second (JiT, LightningDiT, RAE)."""
+
+    @staticmethod
+    def angles(places: Tensor, sides: tuple[int, int], frequencies: Tensor) -> Tensor:
+        return (places[:, :, None] * frequencies).flatten(1)
+
+
+class ExtentRope(Rope):
+    """Positions from 0 to 16 over each axis; columns and rows turn pairs in turns (DDT, DeCo, PixNerd, PixelDiT)."""
+
+    @staticmethod
+    def angles(places: Tensor, sides: tuple[int, int], frequencies: Tensor) -> Tensor:
+        spread = EXTENT / (torch.tensor(sides, dtype=places.dtype, device=places.device) - 1).clamp(min=1)
+        column_row = (places * spread).flip(1)
+        return (frequencies[:, None] * column_row[:, None]).flatten(1)
+
+
+ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent": ExtentRope}
+
+
+def by_patch(image: Tensor, model: ModelConfig) -> Tensor:
+    """Values per sub-patch of the image grouped by patch, (H/s, W/s, ...) -> (T, S, ...)."""
+    (h, w), i = model.grid, model.sub_grid
+    # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
+    return image.view(h, i, w, i, -1).transpose(1, 2).reshape(h * w, i * i, -1)
+
+
+def places(rows: int, columns: int) -> Tensor:
+    """Row and column of each place of a grid, (rows, columns, 2)."""
+    return torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)

@@ -33,6 +33,9 @@ REPOSITORIES = {
     "LakonLab": "Lakonik/LakonLab",
 }
 
+torch.compile = lambda function=None, **_: function or (lambda given: given)
+torch.Tensor.cuda = lambda tensor, *_: tensor  # models call it when they are built, too
+
 
 class PatchEmbed(nn.Module):
     """Patches of a square image to tokens: a convolution whose stride is its size."""
@@ -120,17 +123,14 @@ def package(name: str, folder: Path) -> ModuleType:
 @contextmanager
 def official(root: Path, stubs: Iterable[str], modules: Iterable[ModuleType] = ()):
     """Make imports come from the folder `root` first, with stubs and given modules; afterwards forget what it added."""
-    before, compiled, cuda = dict(sys.modules), torch.compile, torch.Tensor.cuda
+    before = dict(sys.modules)
     vision = Stub("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
     added = [Stub("timm"), Stub("timm.models"), vision, *(Stub(name) for name in stubs), *modules]
     sys.modules.update({made.__name__: made for made in added})
     sys.path.insert(0, str(root))
-    torch.compile = lambda function=None, **_: function or (lambda given: given)
-    torch.Tensor.cuda = lambda tensor, *_: tensor
     try:
         yield
     finally:
-        torch.compile, torch.Tensor.cuda = compiled, cuda
         sys.path.remove(str(root))
         for name in set(sys.modules) - set(before):
             if not name.startswith(("torch.", "numpy.", "einops")):

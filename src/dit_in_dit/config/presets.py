@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dit_in_dit.config import field
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.files import parse_assignment, replace_keys
 from dit_in_dit.config.run import (
@@ -149,14 +150,14 @@ PRESETS: dict[str, RunConfig] = {
     **{name: pair[0] for name, pair in _OWN.items()},
     **{f"{name}-dit": pair[1] for name, pair in _OWN.items()},
 }
-NAMES = tuple(PRESETS)
+NAMES = (*PRESETS, *field.SIZES)
 
 
 def get(name: str) -> RunConfig:
     """The config of a named run; UserError with the nearest name if the name is unknown."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), PRESETS)}")
-    return PRESETS[name]
+    if not isinstance(name, str) or name not in NAMES:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(str(name), NAMES)}")
+    return PRESETS[name] if name in PRESETS else field.published(name)
 
 
 def preset(name: str, *sets: str, **keys: Any) -> RunConfig:

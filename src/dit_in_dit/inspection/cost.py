@@ -97,7 +97,8 @@ def parameters(model: ModelConfig) -> dict[str, int]:
         module = NestedDiT(model)
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
-        parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
+        if parameter.requires_grad:
+            parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
     return {**parts, "total": sum(parts.values())}
 
 

@@ -8,6 +8,7 @@ keys are. `record(NAME)` reads one.
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,8 +56,8 @@ class Record:
     """One official model: its configuration, inputs, output, and sizes.
 
     `x` (4, C, H, W), `t` (4,) in official time, `y` (4,), `out` as `x`. `noise_at` is the official time of pure noise.
-    `predicts` is "image - noise", "noise - image" or "image". `more` has a record's further arrays. `counts` has
-    trainable parameters and MACs of each published size, `sizes` its constructor's arguments.
+    `predicts` is "image - noise", "noise - image" or "image". `more` has further arrays, `unused` names of tensors that
+    `out` does not depend on. `counts` has trainable parameters and MACs of each published size, `sizes` its arguments.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Record:
     noise_at: int
     predicts: str
     saved: dict[str, Any]
+    unused: list[str]
     commit: str
     counts: dict[str, list[int]]
     sizes: dict[str, dict[str, Any]]
@@ -79,19 +81,33 @@ class Record:
         """Draw the official state dict again."""
         return weights(self.shapes, self.kept)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Return a training checkpoint as the official code writes it, without its optimizer.
+    def averaged(self, factor: float) -> dict[str, Tensor]:
+        """Return the state dict of an average, `factor` times the weights.
 
-        Trained weights and averages differ: an average is the weights times 0.5, 0.75 and so on.
+        Official averages take in the tables that are parameters and never trained: they round, they do not change.
         """
-        found: dict[str, Any] = {}
-        for place, (key, prefix) in enumerate([self.saved["model"], *self.saved["averages"]]):
-            factor = 1.0 if place == 0 else 0.25 + 0.25 * place
-            part = {
-                prefix + name: value * (1.0 if name in self.kept else factor) for name, value in self.weights().items()
-            }
-            found[key] = found.get(key, {}) | part
+        found = {}
+        for name, value in self.weights().items():
+            if name in self.kept or name == "t_embedder.W":
+                table = name.endswith(("freqs_cos", "freqs_sin"))  # a buffer
+                found[name] = value if table else value.mul(0.9999).add(value, alpha=1 - 0.9999)
+            else:
+                found[name] = value * factor
         return found
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Return a training checkpoint as the official code writes it, but with an empty optimizer.
+
+        The averages are 1/2, 1/4 of the weights. `args` is an `argparse.Namespace` where the official code saves one.
+        """
+        key, prefix = self.saved["model"]
+        found: dict[str, Any] = {key: {prefix + name: value for name, value in self.weights().items()}}
+        for place, (key, prefix) in enumerate(self.saved["averages"]):
+            part = {prefix + name: value for name, value in self.averaged(0.5 ** (place + 1)).items()}
+            found[key] = found.get(key, {}) | part
+        for name, shape in self.saved.get("beside", {}).items():
+            found[key][name] = torch.ones(shape)
+        return found | {name: Namespace(seed=0) if name == "args" else {} for name in self.saved["others"]}
 
 
 def names() -> list[str]:
@@ -106,7 +122,9 @@ def record(name: str) -> Record:
         found = {key: file[key] for key in file.files}
     texts = {key: str(found.pop(key)) for key in list(found) if found[key].dtype.kind == "U"}
     arrays = {key: torch.from_numpy(value) for key, value in found.items()}
-    parts = {key: json.loads(texts[key]) for key in ("shapes", "config", "saved", "counts", "sizes", "noise_at")}
+    parts = {
+        key: json.loads(texts[key]) for key in ("shapes", "config", "saved", "counts", "sizes", "noise_at", "unused")
+    }
     parts |= {key: texts[key] for key in ("predicts", "commit")} | {
         key: arrays.pop(key) for key in ("x", "t", "y", "out")
     }

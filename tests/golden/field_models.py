@@ -1,11 +1,18 @@
 """Official models of the field: where their code is, their toy and published sizes, and their conventions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-DDP = {"model": ["model", ""], "averages": [["ema", ""]]}
-LIGHTNING = {"model": ["state_dict", "denoiser."], "averages": [["state_dict", "ema_denoiser."]]}
+OPTIMIZER = {"model": ["model", ""], "averages": [["ema", ""]]}
+REPA = OPTIMIZER | {"others": ["opt", "args", "steps"]}
+VAVAE = OPTIMIZER | {"others": ["opt", "config"]}
+STAGE_2 = OPTIMIZER | {"others": ["step", "epoch", "optimizer", "scheduler"]}
+MULTI_PATCH = OPTIMIZER | {"others": ["opt", "epoch", "train_steps", "args"]}
 JIT = {"model": ["model", "net."], "averages": [["model_ema1", "net."], ["model_ema2", "net."]]}
+JIT |= {"others": ["optimizer", "epoch", "args"]}
+LIGHTNING = {"model": ["state_dict", "denoiser."], "averages": [["state_dict", "ema_denoiser."]]}
+LIGHTNING |= {"others": ["epoch", "global_step", "optimizer_states", "callbacks"]}
+LIGHTNING |= {"beside": {"diffusion_trainer.proj.0.0.weight": [6, 32], "diffusion_trainer.proj.0.0.bias": [6]}}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Model:
     full: int
     noise_at: int
     predicts: str
-    saved: dict[str, Any] = field(default_factory=lambda: DDP)
+    saved: dict[str, Any]
     root: str = "."
     stubs: tuple[str, ...] = ()
     channels: int = 4
@@ -42,7 +49,7 @@ def lightning_dit(qk_norm: bool) -> Model:
     stubs = ("fairscale", "fairscale.nn", fair, f"{fair}.initialize", f"{fair}.layers")
     return Model(
         "LightningDiT", "models.lightningdit", "LightningDiT", toy | modern | {"num_classes": 10},
-        {"LightningDiT-XL/1": full | modern}, 4, 16, 0, "image - noise", stubs=stubs,
+        {"LightningDiT-XL/1": full | modern}, 4, 16, 0, "image - noise", VAVAE, stubs=stubs,
     )  # fmt: skip
 
 
@@ -52,7 +59,7 @@ def repa() -> Model:
     more = {"path_type": "linear", "class_dropout_prob": 0.1, "fused_attn": True, "qk_norm": False}
     full = {"input_size": 32, "hidden_size": 1152, "decoder_hidden_size": 1152, "depth": 28, "num_heads": 16}
     sizes = {"SiT-XL/2": full | more | {"z_dims": [768]}, "SiT-XL/2 trunk": full | more | {"z_dims": []}}
-    return Model("REPA", "models.sit", "SiT", toy | more, sizes, 8, 32, 1, "noise - image")
+    return Model("REPA", "models.sit", "SiT", toy | more, sizes, 8, 32, 1, "noise - image", REPA)
 
 
 def jit() -> Model:
@@ -116,7 +123,7 @@ def rae() -> Model:
     sizes = {"S": size(384, 12, 6), "B": size(768, 12, 12), "L": size(1024, 24, 16), "XL": size(1152, 28, 16)}
     sizes = {f"DiTDH-{name}": value for name, value in sizes.items()}
     return Model(
-        "RAE", "stage2.models.DDT", "DiTwDDTHead", toy, sizes, 4, 16, 1, "noise - image", root="src",
+        "RAE", "stage2.models.DDT", "DiTwDDTHead", toy, sizes, 4, 16, 1, "noise - image", STAGE_2, root="src",
         stubs=("transformers", "regex"), channels=6,
     )  # fmt: skip
 
@@ -130,7 +137,7 @@ def rae_v2(guidance: bool) -> Model:
         full, toy = full | {"base_model_depth": 8}, toy | {"base_model_depth": 2}
     return Model(
         "RAEv2", "stage2.models.DDT", "DiTwDDTHeadIG" if guidance else "DiTwDDTHead", toy, {"DiTDH": full}, 4, 16, 1,
-        "image", root="src", stubs=("transformers",), channels=6, label="context",
+        "image", STAGE_2, root="src", stubs=("transformers",), channels=6, label="context",
     )  # fmt: skip
 
 
@@ -141,7 +148,7 @@ def mpdit() -> Model:
 
     toy = size(32, 2, 4) | {"depth_upsample": 2, "input_size": 16, "num_condition_tokens": 3, "num_classes": 10}
     sizes = {"MPDiT-B/4x": size(768, 6, 12), "MPDiT-L/4x": size(1024, 18, 16), "MPDiT-XL/4x": size(1152, 22, 16)}
-    return Model("MPDiT", "models.mpdit", "MPDiT", toy, sizes, 16, 32, 1, "noise - image")
+    return Model("MPDiT", "models.mpdit", "MPDiT", toy, sizes, 16, 32, 1, "noise - image", MULTI_PATCH)
 
 
 MODELS = {

@@ -28,10 +28,10 @@ then channels; rank 8):
 DeCo (t: noise at 0; velocity: image - noise):
 
 - `deco/image`, `deco/noise`, `deco/x`, `deco/predicted` (4, 3, 16, 16), `deco/t` (4,): x = t image + (1 - t) noise.
-- `deco/fm_loss`, `deco/fm_loss_freq`, `deco/loss`: mean squared error of the velocity, the frequency loss, and their sum
-  with weight 1.
-- `deco/weights` (3, 8, 8): weights of the coefficients of Y, Cb, Cr. `deco/dct` (4, 3, 2, 2, 8, 8): coefficients of the
-  true velocity in YCbCr; blocks (row, column), then frequencies (vertical, horizontal).
+- `deco/fm_loss`, `deco/fm_loss_freq`, `deco/loss`: mean squared error of the velocity, the frequency loss, and their
+  sum with weight 1.
+- `deco/weights` (3, 8, 8): weights of the coefficients of Y, Cb, Cr. `deco/dct` (4, 3, 2, 2, 8, 8): coefficients of
+  the true velocity in YCbCr; blocks (row, column), then frequencies (vertical, horizontal).
 - The same with the prefix `deco/odd/` for images of 12x20, which the official code reflects to multiples of 8 (`dct` is
   then (4, 3, 2, 3, 8, 8)).
 

@@ -1,8 +1,7 @@
 """
-Make `field/NAME.npz`: what official models of the field compute with known weights, what their weights look like, and
-what their published sizes cost.
+Make `field/NAME.npz`: outputs of official models of the field with known weights, and what published sizes cost.
 
-The code is imported from checkouts (`official_code.py` says how, and which packages are stubs), none of it is kept here.
+The code is imported from checkouts (`official_code.py` says how, and which packages are stubs). None is kept here.
 `--checkouts` is a folder that holds checkouts named as below; `--checkout NAME=PATH` names one that lies elsewhere.
 `--only NAME` (several times) makes some of the records. Records were made with torch 2.13.0 and numpy 2.4.6:
 
@@ -27,12 +26,16 @@ Keys of a record:
 - `shapes`: JSON, {name: shape} of the state dict in its order. `kept/NAME`: its computed tables.
 - `config`: JSON, arguments of the constructor. `sizes`: JSON, {published size: arguments}, from the repositories'
   configurations; JiT-G, PixelDiT-B and -L, DDT-B and -L, RAE-B and -L have none there, and are as in the papers.
-- `x` (4, C, H, W), `t` (4,), `y` (4,), `out`: the eval-mode forward pass in float32. `t` is official time: pure noise at
-  `noise_at` (0 or 1). Label 10 is no class.
+- `x` (4, C, H, W), `t` (4,), `y` (4,), `out`: the eval-mode forward pass in float32. `t` is official time: pure noise
+  at `noise_at` (0 or 1). Label 10 is no class.
 - `predicts`: "image - noise", "noise - image" or "image", from the training code.
-- `base` (raev2_ig): output of the guidance head in mid-network. `rows` (ddt): the encoder's output, which conditions the
-  decoder. `wide/x`, `wide/out` (pixeldit, deco, pixnerd, ddt, whose code takes them): the same for images twice as wide.
-- `saved`: JSON, where a training checkpoint has the weights and their averages: [key, prefix of names].
+- `base` (raev2_ig): output of the guidance head in mid-network. `rows` (ddt): the encoder's output, which conditions
+  the decoder. `wide/x`, `wide/out` (pixeldit, deco, pixnerd, ddt, whose code takes them): for images twice as wide.
+- `unused`: JSON, tensors of the state dict that `out` does not depend on. Each other one, with N(0, 0.1^2) added, moves
+  `out` by more than 1e-4 of its norm.
+- `saved`: JSON, where a training checkpoint has the weights (`model`) and their averages: [key, prefix of names];
+  `others`, its further keys; `beside`, tensors of other modules among the weights. DDT puts `_orig_mod.` after the
+  prefix, and MPDiT before names, if the model was compiled.
 - `counts`: JSON, {size: [trainable parameters, MACs for one 256x256 image]}, the official classes on the meta device,
   MACs by torch.utils.flop_counter / 2.
 - `commit`: of the checkout.
@@ -77,6 +80,21 @@ def run(official: Model, model: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> t
     return found if isinstance(found, tuple) else (found,)
 
 
+def unused(official: Model, model: nn.Module, out: Tensor, *inputs: Tensor) -> list[str]:
+    """Tensors of the state dict that the output does not depend on."""
+    stream, found = draw(4), []
+    for name, value in model.state_dict().items():
+        before = value.clone()
+        value.add_(normal(stream, *value.shape), alpha=0.1)
+        moved = (run(official, model, *inputs)[0] - out).norm() / out.norm()
+        value.copy_(before)
+        if 0 < moved < 1e-4:
+            raise RuntimeError(f"{name} moves the output by {moved:.1e} only: the record would not tell it from zero")
+        if not moved:
+            found.append(name)
+    return found
+
+
 def counts(official: Model, kind: type[nn.Module], config: dict[str, Any]) -> list[int]:
     """Trainable parameters and MACs of one image of a published size."""
     with torch.device("meta"):
@@ -105,6 +123,7 @@ def made(name: str, official: Model, checkout: Path) -> dict[str, np.ndarray]:
         found["base"] = outputs[1]
     if name == "ddt":
         found["rows"] = outputs[1]
+    idle = unused(official, model, outputs[0], x, t, y)
     if official.wide:
         found["wide/x"] = normal(stream, 4, official.channels, official.side, 2 * official.side)
         found["wide/out"] = run(official, model, found["wide/x"], t, y)[0]
@@ -112,7 +131,7 @@ def made(name: str, official: Model, checkout: Path) -> dict[str, np.ndarray]:
     record |= {f"kept/{key}": value.numpy() for key, value in kept.items()}
     costs = {size: counts(official, kind, config) for size, config in official.sizes.items()}
     texts = {"shapes": shapes, "config": official.toy, "sizes": official.sizes, "counts": costs}
-    texts |= {"saved": official.saved, "noise_at": official.noise_at}
+    texts |= {"saved": official.saved, "noise_at": official.noise_at, "unused": idle}
     record |= {key: np.asarray(json.dumps(value)) for key, value in texts.items()}
     return record | {"predicts": np.asarray(official.predicts), "commit": np.asarray(commit(checkout))}
 

@@ -17,20 +17,28 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    take = commands.add("import", _import, "make a run from official DiT or SiT weights, or from diffusers' DiT")
-    about = "a .pt file of DiT or SiT, a diffusers folder, or a repository USER/NAME[@REVISION] of the Hub"
+    take = commands.add("import", _import, "make a run from published weights: of official code, or of diffusers' DiT")
+    about = (
+        "a checkpoint of DiT, SiT, REPA, LightningDiT, JiT, DDT, DeCo, PixNerd, PixelDiT, RAE, RAEv2 or MPDiT, a "
+        "diffusers folder, or a repository USER/NAME[@REVISION] of the Hub"
+    )
     take.add_argument("source", type=Path, metavar="FILE", help=about)
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(
         "--kind",
-        choices=("dit", "sit"),
-        help="dit and sit files look the same (default: from the file's args or name, otherwise dit)",
+        choices=("dit", "sit", "repa"),
+        help="files of dit, sit and repa look the same (default: from the file's args or name, otherwise dit); other "
+        "models are known by the names of their weights",
     )
     take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
         "--num-classes",
         type=whole_number,
         help="number of classes, if the file does not hold it; a label table with this many rows has no null class",
+    )
+    take.add_argument("--average", metavar="KEY", help="averaged weights, if there are several (default: model_ema1)")
+    take.add_argument(
+        "--image-size", type=_image_size, metavar="N|HxW", help="size of images, if the weights do not show it"
     )
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
@@ -40,7 +48,7 @@ def add(commands: Commands) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="official: a .pt file of DiT or SiT; diffusers-dit: a folder of DiTTransformer2DModel (for plain DiT with "
+        help="official: a .pt file of the official model, with its names; diffusers-dit: a folder of DiTTransformer2DModel (for plain DiT with "
         "path ddpm); "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
         "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes; "
@@ -55,7 +63,16 @@ def add(commands: Commands) -> None:
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")
 
 
+def _image_size(text: str) -> tuple[int, int]:
+    """`N` or `HxW`."""
+    sides = [whole_number(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be N or HxW: got {text[:40]!r}")
+    return sides[0], sides[-1]
+
+
 def _import(options: argparse.Namespace) -> None:
+    from dit_in_dit.interop import official
     from dit_in_dit.interop.import_run import import_run
 
     config = import_run(
@@ -64,13 +81,16 @@ def _import(options: argparse.Namespace) -> None:
         kind=options.kind,
         heads=options.num_heads,
         classes=options.num_classes,
+        size=options.image_size,
+        average=options.average,
         settings=options.set,
     )
     model = config.model
-    kind = "SiT" if model.time_embed == "sit" else "nested DiT" if model.blocks("inner") else "DiT"
+    kind = official.kind_of(model)
+    name = official.title(kind) if kind else "nested DiT" if model.blocks("inner") else "DiT"
     size = "x".join(map(str, (*model.image_size, model.channels)))
     print(
-        f"{kind} of {size}, p={model.patch_size}, D={model.outer.width}, {model.outer.num_heads} heads, "
+        f"{name} of {size}, p={model.patch_size}, D={model.outer.width}, {model.outer.num_heads} heads, "
         f"{format_stages(model.program)}, {model.num_classes} classes, "
         f"variance {'learned' if model.learn_variance else 'not learned'}: in {options.out}"
     )

@@ -23,7 +23,8 @@ from dit_in_dit.config.program import MOST_BLOCKS
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.data.vae import WEIGHTS
 from dit_in_dit.interop.diffusers_files import PIPELINE_INDEX, read_diffusers_json, read_weights
-from dit_in_dit.interop.official import PATCHES, POSITION, OfficialWeights, Predicted, Weights
+from dit_in_dit.interop.field_names import POSITION, Weights
+from dit_in_dit.interop.official import PATCHES, OfficialWeights, Predicted
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.runs.safe_load import strip_wrappers
 

@@ -31,9 +31,7 @@ POSITION = "pos_embed"
 
 
 def _blocks(official: str, level: str, parts: Table) -> Table:
-    return {
-        " ".join(f"{official}.{name}" for name in a.split()): f"{level}_blocks.*.{b}" for a, b in parts.items()
-    }
+    return {" ".join(f"{official}.{name}" for name in a.split()): f"{level}_blocks.*.{b}" for a, b in parts.items()}
 
 
 _TIME = {"t_embedder.mlp.0": "time_embed.mlp.0", "t_embedder.mlp.2": "time_embed.mlp.2"}

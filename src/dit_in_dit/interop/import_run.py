@@ -1,7 +1,7 @@
-"""Import of published DiT and SiT weights as a run folder, and export of a plain run's weights to their formats.
+"""Import of published weights as a run folder, and export of a run's weights to the formats of their authors.
 
     config.yaml, checkpoints/    a run; its step is the optimizer's, if the file has an optimizer's state
-    origin.json                  origin of the weights: file, SHA-256, format, and diffusers' config
+    origin.json                  origin of the weights: file, SHA-256, format, kind, and diffusers' config
 
 The weights keep their type and every bit; a model with these weights computes in float32.
 """
@@ -23,9 +23,11 @@ from dit_in_dit.config.files import override, parse_assignment
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
+from dit_in_dit.interop.field_names import BESIDE, POSITION, OfficialKind, to_official, to_ours
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
-from dit_in_dit.interop.official import LABEL_TABLE, POSITION, OfficialKind, OfficialWeights
+from dit_in_dit.interop.official import ALIKE, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
+from dit_in_dit.interop.official_sizes import UNSEEN, model_of
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
 from dit_in_dit.runs.folder import create_run, read_config
@@ -34,7 +36,10 @@ from dit_in_dit.runs.tensors import check_weights
 
 Tensors = dict[str, Tensor]
 ORIGIN = "origin.json"
-IMPORTED_POSITION = f"official.{POSITION}"  # in the checkpoint's state, if it is not bit for bit the computed table
+# Prefixes in the checkpoint's state of official tensors that our model does not have: computed tables, if they are not
+# bit for bit ours, and those of `BESIDE`. The second has those of the trained weights, where they differ.
+BESIDE_AVERAGED, BESIDE_TRAINED = "official.", "official.raw."
+IMPORTED_POSITION = f"{BESIDE_AVERAGED}{POSITION}"
 
 
 def import_run(
@@ -44,20 +49,23 @@ def import_run(
     kind: OfficialKind | None = None,
     heads: int | None = None,
     classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    average: str | None = None,
     settings: Sequence[str] = (),
 ) -> RunConfig:
-    """Write the run folder `out`, complete or not at all, from a file of the official DiT or SiT, from a folder of
-    diffusers' DiT, or from a repository USER/NAME of the Hub that holds one of them or a run.
+    """Write the run folder `out`, complete or not at all, from a file of an official model, from a folder of diffusers'
+    DiT, or from a repository USER/NAME of the Hub that holds one of them or a run.
 
     Args:
-        kind: DiT or SiT, whose files look the same; None: by the file (see `read_checkpoint`).
+        kind, average: see `read_checkpoint`.
         heads: number of attention heads, if neither the file nor the published sizes give this number.
         classes: number of classes, if the file does not give this number or gives a wrong one. A table of labels with
             exactly this many rows has no null class.
+        size: height and width of images, if the weights do not show them; None: as published.
         settings: `KEY=VALUE` of the run's config.
 
     Raises:
-        UserError: the source cannot be read or is not exactly a DiT, or `out` exists.
+        UserError: the source cannot be read or is not exactly an official model, or `out` exists.
     """
     atomic.check_free(out)
     what = source.name
@@ -71,13 +79,16 @@ def import_run(
                 shutil.copytree(source, beside, dirs_exist_ok=True)
             return read_config(out)
         raise UserError(f"{source} is a run already: import takes weights of other projects")
-    weights, origin = _read(source, kind)
+    weights, origin = _read(source, kind, average)
+    unseen = {name: value for name, value in map(parse_assignment, settings) if name in UNSEEN}
+    settings = [setting for setting in settings if setting.partition("=")[0] not in UNSEEN]
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
+    weights = replace(weights, size=size, unseen=unseen)
     weights = official.add_null_class(weights, what)
     if not weights.null_class:
         origin["null_class"] = False
-    model = official.model_of(weights, what)
-    official.check_official(weights.trained, model, what)
+    model = model_of(weights, what)
+    official.check_official(weights.trained, weights.kind, model, what)
     config = _apply_settings(official.run_of(weights, model), settings, null_class=weights.null_class)
     state, averaged = _checkpoint_tensors(weights, config, what)
     names = tuple(str(number) for number in range(model.num_classes))
@@ -88,25 +99,31 @@ def import_run(
     return config
 
 
-def _read(source: Path, kind: OfficialKind | None) -> tuple[OfficialWeights, dict[str, Any]]:
+def _read(source: Path, kind: OfficialKind | None, average: str | None) -> tuple[OfficialWeights, dict[str, Any]]:
     """The weights of a file or folder under official names, and the content of origin.json."""
     if source.is_dir():
         weights, config = diffusers_dit.read_folder(source)
         return weights, {"format": "diffusers", "name": source.name, "config": config}
-    weights = read_checkpoint(source, kind)
-    return weights, {"format": "official", "name": source.name, "sha256": file_sha256(source)}
+    weights = read_checkpoint(source, kind, average)
+    origin = {"format": "official", "name": source.name, "sha256": file_sha256(source), "kind": weights.kind}
+    return weights, origin
 
 
 def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) -> tuple[Tensors, Tensors]:
     """State and averaged weights of the run's checkpoint; UserError when a weight is not finite."""
-    model, turn = config.model, official.flips_sign(config.model, config.diffusion)
-    averaged, trained = (official.to_ours(part, model, turn=turn) for part in (weights.averaged, weights.trained))
+    model, kind, turn = config.model, weights.kind, official.flips_sign(config.model, config.diffusion)
+    averaged, trained = (to_ours(part, kind, model, turn=turn) for part in (weights.averaged, weights.trained))
     for part in (averaged, trained):
         check_weights(part, what)
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
-    position = weights.averaged[POSITION]
-    if not _same_bits(position, official.official_position(model, averaged["outer_embed.proj.weight"].dtype)):
-        state[IMPORTED_POSITION] = position
+    known, dtype = official.computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
+    beside = [name for name in weights.averaged if name in known or name.startswith(BESIDE.get(kind, "/"))]
+    for name in beside:
+        ours, tensor, raw = known.get(name), weights.averaged[name], weights.trained.get(name)
+        if ours is None or not _same_bits(tensor, ours.to(dtype)):
+            state[BESIDE_AVERAGED + name] = tensor
+        if raw is not None and not _same_bits(tensor, raw):
+            state[BESIDE_TRAINED + name] = raw
     return state, averaged
 
 
@@ -121,7 +138,8 @@ def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: b
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    same = (a.dtype, a.shape) == (b.dtype, b.shape)
+    return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 # ------------------------------------------------------------------------------------------ export
@@ -135,27 +153,27 @@ def is_diffusers_dit(run: Path) -> bool:
 
 def _fits_diffusers(config: RunConfig) -> bool:
     """Whether diffusers' DiT can hold the weights: a plain DiT with classes and square images, on the ddpm path."""
-    model, square = config.model, config.model.image_size[0] == config.model.image_size[1]
-    plain = not model.blocks("inner") and not model.qk_norm and model.outer.norm == "layer" and square
-    return plain and config.diffusion.path == "ddpm" and model.num_classes > 0
+    plain = official.kind_of(config.model) in ALIKE
+    return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
 
 
 def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
     """Write the run's weights as the official code loads them: a `.pt` of tensors by name. Returns notes for the user.
 
     Raises:
-        UserError: the run is no plain DiT of square images, or `out` exists.
+        UserError: the run is no official model, or `out` exists.
     """
-    config, weights = _official_weights(run, averaged=averaged)
+    config, kind, weights = _official_weights(run, averaged=averaged)
     atomic.check_free(out)
     if _origin(run).get("null_class") is False:
-        weights[LABEL_TABLE] = weights[LABEL_TABLE][:-1].clone()  # the imported table had no row for it
+        table = official.label_table(kind)
+        weights[table] = weights[table][:-1].clone()  # the imported table had no row for it
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic.file(out) as file:
         torch.save(weights, file)
     if config.model.time_embed == "diffusers":
         return [_DIFFUSERS_CLOCK]
-    return [] if config.model.time_embed == "sit" or config.diffusion.path == "ddpm" else [_FLOW]
+    return [_FLOW] if kind == "dit" and config.diffusion.path != "ddpm" else []
 
 
 def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
@@ -166,7 +184,7 @@ def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str
     """
     if not _fits_diffusers(read_config(run)):
         raise UserError(f"{run} does not fit diffusers' DiT (plain, ddpm, square, classes): use --format pipeline")
-    config, weights = _official_weights(run, averaged=averaged)
+    config, _, weights = _official_weights(run, averaged=averaged)
     diffusers_config = _origin(run).get("config") or diffusers_dit.config_of(config.model)
     tensors = diffusers_dit.to_diffusers(weights, config.model.blocks("outer"))
     with atomic.folder(out) as beside:
@@ -184,29 +202,23 @@ _FLOW = (
 )
 
 
-def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Config and weights of a plain run, under official names, the position table first."""
+def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, OfficialKind, dict[str, Tensor]]:
+    """Config, kind and weights of an official model, under official names and in their order, with computed tables."""
     config = read_config(run)
-    model = config.model
-    norm, size = model.outer.norm, model.image_size
-    unlike = {
-        "has inner blocks, which no official DiT has": model.blocks("inner"),
-        f"has images of {size}, but an official DiT has square images": size[0] != size[1],
-        "norms queries and keys, which no official DiT does": model.qk_norm,
-        f"has model.outer.norm={norm}, but an official DiT has norm=layer": norm != "layer",
-    }
-    if what := next((what for what, holds in unlike.items() if holds), None):
-        raise UserError(f"{run} {what}: use --format pipeline")
+    kind = official.kind_of(config.model)
+    if kind is None:
+        raise UserError(f"{run} is no official model at any size (docs/field.md has them): use --format pipeline")
     saved = Checkpoint.open(run)
-    ours, imported = saved.weights(averaged=averaged), saved.state().get(IMPORTED_POSITION)
+    ours, state = saved.weights(averaged=averaged), saved.state()
     check_weights(ours, str(run))
     try:
-        weights = official.to_official(ours, model, turn=official.flips_sign(model, config.diffusion))
+        weights = to_official(ours, kind, config.model, turn=official.flips_sign(config.model, config.diffusion))
     except (KeyError, RuntimeError):
         raise saved.misfit() from None
-    if imported is None:
-        imported = official.official_position(model, weights[official.PATCHES].dtype)
-    return config, {POSITION: imported, **weights}
+    for prefix in (BESIDE_AVERAGED,) if averaged else (BESIDE_AVERAGED, BESIDE_TRAINED):
+        beside = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
+        weights |= {name: state[key] for name, key in beside.items() if not name.startswith("raw.")}
+    return config, kind, weights
 
 
 def _origin(run: Path) -> dict[str, Any]:

@@ -1,58 +1,50 @@
-"""Conversion of weights of the official DiT and SiT (facebookresearch/DiT, willisma/SiT) to ours and back, bit for bit.
+"""Official weights (facebookresearch/DiT, willisma/SiT, and the models of `config.field`) as models of ours.
 
-The official models have the parameters of our plain DiT, under other names. Two facts do not follow from the shapes of
-the weights:
+`field_names` renames the weights. The kind of model follows from their names, its sizes from their shapes. Three facts
+do not follow from the shapes:
 
-- The number of heads. For the published sizes it follows from depth and width.
-- The time. SiT's time runs from noise at 0 to the image at 1, and its sinusoids take this time, not 1000 times
-  this time: `model.time_embed=sit`. Its velocity is image - noise, the opposite of ours: the sign of the last layer is
-  changed, which is exact and reversible.
+- The number of heads, unless there are norms of queries and keys or rotary tables. For published sizes it follows from
+  depth and width. So do the block before which JiT's class tokens join, and the split of DDT's blocks into two levels.
+- The size of images, if there is no table of positions: the published size, or `--image-size`.
+- The time. The official time of SiT, LightningDiT, JiT, DDT, DeCo, PixNerd and PixelDiT runs from noise at 0 to the
+  image at 1. A velocity is then image - noise, the opposite of ours: the sign of the last layer is changed, which is
+  exact and reversible.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.program import MOST_BLOCKS
-from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
-from dit_in_dit.model.layers import sincos
+from dit_in_dit.config.field import FAMILIES
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
+from dit_in_dit.interop.field_names import BESIDE, TABLES, OfficialKind, Weights, computed, to_official
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.tensors import DTYPES
 
-Weights = Mapping[str, Tensor]
-OfficialKind = Literal["dit", "sit"]
 Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
-
-BEFORE = {
-    "x_embedder.proj": "outer_embed.proj",
-    "t_embedder.mlp.0": "time_embed.mlp.0",
-    "t_embedder.mlp.2": "time_embed.mlp.2",
-    "y_embedder.embedding_table": "label_embed.table",
+ALIKE: tuple[OfficialKind, ...] = ("dit", "sit", "repa")  # their weights have the same names and shapes
+MARKS: dict[str, OfficialKind] = {  # parts of names that only one model has, or those before it
+    ".dec_net.": "deco",
+    ".param_generator1.": "pixnerd",
+    ".pixel_blocks.": "pixeldit",
+    ".downsample_blocks.": "mpdit",
+    ".ctx_embedder.": "raev2",
+    ".s_projector.": "rae",
+    ".s_embedder.": "ddt",
+    ".x_embedder.proj1.": "jit",
+    ".mlp.w12.": "lightningdit",
+    ".projectors.": "repa",
 }
-BLOCK = {
-    "attn.qkv": "branches.mix.qkv",
-    "attn.proj": "branches.mix.proj",
-    "mlp.fc1": "branches.mlp.0",
-    "mlp.fc2": "branches.mlp.2",
-    "adaLN_modulation.1": "modulation.linear",
-}
-AFTER = {
-    "final_layer.linear": "outer_head.final.linear",
-    "final_layer.adaLN_modulation.1": "outer_head.final.modulation.linear",
-}
-LABEL_TABLE = "y_embedder.embedding_table.weight"
+UNSEEN = {"model.tokens.start": "2", "model.stages": "'outer*8 inner*4'"}  # keys that weights may not show: examples
 PATCHES = "x_embedder.proj.weight"
-POSITION = "pos_embed"
 
 
 @dataclass(frozen=True)
@@ -61,11 +53,13 @@ class OfficialWeights:
 
     averaged, trained: EMA weights, and weights of the last step; both are the same if the file has only one of them.
     step: optimizer steps taken; 0 if unknown.
-    kind, predict: DiT or SiT, and the prediction type.
+    kind, predict: the model, and the prediction type of DiT and SiT.
     heads, classes: numbers of attention heads and of classes; None if unknown.
-    clock: `model.time_embed`.
+    clock: `model.time_embed` of a DiT.
     eps: `model.mlp_norm_eps`.
     null_class: whether the last row of the table of labels is the null class.
+    size: height and width of images, if the weights do not show them; None: as published.
+    unseen: values of the keys `UNSEEN`.
     """
 
     averaged: Weights
@@ -78,83 +72,48 @@ class OfficialWeights:
     eps: float = 1e-6
     classes: int | None = None
     null_class: bool = True
+    size: tuple[int, int] | None = None
+    unseen: Mapping[str, Any] = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------- names
+def title(kind: OfficialKind) -> str:
+    """The name of a kind of model."""
+    return "DiT" if kind == "dit" else FAMILIES[kind].title
 
 
-def official_names(depth: int) -> dict[str, str]:
-    """Official name -> our name, for all parameters of a DiT, in the official order."""
-    blocks = {f"blocks.{i}.{a}": f"outer_blocks.{i}.{b}" for i in range(depth) for a, b in BLOCK.items()}
-    both = {f"{a}.{part}": f"{b}.{part}" for a, b in (BEFORE | blocks | AFTER).items() for part in ("weight", "bias")}
-    del both["y_embedder.embedding_table.bias"]
-    return both
-
-
-def to_ours(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
-    """Official weights under our names, as views; `turn` changes the sign of the output."""
-    ours = {b: weights[a] for a, b in official_names(model.blocks("outer")).items()}
-    ours["outer_embed.proj.weight"] = ours["outer_embed.proj.weight"].flatten(1)  # a strided convolution is linear
-    return _turned(ours, "outer_head.final.linear") if turn else ours
-
-
-def to_official(weights: Weights, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
-    """The inverse of `to_ours`, in the official order, without the position table."""
-    official = {a: weights[b] for a, b in official_names(model.blocks("outer")).items()}
-    official[PATCHES] = official[PATCHES].view(-1, model.channels, model.patch_size, model.patch_size)
-    return _turned(official, "final_layer.linear") if turn else official
-
-
-def _turned(weights: dict[str, Tensor], layer: str) -> dict[str, Tensor]:
-    return weights | {f"{layer}.{part}": -weights[f"{layer}.{part}"] for part in ("weight", "bias")}
-
-
-# ------------------------------------------------------------------------- architecture from shapes
-
-
-def model_of(official: OfficialWeights, what: str) -> ModelConfig:
-    """The architecture of weights; an unknown number of heads is taken from the published size with the same depth and
-    width.
-
-    Args:
-        what: name of the weights in errors.
-
-    Raises:
-        UserError: a weight is missing, unknown or of another shape, the position table is not the fixed one, or the
-            number of heads is unknown.
-    """
-    weights = official.averaged
-    width, channels, patch, _ = _shape(weights, PATCHES, 4, what)
-    _, length, _ = _shape(weights, POSITION, 3, what)
-    side = math.isqrt(length)
-    if side**2 != length:
-        raise UserError(
-            f"{what}: {POSITION} has {length} places, which is no square number: only square images are supported"
+def seen_kind(weights: Weights) -> OfficialKind | None:
+    """The kind of model by the names of its weights; None for those that look like DiT's."""
+    kind = next((kind for mark, kind in MARKS.items() if any(mark in f".{name}" for name in weights)), None)
+    if kind == "pixeldit":
+        rows, packed = (
+            weights.get(f"pixel_blocks.0.{name}.weight", torch.empty(0, 0))
+            for name in ("adaLN_modulation.0", "compress_to_attn")
         )
-    numbers = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,4})\.", name))]
-    depth = max(numbers, default=-1) + 1
-    if not 1 <= depth <= MOST_BLOCKS:
-        raise UserError(f"{what} has {depth} blocks: from 1 to {MOST_BLOCKS} are known")
-    published = {(blocks, wide): number for blocks, wide, number in presets.SIZES.values()}
-    heads = official.heads or published.get((depth, width))
-    if heads is None:
-        raise UserError(f"{what}: {depth} blocks of width {width} are no published size: give --num-heads")
-    out = _shape(weights, "final_layer.linear.weight", 2, what)[0]
-    hidden = _shape(weights, "blocks.0.mlp.fc1.weight", 2, what)[0]
-    exact = int(width * (hidden / width)) == hidden
-    model = ModelConfig(
-        image_size=(side * patch, side * patch),
-        channels=channels,
-        patch_size=patch,
-        num_classes=_shape(weights, LABEL_TABLE, 2, what)[0] - 1,
-        stages=f"outer*{depth}",
-        learn_variance=out == 2 * channels * patch**2,
-        time_embed=official.clock,
-        mlp_norm_eps=official.eps,
-        outer=OuterConfig(width=width, num_heads=heads, mlp_ratio=(hidden if exact else hidden + 0.5) / width),
-    )
-    check_official(weights, model, what)
-    return model
+        if rows.shape[0] == 4 * packed.shape[-1]:
+            return "pixeldit_post"
+    return kind
+
+
+def literal(kind: OfficialKind) -> ModelConfig:
+    """The model of a kind, at one of its sizes."""
+    return ModelConfig() if kind == "dit" else FAMILIES[kind].build().model
+
+
+def official_names(kind: OfficialKind, ours: str) -> list[str]:
+    """Official names, in block 0, of the parts of a parameter of ours, or of a computed table (`=position outer`);
+    empty if there is none."""
+    module, _, part = ours.rpartition(".")
+    for names, entry in TABLES[kind].items():
+        name = entry if entry.startswith("=") else entry.split()[0]
+        if name in (ours, module):
+            end = "" if name == ours else f".{part}"
+            return [f"{official}{end}" for official in names.replace("*", "0").split()]
+    return []
+
+
+def label_table(kind: OfficialKind) -> str:
+    """Official name of the table of labels."""
+    return (official_names(kind, "label_embed.table.weight") or official_names(kind, "tokens.own.table.weight"))[0]
 
 
 def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
@@ -164,7 +123,8 @@ def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     Raises:
         UserError: the number of rows of the table is neither the number of classes nor one more.
     """
-    rows = {_shape(weights, LABEL_TABLE, 2, what)[0] for weights in (official.averaged, official.trained)}
+    table = label_table(official.kind)
+    rows = {shape_of(weights, table, (2,), what, official.kind)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:
         raise UserError(f"{what} has one row for its classes: give --num-classes 1 if it belongs to a class")
     if official.classes is None or rows == {official.classes + 1}:
@@ -172,65 +132,109 @@ def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     if rows != {official.classes}:
         raise UserError(f"{what} has {official.classes} classes, and {max(rows)} rows for them: give --num-classes")
     averaged, trained = (
-        {**weights, LABEL_TABLE: torch.cat([weights[LABEL_TABLE], torch.zeros_like(weights[LABEL_TABLE][:1])])}
+        {**weights, table: torch.cat([weights[table], torch.zeros_like(weights[table][:1])])}
         for weights in (official.averaged, official.trained)
     )
     return replace(official, averaged=averaged, trained=trained, null_class=False)
 
 
-def _shape(weights: Weights, name: str, dimensions: int, what: str) -> tuple[int, ...]:
+def shape_of(
+    weights: Weights, name: str, dimensions: tuple[int, ...], what: str, kind: OfficialKind
+) -> tuple[int, ...]:
     if name not in weights:
-        raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
+        raise UserError(f"{what} holds no weights of a {title(kind)}: there is no {name}")
     shape = tuple(weights[name].shape)
-    if len(shape) != dimensions or 0 in shape:
-        raise UserError(f"{what}: {name} must have {dimensions} dimensions: got {shape}")
+    if len(shape) not in dimensions or 0 in shape:
+        raise UserError(f"{what}: {name} must have {' or '.join(map(str, dimensions))} dimensions: got {shape}")
     return shape
 
 
-def official_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Official name -> shape, for all parameters of a plain model."""
+def official_shapes(kind: OfficialKind, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape, for all weights and computed tables of a model."""
     with torch.device("meta"):
-        shapes = NestedDiT(model).state_dict()
-    return {name: tuple(value.shape) for name, value in to_official(shapes, model, turn=False).items()}
+        state = NestedDiT(model).state_dict()
+    return {name: tuple(value.shape) for name, value in to_official(state, kind, model, turn=False).items()}
 
 
-def check_official(weights: Weights, model: ModelConfig, what: str) -> None:
+def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, what: str) -> None:
     """UserError when official weights are not exactly those of the model, or are not floating-point."""
-    wanted = {POSITION: (1, model.patches, model.outer.width), **official_shapes(model)}
+    wanted, beside = official_shapes(kind, model), BESIDE.get(kind, "/")
     for name in [*wanted, *weights]:
         if name not in weights:
-            raise UserError(f"{what} holds no weights of a DiT: there is no {name}")
-        if name not in wanted:
-            raise UserError(f"{what}: a DiT has no {name[:60]!r}; give the weights of a plain DiT or SiT")
-        if tuple(weights[name].shape) != wanted[name]:
+            raise UserError(f"{what} holds no weights of a {title(kind)}: there is no {name}")
+        if name not in wanted and not name.startswith(beside):
+            raise UserError(f"{what}: a {title(kind)} has no {name[:60]!r}; give the weights of one model")
+        if tuple(weights[name].shape) != wanted.get(name, weights[name].shape):
             raise UserError(f"{what}: {name} must be {wanted[name]}: got {tuple(weights[name].shape)}")
         if not weights[name].is_floating_point() or weights[name].dtype not in DTYPES:
             raise UserError(f"{what}: {name} is of {weights[name].dtype}: convert it to torch.float32")
-    table, fixed = weights[POSITION], official_position(model, weights[POSITION].dtype)
-    off = (table.float() - fixed.float()).abs().max().item()
-    if not off <= max(1e-5, 2 * torch.finfo(table.dtype).eps):
-        raise UserError(
-            f"{what}: {POSITION} is not the fixed sin-cos table (off by {off:.2g}): positions are not learned"
-        )
+    for name, fixed in computed_tables(kind, model).items():
+        table = weights[name]
+        off = (table.float() - fixed).abs().max().item()
+        if not off <= max(1e-5, 2 * torch.finfo(table.dtype).eps):
+            raise UserError(
+                f"{what}: {name} is not the fixed sin-cos table (off by {off:.2g}): positions are not learned"
+            )
 
 
-def official_position(model: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """The official `pos_embed`, (1, T, D)."""
-    return sincos(model.outer.width, *model.grid)[None].to(dtype)
+def computed_tables(kind: OfficialKind, model: ModelConfig) -> dict[str, Tensor]:
+    """The computed tables of an official state dict, in float32."""
+    return {name: computed(*entry.split(), model) for name, entry in TABLES[kind].items() if entry.startswith("=")}
 
 
 # ------------------------------------------------------------------------------------------- a run
 
 
 def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the opposite sign of ours: this holds for SiT's velocity, because SiT's time runs
+    """Whether the official output has the opposite sign of ours: this holds for a velocity if the official time runs
     from noise to the image.
     """
-    return model.time_embed == "sit" and diffusion.predict == "velocity"
+    return model.time_embed in ("sit", "ddt") and diffusion.predict == "velocity"
+
+
+def kind_of(model: ModelConfig) -> OfficialKind | None:
+    """The kind of official model that a model is, at any size; None if it is none."""
+    return next((kind for kind in TABLES if _is_kind(model, kind)), None)
+
+
+def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
+    """Whether a kind's literal at the size of a model is the model."""
+    like, levels = literal(kind), [level for level, _ in model.program]
+    if levels != (["outer", "inner"] if like.blocks("inner") else ["outer"]):
+        return False
+    if computed_tables(kind, like) and model.image_size[0] != model.image_size[1]:
+        return False
+    keys = ["image_size", "channels", "patch_size", "num_classes", "stages", "depth", "use_inner", "plugins"]
+    keys += ["learn_variance"] if kind in ALIKE else []
+    keys += ["mlp_norm_eps"] if kind == "dit" else []
+    keys += ["time_embed"] if kind == "dit" and model.time_embed == "diffusers" else []
+    keys += ["qk_norm"] if like.outer.norm == "rms" and not like.qk_norm else []
+    keys += ["bottleneck"] if like.bottleneck and model.bottleneck else []
+    size, inner = ("width", "num_heads", "mlp_ratio"), model.inner
+    if like.blocks("inner"):
+        part = {1: 1, like.patch_size: model.patch_size}.get(like.inner.sub_patch, inner.sub_patch)
+        inner = replace(like.inner, **_values(inner, size), sub_patch=part)
+    counts = [key for key in ("label", "time", "start") if getattr(like.tokens, key)]
+    tokens = replace(like.tokens, **_values(model.tokens, counts))
+    outer = replace(like.outer, **_values(model.outer, size))
+    try:
+        return replace(like, outer=outer, inner=inner, tokens=tokens, **_values(model, keys)) == model
+    except UserError:  # the kind has rules that the model's sizes break
+        return False
+
+
+def _values(section: object, keys: Iterable[str]) -> dict[str, Any]:
+    return {key: getattr(section, key) for key in keys}
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
-    """The config of a run with imported weights, with the guidance of the authors' `sample.py`."""
+    """The config of a run with imported weights: the published recipe, and for DiT and SiT the guidance of the authors'
+    `sample.py`."""
+    if official.kind not in ("dit", "sit"):
+        config = replace(FAMILIES[official.kind].build(), model=model)
+        train = config.train if official.null_class else replace(config.train, label_drop=0.0)
+        guidance = config.sample.guidance if model.num_classes and official.null_class else 1.0
+        return replace(config, train=train, sample=replace(config.sample, guidance=guidance))
     base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
     guidance = 4.0 if model.num_classes and official.null_class else 1.0
     if official.kind == "sit":

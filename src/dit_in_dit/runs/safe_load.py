@@ -27,7 +27,8 @@ from dit_in_dit.config.errors import UserError, truncate
 PLAIN = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)  # bool is an int
 DEEPEST = 20  # levels of nesting; an optimizer's state has five
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # DDP, compile, FSDP
-MODELS = ("model.", "ema.", "ema_model.")  # prefixes of a model inside another module, such as Lightning's
+# Prefixes of a model inside another module, such as Lightning's or JiT's.
+MODELS = ("model.", "ema.", "ema_model.", "net.", "denoiser.", "ema_denoiser.")
 MOST_SHARED = 4  # bytes of all tensors divided by bytes of the file; tied weights share memory
 
 

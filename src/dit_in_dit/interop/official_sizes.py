@@ -1,0 +1,200 @@
+"""Sizes of a model from the shapes of official weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dit_in_dit.config import presets
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.field import SIZES
+from dit_in_dit.config.model import ModelConfig, OuterConfig, TokensConfig
+from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
+from dit_in_dit.interop.field_names import TABLES
+from dit_in_dit.interop.official import (
+    ALIKE,
+    UNSEEN,
+    OfficialWeights,
+    check_official,
+    label_table,
+    literal,
+    official_names,
+    shape_of,
+    title,
+)
+
+
+class _Reader:
+    """Sizes of a model from the shapes of official weights; the methods raise UserError."""
+
+    def __init__(self, official: OfficialWeights, what: str) -> None:
+        self.official, self.what, self.kind, self.weights = official, what, official.kind, official.averaged
+        self.literal, self.unseen = literal(official.kind), dict(official.unseen)
+        self.width = self.shape("time_embed.mlp.2.weight", 2)[0]
+        self.depth, self.inner_depth = self.depths()
+
+    def shape(self, ours: str, *dimensions: int) -> tuple[int, ...]:
+        """Shape of the (first) official tensor for a parameter of ours, of so many dimensions."""
+        return shape_of(self.weights, official_names(self.kind, ours)[0], dimensions, self.what, self.kind)
+
+    def has(self, ours: str) -> bool:
+        """Whether the weights have a parameter of ours."""
+        return any(name in self.weights for name in official_names(self.kind, ours))
+
+    def depths(self) -> tuple[int, int]:
+        """Numbers of outer and inner blocks."""
+        counts = []
+        for level in ("outer", "inner"):
+            names = [a for a, b in TABLES[self.kind].items() if b.startswith(f"{level}_blocks.")]
+            prefix = re.escape(re.split(r"[*+]", names[0])[0]) if names else "(?!)"
+            numbers = [int(match[1]) for name in self.weights if (match := re.match(rf"{prefix}(\d{{1,4}})\.", name))]
+            counts.append(max(numbers, default=-1) + 1)
+        total = max(counts)
+        if not 1 <= total <= MOST_BLOCKS:
+            raise UserError(f"{self.what} has {total} blocks: from 1 to {MOST_BLOCKS} are known")
+        if not names or "+" not in names[0]:
+            return counts[0], counts[1]
+        norms = (self.weights.get(f"blocks.{number}.norm1.weight", torch.empty(0)) for number in range(total))
+        outer = sum(norm.shape == (self.width,) for norm in norms)  # inner blocks of another width, or without the norm
+        if 0 < outer < total:
+            return outer, total - outer
+        known = [(size[1][0], size[2]) for size in self.published() if size[1][0] + size[2] == total]
+        stages = self.ask("model.stages", f"outer*{known[0][0]} inner*{known[0][1]}" if known else None)
+        program = parse_stages(str(stages))
+        if [level for level, _ in program] != ["outer", "inner"]:
+            raise UserError(f"--set model.stages={str(stages)[:40]!r}: {title(self.kind)} has outer, then inner blocks")
+        return program[0][1], program[1][1]
+
+    def published(self) -> list[Any]:
+        """Published sizes of the kind with this width."""
+        return [size for size in SIZES.values() if size[0] == self.kind and size[1][1] == self.width]
+
+    def ask(self, key: str, known: Any) -> Any:
+        """A value that the weights do not show: of the published size, else of --set."""
+        if known is None and key not in self.unseen:
+            raise UserError(f"{self.what} has no published size, and {key} is not in weights: give --set {UNSEEN[key]}")
+        return self.unseen.pop(key) if known is None else known
+
+    def heads(self, level: str, width: int) -> int:
+        """Number of attention heads: by norms of queries or by rotary tables, else of published sizes."""
+        for name in (f"{level}_blocks.*.branches.mix.qk_norm.query", f"=cos {level}"):
+            if self.has(name) and (size := self.shape(name, 1, 2)[-1]) <= width:
+                return width // size
+        if level == "inner" and width != self.width:
+            return self.literal.inner.num_heads
+        sizes = [*(size[1] for size in self.published()), *presets.SIZES.values()]
+        known = {(depth, wide): number for depth, wide, number in sizes}
+        heads = self.official.heads or known.get((self.depth, width))
+        if heads is None:
+            raise UserError(f"{self.what}: {self.depth} blocks of width {width}, no published size: give --num-heads")
+        return heads
+
+    def ratio(self, level: OuterConfig, name: str, width: int) -> float:
+        """`mlp_ratio` of a level; that of the literal if it gives the same MLP."""
+        first = {"swiglu": "up", "hyper": "weights"}.get(level.mlp, "0")
+        ours = f"{name}_blocks.*.branches.mlp.{first}.weight"
+        rows = self.shape(ours, 2)[0] * len(official_names(self.kind, ours))
+        if level.mlp == "swiglu":
+            same, hidden = 2 * int(width * level.mlp_ratio) // 3 == rows // 2, -(-3 * (rows // 2) // 2)
+        else:
+            hidden = rows // (2 * width) if level.mlp == "hyper" else rows
+            same = int(width * level.mlp_ratio) == hidden
+        exact = int(width * (hidden / width)) == hidden
+        return level.mlp_ratio if same else (hidden if exact else hidden + 0.5) / width
+
+    def image(self) -> tuple[int, int, tuple[int, int]]:
+        """Channels, patch size, and height and width of images."""
+        model = self.literal
+        first = "outer_embed.bottleneck.weight" if model.bottleneck else "outer_embed.proj.weight"
+        shape = self.shape(first, 2, 4)
+        if len(shape) == 4:
+            channels, patch = shape[1:3]
+        elif model.inner.sub_patch == 1:  # the last layer gives a pixel
+            channels = self.shape("inner_head.final.linear.weight", 2)[0]
+            patch = max(1, math.isqrt(shape[1] // channels))
+        else:
+            patch = model.patch_size
+            channels = max(1, shape[1] // patch**2)
+        tables = [name for name in ("=position outer", "=cos inner") if official_names(self.kind, name)]
+        if not tables:
+            return channels, patch, self.official.size or model.image_size
+        length, name = self.shape(tables[0], 2, 3)[-2], official_names(self.kind, tables[0])[0]
+        side = math.isqrt(length)
+        if side**2 != length:
+            raise UserError(
+                f"{self.what}: {name} has {length} places, which is no square number: only square images are supported"
+            )
+        size = (side * patch, side * patch)
+        if self.official.size not in (None, size):
+            raise UserError(f"--image-size: {self.what} is for images of {size[0]}x{size[1]}: leave out this option")
+        return channels, patch, size
+
+    def tokens(self) -> TokensConfig:
+        """Tokens of time and class."""
+        tokens = self.literal.tokens
+        if tokens.rows == "own":
+            return replace(tokens, label=self.shape("tokens.own.table.weight", 2)[1] // self.width)
+        if tokens.time:
+            tokens = replace(tokens, time=self.shape("tokens.time_offsets", 2)[0])
+        if tokens.label:
+            tokens = replace(tokens, label=self.shape("tokens.label_offsets", 2, 3)[-2])
+        if tokens.start:
+            known = [size[3].get("tokens", tokens).start for size in self.published() if size[1][0] == self.depth]
+            tokens = replace(tokens, start=self.ask("model.tokens.start", known[0] if known else None))
+        return tokens
+
+    def inner(self, patch: int) -> dict[str, Any]:
+        """Keys of the inner level."""
+        inner = self.literal.inner
+        name = f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight"
+        shape = self.shape(name, 2, 4)
+        whole = patch if inner.sub_patch == self.literal.patch_size else inner.sub_patch
+        heads = self.heads("inner", shape[0]) if inner.mixer == "image" else inner.num_heads
+        ratio = self.ratio(inner, "inner", shape[0])
+        sub_patch = shape[2] if len(shape) == 4 else whole
+        return {"width": shape[0], "num_heads": heads, "mlp_ratio": ratio, "sub_patch": sub_patch}
+
+
+def model_of(official: OfficialWeights, what: str) -> ModelConfig:
+    """The architecture of weights; what their shapes do not show is taken from the published size with the same depth
+    and width.
+
+    Args:
+        what: name of the weights in errors.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape, a computed table differs, or a size is unknown.
+    """
+    read, kind = _Reader(official, what), official.kind
+    model, width = read.literal, read.width
+    channels, patch, image_size = read.image()
+    level = "inner" if read.inner_depth else "outer"
+    inner = replace(model.inner, **read.inner(patch)) if read.inner_depth else model.inner
+    side = inner.sub_patch if read.inner_depth else patch
+    out = read.shape(f"{level}_head.final.linear.weight", 2)[0]
+    queries = "outer_blocks.*.branches.mix.qk_norm.query"
+    heads, ratio = read.heads("outer", width), read.ratio(model.outer, "outer", width)
+    keys: dict[str, Any] = {
+        "image_size": image_size,
+        "channels": channels,
+        "patch_size": patch,
+        "num_classes": shape_of(official.averaged, label_table(kind), (2,), what, kind)[0] - 1,
+        "learn_variance": kind in ALIKE and out == 2 * channels * side**2,
+        "qk_norm": model.qk_norm or read.has(queries),
+        "tokens": read.tokens(),
+        "bottleneck": read.shape("outer_embed.bottleneck.weight", 4)[0] if model.bottleneck else 0,
+        "outer": replace(model.outer, width=width, num_heads=heads, mlp_ratio=ratio),
+        "inner": inner,
+    }
+    if kind == "dit":
+        keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps}
+    if read.unseen:
+        raise UserError(f"--set {next(iter(read.unseen))}: the weights determine this key: leave it out")
+    stages = f"outer*{read.depth}" + (f" inner*{read.inner_depth}" if read.inner_depth else "")
+    model = replace(model, stages=stages, **keys)
+    check_official(official.averaged, kind, model, what)
+    return model

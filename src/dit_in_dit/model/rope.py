@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.config.model import ModelConfig
 from dit_in_dit.model.gelu import in_transform
 
 EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the number of tokens
@@ -76,9 +75,9 @@ class ExtentRope(Rope):
 ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent": ExtentRope}
 
 
-def by_patch(image: Tensor, model: ModelConfig) -> Tensor:
-    """Values per sub-patch of the image grouped by patch, (H/s, W/s, ...) -> (T, S, ...)."""
-    (h, w), i = model.grid, model.sub_grid
+def by_patch(image: Tensor, grid: tuple[int, int], sub_grid: int) -> Tensor:
+    """Values per sub-patch grouped by patch, (h*i, w*i, ...) -> (h*w, i*i, ...), for (h, w) patches of i*i sub-patches."""
+    (h, w), i = grid, sub_grid
     # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
     return image.view(h, i, w, i, -1).transpose(1, 2).reshape(h * w, i * i, -1)
 

@@ -34,11 +34,13 @@ def check_plugin_parts(model: ModelConfig) -> None:
     """
     values = {f"model.{name}": value for name, _, value in keys(model)}
     named = {key: values[key] for key, kind in KEYS.items() if kind in PARTS}
-    own = {key: name for key, name in named.items() if is_plugin(table(KEYS[key])[name])}
+    own = {key: name for key, name in named.items() if is_plugin(table(KEYS[key]).get(name))}
     for key, name in own.items():
         _check_counts(f"{key}={name}", table(KEYS[key])[name], model)
     if not own or (not model.blocks("inner") and "model.outer.norm" not in own):
         return
+    import torch._dynamo  # noqa: F401  # before a device is set: PyTorch 2.6 cannot import it afterwards, and a part may
+
     asked = {table(KEYS[key])[name]: (f"{key}={name}", KEYS[key]) for key, name in own.items()}
     for device in ("meta", "cpu"):
         try:

@@ -163,7 +163,7 @@ class InnerEmbed(nn.Module):
         fixed = torch.zeros(())
         if model.has_inner_sincos:
             sides = [side * model.sub_grid for side in model.grid]
-            fixed = by_patch(sincos(width, *sides).view(*sides, -1), model)
+            fixed = by_patch(sincos(width, *sides).view(*sides, -1), model.grid, model.sub_grid)
         self.register_buffer("global_position", fixed, persistent=False)
         self.global_position: Tensor
 

@@ -46,10 +46,16 @@ class PatchMixer(Attention, Mixer):
         inner = model.inner
         super().__init__(inner.width, inner.num_heads, qk_norm=model.qk_norm, bias=inner.bias == "all")
         if make := ROPES[inner.rope]:
-            sides = [side * model.sub_grid for side in model.grid]
-            where = self.group(by_patch(places(*sides), model)[None])[0]  # of the first patch, window or image
+            rows, columns = (side * model.sub_grid for side in model.grid)
+            group, i = self.span(model), model.sub_grid
+            where = by_patch(places(group[0] * i, group[1] * i), group, i).flatten(0, 1)  # as `group` orders tokens
             lead = model.tokens.count if model.carries_tokens else 0
-            self.rope = make(inner.width // inner.num_heads, where, (sides[0], sides[1]), lead)
+            self.rope = make(inner.width // inner.num_heads, where, (rows, columns), lead)
+
+    @staticmethod
+    def span(model: ModelConfig) -> tuple[int, int]:
+        """Patches down and across whose tokens attend to each other."""
+        return 1, 1
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -81,9 +87,13 @@ class WindowMixer(PatchMixer):
     crosses_patches = True
 
     def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
         side = model.inner.window
         self.sizes = {"h": model.grid[0] // side, "w": model.grid[1] // side, "a": side, "b": side}
-        super().__init__(model)
+
+    @staticmethod
+    def span(model: ModelConfig) -> tuple[int, int]:
+        return model.inner.window, model.inner.window
 
     @staticmethod
     def length(model: ModelConfig) -> int:
@@ -102,6 +112,10 @@ class ImageMixer(PatchMixer):
     """Attention among all T*S sub-patches of the image."""
 
     crosses_patches = True
+
+    @staticmethod
+    def span(model: ModelConfig) -> tuple[int, int]:
+        return model.grid
 
     @staticmethod
     def length(model: ModelConfig) -> int:

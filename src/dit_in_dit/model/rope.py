@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.config.model import ModelConfig
+from dit_in_dit.model.gelu import in_transform
 
 EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the number of tokens
 
@@ -43,7 +43,13 @@ class Rope(nn.Module, ABC):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs of channels of x (..., L, d) turned by angles with cosines and sines (L, d/2), in the dtype of x."""
+    """Pairs of channels of x (..., L, d) turned by angles with cosines and sines (L, d/2), in the dtype of x.
+
+    On a CPU, a complex product does it in one pass over memory; other devices and compilers lack or do not fuse it.
+    """
+    if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling() and not in_transform():
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # type: ignore[no-untyped-call]
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     a, b = x[..., ::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
@@ -69,9 +75,9 @@ class ExtentRope(Rope):
 ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent": ExtentRope}
 
 
-def by_patch(image: Tensor, model: ModelConfig) -> Tensor:
-    """Values per sub-patch of the image grouped by patch, (H/s, W/s, ...) -> (T, S, ...)."""
-    (h, w), i = model.grid, model.sub_grid
+def by_patch(image: Tensor, grid: tuple[int, int], sub_grid: int) -> Tensor:
+    """Values per sub-patch grouped by patch, (h*i, w*i, ...) -> (h*w, i*i, ...), for (h, w) patches of i*i sub-patches."""
+    (h, w), i = grid, sub_grid
     # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
     return image.view(h, i, w, i, -1).transpose(1, 2).reshape(h * w, i * i, -1)
 

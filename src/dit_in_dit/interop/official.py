@@ -99,15 +99,15 @@ def literal(kind: OfficialKind) -> ModelConfig:
     return ModelConfig() if kind == "dit" else FAMILIES[kind].build().model
 
 
-def official_names(kind: OfficialKind, ours: str) -> list[str]:
+def official_names(kind: OfficialKind, ours: str, shift: int = 0) -> list[str]:
     """Official names, in block 0, of the parts of a parameter of ours, or of a computed table (`=position outer`);
-    empty if there is none."""
+    empty if there is none. `shift`: number of outer blocks, where inner blocks are counted on from them."""
     module, _, part = ours.rpartition(".")
     for names, entry in TABLES[kind].items():
         name = entry if entry.startswith("=") else entry.split()[0]
         if name in (ours, module):
             end = "" if name == ours else f".{part}"
-            return [f"{official}{end}" for official in names.replace("*", "0").split()]
+            return [f"{official}{end}" for official in names.replace("*", "0").replace("+", str(shift)).split()]
     return []
 
 
@@ -199,8 +199,8 @@ def kind_of(model: ModelConfig) -> OfficialKind | None:
 
 def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
     """Whether a kind's literal at the size of a model is the model."""
-    like, levels = literal(kind), [level for level, _ in model.program]
-    if levels != (["outer", "inner"] if like.blocks("inner") else ["outer"]):
+    like, nested = literal(kind), bool(official_names(kind, "inner_head.final.linear.weight"))
+    if [level for level, _ in model.program] != (["outer", "inner"] if nested else ["outer"]):
         return False
     if computed_tables(kind, like) and model.image_size[0] != model.image_size[1]:
         return False
@@ -211,7 +211,7 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
     keys += ["qk_norm"] if like.outer.norm == "rms" and not like.qk_norm else []
     keys += ["bottleneck"] if like.bottleneck and model.bottleneck else []
     size, inner = ("width", "num_heads", "mlp_ratio"), model.inner
-    if like.blocks("inner"):
+    if nested:
         part = {1: 1, like.patch_size: model.patch_size}.get(like.inner.sub_patch, inner.sub_patch)
         inner = replace(like.inner, **_values(inner, size), sub_patch=part)
     counts = [key for key in ("label", "time", "start") if getattr(like.tokens, key)]

@@ -34,16 +34,17 @@ class _Reader:
     def __init__(self, official: OfficialWeights, what: str) -> None:
         self.official, self.what, self.kind, self.weights = official, what, official.kind, official.averaged
         self.literal, self.unseen = literal(official.kind), dict(official.unseen)
+        self.depth = 0
         self.width = self.shape("time_embed.mlp.2.weight", 2)[0]
         self.depth, self.inner_depth = self.depths()
 
     def shape(self, ours: str, *dimensions: int) -> tuple[int, ...]:
         """Shape of the (first) official tensor for a parameter of ours, of so many dimensions."""
-        return shape_of(self.weights, official_names(self.kind, ours)[0], dimensions, self.what, self.kind)
+        return shape_of(self.weights, official_names(self.kind, ours, self.depth)[0], dimensions, self.what, self.kind)
 
     def has(self, ours: str) -> bool:
         """Whether the weights have a parameter of ours."""
-        return any(name in self.weights for name in official_names(self.kind, ours))
+        return any(name in self.weights for name in official_names(self.kind, ours, self.depth))
 
     def depths(self) -> tuple[int, int]:
         """Numbers of outer and inner blocks."""
@@ -97,7 +98,7 @@ class _Reader:
         """`mlp_ratio` of a level; that of the literal if it gives the same MLP."""
         first = {"swiglu": "up", "hyper": "weights"}.get(level.mlp, "0")
         ours = f"{name}_blocks.*.branches.mlp.{first}.weight"
-        rows = self.shape(ours, 2)[0] * len(official_names(self.kind, ours))
+        rows = self.shape(ours, 2)[0] * len(official_names(self.kind, ours, self.depth))
         if level.mlp == "swiglu":
             same, hidden = 2 * int(width * level.mlp_ratio) // 3 == rows // 2, -(-3 * (rows // 2) // 2)
         else:

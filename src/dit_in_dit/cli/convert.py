@@ -48,8 +48,8 @@ def add(commands: Commands) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="official: a .pt file of the official model, with its names; diffusers-dit: a folder of DiTTransformer2DModel (for plain DiT with "
-        "path ddpm); "
+        help="official: a .pt file with the names of the official code; diffusers-dit: a folder of "
+        "DiTTransformer2DModel (for plain DiT with path ddpm); "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
         "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes; "
         "onnx: the network alone, a file for onnxruntime",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dit_in_dit.config.choices import KEYS, PARTS, is_plugin, table
@@ -39,7 +38,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
         _check_counts(f"{key}={name}", table(KEYS[key])[name], model)
     if not own or (not model.blocks("inner") and "model.outer.norm" not in own):
         return
-    import torch._dynamo  # noqa: F401  # before a device is set: PyTorch 2.6 cannot import it afterwards, and a part may
+    import torch._dynamo  # before a device is set: PyTorch 2.6 cannot import it afterwards, and a part may
 
     asked = {table(KEYS[key])[name]: (f"{key}={name}", KEYS[key]) for key, name in own.items()}
     for device in ("meta", "cpu"):

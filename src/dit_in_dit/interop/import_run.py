@@ -25,9 +25,9 @@ from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
 from dit_in_dit.interop.field_names import BESIDE, POSITION, OfficialKind, to_official, to_ours
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
-from dit_in_dit.interop.official import ALIKE, OfficialWeights
+from dit_in_dit.interop.official import ALIKE, UNSEEN, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
-from dit_in_dit.interop.official_sizes import UNSEEN, model_of
+from dit_in_dit.interop.official_sizes import model_of
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, save
 from dit_in_dit.runs.folder import create_run, read_config

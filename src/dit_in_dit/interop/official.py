@@ -43,7 +43,7 @@ MARKS: dict[str, OfficialKind] = {  # parts of names that only one model has, or
     ".mlp.w12.": "lightningdit",
     ".projectors.": "repa",
 }
-UNSEEN = {"model.tokens.start": "2", "model.stages": "'outer*8 inner*4'"}  # keys that weights may not show: examples
+UNSEEN = ("model.tokens.start", "model.stages")  # keys that weights may not show
 PATCHES = "x_embedder.proj.weight"
 
 
@@ -215,9 +215,9 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
         part = {1: 1, like.patch_size: model.patch_size}.get(like.inner.sub_patch, inner.sub_patch)
         inner = replace(like.inner, **_values(inner, size), sub_patch=part)
     counts = [key for key in ("label", "time", "start") if getattr(like.tokens, key)]
-    tokens = replace(like.tokens, **_values(model.tokens, counts))
     outer = replace(like.outer, **_values(model.outer, size))
     try:
+        tokens = replace(like.tokens, **_values(model.tokens, counts))
         return replace(like, outer=outer, inner=inner, tokens=tokens, **_values(model, keys)) == model
     except UserError:  # the kind has rules that the model's sizes break
         return False

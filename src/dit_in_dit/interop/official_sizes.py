@@ -17,7 +17,6 @@ from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
 from dit_in_dit.interop.field_names import TABLES
 from dit_in_dit.interop.official import (
     ALIKE,
-    UNSEEN,
     OfficialWeights,
     check_official,
     label_table,
@@ -77,7 +76,7 @@ class _Reader:
     def ask(self, key: str, known: Any) -> Any:
         """A value that the weights do not show: of the published size, else of --set."""
         if known is None and key not in self.unseen:
-            raise UserError(f"{self.what} has no published size, and {key} is not in weights: give --set {UNSEEN[key]}")
+            raise UserError(f"{self.what} has no published size, and its weights do not show it: give --set {key}=...")
         return self.unseen.pop(key) if known is None else known
 
     def heads(self, level: str, width: int) -> int:

@@ -23,7 +23,7 @@ from dit_in_dit.config.files import override, parse_assignment
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
-from dit_in_dit.interop.field_names import BESIDE, POSITION, OfficialKind, to_official, to_ours
+from dit_in_dit.interop.field_names import BESIDE, POSITION, OfficialKind, computed_tables, to_official, to_ours
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
 from dit_in_dit.interop.official import ALIKE, UNSEEN, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
@@ -116,7 +116,7 @@ def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) 
     for part in (averaged, trained):
         check_weights(part, what)
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
-    known, dtype = official.computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
+    known, dtype = computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
     beside = [name for name in weights.averaged if name in known or name.startswith(BESIDE.get(kind, "/"))]
     for name in beside:
         ours, tensor, raw = known.get(name), weights.averaged[name], weights.trained.get(name)

@@ -13,36 +13,32 @@ do not follow from the shapes:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.field import FAMILIES
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
-from dit_in_dit.interop.field_names import BESIDE, TABLES, OfficialKind, Weights, computed, to_official
+from dit_in_dit.config.schema import to_dict
+from dit_in_dit.interop.field_names import (
+    BESIDE,
+    TABLES,
+    OfficialKind,
+    Weights,
+    computed_tables,
+    official_names,
+    to_official,
+)
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.tensors import DTYPES
 
 Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
 ALIKE: tuple[OfficialKind, ...] = ("dit", "sit", "repa")  # their weights have the same names and shapes
-MARKS: dict[str, OfficialKind] = {  # parts of names that only one model has, or those before it
-    ".dec_net.": "deco",
-    ".param_generator1.": "pixnerd",
-    ".pixel_blocks.": "pixeldit",
-    ".downsample_blocks.": "mpdit",
-    ".ctx_embedder.": "raev2",
-    ".s_projector.": "rae",
-    ".s_embedder.": "ddt",
-    ".x_embedder.proj1.": "jit",
-    ".mlp.w12.": "lightningdit",
-    ".projectors.": "repa",
-}
 UNSEEN = ("model.tokens.start", "model.stages")  # keys that weights may not show
 PATCHES = "x_embedder.proj.weight"
 
@@ -81,34 +77,9 @@ def title(kind: OfficialKind) -> str:
     return "DiT" if kind == "dit" else FAMILIES[kind].title
 
 
-def seen_kind(weights: Weights) -> OfficialKind | None:
-    """The kind of model by the names of its weights; None for those that look like DiT's."""
-    kind = next((kind for mark, kind in MARKS.items() if any(mark in f".{name}" for name in weights)), None)
-    if kind == "pixeldit":
-        rows, packed = (
-            weights.get(f"pixel_blocks.0.{name}.weight", torch.empty(0, 0))
-            for name in ("adaLN_modulation.0", "compress_to_attn")
-        )
-        if rows.shape[0] == 4 * packed.shape[-1]:
-            return "pixeldit_post"
-    return kind
-
-
 def literal(kind: OfficialKind) -> ModelConfig:
     """The model of a kind, at one of its sizes."""
     return ModelConfig() if kind == "dit" else FAMILIES[kind].build().model
-
-
-def official_names(kind: OfficialKind, ours: str, shift: int = 0) -> list[str]:
-    """Official names, in block 0, of the parts of a parameter of ours, or of a computed table (`=position outer`);
-    empty if there is none. `shift`: number of outer blocks, where inner blocks are counted on from them."""
-    module, _, part = ours.rpartition(".")
-    for names, entry in TABLES[kind].items():
-        name = entry if entry.startswith("=") else entry.split()[0]
-        if name in (ours, module):
-            end = "" if name == ours else f".{part}"
-            return [f"{official}{end}" for official in names.replace("*", "0").replace("+", str(shift)).split()]
-    return []
 
 
 def label_table(kind: OfficialKind) -> str:
@@ -177,11 +148,6 @@ def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, wha
             )
 
 
-def computed_tables(kind: OfficialKind, model: ModelConfig) -> dict[str, Tensor]:
-    """The computed tables of an official state dict, in float32."""
-    return {name: computed(*entry.split(), model) for name, entry in TABLES[kind].items() if entry.startswith("=")}
-
-
 # ------------------------------------------------------------------------------------------- a run
 
 
@@ -198,33 +164,40 @@ def kind_of(model: ModelConfig) -> OfficialKind | None:
 
 
 def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
-    """Whether a kind's literal at the size of a model is the model."""
+    """Whether a model and a kind's literal have the same options, whatever their sizes."""
     like, nested = literal(kind), bool(official_names(kind, "inner_head.final.linear.weight"))
-    if [level for level, _ in model.program] != (["outer", "inner"] if nested else ["outer"]):
+    square = model.image_size[0] == model.image_size[1] or not computed_tables(kind, like)
+    if not square or [level for level, _ in model.program] != (["outer", "inner"] if nested else ["outer"]):
         return False
-    if computed_tables(kind, like) and model.image_size[0] != model.image_size[1]:
-        return False
-    keys = ["image_size", "channels", "patch_size", "num_classes", "stages", "depth", "use_inner", "plugins"]
-    keys += ["learn_variance"] if kind in ALIKE else []
-    keys += ["mlp_norm_eps"] if kind == "dit" else []
-    keys += ["time_embed"] if kind == "dit" and model.time_embed == "diffusers" else []
-    keys += ["qk_norm"] if like.outer.norm == "rms" and not like.qk_norm else []
-    keys += ["bottleneck"] if like.bottleneck and model.bottleneck else []
-    size, inner = ("width", "num_heads", "mlp_ratio"), model.inner
-    if nested:
-        part = {1: 1, like.patch_size: model.patch_size}.get(like.inner.sub_patch, inner.sub_patch)
-        inner = replace(like.inner, **_values(inner, size), sub_patch=part)
-    counts = [key for key in ("label", "time", "start") if getattr(like.tokens, key)]
-    outer = replace(like.outer, **_values(model.outer, size))
-    try:
-        tokens = replace(like.tokens, **_values(model.tokens, counts))
-        return replace(like, outer=outer, inner=inner, tokens=tokens, **_values(model, keys)) == model
-    except UserError:  # the kind has rules that the model's sizes break
-        return False
+    free = {"learn_variance"} if kind in ALIKE else set()
+    free |= {"mlp_norm_eps"} if kind == "dit" else set()
+    free |= {"qk_norm"} if like.outer.norm == "rms" and not like.qk_norm else set()
+
+    def options(of: ModelConfig) -> list[Any]:
+        keys = to_dict(of)
+        levels = [keys.pop("outer"), keys.pop("inner") if nested else {}]
+        tokens, patch = keys.pop("tokens"), of.inner.sub_patch
+        counts = [bool(of.bottleneck), bool(tokens["label"]), bool(tokens["time"]), tokens["rows"], tokens["adaln"]]
+        levels = [{key: value for key, value in level.items() if key not in _LEVEL_SIZES} for level in levels]
+        clock = "dit" if kind == "dit" and of.time_embed == "diffusers" else of.time_embed
+        others = {key: value for key, value in keys.items() if key not in {*_SIZES, *free}} | {"time_embed": clock}
+        return [levels, counts, others, (patch == 1, patch == of.patch_size) if nested else None]
+
+    return options(model) == options(like)
 
 
-def _values(section: object, keys: Iterable[str]) -> dict[str, Any]:
-    return {key: getattr(section, key) for key in keys}
+_SIZES = (
+    "image_size",
+    "channels",
+    "patch_size",
+    "num_classes",
+    "stages",
+    "depth",
+    "use_inner",
+    "bottleneck",
+    "plugins",
+)
+_LEVEL_SIZES = ("width", "num_heads", "mlp_ratio", "sub_patch", "depth_ratio")
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.interop.field_names import OfficialKind, Weights
-from dit_in_dit.interop.official import ALIKE, OfficialWeights, Predicted, seen_kind, title
+from dit_in_dit.interop.field_names import OfficialKind, Weights, seen_kind
+from dit_in_dit.interop.official import ALIKE, Clock, OfficialWeights, Predicted, title
 from dit_in_dit.runs.safe_load import read_pt, strip_wrappers
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema1", "model_ema2")  # keys of averaged weights
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str |
     classes = args.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
     step = _step(content.get("opt")) or next((count for key in STEPS if (count := _count(content.get(key)))), 0)
-    clock = "sit" if kind == "sit" else "dit"
+    clock: Clock = "sit" if kind == "sit" else "dit"
     return OfficialWeights(averaged, trained, step, kind, predict, heads, clock=clock, classes=classes)
 
 

@@ -14,17 +14,8 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.field import SIZES
 from dit_in_dit.config.model import ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
-from dit_in_dit.interop.field_names import TABLES
-from dit_in_dit.interop.official import (
-    ALIKE,
-    OfficialWeights,
-    check_official,
-    label_table,
-    literal,
-    official_names,
-    shape_of,
-    title,
-)
+from dit_in_dit.interop.field_names import TABLES, official_names
+from dit_in_dit.interop.official import ALIKE, OfficialWeights, check_official, label_table, literal, shape_of, title
 
 
 class _Reader:
@@ -32,9 +23,9 @@ class _Reader:
 
     def __init__(self, official: OfficialWeights, what: str) -> None:
         self.official, self.what, self.kind, self.weights = official, what, official.kind, official.averaged
-        self.literal, self.unseen = literal(official.kind), dict(official.unseen)
-        self.depth = 0
+        self.literal, self.unseen, self.depth = literal(official.kind), dict(official.unseen), 0
         self.width = self.shape("time_embed.mlp.2.weight", 2)[0]
+        self.published = [size for size in SIZES.values() if size[0] == self.kind and size[1][1] == self.width]
         self.depth, self.inner_depth = self.depths()
 
     def shape(self, ours: str, *dimensions: int) -> tuple[int, ...]:
@@ -47,9 +38,9 @@ class _Reader:
 
     def depths(self) -> tuple[int, int]:
         """Numbers of outer and inner blocks."""
-        counts = []
+        counts, names = [], [""]
         for level in ("outer", "inner"):
-            names = [a for a, b in TABLES[self.kind].items() if b.startswith(f"{level}_blocks.")]
+            names = [entry.official[0] for entry in TABLES[self.kind] if entry.ours.startswith(f"{level}_blocks.")]
             prefix = re.escape(re.split(r"[*+]", names[0])[0]) if names else "(?!)"
             numbers = [int(match[1]) for name in self.weights if (match := re.match(rf"{prefix}(\d{{1,4}})\.", name))]
             counts.append(max(numbers, default=-1) + 1)
@@ -62,31 +53,27 @@ class _Reader:
         outer = sum(norm.shape == (self.width,) for norm in norms)  # inner blocks of another width, or without the norm
         if 0 < outer < total:
             return outer, total - outer
-        known = [(size[1][0], size[2]) for size in self.published() if size[1][0] + size[2] == total]
-        stages = self.ask("model.stages", f"outer*{known[0][0]} inner*{known[0][1]}" if known else None)
-        program = parse_stages(str(stages))
-        if [level for level, _ in program] != ["outer", "inner"]:
-            raise UserError(f"--set model.stages={str(stages)[:40]!r}: {title(self.kind)} has outer, then inner blocks")
-        return program[0][1], program[1][1]
+        known = [f"outer*{size[1][0]} inner*{size[2]}" for size in self.published if size[1][0] + size[2] == total]
+        stages = str(self.ask("model.stages", known))
+        (level, outer), *others = parse_stages(stages)
+        if level != "outer" or [level for level, _ in others] != ["inner"]:
+            raise UserError(f"--set model.stages={stages[:40]!r}: a {title(self.kind)} has outer, then inner blocks")
+        return outer, others[0][1]
 
-    def published(self) -> list[Any]:
-        """Published sizes of the kind with this width."""
-        return [size for size in SIZES.values() if size[0] == self.kind and size[1][1] == self.width]
-
-    def ask(self, key: str, known: Any) -> Any:
+    def ask(self, key: str, known: list[Any]) -> Any:
         """A value that the weights do not show: of the published size, else of --set."""
-        if known is None and key not in self.unseen:
+        if not known and key not in self.unseen:
             raise UserError(f"{self.what} has no published size, and its weights do not show it: give --set {key}=...")
-        return self.unseen.pop(key) if known is None else known
+        return known[0] if known else self.unseen.pop(key)
 
     def heads(self, level: str, width: int) -> int:
         """Number of attention heads: by norms of queries or by rotary tables, else of published sizes."""
-        for name in (f"{level}_blocks.*.branches.mix.qk_norm.query", f"=cos {level}"):
-            if self.has(name) and (size := self.shape(name, 1, 2)[-1]) <= width:
-                return width // size
+        for name in (f"{level}_blocks.*.branches.mix.qk_norm.query", f"={level}.cos"):
+            if self.has(name):
+                return max(1, width // self.shape(name, 1, 2)[-1])
         if level == "inner" and width != self.width:
             return self.literal.inner.num_heads
-        sizes = [*(size[1] for size in self.published()), *presets.SIZES.values()]
+        sizes = [*(size[1] for size in self.published), *presets.SIZES.values()]
         known = {(depth, wide): number for depth, wide, number in sizes}
         heads = self.official.heads or known.get((self.depth, width))
         if heads is None:
@@ -97,29 +84,24 @@ class _Reader:
         """`mlp_ratio` of a level; that of the literal if it gives the same MLP."""
         first = {"swiglu": "up", "hyper": "weights"}.get(level.mlp, "0")
         ours = f"{name}_blocks.*.branches.mlp.{first}.weight"
-        rows = self.shape(ours, 2)[0] * len(official_names(self.kind, ours, self.depth))
-        if level.mlp == "swiglu":
-            same, hidden = 2 * int(width * level.mlp_ratio) // 3 == rows // 2, -(-3 * (rows // 2) // 2)
-        else:
-            hidden = rows // (2 * width) if level.mlp == "hyper" else rows
-            same = int(width * level.mlp_ratio) == hidden
-        exact = int(width * (hidden / width)) == hidden
-        return level.mlp_ratio if same else (hidden if exact else hidden + 0.5) / width
+        rows, literal = self.shape(ours, 2)[0] * len(official_names(self.kind, ours)), int(width * level.mlp_ratio)
+        if {"swiglu": 2 * (2 * literal // 3), "hyper": 2 * width * literal}.get(level.mlp, literal) == rows:
+            return level.mlp_ratio
+        hidden = {"swiglu": -(-3 * (rows // 2) // 2), "hyper": rows // (2 * width)}.get(level.mlp, rows)
+        return (hidden if int(width * (hidden / width)) == hidden else hidden + 0.5) / width
 
     def image(self) -> tuple[int, int, tuple[int, int]]:
         """Channels, patch size, and height and width of images."""
         model = self.literal
-        first = "outer_embed.bottleneck.weight" if model.bottleneck else "outer_embed.proj.weight"
-        shape = self.shape(first, 2, 4)
+        shape = self.shape(f"outer_embed.{'bottleneck' if model.bottleneck else 'proj'}.weight", 2, 4)
         if len(shape) == 4:
             channels, patch = shape[1:3]
         elif model.inner.sub_patch == 1:  # the last layer gives a pixel
             channels = self.shape("inner_head.final.linear.weight", 2)[0]
             patch = max(1, math.isqrt(shape[1] // channels))
         else:
-            patch = model.patch_size
-            channels = max(1, shape[1] // patch**2)
-        tables = [name for name in ("=position outer", "=cos inner") if official_names(self.kind, name)]
+            channels, patch = max(1, shape[1] // model.patch_size**2), model.patch_size
+        tables = [name for name in ("=outer.position", "=inner.cos") if official_names(self.kind, name)]
         if not tables:
             return channels, patch, self.official.size or model.image_size
         length, name = self.shape(tables[0], 2, 3)[-2], official_names(self.kind, tables[0])[0]
@@ -138,25 +120,25 @@ class _Reader:
         tokens = self.literal.tokens
         if tokens.rows == "own":
             return replace(tokens, label=self.shape("tokens.own.table.weight", 2)[1] // self.width)
-        if tokens.time:
-            tokens = replace(tokens, time=self.shape("tokens.time_offsets", 2)[0])
-        if tokens.label:
-            tokens = replace(tokens, label=self.shape("tokens.label_offsets", 2, 3)[-2])
-        if tokens.start:
-            known = [size[3].get("tokens", tokens).start for size in self.published() if size[1][0] == self.depth]
-            tokens = replace(tokens, start=self.ask("model.tokens.start", known[0] if known else None))
-        return tokens
+        label = self.shape("tokens.label_offsets", 2, 3)[-2] if tokens.label else 0
+        time = self.shape("tokens.time_offsets", 2)[0] if tokens.time else 0
+        known = [size[3].get("tokens", tokens).start for size in self.published if size[1][0] == self.depth]
+        start = self.ask("model.tokens.start", known) if tokens.start else 0
+        return replace(tokens, label=label, time=time, start=start)
+
+    def outer(self) -> dict[str, Any]:
+        """Sizes of the outer level."""
+        ratio = self.ratio(self.literal.outer, "outer", self.width)
+        return {"width": self.width, "num_heads": self.heads("outer", self.width), "mlp_ratio": ratio}
 
     def inner(self, patch: int) -> dict[str, Any]:
-        """Keys of the inner level."""
+        """Sizes of the inner level."""
         inner = self.literal.inner
-        name = f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight"
-        shape = self.shape(name, 2, 4)
+        shape = self.shape(f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight", 2, 4)
         whole = patch if inner.sub_patch == self.literal.patch_size else inner.sub_patch
         heads = self.heads("inner", shape[0]) if inner.mixer == "image" else inner.num_heads
-        ratio = self.ratio(inner, "inner", shape[0])
-        sub_patch = shape[2] if len(shape) == 4 else whole
-        return {"width": shape[0], "num_heads": heads, "mlp_ratio": ratio, "sub_patch": sub_patch}
+        size = {"width": shape[0], "num_heads": heads, "mlp_ratio": self.ratio(inner, "inner", shape[0])}
+        return size | {"sub_patch": shape[2] if len(shape) == 4 else whole}
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
@@ -170,31 +152,27 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
         UserError: a weight is missing, unknown or of another shape, a computed table differs, or a size is unknown.
     """
     read, kind = _Reader(official, what), official.kind
-    model, width = read.literal, read.width
+    model, nested = read.literal, bool(read.inner_depth)
     channels, patch, image_size = read.image()
-    level = "inner" if read.inner_depth else "outer"
-    inner = replace(model.inner, **read.inner(patch)) if read.inner_depth else model.inner
-    side = inner.sub_patch if read.inner_depth else patch
-    out = read.shape(f"{level}_head.final.linear.weight", 2)[0]
-    queries = "outer_blocks.*.branches.mix.qk_norm.query"
-    heads, ratio = read.heads("outer", width), read.ratio(model.outer, "outer", width)
+    inner = replace(model.inner, **read.inner(patch)) if nested else model.inner
+    out = read.shape(f"{'inner' if nested else 'outer'}_head.final.linear.weight", 2)[0]
     keys: dict[str, Any] = {
         "image_size": image_size,
         "channels": channels,
         "patch_size": patch,
         "num_classes": shape_of(official.averaged, label_table(kind), (2,), what, kind)[0] - 1,
-        "learn_variance": kind in ALIKE and out == 2 * channels * side**2,
-        "qk_norm": model.qk_norm or read.has(queries),
+        "stages": f"outer*{read.depth}" + (f" inner*{read.inner_depth}" if nested else ""),
+        "learn_variance": kind in ALIKE and out == 2 * channels * patch**2,
+        "qk_norm": model.qk_norm or read.has("outer_blocks.*.branches.mix.qk_norm.query"),
         "tokens": read.tokens(),
         "bottleneck": read.shape("outer_embed.bottleneck.weight", 4)[0] if model.bottleneck else 0,
-        "outer": replace(model.outer, width=width, num_heads=heads, mlp_ratio=ratio),
+        "outer": replace(model.outer, **read.outer()),
         "inner": inner,
     }
     if kind == "dit":
         keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps}
     if read.unseen:
         raise UserError(f"--set {next(iter(read.unseen))}: the weights determine this key: leave it out")
-    stages = f"outer*{read.depth}" + (f" inner*{read.inner_depth}" if read.inner_depth else "")
-    model = replace(model, stages=stages, **keys)
+    model = replace(model, **keys)
     check_official(official.averaged, kind, model, what)
     return model

@@ -27,8 +27,7 @@ def add(commands: Commands) -> None:
     take.add_argument(
         "--kind",
         choices=("dit", "sit", "repa"),
-        help="files of dit, sit and repa look the same (default: from the file's args or name, otherwise dit); other "
-        "models are known by the names of their weights",
+        help="dit, sit and repa files look the same (default: from the file's args or name, otherwise dit)",
     )
     take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
@@ -37,9 +36,8 @@ def add(commands: Commands) -> None:
         help="number of classes, if the file does not hold it; a label table with this many rows has no null class",
     )
     take.add_argument("--average", metavar="KEY", help="averaged weights, if there are several (default: model_ema1)")
-    take.add_argument(
-        "--image-size", type=_image_size, metavar="N|HxW", help="size of images, if the weights do not show it"
-    )
+    size = "size of images, if the weights do not show it"
+    take.add_argument("--image-size", type=whole_number, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
     take.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the run; repeatable")
 
     give = commands.add("export", _export, "write a run's weights in another format")
@@ -63,14 +61,6 @@ def add(commands: Commands) -> None:
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")
 
 
-def _image_size(text: str) -> tuple[int, int]:
-    """`N` or `HxW`."""
-    sides = [whole_number(side) for side in text.split("x")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"must be N or HxW: got {text[:40]!r}")
-    return sides[0], sides[-1]
-
-
 def _import(options: argparse.Namespace) -> None:
     from dit_in_dit.interop import official
     from dit_in_dit.interop.import_run import import_run
@@ -81,7 +71,7 @@ def _import(options: argparse.Namespace) -> None:
         kind=options.kind,
         heads=options.num_heads,
         classes=options.num_classes,
-        size=options.image_size,
+        size=options.image_size and tuple(options.image_size),
         average=options.average,
         settings=options.set,
     )

@@ -140,9 +140,9 @@ def _parameters(official: list[str], ours: str, how: str, known: Collection[str]
     """The entries of a tensor, or of a module: its weight and its bias, if the model has them."""
     if ours in known or ours.startswith("="):
         return [Entry(official, ours, how)]
-    parts = [part for part in ("weight", "bias") if f"{ours}.{part}" in known]
     hows = {"weight": how, "bias": "rows" if how == "rows" else ""}
-    return [Entry([f"{name}.{part}" for name in official], f"{ours}.{part}", hows[part]) for part in parts]
+    parts = [(part, mark) for part, mark in hows.items() if f"{ours}.{part}" in known]
+    return [Entry([f"{name}.{part}" for name in official], f"{ours}.{part}", mark) for part, mark in parts]
 
 
 def to_ours(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
@@ -153,38 +153,36 @@ def to_ours(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: b
             continue
         parts = [weights[part] for part in official]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if how in ("conv", "one"):  # a strided convolution is linear
-            tensor = tensor.flatten(1)
-        elif how == "lead":
-            tensor = tensor[0]
-        elif how == "rows":
-            tensor = tensor.view(_channels(name, model), -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
+        if how == "rows":
+            tensor = _swapped(tensor, _channels(name, model))
+        elif how:  # a strided convolution is linear
+            tensor = tensor[0] if how == "lead" else tensor.flatten(1)
         ours[name] = -tensor if turn and ".final.linear." in name else tensor
     return ours
 
 
 def to_official(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
-    """The inverse of `to_ours`, in the official order, with the computed tables."""
-    found, like = computed_tables(kind, model), weights["outer_embed.proj.weight"]
-    table = {name: fixed.to(like) for name, fixed in found.items()}
+    """The inverse of `to_ours`, with the computed tables; in the official order, but for weight and bias of parts."""
     found = {}
+    tables, like = computed_tables(kind, model), weights["outer_embed.proj.weight"]
     for official, name, how in entries(kind, model):
         if name.startswith("="):
-            found[official[0]] = table[official[0]]
+            found[official[0]] = tables[official[0]].to(like)
             continue
         tensor = -weights[name] if turn and ".final.linear." in name else weights[name]
-        if how in ("conv", "one"):
+        if how == "rows":
+            tensor = _swapped(tensor, len(tensor) // _channels(name, model))
+        elif how:
             side = 1 if how == "one" else model.inner.sub_patch if name.startswith("inner") else model.patch_size
-            tensor = tensor.view(len(tensor), -1, side, side)
-        elif how == "lead":
-            tensor = tensor[None]
-        elif how == "rows":
-            tensor = tensor.view(-1, _channels(name, model), *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
-        parts = [part.clone() for part in tensor.chunk(len(official))] if len(official) > 1 else [tensor]
-        found |= dict(zip(official, parts, strict=True))
-    first: dict[str, int] = {}  # a module's weight and bias stand together, also where several modules are one of ours
-    order = {name: first.setdefault(name.rpartition(".")[0], number) for number, name in enumerate(found)}
-    return {name: found[name] for name in sorted(found, key=order.__getitem__)}
+            tensor = tensor[None] if how == "lead" else tensor.view(len(tensor), -1, side, side)
+        parts = tensor.chunk(len(official))
+        found |= {part: value.clone() if len(parts) > 1 else value for part, value in zip(official, parts, strict=True)}
+    return found
+
+
+def _swapped(tensor: Tensor, first: int) -> Tensor:
+    """A matrix or vector with rows (first, others) in the order (others, first)."""
+    return tensor.view(first, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 def _channels(name: str, model: ModelConfig) -> int:
@@ -225,13 +223,13 @@ def seen_kind(weights: Weights) -> OfficialKind | None:
     seen = {re.sub(r"blocks\.\d+", "blocks.*", name) for name in weights}
 
     def fits(kind: OfficialKind) -> int:
-        names = [name.replace("+", "*") for entry in TABLES[kind] for name in entry.official]
+        names = {name.replace("+", "*") for entry in TABLES[kind] for name in entry.official}
         return sum(1 if seen & {name, f"{name}.weight"} else -1 for name in names)
 
-    kind = max(TABLES, key=fits)  # the first of equals
-    packed = [weights.get(f"pixel_blocks.0.{name}.weight") for name in ("adaLN_modulation.0", "compress_to_attn")]
-    if kind == "pixeldit" and None not in packed and packed[0].shape[0] == 4 * packed[1].shape[-1]:
-        return "pixeldit_post"
-    if kind == "dit":
-        return "repa" if any(name.startswith(BESIDE["repa"]) for name in weights) else None
-    return kind
+    kind, none = max(TABLES, key=fits), torch.empty(0)  # the first of equals
+    parts = (f"pixel_blocks.0.{name}.bias" for name in ("adaLN_modulation.0", "expand_from_attn"))
+    vectors, place = (weights.get(name, none).numel() for name in parts)
+    if kind == "pixeldit":
+        return "pixeldit_post" if vectors == 4 * place else kind
+    beside = any(name.startswith(BESIDE["repa"]) for name in weights)
+    return ("repa" if beside else None) if kind == "dit" else kind

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -22,17 +23,9 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.field import FAMILIES
-from dit_in_dit.config.run import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
-from dit_in_dit.config.schema import to_dict
-from dit_in_dit.interop.field_names import (
-    BESIDE,
-    TABLES,
-    OfficialKind,
-    Weights,
-    computed_tables,
-    official_names,
-    to_official,
-)
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
+from dit_in_dit.interop import field_names
+from dit_in_dit.interop.field_names import TABLES, OfficialKind, Weights, computed_tables, official_names
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.tensors import DTYPES
 
@@ -40,6 +33,10 @@ Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
 ALIKE: tuple[OfficialKind, ...] = ("dit", "sit", "repa")  # their weights have the same names and shapes
 UNSEEN = ("model.tokens.start", "model.stages")  # keys that weights may not show
+SIZE_KEYS = {
+    *("image_size", "channels", "patch_size", "num_classes", "stages", "depth", "use_inner", "bottleneck", "outer"),
+    *("width", "num_heads", "mlp_ratio", "depth_ratio", "sub_patch", "label", "time", "inner", "tokens"),
+}
 PATCHES = "x_embedder.proj.weight"
 
 
@@ -109,14 +106,13 @@ def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     return replace(official, averaged=averaged, trained=trained, null_class=False)
 
 
-def shape_of(
-    weights: Weights, name: str, dimensions: tuple[int, ...], what: str, kind: OfficialKind
-) -> tuple[int, ...]:
+def shape_of(weights: Weights, name: str, sizes: tuple[int, ...], what: str, kind: OfficialKind) -> tuple[int, ...]:
+    """Shape of a weight, whose number of dimensions must be one of `sizes`. Raises UserError."""
     if name not in weights:
         raise UserError(f"{what} holds no weights of a {title(kind)}: there is no {name}")
     shape = tuple(weights[name].shape)
-    if len(shape) not in dimensions or 0 in shape:
-        raise UserError(f"{what}: {name} must have {' or '.join(map(str, dimensions))} dimensions: got {shape}")
+    if len(shape) not in sizes or 0 in shape:
+        raise UserError(f"{what}: {name} must have {' or '.join(map(str, sizes))} dimensions: got {shape}")
     return shape
 
 
@@ -124,12 +120,12 @@ def official_shapes(kind: OfficialKind, model: ModelConfig) -> dict[str, tuple[i
     """Official name -> shape, for all weights and computed tables of a model."""
     with torch.device("meta"):
         state = NestedDiT(model).state_dict()
-    return {name: tuple(value.shape) for name, value in to_official(state, kind, model, turn=False).items()}
+    return {name: tuple(value.shape) for name, value in field_names.to_official(state, kind, model, turn=False).items()}
 
 
 def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, what: str) -> None:
     """UserError when official weights are not exactly those of the model, or are not floating-point."""
-    wanted, beside = official_shapes(kind, model), BESIDE.get(kind, "/")
+    wanted, beside = official_shapes(kind, model), field_names.BESIDE.get(kind, "/")
     for name in [*wanted, *weights]:
         if name not in weights:
             raise UserError(f"{what} holds no weights of a {title(kind)}: there is no {name}")
@@ -167,54 +163,39 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
     """Whether a model and a kind's literal have the same options, whatever their sizes."""
     like, nested = literal(kind), bool(official_names(kind, "inner_head.final.linear.weight"))
     square = model.image_size[0] == model.image_size[1] or not computed_tables(kind, like)
-    if not square or [level for level, _ in model.program] != (["outer", "inner"] if nested else ["outer"]):
-        return False
-    free = {"learn_variance"} if kind in ALIKE else set()
-    free |= {"mlp_norm_eps"} if kind == "dit" else set()
+    free = {*SIZE_KEYS, *(["learn_variance"] if kind in ALIKE else []), *(["mlp_norm_eps"] if kind == "dit" else [])}
     free |= {"qk_norm"} if like.outer.norm == "rms" and not like.qk_norm else set()
+    free |= {"start"} if like.tokens.start else set()
+    free |= {"time_embed"} if kind == "dit" and model.time_embed == "diffusers" else set()
 
     def options(of: ModelConfig) -> list[Any]:
-        keys = to_dict(of)
-        levels = [keys.pop("outer"), keys.pop("inner") if nested else {}]
-        tokens, patch = keys.pop("tokens"), of.inner.sub_patch
-        counts = [bool(of.bottleneck), bool(tokens["label"]), bool(tokens["time"]), tokens["rows"], tokens["adaln"]]
-        levels = [{key: value for key, value in level.items() if key not in _LEVEL_SIZES} for level in levels]
-        clock = "dit" if kind == "dit" and of.time_embed == "diffusers" else of.time_embed
-        others = {key: value for key, value in keys.items() if key not in {*_SIZES, *free}} | {"time_embed": clock}
-        return [levels, counts, others, (patch == 1, patch == of.patch_size) if nested else None]
+        counts = [bool(count) for count in (of.bottleneck, of.tokens.label, of.tokens.time)]
+        names = [name.removeprefix("model.") for name in ModelConfig.names() if name.rpartition(".")[2] not in free]
+        names = [name for name in names if nested or not name.startswith("inner.")]
+        inner = (of.inner.sub_patch == 1, of.inner.sub_patch == of.patch_size) if nested else ()
+        return [counts, inner, *(attrgetter(name)(of) for name in names)]
 
-    return options(model) == options(like)
+    follows = like.inner.width != like.outer.width or _size(model.inner) == _size(model.outer) or not nested
+    shape = square and follows and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
+    return shape and options(model) == options(like)
 
 
-_SIZES = (
-    "image_size",
-    "channels",
-    "patch_size",
-    "num_classes",
-    "stages",
-    "depth",
-    "use_inner",
-    "bottleneck",
-    "plugins",
-)
-_LEVEL_SIZES = ("width", "num_heads", "mlp_ratio", "sub_patch", "depth_ratio")
+def _size(level: OuterConfig) -> tuple[int, int]:
+    return level.width, level.num_heads
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
     """The config of a run with imported weights: the published recipe, and for DiT and SiT the guidance of the authors'
     `sample.py`."""
+    config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
     if official.kind not in ("dit", "sit"):
-        config = replace(FAMILIES[official.kind].build(), model=model)
-        train = config.train if official.null_class else replace(config.train, label_drop=0.0)
-        guidance = config.sample.guidance if model.num_classes and official.null_class else 1.0
-        return replace(config, train=train, sample=replace(config.sample, guidance=guidance))
-    base = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
-    guidance = 4.0 if model.num_classes and official.null_class else 1.0
-    if official.kind == "sit":
-        diffusion = DiffusionConfig(path="flow", predict=official.predict)
-        how = SampleConfig(sampler="heun", steps=50, guidance=guidance)
+        config = FAMILIES[official.kind].build()
+    elif official.kind == "sit":
+        how = SampleConfig(sampler="heun", steps=50, guidance=4.0)
+        config = replace(config, diffusion=DiffusionConfig(path="flow", predict=official.predict), sample=how)
     else:
-        diffusion = DiffusionConfig(path="ddpm", predict=official.predict)
-        how = SampleConfig(sampler="ddpm", steps=250, guidance=guidance)
-    train = base.train if official.null_class else replace(base.train, label_drop=0.0)
-    return replace(base, model=model, diffusion=diffusion, sample=how, train=train)
+        how = SampleConfig(sampler="ddpm", steps=250, guidance=4.0)
+        config = replace(config, diffusion=DiffusionConfig(path="ddpm", predict=official.predict), sample=how)
+    train = config.train if official.null_class else replace(config.train, label_drop=0.0)
+    guidance = config.sample.guidance if model.num_classes and official.null_class else 1.0
+    return replace(config, model=model, train=train, sample=replace(config.sample, guidance=guidance))

@@ -21,7 +21,6 @@ SEVERAL = {"model_ema1", "model_ema2"}  # JiT keeps two averages; the first is i
 TRAINED = ("model", "state_dict", "model_state_dict", "module")
 EMA = re.compile(r"(module\.|_orig_mod\.)*ema(_model|_denoiser)?\.")  # prefix of an average inside a module
 DENOISER = ("denoiser.", "ema_denoiser.")  # the model in a Lightning checkpoint, beside an encoder and projectors
-STEPS = ("step", "steps", "train_steps", "global_step")
 
 
 def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str | None = None) -> OfficialWeights:
@@ -47,7 +46,7 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str |
     predict, heads = _output(kind, args, path) if kind in ALIKE else ("velocity", None)
     classes = args.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
-    step = _step(content.get("opt")) or next((count for key in STEPS if (count := _count(content.get(key)))), 0)
+    step = _step(content.get("opt"))
     clock: Clock = "sit" if kind == "sit" else "dit"
     return OfficialWeights(averaged, trained, step, kind, predict, heads, clock=clock, classes=classes)
 
@@ -114,8 +113,4 @@ def _step(optimizer: Any) -> int:
     step = first.get("step") if isinstance(first, dict) else None
     if isinstance(step, Tensor):
         step = step.item() if step.numel() == 1 else None
-    return _count(step)
-
-
-def _count(step: Any) -> int:
     return int(step) if isinstance(step, int | float) and 0 <= step < 10**12 else 0

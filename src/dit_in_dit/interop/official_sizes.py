@@ -33,8 +33,8 @@ class _Reader:
         return shape_of(self.weights, official_names(self.kind, ours, self.depth)[0], dimensions, self.what, self.kind)
 
     def has(self, ours: str) -> bool:
-        """Whether the weights have a parameter of ours."""
-        return any(name in self.weights for name in official_names(self.kind, ours, self.depth))
+        """Whether the weights have a parameter of ours, or a table."""
+        return not self.weights.keys().isdisjoint(official_names(self.kind, ours, self.depth))
 
     def depths(self) -> tuple[int, int]:
         """Numbers of outer and inner blocks."""
@@ -126,19 +126,14 @@ class _Reader:
         start = self.ask("model.tokens.start", known) if tokens.start else 0
         return replace(tokens, label=label, time=time, start=start)
 
-    def outer(self) -> dict[str, Any]:
-        """Sizes of the outer level."""
-        ratio = self.ratio(self.literal.outer, "outer", self.width)
-        return {"width": self.width, "num_heads": self.heads("outer", self.width), "mlp_ratio": ratio}
-
     def inner(self, patch: int) -> dict[str, Any]:
         """Sizes of the inner level."""
         inner = self.literal.inner
         shape = self.shape(f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight", 2, 4)
         whole = patch if inner.sub_patch == self.literal.patch_size else inner.sub_patch
         heads = self.heads("inner", shape[0]) if inner.mixer == "image" else inner.num_heads
-        size = {"width": shape[0], "num_heads": heads, "mlp_ratio": self.ratio(inner, "inner", shape[0])}
-        return size | {"sub_patch": shape[2] if len(shape) == 4 else whole}
+        ratio, part = self.ratio(inner, "inner", shape[0]), shape[2] if len(shape) == 4 else whole
+        return {"width": shape[0], "num_heads": heads, "mlp_ratio": ratio, "sub_patch": part}
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
@@ -155,6 +150,7 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
     model, nested = read.literal, bool(read.inner_depth)
     channels, patch, image_size = read.image()
     inner = replace(model.inner, **read.inner(patch)) if nested else model.inner
+    heads, ratio = read.heads("outer", read.width), read.ratio(model.outer, "outer", read.width)
     out = read.shape(f"{'inner' if nested else 'outer'}_head.final.linear.weight", 2)[0]
     keys: dict[str, Any] = {
         "image_size": image_size,
@@ -166,13 +162,12 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
         "qk_norm": model.qk_norm or read.has("outer_blocks.*.branches.mix.qk_norm.query"),
         "tokens": read.tokens(),
         "bottleneck": read.shape("outer_embed.bottleneck.weight", 4)[0] if model.bottleneck else 0,
-        "outer": replace(model.outer, **read.outer()),
+        "outer": replace(model.outer, width=read.width, num_heads=heads, mlp_ratio=ratio),
         "inner": inner,
     }
     if kind == "dit":
         keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps}
     if read.unseen:
         raise UserError(f"--set {next(iter(read.unseen))}: the weights determine this key: leave it out")
-    model = replace(model, **keys)
-    check_official(official.averaged, kind, model, what)
+    check_official(official.averaged, kind, model := replace(model, **keys), what)
     return model

@@ -18,10 +18,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def add(commands: Commands) -> None:
     """Add the commands."""
     take = commands.add("import", _import, "make a run from published weights: of official code, or of diffusers' DiT")
-    about = (
-        "a checkpoint of DiT, SiT, REPA, LightningDiT, JiT, DDT, DeCo, PixNerd, PixelDiT, RAE, RAEv2 or MPDiT, a "
-        "diffusers folder, or a repository USER/NAME[@REVISION] of the Hub"
-    )
+    about = "a checkpoint of a model in docs/field.md, a diffusers folder, or USER/NAME[@REVISION] of the Hub"
     take.add_argument("source", type=Path, metavar="FILE", help=about)
     take.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run's folder")
     take.add_argument(

@@ -10,7 +10,7 @@ in the order (row, column, channel). `=level.what` instead of our name is a tabl
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -80,9 +80,7 @@ _QKV_APART, _W1_W2 = "attn.q&attn.k&attn.v:mix.qkv", "mlp.w1&mlp.w2:mlp.up mlp.w
 _RAEV2 = (_1, _2, _QKV_APART, _PROJ, _QK, _W1_W2, _ADALN.lower())
 
 _TABLES: dict[OfficialKind, str] = {
-    "dit": _PLAIN,
-    "sit": _PLAIN,
-    "repa": _PLAIN,
+    **dict.fromkeys(("dit", "sit", "repa"), _PLAIN),
     "lightningdit": f"{_POSITION} {_EMBED} {_CONDITION} {_angles('feat_rope', 'outer')} "
     f"{_blocks('blocks.*', 'outer', *_MODERN)} {_head('outer', _NORM, _LINEAR, _ADALN)}",
     "jit": f"{_POSITION} in_context_posemb:tokens.label_offsets:lead {_CONDITION} "
@@ -97,8 +95,7 @@ _TABLES: dict[OfficialKind, str] = {
     "dec_net.final_layer.linear:inner_head.final.linear",
     "pixnerd": f"{_DCT} {_head('inner', 'norm:norm', _LINEAR)} {_blocks('blocks.*', 'outer', *_BARE)} "
     f"{_blocks('blocks.+', 'inner', 'param_generator1.0:mlp.weights norm:norm_mlp')}",
-    "pixeldit": _PIXELDIT,
-    "pixeldit_post": _PIXELDIT,
+    **dict.fromkeys(("pixeldit", "pixeldit_post"), _PIXELDIT),
     "rae": f"{_POSITION} {_INNER_EMBED} {_OUTER_EMBED} {_ROWS} {_CONDITION} {_head('inner', _NORM, _LINEAR, _ADALN)} "
     f"{_angles('enc_feat_rope', 'outer')} {_angles('dec_feat_rope', 'inner')} "
     f"{_blocks('blocks.*', 'outer', *_MODERN)} {_blocks('blocks.+', 'inner', *_MODERN)}",
@@ -129,20 +126,15 @@ def entries(kind: OfficialKind, model: ModelConfig) -> list[Entry]:
     for level, group in groupby(TABLES[kind], lambda entry: re.split("_blocks|$", entry.ours)[0] * ("*" in entry.ours)):
         table = list(group)  # the entries of a block stand together
         for number in range(model.blocks(level)) if level else (0,):
+            shift = str(number + model.blocks("outer"))
             for official, ours, how in table:
-                counted = str(number + model.blocks("outer"))
-                names = [name.replace("*", str(number)).replace("+", counted) for name in official]
-                found += _parameters(names, ours.replace("*", str(number)), how, known)
+                names = [name.replace("*", str(number)).replace("+", shift) for name in official]
+                name = ours.replace("*", str(number))
+                whole = name in known or name.startswith("=")  # else a module: its weight, and its bias if it has one
+                hows = {"": how} if whole else {".weight": how, ".bias": "rows" if how == "rows" else ""}
+                parts = [(part, mark) for part, mark in hows.items() if whole or name + part in known]
+                found += [Entry([official + part for official in names], name + part, mark) for part, mark in parts]
     return found
-
-
-def _parameters(official: list[str], ours: str, how: str, known: Collection[str]) -> list[Entry]:
-    """The entries of a tensor, or of a module: its weight and its bias, if the model has them."""
-    if ours in known or ours.startswith("="):
-        return [Entry(official, ours, how)]
-    hows = {"weight": how, "bias": "rows" if how == "rows" else ""}
-    parts = [(part, mark) for part, mark in hows.items() if f"{ours}.{part}" in known]
-    return [Entry([f"{name}.{part}" for name in official], f"{ours}.{part}", mark) for part, mark in parts]
 
 
 def to_ours(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
@@ -163,8 +155,7 @@ def to_ours(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: b
 
 def to_official(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: bool) -> dict[str, Tensor]:
     """The inverse of `to_ours`, with the computed tables; in the official order, but for weight and bias of parts."""
-    found = {}
-    tables, like = computed_tables(kind, model), weights["outer_embed.proj.weight"]
+    found, tables, like = dict[str, Tensor](), computed_tables(kind, model), weights["outer_embed.proj.weight"]
     for official, name, how in entries(kind, model):
         if name.startswith("="):
             found[official[0]] = tables[official[0]].to(like)

@@ -1,7 +1,7 @@
 """Import of published weights as a run folder, and export of a run's weights to the formats of their authors.
 
     config.yaml, checkpoints/    a run; its step is the optimizer's, if the file has an optimizer's state
-    origin.json                  origin of the weights: file, SHA-256, format, kind, and diffusers' config
+    origin.json                  origin of the weights: file, SHA-256, format, and diffusers' config
 
 The weights keep their type and every bit; a model with these weights computes in float32.
 """
@@ -81,7 +81,6 @@ def import_run(
         raise UserError(f"{source} is a run already: import takes weights of other projects")
     weights, origin = _read(source, kind, average)
     unseen = {name: value for name, value in map(parse_assignment, settings) if name in UNSEEN}
-    settings = [setting for setting in settings if setting.partition("=")[0] not in UNSEEN]
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
     weights = replace(weights, size=size, unseen=unseen)
     weights = official.add_null_class(weights, what)
@@ -105,8 +104,7 @@ def _read(source: Path, kind: OfficialKind | None, average: str | None) -> tuple
         weights, config = diffusers_dit.read_folder(source)
         return weights, {"format": "diffusers", "name": source.name, "config": config}
     weights = read_checkpoint(source, kind, average)
-    origin = {"format": "official", "name": source.name, "sha256": file_sha256(source), "kind": weights.kind}
-    return weights, origin
+    return weights, {"format": "official", "name": source.name, "sha256": file_sha256(source)}
 
 
 def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) -> tuple[Tensors, Tensors]:
@@ -119,8 +117,8 @@ def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) 
     known, dtype = computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
     beside = [name for name in weights.averaged if name in known or name.startswith(BESIDE.get(kind, "/"))]
     for name in beside:
-        ours, tensor, raw = known.get(name), weights.averaged[name], weights.trained.get(name)
-        if ours is None or not _same_bits(tensor, ours.to(dtype)):
+        tensor, raw = weights.averaged[name], weights.trained.get(name)
+        if name not in known or not _same_bits(tensor, known[name].to(dtype)):
             state[BESIDE_AVERAGED + name] = tensor
         if raw is not None and not _same_bits(tensor, raw):
             state[BESIDE_TRAINED + name] = raw
@@ -129,7 +127,7 @@ def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) 
 
 def _apply_settings(config: RunConfig, settings: Sequence[str], *, null_class: bool) -> RunConfig:
     """The config with `settings`; UserError for keys that the weights determine."""
-    for name, _ in map(parse_assignment, settings):
+    for name in {name for name, _ in map(parse_assignment, settings)}.difference(UNSEEN):
         if name in ("model", "diffusion") or name.startswith(("model.", "diffusion.path", "diffusion.predict")):
             raise UserError(f"--set {name[:60]}: the weights determine this key; set keys of sample, train or data")
         if name == "train.label_drop" and not null_class:

@@ -6,9 +6,8 @@ do not follow from the shapes:
 - The number of heads, unless there are norms of queries and keys or rotary tables. For published sizes it follows from
   depth and width. So do the block before which JiT's class tokens join, and the split of DDT's blocks into two levels.
 - The size of images, if there is no table of positions: the published size, or `--image-size`.
-- The time. The official time of SiT, LightningDiT, JiT, DDT, DeCo, PixNerd and PixelDiT runs from noise at 0 to the
-  image at 1. A velocity is then image - noise, the opposite of ours: the sign of the last layer is changed, which is
-  exact and reversible.
+- The time. For some models it runs from noise at 0 to the image at 1. A velocity is then image - noise, the opposite of
+  ours: the sign of the last layer is changed, which is exact and reversible.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.field import FAMILIES
-from dit_in_dit.config.run import DiffusionConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
+from dit_in_dit.config.run import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 from dit_in_dit.interop import field_names
 from dit_in_dit.interop.field_names import TABLES, OfficialKind, Weights, computed_tables, official_names
 from dit_in_dit.model.nested import NestedDiT
@@ -139,9 +138,7 @@ def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, wha
         table = weights[name]
         off = (table.float() - fixed).abs().max().item()
         if not off <= max(1e-5, 2 * torch.finfo(table.dtype).eps):
-            raise UserError(
-                f"{what}: {name} is not the fixed sin-cos table (off by {off:.2g}): positions are not learned"
-            )
+            raise UserError(f"{what}: {name} is not the fixed sin-cos table (off by {off:.2g}): it is never learned")
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -175,27 +172,23 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
         inner = (of.inner.sub_patch == 1, of.inner.sub_patch == of.patch_size) if nested else ()
         return [counts, inner, *(attrgetter(name)(of) for name in names)]
 
-    follows = like.inner.width != like.outer.width or _size(model.inner) == _size(model.outer) or not nested
+    size = attrgetter("width", "num_heads")
+    follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)
     shape = square and follows and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
     return shape and options(model) == options(like)
-
-
-def _size(level: OuterConfig) -> tuple[int, int]:
-    return level.width, level.num_heads
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
     """The config of a run with imported weights: the published recipe, and for DiT and SiT the guidance of the authors'
     `sample.py`."""
     config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
+    if official.kind == "dit":
+        diffusion, how = DiffusionConfig(path="ddpm"), SampleConfig(sampler="ddpm", steps=250, guidance=4.0)
+    else:
+        diffusion, how = DiffusionConfig(path="flow"), SampleConfig(sampler="heun", steps=50, guidance=4.0)
+    config = replace(config, diffusion=replace(diffusion, predict=official.predict), sample=how)
     if official.kind not in ("dit", "sit"):
         config = FAMILIES[official.kind].build()
-    elif official.kind == "sit":
-        how = SampleConfig(sampler="heun", steps=50, guidance=4.0)
-        config = replace(config, diffusion=DiffusionConfig(path="flow", predict=official.predict), sample=how)
-    else:
-        how = SampleConfig(sampler="ddpm", steps=250, guidance=4.0)
-        config = replace(config, diffusion=DiffusionConfig(path="ddpm", predict=official.predict), sample=how)
     train = config.train if official.null_class else replace(config.train, label_drop=0.0)
     guidance = config.sample.guidance if model.num_classes and official.null_class else 1.0
     return replace(config, model=model, train=train, sample=replace(config.sample, guidance=guidance))

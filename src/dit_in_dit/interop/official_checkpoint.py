@@ -26,8 +26,6 @@ DENOISER = ("denoiser.", "ema_denoiser.")  # the model in a Lightning checkpoint
 def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str | None = None) -> OfficialWeights:
     """Read a file of an official model: only weights, or a training checkpoint with averages, optimizer and args.
 
-    The names of the weights show the kind of model.
-
     Args:
         kind: DiT, SiT or REPA's SiT, whose weights have the same names; None: by the file's args or name, else DiT.
         average: key of the averaged weights, if the file has several; None: the first.
@@ -46,9 +44,8 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str |
     predict, heads = _output(kind, args, path) if kind in ALIKE else ("velocity", None)
     classes = args.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
-    step = _step(content.get("opt"))
     clock: Clock = "sit" if kind == "sit" else "dit"
-    return OfficialWeights(averaged, trained, step, kind, predict, heads, clock=clock, classes=classes)
+    return OfficialWeights(averaged, trained, _step(content.get("opt")), kind, predict, heads, clock, classes=classes)
 
 
 def _groups(content: Mapping[str, Any], path: Path, average: str | None) -> tuple[Weights, Weights]:
@@ -66,8 +63,7 @@ def _groups(content: Mapping[str, Any], path: Path, average: str | None) -> tupl
     averaged, trained = groups
     whole = averaged or trained or content
     if averaged is None or trained is None:
-        if any(str(name).startswith(DENOISER) for name in whole):
-            whole = {name: value for name, value in whole.items() if str(name).startswith(DENOISER)}
+        whole = {name: value for name, value in whole.items() if str(name).startswith(DENOISER)} or whole
         _check_tensors(whole, path)
         ema = {name: value for name, value in whole.items() if EMA.match(name)}
         other = {name: value for name, value in whole.items() if name not in ema}

@@ -107,9 +107,7 @@ class _Reader:
         length, name = self.shape(tables[0], 2, 3)[-2], official_names(self.kind, tables[0])[0]
         side = math.isqrt(length)
         if side**2 != length:
-            raise UserError(
-                f"{self.what}: {name} has {length} places, which is no square number: only square images are supported"
-            )
+            raise UserError(f"{self.what}: {name} has {length} places, which is no square: images must be square")
         size = (side * patch, side * patch)
         if self.official.size not in (None, size):
             raise UserError(f"--image-size: {self.what} is for images of {size[0]}x{size[1]}: leave out this option")
@@ -137,11 +135,7 @@ class _Reader:
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
-    """The architecture of weights; what their shapes do not show is taken from the published size with the same depth
-    and width.
-
-    Args:
-        what: name of the weights in errors.
+    """The architecture of weights, which errors call `what`; sizes that shapes do not show are the published ones.
 
     Raises:
         UserError: a weight is missing, unknown or of another shape, a computed table differs, or a size is unknown.

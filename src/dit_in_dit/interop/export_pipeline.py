@@ -27,7 +27,8 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.tensors import check_weights
 
-READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # only keys that are used
+READ = ("path", "predict", "split_rank", "split_scale", "split_clamp")  # only keys that are used
+DEFAULTS = ("steps", "guidance", "guidance_channels", "interval")
 
 
 def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
@@ -100,7 +101,8 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
             "train with a built-in sampler"
         )
     with torch.device("meta"):  # without weights: the model's are used
-        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
+        read = {key: diffusion[key] for key in READ if key in diffusion}
+        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), read)
     transformer.nested = model
     return DiTInDiTPipeline(
         transformer.eval(),

@@ -17,6 +17,7 @@ from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed
 from dit_in_dit.model.layers import Attention, Block, FinalLayer, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.norms import NORMS
+from dit_in_dit.model.split import SplitOutput
 
 AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
@@ -151,6 +152,7 @@ class NestedDiT(nn.Module):
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
         self.heads = self._finish(model)
+        self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
         initialise(self)
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
@@ -201,8 +203,8 @@ class NestedDiT(nn.Module):
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
 
         Returns:
-            The prediction (N, C, H, W) of the quantity `diffusion.predict`. With `learn_variance`, (N, 2C, H, W): the
-            prediction, then the variance fraction.
+            The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
+            `learn_variance`, (N, 2C, H, W): the prediction, then the variance fraction.
 
         Raises:
             ValueError: a shape is wrong, or (of tensors on the CPU) a time or a class is out of range.
@@ -210,12 +212,16 @@ class NestedDiT(nn.Module):
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         _check_inputs(self.config, x, t, y)
+        noisy, time = x, t
+        if self.split is not None:
+            x, t = self.split.scaled(x, t)
         outer = self.outer_embed(x)  # N T D
         inner = self.inner_embed(x)  # N T S E
         c = self.time_embed(t, x.dtype) + self.label_embed(y)  # N D
         for stage in self.stages:  # the program, one arrow per stage
             outer, inner = stage(outer, inner, c)
-        return reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W
+        out = reduce(torch.add, [head(outer, inner, c) for head in self.heads])  # N C H W
+        return out if self.split is None else self.split(out, noisy, time)
 
 
 def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:

@@ -223,8 +223,7 @@ def check_initial_loss(patient: DoctorSubject) -> CheckResult:
     measured, expected = patient.start.mean().item(), zero.mean().item()
     section.rows["loss"] = {"analytic": analytic, "these examples": expected, "measured": measured}
     # The two differ only by the noise, whose mean square deviates by sqrt(2 / numbers), far below a tenth. A model that
-    # starts from a run's weights (train.init) does not predict zero.
-    # Nor does a split prediction of zero: its image has the noisy image's part in the subspace.
+    # starts from a run's weights (train.init), or predicts split, does not predict zero.
     if patient.trainer.begun is None and not config.diffusion.split and not abs(measured / expected - 1) < 0.1:
         section.find(
             "warning", "loss at start",

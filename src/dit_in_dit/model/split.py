@@ -35,7 +35,7 @@ class SplitOutput(nn.Module):
         sk = self.scale / (self.scale + (1 - self.scale) * t)
         share = torch.ones_like(t) if self.training else t / t.clamp(min=self.clamp)
         mixed = share * sk * noisy + (share * self.scale - t * sk) * u
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             patches = rearrange(mixed, "n c (h p) (w q) -> n h w (c p q)", p=p, q=p) @ basis.T @ basis
         inside = rearrange(patches, "n h w (c p q) -> n c (h p) (w q)", p=p, q=p)
         return ((1 - share) * noisy - share * self.scale * u + inside).to(x.dtype)

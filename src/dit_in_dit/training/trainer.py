@@ -88,7 +88,8 @@ class Trainer:
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
-        if fresh and (split := getattr(self.model, "split", None)) is not None and not split.basis.any():
+        split = self.model.split if isinstance(self.model, NestedDiT) else None
+        if fresh and split is not None and not split.basis.any():
             split.basis.copy_(self.world.on_main(partial(principal_patches, source, config.model, len(split.basis))))
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)

@@ -87,9 +87,9 @@ def warm_start(
             )
         weight.copy_(weights[source])
         taken.add(name)
-    split, basis = getattr(model, "split", None), weights.get("split.basis")
-    if split is not None and basis is not None and basis.shape == split.basis.shape:
-        split.basis.copy_(basis)  # its weights were trained with it; otherwise, training computes a new one
+    basis = dict(model.named_buffers()).get("split.basis")
+    if basis is not None and basis.shape == (trained_basis := weights.get("split.basis", basis)).shape:
+        basis.copy_(trained_basis)  # the weights were trained with it; otherwise, training computes a new one
     if lost := [name for name in own if not is_inner(name) and name not in taken]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
     kept, count = len(rows) - 1, model.config.num_classes

@@ -81,15 +81,13 @@ class Trainer:
             make_loss: class of the objective, in place of `Objective`.
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
-        train = config.train
-        check_process_count(train, self.world.size)
+        check_process_count(train := config.train, self.world.size)
         keep_freed_memory()
         self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
-        split = self.model.split if isinstance(self.model, NestedDiT) else None
-        if fresh and split is not None and not split.basis.any():
+        if fresh and isinstance(self.model, NestedDiT) and (split := self.model.split) and not split.basis.any():
             split.basis.copy_(self.world.on_main(partial(principal_patches, source, config.model, len(split.basis))))
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)

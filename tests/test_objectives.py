@@ -22,6 +22,7 @@ from dit_in_dit.diffusion.frequency import frequency_error, frequency_matrix
 from dit_in_dit.diffusion.objective import LOSS_WEIGHTS, Objective
 from dit_in_dit.diffusion.path import convert, make_path
 from dit_in_dit.diffusion.samplers import denoise, guided, trajectory
+from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.import_pipeline import import_pipeline
 from dit_in_dit.interop.import_run import export_official
@@ -358,6 +359,17 @@ def test_a_plain_split_run_is_not_exported_as_an_official_dit(split_run, tmp_pat
     list(train(plain, tmp_path / "run"))
     with pytest.raises(UserError, match="predicts split, which no official DiT does"):
         export_official(tmp_path / "run", tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize("settings", [[], ["diffusion.predict=velocity"], ["diffusion.frequency_weight=0"]])
+def test_the_untrained_loss_of_these_objectives_is_no_finding(split_run, settings):
+    report = examine(override(split_run, [*settings, "train.batch_size=16"]), torch.device("cpu"))
+    assert not {finding.check for finding in report.findings} & {"loss at start", "gradients"}
+
+
+def test_a_split_run_trains_in_bfloat16(split_run, tmp_path):
+    events = list(train(with_train(split_run, precision="bfloat16"), tmp_path / "run"))
+    assert [event.values["loss"] > 0 for event in events if event.kind == "step"] == [True] * 4
 
 
 # ------------------------------------------------------------------------------------- frequency loss

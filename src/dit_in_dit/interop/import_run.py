@@ -193,6 +193,7 @@ def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, dict[str
         "has inner blocks, which no official DiT has": model.blocks("inner"),
         f"has images of {size}, but an official DiT has square images": size[0] != size[1],
         "norms queries and keys, which no official DiT does": model.qk_norm,
+        "predicts split, which no official DiT does": config.diffusion.split,
         f"has model.outer.norm={norm}, but an official DiT has norm=layer": norm != "layer",
     }
     if what := next((what for what, holds in unlike.items() if holds), None):

@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 
 import dit_in_dit
 from conftest import inputs, perturbed, small_model
+from dit_in_dit.cli import main
 from dit_in_dit.config import choices, facts, plugins, presets
 from dit_in_dit.config.errors import PluginWarning, UserError
 from dit_in_dit.config.files import changed_keys, config_hash, from_yaml, override, to_yaml
@@ -85,25 +88,45 @@ def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def loaded():
-    """Register the user's classes in this process for one test."""
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Forget afterwards which classes were registered within the block."""
     before = {kind: dict(choices.table(kind)) for kind in choices.KINDS}
     known, keys = dict(plugins._loaded), dict(choices.PLUGIN_KEYS)
-    plugins.load_plugin(str(IDEA))
-    yield
-    sys.modules.pop(IDEA.stem)  # run anew in each test
-    for kind, entries in before.items():
-        choices.table(kind).clear()
-        choices.table(kind).update(entries)
-    for current, past in ((plugins._loaded, known), (choices.PLUGIN_KEYS, keys)):
-        current.clear()
-        current.update(past)
+    try:
+        yield
+    finally:
+        sys.modules.pop(IDEA.stem, None)  # run anew in each test
+        for kind, entries in before.items():
+            choices.table(kind).clear()
+            choices.table(kind).update(entries)
+        for current, past in ((plugins._loaded, known), (choices.PLUGIN_KEYS, keys)):
+            current.clear()
+            current.update(past)
+
+
+@pytest.fixture
+def loaded() -> Iterator[None]:
+    """Register the user's classes in this process for one test."""
+    with forgotten():
+        plugins.load_plugin(str(IDEA))
+        yield
+
+
+def here(*words: object) -> str | int | None:
+    """Exit code of a command in this process, which loads the plug-in itself and forgets it afterwards."""
+    assert str(IDEA) not in plugins._loaded
+    with forgotten():
+        try:
+            main([*map(str, words), "--plugin", str(IDEA)])
+        except SystemExit as ended:
+            return ended.code
+    return 0
 
 
 def test_a_run_with_a_users_parts_resumes_bit_for_bit_with_loader_workers(run, settings, tmp_path):
     how = [*settings, "--set", "data.workers=2", "--out", tmp_path / "run", "--device", "cpu"]
-    command("train", *how, "--until", "3")
+    assert here("train", *how, "--until", "3") == 0
     command("train", "--resume", "--out", tmp_path / "run", "--device", "cpu")
     assert (tmp_path / "run/log.jsonl").read_bytes() == (run / "log.jsonl").read_bytes()
 
@@ -114,36 +137,39 @@ def test_two_processes_train_a_run_with_a_users_parts(settings, tmp_path):
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) >= 6
 
 
-def test_every_command_takes_a_run_with_a_users_parts(run, settings, tmp_path):
-    assert "inner blocks" in command("inspect", *settings)
-    command("verify-resume", run, "--steps", "2", "--device", "cpu")
-    command("sample", run, "-n", "4", "--out", tmp_path / "samples", "--device", "cpu")
-    command("evaluate", run, "-n", "4", "--out", tmp_path / "evaluation", "--device", "cpu")
+def test_every_command_takes_a_run_with_a_users_parts(run, settings, tmp_path, capsys):
+    assert here("inspect", *settings) == 0
+    assert "inner blocks" in capsys.readouterr().out
+    device = ("--device", "cpu")
+    assert here("verify-resume", run, "--steps", "2", *device) == 0
+    assert here("sample", run, "-n", "4", "--out", tmp_path / "samples", *device) == 0
+    assert here("evaluate", run, "-n", "4", "--out", tmp_path / "evaluation", *device) == 0
     assert "contrast" in json.loads((tmp_path / "evaluation/metrics.json").read_text())["scores"]
-    command("maps", run, "--num", "1", "--times", "0.5", "--out", tmp_path / "maps", "--device", "cpu")
-    command("match", *settings, "--like", run, "--json", "--device", "cpu")
-    command("export", run, "--format", "run", "--out", tmp_path / "given")
-    command("sample", tmp_path / "given", "-n", "2", "--out", tmp_path / "again", "--device", "cpu")
-    doctor = [sys.executable, "-m", "dit_in_dit", "doctor", str(run), "--device", "cpu", "--plugin", str(IDEA)]
-    done = subprocess.run(doctor, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr  # of six steps it may complain
+    assert here("maps", run, "--num", "1", "--times", "0.5", "--out", tmp_path / "maps", *device) == 0
+    assert here("match", *settings, "--like", run, "--json", *device) == 0
+    assert here("export", run, "--format", "run", "--out", tmp_path / "given") == 0
+    assert here("sample", tmp_path / "given", "-n", "2", "--out", tmp_path / "again", *device) == 0
+    assert here("doctor", run, *device) in (0, 1)  # of six steps it may complain
 
 
 @pytest.mark.slow
-def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path):
+def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dit_in_dit.study.match.SECONDS_EACH", 0.1)  # step times, which this study does not need
+    assert here("config", *settings) == 0
     base = tmp_path / "base.yaml"
-    base.write_text(command("config", *settings))
+    base.write_text(capsys.readouterr().out)
     arms = {"mine": {}, "hot": {"plugins.softmax.temperature": 2}, "mean": {"model.inner.aggregate": "mean"}}
     study = {"base": str(base), "arms": arms, "seeds": [0]}
     study |= {"budget": {"steps": 4}, "match": "none", "samples": 4, "primary": "held_out.0.2.whole"}
     (tmp_path / "study.yaml").write_text(json.dumps(study))
-    command("study", "run", tmp_path / "study.yaml", "--workers", "2", "--out", tmp_path / "out", "--device", "cpu")
+    out = tmp_path / "out"  # the workers are processes of their own
+    assert here("study", "run", tmp_path / "study.yaml", "--workers", "2", "--out", out, "--device", "cpu") == 0
     assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 3
 
 
-def test_a_pipeline_export_of_a_users_class_is_refused(run, tmp_path):
-    said = command("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline", code=2)
-    assert "use export --format run" in said
+def test_a_pipeline_export_of_a_users_class_is_refused(run, tmp_path, capsys):
+    assert here("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline") == 2
+    assert "use export --format run" in capsys.readouterr().err
     assert not (tmp_path / "pipeline").exists()
 
 
@@ -197,11 +223,12 @@ def test_a_users_part_compiles_without_graph_breaks(kind, loaded):
 
 
 def test_a_run_in_bfloat16_resumes_and_is_sampled_from_another_working_folder(settings, tmp_path, monkeypatch):
-    command("train", *settings, "--set", "train.precision=bfloat16", "--out", tmp_path / "run", "--until", "3")
+    half = ("--set", "train.precision=bfloat16")
+    assert here("train", *settings, *half, "--out", tmp_path / "run", "--until", "3") == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     command("train", "--resume", "--out", "../run")
-    command("sample", "../run", "-n", "2", "--out", "drawn")
+    assert here("sample", "../run", "-n", "2", "--out", "drawn") == 0
 
 
 def test_register_errors_name_the_rule(loaded):

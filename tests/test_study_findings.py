@@ -22,6 +22,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MARK = 1e-9  # a weight decay that changes nothing, by which the planted arm is known
 
 
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no step times, because these studies do not need step times."""
+    monkeypatch.setattr("dit_in_dit.study.arms._times", lambda *_: {})
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> str:
     """The emoji at half resolution, so that a run takes seconds."""
@@ -40,8 +46,8 @@ def base(tmp_path: Path) -> str:
 
 
 def steps(count: int) -> dict:
-    """Config keys for a number of steps, with a held-out evaluation only at the end."""
-    return {"train.steps": count, "train.evaluate_every": 1000}
+    """Config keys for a number of steps, with a held-out evaluation and a checkpoint only at the end."""
+    return {"train.steps": count, "train.evaluate_every": 1000, "train.checkpoint_every": 1000, "sample.steps": 4}
 
 
 def ran(base: str, out: Path, arms: dict, **keys) -> StudyResults:

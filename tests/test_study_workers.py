@@ -35,6 +35,15 @@ STEPS = 120
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    """Plan without long measurements of step times, which these studies do not need."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("arms", "match"):
+            patch.setattr(f"dit_in_dit.study.{module}.SECONDS_EACH", 0.01)
+        yield
+
+
 @pytest.fixture(scope="module")
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
     """A study of four arms with one seed (two with --full): trials of some seconds, each with ten checkpoints."""
@@ -197,6 +206,7 @@ def command_lines() -> str:
 
 def test_a_short_outage_stops_no_worker_and_the_password_appears_nowhere(study, serial, tmp_path, server):
     out = tmp_path / "out"
+    planned(study, out)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(to_dict(study)))
     command = [sys.executable, "-m", "dit_in_dit", "study", "run", str(tmp_path / "mine.yaml"), "--out", str(out)]
     command += ["--workers", "2", "--device", "cpu", "--lease", "20"]

@@ -194,7 +194,7 @@ def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
     # So many that no life comes to the end, however fast the machine: only killed lives are counted.
-    config = to_yaml(small(folder, steps=6000 if full else 500))
+    config = to_yaml(small(folder, steps=6000 if full else 300))
     draw = random.Random(0)
     unbroken, run = tmp_path / "unbroken", tmp_path / "killed"
     killed_at: Counter[str] = Counter()
@@ -206,7 +206,7 @@ def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path
         plans = [Plan(str(run), config, save=n % 2, call=n * len(calls) // inside) for n in range(inside)]
         named = [number for number, name in enumerate(calls) if name in always]
         plans += [Plan(str(run), config, save=1, call=number) for number in named]  # a first one also clears up
-        plans += [Plan(str(run), config, seconds=draw.uniform(0, 0.5)) for _ in range(anywhere)]
+        plans += [Plan(str(run), config, seconds=draw.uniform(0, 0.5 if full else 0.3)) for _ in range(anywhere)]
         draw.shuffle(plans)
         before: list[int] = []
         for plan in plans:

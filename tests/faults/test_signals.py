@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import with_train
+from dit_in_dit.cli import main
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
@@ -66,10 +67,7 @@ def unbroken(config, tmp_path):
     for workers in (0, 2):
         (tmp_path / f"{workers}.yaml").write_text(to_yaml(with_workers(config, workers)))
     out = tmp_path / "unbroken"
-    done = subprocess.run(
-        [sys.executable, "-m", "dit_in_dit", *arguments(tmp_path, out, 0)], check=False, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
+    main(arguments(tmp_path, out, 0))
     return outcome(out)
 
 
@@ -127,9 +125,7 @@ def test_a_signal_at_any_moment_ends_the_step_and_the_run_resumes_exactly(tmp_pa
         assert "continue it with --resume" in said
         reached = checkpoint.newest(out).manifest["step"]
         assert reached == {"step": 5, "first step": 1, "save": 4, "sampling": 4}.get(moment, reached) > 0
-        again = [sys.executable, "-m", "dit_in_dit", "train", "--out", str(out), "--resume", "--device", "cpu"]
-        done = subprocess.run(again, capture_output=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        main(["train", "--out", str(out), "--resume", "--device", "cpu"])
         assert no_process_left(job.pid)
         step, _, lines, pictures = outcome(out)
         if workers == 0:  # the number of workers is a key of the config, whose hash is only in the manifest
@@ -201,8 +197,7 @@ def test_a_second_signal_during_the_save_is_harmless(tmp_path, unbroken):
     _, said = finish(job)
     assert job.returncode == 143, said  # the first signal's
     assert checkpoint.newest(out).manifest["step"] == 4
-    again = [sys.executable, "-m", "dit_in_dit", "train", "--out", str(out), "--resume", "--device", "cpu"]
-    assert subprocess.run(again, capture_output=True, timeout=120, check=False).returncode == 0
+    main(["train", "--out", str(out), "--resume", "--device", "cpu"])
     assert outcome(out) == unbroken
 
 

@@ -87,6 +87,17 @@ def _jit() -> RunConfig:
     return _recipe(model, train, sample, predict="image", weight="velocity", time_mean=0.8, time_std=0.8)
 
 
+@_family(
+    "AsymFlow",
+    "Chen et al. 2026",
+    "Lakonik/LakonLab: lakonlab/models/architectures/asymflow/asymjit.py; its trunk is JiT",
+)
+def _asymflow() -> RunConfig:
+    config = _jit()
+    sample = replace(config.sample, guidance=2.2)
+    return replace(config, diffusion=replace(config.diffusion, predict="split"), sample=sample)
+
+
 @_family("DDT", "Wang et al. 2025", "MCG-NJU/DDT: src/models/denoiser/decoupled_improved_dit.py")
 def _ddt() -> RunConfig:
     blocks = replace(LAST, norm="rms", mlp="swiglu", rope="extent", bias="none")
@@ -102,7 +113,7 @@ def _deco() -> RunConfig:
     inner = replace(blocks, embed="dct", embed_layers=2, condition="outer_sub_patch")
     model = _images(256, 3, 16, time_embed="ddt", qk_norm=True, outer=BARE, inner=inner)
     sample = SampleConfig(sampler="euler", steps=100, guidance=3.2, interval=(0.0, 0.9))
-    return _recipe(model, replace(SMALL_BATCH, label_drop=0.2), sample)
+    return _recipe(model, replace(SMALL_BATCH, label_drop=0.2), sample, frequency_weight=1.0)
 
 
 @_family("PixNerd", "Wang et al. 2025", "MCG-NJU/PixNerd: src/models/transformer/pixnerd_c2i.py")
@@ -169,6 +180,7 @@ SIZES: dict[str, tuple[str, tuple[int, int, int], int, dict[str, Any]]] = {
     "jit-l16": ("jit", (24, 1024, 16), 0, {"tokens": TokensConfig(label=32, start=8)}),
     "jit-h16": ("jit", (32, 1280, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
     "jit-g16": ("jit", (40, 1664, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
+    "asymflow-h16": ("asymflow", (32, 1280, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
     "ddt-b2": ("ddt", (8, 768, 12), 4, {}),
     "ddt-l2": ("ddt", (20, 1024, 16), 4, {}),
     "ddt-xl2": ("ddt", (22, 1152, 16), 6, {}),

@@ -150,6 +150,7 @@ class TokensConfig(Section):
 class ModelConfig(Section):
     prefix: ClassVar[str] = "model"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
+    split: tuple[int, float, float] | None = field(default=None, repr=False, kw_only=True)  # set by RunConfig
     image_size: tuple[int, int] = key((32, 32), "height and width in pixels, or one number for both", low=1, high=65536)
     channels: int = key(3, "channels of the image or latent", low=1, high=4096)
     patch_size: int = key(8, "patch size p in pixels; must divide height and width", low=1, high=4096)

@@ -32,13 +32,30 @@ class DiffusionConfig(Section):
     path: Literal["flow", "ddpm"] = key(
         "flow", "flow: x_t = (1-t) x + t e (rectified flow); ddpm: DiT's linear 1000-step schedule"
     )
-    predict: Literal["velocity", "image", "noise"] = key("velocity", "quantity that the model predicts")
+    predict: Literal["velocity", "image", "noise", "split"] = key(
+        "velocity", "quantity that the model predicts; split (AsymFlow): velocity in a subspace of patches, else image"
+    )
     weight: Literal["prediction", "velocity", "image", "noise", "min_snr"] = key(
         "prediction", "quantity whose squared error is the loss; min_snr: image error x min(SNR, 5)"
     )
     time: Literal["uniform", "logit_normal"] = key("uniform", "distribution of training times")
     time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0: more noise", low=-20, high=20)
     time_std: float = key(1.0, "logit_normal: standard deviation of the logit", low=1e-3, high=20)
+    split_rank: int = key(8, "split: rank of the subspace, a PCA of training patches", low=1, high=65536, added=3)
+    split_scale: float = key(1.0, "split: scale s of the subspace; 1 for a PCA", low=1e-3, high=1e3, added=3)
+    split_clamp: float = key(0.04, "split: least t in divisions when sampling", low=1e-6, high=1, added=3)
+    frequency_weight: float = key(0.0, "weight of DeCo's loss on DCT coefficients; 0: none", low=0, high=1e6, added=3)
+
+    @property
+    def split(self) -> tuple[int, float, float] | None:
+        """Rank, scale and clamp if the model predicts `split`."""
+        return (self.split_rank, self.split_scale, self.split_clamp) if self.predict == "split" else None
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Keys of split and frequency at their defaults: YAML of other objectives stays as it was."""
+        names = ("split_rank", "split_scale", "split_clamp", "frequency_weight")
+        return tuple(name for name in names if getattr(self, name) == getattr(DiffusionConfig, name))
 
 
 @dataclass(frozen=True)
@@ -197,6 +214,8 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model.split != self.diffusion.split:
+            object.__setattr__(self, "model", replace(self.model, split=self.diffusion.split))
         if not PLUGIN_KEYS and not self.plugins.sections:
             return
         values = {name: value for name, _, value in keys(self)}
@@ -217,6 +236,15 @@ class RunConfig(Section):
             raise UserError(
                 f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
             )
+        model, diffusion, size = self.model, self.diffusion, self.model.image_size
+        if diffusion.split and (diffusion.path, model.learn_variance) != ("flow", False):
+            got = f"got {diffusion.path}, {str(model.learn_variance).lower()}"
+            raise UserError(f"diffusion.predict=split needs diffusion.path=flow, model.learn_variance=false: {got}")
+        if diffusion.split and (rank := diffusion.split_rank) > (most := model.channels * model.patch_size**2):
+            raise UserError(f"diffusion.split_rank must be at most {most}, the numbers of a patch: got {rank}")
+        if diffusion.frequency_weight and (model.channels != 3 or any(side % 8 for side in size)):
+            got = f"got {model.channels}, {list(size)}; set it to 0"
+            raise UserError(f"diffusion.frequency_weight needs 3 channels and sides that are multiples of 8: {got}")
 
     @property
     def global_batch(self) -> int:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_in_dit.config.run import DiffusionConfig
-from dit_in_dit.diffusion.path import Ddpm, Flow, convert, determinant, make_path, prediction_coefficients
+from dit_in_dit.diffusion.frequency import frequency_error
+from dit_in_dit.diffusion.path import QUANTITIES, Ddpm, Flow, convert, determinant, make_path, prediction_coefficients
 from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -45,7 +46,7 @@ def loss_on(quantity: str) -> Weight:
     """
 
     def weight(path: Flow, predict: str, t: Tensor) -> Tensor:
-        if predict == quantity:
+        if QUANTITIES[predict] is QUANTITIES[quantity]:
             return torch.ones_like(t)
         a, b = path.coefficients(t)
         return (determinant(path, quantity, a, b, 0.0) / determinant(path, predict, a, b, LOSS_FLOOR)) ** 2
@@ -57,7 +58,7 @@ def min_snr(path: Flow, predict: str, t: Tensor) -> Tensor:
     """Weight min(SNR, gamma) of the image's squared error, SNR = (a/b)^2; finite at both ends of the path."""
     a, b = path.coefficients(t)
     match predict:
-        case "image":
+        case "image" | "split":
             return (a / b.clamp(min=1e-6)).square().clamp(max=MIN_SNR)
         case "noise":
             return (MIN_SNR * (b / a.clamp(min=1e-6)).square()).clamp(max=1)
@@ -94,14 +95,18 @@ class Objective:
     def loss(self, predict: Predict, x: Tensor, noise: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """Weighted squared error per example (N,), in float32.
 
+        With `frequency_weight`, DeCo's loss on the velocity is added (see `frequency_error`).
         With a learned variance on the ddpm path, the term of the variational bound is added: the expected loss is
         L_simple + L_vlb / 1000 (Nichol & Dhariwal 2021, section 3.4).
         """
         x_t = self.noisy(x, noise, t)
         prediction, fraction = split_prediction(predict(x_t, t, y).float(), x)
         u, w = prediction_coefficients(self.path, self.config.predict, *self.path.coefficients(_as_column(t)))
-        error = (prediction - (u * x + w * noise)).square().flatten(1).mean(1)
-        loss = self.weight(t) * error
+        error = prediction - (u * x + w * noise)
+        loss = self.weight(t) * error.square().flatten(1).mean(1)
+        if self.config.frequency_weight:
+            to_velocity = LOSS_WEIGHTS["velocity"](self.path, self.config.predict, t)
+            loss = loss + self.config.frequency_weight * to_velocity * frequency_error(error)
         if fraction is None or not isinstance(self.path, Ddpm):
             return loss
         return loss + vlb_term(self.image(prediction, x_t, t), fraction, x, x_t, self.path.step(t))

@@ -94,6 +94,7 @@ QUANTITIES: dict[str, Quantity] = {
     "image": lambda path, a, b: (torch.ones_like(a), torch.zeros_like(a)),
     "noise": lambda path, a, b: (torch.zeros_like(a), torch.ones_like(a)),
 }
+QUANTITIES["split"] = QUANTITIES["image"]  # the model turns its network's output into an image (model.split)
 
 
 def prediction_coefficients(path: Flow, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ def determinant(path: Flow, name: str, a: Tensor, b: Tensor, floor: float) -> Te
 
 def convert(path: Flow, prediction: Tensor, x_t: Tensor, t: Tensor, *, given: str, wanted: str) -> Tensor:
     """Convert a prediction (N, ...) of quantity `given`, at x_t (N, ...) and t (N,), to quantity `wanted`."""
-    if given == wanted:
+    if QUANTITIES[given] is QUANTITIES[wanted]:
         return prediction
     t = t.view(-1, *[1] * (x_t.ndim - 1))
     a, b = path.coefficients(t)

@@ -63,6 +63,8 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "outer_head": 0 if ends_inner and not FUSIONS[inner.fuse].keeps_outer else outer_head,
         "inner_head": inner_head if ends_inner else 0,
     }
+    if model.split:
+        parts["split"] = 2 * model.split[0] * model.patches * model.channels * model.patch_size**2
     return {**parts, "total": sum(parts.values())}
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dit_in_dit.config.choices import KEYS, PARTS, is_plugin, table
@@ -38,8 +40,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
         _check_counts(f"{key}={name}", table(KEYS[key])[name], model)
     if not own or (not model.blocks("inner") and "model.outer.norm" not in own):
         return
-    import torch._dynamo  # before a device is set: PyTorch 2.6 cannot import it afterwards, and a part may
-
+    import_module("torch._dynamo")  # PyTorch 2.6 cannot import it once a device is set, which a part may cause
     asked = {table(KEYS[key])[name]: (f"{key}={name}", KEYS[key]) for key, name in own.items()}
     for device in ("meta", "cpu"):
         try:

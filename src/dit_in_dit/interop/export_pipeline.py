@@ -27,7 +27,8 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.tensors import check_weights
 
-READ, DEFAULTS = ("path", "predict"), ("steps", "guidance", "guidance_channels", "interval")  # only keys that are used
+READ = ("path", "predict", "split_rank", "split_scale", "split_clamp")  # only keys that are used
+DEFAULTS = ("steps", "guidance", "guidance_channels", "interval")
 
 
 def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
@@ -92,7 +93,7 @@ def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A pipeline with the defaults of the config; it holds the model itself, not a copy."""
-    diffusion, how = to_dict(config.diffusion), to_dict(config.sample)
+    diffusion = {key: value for key, value in to_dict(config.diffusion).items() if key in READ}
     scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
     if not isinstance(scheduler, SchedulerMixin):
         raise UserError(
@@ -100,14 +101,14 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
             "train with a built-in sampler"
         )
     with torch.device("meta"):  # without weights: the model's are used
-        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), {key: diffusion[key] for key in READ})
+        transformer = DiTInDiTTransformer2DModel(to_dict(config.model), diffusion)
     transformer.nested = model
     return DiTInDiTPipeline(
         transformer.eval(),
         scheduler,
         vae,
         id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
-        sample={key: how[key] for key in DEFAULTS},
+        sample={key: to_dict(config.sample)[key] for key in DEFAULTS},
         null_class=config.train.label_drop > 0,
     )
 

@@ -174,7 +174,7 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
 
     size = attrgetter("width", "num_heads")
     follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)
-    shape = square and follows and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
+    shape = model.split is None and square and follows and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
     return shape and options(model) == options(like)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # 
 
     Args:
         model: the keys of `model`.
-        diffusion: the keys `path` and `predict` of `diffusion`.
+        diffusion: the keys `path`, `predict` and `split_...` of `diffusion`.
 
     Raises:
         UserError: a key or a value is unknown.
@@ -38,8 +39,7 @@ class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, model: dict[str, Any], diffusion: dict[str, Any]) -> None:
         super().__init__()
-        DiffusionConfig.from_dict(diffusion)  # raises for a wrong one
-        self.nested = NestedDiT(ModelConfig.from_dict(model))
+        self.nested = NestedDiT(replace(ModelConfig.from_dict(model), split=DiffusionConfig.from_dict(diffusion).split))
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True

@@ -29,6 +29,7 @@ from dit_in_dit.model.mlps import MLPS, Mlp
 from dit_in_dit.model.modulation import MODULATIONS, BlockModulation, Modulation, SharedHead
 from dit_in_dit.model.norms import NORMS, Norm
 from dit_in_dit.model.rope import ROPES, places
+from dit_in_dit.model.split import SplitOutput
 
 AnyBlock = Block | MlpBlock
 Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
@@ -211,6 +212,7 @@ class NestedDiT(nn.Module):
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
         self.heads = self._finish(model)
+        self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
         initialise(self)
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
@@ -266,8 +268,8 @@ class NestedDiT(nn.Module):
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
 
         Returns:
-            The prediction (N, C, H, W) of the quantity `diffusion.predict`. With `learn_variance`, (N, 2C, H, W): the
-            prediction, then the variance fraction.
+            The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
+            `learn_variance`, (N, 2C, H, W): the prediction, then the variance fraction.
 
         Raises:
             ValueError: a shape is wrong, or (of tensors on the CPU) a time or a class is out of range.
@@ -275,12 +277,15 @@ class NestedDiT(nn.Module):
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         _check_inputs(self.config, x, t, y)
+        noisy, at = x, t
+        if self.split is not None:
+            x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        time, label = self.time_embed(t, x.dtype), self.label_embed(y)  # N D
-        condition = self._condition(time, label, y)
+        condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
         for stage in self.stages:  # the program, one arrow per stage
             state = stage(state, condition)
-        return reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W
+        out = reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W
+        return out if self.split is None else self.split(out, noisy, at)
 
     def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
         """What conditions the stages, from the embeddings of time and label."""

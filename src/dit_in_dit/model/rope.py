@@ -76,7 +76,7 @@ ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent":
 
 
 def by_patch(image: Tensor, grid: tuple[int, int], sub_grid: int) -> Tensor:
-    """Values per sub-patch grouped by patch, (h*i, w*i, ...) -> (h*w, i*i, ...), for (h, w) patches of i*i sub-patches."""
+    """Values per sub-patch grouped by patch, (h*i, w*i, ...) -> (h*w, i*i, ...); `grid` is h, w, and `sub_grid` i."""
     (h, w), i = grid, sub_grid
     # Not einops: its first use imports torch._dynamo, which fails in PyTorch 2.6 while a model is on meta.
     return image.view(h, i, w, i, -1).transpose(1, 2).reshape(h * w, i * i, -1)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +23,8 @@ from dit_in_dit.data.source_checks import check_example
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.runtime.seeding import generator
+
+PCA_IMAGES = 10_000  # most training images from which `principal_patches` computes, as in AsymFlow's code
 
 
 class Batch(NamedTuple):
@@ -170,3 +173,14 @@ def held_out_batch(source: Source, model: ModelConfig, most: int) -> Batch:
         torch.tensor([label if model.num_classes else 0 for _, label in drawn]),
         torch.arange(len(drawn)),
     )
+
+
+def principal_patches(source: Source, model: ModelConfig, rank: int) -> Tensor:
+    """Orthonormal rows (rank, C*p*p) that hold most of the mean square of patches of evenly spaced training images."""
+    size, p = source.train_size or PCA_IMAGES, model.patch_size
+    gram = torch.zeros([model.channels * p * p] * 2, dtype=torch.float64)
+    for number in range(count := min(size, PCA_IMAGES)):
+        image, _ = check_example(source, source.train(number * size // count), model)
+        patches = rearrange(torch.from_numpy(image).double(), "c (h p) (w q) -> (h w) (c p q)", p=p, q=p)
+        gram.addmm_(patches.T, patches)
+    return torch.linalg.eigh(gram)[1][:, -rank:].T.contiguous().float()

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
-from dit_in_dit.training.batches import Batch, held_out_batch
+from dit_in_dit.training.batches import Batch, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
@@ -80,13 +81,14 @@ class Trainer:
             make_loss: class of the objective, in place of `Objective`.
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
-        train = config.train
-        check_process_count(train, self.world.size)
+        check_process_count(train := config.train, self.world.size)
         keep_freed_memory()
         self.model = _new_model(config) if model is None else model
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
+        if fresh and isinstance(self.model, NestedDiT) and (split := self.model.split) and not split.basis.any():
+            split.basis.copy_(self.world.on_main(partial(principal_patches, source, config.model, len(split.basis))))
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"

@@ -71,14 +71,14 @@ def warm_start(
         old, weights = trained.config.model, trained.weights()
     check_weights(weights, str(run))
     chosen = _chosen(old, model.config, blocks, run)
-    own, taken = dict(model.named_parameters()), set()
+    fixed = {name: b for name, b in model.named_buffers() if name in weights and weights[name].shape == b.shape}
+    own, taken = {**dict(model.named_parameters()), **fixed}, set()  # `fixed`: the subspace of a split prediction
     rows = _label_rows(trained.classes[: old.num_classes], classes[: model.config.num_classes])
     if LABELS in own and own[LABELS].shape[1] == weights[LABELS].shape[1]:
         table, weights[LABELS] = weights[LABELS], own[LABELS].clone()
         weights[LABELS][[*rows]] = table[[*rows.values()]].to(weights[LABELS].dtype)
     for name, weight in own.items():
-        source = _source(name, chosen)
-        if source not in weights:
+        if (source := _source(name, chosen)) not in weights:
             continue
         if weights[source].shape != weight.shape:
             raise UserError(

@@ -116,7 +116,7 @@ TABLES = {
     for kind, table in _TABLES.items()
 }
 # Weights of official models that their forward pass does not use: REPA's projectors, RAEv2's guidance head.
-BESIDE: dict[OfficialKind, str] = {"repa": "projectors.", "raev2": "base_final_layer."}
+UNUSED: dict[OfficialKind, str] = {"repa": "projectors.", "raev2": "base_final_layer."}
 
 
 def entries(kind: OfficialKind, model: ModelConfig) -> list[Entry]:
@@ -222,5 +222,5 @@ def seen_kind(weights: Weights) -> OfficialKind | None:
     vectors, place = (weights.get(name, none).numel() for name in parts)
     if kind == "pixeldit":
         return "pixeldit_post" if vectors == 4 * place else kind
-    beside = any(name.startswith(BESIDE["repa"]) for name in weights)
+    beside = any(name.startswith(UNUSED["repa"]) for name in weights)
     return ("repa" if beside else None) if kind == "dit" else kind

@@ -23,7 +23,7 @@ from dit_in_dit.config.files import override, parse_assignment
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
 from dit_in_dit.interop import diffusers_dit, official
-from dit_in_dit.interop.field_names import BESIDE, POSITION, OfficialKind, computed_tables, to_official, to_ours
+from dit_in_dit.interop.field_names import POSITION, UNUSED, OfficialKind, computed_tables, to_official, to_ours
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
 from dit_in_dit.interop.official import ALIKE, UNSEEN, OfficialWeights
 from dit_in_dit.interop.official_checkpoint import read_checkpoint
@@ -37,7 +37,7 @@ from dit_in_dit.runs.tensors import check_weights
 Tensors = dict[str, Tensor]
 ORIGIN = "origin.json"
 # Prefixes in the checkpoint's state of official tensors that our model does not have: computed tables, if they are not
-# bit for bit ours, and those of `BESIDE`. The second has those of the trained weights, where they differ.
+# bit for bit ours, and those of `UNUSED`. The second has those of the trained weights, where they differ.
 BESIDE_AVERAGED, BESIDE_TRAINED = "official.", "official.raw."
 IMPORTED_POSITION = f"{BESIDE_AVERAGED}{POSITION}"
 
@@ -82,8 +82,7 @@ def import_run(
     weights, origin = _read(source, kind, average)
     unseen = {name: value for name, value in map(parse_assignment, settings) if name in UNSEEN}
     weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
-    weights = replace(weights, size=size, unseen=unseen)
-    weights = official.add_null_class(weights, what)
+    weights = official.add_null_class(replace(weights, size=size, unseen=unseen), what)
     if not weights.null_class:
         origin["null_class"] = False
     model = model_of(weights, what)
@@ -115,7 +114,7 @@ def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) 
         check_weights(part, what)
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
     known, dtype = computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
-    beside = [name for name in weights.averaged if name in known or name.startswith(BESIDE.get(kind, "/"))]
+    beside = [name for name in weights.averaged if name in known or name.startswith(UNUSED.get(kind, "/"))]
     for name in beside:
         tensor, raw = weights.averaged[name], weights.trained.get(name)
         if name not in known or not _same_bits(tensor, known[name].to(dtype)):

@@ -124,7 +124,7 @@ def official_shapes(kind: OfficialKind, model: ModelConfig) -> dict[str, tuple[i
 
 def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, what: str) -> None:
     """UserError when official weights are not exactly those of the model, or are not floating-point."""
-    wanted, beside = official_shapes(kind, model), field_names.BESIDE.get(kind, "/")
+    wanted, beside = official_shapes(kind, model), field_names.UNUSED.get(kind, "/")
     for name in [*wanted, *weights]:
         if name not in weights:
             raise UserError(f"{what} holds no weights of a {title(kind)}: there is no {name}")
@@ -174,13 +174,17 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
 
     size = attrgetter("width", "num_heads")
     follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)
-    shape = model.split is None and square and follows and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
+    shape = (
+        model.split is None
+        and square
+        and follows
+        and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
+    )
     return shape and options(model) == options(like)
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
-    """The config of a run with imported weights: the published recipe, and for DiT and SiT the guidance of the authors'
-    `sample.py`."""
+    """The config of a run with imported weights: the published recipe; for DiT and SiT, that of the authors' sample.py."""
     config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
     if official.kind == "dit":
         diffusion, how = DiffusionConfig(path="ddpm"), SampleConfig(sampler="ddpm", steps=250, guidance=4.0)

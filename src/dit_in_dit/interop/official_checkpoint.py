@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.interop.field_names import OfficialKind, Weights, seen_kind
-from dit_in_dit.interop.official import ALIKE, Clock, OfficialWeights, Predicted, title
+from dit_in_dit.interop.official import ALIKE, OfficialWeights, Predicted, title
 from dit_in_dit.runs.safe_load import read_pt, strip_wrappers
 
 AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema1", "model_ema2")  # keys of averaged weights
@@ -44,8 +44,8 @@ def read_checkpoint(path: Path, kind: OfficialKind | None = None, average: str |
     predict, heads = _output(kind, args, path) if kind in ALIKE else ("velocity", None)
     classes = args.get("num_classes")
     classes = classes if isinstance(classes, int) and classes > 0 else None
-    clock: Clock = "sit" if kind == "sit" else "dit"
-    return OfficialWeights(averaged, trained, _step(content.get("opt")), kind, predict, heads, clock, classes=classes)
+    steps = _step(content.get("opt"))
+    return OfficialWeights(averaged, trained, steps, kind, predict, heads, classes=classes)
 
 
 def _groups(content: Mapping[str, Any], path: Path, average: str | None) -> tuple[Weights, Weights]:

@@ -130,8 +130,8 @@ class _Reader:
         shape = self.shape(f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight", 2, 4)
         whole = patch if inner.sub_patch == self.literal.patch_size else inner.sub_patch
         heads = self.heads("inner", shape[0]) if inner.mixer == "image" else inner.num_heads
-        ratio, part = self.ratio(inner, "inner", shape[0]), shape[2] if len(shape) == 4 else whole
-        return {"width": shape[0], "num_heads": heads, "mlp_ratio": ratio, "sub_patch": part}
+        size = {"width": shape[0], "num_heads": heads, "sub_patch": shape[2] if len(shape) == 4 else whole}
+        return size | {"mlp_ratio": self.ratio(inner, "inner", shape[0])}
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
@@ -159,8 +159,7 @@ def model_of(official: OfficialWeights, what: str) -> ModelConfig:
         "outer": replace(model.outer, width=read.width, num_heads=heads, mlp_ratio=ratio),
         "inner": inner,
     }
-    if kind == "dit":
-        keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps}
+    keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps} if kind == "dit" else {}
     if read.unseen:
         raise UserError(f"--set {next(iter(read.unseen))}: the weights determine this key: leave it out")
     check_official(official.averaged, kind, model := replace(model, **keys), what)

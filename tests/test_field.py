@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import field
+import field_table
 from dit_in_dit import train
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
@@ -31,20 +32,13 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.numbered import sample
+from field_table import difference, options, outputs
 from test_official import same
 
 CPU = torch.device("cpu")
 NAMES = field.names()
 # Kinds of records whose names are others.
 OFFICIAL = {"lightningdit_qk": "lightningdit", "pixeldit_pre": "pixeldit", "raev2_ig": "raev2"}
-# What the weights of the record's toy sizes do not show.
-OPTIONS = {
-    "repa": {"heads": 4},
-    "mpdit": {"heads": 4},
-    "jit": {"settings": ["model.tokens.start=2"]},
-    "ddt": {"settings": ["model.stages=outer*2 inner*2"]},
-}
-
 # Preset: record and size of the official class.
 SIZES = {
     **{f"jit-{n}16": ("jit", f"JiT-{n.upper()}/16") for n in "blhg"},
@@ -62,13 +56,6 @@ SIZES = {
 }
 
 
-def options(name: str) -> dict:
-    """Options of the import of a record's weights."""
-    size = tuple(field.record(name).x.shape[2:])
-    shown = any(table.startswith(("pos_embed", "dec_rope")) for table in field.record(name).kept)
-    return OPTIONS.get(name, {}) | ({} if shown else {"size": size})
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The imported run of a record's weights."""
@@ -81,19 +68,6 @@ def runs(tmp_path_factory):
         return folder / "run"
 
     return run
-
-
-def outputs(record: field.Record, model: NestedDiT, x: Tensor) -> Tensor:
-    """The model's output for official times, with the official sign."""
-    t = 1 - record.t if record.noise_at == 0 else record.t
-    with torch.no_grad():
-        out = model(x, t, record.y)
-    return -out if record.predicts == "image - noise" else out
-
-
-def difference(out: Tensor, official: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    return ((out - official).abs().max() / official.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -421,3 +395,15 @@ def test_published_sizes_cost_what_the_official_code_costs(name):
     model = replace(model, qk_norm=True) if name.endswith("QK-norm") else model
     assert [parameters(model)["total"], macs(model)["total"]] == field.record(record).counts[size]
     assert kind_of(model) == OFFICIAL.get(record, record)
+
+
+def test_the_table_of_the_docs_is_that_of_the_records():
+    page = (Path(__file__).parents[1] / "docs" / "field.md").read_text()
+    lines = page.partition(field_table.HEAD)[2].partition("\n\n")[0].splitlines()[2:]
+    table = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines)}
+    for cells in field_table.rows():
+        shown = table.pop(cells[0])
+        assert shown[:3] + shown[4:] == cells[:3] + cells[4:]
+        assert float(shown[3]) < 1e-5
+        assert float(cells[3]) < 10 * float(shown[3])  # processors differ in the last bits
+    assert table == {}

@@ -174,17 +174,12 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
 
     size = attrgetter("width", "num_heads")
     follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)
-    shape = (
-        model.split is None
-        and square
-        and follows
-        and [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested]
-    )
-    return shape and options(model) == options(like)
+    ordered = [level for level, _ in model.program] == ["outer", "inner"][: 1 + nested] and model.split is None
+    return square and follows and ordered and options(model) == options(like)
 
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
-    """The config of a run with imported weights: the published recipe; for DiT and SiT, that of the authors' sample.py."""
+    """The config of a run with imported weights: the published recipe; of DiT and SiT, their `sample.py`."""
     config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
     if official.kind == "dit":
         diffusion, how = DiffusionConfig(path="ddpm"), SampleConfig(sampler="ddpm", steps=250, guidance=4.0)

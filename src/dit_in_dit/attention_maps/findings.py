@@ -17,6 +17,12 @@ from dit_in_dit.model.mixers import MIXERS
 def findings(maps: Maps) -> list[str]:
     """Sentences on attention, variance of inner weights, aggregation, contribution and effect of the inner path."""
     sentences = [_attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)]
+    for name, level in (("inner", maps.inner), ("outer", maps.outer)):
+        if level and level.beside:
+            sentences.append(
+                f"In {name} blocks that see tokens of time and class, patches give these tokens {level.beside:.0%} of "
+                "their attention; all other numbers are of attention among patches, divided by its sum."
+            )
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))
     if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens" and maps.aggregation:
@@ -53,7 +59,7 @@ def missing_parts(model: ModelConfig) -> dict[str, str]:
         why["aggregation"] = "the program ends in inner blocks, which predict the image: nothing is aggregated"
     elif AGGREGATORS[inner.aggregate].weights_depend_on == "nothing":
         why["aggregation"] = f"aggregate={inner.aggregate}: all {model.sub_patches} sub-patches have the same weight"
-    if joins and not FUSIONS[inner.fuse].keeps_outer:
+    if not FUSIONS[inner.fuse].keeps_outer:
         why["without"] = f"fuse={inner.fuse}: without the inner path nothing is left"
     return why
 

@@ -40,7 +40,7 @@ KINDS = {  # kinds of operations, by names in torch's profiler; the first match 
     "attention": r"scaled_dot|attention|softmax",
     "products": r"mm\b|mm_|linear|matmul|einsum",
     "convolutions": r"conv",
-    "norms": r"layer_norm",
+    "norms": r"layer_norm|rms_norm",
     "optimizer": r"adam",
     "copies": r"copy_|clone|contiguous|::cat|_to_copy|index|embedding|fill|zero|empty",
     "compiled": r"triton|graph_|CompiledFx|Compiled",
@@ -98,7 +98,7 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
     def end(part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
         mark("rest")
         for tensor in output if isinstance(output, tuple) else (output,):
-            is_new = all(tensor is not argument for argument in inputs)
+            is_new = isinstance(tensor, Tensor) and all(tensor is not argument for argument in inputs)
             if is_new and tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
-from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead, State
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.stages import AggregateStage, InnerHead, OuterHead, State
 
 Look = Callable[[str, Tensor, Tensor], None]
 Hook = Callable[..., Any]
@@ -44,14 +45,15 @@ def forward_hooks(
 def attentions(model: NestedDiT) -> dict[str, Attention]:
     """Attention modules by block name (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
-    return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
+    return {name.removesuffix(".attention").removesuffix(".branches.mix"): module for name, module in named.items()}
 
 
 @contextmanager
 def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
-    A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for mixer=window.
+    A group is the whole image for outer blocks, mixer=image and mixer=compact, a patch for mixer=patch, a window for
+    mixer=window. Tokens of time and class come before those of patches.
     `attention_weights` computes the weights; for long sequences, pass only some queries per call.
     """
 
@@ -142,8 +144,7 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 def can_run_without_inner(model: NestedDiT) -> bool:
     """Whether the model works if the inner path adds nothing; false if inner tokens replace the outer tokens."""
-    joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
-    return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
+    return bool(model.inner_blocks) and FUSIONS[model.config.inner.fuse].keeps_outer
 
 
 @contextmanager

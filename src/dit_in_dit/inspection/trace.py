@@ -17,7 +17,8 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
-from dit_in_dit.model.nested import AggregateStage, NestedDiT
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.stages import AggregateStage
 from dit_in_dit.reporting.tables import text_table
 
 

@@ -94,7 +94,9 @@ class Trainer:
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute()
-        self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
+        self.tree = (
+            PairwiseSum(w for w in self.model.parameters() if w.requires_grad) if train.reduction == "fixed" else None
+        )
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
@@ -122,12 +124,13 @@ class Trainer:
         return self.model
 
     def _groups(self) -> Groups:
-        """Parameters of each level, with the factor on the level's learning rate."""
+        """Trained parameters of each level, with the factor on the level's learning rate."""
         scale = self.config.train.lr_scale
+        trained = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
         if scale.outer == scale.inner:
-            return [{"params": list(self.weights.values()), "scale": scale.outer}]
+            return [{"params": list(trained.values()), "scale": scale.outer}]
         groups: Groups = [{"params": [], "scale": factor} for factor in (scale.outer, scale.inner)]
-        for name, weight in self.weights.items():
+        for name, weight in trained.items():
             groups[is_inner(name)]["params"].append(weight)
         return [group for group in groups if group["params"]]
 

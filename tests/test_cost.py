@@ -13,6 +13,7 @@ from conftest import inputs, small_model
 from dit_in_dit import cost, inspect
 from dit_in_dit.config import presets
 from dit_in_dit.model.nested import NestedDiT
+from options import FIRST
 from test_model import EVERY_CHOICE, PROGRAMS
 
 
@@ -26,7 +27,7 @@ def counted(model, device: str = "meta") -> float:
     return counter.get_total_flops() / 2 / 2
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])  # the others in test_option_sets
 def test_closed_form_agrees_with_the_flop_counter_for_every_preset(name):
     model = presets.get(name).model
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)

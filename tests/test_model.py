@@ -56,8 +56,9 @@ def choices(section: type) -> dict[str, tuple]:
     found: dict[str, tuple] = {}
     for key, kind in get_type_hints(section).items():
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        found |= {key: get_args(one) for one in kinds if get_origin(one) is Literal}
-        found |= {key: (False, True) for one in kinds if one is bool}
+        for one in kinds:
+            if get_origin(one) is Literal or one is bool:
+                found[key] = get_args(one) or (False, True)
     return found
 
 

@@ -35,6 +35,7 @@ from dit_in_dit.study.result import Result
 from dit_in_dit.study.results import _check_alike
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
+from options import FIRST
 from test_model import EVERY_CHOICE, PROGRAMS
 
 HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # with the largest relative error of an output, in norm
@@ -77,6 +78,8 @@ def test_every_choice_runs_forward_and_backward_under_autocast(stages, choice, p
     out.float().square().sum().backward()
     assert_near(out, whole, 0.1)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # random frequencies of time
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
@@ -126,6 +129,7 @@ def shrunk(config: RunConfig, data: Path) -> RunConfig:
         stages=re.sub(r"\*\d+", "*2", model.stages),
         outer=outer,
         inner=inner,
+        tokens=replace(model.tokens, start=min(model.tokens.start, 1)),
     )
     path = data / f"{model.channels}-{patch}.npz"
     if not path.exists():
@@ -142,7 +146,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @policies
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])
 def test_every_preset_takes_its_first_step_in_bfloat16(name, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     config = replace(config, train=replace(config.train, precision="bfloat16"))
@@ -183,7 +187,7 @@ def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: to
 
 @halves
 @policies
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])
 def test_every_preset_exports_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     pipe = pipeline_of(perturbed(NestedDiT(config.model)).eval(), config, ["a", "b", "c"])

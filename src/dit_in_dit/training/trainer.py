@@ -94,9 +94,7 @@ class Trainer:
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute()
-        self.tree = (
-            PairwiseSum(w for w in self.model.parameters() if w.requires_grad) if train.reduction == "fixed" else None
-        )
+        self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
         self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)

@@ -67,8 +67,7 @@ class LevelAttention(AttentionMeasures):
         reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty if
             L equals S.
         blocks: names of the level's blocks.
-        beside: share of their attention that patches give to tokens of time and class, mean over the blocks that have
-            these tokens; 0 without. All measures are of the attention among patches, divided by its sum.
+        beside: share of attention that patches give to tokens of time and class. All else is renormalised without it.
         plan: layers and heads for which `received`, `inside` and `reach` are kept. Their shape is
             (images, times, layers, heads or 1, ...), with the images and times of `MapsPlan`.
     """

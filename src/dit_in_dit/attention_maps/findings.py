@@ -59,7 +59,7 @@ def missing_parts(model: ModelConfig) -> dict[str, str]:
         why["aggregation"] = "the program ends in inner blocks, which predict the image: nothing is aggregated"
     elif AGGREGATORS[inner.aggregate].weights_depend_on == "nothing":
         why["aggregation"] = f"aggregate={inner.aggregate}: all {model.sub_patches} sub-patches have the same weight"
-    if not FUSIONS[inner.fuse].keeps_outer:
+    if joins and not FUSIONS[inner.fuse].keeps_outer:
         why["without"] = f"fuse={inner.fuse}: without the inner path nothing is left"
     return why
 

@@ -77,8 +77,8 @@ class PartClock:
 
 def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
     """The model's modules in the order in which they run, each with the part of `cost.macs` that it belongs to."""
-    embeds = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed", "label_embed")]
-    named = [("time_embed" if name == "label_embed" else name, module) for name, module in embeds]
+    named = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed")]
+    named += [("time_embed", part) for part in (model.label_embed, model.tokens, model.shared_modulation) if part]
     for stage in model.stages:
         level, starred, _ = str(stage.name).partition("*")
         named.append((f"{level}_blocks" if starred else level, stage))
@@ -136,6 +136,7 @@ def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     """MACs of a training step by part, for the whole batch."""
     macs = cost.training_macs(subject.run.model)
     macs["inner_blocks"] += macs.pop("condition")  # inner blocks compute it
+    macs["time_embed"] += macs.pop("shared_modulation", 0)
     return {part: subject.run.train.batch_size * number for part, number in macs.items() if part != "total"}
 
 

@@ -37,8 +37,7 @@ def check_levels(model: Any) -> None:
 
 
 def check_reading(model: Any) -> None:
-    """Check that time, class and outer tokens reach the image: otherwise a parameter has no gradient. Raises
-    UserError."""
+    """Check that time, class and outer tokens reach the image: each parameter gets a gradient. Raises UserError."""
     inner, tokens, how = model.inner, model.tokens, f"got model.outer.modulation={model.outer.modulation}; set"
     if not _reads_c(model):
         if not (tokens.time or (model.row_stages and reads_time(inner.condition))):

@@ -53,8 +53,7 @@ def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
     A group is the whole image for outer blocks, mixer=image and mixer=compact, a patch for mixer=patch, a window for
-    mixer=window. Tokens of time and class come before those of patches.
-    `attention_weights` computes the weights; for long sequences, pass only some queries per call.
+    mixer=window. Tokens of time and class are first. Compute weights with `attention_weights`, some queries per call.
     """
 
     @torch.no_grad()
@@ -144,7 +143,8 @@ def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 def can_run_without_inner(model: NestedDiT) -> bool:
     """Whether the model works if the inner path adds nothing; false if inner tokens replace the outer tokens."""
-    return bool(model.inner_blocks) and FUSIONS[model.config.inner.fuse].keeps_outer
+    joins = any(isinstance(stage, AggregateStage) for stage in model.stages)
+    return bool(model.inner_blocks) and (not joins or FUSIONS[model.config.inner.fuse].keeps_outer)
 
 
 @contextmanager

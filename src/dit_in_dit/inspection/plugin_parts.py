@@ -68,7 +68,7 @@ def _check_counts(what: str, key: str, part: Any, model: ModelConfig) -> None:
         "mlp": {"macs": (wide, hidden), "row_macs": (wide, hidden, wide)},
         "modulation": {"macs": (wide, wide, 2, 1)},
     }
-    takes = {"mlp": "width and hidden width", "modulation": "condition, width, branches and places"}
+    arguments_of = {"mlp": "width and hidden width", "modulation": "condition, width, branches and places"}
     missing = (TypeError, AttributeError) if kind == "modulation" else TypeError  # of `per_branch`
     for name, arguments in sizes.get(kind, dict.fromkeys(COUNTS, (model,))).items():
         if not hasattr(part, name):
@@ -76,8 +76,8 @@ def _check_counts(what: str, key: str, part: Any, model: ModelConfig) -> None:
         try:
             count = getattr(part, name)(*arguments)
         except missing as error:
-            given = takes.get(kind, "the model's config")
-            raise UserError(f"{what}: {part.__name__}.{name} takes {given}, as a staticmethod: {error}") from None
+            takes = arguments_of.get(kind, "the model's config")
+            raise UserError(f"{what}: {part.__name__}.{name} takes {takes}, as a staticmethod: {error}") from None
         if type(count) is not int or count < 0:
             raise UserError(f"{what}: {part.__name__}.{name} must give a whole number of at least 0: got {count!r}")
 

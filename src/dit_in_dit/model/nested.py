@@ -48,7 +48,8 @@ class NestedDiT(nn.Module):
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
         self.time_embed = TIME_EMBEDS[model.time_embed](model.outer.width)
         embeds_label = model.tokens.adaln or model.tokens.rows == "offset"
-        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else NoLabel()
+        # Without an embedding the class comes through tokens of its own.
+        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else nn.Identity()
         self.tokens = ConditionTokens(model) if model.tokens.count else None
         self.shared_modulation = (
             Modulation(model.outer.width, model.outer.width, 6) if shares_modulation(model) else None
@@ -166,13 +167,6 @@ def part_of(name: str) -> str:
     """Part of the model to which the parameter `name` belongs: outer_blocks, inner_blocks, aggregate, spread ..."""
     part = name.split(".", maxsplit=1)[0]
     return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0 -> spread
-
-
-class NoLabel(nn.Module):
-    """No embedding of the label, for models whose class comes only through tokens of its own."""
-
-    def forward(self, y: Tensor | None) -> None:
-        return None
 
 
 def shares_modulation(model: ModelConfig) -> bool:

@@ -173,7 +173,7 @@ class LevelRecorder:
         if lead := q.shape[-2] - self.tokens.length:
             rows = torch.split(q[0, :, :, lead:].float(), MOST_ROWS, dim=-2)
             shares = [attention_weights(part, k[0].float())[..., :lead].sum(-1) for part in rows]
-            self.beside.append(float(torch.cat(shares, dim=-1).mean()))
+            self.beside.append(torch.cat(shares, dim=-1).mean().item())
             q, k = q[..., lead:, :], k[..., lead:, :]
         layer = self.blocks.index(block)
         is_kept = all(number in kept for number, kept in zip((image, time, layer), self.kept, strict=True))

@@ -20,8 +20,8 @@ def findings(maps: Maps) -> list[str]:
     for name, level in (("inner", maps.inner), ("outer", maps.outer)):
         if level and level.beside:
             sentences.append(
-                f"In {name} blocks that see tokens of time and class, patches give these tokens {level.beside:.0%} of "
-                "their attention; all other numbers are of attention among patches, divided by its sum."
+                f"In {name} blocks that see tokens of time and class, these get {level.beside:.0%} of the attention of all "
+                "others. The maps and all other numbers are of the attention among patches, divided by its sum."
             )
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))
@@ -35,7 +35,7 @@ def findings(maps: Maps) -> list[str]:
     if maps.contribution:
         name, share = list(maps.contribution.items())[-1]
         at_head = name == "inner_head"
-        of = "the pixels that the two heads predict" if at_head else f"a patch token at the fusion ({name})"
+        of = "the pixels that the heads predict" if at_head else f"a patch token at the fusion ({name})"
         sentences.append(f"By norm, the inner path's share of {of} is {_ends(share.mean((0, 2)), maps)}.")
     if maps.without is not None:
         sentences.append(_on_off(maps.estimate, maps.without, maps))

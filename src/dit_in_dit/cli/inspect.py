@@ -18,7 +18,7 @@ from dit_in_dit.runtime.process import gc_paused
 
 HEADINGS = {  # groups of presets, by the beginning of their names
     "dit-in-dit-": "nested models around the sizes of DiT",
-    "dit-": "DiT (Peebles & Xie 2023): official code facebookresearch/DiT: models.py",
+    "dit-": "DiT (Peebles & Xie 2023), compared in tests/test_model.py with the official code facebookresearch/DiT: models.py",
     "emoji": "small models of equal MACs for the embedded emoji",
     "": "for own images: a nested model and its plain twin",
 }
@@ -39,7 +39,7 @@ def _heading(name: str) -> str:
     """Heading of a preset's group."""
     if name in PUBLISHED:
         family = FAMILIES[PUBLISHED[name][0]]
-        return f"{family.title} ({family.paper}): official code {family.code}"
+        return f"{family.title} ({family.paper}), compared in docs/field.md with the official code {family.code}"
     return next(text for prefix, text in HEADINGS.items() if name.startswith(prefix))
 
 
@@ -49,7 +49,6 @@ def _presets(options: argparse.Namespace) -> None:
         print(f"# {heading}")
         for name in group:
             _print_model(name, presets.get(name).model, parameters=options.family is not None)
-    print("# Tests compare published models with the output of their official code (docs/field.md).")
     if options.family:
         return
     print("\nTrained models, for commands that take a run (write models/NAME where NAME is also a preset):")
@@ -58,7 +57,7 @@ def _presets(options: argparse.Namespace) -> None:
 
 
 def _print_model(name: str, model: ModelConfig, *, parameters: bool = False) -> None:
-    from dit_in_dit.inspection import cost
+    from dit_in_dit.inspection import cost  # imports torch
 
     millions = f"{cost.parameters(model)['total'] / 1e6:.1f}M " if parameters else ""  # builds the model: half a second
     size = "x".join(map(str, (*model.image_size, model.channels)))

@@ -31,8 +31,7 @@ def check_plugin_parts(model: ModelConfig) -> None:
 
     Raises:
         UserError: a number that a part states (`COUNTS`) is not a whole number, or the part's output does not have the
-            shape and type of its kind. Without this check, an output that broadcasts would silently train another
-            model.
+            shape and type of its kind: an output that broadcasts would silently train another model.
     """
     values = {f"model.{name}": value for name, _, value in keys(model)}
     named = {key: values[key] for key, kind in KEYS.items() if kind in PARTS}

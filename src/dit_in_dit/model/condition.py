@@ -159,7 +159,8 @@ class ConditionTokens(nn.Module):
         if self.label_offsets is not None and label is not None:
             tokens.append(label.expand_as(time)[:, None] + self.label_offsets)
         if self.own is not None:
-            tokens.append(self.own(y).expand(len(time), -1).unflatten(-1, (-1, time.shape[-1])))
+            own = self.own(y).unflatten(-1, (-1, time.shape[-1]))
+            tokens.append(own if y is not None else own.expand(len(time), -1, -1))  # expanding y would fix N in ONNX
         return torch.cat(tokens, dim=1)
 
 

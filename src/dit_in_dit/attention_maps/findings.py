@@ -20,8 +20,8 @@ def findings(maps: Maps) -> list[str]:
     for name, level in (("inner", maps.inner), ("outer", maps.outer)):
         if level and level.beside:
             sentences.append(
-                f"In {name} blocks that see tokens of time and class, these get {level.beside:.0%} of the attention of all "
-                "others. The maps and all other numbers are of the attention among patches, divided by its sum."
+                f"In {name} blocks that see tokens of time and class, these get {level.beside:.0%} of the others' "
+                "attention. The maps and all other numbers are of the attention among patches, divided by its sum."
             )
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))

@@ -18,7 +18,7 @@ from dit_in_dit.runtime.process import gc_paused
 
 HEADINGS = {  # groups of presets, by the beginning of their names
     "dit-in-dit-": "nested models around the sizes of DiT",
-    "dit-": "DiT (Peebles & Xie 2023), compared in tests/test_model.py with the official code facebookresearch/DiT: models.py",
+    "dit-": "DiT (Peebles & Xie 2023), compared in tests with the official code facebookresearch/DiT: models.py",
     "emoji": "small models of equal MACs for the embedded emoji",
     "": "for own images: a nested model and its plain twin",
 }

@@ -73,10 +73,11 @@ def draw(seed: int) -> dict[str, Any]:
     return {"stages": stream.choice(PROGRAMS), **some(MODEL), **groups}
 
 
-def built(seed: int) -> ModelConfig:
-    """The model of `draw(seed)`. Raises UserError for a set that is refused."""
+def built(seed: int, *, small: bool = False) -> ModelConfig:
+    """The model of `draw(seed)`; small: with one block a stage. Raises UserError for a set that is refused."""
     keys = draw(seed)
-    return small_model(keys.pop("stages"), **keys | {"tokens": TokensConfig(**keys["tokens"])})
+    stages = keys.pop("stages").replace("*2", "") if small else keys.pop("stages")
+    return small_model(stages, **keys | {"tokens": TokensConfig(**keys["tokens"])})
 
 
 def toy(family: str, **keys: Any) -> ModelConfig:

@@ -7,12 +7,7 @@ import torch
 
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.model.nested import NestedDiT
-from test_model import EVERY_CHOICE, PROGRAMS
-
-# Keys and values that random sets of options cover (test_option_sets); each alone with --full.
-RANDOM = {"mlp", "bias", "rope", "modulation", "position", "head_condition", "head_norm", "embed_layers", "bottleneck"}
-RANDOM |= {"silu_twice", "tokens", "compact", "refine", "outer", "outer_sub_patch", "outer_per_block", "gauss", "repa"}
-RANDOM |= {"ddt", "dct"}
+from test_model import EVERY_CHOICE, PROGRAMS, is_in_random_sets
 
 
 @pytest.mark.slow
@@ -22,10 +17,7 @@ RANDOM |= {"ddt", "dct"}
     ids=str,
 )
 def test_models_compile_without_graph_breaks(stages, choice, full):
-    named = {
-        text for key, value in choice.items() for text in (value.items() if isinstance(value, dict) else [(key, value)])
-    }
-    if not full and any(key in RANDOM or (isinstance(value, str) and value in RANDOM) for key, value in named):
+    if not full and is_in_random_sets(choice):
         pytest.skip("a part of random sets of options; alone with --full")
     torch._dynamo.reset()
     model = perturbed(NestedDiT(small_model(stages, **choice)))

@@ -14,7 +14,7 @@ from dit_in_dit import cost, inspect
 from dit_in_dit.config import presets
 from dit_in_dit.model.nested import NestedDiT
 from options import FIRST
-from test_model import EVERY_CHOICE, PROGRAMS
+from test_model import PAIRS
 
 
 def counted(model, device: str = "meta") -> float:
@@ -33,8 +33,7 @@ def test_closed_form_agrees_with_the_flop_counter_for_every_preset(name):
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)
 
 
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_closed_form_agrees_with_the_flop_counter_for_every_choice(stages, choice):
     model = small_model(stages, **choice)
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)

@@ -111,7 +111,9 @@ def test_a_run_with_random_frequencies_resumes_bit_for_bit(mixed, tmp_path):
     [{"parallel": "ddp"}, {"reduction": "fixed"}, pytest.param({"parallel": "fsdp"}, marks=SHARDED.marks)],
     ids=str,
 )
-def test_two_processes_train_random_frequencies_and_shared_modulation(mixed, how, tmp_path):
+def test_two_processes_train_random_frequencies_and_shared_modulation(mixed, how, tmp_path, full):
+    if not full and "reduction" in how:
+        pytest.skip("with --full")
     config = with_train(mixed, **how)
     logs = [trained(with_train(config, parallel="ddp"), tmp_path / "alone")]
     logs += run_together(2, trained, config, tmp_path / "run")[:1]
@@ -138,7 +140,9 @@ def test_doctor_examines_a_run_with_tokens_and_random_frequencies(mixed, tmp_pat
 
 
 @pytest.mark.parametrize("family", NESTED)
-def test_doctor_examines_published_models(family, mixed, tmp_path):
+def test_doctor_examines_published_models(family, mixed, tmp_path, full):
+    if not full and family not in ("pixnerd", "pixeldit"):
+        pytest.skip("with --full")
     config = with_train(replace(mixed, model=toy(family, image_size=(8, 8), patch_size=4)), steps=6, accumulate=1)
     trained(config, tmp_path / "run")
     report = examine(config, CPU, tmp_path / "run")
@@ -237,7 +241,7 @@ def test_a_published_model_is_a_pipeline_that_loads_bit_for_bit(family, tmp_path
 def test_onnx_gives_the_outputs_of_a_published_model(family, tmp_path, full):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    if not full and family not in ("pixeldit", "mpdit"):
+    if not full and family != "mpdit":
         pytest.skip("with --full")
     run, net = saved_run(family, tmp_path / "run")
     main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "model.onnx")])

@@ -37,7 +37,7 @@ def check_on_meta(model: ModelConfig) -> None:
 
 
 def test_every_random_set_of_options_runs_or_is_refused_in_one_line(full):
-    refused, count = [], 600 if full else 100
+    refused, count = [], 600 if full else 60
     for seed in range(count):
         try:
             model = built(seed)
@@ -78,13 +78,14 @@ def test_random_sets_of_options_compile_without_graph_breaks(full):
     seeds, done = iter(range(10_000, 20_000)), 0
     while done < (200 if full else 20):
         try:
-            model = built(next(seeds))
+            model = built(next(seeds), small=not full)
         except UserError:
             continue
         torch._dynamo.reset()
         net = perturbed(NestedDiT(model))
         x, t, y = inputs(model)
-        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+        backend = "aot_eager" if full or done % 5 == 0 else "eager"  # which compiles no backward pass, in half the time
+        compiled = torch.compile(net, backend=backend, fullgraph=True)
         found = compiled(x, t, y)
         torch.testing.assert_close(found, net(x, t, y), rtol=1e-4, atol=1e-5)
         found.square().sum().backward()

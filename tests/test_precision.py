@@ -36,7 +36,7 @@ from dit_in_dit.study.results import _check_alike
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
 from options import FIRST
-from test_model import EVERY_CHOICE, PROGRAMS
+from test_model import PAIRS
 
 HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # with the largest relative error of an output, in norm
 POLICIES: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -67,8 +67,7 @@ def test_the_emulated_autocast_policy_is_that_of_a_gpu():
 
 
 @policies
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_every_choice_runs_forward_and_backward_under_autocast(stages, choice, policy):
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config)
@@ -94,8 +93,7 @@ def test_recomputed_blocks_run_under_autocast(recompute):
 
 
 @halves
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config)

@@ -97,9 +97,9 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
 
     def end(part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
         mark("rest")
+        passed = (*inputs, *inputs[0]) if isinstance(inputs[0], tuple) else inputs  # a stage's state passes through
         for tensor in output if isinstance(output, tuple) else (output,):
-            is_new = isinstance(tensor, Tensor) and all(tensor is not argument for argument in inputs)
-            if is_new and tensor.grad_fn is not None:
+            if isinstance(tensor, Tensor) and tensor.grad_fn and all(tensor is not given for given in passed):
                 tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
     parts = parts_of(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from dit_in_dit.cli import main
+from dit_in_dit.config.field import FAMILIES
 from dit_in_dit.config.files import from_yaml, to_yaml
 from dit_in_dit.config.presets import NAMES, get
 from dit_in_dit.data import labels
@@ -107,7 +109,29 @@ def test_train_starts_from_a_config_file(tmp_path, capsys):
 def test_presets_are_listed(capsys):
     main(["presets"])
     listed, _ = capsys.readouterr().out.split("\n\n")
-    assert [line.split()[0] for line in listed.splitlines()] == list(NAMES)
+    assert [line.split()[0] for line in listed.splitlines() if line[0] != "#"] == list(NAMES)
+
+
+def test_presets_name_who_made_a_published_model_and_what_it_costs(capsys):
+    main(["presets"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(next(line for line in lines if line.startswith("# DDT (Wang et al. 2025)")))
+    assert "official code MCG-NJU/DDT: src/models/denoiser/decoupled_improved_dit.py" in lines[at]
+    assert re.fullmatch(r"ddt-xl2 +32x32x4 +p=2 +D=1152 +131\.481 GMAC +outer\*22 inner\*6", lines[at + 3])
+    headings = [line for line in lines if line.startswith("# ")]
+    assert len(headings) == len(set(headings)) == 4 + len(FAMILIES)  # every group is in one piece
+    main(["presets", "--family", "ddt"])
+    (heading, small, _, large) = capsys.readouterr().out.splitlines()
+    assert heading == lines[at]
+    assert "130.3M" in small
+    assert "674.6M  131.481 GMAC" in large
+
+
+def test_an_unknown_family_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["presets", "--family", "dtd"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "dit-in-dit: --family: unknown 'dtd'; did you mean 'ddt'?\n"
 
 
 def test_inspect_prints_json_that_includes_the_plain_twin(capsys):

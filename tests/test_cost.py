@@ -13,7 +13,8 @@ from conftest import inputs, small_model
 from dit_in_dit import cost, inspect
 from dit_in_dit.config import presets
 from dit_in_dit.model.nested import NestedDiT
-from test_model import EVERY_CHOICE, PROGRAMS
+from options import FIRST
+from test_model import PAIRS
 
 
 def counted(model, device: str = "meta") -> float:
@@ -26,14 +27,13 @@ def counted(model, device: str = "meta") -> float:
     return counter.get_total_flops() / 2 / 2
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])  # the others in test_option_sets
 def test_closed_form_agrees_with_the_flop_counter_for_every_preset(name):
     model = presets.get(name).model
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)
 
 
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_closed_form_agrees_with_the_flop_counter_for_every_choice(stages, choice):
     model = small_model(stages, **choice)
     assert cost.macs(model)["total"] == pytest.approx(counted(model), rel=0.005)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig
+from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Mean, Weighted
 from dit_in_dit.model.condition import CONDITIONS
 from dit_in_dit.model.embed import (
@@ -28,8 +29,11 @@ from dit_in_dit.model.embed import (
 )
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.mixers import MIXERS
+from dit_in_dit.model.mlps import MLPS
+from dit_in_dit.model.modulation import MODULATIONS
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.norms import NORMS, RmsNorm
+from dit_in_dit.model.rope import ROPES
 
 GOLDEN = Path(__file__).parent / "golden" / "official_dit.npz"
 PROGRAMS = ("inner*2 outer*2", "(inner outer*2)*2", "outer*2 inner*2", "inner outer*2 inner", "outer*2")
@@ -41,29 +45,81 @@ TABLES = {
     "spread": SPREADS,
     "fuse": FUSIONS,
     "norm": NORMS,
+    "mlp": MLPS,
+    "rope": ROPES,
+    "modulation": MODULATIONS,
 }
 
 
 def choices(section: type) -> dict[str, tuple]:
     """Every key of a config section with named or boolean values, and all its values."""
-    hints = get_type_hints(section).items()
-    return {key: get_args(kind) for key, kind in hints if get_origin(kind) is Literal} | {
-        key: (False, True) for key, kind in hints if kind is bool
-    }
+    found: dict[str, tuple] = {}
+    for key, kind in get_type_hints(section).items():
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        for one in kinds:
+            if get_origin(one) is Literal or one is bool:
+                found[key] = get_args(one) or (False, True)
+    return found
 
 
 CHOICES = choices(InnerConfig) | {key: tuple(table) for key, table in TABLES.items()}
+# What a value of the inner level needs beside it.
+NEEDS = {("modulation", "shared"): {"width": 32}, ("spread", "refine"): {"width": 32}}
+OTHERS = (  # numbers and groups, which have no list of values
+    {"bottleneck": 5},
+    {"inner": {"embed_layers": 2}},
+    {"tokens": TokensConfig(label=2, start=1)},
+    {"tokens": TokensConfig(time=2, label=1, adaln=False)},
+    {"tokens": TokensConfig(label=3, rows="own", adaln=False)},
+    {"tokens": TokensConfig(label=3, rows="own")},
+    {"tokens": TokensConfig(time=1), "outer": {"rope": "grid"}},
+    {"qk_norm": True, "outer": {"rope": "extent", "bias": "none"}, "inner": {"rope": "grid", "bias": "mlp"}},
+    {"inner": {"mlp": "hyper", "condition": "outer"}},
+    {"inner": {"modulation": "none", "mlp": "hyper", "condition": "outer", "head_condition": "rows"}},
+    {"inner": {"modulation": "post", "condition": "outer_per_block", "mixer": "compact", "rope": "extent"}},
+)
 # Arguments of `small_model`: every value of every choice, those of later versions included. All defaults are one.
 EVERY_CHOICE = list(
     {
         small_model(**choice): choice
         for choice in (
-            *({"inner": {key: value}} for key, values in CHOICES.items() for value in values),
-            *({"outer": {key: value}} for key, values in choices(OuterConfig).items() for value in values),
+            *(
+                {"inner": {key: value, **NEEDS.get((key, value), {})}}
+                for key, values in CHOICES.items()
+                for value in values
+            ),
+            *(
+                {"outer": {key: value}}
+                for key, values in choices(OuterConfig).items()
+                for value in values
+                if (key, value) != ("mlp", "hyper")  # of inner blocks only
+            ),
             *({key: value} for key, values in choices(ModelConfig).items() for value in values),
+            *OTHERS,
         )
     }.values()
 )
+
+# Keys and values that random sets of options cover (test_option_sets): here each in fewer programs.
+RANDOM = {"mlp", "bias", "rope", "modulation", "position", "head_condition", "head_norm", "embed_layers", "bottleneck"}
+RANDOM |= {"silu_twice", "tokens", "compact", "refine", "outer", "outer_sub_patch", "outer_per_block", "gauss", "repa"}
+RANDOM |= {"ddt", "dct"}
+
+
+def is_in_random_sets(choice: dict) -> bool:
+    """Whether random sets of options cover a choice."""
+    named = {key: value for key, value in choice.items() if not isinstance(value, dict)}
+    for group in choice.values():
+        named |= group if isinstance(group, dict) else {}
+    return bool(named.keys() & RANDOM or RANDOM & {value for value in named.values() if isinstance(value, str)})
+
+
+PAIRS = [
+    (stages, choice)
+    for stages in PROGRAMS
+    for choice in EVERY_CHOICE
+    if stages == "inner outer*2 inner" or not is_in_random_sets(choice)
+]
 
 
 @pytest.mark.parametrize("key", TABLES)
@@ -72,8 +128,8 @@ def test_config_choices_equal_the_tables_of_the_model(key):
 
 
 def test_the_tested_arrangements_cover_every_choice():
-    assert CHOICES.keys() == TABLES.keys()
-    assert choices(ModelConfig).keys() >= {"use_inner", "learn_variance", "time_embed", "qk_norm"}
+    assert CHOICES.keys() - TABLES.keys() == {"bias", "position", "head_condition", "head_norm"}
+    assert choices(ModelConfig).keys() >= {"use_inner", "learn_variance", "time_embed", "qk_norm", "silu_twice"}
 
 
 def our_name(official: str) -> str:
@@ -273,6 +329,9 @@ def test_every_arrangement_can_train_one_step(stages, choice):
     loss = (model(x, t, y) - target).square().mean()
     loss.backward()
     for name, parameter in model.named_parameters():
+        if name == "time_embed.frequencies":
+            assert not parameter.requires_grad
+            continue
         assert parameter.grad is not None, f"{name} takes no part"
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"

@@ -109,7 +109,7 @@ def test_a_version_with_more_keys_continues_runs_of_the_first_version(old, tmp_p
     newer = tmp_path / "src/dit_in_dit"
     shutil.copytree(Path(dit_in_dit.__file__).parent, newer, ignore=shutil.ignore_patterns("__pycache__"))
     for file, before in (
-        ("config/run.py", '    fuse: Literal["add"'),
+        ("config/model.py", '    fuse: Literal["add"'),
         ("config/run.py", "    clip: float"),
         ("config/run.py", "    spacing: Literal"),
         ("study/plan.py", "    prune: bool"),

@@ -18,12 +18,13 @@ import torch
 import dit_in_dit
 from conftest import inputs, perturbed, small_model
 from dit_in_dit.cli import main
-from dit_in_dit.config import choices, facts, plugins, presets
+from dit_in_dit.config import choices, facts, plugins, presets, schema
 from dit_in_dit.config.errors import PluginWarning, UserError
 from dit_in_dit.config.files import changed_keys, config_hash, from_yaml, override, to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
+from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.metrics.metric import METRICS
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, Mean
 from dit_in_dit.model.condition import CONDITIONS
@@ -32,7 +33,15 @@ from dit_in_dit.model.nested import NestedDiT
 
 IDEA = Path(__file__).parent / "plugin" / "my_idea.py"
 PARTS = {"embed": "flat", "aggregate": "softmax", "mixer": "shift", "condition": "halved", "fuse": "doubled"}
-PARTS |= {"spread": "same", "norm": "peak"}
+PARTS |= {"spread": "same", "norm": "peak", "mlp": "cubic", "rope": "rows", "modulation": "gate_only"}
+
+
+def own(kind: str) -> dict[str, object]:
+    """Keyword arguments of `small_model` that choose the user's class of a kind."""
+    return {kind: "polynomial"} if kind == "time_embed" else {"inner": {kind: PARTS[kind]}}
+
+
+KINDS = [*sorted(PARTS), "time_embed"]
 SMALL = [
     "model.image_size=8",
     "model.patch_size=4",
@@ -73,6 +82,9 @@ def settings() -> list[str]:
         "data.source=dots",
         "train.optimizer=momentum",
         "plugins.softmax.temperature=0.5",
+        "model.time_embed=polynomial",
+        "model.outer.modulation=gate_only",
+        "model.outer.rope=rows",
         "model.stages=(inner outer)*2",
         "model.depth=null",
     ]
@@ -167,6 +179,26 @@ def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path, capsys, 
     assert len(list((tmp_path / "out/runs").glob("*/result.json"))) == 3
 
 
+@pytest.mark.parametrize("key", ["mlp", "rope", "modulation", "norm", "head_norm"])
+def test_a_users_part_of_both_levels_replaces_the_choice_of_the_outer_one(key, loaded):
+    name = PARTS[key.removeprefix("head_")]
+    model = small_model("outer*2", outer={key: name})
+    net = perturbed(NestedDiT(model))
+    x, t, y = inputs(model)
+    net(x, t, y).sum().backward()
+    check_plugin_parts(model)
+    assert any(type(part) is choices.table(choices.KEYS[f"model.outer.{key}"])[name] for part in net.modules())
+
+
+@pytest.mark.parametrize("key", ["model.inner.mlp", "model.outer.rope", "model.outer.modulation", "model.time_embed"])
+def test_a_class_of_each_new_kind_is_refused_in_a_pipeline(key, loaded):
+    name = "polynomial" if key == "model.time_embed" else PARTS[key.split(".")[-1]]
+    config = small_run(f"{key}={name}")
+    values = {name: value for name, _, value in schema.keys(config)}
+    with pytest.raises(UserError, match=f"got {key}={name}; use export --format run"):
+        choices.check_travels(values)
+
+
 def test_a_pipeline_export_of_a_users_class_is_refused(run, tmp_path, capsys):
     assert here("export", run, "--format", "pipeline", "--out", tmp_path / "pipeline") == 2
     assert "use export --format run" in capsys.readouterr().err
@@ -190,9 +222,9 @@ def test_a_changed_plug_in_source_gives_a_warning(run, loaded, monkeypatch):
         checkpoint.newest(run)
 
 
-@pytest.mark.parametrize("kind", sorted(PARTS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_users_part_can_replace_each_choice(kind, loaded):
-    model = small_model("(inner outer)*2", inner={kind: PARTS[kind]})
+    model = small_model("(inner outer)*2", **own(kind))
     made = perturbed(NestedDiT(model))
     x, t, y = inputs(model)
     out = made(x, t, y)
@@ -202,9 +234,9 @@ def test_a_users_part_can_replace_each_choice(kind, loaded):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", sorted(PARTS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_users_part_runs_in_half_precision(kind, dtype, loaded):
-    model = small_model("(inner outer)*2 inner", inner={kind: PARTS[kind]})
+    model = small_model("(inner outer)*2 inner", **own(kind))
     x, t, y = inputs(model)
     assert NestedDiT(model).to(dtype)(x.to(dtype), t, y).dtype == dtype
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,10 +245,10 @@ def test_a_users_part_runs_in_half_precision(kind, dtype, loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(PARTS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_users_part_compiles_without_graph_breaks(kind, loaded):
     torch._dynamo.reset()
-    model = perturbed(NestedDiT(small_model("inner outer inner", inner={kind: PARTS[kind]})))
+    model = perturbed(NestedDiT(small_model("inner outer inner", **own(kind))))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     x, t, y = inputs(model.config)
     torch.testing.assert_close(compiled(x, t, y), model(x, t, y))

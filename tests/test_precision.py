@@ -35,7 +35,8 @@ from dit_in_dit.study.result import Result
 from dit_in_dit.study.results import _check_alike
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
-from test_model import EVERY_CHOICE, PROGRAMS
+from options import FIRST
+from test_model import PAIRS
 
 HALVES = {torch.bfloat16: 0.1, torch.float16: 0.02}  # with the largest relative error of an output, in norm
 POLICIES: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -66,8 +67,7 @@ def test_the_emulated_autocast_policy_is_that_of_a_gpu():
 
 
 @policies
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_every_choice_runs_forward_and_backward_under_autocast(stages, choice, policy):
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config)
@@ -77,6 +77,8 @@ def test_every_choice_runs_forward_and_backward_under_autocast(stages, choice, p
     out.float().square().sum().backward()
     assert_near(out, whole, 0.1)
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # random frequencies of time
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
@@ -91,8 +93,7 @@ def test_recomputed_blocks_run_under_autocast(recompute):
 
 
 @halves
-@pytest.mark.parametrize("stages", PROGRAMS)
-@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+@pytest.mark.parametrize(("stages", "choice"), PAIRS, ids=str)
 def test_every_choice_runs_with_weights_in_half_precision(stages, choice, half):
     model = perturbed(NestedDiT(small_model(stages, **choice)))
     x, t, y = inputs(model.config)
@@ -126,6 +127,7 @@ def shrunk(config: RunConfig, data: Path) -> RunConfig:
         stages=re.sub(r"\*\d+", "*2", model.stages),
         outer=outer,
         inner=inner,
+        tokens=replace(model.tokens, start=min(model.tokens.start, 1)),
     )
     path = data / f"{model.channels}-{patch}.npz"
     if not path.exists():
@@ -142,7 +144,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @policies
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])
 def test_every_preset_takes_its_first_step_in_bfloat16(name, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     config = replace(config, train=replace(config.train, precision="bfloat16"))
@@ -183,7 +185,7 @@ def check_draws(whole: DiTInDiTPipeline, pipes: list[DiTInDiTPipeline], half: to
 
 @halves
 @policies
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [*presets.PRESETS, *FIRST])
 def test_every_preset_exports_a_pipeline_in_half_precision(name, half, policy, data, tmp_path, monkeypatch):
     config = shrunk(presets.get(name), data)
     pipe = pipeline_of(perturbed(NestedDiT(config.model)).eval(), config, ["a", "b", "c"])

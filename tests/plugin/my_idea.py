@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -17,10 +18,13 @@ from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.metric import Images, Metric
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Spread
-from dit_in_dit.model.condition import Condition
+from dit_in_dit.model.condition import Condition, TimeEmbed
 from dit_in_dit.model.embed import Embed
 from dit_in_dit.model.mixers import Mixer
+from dit_in_dit.model.mlps import Mlp
+from dit_in_dit.model.modulation import BlockModulation
 from dit_in_dit.model.norms import Norm
+from dit_in_dit.model.rope import Rope
 from dit_in_dit.training.optimizer import Groups
 
 
@@ -148,6 +152,67 @@ class Peak(Norm):
         return x / (x.abs().amax(-1, keepdim=True) + self.eps)
 
 
+class Cubic(Mlp):
+    """One linear layer, then the cube of a linear layer: a third-degree polynomial of each token."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = True, condition: int = 0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden, bias), nn.Linear(hidden, width, bias)
+
+    @staticmethod
+    def macs(width: int, hidden: int) -> int:
+        """Per token."""
+        return 2 * width * hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) ** 3 / 10)
+
+
+class RowRope(Rope):
+    """Rows alone turn the channels, all at the same speeds."""
+
+    @staticmethod
+    def angles(places: Tensor, sides: tuple[int, int], frequencies: Tensor) -> Tensor:
+        """(T, d/2)."""
+        return (places[:, :1] * frequencies).repeat(1, 2)
+
+
+class GateOnly(BlockModulation):
+    """x + gate * branch(norm(x)), with one gate per branch that starts at zero."""
+
+    per_branch = 1
+
+    def __init__(self, condition: int, width: int, branches: int, places: int = 1) -> None:
+        super().__init__()
+        self.branches, self.places = branches, places
+        self.linear = nn.Linear(condition, places * branches * width)
+
+    def initialise(self) -> None:
+        """Begin as the identity."""
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        vectors = self.linear(c)
+        if self.places > 1:
+            vectors = vectors.unflatten(-1, (self.places, -1)).squeeze(2)
+        return vectors.chunk(self.branches, dim=-1)
+
+    @staticmethod
+    def branch(x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], *vectors: Tensor) -> Tensor:
+        """Shapes as in adaLN-Zero."""
+        return x + vectors[0] * branch(norm(x))
+
+
+class PolynomialTime(TimeEmbed):
+    """Powers of t, from the first to the eighth."""
+
+    features_width = 8
+
+    def features(self, t: Tensor) -> Tensor:
+        """(N, 8)."""
+        return t[:, None] ** torch.arange(1, 9, device=t.device)
+
+
 class EvenSteps:
     """x + dt velocity, in even steps of t from 1 to 0: Euler's method."""
 
@@ -206,3 +271,7 @@ dit_in_dit.register("embed", "flat", Flat)
 dit_in_dit.register("spread", "same", Same)
 dit_in_dit.register("condition", "halved", Halved)
 dit_in_dit.register("norm", "peak", Peak)
+dit_in_dit.register("mlp", "cubic", Cubic)
+dit_in_dit.register("rope", "rows", RowRope)
+dit_in_dit.register("modulation", "gate_only", GateOnly)
+dit_in_dit.register("time_embed", "polynomial", PolynomialTime)

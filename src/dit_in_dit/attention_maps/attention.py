@@ -27,6 +27,7 @@ from dit_in_dit.model.mixers import PatchMixer
 from dit_in_dit.model.nested import NestedDiT
 
 MOST_WEIGHTS = 2**22  # most attention weights in memory at a time; more exceed the processor's cache and are slower
+MOST_ROWS = 256  # most queries at a time whose weights on tokens of time and class are summed
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -66,6 +67,7 @@ class LevelAttention(AttentionMeasures):
         reach: weights from a patch to the tokens of its group, mean over the patch's queries, (..., T, L); empty if
             L equals S.
         blocks: names of the level's blocks.
+        beside: share of attention that patches give to tokens of time and class. All else is renormalised without it.
         plan: layers and heads for which `received`, `inside` and `reach` are kept. Their shape is
             (images, times, layers, heads or 1, ...), with the images and times of `MapsPlan`.
     """
@@ -73,6 +75,7 @@ class LevelAttention(AttentionMeasures):
     blocks: tuple[str, ...]
     tokens: Tokens
     plan: LevelPlan
+    beside: float = 0.0
 
     def variance(self) -> dict[str, float]:
         """Decomposition of the variance of the weights inside a patch, over all layers and heads.
@@ -163,9 +166,15 @@ class LevelRecorder:
         self.measures: dict[tuple[int, ...], AttentionMeasures] = {}  # by image, time and layer
         self.average: dict[tuple[int, ...], Any] = defaultdict(int)  # by time and layer, (heads, S, S)
         self.squares: dict[int, Any] = defaultdict(int)  # by layer, (heads,)
+        self.beside: list[float] = []  # shares of tokens of time and class
 
     def add(self, block: str, q: Tensor, k: Tensor, image: int, time: int) -> None:
-        """Measure a block's queries and keys (1, groups, heads, L, d)."""
+        """Measure a block's queries and keys (1, groups, heads, L, d), L the patches after tokens of time and class."""
+        if lead := q.shape[-2] - self.tokens.length:
+            rows = torch.split(q[0, :, :, lead:].float(), MOST_ROWS, dim=-2)
+            shares = [attention_weights(part, k[0].float())[..., :lead].sum(-1) for part in rows]
+            self.beside.append(torch.cat(shares, dim=-1).mean().item())
+            q, k = q[..., lead:, :], k[..., lead:, :]
         layer = self.blocks.index(block)
         is_kept = all(number in kept for number, kept in zip((image, time, layer), self.kept, strict=True))
         measures = measure_attention(q[0], k[0], self.tokens, matrices=is_kept and self.level.matrices)
@@ -195,6 +204,7 @@ class LevelRecorder:
             average=np.stack([np.stack([self.average[k, layer] for layer in layers]) for k in every[1]]),
             squares=np.stack([self.squares[layer] for layer in layers]),
             plan=self.level,
+            beside=float(np.mean(self.beside)) if self.beside else 0.0,
             received=stack("received", self.kept),
             inside=stack("inside", self.kept) if self.level.matrices and s > 1 else NOTHING,
             reach=stack("reach", self.kept) if self.level.matrices and self.tokens.length > s else NOTHING,
@@ -205,7 +215,8 @@ def level_recorders(model: NestedDiT, plan: MapsPlan, shape: tuple[int, int]) ->
     """A recorder for each level that has attention, by level name; `shape` is (N, K)."""
     modules, recorders = attentions(model), {}
     for name, level in (("inner", plan.inner), ("outer", plan.outer)):
-        if blocks := tuple(block for block in modules if block.startswith(name)):
+        blocks = tuple(block for block in modules if block.startswith(name))
+        if blocks and level.layers:  # none where the mixer says why its attention is not shown
             mixer = modules[blocks[0]]
             tokens = inner_tokens(model.config, mixer) if isinstance(mixer, PatchMixer) else outer_tokens(model.config)
             recorders[name] = LevelRecorder(blocks, tokens, level, plan, shape)

@@ -17,6 +17,12 @@ from dit_in_dit.model.mixers import MIXERS
 def findings(maps: Maps) -> list[str]:
     """Sentences on attention, variance of inner weights, aggregation, contribution and effect of the inner path."""
     sentences = [_attention("Inner", maps.inner, maps) if maps.inner else _attention("Outer", maps.outer, maps)]
+    for name, level in (("inner", maps.inner), ("outer", maps.outer)):
+        if level and level.beside:
+            sentences.append(
+                f"In {name} blocks that see tokens of time and class, these get {level.beside:.0%} of the others' "
+                "attention. The maps and all other numbers are of the attention among patches, divided by its sum."
+            )
     if maps.inner and maps.inner.tokens.per_patch > 1:
         sentences.append(_dependence(maps.inner))
     if AGGREGATORS[maps.config.model.inner.aggregate].weights_depend_on == "tokens" and maps.aggregation:
@@ -29,7 +35,7 @@ def findings(maps: Maps) -> list[str]:
     if maps.contribution:
         name, share = list(maps.contribution.items())[-1]
         at_head = name == "inner_head"
-        of = "the pixels that the two heads predict" if at_head else f"a patch token at the fusion ({name})"
+        of = "the pixels that the heads predict" if at_head else f"a patch token at the fusion ({name})"
         sentences.append(f"By norm, the inner path's share of {of} is {_ends(share.mean((0, 2)), maps)}.")
     if maps.without is not None:
         sentences.append(_on_off(maps.estimate, maps.without, maps))

@@ -177,7 +177,8 @@ def _record(
     """Run the model on image n at time k under hooks; the recorders measure each block's attention."""
 
     def look(block: str, queries: Tensor, keys: Tensor) -> None:
-        recorders[block[: len("inner")]].add(block, queries, keys, n, k)
+        if recorder := recorders.get(block[: len("inner")]):
+            recorder.add(block, queries, keys, n, k)
 
     device = next(model.parameters()).device
     x, noise = (torch.from_numpy(part[n : n + 1]).to(device) for part in (views.images, views.noise))

@@ -40,7 +40,7 @@ KINDS = {  # kinds of operations, by names in torch's profiler; the first match 
     "attention": r"scaled_dot|attention|softmax",
     "products": r"mm\b|mm_|linear|matmul|einsum",
     "convolutions": r"conv",
-    "norms": r"layer_norm",
+    "norms": r"layer_norm|rms_norm",
     "optimizer": r"adam",
     "copies": r"copy_|clone|contiguous|::cat|_to_copy|index|embedding|fill|zero|empty",
     "compiled": r"triton|graph_|CompiledFx|Compiled",
@@ -77,8 +77,8 @@ class PartClock:
 
 def parts_of(model: NestedDiT) -> list[tuple[str, nn.Module]]:
     """The model's modules in the order in which they run, each with the part of `cost.macs` that it belongs to."""
-    embeds = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed", "label_embed")]
-    named = [("time_embed" if name == "label_embed" else name, module) for name, module in embeds]
+    named = [(name, getattr(model, name)) for name in ("outer_embed", "inner_embed", "time_embed")]
+    named += [("time_embed", part) for part in (model.label_embed, model.tokens, model.shared_modulation) if part]
     for stage in model.stages:
         level, starred, _ = str(stage.name).partition("*")
         named.append((f"{level}_blocks" if starred else level, stage))
@@ -97,9 +97,9 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
 
     def end(part: str, module: nn.Module, inputs: tuple[Tensor], output: object) -> None:
         mark("rest")
+        passed = (*inputs, *inputs[0]) if isinstance(inputs[0], tuple) else inputs  # a stage's state passes through
         for tensor in output if isinstance(output, tuple) else (output,):
-            is_new = all(tensor is not argument for argument in inputs)
-            if is_new and tensor.grad_fn is not None:
+            if isinstance(tensor, Tensor) and tensor.grad_fn and all(tensor is not given for given in passed):
                 tensor.grad_fn.register_prehook(lambda gradients: mark(part))  # the part's backward pass begins here
 
     parts = parts_of(model)
@@ -136,6 +136,7 @@ def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     """MACs of a training step by part, for the whole batch."""
     macs = cost.training_macs(subject.run.model)
     macs["inner_blocks"] += macs.pop("condition")  # inner blocks compute it
+    macs["time_embed"] += macs.pop("shared_modulation", 0)
     return {part: subject.run.train.batch_size * number for part, number in macs.items() if part != "total"}
 
 

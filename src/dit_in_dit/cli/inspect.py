@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from itertools import groupby
 
 from dit_in_dit.cli.options import Commands, add_config, chosen_config, print_table, whole_number
 from dit_in_dit.config import presets
+from dit_in_dit.config.field import FAMILIES, PUBLISHED
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
+HEADINGS = {  # groups of presets, by the beginning of their names
+    "dit-in-dit-": "nested models around the sizes of DiT",
+    "dit-": "DiT (Peebles & Xie 2023), compared in tests with the official code facebookresearch/DiT: models.py",
+    "emoji": "small models of equal MACs for the embedded emoji",
+    "": "for own images: a nested model and its plain twin",
+}
+
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    commands.add("presets", _presets, "list the presets, and the trained models that ship with the package")
+    listed = commands.add("presets", _presets, "list the presets, and the trained models that ship with the package")
+    listed.add_argument("--family", choices=FAMILIES, help="one family of published models, with parameters")
     add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
     inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
     add_config(inspect)
@@ -25,18 +35,34 @@ def add(commands: Commands) -> None:
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _heading(name: str) -> str:
+    """Heading of a preset's group."""
+    if name in PUBLISHED:
+        family = FAMILIES[PUBLISHED[name][0]]
+        return f"{family.title} ({family.paper}), compared in docs/field.md with the official code {family.code}"
+    return next(text for prefix, text in HEADINGS.items() if name.startswith(prefix))
+
+
 def _presets(options: argparse.Namespace) -> None:
-    for name in presets.NAMES:
-        _print_model(name, presets.get(name).model)
+    names = [name for name in presets.NAMES if options.family in (None, PUBLISHED.get(name, ("",))[0])]
+    for heading, group in groupby(names, _heading):
+        print(f"# {heading}")
+        for name in group:
+            _print_model(name, presets.get(name).model, parameters=options.family is not None)
+    if options.family:
+        return
     print("\nTrained models, for commands that take a run (write models/NAME where NAME is also a preset):")
     for name, run in sorted(pretrained_models().items()):
         _print_model(f"{ROOM}/{name}", from_file(run / "config.yaml").model)
 
 
-def _print_model(name: str, model: ModelConfig) -> None:
+def _print_model(name: str, model: ModelConfig, *, parameters: bool = False) -> None:
+    from dit_in_dit.inspection import cost  # imports torch
+
+    millions = f"{cost.parameters(model)['total'] / 1e6:.1f}M " if parameters else ""  # builds the model: half a second
     size = "x".join(map(str, (*model.image_size, model.channels)))
-    stages = format_stages(model.program)
-    print(f"{name:<24} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {stages}")
+    gmacs, stages = f"{cost.macs(model)['total'] / 1e9:.3f}", format_stages(model.program)
+    print(f"{name:<24} {size:<12} p={model.patch_size:<3} D={model.outer.width:<5} {millions}{gmacs:>8} GMAC  {stages}")
 
 
 def _config(options: argparse.Namespace) -> None:

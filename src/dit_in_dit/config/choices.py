@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
+from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER, READS_TIME
 
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 
@@ -108,3 +108,8 @@ def keeps_outer(fuse: str) -> bool:
 def reads_outer(condition: str) -> bool:
     """Whether a condition gives the outer tokens to inner adaLN."""
     return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
+
+
+def reads_time(condition: str) -> bool:
+    """Whether a condition gives the time alone, without the class, to inner adaLN."""
+    return READS_TIME[condition] if condition in READS_TIME else bool(table("condition")[condition].reads_time)

@@ -2,11 +2,6 @@
 
 CROSSES_PATCHES = {"patch": False, "window": True, "image": True, "conv": True, "compact": True, "none": False}
 KEEPS_OUTER = {"add": True, "gate": True, "replace": False}
-READS_OUTER = {
-    "image": False,
-    "patch": True,
-    "sub_patch": True,
-    "outer": True,
-    "outer_sub_patch": True,
-    "outer_per_block": True,
-}
+READS_OUTER = {"image": False}
+READS_OUTER |= dict.fromkeys(("patch", "sub_patch", "outer", "outer_sub_patch", "outer_per_block"), True)
+READS_TIME = {name: name.startswith("outer") for name in READS_OUTER}

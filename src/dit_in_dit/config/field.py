@@ -1,7 +1,7 @@
 """Published diffusion transformers as literals of the one model's options, with their recipes as far as keys exist.
 
-Each function gives what the sizes of a model share; `SIZES` has the sizes. docs/field.md names the sources, and shows
-costs and how equality with the official code was tested.
+Each function gives what the sizes of a model share; `PUBLISHED` has the sizes. docs/field.md names the sources, and
+shows costs and how equality with the official code was tested.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _mpdit() -> RunConfig:
 
 
 # name: family, (outer blocks, width, heads), inner blocks, further keys of the model or its inner level
-SIZES: dict[str, tuple[str, tuple[int, int, int], int, dict[str, Any]]] = {
+PUBLISHED: dict[str, tuple[str, tuple[int, int, int], int, dict[str, Any]]] = {
     "sit-s2": ("sit", (12, 384, 6), 0, {}),
     "sit-b2": ("sit", (12, 768, 12), 0, {}),
     "sit-l2": ("sit", (24, 1024, 16), 0, {}),
@@ -207,7 +207,7 @@ SIZES: dict[str, tuple[str, tuple[int, int, int], int, dict[str, Any]]] = {
 
 def published(name: str) -> RunConfig:
     """The config of a published size."""
-    family, (depth, width, heads), inner_depth, keys = SIZES[name]
+    family, (depth, width, heads), inner_depth, keys = PUBLISHED[name]
     config = FAMILIES[family].build()
     return replace(config, model=resize(config.model, (depth, width, heads), inner_depth, **keys))
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from dit_in_dit.config.errors import LeftOutWarning, UserError, did_you_mean, truncate
-from dit_in_dit.config.program import format_stages, unused_choices
-from dit_in_dit.config.run import InnerConfig, RunConfig
+from dit_in_dit.config.rules import unused_choices
+from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.config.schema import PluginKeys, Section, keys, to_dict, to_hash
 from dit_in_dit.config.strict_yaml import parse_yaml, read_yaml
 
@@ -103,10 +103,10 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
                 )
         target[last] = value
     config = RunConfig.from_dict(values)
-    for choice, reason in unused_choices(config.model.program).items():
-        if changes.get(name := f"model.inner.{choice}", usual := getattr(InnerConfig, choice)) != usual:
-            stages = truncate(format_stages(config.model.program), 40)
-            warnings.warn(f"{name} has no effect: {reason} in {stages}", LeftOutWarning, stacklevel=3)
+    usual = {name: value for name, _, value in keys(ModelConfig())}
+    for choice, reason in unused_choices(config.model).items():
+        if changes.get(name := f"model.{choice}", usual[choice]) != usual[choice]:
+            warnings.warn(f"{name} has no effect: {reason}", LeftOutWarning, stacklevel=3)
     return config
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge_runs, parse_stages
+from dit_in_dit.config.rules import check_levels, check_reading
 from dit_in_dit.config.schema import PluginKeys, Section, key
 
 AUTO = -1  # model.num_classes=auto; data.summary.count_auto_classes replaces it by a number
@@ -66,7 +67,7 @@ class OuterConfig(Section):
 
     @property
     def reads_rows(self) -> bool:
-        """Whether blocks or head read conditioning rows."""
+        """Whether blocks read conditioning rows."""
         return self.modulation not in ("shared", "none") or self.mlp == "hyper"
 
 
@@ -113,11 +114,6 @@ class InnerConfig(OuterConfig):
     head_condition: Literal["image", "rows", "none"] = key(  # type: ignore[assignment]
         "image", "input of the head's adaLN: image (c), rows (the inner blocks' conditioning rows), none", added=3
     )
-
-    @property
-    def reads_rows(self) -> bool:
-        """Whether blocks or head read conditioning rows."""
-        return super().reads_rows or (self.head_condition == "rows" and self.modulation != "shared")
 
     def check(self) -> None:
         super().check()
@@ -209,28 +205,9 @@ class ModelConfig(Section):
             )
         if self.outer.mlp == "hyper":
             raise UserError("model.outer.mlp=hyper is for inner blocks: outer tokens share one row")
-        if self.blocks("inner"):
-            self._check_inner()
-
-    def _check_inner(self) -> None:
-        inner, mixer = self.inner, self.inner.mixer
-        if self.has_inner_sincos and inner.width % 4:
-            raise UserError(f"model.inner.width must be a multiple of 4 (position, mixer={mixer}): got {inner.width}")
-        compact = mixer == "compact"
-        level = self.outer if compact else inner
-        inner.check_rope(level.width, level.num_heads)
-        if inner.modulation == "shared" and inner.width != self.outer.width:
-            raise UserError(
-                "model.inner.modulation=shared needs equal widths of both levels: "
-                f"got {inner.width} and {self.outer.width}"
-            )
-        if self.carries_tokens and (mixer != "image" or inner.width != self.outer.width):
-            raise UserError(
-                "model.inner.spread=refine takes the tokens of time and class along: set model.inner.mixer=image and "
-                f"equal widths of both levels; got {mixer}, {inner.width} and {self.outer.width}"
-            )
-        if mixer == "window" and any(side % self.inner.window for side in self.grid):
-            raise UserError(f"model.inner.window must divide the patch grid: got {self.inner.window} for {self.grid}")
+        if self.inner_stages:
+            check_levels(self)
+        check_reading(self)
 
     @property
     def program(self) -> Program:
@@ -247,10 +224,29 @@ class ModelConfig(Section):
         return sum(count for name, count in self.program if name == level)
 
     @property
+    def inner_stages(self) -> int:
+        """Number of inner stages: runs of inner blocks."""
+        return sum(level == "inner" for level, _ in self.program)
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Levels that have a head: the last one, and the outer level unless its tokens are replaced."""
+        if self.program[-1][0] == "outer":
+            return ("outer",)
+        return ("outer", "inner") if keeps_outer(self.inner.fuse) else ("inner",)
+
+    @property
+    def row_stages(self) -> int:
+        """Number of inner stages that read conditioning rows: all, the last one (its head reads them), or none."""
+        if self.inner.reads_rows:
+            return self.inner_stages
+        return int("inner" in self.heads and self.inner.head_condition == "rows" and self.inner.modulation != "shared")
+
+    @property
     def reads_patches(self) -> bool:
         """Whether any stage reads the embedded patches; false if fusion replaces them all before a stage reads them."""
         replaced = self.program[0][0] == "inner" and not keeps_outer(self.inner.fuse)
-        return not replaced or reads_outer(self.inner.condition)
+        return not replaced or (reads_outer(self.inner.condition) and self.row_stages == self.inner_stages)
 
     @property
     def has_inner_sincos(self) -> bool:

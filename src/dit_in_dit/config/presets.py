@@ -150,7 +150,7 @@ PRESETS: dict[str, RunConfig] = {
     **{name: pair[0] for name, pair in _OWN.items()},
     **{f"{name}-dit": pair[1] for name, pair in _OWN.items()},
 }
-NAMES = (*PRESETS, *field.SIZES)
+NAMES = (*PRESETS, *field.PUBLISHED)
 
 
 def get(name: str) -> RunConfig:

@@ -50,19 +50,6 @@ def format_stages(program: Program) -> str:
     return " ".join(f"{level}*{count}" for level, count in program)
 
 
-def unused_choices(program: Program) -> dict[str, str]:
-    """Keys of model.inner that have no effect in a program, with the reason."""
-    levels = [level for level, _ in program]
-    steps = set(pairwise(levels))
-    if "inner" not in levels:
-        return {}  # the plain model: the whole group has no effect
-    reasons = {
-        "aggregate": ("inner", "outer") not in steps and "no outer stage follows an inner stage",
-        "spread": ("outer", "inner") not in steps and "no inner stage follows an outer stage",
-    }
-    return {key: reason for key, reason in reasons.items() if reason}
-
-
 def _both(outer: int, inner: int) -> Program:
     if inner < 2:
         raise UserError(f"stages=both needs 2 inner blocks: depth {outer} gives {inner}; raise model.inner.depth_ratio")

@@ -50,7 +50,7 @@ def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[t
 
     def hook(name: str, start: int, images: int, module: nn.Module, arguments: object, output: object) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
-        for tensor in tensors if not failures else ():
+        for tensor in (part for part in tensors if isinstance(part, Tensor) and not failures):
             bad = ~torch.isfinite(tensor)
             if bad.any():  # rows are images, or the groups of tokens of each image in turn
                 row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0

@@ -176,7 +176,7 @@ def _judge_gradients(section: CheckResult, patient: DoctorSubject) -> None:
             and bool(patient.initial[name].any())
             and torch.equal(parameter.cpu(), patient.initial[name])
         )
-        if reached is None or not reached.any() or unmoved:
+        if parameter.requires_grad and (reached is None or not reached.any() or unmoved):
             still.append(name)
     if still:
         seen = f"{len(still)} parameters never got a gradient: {', '.join(still[:4])}{' ...' if still[4:] else ''}"

@@ -15,7 +15,7 @@ import torch
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.model import ModelConfig, OuterConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
+from dit_in_dit.model.aggregate import AGGREGATORS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS
 from dit_in_dit.model.embed import InnerEmbed, OuterEmbed
 from dit_in_dit.model.mixers import MIXERS
@@ -37,9 +37,8 @@ def macs(model: ModelConfig) -> dict[str, int]:
     tokens, inner_tokens = model.patches, model.patches * model.sub_patches
     levels = [level for level, _ in model.program]
     pairs = list(pairwise(levels))
-    ends_inner = levels[-1] == "inner"
     mixer, condition = MIXERS[inner.mixer], CONDITIONS[inner.condition]
-    rows, row = (condition.rows(model), condition.width(model)) if inner.reads_rows else (1, outer.width)
+    rows, row = condition.rows(model), condition.width(model)
 
     blocks = [_outer_block(model, number) for number in range(model.blocks("outer"))]
     inner_count = inner_tokens + model.carries_tokens * model.tokens.count
@@ -50,18 +49,18 @@ def macs(model: ModelConfig) -> dict[str, int]:
     outer_head = tokens * outer.width * model.patch_size**2 * model.out_channels + _head(outer, 1, outer.width)
     rows, row = (rows, row) if inner.head_condition == "rows" else (1, outer.width)
     inner_head = inner_tokens * inner.width * inner.sub_patch**2 * model.out_channels + _head(inner, rows, row)
-    conditions = levels.count("inner") * inner.reads_rows
     parts = {
         "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
         "inner_embed": InnerEmbed.macs(model) if "inner" in levels else 0,
         "time_embed": TIME_EMBEDS[model.time_embed].macs(model),
         "outer_blocks": sum(blocks),
         "inner_blocks": model.blocks("inner") * inner_block,
-        "condition": conditions * condition.macs(model) + shares_modulation(model) * 6 * outer.width**2,
+        "condition": model.row_stages * condition.macs(model),
+        **({"shared_modulation": 6 * outer.width**2} if shares_modulation(model) else {}),
         "aggregate": pairs.count(("inner", "outer")) * AGGREGATORS[inner.aggregate].macs(model),
         "spread": pairs.count(("outer", "inner")) * SPREADS[inner.spread].macs(model),
-        "outer_head": 0 if ends_inner and not FUSIONS[inner.fuse].keeps_outer else outer_head,
-        "inner_head": inner_head if ends_inner else 0,
+        "outer_head": outer_head if "outer" in model.heads else 0,
+        "inner_head": inner_head if "inner" in model.heads else 0,
     }
     if model.split:
         parts["split"] = 2 * model.split[0] * model.patches * model.channels * model.patch_size**2

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
-from dit_in_dit.model.nested import AggregateStage, InnerHead, NestedDiT, OuterHead, State
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.stages import AggregateStage, InnerHead, OuterHead, State
 
 Look = Callable[[str, Tensor, Tensor], None]
 Hook = Callable[..., Any]
@@ -44,15 +45,15 @@ def forward_hooks(
 def attentions(model: NestedDiT) -> dict[str, Attention]:
     """Attention modules by block name (`outer_blocks.0`, `inner_blocks.1`), outer blocks first."""
     named = {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
-    return {name.removesuffix(".branches.mix"): module for name, module in named.items()}
+    return {name.removesuffix(".attention").removesuffix(".branches.mix"): module for name, module in named.items()}
 
 
 @contextmanager
 def watch_heads(model: NestedDiT, look: Look) -> Iterator[None]:
     """Call `look(name, q, k)` after every attention, with queries and keys (N, groups, heads, L, d).
 
-    A group is the whole image for outer blocks and mixer=image, a patch for mixer=patch, a window for mixer=window.
-    `attention_weights` computes the weights; for long sequences, pass only some queries per call.
+    A group is the whole image for outer blocks, mixer=image and mixer=compact, a patch for mixer=patch, a window for
+    mixer=window. Tokens of time and class are first. Compute weights with `attention_weights`, some queries per call.
     """
 
     @torch.no_grad()

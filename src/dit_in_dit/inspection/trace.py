@@ -17,7 +17,8 @@ from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
-from dit_in_dit.model.nested import AggregateStage, NestedDiT
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.stages import AggregateStage
 from dit_in_dit.reporting.tables import text_table
 
 
@@ -102,8 +103,9 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
                 watch(module, "sub-patches")
         if net.inner_blocks:
             watch(net.inner_embed, "inner tokens")
-        for part_name in ("outer_embed", "inner_embed", "time_embed", "label_embed"):
-            account(getattr(net, part_name), part_name)
+        for part_name in ("outer_embed", "inner_embed", "time_embed", "label_embed", "tokens", "shared_modulation"):
+            if getattr(net, part_name):
+                account(getattr(net, part_name), part_name)
         for stage in net.stages:
             name = str(stage.name)
             if isinstance(stage, AggregateStage):

@@ -11,7 +11,7 @@ import torch
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.field import SIZES
+from dit_in_dit.config.field import PUBLISHED
 from dit_in_dit.config.model import ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
 from dit_in_dit.interop.field_names import TABLES, official_names
@@ -25,7 +25,7 @@ class _Reader:
         self.official, self.what, self.kind, self.weights = official, what, official.kind, official.averaged
         self.literal, self.unseen, self.depth = literal(official.kind), dict(official.unseen), 0
         self.width = self.shape("time_embed.mlp.2.weight", 2)[0]
-        self.published = [size for size in SIZES.values() if size[0] == self.kind and size[1][1] == self.width]
+        self.published = [size for size in PUBLISHED.values() if size[0] == self.kind and size[1][1] == self.width]
         self.depth, self.inner_depth = self.depths()
 
     def shape(self, ours: str, *dimensions: int) -> tuple[int, ...]:

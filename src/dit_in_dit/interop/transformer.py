@@ -18,7 +18,8 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig
 from dit_in_dit.interop.carried import code_of
-from dit_in_dit.model.nested import InnerStage, NestedDiT, OuterStage, run_block
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.stages import InnerStage, OuterStage, run_block
 
 
 class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers has no types

@@ -1,8 +1,6 @@
 """Connections between the levels: aggregate (inner -> outer), fuse (with the outer tokens), spread (outer -> inner).
 
-Each choice is a class in a table. The base class states what a choice must offer. `dit_in_dit.register` adds a user's
-class.
-"""
+Each choice is a class in a table; its base class states what a choice must offer."""
 
 from __future__ import annotations
 
@@ -244,8 +242,7 @@ class Interpolate(AddSpread):
     """Per-channel interpolation between the sub-patch token and the message from its patch; the weight is predicted
     from c and starts at 1/2.
 
-    Sub-patch tokens come from noisy pixels. At low noise the tokens hold the detail; at high noise the tokens would
-    hide the message.
+    Sub-patch tokens come from noisy pixels: at low noise they hold the detail, at high noise they hide the message.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -278,8 +275,7 @@ class NoSpread(Spread):
 
 
 class Refine(Spread):
-    """Sum of each sub-patch token and a message that is made by two linear layers with a GELU and a norm between them
-    (MPDiT). `carry` takes the tokens of time and class along."""
+    """Sum of each sub-patch token and a message from two linear layers with a GELU and a norm between them (MPDiT)."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -18,10 +18,7 @@ TIME_FREQUENCIES = 256  # sinusoidal features of time, as in DiT
 
 
 class TimeEmbed(nn.Module, ABC):
-    """Features of time in float32, then an MLP in `dtype`; t (N,) -> (N, D). t is in [0, 1], and 1 is pure noise.
-
-    Trained weights need the time scale of their training.
-    """
+    """Features of time in float32, then an MLP in `dtype`; t (N,) -> (N, D). t is in [0, 1], and 1 is pure noise."""
 
     features_width: ClassVar[int] = TIME_FREQUENCIES
 
@@ -162,7 +159,8 @@ class ConditionTokens(nn.Module):
         if self.label_offsets is not None and label is not None:
             tokens.append(label.expand_as(time)[:, None] + self.label_offsets)
         if self.own is not None:
-            tokens.append(self.own(y).expand(len(time), -1).unflatten(-1, (-1, time.shape[-1])))
+            own = self.own(y).unflatten(-1, (-1, time.shape[-1]))
+            tokens.append(own if y is not None else own.expand(len(time), -1, -1))  # expanding y would fix N in ONNX
         return torch.cat(tokens, dim=1)
 
 
@@ -181,8 +179,7 @@ class Conditioning(NamedTuple):
 
 
 class Condition(nn.Module, ABC):
-    """Conditioning rows of inner adaLN: c (N, D) and outer tokens (N, T, D) -> (N, 1|T, 1|S, width); constructed by
-    `cls(model)`."""
+    """Conditioning rows of inner adaLN: c (N, D) and outer tokens (N, T, D) -> (N, 1|T, 1|S, width); `cls(model)`."""
 
     reads_outer: ClassVar[bool] = True  # whether the rows depend on the outer tokens; if false, only on c
     reads_time: ClassVar[bool] = False  # whether `c` is the embedding of the time alone, without the class
@@ -229,10 +226,7 @@ class ImageCondition(Condition):
 
 
 class PatchCondition(ImageCondition):
-    """c plus the normalised outer token as one row per patch, (N, T, 1, D).
-
-    The token is normalised because outer tokens grow with depth, whereas c does not.
-    """
+    """c plus the outer token, normalised because it grows with depth, as one row per patch, (N, T, 1, D)."""
 
     reads_outer = True
 

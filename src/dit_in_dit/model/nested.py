@@ -2,176 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial, reduce
+from functools import reduce
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dit_in_dit.config.model import ModelConfig, OuterConfig
-from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, Aggregator, Fusion, Refine, Spread
-from dit_in_dit.model.condition import (
-    CONDITIONS,
-    TIME_EMBEDS,
-    Condition,
-    Conditioning,
-    ConditionTokens,
-    LabelEmbed,
-)
-from dit_in_dit.model.embed import InnerEmbed, InnerUnpatch, NoEmbed, OuterEmbed, OuterPosition, OuterUnpatch
-from dit_in_dit.model.layers import Attention, Block, FinalLayer, MlpBlock
+from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
+from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS, Conditioning, ConditionTokens, LabelEmbed
+from dit_in_dit.model.embed import InnerEmbed, NoEmbed, OuterEmbed, OuterPosition
+from dit_in_dit.model.layers import Attention, Block, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.mlps import MLPS, Mlp
-from dit_in_dit.model.modulation import MODULATIONS, BlockModulation, Modulation, SharedHead
+from dit_in_dit.model.modulation import MODULATIONS, BlockModulation, Modulation
 from dit_in_dit.model.norms import NORMS, Norm
 from dit_in_dit.model.rope import ROPES, places
 from dit_in_dit.model.split import SplitOutput
-
-AnyBlock = Block | MlpBlock
-Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
-
-
-def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
-    """The block's output; activations are kept for the backward pass."""
-    return block(x, c)
-
-
-_recomputed: Run = partial(checkpoint, use_reentrant=False)
-
-
-class State(NamedTuple):
-    """What the stages change: outer tokens (N, T, D), inner tokens (N, T, S, E), the tokens of time and class (N, K, D)
-    once they have joined, and the conditioning rows of the last inner stage."""
-
-    outer: Tensor
-    inner: Tensor
-    tokens: Tensor | None = None
-    rows: Tensor | None = None
-
-
-class OuterStage(nn.Module):
-    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
-
-    def __init__(self, blocks: Iterable[nn.Module], run: Run, *, shared: bool, start: int | None) -> None:
-        super().__init__()
-        self.blocks, self.run, self.shared, self.start = nn.ModuleList(blocks), run, shared, start
-        self.name = f"outer*{len(self.blocks)}"
-
-    def forward(self, state: State, condition: Conditioning) -> State:
-        tokens, patches = state.tokens, state.outer.shape[1]
-        row = condition.row(self.shared)[:, None]  # N 1 K
-        x = state.outer if tokens is None else torch.cat([tokens, state.outer], dim=1)
-        for number, block in enumerate(self.blocks):
-            if number == self.start:
-                x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
-            x = self.run(block, x, row)  # type: ignore[arg-type]
-        if tokens is None and self.start is None:
-            return state._replace(outer=x)
-        tokens, outer = x[:, :-patches], x[:, -patches:]
-        return state._replace(outer=outer, tokens=tokens)
-
-
-class InnerStage(nn.Module):
-    """Inner blocks, with adaLN driven by the condition's rows; `carries`: tokens of time and class go along."""
-
-    def __init__(
-        self, blocks: Iterable[nn.Module], condition: Condition | None, run: Run, *, shared: bool, carries: bool
-    ) -> None:
-        super().__init__()
-        self.blocks, self.condition, self.run = nn.ModuleList(blocks), condition, run
-        self.shared, self.carries = shared, carries
-        self.name = f"inner*{len(self.blocks)}"
-
-    def forward(self, state: State, condition: Conditioning) -> State:
-        rows = condition.row(self.shared)[:, None, None]  # N 1 1 K
-        if self.condition is not None:
-            rows = self.condition(condition.time if self.condition.reads_time else condition.c, state.outer)
-        x, tokens = state.inner, state.tokens  # N T S E
-        if self.carries:
-            x, rows = torch.cat([tokens, x.flatten(1, 2)], dim=1), rows.flatten(1, 2)  # type: ignore[list-item]
-        for block in self.blocks:
-            x = self.run(block, x, rows)  # type: ignore[arg-type]
-        if self.carries:
-            places = state.inner.shape[1] * state.inner.shape[2]
-            tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)
-        return state._replace(inner=x, tokens=tokens, rows=rows)
-
-
-class AggregateStage(nn.Module):
-    """Inner to outer: one vector per patch, fused with the outer token."""
-
-    name = "aggregate"
-
-    def __init__(self, aggregate: Aggregator, fuse: Fusion) -> None:
-        super().__init__()
-        self.aggregate, self.fuse = aggregate, fuse
-
-    def forward(self, state: State, condition: Conditioning) -> State:
-        return state._replace(outer=self.fuse(state.outer, self.aggregate(state.inner)))
-
-
-class SpreadStage(nn.Module):
-    """Outer to inner: each sub-patch token receives a message from its patch."""
-
-    name = "spread"
-
-    def __init__(self, spread: Spread) -> None:
-        super().__init__()
-        self.spread = spread
-
-    def forward(self, state: State, condition: Conditioning) -> State:
-        tokens = state.tokens
-        if tokens is not None and isinstance(self.spread, Refine):
-            tokens = self.spread.carry(tokens)
-        return state._replace(inner=self.spread(state.inner, state.outer, condition.c), tokens=tokens)
-
-
-def _head_modulation(level: OuterConfig, condition: int) -> nn.Module | None:
-    """The modulation of a level's head, driven by rows of width `condition`."""
-    if level.modulation == "shared":
-        return SharedHead()
-    return None if level.head_condition == "none" else Modulation(condition, level.width, 2)
-
-
-class OuterHead(nn.Module):
-    """Outer tokens to the image; (N, T, D) -> (N, out_channels, H, W)."""
-
-    name = "outer head"
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        outer, out = model.outer, model.patch_size**2 * model.out_channels
-        norm = NORMS[outer.head_norm or outer.norm](outer.width)
-        self.shared = outer.modulation == "shared"
-        self.final = FinalLayer(outer.width, out, norm, _head_modulation(outer, outer.width))
-        self.unpatch = OuterUnpatch(model)
-
-    def forward(self, state: State, condition: Conditioning) -> Tensor:
-        return self.unpatch(self.final(state.outer, condition.row(self.shared)[:, None]))
-
-
-class InnerHead(nn.Module):
-    """Inner tokens to the image; (N, T, S, E) -> (N, out_channels, H, W)."""
-
-    name = "inner head"
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        inner, out = model.inner, model.inner.sub_patch**2 * model.out_channels
-        self.shared = inner.modulation == "shared"
-        self.reads_rows = inner.head_condition == "rows" and not self.shared
-        width = CONDITIONS[inner.condition].width(model) if self.reads_rows else model.outer.width
-        norm = NORMS[inner.head_norm or inner.norm](inner.width)
-        self.final = FinalLayer(inner.width, out, norm, _head_modulation(inner, width))
-        self.unpatch = InnerUnpatch(model)
-
-    def forward(self, state: State, condition: Conditioning) -> Tensor:
-        rows = state.rows if self.reads_rows else condition.row(self.shared)[:, None, None]
-        return self.unpatch(self.final(state.inner, rows))
+from dit_in_dit.model.stages import AggregateStage, InnerHead, InnerStage, OuterHead, OuterStage, SpreadStage, State
 
 
 class NestedDiT(nn.Module):
@@ -200,7 +49,8 @@ class NestedDiT(nn.Module):
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
         self.time_embed = TIME_EMBEDS[model.time_embed](model.outer.width)
         embeds_label = model.tokens.adaln or model.tokens.rows == "offset"
-        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else NoLabel()
+        # Without an embedding the class comes through tokens of its own.
+        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else nn.Identity()
         self.tokens = ConditionTokens(model) if model.tokens.count else None
         self.shared_modulation = (
             Modulation(model.outer.width, model.outer.width, 6) if shares_modulation(model) else None
@@ -217,11 +67,10 @@ class NestedDiT(nn.Module):
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:
         """The program's stages, with aggregate and spread between levels."""
-        outer_run = _recomputed if recompute in ("outer", "both") else run_block
-        inner_run = _recomputed if recompute in ("inner", "both") else run_block
+        redo = {level: recompute in (level, "both") for level in ("outer", "inner")}
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
-        previous, done = None, 0
+        previous, done, left = None, 0, model.inner_stages
         for level, count in model.program:
             if (previous, level) == ("outer", "inner"):
                 spread = SPREADS[model.inner.spread](model)
@@ -236,24 +85,26 @@ class NestedDiT(nn.Module):
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
                 shared = model.outer.modulation == "shared"
-                stages.append(OuterStage(islice(outer, count), outer_run, shared=shared, start=start))
+                stages.append(OuterStage(islice(outer, count), recompute=redo["outer"], shared=shared, start=start))
                 done += count
             else:
-                condition = CONDITIONS[model.inner.condition](model) if model.inner.reads_rows else None
+                condition = CONDITIONS[model.inner.condition](model) if left <= model.row_stages else None
                 self.conditions.extend([condition] if condition else [])
                 carries, shared = model.carries_tokens and done > model.tokens.start, model.inner.modulation == "shared"
-                stages.append(InnerStage(islice(inner, count), condition, inner_run, shared=shared, carries=carries))
+                stages.append(
+                    InnerStage(islice(inner, count), condition, recompute=redo["inner"], shared=shared, carries=carries)
+                )
+                left -= 1
             previous = level
         return stages
 
     def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
         """The head of the last level. The outer head stays beside an inner head, unless outer tokens are replaced."""
         heads: list[OuterHead | InnerHead] = []
-        ends_inner = model.program[-1][0] == "inner"
-        if not ends_inner or FUSIONS[model.inner.fuse].keeps_outer:
+        if "outer" in model.heads:
             self.outer_head = OuterHead(model)
             heads.append(self.outer_head)
-        if ends_inner:
+        if "inner" in model.heads:
             self.inner_head = InnerHead(model)
             heads.append(self.inner_head)
         return tuple(heads)
@@ -323,13 +174,6 @@ def part_of(name: str) -> str:
     return part if part.endswith("_blocks") else part.removesuffix("s")  # spreads.0 -> spread
 
 
-class NoLabel(nn.Module):
-    """No embedding of the label, for models whose class comes only through tokens of its own."""
-
-    def forward(self, y: Tensor | None) -> None:
-        return None
-
-
 def shares_modulation(model: ModelConfig) -> bool:
     """Whether a level that has blocks takes the vectors of one adaLN for all blocks."""
     return any(model.blocks(name) and getattr(model, name).modulation == "shared" for name in ("outer", "inner"))
@@ -346,10 +190,10 @@ def _outer_block(model: ModelConfig, number: int) -> Block:
     return Block(attention, mlp, norms, modulation)
 
 
-def _inner_block(model: ModelConfig) -> AnyBlock:
+def _inner_block(model: ModelConfig) -> nn.Module:
     inner, mixer, condition = model.inner, MIXERS[model.inner.mixer], CONDITIONS[model.inner.condition]
     places = model.sub_patches if condition.per_block else 1
-    width = condition.width(model) if inner.reads_rows else model.outer.width
+    width = condition.width(model)
     if mixer is None:
         norms, mlp, modulation = _parts(model, inner, width, branches=1, places=places)
         return MlpBlock(mlp, norms[1], modulation)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_in_dit.config import plugins
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.files import config_hash, from_file, to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import has_form, read_json
@@ -88,7 +88,7 @@ def read_config(run: Path) -> RunConfig:
         return from_file(path)
     except UserError as error:
         if missing := plugins.missing_plugins(newest_manifest(run)):
-            raise UserError(f"{run} was made with a plug-in: pass {missing} ({error})") from None
+            raise UserError(f"{run} was made with a plug-in: pass {missing} ({truncate(error)})") from None
         raise
 
 

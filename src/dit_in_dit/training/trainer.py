@@ -124,12 +124,13 @@ class Trainer:
         return self.model
 
     def _groups(self) -> Groups:
-        """Parameters of each level, with the factor on the level's learning rate."""
+        """Trained parameters of each level, with the factor on the level's learning rate."""
         scale = self.config.train.lr_scale
+        trained = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
         if scale.outer == scale.inner:
-            return [{"params": list(self.weights.values()), "scale": scale.outer}]
+            return [{"params": list(trained.values()), "scale": scale.outer}]
         groups: Groups = [{"params": [], "scale": factor} for factor in (scale.outer, scale.inner)]
-        for name, weight in self.weights.items():
+        for name, weight in trained.items():
             groups[is_inner(name)]["params"].append(weight)
         return [group for group in groups if group["params"]]
 

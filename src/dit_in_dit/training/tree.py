@@ -15,7 +15,7 @@ class PairwiseSum:
     the number of processes. One partial sum is held for each power of two."""
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
-        self.weights = list(weights)
+        self.weights = [weight for weight in weights if weight.requires_grad]
         self.sums: list[tuple[int, list[Tensor]]] = []
 
     def take(self) -> None:

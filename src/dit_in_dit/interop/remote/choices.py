@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER
+from dit_in_dit.config.facts import CROSSES_PATCHES, KEEPS_OUTER, READS_OUTER, READS_TIME
 
 KEYS: dict[str, str] = {}  # config keys that accept registered names: none here
 PLUGIN_KEYS: dict[str, Any] = {}  # the section of keys that each registered name declares: none here
@@ -27,3 +27,8 @@ def keeps_outer(fuse: str) -> bool:
 def reads_outer(condition: str) -> bool:
     """Whether outer tokens drive inner adaLN."""
     return READS_OUTER[condition]
+
+
+def reads_time(condition: str) -> bool:
+    """Whether the time without the class drives inner adaLN."""
+    return READS_TIME[condition]

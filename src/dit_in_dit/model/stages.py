@@ -1,0 +1,165 @@
+"""Stages of the nested model: runs of outer or inner blocks, what passes between the levels, and the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dit_in_dit.config.model import ModelConfig, OuterConfig
+from dit_in_dit.model.aggregate import Aggregator, Fusion, Refine, Spread
+from dit_in_dit.model.condition import CONDITIONS, Condition, Conditioning
+from dit_in_dit.model.embed import InnerUnpatch, OuterUnpatch
+from dit_in_dit.model.layers import Block, FinalLayer, MlpBlock
+from dit_in_dit.model.modulation import Modulation, SharedHead
+from dit_in_dit.model.norms import NORMS
+
+AnyBlock = Block | MlpBlock
+Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
+
+
+def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+    """The block's output; activations are kept for the backward pass."""
+    return block(x, c)
+
+
+_recomputed: Run = partial(checkpoint, use_reentrant=False)
+
+
+class State(NamedTuple):
+    """What the stages change: outer tokens (N, T, D), inner tokens (N, T, S, E), the tokens of time and class (N, K, D)
+    once they have joined, and the conditioning rows of the last inner stage."""
+
+    outer: Tensor
+    inner: Tensor
+    tokens: Tensor | None = None
+    rows: Tensor | None = None
+
+
+class OuterStage(nn.Module):
+    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
+
+    def __init__(self, blocks: Iterable[nn.Module], *, recompute: bool, shared: bool, start: int | None) -> None:
+        super().__init__()
+        self.run = _recomputed if recompute else run_block
+        self.blocks, self.shared, self.start = nn.ModuleList(blocks), shared, start
+        self.name = f"outer*{len(self.blocks)}"
+
+    def forward(self, state: State, condition: Conditioning) -> State:
+        tokens, patches = state.tokens, state.outer.shape[1]
+        row = condition.row(self.shared)[:, None]  # N 1 K
+        x = state.outer if tokens is None else torch.cat([tokens, state.outer], dim=1)
+        for number, block in enumerate(self.blocks):
+            if number == self.start:
+                x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
+            x = self.run(block, x, row)  # type: ignore[arg-type]
+        if tokens is None and self.start is None:
+            return State(x, state.inner, None, state.rows)
+        tokens, outer = x[:, :-patches], x[:, -patches:]
+        return State(outer, state.inner, tokens, state.rows)
+
+
+class InnerStage(nn.Module):
+    """Inner blocks, with adaLN driven by the condition's rows; `carries`: tokens of time and class go along."""
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], condition: Condition | None, *, recompute: bool, shared: bool, carries: bool
+    ) -> None:
+        super().__init__()
+        self.run = _recomputed if recompute else run_block
+        self.blocks, self.condition = nn.ModuleList(blocks), condition
+        self.shared, self.carries = shared, carries
+        self.name = f"inner*{len(self.blocks)}"
+
+    def forward(self, state: State, condition: Conditioning) -> State:
+        rows = condition.row(self.shared)[:, None, None]  # N 1 1 K
+        if self.condition is not None:
+            rows = self.condition(condition.time if self.condition.reads_time else condition.c, state.outer)
+        x, tokens = state.inner, state.tokens  # N T S E
+        if self.carries:
+            x = torch.cat([tokens, x.flatten(1, 2)], dim=1)  # type: ignore[list-item]
+        for block in self.blocks:
+            x = self.run(block, x, rows.flatten(1, 2) if self.carries else rows)  # type: ignore[arg-type]
+        if self.carries:
+            places = state.inner.shape[1] * state.inner.shape[2]
+            tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)
+        return State(state.outer, x, tokens, rows)
+
+
+class AggregateStage(nn.Module):
+    """Inner to outer: one vector per patch, fused with the outer token."""
+
+    name = "aggregate"
+
+    def __init__(self, aggregate: Aggregator, fuse: Fusion) -> None:
+        super().__init__()
+        self.aggregate, self.fuse = aggregate, fuse
+
+    def forward(self, state: State, condition: Conditioning) -> State:
+        outer = self.fuse(state.outer, self.aggregate(state.inner))
+        return State(outer, state.inner, state.tokens, state.rows)
+
+
+class SpreadStage(nn.Module):
+    """Outer to inner: each sub-patch token receives a message from its patch."""
+
+    name = "spread"
+
+    def __init__(self, spread: Spread) -> None:
+        super().__init__()
+        self.spread = spread
+
+    def forward(self, state: State, condition: Conditioning) -> State:
+        tokens = state.tokens
+        if tokens is not None and isinstance(self.spread, Refine):
+            tokens = self.spread.carry(tokens)
+        inner = self.spread(state.inner, state.outer, condition.c)
+        return State(state.outer, inner, tokens, state.rows)
+
+
+def _head_modulation(level: OuterConfig, condition: int) -> nn.Module | None:
+    """The modulation of a level's head, driven by rows of width `condition`."""
+    if level.modulation == "shared":
+        return SharedHead()
+    return None if level.head_condition == "none" else Modulation(condition, level.width, 2)
+
+
+class OuterHead(nn.Module):
+    """Outer tokens to the image; (N, T, D) -> (N, out_channels, H, W)."""
+
+    name = "outer head"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        outer, out = model.outer, model.patch_size**2 * model.out_channels
+        norm = NORMS[outer.head_norm or outer.norm](outer.width)
+        self.shared = outer.modulation == "shared"
+        self.final = FinalLayer(outer.width, out, norm, _head_modulation(outer, outer.width))
+        self.unpatch = OuterUnpatch(model)
+
+    def forward(self, state: State, condition: Conditioning) -> Tensor:
+        return self.unpatch(self.final(state.outer, condition.row(self.shared)[:, None]))
+
+
+class InnerHead(nn.Module):
+    """Inner tokens to the image; (N, T, S, E) -> (N, out_channels, H, W)."""
+
+    name = "inner head"
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        inner, out = model.inner, model.inner.sub_patch**2 * model.out_channels
+        self.shared = inner.modulation == "shared"
+        self.reads_rows = inner.head_condition == "rows" and not self.shared
+        width = CONDITIONS[inner.condition].width(model) if self.reads_rows else model.outer.width
+        norm = NORMS[inner.head_norm or inner.norm](inner.width)
+        self.final = FinalLayer(inner.width, out, norm, _head_modulation(inner, width))
+        self.unpatch = InnerUnpatch(model)
+
+    def forward(self, state: State, condition: Conditioning) -> Tensor:
+        rows = state.rows if self.reads_rows else condition.row(self.shared)[:, None, None]
+        return self.unpatch(self.final(state.inner, rows))

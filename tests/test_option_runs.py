@@ -179,7 +179,9 @@ def test_maps_show_patches_and_say_what_tokens_get():
 
 
 @pytest.mark.parametrize("family", NESTED)
-def test_maps_of_a_published_model_have_a_page_and_figures(family):
+def test_maps_of_a_published_model_have_a_page_and_figures(family, full):
+    if not full and family not in ("mpdit", "pixeldit"):
+        pytest.skip("with --full")
     config = run_of(toy(family))
     torch.manual_seed(0)
     maps = record_maps(perturbed(NestedDiT(config.model)), config, views(config.model), samples=2)
@@ -226,7 +228,9 @@ def saved_run(family: str, folder: Path) -> tuple[Path, NestedDiT]:
 
 
 @pytest.mark.parametrize("family", NESTED)
-def test_a_published_model_is_a_pipeline_that_loads_bit_for_bit(family, tmp_path):
+def test_a_published_model_is_a_pipeline_that_loads_bit_for_bit(family, tmp_path, full):
+    if not full and family not in ("raev2", "pixeldit", "mpdit"):
+        pytest.skip("with --full")
     run, net = saved_run(family, tmp_path / "run")
     export(run, tmp_path / "folder")
     pipe = DiTInDiTPipeline.from_pretrained(tmp_path / "folder")

@@ -357,7 +357,7 @@ def test_a_run_that_starts_from_a_split_run_keeps_its_subspace(split_run, tmp_pa
 def test_a_plain_split_run_is_not_exported_as_an_official_dit(split_run, tmp_path):
     plain = with_train(override(split_run, ["model.stages=outer*1"]), steps=1, checkpoint_every=1, evaluate_every=0)
     list(train(plain, tmp_path / "run"))
-    with pytest.raises(UserError, match="predicts split, which no official DiT does"):
+    with pytest.raises(UserError, match="is no official model at any size"):
         export_official(tmp_path / "run", tmp_path / "out.pt")
 
 

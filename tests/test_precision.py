@@ -166,7 +166,7 @@ def loaded(folder: Path, half: torch.dtype) -> DiTInDiTPipeline:
     return pipe
 
 
-def cuda_autocast(kind: str, dtype: torch.dtype | None, enabled: bool) -> AbstractContextManager[object]:
+def cuda_autocast(kind: str, dtype: torch.dtype | None = None, enabled: bool = True) -> AbstractContextManager[object]:
     """A replacement for torch.autocast with CUDA's policy."""
     return CudaAutocast(dtype) if dtype and enabled else nullcontext()
 

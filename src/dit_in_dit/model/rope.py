@@ -47,7 +47,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     On a CPU, a complex product does it in one pass over memory; other devices and compilers lack or do not fuse it.
     """
-    if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling() and not in_transform():
+    eager = not torch.compiler.is_compiling() and not in_transform()
+    if eager and x.device.type == "cpu" and x.dtype == cos.dtype and x.dtype in (torch.float32, torch.float64):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # type: ignore[no-untyped-call]
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     a, b = x[..., ::2], x[..., 1::2]

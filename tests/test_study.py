@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from conftest import with_train
@@ -19,6 +20,7 @@ from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import to_dict
 from dit_in_dit.metrics.metric import METRICS, Metric
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import arms
@@ -27,6 +29,7 @@ from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 from dit_in_dit.study.planning import open_plan, plan_study
 from dit_in_dit.study.queue import MOST_LOSSES, LeaseLostError, Queue
 from dit_in_dit.study.result import Result
+from dit_in_dit.study.taken import take_trials
 from dit_in_dit.study.worker import run_trials
 from dit_in_dit.training.loop import train
 
@@ -450,3 +453,72 @@ def test_an_unusable_storage_gives_a_one_line_error(base, tmp_path):
     plan = planned(small(base), tmp_path)
     with pytest.raises(UserError, match="cannot open --storage"):
         Queue(plan, tmp_path, "postgresql+nodriver://me:secret@nowhere/db")
+
+
+# ------------------------------------------------------------------------------------- trials of an earlier copy
+
+
+def kept(out: Path, to: Path, without: str = "") -> Path:
+    """The two files of a study that are kept, without the rows of an arm."""
+    main(["study", "report", str(out)])
+    to.mkdir()
+    shutil.copy(out / "plan.json", to)
+    lines = (out / "results.csv").read_text().splitlines(keepends=True)
+    (to / "results.csv").write_text("".join(line for line in lines if not without or not line.startswith(without)))
+    return to
+
+
+def test_a_study_takes_finished_trials_from_kept_rows_and_trains_the_others(base, tmp_path, capsys):
+    study = small(base)
+    finish(study, tmp_path / "first")
+    rows = kept(tmp_path / "first", tmp_path / "kept", without="two,")
+    again = tmp_path / "again"
+    again.mkdir()
+    assert take_trials(rows, again) == 1
+    assert take_trials(rows, again) == 0
+    finish(study, again)
+    first, second = results(tmp_path / "first"), results(again)
+    assert {key: result.metrics for key, result in first.items()} == {key: r.metrics for key, r in second.items()}
+    assert not (again / "runs/one-s0/log.jsonl").exists()
+    assert (again / "runs/two-s0/log.jsonl").exists()
+    main(["study", "report", str(again)])
+    assert (again / "results.csv").read_text() == (tmp_path / "first/results.csv").read_text()
+
+
+def test_the_option_from_says_how_many_trials_were_taken(base, tmp_path, capsys):
+    study = small(base)
+    path = tmp_path / "which.yaml"
+    path.write_text(yaml.safe_dump(to_dict(study)))
+    finish(study, tmp_path / "first")
+    rows = kept(tmp_path / "first", tmp_path / "kept")
+    main(["study", "run", str(path), "--from", str(rows), "--out", str(tmp_path / "again")])
+    assert f"2 trials taken from {rows}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("results.csv", "arm,seed\none,0\n", "is not the table of a study"),
+        (
+            "results.csv",
+            "arm,seed,state,step,metric,value,floor\none,0,done,8,held_out.0.2.high,much,\n",
+            "not the table",
+        ),
+        ("plan.json", "{}", "no plan of a study"),
+    ],
+)
+def test_unreadable_rows_give_a_one_line_error(base, tmp_path, name, content, said):
+    finish(small(base), tmp_path / "first")
+    rows = kept(tmp_path / "first", tmp_path / "kept")
+    (rows / name).write_text(content)
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UserError, match=said):
+        take_trials(rows, tmp_path / "again")
+
+
+def test_rows_of_another_study_are_refused(base, tmp_path):
+    finish(small(base), tmp_path / "first")
+    rows = kept(tmp_path / "first", tmp_path / "kept")
+    planned(small(base, seeds=[3]), tmp_path / "other")
+    with pytest.raises(UserError, match="another plan"):
+        take_trials(rows, tmp_path / "other")

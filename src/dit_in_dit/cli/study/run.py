@@ -33,6 +33,8 @@ def add(study: Commands) -> None:
     add_study(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
     command.add_argument("--workers", default="1", help="processes on this machine; auto: as many as memory allows")
+    about = "folder with plan.json and results.csv of this study, whose finished trials are not trained again"
+    command.add_argument("--from", dest="earlier", type=Path, metavar="DIR", help=about)
     add_storage(command)
 
 
@@ -44,6 +46,10 @@ def _run(options: argparse.Namespace) -> None:
     study, device = read_study_config(options.study, options.set), pick_device(options.device)
     workers = _workers(options.workers)
     make_folder(options.out)
+    if options.earlier:
+        from dit_in_dit.study.taken import take_trials
+
+        print(f"{take_trials(options.earlier, options.out)} trials taken from {options.earlier}")
     plan = open_plan(options.out, lambda: plan_named(options, study, device), study)
     print_costs(plan)
     sys.stdout.flush()  # the table comes before the progress, also when stdout is a file

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.stages import AggregateStage, InnerHead, OuterHead, State
+from dit_in_dit.model.stages import AggregateStage, Head, State
 
 Look = Callable[[str, Tensor, Tensor], None]
 Hook = Callable[..., Any]
@@ -114,7 +114,7 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
         added = output.outer - outer
         seen[f"aggregates.{number}"] = share(added.norm(dim=-1), outer.norm(dim=-1)).detach()
 
-    def drawn(module: OuterHead | InnerHead, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def drawn(module: Head, arguments: tuple[Any, ...], output: Tensor) -> None:
         prediction = output[:, : model.config.channels]  # without the variance fraction
         patches = prediction.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
         images[module.name] = patches.flatten(2).norm(dim=-1).detach()
@@ -151,7 +151,7 @@ def can_run_without_inner(model: NestedDiT) -> bool:
 def without_inner(model: NestedDiT) -> Iterator[None]:
     """Disable the inner path in the context: it adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
-    heads = [head for head in model.heads if isinstance(head, InnerHead)]
+    heads = [head for head in model.heads if head.is_inner]
     unchanged = [(stage, lambda module, arguments, output: arguments[0]) for stage in joins]
     blank = [(head, lambda module, arguments, output: torch.zeros_like(output)) for head in heads]
     with forward_hooks([*unchanged, *blank]):

@@ -180,17 +180,8 @@ class InnerEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x)
-        if self.second:
-            tokens = self.second(tokens)
-        position = self.global_position if self.position is None else self.position + self.global_position
-        return tokens + position
-
-
-class NoEmbed(nn.Module):
-    """No inner tokens, for a plain DiT; (N, C, H, W) -> an empty tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :0]
+        tokens = self.second(tokens) if self.second else tokens
+        return tokens + (self.global_position if self.position is None else self.position + self.global_position)
 
 
 class OuterUnpatch(nn.Module):

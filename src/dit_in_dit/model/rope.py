@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.config.model import ModelConfig
 from dit_in_dit.model.gelu import in_transform
 
 EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the number of tokens
@@ -26,12 +27,11 @@ class Rope(nn.Module, ABC):
     def __init__(self, width: int, places: Tensor, sides: tuple[int, int], lead: int = 0) -> None:
         super().__init__()
         steps = torch.arange(width // 4, dtype=torch.float64, device=places.device)
-        angles = self.angles(places.double(), sides, 10000.0 ** (-4 * steps / width))
-        angles = F.pad(angles, (0, 0, lead, 0))
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        angles = F.pad(self.angles(places.double(), sides, 10000.0 ** (-4 * steps / width)), (0, 0, lead, 0))
         self.cos: Tensor
         self.sin: Tensor
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     @staticmethod
     @abstractmethod
@@ -73,6 +73,12 @@ class ExtentRope(Rope):
 
 
 ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent": ExtentRope}
+
+
+def patch_rope(kind: str, model: ModelConfig, lead: int = 0) -> Rope | None:
+    """Rotary positions of attention among patches, with the heads of the outer level; None for kind none."""
+    make, width = ROPES[kind], model.outer.width // model.outer.num_heads
+    return make(width, places(*model.grid).flatten(0, 1), model.grid, lead) if make else None
 
 
 def by_patch(image: Tensor, grid: tuple[int, int], sub_grid: int) -> Tensor:

@@ -149,9 +149,6 @@ def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tu
             yield slice(group, min(group + fit, groups)), slice(row, min(row + rows, length))
 
 
-# --------------------------------------------------------------------------------- one level, both levels
-
-
 class LevelRecorder:
     """Accumulator of the measures of one level, filled block by block for each image and time.
 

@@ -92,9 +92,6 @@ def split_batch(batch: Batch, device: torch.device, size: int = CHUNK) -> Iterat
         yield Batch(*(part[at : at + size].to(device) for part in batch))
 
 
-# ------------------------------------------------------------------------------------------ data
-
-
 def check_examples(patient: DoctorSubject) -> CheckResult:
     """Check range, deviation, constant images, duplicates and labels of the first training examples."""
     section, config = CheckResult("data"), patient.config
@@ -191,9 +188,6 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four standard deviations of a binomial share
         seen = f"{share:.1%} of the labels are dropped, not {drop:.1%}"
         section.find("fault", "null class", seen, f"replace labels by {classes} with probability train.label_drop")
-
-
-# ------------------------------------------------------------------------------------------ loss at start
 
 
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:

@@ -164,9 +164,6 @@ def _read_log(run: Path | None) -> list[Line]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------ picture
-
-
 def draw_report(report: DoctorReport, path: Path) -> None:
     """Draw six plots: data, loss, gradients, activations, attention and seams; UserError without matplotlib."""
     sections = {section.title.split(",")[0].split(" /")[0]: section for section in report.sections}

@@ -48,9 +48,6 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
     return section
 
 
-# ------------------------------------------------------------------------------------------ inside
-
-
 def check_activations(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
     """Check the size and the variation of every block's tokens."""
     section, middle = CheckResult("activations"), list(observations.values())[len(observations) // 2].blocks
@@ -147,9 +144,6 @@ def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check:
         section.find("fault" if check == "gate" else "warning", check, seen, advice)
 
 
-# ------------------------------------------------------------------------------------------ null class
-
-
 @torch.no_grad()
 def check_null_class(patient: DoctorSubject) -> CheckResult:
     """Check that the label table's last row means "no class": it has been trained, is no copy, and belongs to no class.
@@ -225,9 +219,6 @@ def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: Label
             f"rows of the label table are swapped or shifted: the null class must be row "
             f"{patient.config.model.num_classes}, the last",
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ seams
 
 
 @torch.no_grad()

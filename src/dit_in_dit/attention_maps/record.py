@@ -22,13 +22,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.inspection.hooks import (
-    can_run_without_inner,
-    watch_aggregation,
-    watch_contribution,
-    watch_heads,
-    without_inner,
-)
+from dit_in_dit.inspection import hooks
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.seeding import generator
 
@@ -184,13 +178,14 @@ def _record(
     x, noise = (torch.from_numpy(part[n : n + 1]).to(device) for part in (views.images, views.noise))
     t = objective.path.snap(torch.full((1,), views.times[k], device=device))
     y = torch.tensor(views.labels[n : n + 1], device=device)
-    with watch_heads(model, look), watch_aggregation(model) as weights, watch_contribution(model) as contribution:
+    aggregated, contributed = hooks.watch_aggregation(model), hooks.watch_contribution(model)
+    with hooks.watch_heads(model, look), aggregated as weights, contributed as contribution:
         x_t, estimate = objective.estimate(model, x, noise, t, y)
     if not estimate.isfinite().all():
         raise UserError(f"the model's output is not finite at t={views.times[k]:g}: run `dit-in-dit doctor` on the run")
     without = None
-    if can_run_without_inner(model):
-        with without_inner(model):
+    if hooks.can_run_without_inner(model):
+        with hooks.without_inner(model):
             without = objective.estimate(model, x, noise, t, y)[1][0].cpu().numpy()
     arrays = {name: weight[0].float().cpu().numpy() for name, weight in weights.items()}  # T heads S
     return _Pass(

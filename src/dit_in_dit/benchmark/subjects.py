@@ -210,17 +210,9 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
     for name, subject in subjects.items():
         forwards, steps = zip(*rounds[name], strict=True)
         train = subject.run.train
-        measured[name] = Measurements(
-            subject.macs,
-            train.batch_size,
-            train.precision,
-            train.compile,
-            Times(forwards),
-            Times(steps),
-            subject.kept_bytes(),
-            peak_bytes(subject.step, subject.device),
-            compiling[name],
-        )
+        how = subject.macs, train.batch_size, train.precision, train.compile
+        memory = subject.kept_bytes(), peak_bytes(subject.step, subject.device)
+        measured[name] = Measurements(*how, Times(forwards), Times(steps), *memory, compiling[name])
     return measured
 
 

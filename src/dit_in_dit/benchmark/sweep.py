@@ -118,16 +118,9 @@ def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device
     rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []
     for name, subject in subjects.items():
-        macs = part_macs(subject)
-        points.append(
-            Point(
-                int(name),
-                AXES[axis].size(subject.run),
-                sum(macs.values()),
-                sum(macs[part] for part in INNER),
-                subject.kept_bytes(),
-                tuple(sum(parts.values()) for parts in rounds[name]),
-                tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in rounds[name]),
-            )
-        )
+        macs, size = part_macs(subject), AXES[axis].size(subject.run)
+        costs = sum(macs.values()), sum(macs[part] for part in INNER), subject.kept_bytes()
+        step = tuple(sum(parts.values()) for parts in rounds[name])
+        inner = tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in rounds[name])
+        points.append(Point(int(name), size, *costs, step, inner))
     return Sweep(axis, tuple(points))

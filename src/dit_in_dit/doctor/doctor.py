@@ -26,8 +26,7 @@ from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
-from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.batches import Batch, Examples, with_held_out_noise
 from dit_in_dit.training.optimizer import is_trained
 from dit_in_dit.training.trainer import Trainer
 
@@ -137,15 +136,7 @@ def _held_out(source: Source, config: RunConfig, most: int) -> Batch:
     size = source.held_out_size or source.train_size or most
     read = source.held_out if source.held_out_size else source.train
     chosen = np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
-    examples = [read(number) for number in chosen]
-    noise = [generator(0, "held_out", n).standard_normal(examples[0][0].shape, np.float32) for n in chosen]
-    return Batch(
-        torch.from_numpy(np.stack([image for image, _ in examples])),
-        torch.from_numpy(np.stack(noise)),
-        torch.zeros(len(examples)),
-        torch.tensor([label if config.model.num_classes else 0 for _, label in examples]),
-        torch.tensor(chosen),
-    )
+    return with_held_out_noise([read(number) for number in chosen], chosen, config.model)
 
 
 def _read_log(run: Path | None) -> list[Line]:

@@ -26,11 +26,8 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
     section, bad = CheckResult("finite"), observe.non_finite_parameters(patient)
     model, which = (patient.trainer.model, "trained") if bad else (patient.trainer.ema.model, "averaged")
     failures, examples = observe.non_finite_outputs(patient, model)
-    section.rows["finite"] = {
-        "examples": examples,
-        "non-finite parameters": len(bad),
-        "non-finite outputs": len(failures),
-    }
+    counts = {"non-finite parameters": len(bad), "non-finite outputs": len(failures)}
+    section.rows["finite"] = {"examples": examples, **counts}
     layer = ""
     if failures:
         name, example = failures[0]

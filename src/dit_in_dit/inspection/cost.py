@@ -40,7 +40,6 @@ def macs(model: ModelConfig) -> dict[str, int]:
     mixer, condition = MIXERS[inner.mixer], CONDITIONS[inner.condition]
     rows, row = condition.rows(model), condition.width(model)
 
-    blocks = [_outer_block(model, number) for number in range(model.blocks("outer"))]
     inner_count = inner_tokens + model.carries_tokens * model.tokens.count
     places = model.sub_patches if condition.per_block else 1
     inner_block = _block(inner, inner_count, rows, row, branches=1 + bool(mixer), places=places)
@@ -53,7 +52,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
         "inner_embed": InnerEmbed.macs(model) if "inner" in levels else 0,
         "time_embed": TIME_EMBEDS[model.time_embed].macs(model),
-        "outer_blocks": sum(blocks),
+        "outer_blocks": sum(_outer_block(model, number) for number in range(model.blocks("outer"))),
         "inner_blocks": model.blocks("inner") * inner_block,
         "condition": model.row_stages * condition.macs(model),
         **({"shared_modulation": 6 * outer.width**2} if shares_modulation(model) else {}),

@@ -140,11 +140,9 @@ class ConditionTokens(nn.Module):
         super().__init__()
         tokens, width = model.tokens, model.outer.width
         self.time_offsets = nn.Parameter(torch.zeros(tokens.time, width)) if tokens.time else None
-        self.label_offsets = self.own = None
-        if tokens.label and tokens.rows == "own":
-            self.own = LabelEmbed(model.num_classes, tokens.label * width)
-        elif tokens.label:
-            self.label_offsets = nn.Parameter(torch.zeros(tokens.label, width))
+        own, offsets = (tokens.label if tokens.rows == rows else 0 for rows in ("own", "offset"))
+        self.own = LabelEmbed(model.num_classes, own * width) if own else None
+        self.label_offsets = nn.Parameter(torch.zeros(offsets, width)) if offsets else None
 
     def initialise(self) -> None:
         """Initialise the offsets, which distinguish the tokens."""

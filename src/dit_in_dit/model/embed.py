@@ -19,9 +19,8 @@ class OuterPosition(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        fixed = torch.zeros(model.patches, model.outer.width)
-        if model.outer.position == "sincos":
-            fixed = sincos(model.outer.width, *model.grid)
+        width, added = model.outer.width, model.outer.position == "sincos"
+        fixed = sincos(width, *model.grid) if added else torch.zeros(model.patches, width)
         self.register_buffer("position", fixed, persistent=False)
         self.position: Tensor
 

@@ -146,9 +146,8 @@ def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) ->
             continue
         if value.shape != x.shape[:1]:
             raise ValueError(f"{name} must be one number per image, ({len(x)},): got {tuple(value.shape)}")
-        if torch.compiler.is_compiling() or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
-            continue
-        if torch._C._are_functorch_transforms_active():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
             continue
         low, high = (number.item() for number in value.aminmax())
         if not 0 <= low <= high <= most:  # also NaN

@@ -81,11 +81,7 @@ class Maps:
 def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], classes: Sequence[int] = ()) -> Views:
     """Choose `num` held-out images, or training images if none is held out; the classes alternate.
 
-    Args:
-        classes: class numbers. If empty: all classes, or evenly spaced classes if there are more classes than images.
-
-    Raises:
-        UserError: one of these classes has no image.
+    Without `classes`: all, or evenly spaced classes if there are more than images. UserError if none has an image.
     """
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train
@@ -128,12 +124,9 @@ def record_maps(
 ) -> Maps:
     """Run the model on one image and one t per pass, so that memory holds the weights of one block and image.
 
-    Args:
-        samples: number of samples to generate with the inner path on, then off; seeded as by `sample_batches`.
-        advance: called after each image at each time, and after each sampler step.
-
-    Raises:
-        UserError: the model's output is not finite.
+    `samples` is the number of samples to generate with the inner path on, then off, seeded as by `sample_batches`;
+    `advance` is called after each image at each time, and after each sampler step. UserError if the model's output is
+    not finite.
     """
     shape = len(views.images), len(views.times)
     plan = plan_maps(config.model, *shape)

@@ -100,11 +100,8 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
-    """The config at each value, in ascending order.
-
-    Raises:
-        UserError: the axis is unknown, a value gives no valid config, or there are fewer than two values.
-    """
+    """The config at each value, in ascending order. UserError if the axis is unknown, a value gives no valid config, or
+    there are fewer than two values."""
     if axis not in AXES:
         raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
     if len(set(values)) < 2:

@@ -79,14 +79,8 @@ def is_plugin(part: Any) -> bool:
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
-    """Check that a config names no class of a plug-in: an exported pipeline carries only the package's code.
-
-    Args:
-        values: every value of a config, by dotted key.
-
-    Raises:
-        UserError: a model part of the config comes from a plug-in.
-    """
+    """Check that a config, given as values by dotted key, names no class of a plug-in: an exported pipeline has only the
+    package's code. Raises UserError."""
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
         if is_plugin(table(KEYS[key]).get(values[key])):
             raise UserError(

@@ -208,13 +208,9 @@ def published(name: str) -> RunConfig:
 
 
 def resize(model: ModelConfig, outer: tuple[int, int, int], inner_depth: int, **keys: Any) -> ModelConfig:
-    """A model of a family with another size.
+    """A model of a family with another size: `outer` blocks, width and heads, then `inner_depth` inner blocks.
 
-    Args:
-        outer: outer blocks, width and heads. An inner level over whole patches, or with shared modulation, that has no
-            width of its own takes those of the outer level.
-        inner_depth: inner blocks, after the outer blocks.
-        keys: further keys of the model.
+    An inner level that has no width of its own takes width and heads of the outer level. `keys`: further keys.
     """
     depth, width, heads = outer
     inner = model.inner

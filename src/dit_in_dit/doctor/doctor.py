@@ -62,10 +62,8 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     """Examine a config before training or, if `run` is given, the run's trained model. Writes no files.
 
     Consequences of a fault are not reported. Data out of range and numbers that are not finite end the examination. A
-    run that diverged because of its learning rate has no other findings.
-
-    Raises:
-        UserError: the data is missing or does not fit the config, or the run is damaged.
+    run that diverged because of its learning rate has no other findings. UserError if the data is missing or does not
+    fit the config, or the run is damaged.
     """
     patient = _admit(config, device, run)
     report = DoctorReport(str(run or "config"), patient.trainer.step, [])

@@ -110,14 +110,8 @@ def held_bytes(model: ModelConfig) -> int:
 
 
 def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> None:
-    """Check that this machine can hold the model in training. A process that is too large would be killed silently.
-
-    Args:
-        moments: number of tensors that the optimizer keeps for each weight tensor.
-
-    Raises:
-        UserError: the weights, their average and the moments do not fit into memory.
-    """
+    """Check that this machine can hold the weights in training, their average, and `moments` optimizer tensors for each
+    weight tensor; a process that is too large would be killed silently. Raises UserError."""
     copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:

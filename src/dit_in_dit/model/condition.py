@@ -51,7 +51,8 @@ class DitTime(TimeEmbed):
     last: ClassVar[int] = TIME_FREQUENCIES // 2  # index at which frequencies would reach 1 / longest
     longest: ClassVar[float] = 10000
 
-    def clock(self, t: Tensor) -> Tensor:
+    @staticmethod
+    def clock(t: Tensor) -> Tensor:
         """The number of which cosines and sines are taken."""
         return 1000 * t
 
@@ -70,8 +71,7 @@ class DiffusersTime(DitTime):
 class SitTime(DitTime):
     """Of 1 - t, with noise at 0 and the image at 1 (SiT, LightningDiT, JiT)."""
 
-    def clock(self, t: Tensor) -> Tensor:
-        return 1 - t
+    clock = staticmethod(lambda t: 1 - t)
 
 
 class DdtTime(SitTime):
@@ -83,8 +83,7 @@ class DdtTime(SitTime):
 class RepaTime(DitTime):
     """Of t as it is, with noise at 1 (REPA)."""
 
-    def clock(self, t: Tensor) -> Tensor:
-        return t
+    clock = staticmethod(lambda t: t)
 
 
 class GaussTime(TimeEmbed):

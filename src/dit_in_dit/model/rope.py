@@ -17,11 +17,8 @@ EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the n
 class Rope(nn.Module, ABC):
     """Rotation of queries and keys, each (B, heads, L, d), by angles of their places; pairs are channels 2i, 2i + 1.
 
-    Args:
-        width: d, the width of a head; a multiple of 4.
-        places: row and column of each token in the grid of the image, (T, 2).
-        sides: rows and columns of that grid.
-        lead: tokens without a place at the front, which are not rotated; L = lead + T.
+    `width` is d, a multiple of 4; `places` (T, 2) are row and column of each token in a grid of the image with `sides`
+    rows and columns. The first `lead` tokens have no place and are not rotated; L = lead + T.
     """
 
     def __init__(self, width: int, places: Tensor, sides: tuple[int, int], lead: int = 0) -> None:

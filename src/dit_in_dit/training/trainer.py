@@ -250,11 +250,8 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ema: Mapping[str, Tensor], step: int) -> None:
-        """Continue from a saved state and average. Tensors are copied.
-
-        Raises:
-            UserError: the state has only weights, as in an imported run.
-        """
+        """Continue from a saved state and average; tensors are copied. UserError if the state has only weights, as in
+        an imported run."""
         if not optimizers.is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
         for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):

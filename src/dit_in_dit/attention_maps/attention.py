@@ -80,9 +80,8 @@ class LevelAttention(AttentionMeasures):
     def variance(self) -> dict[str, float]:
         """Decomposition of the variance of the weights inside a patch, over all layers and heads.
 
-        Returns:
-            Shares that sum to 1, or zeros if all weights are equal. position: variance between pairs of sub-patches.
-            time: between times, for the same pair. content: between patches and images, for the same pair and time.
+        Shares sum to 1, or are zero if all weights are equal. position: variance between pairs of sub-patches. time:
+        between times, for the same pair. content: between patches and images, for the same pair and time.
         """
         mean = self.average.mean(0)  # layers heads S S
         total = (self.squares - mean.mean((-2, -1)) ** 2).sum()
@@ -92,11 +91,8 @@ class LevelAttention(AttentionMeasures):
 
 
 def measure_attention(q: Tensor, k: Tensor, tokens: Tokens, *, matrices: bool = True) -> AttentionMeasures:
-    """Measure the attention of queries and keys (groups, heads, L, d), `MOST_WEIGHTS` weights at a time.
-
-    Args:
-        matrices: whether to keep `inside` and `reach`; otherwise they are empty.
-    """
+    """Measure the attention of queries and keys (groups, heads, L, d), `MOST_WEIGHTS` weights at a time; without
+    `matrices`, `inside` and `reach` are empty."""
     groups, heads, length, _ = q.shape
     s, patches = tokens.per_patch, tokens.patches.size
 
@@ -147,9 +143,6 @@ def _chunks(groups: int, heads: int, length: int, per_patch: int) -> Iterator[tu
     for group in range(0, groups, fit):
         for row in range(0, length, rows):
             yield slice(group, min(group + fit, groups)), slice(row, min(row + rows, length))
-
-
-# --------------------------------------------------------------------------------- one level, both levels
 
 
 class LevelRecorder:

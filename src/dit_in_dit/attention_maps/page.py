@@ -123,9 +123,6 @@ def _draws(maps: Maps, classes: tuple[str, ...]) -> dict[str, Any]:
     return data
 
 
-# ----------------------------------------------------------------------------------------- as text
-
-
 def _text(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
 

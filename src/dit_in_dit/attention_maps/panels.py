@@ -31,10 +31,8 @@ def grid(
 ) -> tuple[Figure, Any]:
     """A figure of panels without ticks, and its axes (rows, columns).
 
-    Args:
-        model: panels have the proportions of its images; without a model, they are square.
-        size: width of a panel, in inches.
-        right: inches at the right for a colour bar.
+    Panels are `size` inches wide, with the proportions of the model's images (square without a model), and leave
+    `right` inches at the right for a colour bar.
     """
     aspect = model.image_size[0] / model.image_size[1] if model else 1.0
     fig, axes = figure(rows, columns, width=size, height=size * aspect)

@@ -22,13 +22,7 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective
-from dit_in_dit.inspection.hooks import (
-    can_run_without_inner,
-    watch_aggregation,
-    watch_contribution,
-    watch_heads,
-    without_inner,
-)
+from dit_in_dit.inspection import hooks
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.seeding import generator
 
@@ -87,11 +81,7 @@ class Maps:
 def choose(source: Source, config: RunConfig, num: int, times: Sequence[float], classes: Sequence[int] = ()) -> Views:
     """Choose `num` held-out images, or training images if none is held out; the classes alternate.
 
-    Args:
-        classes: class numbers. If empty: all classes, or evenly spaced classes if there are more classes than images.
-
-    Raises:
-        UserError: one of these classes has no image.
+    Without `classes`: all, or evenly spaced classes if there are more than images. UserError if none has an image.
     """
     split, size = ("held-out", source.held_out_size) if source.held_out_size else ("training", source.train_size or 0)
     get = source.held_out if split == "held-out" else source.train
@@ -134,12 +124,9 @@ def record_maps(
 ) -> Maps:
     """Run the model on one image and one t per pass, so that memory holds the weights of one block and image.
 
-    Args:
-        samples: number of samples to generate with the inner path on, then off; seeded as by `sample_batches`.
-        advance: called after each image at each time, and after each sampler step.
-
-    Raises:
-        UserError: the model's output is not finite.
+    `samples` is the number of samples to generate with the inner path on, then off, seeded as by `sample_batches`;
+    `advance` is called after each image at each time, and after each sampler step. UserError if the model's output is
+    not finite.
     """
     shape = len(views.images), len(views.times)
     plan = plan_maps(config.model, *shape)
@@ -184,13 +171,14 @@ def _record(
     x, noise = (torch.from_numpy(part[n : n + 1]).to(device) for part in (views.images, views.noise))
     t = objective.path.snap(torch.full((1,), views.times[k], device=device))
     y = torch.tensor(views.labels[n : n + 1], device=device)
-    with watch_heads(model, look), watch_aggregation(model) as weights, watch_contribution(model) as contribution:
+    aggregated, contributed = hooks.watch_aggregation(model), hooks.watch_contribution(model)
+    with hooks.watch_heads(model, look), aggregated as weights, contributed as contribution:
         x_t, estimate = objective.estimate(model, x, noise, t, y)
     if not estimate.isfinite().all():
         raise UserError(f"the model's output is not finite at t={views.times[k]:g}: run `dit-in-dit doctor` on the run")
     without = None
-    if can_run_without_inner(model):
-        with without_inner(model):
+    if hooks.can_run_without_inner(model):
+        with hooks.without_inner(model):
             without = objective.estimate(model, x, noise, t, y)[1][0].cpu().numpy()
     arrays = {name: weight[0].float().cpu().numpy() for name, weight in weights.items()}  # T heads S
     return _Pass(

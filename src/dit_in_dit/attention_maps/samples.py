@@ -51,9 +51,7 @@ def draw_on_and_off(
 ) -> OnOffSamples:
     """Generate samples 0 to num - 1 with the inner path on, then off. Noise and labels are as in `sample_batches`.
 
-    Args:
-        classes: class numbers that alternate; empty: all classes.
-        advance: called after each sampler step.
+    `classes` are numbers that alternate (empty: all classes); `advance` is called after each sampler step.
     """
     device, classified = next(model.parameters()).device, config.model.num_classes
     labels = tuple(class_of(i, classes or range(classified or 1)) for i in range(num))

@@ -182,11 +182,7 @@ def _rate(bench: Bench, suite: Suite, name: str) -> None:
 def comparison(runs: Mapping[str, RunConfig], beside: Sequence[str], bench: Bench) -> Iterator[Experiment]:
     """Experiments for any configs: compare each config with the models of `beside`, then measure it part by part.
 
-    Args:
-        beside: names of models to compare with: plain (the plain twin), first-written, diffusers, official.
-
-    Raises:
-        UserError: a config cannot be compared with a model of `beside`.
+    `beside` names plain (the plain twin), first-written, diffusers, official. UserError if a config cannot be compared.
     """
     for name, run in runs.items():
         plain = override(run, ["model.use_inner=false"])

@@ -206,10 +206,8 @@ class FirstWritten(nn.Module):
 
     def load(self, state: dict[str, Tensor]) -> FirstWritten:
         """Load the state dict of a NestedDiT of this config; returns the model."""
-        own = self.state_dict()
-        self.load_state_dict(
-            {name: tensor.reshape(own[name].shape) for name, tensor in to_first_written(state).items()}
-        )
+        own, given = self.state_dict(), to_first_written(state)
+        self.load_state_dict({name: tensor.reshape(own[name].shape) for name, tensor in given.items()})
         return self
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

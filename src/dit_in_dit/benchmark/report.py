@@ -58,6 +58,11 @@ class Ratio:
             return None
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        judged = {"goal": self.limit, "at_least": self.at_least, "met": self.met, "rounds": list(self.rounds)}
+        return {"name": self.name, "how": self.how, "ratio": self.value, "quartiles": list(self.quartiles), **judged}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -93,19 +98,7 @@ class BenchmarkReport:
             "hardware": hardware(self.device),
             "versions": versions(),
             "product_macs_per_second": self.products,
-            "ratios": [
-                {
-                    "name": ratio.name,
-                    "how": ratio.how,
-                    "ratio": ratio.value,
-                    "quartiles": list(ratio.quartiles),
-                    "goal": ratio.limit,
-                    "at_least": ratio.at_least,
-                    "met": ratio.met,
-                    "rounds": list(ratio.rounds),
-                }
-                for ratio in self.ratios
-            ],
+            "ratios": [ratio.to_dict() for ratio in self.ratios],
             "subjects": {name: {**measurements_dict(m), "share": self.share(m)} for name, m in self.subjects.items()},
             "parts": {
                 name: {"seconds": parts.seconds, "macs": parts.macs, "kinds": parts.kinds}

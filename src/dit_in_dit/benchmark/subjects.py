@@ -64,11 +64,8 @@ def diffusers_dit(run: RunConfig) -> nn.Module:
 
 
 def official_dit(checkout: Path) -> Make:
-    """The `DiT` in `models.py` of a facebookresearch/DiT checkout. It needs timm.
-
-    Raises:
-        UserError: the checkout has no DiT, or it cannot be imported.
-    """
+    """The `DiT` in `models.py` of a facebookresearch/DiT checkout; it needs timm. UserError if there is none, or it
+    cannot be imported."""
     path = checkout / "models.py"
     spec = util.spec_from_file_location("official_dit", path)
     if spec is None or spec.loader is None or not path.is_file():
@@ -210,17 +207,9 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
     for name, subject in subjects.items():
         forwards, steps = zip(*rounds[name], strict=True)
         train = subject.run.train
-        measured[name] = Measurements(
-            subject.macs,
-            train.batch_size,
-            train.precision,
-            train.compile,
-            Times(forwards),
-            Times(steps),
-            subject.kept_bytes(),
-            peak_bytes(subject.step, subject.device),
-            compiling[name],
-        )
+        how = subject.macs, train.batch_size, train.precision, train.compile
+        memory = subject.kept_bytes(), peak_bytes(subject.step, subject.device)
+        measured[name] = Measurements(*how, Times(forwards), Times(steps), *memory, compiling[name])
     return measured
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -32,20 +33,16 @@ class Suite:
     on_cuda: bool = False  # whether the goals that hold only for CUDA apply
 
 
-def _of(preset: str, *keys: str) -> RunConfig:
-    return override(presets.get(preset), ["train.precision=float32", *keys])
+def _of(preset: str, *sets: str, **keys: Any) -> RunConfig:
+    return presets.preset(preset, "train.precision=float32", *sets, **keys)
 
 
 # A decoder of small patches of pixels, and its plain twin: the models that were optimised.
 _LAST_128 = _of(
     "emoji-dit",
-    "model.stages=outer*4 inner*2",
-    "model.outer.width=128",
-    "model.inner.sub_patch=2",
-    "model.inner.width=32",
-    "model.inner.num_heads=2",
-    "model.inner.mlp_ratio=2",
-    "model.inner.embed=conv",
+    stages="outer*4 inner*2",
+    model__outer={"width": 128},
+    model__inner={"sub_patch": 2, "width": 32, "num_heads": 2, "mlp_ratio": 2, "embed": "conv"},
 )
 _PLAIN_128 = _of("emoji-dit", "model.stages=outer*6", "model.outer.width=128")
 _LAST_384 = replace(
@@ -79,20 +76,13 @@ _CPU = Suite(
 )
 
 
-def _on_cuda(preset: str, batch: int, *keys: str) -> RunConfig:
+def _on_cuda(preset: str, batch: int, *sets: str, **keys: Any) -> RunConfig:
     fast = ("train.precision=bfloat16", "train.compile=true", f"train.batch_size={batch}")
-    return override(presets.get(preset), [*fast, *keys])
+    return presets.preset(preset, *fast, *sets, **keys)
 
 
-_LAST_B16 = _on_cuda(
-    "dit-in-dit-b16-reference",
-    32,
-    "model.depth=null",
-    "model.stages=outer*11 inner*2",
-    "model.inner.sub_patch=4",
-    "model.inner.width=128",  # costs as much as 12 outer blocks
-    "model.inner.num_heads=2",
-)
+_INNER_B16 = {"sub_patch": 4, "width": 128, "num_heads": 2}  # two blocks cost as much as an outer block
+_LAST_B16 = _on_cuda("dit-in-dit-b16-reference", 32, depth=None, stages="outer*11 inner*2", model__inner=_INNER_B16)
 _CUDA = Suite(
     plain=_on_cuda("dit-xl2", 16, "train.compile=false"),
     compiled=_on_cuda("dit-xl2", 16),
@@ -107,10 +97,7 @@ _CUDA = Suite(
     growth=override(_LAST_B16, ["train.batch_size=8", "model.inner.width=64"]),
     images=(128, 256, 512),
     groups=(2**17, 1152, 16),
-    rates={
-        "plain XL/2": (_on_cuda("dit-xl2", 32), 0.5),
-        "nested XL/2": (_on_cuda("dit-in-dit-xl2", 32), 0.45),
-    },
+    rates={"plain XL/2": (_on_cuda("dit-xl2", 32), 0.5), "nested XL/2": (_on_cuda("dit-in-dit-xl2", 32), 0.45)},
     seconds=10.0,
     on_cuda=True,
 )

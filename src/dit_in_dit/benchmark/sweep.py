@@ -100,11 +100,8 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def sweep_configs(run: RunConfig, axis: str, values: Sequence[int]) -> dict[str, RunConfig]:
-    """The config at each value, in ascending order.
-
-    Raises:
-        UserError: the axis is unknown, a value gives no valid config, or there are fewer than two values.
-    """
+    """The config at each value, in ascending order. UserError if the axis is unknown, a value gives no valid config, or
+    there are fewer than two values."""
     if axis not in AXES:
         raise UserError(f"--sweep: unknown quantity {axis!r}{did_you_mean(axis, AXES)}")
     if len(set(values)) < 2:
@@ -118,16 +115,9 @@ def sweep(run: RunConfig, axis: str, values: Sequence[int], device: torch.device
     rounds = interleave({name: partial(part_seconds, subject) for name, subject in subjects.items()}, seconds)
     points = []
     for name, subject in subjects.items():
-        macs = part_macs(subject)
-        points.append(
-            Point(
-                int(name),
-                AXES[axis].size(subject.run),
-                sum(macs.values()),
-                sum(macs[part] for part in INNER),
-                subject.kept_bytes(),
-                tuple(sum(parts.values()) for parts in rounds[name]),
-                tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in rounds[name]),
-            )
-        )
+        macs, size = part_macs(subject), AXES[axis].size(subject.run)
+        costs = sum(macs.values()), sum(macs[part] for part in INNER), subject.kept_bytes()
+        step = tuple(sum(parts.values()) for parts in rounds[name])
+        inner = tuple(sum(parts.get(part, 0.0) for part in INNER) for parts in rounds[name])
+        points.append(Point(int(name), size, *costs, step, inner))
     return Sweep(axis, tuple(points))

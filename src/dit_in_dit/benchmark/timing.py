@@ -106,11 +106,7 @@ def interleave(
 ) -> dict[str, list[V]]:
     """Call every function of `turns` once in each round; returns each function's results by round.
 
-    Every other round runs in reverse order.
-
-    Args:
-        seconds: time limit for the rounds.
-        rounds, least: largest and smallest number of rounds.
+    Every other round runs in reverse order. There are `least` to `rounds` rounds, within `seconds` if possible.
     """
     results: dict[str, list[V]] = {name: [] for name in turns}
     began, order = time.perf_counter(), list(turns)

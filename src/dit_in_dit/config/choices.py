@@ -5,7 +5,7 @@ This module imports no torch. A table is imported when a name that is not built 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -79,14 +79,8 @@ def is_plugin(part: Any) -> bool:
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
-    """Check that a config names no class of a plug-in: an exported pipeline carries only the package's code.
-
-    Args:
-        values: every value of a config, by dotted key.
-
-    Raises:
-        UserError: a model part of the config comes from a plug-in.
-    """
+    """Check that a config, given as values by dotted key, names no class of a plug-in: an exported pipeline has only the
+    package's code. Raises UserError."""
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
         if is_plugin(table(KEYS[key]).get(values[key])):
             raise UserError(
@@ -95,21 +89,14 @@ def check_travels(values: Mapping[str, Any]) -> None:
             )
 
 
-def crosses_patches(mixer: str) -> bool:
-    """Whether a mixer mixes inner tokens of several patches."""
-    return CROSSES_PATCHES[mixer] if mixer in CROSSES_PATCHES else bool(table("mixer")[mixer].crosses_patches)
+def _property(kind: str, name: str, built_in: Mapping[str, bool]) -> Callable[[str], bool]:
+    """A function from a choice to a property of its class; the classes of built-in choices are not imported."""
+    return lambda choice: built_in[choice] if choice in built_in else bool(getattr(table(kind)[choice], name))
 
 
-def keeps_outer(fuse: str) -> bool:
-    """Whether a fusion keeps the outer tokens; false if the aggregated tokens replace the outer tokens."""
-    return KEEPS_OUTER[fuse] if fuse in KEEPS_OUTER else bool(table("fuse")[fuse].keeps_outer)
-
-
-def reads_outer(condition: str) -> bool:
-    """Whether a condition gives the outer tokens to inner adaLN."""
-    return READS_OUTER[condition] if condition in READS_OUTER else bool(table("condition")[condition].reads_outer)
-
-
-def reads_time(condition: str) -> bool:
-    """Whether a condition gives the time alone, without the class, to inner adaLN."""
-    return READS_TIME[condition] if condition in READS_TIME else bool(table("condition")[condition].reads_time)
+# Whether a mixer mixes inner tokens of several patches, whether a fusion keeps the outer tokens (or replaces them), and
+# whether a condition gives the outer tokens, and the time without the class, to inner adaLN.
+crosses_patches = _property("mixer", "crosses_patches", CROSSES_PATCHES)
+keeps_outer = _property("fuse", "keeps_outer", KEEPS_OUTER)
+reads_outer = _property("condition", "reads_outer", READS_OUTER)
+reads_time = _property("condition", "reads_time", READS_TIME)

@@ -168,40 +168,35 @@ def _mpdit() -> RunConfig:
     return _recipe(model, replace(LARGE_BATCH, beta2=0.999), sample)
 
 
-# name: family, (outer blocks, width, heads), inner blocks, further keys of the model or its inner level
-PUBLISHED: dict[str, tuple[str, tuple[int, int, int], int, dict[str, Any]]] = {
-    "sit-s2": ("sit", (12, 384, 6), 0, {}),
-    "sit-b2": ("sit", (12, 768, 12), 0, {}),
-    "sit-l2": ("sit", (24, 1024, 16), 0, {}),
-    "sit-xl2": ("sit", (28, 1152, 16), 0, {}),
-    "repa-xl2": ("repa", (28, 1152, 16), 0, {}),
-    "lightningdit-xl1": ("lightningdit", (28, 1152, 16), 0, {}),
+# name: depth, width, heads of DiT (Peebles & Xie 2023, table 1)
+SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
+Size = tuple[str, tuple[int, int, int], int, dict[str, Any]]
+
+
+def _sizes(family: str, name: str, **depths: tuple[int, int]) -> dict[str, Size]:
+    """Sizes with the widths and heads of DiT's; `depths`: outer and inner blocks by size, which `name` has as `{}`."""
+    rows = ((size, outer, inner, *SIZES[size][1:]) for size, (outer, inner) in depths.items())
+    return {name.format(size): (family, (outer, width, heads), inner, {}) for size, outer, inner, width, heads in rows}
+
+
+# name: family, (outer blocks, width, heads), inner blocks, further keys of the model
+PUBLISHED: dict[str, Size] = {
+    **_sizes("sit", "sit-{}2", s=(12, 0), b=(12, 0), l=(24, 0), xl=(28, 0)),
+    **_sizes("repa", "repa-{}2", xl=(28, 0)),
+    **_sizes("lightningdit", "lightningdit-{}1", xl=(28, 0)),
     "jit-b16": ("jit", (12, 768, 12), 0, {}),
     "jit-l16": ("jit", (24, 1024, 16), 0, {"tokens": TokensConfig(label=32, start=8)}),
     "jit-h16": ("jit", (32, 1280, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
     "jit-g16": ("jit", (40, 1664, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
     "asymflow-h16": ("asymflow", (32, 1280, 16), 0, {"tokens": TokensConfig(label=32, start=10), "bottleneck": 256}),
-    "ddt-b2": ("ddt", (8, 768, 12), 4, {}),
-    "ddt-l2": ("ddt", (20, 1024, 16), 4, {}),
-    "ddt-xl2": ("ddt", (22, 1152, 16), 6, {}),
-    "deco-l16": ("deco", (22, 1024, 16), 3, {}),
-    "deco-xl16": ("deco", (28, 1152, 16), 3, {}),
-    "pixnerd-l16": ("pixnerd", (22, 1024, 16), 2, {}),
-    "pixnerd-xl16": ("pixnerd", (26, 1152, 16), 4, {}),
-    "pixeldit-b16": ("pixeldit", (12, 768, 12), 2, {}),
-    "pixeldit-l16": ("pixeldit", (22, 1024, 16), 4, {}),
-    "pixeldit-xl16": ("pixeldit", (26, 1152, 16), 4, {}),
-    "pixeldit-post-b16": ("pixeldit_post", (12, 768, 12), 2, {}),
-    "pixeldit-post-l16": ("pixeldit_post", (22, 1024, 16), 4, {}),
-    "pixeldit-post-xl16": ("pixeldit_post", (26, 1152, 16), 4, {}),
-    "rae-s": ("rae", (12, 384, 6), 2, {}),
-    "rae-b": ("rae", (12, 768, 12), 2, {}),
-    "rae-l": ("rae", (24, 1024, 16), 2, {}),
-    "rae-xl": ("rae", (28, 1152, 16), 2, {}),
+    **_sizes("ddt", "ddt-{}2", b=(8, 4), l=(20, 4), xl=(22, 6)),
+    **_sizes("deco", "deco-{}16", l=(22, 3), xl=(28, 3)),
+    **_sizes("pixnerd", "pixnerd-{}16", l=(22, 2), xl=(26, 4)),
+    **_sizes("pixeldit", "pixeldit-{}16", b=(12, 2), l=(22, 4), xl=(26, 4)),
+    **_sizes("pixeldit_post", "pixeldit-post-{}16", b=(12, 2), l=(22, 4), xl=(26, 4)),
+    **_sizes("rae", "rae-{}", s=(12, 2), b=(12, 2), l=(24, 2), xl=(28, 2)),
     "raev2": ("raev2", (28, 1440, 20), 2, {}),
-    "mpdit-b": ("mpdit", (6, 768, 12), 6, {}),
-    "mpdit-l": ("mpdit", (18, 1024, 16), 6, {}),
-    "mpdit-xl": ("mpdit", (22, 1152, 16), 6, {}),
+    **_sizes("mpdit", "mpdit-{}", b=(6, 6), l=(18, 6), xl=(22, 6)),
 }
 
 
@@ -213,13 +208,9 @@ def published(name: str) -> RunConfig:
 
 
 def resize(model: ModelConfig, outer: tuple[int, int, int], inner_depth: int, **keys: Any) -> ModelConfig:
-    """A model of a family with another size.
+    """A model of a family with another size: `outer` blocks, width and heads, then `inner_depth` inner blocks.
 
-    Args:
-        outer: outer blocks, width and heads. An inner level over whole patches, or with shared modulation, that has no
-            width of its own takes those of the outer level.
-        inner_depth: inner blocks, after the outer blocks.
-        keys: further keys of the model.
+    An inner level that has no width of its own takes width and heads of the outer level. `keys`: further keys.
     """
     depth, width, heads = outer
     inner = model.inner

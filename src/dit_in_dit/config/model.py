@@ -102,8 +102,7 @@ class InnerConfig(OuterConfig):
         "norm and a linear layer before the sum)",
     )
     fuse: Literal["add", "gate", "replace"] = key(
-        "add",
-        "aggregated into outer: add, gate (starts at zero), replace (no residual, no outer head if inner ends)",
+        "add", "aggregated into outer: add, gate (starts at zero), replace (no residual, no outer head if inner ends)"
     )
     position: Literal["learned", "sincos", "none"] = key(  # type: ignore[assignment]  # more than the outer level has
         "learned",

@@ -25,14 +25,8 @@ _loaded: dict[str, dict[str, str]] = {}
 
 
 def load_plugin(text: str) -> None:
-    """Import a plug-in, once per process.
-
-    Args:
-        text: path of a `.py` file, or the name of an installed package's entry point.
-
-    Raises:
-        UserError: the plug-in does not exist, or its import raises an error.
-    """
+    """Import a plug-in, once per process; `text`: path of a `.py` file, or name of an installed package's entry point.
+    UserError if it does not exist, or its import raises an error."""
     name = str(Path(text).resolve()) if text.endswith(".py") else text
     if name in _loaded:
         return

@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_in_dit.config import field
 from dit_in_dit.config.errors import UserError, did_you_mean
+from dit_in_dit.config.field import SIZES as SIZES  # noqa: PLC0414  # shown to others
 from dit_in_dit.config.files import parse_assignment, replace_keys
 from dit_in_dit.config.run import (
     DataConfig,
@@ -25,9 +26,6 @@ from dit_in_dit.config.run import (
     TrainConfig,
 )
 from dit_in_dit.config.schema import PluginKeys
-
-# name: depth, width, heads (Peebles & Xie 2023, table 1)
-SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
 # SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
 LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))

@@ -7,23 +7,9 @@ from typing import ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS
 from dit_in_dit.config.errors import UserError, truncate
-from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig
+from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
-
-__all__ = [  # the groups of config.model too: plug-ins import every group from here
-    "AUTO",
-    "DataConfig",
-    "DiffusionConfig",
-    "InnerConfig",
-    "LrScaleConfig",
-    "ModelConfig",
-    "OuterConfig",
-    "RunConfig",
-    "SampleConfig",
-    "TokensConfig",
-    "TrainConfig",
-]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Section:
             low, high = f.metadata["low"], f.metadata["high"]
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not low <= number <= high:
-                    raise UserError(f"{name} must be {_range(low, high)}: got {number}")
+                    allowed = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+                    raise UserError(f"{name} must be {allowed}: got {number}")
             object.__setattr__(self, f.name, value)
         self.check()
 
@@ -145,12 +146,6 @@ def _fields_of(section: Any) -> tuple[Field[Any], ...]:
 def _hints(section: type) -> dict[str, Any]:
     """Types of a section's fields, cached: their evaluation takes longer than the check of a config."""
     return get_type_hints(section)
-
-
-def _range(low: float, high: float) -> str:
-    if math.isinf(high):
-        return f"at least {low:g}"
-    return f"from {low:g} to {high:g}"
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

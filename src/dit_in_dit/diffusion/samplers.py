@@ -54,14 +54,9 @@ def trajectory(
 ) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
     """Each network call from noise to images: its time t, x_t, the image estimate, and the next x, all (N, C, H, W).
 
-    The last x is the sample.
-
-    Args:
-        noise: (N, C, H, W), or a function. Its first call returns the initial noise; each later call returns the
-            noise of one step of a stochastic sampler.
-
-    Raises:
-        UserError: the sampler does not support the path or the number of steps, or a user's scheduler does not fit.
+    The last x is the sample. `noise` is (N, C, H, W), or a function: its first call returns the initial noise, each
+    later call the noise of one step of a stochastic sampler. UserError if the sampler does not support the path or the
+    number of steps, or a user's scheduler does not fit.
     """
     path = make_path(diffusion)
     for times, x, prediction, after in _calls(predict, diffusion, how, noise, y):

@@ -55,11 +55,8 @@ class Scheduler(Protocol):
 
 
 def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`).
-
-    Raises:
-        UserError: a user's scheduler cannot be created, or lacks something that `Scheduler` asks for.
-    """
+    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`). UserError if a user's
+    scheduler cannot be created, or lacks something that `Scheduler` asks for."""
     rules = SAMPLERS[sampler]
     scheduler = rules.schedulers[diffusion.path]
     if isinstance(scheduler, str):

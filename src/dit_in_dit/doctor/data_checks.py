@@ -92,21 +92,14 @@ def split_batch(batch: Batch, device: torch.device, size: int = CHUNK) -> Iterat
         yield Batch(*(part[at : at + size].to(device) for part in batch))
 
 
-# ------------------------------------------------------------------------------------------ data
-
-
 def check_examples(patient: DoctorSubject) -> CheckResult:
     """Check range, deviation, constant images, duplicates and labels of the first training examples."""
     section, config = CheckResult("data"), patient.config
     _, first = np.unique(patient.examples.image.numpy(), return_index=True)
     images = patient.examples.x[torch.from_numpy(first)]  # each image once
     for channel, values in enumerate(images.double().transpose(0, 1).flatten(1)):
-        section.rows[f"channel {channel}"] = {
-            "min": values.min().item(),
-            "mean": values.mean().item(),
-            "max": values.max().item(),
-            "deviation": values.std().item(),
-        }
+        numbers = {"min": values.min(), "mean": values.mean(), "max": values.max(), "deviation": values.std()}
+        section.rows[f"channel {channel}"] = {name: number.item() for name, number in numbers.items()}
     _judge_range(section, images)
     flat = images.flatten(1)
     constant = (flat.amax(1) == flat.amin(1)).double().mean().item()
@@ -173,12 +166,8 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     counts = labels.bincount(minlength=classes)
     dropped = batch.y == classes
     share, n = dropped.double().mean().item(), len(dropped)
-    section.rows["labels"] = {
-        "classes": classes,
-        "least images": counts.min().item(),
-        "most images": counts.max().item(),
-        "dropped": share,
-    }
+    ends = {"least images": counts.min().item(), "most images": counts.max().item()}
+    section.rows["labels"] = {"classes": classes, **ends, "dropped": share}
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty and (complete or n / classes > 20):  # the chance that a class of equal share is absent is e^-20
         names = ", ".join(source.classes[number] for number in empty[:5])
@@ -191,9 +180,6 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four standard deviations of a binomial share
         seen = f"{share:.1%} of the labels are dropped, not {drop:.1%}"
         section.find("fault", "null class", seen, f"replace labels by {classes} with probability train.label_drop")
-
-
-# ------------------------------------------------------------------------------------------ loss at start
 
 
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:

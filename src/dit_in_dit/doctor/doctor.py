@@ -26,8 +26,7 @@ from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint, has_any
 from dit_in_dit.runs.jsonl import ADVICE, check_lines, is_log_line
-from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.batches import Batch, Examples, with_held_out_noise
 from dit_in_dit.training.optimizer import is_trained
 from dit_in_dit.training.trainer import Trainer
 
@@ -63,10 +62,8 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
     """Examine a config before training or, if `run` is given, the run's trained model. Writes no files.
 
     Consequences of a fault are not reported. Data out of range and numbers that are not finite end the examination. A
-    run that diverged because of its learning rate has no other findings.
-
-    Raises:
-        UserError: the data is missing or does not fit the config, or the run is damaged.
+    run that diverged because of its learning rate has no other findings. UserError if the data is missing or does not
+    fit the config, or the run is damaged.
     """
     patient = _admit(config, device, run)
     report = DoctorReport(str(run or "config"), patient.trainer.step, [])
@@ -137,15 +134,7 @@ def _held_out(source: Source, config: RunConfig, most: int) -> Batch:
     size = source.held_out_size or source.train_size or most
     read = source.held_out if source.held_out_size else source.train
     chosen = np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(int)).tolist()
-    examples = [read(number) for number in chosen]
-    noise = [generator(0, "held_out", n).standard_normal(examples[0][0].shape, np.float32) for n in chosen]
-    return Batch(
-        torch.from_numpy(np.stack([image for image, _ in examples])),
-        torch.from_numpy(np.stack(noise)),
-        torch.zeros(len(examples)),
-        torch.tensor([label if config.model.num_classes else 0 for _, label in examples]),
-        torch.tensor(chosen),
-    )
+    return with_held_out_noise([read(number) for number in chosen], chosen, config.model)
 
 
 def _read_log(run: Path | None) -> list[Line]:
@@ -162,9 +151,6 @@ def _read_log(run: Path | None) -> list[Line]:
             raise UserError(f"{path} is not a training log: a step lacks a number; {ADVICE}")
     read_run(path.parent)  # checks that held-out errors are numbers
     return lines
-
-
-# ------------------------------------------------------------------------------------------ picture
 
 
 def draw_report(report: DoctorReport, path: Path) -> None:

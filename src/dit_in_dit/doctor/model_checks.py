@@ -26,11 +26,8 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
     section, bad = CheckResult("finite"), observe.non_finite_parameters(patient)
     model, which = (patient.trainer.model, "trained") if bad else (patient.trainer.ema.model, "averaged")
     failures, examples = observe.non_finite_outputs(patient, model)
-    section.rows["finite"] = {
-        "examples": examples,
-        "non-finite parameters": len(bad),
-        "non-finite outputs": len(failures),
-    }
+    counts = {"non-finite parameters": len(bad), "non-finite outputs": len(failures)}
+    section.rows["finite"] = {"examples": examples, **counts}
     layer = ""
     if failures:
         name, example = failures[0]
@@ -46,9 +43,6 @@ def check_finite_weights(patient: DoctorSubject) -> CheckResult:
         advice = f"{'set train.precision=float32, or ' if half else ''}look at that example's image"
         section.find("fault", "non-finite", f"all parameters are finite{layer}", advice)
     return section
-
-
-# ------------------------------------------------------------------------------------------ inside
 
 
 def check_activations(patient: DoctorSubject, observations: dict[float, Observation]) -> CheckResult:
@@ -147,9 +141,6 @@ def _judge_share(section: CheckResult, patient: DoctorSubject, name: str, check:
         section.find("fault" if check == "gate" else "warning", check, seen, advice)
 
 
-# ------------------------------------------------------------------------------------------ null class
-
-
 @torch.no_grad()
 def check_null_class(patient: DoctorSubject) -> CheckResult:
     """Check that the label table's last row means "no class": it has been trained, is no copy, and belongs to no class.
@@ -225,9 +216,6 @@ def _judge_contrasts(section: CheckResult, patient: DoctorSubject, errors: Label
             f"rows of the label table are swapped or shifted: the null class must be row "
             f"{patient.config.model.num_classes}, the last",
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ seams
 
 
 @torch.no_grad()

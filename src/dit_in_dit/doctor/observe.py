@@ -26,9 +26,6 @@ ROWS = 12  # classes tried on every held-out image
 ATTENTION_BYTES = 2**28
 
 
-# ------------------------------------------------------------------------------------------ non-finite
-
-
 def non_finite_parameters(patient: DoctorSubject) -> dict[str, int]:
     """Count of non-finite numbers in each parameter that has any, by "name (trained)" or "name (averaged)"."""
     return {
@@ -66,9 +63,6 @@ def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[t
     return failures, count
 
 
-# ------------------------------------------------------------------------------------------ inside
-
-
 @dataclass
 class Observation:
     """Output of the hooks at one time t: tokens by block, attention and aggregation weights, the inner path's share."""
@@ -98,9 +92,6 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
             observations[t] = Observation(*(stack.enter_context(watch(model)) for watch in watches))
             model(patient.trainer.objective.noisy(x, noise, times), times, y)
     return observations
-
-
-# ------------------------------------------------------------------------------------------ labels
 
 
 @dataclass
@@ -139,9 +130,6 @@ def errors_by_label(patient: DoctorSubject) -> LabelErrors | None:
 
     by_class = {k: errors(torch.full_like(held.y, k)) for k in tried}
     return LabelErrors(held.y, errors(held.y), errors(torch.full_like(held.y, null)), by_class)
-
-
-# ------------------------------------------------------------------------------------------ seams
 
 
 def seam_peaks(images: Tensor, period: int) -> Tensor:

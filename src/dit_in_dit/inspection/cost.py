@@ -40,7 +40,6 @@ def macs(model: ModelConfig) -> dict[str, int]:
     mixer, condition = MIXERS[inner.mixer], CONDITIONS[inner.condition]
     rows, row = condition.rows(model), condition.width(model)
 
-    blocks = [_outer_block(model, number) for number in range(model.blocks("outer"))]
     inner_count = inner_tokens + model.carries_tokens * model.tokens.count
     places = model.sub_patches if condition.per_block else 1
     inner_block = _block(inner, inner_count, rows, row, branches=1 + bool(mixer), places=places)
@@ -53,7 +52,7 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "outer_embed": OuterEmbed.macs(model) if model.reads_patches else 0,
         "inner_embed": InnerEmbed.macs(model) if "inner" in levels else 0,
         "time_embed": TIME_EMBEDS[model.time_embed].macs(model),
-        "outer_blocks": sum(blocks),
+        "outer_blocks": sum(_outer_block(model, number) for number in range(model.blocks("outer"))),
         "inner_blocks": model.blocks("inner") * inner_block,
         "condition": model.row_stages * condition.macs(model),
         **({"shared_modulation": 6 * outer.width**2} if shares_modulation(model) else {}),
@@ -111,14 +110,8 @@ def held_bytes(model: ModelConfig) -> int:
 
 
 def check_fits(model: ModelConfig, device: torch.device, moments: int = 2) -> None:
-    """Check that this machine can hold the model in training. A process that is too large would be killed silently.
-
-    Args:
-        moments: number of tensors that the optimizer keeps for each weight tensor.
-
-    Raises:
-        UserError: the weights, their average and the moments do not fit into memory.
-    """
+    """Check that this machine can hold the weights in training, their average, and `moments` optimizer tensors for each
+    weight tensor; a process that is too large would be killed silently. Raises UserError."""
     copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:

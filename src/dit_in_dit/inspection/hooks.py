@@ -6,7 +6,7 @@ Each context manager of this module observes every forward pass while the contex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dit_in_dit.model.aggregate import FUSIONS
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.stages import AggregateStage, InnerHead, OuterHead, State
+from dit_in_dit.model.stages import AggregateStage, Head, State
 
 Look = Callable[[str, Tensor, Tensor], None]
 Hook = Callable[..., Any]
@@ -82,15 +82,22 @@ def watch_attention(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def watch_aggregation(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
-    """Weight of each sub-patch in the last forward pass, by stage (`aggregates.0`): (N, T, heads, S)."""
+def _watch(named: Iterable[tuple[str, nn.Module]], value: Hook) -> Iterator[dict[str, Tensor]]:
+    """The value of each module's last forward pass, `value(module, arguments, output)`, in the order of execution."""
     seen: dict[str, Tensor] = {}
 
-    def hook(number: int, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-        seen[f"aggregates.{number}"] = module.weights(*arguments).detach()  # type: ignore[operator]
+    def hook(name: str, *call: Any) -> None:
+        seen.pop(name, None)  # so that the order is that of the last pass
+        seen[name] = value(*call).detach()
 
-    with forward_hooks((module, partial(hook, number)) for number, module in enumerate(model.aggregates)):
+    with forward_hooks((module, partial(hook, name)) for name, module in named):
         yield seen
+
+
+def watch_aggregation(model: NestedDiT) -> AbstractContextManager[dict[str, Tensor]]:
+    """Weight of each sub-patch in the last forward pass, by stage (`aggregates.0`): (N, T, heads, S)."""
+    named = ((f"aggregates.{number}", module) for number, module in enumerate(model.aggregates))
+    return _watch(named, lambda module, arguments, output: module.weights(*arguments))
 
 
 @contextmanager
@@ -114,7 +121,7 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
         added = output.outer - outer
         seen[f"aggregates.{number}"] = share(added.norm(dim=-1), outer.norm(dim=-1)).detach()
 
-    def drawn(module: OuterHead | InnerHead, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def drawn(module: Head, arguments: tuple[Any, ...], output: Tensor) -> None:
         prediction = output[:, : model.config.channels]  # without the variance fraction
         patches = prediction.unfold(2, p, p).unfold(3, p, p).flatten(2, 3).transpose(1, 2)  # N T C p p
         images[module.name] = patches.flatten(2).norm(dim=-1).detach()
@@ -127,18 +134,10 @@ def watch_contribution(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
         yield seen
 
 
-@contextmanager
-def watch_blocks(model: NestedDiT) -> Iterator[dict[str, Tensor]]:
+def watch_blocks(model: NestedDiT) -> AbstractContextManager[dict[str, Tensor]]:
     """Output tokens of every block in the last forward pass, by name, in the order of execution."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.pop(name, None)  # so that the order is that of the last pass
-        seen[name] = output.detach()
-
     blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, Block | MlpBlock))
-    with forward_hooks((module, partial(hook, name)) for name, module in blocks):
-        yield seen
+    return _watch(blocks, lambda module, arguments, output: output)
 
 
 def can_run_without_inner(model: NestedDiT) -> bool:
@@ -151,7 +150,7 @@ def can_run_without_inner(model: NestedDiT) -> bool:
 def without_inner(model: NestedDiT) -> Iterator[None]:
     """Disable the inner path in the context: it adds nothing to outer tokens or the image, as with a gate of zero."""
     joins = [stage for stage in model.stages if isinstance(stage, AggregateStage)]
-    heads = [head for head in model.heads if isinstance(head, InnerHead)]
+    heads = [head for head in model.heads if head.is_inner]
     unchanged = [(stage, lambda module, arguments, output: arguments[0]) for stage in joins]
     blank = [(head, lambda module, arguments, output: torch.zeros_like(output)) for head in heads]
     with forward_hooks([*unchanged, *blank]):

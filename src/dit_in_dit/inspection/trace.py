@@ -53,20 +53,12 @@ def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
     model: ModelConfig = getattr(config, "model", config)
     check_plugin_parts(model)
     flow, activation_bytes = _trace(model, batch, recompute)
-    tokens = {
-        "outer": model.patches,
-        "inner": model.patches * model.sub_patches * bool(model.blocks("inner")),
-    }
+    tokens = {"outer": model.patches, "inner": model.patches * model.sub_patches * bool(model.blocks("inner"))}
     layers = {level: count * model.blocks(level) for level, count in tokens.items()}
-    return Inspection(
-        batch=batch,
-        flow=flow,
-        tokens={**tokens, "total": sum(tokens.values())},
-        token_layers={**layers, "total": sum(layers.values())},
-        parameters=parameters(model),
-        macs=macs(model),
-        activation_bytes=activation_bytes,
-    )
+    counts = {"tokens": {**tokens, "total": sum(tokens.values())}}
+    counts |= {"token_layers": {**layers, "total": sum(layers.values())}}
+    counts |= {"parameters": parameters(model), "macs": macs(model), "activation_bytes": activation_bytes}
+    return Inspection(batch=batch, flow=flow, **counts)
 
 
 def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -16,18 +16,6 @@ from dit_in_dit.model.layers import attend, attention_weights, layer_norm, sinco
 from dit_in_dit.model.modulation import Modulation
 
 
-def _widen(model: ModelConfig) -> nn.Module:
-    """Linear layer from inner to outer width; the identity if the widths are equal, as in the reference arrangement."""
-    if model.inner.width == model.outer.width:
-        return nn.Identity()
-    return nn.Linear(model.inner.width, model.outer.width)
-
-
-def _widen_macs(model: ModelConfig) -> int:
-    same = model.inner.width == model.outer.width
-    return 0 if same else model.patches * model.inner.width * model.outer.width
-
-
 class Aggregator(nn.Module, ABC):
     """Pooling of each patch's sub-patches, (N, T, S, E) -> (N, T, D); constructed by `cls(model)`."""
 
@@ -48,17 +36,19 @@ class Aggregator(nn.Module, ABC):
 
 
 class Mean(Aggregator):
-    """Mean over the sub-patches; (N, T, S, E) -> (N, T, D)."""
+    """Mean over the sub-patches, then a linear layer if the widths of the levels differ; (N, T, S, E) -> (N, T, D)."""
 
-    weights_depend_on = "nothing"
+    weights_depend_on: ClassVar[Literal["nothing", "position"]] = "nothing"
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.proj = _widen(model)
+        widths = model.inner.width, model.outer.width
+        self.proj = nn.Identity() if widths[0] == widths[1] else nn.Linear(*widths)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        return _widen_macs(model)
+        same = model.inner.width == model.outer.width
+        return 0 if same else model.patches * model.inner.width * model.outer.width
 
     def weights(self, inner: Tensor) -> Tensor:
         """The same weight, 1/S, for every sub-patch; (N, T, 1, S)."""
@@ -68,19 +58,18 @@ class Mean(Aggregator):
         return self.proj(inner.mean(dim=2))
 
 
-class Weighted(Aggregator):
+class Weighted(Mean):
     """Weighted sum; one learned weight per sub-patch position, initially 1/S (the mean); (N, T, S, E) -> (N, T, D)."""
 
     weights_depend_on = "position"
 
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(model)
         self.weight = nn.Parameter(torch.full((model.sub_patches,), 1 / model.sub_patches))
-        self.proj = _widen(model)
 
     @staticmethod
     def macs(model: ModelConfig) -> int:
-        return model.patches * model.sub_patches * model.inner.width + _widen_macs(model)
+        return model.patches * model.sub_patches * model.inner.width + Mean.macs(model)
 
     def weights(self, inner: Tensor) -> Tensor:
         """Learned weight of each sub-patch, (N, T, 1, S); the weights need not sum to one."""
@@ -274,13 +263,11 @@ class NoSpread(Spread):
         return inner
 
 
-class Refine(Spread):
+class Refine(AddSpread):
     """Sum of each sub-patch token and a message from two linear layers with a GELU and a norm between them (MPDiT)."""
 
     def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.sub_patches = model.sub_patches
-        self.proj = nn.Linear(model.outer.width, model.sub_patches * model.inner.width)
+        super().__init__(model)
         self.refine = nn.Linear(model.inner.width, model.inner.width)
 
     @staticmethod
@@ -292,9 +279,9 @@ class Refine(Spread):
         """Tokens of time and class for the inner level, (N, K, E) -> (N, K, E)."""
         return self.refine(layer_norm(tokens))
 
-    def forward(self, inner: Tensor, outer: Tensor, c: Tensor) -> Tensor:
+    def message(self, outer: Tensor) -> Tensor:
         message = F.gelu(self.proj(outer), approximate="tanh")
-        return inner + self.carry(message.view(inner.shape))
+        return self.carry(message.view(*message.shape[:2], self.sub_patches, -1))
 
 
 SPREADS: dict[str, type[Spread]] = {"add": AddSpread, "interpolate": Interpolate, "none": NoSpread, "refine": Refine}

@@ -51,7 +51,8 @@ class DitTime(TimeEmbed):
     last: ClassVar[int] = TIME_FREQUENCIES // 2  # index at which frequencies would reach 1 / longest
     longest: ClassVar[float] = 10000
 
-    def clock(self, t: Tensor) -> Tensor:
+    @staticmethod
+    def clock(t: Tensor) -> Tensor:
         """The number of which cosines and sines are taken."""
         return 1000 * t
 
@@ -70,8 +71,7 @@ class DiffusersTime(DitTime):
 class SitTime(DitTime):
     """Of 1 - t, with noise at 0 and the image at 1 (SiT, LightningDiT, JiT)."""
 
-    def clock(self, t: Tensor) -> Tensor:
-        return 1 - t
+    clock = staticmethod(lambda t: 1 - t)
 
 
 class DdtTime(SitTime):
@@ -83,8 +83,7 @@ class DdtTime(SitTime):
 class RepaTime(DitTime):
     """Of t as it is, with noise at 1 (REPA)."""
 
-    def clock(self, t: Tensor) -> Tensor:
-        return t
+    clock = staticmethod(lambda t: t)
 
 
 class GaussTime(TimeEmbed):
@@ -140,11 +139,9 @@ class ConditionTokens(nn.Module):
         super().__init__()
         tokens, width = model.tokens, model.outer.width
         self.time_offsets = nn.Parameter(torch.zeros(tokens.time, width)) if tokens.time else None
-        self.label_offsets = self.own = None
-        if tokens.label and tokens.rows == "own":
-            self.own = LabelEmbed(model.num_classes, tokens.label * width)
-        elif tokens.label:
-            self.label_offsets = nn.Parameter(torch.zeros(tokens.label, width))
+        own, offsets = (tokens.label if tokens.rows == rows else 0 for rows in ("own", "offset"))
+        self.own = LabelEmbed(model.num_classes, own * width) if own else None
+        self.label_offsets = nn.Parameter(torch.zeros(offsets, width)) if offsets else None
 
     def initialise(self) -> None:
         """Initialise the offsets, which distinguish the tokens."""

@@ -19,9 +19,8 @@ class OuterPosition(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        fixed = torch.zeros(model.patches, model.outer.width)
-        if model.outer.position == "sincos":
-            fixed = sincos(model.outer.width, *model.grid)
+        width, added = model.outer.width, model.outer.position == "sincos"
+        fixed = sincos(width, *model.grid) if added else torch.zeros(model.patches, width)
         self.register_buffer("position", fixed, persistent=False)
         self.position: Tensor
 
@@ -180,17 +179,8 @@ class InnerEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x)
-        if self.second:
-            tokens = self.second(tokens)
-        position = self.global_position if self.position is None else self.position + self.global_position
-        return tokens + position
-
-
-class NoEmbed(nn.Module):
-    """No inner tokens, for a plain DiT; (N, C, H, W) -> an empty tensor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :0]
+        tokens = self.second(tokens) if self.second else tokens
+        return tokens + (self.global_position if self.position is None else self.position + self.global_position)
 
 
 class OuterUnpatch(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.model.layers import Attention
-from dit_in_dit.model.rope import ROPES, by_patch, places
+from dit_in_dit.model.rope import ROPES, by_patch, patch_rope, places
 
 
 class Mixer(nn.Module, ABC):
@@ -46,11 +46,11 @@ class PatchMixer(Attention, Mixer):
         inner = model.inner
         super().__init__(inner.width, inner.num_heads, qk_norm=model.qk_norm, bias=inner.bias == "all")
         if make := ROPES[inner.rope]:
-            rows, columns = (side * model.sub_grid for side in model.grid)
-            group, i = self.span(model), model.sub_grid
-            where = by_patch(places(group[0] * i, group[1] * i), group, i).flatten(0, 1)  # as `group` orders tokens
-            lead = model.tokens.count if model.carries_tokens else 0
-            self.rope = make(inner.width // inner.num_heads, where, (rows, columns), lead)
+            sides, (rows, columns), i = [side * model.sub_grid for side in model.grid], self.span(model), model.sub_grid
+            where = by_patch(places(rows * i, columns * i), (rows, columns), i).flatten(0, 1)  # as `group` orders them
+            self.rope = make(
+                inner.width // inner.num_heads, where, (sides[0], sides[1]), model.carries_tokens * model.tokens.count
+            )
 
     @staticmethod
     def span(model: ModelConfig) -> tuple[int, int]:
@@ -123,8 +123,7 @@ class ImageMixer(PatchMixer):
 
     @classmethod
     def image_macs(cls, model: ModelConfig) -> int:
-        carried = model.tokens.count if model.carries_tokens else 0
-        tokens = cls.length(model) + carried
+        tokens = cls.length(model) + model.carries_tokens * model.tokens.count
         return tokens * (4 * model.inner.width**2 + 2 * tokens * model.inner.width)
 
     def group(self, x: Tensor) -> Tensor:
@@ -171,11 +170,8 @@ class CompactMixer(Mixer):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         outer, size = model.outer, model.sub_patches * model.inner.width
-        make, rope = ROPES[model.inner.rope], None
-        if make:
-            rope = make(outer.width // outer.num_heads, places(*model.grid).flatten(0, 1), model.grid)
         self.compress, self.expand = nn.Linear(size, outer.width), nn.Linear(outer.width, size)
-        bias = model.inner.bias == "all"
+        bias, rope = model.inner.bias == "all", patch_rope(model.inner.rope, model)
         self.attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm, bias=bias, rope=rope)
 
     @classmethod

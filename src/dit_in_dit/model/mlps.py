@@ -80,15 +80,12 @@ class HyperMlp(Mlp):
     """
 
     reads_rows = True
+    macs = staticmethod(GeluMlp.macs)
 
     def __init__(self, width: int, hidden: int, *, bias: bool = True, condition: int = 0) -> None:
         super().__init__()
         self.sizes = (width, hidden), (hidden, width)
         self.weights = nn.Linear(condition, 2 * width * hidden)
-
-    @staticmethod
-    def macs(width: int, hidden: int) -> int:
-        return 2 * width * hidden
 
     @staticmethod
     def row_macs(width: int, hidden: int, condition: int) -> int:

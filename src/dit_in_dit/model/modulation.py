@@ -47,6 +47,10 @@ class BlockModulation(nn.Module, ABC):
 
     per_branch: ClassVar[int]  # vectors for a branch
 
+    def __init__(self, condition: int = 0, width: int = 0, branches: int = 0, places: int = 1) -> None:
+        super().__init__()
+        self.branches = branches
+
     @classmethod
     def macs(cls, condition: int, width: int, branches: int, places: int = 1) -> int:
         """MACs per conditioning row."""
@@ -97,10 +101,6 @@ class SharedModulation(BlockModulation):
     def macs(cls, condition: int, width: int, branches: int, places: int = 1) -> int:
         return 0
 
-    def __init__(self, condition: int, width: int, branches: int, places: int = 1) -> None:
-        super().__init__()
-        self.branches = branches
-
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return c.chunk(6, dim=-1)[-self.per_branch * self.branches :]  # a block without mixing: those of the MLP
 
@@ -109,9 +109,6 @@ class NoModulation(BlockModulation):
     """x + branch(norm(x)) (RAEv2's outer blocks)."""
 
     per_branch = 0
-
-    def __init__(self, condition: int, width: int, branches: int, places: int = 1) -> None:
-        super().__init__()
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         return ()

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from dit_in_dit.config.model import ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS, Conditioning, ConditionTokens, LabelEmbed
-from dit_in_dit.model.embed import InnerEmbed, NoEmbed, OuterEmbed, OuterPosition
+from dit_in_dit.model.embed import InnerEmbed, OuterEmbed, OuterPosition
 from dit_in_dit.model.layers import Attention, Block, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
-from dit_in_dit.model.mlps import MLPS, Mlp
-from dit_in_dit.model.modulation import MODULATIONS, BlockModulation, Modulation
-from dit_in_dit.model.norms import NORMS, Norm
-from dit_in_dit.model.rope import ROPES, places
+from dit_in_dit.model.mlps import MLPS
+from dit_in_dit.model.modulation import MODULATIONS, Modulation
+from dit_in_dit.model.norms import NORMS
+from dit_in_dit.model.rope import patch_rope
 from dit_in_dit.model.split import SplitOutput
-from dit_in_dit.model.stages import AggregateStage, InnerHead, InnerStage, OuterHead, OuterStage, SpreadStage, State
+from dit_in_dit.model.stages import AggregateStage, Head, InnerStage, OuterStage, SpreadStage, State
 
 
 class NestedDiT(nn.Module):
@@ -47,21 +47,22 @@ class NestedDiT(nn.Module):
         super().__init__()
         self.config = model
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
-        self.time_embed = TIME_EMBEDS[model.time_embed](model.outer.width)
+        width = model.outer.width
+        self.time_embed = TIME_EMBEDS[model.time_embed](width)
         embeds_label = model.tokens.adaln or model.tokens.rows == "offset"
         # Without an embedding the class comes through tokens of its own.
-        self.label_embed = LabelEmbed(model.num_classes, model.outer.width) if embeds_label else nn.Identity()
+        self.label_embed = LabelEmbed(model.num_classes, width) if embeds_label else nn.Identity()
         self.tokens = ConditionTokens(model) if model.tokens.count else None
-        self.shared_modulation = (
-            Modulation(model.outer.width, model.outer.width, 6) if shares_modulation(model) else None
-        )
+        self.shared_modulation = Modulation(width, width, 6) if shares_modulation(model) else None
         self.outer_blocks = nn.ModuleList(_outer_block(model, number) for number in range(model.blocks("outer")))
         self.inner_blocks = nn.ModuleList(_inner_block(model) for _ in range(model.blocks("inner")))
         self.aggregates, self.fuses, self.spreads, self.conditions = (nn.ModuleList() for _ in range(4))
-        self.inner_embed = InnerEmbed(model) if self.inner_blocks else NoEmbed()
+        self.inner_embed = InnerEmbed(model) if self.inner_blocks else nn.Identity()  # then no stage reads it
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
-        self.heads = self._finish(model)
+        for level in model.heads:
+            setattr(self, f"{level}_head", Head(model, level))
+        self.heads: tuple[Head, ...] = tuple(getattr(self, f"{level}_head") for level in model.heads)
         self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
         initialise(self)
 
@@ -84,30 +85,16 @@ class NestedDiT(nn.Module):
             if level == "outer":
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
-                shared = model.outer.modulation == "shared"
-                stages.append(OuterStage(islice(outer, count), recompute=redo["outer"], shared=shared, start=start))
+                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start))
                 done += count
             else:
                 condition = CONDITIONS[model.inner.condition](model) if left <= model.row_stages else None
                 self.conditions.extend([condition] if condition else [])
-                carries, shared = model.carries_tokens and done > model.tokens.start, model.inner.modulation == "shared"
-                stages.append(
-                    InnerStage(islice(inner, count), condition, recompute=redo["inner"], shared=shared, carries=carries)
-                )
+                how = {"recompute": redo["inner"], "carries": model.carries_tokens and done > model.tokens.start}
+                stages.append(InnerStage(islice(inner, count), model.inner, condition, **how))
                 left -= 1
             previous = level
         return stages
-
-    def _finish(self, model: ModelConfig) -> tuple[OuterHead | InnerHead, ...]:
-        """The head of the last level. The outer head stays beside an inner head, unless outer tokens are replaced."""
-        heads: list[OuterHead | InnerHead] = []
-        if "outer" in model.heads:
-            self.outer_head = OuterHead(model)
-            heads.append(self.outer_head)
-        if "inner" in model.heads:
-            self.inner_head = InnerHead(model)
-            heads.append(self.inner_head)
-        return tuple(heads)
 
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
@@ -159,9 +146,8 @@ def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) ->
             continue
         if value.shape != x.shape[:1]:
             raise ValueError(f"{name} must be one number per image, ({len(x)},): got {tuple(value.shape)}")
-        if torch.compiler.is_compiling() or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
-            continue
-        if torch._C._are_functorch_transforms_active():
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or type(value) is not Tensor or value.device.type != "cpu" or not len(x):
             continue
         low, high = (number.item() for number in value.aminmax())
         if not 0 <= low <= high <= most:  # also NaN
@@ -179,37 +165,26 @@ def shares_modulation(model: ModelConfig) -> bool:
     return any(model.blocks(name) and getattr(model, name).modulation == "shared" for name in ("outer", "inner"))
 
 
-def _outer_block(model: ModelConfig, number: int) -> Block:
+def _outer_block(model: ModelConfig, number: int) -> nn.Module:
     outer = model.outer
-    make, rope = ROPES[outer.rope], None
-    if make:
-        lead = model.tokens.count if number >= model.tokens.start else 0
-        rope = make(outer.width // outer.num_heads, places(*model.grid).flatten(0, 1), model.grid, lead)
+    rope = patch_rope(outer.rope, model, model.tokens.count if number >= model.tokens.start else 0)
     attention = Attention(outer.width, outer.num_heads, qk_norm=model.qk_norm, bias=outer.bias == "all", rope=rope)
-    norms, mlp, modulation = _parts(model, outer, outer.width, branches=2)
-    return Block(attention, mlp, norms, modulation)
+    return _block(model, outer, attention, outer.width)
 
 
 def _inner_block(model: ModelConfig) -> nn.Module:
-    inner, mixer, condition = model.inner, MIXERS[model.inner.mixer], CONDITIONS[model.inner.condition]
+    mixer, condition = MIXERS[model.inner.mixer], CONDITIONS[model.inner.condition]
     places = model.sub_patches if condition.per_block else 1
-    width = condition.width(model)
-    if mixer is None:
-        norms, mlp, modulation = _parts(model, inner, width, branches=1, places=places)
-        return MlpBlock(mlp, norms[1], modulation)
-    mix = mixer(model)
-    norms, mlp, modulation = _parts(model, inner, width, branches=2, places=places)
-    return Block(mix, mlp, norms, modulation)
+    return _block(model, model.inner, mixer(model) if mixer else None, condition.width(model), places)
 
 
-def _parts(
-    model: ModelConfig, level: OuterConfig, rows: int, *, branches: int, places: int = 1
-) -> tuple[tuple[Norm, Norm], Mlp, BlockModulation]:
-    """Norms, MLP and modulation of a block of a level, whose conditioning rows have the width `rows`."""
+def _block(model: ModelConfig, level: OuterConfig, mix: nn.Module | None, rows: int, places: int = 1) -> nn.Module:
+    """A block of a level, whose conditioning rows have the width `rows`; without mixing if `mix` is None."""
     norm, width = NORMS[level.norm], level.width
     mlp = MLPS[level.mlp](width, int(width * level.mlp_ratio), bias=level.bias != "none", condition=rows)
-    modulation = MODULATIONS[level.modulation](rows, width, branches, places)
-    return (norm(width), norm(width, model.mlp_norm_eps)), mlp, modulation
+    modulation = MODULATIONS[level.modulation](rows, width, 1 if mix is None else 2, places)
+    norm_mlp = norm(width, model.mlp_norm_eps)
+    return MlpBlock(mlp, norm_mlp, modulation) if mix is None else Block(mix, mlp, (norm(width), norm_mlp), modulation)
 
 
 @torch.no_grad()

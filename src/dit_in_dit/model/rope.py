@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.config.model import ModelConfig
 from dit_in_dit.model.gelu import in_transform
 
 EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the number of tokens
@@ -16,22 +17,18 @@ EXTENT = 16.0  # positions of `extent` run from 0 to this number, whatever the n
 class Rope(nn.Module, ABC):
     """Rotation of queries and keys, each (B, heads, L, d), by angles of their places; pairs are channels 2i, 2i + 1.
 
-    Args:
-        width: d, the width of a head; a multiple of 4.
-        places: row and column of each token in the grid of the image, (T, 2).
-        sides: rows and columns of that grid.
-        lead: tokens without a place at the front, which are not rotated; L = lead + T.
+    `width` is d, a multiple of 4; `places` (T, 2) are row and column of each token in a grid of the image with `sides`
+    rows and columns. The first `lead` tokens have no place and are not rotated; L = lead + T.
     """
 
     def __init__(self, width: int, places: Tensor, sides: tuple[int, int], lead: int = 0) -> None:
         super().__init__()
         steps = torch.arange(width // 4, dtype=torch.float64, device=places.device)
-        angles = self.angles(places.double(), sides, 10000.0 ** (-4 * steps / width))
-        angles = F.pad(angles, (0, 0, lead, 0))
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        angles = F.pad(self.angles(places.double(), sides, 10000.0 ** (-4 * steps / width)), (0, 0, lead, 0))
         self.cos: Tensor
         self.sin: Tensor
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
 
     @staticmethod
     @abstractmethod
@@ -74,6 +71,12 @@ class ExtentRope(Rope):
 
 
 ROPES: dict[str, type[Rope] | None] = {"none": None, "grid": GridRope, "extent": ExtentRope}
+
+
+def patch_rope(kind: str, model: ModelConfig, lead: int = 0) -> Rope | None:
+    """Rotary positions of attention among patches, with the heads of the outer level; None for kind none."""
+    make, width = ROPES[kind], model.outer.width // model.outer.num_heads
+    return make(width, places(*model.grid).flatten(0, 1), model.grid, lead) if make else None
 
 
 def by_patch(image: Tensor, grid: tuple[int, int], sub_grid: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_in_dit.config.model import ModelConfig, OuterConfig
+from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Refine, Spread
 from dit_in_dit.model.condition import CONDITIONS, Condition, Conditioning
 from dit_in_dit.model.embed import InnerUnpatch, OuterUnpatch
@@ -43,10 +43,10 @@ class State(NamedTuple):
 class OuterStage(nn.Module):
     """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
 
-    def __init__(self, blocks: Iterable[nn.Module], *, recompute: bool, shared: bool, start: int | None) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], level: OuterConfig, *, recompute: bool, start: int | None) -> None:
         super().__init__()
         self.run = _recomputed if recompute else run_block
-        self.blocks, self.shared, self.start = nn.ModuleList(blocks), shared, start
+        self.blocks, self.shared, self.start = nn.ModuleList(blocks), level.modulation == "shared", start
         self.name = f"outer*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
@@ -67,12 +67,17 @@ class InnerStage(nn.Module):
     """Inner blocks, with adaLN driven by the condition's rows; `carries`: tokens of time and class go along."""
 
     def __init__(
-        self, blocks: Iterable[nn.Module], condition: Condition | None, *, recompute: bool, shared: bool, carries: bool
+        self,
+        blocks: Iterable[nn.Module],
+        level: InnerConfig,
+        condition: Condition | None,
+        recompute: bool,
+        carries: bool,
     ) -> None:
         super().__init__()
         self.run = _recomputed if recompute else run_block
-        self.blocks, self.condition = nn.ModuleList(blocks), condition
-        self.shared, self.carries = shared, carries
+        self.blocks, self.shared = nn.ModuleList(blocks), level.modulation == "shared"
+        self.condition, self.carries = condition, carries
         self.name = f"inner*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
@@ -121,45 +126,25 @@ class SpreadStage(nn.Module):
         return State(state.outer, inner, tokens, state.rows)
 
 
-def _head_modulation(level: OuterConfig, condition: int) -> nn.Module | None:
-    """The modulation of a level's head, driven by rows of width `condition`."""
-    if level.modulation == "shared":
-        return SharedHead()
-    return None if level.head_condition == "none" else Modulation(condition, level.width, 2)
+class Head(nn.Module):
+    """Tokens of a level to the image: outer (N, T, D) or inner (N, T, S, E) -> (N, out_channels, H, W)."""
 
-
-class OuterHead(nn.Module):
-    """Outer tokens to the image; (N, T, D) -> (N, out_channels, H, W)."""
-
-    name = "outer head"
-
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, name: str) -> None:
         super().__init__()
-        outer, out = model.outer, model.patch_size**2 * model.out_channels
-        norm = NORMS[outer.head_norm or outer.norm](outer.width)
-        self.shared = outer.modulation == "shared"
-        self.final = FinalLayer(outer.width, out, norm, _head_modulation(outer, outer.width))
-        self.unpatch = OuterUnpatch(model)
+        level: OuterConfig | InnerConfig = getattr(model, name)
+        self.name, self.is_inner, self.shared = f"{name} head", name == "inner", level.modulation == "shared"
+        self.reads_rows = level.head_condition == "rows" and not self.shared
+        rows = CONDITIONS[model.inner.condition].width(model) if self.reads_rows else model.outer.width
+        modulation: nn.Module | None = SharedHead() if self.shared else None
+        if not self.shared and level.head_condition != "none":
+            modulation = Modulation(rows, level.width, 2)
+        norm = NORMS[level.head_norm or level.norm](level.width)
+        side = model.inner.sub_patch if self.is_inner else model.patch_size
+        self.final = FinalLayer(level.width, side**2 * model.out_channels, norm, modulation)
+        self.unpatch = InnerUnpatch(model) if self.is_inner else OuterUnpatch(model)
 
     def forward(self, state: State, condition: Conditioning) -> Tensor:
-        return self.unpatch(self.final(state.outer, condition.row(self.shared)[:, None]))
-
-
-class InnerHead(nn.Module):
-    """Inner tokens to the image; (N, T, S, E) -> (N, out_channels, H, W)."""
-
-    name = "inner head"
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        inner, out = model.inner, model.inner.sub_patch**2 * model.out_channels
-        self.shared = inner.modulation == "shared"
-        self.reads_rows = inner.head_condition == "rows" and not self.shared
-        width = CONDITIONS[inner.condition].width(model) if self.reads_rows else model.outer.width
-        norm = NORMS[inner.head_norm or inner.norm](inner.width)
-        self.final = FinalLayer(inner.width, out, norm, _head_modulation(inner, width))
-        self.unpatch = InnerUnpatch(model)
-
-    def forward(self, state: State, condition: Conditioning) -> Tensor:
-        rows = state.rows if self.reads_rows else condition.row(self.shared)[:, None, None]
-        return self.unpatch(self.final(state.inner, rows))
+        row = condition.row(self.shared)[:, None]  # N 1 K
+        if not self.is_inner:
+            return self.unpatch(self.final(state.outer, row))
+        return self.unpatch(self.final(state.inner, state.rows if self.reads_rows else row[:, None]))

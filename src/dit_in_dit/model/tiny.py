@@ -5,7 +5,6 @@ groups; it reads all their queries, keys and values once and writes the result o
 """
 
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,22 +55,9 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
     return grads
 
 
-@tiny_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _empty(q)
-
-
-@_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(q), _empty(q)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _derive(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(grad, *ctx.saved_tensors)
-
-
-tiny_attention.register_autograd(_derive, setup_context=_keep)
+tiny_attention.register_fake(lambda q, k, v: _empty(q))
+_backward.register_fake(lambda grad, q, k, v: (_empty(q), _empty(q), _empty(q)))
+tiny_attention.register_autograd(
+    lambda ctx, grad: _backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.source_checks import check_example
 from dit_in_dit.diffusion.objective import draw_time
@@ -164,14 +165,18 @@ def end_workers(batches: Iterator[Batch | str]) -> None:
 def held_out_batch(source: Source, model: ModelConfig, most: int) -> Batch:
     """The first `most` held-out images, with the same noise in every run; the evaluation sets the times."""
     numbers = range(min(most, source.held_out_size))
-    drawn = [check_example(source, source.held_out(i), model) for i in numbers]
-    noises = [generator(0, "held_out", i).standard_normal(d[0].shape, np.float32) for i, d in enumerate(drawn)]
+    return with_held_out_noise([check_example(source, source.held_out(i), model) for i in numbers], numbers, model)
+
+
+def with_held_out_noise(drawn: Sequence[tuple[Array, int]], numbers: Sequence[int], model: ModelConfig) -> Batch:
+    """Images and labels with the noise that these numbers have in every held-out evaluation, at t = 0."""
+    noises = [generator(0, "held_out", n).standard_normal(drawn[0][0].shape, np.float32) for n in numbers]
     return Batch(
         torch.from_numpy(np.stack([image for image, _ in drawn])),
         torch.from_numpy(np.stack(noises)),
         torch.zeros(len(drawn)),
         torch.tensor([label if model.num_classes else 0 for _, label in drawn]),
-        torch.arange(len(drawn)),
+        torch.tensor(numbers),
     )
 
 

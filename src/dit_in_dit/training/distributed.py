@@ -178,9 +178,8 @@ def leave_group() -> None:
 def join_group(device: torch.device, timeout: int) -> Process:
     """Join the processes that the launcher started; a single `Process` without a launcher.
 
-    Args:
-        device: device of the gradients; a CUDA device must have an index. NCCL sums on CUDA, gloo elsewhere.
-        timeout: seconds within which a process must answer.
+    `device` holds the gradients; a CUDA device must have an index. NCCL sums on CUDA, gloo elsewhere. A process must
+    answer within `timeout` seconds.
     """
     if world_size() == 1:
         return Process()

@@ -41,11 +41,7 @@ class Divergence:
         return {f"run.{name}": torch.tensor(value) for name, value in asdict(self).items()}
 
     def check_way_back(self, diverged: DivergedError, on_divergence: str, has_checkpoint: Callable[[], bool]) -> str:
-        """Check that the run can roll back; returns the reason for the roll-back.
-
-        Raises:
-            UserError: train.on_divergence=stop, too many roll-backs, or no checkpoint.
-        """
+        """Reason for a roll-back; UserError with train.on_divergence=stop, too many roll-backs, or no checkpoint."""
         problem = f"step {diverged.step}: {diverged.problem}: training diverged, {self.streak} steps in a row"
         if on_divergence == "stop":
             raise UserError(f"{problem}; {REMEDY}, or set train.on_divergence=roll_back")

@@ -32,11 +32,8 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
 
 
 def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:
-    """Check that a user's function returned an optimizer of all weights, in the groups that it received.
-
-    Raises:
-        UserError: the function returned no optimizer, or groups or weights are missing.
-    """
+    """Check that a user's function returned an optimizer of all weights, in the groups that it received. Raises
+    UserError."""
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"the optimizer must be a torch.optim.Optimizer: got {type(optimizer).__name__}; return one")
     if not all("scale" in group for group in optimizer.param_groups):

@@ -71,11 +71,8 @@ class Session:
 
     def restore(self, *, steady: bool = False) -> tuple[str, ...]:
         """Restore the run's newest good checkpoint, if there is one; with `steady`, its newest regular checkpoint.
-        Returns the paths of newer, damaged checkpoints, which were skipped.
-
-        Raises:
-            UserError: classes, data or objects given to train() are not those of the run.
-        """
+        Returns the paths of newer, damaged checkpoints, which were skipped. UserError if classes, data or objects given
+        to train() are not those of the run."""
         trainer, run = self.trainer, self.run
         if not self.world.on_main(lambda: checkpoint.has_any(run)):
             return ()

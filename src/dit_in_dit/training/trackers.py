@@ -168,10 +168,7 @@ def log_to(events: Iterator[Event], names: Sequence[str], run: Path, warn: Calla
     """Pass on the events of a run and log them to trackers; `warn` gets a line for each tracker that fails.
 
     The consumer of a `samples` event writes the grid into the run's folder; then the grid is logged. Curves are logged
-    at the end of the run.
-
-    Raises:
-        UserError: a tracker cannot be started. Raised at the first event.
+    at the end of the run. UserError at the first event if a tracker cannot be started.
     """
     first = next(events)
     config, identities = read_config(run), _identities(run)

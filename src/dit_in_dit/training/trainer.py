@@ -23,19 +23,12 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
+from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
-from dit_in_dit.training.optimizer import (
-    OPTIMIZERS,
-    Groups,
-    check_optimizer,
-    is_fused,
-    is_trained,
-    restore_state,
-    state_of,
-)
+from dit_in_dit.training.optimizer import Groups
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
@@ -99,8 +92,9 @@ class Trainer:
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         groups = self._groups()
-        self.optimizer: Any = make_optimizer(groups) if make_optimizer else OPTIMIZERS[train.optimizer](groups, train)
-        check_optimizer(self.optimizer, self.weights.values())
+        configured = optimizers.OPTIMIZERS[train.optimizer]
+        self.optimizer: Any = make_optimizer(groups) if make_optimizer else configured(groups, train)
+        optimizers.check_optimizer(self.optimizer, self.weights.values())
         self.objective = (make_loss or Objective)(config.diffusion)
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
@@ -182,7 +176,7 @@ class Trainer:
         gradients = [local_part(weight.grad) for weight in self.weights.values() if weight.grad is not None]
         if self.config.train.clip:
             torch._foreach_mul_(gradients, (self.config.train.clip / (norm + 1e-6)).clamp(max=1.0))
-        if is_fused(self.optimizer):  # `finite` stays on the device, so that the CPU does not wait for it
+        if optimizers.is_fused(self.optimizer):  # `finite` stays on the device, so that the CPU does not wait for it
             weight = next(iter(self.weights.values()))
             self.optimizer.grad_scale, self.optimizer.found_inf = None, replicate_like((~finite).float(), weight)
             self.optimizer.step()
@@ -247,7 +241,7 @@ class Trainer:
     def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= state_of(self.optimizer, self.weights.items())
+        tensors |= optimizers.state_of(self.optimizer, self.weights.items())
         return GatheredTensors(tensors | self.divergence.tensors())
 
     def averaged_state(self) -> GatheredTensors:
@@ -256,17 +250,14 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ema: Mapping[str, Tensor], step: int) -> None:
-        """Continue from a saved state and average. Tensors are copied.
-
-        Raises:
-            UserError: the state has only weights, as in an imported run.
-        """
-        if not is_trained(state):
+        """Continue from a saved state and average; tensors are copied. UserError if the state has only weights, as in
+        an imported run."""
+        if not optimizers.is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
         for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):
             for name, tensor in module.state_dict().items():
                 local_part(tensor).copy_(local_part(shard_like(saved[prefix + name], tensor)))
-        restore_state(self.optimizer, self.weights.items(), state)
+        optimizers.restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)
 
 

@@ -79,8 +79,8 @@ def is_plugin(part: Any) -> bool:
 
 
 def check_travels(values: Mapping[str, Any]) -> None:
-    """Check that a config, given as values by dotted key, names no class of a plug-in: an exported pipeline has only the
-    package's code. Raises UserError."""
+    """Check that a config, given as values by dotted key, names no class of a plug-in: an exported pipeline has only
+    the package's code. Raises UserError."""
     for key in (key for kind in PARTS for key in KINDS[kind].keys):
         if is_plugin(table(KEYS[key]).get(values[key])):
             raise UserError(

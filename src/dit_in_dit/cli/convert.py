@@ -29,8 +29,9 @@ def add(commands: Commands) -> None:
     take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
         "--num-classes",
-        type=whole_number,
-        help="number of classes, if the file does not hold it; a label table with this many rows has no null class",
+        type=lambda text: 0 if text == "0" else whole_number(text),
+        help="number of classes, if the file does not hold it; a label table with this many rows has no null class; "
+        "0: the only row is the null class",
     )
     take.add_argument("--average", metavar="KEY", help="averaged weights, if there are several (default: model_ema1)")
     size = "size of images, if the weights do not show it"

@@ -81,7 +81,7 @@ def import_run(
         raise UserError(f"{source} is a run already: import takes weights of other projects")
     weights, origin = _read(source, kind, average)
     unseen = {name: value for name, value in map(parse_assignment, settings) if name in UNSEEN}
-    weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
+    weights = replace(weights, heads=heads or weights.heads, classes=weights.classes if classes is None else classes)
     weights = official.add_null_class(replace(weights, size=size, unseen=unseen), what)
     if not weights.null_class:
         origin["null_class"] = False

@@ -31,7 +31,7 @@ from dit_in_dit.runs.tensors import DTYPES
 Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
 ALIKE: tuple[OfficialKind, ...] = ("dit", "sit", "repa")  # their weights have the same names and shapes
-UNSEEN = ("model.tokens.start", "model.stages")  # keys that weights may not show
+UNSEEN = ("model.tokens.start", "model.stages", "model.patch_size")  # keys that weights may not show
 SIZE_KEYS = {
     *("image_size", "channels", "patch_size", "num_classes", "stages", "depth", "use_inner", "bottleneck", "outer"),
     *("width", "num_heads", "mlp_ratio", "depth_ratio", "sub_patch", "label", "time", "inner", "tokens"),
@@ -93,7 +93,7 @@ def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
     table = label_table(official.kind)
     rows = {shape_of(weights, table, (2,), what, official.kind)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:
-        raise UserError(f"{what} has one row for its classes: give --num-classes 1 if it belongs to a class")
+        raise UserError(f"{what} has one row for its classes: give --num-classes 1, or 0 if it is the null class")
     if official.classes is None or rows == {official.classes + 1}:
         return official
     if rows != {official.classes}:
@@ -159,6 +159,7 @@ def kind_of(model: ModelConfig) -> OfficialKind | None:
 def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
     """Whether a model and a kind's literal have the same options, whatever their sizes."""
     like, nested = literal(kind), bool(official_names(kind, "inner_head.final.linear.weight"))
+    whole = like.inner.sub_patch == like.patch_size  # the inner level is over whole patches
     square = model.image_size[0] == model.image_size[1] or not computed_tables(kind, like)
     free = {*SIZE_KEYS, *(["learn_variance"] if kind in ALIKE else []), *(["mlp_norm_eps"] if kind == "dit" else [])}
     free |= {"qk_norm"} if like.outer.norm == "rms" and not like.qk_norm else set()
@@ -169,8 +170,8 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
         counts = [bool(count) for count in (of.bottleneck, of.tokens.label, of.tokens.time)]
         names = [name.removeprefix("model.") for name in ModelConfig.names() if name.rpartition(".")[2] not in free]
         names = [name for name in names if nested or not name.startswith("inner.")]
-        inner = (of.inner.sub_patch == 1, of.inner.sub_patch == of.patch_size) if nested else ()
-        return [counts, inner, *(attrgetter(name)(of) for name in names)]
+        sub_patch = of.inner.sub_patch == of.patch_size if whole else of.inner.sub_patch
+        return [counts, nested and sub_patch, *(attrgetter(name)(of) for name in names)]
 
     size = attrgetter("width", "num_heads")
     follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, check_whole
 from dit_in_dit.config.field import PUBLISHED
 from dit_in_dit.config.model import ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
@@ -70,7 +70,10 @@ class _Reader:
         """Number of attention heads: by norms of queries or by rotary tables, else of published sizes."""
         for name in (f"{level}_blocks.*.branches.mix.qk_norm.query", f"={level}.cos"):
             if self.has(name):
-                return max(1, width // self.shape(name, 1, 2)[-1])
+                heads = max(1, width // self.shape(name, 1, 2)[-1])
+                if level == "outer" and self.official.heads not in (None, heads):
+                    raise UserError(f"--num-heads: {self.what} is for {heads} heads: leave out this option")
+                return heads
         if level == "inner" and width != self.width:
             return self.literal.inner.num_heads
         sizes = [*(size[1] for size in self.published), *presets.SIZES.values()]
@@ -100,7 +103,9 @@ class _Reader:
             channels = self.shape("inner_head.final.linear.weight", 2)[0]
             patch = max(1, math.isqrt(shape[1] // channels))
         else:
-            channels, patch = max(1, shape[1] // model.patch_size**2), model.patch_size
+            known = [model.patch_size] if shape[1] == model.channels * model.patch_size**2 else []
+            patch = check_whole(self.ask("model.patch_size", known), "model.patch_size", 1, 4096)
+            channels = max(1, shape[1] // patch**2)
         tables = [name for name in ("=outer.position", "=inner.cos") if official_names(self.kind, name)]
         if not tables:
             return channels, patch, self.official.size or model.image_size

@@ -88,6 +88,7 @@ def _export(options: argparse.Namespace) -> None:
     from dit_in_dit.interop import hub, import_run
 
     run, averaged, notes = options.run_folder, not options.raw, list[str]()
+    equal = options.format == "diffusers" and import_run.fits_diffusers(run, exactly=True)
     if not (options.out or options.push):
         raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
     if options.push and options.format in ("official", "onnx"):
@@ -96,7 +97,7 @@ def _export(options: argparse.Namespace) -> None:
         out = options.out or Path(place, options.push.rpartition("/")[2])
         if options.format == "official":
             notes = import_run.export_official(run, out, averaged=averaged)
-        elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
+        elif options.format == "diffusers-dit" or equal:
             notes = import_run.export_diffusers(run, out, averaged=averaged)
         elif options.format == "run":
             if options.raw:

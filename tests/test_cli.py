@@ -125,6 +125,8 @@ def test_presets_name_who_made_a_published_model_and_what_it_costs(capsys):
     assert heading == lines[at]
     assert "130.3M" in small
     assert "674.6M  131.481 GMAC" in large
+    main(["presets", "--family", "DDT"])  # as the list writes it
+    assert capsys.readouterr().out.splitlines()[0] == heading
 
 
 def test_an_unknown_family_is_refused(capsys):
@@ -141,6 +143,12 @@ def test_inspect_prints_json_that_includes_the_plain_twin(capsys):
     assert found.keys() == keys | {"plain"}
     assert found["plain"].keys() == keys
     assert found["macs"]["total"] / found["plain"]["macs"]["total"] == pytest.approx(1.963, abs=0.001)
+
+
+def test_the_total_is_the_last_row_if_only_the_plain_twin_has_a_part(capsys):
+    main(["inspect", "--preset", "mpdit-b"])  # without an outer head
+    for table in capsys.readouterr().out.split("\n\n")[1:]:
+        assert table.splitlines()[-1].split()[0] == "total"
 
 
 def test_inspect_prints_a_table(capsys):

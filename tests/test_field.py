@@ -23,13 +23,14 @@ from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.interop.import_run import export_official, import_run
 from dit_in_dit.interop.official import kind_of
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.runs.folder import read_config
+from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.numbered import sample
 from field_table import difference, options, outputs
@@ -297,7 +298,48 @@ def test_training_starts_from_imported_weights(runs, tmp_path):
     assert not export_official(tmp_path / "run", tmp_path / "jit.pt")
 
 
+@pytest.mark.parametrize(("name", "patch"), [("ddt", 4), ("ddt", 1), ("rae", 4), ("raev2", 2)])
+def test_a_model_with_another_patch_size_is_exported_and_imported_again(runs, tmp_path, name, patch):
+    config = read_config(runs(name))
+    inner = replace(config.model.inner, sub_patch=patch)
+    model = replace(config.model, image_size=(8, 8), patch_size=patch, channels=3, inner=inner)
+    run = created(replace(config, model=model), tmp_path / "run")
+    export_official(run, tmp_path / "weights.pt")
+    chosen = {"settings": [f"model.patch_size={patch}", "model.stages=outer*2 inner*2"], "size": (8, 8)}
+    again = import_run(tmp_path / "weights.pt", tmp_path / "again", **(chosen if name == "ddt" else {}))
+    assert again.model == model
+    assert kind_of(model) == name
+
+
+def test_mpdit_has_sub_patches_of_two_pixels(runs):
+    model = read_config(runs("mpdit")).model
+    assert kind_of(replace(model, patch_size=8)) == "mpdit"
+    assert kind_of(replace(model, patch_size=8, inner=replace(model.inner, sub_patch=4))) is None
+
+
+@pytest.mark.parametrize("name", ["jit", "mpdit"])
+def test_a_model_without_labels_is_exported_and_imported_again(runs, tmp_path, name):
+    config = read_config(runs(name))
+    config = replace(config, model=replace(config.model, num_classes=0), sample=replace(config.sample, guidance=1.0))
+    export_official(created(config, tmp_path / "run"), tmp_path / "weights.pt")
+    words = ["--num-heads", "4"] if name == "mpdit" else ["--set", "model.tokens.start=2"]
+    main(["import", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "again"), "--num-classes", "0", *words])
+    assert read_config(tmp_path / "again").model == config.model
+    export_official(tmp_path / "again", tmp_path / "back.pt")
+    weights, back = (torch.load(tmp_path / f"{file}.pt", weights_only=True) for file in ("weights", "back"))
+    assert same(weights, back)
+
+
 # -------------------------------------------------------------------------------------- refusals
+
+
+def created(config: RunConfig, run: Path) -> Path:
+    """A run with random weights."""
+    weights = NestedDiT(config.model).state_dict()
+    create_run(run, config)
+    names = tuple(map(str, range(config.model.num_classes)))
+    checkpoint.save(run, config, 0, {f"model.{name}": value for name, value in weights.items()}, weights, names)
+    return run
 
 
 def without(name: str, *ends: str) -> dict[str, Tensor]:
@@ -348,6 +390,25 @@ WRONG: dict[str, tuple[Callable[[], dict], dict, str]] = {
     "unseen heads": (lambda: field.record("mpdit").weights(), {}, "give --num-heads"),
     "the size of a square": (lambda: field.record("rae").weights(), {"size": (8, 8)}, "is for images of 4x4"),
     "a size of no patch": (lambda: field.record("deco").weights(), {"size": (16, 18)}, "must divide image_size"),
+    "heads that are seen": (lambda: field.record("rae").weights(), {"heads": 3}, "is for 4 heads: leave out"),
+    "an unseen patch": (
+        lambda: {
+            key: value.repeat(1, 3) if key.endswith("_embedder.proj.weight") else value
+            for key, value in field.record("ddt").weights().items()
+        },
+        {"settings": ["model.stages=outer*2 inner*2"]},
+        "give --set model.patch_size=",
+    ),
+    "a patch of no size": (
+        lambda: field.record("ddt").weights() | {"s_embedder.proj.weight": torch.ones(32, 48)},
+        {"settings": ["model.stages=outer*2 inner*2", "model.patch_size=x"]},
+        "model.patch_size must be a whole number",
+    ),
+    "classes of a table of one row": (
+        lambda: field.record("rae").weights() | {"y_embedder.embedding_table.weight": torch.ones(1, 32)},
+        {},
+        "give --num-classes 1, or 0",
+    ),
     "another kind": (lambda: field.record("deco").weights(), {"kind": "sit"}, "has weights of a DeCo"),
     "another path": (
         lambda: {"ema": field.record("repa").weights(), "args": {"path_type": "cosine"}},

@@ -187,6 +187,9 @@ CASES = {
     "one sub-patch": {"inner": {"sub_patch": 4, "aggregate": "concat"}},
     "latents": {"channels": 4, "num_classes": 0, "inner": {"aggregate": "attention"}},
     "ddpm noise": {"diffusion": {"path": "ddpm", "predict": "noise"}},
+    "tokens of class and time": {"tokens": {"label": 2, "time": 1}},
+    "compact": {"inner": {"mixer": "compact"}},
+    "split": {"diffusion": {"predict": "split", "split_rank": 4}},
 }
 
 
@@ -194,7 +197,7 @@ CASES = {
 def test_every_kind_of_model_is_recorded(case):
     maps = maps_of("inner outer", **CASES[case])
     assert np.isfinite(maps.estimate).all()
-    assert (maps.inner is None) == (case in ("conv", "none"))
+    assert (maps.inner is None) == (case in ("conv", "none", "compact"))
     for level in filter(None, (maps.inner, maps.outer)):
         np.testing.assert_allclose(level.received.mean(-1), 1, rtol=1e-4)
         assert level.own.min() >= 0

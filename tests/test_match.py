@@ -167,6 +167,19 @@ def test_the_width_stays_a_multiple_of_the_heads_and_keeps_even_heads():
             assert outer.width // outer.num_heads % 2 == 0
 
 
+def test_rotary_positions_keep_heads_whose_size_is_a_multiple_of_four():
+    model = presets.get("pixnerd-l16").model
+    twin = find_twin(model, forward_macs(presets.get("pixeldit-b16").model), forward_macs)
+    assert twin.model.outer.width != 1024
+    assert twin.model.outer.width // twin.model.outer.num_heads % 4 == 0
+
+
+def test_levels_of_one_width_keep_it():
+    model = presets.get("mpdit-b").model
+    twin = find_twin(model, count_parameters(presets.get("ddt-b2").model), count_parameters)
+    assert (twin.model.outer.width, twin.model.inner.width) == (768, 768)
+
+
 def test_another_mlp_ratio_is_tried_before_a_far_width():
     """The target is 4% above the cost of six blocks. At near widths no number of blocks fits; at half the width, some
     number might."""

@@ -29,8 +29,9 @@ def add(commands: Commands) -> None:
     take.add_argument("--num-heads", type=whole_number, help="attention heads, if the size is not a published one")
     take.add_argument(
         "--num-classes",
-        type=whole_number,
-        help="number of classes, if the file does not hold it; a label table with this many rows has no null class",
+        type=lambda text: 0 if text == "0" else whole_number(text),
+        help="number of classes, if the file does not hold it; a label table with this many rows has no null class; "
+        "0: the only row is the null class",
     )
     take.add_argument("--average", metavar="KEY", help="averaged weights, if there are several (default: model_ema1)")
     size = "size of images, if the weights do not show it"
@@ -87,6 +88,7 @@ def _export(options: argparse.Namespace) -> None:
     from dit_in_dit.interop import hub, import_run
 
     run, averaged, notes = options.run_folder, not options.raw, list[str]()
+    equal = options.format == "diffusers" and import_run.fits_diffusers(run, exactly=True)
     if not (options.out or options.push):
         raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
     if options.push and options.format in ("official", "onnx"):
@@ -95,7 +97,7 @@ def _export(options: argparse.Namespace) -> None:
         out = options.out or Path(place, options.push.rpartition("/")[2])
         if options.format == "official":
             notes = import_run.export_official(run, out, averaged=averaged)
-        elif options.format == "diffusers-dit" or (options.format == "diffusers" and import_run.is_diffusers_dit(run)):
+        elif options.format == "diffusers-dit" or equal:
             notes = import_run.export_diffusers(run, out, averaged=averaged)
         elif options.format == "run":
             if options.raw:

@@ -27,7 +27,9 @@ HEADINGS = {  # groups of presets, by the beginning of their names
 def add(commands: Commands) -> None:
     """Add the commands."""
     listed = commands.add("presets", _presets, "list the presets, and the trained models that ship with the package")
-    listed.add_argument("--family", choices=FAMILIES, help="one family of published models, with parameters")
+    listed.add_argument(
+        "--family", type=str.lower, choices=FAMILIES, help="one family of published models, with parameters"
+    )
     add_config(commands.add("config", _config, "print a resolved config, each key with its meaning"))
     inspect = commands.add("inspect", _inspect, "shapes, tokens, parameters, MACs and memory of a model")
     add_config(inspect)
@@ -91,7 +93,7 @@ def _inspect(options: argparse.Namespace) -> None:
         large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
         print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
         rows = []
-        for part in dict.fromkeys((*traced[name], *plain[name])):
+        for part in sorted({**traced[name], **plain[name]}, key="total".__eq__):  # the total comes last
             this, baseline = traced[name].get(part, 0), plain[name].get(part, 0)
             if this or baseline:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))

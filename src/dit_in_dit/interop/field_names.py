@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dit_in_dit.config.model import ModelConfig
@@ -40,11 +41,10 @@ class Entry(NamedTuple):
 
 def _blocks(prefix: str, level: str, *parts: str) -> str:
     """Entries of the blocks of a level; `mix` and `mlp` are branches of our blocks."""
-    found = []
-    for official, ours in (entry.split(":") for entry in " ".join(parts).split()):
-        names = "&".join(f"{prefix}.{name}" for name in official.split("&"))
-        found.append(f"{names}:{level}_blocks.*.{'branches.' * ours.startswith(('mix', 'mlp'))}{ours}")
-    return " ".join(found)
+    text = " ".join(parts).replace(":mix", ":branches.mix").replace(":mlp", ":branches.mlp")
+    return f"{prefix}." + text.replace(" ", f" {prefix}.").replace("&", f"&{prefix}.").replace(
+        ":", f":{level}_blocks.*."
+    )
 
 
 def _head(level: str, *parts: str) -> str:
@@ -143,10 +143,9 @@ def to_ours(weights: Weights, kind: OfficialKind, model: ModelConfig, *, turn: b
     for official, name, how in entries(kind, model):
         if name.startswith("="):
             continue
-        parts = [weights[part] for part in official]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = torch.cat([weights[part] for part in official]) if len(official) > 1 else weights[official[0]]
         if how == "rows":
-            tensor = _swapped(tensor, _channels(name, model))
+            tensor = rearrange(tensor, "(c p) ... -> (p c) ...", c=_channels(name, model))
         elif how:  # a strided convolution is linear
             tensor = tensor[0] if how == "lead" else tensor.flatten(1)
         ours[name] = -tensor if turn and ".final.linear." in name else tensor
@@ -162,18 +161,13 @@ def to_official(weights: Weights, kind: OfficialKind, model: ModelConfig, *, tur
             continue
         tensor = -weights[name] if turn and ".final.linear." in name else weights[name]
         if how == "rows":
-            tensor = _swapped(tensor, len(tensor) // _channels(name, model))
+            tensor = rearrange(tensor, "(p c) ... -> (c p) ...", c=_channels(name, model))
         elif how:
             side = 1 if how == "one" else model.inner.sub_patch if name.startswith("inner") else model.patch_size
             tensor = tensor[None] if how == "lead" else tensor.view(len(tensor), -1, side, side)
         parts = tensor.chunk(len(official))
         found |= {part: value.clone() if len(parts) > 1 else value for part, value in zip(official, parts, strict=True)}
     return found
-
-
-def _swapped(tensor: Tensor, first: int) -> Tensor:
-    """A matrix or vector with rows (first, others) in the order (others, first)."""
-    return tensor.view(first, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 def _channels(name: str, model: ModelConfig) -> int:
@@ -184,9 +178,7 @@ def computed_tables(kind: OfficialKind, model: ModelConfig) -> dict[str, Tensor]
     """The tables of an official state dict that are computed, in float32: positions (1, T, D), and cosines and sines of
     rotary angles (T, d), at the end those of tokens without a place."""
     found = {}
-    for (official, *_), ours, _ in TABLES[kind]:
-        if not ours.startswith("="):
-            continue
+    for (official, *_), ours, _ in (entry for entry in TABLES[kind] if entry.ours.startswith("=")):
         level, what = ours[1:].split(".")
         rows, columns = (side * (model.sub_grid if level == "inner" else 1) for side in model.grid)
         size, lead = (model.inner, 0) if level == "inner" else (model.outer, model.tokens.count)
@@ -217,10 +209,9 @@ def seen_kind(weights: Weights) -> OfficialKind | None:
         names = {name.replace("+", "*") for entry in TABLES[kind] for name in entry.official}
         return sum(1 if seen & {name, f"{name}.weight"} else -1 for name in names)
 
-    kind, none = max(TABLES, key=fits), torch.empty(0)  # the first of equals
-    parts = (f"pixel_blocks.0.{name}.bias" for name in ("adaLN_modulation.0", "expand_from_attn"))
-    vectors, place = (weights.get(name, none).numel() for name in parts)
-    if kind == "pixeldit":
-        return "pixeldit_post" if vectors == 4 * place else kind
-    beside = any(name.startswith(UNUSED["repa"]) for name in weights)
-    return ("repa" if beside else None) if kind == "dit" else kind
+    kind = max(TABLES, key=fits)  # the first of equals
+    if kind == "dit":
+        return "repa" if any(name.startswith(UNUSED["repa"]) for name in weights) else None
+    modulation, tokens = (f"pixel_blocks.0.{name}.bias" for name in ("adaLN_modulation.0", "expand_from_attn"))
+    is_post = kind == "pixeldit" and {modulation, tokens} <= weights.keys()
+    return "pixeldit_post" if is_post and weights[modulation].numel() == 4 * weights[tokens].numel() else kind

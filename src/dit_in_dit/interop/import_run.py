@@ -56,16 +56,9 @@ def import_run(
     """Write the run folder `out`, complete or not at all, from a file of an official model, from a folder of diffusers'
     DiT, or from a repository USER/NAME of the Hub that holds one of them or a run.
 
-    Args:
-        kind, average: see `read_checkpoint`.
-        heads: number of attention heads, if neither the file nor the published sizes give this number.
-        classes: number of classes, if the file does not give this number or gives a wrong one. A table of labels with
-            exactly this many rows has no null class.
-        size: height and width of images, if the weights do not show them; None: as published.
-        settings: `KEY=VALUE` of the run's config.
-
-    Raises:
-        UserError: the source cannot be read or is not exactly an official model, or `out` exists.
+    `read_checkpoint` explains `kind` and `average`, `OfficialWeights` the numbers of heads and classes and the size. A
+    table of labels with exactly `classes` rows has no null class. `settings` are `KEY=VALUE` of the run's config.
+    UserError when the source cannot be read or is not exactly an official model, or `out` exists.
     """
     atomic.check_free(out)
     what = source.name
@@ -74,14 +67,14 @@ def import_run(
     if len(files := list(source.glob("*.pt*"))) == 1:
         source = files[0]
     if (source / "config.yaml").exists():
-        if from_hub and not settings:
-            with atomic.folder(out) as beside:
-                shutil.copytree(source, beside, dirs_exist_ok=True)
-            return read_config(out)
-        raise UserError(f"{source} is a run already: import takes weights of other projects")
+        if not from_hub or settings:
+            raise UserError(f"{source} is a run already: import takes weights of other projects")
+        with atomic.folder(out) as beside:
+            shutil.copytree(source, beside, dirs_exist_ok=True)
+        return read_config(out)
     weights, origin = _read(source, kind, average)
     unseen = {name: value for name, value in map(parse_assignment, settings) if name in UNSEEN}
-    weights = replace(weights, heads=heads or weights.heads, classes=classes or weights.classes)
+    weights = replace(weights, heads=heads or weights.heads, classes=weights.classes if classes is None else classes)
     weights = official.add_null_class(replace(weights, size=size, unseen=unseen), what)
     if not weights.null_class:
         origin["null_class"] = False
@@ -114,13 +107,12 @@ def _checkpoint_tensors(weights: OfficialWeights, config: RunConfig, what: str) 
         check_weights(part, what)
     state = {f"model.{name}": tensor for name, tensor in trained.items()}
     known, dtype = computed_tables(kind, model), averaged["outer_embed.proj.weight"].dtype
-    beside = [name for name in weights.averaged if name in known or name.startswith(UNUSED.get(kind, "/"))]
-    for name in beside:
-        tensor, raw = weights.averaged[name], weights.trained.get(name)
-        if name not in known or not _same_bits(tensor, known[name].to(dtype)):
-            state[BESIDE_AVERAGED + name] = tensor
-        if raw is not None and not _same_bits(tensor, raw):
-            state[BESIDE_TRAINED + name] = raw
+    for name, tensor in weights.averaged.items():
+        if name in known or name.startswith(UNUSED.get(kind, "/")):
+            if name not in known or not _same_bits(tensor, known[name].to(dtype)):
+                state[BESIDE_AVERAGED + name] = tensor
+            if not _same_bits(tensor, raw := weights.trained.get(name, tensor)):
+                state[BESIDE_TRAINED + name] = raw
     return state, averaged
 
 
@@ -139,27 +131,17 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-# ------------------------------------------------------------------------------------------ export
-
-
-def is_diffusers_dit(run: Path) -> bool:
-    """Whether diffusers' own DiT computes the same outputs as the run."""
-    config = read_config(run)
-    return _fits_diffusers(config) and config.model.time_embed == "diffusers" and config.diffusion.predict == "noise"
-
-
-def _fits_diffusers(config: RunConfig) -> bool:
-    """Whether diffusers' DiT can hold the weights: a plain DiT with classes and square images, on the ddpm path."""
-    plain = official.kind_of(config.model) in ALIKE
-    return plain and config.diffusion.path == "ddpm" and config.model.num_classes > 0
+def fits_diffusers(run: Path, *, exactly: bool) -> bool:
+    """Whether diffusers' DiT can hold the run's weights (a plain DiT with classes and square images, on the ddpm path);
+    `exactly`: and whether it computes the same outputs."""
+    model, diffusion = read_config(run).model, read_config(run).diffusion
+    fits = official.kind_of(model) in ALIKE and diffusion.path == "ddpm" and model.num_classes > 0
+    return fits and (not exactly or (model.time_embed == "diffusers" and diffusion.predict == "noise"))
 
 
 def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
     """Write the run's weights as the official code loads them: a `.pt` of tensors by name. Returns notes for the user.
-
-    Raises:
-        UserError: the run is no official model, or `out` exists.
-    """
+    UserError when the run is no official model, or `out` exists."""
     config, kind, weights = _official_weights(run, averaged=averaged)
     atomic.check_free(out)
     if _origin(run).get("null_class") is False:
@@ -169,34 +151,26 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
     with atomic.file(out) as file:
         torch.save(weights, file)
     if config.model.time_embed == "diffusers":
-        return [_DIFFUSERS_CLOCK]
-    return [_FLOW] if kind == "dit" and config.diffusion.path != "ddpm" else []
+        return ["the official code has other time frequencies than diffusers: its outputs differ"]
+    flow = "the official code samples along the ddpm path: it can load these weights of path flow, but cannot sample"
+    return [f"{flow} from them"] if kind == "dit" and config.diffusion.path != "ddpm" else []
 
 
 def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
-    """Write the run as a folder of diffusers' `DiTTransformer2DModel`. Returns notes for the user.
-
-    Raises:
-        UserError: the run is no plain DiT on the ddpm path with square images and classes, or `out` exists.
-    """
-    if not _fits_diffusers(read_config(run)):
+    """Write the run as a folder of diffusers' `DiTTransformer2DModel`. Returns notes for the user. UserError when the
+    run is no plain DiT on the ddpm path with square images and classes, or `out` exists."""
+    if not fits_diffusers(run, exactly=False):
         raise UserError(f"{run} does not fit diffusers' DiT (plain, ddpm, square, classes): use --format pipeline")
     config, _, weights = _official_weights(run, averaged=averaged)
     diffusers_config = _origin(run).get("config") or diffusers_dit.config_of(config.model)
     tensors = diffusers_dit.to_diffusers(weights, config.model.blocks("outer"))
     with atomic.folder(out) as beside:
         diffusers_dit.write_folder(beside, diffusers_config, tensors)
-    notes = [] if config.model.time_embed == "diffusers" else [_DIT_CLOCK]
+    other_times = "diffusers' DiT has other time frequencies than this run: its outputs differ"
+    notes = [] if config.model.time_embed == "diffusers" else [other_times]
     if config.diffusion.predict != "noise":
         notes.append(f"its scheduler's prediction_type must be that of {config.diffusion.predict}")
     return notes
-
-
-_DIFFUSERS_CLOCK = "the official code has other time frequencies than diffusers: its outputs differ"
-_DIT_CLOCK = "diffusers' DiT has other time frequencies than this run: its outputs differ"
-_FLOW = (
-    "the official code samples along the ddpm path: it can load these weights of path flow, but cannot sample from them"
-)
 
 
 def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, OfficialKind, dict[str, Tensor]]:

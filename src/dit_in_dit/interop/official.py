@@ -1,13 +1,9 @@
 """Official weights (facebookresearch/DiT, willisma/SiT, and the models of `config.field`) as models of ours.
 
-`field_names` renames the weights. The kind of model follows from their names, its sizes from their shapes. Three facts
-do not follow from the shapes:
-
-- The number of heads, unless there are norms of queries and keys or rotary tables. For published sizes it follows from
-  depth and width. So do the block before which JiT's class tokens join, and the split of DDT's blocks into two levels.
-- The size of images, if there is no table of positions: the published size, or `--image-size`.
-- The time. For some models it runs from noise at 0 to the image at 1. A velocity is then image - noise, the opposite of
-  ours: the sign of the last layer is changed, which is exact and reversible.
+`field_names` renames the weights. The kind of model follows from their names, its sizes from their shapes, or from the
+published sizes and options where shapes do not show them (docs/field.md). For some models, time runs from noise at 0 to
+the image at 1. A velocity is then image - noise, the opposite of ours: the sign of the last layer is changed, which is
+exact and reversible.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from dit_in_dit.runs.tensors import DTYPES
 Clock = Literal["dit", "diffusers", "sit"]
 Predicted = Literal["velocity", "image", "noise"]
 ALIKE: tuple[OfficialKind, ...] = ("dit", "sit", "repa")  # their weights have the same names and shapes
-UNSEEN = ("model.tokens.start", "model.stages")  # keys that weights may not show
+UNSEEN = ("model.tokens.start", "model.stages", "model.patch_size")  # keys that weights may not show
 SIZE_KEYS = {
     *("image_size", "channels", "patch_size", "num_classes", "stages", "depth", "use_inner", "bottleneck", "outer"),
     *("width", "num_heads", "mlp_ratio", "depth_ratio", "sub_patch", "label", "time", "inner", "tokens"),
@@ -41,31 +37,21 @@ PATCHES = "x_embedder.proj.weight"
 
 @dataclass(frozen=True)
 class OfficialWeights:
-    """Imported weights under official names.
-
-    averaged, trained: EMA weights, and weights of the last step; both are the same if the file has only one of them.
-    step: optimizer steps taken; 0 if unknown.
-    kind, predict: the model, and the prediction type of DiT and SiT.
-    heads, classes: numbers of attention heads and of classes; None if unknown.
-    clock: `model.time_embed` of a DiT.
-    eps: `model.mlp_norm_eps`.
-    null_class: whether the last row of the table of labels is the null class.
-    size: height and width of images, if the weights do not show them; None: as published.
-    unseen: values of the keys `UNSEEN`.
-    """
+    """Imported weights under official names, and facts that they do not show. A file with only averaged or only trained
+    weights gives them as both."""
 
     averaged: Weights
-    trained: Weights
-    step: int = 0
+    trained: Weights  # of the last step
+    step: int = 0  # optimizer steps taken; 0 if unknown
     kind: OfficialKind = "dit"
-    predict: Predicted = "noise"
-    heads: int | None = None
-    clock: Clock = "dit"
-    eps: float = 1e-6
-    classes: int | None = None
-    null_class: bool = True
-    size: tuple[int, int] | None = None
-    unseen: Mapping[str, Any] = field(default_factory=dict)
+    predict: Predicted = "noise"  # of DiT and SiT
+    heads: int | None = None  # None: as published
+    clock: Clock = "dit"  # `model.time_embed` of a DiT
+    eps: float = 1e-6  # `model.mlp_norm_eps` of a DiT
+    classes: int | None = None  # None: unknown
+    null_class: bool = True  # whether the last row of the table of labels is the null class
+    size: tuple[int, int] | None = None  # height and width of images; None: as published
+    unseen: Mapping[str, Any] = field(default_factory=dict)  # values of the keys `UNSEEN`
 
 
 def title(kind: OfficialKind) -> str:
@@ -84,16 +70,12 @@ def label_table(kind: OfficialKind) -> str:
 
 
 def add_null_class(official: OfficialWeights, what: str) -> OfficialWeights:
-    """The weights with a null class. A model that was trained without label drop has a table with rows only for its
-    classes. This table gets a row of zeros, which is never used.
-
-    Raises:
-        UserError: the number of rows of the table is neither the number of classes nor one more.
-    """
+    """The weights with a null class. A model that was trained without label drop has no row for it, and gets a row of
+    zeros, which is never used. UserError when there are neither as many rows as classes, nor one more."""
     table = label_table(official.kind)
     rows = {shape_of(weights, table, (2,), what, official.kind)[0] for weights in (official.averaged, official.trained)}
     if official.classes is None and rows == {1}:
-        raise UserError(f"{what} has one row for its classes: give --num-classes 1 if it belongs to a class")
+        raise UserError(f"{what} has one row for its classes: give --num-classes 1, or 0 if it is the null class")
     if official.classes is None or rows == {official.classes + 1}:
         return official
     if rows != {official.classes}:
@@ -141,13 +123,8 @@ def check_official(weights: Weights, kind: OfficialKind, model: ModelConfig, wha
             raise UserError(f"{what}: {name} is not the fixed sin-cos table (off by {off:.2g}): it is never learned")
 
 
-# ------------------------------------------------------------------------------------------- a run
-
-
 def flips_sign(model: ModelConfig, diffusion: DiffusionConfig) -> bool:
-    """Whether the official output has the opposite sign of ours: this holds for a velocity if the official time runs
-    from noise to the image.
-    """
+    """Whether the official output is a velocity of the opposite sign: official time runs from noise to the image."""
     return model.time_embed in ("sit", "ddt") and diffusion.predict == "velocity"
 
 
@@ -159,6 +136,7 @@ def kind_of(model: ModelConfig) -> OfficialKind | None:
 def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
     """Whether a model and a kind's literal have the same options, whatever their sizes."""
     like, nested = literal(kind), bool(official_names(kind, "inner_head.final.linear.weight"))
+    whole = like.inner.sub_patch == like.patch_size  # the inner level is over whole patches
     square = model.image_size[0] == model.image_size[1] or not computed_tables(kind, like)
     free = {*SIZE_KEYS, *(["learn_variance"] if kind in ALIKE else []), *(["mlp_norm_eps"] if kind == "dit" else [])}
     free |= {"qk_norm"} if like.outer.norm == "rms" and not like.qk_norm else set()
@@ -169,8 +147,8 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
         counts = [bool(count) for count in (of.bottleneck, of.tokens.label, of.tokens.time)]
         names = [name.removeprefix("model.") for name in ModelConfig.names() if name.rpartition(".")[2] not in free]
         names = [name for name in names if nested or not name.startswith("inner.")]
-        inner = (of.inner.sub_patch == 1, of.inner.sub_patch == of.patch_size) if nested else ()
-        return [counts, inner, *(attrgetter(name)(of) for name in names)]
+        sub_patch = of.inner.sub_patch == of.patch_size if whole else of.inner.sub_patch
+        return [counts, nested and sub_patch, *(attrgetter(name)(of) for name in names)]
 
     size = attrgetter("width", "num_heads")
     follows = not nested or size(like.inner) != size(like.outer) or size(model.inner) == size(model.outer)
@@ -180,13 +158,13 @@ def _is_kind(model: ModelConfig, kind: OfficialKind) -> bool:
 
 def run_of(official: OfficialWeights, model: ModelConfig) -> RunConfig:
     """The config of a run with imported weights: the published recipe; of DiT and SiT, their `sample.py`."""
-    config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
-    if official.kind == "dit":
-        diffusion, how = DiffusionConfig(path="ddpm"), SampleConfig(sampler="ddpm", steps=250, guidance=4.0)
+    if official.kind in ("dit", "sit"):
+        diffusion = DiffusionConfig(path="ddpm" if official.kind == "dit" else "flow", predict=official.predict)
+        sampler, steps = ("ddpm", 250) if official.kind == "dit" else ("heun", 50)
+        sample = SampleConfig(sampler=sampler, steps=steps, guidance=4.0)
+        config = presets.PIXELS if model.channels in (1, 3) else presets.LATENTS
+        config = replace(config, diffusion=diffusion, sample=sample)
     else:
-        diffusion, how = DiffusionConfig(path="flow"), SampleConfig(sampler="heun", steps=50, guidance=4.0)
-    config = replace(config, diffusion=replace(diffusion, predict=official.predict), sample=how)
-    if official.kind not in ("dit", "sit"):
         config = FAMILIES[official.kind].build()
     train = config.train if official.null_class else replace(config.train, label_drop=0.0)
     guidance = config.sample.guidance if model.num_classes and official.null_class else 1.0

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, check_whole
 from dit_in_dit.config.field import PUBLISHED
-from dit_in_dit.config.model import ModelConfig, OuterConfig, TokensConfig
+from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.config.program import MOST_BLOCKS, parse_stages
 from dit_in_dit.interop.field_names import TABLES, official_names
 from dit_in_dit.interop.official import ALIKE, OfficialWeights, check_official, label_table, literal, shape_of, title
@@ -70,7 +70,10 @@ class _Reader:
         """Number of attention heads: by norms of queries or by rotary tables, else of published sizes."""
         for name in (f"{level}_blocks.*.branches.mix.qk_norm.query", f"={level}.cos"):
             if self.has(name):
-                return max(1, width // self.shape(name, 1, 2)[-1])
+                seen = max(1, width // self.shape(name, 1, 2)[-1])
+                if level == "outer" and self.official.heads not in (None, seen):
+                    raise UserError(f"--num-heads: {self.what} is for {seen} heads: leave out this option")
+                return seen
         if level == "inner" and width != self.width:
             return self.literal.inner.num_heads
         sizes = [*(size[1] for size in self.published), *presets.SIZES.values()]
@@ -100,7 +103,9 @@ class _Reader:
             channels = self.shape("inner_head.final.linear.weight", 2)[0]
             patch = max(1, math.isqrt(shape[1] // channels))
         else:
-            channels, patch = max(1, shape[1] // model.patch_size**2), model.patch_size
+            known = [model.patch_size] if shape[1] == model.channels * model.patch_size**2 else []
+            patch = check_whole(self.ask("model.patch_size", known), "model.patch_size", 1, 4096)
+            channels = max(1, shape[1] // patch**2)
         tables = [name for name in ("=outer.position", "=inner.cos") if official_names(self.kind, name)]
         if not tables:
             return channels, patch, self.official.size or model.image_size
@@ -124,43 +129,41 @@ class _Reader:
         start = self.ask("model.tokens.start", known) if tokens.start else 0
         return replace(tokens, label=label, time=time, start=start)
 
-    def inner(self, patch: int) -> dict[str, Any]:
-        """Sizes of the inner level."""
+    def inner(self, patch: int) -> InnerConfig:
+        """The inner level."""
         inner = self.literal.inner
-        shape = self.shape(f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight", 2, 4)
+        width, _, *kernel = self.shape(f"inner_embed.embed.{'proj' if inner.embed == 'dct' else '1'}.weight", 2, 4)
         whole = patch if inner.sub_patch == self.literal.patch_size else inner.sub_patch
-        heads = self.heads("inner", shape[0]) if inner.mixer == "image" else inner.num_heads
-        size = {"width": shape[0], "num_heads": heads, "sub_patch": shape[2] if len(shape) == 4 else whole}
-        return size | {"mlp_ratio": self.ratio(inner, "inner", shape[0])}
+        heads = self.heads("inner", width) if inner.mixer == "image" else inner.num_heads
+        sub_patch, ratio = kernel[0] if kernel else whole, self.ratio(inner, "inner", width)
+        return replace(inner, width=width, num_heads=heads, sub_patch=sub_patch, mlp_ratio=ratio)
 
 
 def model_of(official: OfficialWeights, what: str) -> ModelConfig:
     """The architecture of weights, which errors call `what`; sizes that shapes do not show are the published ones.
-
-    Raises:
-        UserError: a weight is missing, unknown or of another shape, a computed table differs, or a size is unknown.
-    """
+    UserError when a weight is missing, unknown or of another shape, a computed table differs, or a size is unknown."""
     read, kind = _Reader(official, what), official.kind
     model, nested = read.literal, bool(read.inner_depth)
     channels, patch, image_size = read.image()
-    inner = replace(model.inner, **read.inner(patch)) if nested else model.inner
     heads, ratio = read.heads("outer", read.width), read.ratio(model.outer, "outer", read.width)
     out = read.shape(f"{'inner' if nested else 'outer'}_head.final.linear.weight", 2)[0]
-    keys: dict[str, Any] = {
-        "image_size": image_size,
-        "channels": channels,
-        "patch_size": patch,
-        "num_classes": shape_of(official.averaged, label_table(kind), (2,), what, kind)[0] - 1,
-        "stages": f"outer*{read.depth}" + (f" inner*{read.inner_depth}" if nested else ""),
-        "learn_variance": kind in ALIKE and out == 2 * channels * patch**2,
-        "qk_norm": model.qk_norm or read.has("outer_blocks.*.branches.mix.qk_norm.query"),
-        "tokens": read.tokens(),
-        "bottleneck": read.shape("outer_embed.bottleneck.weight", 4)[0] if model.bottleneck else 0,
-        "outer": replace(model.outer, width=read.width, num_heads=heads, mlp_ratio=ratio),
-        "inner": inner,
-    }
-    keys |= {"time_embed": official.clock, "mlp_norm_eps": official.eps} if kind == "dit" else {}
+    model = replace(
+        model,
+        image_size=image_size,
+        channels=channels,
+        patch_size=patch,
+        num_classes=shape_of(official.averaged, label_table(kind), (2,), what, kind)[0] - 1,
+        stages=f"outer*{read.depth}" + (f" inner*{read.inner_depth}" if nested else ""),
+        learn_variance=kind in ALIKE and out == 2 * channels * patch**2,
+        time_embed=official.clock if kind == "dit" else model.time_embed,
+        qk_norm=model.qk_norm or read.has("outer_blocks.*.branches.mix.qk_norm.query"),
+        mlp_norm_eps=official.eps,
+        bottleneck=read.shape("outer_embed.bottleneck.weight", 4)[0] if model.bottleneck else 0,
+        tokens=read.tokens(),
+        outer=replace(model.outer, width=read.width, num_heads=heads, mlp_ratio=ratio),
+        inner=read.inner(patch) if nested else model.inner,
+    )
     if read.unseen:
         raise UserError(f"--set {next(iter(read.unseen))}: the weights determine this key: leave it out")
-    check_official(official.averaged, kind, model := replace(model, **keys), what)
+    check_official(official.averaged, kind, model, what)
     return model

@@ -127,7 +127,11 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
     """The twin, or, if there is none, the model with the closest cost."""
     fewest, most = depth_limits(model, fixed)
     width, heads, blocks = model.outer.width, model.outer.num_heads, model.blocks("outer")
-    step = math.lcm(4, heads * math.gcd(2, width // heads))  # kernels are slow on heads of odd size
+    inner = model.inner if model.inner_stages else None
+    rotary = model.outer.rope != "none" or (inner and inner.mixer == "compact" and inner.rope != "none")
+    # Rotary positions need heads whose size is a multiple of 4; kernels are slow on heads of odd size.
+    step = math.lcm(4, heads * math.gcd(4 if rotary else 2, width // heads))
+    tied = inner and (inner.modulation == "shared" or model.carries_tokens)  # both levels have one width
 
     def compare(after: ModelConfig) -> Twin:
         return Twin(after, changed_keys(model, after, "model."), count(after) / target - 1)
@@ -155,7 +159,7 @@ def _nearest(model: ModelConfig, target: float, count: Count, tolerance: float, 
     best = compare(model)
     if abs(best.gap) <= tolerance:
         return best
-    sides = () if is_fixed("model.outer.width", fixed) else (widths(-1), widths(1))
+    sides = () if tied or is_fixed("model.outer.width", fixed) else (widths(-1), widths(1))
     for pair in chain([[with_best_depth(model)]], zip_longest(*sides)):
         tried = [t for t in pair if t]
         if near := [t for t in tried if abs(t.gap) <= tolerance]:

@@ -80,8 +80,8 @@ class Trainer:
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
-        if fresh and isinstance(self.model, NestedDiT) and (split := self.model.split) and not split.basis.any():
-            split.basis.copy_(self.world.on_main(partial(principal_patches, source, config.model, len(split.basis))))
+        if fresh:
+            self._find_subspace()
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
@@ -104,6 +104,13 @@ class Trainer:
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         evaluates = train.evaluate_every and source.held_out_size
         self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None
+
+    def _find_subspace(self) -> None:
+        """Compute the subspace of a split prediction from the training images, unless the model has one."""
+        split = getattr(self.model, "split", None)
+        if split is not None and not split.basis.any():
+            find = partial(principal_patches, self.source, self.config.model, len(split.basis))
+            split.basis.copy_(self.world.on_main(find))
 
     def _distribute(self) -> nn.Module:
         """Shard the model and its average in place, or wrap the model in DDP; returns the module to train."""

@@ -80,8 +80,7 @@ class Trainer:
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
-        if fresh:
-            self._find_subspace()
+        self._find_subspace(fresh)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
@@ -105,10 +104,10 @@ class Trainer:
         evaluates = train.evaluate_every and source.held_out_size
         self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None
 
-    def _find_subspace(self) -> None:
-        """Compute the subspace of a split prediction from the training images, unless the model has one."""
+    def _find_subspace(self, fresh: bool) -> None:
+        """Compute the subspace of a split prediction from the training images, unless the model has one or gets one."""
         split = getattr(self.model, "split", None)
-        if split is not None and not split.basis.any():
+        if fresh and split is not None and not split.basis.any():
             find = partial(principal_patches, self.source, self.config.model, len(split.basis))
             split.basis.copy_(self.world.on_main(find))
 

@@ -522,3 +522,17 @@ def test_rows_of_another_study_are_refused(base, tmp_path):
     planned(small(base, seeds=[3]), tmp_path / "other")
     with pytest.raises(UserError, match="another plan"):
         take_trials(rows, tmp_path / "other")
+
+
+STUDIES = Path(__file__).parents[1] / "results" / "studies"
+
+
+@pytest.mark.parametrize("name", [name for name in plans.shipped_studies() if (STUDIES / name / "plan.json").exists()])
+def test_shipped_studies_make_the_models_whose_results_are_kept(name, monkeypatch):
+    monkeypatch.setattr(arms, "_times", lambda *_: {})  # measuring steps takes seconds
+    study = plans.read_study_config(name)
+    if study.match != "none":  # and so does matching of many arms
+        study = replace(study, arms=dict(list(study.arms.items())[:4]))
+    kept = {arm.name: arm.config.model for arm in read_plan(STUDIES / name).arms}
+    for arm in arms.match_arms(study, torch.device("cpu")):
+        assert arm.config.model == kept[arm.name]

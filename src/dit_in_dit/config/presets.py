@@ -74,8 +74,8 @@ def _all_official() -> dict[str, RunConfig]:
     return configs | {f"dit-in-dit-{s}16-reference": _official(s, 16, "reference") for s in SIZES}
 
 
-# Small models of equal MACs for the embedded emoji; each trains in a few minutes on two cores.
-_EMOJI = RunConfig(
+# Small models of equal MACs for the embedded emoji; each trains in a few minutes on two cores. Blocks are those of DiT.
+_EMOJI_2023 = RunConfig(
     model=ModelConfig(
         image_size=(32, 32),
         channels=3,
@@ -105,44 +105,59 @@ _EMOJI = RunConfig(
 )
 # The reference arrangement: inner first, linear embedding, mean, add.
 _EMOJI_REFERENCE = replace(
-    _EMOJI,
+    _EMOJI_2023,
     model=replace(
-        _EMOJI.model,
+        _EMOJI_2023.model,
         stages="inner*2 outer*3",
         outer=OuterConfig(width=152, num_heads=4),
         inner=InnerConfig(sub_patch=2, width=32, num_heads=2),
     ),
-    train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
+    train=replace(_EMOJI_2023.train, lr_scale=LrScaleConfig()),
 )
+
+
+def _today(width: int, mlp_ratio: float) -> OuterConfig:
+    """An outer level of today's blocks, as in JiT and LightningDiT: RMS norm, SwiGLU, rotary positions."""
+    return OuterConfig(width=width, num_heads=4, mlp_ratio=mlp_ratio, norm="rms", mlp="swiglu", rope="grid")
+
+
+# The best nested and the best plain model of the study `field`.
+_EMOJI = replace(_EMOJI_2023, model=replace(_EMOJI_2023.model, outer=_today(160, 3.7), qk_norm=True))
 _EMOJI_DIT = replace(
     _EMOJI,
-    model=replace(_EMOJI.model, stages="outer*3", outer=OuterConfig(width=184, num_heads=4), inner=InnerConfig()),
+    model=replace(_EMOJI.model, stages="outer*3", outer=_today(176, 4.6), inner=InnerConfig()),
     train=replace(_EMOJI.train, lr_scale=LrScaleConfig()),
 )
 
 
-def _own(side: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int], **train: Any) -> list[RunConfig]:
-    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs; for each: outer blocks and width."""
+def _own(
+    side: int, time_mean: float, nested: tuple[int, int], plain: tuple[int, int, float], **train: Any
+) -> list[RunConfig]:
+    """`PIXEL_DECODER` after outer blocks, and the plain DiT of equal MACs: outer blocks, width, for plain MLP ratio."""
     recipe = {"steps": 20_000, "batch_size": 64, "learning_rate": 1.5e-3, "warmup": 500, "ema": 0.9995, **train}
     how = TrainConfig(schedule="cosine", **recipe)
     diffusion = replace(_EMOJI.diffusion, time_mean=time_mean)  # more noise for larger images; JiT at 256x256: 0.8
     base = replace(_EMOJI.model, image_size=(side, side), patch_size=side // 8)
     models = [
-        replace(base, stages=f"outer*{depth}{decoder}", outer=OuterConfig(width=width, num_heads=4), inner=inner)
-        for (depth, width), decoder, inner in ((nested, " inner*3", PIXEL_DECODER), (plain, "", InnerConfig()))
+        replace(base, stages=f"outer*{depth}{decoder}", outer=_today(width, ratio), inner=inner)
+        for (depth, width, ratio), decoder, inner in (
+            ((*nested, 4.0), " inner*3", PIXEL_DECODER),
+            (plain, "", InnerConfig()),
+        )
     ]
     return [replace(_EMOJI, model=model, diffusion=diffusion, train=how) for model in models]
 
 
 _OWN = {  # for own images; measured in docs/presets.md
-    "pixels-64": _own(64, 0.5, (6, 256), (7, 248)),
-    "pixels-128": _own(128, 0.7, (6, 256), (6, 296)),
-    "small": _own(64, 0.5, (4, 160), (4, 180), steps=4000, batch_size=32, warmup=200, ema=0.999),
+    "pixels-64": _own(64, 0.5, (6, 256), (7, 240, 4.45)),
+    "pixels-128": _own(128, 0.7, (6, 256), (6, 288, 4.4)),
+    "small": _own(64, 0.5, (4, 160), (4, 176, 4.35), steps=4000, batch_size=32, warmup=200, ema=0.999),
 }
 
 PRESETS: dict[str, RunConfig] = {
     **_all_official(),
     "emoji": _EMOJI,
+    "emoji-2023": _EMOJI_2023,
     "emoji-reference": _EMOJI_REFERENCE,
     "emoji-dit": _EMOJI_DIT,
     **{name: pair[0] for name, pair in _OWN.items()},

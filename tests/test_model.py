@@ -18,15 +18,7 @@ from conftest import inputs, perturbed, small_model
 from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig, TokensConfig
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS, AttentionPool, Mean, Weighted
 from dit_in_dit.model.condition import CONDITIONS
-from dit_in_dit.model.embed import (
-    EMBEDS,
-    ConvEmbed,
-    InnerUnpatch,
-    LinearEmbed,
-    OuterEmbed,
-    OuterUnpatch,
-    SplitSubPatches,
-)
+from dit_in_dit.model.embed import EMBEDS, ConvEmbed, LinearEmbed, OuterEmbed, SplitSubPatches, Unpatch
 from dit_in_dit.model.layers import sincos
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.mlps import MLPS
@@ -225,9 +217,9 @@ def test_unpatchify_inverts_patchify(size):
     model = small_model(image_size=size)
     x, _, _ = inputs(model)
     by_sub_patch = SplitSubPatches(model)(x).unflatten(-1, (3, 2, 2)).permute(0, 1, 2, 4, 5, 3).flatten(3)
-    assert torch.equal(InnerUnpatch(model)(by_sub_patch), x)
+    assert torch.equal(Unpatch(model, is_inner=True)(by_sub_patch), x)
     patches = F.unfold(x, 4, stride=4).transpose(1, 2).unflatten(-1, (3, 4, 4)).permute(0, 1, 3, 4, 2).flatten(2)
-    assert torch.equal(OuterUnpatch(model)(patches), x)
+    assert torch.equal(Unpatch(model, is_inner=False)(patches), x)
 
 
 def test_sub_patches_lie_inside_their_patch():

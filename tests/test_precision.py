@@ -290,7 +290,7 @@ def test_every_command_with_a_device_option_uses_pick_device():
     for path in room.rglob("*.py"):  # a command is a file or a folder
         name = path.relative_to(room).parts[0].removesuffix(".py")
         texts[name] = texts.get(name, "") + path.read_text()
-    taking = {name: text for name, text in texts.items() if "add_device(" in text}
+    taking = {name: text for name, text in texts.items() if "add_device(" in text or "add_sampling(" in text}
     assert taking.keys() >= {"train", "sample", "evaluate", "doctor", "encode", "maps", "bench", "study"}
     for name, text in taking.items():
         assert "pick_device(" in text or name in ("options", "verify_resume"), name  # `verify` runs `train`

@@ -25,11 +25,11 @@ from dit_in_dit.metrics.metric import METRICS, Metric
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.study import arms
 from dit_in_dit.study import plan as plans
+from dit_in_dit.study.exports import take_trials
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 from dit_in_dit.study.planning import open_plan, plan_study
 from dit_in_dit.study.queue import MOST_LOSSES, LeaseLostError, Queue
 from dit_in_dit.study.result import Result
-from dit_in_dit.study.taken import take_trials
 from dit_in_dit.study.worker import run_trials
 from dit_in_dit.training.loop import train
 

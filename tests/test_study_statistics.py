@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dit_in_dit.metrics.metric import direction, metric_of
-from dit_in_dit.study.metrics import group_metrics
+from dit_in_dit.metrics.metric import direction, group_metrics, metric_of
 from dit_in_dit.study.statistics import Difference, mean_interval, paired_difference, standard_errors
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)

@@ -10,18 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import (
-    Commands,
-    add_device,
-    add_micro_batch,
-    add_num,
-    add_sampling,
-    add_vae,
-    make_folder,
-    print_table,
-    sampling_config,
-    whole_number,
-)
+from dit_in_dit.cli.options import Commands, add_sampling, make_folder, print_table, sampling_config, whole_number
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results_folder
@@ -43,12 +32,8 @@ def add(commands: Commands) -> None:
         "evaluate", _evaluate, "measure a run's samples, or a folder or array of images, against real images"
     )
     evaluate.add_argument("subject", type=find_run, metavar="RUN|IMAGES", help="a run, or a folder, .zip, .npz or .npy")
-    add_num(evaluate, 1000)
-    evaluate.add_argument(
-        "--against",
-        metavar="DATA",
-        help="real images: emoji, mosaic, a folder, .zip or arrays (default: the run's data)",
-    )
+    about = "real images: emoji, mosaic, a folder, .zip or arrays (default: the run's data)"
+    evaluate.add_argument("--against", metavar="DATA", help=about)
     evaluate.add_argument(
         "--metrics",
         default="pixels",
@@ -57,26 +42,15 @@ def add(commands: Commands) -> None:
     )
     evaluate.add_argument("--weights", type=Path, metavar="FILE", help="torch-fidelity's Inception weights")
     evaluate.add_argument("--dinov2", type=Path, metavar="DIR", help="folder of DINOv2 ViT-L/14 for transformers")
-    evaluate.add_argument(
-        "--statistics",
-        type=Path,
-        metavar="FILE",
-        help="for FID and sFID: an .npz file in ADM's layout (mu, sigma, mu_s, sigma_s)",
-    )
+    about = "for FID and sFID: an .npz file in ADM's layout (mu, sigma, mu_s, sigma_s)"
+    evaluate.add_argument("--statistics", type=Path, metavar="FILE", help=about)
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
-    add_sampling(evaluate, classes="all, as often as in the training data")
-    add_micro_batch(evaluate)
-    add_vae(evaluate)
+    add_sampling(evaluate, 1000, classes="all, as often as in the training data")
     evaluate.add_argument(
         "--batch", type=whole_number, default=64, help="images per batch of the feature networks (default 64)"
     )
-    add_device(evaluate)
-    evaluate.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the results (default: RUN/evaluation/STEP; for a shipped run: evaluation/RUN/STEP)",
-    )
+    about = "folder for the results (default: RUN/evaluation/STEP; for a shipped run: evaluation/RUN/STEP)"
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help=about)
 
     compare = commands.add("compare", _compare, "put evaluations with equal protocols into one table and one picture")
     compare.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_device, add_sampling, make_folder, sampling_config, whole_number
+from dit_in_dit.cli.options import Commands, add_sampling, make_folder, sampling_config, whole_number
 from dit_in_dit.runs.pretrained import find_run, results_folder
 
 MOST_TIMES = 99
@@ -22,7 +22,6 @@ def add(commands: Commands) -> None:
         "--times", type=parse_times, default="0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", help="default 0.1,...,0.9"
     )
     add_sampling(maps)
-    add_device(maps)
     maps.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the page (default: RUN/maps; for a shipped run: maps/RUN)"
     )

@@ -30,12 +30,8 @@ def add(commands: Commands) -> None:
     about = "change a model's outer transformer until both models cost the same; keys given with --set stay"
     match = commands.add("match", _match, about)
     add_config(match)
-    match.add_argument(
-        "--like",
-        required=True,
-        metavar="NAME|FILE|RUN",
-        help="the model with the wanted cost: a preset, a YAML file or a run",
-    )
+    about = "the model with the wanted cost: a preset, a YAML file or a run"
+    match.add_argument("--like", required=True, metavar="NAME|FILE|RUN", help=about)
     match.add_argument(
         "--by", choices=("macs", "time", "params"), default="macs", help="the cost to match (default: macs)"
     )

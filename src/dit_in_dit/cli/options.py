@@ -82,38 +82,17 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
 
 
-def add_num(command: argparse.ArgumentParser, default: int) -> None:
-    """Add the options -n and --num. Under torchrun only -n works, because --num is a prefix of torchrun's options."""
-    command.add_argument("-n", "--num", type=whole_number, default=default, help=f"images (default {default})")
-
-
-def add_micro_batch(command: argparse.ArgumentParser) -> None:
-    """Add the option --micro-batch, for `sampling_config`."""
-    command.add_argument(
-        "--micro-batch",
-        type=whole_number,
-        metavar="N",
-        help="images per forward pass; the last bits of samples depend on it (default: the run's)",
-    )
-
-
 def add_scale(command: argparse.ArgumentParser) -> None:
     """Add the option --scale, for `image_grid`."""
-    command.add_argument(
-        "--scale",
-        type=whole_number,
-        metavar="N",
-        help="enlarge images in grids by N (default: small ones to 64 pixels)",
-    )
+    about = "enlarge images in grids by N (default: small ones to 64 pixels)"
+    command.add_argument("--scale", type=whole_number, metavar="N", help=about)
 
 
-def add_vae(command: argparse.ArgumentParser) -> None:
-    """Add the option --vae, for runs on latents."""
-    command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
-
-
-def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> None:
-    """Add the options of sampling, for `sampling_config`; `classes` describes the default of --classes."""
+def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all") -> None:
+    """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes.
+    For a command that writes samples, by default `num`: also --num, --micro-batch and --vae."""
+    if num is not None:  # -n: under torchrun, --num is a prefix of torchrun's options
+        command.add_argument("-n", "--num", type=whole_number, default=num, help=f"images (default {num})")
     command.add_argument(
         "--seed", type=seed, default=0, help="seed; sample number i depends on the seed and i (default 0)"
     )
@@ -124,6 +103,11 @@ def add_sampling(command: argparse.ArgumentParser, *, classes: str = "all") -> N
         "--guidance", type=float, help="scale of classifier-free guidance; 1: none (default: the run's)"
     )
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
+    if num is not None:
+        about = "images per forward pass; the last bits of samples depend on it (default: the run's)"
+        command.add_argument("--micro-batch", type=whole_number, metavar="N", help=about)
+        command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
+    add_device(command)
 
 
 def sampling_config(

@@ -8,18 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dit_in_dit.cli.options import (
-    Commands,
-    add_device,
-    add_micro_batch,
-    add_num,
-    add_sampling,
-    add_scale,
-    add_vae,
-    make_folder,
-    sampling_config,
-    whole_number,
-)
+from dit_in_dit.cli.options import Commands, add_sampling, add_scale, make_folder, sampling_config, whole_number
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
@@ -29,15 +18,9 @@ from dit_in_dit.runtime.process import gc_paused, is_main
 def add(commands: Commands) -> None:
     """Add the command."""
     sample = commands.add("sample", _sample, "generate images from a trained run; existing images are kept")
-    sample.add_argument(
-        "run_folder",
-        type=find_run,
-        metavar="RUN",
-        help="a run, an export, weights of other projects, or USER/NAME of the Hub",
-    )
-    add_num(sample, 64)
-    add_sampling(sample)
-    add_micro_batch(sample)
+    about = "a run, an export, weights of other projects, or USER/NAME of the Hub"
+    sample.add_argument("run_folder", type=find_run, metavar="RUN", help=about)
+    add_sampling(sample, 64)
     sample.add_argument(
         "--batch",
         type=whole_number,
@@ -49,14 +32,8 @@ def add(commands: Commands) -> None:
     sample.add_argument(
         "--film", type=Path, metavar="FILE", help="also write the way from noise to the images: a .gif or .webp"
     )
-    add_vae(sample)
-    add_device(sample)
-    sample.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="folder for the images (default samples/RUN plus options that change images, such as samples/RUN-seed5)",
-    )
+    about = "folder for the images (default samples/RUN plus options that change images, such as samples/RUN-seed5)"
+    sample.add_argument("--out", type=Path, metavar="DIR", help=about)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -183,24 +183,14 @@ class InnerEmbed(nn.Module):
         return tokens + (self.global_position if self.position is None else self.position + self.global_position)
 
 
-class OuterUnpatch(nn.Module):
-    """Patches to the image, values in DiT's order (row, column, channel); (N, T, p*p*C) -> (N, C, H, W)."""
+class Unpatch(nn.Module):
+    """Tokens to the image, values in DiT's order (row, column, channel): patches (N, T, p*p*C), or sub-patches
+    (N, T, S, s*s*C) if `is_inner`, -> (N, C, H, W)."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, *, is_inner: bool) -> None:
         super().__init__()
-        self.sizes = {"h": model.grid[0], "p": model.patch_size, "q": model.patch_size}
+        side, i = (model.inner.sub_patch, model.sub_grid) if is_inner else (model.patch_size, 1)
+        self.sizes = {"h": model.grid[0], "i": i, "j": i, "p": side, "q": side}
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", **self.sizes)
-
-
-class InnerUnpatch(nn.Module):
-    """Sub-patches to the image, values in the order (row, column, channel); (N, T, S, s*s*C) -> (N, C, H, W)."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        s = model.inner.sub_patch
-        self.sizes = {"h": model.grid[0], "i": model.sub_grid, "j": model.sub_grid, "p": s, "q": s}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n (h w) (i j) (p q c) -> n c (h i p) (w j q)", **self.sizes)
+        return rearrange(x.flatten(1, -2), "n (h w i j) (p q c) -> n c (h i p) (w j q)", **self.sizes)

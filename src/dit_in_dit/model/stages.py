@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Refine, Spread
 from dit_in_dit.model.condition import CONDITIONS, Condition, Conditioning
-from dit_in_dit.model.embed import InnerUnpatch, OuterUnpatch
+from dit_in_dit.model.embed import Unpatch
 from dit_in_dit.model.layers import Block, FinalLayer, MlpBlock
 from dit_in_dit.model.modulation import Modulation, SharedHead
 from dit_in_dit.model.norms import NORMS
@@ -141,7 +141,7 @@ class Head(nn.Module):
         norm = NORMS[level.head_norm or level.norm](level.width)
         side = model.inner.sub_patch if self.is_inner else model.patch_size
         self.final = FinalLayer(level.width, side**2 * model.out_channels, norm, modulation)
-        self.unpatch = InnerUnpatch(model) if self.is_inner else OuterUnpatch(model)
+        self.unpatch = Unpatch(model, is_inner=self.is_inner)
 
     def forward(self, state: State, condition: Conditioning) -> Tensor:
         row = condition.row(self.shared)[:, None]  # N 1 K

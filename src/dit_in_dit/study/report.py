@@ -8,12 +8,12 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves import plots
 from dit_in_dit.curves.arms import RunGroup
+from dit_in_dit.metrics.metric import explain_directions
 from dit_in_dit.reporting import document
 from dit_in_dit.reporting.document import Bullets, Chapter, DocumentPart, Picture, Text, Verbatim
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import exports, figures, relative_error, search, tables
-from dit_in_dit.study.metrics import explain_directions
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
 from dit_in_dit.study.summary import summarise_study

@@ -15,10 +15,9 @@ from dit_in_dit.config.strict_json import has_form, json_difference, read_json
 from dit_in_dit.curves.arms import RunGroup
 from dit_in_dit.curves.convergence import check_comparable
 from dit_in_dit.curves.logs import Curve, last_step, read_run
-from dit_in_dit.metrics.metric import direction, metric_of
+from dit_in_dit.metrics.metric import direction, group_metrics, metric_of
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.precision import FULL, precision_of_version
-from dit_in_dit.study.metrics import group_metrics
 from dit_in_dit.study.plan import Arm, Plan, read_plan
 from dit_in_dit.study.result import Result, read_result
 from dit_in_dit.study.statistics import Difference, Estimate, mean_interval, paired_difference

@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> None:
     workers = _workers(options.workers)
     make_folder(options.out)
     if options.earlier:
-        from dit_in_dit.study.taken import take_trials
+        from dit_in_dit.study.exports import take_trials
 
         print(f"{take_trials(options.earlier, options.out)} trials taken from {options.earlier}")
     plan = open_plan(options.out, lambda: plan_named(options, study, device), study)

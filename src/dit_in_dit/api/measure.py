@@ -58,7 +58,7 @@ def match(
     run, a model, a config) costs; keys or groups in `fixed` stay. UserError if none is within the tolerance.
 
     >>> dd.match(dd.preset("emoji", mixer="none"), like="emoji-dit").model.outer.width
-    168
+    144
     """
     config = config if isinstance(config, RunConfig) else find_config(str(config), "config")
     fixed = {fixed} if isinstance(fixed, str) else fixed

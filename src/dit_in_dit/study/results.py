@@ -205,7 +205,9 @@ def _check_alike(plan: Plan, results: dict[Path, Result]) -> None:
     torch_version = str(plan.made.get("versions", {}).get("torch", ""))
     unnamed = FULL if plan.made.get("device") == "cpu" else precision_of_version(torch_version)
     for path, result in results.items():
-        protocol = any_seed = {"precision": unnamed, **result.protocol} if result.protocol else {}
+        if not result.protocol:  # only held-out errors were measured, or the trial was taken from kept rows
+            continue
+        protocol = any_seed = {"precision": unnamed, **result.protocol}
         if "reference" in protocol:
             any_seed = {**protocol, "reference": {k: v for k, v in protocol["reference"].items() if k != "sha256"}}
         for seed, compared in ((result.seed, protocol), (None, any_seed)):

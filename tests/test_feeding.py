@@ -17,7 +17,6 @@ from dit_in_dit.config.files import config_hash, from_yaml, to_yaml
 from dit_in_dit.config.run import DataConfig, RunConfig
 from dit_in_dit.data.coerce import as_source
 from dit_in_dit.data.formats.images import ImageSource
-from dit_in_dit.data.formats.mosaic import MosaicSource
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.runs import checkpoint
@@ -77,7 +76,6 @@ def sources(tmp_path, config: RunConfig):
     yield open_source(config.data, model), torch.uint8
     yield Brighter(config.data, model), torch.float32
     yield Shifted(config.data, model), torch.float32
-    yield MosaicSource(config.data, model), torch.float32
     yield arrays(tmp_path, pixels, model, "pixels"), torch.uint8
     for kind, crossing in ((np.float16, torch.float16), (np.float32, torch.float32), (np.float64, torch.float32)):
         yield arrays(tmp_path, latents.astype(kind), model, kind.__name__), crossing
@@ -100,6 +98,7 @@ def test_images_cross_as_they_are_stored_and_arrive_with_the_same_bits(run_confi
             expected.append(image)
         assert examples.packed(1).x.dtype == crossing, source
         assert torch.equal(examples[1].x, torch.from_numpy(np.stack(expected))), source
+        assert examples.packed(1).x.is_contiguous(), source
 
 
 def test_every_pixel_value_is_scaled_to_the_same_bits_as_on_the_host():

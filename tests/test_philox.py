@@ -19,7 +19,8 @@ KNOWN = """
 ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff   408f276d 41c83b0e a20bc7c6 6d5451fd
 243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0   d16cfe09 94fdcceb 5001e420 24126ea1
 """
-# |torch - NumPy| of a normal number in float32, measured over 10^7 numbers: 9.5e-7 (two units in the last place of 4).
+# Largest |torch - NumPy| over 10^7 normal numbers in float32: 9.54e-7, two units in the last place of 4 to 8; 68 % are
+# equal. Against NumPy in float64: 7.0e-7.
 ROUNDING = 1e-6
 
 

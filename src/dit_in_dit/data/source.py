@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.picture import Array, Stored, as_float
 
-IMAGES = ("_stored", "_image", "train", "example")  # methods of a `SplitSource`, each by default made of the one before
+METHODS = ("_stored", "_image", "train", "example")  # of a `SplitSource`; by default each calls the one before it
 Stream = Callable[[], np.random.Generator]  # makes the generator of a training example's random numbers
 
 
@@ -156,8 +156,14 @@ class SplitSource(Source):
         return self._image(int(self._held[index]))
 
     def stored_example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Stored, int]:
-        stored, *others = (next(n for n, c in enumerate(type(self).__mro__) if name in vars(c)) for name in IMAGES)
-        if min(others) <= stored:  # the class gives other images than the stored ones
+        if not _shows_stored(type(self)):
             return self.example(index, stream, flip=flip)
         image, label = self._stored(int(self._train[index]))
         return image[..., ::-1] if flip else image, label
+
+
+@cache
+def _shows_stored(kind: type[SplitSource]) -> bool:
+    """Whether the examples of a class are its stored images: it overrides no other method of METHODS."""
+    stored, *others = (next(n for n, owner in enumerate(kind.__mro__) if name in vars(owner)) for name in METHODS)
+    return stored < min(others)

@@ -38,6 +38,10 @@ class Batch(NamedTuple):
     y: Tensor
     image: Tensor
 
+    def unpack(self, seed: int, device: torch.device) -> Batch:
+        """The batch on `device`."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
 
 class Packed(NamedTuple):
     """A batch as it crosses to the device: images as they are stored, and no noise with train.noise=device."""
@@ -130,8 +134,9 @@ class Examples(Dataset[Batch]):
             numbers.append(chosen)
         if len({image.dtype for image in images}) > 1:  # a user's dataset may hold pixels and floats
             images = [as_float(image) for image in images]
+        stacked = np.empty((len(images), *config.model.image_shape), images[0].dtype)  # contiguous: images may not be
         return Packed(
-            torch.from_numpy(np.stack(images)),
+            torch.from_numpy(np.stack(images, out=stacked)),
             torch.from_numpy(np.stack(noises)) if noises else None,
             draw_time(self.path, torch.tensor(uniforms, dtype=torch.float64), config.diffusion),
             torch.tensor(labels),
@@ -196,19 +201,19 @@ def end_workers(batches: Iterator[Packed | str]) -> None:
 
 
 class Unpacker:
-    """Unpacks batches on the device. On CUDA this runs on a stream of its own: while the device computes a step, the
+    """Brings batches to the device. On CUDA this runs on a stream of its own: while the device computes a step, the
     next batch is copied from pinned memory, and its noise is made."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __call__(self, packed: Packed) -> Batch:
+    def __call__(self, given: Packed | Batch) -> Batch:
         """The batch, which the device's current stream can use."""
         if self.stream is None:
-            return packed.unpack(self.seed, self.device)
+            return given.unpack(self.seed, self.device)
         with torch.cuda.stream(self.stream):
-            batch = packed.unpack(self.seed, self.device)
+            batch = given.unpack(self.seed, self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
         for part in batch:

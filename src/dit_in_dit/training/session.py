@@ -17,7 +17,7 @@ from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import file_order
-from dit_in_dit.training.batches import Examples, Packed, Unpacker, end_workers, load_batches, shuffled_index
+from dit_in_dit.training.batches import Examples, Packed, end_workers, load_batches, shuffled_index
 from dit_in_dit.training.changes import check_changes, record_changes
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
@@ -126,11 +126,11 @@ class Session:
         trainer, how = self.trainer, self.how
         examples = Examples(trainer.source, self.config, self.world.rank, self.world.size)
         first, last = ((step + trainer.divergence.shift) * examples.per_step for step in (trainer.step, self.last))
-        on_cuda, unpack = trainer.device.type == "cuda", Unpacker(self.config.seed, trainer.device)
+        on_cuda = trainer.device.type == "cuda"
         self.batches = iter(load_batches(examples, first, last, self.config.data.workers, pin=on_cuda))
         while trainer.step < self.last:
             with self._waiting():
-                batches = [unpack(_whole(next(self.batches))) for _ in range(examples.per_step)]
+                batches = [_whole(next(self.batches)) for _ in range(examples.per_step)]
             values = trainer.update(batches)
             step = trainer.step
             self.lines.pending.append((step, values, trainer.each))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import small_model, with_train
 from dit_in_dit.cli import main, verify_resume
@@ -238,3 +239,15 @@ def test_on_cuda_batches_are_unpacked_on_a_side_stream_that_the_step_waits_for(r
     unpacker.stream = "side"
     batch = unpacker(examples.packed(0))
     assert streams.calls == [("unpack", "side"), ("wait", "side"), *[("keep", streams)] * len(batch)]
+
+
+@pytest.mark.parametrize("noise", ["host", "device"])
+def test_a_batch_on_cuda_is_unpacked_there_without_reading_it_back(run_config, noise):
+    """With fake tensors, which refuse operations on tensors of two devices, and reads by the CPU."""
+    config = with_train(run_config, noise=noise)
+    packed, device = Examples(open_source(config.data, config.model), config).packed(0), torch.device("cuda:0")
+    with FakeTensorMode():
+        parts = (None if part is None else torch.empty(part.shape, dtype=part.dtype, device=device) for part in packed)
+        batch = batches.Packed(*parts).unpack(config.seed, device)
+    assert {part.device for part in batch} == {device}
+    assert [(part.dtype, part.shape) for part in batch[:2]] == [(torch.float32, (4, 3, 8, 8))] * 2

@@ -56,8 +56,8 @@ def normal(seed: int, purpose: str, examples: Tensor, shape: Sequence[int]) -> T
     use = torch.full((), PURPOSES[purpose], device=examples.device)
     rows = max(1, CHUNK.get(examples.device.type, LARGE_CHUNK) // len(blocks))
     noises = []
-    for some in torch.split(examples[:, None], rows):
+    for some in torch.split(examples.unsqueeze(1), rows):
         words = philox((blocks, use, some & MASK, some >> WORD), (seed & MASK, seed >> WORD))
         pairs = *box_muller(*words[:2]), *box_muller(*words[2:])
-        noises.append(torch.stack(pairs, -1).flatten(1)[:, :size])
+        noises.append(torch.stack(pairs, -1).flatten(1).narrow(1, 0, size))
     return torch.cat(noises).reshape(-1, *shape)

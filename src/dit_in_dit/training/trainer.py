@@ -98,8 +98,7 @@ class Trainer:
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
         self.predict = torch.compile(self.net) if train.compile else self.net
-        self.unpack = Unpacker(config.seed, device)
-        self.step = 0
+        self.step, self.unpack = 0, Unpacker(config.seed, device)
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         evaluates = train.evaluate_every and source.held_out_size

@@ -15,7 +15,7 @@ from dit_in_dit.study.queue import Queue
 from dit_in_dit.study.results import StudyResults, read_study
 from dit_in_dit.study.summary import summarise_study
 from dit_in_dit.study.worker import run_trials
-from dit_in_dit.training.batches import Batch, Examples
+from dit_in_dit.training.batches import Batch, Examples, Packed
 
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -75,13 +75,14 @@ def test_two_arms_with_the_same_config_show_no_difference(base, tmp_path):
 class Swapped(Examples):
     """Every fifth example of the marked arm has another example's image as its target."""
 
-    def __getitem__(self, number: int) -> Batch:
-        batch = super().__getitem__(number)
+    def packed(self, number: int) -> Packed:
+        packed = super().packed(number)
         if self.config.train.weight_decay != MARK:
-            return batch
+            return packed
+        batch = packed.unpack(self.config.seed, torch.device("cpu"))
         x = batch.x.clone()
         x[::5] = batch.x.roll(1, 0)[::5]
-        return batch._replace(x=x, noise=_same_input(batch, x))
+        return packed._replace(x=x, noise=_same_input(batch, x))
 
 
 def _same_input(batch: Batch, x: torch.Tensor) -> torch.Tensor:

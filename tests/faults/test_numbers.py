@@ -139,14 +139,14 @@ def diverging(config, monkeypatch):
     """
     config = with_train(config, steps=9, skip_most=2, on_divergence="roll_back", checkpoint_every=2)
     config = replace(config, data=DataConfig(source="mosaic"), model=replace(config.model, num_classes=9))
-    plain = Examples.__getitem__
+    plain = Examples.packed
 
     def poisoned(self, number):
         batch = plain(self, number)
         hit = torch.tensor([12 <= index < 32 for index in self.indices(number)])
         return batch._replace(x=torch.where(hit[:, None, None, None], torch.nan, batch.x))
 
-    monkeypatch.setattr(Examples, "__getitem__", poisoned)
+    monkeypatch.setattr(Examples, "packed", poisoned)
     return config
 
 
@@ -195,7 +195,7 @@ def test_a_stopped_run_that_rolled_back_ends_like_an_uninterrupted_run(diverging
 
 
 def test_a_run_that_diverges_repeatedly_stops(diverging, tmp_path, monkeypatch):
-    monkeypatch.setattr(Examples, "__getitem__", _all_bad(Examples.__getitem__))
+    monkeypatch.setattr(Examples, "packed", _all_bad(Examples.packed))
     with pytest.raises(UserError, match="even after 3 roll-backs"):
         run(diverging, tmp_path / "run")
 

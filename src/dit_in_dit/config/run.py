@@ -105,6 +105,11 @@ class TrainConfig(Section):
     label_drop: float = key(0.1, "fraction of labels replaced by the null class, for guidance", low=0, high=1)
     ema: float = key(0.9999, "decay of the averaged weights; at step n at most (1+n)/(10+n)", low=0, high=0.9999999)
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
+    noise: Literal["host", "device"] = key(
+        "host",
+        "training noise: host (same bits on every device), device (made where the model is, same up to rounding)",
+        added=4,
+    )
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "autocast type; auto: bfloat16 if the device computes in it, resolved when the run starts"
     )

@@ -16,7 +16,7 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.groups import split_families
 from dit_in_dit.data.labels import label_names
-from dit_in_dit.data.picture import Array, resize_and_crop
+from dit_in_dit.data.picture import Array, Stored, as_float, resize_and_crop
 from dit_in_dit.data.source import Source, SplitSource
 
 WHAT = "the dataset"  # in messages
@@ -73,7 +73,7 @@ class DatasetSource(SplitSource):
         self.classes = label_names(labels, len(known), WHAT, known)
         self._set_split(*split_families(list(map(str, range(len(labels)))), config.data.held_out, WHAT), labels)
 
-    def _image(self, position: int) -> tuple[Array, int]:
+    def _stored(self, position: int) -> tuple[Stored, int]:
         what = f"item {position} of {WHAT}"
         try:
             item = self._dataset[position]
@@ -85,13 +85,18 @@ class DatasetSource(SplitSource):
         if label is None and self._model.num_classes:
             raise UserError(f"{what} has no label: give pairs (image, label), or set model.num_classes=0")
         try:
-            return as_image(image, self._model, what), 0 if label is None else index(label)
+            return _as_stored(image, self._model, what), 0 if label is None else index(label)
         except TypeError:
             raise UserError(f"{what} must be an image with a whole number: got {truncate(item, 60)}") from None
 
 
 def as_image(image: Any, model: ModelConfig, what: str = "the image") -> Array:
     """An image of a user, see `DatasetSource`, as float32 (C, H, W) of the model's shape. Raises UserError."""
+    return as_float(_as_stored(image, model, what))
+
+
+def _as_stored(image: Any, model: ModelConfig, what: str) -> Stored:
+    """An image of a user as uint8 pixels or float32 (C, H, W). Raises UserError."""
     channels, *size = model.image_shape
     if isinstance(image, Image.Image):
         try:
@@ -102,10 +107,9 @@ def as_image(image: Any, model: ModelConfig, what: str = "the image") -> Array:
     if array.dtype == np.uint8:
         array = array[..., None] if array.shape == tuple(size) else array
         array = array.transpose(2, 0, 1) if array.shape == (*size, channels) else array
-        array = array.astype(np.float32) / np.float32(127.5) - 1
     elif array.dtype.kind != "f" or (channels in (1, 3) and not np.abs(array).max(initial=0) <= 1):  # also NaN
         got = f"values to {np.abs(array).max():.4g}" if array.dtype.kind == "f" else array.dtype
         raise UserError(f"{what} must be uint8, or floats that are scaled to [-1, 1] already: got {got}")
     if array.shape != model.image_shape:
         raise UserError(f"{what} must be {model.image_shape}, the model's shape, or a PIL image: got {array.shape}")
-    return np.ascontiguousarray(array, np.float32)
+    return array if array.dtype == np.uint8 else np.ascontiguousarray(array, np.float32)

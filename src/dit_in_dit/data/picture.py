@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from tokenize import TokenError
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 Seen = TypeVar("Seen")
 Array = NDArray[np.float32]
+Stored = NDArray[Any]  # an image (C, H, W) as it is stored: uint8 pixels, float16 or float32
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if find_spec("PIL.AvifImagePlugin") else ()))
 ONE_FRAME = ("TIFF", "GIF", "AVIF")  # refused with several frames; of PNG and WebP the first is used
 IN_MEMORY = 2**30  # bytes of decoded pixels up to which a source is decoded once, at opening
@@ -82,6 +83,12 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int], channels: int) ->
     box = (left, top, left + across, top + down)
     image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).reshape(height, width, channels)
+
+
+def as_float(image: Stored) -> Array:
+    """A stored image in float32; pixels are scaled to [-1, 1]."""
+    scaled = np.ascontiguousarray(image, np.float32)
+    return scaled / 127.5 - 1 if image.dtype == np.uint8 else scaled
 
 
 def image_shape(image: Image.Image) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, ModelConfig
-from dit_in_dit.data.picture import Array
+from dit_in_dit.data.picture import Array, Stored, as_float
 
+METHODS = ("_stored", "_image", "train", "example")  # of a `SplitSource`; by default each calls the one before it
 Stream = Callable[[], np.random.Generator]  # makes the generator of a training example's random numbers
 
 
@@ -124,6 +125,11 @@ class Source(ABC):
         image, label = self.train(index)
         return image[..., ::-1] if flip else image, label
 
+    def stored_example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Stored, int]:
+        """`example` with the image as it is stored: uint8 pixels or float16 if `as_float` makes the same bits of them.
+        Training moves the stored image to the device."""
+        return self.example(index, stream, flip=flip)
+
 
 class SplitSource(Source):
     """A source of images by position, split into training and held-out ones."""
@@ -135,11 +141,29 @@ class SplitSource(Source):
         self.labels = np.asarray(labels, np.int64)[self._train]
 
     @abstractmethod
+    def _stored(self, position: int) -> tuple[Stored, int]:
+        """The image at a position as it is stored, and its label."""
+
     def _image(self, position: int) -> tuple[Array, int]:
         """The image at a position and its label."""
+        image, label = self._stored(position)
+        return as_float(image), label
 
     def train(self, index: int) -> tuple[Array, int]:
         return self._image(int(self._train[index]))
 
     def held_out(self, index: int) -> tuple[Array, int]:
         return self._image(int(self._held[index]))
+
+    def stored_example(self, index: int, stream: Stream, *, flip: bool) -> tuple[Stored, int]:
+        if not _shows_stored(type(self)):
+            return self.example(index, stream, flip=flip)
+        image, label = self._stored(int(self._train[index]))
+        return image[..., ::-1] if flip else image, label
+
+
+@cache
+def _shows_stored(kind: type[SplitSource]) -> bool:
+    """Whether the examples of a class are its stored images: it overrides no other method of METHODS."""
+    stored, *others = (next(n for n, owner in enumerate(kind.__mro__) if name in vars(owner)) for name in METHODS)
+    return stored < min(others)

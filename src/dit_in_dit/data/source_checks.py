@@ -10,7 +10,7 @@ import numpy as np
 from dit_in_dit.config.choices import PACKAGE
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.data.picture import Array
+from dit_in_dit.data.picture import Stored
 from dit_in_dit.data.source import Source
 
 
@@ -50,11 +50,14 @@ def _check_labels(source: Source, size: int | None, classes: int) -> None:
         raise _wrong(source, f"labels must be from 0 to {classes - 1}", f"{labels.min()} to {labels.max()}")
 
 
-def check_example(source: Source, example: object, model: ModelConfig, classes: int | None = None) -> tuple[Array, int]:
+def check_example(
+    source: Source, example: object, model: ModelConfig, classes: int | None = None, *, stored: bool = False
+) -> tuple[Stored, int]:
     """Check an example of a source, except for NaN, and return it as (image, label).
 
     Args:
         classes: number of classes; None: the model's.
+        stored: accept an image as it is stored, uint8 or float16 too.
 
     Raises:
         UserError: the image is not float32 (C, H, W) of the model's shape, or the label is not from 0 to classes - 1.
@@ -62,7 +65,8 @@ def check_example(source: Source, example: object, model: ModelConfig, classes: 
     if not isinstance(example, Sequence) or len(example) != 2:
         raise _wrong(source, "an example must be a pair (image, label)", type(example).__name__)
     image, label = example
-    if not isinstance(image, np.ndarray) or image.dtype != np.float32 or image.shape != model.image_shape:
+    dtypes = (np.float32, np.float16, np.uint8) if stored else (np.float32,)
+    if not isinstance(image, np.ndarray) or image.dtype not in dtypes or image.shape != model.image_shape:
         shape = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
         raise _wrong(source, f"images must be float32 of shape {list(model.image_shape)}", shape)
     classes = model.num_classes if classes is None else classes

@@ -153,6 +153,7 @@ def _training(config: RunConfig, step: int) -> Rows:
         "optimizer": f"{name}, learning rate {train.learning_rate:g} ({train.schedule}), decay {train.weight_decay:g}",
         "labels dropped": f"{train.label_drop:g}" if config.model.num_classes else "none",
         "precision": train.precision,
+        **({"noise": "made on the device (Philox-4x32-10, Box-Muller)"} if train.noise == "device" else {}),
         "seed": config.seed,
         "SHA-256 of the config": code(config_hash(config)),
     }

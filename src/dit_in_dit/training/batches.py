@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
-from dit_in_dit.data.picture import Array
+from dit_in_dit.data.picture import Array, as_float
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.source_checks import check_example
 from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
+from dit_in_dit.runtime.philox import normal
 from dit_in_dit.runtime.seeding import generator
 
 PCA_IMAGES = 10_000  # most training images from which `principal_patches` computes, as in AsymFlow's code
@@ -36,6 +37,34 @@ class Batch(NamedTuple):
     t: Tensor
     y: Tensor
     image: Tensor
+
+    def unpack(self, seed: int, device: torch.device) -> Batch:
+        """The batch on `device`."""
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+class Packed(NamedTuple):
+    """A batch as it crosses to the device: images as they are stored, and no noise with train.noise=device."""
+
+    x: Tensor  # uint8 pixels, float16 or float32
+    noise: Tensor | None
+    t: Tensor
+    y: Tensor
+    image: Tensor
+    example: Tensor  # numbers of the examples (N,)
+
+    def unpack(self, seed: int, device: torch.device) -> Batch:
+        """The batch on `device`: the run's `seed` and the examples' numbers give the noise that is not here."""
+
+        def move(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        x = move(self.x)
+        if x.dtype == torch.uint8:
+            # CUDA multiplies by the inverse of a number that is on the host: other bits than a division.
+            x = x.float().div_(torch.full((), 127.5, device=device)).sub_(1)
+        noise = normal(seed, "noise", move(self.example), x.shape[1:]) if self.noise is None else move(self.noise)
+        return Batch(x.float(), noise, move(self.t), move(self.y), move(self.image))
 
 
 @lru_cache(maxsize=2)
@@ -84,6 +113,10 @@ class Examples(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number`; UserError if an image cannot be read or does not fit the model."""
+        return self.packed(number).unpack(self.config.seed, torch.device("cpu"))
+
+    def packed(self, number: int) -> Packed:
+        """Micro-batch `number` in as few bytes as possible; errors as for `__getitem__`."""
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
@@ -91,31 +124,36 @@ class Examples(Dataset[Batch]):
             chosen = shuffled_index(config.seed, index, self.source.train_size)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             stream = partial(generator, config.seed, "source", index)
-            drawn = self.source.example(chosen, stream, flip=flip and u_flip < 0.5)
-            image, label = check_example(self.source, drawn, config.model)
+            drawn = self.source.stored_example(chosen, stream, flip=flip and u_flip < 0.5)
+            image, label = check_example(self.source, drawn, config.model, stored=True)
             images.append(image)
             labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
-            noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
+            if config.train.noise == "host":
+                noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
             numbers.append(chosen)
-        return Batch(
-            torch.from_numpy(np.stack(images)),
-            torch.from_numpy(np.stack(noises)),
+        if len({image.dtype for image in images}) > 1:  # a user's dataset may hold pixels and floats
+            images = [as_float(image) for image in images]
+        stacked = np.empty((len(images), *config.model.image_shape), images[0].dtype)  # contiguous: images may not be
+        return Packed(
+            torch.from_numpy(np.stack(images, out=stacked)),
+            torch.from_numpy(np.stack(noises)) if noises else None,
             draw_time(self.path, torch.tensor(uniforms, dtype=torch.float64), config.diffusion),
             torch.tensor(labels),
             torch.tensor(numbers),
+            torch.tensor(self.indices(number)),
         )
 
 
-class _Messages(Dataset["Batch | str"]):
+class _Messages(Dataset["Packed | str"]):
     """Like `Examples`, but returns the message of a UserError: an error that a worker raises would be altered."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
-    def __getitem__(self, number: int) -> Batch | str:
+    def __getitem__(self, number: int) -> Packed | str:
         try:
-            return self.examples[number]
+            return self.examples.packed(number)
         except UserError as error:
             return str(error)
 
@@ -136,7 +174,7 @@ def _begin_worker(_: int) -> None:
     sys.excepthook = complain
 
 
-def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Batch | str]:
+def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin: bool) -> DataLoader[Packed | str]:
     """Micro-batches `first` to `last` - 1 in order, prepared by `workers` processes. If a
     micro-batch cannot be read, the error message takes its place."""
     return DataLoader(
@@ -151,7 +189,7 @@ def load_batches(examples: Examples, first: int, last: int, workers: int, *, pin
     )
 
 
-def end_workers(batches: Iterator[Batch | str]) -> None:
+def end_workers(batches: Iterator[Packed | str]) -> None:
     """End the workers of an iterator over `load_batches`.
 
     Python ends its child processes by SIGTERM, which these workers ignore: Python would wait for them forever.
@@ -160,6 +198,27 @@ def end_workers(batches: Iterator[Batch | str]) -> None:
         shutdown()
     for worker in getattr(batches, "_workers", ()):
         worker.kill()  # a worker may still wait for its data
+
+
+class Unpacker:
+    """Brings batches to the device. On CUDA this runs on a stream of its own: while the device computes a step, the
+    next batch is copied from pinned memory, and its noise is made."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, given: Packed | Batch) -> Batch:
+        """The batch, which the device's current stream can use."""
+        if self.stream is None:
+            return given.unpack(self.seed, self.device)
+        with torch.cuda.stream(self.stream):
+            batch = given.unpack(self.seed, self.device)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for part in batch:
+            part.record_stream(current)  # its memory is not used again before the current stream has read it
+        return batch
 
 
 def held_out_batch(source: Source, model: ModelConfig, most: int) -> Batch:

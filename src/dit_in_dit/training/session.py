@@ -17,7 +17,7 @@ from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import file_order
-from dit_in_dit.training.batches import Batch, Examples, end_workers, load_batches, shuffled_index
+from dit_in_dit.training.batches import Examples, Packed, end_workers, load_batches, shuffled_index
 from dit_in_dit.training.changes import check_changes, record_changes
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
@@ -55,7 +55,7 @@ class Session:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
-        self.batches: Iterator[Batch | str] = iter(())
+        self.batches: Iterator[Packed | str] = iter(())
         self.saved = -1  # the last step that has a checkpoint
         self.changed = ""  # a line about config keys that this resume changed
 
@@ -269,7 +269,7 @@ def _check_objects(passed: Mapping[str, str], recorded: Mapping[str, str], run: 
             raise UserError(f"{run} was trained with {name} {before}: got {now}; give the first one to train()")
 
 
-def _whole(batch: Batch | str) -> Batch:
+def _whole(batch: Packed | str) -> Packed:
     """Return the batch, or raise the UserError of a loader worker: an error raised there would print a traceback."""
     if isinstance(batch, str):
         raise UserError(batch)

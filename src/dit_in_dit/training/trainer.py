@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import signature
@@ -24,7 +24,7 @@ from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
-from dit_in_dit.training.batches import Batch, held_out_batch, principal_patches
+from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
@@ -98,7 +98,7 @@ class Trainer:
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
         self.predict = torch.compile(self.net) if train.compile else self.net
-        self.step = 0
+        self.step, self.unpack = 0, Unpacker(config.seed, device)
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         evaluates = train.evaluate_every and source.held_out_size
@@ -146,7 +146,7 @@ class Trainer:
             return self.net.no_sync()
         return nullcontext()
 
-    def update(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+    def update(self, batches: Sequence[Batch | Packed]) -> dict[str, Tensor | float]:
         """Take one optimizer step on this process's micro-batches. If loss or gradient is not finite, the step counts,
         but weights and moments stay unchanged."""
         train, losses = self.config.train, []
@@ -156,7 +156,7 @@ class Trainer:
         # DDP averages over processes, the tree sums the micro-batches of all.
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
-            x, noise, t, y, _ = (part.to(self.device, non_blocking=True) for part in batch)
+            x, noise, t, y, _ = self.unpack(batch)
             with self._accumulating(last=number == len(batches)):
                 with self.autocast():
                     each = self.objective.loss(self.predict, x, noise, t, y)  # of N examples

@@ -17,7 +17,7 @@ from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_arrays
 from dit_in_dit.data.groups import split_families
 from dit_in_dit.data.names import HIDDEN, left_out_clause
-from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Array
+from dit_in_dit.data.picture import IN_MEMORY, MOST_BYTES, UNREADABLE, Stored
 from dit_in_dit.data.source import SplitSource
 
 MOST_GROWTH = 50  # limit for compressed arrays: when unpacked, pixels grow threefold, zeros a thousandfold
@@ -65,7 +65,7 @@ class ArraySource(SplitSource):
         self._stored_labels = labels
         if not self._pixels and images.nbytes <= IN_MEMORY:  # larger arrays are checked image by image, when read
             for position in range(len(images)):
-                self._image(position)
+                self._stored(position)
         self._set_split(*split_families([str(i) for i in range(len(images))], data.held_out, str(path)), self._labels)
 
     @classmethod
@@ -108,14 +108,15 @@ class ArraySource(SplitSource):
         """SHA-256 of the stored images and labels."""
         return digest_arrays(self._images, self._stored_labels)
 
-    def _image(self, position: int) -> tuple[Array, int]:
-        image = np.asarray(self._images[position], np.float32)
+    def _stored(self, position: int) -> tuple[Stored, int]:
+        image = self._images[position]
+        if self._pixels:
+            return image.transpose(2, 0, 1), int(self._labels[position])
+        image = image if image.dtype == np.float16 else np.asarray(image, np.float32)
         if not np.isfinite(image).all():
             raise UserError(
                 f"image {position} of {truncate(self._path)} holds NaN or infinite values: fix or remove it"
             )
-        if self._pixels:
-            image = np.ascontiguousarray(image.transpose(2, 0, 1)) / 127.5 - 1
         return image, int(self._labels[position])
 
 

@@ -15,7 +15,7 @@ from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import split_families
-from dit_in_dit.data.picture import IN_MEMORY, Array, apply_orientation, image_shape, resize_and_crop
+from dit_in_dit.data.picture import IN_MEMORY, Stored, apply_orientation, image_shape, resize_and_crop
 from dit_in_dit.data.source import Source, SplitSource
 
 
@@ -118,9 +118,9 @@ class ImageSource(SplitSource):
         """Name of the image's file."""
         return self.names[int((self._held if held_out else self._train)[index])]
 
-    def _image(self, position: int) -> tuple[Array, int]:
+    def _stored(self, position: int) -> tuple[Stored, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / 127.5 - 1, self._labels[position]
+        return pixels.transpose(2, 0, 1), self._labels[position]
 
 
 class EmojiSource(ImageSource):

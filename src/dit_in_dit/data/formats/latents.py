@@ -211,7 +211,7 @@ class LatentSource(SplitSource):
     def _mean_of(self, moments: NDArray[Any]) -> Array:
         return _look_up(self._means, moments) if self._means is not None else self._normalised(moments)
 
-    def _image(self, position: int) -> tuple[Array, int]:
+    def _stored(self, position: int) -> tuple[Array, int]:
         mean = self._find(position, "moments")[: self.model.channels]
         return self._mean_of(mean), int(self._labels[position])
 

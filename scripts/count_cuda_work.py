@@ -27,7 +27,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.model import layers
+from dit_in_dit.model.kernels import KERNELS, Kernels
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.tables import text_table
 
@@ -96,16 +97,21 @@ class Count(TorchDispatchMode):
         for number, argument in enumerate(schema.arguments):
             value = given[number] if number < len(given) else (named or {}).get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
-            if not argument.is_out and not (is_written and name in OVERWRITES):
+            if not (argument.is_out or (is_written and name in OVERWRITES) or _only_shapes(name)):
                 read += _tensors(value)
             if is_written:
                 written += _tensors(value)
         written, read = _distinct(written), _distinct(read)
-        is_view = not schema.is_mutable and {_storage(x) for x in written} <= {_storage(x) for x in read}
+        is_view = not schema.is_mutable and bool(read) and {_storage(x) for x in written} <= {_storage(x) for x in read}
         if name not in WITHOUT_KERNEL and not is_view and not _is_product(name, read):
             self.kernels[name] += 1
             self.bytes[name] += sum(_bytes(x) for x in (*read, *written))
         return out
+
+
+def _only_shapes(name: str) -> bool:
+    """Whether an operator takes sizes and types from its argument, but no numbers."""
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -133,20 +139,21 @@ def _is_product(name: str, read: list[Tensor]) -> bool:
 
 
 @contextmanager
-def attention_as_on_cuda() -> Iterator[None]:
-    """Attention in chunks of sequences, as on CUDA, for tensors on the meta device."""
+def as_on_cuda(fused: bool) -> Iterator[None]:
+    """On the meta device, attention in chunks of sequences as on CUDA, and `model.fused` if `fused`."""
     before = layers.LIMITED
     layers.LIMITED = frozenset({"meta"})
+    KERNELS["meta"] = Kernels(fused=fused)
     try:
         yield
     finally:
         layers.LIMITED = before
+        del KERNELS["meta"]
 
 
-def count(step: Callable[[], Tensor]) -> Count:
+def count(step: Callable[[], Tensor], *, fused: bool = False) -> Count:
     """The work of `step`, a function under autocast that returns a loss, and of its backward pass."""
-    with Count() as counted, ExitStack() as stack:
-        stack.enter_context(attention_as_on_cuda())
+    with Count() as counted, as_on_cuda(fused):
         with _Autocast():
             loss = step()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -164,20 +171,20 @@ def training_step(config: RunConfig, batch: int) -> tuple[NestedDiT, Callable[[]
 
 
 def measure(name: str) -> dict[str, Any]:
-    """The counts of `PRESET:BATCH`."""
+    """The counts of `PRESET:BATCH`, as shipped and with fused functions."""
     preset, _, batch = name.partition(":")
-    net, step = training_step(presets.get(preset), int(batch or 256))
-    counted = count(step)
-    weights = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return {
-        "preset": preset,
-        "batch": int(batch or 256),
-        "kernels": counted.kernels.total(),
-        "bytes": counted.bytes.total(),
-        "optimizer_bytes": ADAMW * weights,
-        "kernels_by_operator": dict(counted.kernels.most_common()),
-        "bytes_by_operator": dict(counted.bytes.most_common()),
-    }
+    results: dict[str, Any] = {"preset": preset, "batch": int(batch or 256)}
+    for kind, fused in (("shipped", False), ("fused", True)):
+        net, step = training_step(presets.get(preset), results["batch"])
+        counted = count(step, fused=fused)
+        results[kind] = {
+            "kernels": counted.kernels.total(),
+            "bytes": counted.bytes.total(),
+            "kernels_by_operator": dict(counted.kernels.most_common()),
+            "bytes_by_operator": dict(counted.bytes.most_common()),
+        }
+    results["optimizer_bytes"] = ADAMW * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return results
 
 
 def main() -> None:
@@ -186,17 +193,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts, by operator too")
     arguments = parser.parse_args()
     results = [measure(name) for name in arguments.presets]
-    rows = [
-        [
-            r["preset"],
-            f"{r['batch']}",
-            f"{r['kernels']:,}",
-            f"{r['bytes'] / 1e9:,.0f}",
-            f"{r['optimizer_bytes'] / 1e9:,.1f}",
-        ]
-        for r in results
-    ]
-    print(text_table(["preset", "batch", "kernels", "GB", "GB in the optimizer"], rows))
+    rows = []
+    for r in results:
+        shipped, fused = r["shipped"], r["fused"]
+        numbers = [f"{r['batch']}"]
+        for counts in (shipped, fused):
+            numbers += [f"{counts['kernels']:,}", f"{counts['bytes'] / 1e9:,.0f}"]
+        ratio = fused["bytes"] / shipped["bytes"]
+        rows.append([r["preset"], *numbers, f"{ratio:.2f}", f"{r['optimizer_bytes'] / 1e9:.1f}"])
+    columns = ["preset", "batch", "kernels", "GB", "kernels fused", "GB fused", "ratio of GB", "GB in the optimizer"]
+    print(text_table(columns, rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

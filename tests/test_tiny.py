@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conftest import inputs, perturbed, small_model
-from dit_in_dit.model import layers
+from dit_in_dit.model.kernels import KERNELS, Kernels
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
@@ -74,7 +74,7 @@ def test_inputs_outside_the_kernels_limits_go_to_pytorch():
 
 
 def test_the_kernel_is_off_by_default():
-    assert layers.TINY_UP_TO == {}
+    assert KERNELS == {}
 
 
 def check_model() -> None:
@@ -82,7 +82,7 @@ def check_model() -> None:
     model = perturbed(NestedDiT(small_model("inner outer inner")))
     results = []
     for longest in (0, 8):
-        layers.TINY_UP_TO["cpu"] = longest
+        KERNELS["cpu"] = Kernels(tiny_up_to=longest)
         out = model(*inputs(model.config))
         results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
     for plain, fast in zip(*results, strict=True):

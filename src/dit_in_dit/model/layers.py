@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.model.fused import fuses, norm_modulate
 from dit_in_dit.model.gelu import in_transform
+from dit_in_dit.model.kernels import kernels_of
 from dit_in_dit.model.mlps import Mlp
 from dit_in_dit.model.modulation import BlockModulation, modulate
 from dit_in_dit.model.norms import EPS, Norm
 from dit_in_dit.model.rope import Rope
 from dit_in_dit.model.tiny import tiny_attention, tiny_fits
 
-# Longest sequences for the Triton kernel, by device type. Empty: the kernel has not been measured on any GPU yet.
-TINY_UP_TO: dict[str, int] = {}
 # Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences, the
 # limit of CUDA's grid (PyTorch issues 146704 and 142228) and of cuDNN's attention (PyTorch 181235). FlashAttention's
 # backward pass sums gradients of queries in a buffer with 32-bit indices, padded to tiles of 128 tokens.
@@ -49,7 +49,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if in_transform():  # most kernels have no forward-mode derivative, and vmap calls some once per example
         return attention_weights(q, k) @ v
-    if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and tiny_fits(q, k):
+    if k.shape[-2] <= kernels_of(q.device).tiny_up_to and tiny_fits(q, k):
         return tiny_attention(q, k, v)
     return sdpa(q, k, v)
 
@@ -158,8 +158,12 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.linear(modulate(x, *self.modulation(c)) if self.modulation else x)
+        if self.modulation is None:
+            return self.linear(self.norm(x))
+        shift, scale = self.modulation(c)
+        if fuses(x, self.norm, shift, scale):
+            return self.linear(norm_modulate(x, self.norm, shift, scale)[1])
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:

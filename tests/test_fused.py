@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from autocast import CudaAutocast
-from conftest import inputs, perturbed, small_model
+from conftest import SHARDED, inputs, perturbed, small_model
 from dit_in_dit.config.model import ModelConfig
+from dit_in_dit.config.run import DataConfig, RunConfig, TrainConfig
 from dit_in_dit.model import fused, modulation
 from dit_in_dit.model.fused import fuses, gate_residual, norm_modulate
 from dit_in_dit.model.kernels import KERNELS, PYTORCH, Kernels, kernels_of
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.norms import NORMS, LayerNorm
+from processes import run_together, trained
 
 # Tokens and the vectors that modulate them: outer, per image, per patch, per sub-patch; narrow and wide.
 SHAPES = {
@@ -208,3 +212,29 @@ def test_no_device_uses_the_functions_unless_its_row_says_so():
     assert KERNELS == {}  # nothing has been measured
     assert kernels_of(torch.device("cpu")) == kernels_of(torch.device("meta")) == PYTORCH
     assert not any(PYTORCH)
+
+
+def _losses(kernels: Kernels, config: RunConfig, out: Path) -> list[float]:
+    KERNELS["cpu"] = kernels
+    try:
+        facts = trained(config, out, False)
+    finally:
+        del KERNELS["cpu"]
+    return [values["loss"] for kind, _, values in facts if kind == "step"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
+def test_two_processes_train_as_one_with_the_plain_formulas(tmp_path, parallel, full):
+    if not full and parallel == "ddp":
+        pytest.skip("with --full")
+    config = RunConfig(
+        model=replace(MODELS["affine"], image_size=(16, 16), num_classes=9),
+        data=DataConfig(source="emoji"),
+        train=TrainConfig(steps=4, batch_size=8, precision="float32", evaluate_every=0, sample_every=0),
+    )
+    plain = _losses(PYTORCH, config, tmp_path / "plain")
+    assert len(plain) == 4
+    config = replace(config, train=replace(config.train, parallel=parallel, recompute="inner"))
+    for losses in run_together(2, _losses, Kernels(fused=True), config, tmp_path / parallel):
+        assert losses == pytest.approx(plain, rel=1e-5)

@@ -177,8 +177,9 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        if self.modulation is None:
-            return self.linear(self.norm(x))
+        if self.modulation is None or not fuses(x, self.norm):
+            x = self.norm(x)
+            return self.linear(modulate(x, *self.modulation(c)) if self.modulation else x)
         shift, scale = self.modulation(c)
         if fuses(x, self.norm, shift, scale):
             return self.linear(norm_modulate(x, self.norm, shift, scale)[1])

@@ -37,7 +37,7 @@ class CudaAutocast(TorchFunctionMode):
     ) -> Any:
         name = re.sub(r"^__r?(\w+)__$", r"\1", getattr(function, "__name__", ""))  # __rmatmul__: matmul
         floats = [x.dtype for x in tree_flatten((given, named))[0] if isinstance(x, Tensor) and x.is_floating_point()]
-        wanted = self._wanted(name, floats)
+        wanted = None if named and named.get("out") is not None else self._wanted(name, floats)
         if wanted is not None:
             given, named = tree_map_only(
                 Tensor, lambda x: x.to(wanted) if x.is_floating_point() else x, (given, named or {})

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.model.fused import fuses, norm_modulate
 from dit_in_dit.model.gelu import in_transform
+from dit_in_dit.model.kernels import kernels_of
 from dit_in_dit.model.mlps import Mlp
 from dit_in_dit.model.modulation import BlockModulation, modulate
 from dit_in_dit.model.norms import EPS, Norm
 from dit_in_dit.model.rope import Rope
-from dit_in_dit.model.tiny import tiny_attention, tiny_fits
+from dit_in_dit.model.tiny import packed_tiny_attention, tiny_attention, tiny_fits, unpack
 
-# Longest sequences for the Triton kernel, by device type. Empty: the kernel has not been measured on any GPU yet.
-TINY_UP_TO: dict[str, int] = {}
 # Limits of PyTorch's attention kernels, and the devices that have them. A launch takes at most 65,535 sequences, the
 # limit of CUDA's grid (PyTorch issues 146704 and 142228) and of cuDNN's attention (PyTorch 181235). FlashAttention's
 # backward pass sums gradients of queries in a buffer with 32-bit indices, padded to tiles of 128 tokens.
@@ -49,9 +49,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if in_transform():  # most kernels have no forward-mode derivative, and vmap calls some once per example
         return attention_weights(q, k) @ v
-    if k.shape[-2] <= TINY_UP_TO.get(q.device.type, 0) and tiny_fits(q, k):
+    if is_tiny(q, k):
         return tiny_attention(q, k, v)
     return sdpa(q, k, v)
+
+
+def is_tiny(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel for groups of a few tokens computes their attention."""
+    return k.shape[-2] <= kernels_of(q.device).tiny_up_to and tiny_fits(q, k)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -87,10 +92,16 @@ class Attention(nn.Module):
         self.rope = rope
         self.proj = nn.Linear(width, width)
 
+    def packed(self, x: Tensor) -> Tensor:
+        """Queries, keys and values in one tensor, (B, L, 3, heads, d), without norm and rotation."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+
     def heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # B L 3 heads d
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # this order saves a copy in the backward pass
+        return self._apart(self.packed(x))
+
+    def _apart(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = unpack(qkv)  # in this order of axes, which saves a copy in the backward pass
         if self.qk_norm:
             q, k = self.qk_norm(q, k)
         if self.rope:
@@ -98,7 +109,15 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self.heads(x)).transpose(1, 2).flatten(2))  # B L D
+        qkv = self.packed(x)
+        if self._is_packed_tiny(qkv):
+            return self.proj(packed_tiny_attention(qkv).transpose(1, 2).flatten(2))
+        return self.proj(attend(*self._apart(qkv)).transpose(1, 2).flatten(2))  # B L D
+
+    def _is_packed_tiny(self, qkv: Tensor) -> bool:
+        if self.qk_norm or self.rope or qkv.shape[1] > kernels_of(qkv.device).tiny_up_to or in_transform():
+            return False
+        return is_tiny(*unpack(qkv)[:2])
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -158,8 +177,13 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.linear(modulate(x, *self.modulation(c)) if self.modulation else x)
+        if self.modulation is None or not fuses(x, self.norm):
+            x = self.norm(x)
+            return self.linear(modulate(x, *self.modulation(c)) if self.modulation else x)
+        shift, scale = self.modulation(c)
+        if fuses(x, self.norm, shift, scale):
+            return self.linear(norm_modulate(x, self.norm, shift, scale)[1])
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 def sincos(width: int, rows: int, columns: int) -> Tensor:

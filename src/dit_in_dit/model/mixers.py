@@ -73,9 +73,9 @@ class PatchMixer(Attention, Mixer):
         """(groups, length, E) -> (N, T, S, E)."""
         return x.view(shape)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values, each (groups, heads, length, d)."""
-        return super().heads(self.group(x))
+    def packed(self, x: Tensor) -> Tensor:
+        """Queries, keys and values in one tensor, (groups, length, 3, heads, d)."""
+        return super().packed(self.group(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ungroup(super().forward(x), x.shape)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.model.fused import fuses, gate_residual, norm_modulate
+
 
 class Modulation(nn.Module):
     """adaLN: rows (..., K) -> `count` vectors of the tokens' width, each (..., D); all are zero at first.
@@ -77,6 +79,9 @@ class AdaLNZero(Modulation, BlockModulation):
     @staticmethod
     def branch(x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], *vectors: Tensor) -> Tensor:
         shift, scale, gate = vectors
+        if fuses(x, norm, *vectors):
+            x, modulated = norm_modulate(x, norm, shift, scale)
+            return gate_residual(x, gate, branch(modulated))
         return torch.addcmul(x, gate, branch(modulate(norm(x), shift, scale)))
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from dit_in_dit.cli.options import (
     Commands,
     add_device,
-    add_micro_batch,
     add_num,
     add_sampling,
+    add_speed,
     add_vae,
+    device_fit,
     make_folder,
     print_table,
     sampling_config,
@@ -65,7 +66,7 @@ def add(commands: Commands) -> None:
     )
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
     add_sampling(evaluate, classes="all, as often as in the training data")
-    add_micro_batch(evaluate)
+    add_speed(evaluate)
     add_vae(evaluate)
     evaluate.add_argument(
         "--batch", type=whole_number, default=64, help="images per batch of the feature networks (default 64)"
@@ -137,6 +138,7 @@ def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject
             seed=options.seed,
             averaged=not options.raw,
             decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
+            fit=device_fit(options),
         )
         step = f"{subject.about['step']:07d}"
         return subject, options.out or results_folder(options.subject, "evaluation") / step

@@ -8,16 +8,20 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
 from tempfile import TemporaryFile
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import AUTO, RunConfig
 from dit_in_dit.data.labels import class_numbers
+
+if TYPE_CHECKING:
+    from dit_in_dit.model.nested import NestedDiT
 
 MOST = 10**7  # largest whole number that an option accepts
 
@@ -87,14 +91,31 @@ def add_num(command: argparse.ArgumentParser, default: int) -> None:
     command.add_argument("-n", "--num", type=whole_number, default=default, help=f"images (default {default})")
 
 
-def add_micro_batch(command: argparse.ArgumentParser) -> None:
-    """Add the option --micro-batch, for `sampling_config`."""
+def add_speed(command: argparse.ArgumentParser) -> None:
+    """Add the options --micro-batch, --precision and --compile, for `sampling_config` and `device_fit`."""
     command.add_argument(
         "--micro-batch",
         type=whole_number,
         metavar="N",
-        help="images per forward pass; the last bits of samples depend on it (default: the run's)",
+        help="images per forward pass; the last bits of samples depend on it (default: the run's; on CUDA what fits)",
     )
+    command.add_argument(
+        "--precision", metavar="TYPE", help="float32 or bfloat16 (default: the run's; on a CPU float32)"
+    )
+    command.add_argument(
+        "--compile",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="compile the model's blocks; auto: on CUDA, for many images, if the run was compiled",
+    )
+
+
+def device_fit(options: argparse.Namespace) -> Callable[[NestedDiT, RunConfig], RunConfig]:
+    """`fit_to_device` with the options of `add_num` and `add_speed`."""
+    from dit_in_dit.sampling.fit import fit_to_device
+
+    compiled = None if options.compile == "auto" else options.compile == "true"
+    return partial(fit_to_device, num=options.num, given=options.micro_batch is not None, compiled=compiled)
 
 
 def add_scale(command: argparse.ArgumentParser) -> None:
@@ -130,7 +151,7 @@ def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
     """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
-    keys = ("sampler", "steps", "guidance", "micro_batch")
+    keys = ("sampler", "steps", "guidance", "micro_batch", "precision")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))
     if options.classes is not None and not config.model.num_classes:

@@ -11,11 +11,12 @@ from tempfile import TemporaryDirectory
 from dit_in_dit.cli.options import (
     Commands,
     add_device,
-    add_micro_batch,
     add_num,
     add_sampling,
     add_scale,
+    add_speed,
     add_vae,
+    device_fit,
     make_folder,
     sampling_config,
     whole_number,
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
     )
     add_num(sample, 64)
     add_sampling(sample)
-    add_micro_batch(sample)
+    add_speed(sample)
     sample.add_argument(
         "--batch",
         type=whole_number,
@@ -75,6 +76,7 @@ def _sample(options: argparse.Namespace) -> None:
         saved = Checkpoint.open(resolve_run(str(options.run_folder), Path(scratch)))
         model = saved.model(device, averaged=averaged)
         config, classes = sampling_config(options, saved.config, saved.classes)
+        config = device_fit(options)(model, config)
         decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
         out: Path = options.out or Path("samples", _default_name(options))
         make_folder(out)
@@ -97,7 +99,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
-    given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
+    names = ("classes", "steps", "sampler", "guidance", "micro_batch", "precision", "vae")
+    given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]
     words += ["raw"] if options.raw else []

@@ -110,7 +110,7 @@ def replace_keys(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-HASH_VERSION = 3  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`
+HASH_VERSION = 4  # raise it with each release that adds keys, and give the new keys `added=HASH_VERSION`
 
 
 def config_hash(config: RunConfig) -> str:

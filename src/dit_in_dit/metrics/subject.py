@@ -22,6 +22,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.sampling.folder import ImageDecoder
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import shuffled_index
@@ -75,6 +76,7 @@ def run_subject(
     averaged: bool,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
+    fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
@@ -83,6 +85,7 @@ def run_subject(
             that alternate (empty: as frequent as in the training data).
         decoder: function from the run's data to the decoder of the latents; None: samples are images.
         source: the training images, if the config does not name them.
+        fit: `fit_to_device` with the number of samples.
 
     Raises:
         UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
@@ -97,6 +100,7 @@ def run_subject(
             "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, saved.classes)
+    config = fit(model, config)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
         labels = (source or open_source_of(run, config)).labels  # samples get the class frequencies of the data

@@ -85,7 +85,6 @@ def run_subject(
             that alternate (empty: as frequent as in the training data).
         decoder: function from the run's data to the decoder of the latents; None: samples are images.
         source: the training images, if the config does not name them.
-        fit: `fit_to_device` with the number of samples.
 
     Raises:
         UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
@@ -103,8 +102,7 @@ def run_subject(
     config = fit(model, config)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
-        labels = (source or open_source_of(run, config)).labels  # samples get the class frequencies of the data
-        classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+        classes = _labels_in_random_order(source or open_source_of(run, config))
         names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
@@ -114,12 +112,16 @@ def run_subject(
 
     samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
-    about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
     if decode:
-        samples["vae"] = decode.about()
-        shape = (shape[0] * decode.factor, shape[1] * decode.factor, 3)
+        samples["vae"], shape = decode.about(), (shape[0] * decode.factor, shape[1] * decode.factor, 3)
+    about |= {"checkpoint": saved.sha256(averaged=averaged)}
     return Subject(draw, shape, samples, about, model=model, config=config)
+
+
+def _labels_in_random_order(source: Source) -> list[int]:
+    """The labels of all images, so that samples get the class frequencies of the data."""
+    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:

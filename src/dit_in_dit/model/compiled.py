@@ -41,7 +41,7 @@ def compile_blocks(*models: nn.Module, fall_back: bool = False) -> None:
         for module in blocks or [model]:
             if (kind := _kind_of(module)) not in kinds:
                 kinds[kind] = _Kind(type(module).forward, fall_back, fullgraph=bool(blocks))
-            module.forward = partial(kinds[kind], module)  # type: ignore[method-assign]
+            module.forward = partial(kinds[kind], module)
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -87,25 +87,21 @@ class Trainer:
         self._find_subspace(fresh)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
-        if train.compile:  # before DDP or FSDP wraps the blocks
-            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-        self.net = self._distribute()
+        self.net = self._distribute(fall_back)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
-        groups = self._groups()
-        configured = optimizers.OPTIMIZERS[train.optimizer]
-        self.optimizer: Any = make_optimizer(groups) if make_optimizer else configured(groups, train)
+        make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
+        self.optimizer: Any = make(self._groups())
         optimizers.check_optimizer(self.optimizer, self.weights.values())
         self.objective = (make_loss or Objective)(config.diffusion)
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
         self.backward = Graphed(self._backward, self.weights.values()) if train.compile == "graphs" else self._backward
-        self.step = 0
-        self.divergence = Divergence()
+        self.step, self.divergence = 0, Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         evaluates = train.evaluate_every and source.held_out_size
         self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None
@@ -117,8 +113,11 @@ class Trainer:
             find = partial(principal_patches, self.source, self.config.model, len(split.basis))
             split.basis.copy_(self.world.on_main(find))
 
-    def _distribute(self) -> nn.Module:
-        """Shard the model and its average in place, or wrap the model in DDP; returns the module to train."""
+    def _distribute(self, fall_back: bool) -> nn.Module:
+        """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
+        train."""
+        if self.config.train.compile in (True, "graphs"):
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
         if self.sharded:
             shard(self.model)
             shard(self.ema.model)

@@ -75,7 +75,7 @@ def _failure(error: BaseException) -> UserError | None:
 
     if not isinstance(error, TorchDynamoException):
         return None
-    reason = truncate(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__), 90)
+    reason = truncate(" ".join(str(error).split("\n")[:2]), 90)
     return UserError(f"the model's blocks do not compile here: set train.compile=false ({reason})")
 
 

@@ -41,14 +41,14 @@ def _bfloat16_is_native(device: torch.device) -> bool:
 def resolve_auto(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with train.precision=auto and train.compile=auto replaced by their values for this device. UserError
     for train.compile=graphs on a device that is not CUDA."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
-    train, compiles = config.train, device.type == "cuda" and find_spec("triton") is not None
+    train = config.train
     if train.compile == "graphs" and device.type != "cuda":
         raise UserError(f"train.compile=graphs needs CUDA: got device {device}; set train.compile=auto")
     if train.precision == "auto":
+        precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
         train = replace(train, precision=precision)
-    if train.compile == "auto":
-        train = replace(train, compile=compiles)
+    if train.compile == "auto":  # PyTorch compiles for CUDA by Triton
+        train = replace(train, compile=device.type == "cuda" and find_spec("triton") is not None)
     return config if train is config.train else replace(config, train=train)
 
 

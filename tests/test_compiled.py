@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import SHARDED, inputs, perturbed, small_model, with_train
@@ -23,7 +24,7 @@ from dit_in_dit.model.compiled import compile_blocks, is_compiled
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runtime.device import resolve_auto
-from dit_in_dit.training import graphs
+from dit_in_dit.training import graphs, trainer
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.distributed import join_group
 from dit_in_dit.training.loop import train
@@ -55,15 +56,15 @@ def backend(monkeypatch):
 def losses(config, *, steps=3, world=None, counting=None):
     """The loss of each step, and the number of graphs after it."""
     source = open_source(config.data, config.model)
-    trainer = Trainer(config, source, CPU, world)
+    ours = Trainer(config, source, CPU, world)
     rank, size = (world.rank, world.size) if world else (0, 1)
     examples, found = Examples(source, config, rank, size), []
     for step in range(steps):
         first = step * examples.per_step
-        values = trainer.update([examples[first + number] for number in range(examples.per_step)])
+        values = ours.update([examples[first + number] for number in range(examples.per_step)])
         found.append((float(values["loss"]), counting.graphs if counting else 0))
-    if trainer.held_out is not None:
-        trainer.evaluate()
+    if ours.held_out is not None:
+        ours.evaluate()
     return found
 
 
@@ -87,7 +88,15 @@ def test_training_compiles_each_kind_of_block_once_and_never_again(run_config, b
     assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5 if "precision" not in keys else 1e-3)
 
 
+class SmallBuckets(DistributedDataParallel):
+    """DDP with buckets that are smaller than a block, at which PyTorch would split a compiled graph."""
+
+    def __init__(self, module, **options):
+        super().__init__(module, bucket_cap_mb=0.001, **options)
+
+
 def two_processes(config):
+    trainer.DistributedDataParallel = SmallBuckets
     torch._dynamo.reset()
     counting = compiled.BACKEND = Counting()
     with warnings.catch_warnings():
@@ -116,9 +125,9 @@ def test_blocks_that_do_not_compile_give_one_line_or_run_as_they_are(run_config,
         losses(config)
     assert "\n" not in str(error.value)
     source = open_source(config.data, config.model)
-    trainer = Trainer(config, source, CPU, fall_back=True)
+    ours = Trainer(config, source, CPU, fall_back=True)
     with pytest.warns(LeftOutWarning, match="run without compilation"):
-        loss = float(trainer.update([Examples(source, config)[0]])["loss"])
+        loss = float(ours.update([Examples(source, config)[0]])["loss"])
     assert loss == losses(with_train(config, compile=False), steps=1)[0][0]
 
 

@@ -92,6 +92,7 @@ class _Kind:
         from torch._dynamo import config
 
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
+        config.optimize_ddp = False  # do not split blocks at DDP's buckets: gradients come block by block anyway
         # A code object of its own: PyTorch counts graphs, and learns which sizes vary, by code object and name.
         code = forward.__code__.replace(co_name=f"{forward.__qualname__.replace('.', '_')}_{next(_number)}")
         self.forward = FunctionType(code, forward.__globals__, code.co_name, forward.__defaults__, forward.__closure__)

@@ -26,6 +26,7 @@ from dit_in_dit.config.schema import Section, key, to_dict
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.metrics.metric import METRICS
+from dit_in_dit.model import compiled
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, Mean
 from dit_in_dit.model.condition import CONDITIONS
 from dit_in_dit.model.mixers import MIXERS
@@ -249,9 +250,22 @@ def test_a_users_part_runs_in_half_precision(kind, dtype, loaded):
 def test_a_users_part_compiles_without_graph_breaks(kind, loaded):
     torch._dynamo.reset()
     model = perturbed(NestedDiT(small_model("inner outer inner", **own(kind))))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
     x, t, y = inputs(model.config)
-    torch.testing.assert_close(compiled(x, t, y), model(x, t, y))
+    torch.testing.assert_close(whole(x, t, y), model(x, t, y))
+
+
+@pytest.mark.slow
+def test_blocks_with_a_users_parts_compile_by_kind(loaded, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    parts = {kind: PARTS[kind] for kind in ("mixer", "condition", "norm", "mlp", "modulation")}
+    model = perturbed(NestedDiT(small_model("inner*2 outer*2 inner", inner=parts)))
+    x, t, y = inputs(model.config)
+    expected = model(x, t, y)
+    compiled.compile_blocks(model)
+    torch.testing.assert_close(model(x, t, y), expected)
+    model(x, t, y).sum().backward()
 
 
 def test_a_run_in_bfloat16_resumes_and_is_sampled_from_another_working_folder(settings, tmp_path, monkeypatch):

@@ -230,8 +230,7 @@ def test_bfloat16_trains_close_to_float32(run_config, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_training_runs(run_config, tmp_path, monkeypatch):
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr("dit_in_dit.model.compiled.BACKEND", "aot_eager")
     facts = run(with_train(run_config, compile=True), tmp_path / "compiled")
     plain = run(run_config, tmp_path / "plain")
     a, b = ([f.values["loss"] for f in facts if f.kind == "step"] for facts in (facts, plain))

@@ -26,6 +26,7 @@ from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models, results_folder
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.study import match as matching
 from dit_in_dit.study import plan, planning
 from dit_in_dit.study.report import StudyReport, write_report
@@ -105,6 +106,7 @@ def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path 
     given = run.data if data is None and isinstance(run, Run) else data
     source = None if given is None else as_source(given, model.config)
     own: dict[str, Any] = {"decoder": partial(open_decoder, device=device), "averaged": True, "seed": seed}
+    own["fit"] = partial(fit_to_device, num=num)
     own["source"] = None if isinstance(source, str) else source
     samples = subject.run_subject(model.folder, device, lambda config, names: (config, []), **own)
     folder = Path(out) if out else results_folder(model.folder, "evaluation") / f"{model.step:07d}"

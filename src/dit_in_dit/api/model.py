@@ -28,6 +28,7 @@ from dit_in_dit.reporting.images import Pixels, image_grid, image_png, to_image,
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.device import pick_device
+from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.sampling.numbered import sample_batches
 
 
@@ -129,6 +130,7 @@ class Model:
     def _draw(self, config: RunConfig, num: int, seed: int, classes: list[int], *, way: bool) -> list[Pixels]:
         """Pixels of the samples, with `way` after those of each step."""
         decode = open_decoder(config.data, next(self.net.parameters()).device)
+        config = fit_to_device(self.net, config, num, compiled=False)
         size, seen, drawn = config.sample.micro_batch, list[Tensor](), list[list[Pixels]]()
         watch = (lambda t, x, image: seen.append(x.cpu())) if way else None
         for part, x in sample_batches(self.net, config, range(num), seed=seed, classes=classes, watch=watch):

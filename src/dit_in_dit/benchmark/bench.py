@@ -23,7 +23,7 @@ from dit_in_dit.benchmark.subjects import (
 from dit_in_dit.benchmark.sweep import Sweep, sweep
 from dit_in_dit.benchmark.timing import Times, best_product, check_memory, interleave
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.runtime.device import resolve_precision
+from dit_in_dit.runtime.device import resolve_auto
 
 Twin = Callable[[RunConfig, RunConfig], RunConfig]  # (plain, like) -> plain of equal MACs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,7 +55,7 @@ class Bench:
 
     def measure_product(self, run: RunConfig) -> None:
         """Measure the fastest matrix product in the precision of a run; the report keeps the best of all calls."""
-        precision = resolve_precision(run, self.device).train.precision
+        precision = resolve_auto(run, self.device).train.precision
         speed = best_product(self.device, DTYPES[precision])
         self.report.products[precision] = max(speed, self.report.products.get(precision, 0.0))
 

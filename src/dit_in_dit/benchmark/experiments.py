@@ -118,7 +118,7 @@ def _training(bench: Bench, suite: Suite) -> None:
 def _sampling(bench: Bench, suite: Suite) -> None:
     run = override(suite.sampled, ["sample.guidance=2", f"sample.steps={SAMPLER_STEPS}"])
     subject = bench.subject(run)
-    call, calls = subject.call.eval(), 0
+    call, calls = subject.model.eval(), 0
     x, t, y = subject.inputs
     twice = (torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, run.model.num_classes)]))
     predict = guided(call, run.model.num_classes, run.sample)

@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from typing import Any
@@ -104,17 +103,13 @@ def mark_parts(model: NestedDiT, mark: Callable[[str], None]) -> Iterator[None]:
 
     parts = parts_of(model)
     after = [(module, partial(end, part)) for part, module in parts]
-    with forward_hooks(after, [(module, partial(begin, part)) for part, module in parts]):
+    with forward_hooks(after, [(module, partial(begin, part)) for part, module in parts], compiled=True):
         yield
 
 
 def subject_for_parts(run: RunConfig, device: torch.device) -> BenchmarkSubject:
-    """A warmed-up subject for `part_seconds`; a compiled model is compiled block by block, so that its hooks run."""
-    subject = BenchmarkSubject(replace(run, train=replace(run.train, compile=False)), device)
-    assert isinstance(subject.model, NestedDiT)
-    if run.train.compile:
-        for block in (*subject.model.outer_blocks, *subject.model.inner_blocks):
-            block.compile()
+    """A warmed-up subject for `part_seconds`."""
+    subject = BenchmarkSubject(run, device)
     for _ in range(WARM_UP):
         part_seconds(subject)
     return subject

@@ -19,8 +19,9 @@ from dit_in_dit.benchmark.timing import Times, interleave, kept_bytes, peak_byte
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
+from dit_in_dit.model.compiled import compile_blocks, uncompiled
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runtime.device import resolve_precision
+from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.runtime.memory import keep_freed_memory
 
 Make = Callable[[RunConfig], nn.Module]
@@ -117,7 +118,7 @@ class BenchmarkSubject:
     """
 
     def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
-        self.run, self.device = resolve_precision(run, device), device
+        self.run, self.device = resolve_auto(run, device), device
         keep_freed_memory()  # as training does
         model, train = self.run.model, self.run.train
         with torch.random.fork_rng(devices=[]):
@@ -129,7 +130,8 @@ class BenchmarkSubject:
         t = torch.rand(train.batch_size, generator=draw).to(device)
         y = (torch.arange(train.batch_size) % max(1, model.num_classes)).to(device)
         self.inputs, self.target = (x, t, y), target
-        self.call: nn.Module = torch.compile(self.model) if train.compile else self.model  # type: ignore[assignment]
+        if train.compile:
+            compile_blocks(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
 
     @property
@@ -145,12 +147,12 @@ class BenchmarkSubject:
     def forward(self) -> Tensor:
         """A forward pass without gradients."""
         with self.autocast():
-            return self.call(*self.inputs)
+            return self.model(*self.inputs)
 
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """Take a training step; `mark` is called when the loss begins and when the optimizer begins."""
         with self.autocast():
-            prediction = self.call(*self.inputs)
+            prediction = self.model(*self.inputs)
         mark("loss")
         loss = F.mse_loss(prediction.float(), self.target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -159,13 +161,14 @@ class BenchmarkSubject:
         self.optimizer.zero_grad(set_to_none=True)
 
     def kept_bytes(self) -> int:
-        """Bytes that a forward pass keeps for the backward pass, for the whole batch."""
+        """Bytes that a forward pass keeps for the backward pass, for the whole batch, without compilation."""
 
         def forward() -> Tensor:
             with self.autocast():
                 return self.model(*self.inputs)
 
-        return kept_bytes(forward, (*self.model.parameters(), *self.model.buffers(), *self.inputs))
+        with uncompiled():
+            return kept_bytes(forward, (*self.model.parameters(), *self.model.buffers(), *self.inputs))
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
     for name, subject in subjects.items():
         forwards, steps = zip(*rounds[name], strict=True)
         train = subject.run.train
-        how = subject.macs, train.batch_size, train.precision, train.compile
+        how = subject.macs, train.batch_size, train.precision, bool(train.compile)
         memory = subject.kept_bytes(), peak_bytes(subject.step, subject.device)
         measured[name] = Measurements(*how, Times(forwards), Times(steps), *memory, compiling[name])
     return measured

@@ -19,7 +19,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
-from dit_in_dit.runtime.device import resolve_precision
+from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import Trainer
 
@@ -72,7 +72,7 @@ def step_seconds(
     Raises:
         UserError: the models do not fit into the device's memory.
     """
-    if any(config.train.compile for config in configs.values()):
+    if any(resolve_auto(config, device).train.compile for config in configs.values()):
         torch.compiler.reset()  # earlier compilations count towards a limit
     with use_threads(threads), check_memory(configs, device):
         steps = {name: trainer_step(config, device) for name, config in configs.items()}
@@ -229,7 +229,7 @@ class _Noise(Source):
 
 def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:
     """A function that takes a training step of the config, always on the same batch."""
-    config = resolve_precision(config, device)
+    config = resolve_auto(config, device)
     config = replace(config, train=replace(config.train, evaluate_every=0))
     source = _Noise(config.model)
     trainer = Trainer(config, source, device)

@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_in_dit.cli.options import Commands, add_sampling, make_folder, print_table, sampling_config, whole_number
+from dit_in_dit.cli.options import (
+    Commands,
+    add_sampling,
+    device_fit,
+    make_folder,
+    print_table,
+    sampling_config,
+    whole_number,
+)
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run, results_folder
@@ -111,6 +119,7 @@ def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject
             seed=options.seed,
             averaged=not options.raw,
             decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
+            fit=device_fit(options),
         )
         step = f"{subject.about['step']:07d}"
         return subject, options.out or results_folder(options.subject, "evaluation") / step

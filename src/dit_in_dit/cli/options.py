@@ -8,16 +8,20 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
 from tempfile import TemporaryFile
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import AUTO, RunConfig
 from dit_in_dit.data.labels import class_numbers
+
+if TYPE_CHECKING:
+    from dit_in_dit.model.nested import NestedDiT
 
 MOST = 10**7  # largest whole number that an option accepts
 
@@ -82,6 +86,14 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
 
 
+def device_fit(options: argparse.Namespace) -> Callable[[NestedDiT, RunConfig], RunConfig]:
+    """`fit_to_device` with the options of `add_sampling`."""
+    from dit_in_dit.sampling.fit import fit_to_device
+
+    compiled = None if options.compile == "auto" else options.compile == "true"
+    return partial(fit_to_device, num=options.num, given=options.micro_batch is not None, compiled=compiled)
+
+
 def add_scale(command: argparse.ArgumentParser) -> None:
     """Add the option --scale, for `image_grid`."""
     about = "enlarge images in grids by N (default: small ones to 64 pixels)"
@@ -90,7 +102,8 @@ def add_scale(command: argparse.ArgumentParser) -> None:
 
 def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all") -> None:
     """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes.
-    For a command that writes samples, by default `num`: also --num, --micro-batch and --vae."""
+    For a command that writes samples, by default `num`: also --num, --micro-batch, --precision, --compile and
+    --vae, for `device_fit`."""
     if num is not None:  # -n: under torchrun, --num is a prefix of torchrun's options
         command.add_argument("-n", "--num", type=whole_number, default=num, help=f"images (default {num})")
     command.add_argument(
@@ -104,8 +117,12 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
     )
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
     if num is not None:
-        about = "images per forward pass; the last bits of samples depend on it (default: the run's)"
+        about = "images per forward pass; last bits of samples depend on it (default: the run's; on CUDA what fits)"
         command.add_argument("--micro-batch", type=whole_number, metavar="N", help=about)
+        about = "float32 or bfloat16 (default: the run's; on a CPU float32)"
+        command.add_argument("--precision", metavar="TYPE", help=about)
+        about = "compile the model's blocks; auto: on CUDA, for many images, if the run was compiled"
+        command.add_argument("--compile", choices=("auto", "true", "false"), default="auto", help=about)
         command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
     add_device(command)
 
@@ -114,7 +131,7 @@ def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
     """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
-    keys = ("sampler", "steps", "guidance", "micro_batch")
+    keys = ("sampler", "steps", "guidance", "micro_batch", "precision")
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))
     if options.classes is not None and not config.model.num_classes:

@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dit_in_dit.cli.options import Commands, add_sampling, add_scale, make_folder, sampling_config, whole_number
+from dit_in_dit.cli.options import (
+    Commands,
+    add_sampling,
+    add_scale,
+    device_fit,
+    make_folder,
+    sampling_config,
+    whole_number,
+)
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.pretrained import find_run
@@ -52,6 +60,7 @@ def _sample(options: argparse.Namespace) -> None:
         saved = Checkpoint.open(resolve_run(str(options.run_folder), Path(scratch)))
         model = saved.model(device, averaged=averaged)
         config, classes = sampling_config(options, saved.config, saved.classes)
+        config = device_fit(options)(model, config)
         decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
         out: Path = options.out or Path("samples", _default_name(options))
         make_folder(out)
@@ -74,7 +83,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
-    given = {name: getattr(options, name) for name in ("classes", "steps", "sampler", "guidance", "micro_batch", "vae")}
+    names = ("classes", "steps", "sampler", "guidance", "micro_batch", "precision", "vae")
+    given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]
     words += ["raw"] if options.raw else []

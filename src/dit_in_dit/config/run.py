@@ -113,7 +113,11 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "autocast type; auto: bfloat16 if the device computes in it, resolved when the run starts"
     )
-    compile: bool = key(False, "run the model through torch.compile")
+    compile: Literal["auto", True, False, "graphs"] = key(
+        "auto",
+        "compile the blocks: auto (on CUDA), true, false; graphs: and replay a step as a CUDA graph (small models)",
+        was=False,
+    )
     recompute: Literal["none", "inner", "outer", "both"] = key(
         "none", "levels whose blocks recompute activations in the backward pass: less memory, more time"
     )
@@ -154,6 +158,9 @@ class TrainConfig(Section):
             )
         if self.reduction == "fixed" and self.parallel == "fsdp":
             raise UserError("train.reduction=fixed needs whole gradients: set train.parallel=ddp")
+        if self.compile == "graphs" and (self.recompute, self.reduction) != ("none", "fast"):
+            got = f"got {self.recompute}, {self.reduction}"
+            raise UserError(f"train.compile=graphs needs train.recompute=none and train.reduction=fast: {got}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,12 @@ class SampleConfig(Section):
         None, "number of leading channels that are guided; null: all (the official DiT code: 3 of 4)", low=1, high=4096
     )
     interval: tuple[float, float] = key((0.0, 1.0), "times t between which guidance is applied", low=0, high=1)
-    micro_batch: int = key(8, "images per forward pass; another number changes last bits", low=1, high=4096)
+    micro_batch: int = key(
+        8, "images per forward pass; another number changes last bits; 8: on CUDA more if they fit", low=1, high=4096
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "autocast type; auto: train.precision on CUDA, float32 on other devices", added=4
+    )
 
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:

@@ -17,14 +17,17 @@ from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS, choice_names
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 
 
-def key(default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1) -> Any:
+def key(
+    default: Any, meaning: str, *, low: float = -math.inf, high: float = math.inf, added: int = 1, was: Any = MISSING
+) -> Any:
     """A dataclass field with a meaning (printed beside the key in YAML) and a closed range.
 
     `added` is the first version of the config hash (`files.HASH_VERSION`) that includes the key. A key with `added`
     above 1 is left out of the hash if its value is the default: older configs keep their hash. That default must never
-    change. Such a key is given by name only, so that the positions of older keys stay.
+    change. Such a key is given by name only, so that the positions of older keys stay. `was` is the former default of a
+    key: the hash has it in place of the present default.
     """
-    metadata = {"meaning": meaning, "low": low, "high": high, "added": added}
+    metadata = {"meaning": meaning, "low": low, "high": high, "added": added, "was": was}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata, kw_only=added > 1)
     return field(default=default, metadata=metadata, kw_only=added > 1)
@@ -162,10 +165,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return value
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        if value in parts or (name in KEYS and value in choice_names(name)):
+        if any(value == part and type(value) is type(part) for part in parts):  # 1 is not true
+            return value
+        if name in KEYS and value in choice_names(name):
             return value
         way_out = " (a plug-in's name needs --plugin)" if name in KEYS else ""
-        known = choice_names(name, parts) if way_out else parts
+        known = choice_names(name, parts) if way_out else (str(p).lower() if p in (True, False) else p for p in parts)
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
         return None if value is None else _typed(value, parts[0], name)
@@ -217,10 +222,12 @@ def keys(section: Section, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def to_hash(config: Section) -> dict[str, Any]:
-    """`to_dict` without the keys that have `added` above 1 and their default value."""
+    """`to_dict` without the keys that have `added` above 1 and their default value, and with former defaults."""
     plain = to_dict(config)
     for f in _fields(config):
         default = f.default if f.default_factory is MISSING else f.default_factory()
+        if f.metadata["was"] is not MISSING and getattr(config, f.name) == default:
+            plain[f.name] = f.metadata["was"]
         if f.metadata["added"] > 1 and getattr(config, f.name) == default:
             plain.pop(f.name, None)
     groups = {name: to_hash(value) for name, _, value in config.items() if name in plain and isinstance(value, Section)}

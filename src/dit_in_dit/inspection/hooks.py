@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.model.aggregate import FUSIONS
+from dit_in_dit.model.compiled import uncompiled
 from dit_in_dit.model.layers import Attention, Block, MlpBlock, attention_weights
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.stages import AggregateStage, Head, State
@@ -24,17 +25,20 @@ Hook = Callable[..., Any]
 
 @contextmanager
 def forward_hooks(
-    after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = ()
+    after: Iterable[tuple[nn.Module, Hook]], before: Iterable[tuple[nn.Module, Hook]] = (), *, compiled: bool = False
 ) -> Iterator[None]:
     """Register forward hooks while the context is open.
 
     Args:
         after: (module, hook); `hook(module, arguments, output)` runs after each forward pass of the module.
         before: (module, hook); `hook(module, arguments)` runs before each forward pass.
+        compiled: compiled blocks stay compiled; hooks of modules inside them may then not be called.
 
     A return value other than None replaces the output (`after`) or the arguments (`before`).
     """
     with ExitStack() as stack:
+        if not compiled:
+            stack.enter_context(uncompiled())
         for module, hook in before:
             stack.callback(module.register_forward_pre_hook(hook).remove)
         for module, hook in after:

@@ -29,6 +29,7 @@ from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
 from dit_in_dit.metrics.wasserstein import POINTS, PROJECTIONS, FloatImages
+from dit_in_dit.model.compiled import is_compiled
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs import atomic, shards
@@ -91,6 +92,8 @@ def evaluate(
     _check_counts(subject, real, num)
     use_full_float32()
     at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
+    if subject.model is not None and is_compiled(subject.model):
+        at_once["compiled"] = True
     shards.claim_folder(out / "identity.json", _identity(subject, at_once))
     if subject.config is not None:
         size = subject.config.sample.micro_batch

@@ -22,6 +22,7 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.sampling.folder import ImageDecoder
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import shuffled_index
@@ -75,6 +76,7 @@ def run_subject(
     averaged: bool,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
+    fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
@@ -97,10 +99,10 @@ def run_subject(
             "name the VAE that decodes them with --vae"
         )
     config, classes = configure(config, saved.classes)
+    config = fit(model, config)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
-        labels = (source or open_source_of(run, config)).labels  # samples get the class frequencies of the data
-        classes = [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+        classes = _labels_in_random_order(source or open_source_of(run, config))
         names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
@@ -110,12 +112,16 @@ def run_subject(
 
     samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
-    about["checkpoint"] = saved.sha256(averaged=averaged)
     shape = (*config.model.image_size, config.model.channels)
     if decode:
-        samples["vae"] = decode.about()
-        shape = (shape[0] * decode.factor, shape[1] * decode.factor, 3)
+        samples["vae"], shape = decode.about(), (shape[0] * decode.factor, shape[1] * decode.factor, 3)
+    about |= {"checkpoint": saved.sha256(averaged=averaged)}
     return Subject(draw, shape, samples, about, model=model, config=config)
+
+
+def _labels_in_random_order(source: Source) -> list[int]:
+    """The labels of all images, so that samples get the class frequencies of the data."""
+    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
 
 
 def files_subject(path: Path) -> Subject:

@@ -1,8 +1,9 @@
-"""The device of a run and its precision."""
+"""The device of a run, and what depends on it: precision and compilation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -37,9 +38,23 @@ def _bfloat16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def resolve_precision(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with train.precision=auto replaced by the precision for this device."""
-    if config.train.precision != "auto":
+def resolve_auto(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with train.precision=auto and train.compile=auto replaced by their values for this device. UserError
+    for train.compile=graphs on a device that is not CUDA."""
+    train = config.train
+    if train.compile == "graphs" and device.type != "cuda":
+        raise UserError(f"train.compile=graphs needs CUDA: got device {device}; set train.compile=auto")
+    if train.precision == "auto":
+        precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
+        train = replace(train, precision=precision)
+    if train.compile == "auto":  # PyTorch compiles for CUDA by Triton
+        train = replace(train, compile=device.type == "cuda" and find_spec("triton") is not None)
+    return config if train is config.train else replace(config, train=train)
+
+
+def resolve_sample_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with sample.precision=auto replaced: train.precision on CUDA, float32 on other devices."""
+    if config.sample.precision != "auto":
         return config
-    precision: Literal["bfloat16", "float32"] = "bfloat16" if _bfloat16_is_native(device) else "float32"
-    return replace(config, train=replace(config.train, precision=precision))
+    run = resolve_auto(config, device).train.precision if device.type == "cuda" else "float32"
+    return replace(config, sample=replace(config.sample, precision=run))

@@ -6,6 +6,8 @@ import ctypes
 import math
 import os
 
+import torch
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -21,6 +23,11 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def device_memory(device: torch.device) -> float:
+    """Memory of a CUDA device in bytes, whatever part is in use; 0 for other devices."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0.0
 
 
 def installed_memory() -> float:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.model.compiled import is_compiled
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import check_finite, image_grid, image_png, side_by_side, to_image, to_pixels
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runs.checkpoint import Checkpoint
+from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.runtime.precision import FULL
 from dit_in_dit.runtime.process import is_main
 from dit_in_dit.sampling.numbered import class_of, sample_batches, sampling_protocol
@@ -131,13 +133,15 @@ class SampleFolder:
                 raise UserError(f"{foreign} was not written by this command: remove it, or choose another --out")
         names = [self.saved.classes[c] for c in self.classes] or "all in turn"
         labels = names if self.config.model.num_classes else "none"
+        device = next(self.model.parameters()).device
+        config = resolve_sample_precision(self.config, device)
         identity = {
             "step": self.saved.step,
             "config": self.saved.manifest["config"],
             "checkpoint": self.saved.sha256(averaged=self.averaged),
-            "samples": sampling_protocol(self.config, labels=labels, averaged=self.averaged, seed=self.seed),
+            "samples": sampling_protocol(config, labels=labels, averaged=self.averaged, seed=self.seed),
             "micro_batch": self.config.sample.micro_batch,
-            "made on": _machine(next(self.model.parameters()).device),
+            "made on": _machine(device) | ({"compiled": True} if is_compiled(self.model) else {}),
             **({"vae": self.decode.about()} if self.decode else {}),
         }
         shards.claim_folder(self.out / IDENTITY, identity)
@@ -169,7 +173,7 @@ class SampleFolder:
         atomic.clear_temporary(out, {path.name for path in paths})  # of these only: others may still be drawn
 
 
-def _machine(device: torch.device) -> dict[str, str]:
+def _machine(device: torch.device) -> dict[str, Any]:
     """The machine: the last bits depend on it, but not on the number of CPU threads (docs/decisions/sampling.md)."""
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else f"{device.type} {torch.backends.cpu.get_cpu_capability()}"

@@ -15,6 +15,7 @@ from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.samplers import Noise, Watch, denoise, guided
 from dit_in_dit.diffusion.schedulers import TIMES
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.runtime.precision import use_full_float32
 from dit_in_dit.runtime.seeding import generator
@@ -32,10 +33,16 @@ def numbered_noise(seed: int, indices: Sequence[int], shape: Sequence[int], devi
     return draw
 
 
-def cast_to_weights(model: NestedDiT) -> Predict:
-    """The model as a function that computes in the type of its weights and returns the type of x."""
-    dtype = next(model.parameters()).dtype
-    return lambda x, t, y: model(x.to(dtype), t, y).to(x.dtype)
+def cast_to_weights(model: NestedDiT, precision: str = "float32") -> Predict:
+    """The model as a function that returns the type of x, and computes in the type of the weights; with
+    precision=bfloat16 under autocast to it."""
+    weight = next(model.parameters())
+
+    def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            return model(x.to(weight.dtype), t, y).to(x.dtype)
+
+    return predict
 
 
 def class_of(index: int, classes: Sequence[T]) -> T:
@@ -60,7 +67,8 @@ def sample_batches(
     another row, the last bits of sums may differ.
 
     Args:
-        model: computes on the device and in the type of its weights; steps and images are in float32.
+        model: computes on the device of its weights, in their type or `sample.precision`; steps and images are in
+            float32.
         config: its `diffusion` and `sample` are used.
         indices: numbers of the samples; sorted, so that no micro-batch is generated twice.
         classes: class numbers, used cyclically; empty: all classes.
@@ -71,7 +79,8 @@ def sample_batches(
     use_full_float32()
     device, shape = next(model.parameters()).device, model.config.image_shape
     turns = classes or range(model.config.num_classes or 1)
-    predict = guided(cast_to_weights(model), model.config.num_classes, config.sample)
+    precision = resolve_sample_precision(config, device).sample.precision
+    predict = guided(cast_to_weights(model, precision), model.config.num_classes, config.sample)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
         batch, part = range(number * size, (number + 1) * size), list(wanted)
@@ -99,7 +108,8 @@ def sample(
 
 
 def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
-    """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead."""
+    """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead. `config`
+    has been through `resolve_sample_precision`."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
     # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
@@ -112,7 +122,7 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
         "guidance": how.guidance,
         "interval": list(how.interval),
         "weights": "averaged" if averaged else "trained",
-        "precision": "float32",
+        "precision": "float32" if how.precision == "auto" else how.precision,
         "seed": seed,
         **{name: value for name, value in special.items() if value is not None},
     }

@@ -23,6 +23,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.inspection import cost
 from dit_in_dit.inspection.trace import inspect
+from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.study.resize import depth_limits, is_fixed, with_depth, with_hidden, with_outer
 
 By = Literal["macs", "time", "params"]
@@ -273,7 +274,7 @@ def _macs_of_equal_time(seen: Mapping[ModelConfig, float]) -> float:
 
 def quick_times(configs: Mapping[str, RunConfig], device: torch.device, threads: int | None = None) -> dict[str, Times]:
     """Step times, measured alternately; empty if a model is compiled, warming up takes long, or memory is too small."""
-    compiles = any(config.train.compile for config in configs.values())
+    compiles = any(resolve_auto(config, device).train.compile for config in configs.values())
     if compiles or estimate_seconds(configs, device, threads=threads) > SECONDS_TO_SPARE:
         return {}
     try:

@@ -23,7 +23,7 @@ from dit_in_dit.metrics.feature_distances import DISTANCE_NAMES, ENOUGH
 from dit_in_dit.metrics.feature_networks import Network, open_network
 from dit_in_dit.metrics.metric import plugin_metrics
 from dit_in_dit.runs import atomic
-from dit_in_dit.runtime.device import resolve_precision
+from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.study.arms import match_arms
 from dit_in_dit.study.plan import Plan, StudyConfig, read_plan
 
@@ -36,7 +36,7 @@ def plan_study(name: str, study: StudyConfig, device: torch.device) -> Plan:
     """
     open_networks(study, device)
     arms = match_arms(study, device, study.threads)
-    arms = tuple(replace(arm, config=resolve_precision(arm.config, device)) for arm in arms)  # equal on every worker
+    arms = tuple(replace(arm, config=resolve_auto(arm.config, device)) for arm in arms)  # equal on every worker
     if "held_out" in study.metrics:
         check_same_held_out({arm.name: arm.config for arm in arms})
     digests: dict[str, str] = {}

@@ -29,7 +29,7 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
-from dit_in_dit.runtime.device import resolve_precision
+from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.sampling.numbered import class_of, sample
 from dit_in_dit.study.arms import budgeted_config, describe_changes, matched_config
 from dit_in_dit.study.plan import Plan, Trial
@@ -134,7 +134,7 @@ class _Try:
         seconds = None
         if "seconds" in study.budget:
             seconds = step_seconds({"it": config}, self.device, threads=threads)["it"].seconds
-        return resolve_precision(budgeted_config(study, config, changes, seconds), self.device)
+        return resolve_auto(budgeted_config(study, config, changes, seconds), self.device)
 
     def _train_and_measure(self, trial: Trial) -> Generator[WorkerEvent, None, Result]:
         lease, run, study, total = self.lease, self.run, self.plan.study, trial.config.train.steps

@@ -21,7 +21,8 @@ CHANGEABLE = (
 
 def check_changes(run: Path, stored: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The keys that a resume changes, with both values; UserError if one is not CHANGEABLE."""
-    changes = changed_keys(stored, config)
+    auto = stored.train.compile == "auto"  # edited by hand: a run stores what auto became
+    changes = {name: pair for name, pair in changed_keys(stored, config).items() if name != "train.compile" or not auto}
     if name := next((name for name in changes if not name.startswith(CHANGEABLE)), None):
         before, now = changes[name]
         raise UserError(

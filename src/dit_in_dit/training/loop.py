@@ -30,7 +30,7 @@ from dit_in_dit.reporting.plots import figure_png
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create_run, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
-from dit_in_dit.runtime.device import pick_device, resolve_precision
+from dit_in_dit.runtime.device import pick_device, resolve_auto
 from dit_in_dit.training.distributed import join_group
 from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
@@ -153,12 +153,15 @@ class Run(Generator[Event, None, None]):
 
     def _train(self) -> Generator[Event, None, None]:
         device, resume, run = pick_device(self.device), self.resume, self.folder
+        resumed = resume and checkpoint.has_any(run)
         given = self.data if isinstance(self.data, Source) else None
-        config = count_auto_classes(resolve_precision(self.config, device), given)
+        config, chosen = self.config, self.config.train.compile == "auto"
+        if chosen and resumed:  # compiled as it was: the last bits depend on it
+            config = replace(config, train=replace(config.train, compile=read_config(run).train.compile))
+        config = count_auto_classes(resolve_auto(config, device), given)
         if self.model is None:
             check_plugin_parts(config.model)
             cost.check_fits(config.model, device, moments=0 if self.optimizer else 2)
-        resumed = resume and checkpoint.has_any(run)
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
         config = config.resolve_epochs(source.train_size)
@@ -166,7 +169,7 @@ class Run(Generator[Event, None, None]):
         with deterministic_algorithms(device, on=same_bits):  # before any tensor is on the device
             world = join_group(device, config.train.timeout)
             own: dict[str, Any] = {"model": self.model, "make_optimizer": self.optimizer, "make_loss": self.loss}
-            trainer = Trainer(config, source, device, world, fresh=not resumed, **own)
+            trainer = Trainer(config, source, device, world, fresh=not resumed, fall_back=chosen, **own)
             with world.watched(), ExitStack() as held:
                 if not resume:
                     world.on_main(lambda: create_run(run, config))

@@ -21,6 +21,7 @@ from dit_in_dit.config.run import DiffusionConfig, RunConfig, TrainConfig
 from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
+from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
@@ -28,6 +29,7 @@ from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch,
 from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.optimizer import Groups
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
@@ -64,6 +66,7 @@ class Trainer:
         model: NestedDiT | None = None,
         make_optimizer: Callable[[Groups], Optimizer] | None = None,
         make_loss: Callable[[DiffusionConfig], Objective] | None = None,
+        fall_back: bool = False,
     ) -> None:
         """
         Args:
@@ -72,6 +75,7 @@ class Trainer:
             make_optimizer: function of parameter groups that replaces train.optimizer. Groups have `params` and
                 `scale`; every step sets their `lr`.
             make_loss: class of the objective, in place of `Objective`.
+            fall_back: train without compilation if blocks do not compile.
         """
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         check_process_count(train := config.train, self.world.size)
@@ -87,17 +91,16 @@ class Trainer:
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-        self.net = self._distribute()
+        self.net = self._distribute(fall_back)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
-        groups = self._groups()
-        configured = optimizers.OPTIMIZERS[train.optimizer]
-        self.optimizer: Any = make_optimizer(groups) if make_optimizer else configured(groups, train)
+        make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
+        self.optimizer: Any = make(self._groups())
         optimizers.check_optimizer(self.optimizer, self.weights.values())
         self.objective = (make_loss or Objective)(config.diffusion)
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
-        self.predict = torch.compile(self.net) if train.compile else self.net
+        self.backward = Graphed(self._backward, self.weights.values()) if train.compile == "graphs" else self._backward
         self.step, self.unpack = 0, Unpacker(config.seed, device)
         self.divergence = Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
@@ -111,8 +114,11 @@ class Trainer:
             find = partial(principal_patches, self.source, self.config.model, len(split.basis))
             split.basis.copy_(self.world.on_main(find))
 
-    def _distribute(self) -> nn.Module:
-        """Shard the model and its average in place, or wrap the model in DDP; returns the module to train."""
+    def _distribute(self, fall_back: bool) -> nn.Module:
+        """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
+        train."""
+        if self.config.train.compile in (True, "graphs"):
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
         if self.sharded:
             shard(self.model)
             shard(self.ema.model)
@@ -157,11 +163,8 @@ class Trainer:
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = self.unpack(batch)
-            with self._accumulating(last=number == len(batches)):
-                with self.autocast():
-                    each = self.objective.loss(self.predict, x, noise, t, y)  # of N examples
-                (each.mean() / count).backward()  # type: ignore[no-untyped-call]
-            losses.append(each.detach())
+            with self._accumulating(last=number == len(batches)), explain_failures():
+                losses.append(self.backward(count, x, noise, t, y))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -172,10 +175,17 @@ class Trainer:
         loss = self.each.mean()
         norm, parts = self.gradient_norms()
         self._descend(norm, loss.isfinite() & norm.isfinite())
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not isinstance(self.backward, Graphed))
         self.step += 1
         self.ema.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
+
+    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Losses of a micro-batch of N examples, one of `count`, whose gradients are added to those of the weights."""
+        with self.autocast():
+            each = self.objective.loss(self.net, x, noise, t, y)
+        (each.mean() / count).backward()  # type: ignore[no-untyped-call]
+        return each.detach()
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""
@@ -285,3 +295,5 @@ def check_process_count(train: TrainConfig, size: int) -> None:
             f"train.reduction=fixed needs a number of processes that is a power of two and divides train.accumulate="
             f"{train.accumulate}: got {size} processes; change their number, or raise train.accumulate"
         )
+    if train.compile == "graphs" and size > 1:
+        raise UserError(f"train.compile=graphs needs a single process: got {size}; set train.compile=true")

@@ -75,7 +75,7 @@ class Cases:
             SystemExit: a CUDA error; the process cannot use its device any more.
         """
         began = time.monotonic()
-        line = {"part": self.part, "process": self.share[0], "row": row, "case": case}
+        line = self._name(row, case)
         if began + needs > self.end:
             return self._write({**line, "state": "skipped", "why": "no time left"})
         self._write({**line, "state": "begun"})
@@ -98,8 +98,10 @@ class Cases:
 
     def skip(self, error: Exception) -> None:
         """Record that the other cases cannot run, and why."""
-        line = {"part": self.part, "process": self.share[0], "row": "the rest", "case": "the rest"}
-        self._write({**line, "state": "skipped", "why": _missing(error)})
+        self._write({**self._name("the rest", "the rest"), "state": "skipped", "why": _missing(error)})
+
+    def _name(self, row: str, case: str) -> Values:
+        return {"part": self.part, "process": self.share[0], "device": self.name, "row": row, "case": case}
 
     def _write(self, line: Values) -> Values:
         append_line(self.path, line)

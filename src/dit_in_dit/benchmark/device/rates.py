@@ -52,12 +52,8 @@ def _facts(device: torch.device) -> Values:
             facts["driver"] = subprocess.run(
                 query, check=False, capture_output=True, text=True, timeout=10
             ).stdout.strip()
-    shown = [f"{facts['name']}, {facts.get('memory', 0) / 1e9:.0f} GB, torch {torch.__version__}"]
-    shown += [
-        *[f"driver {facts['driver']}"] * ("driver" in facts),
-        f"Python {facts['python']}",
-        f"{facts['cores']} cores",
-    ]
+    shown = [facts["name"], f"{facts.get('memory', 0) / 1e9:.0f} GB", f"torch {torch.__version__}"]
+    shown += [f"driver {facts.get('driver', '-')}", f"Python {facts['python']}", f"{facts['cores']} cores"]
     return {**facts, "says": ", ".join([*shown, f"not installed: {', '.join(missing) or 'nothing'}"])}
 
 

@@ -130,25 +130,23 @@ def _draws(precision: str, way: str, cases: Cases) -> Values:
 def measure_feeding(cases: Cases) -> None:
     """Copies to the device, and whole batches by place of the noise, size of the images and number of workers."""
     side, count = (32, 8) if cases.tiny else (256, 256)
-    cases.add("to the device", "copies", partial(_copies, (count, 3, side, side), cases.device))
+    cases.add("batches", "copies", partial(_copies, (count, 3, side, side), cases.device))
     for noise in ("host", "device"):
         for workers in (0,) if cases.tiny else (8, 0):
             measure = partial(_fed, noise, workers, side, count, cases.device)
-            cases.add(f"{side}x{side} pixels", f"noise={noise}, {workers} workers", measure, needs=4)
+            cases.add("batches", f"noise={noise}, {workers} workers", measure, needs=4)
 
 
 def _copies(shape: tuple[int, ...], device: torch.device) -> Values:
-    """Bytes per second of pinned and of plain memory; images per second as uint8 and as float32."""
-    says, rates = [], {}
+    """Bytes per second from pinned memory."""
+    rates = {}
     for name, dtype in (("uint8", torch.uint8), ("float32", torch.float32)):
-        plain = torch.zeros(shape, dtype=dtype)
-        rows: dict[str, Tensor] = {"pinned": plain.pin_memory() if device.type == "cuda" else plain, "plain": plain}
-        for how, source in rows.items():
-            target = torch.empty(shape, dtype=dtype, device=device)
-            seconds = seconds_of(partial(target.copy_, source, non_blocking=True), device, 0.2)
-            rates[f"{name} {how}"] = source.nbytes / seconds
-            says.append(f"{name} {how} {shape[0] / seconds:,.0f}/s")
-    return {"says": ", ".join(says), "bytes_per_second": rates}
+        source = torch.zeros(shape, dtype=dtype)
+        if device.type == "cuda":
+            source = source.pin_memory()
+        target = torch.empty(shape, dtype=dtype, device=device)
+        rates[name] = source.nbytes / seconds_of(partial(target.copy_, source, non_blocking=True), device, 0.2)
+    return {"says": ", ".join(f"{name} copies {rate / 1e9:.1f} GB/s" for name, rate in rates.items()), **rates}
 
 
 def _fed(noise: str, workers: int, side: int, count: int, device: torch.device) -> Values:

@@ -50,9 +50,9 @@ def measure_beside(cases: Cases) -> None:
     run = bfloat16_run("dit-xl2", tiny=cases.tiny)
     batches = (4,) if cases.tiny else BATCHES[1:]
     makes = {"ours": nested, "diffusers": diffusers_dit}
-    for row, way in (("ours", "compiled"), ("diffusers", "eager"), ("ours", "eager"), ("diffusers", "compiled")):
-        measure = partial(_step, run, cases.device, way, batches, cases.tiny, makes[row])
-        cases.add(row, way, measure, needs=10 if way == "compiled" else 5)
+    for whose, way in (("ours", "compiled"), ("diffusers", "eager"), ("ours", "eager"), ("diffusers", "compiled")):
+        measure = partial(_step, run, cases.device, way, batches, cases.tiny, makes[whose], 0.0, f"{whose}, ")
+        cases.add("dit-xl2", f"{whose}, {way}", measure, needs=10 if way == "compiled" else 5)
 
 
 def bfloat16_run(name: str, *, tiny: bool) -> RunConfig:
@@ -81,11 +81,12 @@ def _step(
     tiny: bool,
     make: Make,
     product: float = 0.0,
+    whose: str = "",
 ) -> Values:
     """The step of the largest batch that fits."""
     for batch in batches:
         try:
-            return _timed(override(run, [f"train.batch_size={batch}"]), device, way, tiny, make, product)
+            return _timed(override(run, [f"train.batch_size={batch}"]), device, way, tiny, make, product, whose)
         except torch.OutOfMemoryError:
             pass  # outside this block, the error and the tensors that it holds are gone
         gc.collect()
@@ -93,7 +94,9 @@ def _step(
     raise NotHere(f"not even a batch of {batches[-1]} fits")
 
 
-def _timed(run: RunConfig, device: torch.device, way: str, tiny: bool, make: Make, product: float) -> Values:
+def _timed(
+    run: RunConfig, device: torch.device, way: str, tiny: bool, make: Make, product: float, whose: str
+) -> Values:
     compiled, own = WAYS[way]
     with own_kernels(device) if own else nullcontext():
         subject = BenchmarkSubject(override(run, ["train.compile=false"]), device, make)
@@ -114,7 +117,7 @@ def _timed(run: RunConfig, device: torch.device, way: str, tiny: bool, make: Mak
         "first_step": first,
     }
     values |= {"peak_bytes": memory, "macs": subject.macs, "flops": flops, "precision": run.train.precision}
-    says = f"{way} {1000 * seconds:.1f} ms/{batch}, {batch / seconds:,.0f}/s, {(memory or 0) / 1e9:.0f} GB"
+    says = f"{whose}{way} {1000 * seconds:.1f} ms/{batch}, {batch / seconds:,.0f}/s, {(memory or 0) / 1e9:.0f} GB"
     if product:
         values["share"] = flops / 2 / product
         says += f", share {values['share']:.2f}"

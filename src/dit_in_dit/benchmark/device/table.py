@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dit_in_dit.benchmark.device.plan import GOALS, DEVICE_PARTS, CaseLine
+from dit_in_dit.benchmark.device.plan import DEVICE_PARTS, GOALS, CaseLine
 
-WIDTH = 160  # of a line
+WIDTH = 200  # of a line
 
 
 def table_lines(parts: Sequence[CaseLine], cases: Sequence[CaseLine]) -> list[str]:
@@ -22,7 +22,7 @@ def table_lines(parts: Sequence[CaseLine], cases: Sequence[CaseLine]) -> list[st
         rows: dict[str, list[CaseLine]] = {}
         for case in own:
             rows.setdefault(case["row"], []).append(case)
-        texts = [(_is_good(some), f"  {row}: {describe(some)}") for row, some in rows.items()]
+        texts = [(_order(some), f"  {row}: {describe(some)}") for row, some in rows.items()]
         shown = [text for _, text in sorted(texts, key=lambda pair: pair[0])][: part.rows]
         more = f", {len(rows) - len(shown)} rows in cases.jsonl" if len(rows) > len(shown) else ""
         why = f": {line['why']}" if "why" in line else ""
@@ -34,8 +34,10 @@ def table_lines(parts: Sequence[CaseLine], cases: Sequence[CaseLine]) -> list[st
     return [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in lines]
 
 
-def _is_good(cases: Iterable[CaseLine]) -> bool:
-    return all(case["state"] in ("done", "skipped") for case in cases)
+def _order(cases: Iterable[CaseLine]) -> int:
+    """Rows with failures first, rows without any result last."""
+    states = {case["state"] for case in cases}
+    return 0 if states & {"failed", "crashed"} else 1 if "done" in states else 2
 
 
 def describe(cases: Sequence[CaseLine]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,13 @@ def _path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(SRC))
 
 
+def is_gone(process: int) -> bool:
+    """Whether a process has ended; it may still wait for its parent."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True
+
+
 def states(check: DeviceCheck) -> dict[str, str]:
     return {line["case"]: line["state"] for line in read(check.cases) if line["state"] != "begun"}
 
@@ -105,8 +112,7 @@ def test_a_part_that_hangs_is_killed_with_its_children_and_the_next_runs(tmp_pat
     assert time.monotonic() - began < 30
     assert [line["state"] for line in read(check.parts)] == ["killed", "done"]
     child = int((tmp_path / "out" / "child").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert is_gone(child)
     (crash, _) = [line for line in read(check.cases) if line["state"] == "crashed"]
     assert (crash["case"], crash["why"]) == ("third", "killed: out of time")
 
@@ -164,9 +170,8 @@ check_in(Path({str(tmp_path / "out")!r})).run([Part("hanging", "", 60, 3), Part(
     process.send_signal(signal.SIGTERM)
     assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
     assert [line["state"] for line in read(tmp_path / "out" / "parts.jsonl")] == ["interrupted"]
-    assert "first 1; second 2" in (tmp_path / "out" / "table.txt").read_text() or True
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "out" / "child").read_text()), 0)
+    assert len((tmp_path / "out" / "table.txt").read_text().splitlines()) > 10
+    assert is_gone(int((tmp_path / "out" / "child").read_text()))
 
 
 def test_a_folder_with_results_is_refused(tmp_path, capsys):
@@ -288,7 +293,7 @@ def test_attention_that_is_wrong_in_its_last_sequences_is_found():
 
 def test_steps_run_in_each_way_and_smaller_batches_are_tried(tmp_path, monkeypatch):
     cases, refused = cases_in(tmp_path, "pixels"), []
-    run, device = steps.bfloat16_run("dit-in-dit-b16", tiny=True), torch.device("cpu")
+    run = steps.bfloat16_run("dit-in-dit-b16", tiny=True)
 
     class Heavy(NestedDiT):
         def forward(self, x, t, y=None):
@@ -300,13 +305,16 @@ def test_steps_run_in_each_way_and_smaller_batches_are_tried(tmp_path, monkeypat
     def make(run):
         return Heavy(run.model)
 
-    cases.add("row", "eager", lambda: steps._step(run, device, "eager", (4, 2), True, make, 1e9))
+    monkeypatch.setattr(steps, "BATCHES", (4, 2))
+    cases.tiny = False
+    cases.add("row", "eager", lambda: steps._step(cases, run, "eager", make, "eager", 1e9))
     (line,) = ended(cases)
     assert refused == [4]
     assert (line["batch"], line["peak_bytes"]) == (2, None)
     assert line["share"] == pytest.approx(3 * line["macs"] * line["images_per_second"] / 1e9)
+    monkeypatch.setattr(steps, "BATCHES", (4,))
     with pytest.raises(NotHere):
-        steps._step(run, device, "eager", (4,), True, make, 1e9)
+        steps._step(cases, run, "eager", make, "eager")
 
 
 def test_runs_waits_and_feeding_measure_what_this_version_has(tmp_path):

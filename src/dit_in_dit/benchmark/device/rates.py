@@ -132,14 +132,14 @@ def measure_pieces(cases: Cases) -> None:
     device, tiny = cases.device, cases.tiny
     copied = copy_rate(device, tiny)
     for length in (4, 16):
-        cases.add("attention in groups", f"{length} tokens", partial(_attention, length, device, tiny), needs=5)
+        cases.add("attention in groups", f"{length} tokens", partial(_attention, cases, length), needs=5)
     images = 1 if tiny else 64
     pixels, outer = (images, 256, 256, 16), (images, 256, 96 if tiny else 1152)
     for where, shape in (("pixels", (images, 4, 4, 16) if tiny else pixels), ("outer tokens", outer)):
         for name, (ways, bytes_each) in _pieces(shape, device).items():
             for way, (work, inputs) in ways.items():
-                measure = partial(_rate, way, work, inputs, bytes_each, copied, device, tiny)
-                cases.add(f"{name}, {where}", way, measure, needs=4)
+                measure = partial(_rate, cases, way, work, inputs, bytes_each, copied)
+                cases.add(f"{name}, {where}, of copy", way, measure, needs=4)
 
 
 Way = tuple[Callable[..., Any], list[Tensor]]  # a function, and its inputs
@@ -152,76 +152,56 @@ def _pieces(shape: tuple[int, ...], device: torch.device) -> Mapping[str, tuple[
     from dit_in_dit.model.modulation import modulate
     from dit_in_dit.model.norms import NORMS
 
-    draw = torch.Generator(device).manual_seed(0)
-
-    def tokens(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype, generator=draw)
-
-    width = shape[-1]
-    row = (*shape[: 2 if len(shape) == 4 else 1], 1, width)
-    x, branch, (shift, scale, gate) = tokens(shape, torch.float32), tokens(shape), (tokens(row) for _ in range(3))
-    norm, mlp = NORMS["layer"](width), MLPS["gelu"](width, width if len(shape) == 4 else 4 * width).to(device)
-    pieces: dict[str, tuple[dict[str, Way], int]] = {
-        "norm and modulate": (
-            {"plain": (lambda x, shift, scale: modulate(norm(x), shift, scale), [x, shift, scale])},
-            3 * WHOLE + 2 * HALF,
-        ),
-        "gate": ({"plain": (torch.addcmul, [x, gate, branch])}, 3 * WHOLE + 3 * HALF),
-        "MLP": ({"plain": (mlp, [branch])}, 5 * HALF),
-    }
-    if len(shape) == 4:
-        side = round((shape[1] * shape[2]) ** 0.5)
-        grid, kernel = tokens((shape[0], width, side, side)), tokens((width, 1, 3, 3))
-        convolve = partial(F.conv2d, padding=1, groups=width)
-        last = grid.to(memory_format=torch.channels_last)
+    tokens, width, nested = partial(torch.randn, device=device, dtype=torch.bfloat16), shape[-1], len(shape) == 4
+    x, branch, row = tokens(shape).float(), tokens(shape), (*shape[: 2 if nested else 1], 1, width)
+    shift, scale, gate = (tokens(row) for _ in range(3))
+    norm, mlp = NORMS["layer"](width), MLPS["gelu"](width, width if nested else 4 * width).to(device)
+    normed: dict[str, Way] = {"plain": (lambda x, *rows: modulate(norm(x), *rows), [x, shift, scale])}
+    gated: dict[str, Way] = {"plain": (torch.addcmul, [x, gate, branch])}
+    with suppress(NotHere):  # later versions only
+        fused = module_of("model.fused")
+        normed["own"] = (lambda x, *rows: fused.norm_modulate(x, norm, *rows)[1], [x, shift, scale])
+        gated["own"] = (fused.gate_residual, [x, gate, branch])
+    pieces: dict[str, tuple[dict[str, Way], int]] = {"norm and modulate": (normed, 3 * WHOLE + 2 * HALF)}
+    pieces["gate"] = gated, 3 * WHOLE + 3 * HALF
+    if nested:
+        grid, kernel = tokens(shape[0], width, *[round((shape[1] * shape[2]) ** 0.5)] * 2), tokens(width, 1, 3, 3)
+        convolve, last = partial(F.conv2d, padding=1, groups=width), grid.to(memory_format=torch.channels_last)
         ways: dict[str, Way] = {
             "channels first": (convolve, [grid, kernel]),
             "channels last": (convolve, [last, kernel]),
         }
         pieces["depthwise 3x3"] = ways, 5 * HALF
-    with suppress(NotHere):  # later versions only
-        fused = module_of("model.fused")
-        modulated = lambda x, *rows: fused.norm_modulate(x, norm, *rows)[1]  # noqa: E731
-        pieces["norm and modulate"][0]["own"] = modulated, [x, shift, scale]
-        pieces["gate"][0]["own"] = fused.gate_residual, [x, gate, branch]
-    return pieces
+    return pieces | {"MLP": ({"plain": (mlp, [branch])}, 5 * HALF)}
 
 
 def _rate(
-    way: str,
-    work: Callable[..., Tensor],
-    inputs: list[Tensor],
-    each: int,
-    copied: float,
-    device: torch.device,
-    tiny: bool,
+    cases: Cases, way: str, work: Callable[..., Tensor], inputs: list[Tensor], each: int, copied: float
 ) -> Values:
     """Rates of a function, eager, and compiled if it is plain PyTorch."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
-    says, found = [], {}
-    compiled = torch.compile(work, backend="aot_eager" if tiny else "inductor", dynamic=False)
+    autocast, rates = partial(torch.autocast, cases.device.type, torch.bfloat16), {}
+    compiled = torch.compile(work, backend="aot_eager" if cases.tiny else "inductor", dynamic=False)
     for how, function in (("eager", work), ("compiled", compiled))[: 1 if way == "own" else 2]:
-        with torch.autocast(device.type, torch.bfloat16):
-            grad = torch.randn_like(function(*leaves))
-
-        def step(function: Callable[..., Tensor] = function, grad: Tensor = grad) -> None:
-            with torch.autocast(device.type, torch.bfloat16):
-                out = function(*leaves)
-            torch.autograd.grad(out, leaves, grad)
-
-        rate = each * max(x.numel() for x in inputs) / seconds_of(step, device, 0.2)
-        found[how] = rate
-        says.append(f"{how} {rate / copied:.2f}")
-    return {"says": f"{way}: {', '.join(says)} of copy", "bytes_per_second": found, "copy": copied}
+        called = autocast()(function)
+        grad = torch.randn_like(called(*leaves))
+        seconds = seconds_of(partial(_passes, called, leaves, grad), cases.device, 0.2)
+        rates[how] = each * max(x.numel() for x in inputs) / seconds
+    says = ", ".join(f"{how} {rate / copied:.2f}" for how, rate in rates.items())
+    return {"says": f"{way} {says}", "bytes_per_second": rates, "copy": copied}
 
 
-def _attention(length: int, device: torch.device, tiny: bool) -> Values:
+def _passes(function: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def _attention(cases: Cases, length: int) -> Values:
     """Attention within groups: of the bandwidth of a copy, the best share without and with a backward pass."""
     from dit_in_dit.benchmark.attention import group_times
 
-    tokens, heads = 2**8 if tiny else 2**18, 16
-    sizes = (length, tokens, heads * (8 if tiny else 72), heads)
-    copy, forward, trained = group_times(*sizes, torch.bfloat16, device, 0.1 if tiny else 2.0)
+    tokens, width, heads = (2**8, 128, 16) if cases.tiny else (2**18, 1152, 16)
+    how = torch.bfloat16, cases.device, 0.1 if cases.tiny else 2.0
+    copy, forward, trained = group_times(length, tokens, width, heads, *how)
     shares = {name: copy.seconds / times.seconds for name, times in forward.items()}
     # Forward and backward pass read q, k, v and read them again with the gradient; they write four tensors.
     both = {name: 11 / 4 * copy.seconds / times.seconds for name, times in trained.items()}

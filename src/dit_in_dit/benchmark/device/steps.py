@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import gc
-import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 
 from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, compile_by_block, configured, own_kernels
 from dit_in_dit.benchmark.device.rates import seconds_of
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, Make, diffusers_dit, nested
-from dit_in_dit.benchmark.timing import best_product, peak_bytes, synchronize
+from dit_in_dit.benchmark.timing import best_product, peak_bytes
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 
 BATCHES = (256, 128, 64, 32, 16)  # the first whose step fits into the memory
-WAYS = {  # compiled, own kernels
-    "eager": (False, False),
-    "own kernels": (False, True),
-    "compiled": (True, False),
-    "compiled, own kernels": (True, True),
-}
 TINY = (
     *("model.image_size=16", "model.patch_size=8", "model.outer.width=32", "model.outer.num_heads=4"),
     *("model.depth=null", "train.batch_size=4"),
@@ -46,13 +38,11 @@ def measure_latents(cases: Cases) -> None:
 
 
 def measure_beside(cases: Cases) -> None:
-    """DiT-XL/2 beside the same model of diffusers, in one process and of one batch."""
-    run = bfloat16_run("dit-xl2", tiny=cases.tiny)
-    batches = (4,) if cases.tiny else BATCHES[1:]
+    """DiT-XL/2 beside the same model of diffusers, in one process."""
     makes = {"ours": nested, "diffusers": diffusers_dit}
     for whose, way in (("ours", "compiled"), ("diffusers", "eager"), ("ours", "eager"), ("diffusers", "compiled")):
-        measure = partial(_step, run, cases.device, way, batches, cases.tiny, makes[whose], 0.0, f"{whose}, ")
-        cases.add("dit-xl2", f"{whose}, {way}", measure, needs=10 if way == "compiled" else 5)
+        step = partial(_step, cases, bfloat16_run("dit-xl2", tiny=cases.tiny), way, makes[whose], f"{whose}, {way}")
+        cases.add("dit-xl2", f"{whose}, {way}", step, needs=10 if way == "compiled" else 5)
 
 
 def bfloat16_run(name: str, *, tiny: bool) -> RunConfig:
@@ -68,57 +58,32 @@ def bfloat16_run(name: str, *, tiny: bool) -> RunConfig:
 def _measure(cases: Cases, plan: list[tuple[str, str]]) -> None:
     product = best_product(cases.device, torch.bfloat16)
     for name, way in plan:
-        run, batches = bfloat16_run(name, tiny=cases.tiny), (4,) if cases.tiny else BATCHES
-        measure = partial(_step, run, cases.device, way, batches, cases.tiny, nested, product)
-        cases.add(name, way, measure, needs=10 if "compiled" in way else 4)
+        step = partial(_step, cases, bfloat16_run(name, tiny=cases.tiny), way, nested, way, product)
+        cases.add(name, way, step, needs=10 if "compiled" in way else 4)
 
 
-def _step(
-    run: RunConfig,
-    device: torch.device,
-    way: str,
-    batches: tuple[int, ...],
-    tiny: bool,
-    make: Make,
-    product: float = 0.0,
-    whose: str = "",
-) -> Values:
-    """The step of the largest batch that fits."""
-    for batch in batches:
+def _step(cases: Cases, run: RunConfig, way: str, make: Make, says: str, product: float = 0.0) -> Values:
+    """The step of the largest batch that fits; `share` is that of `product` MACs a second."""
+    for batch in (4,) if cases.tiny else BATCHES:
+        sized = override(run, ["train.compile=false", f"train.batch_size={batch}"])
         try:
-            return _timed(override(run, [f"train.batch_size={batch}"]), device, way, tiny, make, product, whose)
+            with own_kernels(cases.device) if "own" in way else nullcontext():
+                seconds, peak, macs = _timed(cases, BenchmarkSubject(sized, cases.device, make), "compiled" in way)
         except torch.OutOfMemoryError:
-            pass  # outside this block, the error and the tensors that it holds are gone
-        gc.collect()
-        torch.cuda.empty_cache()
-    raise NotHere(f"not even a batch of {batches[-1]} fits")
+            continue  # outside this block, the error and the tensors that it holds are gone
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        rate, share = batch / seconds, product and cost.FORWARDS_PER_STEP * macs * batch / seconds / product
+        says += f" {1000 * seconds:.1f} ms/{batch}, {rate:,.0f}/s, {(peak or 0) / 1e9:.0f} GB, {share:.2f}"
+        values = {"seconds_per_step": seconds, "batch": batch, "images_per_second": rate, "peak_bytes": peak}
+        return {**values, "macs": macs, "share": share, "says": says}
+    raise NotHere("not even the smallest batch fits")
 
 
-def _timed(
-    run: RunConfig, device: torch.device, way: str, tiny: bool, make: Make, product: float, whose: str
-) -> Values:
-    compiled, own = WAYS[way]
-    with own_kernels(device) if own else nullcontext():
-        subject = BenchmarkSubject(override(run, ["train.compile=false"]), device, make)
-        if compiled:
-            compile_by_block(getattr(subject.model, "model", subject.model), tiny=tiny)
-        began = time.perf_counter()
-        subject.step()
-        synchronize(device)
-        first = time.perf_counter() - began
-        seconds = seconds_of(subject.step, device, 0.1 if tiny else 1.5)
-        memory = peak_bytes(subject.step, device)
-    batch = run.train.batch_size
-    flops = 2 * cost.FORWARDS_PER_STEP * subject.macs * batch / seconds
-    values: dict[str, Any] = {
-        "seconds_per_step": seconds,
-        "batch": batch,
-        "images_per_second": batch / seconds,
-        "first_step": first,
-    }
-    values |= {"peak_bytes": memory, "macs": subject.macs, "flops": flops, "precision": run.train.precision}
-    says = f"{whose}{way} {1000 * seconds:.1f} ms/{batch}, {batch / seconds:,.0f}/s, {(memory or 0) / 1e9:.0f} GB"
-    if product:
-        values["share"] = flops / 2 / product
-        says += f", share {values['share']:.2f}"
-    return {**values, "says": says}
+def _timed(cases: Cases, subject: BenchmarkSubject, compiled: bool) -> tuple[float, int | None, int]:
+    """Seconds of a step, its peak memory, and MACs of a forward pass per image."""
+    if compiled:
+        compile_by_block(getattr(subject.model, "model", subject.model), tiny=cases.tiny)
+    seconds = seconds_of(subject.step, cases.device, 0.1 if cases.tiny else 1.5)
+    return seconds, peak_bytes(subject.step, cases.device), subject.macs

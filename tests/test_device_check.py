@@ -144,7 +144,7 @@ def test_the_check_ends_in_time_and_names_what_it_skipped(tmp_path):
 def test_without_a_gpu_the_other_parts_are_skipped_in_one_line_each(tmp_path):
     check = check_in(tmp_path / "out")
     assert not check.run([Part("no gpu", "", 20, 3), Part("good", "", 20, 3)])
-    assert [(line["state"], line.get("why")) for line in read(check.parts)] == [("done", None), ("skipped", NO_GPU)]
+    assert [(line["state"], line.get("why")) for line in read(check.parts)] == [("skipped", None), ("skipped", NO_GPU)]
 
 
 def test_missing_packages_and_missing_time_are_skipped_cases(tmp_path):

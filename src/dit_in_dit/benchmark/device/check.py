@@ -112,7 +112,9 @@ class DeviceCheck:
             return {"state": "killed", "why": f"after {limit:.0f} s", "processes": late}
         codes = [process.returncode for process in running]
         bad = [f"process {number} ended with {code}" for number, code in enumerate(codes) if code]
-        return {"state": "failed", "why": "; ".join(bad)[:200]} if bad else {"state": "done"}
+        if bad:
+            return {"state": "failed", "why": "; ".join(bad)[:200]}
+        return {"state": "done" if self._of(part, "done", "failed") else "skipped"}
 
     def _note_ends(
         self, part: Part, running: Sequence[subprocess.Popen[Any]], late: Sequence[int], texts: Sequence[str]

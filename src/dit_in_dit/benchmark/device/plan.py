@@ -15,7 +15,7 @@ class Part:
 
     name: str
     module: str
-    seconds: float  # planned on a GPU; its processes are killed after 1.5 times as much
+    seconds: float  # in which cases begin, on a GPU; processes are killed after 1.5 times as much
     rows: int  # of the table
     processes: int = 1  # at the same time, each with its share of the cases
     tiny_processes: int = 1
@@ -26,17 +26,17 @@ class Part:
 _ALONE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _SAME_BITS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # read when CUDA starts
 DEVICE_PARTS = (
-    Part("place", "rates", 20, 2),
-    Part("right", "right", 85, 3, 12, 1, _ALONE),
-    Part("limits", "rates", 30, 2, 6, 2),
-    Part("pieces", "rates", 45, 4),
-    Part("pixels", "steps", 85, 4),
-    Part("latents", "steps", 75, 2),
-    Part("waits", "running", 25, 1),
-    Part("runs", "running", 35, 1, environment=_SAME_BITS),
-    Part("drawing", "running", 35, 1),
-    Part("feeding", "running", 25, 1),
-    Part("beside", "steps", 50, 1),
+    Part("place", "rates", 15, 2),
+    Part("right", "right", 80, 3, 12, 1, _ALONE),
+    Part("limits", "rates", 25, 2, 6, 2),
+    Part("pieces", "rates", 40, 4),
+    Part("pixels", "steps", 75, 4),
+    Part("latents", "steps", 65, 2),
+    Part("waits", "running", 20, 1),
+    Part("runs", "running", 30, 1, environment=_SAME_BITS),
+    Part("drawing", "running", 30, 1),
+    Part("feeding", "running", 20, 1),
+    Part("beside", "steps", 45, 1),
 )
 
 

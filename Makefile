@@ -5,12 +5,15 @@
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
+# make device-check   on a GPU, in nine minutes: right, limits, speed (docs/gpu.md); PYTHON=python3 has the PyTorch that is used
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-eval test-lora test-track test-oldest test-faults check
+DEVICE_OUT ?= runs/device-check
+
+.PHONY: demo device-check test test-eval test-lora test-track test-oldest test-faults check
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -22,6 +25,10 @@ test: check
 
 test-faults: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py --full -n auto --dist loadfile --timeout 900
+
+# With the PyTorch that is there, not that of .venv: it fits the driver.
+device-check:
+	PYTHONPATH=src $(PYTHON) -m dit_in_dit.benchmark.device --seconds 520 --out $(DEVICE_OUT)
 
 check: .venv/dev
 	$(RUN) -m ruff check .

@@ -1,0 +1,1 @@
+"""The device check: what only a GPU can tell, in parts that end within a time limit (docs/gpu.md)."""

@@ -39,12 +39,12 @@ def _of(preset: str, *sets: str, **keys: Any) -> RunConfig:
 
 # A decoder of small patches of pixels, and its plain twin: the models that were optimised.
 _LAST_128 = _of(
-    "emoji-dit",
+    "emoji-reference",
     stages="outer*4 inner*2",
     model__outer={"width": 128},
     model__inner={"sub_patch": 2, "width": 32, "num_heads": 2, "mlp_ratio": 2, "embed": "conv"},
 )
-_PLAIN_128 = _of("emoji-dit", "model.stages=outer*6", "model.outer.width=128")
+_PLAIN_128 = _of("emoji-reference", "model.stages=outer*6", "model.outer.width=128")
 _LAST_384 = replace(
     _of("dit-s8", "train.batch_size=4"),
     model=replace(
@@ -105,7 +105,7 @@ _CUDA = Suite(
 _TINY = ("model.image_size=16", "model.patch_size=4", "model.outer.width=32", "train.batch_size=2")
 _TINY_LAST = override(_LAST_128, [*_TINY, "model.stages=outer*2 inner"])
 _TINY_FIRST = _of("emoji-reference", *_TINY, "model.stages=inner outer*2")
-_TINY_PLAIN = _of("emoji-dit", *_TINY, "model.stages=outer*2")
+_TINY_PLAIN = _of("emoji-reference", *_TINY, "model.stages=outer*2")
 _QUICK = Suite(
     plain=_TINY_PLAIN,
     compiled=None,

@@ -101,8 +101,7 @@ class Trainer:
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}
         self.objects = {name: qualified_name(thing) for name, thing in own.items() if thing is not None}
         self.backward = Graphed(self._backward, self.weights.values()) if train.compile == "graphs" else self._backward
-        self.step, self.unpack = 0, Unpacker(config.seed, device)
-        self.divergence = Divergence()
+        self.step, self.unpack, self.divergence = 0, Unpacker(config.seed, device), Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
         evaluates = train.evaluate_every and source.held_out_size
         self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None

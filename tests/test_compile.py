@@ -53,7 +53,8 @@ def test_blocks_of_every_choice_compile_by_kind(choice, full, monkeypatch):
         ]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
     # For each kind of block one graph, and one more for batches of any size. Tokens that join make another length.
-    assert 4 <= len(graphs) <= 4 + 2 * bool(model.config.tokens.count)
+    graphs_of_kinds = 2 * len({level for level, _ in model.config.program})
+    assert graphs_of_kinds <= len(graphs) <= graphs_of_kinds + 2 * bool(model.config.tokens.count)
 
 
 def _trained(net):

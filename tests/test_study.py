@@ -483,6 +483,7 @@ def test_a_study_takes_finished_trials_from_kept_rows_and_trains_the_others(base
     assert (again / "runs/two-s0/log.jsonl").exists()
     main(["study", "report", str(again)])
     assert (again / "results.csv").read_text() == (tmp_path / "first/results.csv").read_text()
+    assert "1 were taken from kept rows" in (again / "report.md").read_text()
 
 
 def test_the_option_from_says_how_many_trials_were_taken(base, tmp_path, capsys):

@@ -93,12 +93,11 @@ def write_report(out: Path) -> StudyReport:
 
 
 def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
-    evaluated = next((result.protocol for result in study.done.values() if result.protocol), {})
     caption = f"{study.primary} against what it costs."
     has_primary = study.primary in study.ranked
     against_cost = [figures.save_picture(out, "cost", figures.draw_pareto(study), caption)] if has_primary else []
     chapters = [
-        Chapter("Protocol", tables.protocol_tables(study.plan, evaluated)),
+        Chapter("Protocol", tables.protocol_tables(study.plan, [result.protocol for result in study.done.values()])),
         Chapter("Cost", [tables.cost(study)]),
         Chapter("Results", _results(study, out)),
         Chapter("Error against cost", against_cost),

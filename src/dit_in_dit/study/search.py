@@ -53,9 +53,9 @@ def _state(trial: SearchTrial) -> str:
 
 def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
     """The report's chapters: protocol, trials, panels, samples, and a study to confirm the best trials."""
-    evaluated = next((t.result.protocol for t in searched.trials if t.result and t.result.protocol), {})
+    protocols = [t.result.protocol for t in searched.trials if t.result and t.result.state == "done"]
     parts = [
-        Chapter("Protocol", tables.protocol_tables(searched.plan, evaluated)),
+        Chapter("Protocol", tables.protocol_tables(searched.plan, protocols)),
         Chapter("Tried", [_table(searched)]),
     ]
     if searched.ranked:

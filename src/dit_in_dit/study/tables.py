@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,10 @@ FLOOR = "real against real"
 TONES: dict[str, Tone] = {"better": "better", "worse": "worse"}  # by verdict; all other verdicts have the tone "soft"
 
 
-def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
-    """The study's keys, the machine and data with which the study was planned, and its evaluation protocol."""
+def protocol_tables(plan: Plan, protocols: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The study's keys, the machine and data with which the study was planned, and the evaluation protocol of its
+    trials, which is empty for those that were taken from kept rows."""
+    evaluation = next(filter(None, protocols), {})
     rows = []
     for name, value in to_dict(plan.study).items():
         if isinstance(value, dict) and name != "budget":
@@ -38,6 +40,8 @@ def protocol_tables(plan: Plan, evaluation: Mapping[str, Any]) -> list[Table]:
     if evaluation:
         rows = [(name, _shown(value)) for name, value in _flat(evaluation)]
         note = "The same for all trials: others would have been refused."
+        if taken := sum(not protocol for protocol in protocols):
+            note = f"The same for all trials trained here. {taken} were taken from kept rows, which have none."
         tables.append(Table(["field", "value"], rows, "Evaluation of samples", note, words=True))
     return tables
 

@@ -52,7 +52,7 @@ def _in_groups(x: Tensor, row: Tensor) -> bool:
 def norm_modulate(x: Tensor, norm: nn.Module, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """x as it is, and norm(x) * (1 + scale) + shift in the dtype of `scale`.
 
-    Go on with the returned x: the gradients of both results then reach the argument x in one pass over memory.
+    Use the returned x in the residual sum. The gradients of both results are then added in one pass over memory.
     """
     factor, dtype = 1 + scale, scale.dtype
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)

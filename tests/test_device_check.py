@@ -317,7 +317,7 @@ def test_steps_run_in_each_way_and_smaller_batches_are_tried(tmp_path, monkeypat
         steps._step(cases, run, "eager", make, "eager")
 
 
-def test_runs_waits_and_feeding_measure_what_this_version_has(tmp_path):
+def test_runs_and_feeding_are_measured(tmp_path):
     cases = cases_in(tmp_path, "runs")
     running.measure_runs(cases)
     running.measure_feeding(cases)

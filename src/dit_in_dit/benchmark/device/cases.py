@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dit_in_dit.config.run import RunConfig
 
 NO_GPU = "no GPU here"  # the start of a reason
 Values = Mapping[str, Any]
@@ -112,30 +109,13 @@ def _missing(error: Exception) -> str:
     return f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
 
 
-def configured(name: str, *sets: str) -> RunConfig:
-    """A preset with changed keys. NotHere if this version lacks a key or its value."""
-    from dit_in_dit.config.errors import UserError
-    from dit_in_dit.config.presets import preset
-
-    try:
-        return preset(name, *sets)
-    except UserError as error:
-        raise NotHere(f"not in this version: {error}") from None
-
-
-def module_of(name: str) -> Any:
-    """A module of the package that later versions have. NotHere if this version lacks it."""
-    if find_spec(full := f"dit_in_dit.{name}") is None:
-        raise NotHere(f"{name}: not in this version")
-    return import_module(full)
-
-
 @contextmanager
 def own_kernels(device: torch.device) -> Iterator[None]:
-    """Within a `with` block, the package's own kernels are on. NotHere if this version has none."""
+    """Within a `with` block, the package's own kernels are on."""
     import torch
 
-    kernels = module_of("model.kernels")
+    from dit_in_dit.model import kernels
+
     on_cuda = device.type == "cuda"
     name = torch.cuda.get_device_properties(device).name if on_cuda else device.type
     before = dict(kernels.KERNELS)
@@ -151,14 +131,12 @@ def compile_by_block(model: nn.Module, *, tiny: bool) -> None:
     """Compile the blocks of a model in place, as train.compile does; tiny: only trace them, in a tenth of the time."""
     import torch
 
+    from dit_in_dit.model import compiled
+
     torch.compiler.reset()
-    backend = "aot_eager" if tiny else "inductor"
-    blocks = getattr(model, "transformer_blocks", None)  # of diffusers
-    if blocks is None and find_spec("dit_in_dit.model.compiled"):
-        compiled = module_of("model.compiled")
-        compiled.BACKEND = backend
+    compiled.BACKEND = "aot_eager" if tiny else "inductor"
+    if blocks := getattr(model, "transformer_blocks", None):  # of diffusers
+        for block in blocks:
+            block.compile(backend=compiled.BACKEND)
+    else:
         compiled.compile_blocks(model)
-        return
-    ours: Any = model
-    for block in (*ours.outer_blocks, *ours.inner_blocks) if blocks is None else blocks:
-        block.compile(backend=backend)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, module_of
+from dit_in_dit.benchmark.device.cases import Cases, Values
 
 CORE = ("numpy", "einops", "PIL", "safetensors", "yaml")  # what models and training import
 OTHER = ("rich", "jinja2", "diffusers", "triton", "matplotlib")
@@ -98,7 +98,9 @@ def measure_limits(cases: Cases) -> None:
     draw = torch.Generator(device).manual_seed(0)
     shape = (count // 512 if cases.tiny else count, 16, 4, 72)
     q, k, v, grad = (torch.randn(shape, device=device, dtype=torch.bfloat16, generator=draw) for _ in range(4))
-    attention: Callable[..., Tensor] = module_of("model.layers").sdpa if ours else F.scaled_dot_product_attention
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
+    if ours:
+        from dit_in_dit.model.layers import sdpa as attention
     cases.add(row, f"{count:,} forward", lambda: _compared((attention(q, k, v),), (q, k, v), None))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     cases.add(
@@ -148,6 +150,7 @@ Way = tuple[Callable[..., Any], list[Tensor]]  # a function, and its inputs
 def _pieces(shape: tuple[int, ...], device: torch.device) -> Mapping[str, tuple[Mapping[str, Way], int]]:
     """Functions by piece and way, and the bytes per number of the tokens that forward and backward pass must move: each
     input, output and gradient once; the stream of tokens in float32, all that belongs to a branch in bfloat16."""
+    from dit_in_dit.model.fused import gate_residual, norm_modulate
     from dit_in_dit.model.mlps import MLPS
     from dit_in_dit.model.modulation import modulate
     from dit_in_dit.model.norms import NORMS
@@ -156,12 +159,11 @@ def _pieces(shape: tuple[int, ...], device: torch.device) -> Mapping[str, tuple[
     x, branch, row = tokens(shape).float(), tokens(shape), (*shape[: 2 if nested else 1], 1, width)
     shift, scale, gate = (tokens(row) for _ in range(3))
     norm, mlp = NORMS["layer"](width), MLPS["gelu"](width, width if nested else 4 * width).to(device)
-    normed: dict[str, Way] = {"plain": (lambda x, *rows: modulate(norm(x), *rows), [x, shift, scale])}
-    gated: dict[str, Way] = {"plain": (torch.addcmul, [x, gate, branch])}
-    with suppress(NotHere):  # later versions only
-        fused = module_of("model.fused")
-        normed["own"] = (lambda x, *rows: fused.norm_modulate(x, norm, *rows)[1], [x, shift, scale])
-        gated["own"] = (fused.gate_residual, [x, gate, branch])
+    normed: dict[str, Way] = {
+        "plain": (lambda x, *rows: modulate(norm(x), *rows), [x, shift, scale]),
+        "own": (lambda x, *rows: norm_modulate(x, norm, *rows)[1], [x, shift, scale]),
+    }
+    gated: dict[str, Way] = {"plain": (torch.addcmul, [x, gate, branch]), "own": (gate_residual, [x, gate, branch])}
     pieces: dict[str, tuple[dict[str, Way], int]] = {"norm and modulate": (normed, 3 * WHOLE + 2 * HALF)}
     pieces["gate"] = gated, 3 * WHOLE + 3 * HALF
     if nested:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, compile_by_block, configured
+from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, compile_by_block
 from dit_in_dit.benchmark.device.rates import seconds_of
 from dit_in_dit.benchmark.device.steps import bfloat16_run
 from dit_in_dit.benchmark.timing import synchronize, trainer_step
 from dit_in_dit.config.files import override
+from dit_in_dit.config.presets import preset
 from dit_in_dit.data.coerce import as_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.sampling.numbered import sample_batches
@@ -39,7 +39,7 @@ def _waits(compiled: str, device: torch.device, tiny: bool) -> Values:
     if device.type != "cuda" and compiled != "false":
         raise NotHere("needs CUDA")
     sets = [f"train.compile={compiled}", *["train.batch_size=2"] * tiny]
-    step = trainer_step(configured("emoji", *sets), device)
+    step = trainer_step(preset("emoji", *sets), device)
     step()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -77,7 +77,7 @@ def measure_runs(cases: Cases) -> None:
 def _resumes(name: str, deterministic: bool | None, sets: list[str], cases: Cases) -> Values:
     small = ["train.batch_size=8", "model.outer.width=32", "model.stages=outer inner"] if cases.tiny else []
     every = ["train.sample_every=0", "train.evaluate_every=0", "train.warmup=0", "train.steps=8"]
-    config = configured("emoji", "train.checkpoint_every=8", "data.held_out=0", *every, *small, *sets)
+    config = preset("emoji", "train.checkpoint_every=8", "data.held_out=0", *every, *small, *sets)
     draw = np.random.default_rng(0)
     data = draw.integers(0, 256, (64, 32, 32, 3), np.uint8), np.arange(64) % config.model.num_classes
     how: dict[str, Any] = {"device": cases.name, "data": data, "deterministic": bool(deterministic)}
@@ -108,12 +108,8 @@ def measure_drawing(cases: Cases) -> None:
 def _draws(precision: str, way: str, cases: Cases) -> Values:
     size, steps = (2, 2) if cases.tiny else (64, 4)
     sets = ["sample.guidance=1.5", "sample.sampler=euler", f"sample.steps={steps}", f"sample.micro_batch={size}"]
+    sets.append(f"sample.precision={precision}")
     run = override(bfloat16_run("dit-xl2", tiny=cases.tiny), sets)
-    has_key = any(name == "precision" for name, _, _ in run.sample.items())
-    if has_key:
-        run = override(run, [f"sample.precision={precision}"])
-    elif precision != "float32":
-        raise NotHere("sample.precision: not in this version")
     model = NestedDiT(run.model).to(cases.device).eval().requires_grad_(False)
     if way == "compiled":
         compile_by_block(model, tiny=cases.tiny)
@@ -152,13 +148,13 @@ def _copies(shape: tuple[int, ...], device: torch.device) -> Values:
 def _fed(noise: str, workers: int, side: int, count: int, device: torch.device) -> Values:
     size = min(count, 64)
     sets = [f"model.image_size={side}", "model.patch_size=16", f"train.batch_size={size}", f"data.workers={workers}"]
-    config = configured("dit-s16", *sets, *["train.noise=device"] * (noise == "device"))
+    config = preset("dit-s16", *sets, *["train.noise=device"] * (noise == "device"))
     pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
     source = as_source((pixels, np.arange(count)), override(config, ["data.held_out=0"]))
     assert not isinstance(source, str)
     number = 3 + (2 if workers == 0 else 2 * workers)
     loader = iter(feeding.load_batches(feeding.Examples(source, config), 0, number, workers, pin=device.type == "cuda"))
-    unpack = getattr(feeding, "Unpacker", _Mover)(config.seed, device)
+    unpack = feeding.Unpacker(config.seed, device)
     try:
         unpack(next(loader))  # the workers have started
         synchronize(device)
@@ -170,13 +166,3 @@ def _fed(noise: str, workers: int, side: int, count: int, device: torch.device) 
     finally:
         feeding.end_workers(loader)
     return {"says": f"noise={noise}, {workers} workers {rate:,.0f}/s", "images_per_second": rate}
-
-
-class _Mover:
-    """Moves a batch, for versions whose batches are whole on the host."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, batch: Any) -> list[Tensor]:
-        return [part.to(self.device, non_blocking=True) for part in batch]

@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
-from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, compile_by_block, configured, own_kernels
+from dit_in_dit.benchmark.device.cases import Cases, NotHere, Values, compile_by_block, own_kernels
 from dit_in_dit.benchmark.device.rates import seconds_of
 from dit_in_dit.benchmark.subjects import BenchmarkSubject, Make, diffusers_dit, nested
 from dit_in_dit.benchmark.timing import best_product, peak_bytes
 from dit_in_dit.config.files import override
+from dit_in_dit.config.presets import preset
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
 
@@ -47,7 +48,7 @@ def measure_beside(cases: Cases) -> None:
 
 def bfloat16_run(name: str, *, tiny: bool) -> RunConfig:
     """A published size in bfloat16; tiny: with one block a level."""
-    run = configured(name, "train.precision=bfloat16")
+    run = preset(name, "train.precision=bfloat16")
     if not tiny:
         return run
     stages = "outer" if "in" not in name.split("-") else "outer inner" if name.endswith("16") else "inner outer"

@@ -18,6 +18,7 @@ from dit_in_dit.benchmark.device.cases import NO_GPU, append_line
 from dit_in_dit.benchmark.device.plan import CaseLine, Part
 from dit_in_dit.benchmark.device.table import table_lines
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.runs import atomic
 
 OVER = 1.5  # a part is killed after its planned seconds times this
 LEAST = 0.3  # share of its planned seconds for which a part starts
@@ -62,7 +63,7 @@ class DeviceCheck:
                     self._part(part)
             finally:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not stop the table
-                (self.out / "table.txt").write_text("\n".join(self.table()) + "\n")
+                atomic.write_atomic(self.out / "table.txt", "\n".join(self.table()) + "\n")
         ended = [line["state"] for line in self._read(self.cases) if line["state"] != "begun"]
         bad = [line for line in self._read(self.parts) if line["state"] not in ("done", "skipped")]
         return "done" in ended and not bad and not {"failed", "crashed"} & set(ended)

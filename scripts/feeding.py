@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, ModelConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.runtime import philox
 from dit_in_dit.runtime.seeding import generator

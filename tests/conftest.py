@@ -13,15 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_in_dit.config.run import (
-    DataConfig,
-    InnerConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
-    SampleConfig,
-    TrainConfig,
-)
+from dit_in_dit.config.run import DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.model.nested import NestedDiT
 
 SHARDED = pytest.param(

@@ -33,7 +33,8 @@ from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import to_yaml
-from dit_in_dit.config.run import RunConfig, TrainConfig
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection import cost
 from test_cli import lines_of
 

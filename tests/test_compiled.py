@@ -16,7 +16,8 @@ from conftest import SHARDED, inputs, perturbed, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.files import config_hash, from_yaml, override, to_yaml
-from dit_in_dit.config.run import RunConfig, TrainConfig
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_blocks
 from dit_in_dit.model import compiled, nested

@@ -17,7 +17,8 @@ from dit_in_dit.cli import curves as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override, to_yaml
-from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import RunConfig, SampleConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.curves.arms import RunGroup, arms, notes
 from dit_in_dit.curves.convergence import convergence_tables, errors_by_seed, stability, steps_to_reach
 from dit_in_dit.curves.logs import Curve, read_run

@@ -27,10 +27,11 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.tensors import LazyTensors, file_order, load_tensors, serialize
 from dit_in_dit.runtime.deterministic import deterministic
 from dit_in_dit.runtime.device import pick_device
-from dit_in_dit.training import distributed, loop, step_log
-from dit_in_dit.training.distributed import GatheredTensors
+from dit_in_dit.training import distributed, loop, sharding, step_log
+from dit_in_dit.training.held_out import HELD_OUT_BATCH
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.trainer import HELD_OUT_BATCH, Trainer
+from dit_in_dit.training.sharding import GatheredTensors
+from dit_in_dit.training.trainer import Trainer
 from processes import run_together
 
 CUDA = torch.device("cuda:1")
@@ -290,7 +291,7 @@ class Counted(dict):
 
 def test_a_sharded_state_is_gathered_one_tensor_at_a_time(monkeypatch):
     gathered, written = [], []
-    monkeypatch.setattr(distributed, "full_tensor", lambda tensor: gathered.append(len(written)) or tensor)
+    monkeypatch.setattr(sharding, "full_tensor", lambda tensor: gathered.append(len(written)) or tensor)
     state = GatheredTensors({f"weight{n}": torch.full((4,), float(n)) for n in range(3)})
     for part in serialize(state):
         written.append(part)

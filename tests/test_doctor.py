@@ -21,8 +21,9 @@ from dit_in_dit.cli import doctor as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import to_yaml
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.schema import keys
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import DoctorReport, examine
 from dit_in_dit.doctor.observe import periodic_share, seam_peaks

@@ -38,7 +38,8 @@ def run(tmp_path_factory, run_config_of) -> Path:
 def run_config_of(folder):
     """Function that trains a small run, given a folder, a name, a seed and data keys."""
     from conftest import small_model
-    from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import RunConfig, SampleConfig
+    from dit_in_dit.config.training import TrainConfig
 
     def make(root: Path, name: str, seed: int = 0, **data) -> Path:
         config = RunConfig(
@@ -164,7 +165,8 @@ def test_another_evaluation_in_the_same_folder_is_refused_with_the_field_that_di
 
 def test_mosaic_runs_are_measured_against_the_truth(tmp_path):
     from conftest import small_model
-    from dit_in_dit.config.run import RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import RunConfig, SampleConfig
+    from dit_in_dit.config.training import TrainConfig
 
     config = RunConfig(
         model=replace(small_model("outer*1 inner*1", image_size=(16, 16)), num_classes=9),

@@ -10,7 +10,8 @@ import torch
 
 from conftest import perturbed, small_model, with_train
 from dit_in_dit.attention_maps.findings import missing_parts
-from dit_in_dit.config.run import LrScaleConfig, RunConfig
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.training import LrScaleConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.doctor import data_checks, model_checks, training_checks
 from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, check_initial_loss

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from autocast import CudaAutocast
 from conftest import SHARDED, inputs, perturbed, small_model
 from dit_in_dit.config.model import ModelConfig
-from dit_in_dit.config.run import DataConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.model import fused, modulation
 from dit_in_dit.model.fused import fuses, gate_residual, norm_modulate
 from dit_in_dit.model.kernels import KERNELS, PYTORCH, Kernels, kernels_of

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import small_model
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.training.loop import train
 
 STORED = Path(__file__).parent / "golden" / "losses.json"

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from conftest import small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
-from dit_in_dit.config.run import DataConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.data.encode import Encoding, encode, open_decoder
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_classes, fill_latent_keys, open_source, size_of, source_kind

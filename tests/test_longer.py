@@ -20,7 +20,7 @@ from dit_in_dit.runs.folder import read_config, read_history
 from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.study import arms, plan
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.trainer import learning_rate
+from dit_in_dit.training.optimizer import learning_rate
 
 
 def run(config, out: Path, **keys) -> list:

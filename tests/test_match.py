@@ -18,7 +18,8 @@ from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import from_yaml, override, to_yaml
-from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import InnerConfig, ModelConfig, OuterConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 from dit_in_dit.study.arms import match_arms

@@ -41,8 +41,9 @@ from conftest import perturbed, small_model
 from dit_in_dit import sample
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.schema import to_dict
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.data.encode import LatentDecoder
 from dit_in_dit.diffusion.samplers import denoise, guided
 from dit_in_dit.diffusion.schedulers import make_scheduler, set_steps

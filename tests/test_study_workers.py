@@ -48,7 +48,8 @@ def quickly() -> Iterator[None]:
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, folder: Path) -> StudyConfig:
     """A study of four arms with one seed (two with --full): trials of some seconds, each with ten checkpoints."""
     from conftest import small_model
-    from dit_in_dit.config.run import DataConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, SampleConfig
+    from dit_in_dit.config.training import TrainConfig
 
     config = RunConfig(
         model=small_model("outer*2 inner*2", image_size=(8, 8), num_classes=3),

@@ -32,7 +32,8 @@ from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.batches import Examples, load_batches, shuffled_index
 from dit_in_dit.training.ema import Ema, ema_decay
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.trainer import Trainer, learning_rate
+from dit_in_dit.training.optimizer import learning_rate
+from dit_in_dit.training.trainer import Trainer
 
 
 def run(config, out: Path, **keys) -> list:

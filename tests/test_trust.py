@@ -17,8 +17,9 @@ from dit_in_dit.cli import main
 from dit_in_dit.cli.options import class_numbers
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import config_hash, to_yaml
-from dit_in_dit.config.run import RunConfig, TrainConfig
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import key, to_dict
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.reporting.images import to_pixels
 from dit_in_dit.runs import atomic, checkpoint, integrity, pretrained

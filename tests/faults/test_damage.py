@@ -17,7 +17,8 @@ import torch
 from conftest import small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 

@@ -28,7 +28,8 @@ import torch
 from calls import is_of_the_system
 
 from dit_in_dit.config.files import from_yaml, to_yaml
-from dit_in_dit.config.run import DataConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.training.loop import train
 

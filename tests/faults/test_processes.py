@@ -24,7 +24,7 @@ from dit_in_dit.config.run import DataConfig
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import load_tensors
 from dit_in_dit.training.batches import Examples
-from dit_in_dit.training.trainer import check_process_count
+from dit_in_dit.training.distributed import check_process_count
 from processes import Together, run_together, trained
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]

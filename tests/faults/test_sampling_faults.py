@@ -55,7 +55,8 @@ main(sys.argv[2:])
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, folder) -> Path:
     """A few steps that move every weight far from its start; samples come in sixteen micro-batches."""
-    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
+    from dit_in_dit.config.training import TrainConfig
 
     config = RunConfig(
         model=small_model("outer*1 inner*1", image_size=(8, 8), num_classes=3),
@@ -246,7 +247,8 @@ def test_an_evaluation_uses_exactly_the_sampled_images(run, words, tmp_path):
 
 def test_sampled_latents_have_the_same_bits_in_numbered_files_and_in_the_final_array(tmp_path):
     """Pixels are rounded, latents are not: here the last bit counts."""
-    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig, TrainConfig
+    from dit_in_dit.config.run import DataConfig, RunConfig, SampleConfig
+    from dit_in_dit.config.training import TrainConfig
 
     images = np.random.default_rng(0).standard_normal((12, 4, 8, 8), np.float32)
     np.savez(tmp_path / "latents.npz", images=images, labels=np.arange(12) % 3)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import dit_in_dit
-from dit_in_dit.config.run import DataConfig, ModelConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, ModelConfig
 from dit_in_dit.config.samplers import Sampler
 from dit_in_dit.config.schema import Section, key
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.data.picture import Array
 from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.metric import Images, Metric

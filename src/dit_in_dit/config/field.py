@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig, TokensConfig
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig
+from dit_in_dit.config.training import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.field import SIZES as SIZES  # noqa: PLC0414  # shown to others
 from dit_in_dit.config.files import parse_assignment, replace_keys
 from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, LrScaleConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.schema import PluginKeys
+from dit_in_dit.config.training import LrScaleConfig, TrainConfig
 
 # SiT's recipe (Ma et al. 2024): flow, velocity, uniform times, AdamW at 1e-4, batch 256.
 LATENTS = RunConfig(data=DataConfig(source="imagenet-latents", flip=True, workers=8), sample=SampleConfig(steps=50))

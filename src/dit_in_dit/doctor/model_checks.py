@@ -16,8 +16,7 @@ from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject
 from dit_in_dit.doctor.observe import LABEL_TIME, SEAM_TIME, LabelErrors, Observation
 from dit_in_dit.model.aggregate import Gate
 from dit_in_dit.model.embed import EMBEDS
-from dit_in_dit.training.optimizer import reached_by_gradient
-from dit_in_dit.training.trainer import learning_rate
+from dit_in_dit.training.optimizer import learning_rate, reached_by_gradient
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from dit_in_dit.config.errors import UserError, truncate
-from dit_in_dit.config.run import DataConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig, TrainConfig
+from dit_in_dit.config.run import DataConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.diffusion.schedulers import scheduler_option
 from dit_in_dit.interop.diffusers_files import PIPELINE_INDEX, read_diffusers_json
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline

@@ -10,7 +10,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import changed_keys
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs.folder import change_run
-from dit_in_dit.training.trainer import learning_rate
+from dit_in_dit.training.optimizer import learning_rate
 
 # No weight depends on these keys, except on train.steps by a cosine schedule.
 CHANGEABLE = (

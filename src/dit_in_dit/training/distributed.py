@@ -1,4 +1,4 @@
-"""Processes that train one run together, on torch.distributed: sums, agreement, sharding, and loss of a process."""
+"""Processes that train one run together, on torch.distributed: sums, agreement, and loss of a process."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import os
 import signal
 import socket
 import time
-from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runtime.process import world_size
 
 T = TypeVar("T")
@@ -191,70 +190,16 @@ def join_group(device: torch.device, timeout: int) -> Process:
     return ProcessGroup(timeout)
 
 
-# ------------------------------------------------------------------------------------------ sharding
-# Imports are local: PyTorch's sharded tensors take seconds to import.
-
-
-def shard(model: NestedDiT) -> None:
-    """Shard a model by FSDP2: each block is a group, and all other parameters form one. Every process holds an equal
-    part of a group, and the whole group only while the group computes.
-
-    Raises:
-        UserError: the model is on the CPU, and this version of PyTorch shards on GPUs only.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # PyTorch before 2.7
+def check_process_count(train: TrainConfig, size: int) -> None:
+    """Check that `size` processes can share the run's batches. Raises UserError."""
+    if train.reduction == "fast" and train.batch_size % size:
         raise UserError(
-            f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update PyTorch"
+            f"train.batch_size must be a multiple of the number of processes ({size}): got {train.batch_size}"
         )
-    for block in (*model.outer_blocks, *model.inner_blocks):
-        fully_shard(block)
-    # By default the last group stays whole after the forward pass, for the backward pass, which an average lacks.
-    if any(weight.requires_grad for weight in model.parameters()):
-        fully_shard(model)
-    else:
-        fully_shard(model, reshard_after_forward=True)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Part of a tensor that this process holds; the whole tensor if it is not sharded. Shares memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor; a sharded one is gathered from all processes."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def shard_like(tensor: Tensor, like: Any) -> Tensor:
-    """Copy of a whole tensor with the device and sharding of `like`."""
-    if not hasattr(like, "device_mesh"):
-        return tensor.to(like.device, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    placed = tensor.to(like.device)
-    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None).clone()
-
-
-def replicate_like(tensor: Tensor, like: Any) -> Tensor:
-    """A scalar for use with `like` in an optimizer: replicated over the processes if `like` is sharded."""
-    if not hasattr(like, "device_mesh"):
-        return tensor
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
-
-
-class GatheredTensors(UserDict[str, Tensor]):
-    """Tensors by name, each gathered from all processes when it is read: a process holds one whole tensor at a time.
-
-    All processes must read every tensor once, in the same order: rank 0 while it writes the file, the others in
-    `Session._save`. `data` gives dtypes and shapes without a gather.
-    """
-
-    def __getitem__(self, name: str) -> Tensor:
-        return full_tensor(self.data[name])
+    if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
+        raise UserError(
+            f"train.reduction=fixed needs a number of processes that is a power of two and divides train.accumulate="
+            f"{train.accumulate}: got {size} processes; change their number, or raise train.accumulate"
+        )
+    if train.compile == "graphs" and size > 1:
+        raise UserError(f"train.compile=graphs needs a single process: got {size}; set train.compile=true")

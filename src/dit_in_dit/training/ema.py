@@ -7,7 +7,7 @@ import copy
 import torch
 
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.training.distributed import local_part
+from dit_in_dit.training.sharding import local_part
 
 
 def ema_decay(step: int, most: float) -> float:

@@ -1,7 +1,8 @@
-"""Optimizers by name, and their state as tensors by parameter name."""
+"""Optimizers by name, the learning rate by step, and the state as tensors by parameter name."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import TrainConfig
-from dit_in_dit.training.distributed import local_part, replicate_like, shard_like
+from dit_in_dit.config.training import TrainConfig
+from dit_in_dit.training.sharding import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
 Named = Iterable[tuple[str, Tensor]]  # (name, parameter)
@@ -29,6 +30,16 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adamw": partial(_adam, torch.optim.AdamW),  # decoupled weight decay (Loshchilov & Hutter 2019)
     "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
 }
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Learning rate of optimizer step `step` (from 0), which depends only on the step."""
+    if step < train.warmup:
+        return train.learning_rate * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def check_optimizer(optimizer: object, weights: Iterable[Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,35 +16,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import DiffusionConfig, RunConfig, TrainConfig
+from dit_in_dit.config.run import DiffusionConfig, RunConfig
 from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
-from dit_in_dit.diffusion.objective import EVALUATION_TIMES, Objective
+from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
-from dit_in_dit.training.distributed import GatheredTensors, Process, local_part, replicate_like, shard, shard_like
+from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
-from dit_in_dit.training.optimizer import Groups
+from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
+from dit_in_dit.training.optimizer import Groups, learning_rate
+from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
-
-HELD_OUT_IMAGES = 512  # most images in a held-out evaluation
-HELD_OUT_BATCH = 64  # most images in a forward pass of this evaluation, whatever the number of processes
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0), which depends only on the step."""
-    if step < train.warmup:
-        return train.learning_rate * (step + 1) / train.warmup
-    if train.schedule == "constant":
-        return train.learning_rate
-    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Trainer:
@@ -209,33 +197,11 @@ class Trainer:
             parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)
         return norms.norm(), {part: torch.stack(own).norm() for part, own in parts.items()}
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Held-out denoising error of the averaged model by time: whole image and high frequencies.
-
-        The batches are divided among the processes. The sums do not depend on the number of processes.
-        """
+        """Held-out denoising error of the averaged model by time: whole image and high frequencies."""
         assert self.held_out is not None
-        errors = {}
-        x, noise, _, y, _ = self.held_out
-        batch = min(self.config.train.batch_size, HELD_OUT_BATCH)
-        starts = range(0, len(x), batch)
-        rank, size = self.world.rank, self.world.size
-        # The same number of forward passes in each process, because all take part in each pass of a sharded model.
-        own_starts = [starts[(turn * size + rank) % len(starts)] for turn in range(-(-len(starts) // size))]
-        for t in EVALUATION_TIMES:
-            sums = []
-            for start in own_starts:
-                part = slice(start, start + batch)
-                images, noises, labels = (v[part].to(self.device) for v in (x, noise, y))
-                both = self.objective.denoising_error(self.ema.model, images, noises, t, labels)
-                sums.append(torch.stack(both).cpu().double().sum(1))  # on the CPU: not every device has float64
-            every = self.world.gather(torch.stack(sums)).transpose(0, 1).flatten(0, 1)
-            total = torch.zeros(2, dtype=torch.float64)
-            for sum_ in every[: len(starts)]:
-                total += sum_
-            errors[str(t)] = dict(zip(("whole", "high"), (total / len(x)).tolist(), strict=True))
-        return errors
+        most = self.config.train.batch_size
+        return denoising_errors(self.objective, self.ema.model, self.held_out, most, self.device, self.world)
 
     @torch.no_grad()
     def averaged(self) -> NestedDiT | None:
@@ -281,18 +247,3 @@ def _new_model(config: RunConfig) -> NestedDiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return NestedDiT(config.model, recompute=config.train.recompute)
-
-
-def check_process_count(train: TrainConfig, size: int) -> None:
-    """Check that `size` processes can share the run's batches. Raises UserError."""
-    if train.reduction == "fast" and train.batch_size % size:
-        raise UserError(
-            f"train.batch_size must be a multiple of the number of processes ({size}): got {train.batch_size}"
-        )
-    if train.reduction == "fixed" and (size & (size - 1) or train.accumulate % size):
-        raise UserError(
-            f"train.reduction=fixed needs a number of processes that is a power of two and divides train.accumulate="
-            f"{train.accumulate}: got {size} processes; change their number, or raise train.accumulate"
-        )
-    if train.compile == "graphs" and size > 1:
-        raise UserError(f"train.compile=graphs needs a single process: got {size}; set train.compile=true")

@@ -24,7 +24,7 @@ test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test-faults: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py --full -n auto --dist loadfile --timeout 900
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py tests/test_device_check.py --full -n auto --dist loadfile --timeout 900
 
 # With the PyTorch that is there, not that of .venv: it fits the driver.
 device-check:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
+from dit_in_dit.training.muon import MuonAdamW, make_muon
 from dit_in_dit.training.sharding import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
@@ -29,6 +30,7 @@ def _adam(kind: Callable[..., Optimizer], groups: Groups, train: TrainConfig) ->
 OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adamw": partial(_adam, torch.optim.AdamW),  # decoupled weight decay (Loshchilov & Hutter 2019)
     "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
+    "muon": make_muon,  # matrices of blocks: orthogonalised steps (Jordan et al. 2024); others: AdamW
 }
 
 
@@ -124,7 +126,9 @@ def reached_by_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | Non
 
 
 def adam_direction(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Adam's step divided by the learning rate, from the two moments; None for optimizers without them."""
+    """Adam's or Muon's step divided by the learning rate, from the moments; None for other optimizers."""
+    if isinstance(optimizer, MuonAdamW) and (direction := optimizer.direction(parameter)) is not None:
+        return direction
     state, betas = optimizer.state.get(parameter, {}), optimizer.param_groups[0].get("betas")
     if not betas or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
         return None

@@ -21,12 +21,17 @@ def moments(model: ModelConfig, optimizer: str) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
+def moments_per_weight(model: ModelConfig, optimizer: str) -> float:
+    """Numbers in the optimizer's moments for each trained weight."""
+    return moments(model, optimizer)["total"] / moments(model, "adamw")["total"] * 2 if optimizer == "muon" else 2
+
+
 def step_macs(model: ModelConfig, optimizer: str) -> int:
     """MACs of one optimizer step in matrix products: with Muon, 2 a^2 b + a^3 for each Newton-Schulz iteration of a
     matrix with sides a <= b; 0 for others."""
     total = 0
-    for _, count, tensor in _trained(model):
-        if count and optimizer == "muon":
+    for _, count, tensor in _trained(model) if optimizer == "muon" else ():
+        if count:
             short, long = sorted((len(tensor) // count, tensor.shape[1]))
             total += NEWTON_SCHULZ_STEPS * count * (2 * short**2 * long + short**3)
     return total

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
-from dit_in_dit.training.muon import MuonAdamW, make_muon
+from dit_in_dit.training.muon import MuonAdamW, make_muon, matrix_groups
 from dit_in_dit.training.sharding import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
@@ -32,6 +32,11 @@ OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
     "muon": make_muon,  # matrices of blocks: orthogonalised steps (Jordan et al. 2024); others: AdamW
 }
+
+
+def configured(train: TrainConfig, model: nn.Module, groups: Groups) -> Optimizer:
+    """The optimizer of train.optimizer for parameter groups of a model."""
+    return OPTIMIZERS[train.optimizer](matrix_groups(groups, model) if train.optimizer == "muon" else groups, train)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:

@@ -30,7 +30,6 @@ from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
-from dit_in_dit.training.muon import matrix_groups
 from dit_in_dit.training.optimizer import Groups, learning_rate
 from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.tree import PairwiseSum
@@ -83,11 +82,8 @@ class Trainer:
         self.net = self._distribute(fall_back)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
-        make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
-        groups = self._groups()
-        if train.optimizer == "muon" and make_optimizer is None:
-            groups = matrix_groups(groups, self.model)
-        self.optimizer: Any = make(groups)
+        make = make_optimizer or partial(optimizers.configured, train, self.model)
+        self.optimizer: Any = make(self._groups())
         optimizers.check_optimizer(self.optimizer, self.weights.values())
         self.objective = (make_loss or Objective)(config.diffusion)
         own = {"model": model, "optimizer": make_optimizer and self.optimizer, "loss": make_loss and self.objective}

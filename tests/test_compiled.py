@@ -261,7 +261,11 @@ class NoHostWait(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("keys", [{}, {"accumulate": 2, "precision": "bfloat16", "recompute": "both"}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"accumulate": 2, "precision": "bfloat16", "recompute": "both"}, {"optimizer": "muon", "weight_decay": 0.1}],
+    ids=str,
+)
 def test_no_step_between_log_lines_waits_for_the_device(run_config, tmp_path, monkeypatch, keys):
     # Inputs on a GPU are not read: test_precision holds it.
     monkeypatch.setattr(nested, "_check_inputs", lambda *inputs: None)

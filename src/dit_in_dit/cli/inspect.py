@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 from dit_in_dit.cli.options import Commands, add_config, chosen_config, print_table, whole_number
 from dit_in_dit.config import presets
@@ -78,6 +79,9 @@ def _inspect(options: argparse.Namespace) -> None:
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
         plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+        if config.train.optimizer == "muon":
+            _add_optimizer(traced, config.model)
+            _add_optimizer(plain, replace(config.model, use_inner=False))
     if options.json:
         print(json.dumps({**traced, "plain": plain}, indent=1))
         return
@@ -89,7 +93,11 @@ def _inspect(options: argparse.Namespace) -> None:
         ("parameters", ""),
         ("macs", "per image, forward"),
         ("activation_bytes", "kept for the backward pass, float32, whole batch"),
+        ("moments", "numbers that muon and AdamW keep"),
+        ("optimizer_macs", "per step, whatever the batch: muon on all matrices"),
     ):
+        if name not in plain:
+            continue
         large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
         print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
         rows = []
@@ -99,3 +107,11 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
+
+
+def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:
+    """Add Muon's memory and work to the inspection of a model."""
+    from dit_in_dit.inspection import optimizer_cost
+
+    inspection["moments"] = optimizer_cost.moments(model, "muon")
+    inspection["optimizer_macs"] = {"total": optimizer_cost.step_macs(model, "muon")}

@@ -26,10 +26,26 @@ class TrainConfig(Section):
     )
     batch_size: int = key(256, "examples per forward pass", low=1, high=10**6)
     accumulate: int = key(1, "forward passes per step; a step sees batch_size * accumulate", low=1, high=10**6)
-    optimizer: Literal["adamw", "adam"] = key(
-        "adamw", "adamw: decoupled weight decay; adam: weight decay is added to the gradient", added=2
+    optimizer: Literal["adamw", "adam", "muon"] = key(
+        "adamw",
+        "adamw: decoupled weight decay; adam: weight decay is added to the gradient; "
+        "muon: orthogonalised steps for the matrices of blocks, AdamW for other weights",
+        added=2,
     )
     learning_rate: float = key(1e-4, "peak learning rate", low=0, high=10)
+    muon_adjust: Literal["match_rms_adamw", "original"] = key(
+        "match_rms_adamw",
+        "muon's rate for a matrix: times 0.2 sqrt(longer side), as large a step as AdamW's; "
+        "original: times sqrt(rows/columns), at least 1",
+        added=4,
+    )
+    muon_scale: float = key(
+        1.0,
+        "factor on the learning rate of muon's matrices; AdamW's weights keep train.learning_rate",
+        low=0,
+        high=1e6,
+        added=4,
+    )
     lr_scale: LrScaleConfig = key(LrScaleConfig, "factors on the learning rate, by level")
     init: str | None = key(None, "run whose averaged weights this run starts from; null: random weights")
     init_blocks: tuple[int, ...] | None = key(

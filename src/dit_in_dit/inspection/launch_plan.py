@@ -15,6 +15,7 @@ from functools import lru_cache
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.inspection.optimizer_cost import moments_per_weight, step_macs
 from dit_in_dit.inspection.trace import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
@@ -79,12 +80,13 @@ def recipe(
     train = config.train
     for recompute in dict.fromkeys((train.recompute, "both")):
         one = _counted(config.model, 1, recompute)
-        state = STATE_BYTES * one["parameters"]["total"]
+        state = (STATE_BYTES - 8 + 4 * moments_per_weight(config.model, train.optimizer)) * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
             memory = state + rows * one["activation_bytes"]["total"]
             if memory <= ROOM * capacity * 1e9:
                 flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
+                flops += 2 * gpus * step_macs(config.model, train.optimizer)  # every GPU orthogonalises all matrices
                 step = flops / (gpus * peak * 1e12 * mfu)
                 keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute}
                 changed = [f"train.{key}={value}" for key, value in keys.items() if value != getattr(train, key)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,8 @@ class QkNorm(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions."""
+
+    stacked: ClassVar[Mapping[str, int]] = {"qkv": 3}  # matrices in the weight of a layer
 
     def __init__(
         self, width: int, num_heads: int, *, qk_norm: bool = False, bias: bool = True, rope: Rope | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ class Mlp(nn.Module, ABC):
     """
 
     reads_rows: ClassVar[bool] = False
+    stacked: ClassVar[Mapping[str, int]] = {}  # matrices in the weight of a layer, if not 1; 0: no matrix of tokens
 
     @staticmethod
     @abstractmethod
@@ -59,6 +61,8 @@ class SiluMlp(GeluMlp):
 class SwiGlu(Mlp):
     """SiLU-gated linear unit (Shazeer 2020), 2/3 as wide, so that it costs as much as two layers around a GELU."""
 
+    stacked: ClassVar[Mapping[str, int]] = {"up": 2}
+
     def __init__(self, width: int, hidden: int, *, bias: bool = True, condition: int = 0) -> None:
         super().__init__()
         self.up = nn.Linear(width, 2 * (2 * hidden // 3), bias)
@@ -80,6 +84,9 @@ class HyperMlp(Mlp):
     """
 
     reads_rows = True
+    stacked: ClassVar[Mapping[str, int]] = {
+        "weights": 0
+    }  # makes matrices from a conditioning row, as modulation makes vectors
     macs = staticmethod(GeluMlp.macs)
 
     def __init__(self, width: int, hidden: int, *, bias: bool = True, condition: int = 0) -> None:

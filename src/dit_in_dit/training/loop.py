@@ -24,6 +24,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.data.sources import count_auto_classes
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.optimizer_cost import moments_per_weight
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.plots import figure_png
@@ -161,7 +162,8 @@ class Run(Generator[Event, None, None]):
         config = count_auto_classes(resolve_auto(config, device), given)
         if self.model is None:
             check_plugin_parts(config.model)
-            cost.check_fits(config.model, device, moments=0 if self.optimizer else 2)
+            moments = 0 if self.optimizer else moments_per_weight(config.model, config.train.optimizer)
+            cost.check_fits(config.model, device, moments)
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
         config = config.resolve_epochs(source.train_size)

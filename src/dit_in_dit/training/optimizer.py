@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
+from dit_in_dit.training.muon import MuonAdamW, make_muon, matrix_groups
 from dit_in_dit.training.sharding import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
@@ -29,7 +30,13 @@ def _adam(kind: Callable[..., Optimizer], groups: Groups, train: TrainConfig) ->
 OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adamw": partial(_adam, torch.optim.AdamW),  # decoupled weight decay (Loshchilov & Hutter 2019)
     "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
+    "muon": make_muon,  # matrices of blocks: orthogonalised steps (Jordan et al. 2024); others: AdamW
 }
+
+
+def configured(train: TrainConfig, model: nn.Module, groups: Groups) -> Optimizer:
+    """The optimizer of train.optimizer for parameter groups of a model."""
+    return OPTIMIZERS[train.optimizer](matrix_groups(groups, model) if train.optimizer == "muon" else groups, train)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -124,7 +131,9 @@ def reached_by_gradient(optimizer: Optimizer, parameter: Tensor) -> Tensor | Non
 
 
 def adam_direction(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Adam's step divided by the learning rate, from the two moments; None for optimizers without them."""
+    """Adam's or Muon's step divided by the learning rate, from the moments; None for other optimizers."""
+    if isinstance(optimizer, MuonAdamW) and (direction := optimizer.direction(parameter)) is not None:
+        return direction
     state, betas = optimizer.state.get(parameter, {}), optimizer.param_groups[0].get("betas")
     if not betas or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
         return None

@@ -57,6 +57,22 @@ def shard_like(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
+def gather_like(part: Tensor, like: Any) -> Tensor:
+    """The whole tensor of which every process holds a part, sharded as `like`; `part` itself if `like` is not
+    sharded. All processes must call."""
+    if not hasattr(like, "device_mesh"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    form = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, **form).full_tensor()
+
+
+def part_like(tensor: Tensor, like: Any) -> Tensor:
+    """This process's part of a whole tensor, sharded as `like`; `tensor` itself if `like` is not sharded."""
+    return local_part(shard_like(tensor, like)) if hasattr(like, "device_mesh") else tensor
+
+
 def replicate_like(tensor: Tensor, like: Any) -> Tensor:
     """A scalar for use with `like` in an optimizer: replicated over the processes if `like` is sharded."""
     if not hasattr(like, "device_mesh"):

@@ -82,7 +82,7 @@ class Trainer:
         self.net = self._distribute(fall_back)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
-        make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
+        make = make_optimizer or partial(optimizers.configured, train, self.model)
         self.optimizer: Any = make(self._groups())
         optimizers.check_optimizer(self.optimizer, self.weights.values())
         self.objective = (make_loss or Objective)(config.diffusion)

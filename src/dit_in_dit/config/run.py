@@ -86,6 +86,9 @@ class DataConfig(Section):
     )
     posterior: Literal["sample", "mean"] = key("sample", "latents: sample (new noise per training example), mean")
     corrupt: Literal["error", "skip"] = key("error", "unreadable image files: error (stop), skip (leave out and count)")
+    balance: Literal["none", "class"] = key(
+        "none", "order of the images: none (each once per epoch), class (each class equally often)", added=4
+    )
     workers: int = key(0, "processes that prepare batches; 0: the training process", low=0, high=256)
 
     def check(self) -> None:
@@ -186,6 +189,8 @@ class RunConfig(Section):
             raise UserError(
                 f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
             )
+        if self.data.balance == "class" and not self.model.num_classes:
+            raise UserError("data.balance=class needs labels: set model.num_classes=auto, or data.balance=none")
         model, diffusion, size = self.model, self.diffusion, self.model.image_size
         if diffusion.split and (diffusion.path, model.learn_variance) != ("flow", False):
             got = f"got {diffusion.path}, {str(model.learn_variance).lower()}"

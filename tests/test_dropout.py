@@ -83,9 +83,10 @@ def test_gradient_is_that_of_nn_dropout_with_the_same_mask():
 
 def test_branches_are_dropped_before_the_gate():
     config = config_with()
-    net = NestedDiT(config.model, dropout=0.25)
-    block, x, c = net.outer_blocks[1], torch.randn(3, 4, 24), torch.randn(3, 1, 24)
-    nn.init.normal_(block.modulation.linear.weight)
+    net, draw = NestedDiT(config.model, dropout=0.25).double(), torch.Generator().manual_seed(0)
+    block = net.outer_blocks[1]
+    x, c = (torch.randn(3, n, 24, generator=draw, dtype=torch.float64) for n in (4, 1))
+    nn.init.normal_(block.modulation.linear.weight, generator=draw)
     keys = dropout_keys(0, torch.arange(3), 4)[:, 1]
     ours = block(x, c, keys)
     shift, scale, gate, shift2, scale2, gate2 = block.modulation(c)

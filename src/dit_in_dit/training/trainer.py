@@ -69,9 +69,7 @@ class Trainer:
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         check_process_count(train := config.train, self.world.size)
         keep_freed_memory()
-        if model is not None and train.dropout:
-            raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
-        self.model = _new_model(config) if model is None else model
+        self.model = _new_model(config, model)
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
@@ -253,8 +251,12 @@ class Trainer:
         self.step, self.divergence = step, Divergence.read(state)
 
 
-def _new_model(config: RunConfig) -> NestedDiT:
-    """The config's model. Initial weights are generated on the CPU, so that they are the same on every device."""
+def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:
+    """The given model, or the config's. Initial weights are generated on the CPU, so that they are the same on every device."""
+    if given is not None and config.train.dropout:
+        raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
+    if given is not None:
+        return given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return NestedDiT(config.model, recompute=config.train.recompute, dropout=config.train.dropout)

@@ -252,7 +252,7 @@ class Trainer:
 
 
 def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:
-    """The given model, or the config's. Initial weights are generated on the CPU, so that they are the same on every device."""
+    """The given model, or the config's, with initial weights from the CPU: they are the same on every device."""
     if given is not None and config.train.dropout:
         raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
     if given is not None:

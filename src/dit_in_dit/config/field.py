@@ -76,6 +76,8 @@ def _repa() -> RunConfig:
 @_family("LightningDiT", "Yao et al. 2025", "hustvl/LightningDiT: models/lightningdit.py")
 def _lightningdit() -> RunConfig:
     sample = SampleConfig(sampler="euler", steps=250, guidance=10.0, guidance_channels=3, interval=(0.0, 0.89))
+    # 0.3 at t = 1 for the image: configs/lightningdit_xl_vavae_f16d32.yaml, transport/integrators.py
+    sample = replace(sample, time_shift=1 / 0.3)
     return _recipe(_images(16, 32, 1, time_embed="sit", outer=MODERN), replace(LARGE_BATCH, steps=80_000), sample)
 
 
@@ -147,7 +149,8 @@ def _rae() -> RunConfig:
     inner = replace(blocks, sub_patch=1, mixer="image", condition="outer_sub_patch", head_condition="rows")
     model = _images(16, 768, 1, time_embed="gauss", silu_twice=True, outer=MODERN, inner=inner)
     train = replace(LARGE_BATCH, ema=0.9995, clip=1.0)
-    return _recipe(model, train, SampleConfig(sampler="euler", steps=50))
+    # configs/training/ImageNet256/DiTDH-XL_DINOv2-B.yaml: time_dist_shift_dim 196608, time_dist_shift_base 4096
+    return _recipe(model, train, SampleConfig(sampler="euler", steps=50), time_shift="dimension")
 
 
 @_family("RAEv2 DiT-DH", "Singh et al. 2026", "nanovisionx/RAEv2: src/stage2/models/DDT.py, without the guidance head")

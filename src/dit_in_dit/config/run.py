@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -10,12 +12,14 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
+from dit_in_dit.config.time_shift import Shift, check_shift, shift_factor
 from dit_in_dit.config.training import TrainConfig
 
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
     prefix: ClassVar[str] = "diffusion"
+    sizes: Mapping[str, int] | None = field(default=None, repr=False, compare=False, kw_only=True)  # set by RunConfig
     path: Literal["flow", "ddpm"] = key(
         "flow", "flow: x_t = (1-t) x + t e (rectified flow); ddpm: DiT's linear 1000-step schedule"
     )
@@ -28,10 +32,26 @@ class DiffusionConfig(Section):
     time: Literal["uniform", "logit_normal"] = key("uniform", "distribution of training times")
     time_mean: float = key(0.0, "logit_normal: mean of the logit; above 0: more noise", low=-20, high=20)
     time_std: float = key(1.0, "logit_normal: standard deviation of the logit", low=1e-3, high=20)
+    time_shift: Shift = key(
+        1.0,
+        "t of training becomes s t / (1 + (s-1) t); s above 1: more noise; s is a number, tokens (SD3: sqrt(patches / "
+        "256)) or dimension (RAE: sqrt(numbers / 4096)); path flow",
+        low=1e-3,
+        high=1e3,
+        added=4,
+    )
     split_rank: int = key(8, "split: rank of the subspace, a PCA of training patches", low=1, high=65536, added=3)
     split_scale: float = key(1.0, "split: scale s of the subspace; 1 for a PCA", low=1e-3, high=1e3, added=3)
     split_clamp: float = key(0.04, "split: least t in divisions when sampling", low=1e-6, high=1, added=3)
     frequency_weight: float = key(0.0, "weight of DeCo's loss on DCT coefficients; 0: none", low=0, high=1e6, added=3)
+
+    def check(self) -> None:
+        check_shift("diffusion.time_shift", self.time_shift, self.path)
+
+    @property
+    def shift(self) -> float:
+        """The factor s of the shift of training times."""
+        return shift_factor(self.time_shift, self.sizes)
 
     @property
     def split(self) -> tuple[int, float, float] | None:
@@ -66,6 +86,9 @@ class DataConfig(Section):
     )
     posterior: Literal["sample", "mean"] = key("sample", "latents: sample (new noise per training example), mean")
     corrupt: Literal["error", "skip"] = key("error", "unreadable image files: error (stop), skip (leave out and count)")
+    balance: Literal["none", "class"] = key(
+        "none", "order of the images: none (each once per epoch), class (each class equally often)", added=4
+    )
     workers: int = key(0, "processes that prepare batches; 0: the training process", low=0, high=256)
 
     def check(self) -> None:
@@ -94,6 +117,18 @@ class SampleConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "autocast type; auto: train.precision on CUDA, float32 on other devices", added=4
     )
+
+    time_shift: Shift | None = key(
+        None,
+        "shift of the sampler's times, as diffusion.time_shift; null: that of training",
+        low=1e-3,
+        high=1e3,
+        added=4,
+    )
+
+    def shift(self, diffusion: DiffusionConfig) -> float:
+        """The factor s of the shift of the sampler's times."""
+        return diffusion.shift if self.time_shift is None else shift_factor(self.time_shift, diffusion.sizes)
 
     def check(self) -> None:
         if self.interval[0] > self.interval[1]:
@@ -129,6 +164,9 @@ class RunConfig(Section):
         super().__post_init__()
         if self.model.split != self.diffusion.split:
             object.__setattr__(self, "model", replace(self.model, split=self.diffusion.split))
+        if isinstance(self.diffusion.time_shift, str) or isinstance(self.sample.time_shift, str):
+            sizes = {"tokens": self.model.patches, "dimension": math.prod(self.model.image_shape)}
+            object.__setattr__(self, "diffusion", replace(self.diffusion, sizes=sizes))
         if not PLUGIN_KEYS and not self.plugins.sections:
             return
         values = {name: value for name, _, value in keys(self)}
@@ -140,6 +178,8 @@ class RunConfig(Section):
 
     def check(self) -> None:
         check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
+        shift = self.diffusion.time_shift if self.sample.time_shift is None else self.sample.time_shift
+        check_shift("sample.time_shift", shift, self.diffusion.path, self.sample.sampler)
         steered = self.sample.guidance_channels
         if steered and steered > self.model.channels:
             raise UserError(
@@ -149,6 +189,8 @@ class RunConfig(Section):
             raise UserError(
                 f"sample.guidance={self.sample.guidance:g} needs a trained null class: set train.label_drop above 0"
             )
+        if self.data.balance == "class" and not self.model.num_classes:
+            raise UserError("data.balance=class needs labels: set model.num_classes=auto, or data.balance=none")
         model, diffusion, size = self.model, self.diffusion, self.model.image_size
         if diffusion.split and (diffusion.path, model.learn_variance) != ("flow", False):
             got = f"got {diffusion.path}, {str(model.learn_variance).lower()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -173,7 +173,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         known = choice_names(name, parts) if way_out else (str(p).lower() if p in (True, False) else p for p in parts)
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
-        return None if value is None else _typed(value, parts[0], name)
+        return _typed_union(value, hint, name, wrong)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
             raise wrong()
@@ -200,6 +200,23 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     return number
 
 
+def _typed_union(value: Any, hint: Any, name: str, wrong: Callable[[], UserError]) -> Any:
+    """Null or a name if the union has it, or else a value of the union's first type."""
+    if (value is None and type(None) in get_args(hint)) or (isinstance(value, str) and value in _names(hint)):
+        return value
+    try:
+        return _typed(value, get_args(hint)[0], name)
+    except UserError:
+        if _names(hint):
+            raise wrong() from None
+        raise
+
+
+def _names(hint: Any) -> tuple[str, ...]:
+    """Names that a union such as `float | Literal["tokens"]` accepts beside the values of its first type."""
+    return tuple(name for part in get_args(hint)[1:] if get_origin(part) is Literal for name in get_args(part))
+
+
 def _spell(hint: Any) -> str:
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     if get_origin(hint) is dict:
@@ -209,7 +226,7 @@ def _spell(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return f"{len(get_args(hint))} values, each {_spell(get_args(hint)[0])}"
     if get_origin(hint) in (Union, types.UnionType):
-        return f"{_spell(get_args(hint)[0])} or null"
+        return " or ".join([_spell(get_args(hint)[0]), *_names(hint), *["null"] * (type(None) in get_args(hint))])
     return names.get(hint, str(hint))
 
 

@@ -57,6 +57,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
     label_drop: float = key(0.1, "fraction of labels replaced by the null class, for guidance", low=0, high=1)
     ema: float = key(0.9999, "decay of the averaged weights; at step n at most (1+n)/(10+n)", low=0, high=0.9999999)
+    dropout: float = key(
+        0.0, "share of the outputs of each block's mixing and MLP that training sets to zero", low=0, high=0.9, added=4
+    )
     clip: float = key(1.0, "largest gradient norm; 0: no clipping", low=0, high=10**9)
     noise: Literal["host", "device"] = key(
         "host",

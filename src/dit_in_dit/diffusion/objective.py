@@ -10,7 +10,16 @@ from torch import Tensor
 
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.diffusion.frequency import frequency_error
-from dit_in_dit.diffusion.path import QUANTITIES, Ddpm, Flow, convert, determinant, make_path, prediction_coefficients
+from dit_in_dit.diffusion.path import (
+    QUANTITIES,
+    Ddpm,
+    Flow,
+    convert,
+    determinant,
+    make_path,
+    prediction_coefficients,
+    shift_time,
+)
 from dit_in_dit.diffusion.variance import split_prediction, vlb_term
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -34,8 +43,9 @@ TIME_DISTRIBUTIONS: dict[str, Callable[[Tensor, DiffusionConfig], Tensor]] = {
 
 
 def draw_time(path: Flow, uniform: Tensor, config: DiffusionConfig) -> Tensor:
-    """Training times in [0, 1] from uniform numbers in [0, 1), by the configured distribution."""
-    return path.snap(TIME_DISTRIBUTIONS[config.time](uniform, config)).float()
+    """Training times in [0, 1] from uniform numbers in [0, 1), by the configured distribution and shift."""
+    t = TIME_DISTRIBUTIONS[config.time](uniform, config)
+    return path.snap(t if config.shift == 1 else shift_time(t, config.shift)).float()
 
 
 def loss_on(quantity: str) -> Weight:

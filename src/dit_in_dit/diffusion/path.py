@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ def alpha_bar() -> Tensor:
     """Share of the image's variance that is left after each step of DiT's linear schedule, (1000,) float64."""
     betas = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64)
     return (1 - betas).cumprod(0)
+
+
+def shift_time(t: Any, shift: float) -> Any:
+    """Times t (an array, a tensor or a number in [0, 1]) moved to the noisy end if `shift` is above 1.
+
+    The shift s multiplies the odds t / (1 - t) by s (Esser et al. 2024, equation 23; RAE, Zheng et al. 2025).
+    """
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def on_device(make: Callable[[], Tensor]) -> Callable[[torch.device], Tensor]:

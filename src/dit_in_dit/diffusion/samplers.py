@@ -69,7 +69,7 @@ def _calls(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each network call: times (N,), x_t, the prediction and the next x."""
     check_sampler(diffusion.path, how.sampler, how.steps)
-    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing)
+    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing, how.shift(diffusion))
     set_steps(scheduler, how.steps)
     check_timesteps(scheduler, how.sampler)
     wanted = prediction_type(scheduler)

@@ -18,7 +18,8 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.config.samplers import SAMPLERS
-from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
+from dit_in_dit.config.time_shift import check_shift
+from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES, shift_time
 
 TIMES = "of diffusers 0.42"  # times of a sampler's steps, in every installed version
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
@@ -54,13 +55,18 @@ class Scheduler(Protocol):
         keyword `noise`, with the shape of x."""
 
 
-def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None) -> Any:
-    """A new scheduler for a path, a sampler and the spacing of its steps (`sample.spacing`). UserError if a user's
-    scheduler cannot be created, or lacks something that `Scheduler` asks for."""
+def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None = None, shift: float = 1.0) -> Any:
+    """A new scheduler for a path, a sampler, the spacing of its steps (`sample.spacing`) and the shift of its times.
+
+    Raises:
+        UserError: a user's scheduler cannot be created or lacks something that `Scheduler` asks for, or the scheduler
+            takes no shift.
+    """
     rules = SAMPLERS[sampler]
     scheduler = rules.schedulers[diffusion.path]
     if isinstance(scheduler, str):
-        return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic))
+        return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic, shift))
+    check_shift("sample.time_shift", shift, diffusion.path, sampler)
     return _own_scheduler(scheduler, sampler, rules.stochastic)
 
 
@@ -121,7 +127,7 @@ def next_sample(step: Any, x: Tensor, sampler: str) -> Tensor:
 
 
 @cache  # diffusers reads the signatures of 16 classes each time: 2 ms
-def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochastic: bool) -> Any:
+def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochastic: bool, shift: float) -> Any:
     diffusers: Any = import_module("diffusers")  # here: it takes seconds
     if name in STRAIGHT:
         options: dict[str, Any] = {}
@@ -138,7 +144,10 @@ def _from_diffusers(name: str, diffusion: DiffusionConfig, spacing: str, stochas
         raise UserError(
             f"a sampler must name a scheduler class of diffusers: got {truncate(name, 40)}{did_you_mean(name, known)}"
         )
-    return getattr(diffusers, name).from_config(options)
+    kind, option = getattr(diffusers, name), "shift" if name in STRAIGHT else "flow_shift"
+    if shift != 1 and option not in signature(kind.__init__).parameters:
+        raise UserError(f"{name} takes no shift: set sample.time_shift=1")
+    return kind.from_config(options if shift == 1 else options | {option: shift})
 
 
 def matches_flow(scheduler: Any) -> bool:
@@ -157,6 +166,12 @@ def scheduler_option(scheduler: Any, name: str) -> Any:
     `scheduler.config` is not enough: `from_config` also keeps options of an earlier class that this class lacks.
     """
     return scheduler.config.get(name) if name in signature(type(scheduler).__init__).parameters else None
+
+
+def shift_of(scheduler: Any) -> float:
+    """The factor by which a scheduler of diffusers shifts the times of path flow."""
+    shift = vars(scheduler).get("_shift")  # `set_shift` leaves the config as it was
+    return float(shift or scheduler_option(scheduler, "shift") or scheduler_option(scheduler, "flow_shift") or 1)
 
 
 def set_steps(scheduler: Any, steps: int, sigmas: Sequence[float] | None = None) -> None:
@@ -203,9 +218,8 @@ def _own_steps(scheduler: Any, steps: int, given: Levels) -> Steps | None:
 
 def _flow_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     total = scheduler.config.num_train_timesteps
-    shift = vars(scheduler).get("_shift", scheduler.config.shift)  # `set_shift` leaves the config as it was
     even = np.linspace(total, total / steps, steps) / total
-    levels = _shifted(even if given is None else given, shift).astype(np.float32)
+    levels = shift_time(even if given is None else given, shift_of(scheduler)).astype(np.float32)
     return levels * np.float32(total), levels
 
 
@@ -221,7 +235,7 @@ def _multistep(scheduler: Any, steps: int, given: Levels, *, straight: Callable[
     total = config.num_train_timesteps
     if scheduler_option(scheduler, "use_flow_sigmas"):
         levels = straight(np.linspace(1, 1 / total, steps + 1)) if given is None else given
-        sigmas = _shifted(levels, config.flow_shift)
+        sigmas = shift_time(levels, config.flow_shift)
         sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 UniPC takes the logarithm of zero
         return (sigmas * total).astype(np.int64), sigmas
     times = _spaced(config.timestep_spacing, total, steps, config.steps_offset, last=False)
@@ -242,11 +256,6 @@ SPACED: dict[str, Callable[[Any, int, Levels], Steps]] = {
     "DDIMScheduler": _ddpm_steps,
     "DDPMScheduler": _ddpm_steps,
 }
-
-
-def _shifted(sigmas: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
-    """Noise levels with more steps at the noisy end (Esser et al. 2024, equation 23); shift 1 changes no level."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def _spaced(spacing: str, total: int, steps: int, offset: int, *, last: bool) -> NDArray[np.int64]:

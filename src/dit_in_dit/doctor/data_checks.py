@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
@@ -172,6 +173,8 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     if empty and (complete or n / classes > 20):  # the chance that a class of equal share is absent is e^-20
         names = ", ".join(source.classes[number] for number in empty[:5])
         section.find("warning", "labels", f"no training image of {len(empty)} classes: {names}", "remove the class")
+    if config.data.balance == "class":
+        _balance(section, np.bincount(source.labels))
     if not torch.equal(batch.y[~dropped], true[~dropped]):
         section.find(
             "fault", "null class", "training examples have labels that are neither the image's label nor num_classes",
@@ -180,6 +183,22 @@ def _labels(section: CheckResult, patient: DoctorSubject) -> None:
     if abs(share - drop) > 4 * math.sqrt(drop * (1 - drop) / n) + 1 / n:  # four standard deviations of a binomial share
         seen = f"{share:.1%} of the labels are dropped, not {drop:.1%}"
         section.find("fault", "null class", seen, f"replace labels by {classes} with probability train.label_drop")
+
+
+def _balance(section: CheckResult, counts: NDArray[np.int64]) -> None:
+    counts = counts[counts > 0]
+    ratio = counts.mean() / counts.min()
+    if ratio > 10:  # memorised sooner: a held-out error of all classes hides it
+        seen = f"the smallest class ({counts.min()} images) repeats an image {ratio:.0f} times as often as the average"
+        section.find("warning", "balance", seen, "add images of this class, or set data.balance=none")
+
+
+def _times(section: CheckResult, t: Tensor, shift: float) -> None:
+    """Judge the training times of a shift: with most times at one end of the path, the rest is hardly learned."""
+    for where, share in (("above 0.98", (t > 0.98).double().mean()), ("below 0.02", (t < 0.02).double().mean())):
+        if shift != 1 and share > 0.5:
+            seen = f"diffusion.time_shift={shift:.4g} puts {share:.0%} of the training times {where}"
+            section.find("warning", "time shift", seen, "set diffusion.time_shift nearer to 1")
 
 
 def zero_loss(objective: Objective, batch: Batch) -> Tensor:
@@ -207,6 +226,8 @@ def check_initial_loss(patient: DoctorSubject) -> CheckResult:
     zero = zero_loss(patient.trainer.objective, batch)[: len(patient.start)]
     analytic = expected_loss(config, batch.x.square().mean().item())
     measured, expected = patient.start.mean().item(), zero.mean().item()
+    even = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
+    _times(section, draw_time(patient.trainer.objective.path, even, config.diffusion), config.diffusion.shift)
     section.rows["loss"] = {"analytic": analytic, "these examples": expected, "measured": measured}
     # The two differ only by the noise, whose mean square deviates by sqrt(2 / numbers), far below a tenth. A model that
     # starts from a run's weights (train.init), or predicts split, does not predict zero.

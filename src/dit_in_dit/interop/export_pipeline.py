@@ -94,7 +94,8 @@ def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:
     """A pipeline with the defaults of the config; it holds the model itself, not a copy."""
     diffusion = {key: value for key, value in to_dict(config.diffusion).items() if key in READ}
-    scheduler = make_scheduler(config.diffusion, config.sample.sampler, config.sample.spacing)
+    how = config.sample
+    scheduler = make_scheduler(config.diffusion, how.sampler, how.spacing, how.shift(config.diffusion))
     if not isinstance(scheduler, SchedulerMixin):
         raise UserError(
             f"sample.sampler={config.sample.sampler} has no `diffusers` scheduler, which an exported folder needs: "

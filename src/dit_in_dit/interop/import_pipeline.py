@@ -9,7 +9,7 @@ from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, ModelConfig, RunConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS
 from dit_in_dit.config.training import TrainConfig
-from dit_in_dit.diffusion.schedulers import scheduler_option
+from dit_in_dit.diffusion.schedulers import scheduler_option, shift_of
 from dit_in_dit.interop.diffusers_files import PIPELINE_INDEX, read_diffusers_json
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
 from dit_in_dit.runs import atomic
@@ -41,6 +41,8 @@ def import_pipeline(source: Path, out: Path) -> None:
         raise UserError(f"{truncate(source, 60)} has the scheduler {scheduler}: set one of a sampler of this package")
     spacing = scheduler_option(pipe.scheduler, "timestep_spacing") if path.path == "ddpm" else None
     how = SampleConfig.from_dict({**(pipe.config.sample or {}), "sampler": sampler, "spacing": spacing})
+    if path.path == "flow" and (shift := shift_of(pipe.scheduler)) != 1:
+        how = replace(how, time_shift=shift)
     data = DataConfig(source=str(source), vae=str((source / "vae").resolve()) if pipe.vae is not None else None)
     train = TrainConfig() if pipe.config.null_class else replace(TrainConfig(), label_drop=0)
     config = RunConfig(model=model, diffusion=path, data=data, train=train, sample=how)

@@ -169,6 +169,7 @@ class Conditioning(NamedTuple):
     time: Tensor
     tokens: Tensor | None
     shared: Tensor | None
+    dropout: Tensor | None = None  # keys (N, blocks, 4)
 
     def row(self, shared: bool) -> Tensor:
         """What adaLN of a level reads: c, or the shared vectors."""

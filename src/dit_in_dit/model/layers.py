@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_in_dit.model.dropout import with_dropout
 from dit_in_dit.model.fused import fuses, norm_modulate
 from dit_in_dit.model.gelu import in_transform
 from dit_in_dit.model.kernels import kernels_of
@@ -136,20 +137,29 @@ class Block(nn.Module):
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
+    dropout = 0.0  # rate, in training only
+
     def __init__(self, mix: nn.Module, mlp: Mlp, norms: tuple[Norm, Norm], modulation: BlockModulation) -> None:
         super().__init__()
         self.norm_mix, self.norm_mlp = norms
         self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
         self.modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The block's output; `keys` (N, 4): the branches have dropout, from `training.dropout`."""
         vectors, count = self.modulation(c), self.modulation.per_branch
-        x = self.modulation.branch(x, self.norm_mix, self.branches["mix"], *vectors[:count])
-        return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *vectors[count:])
+        mix: Callable[[Tensor], Tensor] = self.branches["mix"]
+        mlp = _with_rows(self.branches["mlp"], c)
+        if keys is not None:
+            mix, mlp = with_dropout(mix, keys[:, :2], self.dropout), with_dropout(mlp, keys[:, 2:], self.dropout)
+        x = self.modulation.branch(x, self.norm_mix, mix, *vectors[:count])
+        return self.modulation.branch(x, self.norm_mlp, mlp, *vectors[count:])
 
 
 class MlpBlock(nn.Module):
     """Block without mixing: tokens do not see each other. Shapes as for `Block`."""
+
+    dropout = 0.0
 
     def __init__(self, mlp: Mlp, norm: Norm, modulation: BlockModulation) -> None:
         super().__init__()
@@ -157,8 +167,11 @@ class MlpBlock(nn.Module):
         self.branches = nn.ModuleDict({"mlp": mlp})
         self.modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *self.modulation(c))
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
+        mlp = _with_rows(self.branches["mlp"], c)
+        if keys is not None:
+            mlp = with_dropout(mlp, keys[:, 2:], self.dropout)
+        return self.modulation.branch(x, self.norm_mlp, mlp, *self.modulation(c))
 
 
 def _with_rows(mlp: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:

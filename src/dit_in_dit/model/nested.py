@@ -37,13 +37,14 @@ class NestedDiT(nn.Module):
     Args:
         model: the architecture.
         recompute: levels (none, inner, outer, both) whose blocks recompute activations in the backward pass.
+        dropout: rate of dropout in passes that get keys.
 
     >>> net = dd.NestedDiT(dd.preset("emoji").model)
     >>> net(torch.zeros(2, 3, 32, 32), t=0.5, y=torch.tensor([0, 8])).shape
     torch.Size([2, 3, 32, 32])
     """
 
-    def __init__(self, model: ModelConfig, *, recompute: str = "none") -> None:
+    def __init__(self, model: ModelConfig, *, recompute: str = "none", dropout: float = 0.0) -> None:
         super().__init__()
         self.config = model
         self.outer_embed = OuterEmbed(model) if model.reads_patches else OuterPosition(model)
@@ -56,6 +57,8 @@ class NestedDiT(nn.Module):
         self.shared_modulation = Modulation(width, width, 6) if shares_modulation(model) else None
         self.outer_blocks = nn.ModuleList(_outer_block(model, number) for number in range(model.blocks("outer")))
         self.inner_blocks = nn.ModuleList(_inner_block(model) for _ in range(model.blocks("inner")))
+        for block in [*self.outer_blocks, *self.inner_blocks] if dropout else []:
+            block.dropout = dropout
         self.aggregates, self.fuses, self.spreads, self.conditions = (nn.ModuleList() for _ in range(4))
         self.inner_embed = InnerEmbed(model) if self.inner_blocks else nn.Identity()  # then no stage reads it
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
@@ -72,6 +75,7 @@ class NestedDiT(nn.Module):
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
         previous, done, left = None, 0, model.inner_stages
+        first_inner = model.blocks("outer")
         for level, count in model.program:
             if (previous, level) == ("outer", "inner"):
                 spread = SPREADS[model.inner.spread](model)
@@ -85,18 +89,21 @@ class NestedDiT(nn.Module):
             if level == "outer":
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
-                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start))
+                stages.append(
+                    OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start, first=done)
+                )
                 done += count
             else:
                 condition = CONDITIONS[model.inner.condition](model) if left <= model.row_stages else None
                 self.conditions.extend([condition] if condition else [])
                 how = {"recompute": redo["inner"], "carries": model.carries_tokens and done > model.tokens.start}
-                stages.append(InnerStage(islice(inner, count), model.inner, condition, **how))
+                stages.append(InnerStage(islice(inner, count), model.inner, condition, **how, first=first_inner))
                 left -= 1
+                first_inner += count
             previous = level
         return stages
 
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None, *, keys: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -104,6 +111,8 @@ class NestedDiT(nn.Module):
             t: times (N,) in [0, 1], or one time for all; always in float32, whatever the dtype of the weights. 1 is
                 pure noise.
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
+
+            keys: dropout keys (N, blocks, 4) of the examples, in training (`training.dropout`).
 
         Returns:
             The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
@@ -120,6 +129,8 @@ class NestedDiT(nn.Module):
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
         condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
+        if keys is not None:
+            condition = condition._replace(dropout=keys)
         for stage in self.stages:  # the program, one arrow per stage
             state = stage(state, condition)
         out = reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W

@@ -19,12 +19,17 @@ from dit_in_dit.model.modulation import Modulation, SharedHead
 from dit_in_dit.model.norms import NORMS
 
 AnyBlock = Block | MlpBlock
-Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
+Run = Callable[..., Tensor]  # of a block, x, its conditioning rows and, with dropout, keys
 
 
-def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+def run_block(block: AnyBlock, x: Tensor, c: Tensor, *keys: Tensor) -> Tensor:
     """The block's output; activations are kept for the backward pass."""
-    return block(x, c)
+    return block(x, c, *keys)
+
+
+def _keys(condition: Conditioning, number: int) -> tuple[Tensor, ...]:
+    """Dropout keys (N, 4) of a block; empty without dropout."""
+    return () if condition.dropout is None else (condition.dropout[:, number],)
 
 
 _recomputed: Run = partial(checkpoint, use_reentrant=False)
@@ -41,12 +46,18 @@ class State(NamedTuple):
 
 
 class OuterStage(nn.Module):
-    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
+    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on.
 
-    def __init__(self, blocks: Iterable[nn.Module], level: OuterConfig, *, recompute: bool, start: int | None) -> None:
+    `first`: number of the first block among all of the model, which chooses its dropout keys.
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], level: OuterConfig, *, recompute: bool, start: int | None, first: int
+    ) -> None:
         super().__init__()
         self.run = _recomputed if recompute else run_block
         self.blocks, self.shared, self.start = nn.ModuleList(blocks), level.modulation == "shared", start
+        self.first = first
         self.name = f"outer*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
@@ -56,7 +67,7 @@ class OuterStage(nn.Module):
         for number, block in enumerate(self.blocks):
             if number == self.start:
                 x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
-            x = self.run(block, x, row)  # type: ignore[arg-type]
+            x = self.run(block, x, row, *_keys(condition, self.first + number))  # type: ignore[arg-type]
         if tokens is None and self.start is None:
             return State(x, state.inner, None, state.rows)
         tokens, outer = x[:, :-patches], x[:, -patches:]
@@ -73,11 +84,12 @@ class InnerStage(nn.Module):
         condition: Condition | None,
         recompute: bool,
         carries: bool,
+        first: int,
     ) -> None:
         super().__init__()
         self.run = _recomputed if recompute else run_block
         self.blocks, self.shared = nn.ModuleList(blocks), level.modulation == "shared"
-        self.condition, self.carries = condition, carries
+        self.condition, self.carries, self.first = condition, carries, first
         self.name = f"inner*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
@@ -87,8 +99,9 @@ class InnerStage(nn.Module):
         x, tokens = state.inner, state.tokens  # N T S E
         if self.carries:
             x = torch.cat([tokens, x.flatten(1, 2)], dim=1)  # type: ignore[list-item]
-        for block in self.blocks:
-            x = self.run(block, x, rows.flatten(1, 2) if self.carries else rows)  # type: ignore[arg-type]
+        rows_of_blocks = rows.flatten(1, 2) if self.carries else rows
+        for number, block in enumerate(self.blocks, self.first):
+            x = self.run(block, x, rows_of_blocks, *_keys(condition, number))  # type: ignore[arg-type]
         if self.carries:
             places = state.inner.shape[1] * state.inner.shape[2]
             tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)

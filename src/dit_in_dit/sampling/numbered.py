@@ -113,6 +113,7 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
     # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
+    special["time_shift"] = None if (shift := how.shift(config.diffusion)) == 1 else shift
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     return {
         "made by": "sampling",

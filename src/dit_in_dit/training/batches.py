@@ -25,6 +25,7 @@ from dit_in_dit.diffusion.objective import draw_time
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.runtime.philox import normal
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.training.balance import balanced_order
 
 PCA_IMAGES = 10_000  # most training images from which `principal_patches` computes, as in AsymFlow's code
 
@@ -93,6 +94,7 @@ class Examples(Dataset[Batch]):
         self.source, self.config = source, config
         self.rank, self.world = rank, world
         self.path = make_path(config.diffusion)
+        self.balanced = balanced_order(config, source)
 
     @property
     def per_step(self) -> int:
@@ -111,6 +113,10 @@ class Examples(Dataset[Batch]):
         first = number * train.batch_size + self.rank * rows
         return range(first, first + rows)
 
+    def image_of(self, index: int) -> int:
+        """Number of the training image that example `index` shows."""
+        return (self.balanced or partial(shuffled_index, self.config.seed, size=self.source.train_size))(index)
+
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number`; UserError if an image cannot be read or does not fit the model."""
         return self.packed(number).unpack(self.config.seed, torch.device("cpu"))
@@ -121,7 +127,7 @@ class Examples(Dataset[Batch]):
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers = [], [], [], [], []
         for index in self.indices(number):
-            chosen = shuffled_index(config.seed, index, self.source.train_size)
+            chosen = self.image_of(index)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             stream = partial(generator, config.seed, "source", index)
             drawn = self.source.stored_example(chosen, stream, flip=flip and u_flip < 0.5)

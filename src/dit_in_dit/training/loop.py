@@ -32,6 +32,7 @@ from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create_run, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, resolve_auto
+from dit_in_dit.training.balance import balanced_order
 from dit_in_dit.training.distributed import join_group
 from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
@@ -167,6 +168,7 @@ class Run(Generator[Event, None, None]):
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
         config = config.resolve_epochs(source.train_size)
+        balanced_order(config, source)  # its error comes before the folder is made
         same_bits = self.deterministic or config.train.reduction == "fixed"
         with deterministic_algorithms(device, on=same_bits):  # before any tensor is on the device
             world = join_group(device, config.train.timeout)

@@ -17,7 +17,7 @@ from dit_in_dit.data.run_data import check_unchanged
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.tensors import file_order
-from dit_in_dit.training.batches import Examples, Packed, end_workers, load_batches, shuffled_index
+from dit_in_dit.training.batches import Examples, Packed, end_workers, load_batches
 from dit_in_dit.training.changes import check_changes, record_changes
 from dit_in_dit.training.divergence import DivergedError
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
@@ -189,13 +189,13 @@ class Session:
         """Record of a skipped step: its examples, and numbers and images of those with a non-finite loss."""
         first = (step - 1 + self.trainer.divergence.shift) * self.config.global_batch
         bad = [first + int(row) for row in (~each.isfinite()).nonzero().flatten()[:NAMED]]
-        size = self.trainer.source.train_size
+        examples = Examples(self.trainer.source, self.config)
         return {
             "loss": str(numbers["loss"]),
             "grad_norm": str(numbers["grad_norm"]),
             "examples": [first, first + self.config.global_batch - 1],
             "not_finite": bad,
-            "images": [shuffled_index(self.config.seed, index, size) for index in bad],
+            "images": [examples.image_of(index) for index in bad],
         }
 
     def _note(self, line: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.divergence import Divergence
+from dit_in_dit.training.dropout import dropout_keys
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
@@ -68,7 +69,7 @@ class Trainer:
         self.config, self.source, self.device, self.world = config, source, device, world or Process()
         check_process_count(train := config.train, self.world.size)
         keep_freed_memory()
-        self.model = _new_model(config) if model is None else model
+        self.model = _new_model(config, model)
         self.begun = None
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
@@ -151,7 +152,7 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = self.unpack(batch)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y))
+                losses.append(self.backward(count, x, noise, t, y, *self._dropout(batch)))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -167,12 +168,20 @@ class Trainer:
         self.ema.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
 
-    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, *keys: Tensor) -> Tensor:
         """Losses of a micro-batch of N examples, one of `count`, whose gradients are added to those of the weights."""
         with self.autocast():
-            each = self.objective.loss(self.net, x, noise, t, y)
+            each = self.objective.loss(partial(self.net, keys=keys[0]) if keys else self.net, x, noise, t, y)
         (each.mean() / count).backward()  # type: ignore[no-untyped-call]
         return each.detach()
+
+    def _dropout(self, batch: Batch | Packed) -> list[Tensor]:
+        """Dropout keys of a micro-batch, if there is dropout. A `Batch`, which doctor makes, has image numbers only."""
+        if not self.config.train.dropout:
+            return []
+        numbers = (batch.example if isinstance(batch, Packed) else batch.image).to(self.device, non_blocking=True)
+        blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
+        return [dropout_keys(self.config.seed, numbers, blocks)]
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""
@@ -242,8 +251,12 @@ class Trainer:
         self.step, self.divergence = step, Divergence.read(state)
 
 
-def _new_model(config: RunConfig) -> NestedDiT:
-    """The config's model. Initial weights are generated on the CPU, so that they are the same on every device."""
+def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:
+    """The given model, or the config's, with initial weights from the CPU: they are the same on every device."""
+    if given is not None and config.train.dropout:
+        raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
+    if given is not None:
+        return given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return NestedDiT(config.model, recompute=config.train.recompute)
+        return NestedDiT(config.model, recompute=config.train.recompute, dropout=config.train.dropout)

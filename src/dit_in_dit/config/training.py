@@ -61,6 +61,13 @@ class TrainConfig(Section):
     parallel: Literal["ddp", "fsdp"] = key(
         "ddp", "several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"
     )
+    shard: int = key(
+        0,
+        "with parallel=fsdp: processes that hold one sharded copy (HSDP), such as the 8 of a machine; 0: all",
+        low=0,
+        high=10**6,
+        added=4,
+    )
     reduction: Literal["fast", "fixed"] = key(
         "fast", "sum of gradients: fast (in the backend's order), fixed (as a tree: same bits on 1, 2, 4 ... processes)"
     )
@@ -95,6 +102,8 @@ class TrainConfig(Section):
             )
         if self.reduction == "fixed" and self.parallel == "fsdp":
             raise UserError("train.reduction=fixed needs whole gradients: set train.parallel=ddp")
+        if self.shard and self.parallel != "fsdp":
+            raise UserError(f"train.shard={self.shard} needs train.parallel=fsdp: got {self.parallel}")
         if self.compile == "graphs" and (self.recompute, self.reduction) != ("none", "fast"):
             got = f"got {self.recompute}, {self.reduction}"
             raise UserError(f"train.compile=graphs needs train.recompute=none and train.reduction=fast: {got}")

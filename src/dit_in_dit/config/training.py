@@ -55,8 +55,10 @@ class TrainConfig(Section):
         "compile the blocks: auto (on CUDA), true, false; graphs: and replay a step as a CUDA graph (small models)",
         was=False,
     )
-    recompute: Literal["none", "inner", "outer", "both"] = key(
-        "none", "levels whose blocks recompute activations in the backward pass: less memory, more time"
+    recompute: Literal["none", "inner", "outer", "both", "selective"] = key(
+        "none",
+        "levels whose blocks recompute activations in the backward pass: less memory, more time; selective: both "
+        "levels, all but products and attention",
     )
     parallel: Literal["ddp", "fsdp"] = key(
         "ddp", "several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"

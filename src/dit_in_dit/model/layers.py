@@ -15,6 +15,7 @@ from dit_in_dit.model.kernels import kernels_of
 from dit_in_dit.model.mlps import Mlp
 from dit_in_dit.model.modulation import BlockModulation, modulate
 from dit_in_dit.model.norms import EPS, Norm
+from dit_in_dit.model.recompute import recomputes_selectively
 from dit_in_dit.model.rope import Rope
 from dit_in_dit.model.tiny import packed_tiny_attention, tiny_attention, tiny_fits, unpack
 
@@ -133,12 +134,15 @@ class Block(nn.Module):
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
+    selective = False  # train.recompute=selective
+
     def __init__(self, mix: nn.Module, mlp: Mlp, norms: tuple[Norm, Norm], modulation: BlockModulation) -> None:
         super().__init__()
         self.norm_mix, self.norm_mlp = norms
         self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
         self.modulation = modulation
 
+    @recomputes_selectively
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         vectors, count = self.modulation(c), self.modulation.per_branch
         x = self.modulation.branch(x, self.norm_mix, self.branches["mix"], *vectors[:count])
@@ -148,12 +152,15 @@ class Block(nn.Module):
 class MlpBlock(nn.Module):
     """Block without mixing: tokens do not see each other. Shapes as for `Block`."""
 
+    selective = False  # train.recompute=selective
+
     def __init__(self, mlp: Mlp, norm: Norm, modulation: BlockModulation) -> None:
         super().__init__()
         self.norm_mlp = norm
         self.branches = nn.ModuleDict({"mlp": mlp})
         self.modulation = modulation
 
+    @recomputes_selectively
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *self.modulation(c))
 

@@ -24,7 +24,8 @@ def sharding_mesh(size: int, part: int, device: torch.device, timeout: int) -> A
     ranks = torch.arange(size).view(-1, part)
     # Groups that a mesh makes itself have the default timeout of their backend.
     limit = timedelta(seconds=timeout)
-    groups = [dist.new_subgroups_by_enumeration(of.tolist(), timeout=limit)[0] for of in (ranks.T, ranks)]
+    new: Any = dist.new_subgroups_by_enumeration
+    groups = [new(of.tolist(), timeout=limit)[0] for of in (ranks.T, ranks)]
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 

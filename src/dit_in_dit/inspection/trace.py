@@ -129,7 +129,7 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
                 block.register_forward_hook(lambda _m, _i, _o: [inside.pop(), None][1])
         x = torch.empty(batch, *model.image_shape)
         note("image", x)
-        with Kept(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        with Kept(), saved_tensors_hooks(keep, lambda tensor: tensor):  # type: ignore[no-untyped-call]
             out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))
         note("prediction", out)
     return flow, {**saved, "total": sum(saved.values())}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from dit_in_dit.training.trainer import Trainer
 from processes import run_together
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 needs_sharding = SHARDED.marks[0]
 
 
@@ -37,13 +40,13 @@ def config(run_config) -> RunConfig:
     return with_train(replace(run_config, model=model), batch_size=8, steps=4, checkpoint_every=4, evaluate_every=0)
 
 
-def several(runs, until=None):
+def several(runs, until=None, resume=False):
     """Train each (config, folder) in turn, on the same processes."""
     for config, out, cast in runs:
         kept = sharding._is_cast_whole
         if not cast:
             sharding._is_cast_whole = lambda block: False
-        list(train(config, out, resume=until is not None or out.exists(), device="cpu", until=until))
+        list(train(config, out, resume=resume, device="cpu", until=until))
         sharding._is_cast_whole = kept
 
 
@@ -61,8 +64,9 @@ def test_four_processes_train_alike_in_every_layout_and_resume_on_fewer(config, 
     orders = [(each, tmp_path / name, True) for name, each in runs.items()]
     orders += [(with_train(low, parallel="fsdp"), tmp_path / name, name == "low") for name in ("low", "uncast")]
     run_together(4, four, orders, (runs["hsdp"], tmp_path / "parts"), timeout=400)
-    run_together(2, several, [(runs["hsdp"], tmp_path / "parts", True)], 3, timeout=400)
-    several([(runs["hsdp"], tmp_path / "parts", True), (low, tmp_path / "alone", True)])
+    run_together(2, several, [(runs["hsdp"], tmp_path / "parts", True)], 3, True, timeout=400)
+    several([(runs["hsdp"], tmp_path / "parts", True)], resume=True)
+    several([(low, tmp_path / "alone", True)])
     assert len(losses(tmp_path / "parts")) == 4
     assert len(set(losses(tmp_path / "ddp")[:, 0])) == 4
     average = Checkpoint.open(tmp_path / "ddp").weights()
@@ -135,6 +139,15 @@ def test_only_on_cuda_ddp_sums_100_mb_at_once(config, monkeypatch):
     found = ours._distribute(False).options
     assert found["bucket_cap_mb"] == 100
     assert "static_graph" not in found  # docs/decisions/training.md
+
+
+def test_the_table_of_the_document_is_that_of_the_script():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from scaling import table
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    assert table() in (ROOT / "docs/scaling.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------ selective recomputation

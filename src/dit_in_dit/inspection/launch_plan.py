@@ -126,7 +126,7 @@ def _train(preset: str, settings: Sequence[str]) -> str:
 
 def _sky(preset: str, settings: Sequence[str], gpus: int, per_node: int, gpu: str) -> str:
     """SkyPilot's command; it starts the same line on every machine, with its variables SKYPILOT_*."""
-    nodes, name = math.ceil(gpus / per_node), gpu.upper()
+    nodes, name = math.ceil(gpus / per_node), {"a100": "A100-80GB"}.get(gpu, gpu.upper())
     launch = "torchrun --nnodes $SKYPILOT_NUM_NODES --nproc-per-node $SKYPILOT_NUM_GPUS_PER_NODE"
     launch += ' --node-rank $SKYPILOT_NODE_RANK --master-addr $(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
     run = f"{launch} --master-port 29500 -m dit_in_dit {_train(preset, settings)}"

@@ -56,34 +56,25 @@ def losses(run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_sharding
 def test_four_processes_train_alike_in_every_layout_and_resume_on_fewer(config, tmp_path):
     layouts = {"ddp": {}, "fsdp": {"parallel": "fsdp"}, "hsdp": {"parallel": "fsdp", "shard": 2}}
-    runs = {name: with_train(config, **keys) for name, keys in layouts.items()}
-    low = with_train(config, precision="bfloat16")
-    orders = [(each, tmp_path / name, True) for name, each in runs.items()]
-    orders += [(with_train(low, parallel="fsdp"), tmp_path / name, name == "low") for name in ("low", "uncast")]
-    run_together(4, four, orders, (runs["hsdp"], tmp_path / "parts"), timeout=400)
-    run_together(2, several, [(runs["hsdp"], tmp_path / "parts", True)], 3, True, timeout=400)
-    several([(runs["hsdp"], tmp_path / "parts", True)], resume=True)
-    several([(low, tmp_path / "alone", True)])
-    assert len(losses(tmp_path / "parts")) == 4
+    runs = {name: (with_train(config, **keys), tmp_path / name, True) for name, keys in layouts.items()}
+    run_together(4, four, *runs.values(), timeout=500)
+    run_together(2, several, [runs["hsdp"]], 3, True, timeout=500)
+    several([runs["hsdp"]], resume=True)
     assert len(set(losses(tmp_path / "ddp")[:, 0])) == 4
     average = Checkpoint.open(tmp_path / "ddp").weights()
-    for name in ("fsdp", "hsdp", "parts"):
+    for name in ("fsdp", "hsdp"):
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "ddp"), rtol=1e-5)
         for key, value in Checkpoint.open(tmp_path / name).weights().items():
             torch.testing.assert_close(value, average[key], rtol=1e-4, atol=1e-6)
-    # Gathers in bfloat16 change no bit: autocast rounds the same weights in the same way.
-    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("low", "uncast")]
-    assert logs[0] == logs[1]
-    np.testing.assert_allclose(losses(tmp_path / "low"), losses(tmp_path / "alone"), rtol=1e-2)
-    assert not np.array_equal(losses(tmp_path / "low"), losses(tmp_path / "fsdp"))
 
 
-def four(orders, parts):
-    several(orders)
-    several([(*parts, True)], until=2)
+def four(ddp, fsdp, hsdp):
+    several([ddp, fsdp])
+    several([hsdp], until=2)
 
 
 def gathered(config):
@@ -100,6 +91,22 @@ def gathered(config):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@needs_sharding
+def test_gathers_in_bfloat16_change_no_bit(config, tmp_path):
+    """Autocast rounds the same weights in the same way."""
+    low = with_train(config, precision="bfloat16")
+    orders = [(with_train(low, parallel="fsdp"), tmp_path / name, name == "low") for name in ("low", "uncast")]
+    run_together(2, several, orders, timeout=500)
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("low", "uncast")]
+    assert logs[0] == logs[1]
+    several([(low, tmp_path / "alone", True), (config, tmp_path / "float32", True)])
+    np.testing.assert_allclose(losses(tmp_path / "low"), losses(tmp_path / "alone"), rtol=1e-2)
+    assert not np.array_equal(losses(tmp_path / "low"), losses(tmp_path / "float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @needs_sharding
 def test_blocks_of_products_are_gathered_in_bfloat16_and_all_else_in_float32(config):
     scaled = replace(config.model.outer, norm="rms")  # its scales are computed with in float32

@@ -11,11 +11,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
-from dit_in_dit.inspection.scaling import DISK, NETWORK, NVLINK, SAVED_BYTES, sizes, state_bytes, traffic
+from dit_in_dit.inspection.scaling import DISK, SAVED_BYTES, sizes, state_bytes, traffic
 from dit_in_dit.inspection.trace import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
@@ -86,9 +88,7 @@ def recipe(
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
     capacity, peak = GPUS[gpu]
     train, size = config.train, sizes(config.model)
-    chosen = train.reduction == "fixed" or any(setting.startswith("train.parallel") for setting in settings)
-    parallel, shard = (train.parallel, train.shard) if chosen or gpus <= per_node else ("fsdp", per_node)
-    copy = (shard or gpus) if parallel == "fsdp" and gpus > 1 else 0
+    layout, copy = _layout(train, gpus, per_node, settings)
     for recompute in dict.fromkeys((train.recompute, "selective", "both")):
         one = _counted(config.model, 1, recompute)
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
@@ -98,25 +98,28 @@ def recipe(
             if memory <= ROOM * capacity * 1e9:
                 flops = FLOPS_PER_MAC.get(recompute, FLOPS_PER_MAC["both"]) * one["macs"]["total"] * total
                 step = flops / (gpus * peak * 1e12 * mfu)
-                keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute}
-                keys |= {"parallel": parallel, "shard": shard}
+                keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute, **layout}
                 changed = [f"train.{key}={value}" for key, value in keys.items() if value != getattr(train, key)]
-                inside, outside = traffic(size, gpus, per_node, copy, accumulate)
-                saved = SAVED_BYTES * size.total
                 return Recipe(
                     _command(preset, [*settings, *changed], gpus, per_node),
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * train.steps / 3600, total / step, copy, state),
-                    *(inside, outside, inside / NVLINK + outside / NETWORK, saved, saved / DISK),
+                    *traffic(size, gpus, per_node, copy, accumulate),
+                    *(SAVED_BYTES * size.total, SAVED_BYTES * size.total / DISK),
                     _sky(preset, [*settings, *changed], gpus, per_node, gpu),
                 )
-    raise UserError(
-        f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu}): "
-        "choose a GPU with more memory"
-    )
+    misfit = f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})"
+    raise UserError(f"{misfit}: choose a GPU with more memory")
 
 
 _counted = lru_cache(maxsize=16)(inspect)
+
+
+def _layout(train: TrainConfig, gpus: int, per_node: int, settings: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Values of train.parallel and train.shard; GPUs that hold a sharded copy, 0 with DDP."""
+    chosen = train.reduction == "fixed" or any(setting.startswith("train.parallel") for setting in settings)
+    parallel, shard = (train.parallel, train.shard) if chosen or gpus <= per_node else ("fsdp", per_node)
+    return {"parallel": parallel, "shard": shard}, (shard or gpus) if parallel == "fsdp" and gpus > 1 else 0
 
 
 def _train(preset: str, settings: Sequence[str]) -> str:

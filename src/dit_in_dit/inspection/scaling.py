@@ -49,8 +49,9 @@ def state_bytes(size: Sizes, shard: int, accumulate: int) -> float:
     return SHARDED_BYTES * size.total / shard + whole
 
 
-def traffic(size: Sizes, gpus: int, per_node: int, shard: int, accumulate: int) -> tuple[float, float]:
-    """Bytes that a GPU sends in a step, over NVLink and over the network, by ring algorithms; `shard` as above.
+def traffic(size: Sizes, gpus: int, per_node: int, shard: int, accumulate: int) -> tuple[float, float, float]:
+    """Bytes that a GPU sends in a step, over NVLink and over the network, by ring algorithms, and the seconds that both
+    take; `shard` as above.
 
     FSDP gathers blocks twice in a forward and backward pass, in bfloat16 (blocks with learned scales of norms: float32,
     not counted here), all else once in float32, and reduces gradients in float32 once. DDP reduces and gathers float32
@@ -59,6 +60,7 @@ def traffic(size: Sizes, gpus: int, per_node: int, shard: int, accumulate: int) 
     """
     group = shard or min(gpus, per_node)
     share, copies = (group - 1) / group, gpus // group
-    gathers = accumulate * (4 * size.blocks + 4 * (size.total - size.blocks)) if shard else 4 * size.total
+    gathers = 4 * size.total * (accumulate if shard else 1)  # twice two bytes, or once four
     inside, outside = share * (gathers + 4 * size.total), 2 * (copies - 1) / copies * 4 * size.total / group
-    return inside, outside if group <= per_node else outside + inside / per_node
+    outside += 0 if group <= per_node else inside / per_node
+    return inside, outside, inside / NVLINK + outside / NETWORK

@@ -36,7 +36,9 @@ def test_every_launch_plan_trains_on_the_same_examples(name):
         config, processes = launched(found.command)
         assert processes == gpus
         assert config.global_batch == preset.global_batch == found.rows * found.accumulate * gpus
-        shared = {key: getattr(preset.train, key) for key in ("batch_size", "accumulate", "recompute")}
+        shared = {
+            key: getattr(preset.train, key) for key in ("batch_size", "accumulate", "recompute", "parallel", "shard")
+        }
         # All that may differ, and none of it is an example.
         assert not changed_keys(preset, replace(config, train=replace(config.train, **shared)))
 
@@ -51,7 +53,7 @@ def test_time_is_six_flops_per_mac_over_the_assumed_throughput():
 
 def test_planned_memory_is_state_plus_activations_and_fits():
     preset = presets.get("dit-xl2")
-    few, many = (recipe("dit-xl2", preset, gpus) for gpus in (64, 8))
+    few, many = (recipe("dit-xl2", preset, gpus, settings=["train.parallel=ddp"]) for gpus in (64, 8))
     # 22 bytes for each of 675 M parameters, and 0.66 GB an image (README: 5.3 GB for eight).
     assert few.memory == pytest.approx(22 * 674.8e6 + few.rows * 5.3e9 / 8, rel=0.02)
     assert many.memory - few.memory == pytest.approx((many.rows - few.rows) * 5.3e9 / 8, rel=0.02)
@@ -75,6 +77,25 @@ def test_if_no_image_fits_activations_are_recomputed_and_then_the_plan_is_refuse
         recipe("dit-s8", wide, 64, gpu="rtx4090")
 
 
+def test_over_several_machines_each_holds_one_sharded_copy_and_both_launchers_start_the_same_run():
+    preset = presets.get("dit-xl2")
+    plan = recipe("dit-xl2", preset, 16)
+    config, processes = launched(plan.command)
+    assert (config.train.parallel, config.train.shard, plan.shard, processes) == ("fsdp", 8, 8, 16)
+    words = shlex.split(plan.sky)
+    assert words[:6] == ["sky", "launch", "--gpus", "H100:8", "--num-nodes", "2"]
+    inner = shlex.split(words[-1])
+    assert changed_keys(chosen_config(parser().parse_args(inner[inner.index("train") :])), config) == {}
+    # By hand: 675 M parameters, a ring of 8, two copies.
+    total, share = 674.8e6, 7 / 8
+    assert plan.inside == pytest.approx(share * 8 * total, rel=0.01)  # 2 + 2 bytes gathered, 4 reduced
+    assert plan.outside == pytest.approx(2 * (1 / 2) * 4 * total / 8, rel=0.01)
+    assert plan.state == pytest.approx(20 * total / 8, rel=0.3)
+    assert plan.checkpoint == pytest.approx(16 * total, rel=0.01)
+    for keys in (["train.reduction=fixed", "train.accumulate=16", "train.batch_size=16"], ["train.parallel=ddp"]):
+        assert "train.shard" not in recipe("dit-xl2", override(preset, keys), 16, settings=keys).command
+
+
 def test_the_command_prints_the_plans_as_json_and_as_text(capsys):
     main(["recipe", "dit-s8", "--gpus", "8", "--gpus", "64", "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -82,7 +103,7 @@ def test_the_command_prints_the_plans_as_json_and_as_text(capsys):
     main(["recipe", "dit-s8"])
     printed = capsys.readouterr().out
     assert "an assumption" in printed
-    assert printed.count("--preset dit-s8") == 3
+    assert printed.count("--preset dit-s8") == 4  # with SkyPilot's
     main(["recipe", "dit-s8", "--mfu", "0.5"])
     assert "an assumption" not in capsys.readouterr().out
 

@@ -61,4 +61,10 @@ def _recipe(options: argparse.Namespace) -> None:
         print(f"  {one.step:.3g} s a step, {one.images:,.0f} images/s, {one.hours:,.1f} hours")
         if one.rows < FEW:
             print(f"  {one.rows} images are few for a GPU: expect less of its peak")
+        if one.gpus > options.per_node:
+            where = f"a sharded copy for {one.shard} GPUs; " if one.shard else ""
+            sent = f"{one.inside / 1e9:.2g} GB over NVLink, {one.outside / 1e9:.2g} GB over the network"
+            print(f"  {where}a step sends {sent}")
         print(f"  {one.command}")
+        if one.gpus > options.per_node:
+            print(f"  {one.sky}")

@@ -74,11 +74,20 @@ class TrainConfig(Section):
         "compile the blocks: auto (on CUDA), true, false; graphs: and replay a step as a CUDA graph (small models)",
         was=False,
     )
-    recompute: Literal["none", "inner", "outer", "both"] = key(
-        "none", "levels whose blocks recompute activations in the backward pass: less memory, more time"
+    recompute: Literal["none", "inner", "outer", "both", "selective"] = key(
+        "none",
+        "levels whose blocks recompute activations in the backward pass: less memory, more time; selective: both "
+        "levels, all but products and attention",
     )
     parallel: Literal["ddp", "fsdp"] = key(
         "ddp", "several processes: ddp (each holds all weights), fsdp (weights, average and moments are sharded)"
+    )
+    shard: int = key(
+        0,
+        "with parallel=fsdp: processes that hold one sharded copy (HSDP), such as the 8 of a machine; 0: all",
+        low=0,
+        high=10**6,
+        added=4,
     )
     reduction: Literal["fast", "fixed"] = key(
         "fast", "sum of gradients: fast (in the backend's order), fixed (as a tree: same bits on 1, 2, 4 ... processes)"
@@ -114,6 +123,8 @@ class TrainConfig(Section):
             )
         if self.reduction == "fixed" and self.parallel == "fsdp":
             raise UserError("train.reduction=fixed needs whole gradients: set train.parallel=ddp")
+        if self.shard and self.parallel != "fsdp":
+            raise UserError(f"train.shard={self.shard} needs train.parallel=fsdp: got {self.parallel}")
         if self.compile == "graphs" and (self.recompute, self.reduction) != ("none", "fast"):
             got = f"got {self.recompute}, {self.reduction}"
             raise UserError(f"train.compile=graphs needs train.recompute=none and train.reduction=fast: {got}")

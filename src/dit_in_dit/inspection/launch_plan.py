@@ -11,11 +11,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 from dit_in_dit.inspection.optimizer_cost import moments_per_weight, step_macs
+from dit_in_dit.inspection.scaling import DISK, SAVED_BYTES, sizes, state_bytes, traffic
 from dit_in_dit.inspection.trace import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
@@ -29,10 +32,9 @@ GPUS = {
 }
 MFU = 0.35  # an assumption
 ROOM = 0.9  # fraction of the memory that a plan may use
-# Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
-STATE_BYTES = 22
-# FLOPs of a training step per MAC of a forward pass; recomputation runs the forward pass twice.
+# FLOPs of a training step per MAC of a forward pass; recomputation runs the forward pass twice, or all but its MACs.
 FLOPS_PER_MAC = {"none": 2 * FORWARDS_PER_STEP, "both": 2 * (FORWARDS_PER_STEP + 1)}
+FLOPS_PER_MAC["selective"] = FLOPS_PER_MAC["none"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Recipe:
     step: float  # seconds per optimizer step
     hours: float  # for all steps
     images: float  # images per second over all GPUs
+    shard: int  # GPUs that hold one sharded copy; 0: every GPU holds all (DDP)
+    state: float  # bytes of the memory that are no activations
+    inside: float  # bytes that a GPU sends in a step over NVLink
+    outside: float  # bytes that a GPU sends in a step over the network
+    links: float  # seconds that both take; at most all of it runs beside the computation
+    checkpoint: float  # bytes
+    save: float  # seconds for the write of a checkpoint
+    sky: str  # launch command of SkyPilot
 
 
 def recipe(
@@ -63,7 +73,8 @@ def recipe(
 ) -> Recipe:
     """Plan the launch of a config on `gpus` GPUs. The examples of a step stay the same; only the order of sums changes.
 
-    The plan uses the fewest forward passes per step that fit into memory.
+    The plan uses the fewest forward passes per step that fit into memory, and over several machines one sharded copy in
+    each (HSDP), unless the config sums gradients in a fixed order or `settings` name train.parallel.
 
     Args:
         settings: KEY=VALUE assignments by which the config differs from the preset.
@@ -77,36 +88,63 @@ def recipe(
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
     capacity, peak = GPUS[gpu]
-    train = config.train
-    for recompute in dict.fromkeys((train.recompute, "both")):
+    train, size, extra = config.train, sizes(config.model), _extra_bytes(config)
+    layout, copy = _layout(train, gpus, per_node, settings)
+    for recompute in dict.fromkeys((train.recompute, "selective", "both")):
         one = _counted(config.model, 1, recompute)
-        state = (STATE_BYTES - 8 + 4 * moments_per_weight(config.model, train.optimizer)) * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
+            state = state_bytes(size, copy, accumulate, extra)
             memory = state + rows * one["activation_bytes"]["total"]
             if memory <= ROOM * capacity * 1e9:
-                flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
+                flops = FLOPS_PER_MAC.get(recompute, FLOPS_PER_MAC["both"]) * one["macs"]["total"] * total
                 flops += 2 * gpus * step_macs(config.model, train.optimizer)  # every GPU orthogonalises all matrices
                 step = flops / (gpus * peak * 1e12 * mfu)
-                keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute}
+                keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute, **layout}
                 changed = [f"train.{key}={value}" for key, value in keys.items() if value != getattr(train, key)]
                 return Recipe(
                     _command(preset, [*settings, *changed], gpus, per_node),
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
-                    *(step, step * train.steps / 3600, total / step),
+                    *(step, step * train.steps / 3600, total / step, copy, state),
+                    *traffic(size, gpus, per_node, copy, accumulate),
+                    *((SAVED_BYTES + extra) * size.total * share for share in (1, 1 / DISK)),
+                    _sky(preset, [*settings, *changed], gpus, per_node, gpu),
                 )
-    raise UserError(
-        f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu}): "
-        "choose a GPU with more memory"
-    )
+    misfit = f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})"
+    raise UserError(f"{misfit}: choose a GPU with more memory")
 
 
 _counted = lru_cache(maxsize=16)(inspect)
 
 
-def _command(preset: str, settings: Sequence[str], gpus: int, per_node: int) -> str:
+def _extra_bytes(config: RunConfig) -> float:
+    """Bytes per parameter beside the two moments of AdamW and one average."""
+    return 4 * (moments_per_weight(config.model, config.train.optimizer) - 2)
+
+
+def _layout(train: TrainConfig, gpus: int, per_node: int, settings: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Values of train.parallel and train.shard; GPUs that hold a sharded copy, 0 with DDP."""
+    chosen = train.reduction == "fixed" or any(setting.startswith("train.parallel") for setting in settings)
+    parallel, shard = (train.parallel, train.shard) if chosen or gpus <= per_node else ("fsdp", per_node)
+    return {"parallel": parallel, "shard": shard}, (shard or gpus) if parallel == "fsdp" and gpus > 1 else 0
+
+
+def _train(preset: str, settings: Sequence[str]) -> str:
     options = [f"--set {shlex.quote(setting)}" for setting in settings]
-    train = " ".join(["train --preset", preset, *options, f"--out runs/{preset}"])
+    return " ".join(["train --preset", preset, *options, f"--out runs/{preset}"])
+
+
+def _sky(preset: str, settings: Sequence[str], gpus: int, per_node: int, gpu: str) -> str:
+    """SkyPilot's command; it starts the same line on every machine, with its variables SKYPILOT_*."""
+    nodes, name = math.ceil(gpus / per_node), {"a100": "A100-80GB"}.get(gpu, gpu.upper())
+    launch = "torchrun --nnodes $SKYPILOT_NUM_NODES --nproc-per-node $SKYPILOT_NUM_GPUS_PER_NODE"
+    launch += ' --node-rank $SKYPILOT_NODE_RANK --master-addr $(echo "$SKYPILOT_NODE_IPS" | head -n 1)'
+    run = f"{launch} --master-port 29500 -m dit_in_dit {_train(preset, settings)}"
+    return f"sky launch --gpus {name}:{min(gpus, per_node)} --num-nodes {nodes} --workdir . {shlex.quote(run)}"
+
+
+def _command(preset: str, settings: Sequence[str], gpus: int, per_node: int) -> str:
+    train = _train(preset, settings)
     if gpus == 1:
         return f"dit-in-dit {train}"
     if gpus <= per_node:

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.inspection.cost import macs, parameters
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.recompute import KEPT
 from dit_in_dit.model.stages import AggregateStage
 from dit_in_dit.reporting.tables import text_table
 
@@ -38,7 +41,7 @@ def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
     Args:
         config: a `ModelConfig`, a `RunConfig`, a loaded model or a network.
         batch: number of images.
-        recompute: levels whose blocks recompute activations, as `train.recompute`.
+        recompute: levels whose blocks recompute activations, or selective, as `train.recompute`.
 
     Returns:
         flow: list of {name, shape} in order, for `batch` images.
@@ -85,6 +88,17 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
             saved[part[-1]] = saved.get(part[-1], 0) + storage.nbytes()
         return tensor
 
+    inside: list[nn.Module] = []  # the selective block that runs
+
+    class Kept(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        """Notes results that selective recomputation keeps; autograd does not see them."""
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = operation(*args, **(kwargs or {}))
+            if inside and operation in KEPT:
+                tree_map_only(Tensor, keep, out)
+            return out
+
     with FakeTensorMode():
         net = NestedDiT(model, recompute=recompute)
         for parameter in (*net.parameters(), *net.buffers()):
@@ -109,9 +123,13 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
         for head in net.heads:
             watch(head.final, head.name)
             account(head, head.name.replace(" ", "_"))
+        for block in (*net.outer_blocks, *net.inner_blocks):
+            if block.selective:
+                block.register_forward_pre_hook(lambda module, _i: inside.append(module))
+                block.register_forward_hook(lambda _m, _i, _o: [inside.pop(), None][1])
         x = torch.empty(batch, *model.image_shape)
         note("image", x)
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+        with Kept(), saved_tensors_hooks(keep, lambda tensor: tensor):  # type: ignore[no-untyped-call]
             out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))
         note("prediction", out)
     return flow, {**saved, "total": sum(saved.values())}

@@ -17,6 +17,7 @@ from dit_in_dit.model.kernels import kernels_of
 from dit_in_dit.model.mlps import Mlp
 from dit_in_dit.model.modulation import BlockModulation, modulate
 from dit_in_dit.model.norms import EPS, Norm
+from dit_in_dit.model.recompute import recomputes_selectively
 from dit_in_dit.model.rope import Rope
 from dit_in_dit.model.tiny import packed_tiny_attention, tiny_attention, tiny_fits, unpack
 
@@ -137,6 +138,7 @@ class Block(nn.Module):
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
     """
 
+    selective = False  # train.recompute=selective
     dropout = 0.0  # rate, in training only
 
     def __init__(self, mix: nn.Module, mlp: Mlp, norms: tuple[Norm, Norm], modulation: BlockModulation) -> None:
@@ -145,6 +147,7 @@ class Block(nn.Module):
         self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
         self.modulation = modulation
 
+    @recomputes_selectively
     def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
         """The block's output; `keys` (N, 4): the branches have dropout, from `training.dropout`."""
         vectors, count = self.modulation(c), self.modulation.per_branch
@@ -159,6 +162,7 @@ class Block(nn.Module):
 class MlpBlock(nn.Module):
     """Block without mixing: tokens do not see each other. Shapes as for `Block`."""
 
+    selective = False  # train.recompute=selective
     dropout = 0.0
 
     def __init__(self, mlp: Mlp, norm: Norm, modulation: BlockModulation) -> None:
@@ -167,6 +171,7 @@ class MlpBlock(nn.Module):
         self.branches = nn.ModuleDict({"mlp": mlp})
         self.modulation = modulation
 
+    @recomputes_selectively
     def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
         mlp = _with_rows(self.branches["mlp"], c)
         if keys is not None:

@@ -36,7 +36,8 @@ class NestedDiT(nn.Module):
 
     Args:
         model: the architecture.
-        recompute: levels (none, inner, outer, both) whose blocks recompute activations in the backward pass.
+        recompute: levels (none, inner, outer, both) whose blocks recompute activations in the backward pass;
+            selective: both levels recompute all but products and attention.
         dropout: rate of dropout in passes that get keys.
 
     >>> net = dd.NestedDiT(dd.preset("emoji").model)
@@ -67,6 +68,8 @@ class NestedDiT(nn.Module):
             setattr(self, f"{level}_head", Head(model, level))
         self.heads: tuple[Head, ...] = tuple(getattr(self, f"{level}_head") for level in model.heads)
         self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
+        for block in (*self.outer_blocks, *self.inner_blocks):
+            block.selective = recompute == "selective"
         initialise(self)
 
     def _assemble(self, model: ModelConfig, recompute: str) -> list[nn.Module]:

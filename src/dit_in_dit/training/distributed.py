@@ -201,5 +201,7 @@ def check_process_count(train: TrainConfig, size: int) -> None:
             f"train.reduction=fixed needs a number of processes that is a power of two and divides train.accumulate="
             f"{train.accumulate}: got {size} processes; change their number, or raise train.accumulate"
         )
+    if train.shard and size > 1 and size % train.shard:
+        raise UserError(f"train.shard must divide the number of processes ({size}): got {train.shard}")
     if train.compile == "graphs" and size > 1:
         raise UserError(f"train.compile=graphs needs a single process: got {size}; set train.compile=true")

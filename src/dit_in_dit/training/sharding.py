@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 from collections import UserDict
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
 
 
-def shard(model: NestedDiT) -> None:
+def sharding_mesh(size: int, part: int, device: torch.device, timeout: int) -> Any:
+    """Device mesh (replicate, shard) of `size` processes, in which `part` consecutive ranks hold one sharded copy
+    (HSDP); None if all hold one. A process must answer within `timeout` seconds."""
+    if part in (0, size):
+        return None
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = torch.arange(size).view(-1, part)
+    # Groups that a mesh makes itself have the default timeout of their backend.
+    limit = timedelta(seconds=timeout)
+    new: Any = dist.new_subgroups_by_enumeration
+    groups = [new(of.tolist(), timeout=limit)[0] for of in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: NestedDiT, mesh: Any = None, *, bfloat16: bool = False) -> None:
     """Shard a model by FSDP2: each block is a group, and all other parameters form one. Every process holds an equal
     part of a group, and the whole group only while the group computes.
+
+    Args:
+        mesh: of `sharding_mesh`.
+        bfloat16: blocks are gathered in bfloat16, for a model that computes under autocast to bfloat16. Gradients are
+            summed in float32.
 
     Raises:
         UserError: the model is on the CPU, and this version of PyTorch shards on GPUs only.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and not hasattr(torch.cpu.Stream, "record_event"):  # PyTorch before 2.7
         raise UserError(
             f"train.parallel=fsdp on a CPU needs PyTorch 2.7 or later: got {torch.__version__}; update PyTorch"
         )
+    # Inputs stay as they are: tokens and conditioning rows in float32, cast by autocast where products read them.
+    low = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in (*model.outer_blocks, *model.inner_blocks):
-        fully_shard(block)
+        fully_shard(block, mesh=mesh, mp_policy=low if bfloat16 and _is_cast_whole(block) else MixedPrecisionPolicy())
     # By default the last group stays whole after the forward pass, for the backward pass, which an average lacks.
-    if any(weight.requires_grad for weight in model.parameters()):
-        fully_shard(model)
-    else:
-        fully_shard(model, reshard_after_forward=True)
+    trained = any(weight.requires_grad for weight in model.parameters())
+    fully_shard(model, mesh=mesh, reshard_after_forward=None if trained else True)
+
+
+def _is_cast_whole(block: nn.Module) -> bool:
+    """Whether autocast casts all parameters of a block, those of products. It leaves scales of norms in float32."""
+    holders = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+    return all(type(module) in (nn.Linear, nn.Conv2d) for module in holders)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -32,9 +32,11 @@ from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
-from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like
+from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like, sharding_mesh
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
+
+BUCKET = 100  # MB of gradients that DDP sums at once on CUDA
 
 
 class Trainer:
@@ -105,15 +107,19 @@ class Trainer:
     def _distribute(self, fall_back: bool) -> nn.Module:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
-        if self.config.train.compile in (True, "graphs"):
+        train = self.config.train
+        if train.compile in (True, "graphs"):
             compile_blocks(self.model, self.ema.model, fall_back=fall_back)
         if self.sharded:
-            shard(self.model)
-            shard(self.ema.model)
-        elif self.world.size > 1 and self.config.train.reduction == "fast":
+            mesh = sharding_mesh(self.world.size, train.shard, self.device, train.timeout)
+            shard(self.model, mesh, bfloat16=train.precision == "bfloat16")
+            shard(self.ema.model, mesh)
+        elif self.world.size > 1 and train.reduction == "fast":
             known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
             sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+            if self.device.type == "cuda":  # elsewhere the sums would change in the last bits
+                options["bucket_cap_mb"] = BUCKET
             return DistributedDataParallel(self.model, **options)
         return self.model
 
@@ -200,7 +206,8 @@ class Trainer:
         gradients = {name: local_part(weight.grad) for name, weight in self.weights.items() if weight.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values())))
         if self.sharded:
-            norms = self.world.total(norms.square()).sqrt()
+            copies = self.world.size // (self.config.train.shard or self.world.size)
+            norms = (self.world.total(norms.square()) / copies).sqrt()  # one sum for all: the same bits in each copy
         parts: dict[str, list[Tensor]] = {}
         for name, norm in zip(gradients, norms.unbind(), strict=True):
             parts.setdefault(f"grad_norm.{part_of(name)}", []).append(norm)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_in_dit.model.nested import NestedDiT
+    from dit_in_dit.training.event import Event
     from dit_in_dit.training.interrupt import StopRequest
-    from dit_in_dit.training.session import Event
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36

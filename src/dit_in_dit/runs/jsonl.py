@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +99,34 @@ class Lines:
         with suppress(SaveError):  # `settle` is called again before anything depends on the line
             self.settle()
 
-    def settle(self, *, sync: bool = False) -> None:
+    def settle(self) -> None:
         """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again."""
         if not self.file:
             self.waiting = b""
             return
         self.file.seek(self.size)
-        try:
+        with self._refused():
             while self.waiting:
                 written = self.file.write(self.waiting)
                 self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
-            if sync:
+
+    def sync(self) -> None:
+        """Sync the written lines, in any thread, while others are added; SaveError when the disk refuses."""
+        if self.file:
+            with self._refused():
                 os.fsync(self.file.fileno())
-        except OSError as error:
-            raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
     def keep(self) -> None:
         """Write and sync all lines, before anything that depends on them is saved; SaveError when the disk refuses."""
-        self.settle(sync=True)
+        self.settle()
+        self.sync()
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
 
 class Log:

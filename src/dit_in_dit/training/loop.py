@@ -32,9 +32,10 @@ from dit_in_dit.runs.folder import create_run, lock_run, read_config
 from dit_in_dit.runtime.deterministic import deterministic as deterministic_algorithms
 from dit_in_dit.runtime.device import pick_device, resolve_auto
 from dit_in_dit.training.distributed import join_group
+from dit_in_dit.training.event import Event
 from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
-from dit_in_dit.training.session import Event, Session
+from dit_in_dit.training.session import Session
 from dit_in_dit.training.trainer import Trainer
 
 if TYPE_CHECKING:

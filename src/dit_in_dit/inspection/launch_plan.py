@@ -15,17 +15,9 @@ from functools import lru_cache
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.inspection.gpus import GPUS
 from dit_in_dit.inspection.trace import inspect
 
-# name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
-GPUS = {
-    "a100": (80, 312),
-    "h100": (80, 989),
-    "h200": (141, 989),
-    "b200": (180, 2250),
-    "l40s": (48, 362),
-    "rtx4090": (24, 165),
-}
 MFU = 0.35  # an assumption
 ROOM = 0.9  # fraction of the memory that a plan may use
 # Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.

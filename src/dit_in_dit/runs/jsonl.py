@@ -153,9 +153,10 @@ class Log:
 
 
 class Clock:
-    """`timing.jsonl`: seconds of training over all resumes, and images per second."""
+    """`timing.jsonl`: seconds of training over all resumes, images per second, and what `usage` gives for them."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, usage: Callable[[float], dict[str, float]] = lambda _: {}) -> None:
+        self.usage = usage
         self.lines = Lines(path, is_clock_line)
         self.seconds = max((line["seconds"] for line in self.lines.stored), default=0.0)
         self.start()
@@ -168,9 +169,10 @@ class Clock:
         """Seconds since the start."""
         return time.perf_counter() - self.began
 
-    def write(self, step: int, images: int) -> float:
-        """Note the time since the start, and return images per second."""
+    def write(self, step: int, images: int) -> dict[str, float]:
+        """Note the time since the start; returns the line's `images_per_second` and usage."""
         speed = images / self.waited()
         self.seconds += self.waited()
-        self.lines.add({"step": step, "seconds": self.seconds, "images_per_second": speed})
-        return speed
+        speeds = {"images_per_second": speed, **self.usage(speed)}
+        self.lines.add({"step": step, "seconds": self.seconds, **speeds})
+        return speeds

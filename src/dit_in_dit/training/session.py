@@ -22,6 +22,7 @@ from dit_in_dit.training.interrupt import Interrupted, StopRequest
 from dit_in_dit.training.saving import Saver
 from dit_in_dit.training.step_log import StepLog, is_finite, number_or_name
 from dit_in_dit.training.trainer import Trainer
+from dit_in_dit.training.utilization import Utilization
 
 NAMED = 8  # most examples named in the log line of a skipped step
 
@@ -32,7 +33,8 @@ class Session:
     def __init__(self, trainer: Trainer, run: Path, stop: StopRequest, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
-        self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
+        usage = Utilization(self.config, trainer.device, self.world.size, trainer.objects)
+        self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch, usage=usage)
         self.saver = Saver(trainer, run, self.lines.log.lines, data)
         self.batches: Iterator[Packed | str] = iter(())
         self.changed = ""  # a line about config keys that this resume changed
@@ -152,13 +154,13 @@ class Session:
 
     def _flush(self) -> Iterator[Event]:
         """Read, log and yield the steps that wait on the device; DivergedError after too many skipped in a row."""
-        steps, speed = self.lines.read()
+        steps, speeds = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
             divergence.streak = 0 if is_finite(numbers) else divergence.streak + 1
             if not divergence.streak:
                 self._note({"step": step, **numbers})
-                yield Event("step", step, {**numbers, "images_per_second": speed})
+                yield Event("step", step, {**numbers, **speeds})
                 continue
             why = self._skipped(step, numbers, each)
             self._note({"step": step, "skipped": True, "why": why})

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import is_of_the_system
 
 from conftest import SHARDED, with_train
 from dit_in_dit.config.files import config_hash, from_yaml
@@ -240,6 +243,38 @@ def test_a_roll_back_waits_and_the_run_continues_exactly(config, tmp_path, gate,
     assert found.index(("checkpoint", 2)) == found.index(("rolled_back", 6)) - 1
     facts(with_train(config, save="sync"), tmp_path / "sync")
     assert content(tmp_path / "run") == content(tmp_path / "sync")
+
+
+def test_what_a_kill_in_the_write_leaves_is_good_and_resumes_exactly(config, tmp_path, monkeypatch):
+    plain, calls, left = checkpoint.save, [], []
+
+    def watched(run, config, step, *more, **keys) -> Path:
+        def watch(frame, event: str, function: Callable) -> None:
+            if event != "c_call" or not is_of_the_system(function):
+                return
+            calls.append(function.__name__)
+            if calls.count(function.__name__) == 1 or function.__name__ == "rename":
+                sys.setprofile(None)
+                left.append((function.__name__, tmp_path / f"killed{len(left)}"))
+                shutil.copytree(run, left[-1][1])  # the folder as a process killed here leaves it
+                sys.setprofile(watch)
+
+        if step == 8:
+            sys.setprofile(watch)
+        try:
+            return plain(run, config, step, *more, **keys)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    facts(config, tmp_path / "run")
+    monkeypatch.undo()
+    assert {"mkdir", "open", "write", "fsync", "rename", "read"} <= {name for name, _ in left}
+    expected = content(tmp_path / "run")
+    for name, run in left:
+        assert checkpoint.newest(run).step in (4, 8), name  # what has a name verifies
+        facts(config, run, resume=True)
+        assert content(run) == expected, name
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from dit_in_dit.cli.options import chosen_config
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import changed_keys, override
-from dit_in_dit.inspection.launch_plan import GPUS, recipe
+from dit_in_dit.inspection.gpus import GPUS
+from dit_in_dit.inspection.launch_plan import recipe
 from test_cli import lines_of
 
 

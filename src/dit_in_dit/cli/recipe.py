@@ -37,7 +37,8 @@ def add(commands: Commands) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> None:
-    from dit_in_dit.inspection.launch_plan import GPUS, MFU, recipe
+    from dit_in_dit.inspection.gpus import GPUS
+    from dit_in_dit.inspection.launch_plan import MFU, recipe
 
     config = override(presets.get(options.preset), options.set)
     if config.train.epochs is not None:

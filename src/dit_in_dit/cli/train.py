@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_in_dit.model.nested import NestedDiT
+    from dit_in_dit.training.event import Event
     from dit_in_dit.training.interrupt import StopRequest
-    from dit_in_dit.training.session import Event
 
 DEMO_IMAGES = 64
 GRID_IMAGES = 36
@@ -127,6 +127,7 @@ def _follow(events: Iterator[Event], out: Path, stop: StopRequest, scale: int | 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dit_in_dit.runs.folder import read_config
+    from dit_in_dit.training.event import progress_text
 
     quiet = not is_main()
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True, quiet=quiet)
@@ -139,8 +140,7 @@ def _follow(events: Iterator[Event], out: Path, stop: StopRequest, scale: int | 
         task = bar.add_task("", total=config.train.steps, completed=start.step)
         for event in events:
             if event.kind == "step":
-                text = f"loss {event.values['loss']:.4f}  {event.values['images_per_second']:.0f} images/s"
-                bar.update(task, completed=event.step, description=text)
+                bar.update(task, completed=event.step, description=progress_text(event))
             elif event.kind == "samples" and event.model is not None:
                 _draw_grid(event, config, out, stop, start.values["classes"], scale)
             elif event.kind == "stopped":

@@ -101,6 +101,11 @@ class TrainConfig(Section):
     keep_every: int = key(
         0, "steps between checkpoints that are never deleted; 0: only the newest two stay", low=0, high=10**12
     )
+    save: Literal["sync", "async"] = key(
+        "sync",
+        "checkpoints: sync (training waits), async (a thread writes a copy in host memory while training continues)",
+        added=4,
+    )
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out evaluations; 0: never", low=0, high=10**12)
 

@@ -17,19 +17,11 @@ from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.inspection.gpus import GPUS
 from dit_in_dit.inspection.optimizer_cost import moments_per_weight, step_macs
 from dit_in_dit.inspection.scaling import DISK, SAVED_BYTES, sizes, state_bytes, traffic
 from dit_in_dit.inspection.trace import inspect
 
-# name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
-GPUS = {
-    "a100": (80, 312),
-    "h100": (80, 989),
-    "h200": (141, 989),
-    "b200": (180, 2250),
-    "l40s": (48, 362),
-    "rtx4090": (24, 165),
-}
 MFU = 0.35  # an assumption
 ROOM = 0.9  # fraction of the memory that a plan may use
 # FLOPs of a training step per MAC of a forward pass; recomputation runs the forward pass twice, or all but its MACs.
@@ -90,6 +82,7 @@ def recipe(
     capacity, peak = GPUS[gpu]
     train, size, extra = config.train, sizes(config.model), _extra_bytes(config)
     layout, copy = _layout(train, gpus, per_node, settings)
+    saved = (SAVED_BYTES + extra) * size.total
     for recompute in dict.fromkeys((train.recompute, "selective", "both")):
         one = _counted(config.model, 1, recompute)
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
@@ -107,7 +100,7 @@ def recipe(
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * train.steps / 3600, total / step, copy, state),
                     *traffic(size, gpus, per_node, copy, accumulate),
-                    *((SAVED_BYTES + extra) * size.total * share for share in (1, 1 / DISK)),
+                    *(saved, saved / DISK),
                     _sky(preset, [*settings, *changed], gpus, per_node, gpu),
                 )
     misfit = f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})"

@@ -25,8 +25,8 @@ def _contexts() -> Any:
 
 
 def recomputes_selectively(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a block's `forward(x, c, *keys)`: if `block.selective`, the backward pass recomputes all but products and
-    attention (Korthikanti et al. 2022, section 5). It is inside the block, so that a compiled block contains it."""
+    """Decorate a block's `forward(x, c, *keys)`: if `block.selective`, the backward pass recomputes all but products
+    and attention (Korthikanti et al. 2022, section 5). It is inside the block, so that a compiled block contains it."""
 
     @wraps(forward)
     def run(block: Any, x: Tensor, c: Tensor, *keys: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     config.yaml            the complete config of the run
     history.json           config keys that changed when the run was resumed, and the step; absent if none changed
     log.jsonl              a line for each step and held-out evaluation; the config decides every line
-    timing.jsonl           seconds and images per second
+    timing.jsonl           seconds, images per second, memory, MFU
     checkpoints/0001200/   state.safetensors, ema.safetensors, manifest.json
     samples/0001200.png
     lock                   names the process that trains the run

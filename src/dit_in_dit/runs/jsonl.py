@@ -7,8 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +99,34 @@ class Lines:
         with suppress(SaveError):  # `settle` is called again before anything depends on the line
             self.settle()
 
-    def settle(self, *, sync: bool = False) -> None:
+    def settle(self) -> None:
         """Write the waiting lines; SaveError when the disk refuses. Bytes that were written are not written again."""
         if not self.file:
             self.waiting = b""
             return
         self.file.seek(self.size)
-        try:
+        with self._refused():
             while self.waiting:
                 written = self.file.write(self.waiting)
                 self.size, self.waiting = self.size + (written or 0), self.waiting[written or 0 :]
-            if sync:
+
+    def sync(self) -> None:
+        """Sync the written lines, in any thread, while others are added; SaveError when the disk refuses."""
+        if self.file:
+            with self._refused():
                 os.fsync(self.file.fileno())
-        except OSError as error:
-            raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
     def keep(self) -> None:
         """Write and sync all lines, before anything that depends on them is saved; SaveError when the disk refuses."""
-        self.settle(sync=True)
+        self.settle()
+        self.sync()
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
 
 
 class Log:
@@ -143,9 +153,10 @@ class Log:
 
 
 class Clock:
-    """`timing.jsonl`: seconds of training over all resumes, and images per second."""
+    """`timing.jsonl`: seconds of training over all resumes, images per second, and what `usage` gives for them."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, usage: Callable[[float], dict[str, float]] = lambda _: {}) -> None:
+        self.usage = usage
         self.lines = Lines(path, is_clock_line)
         self.seconds = max((line["seconds"] for line in self.lines.stored), default=0.0)
         self.start()
@@ -158,9 +169,10 @@ class Clock:
         """Seconds since the start."""
         return time.perf_counter() - self.began
 
-    def write(self, step: int, images: int) -> float:
-        """Note the time since the start, and return images per second."""
+    def write(self, step: int, images: int) -> dict[str, float]:
+        """Note the time since the start; returns the line's `images_per_second` and usage."""
         speed = images / self.waited()
         self.seconds += self.waited()
-        self.lines.add({"step": step, "seconds": self.seconds, "images_per_second": speed})
-        return speed
+        speeds = {"images_per_second": speed, **self.usage(speed)}
+        self.lines.add({"step": step, "seconds": self.seconds, **speeds})
+        return speeds

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import resource
+import sys
 
 import torch
 
@@ -28,6 +30,16 @@ def keep_freed_memory() -> None:
 def device_memory(device: torch.device) -> float:
     """Memory of a CUDA device in bytes, whatever part is in use; 0 for other devices."""
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0.0
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest bytes of tensors on a CUDA device so far, without a wait for the device; on a CPU, of the pages of this
+    process in memory. None on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def installed_memory() -> float:

@@ -36,8 +36,8 @@ from dit_in_dit.study.plan import Plan, Trial
 from dit_in_dit.study.planning import check_data, open_networks
 from dit_in_dit.study.queue import BEATS, MOST_LOSSES, Lease, LeaseLostError, Queue
 from dit_in_dit.study.result import Result, read_result
+from dit_in_dit.training.event import Event
 from dit_in_dit.training.loop import train
-from dit_in_dit.training.session import Event
 
 DRAWN = 24  # samples of a trial, for the report's picture
 
@@ -185,14 +185,15 @@ class _Try:
         yield WorkerEvent("training", lease.key, first.step, steps, "continued" if first.step else "")
         for event in events:
             lease.check()
-            lease.step = event.step
-            if event.kind == "checkpoint":
+            if event.kind == "checkpoint":  # with train.save=async of an earlier step
                 lease.saved = event.step
+            else:
+                lease.step = event.step
             if event.kind == "held_out":
                 errors = dict(_errors(run, primary))
                 if event.step in errors and queue.report(lease, errors[event.step], event.step) and event.step < steps:
                     return True
-            yield WorkerEvent("training", lease.key, event.step, steps)
+            yield WorkerEvent("training", lease.key, lease.step, steps)
         return False
 
 

@@ -34,9 +34,10 @@ from dit_in_dit.runtime.deterministic import deterministic as deterministic_algo
 from dit_in_dit.runtime.device import pick_device, resolve_auto
 from dit_in_dit.training.balance import balanced_order
 from dit_in_dit.training.distributed import join_group
+from dit_in_dit.training.event import Event, progress_text
 from dit_in_dit.training.interrupt import StopRequest
 from dit_in_dit.training.optimizer import Groups
-from dit_in_dit.training.session import Event, Session
+from dit_in_dit.training.session import Session
 from dit_in_dit.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -136,8 +137,9 @@ class Run(Generator[Event, None, None]):
         with closing(self), Progress(*columns, console=Console(stderr=True, force_jupyter=live)) as bar:
             task = bar.add_task("", total=None)
             for event in self:
-                text = f"loss {event.values['loss']:.4f}" if event.kind == "step" else None
-                bar.update(task, total=self.config.train.steps, completed=event.step, description=text)
+                if event.kind not in ("checkpoint", "unsaved"):  # which may be of an earlier step
+                    text = progress_text(event) if event.kind == "step" else None
+                    bar.update(task, total=self.config.train.steps, completed=event.step, description=text)
         return self
 
     def load(self, device: str = "auto") -> Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,18 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.run_data import check_unchanged
-from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
-from dit_in_dit.runs.tensors import file_order
 from dit_in_dit.training.batches import Examples, Packed, end_workers, load_batches
 from dit_in_dit.training.changes import check_changes, record_changes
 from dit_in_dit.training.divergence import DivergedError
+from dit_in_dit.training.event import Event
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
+from dit_in_dit.training.saving import Saver
 from dit_in_dit.training.step_log import StepLog, is_finite, number_or_name
 from dit_in_dit.training.trainer import Trainer
+from dit_in_dit.training.utilization import Utilization
 
 NAMED = 8  # most examples named in the log line of a skipped step
-
-
-@dataclass(frozen=True)
-class Event:
-    """An event of a run; `values` depends on its `kind`.
-
-    start: device, precision, parameters, processes, and the damaged checkpoints that were skipped.
-    step: loss, gradient norm in total and of each part, learning rate.
-    skipped: the examples of a step whose loss or gradient was not finite.
-    rolled_back: the step to which the run went back, and the reason.
-    held_out: denoising error by time.
-    checkpoint: its path.
-    unsaved: the reason why a checkpoint could not be written.
-    samples: samples are due; the averaged `model` must generate them. `model` is None except on rank 0.
-    stopped: the signal that stopped the run; the last event.
-    """
-
-    kind: str
-    step: int
-    values: dict[str, Any] = field(default_factory=dict)
-    model: NestedDiT | None = None
 
 
 class Session:
@@ -54,9 +33,10 @@ class Session:
     def __init__(self, trainer: Trainer, run: Path, stop: StopRequest, last: int, data: dict[str, str]) -> None:
         self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
-        self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch)
+        usage = Utilization(self.config, trainer.device, self.world.size, trainer.objects)
+        self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch, usage=usage)
+        self.saver = Saver(trainer, run, self.lines.log.lines, data)
         self.batches: Iterator[Packed | str] = iter(())
-        self.saved = -1  # the last step that has a checkpoint
         self.changed = ""  # a line about config keys that this resume changed
 
     def resume(self, stored: RunConfig) -> tuple[str, ...]:
@@ -85,7 +65,7 @@ class Session:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
         except (KeyError, RuntimeError):  # the weights of a user's class have changed since the save
             raise saved.misfit() from None
-        self.saved = trainer.step
+        self.saver.saved = trainer.step
         return tuple(map(str, saved.passed_over))
 
     def start(self, **values: Any) -> Event:
@@ -103,6 +83,7 @@ class Session:
             yield from self._train()
         finally:
             self._end_workers()
+            self.saver.close()
             self.lines.close()
 
     def _train(self) -> Iterator[Event]:
@@ -112,6 +93,7 @@ class Session:
                 try:
                     yield from self._steps()
                 except DivergedError as diverged:
+                    yield from self.saver.finished(wait=True)
                     yield self._roll_back(diverged)
         except Interrupted:
             pass
@@ -141,13 +123,14 @@ class Session:
             save = _due(how.checkpoint_every, step, how.steps)
             if evaluate or save or draw or flush:
                 yield from self._flush()
+                yield from self.saver.finished()
             if evaluate:
                 yield self._evaluate()
             if draw:
                 yield self._samples()
             if save and (not trainer.divergence.streak or step == how.steps):  # no roll-back may end within a streak
                 trainer.divergence.tries = 0
-                yield self._save(steady=True)
+                yield from self.saver.save(steady=True, last=step >= self.last)
             self.lines.start_clock()
 
     def _waiting(self) -> AbstractContextManager[None]:
@@ -171,13 +154,13 @@ class Session:
 
     def _flush(self) -> Iterator[Event]:
         """Read, log and yield the steps that wait on the device; DivergedError after too many skipped in a row."""
-        steps, speed = self.lines.read()
+        steps, speeds = self.lines.read()
         divergence = self.trainer.divergence
         for step, numbers, each in steps:
             divergence.streak = 0 if is_finite(numbers) else divergence.streak + 1
             if not divergence.streak:
                 self._note({"step": step, **numbers})
-                yield Event("step", step, {**numbers, "images_per_second": speed})
+                yield Event("step", step, {**numbers, **speeds})
                 continue
             why = self._skipped(step, numbers, each)
             self._note({"step": step, "skipped": True, "why": why})
@@ -212,38 +195,18 @@ class Session:
         model = self.trainer.averaged()
         return Event("samples", self.trainer.step, model=model if self.world.is_main else None)
 
-    def _save(self, *, steady: bool = False) -> Event:
-        """Save a checkpoint. If it cannot be written, the next interval tries again; at the last step the error is
-        raised. `steady` marks a regular checkpoint, whose step follows from the config and not from a stop."""
-        trainer = self.trainer
-        state, ema = trainer.state(), trainer.averaged_state()
-        write = partial(checkpoint.save, self.run, self.config, trainer.step, state, ema, trainer.source.classes)
-        try:
-            # The log lines before a checkpoint must be on disk. If they cannot be written, no process gathers tensors.
-            self.world.on_main(self.lines.log.lines.keep)
-            if trainer.sharded and not self.world.is_main:
-                for tensors in (state, ema):  # rank 0 writes; the others send their shards, in the same order
-                    for name in file_order(tensors):
-                        tensors[name]
-            path = self.world.on_main(partial(write, steady=steady, data=self.data, objects=trainer.objects))
-        except checkpoint.SaveError as error:
-            if trainer.step >= self.last:
-                raise
-            return Event("unsaved", trainer.step, {"why": str(error)})
-        self.saved = trainer.step
-        return Event("checkpoint", trainer.step, {"path": str(path)})
-
     def _stop(self) -> Iterator[Event]:
         """Save the current step, unless training has just diverged: then a resume from the last checkpoint repeats the
         divergence."""
+        yield from self.saver.finished(wait=True)
         try:
             yield from self._flush()
         except DivergedError:
             pass
         else:
             self.last = self.trainer.step
-            if self.trainer.step not in (0, self.saved):
-                yield self._save()
+            if self.trainer.step not in (0, self.saver.saved):
+                yield from self.saver.save(last=True)
         yield Event("stopped", self.trainer.step, {"signal": self.stop.signal})
 
     def _roll_back(self, diverged: DivergedError) -> Event:

@@ -113,8 +113,8 @@ def replicate_like(tensor: Tensor, like: Any) -> Tensor:
 class GatheredTensors(UserDict[str, Tensor]):
     """Tensors by name, each gathered from all processes when it is read: a process holds one whole tensor at a time.
 
-    All processes must read every tensor once, in the same order: rank 0 while it writes the file, the others in
-    `Session._save`. `data` gives dtypes and shapes without a gather.
+    All processes must read every tensor once, in the same order: rank 0 while it writes or copies them, the others in
+    `Saver`. `data` gives dtypes and shapes without a gather.
     """
 
     def __getitem__(self, name: str) -> Tensor:

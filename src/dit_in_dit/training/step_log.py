@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.runs.jsonl import Clock, Log
+from dit_in_dit.training.utilization import Utilization
 
 FLUSH_SECONDS = 0.5  # losses stay on the device this long before they are read and logged
 
@@ -26,9 +27,9 @@ class Step(NamedTuple):
 class StepLog:
     """`log.jsonl` and `timing.jsonl`, written by one process, and the steps whose values are still on the device."""
 
-    def __init__(self, run: Path, *, writes: bool, global_batch: int) -> None:
+    def __init__(self, run: Path, *, writes: bool, global_batch: int, usage: Utilization) -> None:
         self.log = Log(run / "log.jsonl" if writes else None)
-        self.clock = Clock(run / "timing.jsonl" if writes else None)
+        self.clock = Clock(run / "timing.jsonl" if writes else None, usage.read)
         self.global_batch = global_batch
         self.pending: list[tuple[int, dict[str, Tensor | float], Tensor]] = []  # to be read later
 
@@ -41,14 +42,14 @@ class StepLog:
         """Whether steps have waited for FLUSH_SECONDS."""
         return self.clock.waited() > FLUSH_SECONDS
 
-    def read(self) -> tuple[list[Step], float]:
-        """Read the waiting steps, and the number of images per second since the previous read."""
+    def read(self) -> tuple[list[Step], dict[str, float]]:
+        """Read the waiting steps; also returns images per second since the previous read, and `Utilization`."""
         steps, self.pending = self.pending, []
         if not steps:
-            return [], 0.0
-        speed = self.clock.write(steps[-1][0], len(steps) * self.global_batch)
+            return [], {}
+        speeds = self.clock.write(steps[-1][0], len(steps) * self.global_batch)
         numbers = _read([values for _, values, _ in steps])
-        return [Step(step, scalars, each) for (step, _, each), scalars in zip(steps, numbers, strict=True)], speed
+        return [Step(step, scalars, each) for (step, _, each), scalars in zip(steps, numbers, strict=True)], speeds
 
     def start_clock(self) -> None:
         """Restart the clock if no step waits: only training is timed."""

@@ -29,7 +29,7 @@ from dit_in_dit.runs import atomic
 from dit_in_dit.runs.folder import read_config
 
 if TYPE_CHECKING:
-    from dit_in_dit.training.session import Event
+    from dit_in_dit.training.event import Event
 
 PROJECT = "dit-in-dit"
 KEPT = "trackers.json"

@@ -79,9 +79,8 @@ def recipe(
     total = config.global_batch
     if total % gpus:
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
-    capacity, peak = GPUS[gpu]
-    train, size, extra = config.train, sizes(config.model), _extra_bytes(config)
-    layout, copy = _layout(train, gpus, per_node, settings)
+    (capacity, peak), train, size = GPUS[gpu], config.train, sizes(config.model)
+    extra, (layout, copy) = _extra_bytes(config), _layout(train, gpus, per_node, settings)
     saved = (SAVED_BYTES + extra) * size.total
     for recompute in dict.fromkeys((train.recompute, "selective", "both")):
         one = _counted(config.model, 1, recompute)

@@ -1,0 +1,290 @@
+"""Loss terms beside the objective's loss: values and gradients, logs, checkpoints, processes, exports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.backends.debugging import aot_eager
+
+import dit_in_dit as dd
+from conftest import SHARDED, inputs, perturbed, small_model, with_train
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import config_hash, override, to_yaml
+from dit_in_dit.data.sources import open_source
+from dit_in_dit.diffusion.objective import Objective
+from dit_in_dit.inspection import cost
+from dit_in_dit.inspection.hooks import watch_blocks
+from dit_in_dit.model import compiled
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.runs import checkpoint
+from dit_in_dit.runtime.philox import uniform
+from dit_in_dit.training import graphs
+from dit_in_dit.training.alignment import sra_blocks
+from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.loop import train
+from dit_in_dit.training.term import Pass
+from dit_in_dit.training.terms import LossTerms
+from dit_in_dit.training.trainer import Trainer
+from processes import run_together, trained
+
+CPU = torch.device("cpu")
+SRA = ("train.terms.sra=0.5",)
+
+
+def with_terms(config, *settings, stages="outer*2 inner*1 outer*1", **model):
+    model = small_model(stages, image_size=(8, 8), num_classes=3, **model)
+    return override(replace(config, model=model), [*SRA, *settings])
+
+
+def losses(config, steps=3) -> list[dict[str, float]]:
+    """What `Trainer.update` returns for the first steps."""
+    trainer = Trainer(config, source := open_source(config.data, config.model), CPU)
+    examples = Examples(source, config)
+    lines = []
+    for step in range(steps):
+        numbers = range(step * examples.per_step, (step + 1) * examples.per_step)
+        lines.append({k: float(v) for k, v in trainer.update([examples[number] for number in numbers]).items()})
+    return lines
+
+
+def log(out: Path) -> str:
+    return (out / "log.jsonl").read_text()
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.newest(out)
+    return {**saved.state(), **{f"averaged.{name}": tensor for name, tensor in saved.averaged().items()}}
+
+
+def passed(config, *, seed=1) -> tuple[NestedDiT, LossTerms, Pass]:
+    """A float64 model, its terms, and a pass in which the averaged model has other weights than the model."""
+    model, averaged = (perturbed(NestedDiT(config.model), seed + k).double() for k in (0, 1))
+    terms = LossTerms(config, model).double()
+    x, t, y = inputs(config.model)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    given = (x.double(), noise, t.double(), y, torch.tensor([5, 2**40, 9]))
+    return model, terms, Pass(*given, {}, Objective(config.diffusion), averaged, sharded=False)
+
+
+def summed(model, terms, given) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum that is minimised, and the parts alone."""
+    with terms.recorded(model) as outputs:
+        each = given.objective.loss(model, given.x, given.noise, given.t, given.y)
+        total, alone = terms.add_to(each, replace(given, outputs=outputs))
+    return total.mean(), alone
+
+
+@pytest.mark.parametrize("distance", ["smooth_l1", "cosine"])
+@pytest.mark.parametrize("tokens", [{}, {"tokens": {"time": 1, "label": 2}}])
+def test_sra_equals_a_computation_in_plain_torch(run_config, distance, tokens):
+    config = override(with_terms(run_config, "train.terms.sra_blocks=[0,2]"), [f"train.terms.sra_distance={distance}"])
+    config = override(config, [f"model.tokens.{name}={count}" for name, count in tokens.get("tokens", {}).items()])
+    model, terms, given = passed(config)
+    _, alone = summed(model, terms, given)
+    t = (given.t - 0.2 * uniform(config.seed, "terms", given.example)).clamp(0, 1)
+    assert ((given.t - t) >= 0).all() and (given.t != t).any()
+    mix = [(1 - s)[:, None, None, None] * given.x + s[:, None, None, None] * given.noise for s in (given.t, t)]
+    patches = config.model.patches
+    with torch.no_grad():
+        with watch_blocks(model) as seen:
+            model(mix[0], given.t, given.y)
+        student = seen["outer_blocks.0"][:, -patches:]
+        with watch_blocks(given.averaged) as seen:
+            given.averaged(mix[1], t, given.y)
+        target = seen["outer_blocks.2"][:, -patches:]
+        (w, b), (v, d) = (
+            (layer.weight, layer.bias) for layer in (terms["sra"].projector[0], terms["sra"].projector[2])
+        )
+        student = F.silu(student @ w.T + b) @ v.T + d
+        difference = (student - target).abs()
+        huber = torch.where(difference < 0.05, difference**2 / 0.1, difference - 0.025).flatten(1).mean(1)
+        cosine = 1 - ((student * target).sum(-1) / (student.norm(dim=-1) * target.norm(dim=-1))).mean(1)
+    torch.testing.assert_close(alone[1], huber if distance == "smooth_l1" else cosine, rtol=1e-10, atol=1e-10)
+
+
+def check_gradients(model, terms, given):
+    """Gradients of the sum equal finite differences, of the model's and of the terms' weights."""
+    weights = [*model.parameters(), *terms.parameters()]
+    gradients = torch.autograd.grad(summed(model, terms, given)[0], weights, allow_unused=True)
+    draw = torch.Generator().manual_seed(0)
+    for group in (range(len(weights)), range(len(weights) - len(list(terms.parameters())), len(weights))):
+        way = [torch.randn(weights[k].shape, generator=draw, dtype=torch.float64) for k in group]
+        slope = sum((way[n] * gradients[k]).sum() for n, k in enumerate(group) if gradients[k] is not None)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for n, k in enumerate(group):
+                    weights[k].add_(way[n], alpha=sign * 1e-6)
+                ends.append(summed(model, terms, given)[0])
+                for n, k in enumerate(group):
+                    weights[k].add_(way[n], alpha=-sign * 1e-6)
+        assert abs(slope) > 1e-3
+        assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float(slope), rel=1e-6)
+    assert all(weight.grad is None for weight in given.averaged.parameters())
+
+
+def test_gradients_of_sra_equal_finite_differences(run_config):
+    check_gradients(*passed(with_terms(run_config)))
+
+
+def test_the_default_blocks_are_those_of_the_official_code():
+    deep = [small_model(f"outer*{depth}") for depth in (28, 12, 3, 2, 1)]
+    base = dd.RunConfig()
+    assert [sra_blocks(replace(base, model=model)) for model in deep] == [(7, 19), (3, 8), (0, 2), (0, 1), (0, 0)]
+
+
+def test_uniform_numbers_depend_on_the_example_alone():
+    numbers = torch.arange(20_000)
+    drawn = uniform(3, "terms", numbers)
+    assert torch.equal(drawn[100:200], uniform(3, "terms", numbers[100:200]))
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert drawn.mean() == pytest.approx(1 / 2, abs=0.01) and drawn.var() == pytest.approx(1 / 12, abs=0.002)
+    assert not torch.equal(drawn, uniform(4, "terms", numbers))
+
+
+def test_a_resumed_run_with_terms_equals_an_unbroken_one(run_config, tmp_path):
+    config = with_terms(run_config, "train.accumulate=2")
+    for _ in train(config, tmp_path / "whole", device="cpu"):
+        pass
+    for until in (2, None):
+        for _ in train(config, tmp_path / "halves", device="cpu", resume=until is None, until=until):
+            pass
+    assert log(tmp_path / "halves") == log(tmp_path / "whole")
+    whole, halves = state(tmp_path / "whole"), state(tmp_path / "halves")
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(tensor, halves[name]) for name, tensor in whole.items())
+    own = {name for name in whole if "terms." in name}
+    assert {name for name in own if name.startswith("terms.")} == {
+        f"terms.sra.projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    assert "optimizer.exp_avg.terms.sra.projector.0.weight" in own
+    assert not any(name.startswith(("model.", "averaged.")) for name in own)
+    lines = [json.loads(line) for line in log(tmp_path / "whole").splitlines() if "loss" in line]
+    assert all(line["loss.sra"] > 0 and line["grad_norm.term"] > 0 for line in lines if "loss" in line)
+
+
+def test_the_loss_in_the_log_is_that_of_the_objective(run_config):
+    on, off = losses(with_terms(run_config)), losses(with_terms(run_config, "train.terms.sra=0"))
+    assert on[0]["loss"] == off[0]["loss"] and "loss.sra" not in off[0]
+    assert not any("term" in name for name in off[0])
+
+
+@pytest.mark.parametrize("setting", ["train.recompute=both", "train.compile=true", "train.compile=graphs"])
+def test_sra_gives_the_same_numbers_however_the_passes_run(run_config, setting, monkeypatch):
+    config = with_terms(run_config)
+    expected = losses(config)
+    monkeypatch.setattr(compiled, "BACKEND", aot_eager)
+
+    def capture(call):
+        """Graphs need CUDA: the warm-up, then a call for each replay into the same tensor."""
+        result = call()
+
+        def replay():
+            result.copy_(call())
+
+        return replay, result
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    for line, same in zip(losses(override(config, [setting])), expected, strict=True):
+        assert line == pytest.approx(same, rel=1e-5, abs=1e-7)
+
+
+def test_a_run_with_terms_exports_without_them_and_is_judged_by_doctor(run_config, tmp_path):
+    config = with_terms(run_config)
+    for _ in train(config, tmp_path / "run", device="cpu"):
+        pass
+    model = dd.load(tmp_path / "run", "cpu")
+    assert model.net.state_dict().keys() == NestedDiT(config.model).state_dict().keys()
+    from dit_in_dit.interop.release import release
+
+    release(tmp_path / "run", tmp_path / "slim")
+    names = [name for path in (tmp_path / "slim").rglob("*.safetensors") for name in path.read_bytes()[:20000].split()]
+    assert names and not any(b"terms." in name for name in names)
+    from dit_in_dit.doctor.doctor import examine
+
+    assert examine(tmp_path / "run", CPU)
+
+
+def test_inspect_counts_terms(run_config, capsys):
+    from dit_in_dit.cli import main
+
+    for arguments in ([], ["--json"]):
+        main(["inspect", "--preset", "emoji", "--set", "train.terms.sra=0.2", *arguments])
+    text = capsys.readouterr().out
+    assert "loss terms" in text
+    assert '"terms"' in text
+
+
+def test_a_truncated_pass_costs_what_it_computes():
+    for stages in ("outer*4", "inner*2 outer*4", "outer*2 inner*1 outer*2", "inner*1 outer*1 inner*2 outer*3"):
+        model = small_model(stages)
+        depth, parts = model.blocks("outer"), cost.macs(model)
+        heads = parts["outer_head"] + parts["inner_head"]
+        assert cost.macs_through(model, depth - 1) == parts["total"] - heads
+        through = [cost.macs_through(model, number) for number in range(depth)]
+        assert through == sorted(set(through))
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages", "message"),
+    [
+        (["train.terms.sra_blocks=[0,3]"], "outer*3", r"at most 2, the last outer block: got \[0, 3\]"),
+        ([], "inner*2", "aligns outer blocks, and the model has none: set train.terms.sra=0"),
+        (["train.terms.sra=-1"], "outer*3", "train.terms.sra must be from 0"),
+        (["train.terms.sra_gap=2"], "outer*3", "from 0 to 1: got 2"),
+    ],
+)
+def test_wrong_settings_give_one_line(run_config, settings, stages, message):
+    with pytest.raises(UserError, match=message) as error:
+        losses(with_terms(run_config, *settings, stages=stages))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_of_a_user_without_the_block_is_refused(run_config):
+    config = with_terms(run_config)
+    with pytest.raises(UserError, match=r"sra reads outer_blocks\.0, which the model lacks: set train\.terms\.sra=0"):
+        Trainer(config, open_source(config.data, config.model), CPU, model=torch.nn.Linear(2, 2))
+
+
+def test_configs_without_terms_stay_as_they_were(run_config):
+    assert "terms" not in to_yaml(run_config)
+    assert config_hash(run_config) == config_hash(override(run_config, ["train.terms.sra=0"]))
+    assert config_hash(run_config) != config_hash(with_train(run_config, terms=override(run_config, SRA).train.terms))
+
+
+@pytest.mark.slow
+def test_terms_on_one_and_two_processes_give_the_same_bits_with_fixed_sums(run_config, tmp_path):
+    config = with_terms(run_config, "train.reduction=fixed", "train.accumulate=2", "train.noise=device")
+    run_together(1, trained, config, tmp_path / "alone", False)
+    for world, until in ((1, 2), (2, 4), (1, None)):
+        run_together(world, trained, config, tmp_path / "many", until != 2, until)
+    assert log(tmp_path / "many") == log(tmp_path / "alone")
+    alone, many = state(tmp_path / "alone"), state(tmp_path / "many")
+    assert all(torch.equal(tensor, many[name]) for name, tensor in alone.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
+def test_two_processes_train_terms_like_one(run_config, tmp_path, parallel):
+    config = with_terms(run_config, f"train.parallel={parallel}", "train.accumulate=2")
+    run_together(1, trained, config, tmp_path / "alone", False)
+    run_together(2, trained, config, tmp_path / "many", False)
+    for until in (2, None):
+        run_together(2, trained, config, tmp_path / "halves", until is None, until)
+    assert log(tmp_path / "halves") == log(tmp_path / "many")
+    alone, many, halves = (state(tmp_path / name) for name in ("alone", "many", "halves"))
+    assert alone.keys() == many.keys()
+    for name, tensor in many.items():
+        assert torch.equal(tensor, halves[name]), name
+        if name.startswith(("model.", "terms.")):
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-3, atol=1e-5)
+    lines = [
+        [json.loads(line) for line in log(tmp_path / n).splitlines() if '"loss"' in line] for n in ("alone", "many")
+    ]
+    for one, two in zip(*lines, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)

@@ -74,3 +74,12 @@ class WithTerms(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         out: Tensor = self.model(x, t, y)
         return out
+
+
+def terms_cost(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Trained parameters of each active term, and MACs per image that it adds to a training step."""
+    active = {name: kind for name, kind in TERMS.items() if getattr(config.train.terms, name)}
+    return {
+        name: {"parameters": sum(weight.numel() for weight in kind(config).parameters()), "macs": kind.macs(config)}
+        for name, kind in active.items()
+    }

@@ -104,7 +104,7 @@ def _inspect(options: argparse.Namespace) -> None:
         print_table(["", "this", "plain DiT", "ratio"], rows)
     if terms:
         print("\nloss terms, per image and training step")
-        step, costs = FORWARDS_PER_STEP * traced["macs"]["total"], terms.items()
+        step = FORWARDS_PER_STEP * traced["macs"]["total"]
         rows = [
             [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
         ]

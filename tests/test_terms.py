@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from dit_in_dit.model import compiled
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.philox import uniform
-from dit_in_dit.training import graphs
+from dit_in_dit.training import alignment, graphs
 from dit_in_dit.training.alignment import sra_blocks
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
@@ -131,6 +132,77 @@ def check_gradients(model, terms, given):
 
 def test_gradients_of_sra_equal_finite_differences(run_config):
     check_gradients(*passed(with_terms(run_config)))
+
+
+class PatchEncoder(torch.nn.Module):
+    """Stands in for DINOv2, with its interface: a class token, then a token for each patch of 2x2 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embed = torch.nn.Conv2d(3, 6, 2, 2)
+
+    def forward(self, x):
+        tokens = self.embed(x.to(self.embed.weight.dtype)).flatten(2).mT
+        return SimpleNamespace(last_hidden_state=torch.cat([100 + tokens[:, :1], tokens], 1))
+
+
+@pytest.fixture
+def encoder(tmp_path, monkeypatch) -> Path:
+    """The folder of the stand-in."""
+    about = {"model_type": "dinov2", "hidden_size": 6, "num_hidden_layers": 1, "patch_size": 2}
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(about))
+    monkeypatch.setattr(alignment, "read_dinov2", lambda folder, side: PatchEncoder())
+    return tmp_path / "encoder"
+
+
+def with_repa(config, encoder, *settings):
+    repa = ["train.terms.sra=0", "train.terms.repa=0.5", f"train.terms.repa_encoder={encoder}"]
+    return with_terms(config, *repa, "train.terms.repa_width=10", *settings)
+
+
+def test_repa_equals_a_computation_in_plain_torch_and_its_gradients_finite_differences(run_config, encoder):
+    model, terms, given = passed(with_repa(run_config, encoder, "train.terms.repa_block=1"))
+    _, alone = summed(model, terms, given)
+    with torch.no_grad(), watch_blocks(model) as seen:
+        model(given.objective.noisy(given.x, given.noise, given.t), given.t, given.y)
+        tokens = terms["repa"].projector(seen["outer_blocks.1"])
+        pixels = F.interpolate((given.x + 1) / 2, (32, 32), mode="bicubic")  # 2x2 patches, each 8x8 of the encoder's
+        shift, scale = (torch.tensor(c)[:, None, None].double() for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        embed = PatchEncoder().double().embed((pixels - shift) / scale)  # N 6 16 16
+        target = torch.stack([embed[:, :, a : a + 8, b : b + 8].mean((2, 3)) for a in (0, 8) for b in (0, 8)], 1)
+        cosine = (F.normalize(tokens, dim=-1) * F.normalize(target, dim=-1)).sum(-1).mean(1)
+    torch.testing.assert_close(alone[1], -cosine, rtol=1e-4, atol=1e-5)  # the stand-in computes in float32
+    check_gradients(model, terms, given)
+    assert len(list(terms.parameters())) == 6
+
+
+def test_the_encoder_of_repa_is_neither_trained_nor_saved(run_config, encoder, tmp_path):
+    config = with_repa(run_config, encoder, "train.terms.sra=0.1", "train.steps=3")
+    for _ in train(config, tmp_path / "run", device="cpu"):
+        pass
+    names = {name.split(".")[1] for name in state(tmp_path / "run") if name.startswith("terms.")}
+    assert names == {"sra", "repa"}
+    assert not any("embed.weight" in name for name in state(tmp_path / "run") if "terms" in name)
+    assert "loss.repa" in json.loads(log(tmp_path / "run").splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.terms.repa_encoder=null"], "needs train.terms.repa_encoder, a folder"),
+        (["data.vae=somewhere"], "the data are latents: use sra instead"),
+        (["model.image_size=[8,16]"], r"as many rows as columns of patches: got \[2, 4\]; use sra"),
+        (["train.terms.repa_block=3"], "repa_block must be at most 2, the last outer block: got 3"),
+        (["train.terms.repa_encoder=missing"], "missing"),
+    ],
+)
+def test_wrong_settings_of_repa_give_one_line(run_config, encoder, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        LossTerms(config := with_repa(run_config, encoder, *settings), NestedDiT(config.model))
+    assert "\n" not in str(error.value)
 
 
 def test_the_default_blocks_are_those_of_the_official_code():

@@ -12,7 +12,8 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.field import FAMILIES, PUBLISHED
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.config.terms import TermsConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
@@ -75,12 +76,11 @@ def _inspect(options: argparse.Namespace) -> None:
     with gc_paused():
         from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
         from dit_in_dit.inspection.trace import inspect
-        from dit_in_dit.training.terms import terms_cost
 
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
         plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
-        terms = terms_cost(config)
+        terms = _terms_cost(config)
     if options.json:
         print(json.dumps({**traced, **({"terms": terms} if terms else {}), "plain": plain}, indent=1))
         return
@@ -109,3 +109,11 @@ def _inspect(options: argparse.Namespace) -> None:
             [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
         ]
         print_table(["", "parameters", "MACs", "of the model's step"], rows)
+
+
+def _terms_cost(config: RunConfig) -> dict[str, dict[str, int]]:
+    if config.train.terms == TermsConfig():
+        return {}
+    from dit_in_dit.training.terms import terms_cost  # imports the training loop's libraries
+
+    return terms_cost(config)

@@ -65,7 +65,7 @@ class Repa(Term):
         super().__init__()
         model, terms = config.model, config.train.terms
         folder = _encoder_folder(config)
-        block = _block(config, "repa", "repa_block", terms.repa_block, 2)
+        block = _block(config, "repa_block", terms.repa_block, 2)
         self.student, self.patches, rows = f"outer_blocks.{block}", model.patches, model.grid[0]
         self.pooled = -(-LEAST_GRID // rows)  # patches of the encoder on a side of an outer token
         about, hidden = _about_encoder(folder), terms.repa_width
@@ -136,14 +136,12 @@ def sra_blocks(config: RunConfig) -> tuple[int, int]:
     """Numbers of the outer blocks of the trained and of the averaged model that are compared; by default at 2/7 and 5/7
     of the depth, blocks 8 and 20 of 28 in the official code. UserError if a block does not exist."""
     first, second = config.train.terms.sra_blocks or (None, None)
-    return _block(config, "sra", "sra_blocks", first, 2), _block(config, "sra", "sra_blocks", second, 5)
+    return _block(config, "sra_blocks", first, 2), _block(config, "sra_blocks", second, 5)
 
 
-def _block(config: RunConfig, term: str, key: str, number: int | None, sevenths: int) -> int:
+def _block(config: RunConfig, key: str, number: int | None, sevenths: int) -> int:
     """The outer block `number`, or the one at so many sevenths of the depth; UserError if there is none."""
     depth = config.model.blocks("outer")
-    if not depth:
-        raise UserError(f"train.terms.{term} aligns outer blocks, and the model has none: set train.terms.{term}=0")
     if number is not None and number >= depth:
         raise UserError(f"train.terms.{key} must be at most {depth - 1}, the last outer block: got {number}")
     return -(-sevenths * depth // 7) - 1 if number is None else number

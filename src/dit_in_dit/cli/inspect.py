@@ -13,7 +13,8 @@ from dit_in_dit.config import presets
 from dit_in_dit.config.field import FAMILIES, PUBLISHED
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
-from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.config.terms import TermsConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
@@ -74,6 +75,7 @@ def _config(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     with gc_paused():
+        from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
         from dit_in_dit.inspection.trace import inspect
 
         config = chosen_config(options)
@@ -82,8 +84,9 @@ def _inspect(options: argparse.Namespace) -> None:
         if config.train.optimizer == "muon":
             _add_optimizer(traced, config.model)
             _add_optimizer(plain, replace(config.model, use_inner=False))
+        terms = _terms_cost(config)
     if options.json:
-        print(json.dumps({**traced, "plain": plain}, indent=1))
+        print(json.dumps({**traced, **({"terms": terms} if terms else {}), "plain": plain}, indent=1))
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
@@ -107,6 +110,13 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
+    if terms:
+        print("\nloss terms, per image and training step")
+        step = FORWARDS_PER_STEP * traced["macs"]["total"]
+        rows = [
+            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
+        ]
+        print_table(["", "parameters", "MACs", "of the model's step"], rows)
 
 
 def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:
@@ -115,3 +125,11 @@ def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:
 
     inspection["moments"] = optimizer_cost.moments(model, "muon")
     inspection["optimizer_macs"] = {"total": optimizer_cost.step_macs(model, "muon")}
+
+
+def _terms_cost(config: RunConfig) -> dict[str, dict[str, int]]:
+    if config.train.terms == TermsConfig():
+        return {}
+    from dit_in_dit.training.terms import terms_cost  # imports the training loop's libraries
+
+    return terms_cost(config)

@@ -63,6 +63,15 @@ def _is_cast_whole(block: nn.Module) -> bool:
     return all(type(module) in (nn.Linear, nn.Conv2d) for module in holders)
 
 
+def shard_terms(terms: nn.ModuleDict, mesh: Any) -> None:
+    """Shard the parameters of each loss term by FSDP2, as a group of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    for term in terms.values():
+        if any(True for _ in term.parameters()):
+            fully_shard(term, mesh=mesh)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Part of a tensor that this process holds; the whole tensor if it is not sharded. Shares memory."""
     tensor = tensor.detach()

@@ -94,10 +94,24 @@ class SampleConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "autocast type; auto: train.precision on CUDA, float32 on other devices", added=4
     )
+    guide_scale: float = key(
+        2.0, "scale of autoguidance, if --guide names a weak model; 1: none", low=0, high=100, added=4
+    )
+    guide_interval: tuple[float, float] = key(
+        (0.0, 1.0), "times t between which autoguidance and internal guidance are applied", low=0, high=1, added=4
+    )
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Keys of guidance by a weak model at their defaults: YAML without it stays as it was."""
+        names = ("guide_scale", "guide_interval")
+        return tuple(name for name in names if getattr(self, name) == getattr(SampleConfig, name))
 
     def check(self) -> None:
-        if self.interval[0] > self.interval[1]:
-            raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
+        for name in ("interval", "guide_interval"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"sample.{name} must go from low to high: got {[low, high]}")
         if self.sampler not in SAMPLERS:
             raise UserError(
                 f"sample.sampler must be one of {', '.join(SAMPLERS)} (or name its plug-in with --plugin): "

@@ -1,0 +1,35 @@
+"""Guidance by a weak model in the pipeline of `diffusers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import DiffusionConfig, SampleConfig
+from dit_in_dit.diffusion.guidance import away_from_weak, beside
+from dit_in_dit.diffusion.objective import Predict
+from dit_in_dit.diffusion.path import make_path
+
+
+def transformer_predict(transformer: Any, guide: Any, how: SampleConfig) -> Predict:
+    """The transformer as a function of x_t, t and y, away from the transformer `guide`, if there is one. UserError if
+    the guide does not fit."""
+
+    def call(network: Any) -> Predict:
+        return lambda x, t, y: network(x, t, y, return_dict=False)[0]
+
+    predict = call(transformer)
+    if guide is None:
+        return predict
+    own, other = (DiffusionConfig.from_dict(each.config.diffusion) for each in (transformer, guide))
+    model, weak = transformer.config.model, guide.config.model
+    for key in ("image_size", "channels"):
+        if weak[key] != model[key]:
+            raise UserError(f"the guide must have the model's {key}, {model[key]}: got {weak[key]}")
+    if weak["num_classes"] not in (0, model["num_classes"]):
+        raise UserError(f"the guide must have the model's {model['num_classes']} classes: got {weak['num_classes']}")
+    if own.path != other.path:
+        raise UserError(f"the guide must have the model's diffusion.path, {own.path}: got {other.path}")
+    quantities: dict[str, Any] = {"given": other.predict, "wanted": own.predict, "classes": weak["num_classes"] > 0}
+    pair = beside(predict, call(guide), make_path(own), **quantities)
+    return away_from_weak(predict, pair, how.guide_scale, how.guide_interval)

@@ -108,6 +108,7 @@ class Model:
         sampler: str | None = None,
         guide: Model | str | Path | None = None,
         guide_scale: float | None = None,
+        internal_guidance: float | None = None,
     ) -> Pictures:
         """Samples 0 to num - 1, those of the command `sample`; latents without a VAE show their first channels.
         UserError for an unknown class, or a value that does not fit.
@@ -115,11 +116,12 @@ class Model:
         Args:
             classes: names or numbers, used in rotation; empty: all.
             num: number of samples; None: one for each of `classes`, or 16.
-            guidance, steps, sampler: None: the run's.
+            guidance, steps, sampler, internal_guidance: None: the run's.
             guide: weak model of the same images for autoguidance (`RUN@STEP`: an older checkpoint of a run).
             guide_scale: scale of autoguidance. None: the run's, by default 2.
         """
-        keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler, "guide_scale": guide_scale}
+        keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler}
+        keys |= {"guide_scale": guide_scale, "internal_guidance": internal_guidance}
         how = replace(self.config.sample, **{name: value for name, value in keys.items() if value is not None})
         several = isinstance(classes, Iterable) and not isinstance(classes, str) and getattr(classes, "ndim", 1) > 0
         listed: Any = () if classes is None else classes if several else [classes]

@@ -138,6 +138,8 @@ def add_guide(command: argparse.ArgumentParser) -> None:
     about = "autoguidance: a weak model of the same images (any RUN), or RUN@STEP, an older checkpoint"
     command.add_argument("--guide", metavar="RUN[@STEP]", help=about)
     command.add_argument("--guide-scale", type=float, metavar="W", help="scale of autoguidance (default: the run's, 2)")
+    about = "scale of guidance by the model's own weak head; 1: none (default: the run's)"
+    command.add_argument("--internal-guidance", type=float, metavar="W", help=about)
     about = "times t between which guidance by a weak model is applied (default: the run's)"
     command.add_argument("--guide-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=about)
 
@@ -157,7 +159,8 @@ def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
     """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
-    keys = ("sampler", "steps", "guidance", "interval", "guide_scale", "guide_interval", "micro_batch", "precision")
+    keys = ["sampler", "steps", "guidance", "interval", "micro_batch", "precision"]
+    keys += ["guide_scale", "internal_guidance", "guide_interval"]
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))
     if options.classes is not None and not config.model.num_classes:

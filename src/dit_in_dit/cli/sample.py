@@ -85,7 +85,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
-    weak = ("guide", "guide_scale", "guide_interval")
+    weak = ("guide", "guide_scale", "internal_guidance", "guide_interval")
     names = ("classes", "steps", "sampler", "guidance", "interval", *weak, "micro_batch", "precision", "vae")
     given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []

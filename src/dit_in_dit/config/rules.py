@@ -57,6 +57,21 @@ def check_reading(model: Any) -> None:
         left -= level == "inner"
 
 
+def weak_head(model: Any) -> str:
+    """The head whose predictions are weak: internal, the outer head if another is added to it, or none ("")."""
+    return "internal_head" if model.internal_head else "outer_head" if len(model.heads) > 1 else ""
+
+
+def check_internal_head(model: Any) -> None:
+    """Check that an internal head sees fewer blocks than the last head. Raises UserError."""
+    most = model.blocks("outer") - (model.program[-1][0] == "outer")
+    if model.internal_head > most:
+        raise UserError(
+            f"model.internal_head must be at most {most}, so that blocks follow it: got {model.internal_head} in "
+            f"{truncate(format_stages(model.program), 40)}"
+        )
+
+
 def _reads_c(model: Any) -> bool:
     """Whether anything reads c, the embedding of time and class."""
     inner, outer = model.inner, model.outer

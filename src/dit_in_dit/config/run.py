@@ -97,6 +97,9 @@ class SampleConfig(Section):
     guide_scale: float = key(
         2.0, "scale of autoguidance, if --guide names a weak model; 1: none", low=0, high=100, added=4
     )
+    internal_guidance: float = key(
+        1.0, "scale of guidance by the model's own weak head (train.terms.internal); 1: none", low=0, high=100, added=4
+    )
     guide_interval: tuple[float, float] = key(
         (0.0, 1.0), "times t between which autoguidance and internal guidance are applied", low=0, high=1, added=4
     )
@@ -104,7 +107,7 @@ class SampleConfig(Section):
     @property
     def unwritten(self) -> tuple[str, ...]:
         """Keys of guidance by a weak model at their defaults: YAML without it stays as it was."""
-        names = ("guide_scale", "guide_interval")
+        names = ("guide_scale", "internal_guidance", "guide_interval")
         return tuple(name for name in names if getattr(self, name) == getattr(SampleConfig, name))
 
     def check(self) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, SampleConfig
-from dit_in_dit.diffusion.guidance import away_from_weak, beside
+from dit_in_dit.diffusion.guidance import Pair, away_from_weak, beside
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import make_path
 
 
 def transformer_predict(transformer: Any, guide: Any, how: SampleConfig) -> Predict:
-    """The transformer as a function of x_t, t and y, away from the transformer `guide`, if there is one. UserError if
-    the guide does not fit."""
+    """The transformer as a function of x_t, t and y, away from its weak head and the transformer `guide`, if there is
+    one. UserError if the guide does not fit."""
 
     def call(network: Any) -> Predict:
         return lambda x, t, y: network(x, t, y, return_dict=False)[0]
 
     predict = call(transformer)
+    if how.internal_guidance != 1:
+        pair: Pair = partial(transformer, return_dict=False, weak=True)
+        predict = away_from_weak(predict, pair, how.internal_guidance, how.guide_interval)
     if guide is None:
         return predict
     own, other = (DiffusionConfig.from_dict(each.config.diffusion) for each in (transformer, guide))

@@ -74,6 +74,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         guide: ModelMixin | None = None,
         guide_scale: float | None = None,
         guide_interval: tuple[float, float] | None = None,
+        internal_guidance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
@@ -93,6 +94,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance is applied.
             guide: weak transformer of the same images for autoguidance, with `guide_scale` and `guide_interval`.
+            internal_guidance: scale of guidance by the model's own weak head, also within `guide_interval`; 1 is none.
             generator: source of the noise. In a list, generator i gives the noise of image i. If the rest of
                 the batch changes, only the last bits of image i can change.
             latents: the initial noise (N, C, H, W), of variance one.
@@ -107,7 +109,7 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             UserError: a value is invalid, or the scheduler does not fit the model's path.
         """
         steps = num_inference_steps if num_inference_steps or sigmas is None else len(sigmas)
-        weak = {"guide_scale": guide_scale, "guide_interval": guide_interval}
+        weak = {"guide_scale": guide_scale, "guide_interval": guide_interval, "internal_guidance": internal_guidance}
         how = self._how(steps=steps, guidance=guidance_scale, interval=guidance_interval, **weak)
         if output_type not in OUTPUTS:
             raise UserError(
@@ -124,6 +126,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         y = self._numbers(class_labels, count, num_images_per_prompt, device)
         if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
             raise UserError("this model has no null class: give class_labels, and guidance_scale=1")
+        if how.internal_guidance != 1 and "internal_guidance" not in (self.config.sample or {}):
+            raise UserError("this model has no trained weak head: give internal_guidance=1")
         diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
         self.scheduler = fit_scheduler(self.scheduler, diffusion.path, how.steps)
         set_steps(self.scheduler, how.steps, sigmas)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.diffusion.guidance import away_from_weak, beside
+from dit_in_dit.diffusion.guidance import Pair, away_from_weak, beside
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.diffusion.samplers import Noise, Watch, denoise, guided
@@ -48,11 +48,25 @@ def cast_to_weights(model: NestedDiT, precision: str = "float32") -> Predict:
     return predict
 
 
+def cast_pair(model: NestedDiT, precision: str) -> Pair:
+    """As `cast_to_weights`, with the weak prediction of the same forward pass."""
+
+    def pair(x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = next(model.parameters())
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            strong, weak = model(x.to(weight.dtype), t, y, weak=True)
+        return strong.to(x.dtype), weak.to(x.dtype)
+
+    return pair
+
+
 def guided_predict(model: NestedDiT, config: RunConfig, guide: Guide | None = None) -> Predict:
-    """The model as a function with all guidance of `config.sample`: away from `guide`, then classifier-free."""
+    """The model as a function with all guidance of `config.sample`: internal, then by `guide`, then classifier-free."""
     how = config.sample
     precision = resolve_sample_precision(config, next(model.parameters()).device).sample.precision
     predict = cast_to_weights(model, precision)
+    if how.internal_guidance != 1:
+        predict = away_from_weak(predict, cast_pair(model, precision), how.internal_guidance, how.guide_interval)
     if guide is not None:
         weak, own = cast_to_weights(guide.net, precision), guide.config
         quantities = {"given": own.diffusion.predict, "wanted": config.diffusion.predict}
@@ -136,7 +150,9 @@ def sampling_protocol(
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     if guide is not None:
         special |= {"guide": guide.sha256, "guide_scale": how.guide_scale}
-    if guide is not None and how.guide_interval != (0, 1):
+    if how.internal_guidance != 1:
+        special["internal_guidance"] = how.internal_guidance
+    if (guide is not None or how.internal_guidance != 1) and how.guide_interval != (0, 1):
         special["guide_interval"] = list(how.guide_interval)
     return {
         "made by": "sampling",

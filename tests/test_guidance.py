@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import dit_in_dit as dd
-from conftest import perturbed, small_model, with_train
+from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, ModelConfig, RunConfig, SampleConfig
@@ -75,6 +75,12 @@ def drawn_over_noise(config: RunConfig, net: nn.Module, guide: Guide | None = No
     ((_, samples),) = sample_batches(net, config, range(4), guide=guide)
     noise = numbered_noise(0, range(4), config.model.image_shape, CPU)()
     return (samples.double() / noise.double()).abs().log().flatten(1)
+
+
+def guided_config(config: RunConfig, how: SampleConfig) -> RunConfig:
+    """The config with other sampling, of a model whose outer head was trained as a weak head."""
+    terms = replace(config.train.terms, internal=0.5)
+    return replace(with_train(config, terms=terms), model=small_model("outer*1 inner*1", num_classes=0), sample=how)
 
 
 def gaussian_guide(config: RunConfig, scales: list[float], predict: str = "velocity") -> Guide:
@@ -305,3 +311,229 @@ def test_the_guide_runs_beside_classifier_free_guidance(runs):
             weak(x, t, y) + 2 * (net(x, t, y) - weak(x, t, y)) for y in (torch.tensor([0, 1]), torch.tensor([2, 2]))
         )
     torch.testing.assert_close(got, x - (none + 3 * (given - none)), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------- internal guidance
+
+ARRANGEMENTS = [("outer*3", 1), ("outer*3", 2), ("inner*1 outer*3", 2), ("outer*2 inner*2", 1), ("outer*2 inner*1", 2)]
+
+
+@pytest.mark.parametrize(("stages", "after"), ARRANGEMENTS)
+def test_an_internal_head_is_a_shallower_model_and_leaves_the_output_alone(stages, after):
+    """Its weak prediction is that of a model that ends after block `after`; the output keeps its bits."""
+    config = small_model(stages)
+    plain, net = perturbed(NestedDiT(config)), perturbed(NestedDiT(replace(config, internal_head=after)), seed=1)
+    missing = net.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.partition(".")[0] for name in missing.missing_keys} == {"internal_head"}
+    assert not missing.unexpected_keys
+    x, t, y = inputs(config)
+    strong, weak = net(x, t, y, weak=True)
+    assert torch.equal(strong, plain(x, t, y))
+    assert torch.equal(strong, net(x, t, y))
+    start = "inner*1 " if stages.startswith("inner") else ""
+    short = NestedDiT(small_model(f"{start}outer*{after}"))
+    heads = {name.replace("internal_head", "outer_head"): w for name, w in net.state_dict().items() if "internal" in name}
+    short.load_state_dict({**{name: net.state_dict()[name] for name in short.state_dict() if "head" not in name}, **heads})
+    assert torch.equal(weak, short(x, t, y))
+    assert not torch.equal(weak, strong)
+
+
+def test_the_outer_head_alone_is_the_plain_model_of_the_outer_blocks():
+    nested = perturbed(NestedDiT(small_model("outer*2 inner*1")))
+    plain = NestedDiT(small_model("outer*2"))
+    plain.load_state_dict({name: nested.state_dict()[name] for name in plain.state_dict()})
+    x, t, y = inputs(nested.config)
+    assert torch.equal(nested(x, t, y, weak=True)[1], plain(x, t, y))
+
+
+@pytest.mark.parametrize("stages", ["outer*2", "inner*1 outer*2"])
+def test_a_model_without_a_weak_head_says_so(stages):
+    net = NestedDiT(small_model(stages))
+    with pytest.raises(ValueError, match=r"no weak prediction: set model.internal_head"):
+        net(*inputs(net.config), weak=True)
+
+
+def test_cost_counts_the_internal_head():
+    plain = small_model("outer*3")
+    with_head, counts = dd.inspect(replace(plain, internal_head=1)), dd.inspect(plain)
+    width, out = 32, 4 * 4 * 3
+    assert with_head["parameters"]["internal_head"] == width * out + out + 2 * width * (width + 1)
+    assert with_head["macs"]["internal_head"] == 8 * width * out + 2 * width * width == counts["macs"]["outer_head"]
+    assert with_head["macs"]["total"] == counts["macs"]["total"] + counts["macs"]["outer_head"]
+    assert with_head["activation_bytes"]["internal_head"] == counts["activation_bytes"]["outer_head"]
+    assert "internal_head" not in {**counts["parameters"], **counts["macs"]}
+
+
+def test_internal_guidance_of_gaussians_is_the_closed_form_in_one_call_a_step():
+    config, calls = gaussian_config("velocity"), []
+    net = Gaussian(config.model, config.diffusion, [0.7], weak=[1.1])
+    net.register_forward_hook(lambda *_: calls.append(1))
+    (_, plain), = sample_batches(net, config, [0])
+    once = len(calls)
+    how = replace(config.sample, internal_guidance=1.8, guide_interval=(0.4, 1.0), steps=500, sampler="euler")
+    got = drawn_over_noise(guided_config(config, how), net)
+    expected = shrinkage(0.7, 0.0, 0.4) + 1.8 * shrinkage(0.7, 0.4, 1.0) - 0.8 * shrinkage(1.1, 0.4, 1.0)
+    torch.testing.assert_close(got, torch.full_like(got, expected), rtol=0, atol=5e-3)
+    calls.clear()
+    sample_all = guided_config(config, replace(config.sample, internal_guidance=1.8))
+    got = drawn_over_noise(sample_all, net)
+    assert len(calls) == once
+    torch.testing.assert_close(got, torch.full_like(got, 1.8 * math.log(0.7) - 0.8 * math.log(1.1)), rtol=0, atol=1e-3)
+
+
+def test_internal_guidance_comes_before_a_guide():
+    """Both: the internally guided prediction is the strong one of autoguidance."""
+    config = gaussian_config()
+    how = replace(config.sample, internal_guidance=1.5, guide_scale=2.0)
+    config = guided_config(config, how)
+    net = Gaussian(config.model, config.diffusion, [0.7], weak=[0.9])
+    got = drawn_over_noise(config, net, gaussian_guide(config, [1.2]))
+    expected = 2.0 * (1.5 * math.log(0.7) - 0.5 * math.log(0.9)) - 1.0 * math.log(1.2)
+    torch.testing.assert_close(got, torch.full_like(got, expected), rtol=0, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def internal_runs(folder, tmp_path_factory) -> dict[str, Path]:
+    """Runs with the loss term: of the outer head of a nested model, and of an internal head of a plain one."""
+    root = tmp_path_factory.mktemp("internal")
+    shape: dict[str, Any] = {"image_size": (8, 8), "num_classes": 3}
+    models = {
+        "outer": small_model("outer*1 inner*1", **shape),
+        "internal": small_model("outer*3", internal_head=1, **shape),
+        "variance": small_model("outer*1 inner*1", learn_variance=True, **shape),
+    }
+    keys = {"steps": 3, "batch_size": 4, "ema": 0.5, "precision": "float32", "learning_rate": 1e-2}
+    keys |= {"sample_every": 0, "checkpoint_every": 3}
+    for name, model in models.items():
+        config = RunConfig(seed=3, model=model, sample=SampleConfig(steps=2, sampler="euler", guidance=2.0))
+        config = replace(config, data=replace(config.data, source=str(folder), held_out=0.2))
+        if name == "variance":
+            sample = SampleConfig(steps=2, sampler="ddpm")
+            config = replace(config, diffusion=DiffusionConfig(path="ddpm", predict="noise"), sample=sample)
+        terms = replace(config.train.terms, internal=0.5)
+        dd.train(with_train(config, **keys, terms=terms), root / name).run()
+    return {name: root / name for name in models}
+
+
+@pytest.mark.parametrize("name", ["outer", "internal", "variance"])
+def test_the_loss_term_trains_the_weak_head(internal_runs, name):
+    """Its value is the objective's loss of the weak prediction, and its gradient reaches the weak head."""
+    run = internal_runs[name]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = [line["loss.internal"] for line in lines if "loss.internal" in line]
+    assert len(logged) == 3
+    trainer = trainer_of(run)
+    batch = next(iter(batches_of(trainer)))
+    x, noise, t, y = trainer.unpack(batch)[:4]
+    net = trainer.model
+
+    def weakly(x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return net(x_t, t, y, weak=True)[1][:, :3]
+
+    expected = trainer.objective.loss(weakly, x, noise, t, y)
+    expected.mean().backward()
+    head = "internal_head" if name == "internal" else "outer_head"
+    assert net.get_submodule(head).final.linear.weight.grad.abs().sum() > 0
+    net.zero_grad()
+    assert trainer.update([batch])["loss.internal"] == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["outer", "internal", "variance"])
+def test_the_term_changes_gradients_by_its_weight(internal_runs, name):
+    """Of the whole sum, by finite differences along a random direction, in float64."""
+    trainer = trainer_of(internal_runs[name])
+    trainer.model.double()
+    batch = next(iter(batches_of(trainer)))
+    x, noise, t, y = (part.double() if part.is_floating_point() else part for part in trainer.unpack(batch)[:4])
+    draw = torch.Generator().manual_seed(0)
+    way = [torch.randn(w.shape, generator=draw, dtype=torch.float64) for w in trainer.model.parameters()]
+
+    def total(shift: float) -> torch.Tensor:
+        with torch.no_grad():
+            for weight, step in zip(trainer.model.parameters(), way, strict=True):
+                weight.add_(step, alpha=shift)
+        with trainer.terms.recorded(trainer.model) as outputs:
+            each = trainer.objective.loss(trainer.model, x, noise, t, y)
+        given = Pass(x, noise, t, y, torch.arange(len(x)), outputs, trainer.objective, trainer.ema.model, False)
+        value = trainer.terms.add_to(each, given)[0].mean()
+        with torch.no_grad():
+            for weight, step in zip(trainer.model.parameters(), way, strict=True):
+                weight.sub_(step, alpha=shift)
+        return value
+
+    total(0.0).backward()
+    slope = sum((w.grad * step).sum() for w, step in zip(trainer.model.parameters(), way, strict=True))
+    numeric = (total(1e-3) - total(-1e-3)) / 2e-3
+    assert slope.item() == pytest.approx(numeric.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["outer", "internal", "variance"])
+def test_samples_of_command_python_and_pipeline_agree(internal_runs, tmp_path, name):
+    run = internal_runs[name]
+    sampled(run, "--out", tmp_path / "plain")
+    sampled(run, "--out", tmp_path / "guided", "--internal-guidance", 1.5)
+    assert pixels(tmp_path / "plain") != pixels(tmp_path / "guided")
+    identity = json.loads((tmp_path / "guided/samples.json").read_text())["samples"]
+    assert identity["internal_guidance"] == 1.5
+    assert "internal_guidance" not in json.loads((tmp_path / "plain/samples.json").read_text())["samples"]
+    dd.load(run).sample(num=3, internal_guidance=1.5).save(tmp_path / "python")
+    assert pixels(tmp_path / "python") == pixels(tmp_path / "guided")
+    if name == "variance":
+        return  # its noise comes from the pipeline's generators
+    export(run, tmp_path / "pipeline")
+    pipe = DiTInDiTPipeline.from_pretrained(tmp_path / "pipeline", low_cpu_mem_usage=False)
+    saved = Checkpoint.open(run)
+    config = replace(saved.config, sample=replace(saved.config.sample, internal_guidance=1.5, micro_batch=4))
+    (_, ours), = sample_batches(saved.model(CPU), config, range(4))
+    noise = numbered_noise(0, range(4), config.model.image_shape, CPU)()
+    drawn = pipe([0, 1, 2, 0], latents=noise, output_type="latent", internal_guidance=1.5).images
+    assert torch.equal(drawn, ours)
+    main(["import", str(tmp_path / "pipeline"), "--out", str(tmp_path / "imported")])
+    sampled(tmp_path / "imported", "--out", tmp_path / "again", "--internal-guidance", 1.5)
+    assert pixels(tmp_path / "again") == pixels(tmp_path / "guided")
+
+
+def test_internal_guidance_without_its_training_is_refused(runs, tmp_path, capsys):
+    line = refusal(capsys, runs["strong"], "--out", tmp_path, "--internal-guidance", 1.4)
+    assert "sample.internal_guidance=1.4 needs a weak head that was trained as one: give 1, or train with" in line
+    strong = Checkpoint.open(runs["strong"])
+    pipe = pipeline_of(strong.model(CPU), strong.config, list(strong.classes))
+    with pytest.raises(UserError, match="no trained weak head: give internal_guidance=1"):
+        pipe(0, internal_guidance=1.4)
+
+
+@pytest.mark.parametrize(
+    ("sets", "rule"),
+    [
+        (["train.terms.internal=0.5", "model.stages=outer*3"], "train.terms.internal needs a weak head"),
+        (["model.internal_head=1", "model.stages=outer*3"], "model.internal_head=1 needs its loss"),
+        (["model.internal_head=3", "model.stages=outer*3"], "model.internal_head must be at most 2"),
+        (
+            ["train.terms.internal=1", "diffusion.predict=split", "model.internal_head=1"],
+            "train.terms.internal does not work with diffusion.predict=split",
+        ),
+    ],
+)
+def test_configs_without_use_are_refused(sets, rule):
+    config = RunConfig(model=small_model("outer*3"))
+    with pytest.raises(UserError, match=rule):
+        override(config, sets)
+
+
+def test_defaults_are_neither_written_nor_hashed():
+    config = RunConfig(model=small_model("outer*1 inner*1"))
+    text = to_yaml(config)
+    assert not any(word in text for word in ("guide_", "internal"))
+    plain = config_hash(config)
+    other = override(config, ["train.terms.internal=0.5", "model.internal_head=1", "sample.internal_guidance=1.4"])
+    assert config_hash(other) != plain
+    assert from_yaml(to_yaml(other)) == other
+
+
+def test_a_plain_run_starts_a_model_with_an_internal_head(runs, tmp_path, folder):
+    small = small_model("outer*2 inner*1", image_size=(8, 8), num_classes=3, internal_head=1)
+    config = RunConfig(seed=3, model=small)
+    keys = {"steps": 1, "batch_size": 4, "sample_every": 0, "init": str(runs["strong"]), "init_blocks": (0, 0)}
+    config = with_train(replace(config, data=replace(config.data, source=str(folder), held_out=0.2)), **keys)
+    run = dd.train(with_train(config, terms=replace(config.train.terms, internal=0.5)), tmp_path / "run").run()
+    assert "internal_head.final.linear.weight" in Checkpoint.open(run.folder).weights()

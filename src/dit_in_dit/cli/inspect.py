@@ -77,7 +77,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
-        plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+        plain = inspect(replace(config.model, use_inner=False, internal_head=0), options.batch, config.train.recompute)
     if options.json:
         print(json.dumps({**traced, "plain": plain}, indent=1))
         return

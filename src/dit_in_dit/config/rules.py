@@ -72,6 +72,28 @@ def check_internal_head(model: Any) -> None:
         )
 
 
+def check_internal_guidance(model: Any, predict: str, weight: float, scale: float) -> None:
+    """Check that a weak head is trained where it is used, and used where it is trained. Raises UserError.
+
+    Args:
+        weight: train.terms.internal.
+        scale: sample.internal_guidance.
+    """
+    if weight and not weak_head(model):
+        raise UserError(
+            "train.terms.internal needs a weak head: set model.internal_head, such as to a third of the outer blocks"
+        )
+    if weight and predict == "split":
+        raise UserError("train.terms.internal does not work with diffusion.predict=split: set train.terms.internal=0")
+    if model.internal_head and not weight:
+        raise UserError(f"model.internal_head={model.internal_head} needs its loss: set train.terms.internal=0.5")
+    if scale != 1 and not weight:
+        raise UserError(
+            f"sample.internal_guidance={scale:g} needs a weak head that was trained as one: give 1, or train with "
+            "train.terms.internal=0.5"
+        )
+
+
 def _reads_c(model: Any) -> bool:
     """Whether anything reads c, the embedding of time and class."""
     inner, outer = model.inner, model.outer

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
+from dit_in_dit.config.rules import check_internal_guidance
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 from dit_in_dit.config.training import TrainConfig
@@ -172,6 +173,8 @@ class RunConfig(Section):
             raise UserError(f"diffusion.predict=split needs diffusion.path=flow, model.learn_variance=false: {got}")
         if diffusion.split and (rank := diffusion.split_rank) > (most := model.channels * model.patch_size**2):
             raise UserError(f"diffusion.split_rank must be at most {most}, the numbers of a patch: got {rank}")
+        weight, scale = self.train.terms.internal, self.sample.internal_guidance
+        check_internal_guidance(model, diffusion.predict, weight, scale)
         if diffusion.frequency_weight and (model.channels != 3 or any(side % 8 for side in size)):
             got = f"got {model.channels}, {list(size)}; set it to 0"
             raise UserError(f"diffusion.frequency_weight needs 3 channels and sides that are multiples of 8: {got}")

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.schema import PluginKeys, Section, key
+from dit_in_dit.config.terms import TermsConfig
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,13 @@ class TrainConfig(Section):
     )
     sample_every: int = key(10_000, "steps between sample grids; 0: never", low=0, high=10**12)
     evaluate_every: int = key(1_000, "steps between held-out evaluations; 0: never", low=0, high=10**12)
+    terms: TermsConfig = key(TermsConfig, "weights of loss terms beside the objective's", added=4)
 
     @property
     def unwritten(self) -> tuple[str, ...]:
-        """Keys that plain values and YAML leave out, because another key takes their place."""
-        return ("epochs",) if self.epochs is None else ("steps",)
+        """Keys that plain values and YAML leave out, because another key takes their place, or no term is on."""
+        names = ("epochs",) if self.epochs is None else ("steps",)
+        return names if self.terms != TermsConfig() else (*names, "terms")
 
     def check(self) -> None:
         if self.epochs is not None and self.steps != TrainConfig.steps:

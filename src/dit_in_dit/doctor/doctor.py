@@ -123,7 +123,7 @@ def _restore(trainer: Trainer, saved: Checkpoint) -> None:
 def _losses(trainer: Trainer, examples: Batch) -> torch.Tensor:
     """The model's loss on each example."""
     losses = []
-    for x, noise, t, y, _ in split_batch(examples, trainer.device):
+    for x, noise, t, y, *_ in split_batch(examples, trainer.device):
         with trainer.autocast():
             losses.append(trainer.objective.loss(trainer.model, x, noise, t, y).cpu())
     return torch.cat(losses)

@@ -53,7 +53,7 @@ def non_finite_outputs(patient: DoctorSubject, model: NestedDiT) -> tuple[list[t
                 row = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
                 failures.append((name, start + row * images // len(tensor)))
 
-    for number, (x, noise, t, y, _) in enumerate(split_batch(batch, trainer.device)):
+    for number, (x, noise, t, y, *_) in enumerate(split_batch(batch, trainer.device)):
         place = first + number * CHUNK, len(x)
         watched = ((module, partial(hook, name, *place)) for name, module in model.named_modules())
         with hooks.forward_hooks(watched), trainer.autocast():
@@ -83,7 +83,7 @@ def observe(patient: DoctorSubject) -> dict[float, Observation]:
     heads = config.outer.num_heads * config.blocks("outer") + config.inner.num_heads * config.blocks("inner")
     most = max(1, ATTENTION_BYTES // (4 * heads * longest**2))
     count = min(16, most, forward_budget(patient.config, device))
-    x, noise, _, y, _ = (part[:: max(1, len(part) // count)][:count].to(device) for part in patient.held)
+    x, noise, _, y, *_ = (part[:: max(1, len(part) // count)][:count].to(device) for part in patient.held)
     watches = (hooks.watch_blocks, hooks.watch_attention, hooks.watch_aggregation, hooks.watch_contribution)
     observations = {}
     for t in EVALUATION_TIMES:
@@ -123,7 +123,7 @@ def errors_by_label(patient: DoctorSubject) -> LabelErrors | None:
 
     def errors(labels: Tensor) -> Tensor:
         parts = []
-        for x, noise, _, y, _ in split_batch(held._replace(y=labels), trainer.device):
+        for x, noise, _, y, *_ in split_batch(held._replace(y=labels), trainer.device):
             error = trainer.objective.denoising_error(trainer.ema.model, x, noise, LABEL_TIME, y)
             parts.append(error[0].cpu().double())
         return torch.cat(parts)
@@ -158,7 +158,7 @@ def estimates(patient: DoctorSubject) -> tuple[Tensor, Tensor]:
     count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
     keep = torch.linspace(0, len(patient.held.x) - 1, count).long()
     held, parts = Batch(*(column[keep] for column in patient.held)), []
-    for x, noise, _, y, _ in split_batch(held, trainer.device):
+    for x, noise, _, y, *_ in split_batch(held, trainer.device):
         t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
         parts.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())
     return torch.cat(parts), held.x

@@ -88,6 +88,29 @@ def _head(level: OuterConfig, rows: int, row: int) -> int:
     return 0 if level.head_condition == "none" or level.modulation == "shared" else 2 * level.width * row * rows
 
 
+def macs_through(model: ModelConfig, number: int) -> int:
+    """MACs per image of a forward pass that ends after outer block `number`."""
+    parts, left, previous = macs(model), number + 1, ""
+    ends = ("outer_blocks", "inner_blocks", "condition", "aggregate", "spread", "outer_head", "inner_head", "total")
+    total = sum(value for part, value in parts.items() if part not in ends)
+    pairs = list(pairwise(str(level) for level, _ in model.program))
+    for place, (level, count) in enumerate(model.program):
+        if joins := {("inner", "outer"): "aggregate", ("outer", "inner"): "spread"}.get((previous, level)):
+            total += parts[joins] // pairs.count((previous, level))
+        if level == "inner":
+            total += parts["inner_blocks"] * count // model.blocks("inner")
+            later = [level for level, _ in model.program[place:]].count("inner")
+            total += parts["condition"] // model.row_stages if later <= model.row_stages else 0
+        else:
+            taken = min(left, count)
+            total += sum(_outer_block(model, number + 1 - left + each) for each in range(taken))
+            left -= taken
+        if not left:
+            break
+        previous = level
+    return total
+
+
 def training_macs(model: ModelConfig) -> dict[str, int]:
     """MACs of a training step per image, for the same parts as `macs`, and their `total`."""
     return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}

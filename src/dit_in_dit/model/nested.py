@@ -207,7 +207,7 @@ def _block(model: ModelConfig, level: OuterConfig, mix: nn.Module | None, rows: 
 
 
 @torch.no_grad()
-def initialise(model: NestedDiT) -> None:
+def initialise(model: nn.Module) -> None:
     """Initialise both levels as DiT does. Then call each module's own `initialise`, if there is one."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

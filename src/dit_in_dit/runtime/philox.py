@@ -61,3 +61,10 @@ def normal(seed: int, purpose: str, examples: Tensor, shape: Sequence[int]) -> T
         pairs = *box_muller(*words[:2]), *box_muller(*words[2:])
         noises.append(torch.stack(pairs, -1).flatten(1).narrow(1, 0, size))
     return torch.cat(noises).reshape(-1, *shape)
+
+
+def uniform(seed: int, purpose: str, examples: Tensor) -> Tensor:
+    """A number in [0, 1) for each of the example numbers (N,), float32, equal to the last bit on every device."""
+    zero = torch.zeros_like(examples)
+    words = philox((zero, zero + PURPOSES[purpose], examples & MASK, examples >> WORD), (seed & MASK, seed >> WORD))
+    return (words[0] >> 8).float() * 2.0**-24

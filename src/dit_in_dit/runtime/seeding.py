@@ -8,6 +8,7 @@ import numpy as np
 PURPOSES = {
     **{"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6},
     "source": 7,
+    "terms": 10,
 }
 
 

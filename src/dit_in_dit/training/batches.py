@@ -30,13 +30,15 @@ PCA_IMAGES = 10_000  # most training images from which `principal_patches` compu
 
 
 class Batch(NamedTuple):
-    """Consecutive examples: images and noise (N, C, H, W), times (N,), labels (N,), image numbers (N,)."""
+    """Consecutive examples: images and noise (N, C, H, W), then times, labels, image numbers and example numbers, each
+    (N,)."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
     y: Tensor
     image: Tensor
+    example: Tensor
 
     def unpack(self, seed: int, device: torch.device) -> Batch:
         """The batch on `device`."""
@@ -63,8 +65,9 @@ class Packed(NamedTuple):
         if x.dtype == torch.uint8:
             # CUDA multiplies by the inverse of a number that is on the host: other bits than a division.
             x = x.float().div_(torch.full((), 127.5, device=device)).sub_(1)
-        noise = normal(seed, "noise", move(self.example), x.shape[1:]) if self.noise is None else move(self.noise)
-        return Batch(x.float(), noise, move(self.t), move(self.y), move(self.image))
+        example = move(self.example)
+        noise = normal(seed, "noise", example, x.shape[1:]) if self.noise is None else move(self.noise)
+        return Batch(x.float(), noise, move(self.t), move(self.y), move(self.image), example)
 
 
 @lru_cache(maxsize=2)
@@ -235,6 +238,7 @@ def with_held_out_noise(drawn: Sequence[tuple[Array, int]], numbers: Sequence[in
         torch.from_numpy(np.stack(noises)),
         torch.zeros(len(drawn)),
         torch.tensor([label if model.num_classes else 0 for _, label in drawn]),
+        torch.tensor(numbers),
         torch.tensor(numbers),
     )
 

@@ -22,7 +22,7 @@ def denoising_errors(
     Batches of at most `most` images are divided among the processes. The sums do not depend on the number of processes.
     """
     errors = {}
-    x, noise, _, y, _ = held_out
+    x, noise, _, y, *_ = held_out
     batch = min(most, HELD_OUT_BATCH)
     starts = range(0, len(x), batch)
     # The same number of forward passes in each process, because all take part in each pass of a sharded model.

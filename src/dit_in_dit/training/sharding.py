@@ -6,7 +6,7 @@ from collections import UserDict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.model.nested import NestedDiT
@@ -33,6 +33,15 @@ def shard(model: NestedDiT) -> None:
         fully_shard(model)
     else:
         fully_shard(model, reshard_after_forward=True)
+
+
+def shard_terms(terms: nn.ModuleDict) -> None:
+    """Shard the parameters of each loss term by FSDP2, as a group of their own."""
+    from torch.distributed.fsdp import fully_shard
+
+    for term in terms.values():
+        if any(True for _ in term.parameters()):
+            fully_shard(term)
 
 
 def local_part(tensor: Tensor) -> Tensor:

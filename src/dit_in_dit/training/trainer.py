@@ -31,7 +31,9 @@ from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
-from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like
+from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like, shard_terms
+from dit_in_dit.training.term import Pass
+from dit_in_dit.training.terms import LossTerms, WithTerms
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
 
@@ -74,14 +76,14 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
         self.model.to(device)
-        self.ema = Ema(self.model, train.ema)
+        self.ema, self.terms = Ema(self.model, train.ema), LossTerms(config, self.model).to(device)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute(fall_back)
-        self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
-        self.weights = dict(self.model.named_parameters())
+        self.weights = dict([*self.model.named_parameters(), *self.terms.named_parameters("terms")])
+        self.tree = PairwiseSum(self.weights.values()) if train.reduction == "fixed" else None
         make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
         self.optimizer: Any = make(self._groups())
         optimizers.check_optimizer(self.optimizer, self.weights.values())
@@ -109,11 +111,12 @@ class Trainer:
         if self.sharded:
             shard(self.model)
             shard(self.ema.model)
+            shard_terms(self.terms)
         elif self.world.size > 1 and self.config.train.reduction == "fast":
             known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
             sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-            return DistributedDataParallel(self.model, **options)
+            return DistributedDataParallel(WithTerms(self.model, self.terms) if self.terms else self.model, **options)
         return self.model
 
     def _groups(self) -> Groups:
@@ -134,7 +137,9 @@ class Trainer:
     def _accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Exchange gradients between processes only after the last micro-batch."""
         if self.sharded:
-            self.net.set_requires_gradient_sync(last)  # type: ignore[operator]
+            for module in (self.net, *self.terms.values()):
+                if any(True for _ in module.parameters()):
+                    module.set_requires_gradient_sync(last)  # type: ignore[operator]
         elif isinstance(self.net, DistributedDataParallel) and not last:
             return self.net.no_sync()
         return nullcontext()
@@ -149,30 +154,34 @@ class Trainer:
         # DDP averages over processes, the tree sums the micro-batches of all.
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
-            x, noise, t, y, _ = self.unpack(batch)
+            x, noise, t, y, _, example = self.unpack(batch)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y))
+                losses.append(self.backward(count, x, noise, t, y, example))
             if self.tree:
                 self.tree.take()
         if self.tree:
             self.tree.finish(self.world)
-        gathered = self.world.gather(torch.stack(losses))  # processes, micro-batches, N
+        gathered = self.world.gather(torch.stack(losses))  # processes, micro-batches, 1 + terms, N
         # fast: a process has rows of every micro-batch; fixed: a process has whole micro-batches.
-        self.each = (gathered if self.tree else gathered.transpose(0, 1)).flatten()
+        self.each, *others = (gathered if self.tree else gathered.transpose(0, 1)).movedim(2, 0).flatten(1)
         loss = self.each.mean()
+        terms = {f"loss.{name}": values.mean() for name, values in zip(self.terms, others, strict=True)}
         norm, parts = self.gradient_norms()
         self._descend(norm, loss.isfinite() & norm.isfinite())
         self.optimizer.zero_grad(set_to_none=not isinstance(self.backward, Graphed))
         self.step += 1
         self.ema.update(self.model, self.step)
-        return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
+        return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **terms, **parts}
 
-    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Losses of a micro-batch of N examples, one of `count`, whose gradients are added to those of the weights."""
-        with self.autocast():
+    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor) -> Tensor:
+        """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
+        are added to those of the weights."""
+        with self.autocast(), self.terms.recorded(self.model) as outputs:
             each = self.objective.loss(self.net, x, noise, t, y)
-        (each.mean() / count).backward()  # type: ignore[no-untyped-call]
-        return each.detach()
+            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded)
+            total, alone = self.terms.add_to(each, given)
+        (total.mean() / count).backward()  # type: ignore[no-untyped-call]
+        return alone
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""
@@ -222,6 +231,7 @@ class Trainer:
     def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= self.terms.state_dict(prefix="terms.")
         tensors |= optimizers.state_of(self.optimizer, self.weights.items())
         return GatheredTensors(tensors | self.divergence.tensors())
 
@@ -235,7 +245,8 @@ class Trainer:
         an imported run."""
         if not optimizers.is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
-        for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):
+        parts = ((self.model, "model.", state), (self.terms, "terms.", state), (self.ema.model, "", ema))
+        for module, prefix, saved in parts:
             for name, tensor in module.state_dict().items():
                 local_part(tensor).copy_(local_part(shard_like(saved[prefix + name], tensor)))
         optimizers.restore_state(self.optimizer, self.weights.items(), state)

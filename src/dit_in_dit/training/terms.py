@@ -1,0 +1,76 @@
+"""Loss terms beside the objective's loss, each with a weight in `train.terms`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.inspection.hooks import forward_hooks
+from dit_in_dit.model.nested import initialise
+from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.training.alignment import Sra
+from dit_in_dit.training.term import Pass, Term
+
+TERMS: dict[str, type[Term]] = {"sra": Sra}
+
+
+class LossTerms(nn.ModuleDict):
+    """The terms of a config whose weight is not 0, by name."""
+
+    def __init__(self, config: RunConfig, model: nn.Module) -> None:
+        """Raises UserError if `model` lacks a module that a term reads."""
+        super().__init__()
+        self.factors = {name: weight for name in TERMS if (weight := getattr(config.train.terms, name))}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator(config.seed, "terms", 0).integers(2**63)))
+            self.update({name: TERMS[name](config) for name in self.factors})
+            initialise(self)
+        known = dict(model.named_modules())
+        for name, term in self.named():
+            if lacking := next((module for module in term.reads() if module not in known), None):
+                raise UserError(f"train.terms.{name} reads {lacking}, which the model lacks: set train.terms.{name}=0")
+
+    def named(self) -> Iterator[tuple[str, Term]]:
+        """Each term with its name."""
+        yield from self.items()  # type: ignore[misc]
+
+    @contextmanager
+    def recorded(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Outputs of the modules that the terms read, of the last forward pass while the context is open: not of the
+        passes that train.recompute repeats in the backward pass."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, module: nn.Module, arguments: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        names = dict.fromkeys(name for _, term in self.named() for name in term.reads())
+        hooks = [(model.get_submodule(name), partial(keep, name)) for name in names]
+        with forward_hooks(hooks, compiled=True):
+            yield seen
+
+    def add_to(self, loss: Tensor, given: Pass) -> tuple[Tensor, Tensor]:
+        """The weighted sum of `loss` (N,) and all terms, and `loss` and each term alone, (1 + terms, N)."""
+        total, alone = loss, [loss]
+        for name, term in self.named():
+            alone.append(term(given))
+            total = total + self.factors[name] * alone[-1]
+        return total, torch.stack(alone).detach()
+
+
+class WithTerms(nn.Module):
+    """A model and the terms, for DDP to exchange the gradients of both; the terms are not computed by `forward`."""
+
+    def __init__(self, model: nn.Module, terms: LossTerms) -> None:
+        super().__init__()
+        self.model, self.terms = model, terms
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        out: Tensor = self.model(x, t, y)
+        return out

@@ -1,7 +1,8 @@
 """Guidance away from a weak model: autoguidance by another network, internal guidance by an early head.
 
-Both give x = weak + w (strong - weak) for the prediction at (x_t, t, y) (Karras et al. 2024; Zhou et al. 2025). They act on each of the two predictions of classifier-free guidance, with and without the class, before these are
-combined, as in the sampler of the official repository of internal guidance.
+Both give x = weak + w (strong - weak) for the prediction at x_t, t and y (Karras et al. 2024; Zhou et al. 2025). They
+act on each of the two predictions of classifier-free guidance, with and without the class, before these are combined,
+as in the sampler of the official repository of internal guidance.
 """
 
 from __future__ import annotations

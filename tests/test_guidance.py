@@ -303,7 +303,7 @@ def test_the_pipeline_guided_by_a_transformer_draws_the_samples_of_the_package(r
     assert torch.equal(pipe([0, 1, 2, 0], guide_scale=3.0, **keys).images, ours)
     assert not torch.equal(pipe([0, 1, 2, 0], guide_scale=3.0, guide_interval=(0.9, 1.0), **keys).images, ours)
     other.transformer.register_to_config(model={**other.transformer.config.model, "num_classes": 7})
-    with pytest.raises(UserError, match="the guide must have the model's 3 classes: got 7"):
+    with pytest.raises(UserError, match="the guide must have the model's num_classes, 3: got 7"):
         pipe([0, 1, 2, 0], **keys)
 
 

@@ -27,13 +27,10 @@ def transformer_predict(transformer: Any, guide: Any, how: SampleConfig) -> Pred
         return predict
     own, other = (DiffusionConfig.from_dict(each.config.diffusion) for each in (transformer, guide))
     model, weak = transformer.config.model, guide.config.model
-    for key in ("image_size", "channels"):
-        if weak[key] != model[key]:
-            raise UserError(f"the guide must have the model's {key}, {model[key]}: got {weak[key]}")
-    if weak["num_classes"] not in (0, model["num_classes"]):
-        raise UserError(f"the guide must have the model's {model['num_classes']} classes: got {weak['num_classes']}")
-    if own.path != other.path:
-        raise UserError(f"the guide must have the model's diffusion.path, {own.path}: got {other.path}")
+    values = {key: (model[key], weak[key]) for key in ("image_size", "channels", "num_classes")}
+    for key, (wanted, got) in (values | {"diffusion.path": (own.path, other.path)}).items():
+        if got != wanted and (key, got) != ("num_classes", 0):  # a guide without classes guides without them
+            raise UserError(f"the guide must have the model's {key}, {wanted}: got {got}")
     quantities: dict[str, Any] = {"given": other.predict, "wanted": own.predict, "classes": weak["num_classes"] > 0}
     pair = beside(predict, call(guide), make_path(own), **quantities)
     return away_from_weak(predict, pair, how.guide_scale, how.guide_interval)

@@ -73,13 +73,16 @@ def _config(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     with gc_paused():
+        from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
         from dit_in_dit.inspection.trace import inspect
+        from dit_in_dit.training.terms import terms_cost
 
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
         plain = inspect(replace(config.model, use_inner=False, internal_head=0), options.batch, config.train.recompute)
+        terms = terms_cost(config)
     if options.json:
-        print(json.dumps({**traced, "plain": plain}, indent=1))
+        print(json.dumps({**traced, **({"terms": terms} if terms else {}), "plain": plain}, indent=1))
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
@@ -99,3 +102,10 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
+    if terms:
+        print("\nloss terms, per image and training step")
+        step = FORWARDS_PER_STEP * traced["macs"]["total"]
+        rows = [
+            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
+        ]
+        print_table(["", "parameters", "MACs", "of the model's step"], rows)

@@ -15,7 +15,7 @@ class TermsConfig(Section):
     prefix: ClassVar[str] = "train.terms"
     internal: float = key(
         0.0,
-        "weight of the weak head's loss (internal guidance); its authors take 0.5; 0: off",
+        "weight of the weak head's loss, for internal guidance (its authors: 0.5); 0: off",
         low=0,
         high=1e6,
         added=4,
@@ -32,3 +32,13 @@ class TermsConfig(Section):
     sra_distance: Literal["smooth_l1", "cosine"] = key(
         "smooth_l1", "sra: smooth_l1 (the paper), cosine (its authors' later advice, with weight 0.5)", added=4
     )
+    repa: float = key(
+        0.0, "weight of alignment with DINOv2 (REPA); its authors take 0.5; 0: off", low=0, high=1e6, added=4
+    )
+    repa_encoder: str | None = key(
+        None, "repa: folder with config.json and model.safetensors of a DINOv2 such as facebook/dinov2-base", added=4
+    )
+    repa_block: int | None = key(
+        None, "repa: outer block (from 0) that is aligned; null: at 2/7 of the depth", low=0, high=999, added=4
+    )
+    repa_width: int = key(2048, "repa: width of the two hidden layers of the projector", low=1, high=65536, added=4)

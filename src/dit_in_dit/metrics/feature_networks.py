@@ -6,32 +6,26 @@ The user provides the files of weights; nothing is downloaded.
 from __future__ import annotations
 
 import io
-import json
-import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.data.dinov2 import IMAGENET_DEVIATION, IMAGENET_MEAN, not_importable, read_dinov2
 from dit_in_dit.reporting.images import Pixels
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runtime.precision import use_full_float32
 
 SPATIAL_CHANNELS = 7  # of ADM's spatial features: 17 * 17 * 7 = 2023 numbers, about as many as the pooled ones
 DINOV2_SIDE = 224  # pixels; Stein et al. 2023
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def _inception(path: Path | None, device: torch.device) -> Network:
         from torch_fidelity import FeatureExtractorInceptionV3
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     except (ImportError, RuntimeError) as error:  # torchvision made for another torch raises RuntimeError
-        raise _not_importable("torch-fidelity", "torch_fidelity", error) from None
+        raise not_importable("torch-fidelity", "torch_fidelity", error) from None
     cache = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rpartition("/")[2])
     path = path or cache
     if not path.is_file():
@@ -130,7 +124,7 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"no {name} in {folder}: --dinov2 needs the files of facebook/dinov2-large")
-    model = _read_dinov2(folder).to(device, torch.float32).eval()
+    model = read_dinov2(folder, DINOV2_SIDE).to(device, torch.float32).eval()
 
     def compute(pixels: Pixels) -> dict[str, Tensor]:
         x = torch.from_numpy(_resized(pixels)).to(device).permute(0, 3, 1, 2) / 255
@@ -146,76 +140,11 @@ def _dinov2(folder: Path | None, device: torch.device) -> Network:
     return Network("dinov2", {**identity, "network": shape}, compute)
 
 
-def _read_dinov2(folder: Path) -> Any:
-    """The model in a folder, for images of DINOV2_SIDE pixels; UserError if the folder holds no such model."""
-    try:
-        from transformers import Dinov2Model
-        from transformers.utils import logging as transformers_logging
-    except (ImportError, RuntimeError) as error:
-        raise _not_importable("transformers", "transformers", error) from None
-    # transformers prints a table of every weight that does not fit; one line below says what is wrong.
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    with _reading(folder):
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
-    if kind != "dinov2":
-        raise UserError(f"{folder} must hold a model of type dinov2: got {kind!r}")
-    with _reading(folder):
-        model, report = Dinov2Model.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            attn_implementation="sdpa",  # else a config could name a repository of kernels to download and run
-            ignore_mismatched_sizes=True,  # they are in the report
-        )
-    wrong = {*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if differing := sorted(name for name in wrong if not name.startswith("classifier")):
-        raise UserError(
-            f"{folder} must hold one model: model.safetensors and config.json differ in {len(differing)} weights, "
-            f"{differing[0]} first; get both again"
-        )
-    with _reading(folder):
-        _fix_positions(model, DINOV2_SIDE // model.config.patch_size)
-    return model
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turn any error in the body into a UserError: the `transformers` library raises many kinds of errors."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
-        raise UserError(f"cannot read DINOv2 from {folder}: {reason}; get the files again") from None
-
-
 def _resized(pixels: Pixels) -> Pixels:
     """Images at DINOv2's size by Pillow's bicubic filter, which is antialiased."""
     size = (DINOV2_SIDE, DINOV2_SIDE)
     return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in pixels])
 
 
-def _fix_positions(model: Any, grid: int) -> None:
-    """Resize the position table to grid x grid patches, as DINOv2's own code does: by a scale of (grid + 0.1) / side.
-    Versions of transformers use different formulas."""
-    embeddings = model.embeddings
-    table = embeddings.position_embeddings.detach()  # (1, 1 + side^2, D), the class token's first
-    side = math.isqrt(table.shape[1] - 1)
-    if side == grid:
-        return
-    patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    scale = (grid + 0.1) / side
-    patches = F.interpolate(patches, scale_factor=(scale, scale), mode="bicubic")  # (1, D, grid, grid)
-    embeddings.position_embeddings = nn.Parameter(torch.cat([table[:, :1], patches.flatten(2).mT], 1))
-
-
 def _identity(name: str, weights: Path, package: str) -> dict[str, str]:
     return {"name": name, "sha256": file_sha256(weights), package: version(package)}
-
-
-def _not_importable(package: str, module: str, error: Exception) -> UserError:
-    if isinstance(error, ImportError) and error.name == module:
-        return UserError(f"{package} is missing: pip install 'dit-in-dit[eval]'")
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-    return UserError(f"{package} cannot be imported: {reason}; install a torchvision that was made for this torch")

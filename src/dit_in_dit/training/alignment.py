@@ -1,17 +1,25 @@
-"""Loss terms that align tokens of the trained model with a representation: SRA."""
+"""Loss terms that align tokens of the trained model with a representation: SRA and REPA."""
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.strict_json import read_json
+from dit_in_dit.data.dinov2 import IMAGENET_DEVIATION, IMAGENET_MEAN, read_dinov2
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, macs_through
 from dit_in_dit.runtime.philox import uniform
 from dit_in_dit.training.term import Pass, Term, at_least_float32, module_output
 
+LEAST_GRID = 16  # patches on a side of the encoder's image: DINOv2's 224 pixels, as in the official code of REPA
 SMOOTH_L1 = 0.05  # beta of the smooth L1 distance in the official code of SRA
 
 
@@ -49,17 +57,96 @@ class Sra(Term):
         return FORWARDS_PER_STEP * 4 * model.patches * model.outer.width**2 + macs_through(model, sra_blocks(config)[1])
 
 
+class Repa(Term):
+    """Alignment with DINOv2: tokens of an outer block, through an MLP, take after the features that the frozen encoder
+    has of the clean image at the same place (Yu et al. 2025, arXiv 2410.06940, equation 8)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__()
+        model, terms = config.model, config.train.terms
+        folder = _encoder_folder(config)
+        block = _block(config, "repa", "repa_block", terms.repa_block, 2)
+        self.student, self.patches, rows = f"outer_blocks.{block}", model.patches, model.grid[0]
+        self.pooled = -(-LEAST_GRID // rows)  # patches of the encoder on a side of an outer token
+        about, hidden = _about_encoder(folder), terms.repa_width
+        widths = (model.outer.width, hidden, hidden, about["hidden_size"])
+        first, second, last = (nn.Linear(a, b) for a, b in pairwise(widths))
+        self.projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+        self.side = rows * self.pooled * about["patch_size"]  # pixels
+        with torch.random.fork_rng(devices=[]):
+            encoder = read_dinov2(folder, self.side).eval().requires_grad_(False)
+        self.frozen = (encoder,)  # a tuple: its weights are neither trained nor saved
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.student,)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Features of clean images (N, C, H, W) in [-1, 1], one for each outer token (N, T, F)."""
+        (encoder,) = self.frozen
+        if next(encoder.parameters()).device != x.device:
+            encoder.to(x.device)
+        mean, deviation = (_column(numbers, x) for numbers in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+        image = F.interpolate((x.expand(-1, 3, -1, -1) + 1) / 2, (self.side, self.side), mode="bicubic")
+        patches = encoder((image - mean) / deviation).last_hidden_state[:, 1:]  # after the last norm; no class token
+        grid = patches.unflatten(1, (math.isqrt(patches.shape[1]), -1)).permute(0, 3, 1, 2)
+        return F.avg_pool2d(grid, self.pooled).flatten(2).mT
+
+    def forward(self, given: Pass) -> Tensor:
+        tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
+        return distance("cosine", tokens, self.features(given.x)) - 1  # the official code's -cosine
+
+    @classmethod
+    def macs(cls, config: RunConfig) -> int:
+        model, hidden, about = config.model, config.train.terms.repa_width, _about_encoder(_encoder_folder(config))
+        width, layers = about["hidden_size"], about["num_hidden_layers"]
+        tokens = 1 + (model.grid[0] * -(-LEAST_GRID // model.grid[0])) ** 2
+        encoder = layers * tokens * width * ((4 + 2 * about.get("mlp_ratio", 4)) * width + 2 * tokens)
+        encoder += (tokens - 1) * width * 3 * about["patch_size"] ** 2
+        projector = model.patches * hidden * (model.outer.width + hidden + width)
+        return FORWARDS_PER_STEP * projector + int(encoder)
+
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.stack([like.new_full((1, 1), number) for number in numbers])  # filled on the device: no copy to it
+
+
+def _encoder_folder(config: RunConfig) -> Path:
+    """Folder of the encoder's files; UserError if it is not given, or the encoder cannot see the run's images."""
+    model, name = config.model, config.train.terms.repa_encoder
+    if name is None:
+        raise UserError("train.terms.repa needs train.terms.repa_encoder, a folder with the files of a DINOv2: set it")
+    if config.data.vae is not None or model.channels not in (1, 3):
+        raise UserError("train.terms.repa needs images with 1 or 3 channels, and the data are latents: use sra instead")
+    if model.grid[0] != model.grid[1]:
+        raise UserError(f"train.terms.repa needs as many rows as columns of patches: got {list(model.grid)}; use sra")
+    return Path(name)
+
+
+def _about_encoder(folder: Path) -> dict[str, Any]:
+    """The encoder's config.json, which must be that of a DINOv2. Raises UserError."""
+    about: dict[str, Any] = read_json(folder / "config.json", advice="get the files again")
+    numbers = ("hidden_size", "num_hidden_layers", "patch_size")
+    if about.get("model_type") != "dinov2" or any(type(about.get(name)) is not int for name in numbers):
+        raise UserError(f"{folder} must hold a model of type dinov2: got {truncate(about.get('model_type'), 40)!r}")
+    return about
+
+
 def sra_blocks(config: RunConfig) -> tuple[int, int]:
     """Numbers of the outer blocks of the trained and of the averaged model that are compared; by default at 2/7 and 5/7
     of the depth, blocks 8 and 20 of 28 in the official code. UserError if a block does not exist."""
-    depth, given = config.model.blocks("outer"), config.train.terms.sra_blocks
+    first, second = config.train.terms.sra_blocks or (None, None)
+    return _block(config, "sra", "sra_blocks", first, 2), _block(config, "sra", "sra_blocks", second, 5)
+
+
+def _block(config: RunConfig, term: str, key: str, number: int | None, sevenths: int) -> int:
+    """The outer block `number`, or the one at so many sevenths of the depth; UserError if there is none."""
+    depth = config.model.blocks("outer")
     if not depth:
-        raise UserError("train.terms.sra aligns outer blocks, and the model has none: set train.terms.sra=0")
-    if given is None:
-        return -(-2 * depth // 7) - 1, -(-5 * depth // 7) - 1
-    if max(given) >= depth:
-        raise UserError(f"train.terms.sra_blocks must be at most {depth - 1}, the last outer block: got {list(given)}")
-    return given
+        raise UserError(f"train.terms.{term} aligns outer blocks, and the model has none: set train.terms.{term}=0")
+    if number is not None and number >= depth:
+        raise UserError(f"train.terms.{key} must be at most {depth - 1}, the last outer block: got {number}")
+    return -(-sevenths * depth // 7) - 1 if number is None else number
 
 
 def distance(kind: str, tokens: Tensor, target: Tensor) -> Tensor:

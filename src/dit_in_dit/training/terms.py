@@ -15,11 +15,11 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection.hooks import forward_hooks
 from dit_in_dit.model.nested import initialise
 from dit_in_dit.runtime.seeding import generator
-from dit_in_dit.training.alignment import Sra
+from dit_in_dit.training.alignment import Repa, Sra
 from dit_in_dit.training.internal import Internal
 from dit_in_dit.training.term import Pass, Term
 
-TERMS: dict[str, type[Term]] = {"internal": Internal, "sra": Sra}
+TERMS: dict[str, type[Term]] = {"internal": Internal, "sra": Sra, "repa": Repa}
 
 
 class LossTerms(nn.ModuleDict):
@@ -75,3 +75,12 @@ class WithTerms(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         out: Tensor = self.model(x, t, y)
         return out
+
+
+def terms_cost(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Trained parameters of each active term, and MACs per image that it adds to a training step."""
+    active = {name: kind for name, kind in TERMS.items() if getattr(config.train.terms, name)}
+    return {
+        name: {"parameters": sum(weight.numel() for weight in kind(config).parameters()), "macs": kind.macs(config)}
+        for name, kind in active.items()
+    }

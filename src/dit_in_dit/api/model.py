@@ -22,13 +22,14 @@ from dit_in_dit.data.encode import open_decoder
 from dit_in_dit.data.labels import class_numbers
 from dit_in_dit.inspection.trace import inspect
 from dit_in_dit.interop.hub import push_folder
-from dit_in_dit.interop.resolve import resolve_run
+from dit_in_dit.interop.resolve import open_guide, resolve_run
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import Pixels, image_grid, image_png, to_image, to_pixels
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.device import pick_device
 from dit_in_dit.sampling.fit import fit_to_device
+from dit_in_dit.sampling.guide import Guide
 from dit_in_dit.sampling.numbered import sample_batches
 
 
@@ -105,6 +106,9 @@ class Model:
         guidance: float | None = None,
         steps: int | None = None,
         sampler: str | None = None,
+        guide: Model | str | Path | None = None,
+        guide_scale: float | None = None,
+        internal_guidance: float | None = None,
     ) -> Pictures:
         """Samples 0 to num - 1, those of the command `sample`; latents without a VAE show their first channels.
         UserError for an unknown class, or a value that does not fit.
@@ -112,9 +116,12 @@ class Model:
         Args:
             classes: names or numbers, used in rotation; empty: all.
             num: number of samples; None: one for each of `classes`, or 16.
-            guidance, steps, sampler: None: the run's.
+            guidance, steps, sampler, internal_guidance: None: the run's.
+            guide: weak model of the same images for autoguidance (`RUN@STEP`: an older checkpoint of a run).
+            guide_scale: scale of autoguidance. None: the run's, by default 2.
         """
         keys: dict[str, Any] = {"guidance": guidance, "steps": steps, "sampler": sampler}
+        keys |= {"guide_scale": guide_scale, "internal_guidance": internal_guidance}
         how = replace(self.config.sample, **{name: value for name, value in keys.items() if value is not None})
         several = isinstance(classes, Iterable) and not isinstance(classes, str) and getattr(classes, "ndim", 1) > 0
         listed: Any = () if classes is None else classes if several else [classes]
@@ -124,16 +131,27 @@ class Model:
             raise UserError("classes: this model was trained without labels; leave them out")
         count = len(numbers) or 16 if num is None else check_whole(num, "num", 1, 10**6)
         seed = check_whole(seed, "seed", 0, 2**63 - 1)
-        draw = partial(self._draw, replace(self.config, sample=how), count, seed, numbers)
+        config, weak = replace(self.config, sample=how), self._opened(guide)
+        config = weak.checked(config, self.classes) if weak else config
+        draw = partial(self._draw, config, count, seed, numbers, weak)
         return Pictures(draw(way=False)[-1], partial(draw, way=True))
 
-    def _draw(self, config: RunConfig, num: int, seed: int, classes: list[int], *, way: bool) -> list[Pixels]:
+    def _opened(self, guide: Model | str | Path | None) -> Guide | None:
+        """The weak model of autoguidance, on this model's device."""
+        if isinstance(guide, Model):
+            return Guide(str(guide.folder), guide.net, guide.config, guide.classes)
+        return None if guide is None else open_guide(str(guide), next(self.net.parameters()).device)
+
+    def _draw(
+        self, config: RunConfig, num: int, seed: int, classes: list[int], guide: Guide | None, *, way: bool
+    ) -> list[Pixels]:
         """Pixels of the samples, with `way` after those of each step."""
         decode = open_decoder(config.data, next(self.net.parameters()).device)
         config = fit_to_device(self.net, config, num, compiled=False)
         size, seen, drawn = config.sample.micro_batch, list[Tensor](), list[list[Pixels]]()
         watch = (lambda t, x, image: seen.append(x.cpu())) if way else None
-        for part, x in sample_batches(self.net, config, range(num), seed=seed, classes=classes, watch=watch):
+        own: dict[str, Any] = {"seed": seed, "classes": classes, "watch": watch, "guide": guide}
+        for part, x in sample_batches(self.net, config, range(num), **own):
             every = [*(each[[i % size for i in part]] for each in seen), x]
             drawn.append([to_pixels(decode.numbered(part, each, size) if decode else each) for each in every])
             seen.clear()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.picture import Array
+from dit_in_dit.diffusion.guidance import away_from_weak
 from dit_in_dit.diffusion.samplers import guided, trajectory
 from dit_in_dit.inspection.hooks import can_run_without_inner, without_inner
 from dit_in_dit.model.nested import NestedDiT
@@ -56,7 +58,9 @@ def draw_on_and_off(
     device, classified = next(model.parameters()).device, config.model.num_classes
     labels = tuple(class_of(i, classes or range(classified or 1)) for i in range(num))
     y = torch.tensor(labels, device=device) if classified else None
-    predict = guided(model, classified, config.sample)
+    how = config.sample
+    weakly = away_from_weak(model, partial(model, weak=True), how.internal_guidance, how.guide_interval)
+    predict = guided(weakly, classified, how)
     calls, samples = [], []
     for inner_is_on in (True, False) if can_run_without_inner(model) else (True,):
         with nullcontext() if inner_is_on else without_inner(model):

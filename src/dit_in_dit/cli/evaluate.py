@@ -15,6 +15,7 @@ from dit_in_dit.cli.options import (
     add_sampling,
     device_fit,
     make_folder,
+    named_guide,
     print_table,
     sampling_config,
     whole_number,
@@ -120,6 +121,7 @@ def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject
             averaged=not options.raw,
             decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
             fit=device_fit(options),
+            guide=named_guide(options, device),
         )
         step = f"{subject.about['step']:07d}"
         return subject, options.out or results_folder(options.subject, "evaluation") / step

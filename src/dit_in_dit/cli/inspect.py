@@ -80,10 +80,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
-        plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+        without = replace(config.model, use_inner=False, internal_head=0)
+        plain = inspect(without, options.batch, config.train.recompute)
         if config.train.optimizer == "muon":
             _add_optimizer(traced, config.model)
-            _add_optimizer(plain, replace(config.model, use_inner=False))
+            _add_optimizer(plain, without)
         terms = _terms_cost(config)
     if options.json:
         print(json.dumps({**traced, **({"terms": terms} if terms else {}), "plain": plain}, indent=1))

@@ -21,7 +21,10 @@ from dit_in_dit.config.run import AUTO, RunConfig
 from dit_in_dit.data.labels import class_numbers
 
 if TYPE_CHECKING:
+    import torch
+
     from dit_in_dit.model.nested import NestedDiT
+    from dit_in_dit.sampling.guide import Guide
 
 MOST = 10**7  # largest whole number that an option accepts
 
@@ -115,8 +118,11 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
     command.add_argument(
         "--guidance", type=float, help="scale of classifier-free guidance; 1: none (default: the run's)"
     )
+    about = "times t between which classifier-free guidance is applied (default: the run's)"
+    command.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=about)
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
     if num is not None:
+        add_guide(command)
         about = "images per forward pass; last bits of samples depend on it (default: the run's; on CUDA what fits)"
         command.add_argument("--micro-batch", type=whole_number, metavar="N", help=about)
         about = "float32 or bfloat16 (default: the run's; on a CPU float32)"
@@ -127,11 +133,34 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
     add_device(command)
 
 
+def add_guide(command: argparse.ArgumentParser) -> None:
+    """Add the options of guidance by a weak model, for `sampling_config` and `named_guide`."""
+    about = "autoguidance: a weak model of the same images (any RUN), or RUN@STEP, an older checkpoint"
+    command.add_argument("--guide", metavar="RUN[@STEP]", help=about)
+    command.add_argument("--guide-scale", type=float, metavar="W", help="scale of autoguidance (default: the run's, 2)")
+    about = "scale of guidance by the model's own weak head; 1: none (default: the run's)"
+    command.add_argument("--internal-guidance", type=float, metavar="W", help=about)
+    about = "times t between which guidance by a weak model is applied (default: the run's)"
+    command.add_argument("--guide-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=about)
+
+
+def named_guide(options: argparse.Namespace, device: torch.device) -> Guide | None:
+    """The model of --guide; UserError if it does not exist, or if its options are given without it."""
+    from dit_in_dit.interop.resolve import open_guide
+
+    if options.guide:
+        return open_guide(options.guide, device)
+    if options.guide_scale is not None:
+        raise UserError("--guide-scale is for autoguidance: name the weak model with --guide RUN")
+    return None
+
+
 def sampling_config(
     options: argparse.Namespace, config: RunConfig, names: Sequence[str]
 ) -> tuple[RunConfig, list[int]]:
     """The config with the options of `add_sampling`, and the numbers of --classes, found in `names` (empty: all)."""
-    keys = ("sampler", "steps", "guidance", "micro_batch", "precision")
+    keys = ["sampler", "steps", "guidance", "interval", "micro_batch", "precision"]
+    keys += ["guide_scale", "internal_guidance", "guide_interval"]
     changes: dict[str, Any] = {key: value for key in keys if (value := getattr(options, key, None)) is not None}
     config = replace(config, sample=replace(config.sample, **changes))
     if options.classes is not None and not config.model.num_classes:

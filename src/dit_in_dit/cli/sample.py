@@ -14,6 +14,7 @@ from dit_in_dit.cli.options import (
     add_scale,
     device_fit,
     make_folder,
+    named_guide,
     sampling_config,
     whole_number,
 )
@@ -68,7 +69,8 @@ def _sample(options: argparse.Namespace) -> None:
             if options.film.suffix not in (".gif", ".webp"):
                 raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
             make_folder(options.film.parent)
-        folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale)
+        guide = named_guide(options, device)
+        folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale, guide)
         counts = folder.fill(options.num, options.batch)
         with Progress(console=Console(stderr=True), disable=not is_main()) as bar:
             task = bar.add_task("sampling", total=options.num)
@@ -83,7 +85,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
-    names = ("classes", "steps", "sampler", "guidance", "micro_batch", "precision", "vae")
+    weak = ("guide", "guide_scale", "internal_guidance", "guide_interval")
+    names = ("classes", "steps", "sampler", "guidance", "interval", *weak, "micro_batch", "precision", "vae")
     given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from dit_in_dit.config.choices import crosses_patches, keeps_outer, reads_outer
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.program import MOST_BLOCKS, ORDERS, Program, merge_runs, parse_stages
-from dit_in_dit.config.rules import check_levels, check_reading
+from dit_in_dit.config.rules import check_internal_head, check_levels, check_reading
 from dit_in_dit.config.schema import PluginKeys, Section, key
 
 AUTO = -1  # model.num_classes=auto; data.summary.count_auto_classes replaces it by a number
@@ -167,6 +167,9 @@ class ModelConfig(Section):
         0, "width of a first matrix of the patch embedding; 0: none (JiT: 128)", low=0, high=65536, added=3
     )
     silu_twice: bool = key(False, "SiLU of c before the SiLU of each adaLN (RAE)", added=3)
+    internal_head: int = key(
+        0, "outer blocks before a head of its own, whose weak predictions guide; 0: none", low=0, high=999, added=4
+    )
     tokens: TokensConfig = key(TokensConfig, "tokens of time and class beside the patches", added=3)
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
@@ -207,6 +210,12 @@ class ModelConfig(Section):
         if self.inner_stages:
             check_levels(self)
         check_reading(self)
+        check_internal_head(self)
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """YAML of a model without an internal head stays as it was."""
+        return () if self.internal_head else ("internal_head",)
 
     @property
     def program(self) -> Program:

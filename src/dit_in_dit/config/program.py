@@ -45,6 +45,16 @@ def merge_runs(blocks: Iterable[tuple[Level, int]]) -> Program:
     return tuple(merged)
 
 
+def split_run(program: Program, after: int) -> Program:
+    """The program with its outer run cut in two after outer block number `after` (from 1)."""
+    runs: list[tuple[Level, int]] = []
+    for level, count in program:
+        first = after if level == "outer" and 0 < after < count else 0
+        runs += [(level, first), (level, count - first)] if first else [(level, count)]
+        after -= count if level == "outer" else 0
+    return tuple(runs)
+
+
 def format_stages(program: Program) -> str:
     """The program as text, the inverse of `parse_stages`."""
     return " ".join(f"{level}*{count}" for level, count in program)

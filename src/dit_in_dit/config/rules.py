@@ -57,6 +57,43 @@ def check_reading(model: Any) -> None:
         left -= level == "inner"
 
 
+def weak_head(model: Any) -> str:
+    """The head whose predictions are weak: internal, the outer head if another is added to it, or none ("")."""
+    return "internal_head" if model.internal_head else "outer_head" if len(model.heads) > 1 else ""
+
+
+def check_internal_head(model: Any) -> None:
+    """Check that an internal head sees fewer blocks than the last head. Raises UserError."""
+    most = model.blocks("outer") - (model.program[-1][0] == "outer")
+    if model.internal_head > most:
+        raise UserError(
+            f"model.internal_head must be at most {most}, so that blocks follow it: got {model.internal_head} in "
+            f"{truncate(format_stages(model.program), 40)}"
+        )
+
+
+def check_internal_guidance(model: Any, predict: str, weight: float, scale: float) -> None:
+    """Check that a weak head is trained where it is used, and used where it is trained. Raises UserError.
+
+    Args:
+        weight: train.terms.internal.
+        scale: sample.internal_guidance.
+    """
+    if weight and not weak_head(model):
+        raise UserError(
+            "train.terms.internal needs a weak head: set model.internal_head, such as to a third of the outer blocks"
+        )
+    if weight and predict == "split":
+        raise UserError("train.terms.internal does not work with diffusion.predict=split: set train.terms.internal=0")
+    if model.internal_head and not weight:
+        raise UserError(f"model.internal_head={model.internal_head} needs its loss: set train.terms.internal=0.5")
+    if scale != 1 and not weight:
+        raise UserError(
+            f"sample.internal_guidance={scale:g} needs a weak head that was trained as one: give 1, or train with "
+            "train.terms.internal=0.5"
+        )
+
+
 def _reads_c(model: Any) -> bool:
     """Whether anything reads c, the embedding of time and class."""
     inner, outer = model.inner, model.outer

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
+from dit_in_dit.config.rules import check_internal_guidance
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 from dit_in_dit.config.time_shift import Shift, check_shift, shift_factor
@@ -117,6 +118,21 @@ class SampleConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "autocast type; auto: train.precision on CUDA, float32 on other devices", added=4
     )
+    guide_scale: float = key(
+        2.0, "scale of autoguidance, if --guide names a weak model; 1: none", low=0, high=100, added=4
+    )
+    internal_guidance: float = key(
+        1.0, "scale of guidance by the model's own weak head (train.terms.internal); 1: none", low=0, high=100, added=4
+    )
+    guide_interval: tuple[float, float] = key(
+        (0.0, 1.0), "times t between which autoguidance and internal guidance are applied", low=0, high=1, added=4
+    )
+
+    @property
+    def unwritten(self) -> tuple[str, ...]:
+        """Keys of guidance by a weak model at their defaults: YAML without it stays as it was."""
+        names = ("guide_scale", "internal_guidance", "guide_interval")
+        return tuple(name for name in names if getattr(self, name) == getattr(SampleConfig, name))
 
     time_shift: Shift | None = key(
         None,
@@ -131,8 +147,10 @@ class SampleConfig(Section):
         return diffusion.shift if self.time_shift is None else shift_factor(self.time_shift, diffusion.sizes)
 
     def check(self) -> None:
-        if self.interval[0] > self.interval[1]:
-            raise UserError(f"sample.interval must go from low to high: got {list(self.interval)}")
+        for name in ("interval", "guide_interval"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"sample.{name} must go from low to high: got {[low, high]}")
         if self.sampler not in SAMPLERS:
             raise UserError(
                 f"sample.sampler must be one of {', '.join(SAMPLERS)} (or name its plug-in with --plugin): "
@@ -197,6 +215,8 @@ class RunConfig(Section):
             raise UserError(f"diffusion.predict=split needs diffusion.path=flow, model.learn_variance=false: {got}")
         if diffusion.split and (rank := diffusion.split_rank) > (most := model.channels * model.patch_size**2):
             raise UserError(f"diffusion.split_rank must be at most {most}, the numbers of a patch: got {rank}")
+        weight, scale = self.train.terms.internal, self.sample.internal_guidance
+        check_internal_guidance(model, diffusion.predict, weight, scale)
         if diffusion.frequency_weight and (model.channels != 3 or any(side % 8 for side in size)):
             got = f"got {model.channels}, {list(size)}; set it to 0"
             raise UserError(f"diffusion.frequency_weight needs 3 channels and sides that are multiples of 8: {got}")

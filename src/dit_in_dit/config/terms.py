@@ -13,6 +13,13 @@ class TermsConfig(Section):
     """A key with the name of a term is its weight in the sum that is minimised; at 0 the term is off."""
 
     prefix: ClassVar[str] = "train.terms"
+    internal: float = key(
+        0.0,
+        "weight of the weak head's loss, for internal guidance (its authors: 0.5); 0: off",
+        low=0,
+        high=1e6,
+        added=4,
+    )
     sra: float = key(0.0, "weight of self-alignment (SRA); its authors take 0.2; 0: off", low=0, high=1e6, added=4)
     sra_blocks: tuple[int, int] | None = key(
         None,

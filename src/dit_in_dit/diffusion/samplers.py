@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, SampleConfig
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
+from dit_in_dit.diffusion.guidance import is_inside
 from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.schedulers import (
@@ -108,11 +109,9 @@ def guided(predict: Predict, null: int, how: SampleConfig) -> Predict:
     """
     if how.guidance == 1 or null == 0:
         return predict
-    low, high = how.interval
-    everywhere = (low, high) == (0, 1)  # if true, no time is read: the host does not wait for the device
 
     def with_guidance(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        if y is None or not (everywhere or low <= float(t[0]) <= high):
+        if y is None or not is_inside(how.interval, t):
             return predict(x, t, y)
         both = torch.cat([y, torch.full_like(y, null)])
         given, none = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)

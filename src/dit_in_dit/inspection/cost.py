@@ -61,6 +61,8 @@ def macs(model: ModelConfig) -> dict[str, int]:
         "outer_head": outer_head if "outer" in model.heads else 0,
         "inner_head": inner_head if "inner" in model.heads else 0,
     }
+    if model.internal_head:
+        parts["internal_head"] = outer_head
     if model.split:
         parts["split"] = 2 * model.split[0] * model.patches * model.channels * model.patch_size**2
     return {**parts, "total": sum(parts.values())}

@@ -120,7 +120,7 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
                 level = 0 if name.startswith("outer") else 1
                 stage.register_forward_hook(lambda _m, _i, out, name=name, level=level: note(name, out[level]))
             account(stage, f"{name.split('*', maxsplit=1)[0]}_blocks" if "*" in name else name)
-        for head in net.heads:
+        for head in (*net.heads, *([net.internal_head] if net.internal_head else [])):
             watch(head.final, head.name)
             account(head, head.name.replace(" ", "_"))
         for block in (*net.outer_blocks, *net.inner_blocks):

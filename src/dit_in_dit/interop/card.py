@@ -164,6 +164,9 @@ def _sampling(config: RunConfig, weights: str, decoded: bool) -> Rows:
     guidance = f"{how.guidance:g}" if how.guidance != 1 else "none"
     if how.guidance != 1 and tuple(how.interval) != (0, 1):
         guidance += f", for t from {how.interval[0]:g} to {how.interval[1]:g}"
+    if how.internal_guidance != 1:
+        guidance += f"; internal guidance {how.internal_guidance:g}, for t from {how.guide_interval[0]:g} to "
+        guidance += f"{how.guide_interval[1]:g}"
     return {"sampler": how.sampler, "steps": how.steps, "guidance": guidance, "weights": weights, "VAE": vae}
 
 

@@ -109,9 +109,16 @@ def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae:
         scheduler,
         vae,
         id2label={str(number): name for number, name in enumerate(classes)} if config.model.num_classes else None,
-        sample={key: to_dict(config.sample)[key] for key in DEFAULTS},
+        sample={key: to_dict(config.sample)[key] for key in DEFAULTS} | _weak(config),
         null_class=config.train.label_drop > 0,
     )
+
+
+def _weak(config: RunConfig) -> dict[str, Any]:
+    """Defaults of internal guidance, if the weak head was trained."""
+    how = config.sample
+    used = {"internal_guidance": how.internal_guidance, "guide_interval": list(how.guide_interval)}
+    return used if config.train.terms.internal else {}
 
 
 def _open_vae(name: str | None, config: RunConfig) -> Any:

@@ -45,6 +45,8 @@ def import_pipeline(source: Path, out: Path) -> None:
         how = replace(how, time_shift=shift)
     data = DataConfig(source=str(source), vae=str((source / "vae").resolve()) if pipe.vae is not None else None)
     train = TrainConfig() if pipe.config.null_class else replace(TrainConfig(), label_drop=0)
+    if "internal_guidance" in (pipe.config.sample or {}):  # the weak head was trained, with an unknown weight
+        train = replace(train, terms=replace(train.terms, internal=0.5))
     config = RunConfig(model=model, diffusion=path, data=data, train=train, sample=how)
     classes = tuple((pipe.config.id2label or {}).values()) or ("0",)
     with atomic.folder(out) as beside:

@@ -23,6 +23,7 @@ from dit_in_dit.diffusion.samplers import fit_scheduler, guided
 from dit_in_dit.diffusion.schedulers import is_ddpm, prediction_type, set_steps, time_of
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
 from dit_in_dit.interop.carried import code_of, installed
+from dit_in_dit.interop.guided import transformer_predict
 from dit_in_dit.reporting.images import check_finite, to_image, to_pixels
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -70,6 +71,10 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guide: ModelMixin | None = None,
+        guide_scale: float | None = None,
+        guide_interval: tuple[float, float] | None = None,
+        internal_guidance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         eta: float = 0.0,
@@ -88,6 +93,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             sigmas: t of each step, falling in (0, 1], for a model of path flow; default: the scheduler's own.
             guidance_scale: classifier-free guidance; 1 is none.
             guidance_interval: times t between which guidance is applied.
+            guide: weak transformer of the same images for autoguidance, with `guide_scale` and `guide_interval`.
+            internal_guidance: scale of guidance by the model's own weak head, also within `guide_interval`; 1 is none.
             generator: source of the noise. In a list, generator i gives the noise of image i. If the rest of
                 the batch changes, only the last bits of image i can change.
             latents: the initial noise (N, C, H, W), of variance one.
@@ -102,7 +109,8 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
             UserError: a value is invalid, or the scheduler does not fit the model's path.
         """
         steps = num_inference_steps if num_inference_steps or sigmas is None else len(sigmas)
-        how = self._how(steps, guidance_scale, guidance_interval)
+        weak = {"guide_scale": guide_scale, "guide_interval": guide_interval, "internal_guidance": internal_guidance}
+        how = self._how(steps=steps, guidance=guidance_scale, interval=guidance_interval, **weak)
         if output_type not in OUTPUTS:
             raise UserError(
                 f"output_type {str(output_type)[:40]!r} is unknown{did_you_mean(str(output_type), OUTPUTS)}"
@@ -118,12 +126,15 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         y = self._numbers(class_labels, count, num_images_per_prompt, device)
         if self.null and not self.config.null_class and (how.guidance != 1 or y is None or (y == self.null).any()):
             raise UserError("this model has no null class: give class_labels, and guidance_scale=1")
+        if how.internal_guidance != 1 and "internal_guidance" not in (self.config.sample or {}):
+            raise UserError("this model has no trained weak head: give internal_guidance=1")
         diffusion = DiffusionConfig.from_dict(self.transformer.config.diffusion)
         self.scheduler = fit_scheduler(self.scheduler, diffusion.path, how.steps)
         set_steps(self.scheduler, how.steps, sigmas)
         x = self._noise((count, *shape), generator, latents, device)
 
-        path, predict = make_path(diffusion), guided(self._predict, self.null, how)
+        path, predict = make_path(diffusion), transformer_predict(self.transformer, guide, how)
+        predict = guided(predict, self.null, how)
         wanted = prediction_type(self.scheduler)
         scale = getattr(self.scheduler, "scale_model_input", lambda x, timestep: x)
         options = self._step_options(generator, eta)
@@ -155,16 +166,12 @@ class DiTInDiTPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers ha
         """The label that means no class: it equals the number of classes."""
         return int(self.transformer.config.model["num_classes"])
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        return self.transformer(x, t, y, return_dict=False)[0]
-
     def _shape(self) -> tuple[int, int, int]:
         """C, H, W."""
         return ModelConfig.from_dict(self.transformer.config.model).image_shape
 
-    def _how(self, steps: int | None, guidance: float | None, interval: tuple[float, float] | None) -> SampleConfig:
+    def _how(self, **arguments: Any) -> SampleConfig:
         """Steps and guidance of the call, with the defaults."""
-        arguments = {"steps": steps, "guidance": guidance, "interval": interval}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         return SampleConfig.from_dict({**(self.config.sample or {}), **arguments})
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from os.path import exists
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
 
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
+from dit_in_dit.runs.checkpoint import newest
 from dit_in_dit.runs.pretrained import find_run, pretrained_models
+from dit_in_dit.sampling.guide import Guide
 
 
 def resolve_run(name: str, scratch: Path, *, heads: int | None = None) -> Path:
@@ -37,3 +42,15 @@ def resolve_run(name: str, scratch: Path, *, heads: int | None = None) -> Path:
     else:
         import_run.import_run(folder, out, heads=heads)
     return out
+
+
+def open_guide(name: str, device: torch.device, *, averaged: bool = True) -> Guide:
+    """The weak model of autoguidance: any model that `resolve_run` takes, or RUN@STEP, an older checkpoint of a run.
+    UserError if there is none."""
+    run, _, step = name.rpartition("@")
+    if not (run and step.isdecimal() and exists(find_run(run))):
+        run, step = name, ""
+    with TemporaryDirectory() as scratch:
+        saved = newest(resolve_run(run, Path(scratch)), step=int(step) if step else None)
+        net = saved.model(device, averaged=averaged)
+    return Guide(name, net, saved.config, saved.classes, saved.sha256(averaged=averaged))

@@ -43,15 +43,24 @@ class DiTInDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # 
         self.nested = NestedDiT(replace(ModelConfig.from_dict(model), split=DiffusionConfig.from_dict(diffusion).split))
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None, return_dict: bool = True
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        weak: bool = False,
+    ) -> Transformer2DModelOutput | tuple[Tensor, ...]:
         """Predict from noisy images (N, C, H, W), times (N,) in [0, 1] (not 0 to 1000; 1 is pure noise) and classes
         (N,). The class `num_classes`, or None for all images, means no class. Computes in the weights' type; the output
-        has the images' type. UserError for other times."""
+        has the images' type. `weak`: return a tuple, the prediction and the weak prediction (see NestedDiT). UserError
+        for other times."""
         if not torch.compiler.is_compiling() and not 0 <= timestep.min() <= timestep.max() <= 1:
             raise UserError(f"timestep is t from 0 to 1: got {timestep.max():g}; divide steps of 0 to 1000 by 1000")
         half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
         with torch.autocast(hidden_states.device.type, dtype=half, enabled=half is not None):
+            if weak:
+                pair = self.nested(hidden_states, timestep, class_labels, weak=True)
+                return tuple(output.to(hidden_states.dtype) for output in pair)
             sample = self.nested(hidden_states, timestep, class_labels).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

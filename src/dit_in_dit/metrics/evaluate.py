@@ -40,6 +40,7 @@ from dit_in_dit.training.batches import held_out_batch
 
 PIXELS_AT_ONCE = 2**28  # most values per set of images that the pixel metrics hold in memory
 SHOWN = 64  # images in a figure
+SCALES = ("guidance", "guide_scale", "internal_guidance")  # of guidance, in the protocol
 DETAIL_IMAGES = 64
 DETAIL_TIMES = (0.5, 0.8)
 
@@ -215,7 +216,7 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
         "protocol": protocol,
         "made with": {"dit-in-dit": __version__, "torch": torch.__version__, "numpy": np.__version__},
         "scores": {name: asdict(score) for name, score in scores.items()},
-        "warnings": near.warnings(guided=subject.samples.get("guidance", 1) > 1),
+        "warnings": near.warnings(guided=any(subject.samples.get(scale, 1) > 1 for scale in SCALES)),
     }
     matches = _one_by_one(real.draw, near.number[first])
     return Evaluation(result, images, real_images, near, _one_by_one(draw, first), matches)

@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
-from dit_in_dit.metrics.evaluate import SHOWN, Evaluation, to_floats
+from dit_in_dit.metrics.evaluate import SCALES, SHOWN, Evaluation, to_floats
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
 from dit_in_dit.metrics.score import ReferenceHalves
@@ -76,7 +76,8 @@ def caption(subject: dict[str, Any], protocol: dict[str, Any]) -> str:
     samples, real = protocol["samples"], protocol["reference"]
     how = samples["made by"]
     if how == "sampling":
-        how = f"{samples['sampler']} {samples['steps']} steps, guidance {samples['guidance']:g}, seed {samples['seed']}"
+        scales = ", ".join(f"{name.replace('_', ' ')} {samples[name]:g}" for name in SCALES if name in samples)
+        how = f"{samples['sampler']} {samples['steps']} steps, {scales}, seed {samples['seed']}"
     step = f" at step {subject['step']}" if "step" in subject else ""
     return f"{subject['name']}{step}: {protocol['images']} images ({how}) against {real['images']} of {real['data']}"
 

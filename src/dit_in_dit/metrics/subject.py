@@ -24,6 +24,7 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.sampling.fit import fit_to_device
 from dit_in_dit.sampling.folder import ImageDecoder
+from dit_in_dit.sampling.guide import Guide
 from dit_in_dit.sampling.numbered import sample_batches, sampling_protocol
 from dit_in_dit.training.batches import shuffled_index
 
@@ -77,6 +78,7 @@ def run_subject(
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
     fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,
+    guide: Guide | None = None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
 
@@ -85,38 +87,43 @@ def run_subject(
             that alternate (empty: as frequent as in the training data).
         decoder: function from the run's data to the decoder of the latents; None: samples are images.
         source: the training images, if the config does not name them.
+        guide: weak model of autoguidance.
 
     Raises:
-        UserError: the run cannot be loaded, or its samples are no images of 1 or 3 channels.
+        UserError: the run cannot be loaded, its samples are no images of 1 or 3 channels, or the guide does not fit.
     """
     saved = Checkpoint.open(run)
     model, config = saved.model(device, averaged=averaged), saved.config
     config = replace(config, data=find_moved_data(config.data, saved.manifest.get("data")))
     decode = decoder(config.data)
-    if decode is None and config.model.channels not in (1, 3):
-        raise UserError(
-            f"evaluation needs images of 1 or 3 channels: {run} generates latents of {config.model.channels}; "
-            "name the VAE that decodes them with --vae"
-        )
+    _check_images(run, config.model.channels, decode)
     config, classes = configure(config, saved.classes)
-    config = fit(model, config)
+    config = fit(model, guide.checked(config, saved.classes) if guide else config)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
         classes = _labels_in_random_order(source or open_source_of(run, config))
         names = "as often as in the training data"
 
     def draw(numbers: range) -> Pixels:
-        batches = sample_batches(model, config, numbers, seed=seed, classes=classes)
+        batches = sample_batches(model, config, numbers, seed=seed, classes=classes, guide=guide)
         images = (decode.numbered(part, x, config.sample.micro_batch) if decode else x for part, x in batches)
         return np.concatenate([to_pixels(batch) for batch in images])
 
-    samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed)
+    samples = sampling_protocol(config, labels=names, averaged=averaged, seed=seed, guide=guide)
     about = {"name": str(run), "step": saved.step, "config": saved.manifest["config"]}
+    about |= {"checkpoint": saved.sha256(averaged=averaged)}
     shape = (*config.model.image_size, config.model.channels)
     if decode:
         samples["vae"], shape = decode.about(), (shape[0] * decode.factor, shape[1] * decode.factor, 3)
-    about |= {"checkpoint": saved.sha256(averaged=averaged)}
     return Subject(draw, shape, samples, about, model=model, config=config)
+
+
+def _check_images(run: Path, channels: int, decode: ImageDecoder | None) -> None:
+    if decode is None and channels not in (1, 3):
+        raise UserError(
+            f"evaluation needs images of 1 or 3 channels: {run} generates latents of {channels}; "
+            "name the VAE that decodes them with --vae"
+        )
 
 
 def _labels_in_random_order(source: Source) -> list[int]:

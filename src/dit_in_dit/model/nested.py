@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_in_dit.config.model import ModelConfig, OuterConfig
+from dit_in_dit.config.program import split_run
+from dit_in_dit.config.rules import weak_head
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS, Conditioning, ConditionTokens, LabelEmbed
 from dit_in_dit.model.embed import InnerEmbed, OuterEmbed, OuterPosition
@@ -29,7 +31,8 @@ class NestedDiT(nn.Module):
     `model.program` gives the order of the blocks. From an inner to an outer stage, the inner tokens are aggregated
     and fused with the outer tokens. From an outer to an inner stage, the outer tokens are spread over their
     sub-patches. If the program ends in inner blocks, an inner head is added to the outer head; if also fuse=replace,
-    there is no outer head. The program `outer*N` is DiT, with DiT's parameters.
+    there is no outer head. The program `outer*N` is DiT, with DiT's parameters. `model.internal_head` adds a head after
+    some outer blocks, whose weak predictions guide.
 
     Every program names its blocks by level and number (`outer_blocks.3`). The weights of a plain DiT therefore load
     into any nested model with the same outer blocks, with `load_state_dict(..., strict=False)`.
@@ -62,11 +65,13 @@ class NestedDiT(nn.Module):
             block.dropout = dropout
         self.aggregates, self.fuses, self.spreads, self.conditions = (nn.ModuleList() for _ in range(4))
         self.inner_embed = InnerEmbed(model) if self.inner_blocks else nn.Identity()  # then no stage reads it
+        self.before_internal_head = 0  # stages before it
         # Tuples, not module lists: every block is already registered above, under a name that no order changes.
         self.stages = tuple(self._assemble(model, recompute))
         for level in model.heads:
             setattr(self, f"{level}_head", Head(model, level))
         self.heads: tuple[Head, ...] = tuple(getattr(self, f"{level}_head") for level in model.heads)
+        self.internal_head = Head(model, "outer", "internal head") if model.internal_head else None
         self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
         for block in (*self.outer_blocks, *self.inner_blocks):
             block.selective = recompute == "selective"
@@ -78,8 +83,8 @@ class NestedDiT(nn.Module):
         outer, inner = iter(self.outer_blocks), iter(self.inner_blocks)
         stages: list[nn.Module] = []
         previous, done, left = None, 0, model.inner_stages
-        first_inner = model.blocks("outer")
-        for level, count in model.program:
+        first_inner = model.blocks("outer")  # number of the next inner block among all blocks
+        for level, count in split_run(model.program, model.internal_head):
             if (previous, level) == ("outer", "inner"):
                 spread = SPREADS[model.inner.spread](model)
                 self.spreads.append(spread)
@@ -96,6 +101,8 @@ class NestedDiT(nn.Module):
                     OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start, first=done)
                 )
                 done += count
+                if done == model.internal_head:
+                    self.before_internal_head = len(stages)
             else:
                 condition = CONDITIONS[model.inner.condition](model) if left <= model.row_stages else None
                 self.conditions.extend([condition] if condition else [])
@@ -106,7 +113,15 @@ class NestedDiT(nn.Module):
             previous = level
         return stages
 
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None, *, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor | None = None,
+        *,
+        weak: bool = False,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -114,7 +129,7 @@ class NestedDiT(nn.Module):
             t: times (N,) in [0, 1], or one time for all; always in float32, whatever the dtype of the weights. 1 is
                 pure noise.
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
-
+            weak: return a pair: the prediction, and the weak one, of the internal head or of the outer head alone.
             keys: dropout keys (N, blocks, 4) of the examples, in training (`training.dropout`).
 
         Returns:
@@ -122,11 +137,14 @@ class NestedDiT(nn.Module):
             `learn_variance`, (N, 2C, H, W): the prediction, then the variance fraction.
 
         Raises:
-            ValueError: a shape is wrong, or (of tensors on the CPU) a time or a class is out of range.
+            ValueError: a shape is wrong, (of tensors on the CPU) a time or a class is out of range, or the model has no
+                weak prediction.
         """
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
         _check_inputs(self.config, x, t, y)
+        if weak and not weak_head(self.config):
+            raise ValueError("this model has no weak prediction: set model.internal_head")
         noisy, at = x, t
         if self.split is not None:
             x, t = self.split.scaled(x, t)
@@ -134,10 +152,18 @@ class NestedDiT(nn.Module):
         condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
         if keys is not None:
             condition = condition._replace(dropout=keys)
-        for stage in self.stages:  # the program, one arrow per stage
+        early = state
+        for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
             state = stage(state, condition)
-        out = reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W
-        return out if self.split is None else self.split(out, noisy, at)
+            early = state if number == self.before_internal_head else early
+        outputs = [head(state, condition) for head in self.heads]  # N C H W
+        first = self.internal_head(early, condition) if self.internal_head else outputs[0]
+        out = self._prediction(reduce(torch.add, outputs), noisy, at)
+        return (out, self._prediction(first, noisy, at)) if weak else out  # type: ignore[return-value]
+
+    def _prediction(self, out: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The prediction from the sum of heads, which is the prediction itself unless it is split."""
+        return out if self.split is None else self.split(out, noisy, t)
 
     def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
         """What conditions the stages, from the embeddings of time and label."""

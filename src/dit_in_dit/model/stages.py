@@ -142,10 +142,10 @@ class SpreadStage(nn.Module):
 class Head(nn.Module):
     """Tokens of a level to the image: outer (N, T, D) or inner (N, T, S, E) -> (N, out_channels, H, W)."""
 
-    def __init__(self, model: ModelConfig, name: str) -> None:
+    def __init__(self, model: ModelConfig, name: str, title: str = "") -> None:
         super().__init__()
         level: OuterConfig | InnerConfig = getattr(model, name)
-        self.name, self.is_inner, self.shared = f"{name} head", name == "inner", level.modulation == "shared"
+        self.name, self.is_inner, self.shared = title or f"{name} head", name == "inner", level.modulation == "shared"
         self.reads_rows = level.head_condition == "rows" and not self.shared
         rows = CONDITIONS[model.inner.condition].width(model) if self.reads_rows else model.outer.width
         modulation: nn.Module | None = SharedHead() if self.shared else None

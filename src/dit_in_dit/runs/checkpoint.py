@@ -18,14 +18,14 @@ from torch import Tensor
 
 from dit_in_dit import __version__
 from dit_in_dit.config import plugins
-from dit_in_dit.config.errors import PluginWarning, UserError
+from dit_in_dit.config.errors import PluginWarning, UserError, truncate
 from dit_in_dit.config.files import HASH_VERSION, config_hash
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs import integrity
 from dit_in_dit.runs.folder import newest_manifest, read_config, read_history
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, verify
-from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune
+from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune, step_of
 from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
 
 LIBRARIES = ("torch", "numpy", "safetensors")  # their versions are in the manifest
@@ -213,8 +213,9 @@ def has_any(run: Path) -> bool:
     return bool(checkpoint_folders(run))
 
 
-def newest(run: Path, *, steady: bool = False) -> Checkpoint:
-    """The newest checkpoint that verifies (and is steady, if `steady`), and what is damaged in newer ones.
+def newest(run: Path, *, steady: bool = False, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint that verifies (and is steady, if `steady`; and has this `step`, if given), and what is
+    damaged in newer ones.
 
     All loading of a run's weights goes through here, so that weights are never used with the config of another run.
 
@@ -224,6 +225,8 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
     config = read_config(run)
     passed_over: list[Damage] = []
     for folder in checkpoint_folders(run):
+        if step not in (None, step_of(folder)):
+            continue
         try:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
@@ -238,6 +241,8 @@ def newest(run: Path, *, steady: bool = False) -> Checkpoint:
             f"no checkpoint of {run} is good: {passed_over[0]}; put a copy back, or remove "
             f"{run / 'checkpoints'} to begin again"
         )
+    if step is not None and (steps := sorted({step_of(folder) for folder in checkpoint_folders(run)})):
+        raise UserError(f"{run} has no checkpoint of step {step}: there are {truncate(', '.join(map(str, steps)), 60)}")
     raise UserError(f"{run} has no checkpoint yet: train it first")
 
 

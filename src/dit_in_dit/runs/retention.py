@@ -20,14 +20,15 @@ LEFT = re.compile(r"\d{7,}\.part|\d+(\.old)?\.gone\.part")  # remains of a kille
 KEEP = 2  # number of newest verified checkpoints to keep
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(folder.name.partition(".")[0])
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """Checkpoint folders, newest step first; a folder that is being replaced follows its replacement."""
     checkpoints = [path for path in (run / "checkpoints").glob("*") if COMPLETE.fullmatch(path.name)]
-    return sorted(checkpoints, key=lambda path: (-_step(path), path.suffix))
+    return sorted(checkpoints, key=lambda path: (-step_of(path), path.suffix))
 
 
 def _good(checkpoint: Path) -> dict[str, Any] | None:
@@ -69,7 +70,7 @@ def prune(run: Path, saved: Mapping[str, Any], keep_every: int) -> None:
     good: set[int] = set()
     steady = False
     for folder in checkpoint_folders(run):
-        step = _step(folder)
+        step = step_of(folder)
         milestone = step not in good and keep_every and step % keep_every == 0
         if step not in good and (len(good) < KEEP or not steady):
             manifest = saved if step == saved["step"] else _good(folder)

@@ -24,6 +24,7 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.runtime.precision import FULL
 from dit_in_dit.runtime.process import is_main
+from dit_in_dit.sampling.guide import Guide
 from dit_in_dit.sampling.numbered import class_of, sample_batches, sampling_protocol
 
 GRID_MOST = 1024  # images in grid.png
@@ -57,6 +58,7 @@ class SampleFolder:
     averaged: bool = True  # the model has the averaged weights
     decode: ImageDecoder | None = None
     scale: int | None = None  # of the images in grid.png, as for `image_grid`
+    guide: Guide | None = None
 
     def _names(self, count: int) -> list[str]:
         """Class names of the first samples; empty without labels."""
@@ -82,8 +84,11 @@ class SampleFolder:
             batch: images to generate between writes, rounded up to whole micro-batches.
 
         Raises:
-            UserError: the folder holds other images, a file in it is damaged, or another process stopped.
+            UserError: the folder holds other images, a file in it is damaged, another process stopped, or the guide
+                does not fit the model.
         """
+        if self.guide:
+            self.guide.checked(self.config, self.saved.classes)
         self._claim(num)
         return self._fill(num, batch)
 
@@ -116,7 +121,7 @@ class SampleFolder:
             frames.append(side_by_side(dict(zip((f"x, t = {t:.2f}", "estimate"), grids, strict=True))))
 
         batches = sample_batches(
-            self.model, config, range(count), seed=self.seed, classes=self.classes, watch=add_frame
+            self.model, config, range(count), seed=self.seed, classes=self.classes, watch=add_frame, guide=self.guide
         )
         _, images = next(batches)
         add_frame(0.0, images, images)
@@ -139,7 +144,9 @@ class SampleFolder:
             "step": self.saved.step,
             "config": self.saved.manifest["config"],
             "checkpoint": self.saved.sha256(averaged=self.averaged),
-            "samples": sampling_protocol(config, labels=labels, averaged=self.averaged, seed=self.seed),
+            "samples": sampling_protocol(
+                config, labels=labels, averaged=self.averaged, seed=self.seed, guide=self.guide
+            ),
             "micro_batch": self.config.sample.micro_batch,
             "made on": _machine(device) | ({"compiled": True} if is_compiled(self.model) else {}),
             **({"vae": self.decode.about()} if self.decode else {}),
@@ -151,7 +158,8 @@ class SampleFolder:
 
     def _draw(self, part: range) -> None:
         missing = [index for index in part if not self.path(index).exists()]
-        batches = sample_batches(self.model, self.config, missing, seed=self.seed, classes=self.classes)
+        own: dict[str, Any] = {"seed": self.seed, "classes": self.classes, "guide": self.guide}
+        batches = sample_batches(self.model, self.config, missing, **own)
         for indices, drawn in list(batches):
             size = self.config.sample.micro_batch
             images = self.decode.numbered(indices, drawn, size) if self.decode else drawn

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.diffusion.guidance import Pair, away_from_weak, beside
 from dit_in_dit.diffusion.objective import Predict
+from dit_in_dit.diffusion.path import make_path
 from dit_in_dit.diffusion.samplers import Noise, Watch, denoise, guided
 from dit_in_dit.diffusion.schedulers import TIMES
 from dit_in_dit.model.nested import NestedDiT
@@ -19,6 +21,7 @@ from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.runtime.precision import use_full_float32
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.sampling.guide import Guide
 
 T = TypeVar("T")
 
@@ -45,6 +48,34 @@ def cast_to_weights(model: NestedDiT, precision: str = "float32") -> Predict:
     return predict
 
 
+def cast_pair(model: NestedDiT, precision: str) -> Pair:
+    """As `cast_to_weights`, with the weak prediction of the same forward pass."""
+
+    def pair(x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight = next(model.parameters())
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            strong, weak = model(x.to(weight.dtype), t, y, weak=True)
+        return strong.to(x.dtype), weak.to(x.dtype)
+
+    return pair
+
+
+def guided_predict(model: NestedDiT, config: RunConfig, guide: Guide | None = None) -> Predict:
+    """The model as a function with all guidance of `config.sample`: internal, then by `guide`, then classifier-free."""
+    how = config.sample
+    precision = resolve_sample_precision(config, next(model.parameters()).device).sample.precision
+    predict = cast_to_weights(model, precision)
+    if how.internal_guidance != 1:
+        predict = away_from_weak(predict, cast_pair(model, precision), how.internal_guidance, how.guide_interval)
+    if guide is not None:
+        weak, own = cast_to_weights(guide.net, precision), guide.config
+        quantities = {"given": own.diffusion.predict, "wanted": config.diffusion.predict}
+        path, classes = make_path(config.diffusion), own.model.num_classes > 0
+        pair = beside(predict, weak, path, classes=classes, **quantities)
+        predict = away_from_weak(predict, pair, how.guide_scale, how.guide_interval)
+    return guided(predict, model.config.num_classes, how)
+
+
 def class_of(index: int, classes: Sequence[T]) -> T:
     """The class of sample `index` (its number or name): the classes are used cyclically."""
     return classes[index % len(classes)]
@@ -59,6 +90,7 @@ def sample_batches(
     seed: int = 0,
     classes: Sequence[int] = (),
     watch: Watch | None = None,
+    guide: Guide | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbered samples (indices, images on the CPU), micro-batch by micro-batch.
 
@@ -74,13 +106,13 @@ def sample_batches(
         classes: class numbers, used cyclically; empty: all classes.
         watch: called with t, x_t and the image estimate of the whole micro-batch before each step; sample i is row
             i % `sample.micro_batch`.
+        guide: weak model of autoguidance, with weight `sample.guide_scale`.
     """
     keep_freed_memory()
     use_full_float32()
     device, shape = next(model.parameters()).device, model.config.image_shape
     turns = classes or range(model.config.num_classes or 1)
-    precision = resolve_sample_precision(config, device).sample.precision
-    predict = guided(cast_to_weights(model, precision), model.config.num_classes, config.sample)
+    predict = guided_predict(model, config, guide)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
         batch, part = range(number * size, (number + 1) * size), list(wanted)
@@ -107,7 +139,9 @@ def sample(
     return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
 
 
-def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
+def sampling_protocol(
+    config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int, guide: Guide | None = None
+) -> dict[str, Any]:
     """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead. `config`
     has been through `resolve_sample_precision`."""
     how = config.sample
@@ -115,6 +149,12 @@ def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], average
     # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
     special["time_shift"] = None if (shift := how.shift(config.diffusion)) == 1 else shift
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
+    if guide is not None:
+        special |= {"guide": guide.sha256, "guide_scale": how.guide_scale}
+    if how.internal_guidance != 1:
+        special["internal_guidance"] = how.internal_guidance
+    if (guide is not None or how.internal_guidance != 1) and how.guide_interval != (0, 1):
+        special["guide_interval"] = list(how.guide_interval)
     return {
         "made by": "sampling",
         "labels": labels,

@@ -16,9 +16,10 @@ from dit_in_dit.inspection.hooks import forward_hooks
 from dit_in_dit.model.nested import initialise
 from dit_in_dit.runtime.seeding import generator
 from dit_in_dit.training.alignment import Repa, Sra
+from dit_in_dit.training.internal import Internal
 from dit_in_dit.training.term import Pass, Term
 
-TERMS: dict[str, type[Term]] = {"sra": Sra, "repa": Repa}
+TERMS: dict[str, type[Term]] = {"internal": Internal, "sra": Sra, "repa": Repa}
 
 
 class LossTerms(nn.ModuleDict):

@@ -87,7 +87,7 @@ def warm_start(
             )
         weight.copy_(weights[source])
         taken.add(name)
-    if lost := [name for name in own if not is_inner(name) and name not in taken]:
+    if lost := [name for name in own if name not in taken and not (is_inner(name) or part_of(name) == "internal_head")]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
     kept, count = len(rows) - 1, model.config.num_classes
     notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dit_in_dit.cli.options import (
     Commands,
     add_sampling,
+    chosen_average,
     device_fit,
     make_folder,
     print_table,
@@ -21,6 +22,7 @@ from dit_in_dit.cli.options import (
 )
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run, results_folder
 
 if TYPE_CHECKING:
@@ -110,19 +112,21 @@ def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject
     """The images to evaluate, and the folder of the evaluation."""
     from dit_in_dit.data.encode import open_decoder
     from dit_in_dit.metrics.subject import files_subject, run_subject
+    from dit_in_dit.runs.averages import evaluation_folder
 
     if (options.subject / "config.yaml").is_file():
+        averaged = chosen_average(options, read_config(options.subject))
         subject = run_subject(
             options.subject,
             device,
             lambda config, names: sampling_config(options, config, names),
             seed=options.seed,
-            averaged=not options.raw,
+            averaged=averaged,
             decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
             fit=device_fit(options),
         )
-        step = f"{subject.about['step']:07d}"
-        return subject, options.out or results_folder(options.subject, "evaluation") / step
+        evaluations = results_folder(options.subject, "evaluation")
+        return subject, options.out or evaluation_folder(evaluations, subject.about["step"], averaged)
     subject = files_subject(options.subject)
     if options.out is None:
         raise UserError("an evaluation of images needs a folder for its results: give --out DIR")

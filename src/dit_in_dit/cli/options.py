@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit.config import presets
+from dit_in_dit.config.averages import average_name
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import AUTO, RunConfig
@@ -116,6 +117,7 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
         "--guidance", type=float, help="scale of classifier-free guidance; 1: none (default: the run's)"
     )
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
+    add_average(command)
     if num is not None:
         about = "images per forward pass; last bits of samples depend on it (default: the run's; on CUDA what fits)"
         command.add_argument("--micro-batch", type=whole_number, metavar="N", help=about)
@@ -125,6 +127,23 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
         command.add_argument("--compile", choices=("auto", "true", "false"), default="auto", help=about)
         command.add_argument("--vae", help="decode latents by this VAE: a folder or hub id (default: the run's)")
     add_device(command)
+
+
+def add_average(command: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the option --ema, for `chosen_average`."""
+    about = (
+        f"average of the weights, by its decay (0.9996) or length (length=0.1){more} (default: the first of train.ema)"
+    )
+    command.add_argument("--ema", metavar="AVERAGE", help=about)
+
+
+def chosen_average(options: argparse.Namespace, config: RunConfig) -> bool | str:
+    """The weights that --ema and --raw choose, as `Checkpoint.weights` takes them."""
+    if options.ema is None:
+        return not options.raw
+    if options.raw:
+        raise UserError("--ema and --raw exclude each other: give one of them")
+    return average_name(config.train.decays[0], options.ema)
 
 
 def sampling_config(

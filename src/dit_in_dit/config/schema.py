@@ -173,7 +173,10 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         known = choice_names(name, parts) if way_out else (str(p).lower() if p in (True, False) else p for p in parts)
         raise UserError(f"{name} must be one of {', '.join(known)}{way_out}: got {truncate(value, 60)!r}")
     if origin in (Union, types.UnionType):
-        return None if value is None else _typed(value, parts[0], name)
+        if get_origin(parts[-1]) is tuple and isinstance(value, list | tuple):  # a value, or a list of values
+            values = _typed(value, parts[-1], name)
+            return values[0] if len(values) == 1 else values
+        return None if value is None and parts[-1] is type(None) else _typed(value, parts[0], name)
     if origin is dict:
         if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
             raise wrong()

@@ -107,12 +107,15 @@ def sample(
     return torch.cat([images for _, images in sample_batches(model, config, range(num), seed=seed, classes=classes)])
 
 
-def sampling_protocol(config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int) -> dict[str, Any]:
+def sampling_protocol(
+    config: RunConfig, *, labels: str | Sequence[str], averaged: bool | str, seed: int
+) -> dict[str, Any]:
     """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead. `config`
     has been through `resolve_sample_precision`."""
     how = config.sample
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
     # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
+    special["average"] = averaged if isinstance(averaged, str) else None
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     return {
         "made by": "sampling",

@@ -15,6 +15,7 @@ from dit_in_dit.training.optimizer import learning_rate
 # No weight depends on these keys, except on train.steps by a cosine schedule.
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_every", "train.sample_every", "train.evaluate_every"),
+    "train.ema_snapshot_every",
     *("train.recompute", "train.timeout", "train.skip_most", "train.on_divergence", "data.workers", "sample."),
 )
 

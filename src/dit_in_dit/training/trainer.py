@@ -27,7 +27,7 @@ from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.divergence import Divergence
-from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.ema import Averages, Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
@@ -74,12 +74,13 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
         self.model.to(device)
-        self.ema = Ema(self.model, train.ema)
+        self.ema = Ema(self.model, train.decays[0])
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute(fall_back)
+        self.averages = Averages(self.model, train)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))
@@ -165,6 +166,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not isinstance(self.backward, Graphed))
         self.step += 1
         self.ema.update(self.model, self.step)
+        self.averages.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
 
     def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ class Trainer:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= optimizers.state_of(self.optimizer, self.weights.items())
-        return GatheredTensors(tensors | self.divergence.tensors())
+        return GatheredTensors(tensors | self.averages.tensors() | self.divergence.tensors())
 
     def averaged_state(self) -> GatheredTensors:
         """The averaged weights."""
@@ -235,8 +237,13 @@ class Trainer:
         an imported run."""
         if not optimizers.is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
-        for module, prefix, saved in ((self.model, "model.", state), (self.ema.model, "", ema)):
-            for name, tensor in module.state_dict().items():
+        weights, averaged = self.model.state_dict(), self.ema.model.state_dict()
+        for own, prefix, saved in (
+            (weights, "model.", state),
+            (averaged, "", ema),
+            (self.averages.tensors(), "", state),
+        ):
+            for name, tensor in own.items():
                 local_part(tensor).copy_(local_part(shard_like(saved[prefix + name], tensor)))
         optimizers.restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)

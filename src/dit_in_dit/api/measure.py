@@ -119,7 +119,7 @@ def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path 
 
 def _results(model: Model) -> Path:
     """The folder of a model's evaluation."""
-    return evaluation_folder(results_folder(model.folder, "evaluation"), model.step, model.average)
+    return evaluation_folder(results_folder(model.folder, "evaluation") / f"{model.step:07d}", model.average)
 
 
 def compare(*evaluated: Trained | Scores) -> Scores:

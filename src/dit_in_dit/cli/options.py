@@ -101,8 +101,11 @@ def add_scale(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scale", type=whole_number, metavar="N", help=about)
 
 
-def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all") -> None:
-    """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes.
+def add_sampling(
+    command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all", averages: str = ""
+) -> None:
+    """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes,
+    `averages` more values of --ema.
     For a command that writes samples, by default `num`: also --num, --micro-batch, --precision, --compile and
     --vae, for `device_fit`."""
     if num is not None:  # -n: under torchrun, --num is a prefix of torchrun's options
@@ -117,7 +120,7 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
         "--guidance", type=float, help="scale of classifier-free guidance; 1: none (default: the run's)"
     )
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
-    add_average(command)
+    add_average(command, averages)
     if num is not None:
         about = "images per forward pass; last bits of samples depend on it (default: the run's; on CUDA what fits)"
         command.add_argument("--micro-batch", type=whole_number, metavar="N", help=about)

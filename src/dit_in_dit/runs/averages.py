@@ -55,10 +55,9 @@ def keep_snapshot(run: Path, state: Path, manifest: Mapping[str, Any], train: Tr
         write_averages(run / FOLDER / f"{step:07d}", manifest, tensors)
 
 
-def evaluation_folder(evaluations: Path, step: int, average: bool | str | None) -> Path:
-    """The folder of an evaluation of a run's average: inside that of the run's first, whose scores stay the run's."""
-    folder = evaluations / f"{step:07d}"
-    return folder / f"average-{average}" if isinstance(average, str) else folder
+def evaluation_folder(folder: Path, averaged: bool | str | None) -> Path:
+    """The folder of an average's evaluation: inside `folder`, that of the run's first, whose scores stay the run's."""
+    return folder / f"average-{averaged}" if isinstance(averaged, str) else folder
 
 
 def reconstructed_folder(state: LazyTensors, average: str) -> Path:

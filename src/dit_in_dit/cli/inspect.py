@@ -13,6 +13,7 @@ from dit_in_dit.config.field import FAMILIES, PUBLISHED
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
@@ -78,8 +79,9 @@ def _inspect(options: argparse.Namespace) -> None:
         config = chosen_config(options)
         traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
         plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+    averages = _averages(config.train, 4 * traced["parameters"]["total"])
     if options.json:
-        print(json.dumps({**traced, "plain": plain}, indent=1))
+        print(json.dumps({**traced, "plain": plain, **({"averages": averages} if averages else {})}, indent=1))
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
@@ -99,3 +101,14 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
+    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
+
+
+def _averages(train: TrainConfig, size: int) -> dict[str, int]:
+    """Memory and files of the averages beside the first, for weights of `size` bytes; empty without any."""
+    further, every = len(train.further_averages), train.ema_snapshot_every
+    memory = {"averages": further, "bytes in memory and in each checkpoint": further * size} if further else {}
+    if not every:
+        return memory
+    count, one = train.steps // every, len(train.ema_lengths or ()) * size
+    return {**memory, "snapshots": count, "bytes of a snapshot": one, "bytes of all snapshots": count * one}

@@ -28,7 +28,7 @@ GPUS = {
 }
 MFU = 0.35  # an assumption
 ROOM = 0.9  # fraction of the memory that a plan may use
-# Bytes per parameter: weight, gradient, two moments and average in float32, and autocast's copy in bfloat16.
+# Bytes per parameter: weight, gradient, two moments and first average in float32, and autocast's copy in bfloat16.
 STATE_BYTES = 22
 # FLOPs of a training step per MAC of a forward pass; recomputation runs the forward pass twice.
 FLOPS_PER_MAC = {"none": 2 * FORWARDS_PER_STEP, "both": 2 * (FORWARDS_PER_STEP + 1)}
@@ -79,7 +79,7 @@ def recipe(
     train = config.train
     for recompute in dict.fromkeys((train.recompute, "both")):
         one = _counted(config.model, 1, recompute)
-        state = STATE_BYTES * one["parameters"]["total"]
+        state = (STATE_BYTES + 4 * len(train.further_averages)) * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
             memory = state + rows * one["activation_bytes"]["total"]

@@ -43,6 +43,7 @@ def draw_averages(compared: Mapping[str, Any], out: Path) -> None:
     """Write averages.json and averages.png: each score over the averages' relative length."""
     atomic.write_atomic(out / "averages.json", json.dumps(compared, indent=1) + "\n")
     names, lengths = list(compared["averages"]), list(compared["averages"].values())
+    marks = [name.removeprefix(LENGTH) if name.startswith(LENGTH) else f"ema {name}" for name in names]
     figure, axes = plots.panel_grid(len(compared["scores"]), COLUMNS, width=3.0, height=2.4)
     for axis, (score, entries) in zip(axes, compared["scores"].items(), strict=True):
         points = [(x, each) for x, each in zip(lengths, entries, strict=True) if each is not None]
@@ -53,7 +54,7 @@ def draw_averages(compared: Mapping[str, Any], out: Path) -> None:
         if floor := next((each["floor"] for _, each in points if each["floor"] is not None), None):
             axis.axhline(floor, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(score, fontsize=8)
-        axis.set_xticks(lengths, [name.removeprefix(LENGTH) for name in names], rotation=60, fontsize=6)
+        axis.set_xticks(lengths, marks, rotation=60, fontsize=6)
     title = f"averages at step {compared['step']} by relative length, with 95% intervals; dotted: real against real"
     figure.suptitle(title, fontsize=8)
     atomic.write_atomic(out / "averages.png", plots.figure_png(figure))

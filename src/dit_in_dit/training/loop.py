@@ -161,7 +161,8 @@ class Run(Generator[Event, None, None]):
         config = count_auto_classes(resolve_auto(config, device), given)
         if self.model is None:
             check_plugin_parts(config.model)
-            cost.check_fits(config.model, device, moments=0 if self.optimizer else 2)
+            averages = 1 + len(config.train.further_averages)
+            cost.check_fits(config.model, device, moments=0 if self.optimizer else 2, averages=averages)
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
         config = config.resolve_epochs(source.train_size)

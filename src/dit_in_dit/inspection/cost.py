@@ -110,8 +110,8 @@ def held_bytes(model: ModelConfig) -> int:
 
 
 def check_fits(model: ModelConfig, device: torch.device, moments: int = 2, averages: int = 1) -> None:
-    """Check that this machine can hold the weights in training, their averages, and `moments` optimizer tensors for each
-    weight tensor; a process that is too large would be killed silently. Raises UserError."""
+    """Check that this machine can hold the weights in training, their `averages`, and `moments` optimizer tensors for
+    each weight tensor; a process that is too large would be killed silently. Raises UserError."""
     copies = 1 + averages + moments if device.type == "cpu" else 1  # the weights, their averages and the moments
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:

@@ -33,7 +33,7 @@ from dit_in_dit.training.session import Event
 from test_pipeline import tiny_vae
 
 SIGNATURES = """
-Model(net: 'NestedDiT', config: 'RunConfig', classes: 'tuple[str, ...]', folder: 'Path', step: 'int', _kept: 'TemporaryDirectory[str] | None' = None) -> None
+Model(net: 'NestedDiT', config: 'RunConfig', classes: 'tuple[str, ...]', folder: 'Path', step: 'int', _kept: 'TemporaryDirectory[str] | None' = None, average: 'str | None' = None) -> None
 Model.__call__(self, x: 'Tensor', t: 'Tensor | float', y: 'Tensor | None' = None) -> 'Tensor'
 Model.from_pretrained(name: 'str | Path') -> 'Model'
 Model.push_to_hub(self, repo_id: 'str', *, private: 'bool' = False) -> 'str'
@@ -60,7 +60,7 @@ cost.macs(model: 'ModelConfig') -> 'dict[str, int]'
 cost.parameters(model: 'ModelConfig') -> 'dict[str, int]'
 evaluate(run: 'Trained', num: 'int' = 500, *, data: 'Any' = None, out: 'str | Path | None' = None, seed: 'int' = 0) -> 'Scores'
 inspect(config: 'Any', batch: 'int' = 1, recompute: 'str' = 'none') -> 'Inspection'
-load(name: 'str | Path', device: 'str' = 'auto') -> 'Model'
+load(name: 'str | Path', device: 'str' = 'auto', average: 'str | float | None' = None) -> 'Model'
 match(config: 'RunConfig | str', like: 'Trained | RunConfig', *, by: 'matching.By' = 'macs', tolerance: 'float' = 0.01, fixed: 'Collection[str]' = ()) -> 'RunConfig'
 preset(name: 'str', *sets: 'str', **keys: 'Any') -> 'RunConfig'
 presets.get(name: 'str') -> 'RunConfig'

@@ -22,6 +22,7 @@ from dit_in_dit.data.labels import class_numbers
 from dit_in_dit.metrics import evaluate as evaluation
 from dit_in_dit.metrics import report, subject
 from dit_in_dit.reporting.tables import text_table
+from dit_in_dit.runs.averages import evaluation_folder
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import ROOM, find_run, pretrained_models, results_folder
 from dit_in_dit.runtime.device import pick_device
@@ -105,14 +106,20 @@ def evaluate(run: Trained, num: int = 500, *, data: Any = None, out: str | Path 
     device = next(model.net.parameters()).device
     given = run.data if data is None and isinstance(run, Run) else data
     source = None if given is None else as_source(given, model.config)
-    own: dict[str, Any] = {"decoder": partial(open_decoder, device=device), "averaged": True, "seed": seed}
+    own: dict[str, Any] = {"decoder": partial(open_decoder, device=device), "seed": seed}
+    own["averaged"] = model.average or True
     own["fit"] = partial(fit_to_device, num=num)
     own["source"] = None if isinstance(source, str) else source
     samples = subject.run_subject(model.folder, device, lambda config, names: (config, []), **own)
-    folder = Path(out) if out else results_folder(model.folder, "evaluation") / f"{model.step:07d}"
+    folder = Path(out) if out else _results(model)
     for _ in evaluation.evaluate(samples, subject.reference(source, samples, wanted=2 * num), folder, num):
         pass
     return compare(folder)
+
+
+def _results(model: Model) -> Path:
+    """The folder of a model's evaluation."""
+    return evaluation_folder(results_folder(model.folder, "evaluation") / f"{model.step:07d}", model.average)
 
 
 def compare(*evaluated: Trained | Scores) -> Scores:
@@ -124,7 +131,9 @@ def compare(*evaluated: Trained | Scores) -> Scores:
     """
     folders: list[Path] = []
     for each in evaluated:
-        one = each.folder if isinstance(each, Run | Model) else each
+        one = each.folder if isinstance(each, Run) else each
+        if isinstance(one, Model):
+            one = _results(one) if one.average else one.folder
         folders += one.folders if isinstance(one, Scores) else [find_run(str(one))]
     return Scores(*report.compare_evaluations(folders), folders)
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dit_in_dit.config.averages import average_name
 from dit_in_dit.config.errors import UserError, check_whole
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
@@ -93,6 +94,7 @@ class Model:
     folder: Path
     step: int
     _kept: TemporaryDirectory[str] | None = None  # of weights that were imported
+    average: str | None = None  # name of the average; None: the run's first
 
     def __call__(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
         return self.net(x, t, y)
@@ -166,7 +168,7 @@ class Model:
         """Write a pipeline of `diffusers`, as `export --format pipeline`. Raises UserError."""
         from dit_in_dit.interop.export_pipeline import export
 
-        export(self.folder, Path(folder))
+        export(self.folder, Path(folder), averaged=self.average or True)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the pipeline as USER/NAME; returns its URL. Raises UserError."""
@@ -187,12 +189,14 @@ class Model:
 COSTS = {"parameters": "parameters", "macs": "MACs per image"}
 
 
-def load(name: str | Path, device: str = "auto") -> Model:
+def load(name: str | Path, device: str = "auto", average: str | float | None = None) -> Model:
     """A trained model with its averaged weights. No code of a file is run. UserError if there is no such model.
 
     Args:
         name: a shipped model, a run, a folder that `export` wrote or of diffusers' DiT, a file of the official DiT or
             SiT, or a repository USER/NAME of the Hub.
+        average: another average of the weights, by its decay (0.9996) or length ("length=0.1"); None: the first of
+            train.ema.
 
     >>> dd.load("emoji").classes[:2]
     ('activities', 'animals')
@@ -203,6 +207,8 @@ def load(name: str | Path, device: str = "auto") -> Model:
     if not imported:
         scratch.cleanup()
     saved = Checkpoint.open(folder)
+    averaged = average is None or average_name(saved.config.train.decays[0], str(average))
+    net, kept = saved.model(pick_device(device), averaged=averaged), scratch if imported else None
     return Model(
-        saved.model(pick_device(device)), saved.config, saved.classes, folder, saved.step, scratch if imported else None
+        net, saved.config, saved.classes, folder, saved.step, kept, averaged if isinstance(averaged, str) else None
     )

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dit_in_dit.cli.options import Commands, whole_number
+from dit_in_dit.cli.options import Commands, add_average, chosen_average, whole_number
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.program import format_stages
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 
 FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run", "onnx")
@@ -54,6 +55,7 @@ def add(commands: Commands) -> None:
     give.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
     give.add_argument("--private", action="store_true", help="--push: create a private repository")
     give.add_argument("--raw", action="store_true", help="use trained weights instead of averaged weights")
+    add_average(give)
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
     give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
     give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")
@@ -87,7 +89,8 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from dit_in_dit.interop import hub, import_run
 
-    run, averaged, notes = options.run_folder, not options.raw, list[str]()
+    run, notes = options.run_folder, list[str]()
+    averaged = chosen_average(options, read_config(run))
     equal = options.format == "diffusers" and import_run.fits_diffusers(run, exactly=True)
     if not (options.out or options.push):
         raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
@@ -104,7 +107,7 @@ def _export(options: argparse.Namespace) -> None:
                 raise UserError("--format run holds averaged weights: leave out --raw")
             from dit_in_dit.interop.release import export_release
 
-            export_release(run, out, options.precision, licence=options.licence, name=options.push)
+            export_release(run, out, options.precision, averaged=averaged, licence=options.licence, name=options.push)
         elif options.format == "onnx":
             from dit_in_dit.interop.export_pipeline import export_onnx
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_in_dit.cli.options import (
     Commands,
     add_sampling,
+    chosen_average,
     device_fit,
     make_folder,
     named_guide,
@@ -22,7 +24,9 @@ from dit_in_dit.cli.options import (
 )
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.runs import atomic
+from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run, results_folder
+from dit_in_dit.runtime.process import is_main
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +58,7 @@ def add(commands: Commands) -> None:
     about = "for FID and sFID: an .npz file in ADM's layout (mu, sigma, mu_s, sigma_s)"
     evaluate.add_argument("--statistics", type=Path, metavar="FILE", help=about)
     evaluate.add_argument("--npz", action="store_true", help="also write samples.npz for ADM's evaluator")
-    add_sampling(evaluate, 1000, classes="all, as often as in the training data")
+    add_sampling(evaluate, 1000, classes="all, as often as in the training data", averages="; all: each, and a curve")
     evaluate.add_argument(
         "--batch", type=whole_number, default=64, help="images per batch of the feature networks (default 64)"
     )
@@ -69,8 +73,6 @@ def add(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from dit_in_dit.metrics.evaluate import evaluate, images_of, write_npz
-    from dit_in_dit.metrics.subject import reference
     from dit_in_dit.runtime.device import pick_device
 
     groups = [group for group in options.metrics.split(",") if group]
@@ -79,17 +81,56 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise UserError(f"unknown metrics {group!r}{did_you_mean(group, GROUPS)}")
     device = pick_device(options.device)
     networks, statistics = _networks(options, groups, device)
+    measure = partial(_measure, options, device, networks, statistics)
+    if options.ema == "all":
+        _evaluate_all(options, measure)
+    else:
+        measure()
+
+
+def _evaluate_all(options: argparse.Namespace, measure: Callable[[Path | None], Path]) -> None:
+    """Evaluate each average of a run, then write and print their scores over their lengths."""
+    from dit_in_dit.metrics.average_curve import compare_averages, draw_averages
+    from dit_in_dit.metrics.report import score_table
+    from dit_in_dit.runs.averages import average_names, evaluation_folder
+    from dit_in_dit.runs.checkpoint import Checkpoint
+
+    saved, out = Checkpoint.open(options.subject), options.out
+    folders: dict[str, Path] = {}
+    for name in (str(saved.config.train.decays[0]), *average_names(saved.state())):
+        options.ema, first = name, next(iter(folders.values()), None)
+        options.out = out and evaluation_folder(out, chosen_average(options, saved.config))
+        folders[name] = measure(first and first / "features")
+    if is_main():
+        compared, place = compare_averages(folders, saved.step), next(iter(folders.values()))
+        labels = [f"{name} ({length:.3f})" for name, length in compared["averages"].items()]
+        print_table(*score_table(compared["scores"], labels), title="average (its length relative to the run)")
+        draw_averages(compared, place)
+        print(f"averages.json and averages.png in {place}")
+
+
+def _measure(
+    options: argparse.Namespace,
+    device: torch.device,
+    networks: tuple[Network, ...],
+    statistics: ReferenceStatistics | None,
+    real_features: Path | None = None,
+) -> Path:
+    """Evaluate what the options name; returns the folder of the results."""
+    from dit_in_dit.metrics.evaluate import evaluate, images_of, write_npz
+    from dit_in_dit.metrics.subject import reference
+
     subject, out = _subject(options, device)
     make_folder(out)
     num = min(options.num, subject.count or options.num)
     real = reference(options.against, subject, wanted=2 * num)
-    events = evaluate(subject, real, out, num, batch=options.batch, networks=networks, statistics=statistics)
-    evaluation = _follow(events)
-    if evaluation is None:  # process 0 reports
-        return
-    if options.npz:
-        write_npz(out / "samples.npz", images_of(subject, out, num), num)
-    _report(evaluation, out)
+    how: dict[str, Any] = {"networks": networks, "statistics": statistics, "real_features": real_features}
+    evaluation = _follow(evaluate(subject, real, out, num, batch=options.batch, **how))
+    if evaluation is not None:  # process 0 reports
+        if options.npz:
+            write_npz(out / "samples.npz", images_of(subject, out, num), num)
+        _report(evaluation, out)
+    return out
 
 
 def _networks(
@@ -111,20 +152,22 @@ def _subject(options: argparse.Namespace, device: torch.device) -> tuple[Subject
     """The images to evaluate, and the folder of the evaluation."""
     from dit_in_dit.data.encode import open_decoder
     from dit_in_dit.metrics.subject import files_subject, run_subject
+    from dit_in_dit.runs.averages import evaluation_folder
 
     if (options.subject / "config.yaml").is_file():
+        averaged = chosen_average(options, read_config(options.subject))
         subject = run_subject(
             options.subject,
             device,
             lambda config, names: sampling_config(options, config, names),
             seed=options.seed,
-            averaged=not options.raw,
+            averaged=averaged,
             decoder=lambda data: open_decoder(replace(data, vae=options.vae or data.vae), device),
             fit=device_fit(options),
             guide=named_guide(options, device),
         )
-        step = f"{subject.about['step']:07d}"
-        return subject, options.out or results_folder(options.subject, "evaluation") / step
+        folder = results_folder(options.subject, "evaluation") / f"{subject.about['step']:07d}"
+        return subject, options.out or evaluation_folder(folder, averaged)
     subject = files_subject(options.subject)
     if options.out is None:
         raise UserError("an evaluation of images needs a folder for its results: give --out DIR")

@@ -15,6 +15,7 @@ from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.config.terms import TermsConfig
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
@@ -85,9 +86,11 @@ def _inspect(options: argparse.Namespace) -> None:
         if config.train.optimizer == "muon":
             _add_optimizer(traced, config.model)
             _add_optimizer(plain, without)
-        terms = _terms_cost(config)
+        terms, averages = _terms_cost(config), _averages(config.train, 4 * traced["parameters"]["total"])
     if options.json:
-        print(json.dumps({**traced, **({"terms": terms} if terms else {}), "plain": plain}, indent=1))
+        print(
+            json.dumps({**traced, **{name: part for name, part in further.items() if part}, "plain": plain}, indent=1)
+        )
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
@@ -118,6 +121,9 @@ def _inspect(options: argparse.Namespace) -> None:
             [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
         ]
         print_table(["", "parameters", "MACs", "of the model's step"], rows)
+    print_table(
+        [], [[what, f"{size:,}"] for what, size in further["averages"].items()], title="averages beside the first"
+    )
 
 
 def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:
@@ -134,3 +140,13 @@ def _terms_cost(config: RunConfig) -> dict[str, dict[str, int]]:
     from dit_in_dit.training.terms import terms_cost  # imports the training loop's libraries
 
     return terms_cost(config)
+
+
+def _averages(train: TrainConfig, size: int) -> dict[str, int]:
+    """Memory and files of the averages beside the first, for weights of `size` bytes; empty without any."""
+    further, every = len(train.further_averages), train.ema_snapshot_every
+    memory = {"averages": further, "bytes in memory and in each checkpoint": further * size} if further else {}
+    if not every:
+        return memory
+    count, one = train.steps // every, len(train.ema_lengths or ()) * size
+    return {**memory, "snapshots": count, "bytes of a snapshot": one, "bytes of all snapshots": count * one}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dit_in_dit.cli.options import Commands, add_sampling, make_folder, sampling_config, whole_number
+from dit_in_dit.cli.options import Commands, add_sampling, chosen_average, make_folder, sampling_config, whole_number
 from dit_in_dit.runs.pretrained import find_run, results_folder
 
 MOST_TIMES = 99
@@ -55,7 +55,7 @@ def _maps(options: argparse.Namespace) -> None:
     figure()  # first: a missing matplotlib is reported before the long work
     device = pick_device(options.device)
     saved = Checkpoint.open(options.run_folder)
-    model, names = saved.model(device, averaged=not options.raw), saved.classes
+    model, names = saved.model(device, averaged=chosen_average(options, saved.config)), saved.classes
     config, classes = sampling_config(options, saved.config, names)
     source = open_source_of(options.run_folder, config)
     views = choose(source, config, options.num, options.times, classes)

@@ -15,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dit_in_dit.config import presets
+from dit_in_dit.config.averages import average_name
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.files import from_file, override
 from dit_in_dit.config.run import AUTO, RunConfig
@@ -103,8 +104,11 @@ def add_scale(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scale", type=whole_number, metavar="N", help=about)
 
 
-def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all") -> None:
-    """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes.
+def add_sampling(
+    command: argparse.ArgumentParser, num: int | None = None, *, classes: str = "all", averages: str = ""
+) -> None:
+    """Add the options of sampling, for `sampling_config`, and --device; `classes` describes the default of --classes,
+    `averages` more values of --ema.
     For a command that writes samples, by default `num`: also --num, --micro-batch, --precision, --compile and
     --vae, for `device_fit`."""
     if num is not None:  # -n: under torchrun, --num is a prefix of torchrun's options
@@ -121,6 +125,7 @@ def add_sampling(command: argparse.ArgumentParser, num: int | None = None, *, cl
     about = "times t between which classifier-free guidance is applied (default: the run's)"
     command.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=about)
     command.add_argument("--raw", action="store_true", help="use the trained weights instead of their average")
+    add_average(command, averages)
     if num is not None:
         add_guide(command)
         about = "images per forward pass; last bits of samples depend on it (default: the run's; on CUDA what fits)"
@@ -153,6 +158,23 @@ def named_guide(options: argparse.Namespace, device: torch.device) -> Guide | No
     if options.guide_scale is not None:
         raise UserError("--guide-scale is for autoguidance: name the weak model with --guide RUN")
     return None
+
+
+def add_average(command: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the option --ema, for `chosen_average`."""
+    about = (
+        f"average of the weights, by its decay (0.9996) or length (length=0.1){more} (default: the first of train.ema)"
+    )
+    command.add_argument("--ema", metavar="AVERAGE", help=about)
+
+
+def chosen_average(options: argparse.Namespace, config: RunConfig) -> bool | str:
+    """The weights that --ema and --raw choose, as `Checkpoint.weights` takes them."""
+    if options.ema is None:
+        return not options.raw
+    if options.raw:
+        raise UserError("--ema and --raw exclude each other: give one of them")
+    return average_name(config.train.decays[0], options.ema)
 
 
 def sampling_config(

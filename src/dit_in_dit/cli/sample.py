@@ -12,6 +12,7 @@ from dit_in_dit.cli.options import (
     Commands,
     add_sampling,
     add_scale,
+    chosen_average,
     device_fit,
     make_folder,
     named_guide,
@@ -57,8 +58,11 @@ def _sample(options: argparse.Namespace) -> None:
         from dit_in_dit.sampling.folder import SampleFolder
 
     with TemporaryDirectory() as scratch:
-        device, averaged = pick_device(options.device), not options.raw
-        saved = Checkpoint.open(resolve_run(str(options.run_folder), Path(scratch)))
+        device, saved = (
+            pick_device(options.device),
+            Checkpoint.open(resolve_run(str(options.run_folder), Path(scratch))),
+        )
+        averaged = chosen_average(options, saved.config)
         model = saved.model(device, averaged=averaged)
         config, classes = sampling_config(options, saved.config, saved.classes)
         config = device_fit(options)(model, config)
@@ -86,7 +90,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
     weak = ("guide", "guide_scale", "internal_guidance", "guide_interval")
-    names = ("classes", "steps", "sampler", "guidance", "interval", *weak, "micro_batch", "precision", "vae")
+    names = ("classes", "ema", "steps", "sampler", "guidance", "interval", *weak, "micro_batch", "precision", "vae")
     given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []
     words += [f"{name.replace('_', '-')}{value}" for name, value in given.items() if value is not None]

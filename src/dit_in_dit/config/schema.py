@@ -201,7 +201,11 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 
 def _typed_union(value: Any, hint: Any, name: str, wrong: Callable[[], UserError]) -> Any:
-    """Null or a name if the union has it, or else a value of the union's first type."""
+    """Null or a name if the union has it, a list of values if it has a tuple, or else a value of the union's first
+    type. A list of one value becomes the value."""
+    if get_origin(many := get_args(hint)[-1]) is tuple and isinstance(value, list | tuple):
+        values = _typed(value, many, name)
+        return values[0] if len(values) == 1 else values
     if (value is None and type(None) in get_args(hint)) or (isinstance(value, str) and value in _names(hint)):
         return value
     try:

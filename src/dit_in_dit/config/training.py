@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from dit_in_dit.config.averages import LENGTH, LONGEST, SHORTEST, check_averages
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.schema import PluginKeys, Section, key
 from dit_in_dit.config.terms import TermsConfig
@@ -57,7 +58,26 @@ class TrainConfig(Section):
     warmup: int = key(0, "steps of linear learning-rate warm-up from zero", low=0, high=10**12)
     schedule: Literal["constant", "cosine"] = key("constant", "learning rate after the warm-up; cosine ends at 0")
     label_drop: float = key(0.1, "fraction of labels replaced by the null class, for guidance", low=0, high=1)
-    ema: float = key(0.9999, "decay of the averaged weights; at step n at most (1+n)/(10+n)", low=0, high=0.9999999)
+    ema: float | tuple[float, ...] = key(
+        0.9999,
+        "decay of the averaged weights; at step n at most (1+n)/(10+n); a list: further averages beside the first",
+        low=0,
+        high=0.9999999,
+    )
+    ema_lengths: tuple[float, ...] | None = key(
+        None,
+        "further averages, by length relative to the run (EDM2), such as [0.05, 0.1]; null: none",
+        low=SHORTEST,
+        high=LONGEST,
+        added=4,
+    )
+    ema_snapshot_every: int = key(
+        0,
+        "steps between copies of train.ema_lengths that are never deleted (command average); 0: none",
+        low=0,
+        high=10**12,
+        added=4,
+    )
     dropout: float = key(
         0.0, "share of the outputs of each block's mixing and MLP that training sets to zero", low=0, high=0.9, added=4
     )
@@ -117,6 +137,16 @@ class TrainConfig(Section):
         names = ("epochs",) if self.epochs is None else ("steps",)
         return names if self.terms != TermsConfig() else (*names, "terms")
 
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays of `ema`; the first is that of the run's average."""
+        return self.ema if isinstance(self.ema, tuple) else (self.ema,)
+
+    @property
+    def further_averages(self) -> tuple[str, ...]:
+        """Names of the averages beside the first (config.averages)."""
+        return (*map(str, self.decays[1:]), *(f"{LENGTH}{length}" for length in self.ema_lengths or ()))
+
     def check(self) -> None:
         if self.epochs is not None and self.steps != TrainConfig.steps:
             raise UserError("train.steps and train.epochs exclude each other: give one of them")
@@ -125,6 +155,7 @@ class TrainConfig(Section):
                 "train.keep_every must be a multiple of train.checkpoint_every: "
                 f"got {self.keep_every}, {self.checkpoint_every}"
             )
+        check_averages(self.decays, self.ema_lengths, self.ema_snapshot_every, self.checkpoint_every)
         if self.reduction == "fixed" and self.accumulate & (self.accumulate - 1):
             raise UserError(
                 f"train.accumulate must be a power of two with train.reduction=fixed: got {self.accumulate}"

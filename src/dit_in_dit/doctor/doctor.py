@@ -87,7 +87,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
 def _admit(config: RunConfig, device: torch.device, run: Path | None) -> DoctorSubject:
     """Build the model, measure its initial loss, then load the run's newest checkpoint."""
     config = replace(config, train=replace(config.train, compile=False, evaluate_every=0))
-    cost.check_fits(config.model, device)
+    cost.check_fits(config.model, device, averages=1 + len(config.train.further_averages))
     source = open_source_of(run, config) if run else open_source(config.data, config.model)
     trainer = Trainer(config, source, device)
     initial = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trainer.model.named_parameters()}

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.curves.logs import held_out_errors
 from dit_in_dit.doctor import data_checks
 from dit_in_dit.doctor.data_checks import CheckResult, DoctorSubject, Line, take_examples, zero_loss
 from dit_in_dit.inspection.cost import macs
 from dit_in_dit.model.nested import part_of
 from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.ema import ema_decay
 from dit_in_dit.training.optimizer import adam_direction, reached_by_gradient
 from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.warm_start import is_inner
@@ -48,6 +50,7 @@ def check_training(patient: DoctorSubject) -> CheckResult:
     """Check loss and gradients over the log, or over a `probe` if there is no log."""
     section, train = CheckResult("training"), patient.config.train
     _judge_held_out(section, patient)
+    _judge_averages(section, train)
     if patient.trained and not patient.trainer.optimizer.state:
         seen = "the run holds weights only, no log and no optimizer state: gradients and learning rate cannot be judged"
         section.find("note", "training", seen, "run doctor on the run that was exported, if there is one")
@@ -111,6 +114,17 @@ def check_update_ratios(patient: DoctorSubject) -> dict[str, float]:
         part[0] += float(direction.square().sum())
         part[1] += float(initial.square().sum())
     return {part: rate * math.sqrt(step / weight) for part, (step, weight) in sums.items()}
+
+
+def _judge_averages(section: CheckResult, train: TrainConfig) -> None:
+    """Report averages of train.ema that are equal to the end of the run, because the ramp ends after it for each."""
+    equal = [decay for decay in train.decays if ema_decay(train.steps, decay) < decay]
+    if len(equal) > 1:
+        low = ema_decay(train.steps, 1.0)
+        seen = (
+            f"the averages {', '.join(map(str, equal))} are the same: in {train.steps} steps no decay exceeds {low:.5f}"
+        )
+        section.find("warning", "averages", seen, f"set decays below {low:.5f}, or use train.ema_lengths")
 
 
 def _judge_held_out(section: CheckResult, patient: DoctorSubject) -> None:

@@ -134,10 +134,10 @@ def held_bytes(model: ModelConfig) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
-def check_fits(model: ModelConfig, device: torch.device, moments: float = 2) -> None:
-    """Check that this machine can hold the weights in training, their average, and `moments` optimizer tensors for each
-    weight tensor; a process that is too large would be killed silently. Raises UserError."""
-    copies = 2 + moments if device.type == "cpu" else 1  # the weights, their average and the moments
+def check_fits(model: ModelConfig, device: torch.device, moments: float = 2, averages: int = 1) -> None:
+    """Check that this machine can hold the weights in training, their `averages`, and `moments` optimizer tensors for
+    each weight tensor; a process that is too large would be killed silently. Raises UserError."""
+    copies = 1 + averages + moments if device.type == "cpu" else 1  # the weights, their averages and the moments
     needed, installed = copies * held_bytes(model), installed_memory()
     if needed > installed:
         raise UserError(

@@ -110,8 +110,9 @@ _counted = lru_cache(maxsize=16)(inspect)
 
 
 def _extra_bytes(config: RunConfig) -> float:
-    """Bytes per parameter beside the two moments of AdamW and one average."""
-    return 4 * (moments_per_weight(config.model, config.train.optimizer) - 2)
+    """Bytes per parameter beside the two moments of AdamW and the first average."""
+    train = config.train
+    return 4 * (moments_per_weight(config.model, train.optimizer) - 2 + len(train.further_averages))
 
 
 def _layout(train: TrainConfig, gpus: int, per_node: int, settings: Sequence[str]) -> tuple[dict[str, Any], int]:

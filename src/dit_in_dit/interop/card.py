@@ -32,7 +32,7 @@ Rows = Mapping[str, object]
 
 def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
     """The run's newest evaluation of the weights with this SHA-256; None without an evaluation."""
-    for path in sorted((run / "evaluation").glob("*/metrics.json"), reverse=True):
+    for path in sorted((run / "evaluation").glob("**/metrics.json"), reverse=True):
         with suppress(UserError):  # incomplete, or of another tool
             evaluation = read_json(path)
             if has_form(evaluation, EVALUATION) and evaluation["subject"]["checkpoint"] == weights:
@@ -58,7 +58,7 @@ def card(
 
     Args:
         evaluation: content of `metrics.json` for these weights.
-        weights: averaged or trained.
+        weights: averaged, trained, or which average (config.averages.weights_name).
         decoded: whether a VAE decodes the samples.
         licence: the Hub's name of the weights' licence.
         picture: file name of an image beside the card.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
+from dit_in_dit.config.averages import weights_name
 from dit_in_dit.config.choices import check_travels
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import RunConfig
@@ -31,11 +32,13 @@ READ = ("path", "predict", "split_rank", "split_scale", "split_clamp")  # only k
 DEFAULTS = ("steps", "guidance", "guidance_channels", "interval")
 
 
-def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = None, licence: str = "unknown") -> None:
+def export(
+    run: Path, out: Path, *, averaged: bool | str = True, vae: str | None = None, licence: str = "unknown"
+) -> None:
     """Write the run's newest checkpoint as the folder `out`, complete or not at all.
 
     Args:
-        averaged: the averaged weights; false: the trained ones.
+        averaged: the averaged weights; false: the trained ones; a name: that average (config.averages).
         vae: folder or Hub name of the VAE that decodes the latents; None: the run's own.
         licence: the Hub's name of the weights' licence.
 
@@ -56,7 +59,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
         classes,
         sum(p.numel() for p in model.parameters()),
         evaluation_of(run, saved.sha256(averaged=averaged)),
-        weights="averaged" if averaged else "trained",
+        weights=weights_name(averaged),
         decoded=pipe.vae is not None,
         licence=licence,
         picture="samples.png" if pictures else None,
@@ -69,7 +72,7 @@ def export(run: Path, out: Path, *, averaged: bool = True, vae: str | None = Non
 
 
 @torch.no_grad()
-def export_onnx(run: Path, out: Path, *, averaged: bool = True) -> None:
+def export_onnx(run: Path, out: Path, *, averaged: bool | str = True) -> None:
     """Write the network as an ONNX program: x (N, C, H, W), t (N,) and y (N,), for any N, to `prediction`. UserError if
     there is no such run, `out` exists, or a package is missing.
     """

@@ -139,7 +139,7 @@ def fits_diffusers(run: Path, *, exactly: bool) -> bool:
     return fits and (not exactly or (model.time_embed == "diffusers" and diffusion.predict == "noise"))
 
 
-def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
+def export_official(run: Path, out: Path, *, averaged: bool | str = True) -> list[str]:
     """Write the run's weights as the official code loads them: a `.pt` of tensors by name. Returns notes for the user.
     UserError when the run is no official model, or `out` exists."""
     config, kind, weights = _official_weights(run, averaged=averaged)
@@ -156,7 +156,7 @@ def export_official(run: Path, out: Path, *, averaged: bool = True) -> list[str]
     return [f"{flow} from them"] if kind == "dit" and config.diffusion.path != "ddpm" else []
 
 
-def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str]:
+def export_diffusers(run: Path, out: Path, *, averaged: bool | str = True) -> list[str]:
     """Write the run as a folder of diffusers' `DiTTransformer2DModel`. Returns notes for the user. UserError when the
     run is no plain DiT on the ddpm path with square images and classes, or `out` exists."""
     if not fits_diffusers(run, exactly=False):
@@ -173,7 +173,7 @@ def export_diffusers(run: Path, out: Path, *, averaged: bool = True) -> list[str
     return notes
 
 
-def _official_weights(run: Path, *, averaged: bool) -> tuple[RunConfig, OfficialKind, dict[str, Tensor]]:
+def _official_weights(run: Path, *, averaged: bool | str) -> tuple[RunConfig, OfficialKind, dict[str, Tensor]]:
     """Config, kind and weights of an official model, under official names and in their order, with computed tables."""
     config = read_config(run)
     kind = official.kind_of(config.model)

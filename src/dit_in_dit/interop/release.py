@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from dit_in_dit.config.averages import weights_name
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection import cost
@@ -24,9 +25,16 @@ PICTURE = "samples.png"
 
 
 def export_release(
-    run: Path, out: Path, precision: Precision = "float16", *, licence: str = "unknown", name: str | None = None
+    run: Path,
+    out: Path,
+    precision: Precision = "float16",
+    *,
+    averaged: bool | str = True,
+    licence: str = "unknown",
+    name: str | None = None,
 ) -> None:
-    """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, and a card with `name`.
+    """Write the run `out`, complete or not at all: the newest checkpoint's averaged weights, or another average, and a
+    card with `name`.
 
     The copy can be sampled, evaluated, plotted and exported like any run, and can initialise a new run (`train.init`).
     float16 has three more mantissa bits than bfloat16, and weights are far below its largest value.
@@ -36,22 +44,30 @@ def export_release(
     """
     atomic.check_free(out)
     saved, dtype = Checkpoint.open(run), getattr(torch, precision)
-    weights = saved.weights()
+    weights = saved.weights(averaged=averaged)
     check_weights(weights, str(run))
-    averaged = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    for part, tensor in averaged.items():
+    rounded = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    for part, tensor in rounded.items():
         if not tensor.isfinite().all():
             raise UserError(f"{part} of {run} has a value too large for {precision}: use --precision bfloat16")
     with atomic.folder(out) as beside:
         create_run(beside, saved.config)
-        save(beside, saved.config, saved.step, {}, averaged, saved.classes)
-        if (results := evaluation_of(run, saved.sha256())) and precision != "float32":
+        save(beside, saved.config, saved.step, {}, rounded, saved.classes)
+        if (results := evaluation_of(run, saved.sha256(averaged=averaged))) and precision != "float32":
             note = f"The results are of the weights before they were rounded to {precision}."
             results["warnings"] = [*results.get("warnings", ()), note]
-        write_card(beside, name or out.resolve().name, licence=licence, results=results)
+        words = weights_name(averaged)
+        write_card(beside, name or out.resolve().name, weights=words, licence=licence, results=results)
 
 
-def write_card(run: Path, name: str, *, licence: str = "unknown", results: dict[str, Any] | None = None) -> None:
+def write_card(
+    run: Path,
+    name: str,
+    *,
+    weights: str = "averaged",
+    licence: str = "unknown",
+    results: dict[str, Any] | None = None,
+) -> None:
     """Write README.md of a run, with its evaluation's results, or else `results`, and its picture."""
     saved = newest(run)
     config = saved.config
@@ -62,6 +78,7 @@ def write_card(run: Path, name: str, *, licence: str = "unknown", results: dict[
         list(saved.classes),
         cost.parameters(config.model)["total"],
         evaluation_of(run, saved.sha256()) or results,
+        weights=weights,
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
         use=sampling_instructions(name, config, [plugin["name"] for plugin in saved.manifest.get("plugins", ())]),

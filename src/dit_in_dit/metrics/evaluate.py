@@ -77,6 +77,7 @@ def evaluate(
     batch: int = 64,
     networks: tuple[Network, ...] = (),
     statistics: ReferenceStatistics | None = None,
+    real_features: Path | None = None,
 ) -> Iterator[Progress | Evaluation]:
     """Evaluate the first `num` images into `out/metrics.json`; yields the progress, then the evaluation.
 
@@ -86,6 +87,7 @@ def evaluate(
     Args:
         networks: feature networks of the standard metrics; empty: no standard metric.
         statistics: Inception statistics that replace those of `real` in FID and sFID.
+        real_features: `features` of another evaluation with the same `batch`, to share those of real images.
 
     Raises:
         UserError: there are too few images, `out` holds another evaluation, or a user's metric fails.
@@ -101,7 +103,7 @@ def evaluate(
         for done in shards.fill_shards(out / "samples", num, size, lambda part: {"images": subject.draw(part)}):
             yield Progress("samples", done, num)
     draw = images_of(subject, out, num)
-    stored = [_stored(network, num, real, out / "features", batch) for network in networks]
+    stored = [_stored(network, num, real, out / "features", real_features, batch) for network in networks]
     for network, own, reals in stored:
         yield from _extract(network, draw, own, "samples")
         yield from _extract(network, real.draw, reals, "real images")
@@ -133,10 +135,10 @@ def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any
     return {"samples": subject.samples, "subject": subject.about, **at_once, **precision}
 
 
-def _stored(network: Network, num: int, real: RealImages, folder: Path, batch: int) -> Stored:
+def _stored(network: Network, num: int, real: RealImages, folder: Path, real_folder: Path | None, batch: int) -> Stored:
     """The features of `num` samples and of all real images, in chunks below `folder`."""
     name = f"{network.name}-{network.identity['sha256'][:8]}"
-    reals = Features(folder / f"{name}-{real.about['sha256'][:8]}", real.count, batch)
+    reals = Features((real_folder or folder) / f"{name}-{real.about['sha256'][:8]}", real.count, batch)
     return network, Features(folder / f"{name}-samples", num, batch), reals
 
 

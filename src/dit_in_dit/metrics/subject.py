@@ -74,7 +74,7 @@ def run_subject(
     configure: Callable[[RunConfig, Sequence[str]], tuple[RunConfig, list[int]]],
     *,
     seed: int,
-    averaged: bool,
+    averaged: bool | str,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
     fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,

@@ -22,7 +22,7 @@ from dit_in_dit.config.errors import PluginWarning, UserError, truncate
 from dit_in_dit.config.files import HASH_VERSION, config_hash
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs import integrity
+from dit_in_dit.runs import averages, integrity
 from dit_in_dit.runs.folder import newest_manifest, read_config, read_history
 from dit_in_dit.runs.integrity import Damage, DamagedError, DamagedWarning, verify
 from dit_in_dit.runs.retention import checkpoint_folders, clear_unfinished, move_aside, prune, step_of
@@ -80,8 +80,10 @@ class Checkpoint:
         """Names of the classes, by label."""
         return tuple(self.manifest["classes"])
 
-    def sha256(self, *, averaged: bool = True) -> str:
-        """SHA-256 of the file with the averaged or the trained weights."""
+    def sha256(self, *, averaged: bool | str = True) -> str:
+        """SHA-256 of the file with the averaged or the trained weights; one of its own for a further average."""
+        if isinstance(averaged, str):
+            return averages.average_sha256(self.state(), averaged, self.config.train, self.manifest["sha256"][STATE])
         return self.manifest["sha256"][AVERAGED if averaged else STATE]
 
     def state(self) -> LazyTensors:
@@ -101,14 +103,17 @@ class Checkpoint:
             )
         return state
 
-    def weights(self, *, averaged: bool = True) -> dict[str, Tensor]:
-        """The averaged or the trained weights by the model's names; UserError when there are none."""
+    def weights(self, *, averaged: bool | str = True) -> dict[str, Tensor]:
+        """The averaged or the trained weights by the model's names, or those of a further average, given by its name
+        (config.averages); UserError when there are none."""
+        if isinstance(averaged, str):
+            return averages.average_weights(self.state(), averaged, self.config.train)
         if averaged:
             return load_tensors(self.folder / AVERAGED)
         state = self.trained()  # the optimizer's moments, twice the weights, are not read
         return {name.removeprefix("model."): state[name] for name in state if name.startswith("model.")}
 
-    def model(self, device: torch.device, *, averaged: bool = True) -> NestedDiT:
+    def model(self, device: torch.device, *, averaged: bool | str = True) -> NestedDiT:
         """The model with these weights, in evaluation mode."""
         self.check_model()
         model = NestedDiT(self.config.model)
@@ -188,6 +193,7 @@ def save(
         integrity.write_hashed(beside / "manifest.json", [integrity.seal(manifest)])
         integrity.sync(beside)
         verify(beside)
+        averages.keep_snapshot(run, beside / STATE, manifest, config.train)
         move_aside(target)
         beside.rename(target)
         integrity.sync(folder)
@@ -230,7 +236,7 @@ def newest(run: Path, *, steady: bool = False, step: int | None = None) -> Check
         try:
             manifest = verify(folder)
             if manifest["steady"] or not steady:
-                _check_config(config, folder, manifest)
+                check_config(config, folder, manifest)
                 for name in plugins.changed_sources(manifest):
                     warnings.warn(f"{name} has changed since {folder} was written", PluginWarning, stacklevel=2)
                 return Checkpoint(folder, config, manifest, tuple(passed_over))
@@ -251,7 +257,7 @@ def recorded_data(run: Path) -> dict[str, str] | None:
     return newest_manifest(run).get("data")
 
 
-def _check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+def check_config(config: RunConfig, checkpoint: Path, manifest: Mapping[str, Any]) -> None:
     """UserError when a run's config has changed since a checkpoint of it was written."""
     if manifest["config"] == config_hash(config):
         return

@@ -55,7 +55,7 @@ class SampleFolder:
     config: RunConfig  # how to sample; its `diffusion` and `sample` are used
     classes: Sequence[int] = ()  # class numbers, used cyclically; empty: all classes
     seed: int = 0
-    averaged: bool = True  # the model has the averaged weights
+    averaged: bool | str = True  # the model has the averaged weights, or the average of this name
     decode: ImageDecoder | None = None
     scale: int | None = None  # of the images in grid.png, as for `image_grid`
     guide: Guide | None = None

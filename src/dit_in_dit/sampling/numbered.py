@@ -140,7 +140,7 @@ def sample(
 
 
 def sampling_protocol(
-    config: RunConfig, *, labels: str | Sequence[str], averaged: bool, seed: int, guide: Guide | None = None
+    config: RunConfig, *, labels: str | Sequence[str], averaged: bool | str, seed: int, guide: Guide | None = None
 ) -> dict[str, Any]:
     """The settings that samples depend on, as JSON holds them; `labels` are class names, or a phrase instead. `config`
     has been through `resolve_sample_precision`."""
@@ -148,6 +148,7 @@ def sampling_protocol(
     special: dict[str, Any] = {name: getattr(how, name) for name in ("spacing", "guidance_channels")}
     # Older versions took the times from the installed diffusers. Only the times of this pair have changed since.
     special["time_shift"] = None if (shift := how.shift(config.diffusion)) == 1 else shift
+    special["average"] = averaged if isinstance(averaged, str) else None
     special["times"] = TIMES if (config.diffusion.path, how.sampler) == ("flow", "unipc") else None
     if guide is not None:
         special |= {"guide": guide.sha256, "guide_scale": how.guide_scale}

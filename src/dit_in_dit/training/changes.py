@@ -16,7 +16,7 @@ from dit_in_dit.training.optimizer import learning_rate
 CHANGEABLE = (
     *("train.steps", "train.checkpoint_every", "train.keep_every", "train.sample_every", "train.evaluate_every"),
     *("train.recompute", "train.shard", "train.timeout", "train.skip_most", "train.on_divergence", "train.save"),
-    *("data.workers", "sample."),
+    *("train.ema_snapshot_every", "data.workers", "sample."),
 )
 
 

@@ -166,7 +166,7 @@ class Run(Generator[Event, None, None]):
         if self.model is None:
             check_plugin_parts(config.model)
             moments = 0 if self.optimizer else moments_per_weight(config.model, config.train.optimizer)
-            cost.check_fits(config.model, device, moments)
+            cost.check_fits(config.model, device, moments, averages=1 + len(config.train.further_averages))
         recorded = checkpoint.recorded_data(run) if resumed else None
         source, record = find_source(config, self.data, recorded)  # may take minutes: done before other processes wait
         config = config.resolve_epochs(source.train_size)

@@ -28,7 +28,7 @@ from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch,
 from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.dropout import dropout_keys
-from dit_in_dit.training.ema import Ema
+from dit_in_dit.training.ema import Averages, Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
@@ -87,12 +87,13 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
         self.model.to(device)
-        self.ema, self.terms = Ema(self.model, train.ema), LossTerms(config, self.model).to(device)
+        self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model).to(device)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
         self.net = self._distribute(fall_back)
+        self.averages = Averages(self.model, train)
         self.weights = dict([*self.model.named_parameters(), *self.terms.named_parameters("terms")])
         self.tree = PairwiseSum(self.weights.values()) if train.reduction == "fixed" else None
         make = make_optimizer or partial(optimizers.configured, train, self.model)
@@ -186,6 +187,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not isinstance(self.backward, Graphed))
         self.step += 1
         self.ema.update(self.model, self.step)
+        self.averages.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **terms, **parts}
 
     def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor) -> Tensor:
@@ -253,10 +255,13 @@ class Trainer:
 
     def state(self) -> GatheredTensors:
         """Tensors from which the run can resume: weights and optimizer state by parameter name, and counters."""
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        tensors |= self.terms.state_dict(prefix="terms.")
-        tensors |= optimizers.state_of(self.optimizer, self.weights.items())
+        tensors = self._trained() | optimizers.state_of(self.optimizer, self.weights.items())
         return GatheredTensors(tensors | self.divergence.tensors())
+
+    def _trained(self) -> dict[str, Tensor]:
+        """Weights of the model and of loss terms, and the averages beside the first, by their names in a checkpoint."""
+        weights = self.model.state_dict(prefix="model.") | self.terms.state_dict(prefix="terms.")
+        return {**weights, **self.averages.tensors()}
 
     def averaged_state(self) -> GatheredTensors:
         """The averaged weights."""
@@ -268,10 +273,9 @@ class Trainer:
         an imported run."""
         if not optimizers.is_trained(state):
             raise UserError("imported weights have no optimizer state to resume: sample, evaluate or export them")
-        parts = ((self.model, "model.", state), (self.terms, "terms.", state), (self.ema.model, "", ema))
-        for module, prefix, saved in parts:
-            for name, tensor in module.state_dict().items():
-                local_part(tensor).copy_(local_part(shard_like(saved[prefix + name], tensor)))
+        for tensors, saved in ((self._trained(), state), (self.ema.model.state_dict(), ema)):
+            for name, tensor in tensors.items():
+                local_part(tensor).copy_(local_part(shard_like(saved[name], tensor)))
         optimizers.restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)
 

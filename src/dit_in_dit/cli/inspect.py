@@ -88,9 +88,8 @@ def _inspect(options: argparse.Namespace) -> None:
             _add_optimizer(plain, without)
         terms, averages = _terms_cost(config), _averages(config.train, 4 * traced["parameters"]["total"])
     if options.json:
-        print(
-            json.dumps({**traced, **{name: part for name, part in further.items() if part}, "plain": plain}, indent=1)
-        )
+        further = {name: part for name, part in (("terms", terms), ("averages", averages)) if part}
+        print(json.dumps({**traced, **further, "plain": plain}, indent=1))
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
@@ -121,9 +120,7 @@ def _inspect(options: argparse.Namespace) -> None:
             [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
         ]
         print_table(["", "parameters", "MACs", "of the model's step"], rows)
-    print_table(
-        [], [[what, f"{size:,}"] for what, size in further["averages"].items()], title="averages beside the first"
-    )
+    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
 
 
 def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:

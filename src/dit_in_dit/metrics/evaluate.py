@@ -94,9 +94,7 @@ def evaluate(
     """
     _check_counts(subject, real, num)
     use_full_float32()
-    at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
-    if subject.model is not None and is_compiled(subject.model):
-        at_once["compiled"] = True
+    at_once = _at_once(subject, batch)
     shards.claim_folder(out / "identity.json", _identity(subject, at_once))
     if subject.config is not None:
         size = subject.config.sample.micro_batch
@@ -119,6 +117,13 @@ def evaluate(
     result["made with"] |= at_once
     atomic.write_atomic(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     yield evaluation
+
+
+def _at_once(subject: Subject, batch: int) -> dict[str, int | None]:
+    """Sizes of batches, and compilation, on which last bits depend."""
+    sizes = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
+    compiled = subject.model is not None and is_compiled(subject.model)
+    return {**sizes, "compiled": True} if compiled else sizes
 
 
 def _check_counts(subject: Subject, real: RealImages, num: int) -> None:

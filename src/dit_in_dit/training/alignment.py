@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.strict_json import read_json
+from dit_in_dit.data.augment import augmentation_labels
 from dit_in_dit.data.dinov2 import IMAGENET_DEVIATION, IMAGENET_MEAN, read_dinov2
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, macs_through
 from dit_in_dit.runtime.philox import uniform
@@ -32,7 +33,7 @@ class Sra(Term):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.seed, self.gap, self.patches = config.seed, config.train.terms.sra_gap, config.model.patches
+        self.config, self.gap, self.patches = config, config.train.terms.sra_gap, config.model.patches
         self.distance = config.train.terms.sra_distance
         self.student, self.teacher = (f"outer_blocks.{number}" for number in sra_blocks(config))
         width = config.model.outer.width
@@ -43,11 +44,13 @@ class Sra(Term):
 
     def forward(self, given: Pass) -> Tensor:
         with torch.no_grad():
-            drawn = uniform(self.seed, "terms", given.example).to(given.t.dtype)
+            drawn = uniform(self.config.seed, "terms", given.example).to(given.t.dtype)
             t = given.objective.path.snap((given.t - self.gap * drawn).clamp(0, 1))
             x_t = given.objective.noisy(given.x, given.noise, t)
             # A sharded model must not be left in the middle of its forward pass.
-            target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded)
+            labels = augmentation_labels(self.config, given.example)
+            told = {} if labels is None else {"augment": labels}
+            target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded, **told)
         tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
         return distance(self.distance, tokens, target[:, -self.patches :])
 

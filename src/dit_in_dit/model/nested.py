@@ -152,14 +152,8 @@ class NestedDiT(nn.Module):
         if self.split is not None:
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        time = self.time_embed(t, x.dtype)
-        if augment is not None:
-            if self.augment_embed is None:
-                raise ValueError("this model reads no augmentation labels: set model.augment_labels")
-            time = time + self.augment_embed(augment.to(x.dtype))
-        condition = self._condition(time, self.label_embed(y), y)
-        if keys is not None:
-            condition = condition._replace(dropout=keys)
+        time = self._time(t, augment, x.dtype)
+        condition = self._condition(time, self.label_embed(y), y)._replace(dropout=keys)
         early = state
         for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
             state = stage(state, condition)
@@ -172,6 +166,15 @@ class NestedDiT(nn.Module):
     def _prediction(self, out: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The prediction from the sum of heads, which is the prediction itself unless it is split."""
         return out if self.split is None else self.split(out, noisy, t)
+
+    def _time(self, t: Tensor, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The embedding of times and of augmentation labels (None: as zero labels)."""
+        time: Tensor = self.time_embed(t, dtype)
+        if augment is None:
+            return time
+        if self.augment_embed is None:
+            raise ValueError("this model reads no augmentation labels: set model.augment_labels")
+        return time + self.augment_embed(augment.to(dtype))
 
     def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
         """What conditions the stages, from the embeddings of time and label."""

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.formats.latents import LatentSource
 from dit_in_dit.data.picture import Array, Stored
 from dit_in_dit.data.source import Source
@@ -77,12 +77,13 @@ def check_augmentation(config: RunConfig, source: Source) -> bool:
     return config.data.augment > 0
 
 
-def check_reads_labels(config: RunConfig, model: ModelConfig) -> None:
+def check_reads_labels(config: RunConfig, model: nn.Module) -> None:
     """Check that a model given to train() reads the labels of the run's augmentation. Raises UserError."""
-    if config.data.augment and model.augment_labels != config.model.augment_labels:
+    labels = getattr(getattr(model, "config", None), "augment_labels", 0)
+    if config.data.augment and labels != config.model.augment_labels:
         raise UserError(
             f"data.augment={config.data.augment:g} needs a model with augment_labels={config.model.augment_labels}: "
-            f"got {model.augment_labels}; set data.augment=0"
+            f"got {labels}; set data.augment=0"
         )
 
 

@@ -292,7 +292,7 @@ def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:
     if given is not None and config.train.dropout:
         raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
     if given is not None:
-        check_reads_labels(config, given.config)
+        check_reads_labels(config, given)
         return given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

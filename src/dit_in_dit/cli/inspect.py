@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 from dit_in_dit.cli.options import Commands, add_config, chosen_config, print_table, whole_number
 from dit_in_dit.config import presets
@@ -13,6 +14,7 @@ from dit_in_dit.config.field import FAMILIES, PUBLISHED
 from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
+from dit_in_dit.config.token_drop import TokenDrop
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
 
@@ -76,8 +78,9 @@ def _inspect(options: argparse.Namespace) -> None:
         from dit_in_dit.inspection.trace import inspect
 
         config = chosen_config(options)
-        traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
-        plain = inspect(replace(config.model, use_inner=False), options.batch, config.train.recompute)
+        how: Any = {"batch": options.batch, "recompute": config.train.recompute, "token_drop": config.token_drop}
+        traced = inspect(config.model, **how)  # imports torch._dynamo
+        plain = inspect(replace(config.model, use_inner=False), **how)
     if options.json:
         print(json.dumps({**traced, "plain": plain}, indent=1))
         return
@@ -88,8 +91,11 @@ def _inspect(options: argparse.Namespace) -> None:
         ("token_layers", "per image: a token in a block"),
         ("parameters", ""),
         ("macs", "per image, forward"),
+        ("training_macs", "per image, a step with token dropping"),
         ("activation_bytes", "kept for the backward pass, float32, whole batch"),
     ):
+        if name not in plain:
+            continue
         large, scale = next((unit, s) for unit, s in (("G", 1e9), ("M", 1e6), ("", 1)) if plain[name]["total"] >= s)
         print(f"\n{name.replace('_', ' ')}{f', {what}' if what else ''}{f', in {large}' if large else ''}")
         rows = []
@@ -99,3 +105,16 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
+    if drop := config.token_drop:
+        print(f"\n{_about(drop, config.model)}")
+
+
+def _about(drop: TokenDrop, model: ModelConfig) -> str:
+    """Line about the cost of a training step with token dropping."""
+    from dit_in_dit.inspection.cost import training_macs
+
+    share = training_macs(model, drop)["total"] / training_macs(model)["total"]
+    return (
+        f"token dropping in training: outer blocks {drop.first} to {drop.last} see {drop.kept} of {model.patches} "
+        f"patches; a step has {share:.3f} of the dense step's MACs; activations are those of such a step"
+    )

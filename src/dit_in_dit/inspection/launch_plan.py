@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, run_macs
 from dit_in_dit.inspection.trace import inspect
 
 # name: memory in GB, peak of dense bfloat16 products in TFLOPS; from NVIDIA's data sheets
@@ -78,13 +78,16 @@ def recipe(
     capacity, peak = GPUS[gpu]
     train = config.train
     for recompute in dict.fromkeys((train.recompute, "both")):
-        one = _counted(config.model, 1, recompute)
+        one = _counted(config.model, 1, recompute, token_drop=config.lasting_token_drop)
+        macs = one["macs"]["total"]
+        if config.token_drop:  # the mean of all steps
+            macs = run_macs(config, train.steps) / (FORWARDS_PER_STEP * train.steps * total)
         state = STATE_BYTES * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
             memory = state + rows * one["activation_bytes"]["total"]
             if memory <= ROOM * capacity * 1e9:
-                flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * one["macs"]["total"] * total
+                flops = FLOPS_PER_MAC["none" if recompute == "none" else "both"] * macs * total
                 step = flops / (gpus * peak * 1e12 * mfu)
                 keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute}
                 changed = [f"train.{key}={value}" for key, value in keys.items() if value != getattr(train, key)]

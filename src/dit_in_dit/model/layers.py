@@ -80,7 +80,8 @@ class QkNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions."""
+    """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions, those of
+    the tokens' `places` (B, L) if given."""
 
     def __init__(
         self, width: int, num_heads: int, *, qk_norm: bool = False, bias: bool = True, rope: Rope | None = None
@@ -96,23 +97,23 @@ class Attention(nn.Module):
         """Queries, keys and values in one tensor, (B, L, 3, heads, d), without norm and rotation."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
-        return self._apart(self.packed(x))
+        return self._apart(self.packed(x), *places)
 
-    def _apart(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _apart(self, qkv: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
         q, k, v = unpack(qkv)  # in this order of axes, which saves a copy in the backward pass
         if self.qk_norm:
             q, k = self.qk_norm(q, k)
         if self.rope:
-            q, k = self.rope(q, k)
+            q, k = self.rope(q, k, *places)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *places: Tensor) -> Tensor:
         qkv = self.packed(x)
         if self._is_packed_tiny(qkv):
             return self.proj(packed_tiny_attention(qkv).transpose(1, 2).flatten(2))
-        return self.proj(attend(*self._apart(qkv)).transpose(1, 2).flatten(2))  # B L D
+        return self.proj(attend(*self._apart(qkv, *places)).transpose(1, 2).flatten(2))  # B L D
 
     def _is_packed_tiny(self, qkv: Tensor) -> bool:
         if self.qk_norm or self.rope or qkv.shape[1] > kernels_of(qkv.device).tiny_up_to or in_transform():
@@ -131,6 +132,7 @@ class Block(nn.Module):
 
     The condition is broadcast over the tokens, so that one row modulates all tokens of its group. Outer tokens
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
+    `places` goes to `mix`: rows of its rotary positions.
     """
 
     def __init__(self, mix: nn.Module, mlp: Mlp, norms: tuple[Norm, Norm], modulation: BlockModulation) -> None:
@@ -139,9 +141,12 @@ class Block(nn.Module):
         self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
         self.modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *places: Tensor) -> Tensor:
         vectors, count = self.modulation(c), self.modulation.per_branch
-        x = self.modulation.branch(x, self.norm_mix, self.branches["mix"], *vectors[:count])
+        mix: Callable[[Tensor], Tensor] = self.branches["mix"]
+        if places:
+            mix = lambda x: self.branches["mix"](x, *places)  # noqa: E731  # places stay positional, for hooks
+        x = self.modulation.branch(x, self.norm_mix, mix, *vectors[:count])
         return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *vectors[count:])
 
 

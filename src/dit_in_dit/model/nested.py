@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from dit_in_dit.model.mlps import MLPS
 from dit_in_dit.model.modulation import MODULATIONS, Modulation
 from dit_in_dit.model.norms import NORMS
 from dit_in_dit.model.rope import patch_rope
+from dit_in_dit.model.route import Route
 from dit_in_dit.model.split import SplitOutput
 from dit_in_dit.model.stages import AggregateStage, Head, InnerStage, OuterStage, SpreadStage, State
 
@@ -85,7 +87,8 @@ class NestedDiT(nn.Module):
             if level == "outer":
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
-                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start))
+                where: dict[str, Any] = {"start": start, "first": done}
+                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], **where))
                 done += count
             else:
                 condition = CONDITIONS[model.inner.condition](model) if left <= model.row_stages else None
@@ -96,7 +99,7 @@ class NestedDiT(nn.Module):
             previous = level
         return stages
 
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None, *, route: Route | None = None) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -104,6 +107,7 @@ class NestedDiT(nn.Module):
             t: times (N,) in [0, 1], or one time for all; always in float32, whatever the dtype of the weights. 1 is
                 pure noise.
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
+            route: patches that bypass outer blocks, in training; None: all patches go through all blocks.
 
         Returns:
             The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
@@ -119,20 +123,20 @@ class NestedDiT(nn.Module):
         if self.split is not None:
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
+        condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y, route)
         for stage in self.stages:  # the program, one arrow per stage
             state = stage(state, condition)
         out = reduce(torch.add, [head(state, condition) for head in self.heads])  # N C H W
         return out if self.split is None else self.split(out, noisy, at)
 
-    def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
+    def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None, route: Route | None) -> Conditioning:
         """What conditions the stages, from the embeddings of time and label."""
         c = time + label if self.config.tokens.adaln else time  # type: ignore[operator]
         if self.config.silu_twice:
             c = F.silu(c)
         tokens = self.tokens(time, label, y) if self.tokens else None
         shared = torch.cat(self.shared_modulation(c), dim=-1) if self.shared_modulation else None
-        return Conditioning(c, time, tokens, shared)
+        return Conditioning(c, time, tokens, shared, route)
 
 
 def _check_inputs(model: ModelConfig, x: Tensor, t: Tensor, y: Tensor | None) -> None:

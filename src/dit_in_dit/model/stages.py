@@ -14,17 +14,17 @@ from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Refine, Spread
 from dit_in_dit.model.condition import CONDITIONS, Condition, Conditioning
 from dit_in_dit.model.embed import Unpatch
-from dit_in_dit.model.layers import Block, FinalLayer, MlpBlock
+from dit_in_dit.model.layers import FinalLayer
 from dit_in_dit.model.modulation import Modulation, SharedHead
 from dit_in_dit.model.norms import NORMS
 
-AnyBlock = Block | MlpBlock
-Run = Callable[[AnyBlock, Tensor, Tensor], Tensor]
+Run = Callable[..., Tensor]  # of a block and its arguments
 
 
-def run_block(block: AnyBlock, x: Tensor, c: Tensor) -> Tensor:
+def run_block(block: nn.Module, *arguments: Tensor) -> Tensor:
     """The block's output; activations are kept for the backward pass."""
-    return block(x, c)
+    output: Tensor = block(*arguments)
+    return output
 
 
 _recomputed: Run = partial(checkpoint, use_reentrant=False)
@@ -41,22 +41,37 @@ class State(NamedTuple):
 
 
 class OuterStage(nn.Module):
-    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on."""
+    """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on.
 
-    def __init__(self, blocks: Iterable[nn.Module], level: OuterConfig, *, recompute: bool, start: int | None) -> None:
+    `first` is the number of the first block in the model. In training, some patches may bypass blocks (see `Route`).
+    """
+
+    def __init__(
+        self, blocks: Iterable[nn.Module], level: OuterConfig, *, recompute: bool, start: int | None, first: int = 0
+    ) -> None:
         super().__init__()
         self.run = _recomputed if recompute else run_block
         self.blocks, self.shared, self.start = nn.ModuleList(blocks), level.modulation == "shared", start
+        self.first, self.has_places = first, level.rope != "none"
         self.name = f"outer*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
         tokens, patches = state.tokens, state.outer.shape[1]
         row = condition.row(self.shared)[:, None]  # N 1 K
         x = state.outer if tokens is None else torch.cat([tokens, state.outer], dim=1)
+        route = condition.route
+        short = route.within(self.first, len(self.blocks)) if route else range(0)
         for number, block in enumerate(self.blocks):
             if number == self.start:
                 x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
-            x = self.run(block, x, row)  # type: ignore[arg-type]
+            if route is None or number not in short:
+                x = self.run(block, x, row)
+                continue
+            if number == short[0]:
+                x, before = route.enter(x, patches), x
+            x = self.run(block, x, row, *([route.places(x.shape[1])] if self.has_places else []))
+            if number == short[-1]:
+                x = route.leave(x, before, patches)
         if tokens is None and self.start is None:
             return State(x, state.inner, None, state.rows)
         tokens, outer = x[:, :-patches], x[:, -patches:]
@@ -88,7 +103,7 @@ class InnerStage(nn.Module):
         if self.carries:
             x = torch.cat([tokens, x.flatten(1, 2)], dim=1)  # type: ignore[list-item]
         for block in self.blocks:
-            x = self.run(block, x, rows.flatten(1, 2) if self.carries else rows)  # type: ignore[arg-type]
+            x = self.run(block, x, rows.flatten(1, 2) if self.carries else rows)
         if self.carries:
             places = state.inner.shape[1] * state.inner.shape[2]
             tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)

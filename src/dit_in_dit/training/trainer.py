@@ -24,13 +24,14 @@ from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
-from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
+from dit_in_dit.training.batches import Batch, Examples, Packed, Unpacker, held_out_batch, principal_patches
 from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.ema import Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
+from dit_in_dit.training.routing import Routing
 from dit_in_dit.training.sharding import GatheredTensors, local_part, replicate_like, shard, shard_like
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
@@ -73,6 +74,7 @@ class Trainer:
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
+        self.routing = Routing(config, Examples(source, config, self.world.rank, self.world.size), self.model)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
@@ -105,7 +107,8 @@ class Trainer:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
         if self.config.train.compile in (True, "graphs"):
-            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
+            by_length = self.routing.drop is not None
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back, by_length=by_length)
         if self.sharded:
             shard(self.model)
             shard(self.ema.model)
@@ -150,8 +153,9 @@ class Trainer:
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = self.unpack(batch)
+            keep = self.routing.keep(self.step, self.divergence.shift, number - 1, self.device)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y))
+                losses.append(self.backward(count, x, noise, t, y, *keep))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -167,10 +171,10 @@ class Trainer:
         self.ema.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **parts}
 
-    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, *keep: Tensor) -> Tensor:
         """Losses of a micro-batch of N examples, one of `count`, whose gradients are added to those of the weights."""
         with self.autocast():
-            each = self.objective.loss(self.net, x, noise, t, y)
+            each = self.objective.loss(self.routing.through(self.net, *keep), x, noise, t, y)
         (each.mean() / count).backward()  # type: ignore[no-untyped-call]
         return each.detach()
 

@@ -1,0 +1,67 @@
+"""Patches that bypass outer blocks in training: which of them stay is a function of (seed, example)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.token_drop import find_token_drop
+from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.rope import Rope
+from dit_in_dit.model.route import Route
+from dit_in_dit.runtime.philox import words
+from dit_in_dit.training.batches import Examples
+
+
+def kept_patches(seed: int, examples: Tensor, patches: int, kept: int) -> Tensor:
+    """Patches that stay (N, kept), ascending, for examples (N,), int64: a random subset for each, the same on every
+    device."""
+    draw = words(seed, "token_drop", examples, patches)
+    order = draw * patches + torch.arange(patches, device=draw.device)  # no ties: devices break them differently
+    return order.argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+class Routing:
+    """Routes of a run's micro-batches in one process; `drop` is None if no patch ever bypasses a block.
+
+    Raises:
+        UserError: the model was given to train() and takes no route, or its rotary positions are a plug-in's own.
+    """
+
+    def __init__(self, config: RunConfig, examples: Examples, model: nn.Module) -> None:
+        self.seed, self.steps, self.examples = config.seed, config.train.token_drop_steps, examples
+        own = getattr(model, "config", config.model)
+        self.drop = find_token_drop(config.train, own)
+        if self.drop is None:
+            return
+        if not isinstance(model, NestedDiT) or "route" not in signature(type(model).forward).parameters:
+            name = type(model).__name__
+            raise UserError(f"train.token_drop needs a NestedDiT whose forward takes a route: got {name}; set it to 0")
+        self.patches = own.patches
+        for module in model.outer_blocks.modules():
+            if isinstance(module, Rope) and "rows" not in signature(type(module).forward).parameters:
+                name = f"{type(module).__name__}.forward"
+                raise UserError(f"train.token_drop: {name} must take `rows` of the tokens, as Rope.forward does")
+
+    def keep(self, step: int, shift: int, number: int, device: torch.device) -> tuple[Tensor, ...]:
+        """The patches that stay in micro-batch `number` of this process in a step, as one tensor; empty if all do.
+
+        `shift` is the number of steps whose examples were left out. The host does not wait for the device.
+        """
+        if self.drop is None or (self.steps is not None and step >= self.steps):
+            return ()
+        rows = self.examples.indices((step + shift) * self.examples.per_step + number)
+        examples = torch.arange(rows.start, rows.stop, device=device)
+        return (kept_patches(self.seed, examples, self.patches, self.drop.kept),)
+
+    def through(self, net: nn.Module, *keep: Tensor) -> Callable[..., Tensor]:
+        """The network with the patches of `keep`, if there are any, as a function of x, t and y."""
+        if self.drop is None or not keep:
+            return net
+        return partial(net, route=Route(keep[0], self.drop.first, self.drop.last))

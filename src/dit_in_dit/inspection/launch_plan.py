@@ -81,7 +81,7 @@ def recipe(
         one = _counted(config.model, 1, recompute, token_drop=config.lasting_token_drop)
         macs = one["macs"]["total"]
         if config.token_drop:  # the mean of all steps
-            macs = run_macs(config, train.steps) / (FORWARDS_PER_STEP * train.steps * total)
+            macs = float(run_macs(config, train.steps)) / (FORWARDS_PER_STEP * train.steps * total)
         state = STATE_BYTES * one["parameters"]["total"]
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus

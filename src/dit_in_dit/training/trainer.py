@@ -74,7 +74,6 @@ class Trainer:
         if train.init and fresh:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
-        self.routing = Routing(config, Examples(source, config, self.world.rank, self.world.size), self.model)
         self.model.to(device)
         self.ema = Ema(self.model, train.ema)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
@@ -106,6 +105,8 @@ class Trainer:
     def _distribute(self, fall_back: bool) -> nn.Module:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
+        examples = Examples(self.source, self.config, self.world.rank, self.world.size)
+        self.routing = Routing(self.config, examples, self.model)
         if self.config.train.compile in (True, "graphs"):
             by_length = self.routing.drop is not None
             compile_blocks(self.model, self.ema.model, fall_back=fall_back, by_length=by_length)

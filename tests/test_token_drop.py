@@ -384,10 +384,10 @@ def test_rotary_positions_of_ones_own_must_take_rows(long, monkeypatch):
 def test_the_numbers_of_a_micro_batch_decide_and_later_steps_are_dense(long):
     config = with_train(long, accumulate=2, token_drop_steps=3)
     trainer = Trainer(config, open_source(config.data, config.model), CPU)
-    (keep,) = trainer.routing.keep(2, 10, 1, CPU)
+    (keep,) = trainer.routing.keep(2, 10, 1, torch.zeros(2))
     first = (2 + 10) * 4 + 2
     assert torch.equal(keep, kept_patches(config.seed, torch.arange(first, first + 2), 256, 64))
-    assert trainer.routing.keep(3, 10, 0, CPU) == ()
+    assert trainer.routing.keep(3, 10, 0, torch.zeros(2)) == ()
 
 
 @pytest.mark.parametrize("noise", ["host", "device"])

@@ -130,5 +130,5 @@ class _Lengths(dict[int, _Kind]):
         self[length] = self.make()
         return self[length]
 
-    def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any) -> Any:
-        return self[x.shape[1]](block, x, *arguments)
+    def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return self[x.shape[1]](block, x, *arguments, **keywords)

@@ -141,11 +141,11 @@ class Block(nn.Module):
         self.branches = nn.ModuleDict({"mix": mix, "mlp": mlp})
         self.modulation = modulation
 
-    def forward(self, x: Tensor, c: Tensor, *places: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, *, places: Tensor | None = None) -> Tensor:
         vectors, count = self.modulation(c), self.modulation.per_branch
         mix: Callable[[Tensor], Tensor] = self.branches["mix"]
-        if places:
-            mix = lambda x: self.branches["mix"](x, *places)  # noqa: E731  # places stay positional, for hooks
+        if places is not None:
+            mix = lambda x: self.branches["mix"](x, places)  # noqa: E731  # positional: hooks do not see keywords
         x = self.modulation.branch(x, self.norm_mix, mix, *vectors[:count])
         return self.modulation.branch(x, self.norm_mlp, _with_rows(self.branches["mlp"], c), *vectors[count:])
 

@@ -21,9 +21,9 @@ from dit_in_dit.model.norms import NORMS
 Run = Callable[..., Tensor]  # of a block and its arguments
 
 
-def run_block(block: nn.Module, *arguments: Tensor) -> Tensor:
+def run_block(block: nn.Module, *arguments: Tensor, **keywords: Tensor) -> Tensor:
     """The block's output; activations are kept for the backward pass."""
-    output: Tensor = block(*arguments)
+    output: Tensor = block(*arguments, **keywords)
     return output
 
 
@@ -69,7 +69,8 @@ class OuterStage(nn.Module):
                 continue
             if number == short[0]:
                 x, before = route.enter(x, patches), x
-            x = self.run(block, x, row, *([route.places(x.shape[1])] if self.has_places else []))
+            where = {"places": route.places(x.shape[1])} if self.has_places else {}
+            x = self.run(block, x, row, **where)
             if number == short[-1]:
                 x = route.leave(x, before, patches)
         if tokens is None and self.start is None:

@@ -49,15 +49,16 @@ class Routing:
                 name = f"{type(module).__name__}.forward"
                 raise UserError(f"train.token_drop: {name} must take `rows` of the tokens, as Rope.forward does")
 
-    def keep(self, step: int, shift: int, number: int, device: torch.device) -> tuple[Tensor, ...]:
-        """The patches that stay in micro-batch `number` of this process in a step, as one tensor; empty if all do.
+    def keep(self, step: int, shift: int, number: int, x: Tensor) -> tuple[Tensor, ...]:
+        """The patches that stay in micro-batch `number` (images x) of this process in a step, as one tensor on the
+        device of x; empty if all do.
 
         `shift` is the number of steps whose examples were left out. The host does not wait for the device.
         """
         if self.drop is None or (self.steps is not None and step >= self.steps):
             return ()
-        rows = self.examples.indices((step + shift) * self.examples.per_step + number)
-        examples = torch.arange(rows.start, rows.stop, device=device)
+        first = self.examples.indices((step + shift) * self.examples.per_step + number).start
+        examples = torch.arange(first, first + len(x), device=x.device)
         return (kept_patches(self.seed, examples, self.patches, self.drop.kept),)
 
     def through(self, net: nn.Module, *keep: Tensor) -> Callable[..., Tensor]:

@@ -154,7 +154,7 @@ class Trainer:
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
             x, noise, t, y, _ = self.unpack(batch)
-            keep = self.routing.keep(self.step, self.divergence.shift, number - 1, self.device)
+            keep = self.routing.keep(self.step, self.divergence.shift, number - 1, x)
             with self._accumulating(last=number == len(batches)), explain_failures():
                 losses.append(self.backward(count, x, noise, t, y, *keep))
             if self.tree:

@@ -391,7 +391,7 @@ def test_the_numbers_of_a_micro_batch_decide_and_later_steps_are_dense(long):
 
 
 @pytest.mark.parametrize("noise", ["host", "device"])
-def test_a_stopped_run_resumes_bit_for_bit(long, noise, tmp_path):
+def test_a_stopped_run_with_token_dropping_resumes_bit_for_bit(long, noise, tmp_path):
     config = with_train(long, noise=noise, token_drop_steps=3, accumulate=2)
     whole = trained(config, tmp_path / "whole")
     trained(config, tmp_path / "parts", until=2)
@@ -416,7 +416,7 @@ def test_held_out_errors_and_samples_are_those_of_all_patches(long, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_one_process_and_two_have_the_same_bits(long, tmp_path):
+def test_token_dropping_has_the_same_bits_on_one_and_two_processes(long, tmp_path):
     config = with_train(long, reduction="fixed", accumulate=2, token_drop_steps=3)
     trained(config, tmp_path / "alone")
     for turn, (world, until) in enumerate(((1, 1), (2, 3), (1, 4))):

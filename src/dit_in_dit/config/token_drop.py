@@ -9,7 +9,7 @@ from dit_in_dit.config.model import ModelConfig
 from dit_in_dit.config.training import TrainConfig
 
 LEAST_PATCHES = 256  # with fewer, the blocks are a small part of a step, and nothing published drops tokens
-ENDS = 2  # dense outer blocks at each end by default, as in SPRINT (Park et al. 2025) and, for 28 blocks, in TREAD
+ENDS = 2  # dense outer blocks at each end by default, as in SPRINT's XL (Park et al. 2025)
 
 
 @dataclass(frozen=True)

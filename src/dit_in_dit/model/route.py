@@ -1,4 +1,4 @@
-"""Routes of patches around outer blocks in training (TREAD, Krause et al. 2025, section 3)."""
+"""Routes of patches around outer blocks in training (TREAD, Krause et al. 2025)."""
 
 from __future__ import annotations
 

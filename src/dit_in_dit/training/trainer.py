@@ -79,8 +79,7 @@ class Trainer:
         self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
         if self.sharded and model is not None and self.world.is_main:
             self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-        self.net = self._distribute(fall_back)
-        self.averages = Averages(self.model, train)
+        self.net, self.averages = self._distribute(fall_back), Averages(self.model, train)
         self.tree = PairwiseSum(self.model.parameters()) if train.reduction == "fixed" else None
         self.weights = dict(self.model.named_parameters())
         make = make_optimizer or (lambda groups: optimizers.OPTIMIZERS[train.optimizer](groups, train))

@@ -74,7 +74,7 @@ def test_if_no_image_fits_activations_are_recomputed_and_then_the_plan_is_refuse
     plain = recipe("dit-in-dit-xl2", preset, 8, gpu="h200")
     assert tight.step / plain.step == pytest.approx(8 / 6 * 989 / 165)
     wide = override(presets.get("dit-s8"), ["model.outer.width=12288", "model.depth=3"])
-    with pytest.raises(UserError, match="do not fit into 24 GB"):
+    with pytest.raises(UserError, match="exceed 24 GB"):
         recipe("dit-s8", wide, 64, gpu="rtx4090")
 
 

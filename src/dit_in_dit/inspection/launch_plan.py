@@ -81,7 +81,6 @@ def recipe(
         raise UserError(f"--gpus must divide the {total} examples of a step: got {gpus}")
     (capacity, peak), train, size = GPUS[gpu], config.train, sizes(config.model)
     extra, (layout, copy) = _extra_bytes(config), _layout(train, gpus, per_node, settings)
-    saved = (SAVED_BYTES + extra) * size.total
     for recompute in dict.fromkeys((train.recompute, "selective", "both")):
         one = _counted(config.model, 1, recompute, token_drop=config.lasting_token_drop)
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
@@ -99,11 +98,10 @@ def recipe(
                     *(gpus, total // accumulate, accumulate, rows, recompute, memory),
                     *(step, step * train.steps / 3600, total / step, copy, state),
                     *traffic(size, gpus, per_node, copy, accumulate),
-                    *(saved, saved / DISK),
+                    *_saving(size.total, extra),
                     _sky(preset, [*settings, *changed], gpus, per_node, gpu),
                 )
-    misfit = f"one image of {preset} and the model's state do not fit into {capacity} GB (--gpu {gpu})"
-    raise UserError(f"{misfit}: choose a GPU with more memory")
+    raise UserError(f"one image of {preset} and the state exceed {capacity} GB (--gpu {gpu}): choose a larger GPU")
 
 
 _counted = lru_cache(maxsize=16)(inspect)
@@ -120,6 +118,12 @@ def _extra_bytes(config: RunConfig) -> float:
     """Bytes per parameter beside the two moments of AdamW and the first average."""
     train = config.train
     return 4 * (moments_per_weight(config.model, train.optimizer) - 2 + len(train.further_averages))
+
+
+def _saving(parameters: int, extra: float) -> tuple[float, float]:
+    """Bytes of a checkpoint, and seconds to write it."""
+    saved = (SAVED_BYTES + extra) * parameters
+    return saved, saved / DISK
 
 
 def _layout(train: TrainConfig, gpus: int, per_node: int, settings: Sequence[str]) -> tuple[dict[str, Any], int]:

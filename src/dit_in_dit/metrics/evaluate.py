@@ -89,14 +89,11 @@ def evaluate(
         statistics: Inception statistics that replace those of `real` in FID and sFID.
         real_features: `features` of another evaluation with the same `batch`, to share those of real images.
 
-    Raises:
-        UserError: there are too few images, `out` holds another evaluation, or a user's metric fails.
+    UserError if there are too few images, `out` holds another evaluation, or a user's metric fails.
     """
     _check_counts(subject, real, num)
     use_full_float32()
-    at_once = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
-    if subject.model is not None and is_compiled(subject.model):
-        at_once["compiled"] = True
+    at_once = _at_once(subject, batch)
     shards.claim_folder(out / "identity.json", _identity(subject, at_once))
     if subject.config is not None:
         size = subject.config.sample.micro_batch
@@ -110,15 +107,21 @@ def evaluate(
     if not is_main():
         return
     yield Progress("pixel metrics", 0, 1)
-    evaluation = _measure_pixels(subject, draw, real, num)
+    result = (evaluation := _measure_pixels(subject, draw, real, num)).result
     yield Progress("pixel metrics", 1, 1)
-    result = evaluation.result
     yield from _add_scores(result, stored, statistics)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
     atomic.write_atomic(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     yield evaluation
+
+
+def _at_once(subject: Subject, batch: int) -> dict[str, int | None]:
+    """Sizes of batches, and compilation, on which last bits depend."""
+    sizes = {"batch": batch, "micro_batch": subject.config.sample.micro_batch if subject.config else None}
+    compiled = subject.model is not None and is_compiled(subject.model)
+    return {**sizes, "compiled": True} if compiled else sizes
 
 
 def _check_counts(subject: Subject, real: RealImages, num: int) -> None:

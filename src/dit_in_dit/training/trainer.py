@@ -91,9 +91,8 @@ class Trainer:
         self.model.to(device)
         self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model).to(device)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
-        self.unsharded: NestedDiT | None = None  # unsharded copy for sampling, if the model was given to train()
-        if self.sharded and model is not None and self.world.is_main:
-            self.unsharded = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        keeps = self.sharded and model is not None and self.world.is_main
+        self.unsharded = _whole_copy(self.model) if keeps else None  # for sampling, if the model was given to train()
         self.net = self._distribute(fall_back)
         self.averages = Averages(self.model, train)
         self.weights = dict([*self.model.named_parameters(), *self.terms.named_parameters("terms")])
@@ -107,8 +106,8 @@ class Trainer:
         self.backward = Graphed(self._backward, self.weights.values()) if train.compile == "graphs" else self._backward
         self.step, self.unpack, self.divergence = 0, Unpacker(config.seed, device), Divergence()
         self.each = torch.zeros(0)  # losses of the last step's examples of all processes, in order
-        evaluates = train.evaluate_every and source.held_out_size
-        self.held_out = held_out_batch(source, config.model, HELD_OUT_IMAGES) if evaluates else None
+        few = HELD_OUT_IMAGES if train.evaluate_every and source.held_out_size else 0
+        self.held_out = held_out_batch(source, config.model, few) if few else None
 
     def _find_subspace(self, fresh: bool) -> None:
         """Compute the subspace of a split prediction from the training images, unless the model has one or gets one."""
@@ -283,6 +282,10 @@ class Trainer:
                 local_part(tensor).copy_(local_part(shard_like(saved[name], tensor)))
         optimizers.restore_state(self.optimizer, self.weights.items(), state)
         self.step, self.divergence = step, Divergence.read(state)
+
+
+def _whole_copy(model: NestedDiT) -> NestedDiT:
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
 
 
 def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:

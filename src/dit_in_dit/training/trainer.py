@@ -87,7 +87,7 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
         self.model.to(device)
-        self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model).to(device)
+        self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model, source).to(device)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         keeps = self.sharded and model is not None and self.world.is_main
         self.unsharded = _whole_copy(self.model) if keeps else None  # for sampling, if the model was given to train()
@@ -169,9 +169,9 @@ class Trainer:
         # DDP averages over processes, the tree sums the micro-batches of all.
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
-            x, noise, t, y, _, example = self.unpack(batch)
+            x, noise, t, y, _, example, features = self.unpack(batch)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y, example))
+                losses.append(self.backward(count, x, noise, t, y, example, features))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -189,12 +189,14 @@ class Trainer:
         self.averages.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **terms, **parts}
 
-    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor) -> Tensor:
+    def _backward(
+        self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor, features: Tensor
+    ) -> Tensor:
         """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
         are added to those of the weights."""
         with self.autocast(), self.terms.recorded(self.model) as outputs:
             each = self.objective.loss(self._network(example), x, noise, t, y)
-            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded)
+            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded, features)
             total, alone = self.terms.add_to(each, given)
         (total.mean() / count).backward()  # type: ignore[no-untyped-call]
         return alone

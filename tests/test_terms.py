@@ -218,7 +218,7 @@ def test_the_encoder_of_repa_is_neither_trained_nor_saved(run_config, encoder, t
     ("settings", "message"),
     [
         (["train.terms.repa_encoder=null"], "needs train.terms.repa_encoder, a folder"),
-        (["data.vae=somewhere"], "the data are latents: use sra instead"),
+        (["data.vae=somewhere"], "needs features beside the latents: run the same `dit-in-dit encode` with --features"),
         (["model.image_size=[8,16]"], r"as many rows as columns of patches: got \[2, 4\]; use sra"),
         (["train.terms.repa_block=3"], "repa_block must be at most 2, the last outer block: got 3"),
         (["train.terms.repa_encoder=missing"], "missing"),

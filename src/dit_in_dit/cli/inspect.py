@@ -124,6 +124,8 @@ def _inspect(options: argparse.Namespace) -> None:
             [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
         ]
         print_table(["", "parameters", "MACs", "of the model's step"], rows)
+        if size := terms.get("repa", {}).get("feature_bytes"):
+            print(f"repa reads {size:,} bytes of features per image")
     print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
     if drop:
         print(f"\n{_about(drop, config.model)}")

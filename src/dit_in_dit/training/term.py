@@ -21,6 +21,7 @@ class Pass:
     """A forward pass of the trained model on a micro-batch of N examples, and what a term may compare it with.
 
     outputs: of the modules that the term `reads`, by module name; those of outer blocks on the `route` are shorter.
+    features: of the images (N, F, g, g), stored beside their latents; (N, 0) without any.
     averaged: the averaged model; on several processes with train.parallel=fsdp it is `sharded`.
     route: of patches around outer blocks, with train.token_drop; the averaged model has none.
     """
@@ -34,6 +35,7 @@ class Pass:
     objective: Objective
     averaged: nn.Module
     sharded: bool
+    features: Tensor | None = None
     route: Route | None = None
 
     def seen(self, block: int, targets: Tensor) -> Tensor:
@@ -54,6 +56,10 @@ class Term(nn.Module):
     def forward(self, given: Pass) -> Tensor:
         """The term of each example (N,), in float32, without its weight. It must not wait for the device."""
         raise NotImplementedError
+
+    def reference_sha256(self) -> str | None:
+        """SHA-256 of files, beside the images, that decide what the term compares with; a run keeps it."""
+        return None
 
     @classmethod
     def macs(cls, config: RunConfig) -> int:

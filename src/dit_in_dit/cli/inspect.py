@@ -96,6 +96,23 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
+    _print_beside(traced, plain)
+    if terms:
+        print("\nloss terms, per image and training step")
+        step = traced["training_macs"]["total"] if drop else FORWARDS_PER_STEP * traced["macs"]["total"]
+        rows = [
+            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
+        ]
+        print_table(["", "parameters", "MACs", "of the model's step"], rows)
+        if size := terms.get("repa", {}).get("feature_bytes"):
+            print(f"repa reads {size:,} bytes of features per image")
+    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
+    if drop:
+        print(f"\n{_about(drop, config.model)}")
+
+
+def _print_beside(traced: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Print each count beside that of the plain DiT."""
     for name, what in (
         ("tokens", "per image"),
         ("token_layers", "per image: a token in a block"),
@@ -117,18 +134,6 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
-    if terms:
-        print("\nloss terms, per image and training step")
-        step = traced["training_macs"]["total"] if drop else FORWARDS_PER_STEP * traced["macs"]["total"]
-        rows = [
-            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
-        ]
-        print_table(["", "parameters", "MACs", "of the model's step"], rows)
-        if size := terms.get("repa", {}).get("feature_bytes"):
-            print(f"repa reads {size:,} bytes of features per image")
-    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
-    if drop:
-        print(f"\n{_about(drop, config.model)}")
 
 
 def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:

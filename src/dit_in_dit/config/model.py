@@ -170,6 +170,7 @@ class ModelConfig(Section):
     internal_head: int = key(
         0, "outer blocks before a head of its own, whose weak predictions guide; 0: none", low=0, high=999, added=4
     )
+    augment_labels: int = key(0, "augmentation labels it reads; 0: those of data.augment", low=0, high=64, added=4)
     tokens: TokensConfig = key(TokensConfig, "tokens of time and class beside the patches", added=3)
     outer: OuterConfig = key(OuterConfig, "the transformer over patches")
     inner: InnerConfig = key(InnerConfig, "the transformer over the sub-patches of each patch")
@@ -214,8 +215,8 @@ class ModelConfig(Section):
 
     @property
     def unwritten(self) -> tuple[str, ...]:
-        """YAML of a model without an internal head stays as it was."""
-        return () if self.internal_head else ("internal_head",)
+        """YAML of a model without an internal head and augmentation stays as it was."""
+        return tuple(name for name in ("internal_head", "augment_labels") if not getattr(self, name))
 
     @property
     def program(self) -> Program:

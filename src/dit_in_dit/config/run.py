@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
-from dit_in_dit.config.rules import check_internal_guidance
+from dit_in_dit.config.rules import check_augment_labels, check_internal_guidance
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 from dit_in_dit.config.time_shift import Shift, check_shift, shift_factor
@@ -91,11 +91,32 @@ class DataConfig(Section):
     balance: Literal["none", "class"] = key(
         "none", "order of the images: none (each once per epoch), class (each class equally often)", added=4
     )
+    augment: float = key(
+        0.0,
+        "probability of each geometric transform of a training image, which the network is told of (EDM: 0.12); 0: off",
+        low=0,
+        high=1,
+        added=4,
+    )
+    augment_kind: Literal["edm", "exact"] = key(
+        "edm",
+        "edm: flips, scale, rotation, anisotropic scale, translation; exact: flips, quarter turns, whole pixels",
+        added=4,
+    )
     workers: int = key(0, "processes that prepare batches; 0: the training process", low=0, high=256)
 
     def check(self) -> None:
         if not self.source.strip():
             raise UserError("data.source is empty: name emoji, mosaic, a folder, a .zip or arrays")
+        if self.augment and self.flip:
+            raise UserError(
+                f"data.augment={self.augment:g} has a flip that the network is told of: set data.flip=false"
+            )
+
+    @property
+    def augment_labels(self) -> int:
+        """Numbers that tell the network of an image's augmentation; 0: none."""
+        return {"edm": 9, "exact": 6}[self.augment_kind] if self.augment else 0
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,8 @@ class RunConfig(Section):
         super().__post_init__()
         if self.model.split != self.diffusion.split:
             object.__setattr__(self, "model", replace(self.model, split=self.diffusion.split))
+        if self.data.augment_labels and not self.model.augment_labels:
+            object.__setattr__(self, "model", replace(self.model, augment_labels=self.data.augment_labels))
         if isinstance(self.diffusion.time_shift, str) or isinstance(self.sample.time_shift, str):
             sizes = {"tokens": self.model.patches, "dimension": math.prod(self.model.image_shape)}
             object.__setattr__(self, "diffusion", replace(self.diffusion, sizes=sizes))
@@ -211,6 +234,7 @@ class RunConfig(Section):
             )
         if self.data.balance == "class" and not self.model.num_classes:
             raise UserError("data.balance=class needs labels: set model.num_classes=auto, or data.balance=none")
+        check_augment_labels(self.model, self.data.augment_kind, self.data.augment_labels)
         model, diffusion, size = self.model, self.diffusion, self.model.image_size
         if diffusion.split and (diffusion.path, model.learn_variance) != ("flow", False):
             got = f"got {diffusion.path}, {str(model.learn_variance).lower()}"

@@ -68,6 +68,8 @@ def macs(model: ModelConfig) -> dict[str, int]:
     }
     if model.internal_head:
         parts["internal_head"] = outer_head
+    if model.augment_labels:
+        parts["augment_embed"] = model.augment_labels * model.outer.width  # in training
     if model.split:
         parts["split"] = 2 * model.split[0] * model.patches * model.channels * model.patch_size**2
     return {**parts, "total": sum(parts.values())}

@@ -190,7 +190,8 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
     order = generator(0, "evaluation", DRAWS["order"]).permutation(real.count)
     images, real_images = draw(range(count)), _one_by_one(real.draw, np.sort(order[: 2 * count]))
     scores = pixels.score(to_floats(images), to_floats(real_images), subject.periods)
-    mirrored = subject.config is not None and subject.config.data.flip  # training showed mirror images
+    data = subject.config.data if subject.config is not None else None
+    mirrored = data is not None and bool(data.flip or data.augment)  # training showed mirror images
     unseen = _thumbnails(real.unseen, real.unseen_count) if real.unseen_count else None
     near = neighbours(_thumbnails(draw, num), _thumbnails(real.draw, real.count), unseen, mirrored=mirrored)
     scores |= near.scores()

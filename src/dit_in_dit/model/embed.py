@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -194,3 +195,14 @@ class Unpatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rearrange(x.flatten(1, -2), "n (h w i j) (p q c) -> n c (h i p) (w j q)", **self.sizes)
+
+
+class AugmentEmbed(nn.Module):
+    """A linear layer without bias from augmentation labels, zero at first as in EDM's ADM; (N, L) -> (N, D)."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(model.outer.width, model.augment_labels))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.linear(labels, self.weight)

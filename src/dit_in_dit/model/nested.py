@@ -15,7 +15,7 @@ from dit_in_dit.config.program import split_run
 from dit_in_dit.config.rules import weak_head
 from dit_in_dit.model.aggregate import AGGREGATORS, FUSIONS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS, Conditioning, ConditionTokens, LabelEmbed
-from dit_in_dit.model.embed import InnerEmbed, OuterEmbed, OuterPosition
+from dit_in_dit.model.embed import AugmentEmbed, InnerEmbed, OuterEmbed, OuterPosition
 from dit_in_dit.model.layers import Attention, Block, MlpBlock
 from dit_in_dit.model.mixers import MIXERS
 from dit_in_dit.model.mlps import MLPS
@@ -74,6 +74,7 @@ class NestedDiT(nn.Module):
             setattr(self, f"{level}_head", Head(model, level))
         self.heads: tuple[Head, ...] = tuple(getattr(self, f"{level}_head") for level in model.heads)
         self.internal_head = Head(model, "outer", "internal head") if model.internal_head else None
+        self.augment_embed = AugmentEmbed(model) if model.augment_labels else None
         self.split = SplitOutput(*model.split, model.channels, model.patch_size) if model.split else None
         for block in (*self.outer_blocks, *self.inner_blocks):
             block.selective = recompute == "selective"
@@ -123,6 +124,7 @@ class NestedDiT(nn.Module):
         weak: bool = False,
         keys: Tensor | None = None,
         route: Route | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy images.
 
@@ -134,6 +136,7 @@ class NestedDiT(nn.Module):
             weak: return a pair: the prediction, and the weak one, of the internal head or of the outer head alone.
             keys: dropout keys (N, blocks, 4) of the examples, in training (`training.dropout`).
             route: patches that bypass outer blocks, in training; None: all patches go through all blocks.
+            augment: augmentation labels (N, model.augment_labels), in training (`data.augment`). None: as zero labels.
 
         Returns:
             The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
@@ -141,7 +144,7 @@ class NestedDiT(nn.Module):
 
         Raises:
             ValueError: a shape is wrong, (of tensors on the CPU) a time or a class is out of range, or the model has no
-                weak prediction.
+                weak prediction, or reads no augmentation labels.
         """
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
@@ -152,8 +155,12 @@ class NestedDiT(nn.Module):
         if self.split is not None:
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
-        condition = condition._replace(dropout=keys, route=route)
+        time = self.time_embed(t, x.dtype)
+        if augment is not None:
+            if self.augment_embed is None:
+                raise ValueError("this model reads no augmentation labels: set model.augment_labels")
+            time = time + self.augment_embed(augment.to(x.dtype))
+        condition = self._condition(time, self.label_embed(y), y)._replace(dropout=keys, route=route)
         early = state
         for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
             state = stage(state, condition)

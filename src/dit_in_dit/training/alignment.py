@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.data.augment import augmentation_labels
 from dit_in_dit.data.dinov2 import about_dinov2, dinov2_sha256, patch_features, read_dinov2
 from dit_in_dit.data.features import features_sha256, has_features, read_features_index
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, macs_through
@@ -31,7 +32,7 @@ class Sra(Term):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        self.seed, self.gap, self.patches = config.seed, config.train.terms.sra_gap, config.model.patches
+        self.config, self.gap, self.patches = config, config.train.terms.sra_gap, config.model.patches
         self.distance = config.train.terms.sra_distance
         self.block, last = sra_blocks(config)
         self.student, self.teacher = f"outer_blocks.{self.block}", f"outer_blocks.{last}"
@@ -43,11 +44,13 @@ class Sra(Term):
 
     def forward(self, given: Pass) -> Tensor:
         with torch.no_grad():
-            drawn = uniform(self.seed, "terms", given.example).to(given.t.dtype)
+            drawn = uniform(self.config.seed, "terms", given.example).to(given.t.dtype)
             t = given.objective.path.snap((given.t - self.gap * drawn).clamp(0, 1))
             x_t = given.objective.noisy(given.x, given.noise, t)
             # A sharded model must not be left in the middle of its forward pass.
-            target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded)
+            labels = augmentation_labels(self.config, given.example)
+            told = {} if labels is None else {"augment": labels}
+            target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded, **told)
         target = given.seen(self.block, target[:, -self.patches :])  # without tokens of time and class
         tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])
         return distance(self.distance, tokens, target)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
+from dit_in_dit.data.augment import augment, check_augmentation, draw_augmentation
 from dit_in_dit.data.features import open_features
 from dit_in_dit.data.picture import Array, as_float
 from dit_in_dit.data.source import Source
@@ -102,6 +103,7 @@ class Examples(Dataset[Batch]):
         self.rank, self.world = rank, world
         self.path = make_path(config.diffusion)
         self.balanced, self.features = balanced_order(config, source), open_features(config, source)
+        self.augments = check_augmentation(config, source)
 
     @property
     def per_step(self) -> int:
@@ -133,13 +135,14 @@ class Examples(Dataset[Batch]):
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
         images, noises, uniforms, labels, numbers, features = [], [], [], [], [], []
-        for index in self.indices(number):
+        changes = draw_augmentation(config, torch.tensor(self.indices(number))).tolist() if self.augments else []
+        for place, index in enumerate(self.indices(number)):
             chosen = self.image_of(index)
             u_flip, u_drop, u_time = generator(config.seed, "example", index).random(3)
             stream = partial(generator, config.seed, "source", index)
             drawn = self.source.stored_example(chosen, stream, flip=flip and u_flip < 0.5)
             image, label = check_example(self.source, drawn, config.model, stored=True)
-            images.append(image)
+            images.append(augment(image, config.data.augment_kind, changes[place]) if changes else image)
             labels.append(config.model.num_classes if u_drop < drop or not config.model.num_classes else label)
             uniforms.append(u_time)
             if config.train.noise == "host":

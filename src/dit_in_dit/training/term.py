@@ -71,7 +71,7 @@ class _Enough(Exception):  # no error: it ends a forward pass
     """The module has given its output."""
 
 
-def module_output(model: nn.Module, name: str, *inputs: Any, stop: bool) -> Tensor:
+def module_output(model: nn.Module, name: str, *inputs: Any, stop: bool, **options: Any) -> Tensor:
     """Output of the module `name` in a forward pass of the model, which ends there if `stop`."""
     seen: list[Tensor] = []
 
@@ -81,7 +81,7 @@ def module_output(model: nn.Module, name: str, *inputs: Any, stop: bool) -> Tens
             raise _Enough
 
     with forward_hooks([(model.get_submodule(name), keep)], compiled=True), suppress(_Enough):
-        model(*inputs)
+        model(*inputs, **options)
     return seen[-1]
 
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, RunConfig
+from dit_in_dit.data.augment import augmentation_labels, check_reads_labels
 from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective, Predict
@@ -199,11 +200,15 @@ class Trainer:
         return alone
 
     def _network(self, example: Tensor, route: Route | None) -> Predict:
-        """The network with the route and the dropout of these examples, as a function of x, t and y."""
-        options: dict[str, Any] = {} if route is None else {"route": route}  # a model of one's own may take neither
+        """The network with the route, dropout and augmentation labels of these examples, as a function of x, t and y."""
+        options: dict[str, Any] = (
+            {} if route is None else {"route": route}
+        )  # a model of one's own may take none of them
         if self.config.train.dropout:
             blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
             options["keys"] = dropout_keys(self.config.seed, example, blocks)
+        if (labels := augmentation_labels(self.config, example)) is not None:
+            options["augment"] = labels
         return partial(self.net, **options) if options else self.net
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
@@ -288,6 +293,7 @@ def _new_model(config: RunConfig, given: NestedDiT | None) -> NestedDiT:
     if given is not None and config.train.dropout:
         raise UserError("train.dropout needs the config's model, not one that is given to train(): set it to 0")
     if given is not None:
+        check_reads_labels(config, given.config)
         return given
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

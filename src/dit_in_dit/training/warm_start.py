@@ -20,6 +20,7 @@ from dit_in_dit.runs.tensors import check_weights
 
 LABELS = "label_embed.table.weight"
 INNER = ("inner_embed", "inner_blocks", "inner_head", "aggregate", "fuse", "spread", "condition")  # parts of a model
+OWN = ("internal_head", "augment_embed")  # other parts that a trained model may lack: they leave its output as it is
 BLOCKS = "outer_blocks."
 
 
@@ -87,7 +88,7 @@ def warm_start(
             )
         weight.copy_(weights[source])
         taken.add(name)
-    if lost := [name for name in own if name not in taken and not (is_inner(name) or part_of(name) == "internal_head")]:
+    if lost := [name for name in own if name not in taken and not (is_inner(name) or part_of(name) in OWN)]:
         raise UserError(f"train.init: {truncate(run)} has no {lost[0]}, which this model needs")
     kept, count = len(rows) - 1, model.config.num_classes
     notes = [f"{kept} of {count} classes keep their label row"] if kept < count else []

@@ -29,11 +29,12 @@ def main() -> None:
     rows.writerow(["run", "average", "length", "t", "kind", "error"])
     for run in map(Path, sys.argv[1:]):
         saved = Checkpoint.open(run)
-        config, first = saved.config, str(saved.config.train.decays[0])
+        config = saved.config
         source, _ = find_source(config, None, None)
         held_out, objective = held_out_batch(source, config.model, HELD_OUT_IMAGES), Objective(config.diffusion)
-        for name in average_names(saved.state()):
-            model = saved.model(device, averaged=name)
+        first = str(config.train.decays[0])
+        for name in (first, *average_names(saved.state())):
+            model = saved.model(device, averaged=name if name != first else True)
             errors = denoising_errors(objective, model, held_out, HELD_OUT_BATCH, device, Process())
             for t, kinds in errors.items():
                 for kind, error in kinds.items():

@@ -30,7 +30,7 @@ HEADER = f"""\
 #   dit-in-dit average runs/mine --length 0.03               # any other length
 #   dit-in-dit sample runs/mine --ema length=0.03 --guidance 1.5 --out samples
 #
-# Figures: change of the fine held-out error at t = 0.2 / 0.5 / 0.8, means of three seeds of 1,200 steps on a CPU at 32x32.
+# Figures: change of the fine held-out error at t = 0.2 / 0.5 / 0.8, mean of three seeds, 1,200 steps at 32x32 on a CPU.
 # Nothing of this was run on a GPU. `dit-in-dit recipe {PRESET}` plans memory and time.
 """
 

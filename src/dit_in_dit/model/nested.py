@@ -155,11 +155,7 @@ class NestedDiT(nn.Module):
         if self.split is not None:
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        time = self.time_embed(t, x.dtype)
-        if augment is not None:
-            if self.augment_embed is None:
-                raise ValueError("this model reads no augmentation labels: set model.augment_labels")
-            time = time + self.augment_embed(augment.to(x.dtype))
+        time = self._time(t, x.dtype, augment)
         condition = self._condition(time, self.label_embed(y), y)._replace(dropout=keys, route=route)
         early = state
         for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
@@ -173,6 +169,15 @@ class NestedDiT(nn.Module):
     def _prediction(self, out: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The prediction from the sum of heads, which is the prediction itself unless it is split."""
         return out if self.split is None else self.split(out, noisy, t)
+
+    def _time(self, t: Tensor, dtype: torch.dtype, augment: Tensor | None) -> Tensor:
+        """The time's embedding, with that of the augmentation labels."""
+        time: Tensor = self.time_embed(t, dtype)
+        if augment is None:
+            return time
+        if self.augment_embed is None:
+            raise ValueError("this model reads no augmentation labels: set model.augment_labels")
+        return time + self.augment_embed(augment.to(dtype))
 
     def _condition(self, time: Tensor, label: Tensor | None, y: Tensor | None) -> Conditioning:
         """What conditions the stages, from the embeddings of time and label."""

@@ -200,10 +200,9 @@ class Trainer:
         return alone
 
     def _network(self, example: Tensor, route: Route | None) -> Predict:
-        """The network with the route, dropout and augmentation labels of these examples, as a function of x, t and y."""
-        options: dict[str, Any] = (
-            {} if route is None else {"route": route}
-        )  # a model of one's own may take none of them
+        """The network with what depends on these examples (route, dropout, augmentation) as a function of x, t and y.
+        A model of one's own may take none of it."""
+        options: dict[str, Any] = {} if route is None else {"route": route}
         if self.config.train.dropout:
             blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
             options["keys"] = dropout_keys(self.config.seed, example, blocks)

@@ -27,6 +27,7 @@ from dit_in_dit.model.mixers import CompactMixer
 from dit_in_dit.model.mlps import GeluMlp, SwiGlu
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.tensors import load_tensors
+from dit_in_dit.training import muon as muon_module
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.muon import MuonAdamW, matrix_groups, orthogonalised
 from dit_in_dit.training.trainer import Trainer
@@ -57,7 +58,8 @@ def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has no Muon")
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
-def test_steps_are_those_of_torchs_muon_on_separated_matrices(adjust):
+def test_steps_are_those_of_torchs_muon_on_separated_matrices(adjust, monkeypatch):
+    monkeypatch.setattr(muon_module, "bfloat16_is_native", lambda device: True)  # as torch's, on every CPU
     ours, theirs = parameters(), {}
     for name, weight in ours.items():
         theirs[name] = [nn.Parameter(m.clone()) for m in weight.detach().chunk(max(1, SHAPES[name][2]))]
@@ -86,6 +88,22 @@ def test_matrices_of_different_size_do_not_share_a_norm_and_singular_values_come
     assert values.min() > 0.5
     assert values.max() < 1.3
     assert not orthogonalised(torch.zeros(1, 4, 4)).any()
+
+
+def test_devices_without_bfloat16_orthogonalise_in_float32(monkeypatch):
+    matrices = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for native in (True, False):
+        monkeypatch.setattr(muon_module, "bfloat16_is_native", lambda device, native=native: native)
+        results[native] = orthogonalised(matrices)
+    assert [each.dtype for each in results.values()] == [torch.bfloat16, torch.float32]
+    x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    a, b, c = muon_module.COEFFICIENTS
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(results[False].double(), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(results[True].double(), x, rtol=0, atol=0.1)
 
 
 def test_a_skipped_step_changes_neither_weights_nor_state_and_leaves_no_trace():

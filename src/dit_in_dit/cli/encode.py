@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +27,12 @@ def add(commands: Commands) -> None:
         "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="type of the latents"
     )
     encode.add_argument("--no-flips", action="store_true", help="do not encode the mirror images")
+    encode.add_argument(
+        "--features", type=Path, metavar="DINOV2", help="also store features of this local DINOv2, for train.terms.repa"
+    )
+    encode.add_argument(
+        "--features-grid", type=whole_number, default=16, metavar="N", help="their patches on a side (default 16)"
+    )
     encode.add_argument("--batch", type=whole_number, default=32, help="images per batch (default 32)")
     encode.add_argument("--shard", type=whole_number, default=2048, help="images per file (default 2048)")
     encode.add_argument("--workers", type=int, default=0, choices=range(257), metavar="N", help="reading processes")
@@ -52,7 +59,7 @@ def _encode(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from dit_in_dit.data.encode import Encoding, encode
-    from dit_in_dit.data.formats.latents import read_latents_index
+    from dit_in_dit.data.encode_features import check_features, encode_features
     from dit_in_dit.runtime.device import pick_device
 
     device = pick_device(options.device)
@@ -66,22 +73,37 @@ def _encode(options: argparse.Namespace) -> None:
         shard=options.shard,
         workers=options.workers,
     )
-    progress = encode(how, options.out, device)
-    done, total = next(progress)  # raises a UserError before the progress bar is shown
+    if options.features:
+        check_features(how, options.features)  # before hours of encoding
+    work = [encode(how, options.out, device)]
+    if options.features:
+        work.append(encode_features(how, options.features, options.features_grid, options.out, device))
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not is_main()) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        for done, _ in progress:
-            bar.update(task, completed=done)
-    if not is_main():
-        return
-    index = read_latents_index(options.out)
+    for progress in work:
+        done, total = next(progress)  # raises a UserError before the progress bar is shown
+        with Progress(*columns, console=Console(stderr=True), disable=not is_main()) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            for done, _ in progress:
+                bar.update(task, completed=done)
+    if is_main():
+        _report(options.out, total, features=bool(options.features))
+
+
+def _report(out: Path, total: int, *, features: bool) -> None:
+    """Print what the folder holds, and the settings that train on it."""
+    from dit_in_dit.data.features import read_features_index
+    from dit_in_dit.data.formats.latents import read_latents_index
+
+    index = read_latents_index(out)
     channels, height, width = index["made"]["shape"]
     mean, scale = index["measured"]["mean"], [1 / deviation for deviation in index["measured"]["deviation"]]
     print(
-        f"{total} latents of {channels}x{height}x{width} in {options.out}: "
-        f"train with --set {shlex.quote(f'data.source={options.out}')}"
+        f"{total} latents of {channels}x{height}x{width} in {out}: train with --set {shlex.quote(f'data.source={out}')}"
     )
+    if features:
+        made = read_features_index(out)["made"]
+        size = 2 * math.prod(made["shape"]) * (1 + made["flips"])
+        print(f"Features of {'x'.join(map(str, made['shape']))}, {size:,} bytes per image: train.terms.repa uses them")
     vae = index["vae"]
     print(f"The VAE's own mean and scale, the default: [{_numbers(vae['mean'])}], [{_numbers(vae['scale'])}]")
     print(

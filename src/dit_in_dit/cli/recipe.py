@@ -10,6 +10,7 @@ from dit_in_dit.cli.options import Commands, number_where, whole_number
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
+from dit_in_dit.config.small_recipe import small_recipe_yaml
 
 USUAL = (1, 8, 64)  # GPUs
 FEW = 8  # with fewer images in a forward pass, a GPU probably waits for its host
@@ -18,9 +19,12 @@ FEW = 8  # with fewer images in a forward pass, a GPU probably waits for its hos
 def add(commands: Commands) -> None:
     """Add the command."""
     recipe = commands.add(
-        "recipe", _recipe, "print the command that trains a preset on GPUs, with estimated memory and time"
+        "recipe",
+        _recipe,
+        "print the command that trains a preset on GPUs, with estimated memory and time; without a preset, a whole "
+        "recipe for a few thousand images on one GPU, as YAML",
     )
-    recipe.add_argument("preset", help="see `dit-in-dit presets`")
+    recipe.add_argument("preset", nargs="?", help="see `dit-in-dit presets`")
     recipe.add_argument(
         "--gpus",
         type=whole_number,
@@ -37,6 +41,11 @@ def add(commands: Commands) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> None:
+    if options.preset is None:
+        if options.set or options.gpus or options.json:
+            raise UserError("recipe without a preset takes no options: name a preset, or edit the printed YAML")
+        print(small_recipe_yaml(), end="")
+        return
     from dit_in_dit.inspection.gpus import GPUS
     from dit_in_dit.inspection.launch_plan import MFU, recipe
 

@@ -36,7 +36,9 @@ class TermsConfig(Section):
         0.0, "weight of alignment with DINOv2 (REPA); its authors take 0.5; 0: off", low=0, high=1e6, added=4
     )
     repa_encoder: str | None = key(
-        None, "repa: folder with config.json and model.safetensors of a DINOv2 such as facebook/dinov2-base", added=4
+        None,
+        "repa: folder of a DINOv2 such as facebook/dinov2-base, config.json and model.safetensors; null for latents",
+        added=4,
     )
     repa_block: int | None = key(
         None, "repa: outer block (from 0) that is aligned; null: at 2/7 of the depth", low=0, high=999, added=4

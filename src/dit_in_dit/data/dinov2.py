@@ -11,12 +11,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, truncate
+from dit_in_dit.config.strict_json import read_json
+from dit_in_dit.data.digest import digest_values
+from dit_in_dit.runs.integrity import file_sha256
 
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def about_dinov2(folder: Path) -> dict[str, Any]:
+    """The encoder's config.json, which must be that of a DINOv2. Raises UserError."""
+    about: dict[str, Any] = read_json(folder / "config.json", advice="get the files again")
+    numbers = ("hidden_size", "num_hidden_layers", "patch_size")
+    if about.get("model_type") != "dinov2" or any(type(about.get(name)) is not int for name in numbers):
+        raise UserError(f"{folder} must hold a model of type dinov2: got {truncate(about.get('model_type'), 40)!r}")
+    return about
+
+
+def dinov2_sha256(folder: Path) -> str:
+    """SHA-256 of the encoder's file of weights, or of the hashes of several files; UserError if one is unreadable."""
+    try:
+        hashes = [file_sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    except OSError as error:
+        raise UserError(f"cannot read {truncate(folder)}: {error.strerror or error}; get the files again") from None
+    return hashes[0] if len(hashes) == 1 else digest_values(hashes)
+
+
+@torch.no_grad()
+def patch_features(encoder: Any, x: Tensor, side: int) -> Tensor:
+    """Features (N, F, g, g) of the encoder's patches, after the last norm, for images (N, 1 or 3, H, W) in [-1, 1],
+    which are resized to `side` x `side` pixels."""
+    mean, deviation = (_column(numbers, x) for numbers in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    image = F.interpolate((x.expand(-1, 3, -1, -1) + 1) / 2, (side, side), mode="bicubic")
+    patches: Tensor = encoder((image - mean) / deviation).last_hidden_state[:, 1:]  # without the class token
+    return patches.mT.unflatten(2, (math.isqrt(patches.shape[1]), -1))  # type: ignore[no-untyped-call]
+
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.stack([like.new_full((1, 1), number) for number in numbers])  # filled on the device: no copy to it
 
 
 def read_dinov2(folder: Path, side: int) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -67,30 +67,51 @@ def encode(how: Encoding, out: Path, device: torch.device) -> Iterator[tuple[int
         UserError: the images or the VAE cannot be used, or the folder holds other latents or a damaged file.
     """
     vae = load_vae(how.vae, device)
-    source, families = _images(how)
+    source, families = all_images(how)
     index = {"format": FORMAT, "made": _made(how, vae, source, len(families)), "classes": list(source.classes)}
     mean, scale = latent_constants(vae)
     index |= {"vae": {"name": how.vae, "mean": mean, "scale": scale}, "measured": {}, "shards": []}
     done = _begin(out, index)
-    parts = [range(len(families))[start : start + how.shard] for start in range(0, len(families), how.shard)]
-    paths = {part: out / f"{number:06d}.safetensors" for number, part in enumerate(parts)}
-    mine = [part for part in parts[process.rank() :: process.world_size()] if not paths[part].exists()]
-    count = sum(len(part) for part in parts if paths[part].exists())
-    yield count, len(families)
-    for part, tensors in zip(mine, _encoded(vae, source, how, mine), strict=True):
-        tensors["family"] = torch.from_numpy(np.array([family_number(families[n]) for n in part], np.uint64))
-        atomic.write_atomic(paths[part], save(tensors))
-        count += len(part)
-        yield count, len(families)
-    for left in shards.wait_for_missing(
-        parts, lambda part: paths[part].exists(), PATIENCE, lambda left: f"{len(left)} files of {out}"
-    ):
-        yield len(families) - sum(map(len, left)), len(families)
+
+    def make(parts: list[range]) -> Iterator[dict[str, Tensor]]:
+        encoded = encode_parts(source, how, parts, lambda images, numbers: _stored(vae, images, numbers, how.dtype))
+        for part, tensors in zip(parts, encoded, strict=True):
+            families_of = np.array([family_number(families[n]) for n in part], np.uint64)
+            yield {**tensors, "family": torch.from_numpy(families_of)}
+
+    paths = part_paths(out, len(families), how.shard)
+    yield from write_parts(paths, make)
     if process.rank() == 0:
         _finish(out, index, [*paths.values()], done)
 
 
-def _images(how: Encoding) -> tuple[Source, list[str]]:
+def part_paths(out: Path, count: int, size: int, prefix: str = "") -> dict[range, Path]:
+    """The file of each `size` of `count` images."""
+    parts = [range(count)[start : start + size] for start in range(0, count, size)]
+    return {part: out / f"{prefix}{number:06d}.safetensors" for number, part in enumerate(parts)}
+
+
+def write_parts(
+    paths: dict[range, Path], make: Callable[[list[range]], Iterator[dict[str, Tensor]]]
+) -> Iterator[tuple[int, int]]:
+    """Write this process's share of the missing files, then wait for those of other processes; yields (images done, all
+    images). `make` gives the tensors of each part's file, in order."""
+    parts, total = list(paths), sum(map(len, paths))
+    mine = [part for part in parts[process.rank() :: process.world_size()] if not paths[part].exists()]
+    count = sum(len(part) for part in parts if paths[part].exists())
+    yield count, total
+    for part, tensors in zip(mine, make(mine), strict=True):
+        atomic.write_atomic(paths[part], save(tensors))
+        count += len(part)
+        yield count, total
+    where = next(iter(paths.values())).parent
+    for left in shards.wait_for_missing(
+        parts, lambda part: paths[part].exists(), PATIENCE, lambda left: f"{len(left)} files of {where}"
+    ):
+        yield total - sum(map(len, left)), total
+
+
+def all_images(how: Encoding) -> tuple[Source, list[str]]:
     """All images, as training images, and their families."""
     data = replace(how.data, held_out=0.0, flip=False)
     model = ModelConfig(image_size=how.size, channels=3, patch_size=1, num_classes=count_classes(how.data))
@@ -166,8 +187,11 @@ class _Batches(Dataset["tuple[Tensor, Tensor] | str"]):
         return torch.from_numpy(np.stack([image for image, _ in drawn])), torch.tensor([label for _, label in drawn])
 
 
-def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Iterator[dict[str, Tensor]]:
-    """Encode the images of each part; yields the tensors of each part's file, in order."""
+def encode_parts(
+    source: Source, how: Encoding, parts: list[range], encode_batch: Callable[[Tensor, range], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Encode the images of each part, by a function of images (n, 3, H, W) and their numbers; yields `moments`, `label`
+    and, with `how.flips`, `flipped` of each part, in order."""
     cut = [[part[i : i + how.batch] for i in range(0, len(part), how.batch)] for part in parts]
     batches = _Batches(source, [batch for part in cut for batch in part])
     loader = iter(DataLoader(batches, batch_size=None, num_workers=how.workers, generator=torch.Generator()))
@@ -179,10 +203,10 @@ def _encoded(vae: Any, source: Source, how: Encoding, parts: list[range]) -> Ite
                 raise UserError(batch)
             images, labels = batch
             rows["label"].append(labels)
-            rows["moments"].append(_stored(vae, images, numbers, how.dtype))
+            rows["moments"].append(encode_batch(images, numbers))
             if how.flips:
-                rows["flipped"].append(_stored(vae, images.flip(-1), numbers, how.dtype))
-        yield {name: torch.cat(several).contiguous() for name, several in rows.items()}
+                rows["flipped"].append(encode_batch(images.flip(-1), numbers))
+        yield {name: torch.cat(rows.pop(name)).contiguous() for name in list(rows)}  # each freed once it is joined
 
 
 def _stored(vae: Any, images: Tensor, numbers: range, dtype: str) -> Tensor:

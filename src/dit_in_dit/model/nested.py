@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from dit_in_dit.model.mlps import MLPS
 from dit_in_dit.model.modulation import MODULATIONS, Modulation
 from dit_in_dit.model.norms import NORMS
 from dit_in_dit.model.rope import patch_rope
+from dit_in_dit.model.route import Route
 from dit_in_dit.model.split import SplitOutput
 from dit_in_dit.model.stages import AggregateStage, Head, InnerStage, OuterStage, SpreadStage, State
 
@@ -98,9 +100,8 @@ class NestedDiT(nn.Module):
             if level == "outer":
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
-                stages.append(
-                    OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start, first=done)
-                )
+                where: dict[str, Any] = {"start": start, "first": done}
+                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], **where))
                 done += count
                 if done == model.internal_head:
                     self.before_internal_head = len(stages)
@@ -122,6 +123,7 @@ class NestedDiT(nn.Module):
         *,
         weak: bool = False,
         keys: Tensor | None = None,
+        route: Route | None = None,
         augment: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy images.
@@ -133,6 +135,7 @@ class NestedDiT(nn.Module):
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
             weak: return a pair: the prediction, and the weak one, of the internal head or of the outer head alone.
             keys: dropout keys (N, blocks, 4) of the examples, in training (`training.dropout`).
+            route: patches that bypass outer blocks, in training; None: all patches go through all blocks.
             augment: augmentation labels (N, model.augment_labels), in training (`data.augment`). None: as zero labels.
 
         Returns:
@@ -152,8 +155,8 @@ class NestedDiT(nn.Module):
         if self.split is not None:
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
-        time = self._time(t, augment, x.dtype)
-        condition = self._condition(time, self.label_embed(y), y)._replace(dropout=keys)
+        time = self._time(t, x.dtype, augment)
+        condition = self._condition(time, self.label_embed(y), y)._replace(dropout=keys, route=route)
         early = state
         for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
             state = stage(state, condition)
@@ -167,8 +170,8 @@ class NestedDiT(nn.Module):
         """The prediction from the sum of heads, which is the prediction itself unless it is split."""
         return out if self.split is None else self.split(out, noisy, t)
 
-    def _time(self, t: Tensor, augment: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The embedding of times and of augmentation labels (None: as zero labels)."""
+    def _time(self, t: Tensor, dtype: torch.dtype, augment: Tensor | None) -> Tensor:
+        """The time's embedding, with that of the augmentation labels."""
         time: Tensor = self.time_embed(t, dtype)
         if augment is None:
             return time

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.augment import augment, check_augmentation, draw_augmentation
+from dit_in_dit.data.features import open_features
 from dit_in_dit.data.picture import Array, as_float
 from dit_in_dit.data.source import Source
 from dit_in_dit.data.source_checks import check_example
@@ -33,7 +34,7 @@ PCA_IMAGES = 10_000  # most training images from which `principal_patches` compu
 
 class Batch(NamedTuple):
     """Consecutive examples: images and noise (N, C, H, W), then times, labels, image numbers and example numbers, each
-    (N,)."""
+    (N,), and features (N, F, g, g) of the images: (N, 0) if no term of the loss needs them."""
 
     x: Tensor
     noise: Tensor
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     y: Tensor
     image: Tensor
     example: Tensor
+    features: Tensor = torch.empty(0)
 
     def unpack(self, seed: int, device: torch.device) -> Batch:
         """The batch on `device`."""
@@ -56,6 +58,7 @@ class Packed(NamedTuple):
     y: Tensor
     image: Tensor
     example: Tensor  # numbers of the examples (N,)
+    features: Tensor | None = None  # float16
 
     def unpack(self, seed: int, device: torch.device) -> Batch:
         """The batch on `device`: the run's `seed` and the examples' numbers give the noise that is not here."""
@@ -69,7 +72,8 @@ class Packed(NamedTuple):
             x = x.float().div_(torch.full((), 127.5, device=device)).sub_(1)
         example = move(self.example)
         noise = normal(seed, "noise", example, x.shape[1:]) if self.noise is None else move(self.noise)
-        return Batch(x.float(), noise, move(self.t), move(self.y), move(self.image), example)
+        features = x.new_empty(len(x), 0) if self.features is None else move(self.features)
+        return Batch(x.float(), noise, move(self.t), move(self.y), move(self.image), example, features)
 
 
 @lru_cache(maxsize=2)
@@ -98,7 +102,7 @@ class Examples(Dataset[Batch]):
         self.source, self.config = source, config
         self.rank, self.world = rank, world
         self.path = make_path(config.diffusion)
-        self.balanced = balanced_order(config, source)
+        self.balanced, self.features = balanced_order(config, source), open_features(config, source)
         self.augments = check_augmentation(config, source)
 
     @property
@@ -130,7 +134,7 @@ class Examples(Dataset[Batch]):
         """Micro-batch `number` in as few bytes as possible; errors as for `__getitem__`."""
         config = self.config
         drop, flip = config.train.label_drop, config.data.flip
-        images, noises, uniforms, labels, numbers = [], [], [], [], []
+        images, noises, uniforms, labels, numbers, features = [], [], [], [], [], []
         changes = draw_augmentation(config, torch.tensor(self.indices(number))).tolist() if self.augments else []
         for place, index in enumerate(self.indices(number)):
             chosen = self.image_of(index)
@@ -144,6 +148,8 @@ class Examples(Dataset[Batch]):
             if config.train.noise == "host":
                 noises.append(generator(config.seed, "noise", index).standard_normal(image.shape, np.float32))
             numbers.append(chosen)
+            if self.features:
+                features.append(self.features(chosen, flip=flip and u_flip < 0.5))
         if len({image.dtype for image in images}) > 1:  # a user's dataset may hold pixels and floats
             images = [as_float(image) for image in images]
         stacked = np.empty((len(images), *config.model.image_shape), images[0].dtype)  # contiguous: images may not be
@@ -154,6 +160,7 @@ class Examples(Dataset[Batch]):
             torch.tensor(labels),
             torch.tensor(numbers),
             torch.tensor(self.indices(number)),
+            torch.from_numpy(np.stack(features)) if features else None,
         )
 
 
@@ -249,6 +256,7 @@ def with_held_out_noise(drawn: Sequence[tuple[Array, int]], numbers: Sequence[in
         torch.tensor([label if model.num_classes else 0 for _, label in drawn]),
         torch.tensor(numbers),
         torch.tensor(numbers),
+        torch.empty(len(drawn), 0),
     )
 
 

@@ -4,7 +4,7 @@ The step of a matrix W with gradient G, learning rate r and weight decay w is th
 
     M <- M + 0.05 (G - M)                           momentum
     U  = G + 0.95 (M - G)                           Nesterov's momentum
-    O  = Newton-Schulz(U), in bfloat16              U with singular values near 1
+    O  = Newton-Schulz(U)                           U with singular values near 1
     W <- (1 - r w) W - r f O                        f: see `rate_factor`
 """
 
@@ -22,6 +22,7 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection.optimizer_cost import NEWTON_SCHULZ_STEPS
 from dit_in_dit.model.matrices import block_matrices
+from dit_in_dit.runtime.device import bfloat16_is_native
 from dit_in_dit.training.sharding import gather_like, local_part, part_like
 
 MOMENTUM = 0.95
@@ -49,8 +50,9 @@ def matrix_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[di
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iteration: matrices (N, a, b) with singular values moved to about 0.7 to 1.2, in bfloat16."""
-    x = matrices.bfloat16()
+    """Newton-Schulz iteration: matrices (N, a, b) with singular values moved to about 0.7 to 1.2; in bfloat16
+    on devices that compute in it, else in float32."""
+    x = matrices.to(torch.bfloat16 if bfloat16_is_native(matrices.device) else torch.float32)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -21,6 +21,7 @@ from dit_in_dit.training.event import Event
 from dit_in_dit.training.interrupt import Interrupted, StopRequest
 from dit_in_dit.training.saving import Saver
 from dit_in_dit.training.step_log import StepLog, is_finite, number_or_name
+from dit_in_dit.training.terms import check_references
 from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.utilization import Utilization
 
@@ -31,7 +32,8 @@ class Session:
     """A run from its current step to step `last`, in one of the run's processes."""
 
     def __init__(self, trainer: Trainer, run: Path, stop: StopRequest, last: int, data: dict[str, str]) -> None:
-        self.trainer, self.run, self.stop, self.last, self.data = trainer, run, stop, last, data
+        self.trainer, self.run, self.stop, self.last = trainer, run, stop, last
+        self.data = data = {**data, **trainer.terms.references()}
         self.config, self.how, self.world = trainer.config, trainer.config.train, trainer.world
         usage = Utilization(self.config, trainer.device, self.world.size, trainer.objects)
         self.lines = StepLog(run, writes=self.world.is_main, global_batch=self.config.global_batch, usage=usage)
@@ -61,6 +63,7 @@ class Session:
             raise UserError(f"{self.data['place']} has other classes than the run {run}: restore the data")
         _check_objects(trainer.objects, saved.manifest.get("objects", {}), run)
         self.world.on_main(lambda: check_unchanged(self.data, saved.manifest.get("data"), str(run)))
+        check_references(self.data, saved.manifest.get("data"), run)
         try:
             trainer.restore(saved.trained(), saved.averaged(), saved.step)
         except (KeyError, RuntimeError):  # the weights of a user's class have changed since the save

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,18 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective, Predict
 from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.model.route import Route
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
-from dit_in_dit.training.distributed import Process, check_process_count
+from dit_in_dit.training.distributed import Process, check_process_count, data_parallel
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.dropout import dropout_keys
 from dit_in_dit.training.ema import Averages, Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
+from dit_in_dit.training.routing import Routing
 from dit_in_dit.training.sharding import (
     GatheredTensors,
     local_part,
@@ -46,8 +47,6 @@ from dit_in_dit.training.term import Pass
 from dit_in_dit.training.terms import LossTerms, WithTerms
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
-
-BUCKET = 100  # MB of gradients that DDP sums at once on CUDA
 
 
 class Trainer:
@@ -88,7 +87,7 @@ class Trainer:
             self.begun = warm_start(self.model, Path(train.init), train.init_blocks, source.classes, source.digest)
         self._find_subspace(fresh)
         self.model.to(device)
-        self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model).to(device)
+        self.ema, self.terms = Ema(self.model, train.decays[0]), LossTerms(config, self.model, source).to(device)
         self.sharded = self.world.size > 1 and train.parallel == "fsdp"
         keeps = self.sharded and model is not None and self.world.is_main
         self.unsharded = _whole_copy(self.model) if keeps else None  # for sampling, if the model was given to train()
@@ -118,21 +117,17 @@ class Trainer:
     def _distribute(self, fall_back: bool) -> nn.Module:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
-        train = self.config.train
+        train, self.routing = self.config.train, Routing(self.config, self.model)
         if train.compile in (True, "graphs"):
-            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
+            by_length = self.routing.drop is not None
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back, by_length=by_length)
         if self.sharded:
             mesh = sharding_mesh(self.world.size, train.shard, self.device, train.timeout)
             shard(self.model, mesh, bfloat16=train.precision == "bfloat16")
             shard(self.ema.model, mesh)
             shard_terms(self.terms, mesh)
         elif self.world.size > 1 and train.reduction == "fast":
-            known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-            if self.device.type == "cuda":  # elsewhere the sums would change in the last bits
-                options["bucket_cap_mb"] = BUCKET
-            return DistributedDataParallel(WithTerms(self.model, self.terms) if self.terms else self.model, **options)
+            return data_parallel(WithTerms(self.model, self.terms) if self.terms else self.model, self.device)
         return self.model
 
     def _groups(self) -> Groups:
@@ -170,9 +165,9 @@ class Trainer:
         # DDP averages over processes, the tree sums the micro-batches of all.
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
-            x, noise, t, y, _, example = self.unpack(batch)
+            x, noise, t, y, _, example, features = self.unpack(batch)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y, example))
+                losses.append(self.backward(count, x, noise, t, y, example, features))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -190,25 +185,30 @@ class Trainer:
         self.averages.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **terms, **parts}
 
-    def _backward(self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor) -> Tensor:
+    def _backward(
+        self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor, features: Tensor
+    ) -> Tensor:
         """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
         are added to those of the weights."""
+        route = self.routing(self.step, example)
         with self.autocast(), self.terms.recorded(self.model) as outputs:
-            each = self.objective.loss(self._network(example), x, noise, t, y)
-            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded)
+            each = self.objective.loss(self._network(example, route), x, noise, t, y)
+            beside = self.objective, self.ema.model, self.sharded, features, route
+            given = Pass(x, noise, t, y, example, outputs, *beside)
             total, alone = self.terms.add_to(each, given)
         (total.mean() / count).backward()  # type: ignore[no-untyped-call]
         return alone
 
-    def _network(self, example: Tensor) -> Predict:
-        """The network with the dropout and augmentation labels of these examples, as a function of x, t and y."""
-        given: dict[str, Tensor] = {}
+    def _network(self, example: Tensor, route: Route | None) -> Predict:
+        """The network with what depends on these examples (route, dropout, augmentation) as a function of x, t and y.
+        A model of one's own may take none of it."""
+        options: dict[str, Any] = {} if route is None else {"route": route}
         if self.config.train.dropout:
             blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
-            given["keys"] = dropout_keys(self.config.seed, example, blocks)
+            options["keys"] = dropout_keys(self.config.seed, example, blocks)
         if (labels := augmentation_labels(self.config, example)) is not None:
-            given["augment"] = labels
-        return partial(self.net, **given) if given else self.net
+            options["augment"] = labels
+        return partial(self.net, **options) if options else self.net
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""

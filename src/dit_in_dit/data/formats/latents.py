@@ -5,12 +5,13 @@
 
 `moments` encode the image, and `flipped` encodes its mirror image: the mirror image of an encoding is not the encoding
 of the mirror image. `family` is the family's number (groups.family_number), which decides the held-out split as for
-images.
+images. `encode --features` adds the files of data/features.py.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from dit_in_dit.data.source import SplitSource, Stream
 
 LATENTS_INDEX = "latents.json"
 FORMAT = "dit-in-dit latents 1"
+FEATURE_FILES = re.compile(r"features\.json|features-\d+\.safetensors")  # of data/features.py
 KINDS: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
     for name, kind in {"F16": "<f2", "F32": "<f4", "BF16": "<u2", "I64": "<i8", "U64": "<u8"}.items()
@@ -123,6 +125,7 @@ class LatentSource(SplitSource):
         shards = [self._open(shard, made) for shard in index["shards"]]
         listed = {LATENTS_INDEX, *(shard["file"] for shard in index["shards"])}
         names = {path.name for path in self.folder.iterdir() if not HIDDEN.search(path.name)}
+        listed |= {name for name in names if FEATURE_FILES.fullmatch(name)}
         self.notes = left_out_clause(sorted(names - listed), "files that are not in the index")
         self._split(shards, made["dtype"])
 
@@ -205,8 +208,15 @@ class LatentSource(SplitSource):
         self._set_split(np.flatnonzero(~held), np.flatnonzero(held), self._labels)
 
     def _find(self, position: int, which: str) -> NDArray[Any]:
+        return self._row(self.shards, position, which)
+
+    def _row(self, shards: list[dict[str, NDArray[Any]]], position: int, which: str) -> NDArray[Any]:
         shard = int(np.searchsorted(self._ends, position, "right"))
-        return self.shards[shard][which][position - self._ends[shard]]  # counted from the end: below 0
+        return shards[shard][which][position - self._ends[shard]]  # counted from the end: below 0
+
+    def beside(self, shards: list[dict[str, NDArray[Any]]], index: int, which: str) -> NDArray[Any]:
+        """The row of training image `index` in other arrays, divided into files as the latents are."""
+        return self._row(shards, int(self._train[index]), which)
 
     def _mean_of(self, moments: NDArray[Any]) -> Array:
         return _look_up(self._means, moments) if self._means is not None else self._normalised(moments)

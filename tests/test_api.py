@@ -40,7 +40,7 @@ Model.push_to_hub(self, repo_id: 'str', *, private: 'bool' = False) -> 'str'
 Model.sample(self, classes: 'str | int | Iterable[str | int]' = (), num: 'int | None' = None, *, seed: 'int' = 0, guidance: 'float | None' = None, steps: 'int | None' = None, sampler: 'str | None' = None, guide: 'Model | str | Path | None' = None, guide_scale: 'float | None' = None, internal_guidance: 'float | None' = None) -> 'Pictures'
 Model.save_pretrained(self, folder: 'str | Path') -> 'None'
 NestedDiT(model: 'ModelConfig', *, recompute: 'str' = 'none', dropout: 'float' = 0.0) -> 'None'
-NestedDiT.forward(self, x: 'Tensor', t: 'Tensor | float', y: 'Tensor | None' = None, *, weak: 'bool' = False, keys: 'Tensor | None' = None, route: 'Route | None' = None) -> 'Tensor'
+NestedDiT.forward(self, x: 'Tensor', t: 'Tensor | float', y: 'Tensor | None' = None, *, weak: 'bool' = False, keys: 'Tensor | None' = None, route: 'Route | None' = None, augment: 'Tensor | None' = None) -> 'Tensor'
 Pictures(pixels: 'Pixels', _steps: 'Callable[[], list[Pixels]]' = <class 'list'>) -> None
 Pictures.grid(self, columns: 'int | None' = None) -> 'Image.Image'
 Pictures.save(self, folder: 'str | Path') -> 'None'

@@ -21,7 +21,7 @@ from dit_in_dit.inspection.cost import macs, parameters, training_macs
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.model.recompute import KEPT
+from dit_in_dit.model.recompute import kept_operations
 from dit_in_dit.model.route import Route
 from dit_in_dit.model.stages import AggregateStage
 from dit_in_dit.reporting.tables import text_table
@@ -104,7 +104,7 @@ def _trace(
 
         def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = operation(*args, **(kwargs or {}))
-            if inside and operation in KEPT:
+            if inside and operation in kept_operations():
                 tree_map_only(Tensor, keep, out)
             return out
 

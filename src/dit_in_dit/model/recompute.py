@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dit_in_dit.model.tiny import packed_tiny_attention, tiny_attention
-
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 _ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 _NAMES = (*_PRODUCTS, *(f"_scaled_dot_product_{name}" for name in _ATTENTION))
-# Operations whose results stay: matrix products, convolutions, and attention by PyTorch and by this package.
-KEPT: list[Any] = [getattr(torch.ops.aten, name).default for name in _NAMES if hasattr(torch.ops.aten, name)]
-KEPT += [operation._opoverload for operation in (tiny_attention, packed_tiny_attention)]
+_OWN = ("tiny_attention", "packed_tiny_attention")
+
+
+@cache
+def kept_operations() -> list[Any]:
+    """Operations whose results stay: matrix products, convolutions, and attention by PyTorch and by this package."""
+    places = ((torch.ops.aten, _NAMES), (torch.ops.dit_in_dit, _OWN))
+    return [getattr(place, name).default for place, names in places for name in names if hasattr(place, name)]
 
 
 def _contexts() -> Any:
-    return create_selective_checkpoint_contexts(KEPT)  # type: ignore[no-untyped-call]
+    return create_selective_checkpoint_contexts(kept_operations())  # type: ignore[no-untyped-call]
 
 
 def recomputes_selectively(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -231,7 +231,12 @@ def test_a_resumed_run_on_features_equals_an_unbroken_one_and_they_may_move(run_
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert "loss.repa" in json.loads(log(tmp_path / "whole").splitlines()[0])
-    examine(override(config, [f"data.source={moved}"]), CPU, None)
+
+
+@pytest.mark.slow
+def test_doctor_judges_a_run_on_features(run_config, whole):
+    report = examine(configured(run_config, whole), CPU, None)
+    assert "grad_norm.term" in {name for part in report.sections for name in part.rows}
 
 
 def change(path: Path) -> None:
@@ -323,11 +328,13 @@ def test_wrong_encodings_give_one_line(images, vae, encoder, latents, tmp_path):
         assert "\n" not in str(error.value)
 
     refused("--features needs images as high as wide: --size is 16x32", how(images, vae, size=(16, 32)))
-    refused(r"holds other features: shape is \[6, 16, 16\], not \[6, 8, 8\]", how(images, vae), grid=8)
+    refused(r"features\.json is of other features \(shape.*16.*8.*\)", how(images, vae), grid=8)
     refused("config.json", how(images, vae), by=tmp_path / "nowhere")
     path = latents / "features-000000.safetensors"
     save_file({name: each + 1 for name, each in load_file(path).items()}, path)
-    refused(r"features-000000\.safetensors is damaged: its SHA-256 differs from the index", how(images, vae))
+    refused(
+        r"features-000000\.safetensors is not the file of features\.json: remove it and run again", how(images, vae)
+    )
 
 
 def test_terms_of_a_config_alone_read_the_place_of_its_data(run_config, whole):

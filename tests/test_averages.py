@@ -24,7 +24,7 @@ from dit_in_dit.inspection import launch_plan
 from dit_in_dit.metrics.average_curve import average_length
 from dit_in_dit.runs import averages, checkpoint, power_function
 from dit_in_dit.runs.integrity import DamagedWarning
-from dit_in_dit.runs.power_function import fit_profile, power_decay, power_of_length, relative_length
+from dit_in_dit.runs.power_function import fit_profile, length_exponent, power_decay, relative_length
 from dit_in_dit.runs.reconstruction import reconstruct
 from dit_in_dit.study.worker import trial_bytes
 from dit_in_dit.training.batches import Examples, load_batches
@@ -58,23 +58,23 @@ def kept(run_config: RunConfig, tmp_path: Path) -> Path:
 
 def test_the_exponent_solves_the_cubic_of_edm2():
     for length in (0.005, 0.01, 0.05, 0.1, 0.15, 0.25, 0.28):
-        power = power_of_length(length)
+        power = length_exponent(length)
         roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
         assert power == pytest.approx(roots.real.max(), rel=1e-9)
         assert math.sqrt((power + 1) / ((power + 2) ** 2 * (power + 3))) == pytest.approx(length, rel=1e-12)
-    assert power_of_length(0.05) == pytest.approx(16.97, abs=0.01)  # EDM2, section 3.1
-    assert power_of_length(0.10) == pytest.approx(6.94, abs=0.01)
+    assert length_exponent(0.05) == pytest.approx(16.97, abs=0.01)  # EDM2, section 3.1
+    assert length_exponent(0.10) == pytest.approx(6.94, abs=0.01)
 
 
 def profile(step: int, length: float, steps: int) -> np.ndarray:
     """Weight of each step in the average, from the integral of the power function over the step."""
-    edges = np.minimum(np.arange(steps + 1) / step, 1) ** (power_of_length(length) + 1)
+    edges = np.minimum(np.arange(steps + 1) / step, 1) ** (length_exponent(length) + 1)
     return np.diff(edges)
 
 
 def tracked(sequence: np.ndarray, length: float) -> np.ndarray:
     """The average after each step by EDM2's update, in float64; step 0 is a start that must be forgotten."""
-    average, power, every = np.full(sequence.shape[1], 1e9), power_of_length(length), []
+    average, power, every = np.full(sequence.shape[1], 1e9), length_exponent(length), []
     for step, weights in enumerate(sequence, 1):
         beta = (1 - 1 / step) ** (power + 1)
         average = beta * average + (1 - beta) * weights
@@ -90,7 +90,7 @@ def test_the_update_weighs_steps_by_the_power_function():
     weights = profile(steps, length, steps)
     deviation = math.sqrt(weights @ at**2 - (weights @ at) ** 2)
     assert deviation / steps == pytest.approx(length, rel=2e-3)
-    assert power_decay(1, power_of_length(length)) == 0
+    assert power_decay(1, length_exponent(length)) == 0
 
 
 def test_inner_products_are_the_integrals():
@@ -112,8 +112,8 @@ def test_a_reconstructed_average_is_near_the_one_tracked_directly(length):
     walk = draw.standard_normal((steps, 64)).cumsum(0)  # weights wander, as they do at a constant rate
     stored = {one: tracked(walk, one) for one in LENGTHS}
     snapshots = [(step, one) for step in range(every, steps + 1, every) for one in LENGTHS]
-    profiles = [(float(step), power_of_length(one)) for step, one in snapshots]
-    weights, error = fit_profile(profiles, (float(steps), power_of_length(length)))
+    profiles = [(float(step), length_exponent(one)) for step, one in snapshots]
+    weights, error = fit_profile(profiles, (float(steps), length_exponent(length)))
     rebuilt = sum(weight * stored[one][step - 1] for weight, (step, one) in zip(weights, snapshots, strict=True))
     direct = tracked(walk, length)[-1]
     apart = np.abs(direct - walk[-1]).mean()
@@ -126,16 +126,16 @@ def test_a_reconstructed_average_is_near_the_one_tracked_directly(length):
 
 
 def test_a_tracked_length_has_weight_one():
-    profiles = [(float(step), power_of_length(one)) for step in (10, 20, 30) for one in LENGTHS]
-    weights, error = fit_profile(profiles, (30.0, power_of_length(0.1)))
+    profiles = [(float(step), length_exponent(one)) for step in (10, 20, 30) for one in LENGTHS]
+    weights, error = fit_profile(profiles, (30.0, length_exponent(0.1)))
     assert (weights.tolist(), error) == ([0, 0, 0, 0, 0, 1], 0)
 
 
 def test_few_snapshots_are_reported_as_a_large_error():
     errors = []
     for every in (500, 200, 50):
-        profiles = [(float(step), power_of_length(one)) for step in range(every, 1001, every) for one in LENGTHS]
-        errors.append(fit_profile(profiles, (1000.0, power_of_length(0.2)))[1])
+        profiles = [(float(step), length_exponent(one)) for step in range(every, 1001, every) for one in LENGTHS]
+        errors.append(fit_profile(profiles, (1000.0, length_exponent(0.2)))[1])
     assert errors[0] > errors[1] > errors[2]
     assert errors[0] > 0.05 > errors[2], errors
 
@@ -184,7 +184,7 @@ def test_averages_follow_their_decays(run_config):
     trainer = Trainer(config, source, torch.device("cpu"))
     batches = iter(load_batches(Examples(source, config), 0, 6, 0, pin=False))
     decays = {"0.5": lambda step: ema_decay(step, 0.5)}
-    decays |= {f"length={each}": lambda step, each=each: power_decay(step, power_of_length(each)) for each in LENGTHS}
+    decays |= {f"length={each}": lambda step, each=each: power_decay(step, length_exponent(each)) for each in LENGTHS}
     name = "outer_embed.proj.weight"
     weight = trainer.model.get_parameter(name)
     wanted = dict.fromkeys(decays, weight.detach().double().clone())
@@ -407,8 +407,8 @@ def test_the_length_of_a_decay_is_that_of_its_weights():
 def test_a_reconstruction_is_the_sum_of_its_snapshots(kept):
     made = reconstruct(kept, 0.08)
     assert (made.step, made.averages, made.folder) == (6, 4, kept / "averages/0000006-length=0.08")
-    profiles = [(float(step), power_of_length(one)) for step in (3, 6) for one in LENGTHS]
-    weights, error = fit_profile(profiles, (6.0, power_of_length(0.08)))
+    profiles = [(float(step), length_exponent(one)) for step in (3, 6) for one in LENGTHS]
+    weights, error = fit_profile(profiles, (6.0, length_exponent(0.08)))
     assert made.error == error
     stored = [averages.load_tensors(kept / f"averages/000000{step}/averages.safetensors") for step in (3, 6)]
     saved = checkpoint.newest(kept)

@@ -25,6 +25,7 @@ from dit_in_dit.inspection.hooks import watch_blocks
 from dit_in_dit.interop.release import export_release
 from dit_in_dit.model import compiled
 from dit_in_dit.model.nested import NestedDiT
+from dit_in_dit.model.route import Route
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runtime.philox import uniform
 from dit_in_dit.training import alignment, graphs
@@ -177,6 +178,30 @@ def test_repa_equals_a_computation_in_plain_torch_and_its_gradients_finite_diffe
     torch.testing.assert_close(alone[1], -cosine, rtol=1e-4, atol=1e-5)  # the stand-in computes in float32
     check_gradients(model, terms, given)
     assert len(list(terms.parameters())) == 6
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_terms_compare_the_patches_that_a_block_sees(run_config, encoder, first):
+    """With token dropping: block 1 is on the route, which starts at it or before it."""
+    blocks = ["train.terms.sra=0.5", "train.terms.sra_blocks=[1,2]", "train.terms.repa_block=1", "model.tokens.time=1"]
+    model, terms, given = passed(with_repa(run_config, encoder, *blocks))
+    keep = torch.tensor([[0, 3], [1, 2], [2, 3]])  # of four patches
+    given = replace(given, route=Route(keep, first, 1))
+    x_t = given.objective.noisy(given.x, given.noise, given.t)
+    with terms.recorded(model) as outputs:
+        model(x_t, given.t, given.y, route=given.route)
+        _, (_, sra, repa) = terms.add_to(torch.zeros_like(given.t), replace(given, outputs=outputs))
+    earlier = (given.t - 0.2 * uniform(run_config.seed, "terms", given.example)).clamp(0, 1)
+    with torch.no_grad():
+        with watch_blocks(given.averaged) as seen:
+            given.averaged(given.objective.noisy(given.x, given.noise, earlier), earlier, given.y)
+        teacher, features = seen["outer_blocks.2"][:, 1:], terms["repa"].features(given.x)
+        assert outputs["outer_blocks.1"].shape[1] == 1 + 2
+        for image in range(3):
+            tokens, own = outputs["outer_blocks.1"][image, 1:], keep[image]
+            aligned = F.smooth_l1_loss(terms["sra"].projector(tokens), teacher[image, own], beta=0.05)
+            cosine = F.cosine_similarity(terms["repa"].projector(tokens), features[image, own], dim=-1).mean()
+            torch.testing.assert_close((sra[image], repa[image]), (aligned, -cosine))
 
 
 def test_the_encoder_of_repa_is_neither_trained_nor_saved(run_config, encoder, tmp_path):

@@ -15,6 +15,7 @@ from dit_in_dit.config.files import from_file, to_yaml
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.config.terms import TermsConfig
+from dit_in_dit.config.token_drop import TokenDrop
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs.pretrained import ROOM, pretrained_models
 from dit_in_dit.runtime.process import gc_paused
@@ -80,9 +81,11 @@ def _inspect(options: argparse.Namespace) -> None:
         from dit_in_dit.inspection.trace import inspect
 
         config = chosen_config(options)
-        traced = inspect(config.model, options.batch, config.train.recompute)  # imports torch._dynamo
+        drop = config.token_drop
+        how: Any = {"batch": options.batch, "recompute": config.train.recompute, "token_drop": drop}
+        traced = inspect(config.model, **how)  # imports torch._dynamo
         without = replace(config.model, use_inner=False, internal_head=0)
-        plain = inspect(without, options.batch, config.train.recompute)
+        plain = inspect(without, **how)
         if config.train.optimizer == "muon":
             _add_optimizer(traced, config.model)
             _add_optimizer(plain, without)
@@ -93,11 +96,29 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     print(f"flow, batch {options.batch}")
     print_table([], [[row["name"], tuple(row["shape"])] for row in traced["flow"]])
+    _print_beside(traced, plain)
+    if terms:
+        print("\nloss terms, per image and training step")
+        step = traced["training_macs"]["total"] if drop else FORWARDS_PER_STEP * traced["macs"]["total"]
+        rows = [
+            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
+        ]
+        print_table(["", "parameters", "MACs", "of the model's step"], rows)
+        if size := terms.get("repa", {}).get("feature_bytes"):
+            print(f"repa reads {size:,} bytes of features per image")
+    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
+    if drop:
+        print(f"\n{_about(drop, config.model)}")
+
+
+def _print_beside(traced: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Print each count beside that of the plain DiT."""
     for name, what in (
         ("tokens", "per image"),
         ("token_layers", "per image: a token in a block"),
         ("parameters", ""),
         ("macs", "per image, forward"),
+        ("training_macs", "per image, a step with token dropping"),
         ("activation_bytes", "kept for the backward pass, float32, whole batch"),
         ("moments", "numbers that muon and AdamW keep"),
         ("optimizer_macs", "per step, whatever the batch: muon on all matrices"),
@@ -113,16 +134,6 @@ def _inspect(options: argparse.Namespace) -> None:
                 amounts = (f"{amount / scale:,.{3 if large else 0}f}" for amount in (this, baseline))
                 rows.append([part.replace("_", " "), *amounts, f"{this / baseline:.3f}" if baseline else None])
         print_table(["", "this", "plain DiT", "ratio"], rows)
-    if terms:
-        print("\nloss terms, per image and training step")
-        step = FORWARDS_PER_STEP * traced["macs"]["total"]
-        rows = [
-            [name, f"{n['parameters']:,}", f"{n['macs']:,}", f"{n['macs'] / step:.3f}"] for name, n in terms.items()
-        ]
-        print_table(["", "parameters", "MACs", "of the model's step"], rows)
-        if size := terms.get("repa", {}).get("feature_bytes"):
-            print(f"repa reads {size:,} bytes of features per image")
-    print_table([], [[what, f"{size:,}"] for what, size in averages.items()], title="averages beside the first")
 
 
 def _add_optimizer(inspection: dict[str, Any], model: ModelConfig) -> None:
@@ -149,3 +160,14 @@ def _averages(train: TrainConfig, size: int) -> dict[str, int]:
         return memory
     count, one = train.steps // every, len(train.ema_lengths or ()) * size
     return {**memory, "snapshots": count, "bytes of a snapshot": one, "bytes of all snapshots": count * one}
+
+
+def _about(drop: TokenDrop, model: ModelConfig) -> str:
+    """Line about the cost of a training step with token dropping."""
+    from dit_in_dit.inspection.cost import training_macs
+
+    share = training_macs(model, drop)["total"] / training_macs(model)["total"]
+    return (
+        f"token dropping in training: outer blocks {drop.first} to {drop.last} see {drop.kept} of {model.patches} "
+        f"patches; a step has {share:.3f} of the dense step's MACs; activations are those of such a step"
+    )

@@ -14,6 +14,7 @@ from dit_in_dit.config.rules import check_internal_guidance
 from dit_in_dit.config.samplers import SAMPLERS, check_sampler
 from dit_in_dit.config.schema import PluginKeys, Section, key, keys
 from dit_in_dit.config.time_shift import Shift, check_shift, shift_factor
+from dit_in_dit.config.token_drop import TokenDrop, find_token_drop
 from dit_in_dit.config.training import TrainConfig
 
 
@@ -195,6 +196,7 @@ class RunConfig(Section):
                 object.__setattr__(self, group, replace(getattr(self, group), plugins=self.plugins))
 
     def check(self) -> None:
+        find_token_drop(self.train, self.model)
         check_sampler(self.diffusion.path, self.sample.sampler, self.sample.steps)
         shift = self.diffusion.time_shift if self.sample.time_shift is None else self.sample.time_shift
         check_shift("sample.time_shift", shift, self.diffusion.path, self.sample.sampler)
@@ -220,6 +222,16 @@ class RunConfig(Section):
         if diffusion.frequency_weight and (model.channels != 3 or any(side % 8 for side in size)):
             got = f"got {model.channels}, {list(size)}; set it to 0"
             raise UserError(f"diffusion.frequency_weight needs 3 channels and sides that are multiples of 8: {got}")
+
+    @property
+    def token_drop(self) -> TokenDrop | None:
+        """Outer blocks that see fewer patches in training; None: none do."""
+        return find_token_drop(self.train, self.model)
+
+    @property
+    def lasting_token_drop(self) -> TokenDrop | None:
+        """`token_drop` if all steps have it, else None: the memory that a run needs follows from it."""
+        return self.token_drop if self.train.token_drop_steps is None else None
 
     @property
     def global_batch(self) -> int:

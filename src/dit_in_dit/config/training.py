@@ -95,6 +95,19 @@ class TrainConfig(Section):
         "compile the blocks: auto (on CUDA), true, false; graphs: and replay a step as a CUDA graph (small models)",
         was=False,
     )
+    token_drop: float = key(
+        0.0, "fraction of patches that bypass most outer blocks in training (TREAD); 0: none", low=0, high=0.95, added=4
+    )
+    token_drop_blocks: tuple[int, int] | None = key(
+        None,
+        "token_drop: first and last outer block, from 0, that patches bypass; null: all but the first and last two",
+        low=0,
+        high=999,
+        added=4,
+    )
+    token_drop_steps: int | None = key(
+        None, "token_drop: steps with it; later steps are dense (as in SPRINT); null: all", low=1, high=10**12, added=4
+    )
     recompute: Literal["none", "inner", "outer", "both", "selective"] = key(
         "none",
         "levels whose blocks recompute activations in the backward pass: less memory, more time; selective: both "
@@ -167,3 +180,5 @@ class TrainConfig(Section):
         if self.compile == "graphs" and (self.recompute, self.reduction) != ("none", "fast"):
             got = f"got {self.recompute}, {self.reduction}"
             raise UserError(f"train.compile=graphs needs train.recompute=none and train.reduction=fast: {got}")
+        if self.compile == "graphs" and self.token_drop_steps is not None:
+            raise UserError("train.compile=graphs replays steps of one kind: set train.token_drop_steps=null")

@@ -42,8 +42,8 @@ class Curve:
 
     def macs(self, steps: Floats) -> Floats:
         """Training MACs up to these steps."""
-        per_step = cost.training_macs(self.config.model)["total"] * self.config.global_batch
-        return steps * float(per_step)
+        macs: Floats = cost.run_macs(self.config, steps)
+        return macs
 
     def hours(self, steps: Floats) -> Floats:
         """Hours of training up to these steps; NaN after the last clock reading."""

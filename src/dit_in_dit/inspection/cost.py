@@ -9,12 +9,17 @@ activations do not count, as in every published "Gflops" of a DiT (which are MAC
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.model import ModelConfig, OuterConfig
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.token_drop import TokenDrop
 from dit_in_dit.model.aggregate import AGGREGATORS, SPREADS
 from dit_in_dit.model.condition import CONDITIONS, TIME_EMBEDS
 from dit_in_dit.model.embed import InnerEmbed, OuterEmbed
@@ -68,10 +73,11 @@ def macs(model: ModelConfig) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _outer_block(model: ModelConfig, number: int) -> int:
+def _outer_block(model: ModelConfig, number: int, drop: TokenDrop | None = None) -> int:
     """MACs per image of outer block `number`, with the tokens of time and class once they have joined."""
     joined = model.tokens.count if number >= model.tokens.start else 0
-    tokens, width = model.patches + joined, model.outer.width
+    patches = drop.kept if drop is not None and number in drop else model.patches
+    tokens, width = patches + joined, model.outer.width
     attention = tokens * (4 * width**2 + 2 * tokens * width)
     return attention + _block(model.outer, tokens, 1, width, branches=2)
 
@@ -111,9 +117,34 @@ def macs_through(model: ModelConfig, number: int) -> int:
     return total
 
 
-def training_macs(model: ModelConfig) -> dict[str, int]:
-    """MACs of a training step per image, for the same parts as `macs`, and their `total`."""
-    return {part: FORWARDS_PER_STEP * number for part, number in macs(model).items()}
+def training_macs(model: ModelConfig, drop: TokenDrop | None = None) -> dict[str, int]:
+    """MACs of a training step per image, for the same parts as `macs`, and their `total`; with `drop`, of a step in
+    which patches bypass outer blocks."""
+    parts = macs(model)
+    blocks = sum(_outer_block(model, number, drop) for number in range(model.blocks("outer")))
+    parts |= {"outer_blocks": blocks, "total": parts["total"] - parts["outer_blocks"] + blocks}
+    return {part: FORWARDS_PER_STEP * number for part, number in parts.items()}
+
+
+def run_macs(config: RunConfig, steps: Any) -> Any:
+    """MACs of the first `steps` steps of a run, without recomputed activations; steps is a number or an array."""
+    sparse, dense, until = _per_step(config)
+    return sparse * np.minimum(steps, until) + dense * np.maximum(steps - until, 0)
+
+
+def steps_within(config: RunConfig, budget: float) -> float:
+    """The number of steps whose `run_macs` are `budget`."""
+    sparse, dense, until = _per_step(config)
+    return min(budget / sparse, until) + max(budget - sparse * until, 0) / dense
+
+
+def _per_step(config: RunConfig) -> tuple[float, float, float]:
+    """MACs of a step at first and later, and the number of the first steps; infinite if all steps are equal."""
+    sparse, dense = (
+        float(training_macs(config.model, drop)["total"] * config.global_batch) for drop in (config.token_drop, None)
+    )
+    until = config.train.token_drop_steps
+    return sparse, dense, math.inf if until is None else until
 
 
 def parameters(model: ModelConfig) -> dict[str, int]:

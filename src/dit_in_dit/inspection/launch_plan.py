@@ -16,7 +16,7 @@ from typing import Any
 from dit_in_dit.config.errors import UserError, did_you_mean
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.training import TrainConfig
-from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
+from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, macs, run_macs
 from dit_in_dit.inspection.gpus import GPUS
 from dit_in_dit.inspection.optimizer_cost import moments_per_weight, step_macs
 from dit_in_dit.inspection.scaling import DISK, SAVED_BYTES, sizes, state_bytes, traffic
@@ -82,13 +82,13 @@ def recipe(
     (capacity, peak), train, size = GPUS[gpu], config.train, sizes(config.model)
     extra, (layout, copy) = _extra_bytes(config), _layout(train, gpus, per_node, settings)
     for recompute in dict.fromkeys((train.recompute, "selective", "both")):
-        one = _counted(config.model, 1, recompute)
+        one = _counted(config.model, 1, recompute, token_drop=config.lasting_token_drop)
         for accumulate in (n for n in range(1, total + 1) if total % n == 0 and total // n % gpus == 0):
             rows = total // accumulate // gpus
             state = state_bytes(size, copy, accumulate, extra)
             memory = state + rows * one["activation_bytes"]["total"]
             if memory <= ROOM * capacity * 1e9:
-                flops = FLOPS_PER_MAC.get(recompute, FLOPS_PER_MAC["both"]) * one["macs"]["total"] * total
+                flops = FLOPS_PER_MAC.get(recompute, FLOPS_PER_MAC["both"]) * _mean_macs(config) * total
                 flops += 2 * gpus * step_macs(config.model, train.optimizer)  # every GPU orthogonalises all matrices
                 step = flops / (gpus * peak * 1e12 * mfu)
                 keys = {"batch_size": total // accumulate, "accumulate": accumulate, "recompute": recompute, **layout}
@@ -105,6 +105,13 @@ def recipe(
 
 
 _counted = lru_cache(maxsize=16)(inspect)
+
+
+def _mean_macs(config: RunConfig) -> float:
+    """MACs of a forward pass per image, the mean of the run's steps."""
+    if not config.token_drop:
+        return float(macs(config.model)["total"])
+    return float(run_macs(config, config.train.steps)) / (FORWARDS_PER_STEP * config.train.steps * config.global_batch)
 
 
 def _extra_bytes(config: RunConfig) -> float:

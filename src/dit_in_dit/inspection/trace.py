@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dit_in_dit.config.run import ModelConfig
-from dit_in_dit.inspection.cost import macs, parameters
+from dit_in_dit.config.token_drop import TokenDrop
+from dit_in_dit.inspection.cost import macs, parameters, training_macs
 from dit_in_dit.inspection.plugin_parts import check_plugin_parts
 from dit_in_dit.model.embed import SplitSubPatches
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.recompute import KEPT
+from dit_in_dit.model.route import Route
 from dit_in_dit.model.stages import AggregateStage
 from dit_in_dit.reporting.tables import text_table
 
@@ -35,19 +37,22 @@ class Inspection(dict[str, Any]):
         return text_table(["", "parameters", "MACs per image", "bytes kept for backward"], rows)
 
 
-def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
+def inspect(config: Any, batch: int = 1, recompute: str = "none", *, token_drop: TokenDrop | None = None) -> Inspection:
     """Count the shapes, tokens, parameters, MACs and activations of a model.
 
     Args:
         config: a `ModelConfig`, a `RunConfig`, a loaded model or a network.
         batch: number of images.
         recompute: levels whose blocks recompute activations, or selective, as `train.recompute`.
+        token_drop: patches that bypass outer blocks in training, as the `token_drop` of a `RunConfig`.
 
     Returns:
         flow: list of {name, shape} in order, for `batch` images.
         tokens, token_layers: {outer, inner, total} per image; a token-layer is one token in one block.
         parameters, macs: {part: count, ..., total}; MACs for one image.
         activation_bytes: {part: bytes, ..., total} saved for the backward pass, in float32, for `batch` images.
+        training_macs: only with `token_drop`: {part: count, ..., total} of a training step for one image; `flow` and
+        `macs` are those of all patches.
 
     >>> dd.inspect(dd.preset("emoji"))["tokens"]
     {'outer': 16, 'inner': 1024, 'total': 1040}
@@ -55,16 +60,20 @@ def inspect(config: Any, batch: int = 1, recompute: str = "none") -> Inspection:
     config = getattr(config, "config", config)
     model: ModelConfig = getattr(config, "model", config)
     check_plugin_parts(model)
-    flow, activation_bytes = _trace(model, batch, recompute)
+    flow, activation_bytes = _trace(model, batch, recompute, token_drop)
     tokens = {"outer": model.patches, "inner": model.patches * model.sub_patches * bool(model.blocks("inner"))}
     layers = {level: count * model.blocks(level) for level, count in tokens.items()}
     counts = {"tokens": {**tokens, "total": sum(tokens.values())}}
     counts |= {"token_layers": {**layers, "total": sum(layers.values())}}
     counts |= {"parameters": parameters(model), "macs": macs(model), "activation_bytes": activation_bytes}
+    if token_drop:
+        counts["training_macs"] = training_macs(model, token_drop)
     return Inspection(batch=batch, flow=flow, **counts)
 
 
-def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _trace(
+    model: ModelConfig, batch: int, recompute: str, drop: TokenDrop | None
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Shapes at the main points of a forward pass, and bytes saved for the backward pass by part."""
     flow: list[dict[str, Any]] = []
     saved: dict[str, int] = {}
@@ -129,7 +138,8 @@ def _trace(model: ModelConfig, batch: int, recompute: str) -> tuple[list[dict[st
                 block.register_forward_hook(lambda _m, _i, _o: [inside.pop(), None][1])
         x = torch.empty(batch, *model.image_shape)
         note("image", x)
+        route = Route(torch.empty(batch, drop.kept, dtype=torch.int64), drop.first, drop.last) if drop else None
         with Kept(), saved_tensors_hooks(keep, lambda tensor: tensor):  # type: ignore[no-untyped-call]
-            out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64))
+            out = net(x, torch.empty(batch), torch.empty(batch, dtype=torch.int64), route=route)
         note("prediction", out)
     return flow, {**saved, "total": sum(saved.values())}

@@ -89,8 +89,7 @@ def evaluate(
         statistics: Inception statistics that replace those of `real` in FID and sFID.
         real_features: `features` of another evaluation with the same `batch`, to share those of real images.
 
-    Raises:
-        UserError: there are too few images, `out` holds another evaluation, or a user's metric fails.
+    UserError if there are too few images, `out` holds another evaluation, or a user's metric fails.
     """
     _check_counts(subject, real, num)
     use_full_float32()
@@ -108,9 +107,8 @@ def evaluate(
     if not is_main():
         return
     yield Progress("pixel metrics", 0, 1)
-    evaluation = _measure_pixels(subject, draw, real, num)
+    result = (evaluation := _measure_pixels(subject, draw, real, num)).result
     yield Progress("pixel metrics", 1, 1)
-    result = evaluation.result
     yield from _add_scores(result, stored, statistics)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256

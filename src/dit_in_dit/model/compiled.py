@@ -26,7 +26,7 @@ GRAPHS = 64  # most graphs of a kind of block: with and without gradients, in ea
 _number = count()
 
 
-def compile_blocks(*models: nn.Module, fall_back: bool = False) -> None:
+def compile_blocks(*models: nn.Module, fall_back: bool = False, by_length: bool = False) -> None:
     """Compile every kind of block of the models at its first call, in place, as one graph each. A module without blocks
     of this package is compiled whole.
 
@@ -34,19 +34,25 @@ def compile_blocks(*models: nn.Module, fall_back: bool = False) -> None:
 
     Args:
         fall_back: run blocks that do not compile without compilation, and warn once; false: raise UserError.
+        by_length: compile each number of tokens apart. Otherwise the second number gives code for any, which later
+            takes the place of the first: last bits would depend on what ran before.
     """
-    kinds: dict[Any, _Kind] = {}
+    kinds: dict[Any, _Kind | _Lengths] = {}
     for model in models:
         blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block | MlpBlock)]
         for module in blocks or [model]:
             if (kind := _kind_of(module)) not in kinds:
-                kinds[kind] = _Kind(type(module).forward, fall_back, fullgraph=bool(blocks))
+                make = partial(_Kind, type(module).forward, fall_back, fullgraph=bool(blocks))
+                kinds[kind] = _Lengths(make) if by_length else make()
             module.forward = partial(kinds[kind], module)
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile_blocks` has compiled the model."""
-    return any(isinstance(getattr(module.__dict__.get("forward"), "func", None), _Kind) for module in model.modules())
+    return any(
+        isinstance(getattr(module.__dict__.get("forward"), "func", None), _Kind | _Lengths)
+        for module in model.modules()
+    )
 
 
 @contextmanager
@@ -112,3 +118,17 @@ class _Kind:
         warnings.warn(f"{failure}; this time they run without compilation", LeftOutWarning, stacklevel=2)
         self.run = self.forward
         return self.run(*call, **keywords)
+
+
+class _Lengths(dict[int, _Kind]):
+    """A compiled forward function for each number of tokens of blocks of one kind."""
+
+    def __init__(self, make: Callable[[], _Kind]) -> None:
+        self.make = make
+
+    def __missing__(self, length: int) -> _Kind:
+        self[length] = self.make()
+        return self[length]
+
+    def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return self[x.shape[1]](block, x, *arguments, **keywords)

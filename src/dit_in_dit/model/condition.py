@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import AUTO, ModelConfig
 from dit_in_dit.model.layers import layer_norm
+from dit_in_dit.model.route import Route
 
 TIME_FREQUENCIES = 256  # sinusoidal features of time, as in DiT
 
@@ -163,13 +164,14 @@ class ConditionTokens(nn.Module):
 
 class Conditioning(NamedTuple):
     """What conditions the stages: c (N, D), the time alone (N, D), tokens beside the patches (N, K, D) and the vectors
-    that blocks share (N, 6D), if there are any."""
+    that blocks share (N, 6D), if there are any; in training dropout keys (N, blocks, 4) and the route of patches."""
 
     c: Tensor
     time: Tensor
     tokens: Tensor | None
     shared: Tensor | None
-    dropout: Tensor | None = None  # keys (N, blocks, 4)
+    dropout: Tensor | None = None
+    route: Route | None = None
 
     def row(self, shared: bool) -> Tensor:
         """What adaLN of a level reads: c, or the shared vectors."""

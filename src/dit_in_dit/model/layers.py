@@ -83,7 +83,8 @@ class QkNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions."""
+    """Multi-head self-attention, (B, L, D) -> (B, L, D); `rope` turns queries and keys by their positions, those of
+    the tokens' `places` (B, L) if given."""
 
     stacked: ClassVar[Mapping[str, int]] = {"qkv": 3}  # matrices in the weight of a layer
 
@@ -101,23 +102,23 @@ class Attention(nn.Module):
         """Queries, keys and values in one tensor, (B, L, 3, heads, d), without norm and rotation."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, each (B, heads, L, d)."""
-        return self._apart(self.packed(x))
+        return self._apart(self.packed(x), *places)
 
-    def _apart(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _apart(self, qkv: Tensor, *places: Tensor) -> tuple[Tensor, ...]:
         q, k, v = unpack(qkv)  # in this order of axes, which saves a copy in the backward pass
         if self.qk_norm:
             q, k = self.qk_norm(q, k)
         if self.rope:
-            q, k = self.rope(q, k)
+            q, k = self.rope(q, k, *places)
         return q, k, v
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *places: Tensor) -> Tensor:
         qkv = self.packed(x)
         if self._is_packed_tiny(qkv):
             return self.proj(packed_tiny_attention(qkv).transpose(1, 2).flatten(2))
-        return self.proj(attend(*self._apart(qkv)).transpose(1, 2).flatten(2))  # B L D
+        return self.proj(attend(*self._apart(qkv, *places)).transpose(1, 2).flatten(2))  # B L D
 
     def _is_packed_tiny(self, qkv: Tensor) -> bool:
         if self.qk_norm or self.rope or qkv.shape[1] > kernels_of(qkv.device).tiny_up_to or in_transform():
@@ -136,6 +137,7 @@ class Block(nn.Module):
 
     The condition is broadcast over the tokens, so that one row modulates all tokens of its group. Outer tokens
     (N, T, D) take conditions (N, 1, K); inner tokens (N, T, S, E) take (N, 1, 1, K), (N, T, 1, K) or (N, T, S, K).
+    `places` goes to `mix`: rows of its rotary positions.
     """
 
     selective = False  # train.recompute=selective
@@ -148,11 +150,13 @@ class Block(nn.Module):
         self.modulation = modulation
 
     @recomputes_selectively
-    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, keys: Tensor | None = None, *, places: Tensor | None = None) -> Tensor:
         """The block's output; `keys` (N, 4): the branches have dropout, from `training.dropout`."""
         vectors, count = self.modulation(c), self.modulation.per_branch
         mix: Callable[[Tensor], Tensor] = self.branches["mix"]
         mlp = _with_rows(self.branches["mlp"], c)
+        if places is not None:
+            mix = lambda x: self.branches["mix"](x, places)  # noqa: E731  # positional: hooks do not see keywords
         if keys is not None:
             mix, mlp = with_dropout(mix, keys[:, :2], self.dropout), with_dropout(mlp, keys[:, 2:], self.dropout)
         x = self.modulation.branch(x, self.norm_mix, mix, *vectors[:count])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from dit_in_dit.model.mlps import MLPS
 from dit_in_dit.model.modulation import MODULATIONS, Modulation
 from dit_in_dit.model.norms import NORMS
 from dit_in_dit.model.rope import patch_rope
+from dit_in_dit.model.route import Route
 from dit_in_dit.model.split import SplitOutput
 from dit_in_dit.model.stages import AggregateStage, Head, InnerStage, OuterStage, SpreadStage, State
 
@@ -97,9 +99,8 @@ class NestedDiT(nn.Module):
             if level == "outer":
                 first = model.tokens.start - done
                 start = first if model.tokens.count and 0 <= first < count else None
-                stages.append(
-                    OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], start=start, first=done)
-                )
+                where: dict[str, Any] = {"start": start, "first": done}
+                stages.append(OuterStage(islice(outer, count), model.outer, recompute=redo["outer"], **where))
                 done += count
                 if done == model.internal_head:
                     self.before_internal_head = len(stages)
@@ -121,6 +122,7 @@ class NestedDiT(nn.Module):
         *,
         weak: bool = False,
         keys: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor:
         """Predict from noisy images.
 
@@ -131,6 +133,7 @@ class NestedDiT(nn.Module):
             y: classes (N,), int64 in [0, num_classes]; num_classes is the null class. None: the null class for all.
             weak: return a pair: the prediction, and the weak one, of the internal head or of the outer head alone.
             keys: dropout keys (N, blocks, 4) of the examples, in training (`training.dropout`).
+            route: patches that bypass outer blocks, in training; None: all patches go through all blocks.
 
         Returns:
             The prediction (N, C, H, W) of the quantity `diffusion.predict` (of `split`, the image). With
@@ -150,8 +153,7 @@ class NestedDiT(nn.Module):
             x, t = self.split.scaled(x, t)
         state = State(self.outer_embed(x), self.inner_embed(x))  # N T D, N T S E
         condition = self._condition(self.time_embed(t, x.dtype), self.label_embed(y), y)
-        if keys is not None:
-            condition = condition._replace(dropout=keys)
+        condition = condition._replace(dropout=keys, route=route)
         early = state
         for number, stage in enumerate(self.stages, 1):  # the program, one arrow per stage
             state = stage(state, condition)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ def _contexts() -> Any:
 
 
 def recomputes_selectively(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a block's `forward(x, c, *keys)`: if `block.selective`, the backward pass recomputes all but products
+    """Decorate a block's `forward(x, c, ...)`: if `block.selective`, the backward pass recomputes all but products
     and attention (Korthikanti et al. 2022, section 5). It is inside the block, so that a compiled block contains it."""
 
     @wraps(forward)
-    def run(block: Any, x: Tensor, c: Tensor, *keys: Tensor) -> Tensor:
+    def run(block: Any, *arguments: Tensor, **keywords: Tensor) -> Tensor:
         if not (block.selective and torch.is_grad_enabled()):
-            return forward(block, x, c, *keys)
-        return checkpoint(forward, block, x, c, *keys, use_reentrant=False, context_fn=_contexts)
+            return forward(block, *arguments, **keywords)
+        again = partial(forward, block, **keywords)
+        return checkpoint(again, *arguments, use_reentrant=False, context_fn=_contexts)
 
     return run

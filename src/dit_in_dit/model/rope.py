@@ -19,6 +19,8 @@ class Rope(nn.Module, ABC):
 
     `width` is d, a multiple of 4; `places` (T, 2) are row and column of each token in a grid of the image with `sides`
     rows and columns. The first `lead` tokens have no place and are not rotated; L = lead + T.
+
+    `forward` takes the rows (N, L) of the lead + T angles that the tokens have, if they are not all tokens in order.
     """
 
     def __init__(self, width: int, places: Tensor, sides: tuple[int, int], lead: int = 0) -> None:
@@ -35,8 +37,11 @@ class Rope(nn.Module, ABC):
     def angles(places: Tensor, sides: tuple[int, int], frequencies: Tensor) -> Tensor:
         """Angle of each pair of channels, (T, d/2), from places (T, 2) and frequencies (d/4,)."""
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+    def forward(self, q: Tensor, k: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos, self.sin
+        if rows is not None:
+            cos, sin = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # N 1 L d/2
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

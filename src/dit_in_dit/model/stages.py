@@ -14,17 +14,17 @@ from dit_in_dit.config.model import InnerConfig, ModelConfig, OuterConfig
 from dit_in_dit.model.aggregate import Aggregator, Fusion, Refine, Spread
 from dit_in_dit.model.condition import CONDITIONS, Condition, Conditioning
 from dit_in_dit.model.embed import Unpatch
-from dit_in_dit.model.layers import Block, FinalLayer, MlpBlock
+from dit_in_dit.model.layers import FinalLayer
 from dit_in_dit.model.modulation import Modulation, SharedHead
 from dit_in_dit.model.norms import NORMS
 
-AnyBlock = Block | MlpBlock
-Run = Callable[..., Tensor]  # of a block, x, its conditioning rows and, with dropout, keys
+Run = Callable[..., Tensor]  # of a block and its arguments
 
 
-def run_block(block: AnyBlock, x: Tensor, c: Tensor, *keys: Tensor) -> Tensor:
+def run_block(block: nn.Module, *arguments: Tensor, **keywords: Tensor) -> Tensor:
     """The block's output; activations are kept for the backward pass."""
-    return block(x, c, *keys)
+    output: Tensor = block(*arguments, **keywords)
+    return output
 
 
 def _keys(condition: Conditioning, number: int) -> tuple[Tensor, ...]:
@@ -48,7 +48,8 @@ class State(NamedTuple):
 class OuterStage(nn.Module):
     """Outer blocks, with attention among all patches, and with the tokens of time and class from block `start` on.
 
-    `first`: number of the first block among all of the model, which chooses its dropout keys.
+    `first`: number of the first block among all of the model, which chooses its dropout keys. In training, some patches
+    may bypass blocks (see `Route`).
     """
 
     def __init__(
@@ -57,17 +58,28 @@ class OuterStage(nn.Module):
         super().__init__()
         self.run = _recomputed if recompute else run_block
         self.blocks, self.shared, self.start = nn.ModuleList(blocks), level.modulation == "shared", start
-        self.first = first
+        self.first, self.has_places = first, level.rope != "none"
         self.name = f"outer*{len(self.blocks)}"
 
     def forward(self, state: State, condition: Conditioning) -> State:
         tokens, patches = state.tokens, state.outer.shape[1]
         row = condition.row(self.shared)[:, None]  # N 1 K
         x = state.outer if tokens is None else torch.cat([tokens, state.outer], dim=1)
+        route = condition.route
+        short = route.within(self.first, len(self.blocks)) if route else range(0)
         for number, block in enumerate(self.blocks):
             if number == self.start:
                 x = torch.cat([condition.tokens, x], dim=1)  # type: ignore[list-item]
-            x = self.run(block, x, row, *_keys(condition, self.first + number))  # type: ignore[arg-type]
+            keys = _keys(condition, self.first + number)
+            if route is None or number not in short:
+                x = self.run(block, x, row, *keys)
+                continue
+            if number == short[0]:
+                x, before = route.enter(x, patches), x
+            where = {"places": route.places(x.shape[1])} if self.has_places else {}
+            x = self.run(block, x, row, *keys, **where)
+            if number == short[-1]:
+                x = route.leave(x, before, patches)
         if tokens is None and self.start is None:
             return State(x, state.inner, None, state.rows)
         tokens, outer = x[:, :-patches], x[:, -patches:]
@@ -101,7 +113,7 @@ class InnerStage(nn.Module):
             x = torch.cat([tokens, x.flatten(1, 2)], dim=1)  # type: ignore[list-item]
         rows_of_blocks = rows.flatten(1, 2) if self.carries else rows
         for number, block in enumerate(self.blocks, self.first):
-            x = self.run(block, x, rows_of_blocks, *_keys(condition, number))  # type: ignore[arg-type]
+            x = self.run(block, x, rows_of_blocks, *_keys(condition, number))
         if self.carries:
             places = state.inner.shape[1] * state.inner.shape[2]
             tokens, x = x[:, :-places], x[:, -places:].view(state.inner.shape)

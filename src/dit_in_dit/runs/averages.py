@@ -23,7 +23,7 @@ from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runs import integrity
 from dit_in_dit.runs.tensors import LazyTensors, load_tensors, serialize
 
-STORED_AVERAGE = "average/"  # begins the names of the averages' tensors: average/NAME/WEIGHT
+AVERAGE_PREFIX = "average/"  # begins the names of the averages' tensors: average/NAME/WEIGHT
 FOLDER, FILE = "averages", "averages.safetensors"
 
 
@@ -51,7 +51,7 @@ def keep_snapshot(run: Path, state: Path, manifest: Mapping[str, Any], train: Tr
     step, every = manifest["step"], train.ema_snapshot_every
     if every and step % every == 0 and manifest["steady"]:
         lazy = LazyTensors(state)
-        tensors = {name: lazy[name] for name in lazy if name.startswith(f"{STORED_AVERAGE}{LENGTH}")}
+        tensors = {name: lazy[name] for name in lazy if name.startswith(f"{AVERAGE_PREFIX}{LENGTH}")}
         write_averages(run / FOLDER / f"{step:07d}", manifest, tensors)
 
 
@@ -68,7 +68,7 @@ def reconstructed_folder(state: LazyTensors, average: str) -> Path:
 
 def kept_averages(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the averages whose tensors are among these."""
-    return list(dict.fromkeys(name.split("/")[1] for name in state if name.startswith(STORED_AVERAGE)))
+    return list(dict.fromkeys(name.split("/")[1] for name in state if name.startswith(AVERAGE_PREFIX)))
 
 
 def average_names(state: LazyTensors) -> list[str]:
@@ -92,7 +92,7 @@ def average_weights(state: LazyTensors, average: str, train: TrainConfig) -> dic
         return load_tensors(reconstructed_folder(state, average) / FILE)
     names, prefix = (
         (name.removeprefix("model.") for name in state if name.startswith("model.")),
-        f"{STORED_AVERAGE}{average}/",
+        f"{AVERAGE_PREFIX}{average}/",
     )
     return {name: state[stored if (stored := prefix + name) in state else f"model.{name}"] for name in names}
 

@@ -21,7 +21,7 @@ def relative_length(power: float) -> float:
     return math.sqrt((power + 1) / (power + 3)) / (power + 2)
 
 
-def power_of_length(length: float) -> float:
+def length_exponent(length: float) -> float:
     """Exponent of the average of a relative length below 1 / sqrt(12), the inverse of `relative_length`.
 
     By bisection and not by the roots of EDM2's cubic, because a library's eigenvalues differ in their last bits from

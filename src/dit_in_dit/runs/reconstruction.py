@@ -14,9 +14,9 @@ from torch import Tensor
 from dit_in_dit.config.averages import LENGTH
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.runs.averages import (
+    AVERAGE_PREFIX,
     FILE,
     FOLDER,
-    STORED_AVERAGE,
     average_weights,
     kept_averages,
     reconstructed_folder,
@@ -24,7 +24,7 @@ from dit_in_dit.runs.averages import (
 )
 from dit_in_dit.runs.checkpoint import Checkpoint, check_config
 from dit_in_dit.runs.integrity import DamagedError, DamagedWarning, verify
-from dit_in_dit.runs.power_function import fit_profile, power_of_length
+from dit_in_dit.runs.power_function import fit_profile, length_exponent
 from dit_in_dit.runs.tensors import LazyTensors
 
 Stored = tuple[int, str, Mapping[str, Tensor]]  # step, name of the average, tensors of that step's averages
@@ -55,14 +55,14 @@ def reconstruct(run: Path, length: float) -> Reconstruction:
     if name in kept:
         raise UserError(f"{run} has tracked the average of length {length}: choose it with --ema {name}")
     stored = [*_snapshots(saved), *((saved.step, each, state) for each in kept)]
-    profiles = [(float(step), power_of_length(float(each.removeprefix(LENGTH)))) for step, each, _ in stored]
-    weights, error = fit_profile(profiles, (float(saved.step), power_of_length(length)))
+    profiles = [(float(step), length_exponent(float(each.removeprefix(LENGTH)))) for step, each, _ in stored]
+    weights, error = fit_profile(profiles, (float(saved.step), length_exponent(length)))
     average = average_weights(state, kept[0], saved.config.train)  # the tensors that are no parameters stay
     for part in average:
-        if f"{STORED_AVERAGE}{kept[0]}/{part}" in state:
+        if f"{AVERAGE_PREFIX}{kept[0]}/{part}" in state:
             total = torch.zeros_like(average[part], dtype=torch.float64)
             for weight, (_, each, tensors) in zip(weights.tolist(), stored, strict=True):
-                total += weight * tensors[f"{STORED_AVERAGE}{each}/{part}"].double()
+                total += weight * tensors[f"{AVERAGE_PREFIX}{each}/{part}"].double()
             average[part] = total.to(average[part].dtype)
     folder = reconstructed_folder(state, name)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,19 +52,29 @@ def normal(seed: int, purpose: str, examples: Tensor, shape: Sequence[int]) -> T
     every device. The normal numbers differ by the device's rounding of log, cos and sin.
     """
     size = math.prod(shape)
+    noises = []
+    for a, b, c, d in _chunks(seed, purpose, examples, size):
+        noises.append(torch.stack((*box_muller(a, b), *box_muller(c, d)), -1).flatten(1).narrow(1, 0, size))
+    return torch.cat(noises).reshape(-1, *shape)
+
+
+def words(seed: int, purpose: str, examples: Tensor, size: int) -> Tensor:
+    """Random words (N, size), int64 below 2^32, on the device of the example numbers (N,), equal on every device.
+
+    They are the words from which `normal` computes."""
+    parts = _chunks(seed, purpose, examples, size)
+    return torch.cat([torch.stack(part, -1).flatten(1).narrow(1, 0, size) for part in parts])
+
+
+def _chunks(seed: int, purpose: str, examples: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The words of blocks of four elements, each (n, size / 4), for some examples at a time."""
     blocks = torch.arange(-(-size // 4), device=examples.device)
     use = torch.full((), PURPOSES[purpose], device=examples.device)
     rows = max(1, CHUNK.get(examples.device.type, LARGE_CHUNK) // len(blocks))
-    noises = []
     for some in torch.split(examples.unsqueeze(1), rows):
-        words = philox((blocks, use, some & MASK, some >> WORD), (seed & MASK, seed >> WORD))
-        pairs = *box_muller(*words[:2]), *box_muller(*words[2:])
-        noises.append(torch.stack(pairs, -1).flatten(1).narrow(1, 0, size))
-    return torch.cat(noises).reshape(-1, *shape)
+        yield philox((blocks, use, some & MASK, some >> WORD), (seed & MASK, seed >> WORD))
 
 
 def uniform(seed: int, purpose: str, examples: Tensor) -> Tensor:
     """A number in [0, 1) for each of the example numbers (N,), float32, equal to the last bit on every device."""
-    zero = torch.zeros_like(examples)
-    words = philox((zero, zero + PURPOSES[purpose], examples & MASK, examples >> WORD), (seed & MASK, seed >> WORD))
-    return (words[0] >> 8).float() * 2.0**-24
+    return (words(seed, purpose, examples, 1)[:, 0] >> 8).float() * 2.0**-24

@@ -7,7 +7,7 @@ import numpy as np
 # Never change a number, it is part of the meaning of a seed; for a new purpose add the next.
 PURPOSES = {
     **{"order": 0, "example": 1, "noise": 2, "sample": 3, "mosaic": 4, "held_out": 5, "evaluation": 6},
-    **{"source": 7, "balance": 8, "dropout": 9, "terms": 10},
+    **{"source": 7, "balance": 8, "dropout": 9, "terms": 10, "token_drop": 11},
 }
 
 

@@ -134,10 +134,12 @@ def budgeted_config(
     if epochs := budget.pop("epochs", None if budget else train.epochs):
         train = config.resolve_epochs(open_source(config.data, config.model).train_size, epochs).train
     for kind, amount in budget.items():
+        if kind == "macs":
+            train = replace(train, epochs=None, steps=max(1, round(cost.steps_within(config, amount))))
+            continue
         per_step = {
             "steps": 1.0,
             "images": float(config.global_batch),
-            "macs": float(cost.training_macs(config.model)["total"] * config.global_batch),
             "seconds": step_seconds or 1.0,
         }[kind]
         train = replace(train, epochs=None, steps=max(1, round(amount / per_step)))

@@ -228,6 +228,9 @@ def _draw(run: Path, device: torch.device) -> None:
 def trial_bytes(config: RunConfig) -> int:
     """A rough estimate of a trial's memory in bytes: weights, gradients, optimizer state, averaged weights, and 1.5
     times the activations that are kept for the backward pass."""
-    activations: Any = inspect(config.model, config.train.batch_size, config.train.recompute)["activation_bytes"]
-    copies = 5 + len(config.train.further_averages)
+    train = config.train
+    activations: Any = inspect(config.model, train.batch_size, train.recompute, token_drop=config.lasting_token_drop)[
+        "activation_bytes"
+    ]
+    copies = 5 + len(train.further_averages)
     return int(copies * 4 * cost.parameters(config.model)["total"] + 1.5 * activations["total"])

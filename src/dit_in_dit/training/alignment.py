@@ -25,14 +25,16 @@ class Sra(Term):
     """Self-alignment: tokens of an outer block of the trained model, through an MLP, take after those of a deeper outer
     block of the averaged model at less noise (Jiang et al. 2025, arXiv 2505.02831, section 3).
 
-    The averaged model sees the same image, noise and class at the time t - k, with k uniform in [0, sra_gap].
+    The averaged model sees the same image, noise and class at the time t - k, with k uniform in [0, sra_gap]. It sees
+    all patches; those that the block of the trained model sees are compared.
     """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
         self.seed, self.gap, self.patches = config.seed, config.train.terms.sra_gap, config.model.patches
         self.distance = config.train.terms.sra_distance
-        self.student, self.teacher = (f"outer_blocks.{number}" for number in sra_blocks(config))
+        self.block, last = sra_blocks(config)
+        self.student, self.teacher = f"outer_blocks.{self.block}", f"outer_blocks.{last}"
         width = config.model.outer.width
         self.projector = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
 
@@ -46,13 +48,14 @@ class Sra(Term):
             x_t = given.objective.noisy(given.x, given.noise, t)
             # A sharded model must not be left in the middle of its forward pass.
             target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded)
-        tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
-        return distance(self.distance, tokens, target[:, -self.patches :])
+        target = given.seen(self.block, target[:, -self.patches :])  # without tokens of time and class
+        tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])
+        return distance(self.distance, tokens, target)
 
     @classmethod
     def macs(cls, config: RunConfig) -> int:
-        model = config.model
-        return FORWARDS_PER_STEP * 4 * model.patches * model.outer.width**2 + macs_through(model, sra_blocks(config)[1])
+        model, (first, last) = config.model, sra_blocks(config)
+        return FORWARDS_PER_STEP * 4 * _patches(config, first) * model.outer.width**2 + macs_through(model, last)
 
 
 class Repa(Term):
@@ -64,8 +67,8 @@ class Repa(Term):
         super().__init__()
         model, terms = config.model, config.train.terms
         self.folder, self.stored = _place_of_features(config), has_features(config)
-        block = _block(config, "repa_block", terms.repa_block, 2)
-        self.student, self.patches = f"outer_blocks.{block}", model.patches
+        self.block = repa_block(config)
+        self.student = f"outer_blocks.{self.block}"
         hidden, (width, grid) = terms.repa_width, _features_shape(config)
         self.pooled = grid // model.grid[0]  # patches of the encoder on a side of an outer token
         widths = (model.outer.width, hidden, hidden, width)
@@ -96,18 +99,20 @@ class Repa(Term):
         return F.avg_pool2d(grid, self.pooled).flatten(2).mT  # N F g g -> N T F
 
     def forward(self, given: Pass) -> Tensor:
-        tokens = self.projector(given.outputs[self.student][:, -self.patches :])  # without tokens of time and class
         if self.stored:
             assert given.features is not None
             target = self._pool(at_least_float32(given.features))
         else:
             target = self.features(given.x)
+        target = given.seen(self.block, target)
+        tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])  # without tokens of time and class
         return distance("cosine", tokens, target) - 1  # the official code's -cosine
 
     @classmethod
     def macs(cls, config: RunConfig) -> int:
         model, hidden, (width, grid) = config.model, config.train.terms.repa_width, _features_shape(config)
-        projector = FORWARDS_PER_STEP * model.patches * hidden * (model.outer.width + hidden + width)
+        patches = _patches(config, repa_block(config))
+        projector = FORWARDS_PER_STEP * patches * hidden * (model.outer.width + hidden + width)
         if has_features(config):
             return projector
         about = about_dinov2(_place_of_features(config))
@@ -164,6 +169,17 @@ def sra_blocks(config: RunConfig) -> tuple[int, int]:
     of the depth, blocks 8 and 20 of 28 in the official code. UserError if a block does not exist."""
     first, second = config.train.terms.sra_blocks or (None, None)
     return _block(config, "sra_blocks", first, 2), _block(config, "sra_blocks", second, 5)
+
+
+def repa_block(config: RunConfig) -> int:
+    """Number of the outer block that REPA aligns; by default at 2/7 of the depth. UserError if it does not exist."""
+    return _block(config, "repa_block", config.train.terms.repa_block, 2)
+
+
+def _patches(config: RunConfig, block: int) -> int:
+    """Patches that an outer block sees in training."""
+    drop = config.token_drop
+    return drop.kept if drop is not None and block in drop else config.model.patches
 
 
 def _block(config: RunConfig, key: str, number: int | None, sevenths: int) -> int:

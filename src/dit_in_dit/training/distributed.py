@@ -10,18 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.runtime.process import world_size
 
 T = TypeVar("T")
+BUCKET = 100  # MB of gradients that DDP sums at once on CUDA
 ROLL_CALL = 3.0  # seconds in which a live process must report, after torch.distributed has given up
 
 
@@ -205,3 +208,13 @@ def check_process_count(train: TrainConfig, size: int) -> None:
         raise UserError(f"train.shard must divide the number of processes ({size}): got {train.shard}")
     if train.compile == "graphs" and size > 1:
         raise UserError(f"train.compile=graphs needs a single process: got {size}; set train.compile=true")
+
+
+def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DDP of a module: every process holds all weights, and the means of gradients are exchanged."""
+    known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    if device.type == "cuda":  # elsewhere the sums would change in the last bits
+        options["bucket_cap_mb"] = BUCKET
+    return DistributedDataParallel(module, **options)

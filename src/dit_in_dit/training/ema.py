@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.runs.averages import STORED_AVERAGE
-from dit_in_dit.runs.power_function import power_decay, power_of_length
+from dit_in_dit.runs.averages import AVERAGE_PREFIX
+from dit_in_dit.runs.power_function import length_exponent, power_decay
 from dit_in_dit.training.sharding import local_part
 
 
@@ -43,7 +43,7 @@ class Averages:
     def __init__(self, model: nn.Module, train: TrainConfig) -> None:
         """The averages of a model that is sharded already, if it is to be sharded: each process copies its part."""
         self.decays: list[Callable[[int], float]] = [partial(ema_decay, most=decay) for decay in train.decays[1:]]
-        self.decays += [partial(power_decay, power=power_of_length(length)) for length in train.ema_lengths or ()]
+        self.decays += [partial(power_decay, power=length_exponent(length)) for length in train.ema_lengths or ()]
         weights = dict(model.named_parameters(remove_duplicate=False))
         copies = [{name: each.detach().clone() for name, each in weights.items()} for _ in self.decays]
         self.weights = dict(zip(train.further_averages, copies, strict=True))
@@ -58,7 +58,7 @@ class Averages:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all averages, by their names in a checkpoint's state."""
         return {
-            f"{STORED_AVERAGE}{average}/{name}": weight
+            f"{AVERAGE_PREFIX}{average}/{name}": weight
             for average, weights in self.weights.items()
             for name, weight in weights.items()
         }

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.inspection.hooks import forward_hooks
+from dit_in_dit.model.route import Route
 
 
 @dataclass(frozen=True)
 class Pass:
     """A forward pass of the trained model on a micro-batch of N examples, and what a term may compare it with.
 
-    outputs: of the modules that the term `reads`, by module name.
+    outputs: of the modules that the term `reads`, by module name; those of outer blocks on the `route` are shorter.
     features: of the images (N, F, g, g), stored beside their latents; (N, 0) without any.
     averaged: the averaged model; on several processes with train.parallel=fsdp it is `sharded`.
+    route: of patches around outer blocks, with train.token_drop; the averaged model has none.
     """
 
     x: Tensor  # N C H W
@@ -34,6 +36,13 @@ class Pass:
     averaged: nn.Module
     sharded: bool
     features: Tensor | None = None
+    route: Route | None = None
+
+    def seen(self, block: int, targets: Tensor) -> Tensor:
+        """Of targets for all patches (N, T, F), those for the patches that outer block `block` sees (N, K, F)."""
+        if self.route is None or not self.route.first <= block <= self.route.last:
+            return targets
+        return self.route.enter(targets, targets.shape[1])
 
 
 class Term(nn.Module):

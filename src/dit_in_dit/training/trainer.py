@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,18 @@ from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective, Predict
 from dit_in_dit.model.compiled import compile_blocks, explain_failures
 from dit_in_dit.model.nested import NestedDiT, part_of
+from dit_in_dit.model.route import Route
 from dit_in_dit.runtime.memory import keep_freed_memory
 from dit_in_dit.training import optimizer as optimizers
 from dit_in_dit.training.batches import Batch, Packed, Unpacker, held_out_batch, principal_patches
-from dit_in_dit.training.distributed import Process, check_process_count
+from dit_in_dit.training.distributed import Process, check_process_count, data_parallel
 from dit_in_dit.training.divergence import Divergence
 from dit_in_dit.training.dropout import dropout_keys
 from dit_in_dit.training.ema import Averages, Ema
 from dit_in_dit.training.graphs import Graphed
 from dit_in_dit.training.held_out import HELD_OUT_IMAGES, denoising_errors
 from dit_in_dit.training.optimizer import Groups, learning_rate
+from dit_in_dit.training.routing import Routing
 from dit_in_dit.training.sharding import (
     GatheredTensors,
     local_part,
@@ -45,8 +46,6 @@ from dit_in_dit.training.term import Pass
 from dit_in_dit.training.terms import LossTerms, WithTerms
 from dit_in_dit.training.tree import PairwiseSum
 from dit_in_dit.training.warm_start import is_inner, warm_start
-
-BUCKET = 100  # MB of gradients that DDP sums at once on CUDA
 
 
 class Trainer:
@@ -117,21 +116,17 @@ class Trainer:
     def _distribute(self, fall_back: bool) -> nn.Module:
         """Compile the model and its average, shard them in place, or wrap the model in DDP; returns the module to
         train."""
-        train = self.config.train
+        train, self.routing = self.config.train, Routing(self.config, self.model)
         if train.compile in (True, "graphs"):
-            compile_blocks(self.model, self.ema.model, fall_back=fall_back)
+            by_length = self.routing.drop is not None
+            compile_blocks(self.model, self.ema.model, fall_back=fall_back, by_length=by_length)
         if self.sharded:
             mesh = sharding_mesh(self.world.size, train.shard, self.device, train.timeout)
             shard(self.model, mesh, bfloat16=train.precision == "bfloat16")
             shard(self.ema.model, mesh)
             shard_terms(self.terms, mesh)
         elif self.world.size > 1 and train.reduction == "fast":
-            known = signature(DistributedDataParallel).parameters  # PyTorch 2.14 renames the first
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-            if self.device.type == "cuda":  # elsewhere the sums would change in the last bits
-                options["bucket_cap_mb"] = BUCKET
-            return DistributedDataParallel(WithTerms(self.model, self.terms) if self.terms else self.model, **options)
+            return data_parallel(WithTerms(self.model, self.terms) if self.terms else self.model, self.device)
         return self.model
 
     def _groups(self) -> Groups:
@@ -194,19 +189,22 @@ class Trainer:
     ) -> Tensor:
         """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
         are added to those of the weights."""
+        route = self.routing(self.step, example)
         with self.autocast(), self.terms.recorded(self.model) as outputs:
-            each = self.objective.loss(self._network(example), x, noise, t, y)
-            given = Pass(x, noise, t, y, example, outputs, self.objective, self.ema.model, self.sharded, features)
+            each = self.objective.loss(self._network(example, route), x, noise, t, y)
+            beside = self.objective, self.ema.model, self.sharded, features, route
+            given = Pass(x, noise, t, y, example, outputs, *beside)
             total, alone = self.terms.add_to(each, given)
         (total.mean() / count).backward()  # type: ignore[no-untyped-call]
         return alone
 
-    def _network(self, example: Tensor) -> Predict:
-        """The network with the dropout of these examples, as a function of x, t and y."""
-        if not self.config.train.dropout:
-            return self.net
-        blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
-        return partial(self.net, keys=dropout_keys(self.config.seed, example, blocks))
+    def _network(self, example: Tensor, route: Route | None) -> Predict:
+        """The network with the route and the dropout of these examples, as a function of x, t and y."""
+        options: dict[str, Any] = {} if route is None else {"route": route}  # a model of one's own may take neither
+        if self.config.train.dropout:
+            blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
+            options["keys"] = dropout_keys(self.config.seed, example, blocks)
+        return partial(self.net, **options) if options else self.net
 
     def _descend(self, norm: Tensor, finite: Tensor) -> None:
         """Clip the gradients and step the optimizer if they are finite."""

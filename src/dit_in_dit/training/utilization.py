@@ -17,14 +17,15 @@ class Utilization:
 
     MFU as in PaLM (Chowdhery et al. 2022, appendix B): FLOPs per second of the forward and backward pass, without
     recomputation, over the peak of dense bfloat16 products of all the run's devices. It is unknown for devices that are
-    not in `inspection.gpus`, in float32, and for a model given to train().
+    not in `inspection.gpus`, in float32, for a model given to train(), and with train.token_drop_steps.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, processes: int, objects: Mapping[str, str]) -> None:
         self.config, self.device, self.rate = config, device, 0.0  # rate: images per second at the peak
         known = device.type == "cuda" and config.train.precision == "bfloat16" and "model" not in objects
+        known = known and config.token_drop == config.lasting_token_drop
         if peak := peak_flops(torch.cuda.get_device_name(device)) if known else None:
-            self.rate = processes * peak / (2 * training_macs(config.model)["total"])
+            self.rate = processes * peak / (2 * training_macs(config.model, config.token_drop)["total"])
 
     def read(self, images_per_second: float) -> dict[str, float]:
         """`mfu` (0 to 1) and `memory` (bytes), each if it is known. The device is not waited for."""

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import small_model
+from conftest import SHARDED, small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -34,6 +34,7 @@ from dit_in_dit.training import alignment
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.terms import LossTerms, terms_cost
+from processes import run_together, trained
 from test_terms import PatchEncoder, check_gradients, log, passed, state, summed
 
 CPU = torch.device("cpu")
@@ -223,7 +224,7 @@ def test_repa_on_latents_equals_a_computation_in_plain_torch(run_config, whole):
 def test_a_resumed_run_on_features_equals_an_unbroken_one_and_they_may_move(run_config, latents, tmp_path):
     config = configured(run_config, latents, "train.steps=4", "train.accumulate=2")
     list(train(config, tmp_path / "whole", device="cpu"))
-    list(train(config, tmp_path / "halves", device="cpu", until=2))
+    list(train(override(config, ["data.workers=1"]), tmp_path / "halves", device="cpu", until=2))
     moved = latents.rename(tmp_path / "moved")
     list(train(config, tmp_path / "halves", device="cpu", resume=True, data=str(moved)))
     assert log(tmp_path / "halves") == log(tmp_path / "whole")
@@ -231,7 +232,12 @@ def test_a_resumed_run_on_features_equals_an_unbroken_one_and_they_may_move(run_
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert "loss.repa" in json.loads(log(tmp_path / "whole").splitlines()[0])
-    examine(override(config, [f"data.source={moved}"]), CPU, None)
+
+
+@pytest.mark.slow
+def test_doctor_judges_a_run_on_features(run_config, whole):
+    report = examine(configured(run_config, whole), CPU, None)
+    assert "grad_norm.term" in {name for part in report.sections for name in part.rows}
 
 
 def change(path: Path) -> None:
@@ -323,13 +329,31 @@ def test_wrong_encodings_give_one_line(images, vae, encoder, latents, tmp_path):
         assert "\n" not in str(error.value)
 
     refused("--features needs images as high as wide: --size is 16x32", how(images, vae, size=(16, 32)))
-    refused(r"holds other features: shape is \[6, 16, 16\], not \[6, 8, 8\]", how(images, vae), grid=8)
+    refused(r"features\.json is of other features \(shape.*16.*8.*\)", how(images, vae), grid=8)
     refused("config.json", how(images, vae), by=tmp_path / "nowhere")
     path = latents / "features-000000.safetensors"
     save_file({name: each + 1 for name, each in load_file(path).items()}, path)
-    refused(r"features-000000\.safetensors is damaged: its SHA-256 differs from the index", how(images, vae))
+    refused(
+        r"features-000000\.safetensors is not the file of features\.json: remove it and run again", how(images, vae)
+    )
 
 
 def test_terms_of_a_config_alone_read_the_place_of_its_data(run_config, whole):
     config = configured(run_config, whole)
     assert LossTerms(config, NestedDiT(config.model)).references() == {"repa": features_sha256(whole)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fixed", "ddp", SHARDED])
+def test_two_processes_train_on_features_like_one(run_config, whole, tmp_path, parallel):
+    setting = "train.reduction=fixed" if parallel == "fixed" else f"train.parallel={parallel}"
+    config = configured(run_config, whole, "train.accumulate=2", "train.steps=3", setting)
+    for world, name in ((1, "alone"), (2, "many")):
+        run_together(world, trained, config, tmp_path / name, False)
+    alone, many = (log(tmp_path / name) for name in ("alone", "many"))
+    assert "loss.repa" in many
+    if parallel == "fixed":
+        assert many == alone
+    for one, two in zip(*([json.loads(line) for line in text.splitlines()] for text in (alone, many)), strict=True):
+        if "loss" in one:
+            assert two == pytest.approx(one, rel=1e-4)

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="make test-eval")
 
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
+from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
 from dit_in_dit.config.presets import get
+from dit_in_dit.config.run import DataConfig
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.training.alignment import Repa
 
 
@@ -52,3 +59,23 @@ def test_a_folder_without_weights_gives_one_line(dinov2: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="cannot read DINOv2 from") as error:
         Repa(config(tmp_path, "model.channels=3", "data.vae=null"))
     assert "\n" not in str(error.value)
+
+
+def test_stored_features_are_those_that_training_on_the_images_computes(dinov2: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels = draw.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    AutoencoderKL(norm_num_groups=2, block_out_channels=(4,)).save_pretrained(tmp_path / "vae")
+    given = {"--data": "images", "--vae": "vae", "--out": "out"}
+    paths = [word for option, name in given.items() for word in (option, str(tmp_path / name))]
+    main(["encode", *paths, "--size", "32", "--features", str(dinov2), "--device", "cpu"])
+    stored = load_file(tmp_path / "out" / "features-000000.safetensors")
+    data = DataConfig(source=str(tmp_path / "images"), held_out=0.0)
+    repa = Repa(settings := config(dinov2, "model.channels=3", "data.vae=null", "model.num_classes=0"))
+    source = open_source(data, settings.model)
+    x = torch.from_numpy(np.stack([source.train(number)[0] for number in range(3)]))
+    for name, images in (("features", x), ("flipped", x.flip(-1))):
+        expected = repa.features(images)
+        torch.testing.assert_close(stored[name].flatten(2).mT.float(), expected, rtol=2e-3, atol=2e-3)

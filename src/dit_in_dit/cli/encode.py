@@ -59,7 +59,7 @@ def _encode(options: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from dit_in_dit.data.encode import Encoding, encode
-    from dit_in_dit.data.encode_features import check_features, encode_features
+    from dit_in_dit.data.encode_features import encode_features
     from dit_in_dit.runtime.device import pick_device
 
     device = pick_device(options.device)
@@ -73,8 +73,6 @@ def _encode(options: argparse.Namespace) -> None:
         shard=options.shard,
         workers=options.workers,
     )
-    if options.features:
-        check_features(how, options.features)  # before hours of encoding
     work = [encode(how, options.out, device)]
     if options.features:
         work.append(encode_features(how, options.features, options.features_grid, options.out, device))

@@ -24,7 +24,10 @@ from dit_in_dit.study.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "results" / "studies"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("does-nesting-help", "lab-notebook", "recipes")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("does-nesting-help", "lab-notebook", "recipes")),
+)
 METRICS = {
     "errors": {
         "held_out.0.2.high": "fine error, t = 0.2",

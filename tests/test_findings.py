@@ -128,7 +128,8 @@ def test_bright_images_scaled_by_a_reader_are_no_fault():
 
 def test_a_warm_started_model_need_not_predict_zero(run_config):
     x = torch.randn(16, 3, 8, 8)
-    batch = Batch(x, torch.randn_like(x), torch.full((16,), 0.5), torch.zeros(16, dtype=torch.int64), torch.arange(16))
+    y, numbers = torch.zeros(16, dtype=torch.int64), torch.arange(16)
+    batch = Batch(x, torch.randn_like(x), torch.full((16,), 0.5), y, numbers, numbers)
     for begun, many in ((None, 1), (object(), 0)):
         trainer = SimpleNamespace(objective=Objective(run_config.diffusion), begun=begun)
         found = check_initial_loss(patient(run_config, trainer=trainer, examples=batch, start=torch.full((16,), 0.01)))

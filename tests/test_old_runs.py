@@ -110,7 +110,7 @@ def test_a_version_with_more_keys_continues_runs_of_the_first_version(old, tmp_p
     shutil.copytree(Path(dit_in_dit.__file__).parent, newer, ignore=shutil.ignore_patterns("__pycache__"))
     for file, before in (
         ("config/model.py", '    fuse: Literal["add"'),
-        ("config/run.py", "    clip: float"),
+        ("config/training.py", "    clip: float"),
         ("config/run.py", "    spacing: Literal"),
         ("study/plan.py", "    prune: bool"),
     ):

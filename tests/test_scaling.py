@@ -22,7 +22,7 @@ from dit_in_dit.inspection.trace import inspect
 from dit_in_dit.model import recompute
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.checkpoint import Checkpoint
-from dit_in_dit.training import sharding, trainer
+from dit_in_dit.training import distributed, sharding, trainer
 from dit_in_dit.training.distributed import Process, check_process_count
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.trainer import Trainer
@@ -137,7 +137,8 @@ class Recorded(DistributedDataParallel):
 
 
 def test_only_on_cuda_ddp_sums_100_mb_at_once(config, monkeypatch):
-    monkeypatch.setattr(trainer, "DistributedDataParallel", Recorded)
+    for module in (trainer, distributed):
+        monkeypatch.setattr(module, "DistributedDataParallel", Recorded)
     ours = Trainer(config, open_source(config.data, config.model), CPU)
     ours.world = Process()
     ours.world.size = 2

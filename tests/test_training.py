@@ -147,7 +147,9 @@ def test_accumulation_changes_neither_examples_nor_gradients(run_config, tmp_pat
 def test_the_number_of_loader_workers_changes_no_example(run_config):
     reader = examples(run_config)
     for a, b in zip(load_batches(reader, 2, 6, 0, pin=False), load_batches(reader, 2, 6, 2, pin=False), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        parts = [(x, y) for x, y in zip(a, b, strict=True) if x is not None or y is not None]
+        assert len(parts) >= 6
+        assert all(torch.equal(x, y) for x, y in parts)
 
 
 @given(seed=st.integers(0, 2**63 - 1), size=st.integers(1, 50), epoch=st.integers(0, 5))

@@ -32,7 +32,7 @@ MOST_NUMBERS = 2**26  # numbers that are orthogonalised together: 128 MiB in bfl
 
 def matrix_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
     """Divide parameter groups by the number of matrices that their weights stack, which a group gets as `parts`; 0 for
-    weights that are not matrices of blocks.
+    weights that are not matrices of blocks, and for those of loss terms, which the model lacks.
 
     Raises:
         UserError: the model has no matrices in blocks.
@@ -43,8 +43,8 @@ def matrix_groups(groups: Iterable[dict[str, Any]], model: nn.Module) -> list[di
         raise UserError("train.optimizer=muon needs a model with matrices in blocks: got none; set adamw")
     divided = []
     for group in groups:
-        for count in sorted({parts[id(weight)] for weight in group["params"]}):
-            own = [weight for weight in group["params"] if parts[id(weight)] == count]
+        for count in sorted({parts.get(id(weight), 0) for weight in group["params"]}):
+            own = [weight for weight in group["params"] if parts.get(id(weight), 0) == count]
             divided.append({**group, "params": own, "parts": count})
     return divided
 

@@ -440,7 +440,10 @@ def test_defaults_are_as_before():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["data.flip=true"], r"^data.augment=0.5 has a flip that the network is told of: set data.flip=false$"),
+        (
+            ["data.flip=true"],
+            r"^data.augment=0.5 flips images itself, with labels for the network: set data.flip=false$",
+        ),
         (["model.augment_labels=6"], r"^data.augment_kind=edm has 9 labels: got model.augment_labels=6; set 0$"),
         (
             ["data.augment_kind=exact", "model.image_size=[16,32]"],

@@ -35,6 +35,7 @@ from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
 from dit_in_dit.training.terms import LossTerms, terms_cost
 from processes import run_together, trained
+from test_encode import pixels_of
 from test_terms import PatchEncoder, check_gradients, log, passed, state, summed
 
 CPU = torch.device("cpu")
@@ -49,12 +50,6 @@ def images(tmp_path_factory) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(place / f"{number:02d}.png")
     return root
-
-
-def pixels_of(folder: Path) -> torch.Tensor:
-    paths = sorted(folder.rglob("*.png"), key=lambda path: path.relative_to(folder).as_posix())
-    arrays = [np.asarray(Image.open(path), np.float32).transpose(2, 0, 1) for path in paths]
-    return torch.from_numpy(np.stack(arrays) / np.float32(127.5) - 1)
 
 
 @pytest.fixture(scope="module")

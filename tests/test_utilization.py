@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -66,13 +68,22 @@ def test_every_driver_name_is_that_of_a_known_gpu():
     assert peak_flops("NVIDIA H200") == peak_flops("H200") == 989e12
 
 
-def test_peak_memory_of_a_cpu_is_at_least_what_is_in_use():
-    pages = int(open("/proc/self/statm").read().split()[1])  # noqa: SIM115
-    block = torch.ones(2**24)  # 64 MB
-    peak = peak_memory(torch.device("cpu"))
-    assert peak is not None
-    assert pages * 4096 - 2**22 <= peak < 2**40  # the system adds up its counters of both at different times
-    assert len(block)
+GROWTH = """
+import torch
+from dit_in_dit.runtime.memory import peak_memory
+cpu, start = torch.device("cpu"), peak_memory(torch.device("cpu"))
+block = torch.ones(2**26)  # 256 MB
+with_block = peak_memory(cpu)
+del block
+print(with_block - start, peak_memory(cpu) - with_block)
+"""
+
+
+def test_peak_memory_of_a_cpu_grows_with_what_is_used_and_stays():
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    grown, after = map(int, done.stdout.split())
+    assert 2**28 * 0.95 <= grown < 2**29
+    assert after > -0.01 * grown  # the kernel's counters of pages are approximate
     assert peak_memory(torch.device("meta")) is None
 
 

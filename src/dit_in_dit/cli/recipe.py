@@ -13,6 +13,7 @@ from dit_in_dit.config.files import override
 from dit_in_dit.config.small_recipe import small_recipe_yaml
 
 USUAL = (1, 8, 64)  # GPUs
+GPU = "h100"
 FEW = 8  # with fewer images in a forward pass, a GPU probably waits for its host
 
 
@@ -32,7 +33,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="number of GPUs; repeatable (default: 1, 8 and 64, if they divide the batch)",
     )
-    recipe.add_argument("--gpu", default="h100", help="a100, h100 (default), h200, b200, l40s, rtx4090")
+    recipe.add_argument("--gpu", default=GPU, help="a100, h100 (default), h200, b200, l40s, rtx4090")
     share = number_where(lambda share: 0 < share <= 1, "above 0 and at most 1")
     recipe.add_argument("--mfu", type=share, metavar="SHARE", help="share of the GPU's peak that a step reaches")
     recipe.add_argument("--per-node", type=whole_number, default=8, metavar="N", help="GPUs in a machine (default 8)")
@@ -42,7 +43,7 @@ def add(commands: Commands) -> None:
 
 def _recipe(options: argparse.Namespace) -> None:
     if options.preset is None:
-        if options.set or options.gpus or options.json:
+        if options.set or options.gpus or options.json or options.mfu or options.gpu != GPU:
             raise UserError("recipe without a preset takes no options: name a preset, or edit the printed YAML")
         print(small_recipe_yaml(), end="")
         return

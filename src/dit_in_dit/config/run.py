@@ -93,7 +93,7 @@ class DataConfig(Section):
     )
     augment: float = key(
         0.0,
-        "probability of each geometric transform of a training image, which the network is told of (EDM: 0.12); 0: off",
+        "probability of each geometric transform of a training image; the network gets its labels (EDM: 0.12); 0: off",
         low=0,
         high=1,
         added=4,
@@ -110,7 +110,7 @@ class DataConfig(Section):
             raise UserError("data.source is empty: name emoji, mosaic, a folder, a .zip or arrays")
         if self.augment and self.flip:
             raise UserError(
-                f"data.augment={self.augment:g} has a flip that the network is told of: set data.flip=false"
+                f"data.augment={self.augment:g} flips images itself, with labels for the network: set data.flip=false"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Augmentation of training images that the network is told of (Karras et al. 2022, arXiv 2206.00364, appendix F.2).
+"""Augmentation of training images, with labels for the network (Karras et al. 2022, arXiv 2206.00364, appendix F.2).
 
 The parameters of example i are a function of (seed, i). So the loader transforms the image, and the trainer makes the
 labels that the network reads on its own device: nothing else has to cross to it.

@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from dit_in_dit import __version__
-from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.data.formats.mosaic import Mosaic
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.data.summary import SIDE, thumbnails
 from dit_in_dit.diffusion.objective import Objective
 from dit_in_dit.metrics import detail, pixels
+from dit_in_dit.metrics.classifier import STEPS, LabelledImages, find_classifier, held_out_part
+from dit_in_dit.metrics.classifier_scores import classifier_scores
 from dit_in_dit.metrics.feature_distances import ReferenceStatistics
 from dit_in_dit.metrics.feature_networks import Network, to_rgb
 from dit_in_dit.metrics.fid_family import Features, feature_scores
@@ -78,6 +80,7 @@ def evaluate(
     networks: tuple[Network, ...] = (),
     statistics: ReferenceStatistics | None = None,
     real_features: Path | None = None,
+    classify: bool = False,
 ) -> Iterator[Progress | Evaluation]:
     """Evaluate the first `num` images into `out/metrics.json`; yields the progress, then the evaluation.
 
@@ -88,10 +91,13 @@ def evaluate(
         networks: feature networks of the standard metrics; empty: no standard metric.
         statistics: Inception statistics that replace those of `real` in FID and sFID.
         real_features: `features` of another evaluation with the same `batch`, to share those of real images.
+        classify: also score samples by a classifier of the real images, which is trained if none is stored.
 
     UserError if there are too few images, `out` holds another evaluation, or a user's metric fails.
     """
     _check_counts(subject, real, num)
+    if classify:
+        check_classes(subject, real)
     use_full_float32()
     at_once = _at_once(subject, batch)
     shards.claim_folder(out / "identity.json", _identity(subject, at_once))
@@ -110,6 +116,8 @@ def evaluate(
     result = (evaluation := _measure_pixels(subject, draw, real, num)).result
     yield Progress("pixel metrics", 1, 1)
     yield from _add_scores(result, stored, statistics)
+    if classify:
+        yield from _classify(result, subject, draw, real, num)
     if statistics:
         result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
@@ -162,6 +170,32 @@ def _add_scores(
         result["scores"] |= {score: asdict(value) for score, value in scores.items()}
         result["protocol"]["metrics"][name] = network.identity
         yield Progress(f"{name} metrics", 1, 1)
+
+
+def check_classes(subject: Subject, real: RealImages) -> None:
+    """Raise UserError unless the samples have the classes of the real images."""
+    if not subject.labels:
+        raise UserError("metrics classifier needs samples of known classes: give a run that was trained with labels")
+    if tuple(real.source.classes) != subject.classes:
+        raise UserError(
+            f"metrics classifier needs real images of the model's classes: {real.about['data']} has "
+            f"{truncate(', '.join(real.source.classes), 40)}, the model {truncate(', '.join(subject.classes), 40)}"
+        )
+
+
+def _classify(
+    result: dict[str, Any], subject: Subject, draw: Draw, real: RealImages, num: int
+) -> Iterator[Progress | Evaluation]:
+    """Add the scores and the identity of the classifier to the result."""
+    flip = bool(subject.config and subject.config.data.flip)
+    for event in find_classifier(real.source, subject.shape, flip=flip):
+        if isinstance(event, int):
+            yield Progress("classifier, in steps", event, STEPS)
+            continue
+        labels = np.resize(np.array(subject.labels, np.int64), num)
+        scores = classifier_scores(event, LabelledImages(draw(range(num)), labels), held_out_part(real.source))
+        result["scores"] |= {name: asdict(score) for name, score in scores.items()}
+        result["protocol"]["metrics"]["classifier"] = event.identity
 
 
 def images_of(subject: Subject, out: Path, num: int) -> Draw:

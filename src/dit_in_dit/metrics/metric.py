@@ -30,6 +30,7 @@ TITLES = {  # of groups, in the order of a report; any other group is its own ti
     "held_out": "Held-out error",
     "pixels": "Distances without a network",
     "detail": "Known detail of mosaics",
+    "classifier": "By a classifier of the real images",
     "standard": "Standard metrics",
     "listed": "Memorising and repeating (listed, not ranked)",
 }
@@ -105,6 +106,8 @@ METRICS: dict[str, Metric] = {  # the first match counts; the order is that of a
         Metric("moments.*", "pixels", "lower"),
         Metric("seam.*", "pixels", "lower"),
         Metric("detail.*", "detail", "higher"),
+        Metric("classifier.frechet", "classifier", "lower"),
+        Metric("classifier.*", "classifier", "higher"),
         Metric("* deviation", "listed", "listed"),  # deviation over splits or subsets: no error of the mean
         Metric("memorised", "listed", "listed"),  # closeness to training images may be good or bad
         Metric("nearest.train", "listed", "listed"),

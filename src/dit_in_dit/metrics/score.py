@@ -14,7 +14,14 @@ Float64Array = NDArray[np.float64]
 
 FLOOR_SPLITS = 64  # the floor is the mean over this many random halvings of the reference
 RESAMPLES = 100  # of the bootstrap
-DRAWS = {"halves": 0, "resamples": 1, "projections": 2, "order": 3, "subsets": 4}  # streams of the purpose "evaluation"
+DRAWS = {
+    "halves": 0,
+    "resamples": 1,
+    "projections": 2,
+    "order": 3,
+    "subsets": 4,
+    "classifier": 5,
+}  # streams of the purpose "evaluation"
 
 
 @dataclass(frozen=True)

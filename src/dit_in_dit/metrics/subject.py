@@ -45,6 +45,8 @@ class Subject:
     count: int | None = None  # number of images; None: unlimited
     model: NestedDiT | None = None
     config: RunConfig | None = None
+    classes: tuple[str, ...] = ()  # of the model
+    labels: Sequence[int] = ()  # classes of the samples, used cyclically; empty: unknown
 
     @property
     def periods(self) -> tuple[int, ...]:
@@ -66,6 +68,7 @@ class RealImages:
     unseen: Draw  # held out
     unseen_count: int
     about: dict[str, Any]
+    source: Source
 
 
 def run_subject(
@@ -115,7 +118,8 @@ def run_subject(
     shape = (*config.model.image_size, config.model.channels)
     if decode:
         samples["vae"], shape = decode.about(), (shape[0] * decode.factor, shape[1] * decode.factor, 3)
-    return Subject(draw, shape, samples, about, model=model, config=config)
+    labels = classes or range(config.model.num_classes)
+    return Subject(draw, shape, samples, about, model=model, config=config, classes=saved.classes, labels=labels)
 
 
 def _check_images(run: Path, channels: int, decode: ImageDecoder | None) -> None:
@@ -186,7 +190,7 @@ def reference(against: str | Source | None, subject: Subject, wanted: int) -> Re
         "resize": "box halving, bicubic, centre crop",
         "sha256": _sha256(train, count),
     }
-    return RealImages(train, count, _pixels(source.held_out), source.held_out_size, about)
+    return RealImages(train, count, _pixels(source.held_out), source.held_out_size, about, source)
 
 
 def _open(data: DataConfig, shape: tuple[int, int, int]) -> Source:

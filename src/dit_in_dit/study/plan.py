@@ -26,7 +26,7 @@ from dit_in_dit.metrics.metric import plugin_metrics
 from dit_in_dit.runs.folder import newest_manifest
 
 BUDGETS = ("steps", "images", "macs", "seconds", "epochs")
-GROUPS = ("held_out", "pixels", "inception", "dinov2")
+GROUPS = ("held_out", "pixels", "classifier", "inception", "dinov2")
 NUMBER = (int, float)
 COSTS = {"macs": NUMBER, "params": NUMBER}
 ARM_FORM = {"name": str, "changes": dict, "against": str, "config": dict, "matched": dict, "cost": COSTS, "gap": COSTS}
@@ -50,7 +50,7 @@ class StudyConfig(Section):
     tolerance: float = key(0.02, "largest relative difference in the matched cost", low=1e-4, high=1)
     budget: dict[str, Any] = key(dict, "training budget in steps, images, macs, seconds or epochs; empty: train.steps")
     seeds: tuple[int, ...] = key((0, 1, 2), "every arm is trained once with each seed", low=0, high=2**63 - 1)
-    metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, inception, dinov2")
+    metrics: tuple[str, ...] = key(("held_out", "pixels"), "held_out, pixels, classifier, inception, dinov2")
     primary: str = key("held_out.0.2.high", "the metric that the study is judged by; a search minimises it")
     samples: int = key(256, "number of samples per trial, for all metrics except held_out", low=2, high=10**6)
     prune: bool = key(False, "stop trials whose held-out error is above the median of the others")

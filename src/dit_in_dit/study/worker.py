@@ -149,7 +149,8 @@ class _Try:
             subject = run_subject(run, self.device, lambda config, _: (config, []), seed=0, averaged=True)
             real = reference(None, subject, wanted=2 * study.samples)
             folder = run / "evaluation" / f"{total:07d}"
-            for event in evaluate(subject, real, folder, study.samples, networks=self.networks):
+            how: dict[str, Any] = {"networks": self.networks, "classify": "classifier" in study.metrics}
+            for event in evaluate(subject, real, folder, study.samples, **how):
                 lease.check()
                 if isinstance(event, Evaluation):
                     scores, protocol = event.result["scores"], event.result["protocol"]

@@ -150,8 +150,8 @@ def find_classifier(source: Source, shape: tuple[int, int, int], *, flip: bool) 
 def _identity(source: Source, shape: tuple[int, int, int], flip: bool) -> dict[str, Any]:
     if len(source.classes) < 2:
         raise UserError(
-            f"the classifier needs data with at least 2 classes: got {len(source.classes)}; leave classifier out of the "
-            "metrics"
+            f"the classifier needs data with at least 2 classes: got {len(source.classes)}; leave out the metric "
+            "classifier"
         )
     if source.held_out_size < LEAST_HELD_OUT:
         raise UserError(

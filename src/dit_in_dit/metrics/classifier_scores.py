@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.metrics.classifier import Classifier, LabelledImages, balanced_accuracy
 from dit_in_dit.metrics.feature_distances import feature_moments, frechet
-from dit_in_dit.metrics.score import DRAWS, RESAMPLES, ReferenceHalves, Score, bootstrap_score, summary_score
+from dit_in_dit.metrics.score import DRAWS, ReferenceHalves, Score, bootstrap_score, summary_score
 from dit_in_dit.runtime.seeding import generator
 
 MANY = 20  # classes from which the five likeliest count too
+REDRAWN, HALVES = 25, 4  # resamples of the bootstrap, and halves of the real images in each
 
 Features = NDArray[np.float32]
 
@@ -56,18 +57,16 @@ def _frechet_score(features: Features, real: Features) -> Score:
     if size < 2:
         raise UserError(f"the classifier's distance needs at least 4 real images and 2 samples: got {len(real)}")
 
-    def distance(a: Features, b: Features) -> float:
-        return frechet(feature_moments([a]), feature_moments([b]))
-
-    pairs = [(real[first[:size]], real[second[:size]]) for first, second in zip(*_both(halves), strict=True)]
-    some = [features[draw.permutation(len(features))[:size]] for _ in pairs]
-    value = float(np.mean([distance(own, half) for own, (half, _) in zip(some, pairs, strict=True)]))
-    resampled = [
-        distance(features[draw.integers(len(features), size=size)], pairs[number % len(pairs)][0])
-        for number in range(RESAMPLES)
+    pairs = [
+        [feature_moments([real[rows[:size]]]) for rows in pair]
+        for pair in zip(halves.first, halves.second, strict=True)
     ]
-    return bootstrap_score(value, resampled, [distance(second, first) for first, second in pairs])
 
+    def mean_distance(own: Features, count: int) -> float:
+        parts = [feature_moments([own[draw.permutation(len(own))[:size]]]) for _ in range(count)]
+        return float(np.mean([frechet(part, half) for part, (half, _) in zip(parts, pairs[:count], strict=True)]))
 
-def _both(halves: ReferenceHalves) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return halves.first, halves.second
+    drawn = [features[draw.integers(len(features), size=len(features))] for _ in range(REDRAWN)]
+    resampled = [mean_distance(rows, HALVES) for rows in drawn]
+    floors = [frechet(second, first) for first, second in pairs]
+    return bootstrap_score(mean_distance(features, len(pairs)), resampled, floors)

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from conftest import small_model, with_train
 from dit_in_dit.cli import main
@@ -22,6 +24,7 @@ from dit_in_dit.metrics import classifier
 from dit_in_dit.metrics.classifier import Classifier, LabelledImages, balanced_accuracy, find_classifier, held_out_part
 from dit_in_dit.metrics.classifier_scores import classifier_scores
 from dit_in_dit.metrics.metric import direction
+from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.training.loop import train
 
 SHAPE = (16, 16, 3)
@@ -42,6 +45,10 @@ class Corners(Source):
 
     def held_out(self, index):
         return self.train(index, 10_000)
+
+
+def classifier_files() -> list[Path]:
+    return list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.safetensors"))
 
 
 def trained(source, shape=SHAPE, flip=False) -> Classifier:
@@ -150,6 +157,18 @@ def test_training_is_repeatable_and_its_result_is_stored(of_corners, monkeypatch
         [trained(Corners()), trained(other)]
     path.write_bytes(b"garbage")
     with pytest.raises(UserError, match=r"cannot read the classifier in .*; delete the file"):
+        trained(Corners())
+
+
+@pytest.mark.parametrize("about", [["a list"], {"identity": {}}, {"accuracies": {}}], ids=str)
+def test_stored_weights_with_other_metadata_are_refused(of_corners, monkeypatch, tmp_path, about):
+    model, *_ = of_corners
+    (stored,) = (path for path in classifier_files() if file_sha256(path) == model.identity["sha256"])
+    path = tmp_path / "dit-in-dit/classifiers" / stored.name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(save(model.state_dict(), metadata={"classifier": json.dumps(about)}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"cannot read the classifier in .*identity and accuracies; delete the file"):
         trained(Corners())
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.score import DRAWS
 from dit_in_dit.reporting.images import Pixels
@@ -40,6 +41,7 @@ STEPS, BATCH, RATE, WARM_UP, DECAY, SMOOTHING, MARGIN = 1000, 64, 3e-3, 100, 0.0
 MOST_TRAIN, MOST_HELD_OUT = 20_000, 5_000  # images of each part that are used
 LEAST_HELD_OUT = 20
 BLOCK = 250  # images per forward pass
+FORM = {"identity": dict, "accuracies": dict}  # of the metadata of a stored classifier
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,12 @@ def _read(path: Path, model: Classifier) -> Classifier:
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["classifier"])
+            if not has_form(about, FORM):
+                raise ValueError("its metadata has no identity and accuracies")
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot read the classifier in {path}: {str(error)[:80]}; delete the file") from None
-    if about.get("identity") != model.identity:
+    if about["identity"] != model.identity:
         raise UserError(f"{path} holds the classifier of other images; delete the file")
     model.identity = {**model.identity, "sha256": file_sha256(path), **about["accuracies"]}
     return model.eval()

@@ -95,9 +95,7 @@ def evaluate(
 
     UserError if there are too few images, `out` holds another evaluation, or a user's metric fails.
     """
-    _check_counts(subject, real, num)
-    if classify:
-        check_classes(subject, real)
+    _check_subject(subject, real, num, classify=classify)
     use_full_float32()
     at_once = _at_once(subject, batch)
     shards.claim_folder(out / "identity.json", _identity(subject, at_once))
@@ -118,8 +116,6 @@ def evaluate(
     yield from _add_scores(result, stored, statistics)
     if classify:
         yield from _classify(result, subject, draw, real, num)
-    if statistics:
-        result["protocol"]["reference"]["statistics"] = statistics.sha256
     result["made with"] |= at_once
     atomic.write_atomic(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     yield evaluation
@@ -132,11 +128,13 @@ def _at_once(subject: Subject, batch: int) -> dict[str, int | None]:
     return {**sizes, "compiled": True} if compiled else sizes
 
 
-def _check_counts(subject: Subject, real: RealImages, num: int) -> None:
+def _check_subject(subject: Subject, real: RealImages, num: int, *, classify: bool) -> None:
     if subject.count is not None and subject.count < num:
         raise UserError(f"--num must be at most the {subject.count} images of {subject.about['name']}: got {num}")
     if num < 2 or real.count < 4:
         raise UserError(f"metrics need at least 2 generated and 4 real images: got {num} and {real.count}")
+    if classify:
+        check_classes(subject, real)
 
 
 def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any]:
@@ -162,7 +160,7 @@ def _extract(network: Network, draw: Draw, features: Features, what: str) -> Ite
 def _add_scores(
     result: dict[str, Any], stored: list[Stored], statistics: ReferenceStatistics | None
 ) -> Iterator[Progress]:
-    """Add the scores and the identity of every network to the result."""
+    """Add the scores and the identity of every network, and the digest of the statistics, to the result."""
     for network, samples, real in stored:
         name = network.name
         yield Progress(f"{name} metrics", 0, 1)
@@ -170,6 +168,8 @@ def _add_scores(
         result["scores"] |= {score: asdict(value) for score, value in scores.items()}
         result["protocol"]["metrics"][name] = network.identity
         yield Progress(f"{name} metrics", 1, 1)
+    if statistics:
+        result["protocol"]["reference"]["statistics"] = statistics.sha256
 
 
 def check_classes(subject: Subject, real: RealImages) -> None:

@@ -77,7 +77,7 @@ def run_subject(
     averaged: bool | str,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
-    fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,
+    fit: Callable[[NestedDiT, RunConfig, Guide | None], RunConfig] = fit_to_device,
     guide: Guide | None = None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
@@ -98,7 +98,7 @@ def run_subject(
     decode = decoder(config.data)
     _check_images(run, config.model.channels, decode)
     config, classes = configure(config, saved.classes)
-    config = fit(model, guide.checked(config, saved.classes) if guide else config)
+    config = fit(model, guide.checked(config, saved.classes) if guide else config, guide)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
         classes = _labels_in_random_order(source or open_source_of(run, config))

@@ -22,7 +22,7 @@ from dit_in_dit.reporting.images import check_finite
 from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.sampling import fit
 from dit_in_dit.sampling.guide import Guide
-from dit_in_dit.sampling.numbered import sample
+from dit_in_dit.sampling.numbered import sample, sample_batches
 from dit_in_dit.training.loop import train
 
 CUDA = torch.device("cuda")
@@ -67,6 +67,22 @@ def test_samples_in_bfloat16_differ_by_rounding(run_config):
         model.heads[0].final.linear.bias.fill_(torch.inf)
     with pytest.raises(UserError, match="hold NaN"):
         check_finite(sample(model, with_sample(run_config, precision="bfloat16"), 1))
+
+
+def test_a_guide_computes_in_the_precision_of_the_samples(run_config):
+    model, weak = (perturbed(NestedDiT(run_config.model), seed).eval() for seed in (0, 1))
+    guide, seen = Guide("weak", weak, run_config, ("red", "green", "blue")), set()
+    weak.outer_blocks[0].branches["mix"].qkv.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    drawn = {}
+    for how in ("float32", "bfloat16"):
+        batches = sample_batches(model, with_sample(run_config, precision=how), range(3), guide=guide)
+        drawn[how] = torch.cat([images for _, images in batches])
+        assert seen == {getattr(torch, how)}
+        seen.clear()
+    single, half = drawn.values()
+    assert half.dtype == torch.float32
+    assert 0 < (half - single).abs().max() < 0.1 * single.abs().max()
+    assert not torch.allclose(single, sample(model, run_config, 3))  # the guide moves the samples
 
 
 def test_the_precision_is_part_of_a_folders_and_an_evaluations_protocol(run, tmp_path, capsys):

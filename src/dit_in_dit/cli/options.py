@@ -116,7 +116,10 @@ def add_sampling(
     command.add_argument(
         "--seed", type=seed, default=0, help="seed; sample number i depends on the seed and i (default 0)"
     )
-    command.add_argument("--classes", help=f"class names or numbers, comma-separated, in rotation (default: {classes})")
+    command.add_argument(
+        "--classes",
+        help=f"class names (`animal`: all `animal-*`) or numbers, comma-separated, in rotation (default: {classes})",
+    )
     command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
     command.add_argument(

@@ -167,7 +167,7 @@ def reference(against: str | Source | None, subject: Subject, wanted: int) -> Re
     if isinstance(against, Source):
         data = replace(data, source=qualified_name(against))
     elif against is not None and against != data.source:
-        data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
+        data = replace(data, source=against, held_out=0.1 if against.partition(":")[0] in NAMED else 0)
     source = against if isinstance(against, Source) else _open(data, subject.shape)
     total = source.train_size
     if total is None:

@@ -1,14 +1,18 @@
-"""Build the embedded emoji image set: Noto Color Emoji as 64x64 WebP images, one folder per class, in a zip.
+"""Build the embedded emoji image sets, 64x64 WebP images in two .zip files.
 
-Entries are CLASS/FAMILY.webp or CLASS/FAMILY~VARIANT.webp. A family holds the variants of one drawing (skin
-tone, gender, hair, direction, colour), so that a split by family puts no near-duplicates on both sides.
-Needs Pillow with raqm (its wheels have it), the font and Unicode's emoji-test.txt.
+emoji.zip has Noto Color Emoji as CLASS/FAMILY.webp or CLASS/FAMILY~VARIANT.webp. A family holds the variants of one
+drawing (skin tone, gender, hair, direction, colour), so that a split by family puts no near-duplicates on both sides.
+emoji-styles.zip has the same emoji of other sets, without skin tones, as STYLE/FAMILY~VARIANT.webp, and
+subgroups.json with the stems of each of Unicode's subgroups.
+
+Needs Pillow with raqm (its wheels have it), the font, Unicode's emoji-test.txt, and what emoji_styles.py names.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
 import unicodedata
@@ -17,14 +21,14 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
+
+from emoji_styles import STYLES, TONE, near_pairs, render_styles
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
-OUT = Path(__file__).resolve().parents[1] / "src/dit_in_dit/data/emoji.zip"
+OUT = Path(__file__).resolve().parents[1] / "src/dit_in_dit/data"
 STRIKE, CANVAS, SIZE = 109, 136, 64  # the font's only bitmap size, its glyphs' advance, the side of an image
-NEAR = 0.15  # below it (see near_pairs) two images look alike; chosen by looking at the pairs on both sides
 
 CLASSES = {
     "Smileys & Emotion": "smileys",
@@ -114,23 +118,26 @@ TWINS = {
 
 
 class Emoji(NamedTuple):
-    """One sequence of emoji-test.txt: its characters, its full name and its class."""
+    """One sequence of emoji-test.txt: its characters, its full name, its class and its subgroup."""
 
     text: str
     name: str
     label: str
+    subgroup: str
 
 
 def read_emoji_test(path: Path) -> list[Emoji]:
     """Every fully-qualified sequence of the nine classes, in Unicode's order."""
-    emoji, group = [], ""
+    emoji, group, subgroup = [], "", ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# group:"):
             group = line.removeprefix("# group:").strip()
+        if line.startswith("# subgroup:"):
+            subgroup = line.removeprefix("# subgroup:").strip()
         match = re.match(r"([0-9A-F ]+?) *; fully-qualified +# \S+ E[\d.]+ (.+)", line)
         if match and group in CLASSES:
             text = "".join(chr(int(code, 16)) for code in match[1].split())
-            emoji.append(Emoji(text, match[2], CLASSES[group]))
+            emoji.append(Emoji(text, match[2], CLASSES[group], subgroup))
     return sorted(emoji, key=lambda e: bool(BORROWED.fullmatch(e.name)))
 
 
@@ -150,24 +157,6 @@ def slug(name: str) -> str:
     name = name.replace("#", "hash").replace("*", "asterisk").replace("\u2019", "")
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
-def near_pairs(images: list[Image.Image]) -> list[tuple[float, int, int]]:
-    """(distance, i, j) of pairs that are nearly identical, or are when one is mirrored, nearest first.
-
-    The distance is the Euclidean one between the images' ink (255 - pixel) over the norm of the lighter
-    image, so that pale drawings on white do not all look alike.
-    """
-    ink = 255 - np.stack([np.asarray(image, np.float32) for image in images])
-    flat = ink.reshape(len(ink), -1)
-    norms = np.square(flat).sum(1)
-    pairs = []
-    for other in (flat, ink[:, :, ::-1].reshape(flat.shape)):
-        squares = (norms[:, None] + norms - 2 * (flat @ other.T)) / np.minimum(norms[:, None], norms)
-        rows, columns = np.nonzero(np.triu(squares < NEAR**2, 1))
-        distances = np.sqrt(np.maximum(squares[rows, columns], 0))
-        pairs += zip(distances.tolist(), rows.tolist(), columns.tolist(), strict=True)
-    return sorted(pairs)
 
 
 def families(emoji: list[Emoji], images: list[Image.Image], names: dict[str, str]) -> list[str]:
@@ -199,36 +188,26 @@ def families(emoji: list[Emoji], images: list[Image.Image], names: dict[str, str
     return [chosen[root(i)] for i in range(len(emoji))]
 
 
-def write_zip(path: Path, files: dict[str, Image.Image]) -> None:
-    """Lossless WebP files, stored in order with fixed dates and permissions: the same bytes every time."""
+def encode(image: Image.Image) -> bytes:
+    """A lossless WebP file."""
+    data = io.BytesIO()  # quality is effort here: 100 takes five minutes more to save 2 %
+    image.save(data, "WEBP", lossless=True, quality=80, method=6, exact=True)
+    return data.getvalue()
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> None:
+    """Files, stored in order with fixed dates and permissions: the same bytes every time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
             info = zipfile.ZipInfo(name)  # dated 1980-01-01
             info.create_system, info.external_attr = 3, 0o100644 << 16
-            data = io.BytesIO()  # quality is effort here: 100 takes five minutes more to save 2 %
-            files[name].save(data, "WEBP", lossless=True, quality=80, method=6, exact=True)
-            archive.writestr(info, data.getvalue())
+            archive.writestr(info, files[name])
+    print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def main() -> int:
-    """Parse the command line, build the zip and print what is in it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf with bitmaps")
-    parser.add_argument("--emoji-test", type=Path, default=EMOJI_TEST, help="Unicode's emoji-test.txt")
-    parser.add_argument("--out", type=Path, default=OUT, help="the zip to write")
-    args = parser.parse_args()
-    for path, package in ((args.font, "fonts-noto-color-emoji"), (args.emoji_test, "unicode-data")):
-        if not path.is_file():
-            print(f"{path}: no such file; Debian's package {package} has it", file=sys.stderr)
-            return 2
-    if not features.check("raqm"):
-        print("Pillow without raqm cannot join emoji sequences; Debian's package libraqm0", file=sys.stderr)
-        return 2
-
-    font = ImageFont.truetype(args.font, STRIKE)
-    sequences = read_emoji_test(args.emoji_test)
-    names = {e.text.replace("\ufe0f", ""): e.name for e in sequences}
+def render_noto(sequences: list[Emoji], font: ImageFont.FreeTypeFont) -> tuple[list[Emoji], list[Image.Image]]:
+    """The sequences that the font draws, each image once, and their images."""
     kept: dict[bytes, tuple[Emoji, Image.Image]] = {}
     missing, same = [], []
     for e in sequences:
@@ -241,23 +220,62 @@ def main() -> int:
             kept[image.tobytes()] = (e, image)
     print(f"{len(sequences)} sequences; skipped, no single glyph: {len(missing)} {missing}")
     print(f"skipped, equal to an earlier image: {len(same)} {same}")
-
     emoji, images = map(list, zip(*kept.values(), strict=True))
-    files: dict[str, Image.Image] = {}
-    members: dict[str, list[str]] = {label: [] for label in CLASSES.values()}
-    for e, image, family in zip(emoji, images, families(emoji, images, names), strict=True):
+    return emoji, images
+
+
+def print_counts(rows: dict[str, list[str]], columns: dict[str, set[str]]) -> None:
+    """A table of rows (name -> stems): how many of the stems each column has, and of how many families."""
+    print(f"{'':20}" + "".join(f"{column:>10}" for column in columns) + f"{'families':>10}")
+    everything = {"total": [stem for stems in rows.values() for stem in stems]}
+    for name, stems in (rows | everything).items():
+        counts = [len(known.intersection(stems)) for known in columns.values()]
+        counts.append(len({stem.split("~")[0] for stem in stems}))
+        print(f"{name:20}" + "".join(f"{count:10}" for count in counts))
+
+
+def main() -> int:
+    """Parse the command line, build both .zip files and print what is in them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--font", type=Path, default=FONT, help="NotoColorEmoji.ttf with bitmaps")
+    parser.add_argument("--emoji-test", type=Path, default=EMOJI_TEST, help="Unicode's emoji-test.txt")
+    parser.add_argument("--modules", type=Path, default=Path("node_modules"), help="folder of the npm packages")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder to write to")
+    args = parser.parse_args()
+    needed = {"fonts-noto-color-emoji (Debian)": args.font, "unicode-data (Debian)": args.emoji_test}
+    needed |= {f"{style.package} (npm)": args.modules / style.package for style in STYLES.values()}
+    for package, path in needed.items():
+        if not path.exists():
+            print(f"{path}: no such file; package {package} has it", file=sys.stderr)
+            return 2
+    if not features.check("raqm"):
+        print("Pillow without raqm cannot join emoji sequences; Debian's package libraqm0", file=sys.stderr)
+        return 2
+
+    sequences = read_emoji_test(args.emoji_test)
+    bare = {e.text.replace("\ufe0f", ""): e.name for e in sequences}
+    emoji, images = render_noto(sequences, ImageFont.truetype(args.font, STRIKE))
+    noto, texts = dict[str, Image.Image](), dict[str, str]()
+    classes: dict[str, list[str]] = {label: [] for label in CLASSES.values()}
+    subgroups: dict[str, list[str]] = {}
+    for e, image, family in zip(emoji, images, families(emoji, images, bare), strict=True):
         variant = slug(e.name)
-        name = f"{e.label}/{family}" + (f"~{variant}" if variant != family else "") + ".webp"
-        if name in files:
-            raise ValueError(f"two images have one name: {name}")
-        files[name] = image
-        members[e.label].append(family)
-    write_zip(args.out, files)
-    print(f"{'class':12}{'images':>8}{'families':>10}")
-    for label, used in members.items():
-        print(f"{label:12}{len(used):8}{len(set(used)):10}")
-    print(f"{'total':12}{len(files):8}{len(set().union(*members.values())):10}")
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+        stem = family + (f"~{variant}" if variant != family else "")
+        if stem in noto:
+            raise ValueError(f"two images have one name: {stem}")
+        noto[stem], texts[stem] = image, e.text
+        classes[e.label].append(stem)
+        subgroups.setdefault(slug(e.subgroup), []).append(stem)
+    folders = {stem: label for label, stems in classes.items() for stem in stems}
+    write_zip(args.out / "emoji.zip", {f"{folders[stem]}/{stem}.webp": encode(image) for stem, image in noto.items()})
+    print_counts(classes, {"images": set(noto)})
+
+    styles = {f"{name}.webp": encode(image) for name, image in render_styles(args.modules, noto, texts).items()}
+    index = json.dumps({name: sorted(stems) for name, stems in subgroups.items()}, indent=0)
+    write_zip(args.out / "emoji-styles.zip", styles | {"subgroups.json": index.encode()})
+    has = {"noto": {stem for stem in noto if not TONE.search(texts[stem])}}
+    has |= {style: {Path(name).stem for name in styles if name.startswith(f"{style}/")} for style in STYLES}
+    print_counts(subgroups, has)
     return 0
 
 

@@ -2,8 +2,8 @@
 
 `python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
 models/*, writes results/headline.png and puts each table between its marks, `<!-- STUDY WHAT -->` and
-`<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve, search or goals; the shipped models'
-marks say `models scores`. Run it again and nothing changes.
+`<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve, search, goals or summary; the shipped
+models' marks say `models scores`. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.metric import metric_of
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDIES = ROOT / "results" / "studies"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("does-nesting-help", "lab-notebook", "recipes")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("does-nesting-help", "lab-notebook", "recipes", "shipped-models")),
 )
 METRICS = {
     "errors": {
@@ -55,6 +57,14 @@ METRICS = {
 }
 CURVE = (300, 600, 1200, 2400, 3600, 4800)  # steps
 HEADLINE = {"nesting": "emoji", "nesting-mosaic": "mosaic"}  # the two studies that answer the question
+# The default nested model against a plain DiT with the same blocks: (study, data, arm).
+SUMMARY = (
+    ("field", "emoji, 32x32", "nested, today"),
+    ("field-64", "emoji, 64x64", "nested, today"),
+    ("field-fashion", "Fashion-MNIST, 32x32", "nested, today"),
+    ("field-mosaic", "mosaic (made textures), 32x32", "nested, today"),
+)
+ROWS_SHOWN = 3  # of each shipped model's samples, in the picture
 # (arm, what is wanted, metric, least gain in percent; 0: no worse)
 GOALS = (
     ("nested", "equal MACs, fine error at t = 0.2", "held_out.0.2.high", 25),
@@ -214,6 +224,29 @@ def verdict(change: Difference, wanted: int) -> str:
     return "met" if change.marked else "mean alone"
 
 
+def summary() -> str:
+    """The default nested model's fine errors on each data set, to a plain DiT with the same blocks."""
+    lines = []
+    for study, data, arm in SUMMARY:
+        found = read(study)
+        lines.append([data, *(cell(found.change(arm, metric)) for metric in METRICS["errors"])])
+    return rows(["data", "t = 0.2", "t = 0.5", "t = 0.8"], lines)
+
+
+def draw_samples(path: Path) -> None:
+    """The first rows of samples of both shipped models, the same noise and classes one above the other."""
+    grids = [Image.open(ROOT / "models" / name / "samples.png") for name in reversed(MODELS)]
+    width, height = grids[0].size
+    part = height * ROWS_SHOWN // 9
+    sheet = Image.new("RGB", (width, 2 * part + 44), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (grid, name) in enumerate(zip(grids, ("plain DiT", "nested, equal MACs"), strict=True)):
+        top = number * (part + 22)
+        pen.text((6, top + 4), name, fill="black", font_size=14)
+        sheet.paste(grid.crop((0, 0, width, part)), (0, top + 22))
+    sheet.save(path, optimize=True)
+
+
 def goals() -> str:
     """Each goal on each data set of the headline."""
     studies = [read(study) for study in HEADLINE]
@@ -229,8 +262,9 @@ def goals() -> str:
 
 def block(study: str, what: str) -> str:
     """The table between two marks; KeyError where there is no such study, or nothing of that name."""
-    if what in ("goals", "scores"):
-        return goals() if what == "goals" else scores()
+    whole = {"goals": goals, "scores": scores, "summary": summary}
+    if what in whole:
+        return whole[what]()
     tables = {"arms": arms, "curve": curve, "search": search}
     return tables[what](study) if what in tables else changes(study, what)
 
@@ -272,6 +306,7 @@ def filled(text: str) -> str:
 
 def main() -> None:
     draw(ROOT / "results" / "headline.png")
+    draw_samples(ROOT / "results" / "nested-beside-plain.png")
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 

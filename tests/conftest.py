@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from compiling import Counting
 from dit_in_dit.config.run import DataConfig, InnerConfig, ModelConfig, OuterConfig, RunConfig, SampleConfig
 from dit_in_dit.config.training import TrainConfig
+from dit_in_dit.model import compiled
 from dit_in_dit.model.nested import NestedDiT
 
 SHARDED = pytest.param(
@@ -30,6 +32,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether every fault is tried: `make test-faults`. Else a few of each, as part of `make test`."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    """The backend of torch.compile, which counts graphs, after none was compiled."""
+    torch._dynamo.reset()
+    counting = Counting()
+    monkeypatch.setattr(compiled, "BACKEND", counting)
+    return counting
 
 
 def small_model(

@@ -11,6 +11,8 @@ from importlib.metadata import version
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import small_model
 from dit_in_dit import inspect
@@ -25,10 +27,25 @@ from dit_in_dit.benchmark.parts import (
     profile_by_part,
     subject_for_parts,
 )
-from dit_in_dit.benchmark.subjects import BenchmarkSubject, diffusers_dit, measure_subjects, nested, official_dit
+from dit_in_dit.benchmark.subjects import (
+    BenchmarkSubject,
+    diffusers_dit,
+    first_written,
+    measure_subjects,
+    nested,
+    official_dit,
+)
 from dit_in_dit.benchmark.suite import SUITES
 from dit_in_dit.benchmark.sweep import Point, Sweep, exponent, sweep
-from dit_in_dit.benchmark.timing import Times, best_product, interleave, stopwatch, use_threads
+from dit_in_dit.benchmark.timing import (
+    Times,
+    best_product,
+    estimate_seconds,
+    interleave,
+    stopwatch,
+    trainer_step,
+    use_threads,
+)
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
@@ -132,6 +149,64 @@ def test_matrix_products_leave_the_global_generator_unchanged():
     before = torch.get_rng_state()
     assert best_product(CPU, torch.float32) > 1e8
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ------------------------------------------------------------------------------------------- token dropping
+
+
+def dropping(**keys) -> RunConfig:
+    """A run of 256 patches, of which 64 see the two middle blocks of four."""
+    run = run_of(
+        "outer*4", image_size=(16, 16), patch_size=1, outer={"width": 8, "num_heads": 2}, inner={"sub_patch": 1}
+    )
+    return replace(run, train=replace(run.train, token_drop=0.75, token_drop_blocks=(1, 2), **keys))
+
+
+def counted(step: Callable[[], object]) -> int:
+    """MACs of a step, counted by PyTorch."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("steps", [None, 1])
+def test_a_timed_step_drops_the_tokens_that_training_drops(steps):
+    run = dropping(token_drop_steps=steps)
+    dense = replace(run, train=replace(run.train, token_drop=0.0, token_drop_blocks=None, token_drop_steps=None))
+    for work in (lambda run: BenchmarkSubject(run, CPU).step, lambda run: trainer_step(run, CPU)):
+        step, every = work(run), work(dense)
+        first = counted(step)
+        assert first < 0.7 * counted(every)
+        assert counted(step) == first  # still the first phase
+    subject = BenchmarkSubject(run, CPU)
+    assert subject.step_macs * 2 == sum(part_macs(subject_for_parts(run, CPU)).values())
+    stated = 2 * (3 * subject.macs - subject.step_macs)  # of two images, without what dropping does not change
+    found = counted(BenchmarkSubject(dense, CPU).step) - counted(subject.step)
+    assert stated == pytest.approx(found, rel=0.01)
+    assert counted(subject.forward) == pytest.approx(2 * subject.macs, rel=0.02)  # samples have all patches
+
+
+def test_kept_bytes_are_those_of_the_step_that_drops_tokens():
+    run = dropping()
+    expected = inspect(run.model, 2, token_drop=run.token_drop)["activation_bytes"]["total"]
+    assert BenchmarkSubject(run, CPU).kept_bytes() == pytest.approx(expected, rel=0.02)
+
+
+def test_a_model_that_cannot_drop_tokens_is_refused():
+    with pytest.raises(UserError, match=r"train\.token_drop needs a NestedDiT .* got FirstWritten; set it to 0"):
+        BenchmarkSubject(dropping(), CPU, first_written)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_estimate_of_a_timing_counts_the_dropped_tokens():
+    run = dropping()
+    dense = replace(run, train=replace(run.train, token_drop=0.0, token_drop_blocks=None))
+    macs = [cost.training_macs(run.model, drop)["total"] for drop in (run.token_drop, None)]
+    for _ in range(3):  # the speed of the machine is measured each time
+        ratio = estimate_seconds({"a": run}, CPU, threads=1) / estimate_seconds({"a": dense}, CPU, threads=1)
+        if ratio == pytest.approx(macs[0] / macs[1], rel=0.15):
+            return
+    pytest.fail(f"the ratio is {ratio}, not {macs[0] / macs[1]}")
 
 
 # ------------------------------------------------------------------------------------------- parts

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from compiling import Counting, NoHostWait, losses, recorded
 from conftest import SHARDED, inputs, perturbed, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
@@ -33,40 +32,6 @@ from dit_in_dit.training.trainer import Trainer
 from processes import run_together
 
 CPU = torch.device("cpu")
-
-
-class Counting:
-    """A backend of torch.compile that counts the graphs that it gets."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, module, examples, **how):
-        self.graphs += 1
-        return aot_eager(module, examples, **how)
-
-
-@pytest.fixture
-def backend(monkeypatch):
-    torch._dynamo.reset()
-    counting = Counting()
-    monkeypatch.setattr(compiled, "BACKEND", counting)
-    return counting
-
-
-def losses(config, *, steps=3, world=None, counting=None):
-    """The loss of each step, and the number of graphs after it."""
-    source = open_source(config.data, config.model)
-    ours = Trainer(config, source, CPU, world)
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    examples, found = Examples(source, config, rank, size), []
-    for step in range(steps):
-        first = step * examples.per_step
-        values = ours.update([examples[first + number] for number in range(examples.per_step)])
-        found.append((float(values["loss"]), counting.graphs if counting else 0))
-    if ours.held_out is not None:
-        ours.evaluate()
-    return found
 
 
 def deep(config, **keys):
@@ -233,14 +198,6 @@ def test_cuda_graphs_are_refused_without_cuda(tmp_path, capsys):
             TrainConfig(compile="graphs", **keys)
 
 
-def recorded(call):
-    """`graphs.capture` without CUDA: the replay calls again, on the same tensors."""
-    for _ in range(graphs.WARM_UP - 1):
-        call()
-    result = call().clone()
-    return lambda: result.copy_(call()), result
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_replayed_step_trains_as_a_compiled_one(run_config, backend, monkeypatch, accumulate):
     monkeypatch.setattr(graphs, "capture", recorded)
@@ -248,17 +205,6 @@ def test_a_replayed_step_trains_as_a_compiled_one(run_config, backend, monkeypat
     replayed = [loss for loss, _ in losses(with_train(config, compile="graphs"), steps=4)]
     assert replayed == [loss for loss, _ in losses(with_train(config, compile=True), steps=4)]
     assert len(set(replayed)) == 4
-
-
-class NoHostWait(TorchDispatchMode):
-    """Fails when the host reads a value of a tensor."""
-
-    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket.__name__ in self.READS:
-            raise AssertionError(f"the host waits: {function}")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,20 @@ def test_the_docs_hold_commands_to_test():
     ]
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
+PARSED = pytest.mark.parametrize(("page", "line"), COMMANDS)
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+
+
+def test_every_link_of_a_page_to_a_file_has_its_file():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@PARSED
 def test_the_parser_accepts_every_command_line_of_the_docs(page, line):
     first = line.split()[0]
     if first == "make":
@@ -109,15 +122,15 @@ def test_the_parser_accepts_every_command_line_of_the_docs(page, line):
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(presets.PRESETS, "emoji", override(presets.get("emoji"), SMALL))
-    code = [text for language, text in blocks(ROOT / "README.md") if language == "python"]
+    pages = (ROOT / "README.md", ROOT / "docs/python.md")
+    first, second = (text for page in pages for language, text in blocks(page) if language == "python")
     names: dict[str, object] = {}
-    exec(code[0], names)
+    exec(first, names)
     trained, given = names["images"], names["model"]
     assert trained.shape == (16, 3, 32, 32)
     drawn = dit_in_dit.sample(given.eval(), names["config"], num=16)
     assert not drawn.allclose(trained)  # the images are the trained model's, not those of the one that was built
     main(["export", "runs/mine", "--format", "pipeline", "--out", "folder"])
-    (second,) = code[1:]
     exec(second, names)
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
 
@@ -127,7 +140,7 @@ def test_all_remaining_code_blocks_hold_a_study_or_commands(tmp_path):
         for language, text in blocks(page):
             assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
             if language == "python":
-                assert page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")  # tried above and below
+                assert page.name in ("README.md", "CONTRIBUTING.md", "python.md")  # tried above and below
             if language == "yaml" and text.startswith("question"):
                 (tmp_path / "study.yaml").write_text(text)
                 study = read_study_config(str(tmp_path / "study.yaml"))

@@ -21,7 +21,8 @@ from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import check_finite
 from dit_in_dit.runtime.device import resolve_sample_precision
 from dit_in_dit.sampling import fit
-from dit_in_dit.sampling.numbered import sample
+from dit_in_dit.sampling.guide import Guide
+from dit_in_dit.sampling.numbered import sample, sample_batches
 from dit_in_dit.training.loop import train
 
 CUDA = torch.device("cuda")
@@ -68,6 +69,22 @@ def test_samples_in_bfloat16_differ_by_rounding(run_config):
         check_finite(sample(model, with_sample(run_config, precision="bfloat16"), 1))
 
 
+def test_a_guide_computes_in_the_precision_of_the_samples(run_config):
+    model, weak = (perturbed(NestedDiT(run_config.model), seed).eval() for seed in (0, 1))
+    guide, seen = Guide("weak", weak, run_config, ("red", "green", "blue")), set()
+    weak.outer_blocks[0].branches["mix"].qkv.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    drawn = {}
+    for how in ("float32", "bfloat16"):
+        batches = sample_batches(model, with_sample(run_config, precision=how), range(3), guide=guide)
+        drawn[how] = torch.cat([images for _, images in batches])
+        assert seen == {getattr(torch, how)}
+        seen.clear()
+    single, half = drawn.values()
+    assert half.dtype == torch.float32
+    assert 0 < (half - single).abs().max() < 0.1 * single.abs().max()
+    assert not torch.allclose(single, sample(model, run_config, 3))  # the guide moves the samples
+
+
 def test_the_precision_is_part_of_a_folders_and_an_evaluations_protocol(run, tmp_path, capsys):
     half = ("--precision", "bfloat16")
     assert command("sample", run, "-n", 2, *half, "--out", tmp_path / "half") == 0
@@ -87,11 +104,13 @@ def test_the_precision_is_part_of_a_folders_and_an_evaluations_protocol(run, tmp
 def test_micro_batches_fill_half_of_the_memory(size):
     model = small_model()
     needed = 2 * (2 * size * inspect(model)["activation_bytes"]["total"])  # guidance doubles the images
-    assert fit.fitting_micro_batch(model, needed) == size
-    assert fit.fitting_micro_batch(model, 1.9 * needed) == size
-    assert fit.fitting_micro_batch(model, needed - 1) == max(8, size // 2)
-    assert fit.fitting_micro_batch(model, 1e15) == 256
-    assert fit.fitting_micro_batch(model, 0) == SampleConfig().micro_batch  # a CPU
+    assert fit.fitting_micro_batch([model], needed) == size
+    assert fit.fitting_micro_batch([model], 1.9 * needed) == size
+    assert fit.fitting_micro_batch([model], needed - 1) == max(8, size // 2)
+    assert fit.fitting_micro_batch([model], 1e15) == 256
+    assert fit.fitting_micro_batch([model, model], 2 * needed) == size  # with a guide
+    assert fit.fitting_micro_batch([model, model], 2 * needed - 1) == max(8, size // 2)
+    assert fit.fitting_micro_batch([model], 0) == SampleConfig().micro_batch  # a CPU
 
 
 def test_a_given_micro_batch_is_kept(run_config, monkeypatch):
@@ -99,6 +118,12 @@ def test_a_given_micro_batch_is_kept(run_config, monkeypatch):
     assert fit.fit_to_device(model, run_config).sample.micro_batch == 8
     monkeypatch.setattr(fit, "device_memory", lambda device: 1e12)
     assert fit.fit_to_device(model, run_config).sample.micro_batch == 256
+    weak = Guide("weak", NestedDiT(run_config.model), run_config, ())
+    monkeypatch.setattr(
+        fit, "device_memory", lambda device: 4 * 64 * inspect(run_config.model)["activation_bytes"]["total"]
+    )
+    assert fit.fit_to_device(model, run_config).sample.micro_batch == 64
+    assert fit.fit_to_device(model, run_config, weak).sample.micro_batch == 32
     assert fit.fit_to_device(model, run_config, given=True).sample.micro_batch == 8
     assert fit.fit_to_device(model, with_sample(run_config, micro_batch=5)).sample.micro_batch == 5
 
@@ -110,6 +135,9 @@ def test_samples_of_a_compiled_model_are_the_same_but_for_rounding(run, tmp_path
     assert not graphs  # auto, on a CPU
     assert command("sample", run, "-n", 9, "--compile", "true", "--out", tmp_path / "compiled") == 0
     assert 2 <= len(graphs) <= 4  # two kinds; guided steps have twice the images
+    made = len(graphs)
+    assert command("sample", run, "-n", 9, "--compile", "true", "--guide", run, "--out", tmp_path / "guided") == 0
+    assert len(graphs) == 3 * made  # the model again, and its guide
     eager, other = (json.loads((tmp_path / name / "samples.json").read_text()) for name in ("eager", "compiled"))
     assert other["made on"].pop("compiled") is True
     assert eager == other

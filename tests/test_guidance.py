@@ -181,6 +181,7 @@ def runs(folder, tmp_path_factory) -> dict[str, Path]:
     dd.train(config, root / "strong").run()
     weak = replace(config, model=small, diffusion=DiffusionConfig(predict="image", weight="velocity"))
     dd.train(weak, root / "weak").run()
+    dd.train(with_train(weak, ema=(0.3, 0.6), learning_rate=0.05), root / "averages").run()
     bald = replace(weak, model=replace(small, num_classes=0))
     dd.train(bald, root / "bald").run()
     dd.train(with_train(replace(weak, model=replace(small, image_size=(16, 16))), steps=1), root / "large").run()
@@ -221,6 +222,28 @@ def test_sample_with_a_guide_differs_and_is_named_by_its_weights(runs, tmp_path,
     assert "guide_scale" in refusal(capsys, strong, "--out", tmp_path / "guided", "--guide", weak, "--guide-scale", 3)
     late = ("--guide", weak, "--guide-interval", 0.5, 1)
     assert "guide_interval" in refusal(capsys, strong, "--out", tmp_path / "guided", *late)
+
+
+def test_the_average_of_a_guide_is_chosen_by_its_own_option(runs, tmp_path, capsys):
+    strong, weak = runs["strong"], runs["averages"]
+    drawn = {}
+    for name, options in {
+        "first": (),
+        "named": ("--guide-ema", 0.3),
+        "other": ("--guide-ema", 0.6),
+        "raw": ("--raw",),
+    }.items():
+        sampled(strong, "--out", tmp_path / name, "--guide", weak, *options)
+        guide = json.loads((tmp_path / name / "samples.json").read_text())["samples"]["guide"]
+        drawn[name] = (guide, pixels(tmp_path / name))
+    assert drawn["named"] == drawn["first"]
+    assert drawn["other"][0] != drawn["first"][0]
+    assert drawn["other"][1] != drawn["first"][1]
+    assert drawn["raw"][0] == drawn["first"][0]  # --raw is of the model alone
+    assert "name the weak model with --guide" in refusal(capsys, strong, "--out", tmp_path / "a", "--guide-ema", 0.5)
+    line = refusal(capsys, strong, "--out", tmp_path / "b", "--guide", weak, "--guide-ema", 0.7)
+    assert "0.7" in line
+    assert "0.6" in line
 
 
 def test_python_samples_equal_those_of_the_command(runs, tmp_path):

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiling import NoHostWait, losses, recorded
 from dit_in_dit.config import presets
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
+from dit_in_dit.data.sources import open_source
+from dit_in_dit.model import nested
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.training import graphs
+from dit_in_dit.training.batches import Examples
+from dit_in_dit.training.trainer import Trainer
 from processes import run_together, trained
 
 EVERY = (
@@ -44,6 +50,34 @@ def test_a_stopped_run_with_every_option_ends_with_the_same_bits(tmp_path):
     assert all(name in log for name in (b"loss.internal", b"loss.sra"))
     assert len(files) == 4  # state, first average, two snapshots
     assert bits(tmp_path / "stopped") == (log, files)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_option_compiles_once_and_trains_as_without_compilation(backend, precision):
+    run = config("train.recompute=none", f"train.precision={precision}")
+    found = losses(override(run, ["train.compile=true"]), steps=3, counting=backend)
+    assert len({graphs for _, graphs in found}) == 1
+    assert found[0][1] > 0
+    expected = [loss for loss, _ in losses(run, steps=3)]
+    assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5 if precision == "float32" else 1e-2)
+
+
+def test_replayed_steps_with_every_option_train_as_compiled_ones(backend, monkeypatch):
+    monkeypatch.setattr(graphs, "capture", recorded)
+    run = config("train.recompute=none", "train.precision=float32")
+    replayed = losses(override(run, ["train.compile=graphs"]), steps=3)
+    assert replayed == losses(override(run, ["train.compile=true"]), steps=3)
+
+
+def test_no_step_with_every_option_waits_for_the_device(monkeypatch):
+    monkeypatch.setattr(nested, "_check_inputs", lambda *inputs: None)  # not read on a GPU
+    run = config()
+    source = open_source(run.data, run.model)
+    trainer, examples = Trainer(run, source, torch.device("cpu")), Examples(source, run)
+    with NoHostWait():
+        for step in range(2):
+            first = step * examples.per_step
+            trainer.update([examples[first + number] for number in range(examples.per_step)])
 
 
 @pytest.mark.slow

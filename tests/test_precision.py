@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from autocast import CudaAutocast
-from conftest import inputs, perturbed, small_model
+from conftest import inputs, perturbed, small_model, with_train
 from dit_in_dit import cli, sample
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, RunConfig
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.export_pipeline import export, pipeline_of
 from dit_in_dit.interop.pipeline import DiTInDiTPipeline
@@ -33,7 +34,9 @@ from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.study.plan import Plan, StudyConfig
 from dit_in_dit.study.result import Result
 from dit_in_dit.study.results import _check_alike
+from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.loop import train
+from dit_in_dit.training.optimizer import OPTIMIZERS
 from dit_in_dit.training.trainer import Trainer
 from options import FIRST
 from test_model import PAIRS
@@ -329,3 +332,25 @@ def test_trials_without_a_recorded_precision_are_compared_with_later_ones():
             ),
             ended,
         )
+
+
+def flattened(trainer: Trainer) -> Tensor:
+    """All weights, in one row."""
+    return torch.cat([weight.detach().flatten() for weight in trainer.weights.values()])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_in_bfloat16_nearly_as_in_float32(run_config, name):
+    changes, runs = [], {}
+    for precision in ("float32", "bfloat16"):
+        config = with_train(run_config, optimizer=name, precision=precision, warmup=0, evaluate_every=0)
+        trainer = Trainer(config, source := open_source(config.data, config.model), torch.device("cpu"))
+        examples, before = Examples(source, config), flattened(trainer)
+        runs[precision] = [float(trainer.update([examples[step]])["loss"]) for step in range(4)]
+        changes.append(flattened(trainer) - before)
+        state = [value for one in trainer.optimizer.state.values() for value in one.values() if torch.is_tensor(value)]
+        assert {each.dtype for each in (*trainer.weights.values(), *state)} == {torch.float32}
+    whole, half = runs.values()
+    assert half == pytest.approx(whole, rel=0.02)
+    assert half != whole
+    assert torch.cosine_similarity(*changes, dim=0) > 0.9

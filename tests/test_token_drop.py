@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from compiling import NoHostWait, losses, recorded
 from conftest import SHARDED, inputs, perturbed, small_model, with_train
 from dit_in_dit import cost, inspect
 from dit_in_dit.cli import main
@@ -25,7 +26,7 @@ from dit_in_dit.curves.logs import read_run
 from dit_in_dit.data.sources import open_source
 from dit_in_dit.inspection.hooks import watch_attention, watch_blocks
 from dit_in_dit.inspection.launch_plan import recipe
-from dit_in_dit.model import compiled, nested
+from dit_in_dit.model import nested
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.model.rope import ROPES, GridRope
 from dit_in_dit.model.route import Route
@@ -40,7 +41,6 @@ from dit_in_dit.training.terms import terms_cost
 from dit_in_dit.training.trainer import Trainer
 from dit_in_dit.training.utilization import Utilization
 from processes import run_together
-from test_compiled import Counting, NoHostWait, recorded
 
 CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
@@ -484,37 +484,19 @@ def test_no_step_waits_for_the_device(long, monkeypatch, keys):
         trainer.update([examples[number] for number in range(examples.per_step)])
 
 
-@pytest.fixture
-def backend(monkeypatch):
-    torch._dynamo.reset()
-    counting = Counting()
-    monkeypatch.setattr(compiled, "BACKEND", counting)
-    return counting
-
-
-def losses(config, steps: int = 4, counting: Counting | None = None) -> list[tuple[float, int]]:
-    """The loss of each step, and the number of graphs after it."""
-    source = open_source(config.data, config.model)
-    trainer, examples, found = Trainer(config, source, CPU), Examples(source, config), []
-    for step in range(steps):
-        values = trainer.update([examples[step * examples.per_step + k] for k in range(examples.per_step)])
-        found.append((float(values["loss"]), counting.graphs if counting else 0))
-    return found
-
-
 @pytest.mark.parametrize("keys", [{}, {"recompute": "selective", "accumulate": 2, "dropout": 0.1}], ids=str)
 def test_compiled_blocks_have_a_graph_for_each_number_of_tokens_from_the_first_step_on(long, backend, keys, full):
     if not full and keys:
         pytest.skip("with --full")
     config = with_train(long, token_drop_steps=3, **keys)
-    found = losses(with_train(config, compile=True), counting=backend)
+    found = losses(with_train(config, compile=True), steps=4, counting=backend)
     assert [graphs for _, graphs in found] == [3, 3, 3, 3]  # inner, outer on 256 and on 64; the dense step needs none
-    expected = [loss for loss, _ in losses(with_train(config, compile=False))]
+    expected = [loss for loss, _ in losses(with_train(config, compile=False), steps=4)]
     assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_replayed_step_trains_as_a_compiled_one(long, backend, monkeypatch):
     monkeypatch.setattr(graphs, "capture", recorded)
-    replayed = [loss for loss, _ in losses(with_train(long, compile="graphs"))]
-    assert replayed == pytest.approx([loss for loss, _ in losses(with_train(long, compile=False))], rel=1e-5)
+    replayed = [loss for loss, _ in losses(with_train(long, compile="graphs"), steps=4)]
+    assert replayed == pytest.approx([loss for loss, _ in losses(with_train(long, compile=False), steps=4)], rel=1e-5)
     assert len(set(replayed)) == 4  # each step has its own patches

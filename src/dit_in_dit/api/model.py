@@ -149,7 +149,7 @@ class Model:
     ) -> list[Pixels]:
         """Pixels of the samples, with `way` after those of each step."""
         decode = open_decoder(config.data, next(self.net.parameters()).device)
-        config = fit_to_device(self.net, config, num, compiled=False)
+        config = fit_to_device(self.net, config, guide, num=num, compiled=False)
         size, seen, drawn = config.sample.micro_batch, list[Tensor](), list[list[Pixels]]()
         watch = (lambda t, x, image: seen.append(x.cpu())) if way else None
         own: dict[str, Any] = {"seed": seed, "classes": classes, "watch": watch, "guide": guide}

@@ -19,7 +19,6 @@ from dit_in_dit.benchmark.timing import time_alternately, trainer_step
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.diffusion.samplers import denoise, guided
-from dit_in_dit.inspection.cost import FORWARDS_PER_STEP
 
 Experiment = tuple[str, Callable[[], None]]
 SAMPLER_STEPS = 8
@@ -174,7 +173,7 @@ def _attention(bench: Bench, suite: Suite) -> None:
 def _rate(bench: Bench, suite: Suite, name: str) -> None:
     run, limit = suite.rates[name]
     (measured,) = bench.compare({name: (run, nested)}).values()
-    macs, best = FORWARDS_PER_STEP * measured.macs * measured.batch, bench.report.products[measured.precision]
+    macs, best = measured.step_macs * measured.batch, bench.report.products[measured.precision]
     shares = tuple(macs / seconds / best for seconds in measured.step.rounds)
     bench.add(f"share of the matrix rate, {name}", "training step", shares, limit, at_least=True)
 

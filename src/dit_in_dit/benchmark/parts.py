@@ -129,7 +129,7 @@ def part_seconds(subject: BenchmarkSubject) -> dict[str, float]:
 
 def part_macs(subject: BenchmarkSubject) -> dict[str, int]:
     """MACs of a training step by part, for the whole batch."""
-    macs = cost.training_macs(subject.run.model)
+    macs = cost.training_macs(subject.run.model, subject.run.token_drop)
     macs["inner_blocks"] += macs.pop("condition")  # inner blocks compute it
     macs["time_embed"] += macs.pop("shared_modulation", 0)
     return {part: subject.run.train.batch_size * number for part, number in macs.items() if part != "total"}

@@ -23,6 +23,7 @@ from dit_in_dit.model.compiled import compile_blocks, uncompiled
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runtime.device import resolve_auto
 from dit_in_dit.runtime.memory import keep_freed_memory
+from dit_in_dit.training.routing import Routing
 
 Make = Callable[[RunConfig], nn.Module]
 
@@ -110,11 +111,16 @@ class BenchmarkSubject:
     """A model that trains on a batch of white noise.
 
     Every subject takes the same step: forward, mean squared error, backward, AdamW. Averaging, clipping and data
-    loading are left out, because other DiT code does none of these.
+    loading are left out, because other DiT code does none of these. With train.token_drop, patches bypass blocks in a
+    step (of the first phase, if there are two), but not in `forward`.
 
     Args:
-        run: the config. Of its `train` keys, only batch_size, precision, recompute and compile are used.
+        run: the config. Of its `train` keys, only batch_size, precision, recompute, compile and those of token dropping
+            are used.
         make: builds the model from the config.
+
+    Raises:
+        UserError: the config has train.token_drop, and the model takes no route.
     """
 
     def __init__(self, run: RunConfig, device: torch.device, make: Make = nested) -> None:
@@ -130,14 +136,22 @@ class BenchmarkSubject:
         t = torch.rand(train.batch_size, generator=draw).to(device)
         y = (torch.arange(train.batch_size) % max(1, model.num_classes)).to(device)
         self.inputs, self.target = (x, t, y), target
+        routing = Routing(self.run, self.model)
+        route = routing(0, torch.arange(train.batch_size, device=device))
+        self.options = {} if route is None else {"route": route}  # other DiT code has no such argument
         if train.compile:
-            compile_blocks(self.model)
+            compile_blocks(self.model, by_length=routing.drop is not None)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type in ("cpu", "cuda"))
 
     @property
     def macs(self) -> int:
         """MACs of a forward pass per image. Our code counts them, also for models from other code."""
         return cost.macs(self.run.model)["total"]
+
+    @property
+    def step_macs(self) -> int:
+        """MACs of a training step per image."""
+        return cost.training_macs(self.run.model, self.run.token_drop)["total"]
 
     def autocast(self) -> torch.autocast:
         """Autocast to bfloat16 if the config's precision is bfloat16."""
@@ -152,7 +166,7 @@ class BenchmarkSubject:
     def step(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """Take a training step; `mark` is called when the loss begins and when the optimizer begins."""
         with self.autocast():
-            prediction = self.model(*self.inputs)
+            prediction = self.model(*self.inputs, **self.options)
         mark("loss")
         loss = F.mse_loss(prediction.float(), self.target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -165,7 +179,7 @@ class BenchmarkSubject:
 
         def forward() -> Tensor:
             with self.autocast():
-                return self.model(*self.inputs)
+                return self.model(*self.inputs, **self.options)
 
         with uncompiled():
             return kept_bytes(forward, (*self.model.parameters(), *self.model.buffers(), *self.inputs))
@@ -175,7 +189,8 @@ class BenchmarkSubject:
 class Measurements:
     """The measurements of one subject; times and bytes are for the whole batch."""
 
-    macs: int  # of a forward pass per image; `macs_per_second` counts whole training steps
+    macs: int  # of a forward pass per image, with all patches
+    step_macs: int  # of a training step per image
     batch: int
     precision: str
     compiled: bool
@@ -193,7 +208,7 @@ class Measurements:
     @property
     def macs_per_second(self) -> float:
         """MACs per second of training, backward pass included."""
-        return cost.FORWARDS_PER_STEP * self.macs * self.images_per_second
+        return self.step_macs * self.images_per_second
 
 
 def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -> dict[str, Measurements]:
@@ -210,7 +225,7 @@ def measure_subjects(subjects: Mapping[str, BenchmarkSubject], seconds: float) -
     for name, subject in subjects.items():
         forwards, steps = zip(*rounds[name], strict=True)
         train = subject.run.train
-        how = subject.macs, train.batch_size, train.precision, bool(train.compile)
+        how = subject.macs, subject.step_macs, train.batch_size, train.precision, bool(train.compile)
         memory = subject.kept_bytes(), peak_bytes(subject.step, subject.device)
         measured[name] = Measurements(*how, Times(forwards), Times(steps), *memory, compiling[name])
     return measured

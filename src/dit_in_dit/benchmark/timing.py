@@ -59,7 +59,8 @@ def step_seconds(
     seconds: float = 5.0,
     rounds: int = 200,
 ) -> dict[str, Times]:
-    """Time a training step (all its micro-batches, optimizer and average) of each config on white noise.
+    """Time a training step (all its micro-batches, optimizer and average) of each config on white noise. With
+    train.token_drop_steps it is a step of the first phase, in which patches bypass blocks.
 
     Each round times every config once; every other round runs in reverse order. All models are in memory together. On
     one CPU thread, seconds are the thread's CPU time, which other processes do not affect.
@@ -158,7 +159,7 @@ def synchronize(device: torch.device) -> None:
 
 def estimate_seconds(configs: Mapping[str, RunConfig], device: torch.device, *, threads: int | None = None) -> float:
     """Estimate how many seconds the warm-up and one round of `step_seconds` take, without building the models."""
-    macs = sum(cost.training_macs(c.model)["total"] * c.global_batch for c in configs.values())
+    macs = sum(cost.training_macs(c.model, c.token_drop)["total"] * c.global_batch for c in configs.values())
     with use_threads(threads):
         return (WARM_UP + 2) * macs / (SHARE * product_speed(device))
 
@@ -228,9 +229,11 @@ class _Noise(Source):
 
 
 def trainer_step(config: RunConfig, device: torch.device) -> Callable[[], object]:
-    """A function that takes a training step of the config, always on the same batch."""
+    """A function that takes a training step of the config, always on the same batch; with train.token_drop_steps, a
+    step of the first phase."""
     config = resolve_auto(config, device)
-    config = replace(config, train=replace(config.train, evaluate_every=0))
+    # The number of timed steps depends on the machine: it must not end the first phase.
+    config = replace(config, train=replace(config.train, evaluate_every=0, token_drop_steps=None))
     source = _Noise(config.model)
     trainer = Trainer(config, source, device)
     batch = Examples(source, config)[0]

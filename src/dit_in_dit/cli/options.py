@@ -90,7 +90,7 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="cpu, cuda or mps (default: the best available)")
 
 
-def device_fit(options: argparse.Namespace) -> Callable[[NestedDiT, RunConfig], RunConfig]:
+def device_fit(options: argparse.Namespace) -> Callable[[NestedDiT, RunConfig, Guide | None], RunConfig]:
     """`fit_to_device` with the options of `add_sampling`."""
     from dit_in_dit.sampling.fit import fit_to_device
 
@@ -116,7 +116,10 @@ def add_sampling(
     command.add_argument(
         "--seed", type=seed, default=0, help="seed; sample number i depends on the seed and i (default 0)"
     )
-    command.add_argument("--classes", help=f"class names or numbers, comma-separated, in rotation (default: {classes})")
+    command.add_argument(
+        "--classes",
+        help=f"class names (`animal`: all `animal-*`) or numbers, comma-separated, in rotation (default: {classes})",
+    )
     command.add_argument("--steps", type=whole_number, help="sampler steps (default: the run's)")
     command.add_argument("--sampler", help="euler, heun, ddim, dpm++, unipc or ddpm (default: the run's)")
     command.add_argument(
@@ -142,6 +145,8 @@ def add_guide(command: argparse.ArgumentParser) -> None:
     """Add the options of guidance by a weak model, for `sampling_config` and `named_guide`."""
     about = "autoguidance: a weak model of the same images (any RUN), or RUN@STEP, an older checkpoint"
     command.add_argument("--guide", metavar="RUN[@STEP]", help=about)
+    about = "average of the guide's weights, as --ema names it (default: the first of its train.ema)"
+    command.add_argument("--guide-ema", metavar="AVERAGE", help=about)
     command.add_argument("--guide-scale", type=float, metavar="W", help="scale of autoguidance (default: the run's, 2)")
     about = "scale of guidance by the model's own weak head; 1: none (default: the run's)"
     command.add_argument("--internal-guidance", type=float, metavar="W", help=about)
@@ -154,9 +159,11 @@ def named_guide(options: argparse.Namespace, device: torch.device) -> Guide | No
     from dit_in_dit.interop.resolve import open_guide
 
     if options.guide:
-        return open_guide(options.guide, device)
-    if options.guide_scale is not None:
-        raise UserError("--guide-scale is for autoguidance: name the weak model with --guide RUN")
+        return open_guide(options.guide, device, average=options.guide_ema)
+    for name in ("guide_scale", "guide_ema"):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for autoguidance: name the weak model with --guide RUN")
     return None
 
 

@@ -65,7 +65,8 @@ def _sample(options: argparse.Namespace) -> None:
         averaged = chosen_average(options, saved.config)
         model = saved.model(device, averaged=averaged)
         config, classes = sampling_config(options, saved.config, saved.classes)
-        config = device_fit(options)(model, config)
+        guide = named_guide(options, device)
+        config = device_fit(options)(model, config, guide)
         decode = open_decoder(replace(config.data, vae=options.vae or config.data.vae), device)
         out: Path = options.out or Path("samples", _default_name(options))
         make_folder(out)
@@ -73,7 +74,6 @@ def _sample(options: argparse.Namespace) -> None:
             if options.film.suffix not in (".gif", ".webp"):
                 raise UserError(f"--film must end in .gif or .webp: got {truncate(options.film)}")
             make_folder(options.film.parent)
-        guide = named_guide(options, device)
         folder = SampleFolder(out, saved, model, config, classes, options.seed, averaged, decode, options.scale, guide)
         counts = folder.fill(options.num, options.batch)
         with Progress(console=Console(stderr=True), disable=not is_main()) as bar:
@@ -89,7 +89,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _default_name(options: argparse.Namespace) -> str:
     """The run's name and the options that change the samples, such as `emoji-seed5`, so that folders differ."""
-    weak = ("guide", "guide_scale", "internal_guidance", "guide_interval")
+    weak = ("guide", "guide_ema", "guide_scale", "internal_guidance", "guide_interval")
     names = ("classes", "ema", "steps", "sampler", "guidance", "interval", *weak, "micro_batch", "precision", "vae")
     given = {name: getattr(options, name) for name in names}
     words = [f"seed{options.seed}"] if options.seed else []

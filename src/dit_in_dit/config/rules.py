@@ -94,13 +94,16 @@ def check_internal_guidance(model: Any, predict: str, weight: float, scale: floa
         )
 
 
-def check_augment_labels(model: Any, kind: str, labels: int) -> None:
-    """Check that a model reads the `labels` of an augmentation, and that its images can be turned. Raises UserError."""
+def check_augment_labels(model: Any, kind: str, labels: int, styles: int) -> None:
+    """Check that a model reads the `labels` of an augmentation and of styles, `styles` of them, and that its images can
+    be turned. Raises UserError."""
+    also = f", styles have {styles}" if styles else ""
     if labels and model.augment_labels not in (0, labels):
         raise UserError(
-            f"data.augment_kind={kind} has {labels} labels: got model.augment_labels={model.augment_labels}; set 0"
+            f"data.augment_kind={kind} has {labels - styles} labels{also}: got model.augment_labels="
+            f"{model.augment_labels}; set 0"
         )
-    if labels and kind == "exact" and model.image_size[0] != model.image_size[1]:
+    if labels > styles and kind == "exact" and model.image_size[0] != model.image_size[1]:
         raise UserError(
             f"data.augment_kind=exact turns images, which must be square: got {list(model.image_size)}; set it to edm"
         )

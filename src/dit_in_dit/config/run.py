@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from dit_in_dit.config.choices import KEYS, PLUGIN_KEYS
+from dit_in_dit.config.emoji import named_styles
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.model import AUTO, InnerConfig, ModelConfig, OuterConfig, TokensConfig  # noqa: F401  # plug-ins
 from dit_in_dit.config.rules import check_augment_labels, check_internal_guidance
@@ -72,7 +73,9 @@ class DataConfig(Section):
     prefix: ClassVar[str] = "data"
     plugins: PluginKeys = field(default=PluginKeys(), repr=False, kw_only=True)  # set by RunConfig
     source: str = key(
-        "emoji", "emoji, mosaic, folder or .zip with a folder per class, .npz, .npy, idx, .tar shards, hf:NAME, latents"
+        "emoji",
+        "emoji, emoji:styles (or of noto, twemoji, fluent, tones, joined by +), mosaic, folder or .zip with a "
+        "folder per class, .npz, .npy, idx, .tar shards, hf:NAME, latents",
     )
     split: str = key("train", "hf, idx: split of the dataset")
     image_column: str = key("image", "hf: column of the images (or CIFAR's img)")
@@ -108,15 +111,21 @@ class DataConfig(Section):
     def check(self) -> None:
         if not self.source.strip():
             raise UserError("data.source is empty: name emoji, mosaic, a folder, a .zip or arrays")
+        named_styles(self.source)
         if self.augment and self.flip:
             raise UserError(
                 f"data.augment={self.augment:g} flips images itself, with labels for the network: set data.flip=false"
             )
 
     @property
+    def style_labels(self) -> int:
+        """Number of labels that give an image's style: one per style but the first; 0: the source has one style."""
+        return max(0, len(named_styles(self.source)[0]) - 1)
+
+    @property
     def augment_labels(self) -> int:
-        """Numbers that tell the network of an image's augmentation; 0: none."""
-        return {"edm": 9, "exact": 6}[self.augment_kind] if self.augment else 0
+        """Number of labels that give an image's augmentation and style; 0: none."""
+        return ({"edm": 9, "exact": 6}[self.augment_kind] if self.augment else 0) + self.style_labels
 
 
 @dataclass(frozen=True)
@@ -234,7 +243,7 @@ class RunConfig(Section):
             )
         if self.data.balance == "class" and not self.model.num_classes:
             raise UserError("data.balance=class needs labels: set model.num_classes=auto, or data.balance=none")
-        check_augment_labels(self.model, self.data.augment_kind, self.data.augment_labels)
+        check_augment_labels(self.model, self.data.augment_kind, self.data.augment_labels, self.data.style_labels)
         model, diffusion, size = self.model, self.diffusion, self.model.image_size
         if diffusion.split and (diffusion.path, model.learn_variance) != ("flow", False):
             got = f"got {diffusion.path}, {str(model.learn_variance).lower()}"

@@ -54,11 +54,28 @@ def draw_augmentation(config: RunConfig, examples: Tensor) -> Tensor:
     ).float()
 
 
+def styles_of(source: Source, images: Tensor) -> Tensor:
+    """Style numbers (N,) of training images (N,), on their device; zeros if the source has no styles."""
+    if source.styles is None:
+        return torch.zeros_like(images)
+    return torch.from_numpy(source.styles).to(images.device)[images]
+
+
+def training_labels(config: RunConfig, examples: Tensor, style: Tensor) -> Tensor | None:
+    """The labels (N, model.augment_labels) of example numbers (N,): those of the augmentation, then one for each style
+    but the first, by the images' style numbers `style` (N,). None if the model reads none."""
+    labels, count = augmentation_labels(config, examples), config.data.style_labels
+    if not count:
+        return labels
+    one_hot = (style.unsqueeze(1) == torch.arange(1, count + 1, device=style.device)).float()
+    return one_hot if labels is None else torch.cat([labels, one_hot], 1)
+
+
 def augmentation_labels(config: RunConfig, examples: Tensor) -> Tensor | None:
-    """The labels (N, model.augment_labels) of example numbers (N,), as EDM's; zero without augmentation, None if the
-    model reads none."""
+    """The labels of the augmentation of example numbers (N,), as EDM's; zero without augmentation, None if the model
+    reads none of them."""
     if not config.data.augment:
-        count = config.model.augment_labels
+        count = config.model.augment_labels - config.data.style_labels
         return torch.zeros(len(examples), count, device=examples.device) if count else None
     drawn = draw_augmentation(config, examples)
     if config.data.augment_kind == "exact":
@@ -69,7 +86,13 @@ def augmentation_labels(config: RunConfig, examples: Tensor) -> Tensor | None:
 
 
 def check_augmentation(config: RunConfig, source: Source) -> bool:
-    """Whether a run augments its images. UserError if they are latents: a mirrored latent is no mirrored image."""
+    """Whether a run augments its images. UserError if they are latents (a mirrored latent is no mirrored image), or not
+    of the styles that the config names."""
+    if (count := config.data.style_labels) and source.styles is None:
+        raise UserError(
+            f"data.source={config.data.source} has {count + 1} styles, and the images given to train() have no "
+            "`styles`: set data.source=emoji"
+        )
     if config.data.augment and isinstance(source, LatentSource):
         raise UserError(
             f"data.augment={config.data.augment:g} needs images, and {config.data.source} has latents: set 0"
@@ -80,10 +103,10 @@ def check_augmentation(config: RunConfig, source: Source) -> bool:
 def check_reads_labels(config: RunConfig, model: nn.Module) -> None:
     """Check that a model given to train() reads the labels of the run's augmentation. Raises UserError."""
     labels = getattr(getattr(model, "config", None), "augment_labels", 0)
-    if config.data.augment and labels != config.model.augment_labels:
+    if config.data.augment_labels and labels != config.model.augment_labels:
         raise UserError(
             f"data.augment={config.data.augment:g} needs a model with augment_labels={config.model.augment_labels}: "
-            f"got {labels}; set data.augment=0"
+            f"got {labels}; set data.augment=0{' and a data.source of one style' * bool(config.data.style_labels)}"
         )
 
 

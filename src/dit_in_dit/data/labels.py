@@ -64,7 +64,8 @@ def table_labels(rows: Any, shown: str, folder: str, images: Sequence[str]) -> t
 
 def class_numbers(text: str, known: Sequence[str]) -> list[int]:
     """Class numbers from comma-separated names or numbers. Names may contain commas: the longest match counts.
-    Surrounding spaces and Unicode normalisation do not matter."""
+    Surrounding spaces and Unicode normalisation do not matter. A name that is no class, but the part of class names up
+    to a hyphen, such as `animal` of `animal-bird` and `animal-bug`, stands for all of these."""
     names: dict[str, int] = {}
     for number, name in enumerate(known):
         names.setdefault(_plain(name), number)
@@ -78,6 +79,8 @@ def class_numbers(text: str, known: Sequence[str]) -> list[int]:
             numbers.append(names[name])
         elif name.isdecimal() and len(name) < 10 and int(name) < len(known):
             numbers.append(int(name))
+        elif members := [number for full, number in names.items() if name and full.startswith(f"{name}-")]:
+            numbers += members
         else:
             raise UserError(f"unknown class {name!r}{did_you_mean(name, known)}")
     return numbers

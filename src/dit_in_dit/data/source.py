@@ -43,8 +43,10 @@ class Source(ABC):
         held_out_size: number of held-out images.
         skipped: unreadable files that were left out.
         notes: clauses of one line about other things that are not read.
+        styles: number of the style of each training image, if the images have several styles (data.style_labels).
         fixed_size: whether the model must have the stored images' shape; else images are resized.
         name: name in SOURCES of a kind that a file of `data/formats` adds.
+        rest_is_path: whether REST in `NAME:REST` may be a path.
         by_path: whether the kind is recognised by the file or folder at a path; kinds with a name are tried first.
         fallback: true for the single kind that takes every path that no other kind recognises.
     """
@@ -54,7 +56,9 @@ class Source(ABC):
     held_out_size: int = 0
     skipped: Sequence[str] = ()
     notes: Sequence[str] = ()
+    styles: NDArray[np.int64] | None = None
     name: ClassVar[str] = ""
+    rest_is_path: ClassVar[bool] = True
     by_path: ClassVar[bool] = False
     fallback: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False

@@ -46,10 +46,11 @@ def source_kind(source: str) -> type[Source]:
 
 
 def path_in(source: str) -> str:
-    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name alone."""
+    """The path in a `data.source`: the whole text, or the part after a name and a colon; empty for a name alone and
+    for a part that is no path."""
     for name, kind in SOURCES.items():
         if not kind.by_path and kind.recognises(source, name):
-            return source.removeprefix(name).removeprefix(":")
+            return source.removeprefix(name).removeprefix(":") if kind.rest_is_path else ""
     return source
 
 

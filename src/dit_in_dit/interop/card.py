@@ -12,6 +12,7 @@ import torch
 import yaml
 from markupsafe import Markup
 
+from dit_in_dit.config.emoji import STYLES, named_styles
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import config_hash, replace_keys, to_yaml
 from dit_in_dit.config.program import format_stages
@@ -145,8 +146,10 @@ def _model(config: RunConfig, parameters: int) -> Rows:
 def _training(config: RunConfig, step: int) -> Rows:
     train, diffusion = config.train, config.diffusion
     name = next((name for name in vars(torch.optim) if name.lower() == train.optimizer), train.optimizer)
+    credits = {"images": "; ".join(STYLES[style] for style in named_styles(config.data.source)[0])}
     return {
         "data": _public(config.data.source),
+        **(credits if credits["images"] else {}),
         "path, prediction, loss": f"{diffusion.path}, {diffusion.predict}, {diffusion.weight}",
         "steps": f"{step:,} of {train.steps:,}",
         "examples": f"{step * config.global_batch:,} ({config.global_batch} a step)",

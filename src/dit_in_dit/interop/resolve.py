@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from dit_in_dit.config.averages import average_name
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.interop.hub import fetch_repo, is_repo_id
 from dit_in_dit.runs.checkpoint import newest
@@ -44,13 +45,14 @@ def resolve_run(name: str, scratch: Path, *, heads: int | None = None) -> Path:
     return out
 
 
-def open_guide(name: str, device: torch.device, *, averaged: bool = True) -> Guide:
-    """The weak model of autoguidance: any model that `resolve_run` takes, or RUN@STEP, an older checkpoint of a run.
-    UserError if there is none."""
+def open_guide(name: str, device: torch.device, *, average: str | None = None) -> Guide:
+    """The weak model of autoguidance: any model that `resolve_run` takes, or RUN@STEP, an older checkpoint of a run,
+    with the `average` of its weights (`0.9996`, `length=0.1`; None: its first). UserError if there is none."""
     run, _, step = name.rpartition("@")
     if not (run and step.isdecimal() and exists(find_run(run))):
         run, step = name, ""
     with TemporaryDirectory() as scratch:
         saved = newest(resolve_run(run, Path(scratch)), step=int(step) if step else None)
+        averaged = True if average is None else average_name(saved.config.train.decays[0], average)
         net = saved.model(device, averaged=averaged)
     return Guide(name, net, saved.config, saved.classes, saved.sha256(averaged=averaged))

@@ -80,7 +80,7 @@ def run_subject(
     averaged: bool | str,
     decoder: Callable[[DataConfig], ImageDecoder | None] = lambda data: None,
     source: Source | None = None,
-    fit: Callable[[NestedDiT, RunConfig], RunConfig] = fit_to_device,
+    fit: Callable[[NestedDiT, RunConfig, Guide | None], RunConfig] = fit_to_device,
     guide: Guide | None = None,
 ) -> Subject:
     """Samples of a run's newest checkpoint.
@@ -101,7 +101,7 @@ def run_subject(
     decode = decoder(config.data)
     _check_images(run, config.model.channels, decode)
     config, classes = configure(config, saved.classes)
-    config = fit(model, guide.checked(config, saved.classes) if guide else config)
+    config = fit(model, guide.checked(config, saved.classes) if guide else config, guide)
     names: str | list[str] = [saved.classes[c] for c in classes] if config.model.num_classes else "none"
     if config.model.num_classes and not classes:
         classes = _labels_in_random_order(source or open_source_of(run, config))
@@ -171,7 +171,7 @@ def reference(against: str | Source | None, subject: Subject, wanted: int) -> Re
     if isinstance(against, Source):
         data = replace(data, source=qualified_name(against))
     elif against is not None and against != data.source:
-        data = replace(data, source=against, held_out=0.1 if against in NAMED else 0)
+        data = replace(data, source=against, held_out=0.1 if against.partition(":")[0] in NAMED else 0)
     source = against if isinstance(against, Source) else _open(data, subject.shape)
     total = source.train_size
     if total is None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
-from dit_in_dit.data.augment import augmentation_labels
 from dit_in_dit.data.dinov2 import about_dinov2, dinov2_sha256, patch_features, read_dinov2
 from dit_in_dit.data.features import features_sha256, has_features, read_features_index
 from dit_in_dit.inspection.cost import FORWARDS_PER_STEP, macs_through
@@ -48,8 +47,7 @@ class Sra(Term):
             t = given.objective.path.snap((given.t - self.gap * drawn).clamp(0, 1))
             x_t = given.objective.noisy(given.x, given.noise, t)
             # A sharded model must not be left in the middle of its forward pass.
-            labels = augmentation_labels(self.config, given.example)
-            told = {} if labels is None else {"augment": labels}
+            told = {} if given.labels is None else {"augment": given.labels}
             target = module_output(given.averaged, self.teacher, x_t, t, given.y, stop=not given.sharded, **told)
         target = given.seen(self.block, target[:, -self.patches :])  # without tokens of time and class
         tokens = self.projector(given.outputs[self.student][:, -target.shape[1] :])

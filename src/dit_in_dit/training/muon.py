@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection.optimizer_cost import NEWTON_SCHULZ_STEPS
 from dit_in_dit.model.matrices import block_matrices
 from dit_in_dit.runtime.device import bfloat16_is_native
@@ -152,10 +151,3 @@ def _of_one_shape(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         rest = iter(same)
         while some := list(islice(rest, max(1, MOST_NUMBERS // shape.numel()))):
             yield some
-
-
-def make_muon(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """Muon for groups with `parts`; AdamW for others, fused where the device has a fused step."""
-    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    adam = {"betas": (0.9, train.beta2), "weight_decay": train.weight_decay, "fused": fused}
-    return MuonAdamW(groups, adjust=train.muon_adjust, scale=train.muon_scale, **adam)

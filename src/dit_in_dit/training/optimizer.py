@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.training import TrainConfig
-from dit_in_dit.training.muon import MuonAdamW, make_muon, matrix_groups
+from dit_in_dit.training.muon import MuonAdamW, matrix_groups
 from dit_in_dit.training.sharding import local_part, replicate_like, shard_like
 
 Groups = list[dict[str, Any]]  # `params`, and `scale`, the factor on their learning rate
@@ -27,10 +27,15 @@ def _adam(kind: Callable[..., Optimizer], groups: Groups, train: TrainConfig) ->
     return kind(groups, betas=(0.9, train.beta2), weight_decay=train.weight_decay, fused=fused)
 
 
+def _muon(groups: Groups, train: TrainConfig) -> Optimizer:
+    """Muon for groups with `parts`, AdamW for others."""
+    return _adam(partial(MuonAdamW, adjust=train.muon_adjust, scale=train.muon_scale), groups, train)
+
+
 OPTIMIZERS: dict[str, Callable[[Groups, TrainConfig], Optimizer]] = {
     "adamw": partial(_adam, torch.optim.AdamW),  # decoupled weight decay (Loshchilov & Hutter 2019)
     "adam": partial(_adam, torch.optim.Adam),  # weight decay is added to the gradient (Kingma & Ba 2015)
-    "muon": make_muon,  # matrices of blocks: orthogonalised steps (Jordan et al. 2024); others: AdamW
+    "muon": _muon,  # matrices of blocks: orthogonalised steps (Jordan et al. 2024); others: AdamW
 }
 
 

@@ -24,6 +24,7 @@ class Pass:
     features: of the images (N, F, g, g), stored beside their latents; (N, 0) without any.
     averaged: the averaged model; on several processes with train.parallel=fsdp it is `sharded`.
     route: of patches around outer blocks, with train.token_drop; the averaged model has none.
+    labels: that the network reads (N, model.augment_labels), of augmentation and style; None: it reads none.
     """
 
     x: Tensor  # N C H W
@@ -37,6 +38,7 @@ class Pass:
     sharded: bool
     features: Tensor | None = None
     route: Route | None = None
+    labels: Tensor | None = None
 
     def seen(self, block: int, targets: Tensor) -> Tensor:
         """Of targets for all patches (N, T, F), those for the patches that outer block `block` sees (N, K, F)."""

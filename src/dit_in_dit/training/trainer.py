@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DiffusionConfig, RunConfig
-from dit_in_dit.data.augment import augmentation_labels, check_reads_labels
+from dit_in_dit.data.augment import check_reads_labels, styles_of, training_labels
 from dit_in_dit.data.run_data import qualified_name
 from dit_in_dit.data.source import Source
 from dit_in_dit.diffusion.objective import Objective, Predict
@@ -165,9 +165,10 @@ class Trainer:
         # DDP averages over processes, the tree sums the micro-batches of all.
         count = len(batches) * (self.world.size if self.tree else 1)
         for number, batch in enumerate(batches, 1):
-            x, noise, t, y, _, example, features = self.unpack(batch)
+            x, noise, t, y, image, example, features = self.unpack(batch)
+            style = styles_of(self.source, image)
             with self._accumulating(last=number == len(batches)), explain_failures():
-                losses.append(self.backward(count, x, noise, t, y, example, features))
+                losses.append(self.backward(count, x, noise, t, y, style, example, features))
             if self.tree:
                 self.tree.take()
         if self.tree:
@@ -185,28 +186,27 @@ class Trainer:
         self.averages.update(self.model, self.step)
         return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **terms, **parts}
 
-    def _backward(
-        self, count: int, x: Tensor, noise: Tensor, t: Tensor, y: Tensor, example: Tensor, features: Tensor
-    ) -> Tensor:
+    def _backward(self, count: int, *parts: Tensor) -> Tensor:
         """Losses and terms (1 + terms, N) of a micro-batch of N examples, one of `count`; the gradients of their sum
         are added to those of the weights."""
-        route = self.routing(self.step, example)
+        x, noise, t, y, style, example, features = parts
+        route, labels = self.routing(self.step, example), training_labels(self.config, example, style)
         with self.autocast(), self.terms.recorded(self.model) as outputs:
-            each = self.objective.loss(self._network(example, route), x, noise, t, y)
-            beside = self.objective, self.ema.model, self.sharded, features, route
+            each = self.objective.loss(self._network(example, route, labels), x, noise, t, y)
+            beside = self.objective, self.ema.model, self.sharded, features, route, labels
             given = Pass(x, noise, t, y, example, outputs, *beside)
             total, alone = self.terms.add_to(each, given)
         (total.mean() / count).backward()  # type: ignore[no-untyped-call]
         return alone
 
-    def _network(self, example: Tensor, route: Route | None) -> Predict:
-        """The network with what depends on these examples (route, dropout, augmentation) as a function of x, t and y.
-        A model of one's own may take none of it."""
+    def _network(self, example: Tensor, route: Route | None, labels: Tensor | None) -> Predict:
+        """The network with what depends on these examples (route, dropout, labels) as a function of x, t and y. A model
+        of one's own may take none of it."""
         options: dict[str, Any] = {} if route is None else {"route": route}
         if self.config.train.dropout:
             blocks = sum(self.config.model.blocks(level) for level in ("outer", "inner"))
             options["keys"] = dropout_keys(self.config.seed, example, blocks)
-        if (labels := augmentation_labels(self.config, example)) is not None:
+        if labels is not None:
             options["augment"] = labels
         return partial(self.net, **options) if options else self.net
 

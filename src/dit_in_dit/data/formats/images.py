@@ -1,10 +1,9 @@
-"""Image files as a source: a folder, a .zip, and the embedded emoji."""
+"""Image files as a source: a folder or a .zip."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cached_property, lru_cache
-from importlib.resources import files
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from dit_in_dit.data.digest import digest_files
 from dit_in_dit.data.files import ImageFiles
 from dit_in_dit.data.groups import split_families
 from dit_in_dit.data.picture import IN_MEMORY, Stored, apply_orientation, image_shape, resize_and_crop
-from dit_in_dit.data.source import Source, SplitSource
+from dit_in_dit.data.source import SplitSource
 
 
 class ImageSource(SplitSource):
@@ -121,31 +120,3 @@ class ImageSource(SplitSource):
     def _stored(self, position: int) -> tuple[Stored, int]:
         pixels = self._pixels[position] if self._pixels is not None else self.read(self.names[position])
         return pixels.transpose(2, 0, 1), self._labels[position]
-
-
-class EmojiSource(ImageSource):
-    """The embedded emoji."""
-
-    name = "emoji"
-    by_path = False
-
-    @classmethod
-    def recognises(cls, source: str, name: str) -> bool:
-        """Whether `source` is the kind's name."""
-        return source == name
-
-    @classmethod
-    def open(cls, data: DataConfig, model: ModelConfig) -> Source:
-        """The images, decoded once per process: decoding takes seconds."""
-        return cls._decode(model.image_size, model.channels, data.held_out)
-
-    @classmethod
-    @lru_cache(maxsize=2)
-    def _decode(cls, size: tuple[int, int], channels: int, held_out: float) -> Source:
-        model = ModelConfig(image_size=size, channels=channels, patch_size=1)
-        return cls(DataConfig(held_out=held_out), model)
-
-    @classmethod
-    def list_files(cls, data: DataConfig, num_classes: int) -> ImageFiles:
-        """The members of the embedded .zip."""
-        return ImageFiles(Path(str(files("dit_in_dit.data") / "emoji.zip")), num_classes)

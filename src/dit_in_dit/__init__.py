@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dit_in_dit.api.diagram import draw
     from dit_in_dit.api.measure import Scores, attention, compare, evaluate, match, run_study
     from dit_in_dit.api.model import Model, Pictures, load
     from dit_in_dit.config import presets
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "api.diagram": "draw",
     "api.measure": "Scores attention compare evaluate match run_study",
     "api.model": "Model Pictures load",
     "config": "presets",
@@ -40,8 +42,31 @@ _HOMES = {
     "sampling.numbered": "sample",
     "training.loop": "Run train",
 }
-__all__ = ["Model", "NestedDiT", "Pictures", "Run", "RunConfig", "Scores", "UserError", "attention", "compare", "cost"]
-__all__ += ["evaluate", "inspect", "load", "match", "preset", "presets", "register", "run_study", "sample", "train"]
+__all__ = [
+    "Model",
+    "NestedDiT",
+    "Pictures",
+    "Run",
+    "RunConfig",
+    "Scores",
+    "UserError",
+    "attention",
+    "compare",
+    "cost",
+]
+__all__ += [
+    "draw",
+    "evaluate",
+    "inspect",
+    "load",
+    "match",
+    "preset",
+    "presets",
+    "register",
+    "run_study",
+    "sample",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ with gc_paused():
     from dit_in_dit.runs.lock import LocklessWarning
 
 ORDER = (  # order of commands in the help; modules of this folder that are not listed come last
-    *("inspect", "recipe", "encode", "convert", "train", "sample", "evaluate"),
+    *("inspect", "draw", "recipe", "encode", "convert", "train", "sample", "evaluate"),
     *("average", "curves", "doctor", "maps", "match", "study", "bench", "verify_resume"),
 )
 _python_line = warnings.formatwarning

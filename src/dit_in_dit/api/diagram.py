@@ -61,7 +61,8 @@ def gallery_page(about: Mapping[str, str]) -> str:
     links = " ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in about)
     style = (
         ":root { color-scheme: light dark } body { font: 15px system-ui, sans-serif; max-width: 900px; "
-        "margin: 2em auto; padding: 0 1em } nav a { margin-right: 0.8em; white-space: nowrap } img { max-width: 100% } p { opacity: 0.7 }"
+        "margin: 2em auto; padding: 0 1em } nav a { margin-right: 0.8em; white-space: nowrap } "
+        "img { max-width: 100% } p { opacity: 0.7 }"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Presets of DiT-in-DiT</title>'

@@ -101,6 +101,12 @@ def run(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_the_figure_names_the_users_parts(settings, tmp_path):
+    command("draw", *settings, "--out", tmp_path / "figure.svg")
+    svg = (tmp_path / "figure.svg").read_text()
+    assert [name for name in (*PARTS.values(), "polynomial") if name not in svg] == []
+
+
 @contextmanager
 def forgotten() -> Iterator[None]:
     """Forget afterwards which classes were registered within the block."""

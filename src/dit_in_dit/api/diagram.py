@@ -33,12 +33,12 @@ def draw(config: Any, *, theme: str = "auto", title: str = "DiT-in-DiT") -> Diag
     """Draw the architecture of a model as an SVG of 900 pixels' width.
 
     Args:
-        config: a `ModelConfig`, a `RunConfig`, a loaded model or a network.
+        config: a `ModelConfig`, a `RunConfig`, a loaded model, a network, or the name of a preset, YAML file or run.
         theme: light, dark, or auto, which follows the viewer.
         title: heading of the figure.
 
     Raises:
-        UserError: the theme is unknown.
+        UserError: the theme is unknown, or nothing has the name.
 
     >>> dd.draw(dd.preset("emoji")).svg[:4]
     '<svg'
@@ -46,9 +46,14 @@ def draw(config: Any, *, theme: str = "auto", title: str = "DiT-in-DiT") -> Diag
     themes = get_args(Theme)
     if theme not in themes:
         raise UserError(f"theme must be one of {', '.join(themes)}: got {theme!r}{did_you_mean(theme, themes)}")
+    if isinstance(config, str | Path):
+        from dit_in_dit.api.measure import find_config  # imports training and metrics
+
+        config = find_config(str(config), "draw")
     config = getattr(config, "config", config)
     model: ModelConfig = getattr(config, "model", config)
-    return Diagram(draw_model(model, theme=theme, title=title))  # type: ignore[arg-type]  # checked above
+    drop = getattr(config, "token_drop", None)
+    return Diagram(draw_model(model, theme=theme, title=title, drop=drop))  # type: ignore[arg-type]  # checked above
 
 
 def gallery_page(about: Mapping[str, str]) -> str:

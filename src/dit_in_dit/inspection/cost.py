@@ -96,6 +96,18 @@ def _head(level: OuterConfig, rows: int, row: int) -> int:
     return 0 if level.head_condition == "none" or level.modulation == "shared" else 2 * level.width * row * rows
 
 
+def stage_macs(model: ModelConfig) -> list[int]:
+    """MACs per image of the blocks of each stage of the program, in order."""
+    inner, stages, number = macs(model)["inner_blocks"], list[int](), 0
+    for level, count in model.program:
+        if level == "inner":
+            stages.append(inner * count // model.blocks("inner"))
+        else:
+            stages.append(sum(_outer_block(model, number + each) for each in range(count)))
+            number += count
+    return stages
+
+
 def macs_through(model: ModelConfig, number: int) -> int:
     """MACs per image of a forward pass that ends after outer block `number`."""
     parts, left, previous = macs(model), number + 1, ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +12,9 @@ Lane = Literal["image", "outer", "inner"]  # boxes of the image are in the outer
 
 WIDTH, BOX, LEFT, GAP = 900, 360, 30, 110  # of the figure, of a box, left of the outer lane, between the lanes
 LINE, SPACE, ROW = 18, 30, 22  # heights: a line of text, the space below a box, a row of costs
-LETTER = 7.0  # width of a letter of 13 pixels; the usual system fonts are narrower
+BAR = 280  # width of the bar of a part that has all MACs
+TEXT_ROOM = BOX - 28  # for text in a box
+WIDTHS = {"ijl|'I,.:; ": 0.34, "frt()-": 0.42, "acekosvxyz": 0.61, "mwMW%+=<\u00d7": 0.99}  # of letters, in ems
 LANES = {"outer": LEFT, "inner": LEFT + BOX + GAP}
 LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "faint": "#6b7280"}
 LIGHT |= {"outer": "#0072B2", "inner": "#C2500A", "join": "#00745A"}
@@ -32,12 +33,13 @@ SEEN = {  # inner tokens that it sees, in an image of 2x2 patches of 4x4 sub-pat
 
 @dataclass(frozen=True)
 class Box:
-    """A stage: its lane, title, lines below it, and the mixer that its pictogram shows, `outer` or nothing."""
+    """A stage: its lane, title, lines below it, the mixer that its pictogram shows (or `outer`, or none), its cost."""
 
     lane: Lane
     title: str
     lines: tuple[str, ...] = ()
     sees: str = ""
+    cost: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Sheet:
     def __init__(self) -> None:
         self.y, self.elements = 76, list[str]()
         self.reach: dict[str, list[int]] = {"outer": [], "inner": []}
-        self.opened, self.image = 0, 0
+        self.opened, self.times, self.image = 0, 0, 0
         self.ending = False
         self.last: tuple[str, ...] = ()  # lanes of the last boxes
 
@@ -94,34 +96,46 @@ class Sheet:
         self.elements += [
             f'<path class="line join" d="M {start} {at} H {before}" marker-end="url(#tip)" />',
             f'<circle class="tip" cx="{end}" cy="{at}" r="4" />',
-            _text((outer + inner) / 2, at - 6, join.text, "join middle"),
+            _text((outer + inner) / 2, at - 6, join.text, "join middle halo"),
         ]
         self.y += SPACE - 6
 
     def _repeat(self, repeat: Repeat) -> None:
-        right = WIDTH - 14
+        """Begin or end the frame around stages that repeat; their number stands in its upper edge."""
         if repeat.times:
-            self.opened = self.y - 12
-            self.elements.append(_text(right - 8, self.y - 14, f"{repeat.times} times", "strong end"))
-        else:
-            low = self.y - SPACE + 12
-            self.elements.append(f'<path class="bracket" d="M {right - 8} {self.opened} h 8 V {low} h -8" />')
+            self.opened, self.times = self.y - 15, repeat.times
+            self.y += 16
+            return
+        left, right, low = LEFT - 14, WIDTH - LEFT + 4, self.y - SPACE + 12
+        place = f'x="{left}" y="{self.opened}" width="{right - left}" height="{low - self.opened}" rx="12"'
+        self.elements.append(f'<rect class="frame" {place} />')
+        self.elements.append(_text(right - 36, self.opened + 5, f"\u00d7{self.times}", "strong middle halo"))
+        self.y += 10
 
     def _boxes(self, row: tuple[Box, ...]) -> None:
         wrapped = [wrap_lines(box) for box in row]
-        high = 34 + LINE * max(map(len, wrapped))
+        high = 34 + LINE * max(len(lines) + bool(box.cost) for box, lines in zip(row, wrapped, strict=True))
         for box, lines in zip(row, wrapped, strict=True):
             lane = "inner" if box.lane == "inner" else "outer"
             x = LANES[lane]
             if box.lane != "image" or not self.image or "outer" in self.last:
+                if self.image:  # all but the first box have a line from above
+                    kind = "image" if lane == "inner" and not self.reach[lane] else lane
+                    self.elements.append(
+                        f'<path class="cell {kind}" d="M {x + BOX // 2 - 4} {self.y - 8} h 8 l -4 7 z" />'
+                    )
                 self.reach[lane] += [self.y, self.y + high]
             place = f'x="{x}" y="{self.y}" width="{BOX}" height="{high}" rx="8"'
             self.elements += [f'<rect class="paper" {place} />', f'<rect class="box {box.lane}" {place} />']
-            self.elements.append(_text(x + 14, self.y + 22, box.title, f"strong {box.lane}"))
+            self.elements.append(
+                _text(x + 14, self.y + 22, _cut(box.title, TEXT_ROOM - 48, 14, bold=True), f"strong {box.lane}")
+            )
             for number, line in enumerate(lines):
                 self.elements.append(_text(x + 14, self.y + 41 + LINE * number, line, ""))
+            if box.cost:
+                self.elements.append(_text(x + 14, self.y + 41 + LINE * len(lines), box.cost, "note"))
             if box.sees:
-                self.elements += draw_pictogram(box.sees, x + BOX - 54, self.y + 8)
+                self.elements += draw_pictogram(box.sees, x + BOX - 54, self.y + 7)
         self.ending, self.last = "inner" in self.last and row[0].lane == "image", tuple(box.lane for box in row)
         self.image = self.image or self.y + high // 2
         self.y += high + SPACE
@@ -136,7 +150,8 @@ class Sheet:
         if inner := self.reach["inner"]:
             yield f'<path class="line image" d="M {LEFT + BOX} {self.image} H {x} V {min(inner)}" />'
             if self.ending:  # the inner head has a part in the prediction
-                yield f'<path class="line inner" d="M {x} {max(inner)} V {bottom} H {LEFT + BOX}" />'
+                yield f'<path class="line inner" d="M {x} {max(inner)} V {bottom} H {LEFT + BOX + 6}" />'
+                yield f'<path class="cell inner" d="M {LEFT + BOX + 8} {bottom - 4} v 8 l -7 -4 z" />'
 
 
 def figure_svg(rows: Sequence[Row], costs: Sequence[Cost], *, title: str, under: str, theme: Theme) -> str:
@@ -152,7 +167,7 @@ def figure_svg(rows: Sequence[Row], costs: Sequence[Cost], *, title: str, under:
     height = sheet.y + ROW * len(costs) + 16
     total = max(1, sum(cost.macs for cost in costs))
     bars = [line for number, cost in enumerate(costs) for line in _cost(cost, total, sheet.y + ROW * number)]
-    head = [_text(LEFT, 32, title, "title"), _text(LEFT, 54, under, "")]
+    head = [_text(LEFT, 32, _cut(title, WIDTH - 2 * LEFT, 20, bold=True), "title"), _text(LEFT, 54, under, "")]
     style = _style(DARK if theme == "dark" else LIGHT)
     if theme == "auto":
         style += f"@media (prefers-color-scheme: dark) {{ {_style(DARK)} }}"
@@ -168,10 +183,38 @@ def figure_svg(rows: Sequence[Row], costs: Sequence[Cost], *, title: str, under:
     return "\n".join(parts) + "\n"
 
 
+def text_width(text: str, size: float = 13, *, bold: bool = False) -> float:
+    """Width of a text in pixels, as in DejaVu Sans, which is wider than the other usual system fonts."""
+    ems = (
+        next((width for letters, width in WIDTHS.items() if letter in letters), 0.77 if letter.isupper() else 0.64)
+        for letter in text
+    )
+    return sum(ems) * size * (1.12 if bold else 1)
+
+
 def wrap_lines(box: Box) -> list[str]:
-    """The lines of a box, broken where they would leave the box or meet its pictogram."""
-    letters = int((BOX - 28 - (48 if box.sees else 0)) / LETTER)
-    return [part for line in box.lines for part in textwrap.wrap(line, letters, break_on_hyphens=False)]
+    """The lines of a box, broken where they would leave the box; the first one also where it would meet the
+    pictogram. A single word that is too long is cut."""
+    wrapped: list[str] = []
+    for number, line in enumerate(box.lines):
+        room, current = TEXT_ROOM - (48 if box.sees and not number else 0), ""
+        for word in line.split():
+            longer = f"{current} {word}".strip()
+            if current and text_width(longer) > room:
+                wrapped.append(current)
+                longer = word
+            current = _cut(longer, room)
+        wrapped.append(current)
+    return wrapped
+
+
+def _cut(text: str, room: float, size: float = 13, *, bold: bool = False) -> str:
+    """The text, or as much of it as fits, with an ellipsis."""
+    if text_width(text, size, bold=bold) <= room:
+        return text
+    while text and text_width(f"{text}...", size, bold=bold) > room:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def draw_pictogram(sees: str, x: int, y: int) -> Iterator[str]:
@@ -190,14 +233,22 @@ def draw_pictogram(sees: str, x: int, y: int) -> Iterator[str]:
         yield f'<path class="faint" d="M {x + 19.6} {y} v 40 M {x} {y + 19.6} h 40" />'
 
 
+def format_share(share: float) -> str:
+    """A share of the total, 0 to 1, in percent."""
+    return f"{100 * share:.1f}%" if share >= 0.0005 else "<0.1%" if share else "0%"
+
+
 def _cost(cost: Cost, total: int, y: int) -> Iterator[str]:
-    """Name, parameters, MACs, and a bar of the share of all MACs."""
-    kind = next((level for level in ("outer", "inner") if cost.part.startswith(level)), "join")
+    """Name, parameters, MACs, their share of all MACs, and a bar of it."""
+    joins = ("aggregate", "spread", "fuse", "condition")
+    kinds = {"outer": ("outer",), "inner": ("inner",), "join": joins}
+    kind = next((kind for kind, begins in kinds.items() if cost.part.startswith(begins)), "image")
     yield _text(LEFT, y + 12, cost.part.replace("_", " "), "")
     yield _text(LEFT + 300, y + 12, f"{cost.parameters:,} parameters", "end")
-    yield _text(LEFT + 490, y + 12, f"{cost.macs:,} MACs", "end")
-    size = f'width="{max(320 * cost.macs / total, 0.5):.1f}" height="12"'
-    yield f'<rect class="cell {kind}" x="{LEFT + 510}" y="{y + 2}" {size} fill-opacity="0.8" />'
+    yield _text(LEFT + 480, y + 12, f"{cost.macs:,} MACs", "end")
+    yield _text(LEFT + 537, y + 12, format_share(cost.macs / total), "end")
+    size = f'width="{max(BAR * cost.macs / total, 0.5):.1f}" height="12"'
+    yield f'<rect class="cell {kind}" x="{LEFT + 550}" y="{y + 2}" {size} fill-opacity="0.8" />'
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:
@@ -212,11 +263,15 @@ def _style(colours: dict[str, str]) -> str:
         "text.strong": "font-size: 14px; font-weight: 600;",
         ".end": "text-anchor: end;",
         ".middle": "text-anchor: middle;",
+        "text.note": f"fill: {colours['faint']};",
+        "text.halo": f"stroke: {colours['paper']}; stroke-width: 4px; paint-order: stroke;",
         ".paper": f"fill: {colours['paper']};",
         ".box": "fill-opacity: 0.07; stroke-width: 1.5;",
         ".box.image": f"fill: {colours['faint']}; stroke: {colours['faint']};",
         ".line": "stroke-width: 1.5; fill: none;",
-        ".line.image, .bracket, .faint": f"stroke: {colours['faint']}; fill: none;",
+        ".line.image, .frame, .faint": f"stroke: {colours['faint']}; fill: none;",
+        ".frame": "stroke-dasharray: 5 4;",
+        ".cell.image": f"fill: {colours['faint']};",
         ".tip": f"fill: {colours['join']};",
     }
     for kind in ("outer", "inner", "join"):

@@ -1,0 +1,186 @@
+"""Reference pages, made from the package: config keys, command line, models of the field, figures.
+
+`fill` replaces the markers of a page. Everything is read from the schema, the parser and the presets themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from html import escape
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import dit_in_dit
+from dit_in_dit.cli import parser
+from dit_in_dit.config import presets
+from dit_in_dit.config.choices import KEYS
+from dit_in_dit.config.field import FAMILIES, PUBLISHED
+from dit_in_dit.config.program import format_stages
+from dit_in_dit.config.run import RunConfig
+from dit_in_dit.config.schema import PluginKeys, Section
+from dit_in_dit.inspection import cost
+
+ROOT = Path(__file__).resolve().parents[2]
+API = ROOT / "docs" / "reference" / "python.md"
+
+
+def fill(markdown: str) -> str:
+    """The text with generated text in place of every marker `<!-- generated: NAME -->`. KeyError: an unknown name."""
+    return re.sub(r"<!-- generated: ([\w -]+) -->", lambda found: GENERATED[found[1]](), markdown)
+
+
+def figure(preset: str, theme: str) -> str:
+    """The figure of a preset's model, as SVG text."""
+    return dit_in_dit.draw(presets.get(preset), theme=theme, title=preset).svg
+
+
+def undocumented() -> list[str]:
+    """Public names without a docstring, or without a line in the page of the Python API."""
+    listed = re.findall(r"^::: dit_in_dit\.(?:[\w.]+\.)?(\w+)$", API.read_text(), re.MULTILINE)
+    missing = [name for name in dit_in_dit.__all__ if name not in listed or not getattr(dit_in_dit, name).__doc__]
+    for name in dit_in_dit.__all__:
+        thing = getattr(dit_in_dit, name)
+        for member, value in vars(thing).items() if isinstance(thing, type) else ():
+            if not member.startswith("_") and callable(value) and not inspect.getdoc(getattr(thing, member)):
+                missing.append(f"{name}.{member}")
+    return missing
+
+
+def config_keys() -> str:
+    """A table for each group of config keys."""
+    return "\n".join(_group(RunConfig, "", "The run"))
+
+
+def _keys(section: type[Section]) -> Iterator[tuple[Field[Any], Any]]:
+    hints = get_type_hints(section)
+    yield from ((f, hints[f.name]) for f in fields(section) if "meaning" in f.metadata)
+
+
+def _group(section: type[Section], prefix: str, meaning: str) -> Iterator[str]:
+    """Heading and table of a group, then its subgroups."""
+    inner = [(f, hint) for f, hint in _keys(section) if is_dataclass(hint) and hint is not PluginKeys]
+    yield f"\n## {f'`{prefix[:-1]}`: ' if prefix else ''}{meaning}\n"
+    yield "| key | default | values | meaning |\n|---|---|---|---|"
+    for f, hint in _keys(section):
+        if not is_dataclass(hint):
+            name = prefix + f.name
+            row = (f"[](){{ #{name} }}`{name}`", f"`{_plain(f.default)}`", _values(name, f, hint), f.metadata["meaning"])
+            yield "| " + " | ".join(map(_cell, row)) + " |"
+    for f, hint in inner:
+        yield from _group(hint, f"{prefix}{f.name}.", f.metadata["meaning"])
+
+
+def _plain(value: Any) -> str:
+    """A default as YAML has it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return "null" if value is None or value is MISSING else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _values(name: str, f: Field[Any], hint: Any) -> str:
+    """The values that a key takes: their type or names, and their range."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    bounds = f"{low:g} to {high:g}" if math.isfinite(low) and math.isfinite(high) else ""
+    if not bounds and (math.isfinite(low) or math.isfinite(high)):
+        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+    plugin = "; or a plug-in's" if name in KEYS else ""
+    return _spell(hint) + plugin + (f", {bounds}" if bounds else "")
+
+
+def _spell(hint: Any) -> str:
+    """A type in words, names as code."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(f"`{_plain(part)}`" for part in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(_spell(part) for part in parts)
+    if origin is tuple:
+        return f"list of {_spell(parts[0])}" if parts[-1] is Ellipsis else f"{len(parts)} values: {_spell(parts[0])}"
+    words = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", type(None): "`null`"}
+    return words.get(hint, "names and values" if origin is dict else str(hint))
+
+
+def commands() -> str:
+    """Every command with its usage and options."""
+    return "\n".join(_commands(parser()))
+
+
+def _commands(command: argparse.ArgumentParser) -> Iterator[str]:
+    below = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield f"\n## `{command.prog}`\n\n{_sentence(command.description or '')}\n"
+        usage = command.format_usage().removeprefix("usage: ")
+        yield f"```text\n{usage.rstrip()}\n```\n\n| option | meaning |\n|---|---|"
+        for action in command._actions:
+            if action.dest not in ("help", "plugin"):
+                yield f"| {_cell(_option(action))} | {_cell(escape(_help(action)))} |"
+        return
+    for name in dict.fromkeys(below[0].choices):
+        yield from _commands(below[0].choices[name])
+
+
+def _option(action: argparse.Action) -> str:
+    """An option as it is typed, with the name of its value."""
+    value = action.metavar or (action.dest if not action.option_strings else action.dest.upper())
+    if action.choices is not None:
+        value = "|".join(map(str, action.choices))
+    names = [*([] if not isinstance(value, tuple) else value)] or [str(value)]
+    words = action.option_strings or names
+    takes = "" if action.nargs == 0 or not action.option_strings else " " + " ".join(names)
+    return ", ".join(f"`{word}{takes}`" for word in words)
+
+
+def _help(action: argparse.Action) -> str:
+    required = "required; " if action.required and action.option_strings else ""
+    return required + (action.help or "").replace("%%", "%")
+
+
+def _sentence(text: str) -> str:
+    return escape(text[:1].upper() + text[1:] + ("" if text.endswith(".") else "."))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def models() -> str:
+    """A table of the presets of published models, and of the package's own sizes."""
+    rows = ["| preset | model | input | p | D | stages | inner level | predicts | GMACs |", "|" + "---|" * 9]
+    for name in [n for n in presets.NAMES if n.startswith(("dit-xl", "dit-in-dit-xl")) or n in PUBLISHED]:
+        config = presets.get(name)
+        model = config.model
+        family = FAMILIES[PUBLISHED[name][0]] if name in PUBLISHED else None
+        size = "x".join(map(str, (*model.image_size, model.channels)))
+        inner = model.inner
+        nested = "inner" in format_stages(model.program)
+        shape = f"s={inner.sub_patch}, E={inner.width}, {inner.mixer}, {inner.condition}" if nested else "none"
+        title = f"{family.title} ({family.paper})" if family else "nested" if nested else "DiT (Peebles & Xie 2023)"
+        macs = f"{cost.macs(model)['total'] / 1e9:.1f}"
+        cells = (f"`{name}`", escape(title), size, model.patch_size, model.outer.width)
+        more = (f"`{format_stages(model.program)}`", shape, config.diffusion.predict, macs)
+        rows.append("| " + " | ".join(str(cell) for cell in (*cells, *more)) + " |")
+    return "\n".join(rows)
+
+
+def costs() -> str:
+    """MACs and parameters by part, of the reference arrangement and of its plain DiT."""
+    rows = ["| part | `dit-in-dit-xl2` | `dit-xl2` |", "|---|---|---|"]
+    nested, plain = (cost.macs(presets.get(name).model) for name in ("dit-in-dit-xl2", "dit-xl2"))
+    for part in sorted({**nested, **plain}, key="total".__eq__):
+        values = (f"{counts.get(part, 0) / 1e9:.2f}" for counts in (nested, plain))
+        rows.append(f"| {part.replace('_', ' ')} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "config keys": config_keys,
+    "commands": commands,
+    "models": models,
+    "costs": costs,
+}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import math
 import re
@@ -27,6 +28,7 @@ from dit_in_dit.config.schema import PluginKeys, Section
 from dit_in_dit.inspection import cost
 
 ROOT = Path(__file__).resolve().parents[2]
+ERRORS = ("UserError", "SaveError", "BusyError")
 API = ROOT / "docs" / "reference" / "python.md"
 
 
@@ -178,9 +180,44 @@ def costs() -> str:
     return "\n".join(rows)
 
 
+def messages() -> str:
+    """The text of every `UserError` that the package raises, by room; `…` stands for a value."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "src" / "dit_in_dit").rglob("*.py")):
+        for text in message_texts(path.read_text()):
+            found.setdefault(path.relative_to(ROOT / "src" / "dit_in_dit").parts[0], set()).add(text)
+    lines = []
+    for room, texts in found.items():
+        lines.append(f"\n### {room.removesuffix('.py').replace('_', ' ')} {{ #all-{room} }}\n")
+        lines += [f"- {_verbatim(text)}" for text in sorted(texts, key=lambda text: text.strip("… "))]
+    return "\n".join(lines)
+
+
+def message_texts(source: str) -> list[str]:
+    """Messages of the errors that a module raises. Those without ten letters of their own are left out."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    raised = [c.args[0] for c in calls if isinstance(c.func, ast.Name) and c.func.id in ERRORS]
+    texts = [_message(node) for node in raised]
+    return [text for text in texts if len(re.sub(r"[^a-z]", "", text)) >= 10]
+
+
+def _message(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return "…"
+
+
+def _verbatim(text: str) -> str:
+    fence = "``" if "`" in text else "`"
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "config keys": config_keys,
     "commands": commands,
     "models": models,
     "costs": costs,
+    "messages": messages,
 }

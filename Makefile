@@ -29,7 +29,7 @@ test-faults: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py tests/test_device_check.py --full -n auto --dist loadfile --timeout 900
 
 test-docs: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_docs_run.py --full -n auto --timeout 900
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m docs tests/test_docs_run.py -n auto --timeout 900
 
 # The site's packages need nothing of dev, and dev nothing of them.
 DOCS := .venv-docs/bin/python

@@ -22,7 +22,6 @@ import reference  # noqa: E402
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = "repository"  # the site's folder for files from outside of docs
 PAGES = {"CONTRIBUTING.md": "how-to/add-a-choice.md", "README.md": "index.md"}  # file of the root: its page
-FIGURES = ("emoji", "emoji-reference", "emoji-dit", "dit-in-dit-xl2", "pixeldit-xl16")  # presets that are drawn
 # What a browser fetches by itself, from anywhere but the site.
 EXTERNAL = re.compile(
     r"<(?:script|img|iframe|source|link|video|audio)\b[^>]*?\b(?:src|srcset|href)=[\"']?(?:https?:)?//[^\"'\s>]+", re.I
@@ -40,7 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
                 copy = f"{COPIED}/{path.relative_to(ROOT)}"
                 if path.suffix != ".md" and copy not in files.src_uris:
                     _add(files, config, copy, abs_src_path=str(path))
-    for name in FIGURES:
+    for name in reference.FIGURES:
         for theme in ("light", "dark"):
             _add(files, config, f"figures/{name}-{theme}.svg", content=reference.figure(name, theme))
     return files

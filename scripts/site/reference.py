@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import UnionType
@@ -29,6 +30,7 @@ from dit_in_dit.inspection import cost
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = ("UserError", "SaveError", "BusyError")
+FIGURES = ("emoji", "emoji-reference", "pixeldit-xl16")  # presets that pages show
 API = ROOT / "docs" / "reference" / "python.md"
 
 
@@ -40,6 +42,12 @@ def fill(markdown: str) -> str:
 def figure(preset: str, theme: str) -> str:
     """The figure of a preset's model, as SVG text."""
     return dit_in_dit.draw(presets.get(preset), theme=theme, title=preset).svg
+
+
+def figure_link(preset: str) -> str:
+    """Markdown that shows the figure of a preset, for a page in a folder of docs, in both themes."""
+    themes = ("light", "dark")
+    return "\n".join(f"![{preset}](../figures/{preset}-{theme}.svg#only-{theme})" for theme in themes)
 
 
 def undocumented() -> list[str]:
@@ -220,4 +228,5 @@ GENERATED: dict[str, Callable[[], str]] = {
     "models": models,
     "costs": costs,
     "messages": messages,
+    **{f"figure {name}": partial(figure_link, name) for name in FIGURES},
 }

@@ -141,7 +141,7 @@ def test_the_generated_pages_hold_every_key_command_and_public_name():
     for name in re.findall(r"^    ([a-z][\w-]+) ", done.stdout, re.MULTILINE):
         assert f"## `dit-in-dit {name}" in commands, name
     assert REFERENCE["undocumented"]() == []
-    used = {name for page in PAGES for name in re.findall(r"<!-- generated: ([\w -]+) -->", page.read_text())}
+    used = {name for page in PAGES for name in re.findall(REFERENCE["MARKER"], page.read_text(), re.MULTILINE)}
     assert used == set(REFERENCE["GENERATED"])
 
 

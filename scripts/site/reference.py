@@ -29,14 +29,15 @@ from dit_in_dit.config.schema import PluginKeys, Section
 from dit_in_dit.inspection import cost
 
 ROOT = Path(__file__).resolve().parents[2]
+MARKER = r"^<!-- generated: ([\w -]+) -->$"
 ERRORS = ("UserError", "SaveError", "BusyError")
 FIGURES = ("emoji", "emoji-reference", "pixeldit-xl16")  # presets that pages show
 API = ROOT / "docs" / "reference" / "python.md"
 
 
 def fill(markdown: str) -> str:
-    """The text with generated text in place of every marker `<!-- generated: NAME -->`. KeyError: an unknown name."""
-    return re.sub(r"<!-- generated: ([\w -]+) -->", lambda found: GENERATED[found[1]](), markdown)
+    """The text with generated text in place of every line `<!-- generated: NAME -->`. KeyError: an unknown name."""
+    return re.sub(MARKER, lambda found: GENERATED[found[1]](), markdown, flags=re.MULTILINE)
 
 
 def figure(preset: str, theme: str) -> str:
@@ -80,7 +81,8 @@ def _group(section: type[Section], prefix: str, meaning: str) -> Iterator[str]:
     for f, hint in _keys(section):
         if not is_dataclass(hint):
             name = prefix + f.name
-            row = (f"[](){{ #{name} }}`{name}`", f"`{_plain(f.default)}`", _values(name, f, hint), f.metadata["meaning"])
+            meant = _prose(f.metadata["meaning"])
+            row = (f"[](){{ #{name} }}`{name}`", f"`{_plain(f.default)}`", _values(name, f, hint), meant)
             yield "| " + " | ".join(map(_cell, row)) + " |"
     for f, hint in inner:
         yield from _group(hint, f"{prefix}{f.name}.", f.metadata["meaning"])
@@ -96,9 +98,10 @@ def _plain(value: Any) -> str:
 def _values(name: str, f: Field[Any], hint: Any) -> str:
     """The values that a key takes: their type or names, and their range."""
     low, high = f.metadata["low"], f.metadata["high"]
-    bounds = f"{low:g} to {high:g}" if math.isfinite(low) and math.isfinite(high) else ""
+    most = "2^63 - 1" if high == 2**63 - 1 else f"{high:g}"
+    bounds = f"{low:g} to {most}" if math.isfinite(low) and math.isfinite(high) else ""
     if not bounds and (math.isfinite(low) or math.isfinite(high)):
-        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {high:g}"
+        bounds = f"at least {low:g}" if math.isfinite(low) else f"at most {most}"
     plugin = "; or a plug-in's" if name in KEYS else ""
     return _spell(hint) + plugin + (f", {bounds}" if bounds else "")
 
@@ -129,7 +132,7 @@ def _commands(command: argparse.ArgumentParser) -> Iterator[str]:
         yield f"```text\n{usage.rstrip()}\n```\n\n| option | meaning |\n|---|---|"
         for action in command._actions:
             if action.dest not in ("help", "plugin"):
-                yield f"| {_cell(_option(action))} | {_cell(escape(_help(action)))} |"
+                yield f"| {_cell(_option(action))} | {_cell(_prose(_help(action)))} |"
         return
     for name in dict.fromkeys(below[0].choices):
         yield from _commands(below[0].choices[name])
@@ -152,7 +155,13 @@ def _help(action: argparse.Action) -> str:
 
 
 def _sentence(text: str) -> str:
-    return escape(text[:1].upper() + text[1:] + ("" if text.endswith(".") else "."))
+    return _prose(text[:1].upper() + text[1:] + ("" if text.endswith(".") else "."))
+
+
+def _prose(text: str) -> str:
+    """Plain text as Markdown that shows it unchanged, but for code between backticks."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([*_\[\]])", r"\\\1", escape(part)) for part in parts)
 
 
 def _cell(text: str) -> str:

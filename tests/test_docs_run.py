@@ -61,7 +61,7 @@ def steps(page: Path) -> list[tuple[str, str, str]]:
 
 def run(line: str, note: str, folder: Path) -> None:
     """Run a command of a page; it must end with exit code 0."""
-    words = [word for word in shlex.split(line, comments=True)]
+    words = list(shlex.split(line, comments=True))
     if note.startswith("not run"):
         return
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -94,7 +94,8 @@ def test_the_commands_of_the_page_run_in_their_order(page, tmp_path, monkeypatch
 
 def test_a_page_is_read_in_its_order(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- before: a -->\n<!-- small: -x -->\n\n    b \\\n        c\n    d\n\n```python\n# f.py\n1\n```\n\n    e\n")
+    comments, commands = "<!-- before: a -->\n<!-- small: -x -->", "    b \\\n        c\n    d"
+    page.write_text(f"{comments}\n\n{commands}\n\n```python\n# f.py\n1\n```\n\n    e\n")
     assert steps(page) == [
         *(("command", "a", "hidden"), ("command", "b  c", "small: -x"), ("command", "d", "small: -x")),
         *(("file", "# f.py\n1\n", "f.py"), ("command", "e", "")),

@@ -16,8 +16,8 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import github  # noqa: E402
-import reference  # noqa: E402
+import github
+import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = "repository"  # the site's folder for files from outside of docs
@@ -50,7 +50,7 @@ def _add(files: Files, config: Any, uri: str, **content: str) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill the markers and lead links to the site's pages; then write lists and tables as Python-Markdown reads them."""
+    """Fill the markers and lead links to the site's pages, in Markdown that Python-Markdown reads as GitHub does."""
     source = page.file.src_uri
 
     def place(target: str) -> str:
@@ -60,11 +60,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if not path.is_relative_to(ROOT):
             return target
         inside = path.relative_to(ROOT).as_posix()
-        if inside.startswith("docs/"):
-            inside = inside.removeprefix("docs/")
-        else:
-            inside = PAGES.get(inside, f"{COPIED}/{inside}")
-        return PurePosixPath(*[".."] * source.count("/"), inside).as_posix()
+        there = inside.removeprefix("docs/") if inside.startswith("docs/") else PAGES.get(inside, f"{COPIED}/{inside}")
+        return PurePosixPath(*[".."] * source.count("/"), there).as_posix()
 
     markdown = reference.fill(markdown)
     markdown = github.link_pages(markdown, {f.src_uri for f in files.documentation_pages()} - {source}, source)

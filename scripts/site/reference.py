@@ -92,7 +92,9 @@ def _plain(value: Any) -> str:
     """A default as YAML has it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_plain, value))}]"
-    return "null" if value is None or value is MISSING else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None or value is MISSING:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _values(name: str, f: Field[Any], hint: Any) -> str:
@@ -160,12 +162,14 @@ def _sentence(text: str) -> str:
 
 def _prose(text: str) -> str:
     """Plain text as Markdown that shows it unchanged, but for code between backticks."""
-    parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_\[\]])", r"\\\1", escape(part)) for part in parts)
+    parts = re.split(r"(`[^`]*`)", escape(text, quote=False))
+    return "".join(part if part.startswith("`") else re.sub(r"([*_\[\]])", r"\\\1", part) for part in parts)
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text of a table's cell. A bar inside code does not end the cell; a backslash would be shown."""
+    parts = re.split(r"(`[^`]*`)", text.replace("\n", " "))
+    return "".join(part if part.startswith("`") else part.replace("|", "\\|") for part in parts)
 
 
 def models() -> str:

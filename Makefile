@@ -7,6 +7,7 @@
 # make test-docs   runs every command of the tutorials and how-to pages, with small budgets
 # make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
+# make release   source archive and wheel in dist/, checked: files, size below 60 MB, texts (the list before it: CONTRIBUTING.md)
 # make device-check   on a GPU, in nine minutes: right, limits, speed (docs/gpu.md); PYTHON=python3 has the PyTorch that is used
 # Paths are relative and the scripts of .venv are not used, so that a space in the folder's name does no harm.
 
@@ -15,7 +16,7 @@ RUN := .venv/bin/python
 
 DEVICE_OUT ?= runs/device-check
 
-.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-faults check docs
+.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-faults check release docs
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -45,6 +46,17 @@ docs: .venv-docs/made
 # With the PyTorch that is there, not that of .venv: it fits the driver.
 device-check:
 	PYTHONPATH=src $(PYTHON) -m dit_in_dit.benchmark.device --seconds 520 --out $(DEVICE_OUT)
+
+release: .venv-release/made
+	rm -rf dist
+	.venv-release/bin/python -m build
+	.venv-release/bin/twine check --strict dist/*
+	test "$$(find dist -name '*.whl' -size -60M | wc -l)" -eq 1
+
+.venv-release/made: pyproject.toml
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --disable-pip-version-check build twine
+	touch $@
 
 check: .venv/dev
 	$(RUN) -m ruff check .

@@ -54,14 +54,15 @@ def draw(config: Any, *, theme: str = "auto", title: str = "DiT-in-DiT") -> Diag
 def gallery_page(about: Mapping[str, str]) -> str:
     """An HTML page with the figures NAME.svg beside it; `about` has a line below each name."""
     figures = "".join(
-        f'<section id="{escape(name)}"><h2>{escape(name)}</h2><p>{escape(line)}</p>'
+        f'<section id="{escape(name)}"><p>{escape(line)}</p>'
         f'<img src="{escape(name)}.svg" alt="{escape(name)}" loading="lazy"></section>'
         for name, line in about.items()
     )
     links = " ".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in about)
     style = (
         ":root { color-scheme: light dark } body { font: 15px system-ui, sans-serif; max-width: 900px; "
-        "margin: 2em auto; padding: 0 1em } nav a { margin-right: 0.8em } img { max-width: 100% } p { opacity: 0.7 }"
+        "margin: 2em auto; padding: 0 1em } nav a { margin-right: 0.8em; white-space: nowrap } "
+        "img { max-width: 100% } p { opacity: 0.7 }"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Presets of DiT-in-DiT</title>'

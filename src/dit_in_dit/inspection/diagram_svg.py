@@ -194,10 +194,10 @@ def _cost(cost: Cost, total: int, y: int) -> Iterator[str]:
     """Name, parameters, MACs, and a bar of the share of all MACs."""
     kind = next((level for level in ("outer", "inner") if cost.part.startswith(level)), "join")
     yield _text(LEFT, y + 12, cost.part.replace("_", " "), "")
-    yield _text(LEFT + 270, y + 12, f"{cost.parameters:,} parameters", "end")
-    yield _text(LEFT + 450, y + 12, f"{cost.macs:,} MACs", "end")
-    size = f'width="{max(360 * cost.macs / total, 0.5):.1f}" height="12"'
-    yield f'<rect class="cell {kind}" x="{LEFT + 470}" y="{y + 2}" {size} fill-opacity="0.8" />'
+    yield _text(LEFT + 300, y + 12, f"{cost.parameters:,} parameters", "end")
+    yield _text(LEFT + 490, y + 12, f"{cost.macs:,} MACs", "end")
+    size = f'width="{max(320 * cost.macs / total, 0.5):.1f}" height="12"'
+    yield f'<rect class="cell {kind}" x="{LEFT + 510}" y="{y + 2}" {size} fill-opacity="0.8" />'
 
 
 def _text(x: float, y: float, text: str, kind: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -143,10 +144,22 @@ def find_classifier(source: Source, shape: tuple[int, int, int], *, flip: bool) 
     try:
         path = place / f"{name}.safetensors"
         if not path.exists():
-            yield from _train(source, Classifier(shape, len(source.classes), identity), path, flip)
+            with _one_thread():
+                yield from _train(source, Classifier(shape, len(source.classes), identity), path, flip)
         yield _read(path, Classifier(shape, len(source.classes), identity))
     finally:
         release(lock)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within a `with` block, torch uses one CPU thread: with more, sums have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _identity(source: Source, shape: tuple[int, int, int], flip: bool) -> dict[str, Any]:

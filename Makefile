@@ -3,6 +3,8 @@
 # make test-faults   killed, starved, fed garbage: every attack (make test tries a few of each), the backward pass of every choice
 #   compiled, and weights of XL
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
+# make docs   from nothing to the documentation site in build/site; a dead link or a public name without text fails
+# make test-docs   runs every command of the tutorials and how-to pages, with small budgets
 # make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
 # make release   source archive and wheel in dist/, checked: files, size below 60 MB, texts (the list before it: CONTRIBUTING.md)
@@ -14,7 +16,7 @@ RUN := .venv/bin/python
 
 DEVICE_OUT ?= runs/device-check
 
-.PHONY: demo device-check test test-eval test-lora test-track test-oldest test-faults check release
+.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-faults check release docs
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -26,6 +28,20 @@ test: check
 
 test-faults: .venv/dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py tests/test_device_check.py --full -n auto --dist loadfile --timeout 900
+
+test-docs: .venv/dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m docs tests/test_docs_run.py -n auto --timeout 900
+
+# The site's packages need nothing of dev, and dev nothing of them.
+DOCS := .venv-docs/bin/python
+
+docs: .venv-docs/made
+	NO_MKDOCS_2_WARNING=1 $(DOCS) -m mkdocs build --strict --site-dir build/site
+
+.venv-docs/made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	$(DOCS) -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 # With the PyTorch that is there, not that of .venv: it fits the driver.
 device-check:

@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="attack with every fault, not with a few (make test-faults)")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the pages of docs, unless -m names them: together they take minutes."""
+    if "docs" not in config.getoption("-m"):
+        items[:] = [item for item in items if not item.get_closest_marker("docs")]
+
+
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether every fault is tried: `make test-faults`. Else a few of each, as part of `make test`."""

@@ -1,8 +1,11 @@
-"""README and docs are tested: code blocks run with small sizes, and the parser accepts every command line."""
+"""README and docs are tested: code blocks run with small sizes, and the parser accepts every command line.
+
+Every command and block of the tutorials and how-to pages runs in tests/test_docs_run.py (`make test-docs`)."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,20 +18,24 @@ import dit_in_dit
 from dit_in_dit.cli import main, parser
 from dit_in_dit.config import presets
 from dit_in_dit.config.files import override
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.study.arms import arm_changes, configure
 from dit_in_dit.study.plan import read_study_config
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("tutorials", "how-to", "reference", "explanation")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*.md")),
     *sorted(ROOT.glob("models/*/README.md")),
 ]
 SMALL = (
     "train.steps=4", "train.batch_size=2", "train.sample_every=2", "train.evaluate_every=0", "train.warmup=0",
     "sample.steps=2", "model.outer.width=32", "model.stages=outer inner",
 )  # fmt: skip
+REFERENCE = runpy.run_path(str(ROOT / "scripts/site/reference.py"))
 TOOLS = ("dit-in-dit", "torchrun", "python", "make")
 
 
@@ -84,7 +91,7 @@ def meant(line: str) -> list[list[str]]:
     return found
 
 
-COMMANDS = sorted({(page.name, line) for page in PAGES for line in shown(page)})
+COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in shown(page)})
 
 
 def test_the_docs_hold_commands_to_test():
@@ -107,13 +114,54 @@ def test_every_link_of_a_page_to_a_file_has_its_file():
             assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_key_that_a_page_sets_exists():
+    named = {(page, key) for page, line in COMMANDS for key in re.findall(r"--set ([a-z_]+\.[\w.]+)=", line)}
+    assert len(named) > 40
+    known = {*RunConfig.names(), *(f"set.{name}" for name in RunConfig.names()), "plugins.softmax.temperature"}
+    assert {pair for pair in named if pair[1] not in known and not pair[1].startswith("budget.")} == set()
+
+
+def test_every_message_that_the_docs_explain_is_in_the_code():
+    """The first column of each table of the page, against the strings of the errors in the code."""
+    page = (ROOT / "docs/troubleshooting.md").read_text().partition("### Without a line")[0]
+    explained = re.findall(r"^\| `([^|]*)` \|", page, re.MULTILINE)
+    assert len(explained) > 40
+    messages = [text for path in (ROOT / "src").rglob("*.py") for text in REFERENCE["message_texts"](path.read_text())]
+    for text in explained:
+        parts = re.sub(r"\b(run|get|give) …", "…", text).split("…")
+        pattern = ".*".join(re.escape(part.strip()) for part in parts if part.strip())
+        assert any(re.search(pattern, message) for message in messages), text
+
+
+def test_the_generated_pages_hold_every_key_command_and_public_name():
+    keys, commands = REFERENCE["config_keys"](), REFERENCE["commands"]()
+    for name in RunConfig.names():
+        assert f"`{name}`" in keys or f"`{name}`: " in keys or name == "plugins", name
+    done = subprocess.run([sys.executable, "-m", "dit_in_dit", "--help"], capture_output=True, text=True, check=True)
+    for name in re.findall(r"^    ([a-z][\w-]+) ", done.stdout, re.MULTILINE):
+        assert f"## `dit-in-dit {name}" in commands, name
+    assert REFERENCE["undocumented"]() == []
+    used = {name for page in PAGES for name in re.findall(REFERENCE["MARKER"], page.read_text(), re.MULTILINE)}
+    assert used == set(REFERENCE["GENERATED"])
+
+
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    docs = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == docs | {"how-to/add-a-choice.md"}  # made from CONTRIBUTING.md
+
+
 @PARSED
 def test_the_parser_accepts_every_command_line_of_the_docs(page, line):
     first = line.split()[0]
     if first == "make":
         assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif first == "python" and "dit_in_dit" not in line:
-        assert (ROOT / line.split()[1]).exists()
+        name = line.split()[1]  # of a script, here or on the page
+        assert name == "-m" or (ROOT / name).exists() or f"\n# {name}\n" in (ROOT / page).read_text()
+    elif "--help" in line:
+        with pytest.raises(SystemExit, match="0"):
+            parser().parse_args(line.split()[1:])
     else:
         for words in meant(line):
             parser().parse_args(words)
@@ -138,10 +186,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 def test_all_remaining_code_blocks_hold_a_study_or_commands(tmp_path):
     for page in PAGES:
         for language, text in blocks(page):
-            assert language in ("", "python", "yaml"), f"{page}: who tries a block of {language}?"
-            if language == "python":
+            assert language in ("", "python", "yaml", "text"), f"{page}: who tries a block of {language}?"
+            if language == "python" and page.parent.name not in ("tutorials", "how-to"):  # test_docs_run.py
                 assert page.name in ("README.md", "CONTRIBUTING.md", "python.md")  # tried above and below
-            if language == "yaml" and text.startswith("question"):
+            if language == "yaml" and "\narms:" in text:
                 (tmp_path / "study.yaml").write_text(text)
                 study = read_study_config(str(tmp_path / "study.yaml"))
                 for changes, _ in arm_changes(study).values():

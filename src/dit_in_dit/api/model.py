@@ -118,7 +118,10 @@ class Model:
         Args:
             classes: names or numbers, used in rotation; empty: all.
             num: number of samples; None: one for each of `classes`, or 16.
-            guidance, steps, sampler, internal_guidance: None: the run's.
+            guidance: scale of classifier-free guidance; None: the run's.
+            steps: sampler steps; None: the run's.
+            sampler: name of the sampler; None: the run's.
+            internal_guidance: scale of guidance by the model's own weak head; None: the run's.
             guide: weak model of the same images for autoguidance (`RUN@STEP`: an older checkpoint of a run).
             guide_scale: scale of autoguidance. None: the run's, by default 2.
         """

@@ -18,10 +18,9 @@ import torch
 from corruptions import CORRUPTIONS
 from dit_in_dit.config import presets
 from dit_in_dit.data.sources import open_source
-from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.pixels import score
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import Pixels, image_grid, side_by_side, to_pixels
+from dit_in_dit.reporting.images import Pixels, image_grid, side_by_side, to_floats, to_pixels
 from dit_in_dit.runs import atomic
 
 STRENGTHS = {

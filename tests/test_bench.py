@@ -44,7 +44,6 @@ from dit_in_dit.benchmark.timing import (
     interleave,
     stopwatch,
     trainer_step,
-    use_threads,
 )
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
@@ -53,6 +52,7 @@ from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.training import TrainConfig
 from dit_in_dit.inspection import cost
+from dit_in_dit.runtime.threads import use_threads
 from test_cli import lines_of
 
 CPU = torch.device("cpu")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,9 @@ from dit_in_dit.metrics.classifier import Classifier, LabelledImages, balanced_a
 from dit_in_dit.metrics.classifier_scores import classifier_scores
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.runs.integrity import file_sha256
+from dit_in_dit.runtime.process import is_main
 from dit_in_dit.training.loop import train
+from processes import run_together
 
 SHAPE = (16, 16, 3)
 
@@ -236,24 +236,20 @@ def evaluate(*arguments: object) -> None:
     main(["evaluate", *map(str, arguments), "--metrics", "pixels,classifier", "--device", "cpu"])
 
 
-def test_evaluate_names_the_classifier_in_its_protocol_and_two_processes_give_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "MOST_TRAIN", 300)
-    monkeypatch.setattr(classifier, "STEPS", 5)
-    evaluate(run, "-n", 24, "--out", tmp_path / "one")
-    result = json.loads((tmp_path / "one/metrics.json").read_text())
+def evaluated(run, out, cache) -> bytes | None:
+    """metrics.json of an evaluation by this process, with an empty cache and a short training; None but for process 0."""
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    classifier.MOST_TRAIN, classifier.STEPS = 300, 5
+    evaluate(run, "-n", 24, "--out", out)
+    return (out / "metrics.json").read_bytes() if is_main() else None
+
+
+def test_evaluate_names_the_classifier_in_its_protocol_and_two_processes_give_the_same(run, tmp_path):
+    (one,) = run_together(1, evaluated, run, tmp_path / "one", tmp_path / "cache of one")
+    result = json.loads(one)
     assert {"classifier.accuracy", "classifier.frechet"} <= result["scores"].keys()
-    protocol = result["protocol"]["metrics"]["classifier"]
-    assert len(protocol["sha256"]) == 64
-    command = [sys.executable, "-m", "dit_in_dit", "evaluate", str(run), "-n", "24", "--metrics", "pixels,classifier"]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
-    workers = [
-        subprocess.Popen(command, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=200)
-        assert worker.returncode == 0, errors
-    assert (tmp_path / "two/metrics.json").read_bytes() == (tmp_path / "one/metrics.json").read_bytes()
+    assert len(result["protocol"]["metrics"]["classifier"]["sha256"]) == 64
+    assert run_together(2, evaluated, run, tmp_path / "two", tmp_path / "cache of two") == [one, None]
 
 
 def test_images_without_classes_and_other_classes_are_refused(run, tmp_path, capsys):

@@ -20,6 +20,7 @@ from dit_in_dit.training.trainer import Trainer
 from processes import run_together, trained
 
 EVERY = (
+    *("data.source=emoji:styles", "model.num_classes=99"),
     *("model.patch_size=2", "model.outer.width=32", "model.stages=outer*6 inner*1"),  # 256 patches
     *("train.token_drop=0.5", "train.token_drop_blocks=[1,4]", "train.optimizer=muon", "train.beta2=0.95"),
     *("train.ema=[0.99,0.9]", "train.ema_lengths=[0.05,0.1]", "train.ema_snapshot_every=2", "train.save=async"),

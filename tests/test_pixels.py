@@ -15,11 +15,10 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.data.summary import nearest, thumbnails
 from dit_in_dit.metrics import wasserstein
 from dit_in_dit.metrics.detail import detail, detail_scores
-from dit_in_dit.metrics.evaluate import to_floats
 from dit_in_dit.metrics.memorization import neighbours
 from dit_in_dit.metrics.pixels import Seams, Spectrum, channel_moments, compare_moments, score
 from dit_in_dit.metrics.score import ReferenceHalves, bootstrap_weights
-from dit_in_dit.reporting.images import to_pixels
+from dit_in_dit.reporting.images import to_floats, to_pixels
 
 COUNT = 128
 CORRUPTIONS = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "corruptions.py"))["CORRUPTIONS"]

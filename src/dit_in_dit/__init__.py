@@ -42,31 +42,9 @@ _HOMES = {
     "sampling.numbered": "sample",
     "training.loop": "Run train",
 }
-__all__ = [
-    "Model",
-    "NestedDiT",
-    "Pictures",
-    "Run",
-    "RunConfig",
-    "Scores",
-    "UserError",
-    "attention",
-    "compare",
-    "cost",
-]
-__all__ += [
-    "draw",
-    "evaluate",
-    "inspect",
-    "load",
-    "match",
-    "preset",
-    "presets",
-    "register",
-    "run_study",
-    "sample",
-    "train",
-]
+__all__ = ["Model", "NestedDiT", "Pictures", "Run", "RunConfig", "Scores", "UserError", "attention", "compare", "cost"]
+__all__ += ["draw", "evaluate", "inspect", "load", "match", "preset", "presets", "register", "run_study", "sample"]
+__all__ += ["train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from dit_in_dit.config.run import ModelConfig, RunConfig
 from dit_in_dit.data.source import Source
 from dit_in_dit.inspection import cost
 from dit_in_dit.runtime.device import resolve_auto
+from dit_in_dit.runtime.threads import use_threads
 from dit_in_dit.training.batches import Examples
 from dit_in_dit.training.trainer import Trainer
 
@@ -78,17 +79,6 @@ def step_seconds(
     with use_threads(threads), check_memory(configs, device):
         steps = {name: trainer_step(config, device) for name, config in configs.items()}
         return time_alternately(steps, device, seconds, rounds, least=1)
-
-
-@contextmanager
-def use_threads(threads: int | None) -> Iterator[None]:
-    """Within a `with` block, torch uses `threads` CPU threads; None: unchanged."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

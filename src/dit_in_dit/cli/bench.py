@@ -94,9 +94,9 @@ def _bench(options: argparse.Namespace) -> None:
     from dit_in_dit.benchmark.experiments import comparison, run_experiments, run_sweeps
     from dit_in_dit.benchmark.report import draw_benchmark
     from dit_in_dit.benchmark.suite import SUITES, check_suite
-    from dit_in_dit.benchmark.timing import use_threads
     from dit_in_dit.reporting.plots import figure
     from dit_in_dit.runtime.device import pick_device
+    from dit_in_dit.runtime.threads import use_threads
     from dit_in_dit.study.match import match
 
     def twin(plain: RunConfig, like: RunConfig) -> RunConfig:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,11 +27,12 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form
 from dit_in_dit.data.source import Source
 from dit_in_dit.metrics.score import DRAWS
-from dit_in_dit.reporting.images import Pixels
+from dit_in_dit.reporting.images import Pixels, to_floats, to_pixels
 from dit_in_dit.runs import atomic
 from dit_in_dit.runs.integrity import file_sha256
 from dit_in_dit.runs.lock import open_locked, release
 from dit_in_dit.runtime.seeding import generator
+from dit_in_dit.runtime.threads import use_threads
 from dit_in_dit.training.batches import shuffled_index
 
 VERSION = 1  # of the recipe below: of everything that the weights depend on
@@ -94,7 +94,9 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def classify(self, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (N, 128) and logits (N, classes) of images (N, H, W, C), uint8."""
-        parts = [self(_to_tensor(images[start : start + BLOCK])) for start in range(0, len(images), BLOCK)]
+        parts = [
+            self(torch.from_numpy(to_floats(images[start : start + BLOCK]))) for start in range(0, len(images), BLOCK)
+        ]
         features, logits = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
         return features, logits
 
@@ -108,8 +110,8 @@ def labelled_part(source: Source, most: int, *, held_out: bool, seed: int = 0) -
         order = generator(seed, "evaluation", DRAWS["order"]).permutation(total)
         numbers = sorted(map(int, order[:most]))
     drawn = [(source.held_out if held_out else source.train)(number) for number in numbers]
-    images = np.stack([np.rint((image + 1) * 127.5).clip(0, 255).astype(np.uint8) for image, _ in drawn])
-    return LabelledImages(images.transpose(0, 2, 3, 1), np.array([label for _, label in drawn], np.int64))
+    images = to_pixels(torch.from_numpy(np.stack([image for image, _ in drawn])))
+    return LabelledImages(images, np.array([label for _, label in drawn], np.int64))
 
 
 def balanced_accuracy(hits: NDArray[np.bool_], labels: NDArray[np.int64]) -> float:
@@ -144,22 +146,11 @@ def find_classifier(source: Source, shape: tuple[int, int, int], *, flip: bool) 
     try:
         path = place / f"{name}.safetensors"
         if not path.exists():
-            with _one_thread():
+            with use_threads(1):  # with more, sums have other last bits
                 yield from _train(source, Classifier(shape, len(source.classes), identity), path, flip)
         yield _read(path, Classifier(shape, len(source.classes), identity))
     finally:
         release(lock)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Within a `with` block, torch uses one CPU thread: with more, sums have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _identity(source: Source, shape: tuple[int, int, int], flip: bool) -> dict[str, Any]:
@@ -185,7 +176,7 @@ def _train(source: Source, model: Classifier, path: Path, flip: bool) -> Iterato
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.reset_parameters()
     train, held_out = labelled_part(source, MOST_TRAIN, held_out=False), held_out_part(source)
-    images = _to_tensor(train.images)
+    images = torch.from_numpy(to_floats(train.images))
     members = [rows for c in range(len(source.classes)) if len(rows := np.flatnonzero(train.labels == c))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY)
     draw = generator(0, "evaluation", DRAWS["classifier"])
@@ -241,8 +232,3 @@ def _read(path: Path, model: Classifier) -> Classifier:
         raise UserError(f"{path} holds the classifier of other images; delete the file")
     model.identity = {**model.identity, "sha256": file_sha256(path), **about["accuracies"]}
     return model.eval()
-
-
-def _to_tensor(images: Pixels) -> Tensor:
-    """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1

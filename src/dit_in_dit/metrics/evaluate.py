@@ -30,10 +30,10 @@ from dit_in_dit.metrics.memorization import NEAR, Neighbours, neighbours
 from dit_in_dit.metrics.metric import plugin_scores
 from dit_in_dit.metrics.score import DRAWS, FLOOR_SPLITS, RESAMPLES, Score
 from dit_in_dit.metrics.subject import Draw, RealImages, Subject
-from dit_in_dit.metrics.wasserstein import POINTS, PROJECTIONS, FloatImages
+from dit_in_dit.metrics.wasserstein import POINTS, PROJECTIONS
 from dit_in_dit.model.compiled import is_compiled
 from dit_in_dit.model.nested import NestedDiT
-from dit_in_dit.reporting.images import Pixels
+from dit_in_dit.reporting.images import Pixels, to_floats
 from dit_in_dit.runs import atomic, shards
 from dit_in_dit.runtime.precision import FULL, use_full_float32
 from dit_in_dit.runtime.process import is_main
@@ -134,7 +134,7 @@ def _check_subject(subject: Subject, real: RealImages, num: int, *, classify: bo
     if num < 2 or real.count < 4:
         raise UserError(f"metrics need at least 2 generated and 4 real images: got {num} and {real.count}")
     if classify:
-        check_classes(subject, real)
+        _check_classes(subject, real)
 
 
 def _identity(subject: Subject, at_once: dict[str, int | None]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _add_scores(
         result["protocol"]["reference"]["statistics"] = statistics.sha256
 
 
-def check_classes(subject: Subject, real: RealImages) -> None:
+def _check_classes(subject: Subject, real: RealImages) -> None:
     """Raise UserError unless the samples have the classes of the real images."""
     if not subject.labels:
         raise UserError("metrics classifier needs samples of known classes: give a run that was trained with labels")
@@ -264,11 +264,6 @@ def _measure_pixels(subject: Subject, draw: Draw, real: RealImages, num: int) ->
 
 def _one_by_one(draw: Draw, numbers: NDArray[np.int64]) -> Pixels:
     return np.concatenate([draw(range(n, n + 1)) for n in map(int, numbers)])
-
-
-def to_floats(images: Pixels) -> FloatImages:
-    """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
-    return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
 
 
 def _thumbnails(draw: Draw, count: int, block: int = 1024) -> torch.Tensor:

@@ -10,12 +10,12 @@ import numpy as np
 
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.strict_json import has_form, json_difference, read_json
-from dit_in_dit.metrics.evaluate import SCALES, SHOWN, Evaluation, to_floats
+from dit_in_dit.metrics.evaluate import SCALES, SHOWN, Evaluation
 from dit_in_dit.metrics.metric import direction
 from dit_in_dit.metrics.pixels import Seams, Spectrum, statistics
 from dit_in_dit.metrics.score import ReferenceHalves
 from dit_in_dit.reporting import plots
-from dit_in_dit.reporting.images import image_grid, image_png, side_by_side
+from dit_in_dit.reporting.images import image_grid, image_png, side_by_side, to_floats
 from dit_in_dit.runs import atomic
 from dit_in_dit.runtime.precision import precision_of_version
 

@@ -29,6 +29,11 @@ def to_pixels(images: Tensor) -> Pixels:
     return (shown.float().clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def to_floats(images: Pixels) -> NDArray[np.float32]:
+    """uint8 (N, H, W, C) as (N, C, H, W) in [-1, 1]."""
+    return images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+
+
 def check_finite(images: Tensor) -> None:
     """UserError when images or latents (N, ...) hold NaN or infinity, as from a diverged model or a VAE."""
     bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()

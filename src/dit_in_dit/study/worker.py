@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_in_dit.benchmark.timing import step_seconds, use_threads
+from dit_in_dit.benchmark.timing import step_seconds
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.curves.logs import read_run
@@ -30,6 +30,7 @@ from dit_in_dit.runs.checkpoint import Checkpoint
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.lock import BusyError
 from dit_in_dit.runtime.device import resolve_auto
+from dit_in_dit.runtime.threads import use_threads
 from dit_in_dit.sampling.numbered import class_of, sample
 from dit_in_dit.study.arms import budgeted_config, describe_changes, matched_config
 from dit_in_dit.study.plan import Plan, Trial

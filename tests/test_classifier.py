@@ -237,7 +237,7 @@ def evaluate(*arguments: object) -> None:
 
 
 def evaluated(run, out, cache) -> bytes | None:
-    """metrics.json of an evaluation by this process, with an empty cache and a short training; None but for process 0."""
+    """metrics.json of an evaluation by this process, with an empty cache and a short training; process 0 has it."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     classifier.MOST_TRAIN, classifier.STEPS = 300, 5
     evaluate(run, "-n", 24, "--out", out)

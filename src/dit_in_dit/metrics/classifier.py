@@ -94,9 +94,7 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def classify(self, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (N, 128) and logits (N, classes) of images (N, H, W, C), uint8."""
-        parts = [
-            self(torch.from_numpy(to_floats(images[start : start + BLOCK]))) for start in range(0, len(images), BLOCK)
-        ]
+        parts = [self(part) for part in torch.from_numpy(to_floats(images)).split(BLOCK)]
         features, logits = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
         return features, logits
 

@@ -94,7 +94,8 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def classify(self, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (N, 128) and logits (N, classes) of images (N, H, W, C), uint8."""
-        parts = [self(part) for part in torch.from_numpy(to_floats(images)).split(BLOCK)]
+        x = torch.from_numpy(to_floats(images))
+        parts = [self(part) for part in x.tensor_split(range(BLOCK, len(x), BLOCK))]
         features, logits = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
         return features, logits
 

@@ -95,7 +95,7 @@ class Classifier(nn.Module):
     def classify(self, images: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Features (N, 128) and logits (N, classes) of images (N, H, W, C), uint8."""
         x = torch.from_numpy(to_floats(images))
-        parts = [self(part) for part in x.tensor_split(range(BLOCK, len(x), BLOCK))]
+        parts = [self(x[start : start + BLOCK]) for start in range(0, len(x), BLOCK)]
         features, logits = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
         return features, logits
 

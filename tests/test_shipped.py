@@ -139,6 +139,7 @@ WITH_A_SHIPPED_RUN = {
     "compare": (["small", "small", "--out", "compared"], "compared/compare.png"),
     "maps": (["small", "--num", "1", "--times", "0.5"], "maps/small/maps.html"),
     "doctor": (["small", "--out", "examined"], "examined/doctor.json"),
+    "draw": (["small", "--out", "figures/small.svg"], "figures/small.svg"),
     "match": (["--config", "RUN.yaml", "--like", "models/small", "--out", "twin.yaml"], "twin.yaml"),
     "verify-resume": (["small", "--steps", "2", "--keep", "kept"], "kept/stopped/log.jsonl"),
     "curves": (["small"], None),  # it has no log: refused, in one line
@@ -179,7 +180,7 @@ def test_every_command_that_takes_a_run_is_tested_with_a_pretrained_one():
 def test_commands_on_a_pretrained_run_write_into_the_working_folder_only(command, small, capsys):
     words, written = WITH_A_SHIPPED_RUN[command]
     before = listing(small.parent)
-    device = [] if command in ("export", "compare", "curves") else ["--device", "cpu"]
+    device = [] if command in ("export", "compare", "curves", "draw") else ["--device", "cpu"]
     if written:
         main([command, *words, *device])
         assert Path(written).exists()

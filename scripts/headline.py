@@ -1,9 +1,9 @@
-"""Write the tables of README.md and of two pages in docs, and the README's figure, from results and models.
+"""Write the tables of README.md and of pages in docs, the README's figures, and those of reports, from result files.
 
 `python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
-models/*, writes results/headline.png and puts each table between its marks, `<!-- STUDY WHAT -->` and
-`<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve, search, goals or summary; the shipped
-models' marks say `models scores`. Run it again and nothing changes.
+models/*, writes results/headline.png and the differences.png beside each study's report, and puts each table between
+its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve,
+search, goals or summary; the shipped models' marks say `models scores`. Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -22,6 +23,10 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import ModelConfig
 from dit_in_dit.metrics.metric import metric_of
 from dit_in_dit.reporting.plots import COLOURS, figure, figure_png
+from dit_in_dit.runs import atomic
+from dit_in_dit.study.exports import take_trials
+from dit_in_dit.study.forest import draw_forest
+from dit_in_dit.study.results import read_study
 from dit_in_dit.study.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,6 +252,13 @@ def draw_samples(path: Path) -> None:
     sheet.save(path, optimize=True)
 
 
+def draw_differences(study: Path) -> None:
+    """The figure at the head of a study's report, from its kept rows."""
+    with TemporaryDirectory() as place:
+        take_trials(study, Path(place))
+        atomic.write_atomic(study / "differences.png", draw_forest(read_study(Path(place))))
+
+
 def goals() -> str:
     """Each goal on each data set of the headline."""
     studies = [read(study) for study in HEADLINE]
@@ -307,6 +319,9 @@ def filled(text: str) -> str:
 def main() -> None:
     draw(ROOT / "results" / "headline.png")
     draw_samples(ROOT / "results" / "nested-beside-plain.png")
+    for report in sorted(STUDIES.glob("*/report.md")):
+        if "](differences.png)" in report.read_text():  # a search has no differences
+            draw_differences(report.parent)
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 

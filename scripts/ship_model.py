@@ -30,7 +30,7 @@ def main() -> None:
     step = checkpoint.newest(out).folder.name
     with tempfile.TemporaryDirectory() as place:
         drawn, measured = Path(place) / "samples", Path(place) / "evaluation"
-        command(["sample", str(out), "--num", "81", "--out", str(drawn)])
+        command(["sample", str(out), "--num", "81", "--scale", "3", "--out", str(drawn)])
         shutil.copyfile(drawn / "grid.png", out / PICTURE)
         command(["evaluate", str(out), "--num", options.num, "--out", str(measured)])
         kept = out / "evaluation" / step

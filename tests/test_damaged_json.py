@@ -123,7 +123,7 @@ def test_a_damaged_trackers_file_gives_a_one_line_error_and_a_damaged_evaluation
         refused(lambda: trackers.chosen_trackers(None, run))
         (run / "evaluation" / "0000004").mkdir(parents=True, exist_ok=True)
         (run / "evaluation" / "0000004" / "metrics.json").write_text(text)
-        assert evaluation_of(run, "0") is None
+        assert evaluation_of(run, "0") == (None, None)
 
 
 @pytest.mark.parametrize(

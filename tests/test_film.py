@@ -98,6 +98,9 @@ def test_a_film_goes_from_noise_to_the_samples_and_holds_them(trained, tmp_path,
     main(words)
     before = {path.name: path.read_bytes() for path in out.glob("0*.png")}
     grid = np.asarray(Image.open(out / "grid.png"))
+    again = tmp_path / "again"  # the images are drawn again, beside a film
+    main([*words[:-4], "--out", str(again), "--device", "cpu", "--film", str(film), "--scale", "2"])
+    assert {path.name: path.read_bytes() for path in again.glob("0*.png")} == before
     main([*words, "--film", str(film), "--steps", "3", "--scale", "2"])
     assert {path.name: path.read_bytes() for path in out.glob("0*.png")} == before
     assert np.asarray(Image.open(out / "grid.png")).shape == (2 + 2 * (18 + NAME_PIXELS), 2 + 3 * 18, 3)
@@ -121,6 +124,20 @@ def test_a_film_of_many_steps_has_at_most_forty_frames_and_the_samples(trained, 
     words = ["--n", "1", "--sampler", "euler", "--steps", "90", "--out", str(tmp_path / "s"), "--device", "cpu"]
     main(["sample", str(trained), *words, "--film", str(film)])
     assert 24 <= len(frames(film)) <= 41
+
+
+def test_the_film_of_the_docs_shows_every_step_in_less_than_two_megabytes():
+    path = Path(__file__).parents[1] / "docs/film.webp"
+    assert path.stat().st_size < 2e6
+    found = frames(path)
+    assert len(found) == 26  # 25 steps and the samples
+    assert found[-1][1] >= 2000
+    (first, _), (last, _) = found[0], found[-1]
+    top, bottom = (slice(56, 400), slice(485, 829))  # of the plain and of the nested model
+    noise = first[top, 34:330]
+    assert np.abs(noise - first[bottom, 34:330]).mean() < 20  # one noise, up to compression
+    assert np.abs(noise[:90, :96] - noise[:90, 98:194]).mean() > 60  # as those of two samples differ
+    assert np.abs(last[top, 346:642] - first[top, 346:642]).mean() > 10  # the estimate becomes the sample
 
 
 def test_a_film_in_another_format_is_refused_before_sampling(trained, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from dit_in_dit.reporting.document import (
     Bullets,
     Cell,
     Chapter,
+    Drawing,
     Picture,
     Table,
     Text,
@@ -66,7 +68,9 @@ def chapters(name: str, folder: Path) -> list[Chapter]:
     image_grid(np.zeros((1, 8, 8, 3), np.uint8)).save(path)
     rows = [[name, Cell(name, "better")], ["plain", Cell(name, "")]]
     tables = [Table([name, "value"], rows, name, name), Table([name], [[name]], words=True)]
-    return [Chapter(name, [Text(name), Bullets([name]), *tables, Picture(path, name), Verbatim(name, name)])]
+    drawing = Drawing(name, "<svg xmlns='http://www.w3.org/2000/svg'/>")
+    parts = [Text(name), Bullets([name]), *tables, Picture(path, name), drawing, Verbatim(name, name)]
+    return [Chapter(name, parts), Chapter(f"folded {name}", parts, folded=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,10 +84,11 @@ def test_a_report_shows_names_as_text(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_markdown_of_a_report_shows_names_as_text(name, tmp_path):
     found, harmless = (
-        [token.type for token in markdown_tokens(to_markdown(text, text, chapters(text, tmp_path), tmp_path))]
-        for text in (name, "harmless")
+        markdown_tokens(to_markdown(text, text, chapters(text, tmp_path), tmp_path)) for text in (name, "harmless")
     )
-    assert found == harmless
+    assert [token.type for token in found] == [token.type for token in harmless]
+    tags = [re.findall(r"</?\w+", "".join(t.content for t in each if "html" in t.type)) for each in (found, harmless)]
+    assert tags[0] == tags[1] == ["<details", "<summary", "</summary", "</details"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -122,9 +127,11 @@ def card_of(name: str, *, use: bool) -> str:
 @pytest.mark.parametrize("use", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_card_shows_names_as_text(name, use):
-    found, harmless = ([t.type for t in markdown_tokens(card_of(text, use=use))] for text in (name, "harmless"))
-    assert not {"html_block", "html_inline"} & set(found)
-    assert found == harmless
+    found, harmless = (markdown_tokens(card_of(text, use=use)) for text in (name, "harmless"))
+    assert [token.type for token in found] == [token.type for token in harmless]
+    html = [[token.content for token in tokens if token.type.startswith("html")] for tokens in (found, harmless)]
+    assert html[0] == html[1]  # the folds of the card, and nothing of the name
+    assert "".join(html[0]).count("<details>") == "".join(html[0]).count("</details>") == 6
 
 
 @pytest.mark.parametrize("text", ["plain", "a ` b", "``", "a\n```\nb", "~~~"])

@@ -893,7 +893,7 @@ def test_the_card_has_protocol_and_results(run, tmp_path):
 def test_results_of_other_weights_are_not_in_the_card(run, exported, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     evaluated(tmp_path / "run", "0" * 64)
-    assert evaluation_of(tmp_path / "run", "1" * 64) is None
+    assert evaluation_of(tmp_path / "run", "1" * 64) == (None, None)
     assert "have not been evaluated" in (exported / "README.md").read_text()
 
 

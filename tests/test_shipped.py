@@ -22,6 +22,7 @@ from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.doctor import examine
 from dit_in_dit.interop.release import export_release, write_card
 from dit_in_dit.metrics.evaluate import Evaluation, evaluate
+from dit_in_dit.metrics.report import draw_metrics
 from dit_in_dit.metrics.subject import reference, run_subject
 from dit_in_dit.runs import atomic, checkpoint, pretrained
 from dit_in_dit.runs.checkpoint import Checkpoint
@@ -108,11 +109,16 @@ def test_the_card_has_the_evaluation_of_the_exported_weights(run, run_config, tm
     )
     out = tmp_path / "slim" / "evaluation" / "0000006"
     found = [fact for fact in evaluate(subject, reference(None, subject, 8), out, 4) if isinstance(fact, Evaluation)]
+    draw_metrics(found[0], out / "metrics.png")
     write_card(tmp_path / "slim", "mine", licence="apache-2.0")
     text = (tmp_path / "slim/README.md").read_text()
     assert "dit-in-dit sample mine" in text
     assert f"{found[0].result['scores']['swd.8']['value']:.4g}" in text
     assert config_hash(run_config) in text
+    assert "](evaluation/0000006/metrics.png)" in text
+    export_release(tmp_path / "slim", tmp_path / "again")
+    assert (tmp_path / "again/scores.png").read_bytes() == (out / "metrics.png").read_bytes()
+    assert "](scores.png)" in (tmp_path / "again/README.md").read_text()
 
 
 def test_a_pretrained_run_is_found_by_name_unless_a_file_has_that_path(run, tmp_path, monkeypatch):

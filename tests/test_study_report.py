@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from base64 import b64decode
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
@@ -24,6 +26,7 @@ from dit_in_dit.inspection import cost
 from dit_in_dit.reporting.document import Cell, latex, latex_table, markdown_table
 from dit_in_dit.runs.integrity import seal
 from dit_in_dit.study.arms import describe_changes
+from dit_in_dit.study.forest import forest_metrics
 from dit_in_dit.study.plan import Plan, StudyConfig, Trial
 from dit_in_dit.study.relative_error import relative
 from dit_in_dit.study.report import StudyReport, write_report
@@ -134,6 +137,47 @@ def test_the_page_shows_every_arm_metric_and_figure(whole: tuple[Path, StudyRepo
     markdown = (out / "report.md").read_text()
     linked = re.findall(r"\]\((figures/[^)]*)\)", markdown)
     assert sorted(linked) == sorted(path.relative_to(out).as_posix() for path in figures)
+
+
+def test_a_report_begins_with_pictures_and_folds_its_protocol(whole: tuple[Path, StudyReport]):
+    out, _ = whole
+    markdown = (out / "report.md").read_text()
+    heads = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
+    assert heads[:4] == ["Differences", "Samples", "In short", "Results"]
+    assert re.findall(r"<details>\n<summary>(.*)</summary>", markdown) == ["Protocol", "Tables to paste"]
+    assert markdown.index("![differences]") < markdown.index("Primary metric:") < markdown.index("### The study")
+    page = (out / "report.html").read_text()
+    folded = re.findall(r"<details><summary><h2>(.*)</h2>", page)
+    assert folded == ["Architectures", "Protocol", "Tables to paste"]
+    drawings = re.findall(r"data:image/svg\+xml;base64,([^\"]*)", page)
+    titles = [b64decode(each).decode() for each in drawings]
+    assert all(f">{name}<" in title for name, title in zip(ARMS, titles, strict=False))
+    assert len(titles) == len(ARMS) + 1
+
+
+def test_samples_are_shown_three_times_as_large(whole: tuple[Path, StudyReport]):
+    out, _ = whole
+    with np.load(next((out / "runs").glob("*/drawn.npz"))) as drawn:
+        real = drawn["real"][0]
+    sheet = np.asarray(Image.open(out / "figures/samples.png"))
+    shown = real.repeat(3, 0).repeat(3, 1)
+    places = np.lib.stride_tricks.sliding_window_view(sheet[2 : 2 + len(shown)], shown.shape)
+    assert (places == shown).all((-3, -2, -1)).any()
+
+
+def test_the_forest_has_metrics_of_all_groups_in_percent_and_primary_alone_for_many_arms(tmp_path: Path):
+    pixels = ("swd.8", "swd.16", "swd.32", "spectrum", "seam.8")
+    held_out = [f"held_out.{t}.{kind}" for t in (0.2, 0.5, 0.8) for kind in ("high", "whole")]
+
+    def metrics(arm: str, seed: int) -> dict[str, float]:
+        draw = np.random.default_rng([seed, len(arm)])
+        signed = {"spectrum.1/4": draw.normal(), "memorised": 0.1}  # of these, no percentages
+        return {name: float(draw.uniform(1, 2)) for name in (*held_out, *pixels)} | signed
+
+    few = read_study(write_study(tmp_path / "few", study_of({"a": {}, "b": {}}), metrics))
+    assert forest_metrics(few) == [*held_out[:4], *pixels[:4]]
+    many = read_study(write_study(tmp_path / "many", study_of({f"arm {n}": {} for n in range(12)}), metrics))
+    assert forest_metrics(many) == [PRIMARY]
 
 
 def test_trials_without_numbers_are_named_with_their_reason(whole: tuple[Path, StudyReport]):

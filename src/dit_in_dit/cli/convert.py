@@ -12,7 +12,7 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import find_run
 
-FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run", "onnx")
+FORMATS = ("official", "diffusers", "diffusers-dit", "pipeline", "run", "onnx", "web")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -49,7 +49,8 @@ def add(commands: Commands) -> None:
         "DiTTransformer2DModel (for plain DiT with path ddpm); "
         "pipeline: a folder for DiffusionPipeline.from_pretrained, for any run; diffusers: diffusers-dit if it "
         "computes the run's outputs, else pipeline; run: an inference-only copy, averaged weights in half the bytes; "
-        "onnx: the network alone, a file for onnxruntime",
+        "onnx: the network alone, a file for onnxruntime; web: a page that samples in the browser, a folder for any "
+        "static server",
     )
     give.add_argument("--out", type=Path, help="the file or folder")
     give.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub")
@@ -57,8 +58,12 @@ def add(commands: Commands) -> None:
     give.add_argument("--raw", action="store_true", help="use trained weights instead of averaged weights")
     add_average(give)
     give.add_argument("--vae", help="pipeline: the VAE of a run on latents, a folder or a hub id")
-    give.add_argument("--licence", default="unknown", help="pipeline, run: licence of the weights, by the hub's name")
-    give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run: precision of the weights")
+    give.add_argument(
+        "--licence", default="unknown", help="pipeline, run, web: licence of the weights, by the hub's name"
+    )
+    give.add_argument("--precision", choices=PRECISIONS, default="float16", help="run, web: precision of the weights")
+    give.add_argument("--runtime", type=Path, metavar="DIR", help="web: folder of the npm package onnxruntime-web")
+    give.add_argument("--beside", type=find_run, metavar="RUN2", help="web: a second run, from the same noise")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -94,6 +99,10 @@ def _export(options: argparse.Namespace) -> None:
     equal = options.format == "diffusers" and import_run.fits_diffusers(run, exactly=True)
     if not (options.out or options.push):
         raise UserError("name what to write: --out PATH, --push USER/NAME, or both")
+    if options.push and options.format == "web":
+        raise UserError("--push makes a repository of a model: give --out, and upload the folder as a static Space")
+    if options.format != "web" and (options.runtime or options.beside):
+        raise UserError(f"--runtime and --beside are of --format web: leave them out with --format {options.format}")
     if options.push and options.format in ("official", "onnx"):
         raise UserError(f"--push uploads a folder, not a file: leave out --format {options.format}")
     with TemporaryDirectory() as place:
@@ -112,6 +121,8 @@ def _export(options: argparse.Namespace) -> None:
             from dit_in_dit.interop.export_pipeline import export_onnx
 
             export_onnx(run, out, averaged=averaged)
+        elif options.format == "web":
+            notes = [_export_web(options, out, averaged)]
         else:
             from dit_in_dit.interop.export_pipeline import export
 
@@ -120,3 +131,14 @@ def _export(options: argparse.Namespace) -> None:
     for note in notes:
         print(f"note: {note}")
     print(f"{run} as {url}")
+
+
+def _export_web(options: argparse.Namespace, out: Path, averaged: bool | str) -> str:
+    """Write the page; returns a line about its size."""
+    from dit_in_dit.interop.export_web import export_web
+
+    if options.precision == "bfloat16":
+        raise UserError("--format web has weights in float16 or float32: choose one of them")
+    half, runs = options.precision == "float16", [options.run_folder, *filter(None, [options.beside])]
+    size = export_web(runs, out, options.runtime, averaged=averaged, half=half, licence=options.licence)
+    return f"{size / 1e6:.1f} MB; `python -m http.server --directory {out}` shows the page"

@@ -55,7 +55,7 @@ def _sample(options: argparse.Namespace) -> None:
         from dit_in_dit.interop.resolve import resolve_run
         from dit_in_dit.runs.checkpoint import Checkpoint
         from dit_in_dit.runtime.device import pick_device
-        from dit_in_dit.sampling.folder import SampleFolder
+        from dit_in_dit.sampling.folder import SampleFolder, film
 
     with TemporaryDirectory() as scratch:
         device, saved = (
@@ -83,7 +83,7 @@ def _sample(options: argparse.Namespace) -> None:
         if is_main():
             print(f"{options.num} samples and grid.png in {out}")
             if options.film:
-                atomic.write_atomic(options.film, folder.film(options.num, options.film.suffix[1:]))
+                atomic.write_atomic(options.film, film(folder.frames(options.num), options.film.suffix[1:]))
                 print(f"the way from noise to them in {options.film}")
 
 

@@ -31,14 +31,15 @@ EVALUATION = {  # the parts of metrics.json that a card reads
 Rows = Mapping[str, object]
 
 
-def evaluation_of(run: Path, weights: str) -> dict[str, Any] | None:
-    """The run's newest evaluation of the weights with this SHA-256; None without an evaluation."""
+def evaluation_of(run: Path, weights: str) -> tuple[dict[str, Any] | None, Path | None]:
+    """The run's newest evaluation of the weights with this SHA-256, and its figure; None for what does not exist."""
     for path in sorted((run / "evaluation").glob("**/metrics.json"), reverse=True):
         with suppress(UserError):  # incomplete, or of another tool
             evaluation = read_json(path)
             if has_form(evaluation, EVALUATION) and evaluation["subject"]["checkpoint"] == weights:
-                return evaluation
-    return None
+                figure = path.with_name("metrics.png")
+                return evaluation, figure if figure.exists() else None
+    return None, None
 
 
 def card(
@@ -53,6 +54,7 @@ def card(
     decoded: bool = False,
     licence: str = "unknown",
     picture: str | None = None,
+    scores: str | None = None,
     use: str | None = None,
 ) -> str:
     """Markdown with YAML front matter for the Hub.
@@ -62,7 +64,8 @@ def card(
         weights: averaged, trained, or which average (config.averages.weights_name).
         decoded: whether a VAE decodes the samples.
         licence: the Hub's name of the weights' licence.
-        picture: file name of an image beside the card.
+        picture: path of an image of samples, from the card's folder.
+        scores: path of the evaluation's figure, from the card's folder.
         use: section on usage, in Markdown that is not escaped; None: usage with the `diffusers` library.
     """
     model = config.model
@@ -74,6 +77,7 @@ def card(
         name=name,
         model=model,
         picture=picture,
+        scores=scores,
         use=Markup(use or _use(config, classes)),
         rows={
             "model": _model(config, parameters),

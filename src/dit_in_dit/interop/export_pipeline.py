@@ -52,46 +52,55 @@ def export(
     check_travels({name: value for name, _, value in keys(config)})
     pipe = pipeline_of(model, config, classes, vae=_open_vae(vae, config))
     pictures = sorted((run / "samples").glob("*.png"))
+    evaluation, figure = evaluation_of(run, saved.sha256(averaged=averaged))
     text = card(
         out.resolve().name,
         config,
         saved.step,
         classes,
         sum(p.numel() for p in model.parameters()),
-        evaluation_of(run, saved.sha256(averaged=averaged)),
+        evaluation,
         weights=weights_name(averaged),
         decoded=pipe.vae is not None,
         licence=licence,
         picture="samples.png" if pictures else None,
+        scores="scores.png" if figure else None,
     )
     with atomic.folder(out) as beside:
         pipe.save_pretrained(beside)
         if pictures:
             shutil.copyfile(pictures[-1], beside / "samples.png")
+        if figure:
+            shutil.copyfile(figure, beside / "scores.png")
         (beside / "README.md").write_text(text)
 
 
-@torch.no_grad()
 def export_onnx(run: Path, out: Path, *, averaged: bool | str = True) -> None:
     """Write the network as an ONNX program: x (N, C, H, W), t (N,) and y (N,), for any N, to `prediction`. UserError if
     there is no such run, `out` exists, or a package is missing.
     """
     atomic.check_free(out)
-    model = Checkpoint.open(run).model(torch.device("cpu"), averaged=averaged)
-    check_weights(model.state_dict(), str(run))
+    program = onnx_program(Checkpoint.open(run).model(torch.device("cpu"), averaged=averaged), str(run))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.file(out) as file:
+        file.write(program.SerializeToString())
+
+
+@torch.no_grad()
+def onnx_program(model: NestedDiT, run: str) -> Any:
+    """The `ModelProto` of a network, with its weights. UserError, which names the `run`, if a package is missing."""
+    check_weights(model.state_dict(), run)
     inputs = {"x": torch.zeros(2, *model.config.image_shape), "t": torch.full((2,), 0.5)}
     inputs |= {"y": torch.zeros(2, dtype=torch.int64)} if model.config.num_classes else {}
     if find_spec("onnxscript") is None:
-        raise UserError("--format onnx needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
+        raise UserError("ONNX needs the packages onnx and onnxscript: pip install 'dit-in-dit[onnx]'")
     options: dict[str, Any] = {"dynamo": True, "verbose": False, "output_names": ["prediction"]}
     options |= {"dynamic_shapes": {name: {0: torch.export.Dim("batch", max=2**16)} for name in inputs}}
     try:
         program: Any = torch.onnx.export(model, kwargs=inputs, input_names=list(inputs), **options)
     except Exception as error:  # of PyTorch before 2.7, or an operation of a user's class
         raise UserError(f"PyTorch {torch.__version__} cannot export {run} as ONNX: {truncate(error, 60)}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.file(out) as file:
-        file.write(program.model_proto.SerializeToString())
+    return program.model_proto
 
 
 def pipeline_of(model: NestedDiT, config: RunConfig, classes: list[str], *, vae: Any = None) -> DiTInDiTPipeline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from dit_in_dit.runs.folder import create_run
 from dit_in_dit.runs.tensors import check_weights
 
 Precision = Literal["float32", "bfloat16", "float16"]
-PICTURE = "samples.png"
+PICTURE, SCORES = "samples.png", "scores.png"
 
 
 def export_release(
@@ -53,7 +54,10 @@ def export_release(
     with atomic.folder(out) as beside:
         create_run(beside, saved.config)
         save(beside, saved.config, saved.step, {}, rounded, saved.classes)
-        if (results := evaluation_of(run, saved.sha256(averaged=averaged))) and precision != "float32":
+        results, figure = evaluation_of(run, saved.sha256(averaged=averaged))
+        if figure:
+            shutil.copyfile(figure, beside / SCORES)
+        if results and precision != "float32":
             note = f"The results are of the weights before they were rounded to {precision}."
             results["warnings"] = [*results.get("warnings", ()), note]
         words = weights_name(averaged)
@@ -71,16 +75,19 @@ def write_card(
     """Write README.md of a run, with its evaluation's results, or else `results`, and its picture."""
     saved = newest(run)
     config = saved.config
+    own, figure = evaluation_of(run, saved.sha256())
+    figure = figure or next(run.glob(SCORES), None)
     text = card(
         name,
         config,
         saved.step,
         list(saved.classes),
         cost.parameters(config.model)["total"],
-        evaluation_of(run, saved.sha256()) or results,
+        own or results,
         weights=weights,
         licence=licence,
         picture=PICTURE if (run / PICTURE).exists() else None,
+        scores=figure.relative_to(run).as_posix() if figure else None,
         use=sampling_instructions(name, config, [plugin["name"] for plugin in saved.manifest.get("plugins", ())]),
     )
     atomic.write_atomic(run / "README.md", text)

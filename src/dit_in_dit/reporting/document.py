@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote
 
+from markupsafe import escape
+
 from dit_in_dit.reporting.templates import code_block, escape_markdown, render
 
 Tone = Literal["", "better", "worse", "soft"]
@@ -60,6 +62,18 @@ class Picture(NamedTuple):
         return f"data:image/png;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
+class Drawing(NamedTuple):
+    """An SVG with a title, shown in HTML only: Markdown cannot embed it."""
+
+    title: str
+    svg: str
+
+    @property
+    def data_uri(self) -> str:
+        """The SVG as a data URI. As an image it runs no script, and its ids do not meet those of the page."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg.encode()).decode()}"
+
+
 class Verbatim(NamedTuple):
     """Text to copy, in a block of code."""
 
@@ -67,14 +81,15 @@ class Verbatim(NamedTuple):
     text: str
 
 
-DocumentPart = Text | Bullets | Table | Picture | Verbatim
+DocumentPart = Text | Bullets | Table | Picture | Drawing | Verbatim
 
 
 class Chapter(NamedTuple):
-    """A heading and the parts below it."""
+    """A heading and the parts below it; `folded`: hidden until the heading is clicked."""
 
     title: str
     blocks: Sequence[DocumentPart]
+    folded: bool = False
 
     @property
     def anchor(self) -> str:
@@ -102,12 +117,17 @@ def to_markdown(title: str, lead: str, chapters: Sequence[Chapter], folder: Path
     """The report as Markdown, with pictures by their paths below `folder`."""
     parts = [f"# {escape_markdown(title)}", escape_markdown(lead)]
     for chapter in chapters:
-        parts.append(f"## {escape_markdown(chapter.title)}")
-        parts += [_markdown(block, folder) for block in chapter.blocks]
+        blocks = list(filter(None, (_markdown(block, folder) for block in chapter.blocks)))
+        if chapter.folded and blocks:  # HTML within Markdown: a blank line begins Markdown again
+            parts += [f"<details>\n<summary>{escape(chapter.title)}</summary>", *blocks, "</details>"]
+        elif blocks:
+            parts += [f"## {escape_markdown(chapter.title)}", *blocks]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _markdown(block: DocumentPart, folder: Path) -> str:
+    if isinstance(block, Drawing):
+        return ""
     if isinstance(block, Text):
         return escape_markdown(block.text)
     if isinstance(block, Bullets):

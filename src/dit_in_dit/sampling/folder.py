@@ -101,10 +101,10 @@ class SampleFolder:
                 count += 1
             self._finish([self.path(index) for index in range(count)])
 
-    def film(self, num: int, kind: str) -> bytes:
-        """An animated gif or webp of the way from noise to the first `num` samples, or fewer if they are large.
+    def frames(self, num: int) -> list[Image.Image]:
+        """The way from noise to the first `num` samples, or fewer if they are large, as at most FRAMES + 1 pictures.
 
-        A frame shows x_t and the image estimate, the last frame the samples, which are drawn again in one batch.
+        A picture shows x_t and the image estimate, the last one the samples, which are drawn again in one batch.
         """
         scale, model = self.decode.factor if self.decode else 1, self.config.model
         count = min(num, 64, max(4, FILM_PIXELS // (model.image_size[0] * model.image_size[1] * scale**2)))
@@ -125,9 +125,7 @@ class SampleFolder:
         )
         _, images = next(batches)
         add_frame(0.0, images, images)
-        durations = [*[80] * (len(frames) - 1), 2500]  # milliseconds
-        frames[0].save(out := io.BytesIO(), kind, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-        return out.getvalue()
+        return frames
 
     def _claim(self, num: int) -> None:
         """Record what the samples depend on; UserError if images in the folder depend on something else."""
@@ -179,6 +177,19 @@ class SampleFolder:
         grid = image_grid(shown, scale=self.scale, names=self._names(len(shown)))
         atomic.write_atomic(out / "grid.png", image_png(grid))
         atomic.clear_temporary(out, {path.name for path in paths})  # of these only: others may still be drawn
+
+
+def film(frames: Sequence[Image.Image], kind: str, **options: Any) -> bytes:
+    """Pictures of one size as the bytes of an animated gif or webp (`kind`); the last is held for 2.5 s.
+
+    Args:
+        options: of Pillow's writer, such as `quality` of a webp.
+    """
+    durations = [*[80] * (len(frames) - 1), 2500]  # milliseconds
+    first, *others = frames
+    written = io.BytesIO()
+    first.save(written, kind, save_all=True, append_images=others, duration=durations, loop=0, **options)
+    return written.getvalue()
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -25,8 +25,9 @@ from dit_in_dit.study.tables import BESIDE, training_seconds
 BETTER, WORSE, UNSEEN = COLOURS[0], COLOURS[1], "#8a97a3"
 MARKERS = "osD^vP*X"
 LONGEST = 56  # characters of an arm's name in a picture
-WIDEST = 1100  # pixels of a row of samples
+WIDEST = 800  # pixels of a row of samples
 SAMPLES = 16
+SAMPLE_PIXELS = 96  # least side of a sample in a picture: images of 32 pixels are enlarged 3 times
 
 
 def picture_label(name: str, most: int = LONGEST) -> str:
@@ -42,65 +43,7 @@ def save_picture(out: Path, name: str, png: bytes, caption: str) -> Picture:
     return Picture(path, caption)
 
 
-def draw_forest(study: StudyResults) -> bytes:
-    """Plot each arm's difference in the primary metric with both of its intervals."""
-    metric = study.primary
-    changes = [study.difference(arm, metric) for arm in study.drawn]
-    scales = [formatting.scale(metric, change) for change in changes]
-    unequal = [change for change in changes if math.isfinite(change.mean) and not change.equal]
-    percent = all(formatting.scale(metric, change) for change in unequal)
-    page, axes = figure(1, 1, width=7.6, height=1.1 + 0.3 * len(changes))
-    axis, y = axes[0, 0], np.arange(len(changes))[::-1]
-    units = [scale if percent and scale else 1.0 for scale in scales]
-    edge = _edge(changes, units)
-    for at, change, unit in zip(y, changes, units, strict=True):
-        if math.isfinite(change.mean):
-            _draw_row(axis, at, change, unit, edge, _colour(metric, change))
-    control = study.plan.control.name
-    names = [
-        picture_label(a.name) + ("" if a.against == control else f"\nagainst {picture_label(a.against)}")
-        for a in study.drawn
-    ]
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(yticks=y, ylim=(-0.7, len(changes) - 0.3), xlim=(-edge, edge))
-    axis.set_yticklabels(names, fontsize=8)
-    low, high = ("worse", "better") if direction(metric) == "higher" else ("better", "worse")
-    unit_name = "percent of the other's mean" if percent else "its own unit"
-    axis.set_xlabel(f"difference of {metric}, {unit_name}")
-    for side, align, text in ((0.0, "left", f"← {low}"), (1.0, "right", f"{high} →")):
-        axis.text(side, 1.0, text, ha=align, va="bottom", transform=axis.transAxes, fontsize=9)
-    many, title = len(study.compared), "one seed: no intervals, no claim"
-    if len(study.plan.study.seeds) > 1:
-        lines = f"thick: 95% interval; thin: for all {many} comparisons together" if many > 1 else "line: 95% interval"
-        title = f"{lines}; colour: excludes zero"
-    page.suptitle(title, fontsize=8)
-    return figure_png(page, colours=256)
-
-
-def _edge(changes: Sequence[Difference], units: Sequence[float]) -> float:
-    """The axis limit. It covers all means and 95% intervals, and wide intervals up to 8 times the largest mean."""
-
-    def reach(*ends: str) -> float:
-        values = np.array([[getattr(change, end) for end in ends] for change in changes], float)  # None: NaN
-        sizes = np.abs(values) * np.array(units)[:, None]
-        return float(sizes.max(initial=0.0, where=np.isfinite(sizes)))
-
-    mean = reach("mean")
-    return 1.1 * max(mean, reach("low", "high"), min(reach("wide_low", "wide_high"), 8 * mean)) or 1.0
-
-
-def _draw_row(axis: Any, at: float, change: Difference, unit: float, edge: float, colour: str) -> None:
-    for low, high, thick in ((change.wide_low, change.wide_high, 1.2), (change.low, change.high, 4.5)):
-        if low is None or high is None:
-            continue
-        axis.hlines(at, max(low * unit, -edge), min(high * unit, edge), color=colour, linewidth=thick, alpha=0.75)
-    for end, side in ((change.wide_low, -edge), (change.wide_high, edge)):
-        if end is not None and abs(end * unit) > edge and (end < 0) == (side < 0):
-            axis.plot(0.985 * side, at, "<" if side < 0 else ">", color=colour, markersize=5)
-    axis.plot(change.mean * unit, at, "o", color=colour, markersize=5, markeredgecolor="white", markeredgewidth=0.6)
-
-
-def _colour(metric: str, change: Difference) -> str:
+def verdict_colour(metric: str, change: Difference) -> str:
     if not change.marked:
         return UNSEEN
     return BETTER if metric_of(metric).better(change.mean) else WORSE
@@ -117,7 +60,7 @@ def draw_matrix(study: StudyResults) -> bytes:
     for row, metric in enumerate(metrics):
         for column, arm in enumerate(arms):
             change = study.difference(arm, metric)
-            ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(_colour(metric, change), "#f3f5f6")
+            ground = {BETTER: "#bcdcf0", WORSE: "#f6cfae"}.get(verdict_colour(metric, change), "#f3f5f6")
             corner = column - 0.48, row - 0.46
             axis.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=ground, edgecolor="none"))
             text = formatting.format_difference(metric, change).replace(" %", "")
@@ -206,11 +149,12 @@ def draw_samples(rows: dict[str, Path]) -> bytes:
     """
     drawn = [(name, *_drawn(file)) for name, file in rows.items()]
     _, images, real = drawn[0]
-    cell = images.shape[2] * max(1, 64 // max(images.shape[1:3])) + 2
+    scale = max(1, -(-SAMPLE_PIXELS // max(images.shape[1:3])))
+    cell = images.shape[2] * scale + 2
     columns = min(SAMPLES, len(images), max(4, WIDEST // cell))
-    strips = [("real images", pictures.image_grid(real[:columns], columns))] if len(real) else []
+    strips = [("real images", pictures.image_grid(real[:columns], columns, scale=scale))] if len(real) else []
     strips += [
-        (picture_label(name, 48).replace(r"\$", "$"), pictures.image_grid(images[:columns], columns))
+        (picture_label(name, 48).replace(r"\$", "$"), pictures.image_grid(images[:columns], columns, scale=scale))
         for name, images, _ in drawn
     ]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))

@@ -8,12 +8,14 @@ from pathlib import Path
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.curves import plots
 from dit_in_dit.curves.arms import RunGroup
+from dit_in_dit.inspection.diagram import draw_model
 from dit_in_dit.metrics.metric import explain_directions
 from dit_in_dit.reporting import document
-from dit_in_dit.reporting.document import Bullets, Chapter, DocumentPart, Picture, Text, Verbatim
+from dit_in_dit.reporting.document import Bullets, Chapter, DocumentPart, Drawing, Picture, Text, Verbatim
 from dit_in_dit.reporting.plots import COLOURS
 from dit_in_dit.runs import atomic
 from dit_in_dit.study import exports, figures, relative_error, search, tables
+from dit_in_dit.study.forest import draw_forest, forest_metrics
 from dit_in_dit.study.plan import read_plan
 from dit_in_dit.study.results import StudyResults, read_search, read_study
 from dit_in_dit.study.summary import summarise_study
@@ -26,6 +28,8 @@ RELATIVE = (
     "Held-out error of each arm in percent above that of the arm it is compared with, at equal training MACs and the "
     "same seed (the other's error interpolated between its evaluations)."
 )
+SEEN_FIRST = ("Differences", "Key by key", "Samples")  # chapters before the summary
+FIRST_ARMS = 6  # arms whose samples are shown before the summary
 CURVES = {
     "held-out": "Held-out error of the averaged model's image estimate at each time t, for the whole image and for its "
     "high frequencies; line: mean over seeds, band: their range.",
@@ -76,7 +80,9 @@ def write_report(out: Path) -> StudyReport:
         Verbatim("Markdown", pasted["table.md"]),
         Verbatim("LaTeX, with booktabs and graphicx", pasted["table.tex"]),
     ]
-    whole = [Chapter("In short", [Bullets(summary)]), *chapters, Chapter("Tables to paste", to_paste)]
+    seen_first = [chapter for chapter in chapters if chapter.title in SEEN_FIRST]
+    rest = [chapter for chapter in chapters if chapter.title not in SEEN_FIRST]
+    whole = [*seen_first, Chapter("In short", [Bullets(summary)]), *rest, Chapter("Tables to paste", to_paste, True)]
     title, lead = f"Study: {plan.name}", plan.study.question
     written = {
         "report.html": (document.to_html(title, lead, whole), "the report, one page that needs no network"),
@@ -96,17 +102,34 @@ def _chapters(study: StudyResults, out: Path) -> list[Chapter]:
     caption = f"{study.primary} against what it costs."
     has_primary = study.primary in study.ranked
     against_cost = [figures.save_picture(out, "cost", figures.draw_pareto(study), caption)] if has_primary else []
+    first, others = _samples(study, out)
+    protocol = tables.protocol_tables(study.plan, [result.protocol for result in study.done.values()])
+    drawings = [
+        Drawing(arm.name, draw_model(arm.config.model, theme="auto", title=arm.name, drop=arm.config.token_drop))
+        for arm in study.shown
+    ]
     chapters = [
-        Chapter("Protocol", tables.protocol_tables(study.plan, [result.protocol for result in study.done.values()])),
-        Chapter("Cost", [tables.cost(study)]),
+        Chapter("Differences", _forest(study, out)),
+        Chapter("Samples", first),
         Chapter("Results", _results(study, out)),
+        Chapter("Cost", [tables.cost(study)]),
         Chapter("Error against cost", against_cost),
         Chapter("Curves", _curves(study, out)),
         Chapter("Convergence and stability", _convergence(study)),
-        Chapter("Samples", _samples(study, out)),
+        Chapter("Samples of all arms", others, True),
         Chapter("Trials without numbers", [tables.missing_trials(study)] if any(study.missing()) else []),
+        Chapter("Architectures", drawings, True),
+        Chapter("Protocol", protocol, True),
     ]
     return [chapter for chapter in chapters if chapter.blocks]
+
+
+def _forest(study: StudyResults, out: Path) -> list[DocumentPart]:
+    if not (study.compared and study.primary in study.ranked):
+        return []
+    others = " and by others" if len(forest_metrics(study)) > 1 else ""
+    caption = f"Differences by the primary metric, {study.primary}{others}."
+    return [figures.save_picture(out, "differences", draw_forest(study), caption)]
 
 
 def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
@@ -114,8 +137,6 @@ def _results(study: StudyResults, out: Path) -> list[DocumentPart]:
         return [Text("No trial is done yet.")]
     blocks: list[DocumentPart] = []
     if study.compared and study.primary in study.ranked:
-        caption = f"Differences by the primary metric, {study.primary}."
-        blocks.append(figures.save_picture(out, "differences", figures.draw_forest(study), caption))
         blocks.append(tables.primary(study))
     blocks += tables.means_table(study)
     if study.compared and study.ranked:
@@ -168,13 +189,18 @@ def _convergence(study: StudyResults) -> list[DocumentPart]:
     return [*compared, tables.stability_table(study)]
 
 
-def _samples(study: StudyResults, out: Path) -> list[DocumentPart]:
+def _samples(study: StudyResults, out: Path) -> tuple[list[DocumentPart], list[DocumentPart]]:
+    """Pictures of the first arms and, of more arms than FIRST_ARMS, of all of them."""
     rows: dict[str, Path] = {}
     for (arm, _), folder in study.folders.items():
         if (folder / "drawn.npz").exists():
             rows.setdefault(arm, folder / "drawn.npz")  # of the first seed with samples
-    if not rows:
-        return []
-    drawn = figures.draw_samples({arm.name: rows[arm.name] for arm in study.shown if arm.name in rows})
+    names = [arm.name for arm in study.shown if arm.name in rows]
     caption = "First seed of each arm: below each other, images of the same noise and class."
-    return [figures.save_picture(out, "samples", drawn, caption)]
+
+    def picture(name: str, arms: list[str]) -> list[DocumentPart]:
+        drawn = figures.draw_samples({arm: rows[arm] for arm in arms})
+        return [figures.save_picture(out, name, drawn, caption)]
+
+    first = picture("samples", names[:FIRST_ARMS]) if names else []
+    return first, picture("samples-all", names) if len(names) > FIRST_ARMS else []

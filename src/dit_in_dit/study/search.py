@@ -52,12 +52,9 @@ def _state(trial: SearchTrial) -> str:
 
 
 def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
-    """The report's chapters: protocol, trials, panels, samples, and a study to confirm the best trials."""
+    """The report's chapters: panels, samples, a study to confirm the best trials, all trials, and the protocol."""
     protocols = [t.result.protocol for t in searched.trials if t.result and t.result.state == "done"]
-    parts = [
-        Chapter("Protocol", tables.protocol_tables(searched.plan, protocols)),
-        Chapter("Tried", [_table(searched)]),
-    ]
+    parts: list[Chapter] = []
     if searched.ranked:
         caption = f"{searched.plan.study.primary} against each key and MACs, a dot for each trial; ring: the best."
         parts.append(Chapter("Key by key", [save_picture(out, "search", _draw(searched), caption)]))
@@ -67,7 +64,8 @@ def chapters(searched: SearchResults, out: Path) -> list[Chapter]:
             parts.append(Chapter("Samples", [save_picture(out, "samples", draw_samples(drawn), what)]))
         what = "A study of the best, with seeds that the search has not used"
         parts.append(Chapter("To confirm", [Verbatim(what, confirm(searched))]))
-    return parts
+    protocol = tables.protocol_tables(searched.plan, protocols)
+    return [*parts, Chapter("Tried", [_table(searched)]), Chapter("Protocol", protocol, True)]
 
 
 def _keys(searched: SearchResults) -> list[str]:

@@ -18,6 +18,7 @@ FLOORS = (
     {"metrics", "doctor", "benchmark"},
     {"study", "attention_maps"},
     {"api"},
+    {"app"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

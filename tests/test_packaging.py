@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-APART = {"docs", "eval", "lora"}  # extras with environments of their own
+APART = {"app", "docs", "eval", "lora"}  # extras with environments of their own
 
 
 def test_minimum_versions_equal_the_tested_ones():

@@ -35,7 +35,7 @@ def draw_curves(compared: Sequence[RunGroup], out: Path) -> list[Path]:
     check_comparable(compared)
     pages = {
         "loss": draw_loss(compared),
-        "held-out": _draw_held_out(compared) if logged_times(compared) else None,
+        "held-out": draw_held_out(compared) if logged_times(compared) else None,
         "gradients": _draw_gradients(compared),
         "throughput": _draw_throughput(compared) if _hours(compared) else None,
     }
@@ -175,7 +175,7 @@ def draw_loss(compared: Sequence[RunGroup]) -> Figure:
     return _finish(page, title)
 
 
-def _draw_held_out(compared: Sequence[RunGroup]) -> Figure:
+def draw_held_out(compared: Sequence[RunGroup]) -> Figure:
     rows = [(t, kind) for t in logged_times(compared) for kind in ERROR_BANDS]
     acrosses = _acrosses(compared)
     page, axes = figure(len(rows), len(acrosses), height=2.1)

@@ -110,16 +110,22 @@ def sample_batches(
     """
     keep_freed_memory()
     use_full_float32()
-    device, shape = next(model.parameters()).device, model.config.image_shape
-    turns = classes or range(model.config.num_classes or 1)
     predict = guided_predict(model, config, guide)
     size = config.sample.micro_batch
     for number, wanted in groupby(indices, lambda i: i // size):
-        batch, part = range(number * size, (number + 1) * size), list(wanted)
-        noise = numbered_noise(seed, batch, shape, device)
-        y = torch.tensor([class_of(i, turns) for i in batch], device=device) if model.config.num_classes else None
+        part, (noise, y) = list(wanted), micro_batch(model, config, number, seed, classes)
         x = denoise(predict, config.diffusion, config.sample, noise, y, watch)
-        yield part, x.cpu()[[i - batch.start for i in part]]
+        yield part, x.cpu()[[i - number * size for i in part]]
+
+
+def micro_batch(
+    model: NestedDiT, config: RunConfig, number: int, seed: int, classes: Sequence[int] = ()
+) -> tuple[Noise, Tensor | None]:
+    """Noise and labels (N,) of micro-batch `number`; without labels None. Arguments are those of `sample_batches`."""
+    device, size = next(model.parameters()).device, config.sample.micro_batch
+    batch, turns = range(number * size, (number + 1) * size), classes or range(config.model.num_classes or 1)
+    y = torch.tensor([class_of(i, turns) for i in batch], device=device) if config.model.num_classes else None
+    return numbered_noise(seed, batch, model.config.image_shape, device), y
 
 
 def sample(

@@ -1,0 +1,77 @@
+"""Data: what a source holds, and the training images nearest to samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dit_in_dit.api.model import Model
+from dit_in_dit.config.errors import UserError
+from dit_in_dit.config.files import parse_assignment
+from dit_in_dit.data.encode import open_decoder
+from dit_in_dit.data.run_data import open_source_of
+from dit_in_dit.data.summary import Summary, draw_classes, near_pairs, summarise_source, thumbnails
+from dit_in_dit.reporting.images import Pixels, to_pixels
+from dit_in_dit.runtime.device import pick_device
+
+MOST_CLASSES = 24  # most classes in the table
+SEARCHED = 50_000  # most training images that are compared
+
+
+def summary_of(place: str, sets: str) -> Summary:
+    """The summary of a source, as `dit-in-dit data` makes it. Raises UserError."""
+    if not place.strip():
+        raise UserError("source is empty: name a folder, a .zip, hf:NAME, emoji or mosaic")
+    return summarise_source(place.strip(), dict(map(parse_assignment, sets.split())))
+
+
+def class_counts(summary: Summary) -> list[tuple[str, int]]:
+    """Training images of each class, the largest class first."""
+    counts = Counter(map(int, summary.source.labels))
+    return [(summary.source.classes[number], count) for number, count in counts.most_common(MOST_CLASSES)]
+
+
+def pictures_of(summary: Summary) -> Image.Image:
+    """Training images of each class."""
+    return draw_classes(summary.source, _decoder(summary.config))
+
+
+def pairs_of(summary: Summary) -> tuple[Image.Image | None, tuple[int, int], tuple[int, int]]:
+    """Held-out images above their nearest training images, numbers of copies and of compared images."""
+    pairs = near_pairs(summary.source)
+    picture = pairs.draw(summary.source, _decoder(summary.config)) if pairs.pairs else None
+    return picture, pairs.copies, pairs.searched
+
+
+def nearest_training(model: Model, samples: Pixels, most: int = 3) -> list[tuple[Pixels, list[str]]]:
+    """For each sample (N, H, W, C) its `most` nearest training images, and their numbers and distances (rms over
+    pixels of range 2, at 32x32)."""
+    source = open_source_of(model.folder, model.config)
+    size = min(source.train_size or SEARCHED, SEARCHED)
+    decode = _decoder(model.config)
+    base = torch.cat([_small(source, range(start, min(size, start + 256)), decode) for start in range(0, size, 256)])
+    queries = thumbnails(samples).flatten(1)
+    if model.config.data.flip:
+        queries = torch.cat([queries, thumbnails(np.ascontiguousarray(samples[:, :, ::-1])).flatten(1)])
+    found = []
+    for number in range(len(samples)):
+        ways = queries[number :: len(samples)]
+        apart = torch.cdist(ways.double(), base.double()).amin(0) / base.shape[1] ** 0.5
+        best = apart.argsort()[:most].tolist()
+        images = decode(torch.from_numpy(np.stack([source.train(each)[0] for each in best])))
+        found.append((to_pixels(images), [f"{source.title(each)}: {apart[each]:.3f}" for each in best]))
+    return found
+
+
+def _small(source: Any, numbers: range, decode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    images = decode(torch.from_numpy(np.stack([source.train(number)[0] for number in numbers])))
+    return thumbnails(to_pixels(images)).flatten(1)
+
+
+def _decoder(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return open_decoder(config.data, pick_device("cpu")) or (lambda images: images)

@@ -1,0 +1,78 @@
+"""The screen *Data*: what `dit-in-dit data` shows, and samples with their nearest training images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gradio as gr
+
+from dit_in_dit.app import data
+from dit_in_dit.app.drawing import ALL, Settings, Way, draw_way
+from dit_in_dit.app.events import QUIET, TURN, StopFlag, Updates, connect_work, guarded
+from dit_in_dit.app.library import Library
+from dit_in_dit.app.markup import html_table, note, picture, picture_row, progress
+
+MOST = 4  # samples
+
+
+class DataScreen:
+    """The screen's fields and events, added to the page that is being built."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        with gr.Row():
+            place = gr.Textbox(
+                "emoji", label="Source", info="a folder, .zip, .npz, .tar shards, hf:NAME, emoji, mosaic"
+            )
+            sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, apart by spaces")
+            go = gr.Button("Show the data", variant="primary", elem_id="data-go")
+        self.message = gr.HTML(elem_id="data-message")
+        self.facts = gr.HTML(elem_id="data-facts")
+        gr.Markdown("### Samples and the training images nearest to them")
+        names = list(library.runs())
+        with gr.Row():
+            model = gr.Dropdown(names, value=names[0], label="Model")
+            classes = gr.Textbox(ALL, label="Class")
+            seed = gr.Number(0, label="Seed", precision=0)
+            near = gr.Button("Draw and search", elem_id="data-near")
+            stop = gr.Button("Stop")
+        self.told = gr.HTML(elem_id="data-told")
+        self.found = gr.HTML(elem_id="data-found")
+        outputs = [self.facts, self.message]
+        gr.on([go.click, place.submit], guarded(self.message, self.show), [place, sets], outputs, **QUIET, **TURN)
+        fields, flag = [model, classes, seed], gr.State(StopFlag())
+        connect_work([near.click], stop, flag, self.told, self.search, inputs=fields, outputs=[self.found])
+
+    def show(self, place: str, sets: str) -> Iterator[Updates]:
+        """Show a source: pictures and counts of the classes, choices, then copies and near pairs."""
+        yield {self.message: note("reading ...")}
+        summary = data.summary_of(place, sets)
+        source = summary.source
+        size = f"{source.train_size or 'endless'} training images, {source.held_out_size} held out"
+        remarks = [size, *source.notes, *(f"cannot be read: {name}" for name in source.skipped[: data.MOST_CLASSES])]
+        html = "".join(map(note, remarks)) + picture(data.pictures_of(summary), "training images of each class")
+        html += html_table(("class", "training images"), data.class_counts(summary))
+        html += html_table(("chosen", "", "why", "to change it"), summary.choices)
+        yield {self.facts: html, self.message: note("searching for copies ...")}
+        pairs, copies, searched = data.pairs_of(summary)
+        held = "held-out images equal a training image or an earlier held-out one"
+        html += note(f"{copies[0]} of {searched[0]} training images equal an earlier one")
+        html += note(f"{copies[1]} of {searched[1]} {held}")
+        html += picture(pairs, "held-out images above their nearest training images") if pairs else ""
+        yield {self.facts: html, self.message: ""}
+
+    def search(self, name: str, label: str, seed: int) -> Iterator[Updates]:
+        """Draw samples, and show each beside its nearest training images."""
+        model = self.library.model(name)
+        how = model.config.sample
+        settings = Settings(label, seed, how.guidance, how.steps, how.sampler, min(MOST, how.micro_batch))
+        for each in draw_way(model, settings):
+            if not isinstance(each, Way):
+                yield {self.told: progress(f"drawing, t = {each[0]:.2f}", 1 - each[0])}
+                continue
+            yield {self.told: note("searching ...")}
+            rows, samples = [], each.estimate[-1]
+            for number, (images, titles) in enumerate(data.nearest_training(model, samples)):
+                own = picture_row(f"sample {number}", samples[number : number + 1], each.labels[number : number + 1])
+                rows.append(f'<div class="pair">{own}{picture_row("nearest training images", images, titles)}</div>')
+            yield {self.found: "".join(rows), self.told: ""}

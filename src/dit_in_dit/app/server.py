@@ -1,0 +1,87 @@
+"""The page as a server on this machine, or with a token on another address."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from threading import Thread
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no request leaves the machine
+
+import gradio as gr
+
+from dit_in_dit.app.data_screen import DataScreen
+from dit_in_dit.app.design_screen import DesignScreen
+from dit_in_dit.app.draw_screen import DrawScreen
+from dit_in_dit.app.inside_screen import InsideScreen
+from dit_in_dit.app.library import Library
+from dit_in_dit.app.markup import CSS
+from dit_in_dit.app.runs_screen import RunsScreen
+from dit_in_dit.app.token_gate import TokenGate, needs_token
+from dit_in_dit.config.errors import LeftOutWarning, UserError
+
+SCREENS: dict[str, Callable[[Library], object]] = {
+    "Draw": DrawScreen,
+    "Inside": InsideScreen,
+    "Design": DesignScreen,
+    "Runs": RunsScreen,
+    "Data": DataScreen,
+}
+
+
+def build(library: Library) -> gr.Blocks:
+    """The page with all screens."""
+    with gr.Blocks(title="DiT-in-DiT", analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown("# DiT-in-DiT")
+        with gr.Tabs():
+            for name, screen in SCREENS.items():
+                with gr.Tab(name):
+                    screen(library)
+    return page
+
+
+def serve(library: Library, host: str = "127.0.0.1", port: int | None = None) -> tuple[gr.Blocks, str]:
+    """Serve the page in threads of this process. Returns the page, whose `block_thread()` waits for an interrupt, and
+    its address.
+
+    Args:
+        host: address to listen at. Any other than this machine's own needs a token, which is part of the address.
+        port: None: the first free one from 7860.
+
+    Raises:
+        UserError: the address cannot be used.
+    """
+    warnings.filterwarnings("ignore", category=LeftOutWarning)  # the screen Design shows them beside its fields
+    token = secrets.token_urlsafe(24) if needs_token(host) else ""
+    gate = {"middleware": [_middleware(token)]} if token else {}
+    page = build(library).queue(max_size=64)
+    Thread(target=lambda: import_module("diffusers"), daemon=True).start()  # 2 s that the first drawing need not wait
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=CSS,
+            footer_links=[],
+            max_file_size="20mb",
+            state_session_capacity=100,
+            app_kwargs=gate,
+            enable_monitoring=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise UserError(f"--host {host}, --port {port}: {error}") from None
+    return page, address + (f"?token={token}" if token else "")
+
+
+def _middleware(token: str) -> Any:
+    from starlette.middleware import Middleware
+
+    return Middleware(TokenGate, token=token)

@@ -4,7 +4,8 @@
 #   compiled, and weights of XL
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # make docs   from nothing to the documentation site in build/site; a dead link or a public name without text fails
-# make test-docs   runs every command of the tutorials and how-to pages, with small budgets, and the page of `dit-in-dit app` in Chromium
+# make test-docs   runs every command of the tutorials and how-to pages, with small budgets, the notebooks, and the page of
+#   `dit-in-dit app` in Chromium (an environment of its own)
 # make test-oldest  from nothing to the tests with the oldest versions that pyproject.toml names (an environment of its own)
 # make test-track  from nothing to runs told to Weights & Biases, trackio and MLflow, offline (an environment of its own)
 # make release   source archive and wheel in dist/, checked: files, size below 60 MB, texts (the list before it: CONTRIBUTING.md)
@@ -33,14 +34,13 @@ test-faults: .venv/dev
 APP := .venv-app/bin/python
 
 test-docs: .venv-app/made
-	OMP_NUM_THREADS=1 $(APP) -m pytest -m docs tests/test_docs_run.py -n auto --timeout 900
+	OMP_NUM_THREADS=1 $(APP) -m pytest -m docs tests/test_docs_run.py tests/test_notebook.py -n auto --timeout 900
 	OMP_NUM_THREADS=1 $(APP) -m pytest -m docs tests/test_app_page.py --timeout 400
 
 .venv-app/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-app
 	$(APP) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app]' playwright
 	touch $@
-
 # The site's packages need nothing of dev, and dev nothing of them.
 DOCS := .venv-docs/bin/python
 

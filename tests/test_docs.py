@@ -30,6 +30,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(page for folder in FOLDERS for page in (ROOT / "docs" / folder).glob("*.md")),
     *sorted(ROOT.glob("models/*/README.md")),
+    *sorted((ROOT / ".github").rglob("*.md")),
 ]
 SMALL = (
     "train.steps=4", "train.batch_size=2", "train.sample_every=2", "train.evaluate_every=0", "train.warmup=0",
@@ -126,11 +127,12 @@ def test_every_message_that_the_docs_explain_is_in_the_code():
     page = (ROOT / "docs/troubleshooting.md").read_text().partition("### Without a line")[0]
     explained = re.findall(r"^\| `([^|]*)` \|", page, re.MULTILINE)
     assert len(explained) > 40
-    messages = [text for path in (ROOT / "src").rglob("*.py") for text in REFERENCE["message_texts"](path.read_text())]
+    sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
+    messages = [text for source in sources for text in REFERENCE["message_texts"](source)]
     for text in explained:
         parts = re.sub(r"\b(run|get|give) …", "…", text).split("…")
         pattern = ".*".join(re.escape(part.strip()) for part in parts if part.strip())
-        assert any(re.search(pattern, message) for message in messages), text
+        assert any(re.search(pattern, message) for message in messages) or any(text in s for s in sources), text
 
 
 def test_the_generated_pages_hold_every_key_command_and_public_name():
@@ -159,7 +161,7 @@ def test_the_parser_accepts_every_command_line_of_the_docs(page, line):
     elif first == "python" and "dit_in_dit" not in line:
         name = line.split()[1]  # of a script, here or on the page
         assert name == "-m" or (ROOT / name).exists() or f"\n# {name}\n" in (ROOT / page).read_text()
-    elif "--help" in line:
+    elif "--help" in line or "--version" in line:
         with pytest.raises(SystemExit, match="0"):
             parser().parse_args(line.split()[1:])
     else:
@@ -210,3 +212,14 @@ def test_the_class_in_contributing_equals_the_tested_plug_in(tmp_path):
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
     assert told[0] == told[1]
+
+
+def test_tutorials_begin_with_their_result_and_time_and_their_pictures_are_small():
+    tutorials = [page for page in PAGES if page.parent.name == "tutorials" and page.name != "index.md"]
+    assert len(tutorials) == 6
+    for page in tutorials:
+        assert re.match(r"# .+\n\n\*\*You will have\*\* .+\n\*\*Time\*\*: .*minutes", page.read_text()), page.name
+    pictures = list((ROOT / "docs/tutorials/pictures").iterdir())
+    named = {name for page in tutorials for name in re.findall(r"\(pictures/([\w.-]+)\)", page.read_text())}
+    assert {picture.name for picture in pictures} == named
+    assert all(picture.stat().st_size < 150_000 for picture in pictures)

@@ -21,7 +21,7 @@ with gc_paused():
 
 ORDER = (  # order of commands in the help; modules of this folder that are not listed come last
     *("inspect", "draw", "recipe", "encode", "convert", "train", "sample", "evaluate"),
-    *("average", "curves", "doctor", "maps", "match", "study", "bench", "verify_resume"),
+    *("average", "curves", "doctor", "maps", "match", "study", "bench", "verify_resume", "data", "completion"),
 )
 _python_line = warnings.formatwarning
 

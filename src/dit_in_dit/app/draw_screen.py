@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from dit_in_dit.app.drawing import ALL, Drawing, Settings, Way, difference, draw_way
+from dit_in_dit.app.drawing import ALL, DrawnWays, Settings, Way, difference, draw_way
 from dit_in_dit.app.events import QUIET, StopFlag, Updates, connect_work, guarded
 from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import note, picture_row, progress
@@ -33,7 +33,7 @@ class DrawScreen:
                 self.moment = gr.Slider(0, 1, value=1, step=1, label="Moment: 0 is noise, the last one the samples")
                 self.kind = gr.Radio([ESTIMATE, NOISY], value=ESTIMATE, show_label=False, container=False)
                 self.pictures = gr.HTML(note("Press Draw."), elem_id="draw-pictures")
-        self.drawing = gr.State(Drawing(), time_to_live=HOUR)
+        self.drawing = gr.State(DrawnWays(), time_to_live=HOUR)
         self.flag = gr.State(StopFlag())
         self._connect()
 
@@ -98,13 +98,13 @@ class DrawScreen:
                 if not ways and (calls := calls + 1) % EACH == 1:
                     updates[self.pictures] = picture_row(name, estimate)
                 yield updates
-            drawing = Drawing(tuple(ways))
+            drawing = DrawnWays(tuple(ways))
             last = drawing.moments - 1
             moment = gr.Slider(0, last, value=last)
             html = show(drawing, last, kind)
             yield {self.drawing: drawing, self.moment: moment, self.pictures: html, self.message: ""}
 
-    def look(self, drawing: Drawing, moment: int, kind: str) -> Iterator[Updates]:
+    def look(self, drawing: DrawnWays, moment: int, kind: str) -> Iterator[Updates]:
         """Show another moment."""
         yield {self.pictures: show(drawing, moment, kind)}
 
@@ -127,7 +127,7 @@ def _facts(library: Library, name: str) -> dict[str, Any]:
     }
 
 
-def show(drawing: Drawing, moment: int, kind: str) -> str:
+def show(drawing: DrawnWays, moment: int, kind: str) -> str:
     """HTML of all models' images at a moment. If the first model was drawn without its inner path too: their
     difference and its finest level."""
     if not drawing.ways:

@@ -75,7 +75,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class DrawnWays:
     """Ways of the same noise, the first by the chosen model."""
 
     ways: tuple[Way, ...] = field(default=())

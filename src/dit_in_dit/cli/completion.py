@@ -30,8 +30,8 @@ _dit_in_dit() {
 complete -o bashdefault -o default -F _dit_in_dit dit-in-dit"""
 
 
-class Values(NamedTuple):
-    """The values that an argument takes: names, and paths of a kind (`file`, `directory`, or none)."""
+class Candidates(NamedTuple):
+    """What a shell offers for an argument: names, and paths of a kind (`file`, `directory`, or none)."""
 
     names: Sequence[str] = ()
     paths: str = ""
@@ -54,8 +54,8 @@ def _completion(options: argparse.Namespace) -> None:
         for action in command._actions:
             if isinstance(action.choices, range):
                 action.choices = None  # nobody completes a number
-            if values := _values(action, command.prog):
-                action.complete = _complete(values)  # type: ignore[attr-defined]  # where shtab looks
+            if candidates := _candidates(action, command.prog):
+                action.complete = _complete(candidates)  # type: ignore[attr-defined]  # where shtab looks
     print(shtab.complete(root, options.shell) + BASH_WRAPPER * (options.shell == "bash"))
 
 
@@ -68,14 +68,14 @@ def _commands(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentPar
                 yield from _commands(below)
 
 
-def _values(action: argparse.Action, program: str) -> Values | None:
-    """The values of an argument, by its name and the words of its metavar; None: shtab's own (choices) or unknown."""
+def _candidates(action: argparse.Action, program: str) -> Candidates | None:
+    """The candidates of an argument, by its name and its metavar; None: unknown, or shtab's own (choices)."""
     shown = action.metavar if isinstance(action.metavar, str) else ""
     paths = "file" if action.type is Path or "FILE" in shown or shown in ("SOURCE", "PLACE", "DATA") else ""
     if shown.startswith(("RUN", "DIR")):
         paths = "directory"
     if action.dest == "set":
-        return Values(_keys(study=" study " in program))
+        return Candidates(_keys(study=" study " in program))
     names: Sequence[str] = {
         "preset": presets.NAMES,
         "like": presets.NAMES,
@@ -85,7 +85,7 @@ def _values(action: argparse.Action, program: str) -> Values | None:
     }.get(action.dest, ())
     if shown.startswith("RUN") and action.dest != "out":
         names = sorted(pretrained_models())
-    return Values(tuple(names), paths) if names or paths else None
+    return Candidates(tuple(names), paths) if names or paths else None
 
 
 def _keys(*, study: bool) -> Sequence[str]:
@@ -106,16 +106,18 @@ def _studies() -> Sequence[str]:
     return tuple(shipped_studies())
 
 
-def _complete(values: Values) -> dict[str, Any]:
+def _complete(candidates: Candidates) -> dict[str, Any]:
     """What shtab puts into each shell's script: functions for bash and zsh, a pattern for tcsh."""
-    name = f"_dit_in_dit_{values.paths}_{crc32(repr(values).encode()):x}"  # by `_dir` bash ends folders with a slash
-    words, bash, zsh = " ".join(values.names), [], []  # names have letters, digits, `.`, `-`, `_` and `=`: no quotes
-    if words:
-        space = "-S '' " if words.endswith("=") else ""
-        bash, zsh = [f"compgen -W '{words}' -- \"$1\""], [f'compadd "$@" {space}-- {words}']
-    if values.paths:
-        bash.append(f'compgen -{values.paths[0]} -- "$1"')
-        zsh.append('_files "$@"' + " -/" * (values.paths == "directory"))
-    functions = {shell: f"{name}() {{ {'; '.join(parts)}; }}" for shell, parts in (("bash", bash), ("zsh", zsh))}
-    tcsh = f"({words})" if words and values.paths != "directory" else values.paths[0]  # a list or paths, not both
-    return {"bash": name, "zsh": name, "tcsh": tcsh, "preamble": functions}
+    names, paths = " ".join(candidates.names), candidates.paths  # letters, digits, `.`, `-`, `_`, `+`, `=`: no quotes
+    function = f"_dit_in_dit_{paths}_{crc32(repr(candidates).encode()):x}"  # by `_dir` bash ends folders with a slash
+    bash, zsh = [], []
+    if names:
+        space = "-S '' " if names.endswith("=") else ""
+        bash, zsh = [f"compgen -W '{names}' -- \"$1\""], [f'compadd "$@" {space}-- {names}']
+    if paths:
+        bash.append(f'compgen -{paths[0]} -- "$1"')
+        zsh.append('_files "$@"' + " -/" * (paths == "directory"))
+    bodies = {"bash": bash, "zsh": zsh}
+    preamble = {shell: f"{function}() {{ {'; '.join(lines)}; }}" for shell, lines in bodies.items()}
+    tcsh = f"({names})" if names and paths != "directory" else paths[0]  # a list or paths, not both
+    return {**dict.fromkeys(bodies, function), "tcsh": tcsh, "preamble": preamble}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dit_in_dit.cli import main
@@ -282,3 +283,24 @@ def test_the_module_runs_as_a_command(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("dit-in-dit: unknown preset 'emojis'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error"),
+        MemoryError(),
+    ],
+    ids=["gpu", "cpu", "python"],
+)
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    def presets(options):
+        raise error
+
+    monkeypatch.setattr("dit_in_dit.cli.inspect._presets", presets)
+    with pytest.raises(SystemExit) as ended:
+        main(["presets"])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(r"dit-in-dit: not enough memory: .*make the model, the batch or the images smaller\n", line)

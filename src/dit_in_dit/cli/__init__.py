@@ -23,6 +23,7 @@ ORDER = (  # order of commands in the help; modules of this folder that are not 
     *("inspect", "draw", "recipe", "encode", "convert", "train", "sample", "evaluate"),
     *("average", "curves", "doctor", "maps", "match", "study", "bench", "verify_resume", "data", "completion"),
 )
+SMALLER = "make the model, the batch or the images smaller"
 _python_line = warnings.formatwarning
 
 
@@ -45,7 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder where a file should go
         _refuse(str(error))
     except MemoryError:
-        _refuse("not enough memory: make the model, the batch or the images smaller")
+        _refuse(f"not enough memory: {SMALLER}")
+    except RuntimeError as error:  # PyTorch's errors of GPUs and of its CPU allocator
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        _refuse(f"not enough memory: {str(error).partition('. ')[0]}; {SMALLER}")
 
 
 def _refuse(message: str, code: int = 2) -> NoReturn:

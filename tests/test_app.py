@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,29 @@ def test_a_model_is_loaded_once_and_few_stay_in_memory(tmp_path):
     assert len(library._models) == MOST_MODELS
 
 
+def damaged_runs(folder: Path) -> None:
+    """A good run, one without a readable config and one without a readable log."""
+    for name in ("good", "config", "log"):
+        shutil.copytree("models/emoji-dit", folder / name)
+        (folder / name / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n' if name == "good" else "none\n\n")
+    (folder / "config" / "config.yaml").write_text("model: [")
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_its_row_says_why(tmp_path):
+    damaged_runs(tmp_path)
+    library = Library(folder=tmp_path)
+    assert set(library.runs()) >= {"good", "log", "emoji"}
+    assert "config" not in library.runs()
+    assert "good" in library.beside("emoji")
+    states = runs.training_runs(tmp_path)
+    assert states["good"].step == 1
+    assert "config.yaml is not valid YAML" in states["config"].text
+    assert "log.jsonl" in states["log"].text
+    with (tmp_path / "good" / "log.jsonl").open("a") as log:
+        log.write('{"step": 2, "loss": 1.0}\n')
+    assert runs.training_runs(tmp_path)["good"].step == 2
+
+
 # ------------------------------------------------------------------------------ inside
 
 
@@ -157,6 +181,7 @@ def test_a_preset_comes_back_from_its_fields(name):
     config = presets.get(name)
     values = {field.key: design.field_value(config, field) for field in design.fields()}
     assert design.designed(name, config.model.program, values) == config
+    assert dict(design.cost_rows(config))["parameters"]
 
 
 def shown_command(name: str, config: Any) -> Any:
@@ -221,6 +246,8 @@ def test_a_run_is_started_stopped_resumed_and_drawn(tmp_path):
     trainings = runs.Trainings(tmp_path)
     sets = "train.steps=400 train.batch_size=2 train.checkpoint_every=1000 train.evaluate_every=0 train.sample_every=0"
     trainings.start("one", "small", f"{sets} model.num_classes=9")
+    with pytest.raises(UserError, match="is being trained"):  # a second click, before there is a folder
+        trainings.start("one", "small", sets)
 
     def wait(until: Any) -> runs.RunState:
         for _ in range(600):
@@ -250,7 +277,7 @@ def test_a_run_is_started_stopped_resumed_and_drawn(tmp_path):
         runs.Trainings(tmp_path).stop("one")
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", ".."])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "..", "a\0", "a\nb"])
 def test_a_runs_name_is_not_a_path(name, tmp_path):
     with pytest.raises(UserError, match="a run's name must be a folder's name without a path"):
         runs.Trainings(tmp_path / "runs").start(name, "small", "")
@@ -260,13 +287,19 @@ def test_a_runs_name_is_not_a_path(name, tmp_path):
 def test_a_wrong_config_is_refused_before_a_process_starts(tmp_path):
     with pytest.raises(UserError, match=r"unknown key 'train\.step'"):
         runs.Trainings(tmp_path).start("one", "small", "train.step=3")
+    with pytest.raises(UserError, match="config keys: No closing quotation"):
+        runs.Trainings(tmp_path).start("one", "small", "data.source='my images")
+    with pytest.raises(UserError, match="choose the runs"):
+        runs.curve_figures([])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_of_a_training_image_is_found_mirrored_or_not(emoji):
     source = open_source_of(emoji.folder, emoji.config)
     pixels = to_pixels(torch.from_numpy(np.stack([source.train(70)[0], source.train(71)[0][:, :, ::-1]])))
-    for number, (images, titles) in enumerate(data.nearest_training(emoji, pixels)):
+    *steps, pairs = data.nearest_training(emoji, pixels)
+    assert steps[0] == (0, source.train_size)
+    for number, (images, titles) in enumerate(pairs):
         assert titles[0] == f"{source.title(70 + number)}: 0.000"
         assert np.array_equal(images[0], pixels[number] if number == 0 else pixels[number][:, ::-1])
 
@@ -293,26 +326,32 @@ def test_a_refusal_becomes_an_escaped_message_and_a_fault_does_not_end_the_page(
     *_, last = events(ZeroDivisionError("x"))
     assert "unexpected ZeroDivisionError" in last["message"]
     assert "ZeroDivisionError" in caplog.text
+    assert list(guarded("message", lambda: iter(()), clear=False)()) == []  # a timer leaves the message as it is
 
 
 def test_only_requests_with_the_token_pass():
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    def status(query: bytes = b"", cookie: bytes = b"", kind: str = "http") -> tuple[int, list[Any]]:
+    def status(query: bytes = b"", cookie: bytes = b"", kind: str = "http", path: str = "/") -> tuple[int, list[Any]]:
         sent: list[Any] = []
 
         async def send(event: Any) -> None:
             sent.append(event)
 
-        scope = {"type": kind, "query_string": query, "headers": [(b"cookie", cookie)]}
+        scope = {"type": kind, "path": path, "query_string": query, "headers": [(b"cookie", cookie)]}
         asyncio.run(TokenGate(app, "secret")(scope, None, send))
         return sent[0]["status"], sent[0]["headers"]
 
-    assert status()[0] == status(b"token=wrong")[0] == status(cookie=b"dit-in-dit=wrong")[0] == 403
+    assert status()[0] == status(b"token=wrong")[0] == status(cookie=b"dit-in-dit=wrong")[0] == 401
     code, headers = status(b"token=secret")
     assert code == 200
-    assert b"HttpOnly" in dict(headers)[b"set-cookie"]
-    assert status(cookie=b"dit-in-dit=secret") == (200, [])
+    assert status(path="/gradio_api/startup-events")[0] == 200  # gradio cannot start without it
+    kept, *attributes = dict(headers)[b"set-cookie"].split(b"; ")
+    assert b"HttpOnly" in attributes
+    assert status(cookie=kept) == status(cookie=b"odd[1]={x; " + kept) == (200, [])
+    assert kept.split(b"=")[0] != TokenGate(app, "other").cookie.encode()  # pages on two ports share cookies
+    with pytest.raises(KeyError):  # a closed websocket has no status
+        status(kind="websocket")
     hosts = {"127.0.0.1": False, "localhost": False, "::1": False, "0.0.0.0": True, "10.1.2.3": True, "box": True}
     assert {host: needs_token(host) for host in hosts} == hosts

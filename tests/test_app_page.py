@@ -67,6 +67,25 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     context.close()
 
 
+def test_a_page_for_other_machines_starts_and_asks_for_its_token(browser, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["app", "--host", "0.0.0.0", "--port", str(port), "--folder", str(tmp_path), "--device", "cpu"]
+    server = subprocess.Popen([sys.executable, "-m", "dit_in_dit", *words], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = [server.stdout.readline() for _ in range(2)][-1]
+        token = re.search(r"\?token=\S+", line)
+        assert token, line
+        page = browser.new_context().new_page()
+        assert page.goto(f"http://127.0.0.1:{port}/").status == 401
+        page.goto(f"http://127.0.0.1:{port}/{token[0]}")
+        page.wait_for_selector("#draw-go", timeout=PATIENCE)
+    finally:
+        server.kill()
+
+
 def images(html: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in URI.findall(html)]
 
@@ -140,6 +159,17 @@ def test_a_design_follows_its_blocks_and_menus(page):
     page.keyboard.press("Tab")
     page.wait_for_selector("#design-message [role=alert]")
     assert "model.patch_size" in page.inner_text("#design-message")
+
+
+def test_each_preset_is_loaded_whole(page):
+    page.get_by_role("tab", name="Design").click()
+    for name in ("dit-s4", "emoji-dit", "dit-xl2"):
+        page.locator("#design-preset input").fill(name)
+        page.get_by_role("option", name=name, exact=True).click()
+        page.wait_for_function(f"document.querySelector('#design-figure').innerHTML.includes('{name}')")
+        page.wait_for_function("document.querySelector('#design-numbers').innerText.includes('kept for')")
+        command = f"dit-in-dit train --preset {name} --out"  # without a changed key
+        assert command in " ".join(page.inner_text("#design-command").split())
 
 
 def test_a_run_is_started_followed_and_stopped(page):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import parse_assignment
 from dit_in_dit.data.encode import open_decoder
 from dit_in_dit.data.run_data import open_source_of
-from dit_in_dit.data.summary import Summary, draw_classes, near_pairs, summarise_source, thumbnails
+from dit_in_dit.data.summary import SURVEYED, Summary, draw_classes, near_pairs, summarise_source, thumbnails
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runtime.device import pick_device
 
 MOST_CLASSES = 24  # most classes in the table
-SEARCHED = 50_000  # most training images that are compared
+SEARCHED = 50_000  # most training images that are compared; SURVEYED of an endless source
+BATCH = 256  # of them between two looks at the Stop button
 
 
 def summary_of(place: str, sets: str) -> Summary:
@@ -32,6 +33,8 @@ def summary_of(place: str, sets: str) -> Summary:
 
 def class_counts(summary: Summary) -> list[tuple[str, int]]:
     """Training images of each class, the largest class first."""
+    if summary.source.train_size is None:
+        return []
     counts = Counter(map(int, summary.source.labels))
     return [(summary.source.classes[number], count) for number, count in counts.most_common(MOST_CLASSES)]
 
@@ -48,24 +51,30 @@ def pairs_of(summary: Summary) -> tuple[Image.Image | None, tuple[int, int], tup
     return picture, pairs.copies, pairs.searched
 
 
-def nearest_training(model: Model, samples: Pixels, most: int = 3) -> list[tuple[Pixels, list[str]]]:
-    """For each sample (N, H, W, C) its `most` nearest training images, and their numbers and distances (rms over
-    pixels of range 2, at 32x32)."""
+def nearest_training(
+    model: Model, samples: Pixels, most: int = 3
+) -> Iterator[tuple[int, int] | list[tuple[Pixels, list[str]]]]:
+    """Numbers of compared and of all searched images, at last for each sample (N, H, W, C) its `most` nearest training
+    images, and their numbers and distances (rms over pixels of range 2, at 32x32)."""
     source = open_source_of(model.folder, model.config)
-    size = min(source.train_size or SEARCHED, SEARCHED)
+    size = min(source.train_size or SURVEYED, SEARCHED)
     decode = _decoder(model.config)
-    base = torch.cat([_small(source, range(start, min(size, start + 256)), decode) for start in range(0, size, 256)])
     queries = thumbnails(samples).flatten(1)
     if model.config.data.flip:
         queries = torch.cat([queries, thumbnails(np.ascontiguousarray(samples[:, :, ::-1])).flatten(1)])
+    best: list[list[tuple[float, int]]] = [[] for _ in samples]
+    for start in range(0, size, BATCH):
+        yield start, size
+        numbers = range(start, min(size, start + BATCH))
+        base = _small(source, numbers, decode)
+        apart = torch.cdist(queries.double(), base.double()).reshape(-1, len(samples), len(base)).amin(0)
+        for own, row in zip(best, (apart / base.shape[1] ** 0.5).tolist(), strict=True):
+            own[:] = sorted([*own, *zip(row, numbers, strict=True)])[:most]
     found = []
-    for number in range(len(samples)):
-        ways = queries[number :: len(samples)]
-        apart = torch.cdist(ways.double(), base.double()).amin(0) / base.shape[1] ** 0.5
-        best = apart.argsort()[:most].tolist()
-        images = decode(torch.from_numpy(np.stack([source.train(each)[0] for each in best])))
-        found.append((to_pixels(images), [f"{source.title(each)}: {apart[each]:.3f}" for each in best]))
-    return found
+    for own in best:
+        images = decode(torch.from_numpy(np.stack([source.train(number)[0] for _, number in own])))
+        found.append((to_pixels(images), [f"{source.title(number)}: {far:.3f}" for far, number in own]))
+    yield found
 
 
 def _small(source: Any, numbers: range, decode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import gradio as gr
 
@@ -11,6 +11,8 @@ from dit_in_dit.app.drawing import ALL, Settings, Way, draw_way
 from dit_in_dit.app.events import QUIET, TURN, StopFlag, Updates, connect_work, guarded
 from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import html_table, note, picture, picture_row, progress
+from dit_in_dit.app.run_menu import run_menu
+from dit_in_dit.reporting.images import Pixels
 
 MOST = 4  # samples
 
@@ -24,14 +26,13 @@ class DataScreen:
             place = gr.Textbox(
                 "emoji", label="Source", info="a folder, .zip, .npz, .tar shards, hf:NAME, emoji, mosaic"
             )
-            sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, apart by spaces")
+            sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, separated by spaces")
             go = gr.Button("Show the data", variant="primary", elem_id="data-go")
         self.message = gr.HTML(elem_id="data-message")
         self.facts = gr.HTML(elem_id="data-facts")
         gr.Markdown("### Samples and the training images nearest to them")
-        names = list(library.runs())
         with gr.Row():
-            model = gr.Dropdown(names, value=names[0], label="Model")
+            model = run_menu(library, "data-model")
             classes = gr.Textbox(ALL, label="Class")
             seed = gr.Number(0, label="Seed", precision=0)
             near = gr.Button("Draw and search", elem_id="data-near")
@@ -70,9 +71,17 @@ class DataScreen:
             if not isinstance(each, Way):
                 yield {self.told: progress(f"drawing, t = {each[0]:.2f}", 1 - each[0])}
                 continue
-            yield {self.told: note("searching ...")}
-            rows, samples = [], each.estimate[-1]
-            for number, (images, titles) in enumerate(data.nearest_training(model, samples)):
-                own = picture_row(f"sample {number}", samples[number : number + 1], each.labels[number : number + 1])
-                rows.append(f'<div class="pair">{own}{picture_row("nearest training images", images, titles)}</div>')
-            yield {self.found: "".join(rows), self.told: ""}
+            for news in data.nearest_training(model, each.estimate[-1]):
+                if isinstance(news, tuple):
+                    yield {self.told: progress("searching: {} of {} training images".format(*news), news[0] / news[1])}
+                else:
+                    yield {self.found: _pairs(each, news), self.told: ""}
+
+
+def _pairs(way: Way, found: Sequence[tuple[Pixels, list[str]]]) -> str:
+    """HTML of samples, each beside its nearest training images."""
+    rows = []
+    for number, (images, titles) in enumerate(found):
+        own = picture_row(f"sample {number}", way.estimate[-1][number : number + 1], way.labels[number : number + 1])
+        rows.append(f'<div class="pair">{own}{picture_row("nearest training images", images, titles)}</div>')
+    return "".join(rows)

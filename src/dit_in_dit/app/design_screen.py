@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from dit_in_dit.config.run import RunConfig
 from dit_in_dit.inspection.diagram import draw_model
 
 Blocks = Sequence[Sequence[Any]]  # level and number of blocks of each stage
+Plan = tuple[str, Blocks, dict[str, Any]]  # the preset at the start, the stages, and each field's value by key
+EDIT: dict[str, Any] = {**QUIET, "concurrency_id": "design", "concurrency_limit": 1}  # changes of a plan, in order
 FIRST = "emoji"
 
 
@@ -26,47 +28,45 @@ class DesignScreen:
 
     def __init__(self, library: Library) -> None:
         start = presets.get(FIRST)
-        self.stages = gr.State(_stages(start))
+        self.plan = gr.State(_plan(FIRST))  # the browser may report old values of fields that `load` sets
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 names = list(presets.NAMES)
                 self.preset = gr.Dropdown(names, value=FIRST, label="Start from the preset", elem_id="design-preset")
                 gr.Markdown("**Stages**, in the order of execution")
-                _add_stage_rows(self.stages)
+                _add_stage_rows(self.plan)
                 with gr.Row():
                     for level in ("outer", "inner"):
                         add = gr.Button(f"Add {level} blocks", size="sm", elem_id=f"design-add-{level}")
-                        add.click(partial(_added, level), self.stages, self.stages, **QUIET)
+                        add.click(_on_blocks(_added, level), self.plan, self.plan, **EDIT)
                 self.fields = _add_fields(start)
             with gr.Column(scale=2, min_width=320):
                 self.message = gr.HTML(elem_id="design-message")
                 self.figure = gr.HTML(elem_id="design-figure")
                 self.numbers = gr.HTML(elem_id="design-numbers")
-                self.command = gr.Code(label="Train it", language="shell", elem_id="design-command")
+                self.command = gr.Code(label="Train it", language="shell", wrap_lines=True, elem_id="design-command")
                 with gr.Accordion("The whole config as YAML", open=False):
                     self.yaml = gr.Code(language="yaml", show_label=False)
         self._connect()
 
     def _connect(self) -> None:
-        components = [self.stages, *self.fields.values()]
-        inputs = [self.preset, *components]
         outputs = [self.figure, self.numbers, self.command, self.yaml, self.message]
         load, show = guarded(self.message, self.load), guarded(self.message, self.show)
-        self.preset.change(load, self.preset, [*components, self.message], **QUIET)
-        changes = [each.change for each in components]
-        gr.on(changes, show, inputs, outputs, concurrency_limit=2, trigger_mode="always_last", **QUIET)
-        gr.on(None, show, inputs, outputs, **QUIET)  # when the page opens
+        self.preset.change(load, self.preset, [self.plan, *self.fields.values(), self.message], **EDIT)
+        for field, component in self.fields.items():
+            component.input(partial(_edited, field.key), [self.plan, component], self.plan, **EDIT)
+        self.plan.change(show, self.plan, outputs, concurrency_limit=2, trigger_mode="always_last", **QUIET)
+        gr.on(None, show, self.plan, outputs, **QUIET)  # when the page opens
 
     def load(self, name: str) -> Iterator[Updates]:
         """Set all fields to a preset."""
-        config = presets.get(name)
-        values = {component: design.field_value(config, field) for field, component in self.fields.items()}
-        yield {self.stages: _stages(config), **values}
+        plan = _plan(name)
+        yield {self.plan: plan, **{component: plan[2][field.key] for field, component in self.fields.items()}}
 
-    def show(self, name: str, blocks: Blocks, *values: Any) -> Iterator[Updates]:
+    def show(self, plan: Plan) -> Iterator[Updates]:
         """Show the figure, the command and the costs; then the costs that take longer."""
-        given = {field.key: value for field, value in zip(self.fields, values, strict=True)}
-        config = design.designed(name, [(level, count) for level, count in blocks], given)
+        name, blocks, values = plan
+        config = design.designed(name, [(level, count) for level, count in blocks], values)
         rows = design.cost_rows(config)
         notes = "".join(map(note, design.without_effect(name, config)))
         yield {
@@ -80,8 +80,14 @@ class DesignScreen:
             yield {self.numbers: html_table(("", ""), rows) + notes}
 
 
-def _stages(config: RunConfig) -> Blocks:
-    return [list(run) for run in config.model.program]
+def _plan(name: str) -> Plan:
+    config = presets.get(name)
+    values = {field.key: design.field_value(config, field) for field in design.fields()}
+    return name, [list(run) for run in config.model.program], values
+
+
+def _edited(key: str, plan: Plan, value: Any) -> Plan:
+    return *plan[:2], {**plan[2], key: value}
 
 
 def _add_fields(config: RunConfig) -> dict[design.Field, Any]:
@@ -107,30 +113,35 @@ def _component(field: design.Field, value: Any) -> Any:
     return gr.Number(value, precision=0 if whole else None, step=1 if whole else 0.1, **text)
 
 
-def _add_stage_rows(stages: Any) -> None:
+def _add_stage_rows(plan: Any) -> None:
     """Add a row for each stage: its level, its number of blocks, and buttons that move or remove it."""
 
-    @gr.render(inputs=stages, show_progress="hidden")  # type: ignore[untyped-decorator]
-    def rows(blocks: Blocks) -> None:
+    @gr.render(inputs=plan, show_progress="hidden")  # type: ignore[untyped-decorator]
+    def rows(shown: Plan) -> None:
         plain: dict[str, Any] = {"show_label": False, "container": False}
-        for place, (level, count) in enumerate(blocks):
+        for place, (level, count) in enumerate(shown[1]):
             with gr.Row(equal_height=True):
                 menu = gr.Dropdown(["outer", "inner"], value=level, min_width=90, **plain)
                 number = gr.Number(count, precision=0, minimum=1, maximum=MOST_BLOCKS, min_width=70, **plain)
-                menu.input(partial(_changed, place, 0), [stages, menu], stages, **QUIET)
-                number.change(partial(_changed, place, 1), [stages, number], stages, **QUIET)
+                menu.input(_on_blocks(_changed, place, 0), [plan, menu], plan, **EDIT)
+                number.input(_on_blocks(_changed, place, 1), [plan, number], plan, **EDIT)
                 for sign, action in (("↑", _moved_up), ("↓", _moved_down), ("✕", _removed)):
                     button = gr.Button(sign, size="sm", min_width=32, scale=0)
-                    button.click(partial(action, place), stages, stages, **QUIET)
+                    button.click(_on_blocks(action, place), plan, plan, **EDIT)
+
+
+def _on_blocks(change: Callable[..., Blocks], *where: Any) -> Callable[..., Plan]:
+    """The change of stages as one of the plan."""
+    return lambda plan, *value: (plan[0], change(*where, plan[1], *value), plan[2])
 
 
 def _added(level: str, blocks: Blocks) -> Blocks:
     return [*blocks, [level, 1]]
 
 
-def _changed(place: int, part: int, blocks: Blocks, value: Any) -> Any:
+def _changed(place: int, part: int, blocks: Blocks, value: Any) -> Blocks:
     if not value or place >= len(blocks) or value == blocks[place][part]:  # empty while it is typed
-        return gr.skip()
+        return blocks
     changed = [list(each) for each in blocks]
     changed[place][part] = value
     return changed

@@ -11,6 +11,7 @@ from dit_in_dit.app.drawing import ALL, DrawnWays, Settings, Way, difference, dr
 from dit_in_dit.app.events import QUIET, StopFlag, Updates, connect_work, guarded
 from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import note, picture_row, progress
+from dit_in_dit.app.run_menu import run_menu
 from dit_in_dit.config.choices import choice_names
 from dit_in_dit.config.samplers import SAMPLERS
 from dit_in_dit.inspection.hooks import can_run_without_inner
@@ -38,9 +39,8 @@ class DrawScreen:
         self._connect()
 
     def _add_fields(self) -> None:
-        names = list(self.library.runs())
-        first = _facts(self.library, names[0])
-        self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="draw-model")
+        self.model = run_menu(self.library, "draw-model")
+        first = _facts(self.library, self.model.value)
         others = [NOBODY, *first["beside"]]
         self.beside = gr.Dropdown(others, value=first["plain"], label="Beside it, from the same noise")
         self.classes = gr.Dropdown([ALL, *first["classes"]], value=ALL, label="Class")
@@ -141,5 +141,5 @@ def show(drawing: DrawnWays, moment: int, kind: str) -> str:
     if not drawing.ways[-1].inner:
         for title, fine in (("difference: inner path on minus off", False), ("its finest level", True)):
             apart, factor = difference(shown[0], shown[-1], fine=fine)
-            rows.append(picture_row(title, apart, note=f"times {factor:.1f}"))
+            rows.append(picture_row(title, apart, note=f"contrast times {factor:.1f}"))
     return "".join(rows)

@@ -117,7 +117,7 @@ def draw_way(model: Model, settings: Settings, *, inner: bool = True) -> Iterato
         estimates.append(estimate[:num].cpu())
         yield t, to_pixels(estimates[-1])
     last = decode.numbered(range(num), after[:num].cpu(), config.sample.micro_batch) if decode else after[:num].cpu()
-    kept = _kept(len(times), noisy[0])
+    kept = _kept(len(times), last)
     labels = [class_of(i, settings.labels(model) or range(config.model.num_classes or 1)) for i in range(num)]
     samples = to_pixels(last)
     yield Way(

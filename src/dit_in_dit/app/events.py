@@ -16,14 +16,21 @@ QUIET: dict[str, Any] = {"show_progress": "hidden"}
 Updates = dict[Any, Any]
 
 
-def guarded(message: Any, handler: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
+def guarded(
+    message: Any, handler: Callable[..., Iterator[Updates]], *, clear: bool = True
+) -> Callable[..., Iterator[Updates]]:
     """The handler, a generator of updates by component. A UserError becomes the text of the component `message`; so
-    does any other error, which is logged too: the page stays alive."""
+    does any other error, which is logged too: the page stays alive.
+
+    Args:
+        clear: false: an earlier message stays. For events that no user started.
+    """
 
     @wraps(handler)
     def safe(*values: Any) -> Iterator[Updates]:
         try:
-            yield {message: ""}
+            if clear:
+                yield {message: ""}
             yield from handler(*values)
         except UserError as error:
             yield {message: refusal(one_line(hide_passwords(str(error))))}
@@ -53,7 +60,8 @@ def stoppable(message: Any, handler: Callable[..., Iterator[Updates]]) -> Callab
                 return
             yield updates
 
-    return guarded(message, wraps(handler)(ended))
+    ended.__name__ = handler.__name__  # of the API; with `wraps`, gradio would count the handler's parameters
+    return guarded(message, ended)
 
 
 def connect_work(

@@ -11,6 +11,7 @@ from dit_in_dit.app.events import QUIET, StopFlag, Updates, connect_work, guarde
 from dit_in_dit.app.inside import drawn_view, held_out_view, inside_page, own_view
 from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import note, page_frame, progress
+from dit_in_dit.app.run_menu import run_menu
 from dit_in_dit.config.errors import UserError
 
 HELD_OUT, OWN, DRAWN = "held-out image", "my own picture", "drawn by the model"
@@ -22,11 +23,10 @@ class InsideScreen:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        names = list(library.runs())
         with gr.Row():
-            model = gr.Dropdown(names, value=names[0], label="Model")
+            model = run_menu(library, "inside-model")
             kind = gr.Radio([HELD_OUT, OWN, DRAWN], value=HELD_OUT, label="Image", elem_id="inside-kind")
-            self.classes = gr.Dropdown([ANY, *self._labels(names[0])], value=ANY, label="Class")
+            self.classes = gr.Dropdown([ANY, *self._labels(model.value)], value=ANY, label="Class")
             number = gr.Number(0, label="Number of the held-out image, or seed", precision=0)
         own = gr.Image(label=OWN, type="numpy", sources=["upload", "clipboard"], visible=False, height=240)
         with gr.Row():

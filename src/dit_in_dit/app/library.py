@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
 from dit_in_dit.api.model import Model, load
 from dit_in_dit.config.errors import UserError, did_you_mean, truncate
+from dit_in_dit.config.run import RunConfig
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.runs.pretrained import pretrained_models
 from dit_in_dit.runs.retention import checkpoint_folders
@@ -22,6 +24,7 @@ class Library:
     Args:
         runs: folders of runs, first in the list.
         folder: its subfolders with a checkpoint are runs too. It may be missing, and may grow while the page is open.
+            A run whose config cannot be read is left out: the screen Runs says why.
         device: of the loaded models, as for `load`.
     """
 
@@ -33,10 +36,10 @@ class Library:
 
     def runs(self) -> dict[str, Path]:
         """Folders of the runs that have a checkpoint, by name; of the shipped ones, nested models first."""
-        shipped = sorted(pretrained_models().values(), key=lambda run: not read_config(run).model.blocks("inner"))
+        shipped = sorted(pretrained_models().values(), key=lambda run: not _config(run).model.blocks("inner"))
         below = sorted(path.parent for path in self.folder.glob("*/config.yaml"))
         runs: dict[str, Path] = {}
-        for run in [*self._given, *shipped, *below]:
+        for run in [*self._given, *shipped, *filter(_readable, below)]:
             if run.resolve() not in {known.resolve() for known in runs.values()} and checkpoint_folders(run):
                 name = run.resolve().name
                 runs[name if name not in runs else str(run)] = run
@@ -61,11 +64,28 @@ class Library:
         runs = self.runs()
         if name not in runs:
             return []
-        wanted = read_config(runs[name])
+        wanted = _config(runs[name])
         alike = []
         for other, folder in runs.items():
-            config = read_config(folder)
+            config = _config(folder)
             same = config.model.image_shape == wanted.model.image_shape and config.data.source == wanted.data.source
             if other != name and same and config.model.num_classes == wanted.model.num_classes:
                 alike.append((bool(config.model.blocks("inner")), other))
         return [other for _, other in sorted(alike, key=lambda each: each[0])]
+
+
+def _config(run: Path) -> RunConfig:
+    return _read(run, (run / "config.yaml").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _read(run: Path, changed: int) -> RunConfig:
+    """The config of a run, whose file changed at `changed`: every event asks for all of them."""
+    return read_config(run)
+
+
+def _readable(run: Path) -> bool:
+    try:
+        return bool(_config(run))
+    except (UserError, OSError):
+        return False

@@ -38,7 +38,7 @@ def picture_row(title: str, pixels: Pixels, labels: Sequence[str] = (), note: st
 
 def html_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table of texts and numbers."""
-    top = "".join(f"<th>{escape(head)}</th>" for head in heads)
+    top = "".join(f"<th>{escape(head)}</th>" for head in heads) if any(heads) else ""
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -75,7 +75,10 @@ CSS = """
 .pair { display: flex; flex-wrap: wrap; gap: 0 24px }
 .note { opacity: 0.8 } .scroll { overflow-x: auto } .wide { max-width: 100%; background: white; border-radius: 3px }
 progress { display: block; width: 100%; margin-top: 4px }
-.scroll td, .scroll th { padding: 2px 10px 2px 0; text-align: left; white-space: nowrap }
-#design-figure svg { max-width: 100%; height: auto }
+.scroll table { border-collapse: collapse; border: 0 !important }
+.scroll td, .scroll th { padding: 3px 12px 3px 0 !important; text-align: left; vertical-align: top;
+  border: solid rgba(128, 128, 128, 0.3) !important; border-width: 0 0 1px !important; min-width: 4em }
+.scroll td:nth-child(2) { overflow-wrap: anywhere }
+#design-figure { overflow-x: auto } #design-figure svg { max-width: 100%; min-width: 600px; height: auto }
 footer { display: none !important }
 """

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from dit_in_dit.config import presets
-from dit_in_dit.config.errors import UserError, truncate
+from dit_in_dit.config.errors import UserError, one_line, truncate
 from dit_in_dit.config.files import override
 from dit_in_dit.curves.arms import arms, notes
 from dit_in_dit.curves.convergence import check_comparable, logged_times
@@ -31,27 +32,42 @@ class RunState:
     step: int
     steps: int
     running: bool
+    fault: str = ""
 
     @property
     def text(self) -> str:
-        """running, done or stopped."""
+        """running, done, stopped, or why its files cannot be read."""
+        if self.fault:
+            return f"cannot be read: {self.fault}"
         return "running" if self.running else "done" if self.step >= self.steps else "stopped"
 
 
 def training_runs(folder: Path) -> dict[str, RunState]:
     """The runs below a folder that have a log, or are being trained, by name."""
-    found = {}
-    for path in sorted(folder.glob("*/config.yaml")):
-        run = path.parent
-        if (run / "log.jsonl").exists() or is_locked(run / "lock"):
-            curve = read_run(run)
-            step = int(last_step(curve)) if len(curve.step) else 0
-            found[run.name] = RunState(run, step, curve.config.train.steps, is_locked(run / "lock"))
-    return found
+    states = {}
+    for config in sorted(folder.glob("*/config.yaml")):
+        run, log = config.parent, config.with_name("log.jsonl")
+        running = is_locked(run / "lock")
+        if log.exists() or running:
+            files = tuple((each.stat().st_mtime_ns, each.stat().st_size) for each in (config, log) if each.exists())
+            states[run.name] = replace(_logged(run, files), running=running)
+    return states
+
+
+@lru_cache(maxsize=1024)
+def _logged(run: Path, files: tuple[tuple[int, int], ...]) -> RunState:
+    """State of a run by its files, whose times and sizes are `files`: pages ask every few seconds."""
+    try:
+        curve = read_run(run)
+    except UserError as error:
+        return RunState(run, 0, 0, False, one_line(str(error)))
+    return RunState(run, int(last_step(curve)) if len(curve.step) else 0, curve.config.train.steps, False)
 
 
 def curve_figures(states: Sequence[RunState]) -> tuple[list[tuple[str, bytes]], list[str]]:
     """Figures (title, PNG) of the runs as arms with bands, and remarks. Raises UserError if they cannot be compared."""
+    if not states:
+        raise UserError("choose the runs whose curves to draw")
     curves: list[Curve] = [read_run(state.run) for state in states]
     compared = arms(curves)
     pages = [("training loss", draw_loss(compared))]
@@ -78,7 +94,10 @@ class Trainings:
         run = self._folder(name)
         if run.exists():
             raise UserError(f"{run} exists: choose another name, or resume it")
-        words = shlex.split(sets)
+        try:
+            words = shlex.split(sets)
+        except ValueError as error:
+            raise UserError(f"config keys: {error} in {truncate(sets)!r}") from None
         override(presets.get(preset), words)  # refused here, not in the process
         assignments = [word for each in words for word in ("--set", each)]
         self._begin(run, ["train", "--preset", preset, *assignments, "--out", str(run)])
@@ -89,8 +108,6 @@ class Trainings:
         run = self._folder(name)
         if not (run / "config.yaml").is_file():
             raise UserError(f"no run at {run}")
-        if is_locked(run / "lock"):
-            raise UserError(f"{run} is being trained")
         self._begin(run, ["train", "--resume", "--out", str(run)])
 
     def stop(self, name: str) -> None:
@@ -107,11 +124,14 @@ class Trainings:
         return "\n".join(text.replace("\r", "\n").splitlines()[-LINES:])
 
     def _folder(self, name: str) -> Path:
-        if not name or Path(name).name != name or name.startswith("."):
+        if not name.isprintable() or Path(name).name != name or name.startswith(".") or not name:
             raise UserError(f"a run's name must be a folder's name without a path: got {truncate(name)!r}")
         return self.folder / name
 
     def _begin(self, run: Path, words: list[str]) -> None:
+        process = self._processes.get(run)
+        if is_locked(run / "lock") or (process and process.poll() is None):  # it takes its lock after some seconds
+            raise UserError(f"{run} is being trained")
         run.parent.mkdir(parents=True, exist_ok=True)
         with _output(run).open("ab") as output:
             command = [sys.executable, "-m", "dit_in_dit", *words]

@@ -24,11 +24,12 @@ class RunsScreen:
     def __init__(self, library: Library) -> None:
         self.library, self.folder = library, library.folder
         self.trainings = Trainings(library.folder)
-        names = list(training_runs(self.folder))
+        names = self._names()
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 self._add_fields(names)
             with gr.Column(scale=3, min_width=320):
+                self.message = gr.HTML(elem_id="runs-message")
                 self.curves = gr.HTML(note(f"Runs are folders in {self.folder}."), elem_id="runs-figures")
                 self.grid_step = gr.Slider(0, 1, step=1, label="Grid of samples through time", visible=False)
                 self.grid = gr.HTML(elem_id="runs-grid")
@@ -47,18 +48,18 @@ class RunsScreen:
             )
         with gr.Accordion("Start a run", open=not names):
             self.preset = gr.Dropdown(list(presets.NAMES), value="emoji", label="Preset")
-            self.sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, apart by spaces", elem_id="runs-sets")
+            self.sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, separated by spaces", elem_id="runs-sets")
             self.name = gr.Textbox("", label="Name", info=f"a folder in {self.folder}", elem_id="runs-name")
             self.start = gr.Button("Start", variant="primary", elem_id="runs-start")
-        self.message = gr.HTML(elem_id="runs-message")
 
     def _connect(self) -> None:
         def on(trigger: Any, handler: Any, inputs: Any, outputs: list[Any], **more: Any) -> Any:
             return trigger(guarded(self.message, handler), inputs, [*outputs, self.message], **QUIET, **more)
 
         states = [self.table, self.output]
-        on(gr.Timer(SECONDS).tick, self.look, self.run, states)
-        gr.on(None, guarded(self.message, self.look), self.run, [*states, self.message], **QUIET)
+        look = guarded(self.message, self.look, clear=False)
+        for triggers in (gr.Timer(SECONDS).tick, None):  # None: when the page opens
+            gr.on(triggers, look, self.run, [*states, self.message], **QUIET)
         on(self.draw.click, self.compare, self.shown, [self.curves], **TURN)
         on(self.run.focus, self.refresh, [self.shown, self.run], [self.shown, self.run])
         on(self.run.change, self.choose, self.run, [self.grid_step, self.grid])
@@ -67,6 +68,9 @@ class RunsScreen:
         on(self.stop.click, self.end, self.run, [])
         on(self.resume.click, self.go_on, self.run, [])
         on(self.doctor.click, self.examine_run, self.run, [self.findings], **TURN)
+
+    def _names(self) -> list[str]:
+        return [name for name, state in training_runs(self.folder).items() if not state.fault]
 
     def look(self, one: str | None) -> Iterator[Updates]:
         """Show where the runs are."""
@@ -77,7 +81,7 @@ class RunsScreen:
 
     def refresh(self, kept: list[str], one: str | None) -> Iterator[Updates]:
         """List the runs anew."""
-        known = list(training_runs(self.folder))
+        known = self._names()
         chosen = one if one in known else known[0] if known else None
         yield {
             self.shown: gr.CheckboxGroup(known, value=[each for each in kept if each in known] or known),

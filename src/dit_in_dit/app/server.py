@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -22,8 +23,9 @@ from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import CSS
 from dit_in_dit.app.runs_screen import RunsScreen
 from dit_in_dit.app.token_gate import TokenGate, needs_token
-from dit_in_dit.config.errors import LeftOutWarning, UserError
+from dit_in_dit.config.errors import LeftOutWarning, UserError, check_whole, one_line
 
+HOUR = 3600  # age at which uploaded pictures are deleted
 SCREENS: dict[str, Callable[[Library], object]] = {
     "Draw": DrawScreen,
     "Inside": InsideScreen,
@@ -35,7 +37,7 @@ SCREENS: dict[str, Callable[[Library], object]] = {
 
 def build(library: Library) -> gr.Blocks:
     """The page with all screens."""
-    with gr.Blocks(title="DiT-in-DiT", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="DiT-in-DiT", analytics_enabled=False, fill_width=True, delete_cache=(HOUR, HOUR)) as page:
         gr.Markdown("# DiT-in-DiT")
         with gr.Tabs():
             for name, screen in SCREENS.items():
@@ -56,13 +58,13 @@ def serve(library: Library, host: str = "127.0.0.1", port: int | None = None) ->
         UserError: the address cannot be used.
     """
     warnings.filterwarnings("ignore", category=LeftOutWarning)  # the screen Design shows them beside its fields
+    _check_address(host, port)
     token = secrets.token_urlsafe(24) if needs_token(host) else ""
-    gate = {"middleware": [_middleware(token)]} if token else {}
     page = build(library).queue(max_size=64)
     Thread(target=lambda: import_module("diffusers"), daemon=True).start()  # 2 s that the first drawing need not wait
     try:
         _, address, _ = page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
@@ -72,16 +74,35 @@ def serve(library: Library, host: str = "127.0.0.1", port: int | None = None) ->
             footer_links=[],
             max_file_size="20mb",
             state_session_capacity=100,
-            app_kwargs=gate,
+            app_kwargs={"middleware": [_middleware(host, token)]},
             enable_monitoring=False,
             ssr_mode=False,
         )
-    except OSError as error:
-        raise UserError(f"--host {host}, --port {port}: {error}") from None
+    except Exception as error:  # gradio has no class of its own for a page that it cannot reach itself
+        if not isinstance(error, OSError) and "localhost" not in str(error):
+            raise
+        way_out = "behind a proxy, set no_proxy=localhost,127.0.0.1"
+        raise UserError(f"the page cannot be served at --host {host}: {one_line(str(error))}; {way_out}") from None
     return page, address + (f"?token={token}" if token else "")
 
 
-def _middleware(token: str) -> Any:
-    from starlette.middleware import Middleware
+def _check_address(host: str, port: int | None) -> None:
+    """Refuse what gradio would meet in a thread that never ends."""
+    if port is not None:
+        check_whole(port, "--port", 1, 65535)
+    try:
+        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port or 0), family=family).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot listen at --host {host}{f', --port {port}' if port else ''}: {error}") from None
 
-    return Middleware(TokenGate, token=token)
+
+def _middleware(host: str, token: str) -> Any:
+    """The token's gate; without a token, only names of this machine are served, so that a page of another site whose
+    name leads to 127.0.0.1 (DNS rebinding) cannot use this one."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if token:
+        return Middleware(TokenGate, token=token)
+    return Middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost", "127.0.0.1", "::1", "[::1]"])

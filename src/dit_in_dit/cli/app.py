@@ -35,9 +35,14 @@ def _app(options: argparse.Namespace) -> None:
     from dit_in_dit.app.library import Library
     from dit_in_dit.app.server import serve
     from dit_in_dit.runs.folder import read_config
+    from dit_in_dit.runs.retention import checkpoint_folders
 
     for run in options.runs:
         read_config(run)  # a name that is no run is refused here
+        if not checkpoint_folders(run):
+            raise UserError(f"{run} has no checkpoint yet: leave it out; if it is in --folder, it is listed later")
+    if options.folder.exists() and not options.folder.is_dir():
+        raise UserError(f"--folder {options.folder} is a file: name the folder that holds the runs")
     print("starting ...", flush=True)
     page, address = serve(Library(options.runs, options.folder, options.device), options.host, options.port)
     print(f"the page is at {address}\nCtrl-C stops it", flush=True)

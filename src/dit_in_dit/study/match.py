@@ -73,7 +73,9 @@ def forward_macs(model: ModelConfig) -> int:
 
 def count_parameters(model: ModelConfig) -> int:
     """Trainable parameters, computed from a model of few blocks, because all blocks of a level have the same size."""
-    few = replace(model, stages=format_stages(tuple((level, 1) for level, _ in model.program)), depth=None)
+    least = {"outer": 1 + max(model.tokens.start, model.internal_head), "inner": 1}  # blocks that other keys name
+    program = tuple((level, min(number, least[level])) for level, number in model.program)
+    few = replace(model, stages=format_stages(program), depth=None)
     total, each = _parameters_of_few(few)
     return total + sum((model.blocks(level) - few.blocks(level)) * number for level, number in each.items())
 

@@ -176,13 +176,20 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     first, second = (text for page in pages for language, text in blocks(page) if language == "python")
     names: dict[str, object] = {}
     exec(first, names)
-    trained, given = names["images"], names["model"]
-    assert trained.shape == (16, 3, 32, 32)
-    drawn = dit_in_dit.sample(given.eval(), names["config"], num=16)
-    assert not drawn.allclose(trained)  # the images are the trained model's, not those of the one that was built
+    assert names["images"].equal(dit_in_dit.sample(names["model"], names["config"], num=16))
+    assert names["images"].shape == (16, 3, 32, 32)
     main(["export", "runs/mine", "--format", "pipeline", "--out", "folder"])
     exec(second, names)
     assert [image.size for image in names["images"]] == [(32, 32)] * 2
+
+
+def test_the_python_of_the_readme_needs_no_other_import():
+    """Names are imported on first use: a name that another test imported would be found in this process."""
+    text = next(text for language, text in blocks(ROOT / "README.md") if language == "python")
+    lines = [line for line in text.splitlines() if line and not line.startswith((" ", "for", "model"))]
+    program = "\n".join([*lines, "dit_in_dit.train, dit_in_dit.sample, dit_in_dit.load"])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_all_remaining_code_blocks_hold_a_study_or_commands(tmp_path):

@@ -27,11 +27,18 @@ from dit_in_dit.config.program import format_stages
 from dit_in_dit.config.run import RunConfig
 from dit_in_dit.config.schema import PluginKeys, Section
 from dit_in_dit.inspection import cost
+from dit_in_dit.runs.folder import read_config
+from dit_in_dit.runs.pretrained import pretrained_models
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = r"^<!-- generated: ([\w -]+) -->$"
 ERRORS = ("UserError", "SaveError", "BusyError")
-FIGURES = ("emoji", "emoji-reference", "pixeldit-xl16")  # presets that pages show
+FIGURES = (
+    "emoji",
+    "emoji-reference",
+    "pixeldit-xl16",
+    "emoji-run",
+)  # presets that pages show; NAME-run: a model in the package
 API = ROOT / "docs" / "reference" / "python.md"
 
 
@@ -40,9 +47,11 @@ def fill(markdown: str) -> str:
     return re.sub(MARKER, lambda found: GENERATED[found[1]](), markdown, flags=re.MULTILINE)
 
 
-def figure(preset: str, theme: str) -> str:
-    """The figure of a preset's model, as SVG text."""
-    return dit_in_dit.draw(presets.get(preset), theme=theme, title=preset).svg
+def figure(name: str, theme: str) -> str:
+    """The figure of a preset's model, or of the model NAME in the package for NAME-run, as SVG text."""
+    run = pretrained_models().get(name.removesuffix("-run")) if name.endswith("-run") else None
+    config = read_config(run) if run else presets.get(name)
+    return dit_in_dit.draw(config, theme=theme, title=name.removesuffix("-run")).svg
 
 
 def figure_link(preset: str) -> str:

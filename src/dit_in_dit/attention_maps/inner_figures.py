@@ -35,7 +35,8 @@ def draw_aggregation(maps: Maps) -> Figure:
     title = f"{name} ({model.inner.aggregate}): what each sub-patch weighs; over images: mean over heads"
     fig, axes = panels.grid(len(heads) + len(images), len(columns) + 1, title, model=model)
     positions, values = weights.position[columns][:, heads], weights.maps[images][:, columns]
-    limits = {"vmin": positions.min(), "vmax": positions.max()}
+    spread = max(float(positions.max() - positions.min()), 1e-3 / model.sub_patches)  # rounding shows no colours
+    limits = {"vmin": positions.min(), "vmax": positions.min() + spread}
     for j, head in enumerate(heads):
         text = f"head {head},\nmean over\npatches"
         axes[j, 0].text(0.5, 0.5, text, ha="center", va="center", transform=axes[j, 0].transAxes)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from dit_in_dit.curves.plots import draw_held_out, draw_loss
 from dit_in_dit.reporting.plots import figure_png
 from dit_in_dit.runs.lock import is_locked
 
+ENDING = 20  # seconds that a stopped process may take to end after its last checkpoint
 LINES = 12  # of it that are shown
 
 
@@ -88,6 +90,7 @@ class Trainings:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._processes: dict[Path, subprocess.Popen[bytes]] = {}
+        self._stopped: set[int] = set()  # process numbers
 
     def start(self, name: str, preset: str, sets: str) -> Path:
         """Train a new run. Raises UserError for a wrong name or config, or if the run exists."""
@@ -116,6 +119,7 @@ class Trainings:
         if process is None or process.poll() is not None:
             raise UserError(f"this page does not train {truncate(name)}: stop it where it was started")
         process.send_signal(signal.SIGINT)
+        self._stopped.add(process.pid)
 
     def output(self, name: str) -> str:
         """The last lines that the run's process printed."""
@@ -130,6 +134,9 @@ class Trainings:
 
     def _begin(self, run: Path, words: list[str]) -> None:
         process = self._processes.get(run)
+        if process and process.pid in self._stopped and not is_locked(run / "lock"):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING)
         if is_locked(run / "lock") or (process and process.poll() is None):  # it takes its lock after some seconds
             raise UserError(f"{run} is being trained")
         run.parent.mkdir(parents=True, exist_ok=True)

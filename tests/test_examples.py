@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from functools import partialmethod
@@ -16,11 +17,10 @@ import dit_in_dit as dd
 from dit_in_dit.cli import parser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECORD = f"""#!{sys.executable}
-import json, os, sys
-with open(os.environ["RECORDED"], "a") as file:
-    file.write(json.dumps(sys.argv) + "\\n")
-"""
+PROGRAM = 'import json, os, sys; print(json.dumps(sys.argv[1:]), file=open(os.environ["RECORDED"], "a"))'
+RECORD = f"""#!/bin/sh
+exec {shlex.quote(sys.executable)} -c {shlex.quote(PROGRAM)} "$0" "$@"
+"""  # the shell, as the interpreter's path may have a space
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _refuse("" if error.quiet else str(error), error.code)
     except KeyboardInterrupt:
-        print("dit-in-dit: stopped; --resume continues a run, the same command a study, from its last checkpoint", file=sys.stderr)
+        print(
+            "dit-in-dit: stopped; --resume continues a run, the same command a study, from its last checkpoint",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:  # `dit-in-dit config ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

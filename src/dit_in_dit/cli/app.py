@@ -36,7 +36,9 @@ def _app(options: argparse.Namespace) -> None:
     from dit_in_dit.app.server import serve
     from dit_in_dit.runs.folder import read_config
     from dit_in_dit.runs.retention import checkpoint_folders
+    from dit_in_dit.runtime.device import pick_device
 
+    pick_device(options.device)  # a device that is not there is refused here
     for run in options.runs:
         read_config(run)  # a name that is no run is refused here
         if not checkpoint_folders(run):

@@ -26,6 +26,7 @@ from dit_in_dit.config.files import override, replace_keys
 from dit_in_dit.data.run_data import open_source_of
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.reporting.images import to_floats, to_pixels
+from dit_in_dit.runs.pretrained import pretrained_models
 from dit_in_dit.study.match import forward_macs
 
 
@@ -106,7 +107,7 @@ def test_the_library_lists_given_runs_first_then_nested_shipped_models(tmp_path)
     library = Library(folder=tmp_path / "runs")
     names = list(library.runs())
     assert names.index("emoji") < names.index("emoji-dit")
-    given = Library([Path("models/emoji-dit")], tmp_path)
+    given = Library([pretrained_models()["emoji-dit"]], tmp_path)
     assert next(iter(given.runs())) == "emoji-dit"
     assert len(given.runs()) == len(names)
     assert library.beside("emoji")[0] == "emoji-dit"
@@ -275,6 +276,17 @@ def test_a_run_is_started_stopped_resumed_and_drawn(tmp_path):
     assert [title for title, png in figures if png.startswith(b"\x89PNG")] == ["training loss"]
     with pytest.raises(UserError, match="this page does not train"):
         runs.Trainings(tmp_path).stop("one")
+
+
+def test_a_users_plug_in_reaches_the_shown_command_and_the_started_process(tmp_path, monkeypatch):
+    plug_in, started = Path(__file__).parent / "plugin" / "my_idea.py", []
+    for module in (runs, design):
+        monkeypatch.setattr(module, "plugin_arguments", lambda: ["--plugin", str(plug_in)])
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda command, **how: started.append(command))
+    runs.Trainings(tmp_path).start("one", "small", "train.steps=3")
+    shown = shlex.split(design.command("emoji", presets.get("emoji")))
+    for words in (started[0], shown):
+        assert words[words.index("--plugin") + 1] == str(plug_in)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "..", "a\0", "a\nb"])

@@ -12,6 +12,7 @@ from dit_in_dit.config.choices import KEYS, choice_names
 from dit_in_dit.config.errors import UserError, truncate
 from dit_in_dit.config.files import changed_keys, replace_keys, to_yaml
 from dit_in_dit.config.model import ModelConfig
+from dit_in_dit.config.plugins import plugin_arguments
 from dit_in_dit.config.program import Program, format_stages
 from dit_in_dit.config.rules import unused_choices
 from dit_in_dit.config.run import RunConfig
@@ -160,7 +161,7 @@ def command(preset: str, config: RunConfig, out: str = "runs/mine") -> str:
     """The command that trains the model."""
     changed = changed_keys(presets.get(preset), config)
     words = [word for key, (_, value) in changed.items() for word in ("--set", f"{key}={_text(value)}")]
-    return shlex.join(["dit-in-dit", "train", "--preset", preset, *words, "--out", out])
+    return shlex.join(["dit-in-dit", "train", "--preset", preset, *plugin_arguments(), *words, "--out", out])
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError, one_line, truncate
 from dit_in_dit.config.files import override
+from dit_in_dit.config.plugins import plugin_arguments
 from dit_in_dit.curves.arms import arms, notes
 from dit_in_dit.curves.convergence import check_comparable, logged_times
 from dit_in_dit.curves.logs import Curve, last_step, read_run
@@ -141,7 +142,7 @@ class Trainings:
             raise UserError(f"{run} is being trained")
         run.parent.mkdir(parents=True, exist_ok=True)
         with _output(run).open("ab") as output:
-            command = [sys.executable, "-m", "dit_in_dit", *words]
+            command = [sys.executable, "-m", "dit_in_dit", *words, *plugin_arguments()]
             self._processes[run] = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
 
 

@@ -145,21 +145,24 @@ def page(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @needs_chromium
 @needs_runtime
-def test_the_page_draws_the_images_of_sample_and_asks_no_other_server(runs, page, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "words"), [("class=3&", ["--classes", "d"]), ("", [])], ids=["a class", "all in turn"]
+)
+def test_the_page_draws_the_images_of_sample_and_asks_no_other_server(runs, page, tmp_path, given, words):
     script = """
         const frame = document.body.appendChild(document.createElement("iframe"));
-        frame.src = "/index.html#class=3&seed=7&count=2&guidance=2&steps=10";
+        frame.src = "/index.html#GIVENseed=7&count=2&guidance=2&steps=10";
         const state = () => frame.contentDocument?.body?.dataset.state;
         while (!["done", "error"].includes(state())) await new Promise(done => setTimeout(done, 50));
         const pixels = canvas => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
         report({ message: frame.contentDocument.getElementById("message").textContent,
                  images: [...frame.contentDocument.querySelectorAll("canvas")].map(pixels) });
-    """
+    """.replace("GIVEN", given)
     visit = visit_folder(page, script)
     assert visit.value["message"] == ""
     found = np.array(visit.value["images"]).reshape(2, 2, 16, 8, 4)[..., :3]
     for run, images in zip(runs, found, strict=True):
-        how = ["--classes", "d", "--seed", "7", "--num", "2", "--guidance", "2", "--device", "cpu"]
+        how = [*words, "--seed", "7", "--num", "2", "--guidance", "2", "--device", "cpu"]
         main(["sample", str(run), *how, "--out", str(tmp_path / run.name)])
         drawn = np.stack([np.asarray(Image.open(tmp_path / run.name / f"00000{n}.png"), int) for n in range(2)])
         assert drawn.std() > 20  # not one colour

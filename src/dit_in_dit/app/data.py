@@ -15,7 +15,14 @@ from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import parse_assignment
 from dit_in_dit.data.encode import open_decoder
 from dit_in_dit.data.run_data import open_source_of
-from dit_in_dit.data.summary import SURVEYED, Summary, draw_classes, near_pairs, summarise_source, thumbnails
+from dit_in_dit.data.summary import (
+    SURVEYED,
+    NearPairs,
+    Summary,
+    draw_classes,
+    summarise_source,
+    thumbnails,
+)
 from dit_in_dit.reporting.images import Pixels, to_pixels
 from dit_in_dit.runtime.device import pick_device
 
@@ -44,11 +51,9 @@ def pictures_of(summary: Summary) -> Image.Image:
     return draw_classes(summary.source, _decoder(summary.config))
 
 
-def pairs_of(summary: Summary) -> tuple[Image.Image | None, tuple[int, int], tuple[int, int]]:
-    """Held-out images above their nearest training images, numbers of copies and of compared images."""
-    pairs = near_pairs(summary.source)
-    picture = pairs.draw(summary.source, _decoder(summary.config)) if pairs.pairs else None
-    return picture, pairs.copies, pairs.searched
+def pairs_picture(summary: Summary, found: NearPairs) -> Image.Image | None:
+    """Held-out images above their nearest training images; None without a held-out part."""
+    return found.draw(summary.source, _decoder(summary.config)) if found.pairs else None
 
 
 def nearest_training(

@@ -8,10 +8,11 @@ import gradio as gr
 
 from dit_in_dit.app import data
 from dit_in_dit.app.drawing import ALL, Settings, Way, draw_way
-from dit_in_dit.app.events import QUIET, TURN, StopFlag, Updates, connect_work, guarded
+from dit_in_dit.app.events import StopFlag, Updates, connect_work
 from dit_in_dit.app.library import Library
 from dit_in_dit.app.markup import html_table, note, picture, picture_row, progress
 from dit_in_dit.app.run_menu import run_menu
+from dit_in_dit.data.summary import NearPairs, Summary, search_pairs
 from dit_in_dit.reporting.images import Pixels
 
 MOST = 4  # samples
@@ -28,6 +29,7 @@ class DataScreen:
             )
             sets = gr.Textbox("", label="Config keys", info="KEY=VALUE, separated by spaces")
             go = gr.Button("Show the data", variant="primary", elem_id="data-go")
+            end = gr.Button("Stop", elem_id="data-stop")
         self.message = gr.HTML(elem_id="data-message")
         self.facts = gr.HTML(elem_id="data-facts")
         gr.Markdown("### Samples and the training images nearest to them")
@@ -39,9 +41,10 @@ class DataScreen:
             stop = gr.Button("Stop")
         self.told = gr.HTML(elem_id="data-told")
         self.found = gr.HTML(elem_id="data-found")
-        outputs = [self.facts, self.message]
-        gr.on([go.click, place.submit], guarded(self.message, self.show), [place, sets], outputs, **QUIET, **TURN)
-        fields, flag = [model, classes, seed], gr.State(StopFlag())
+        source, fields = [place, sets], [model, classes, seed]
+        show, flag = [go.click, place.submit], gr.State(StopFlag())
+        connect_work(show, end, flag, self.message, self.show, inputs=source, outputs=[self.facts])
+        flag = gr.State(StopFlag())
         connect_work([near.click], stop, flag, self.told, self.search, inputs=fields, outputs=[self.found])
 
     def show(self, place: str, sets: str) -> Iterator[Updates]:
@@ -55,12 +58,12 @@ class DataScreen:
         html += html_table(("class", "training images"), data.class_counts(summary))
         html += html_table(("chosen", "", "why", "to change it"), summary.choices)
         yield {self.facts: html, self.message: note("searching for copies ...")}
-        pairs, copies, searched = data.pairs_of(summary)
-        held = "held-out images equal a training image or an earlier held-out one"
-        html += note(f"{copies[0]} of {searched[0]} training images equal an earlier one")
-        html += note(f"{copies[1]} of {searched[1]} {held}")
-        html += picture(pairs, "held-out images above their nearest training images") if pairs else ""
-        yield {self.facts: html, self.message: ""}
+        for news in search_pairs(source):
+            if isinstance(news, NearPairs):
+                yield {self.facts: html + _copies(summary, news), self.message: ""}
+            else:
+                said = "searching for copies: {} of {} images".format(*news)
+                yield {self.message: progress(said, news[0] / max(news[1], 1))}
 
     def search(self, name: str, label: str, seed: int) -> Iterator[Updates]:
         """Draw samples, and show each beside its nearest training images."""
@@ -76,6 +79,18 @@ class DataScreen:
                     yield {self.told: progress("searching: {} of {} training images".format(*news), news[0] / news[1])}
                 else:
                     yield {self.found: _pairs(each, news), self.told: ""}
+
+
+def _copies(summary: Summary, found: NearPairs) -> str:
+    """HTML: numbers of copies in both parts, and held-out images above their nearest training images."""
+    parts = (
+        "training images equal an earlier one",
+        "held-out images equal a training image or an earlier held-out one",
+    )
+    counts = zip(found.copies, found.searched, parts, strict=True)
+    html = "".join(note(f"{copies} of {searched} {said}") for copies, searched, said in counts)
+    pairs = data.pairs_picture(summary, found)
+    return html + (picture(pairs, "held-out images above their nearest training images") if pairs else "")
 
 
 def _pairs(way: Way, found: Sequence[tuple[Pixels, list[str]]]) -> str:

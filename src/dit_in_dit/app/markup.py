@@ -72,10 +72,12 @@ CSS = """
 .strip img { image-rendering: pixelated; display: block; border-radius: 3px }
 .strip figcaption { font-size: 12px; opacity: 0.75; min-height: 1.2em; max-width: 128px; overflow-wrap: anywhere }
 .refusal { border-left: 4px solid #d33; padding: 0.4em 0.8em; background: rgba(221, 51, 51, 0.12) }
+@media (min-width: 1300px) { .strip img { width: 192px } .strip figcaption { max-width: 192px } }
 .pair { display: flex; flex-wrap: wrap; gap: 0 24px }
 .note { opacity: 0.8 } .scroll { overflow-x: auto } .wide { max-width: 100%; background: white; border-radius: 3px }
 progress { display: block; width: 100%; margin-top: 4px }
-.scroll table { border-collapse: collapse; border: 0 !important }
+.scroll table { border-collapse: collapse }
+.scroll :is(table, thead, tbody, tr) { border: 0 !important }
 .scroll td, .scroll th { padding: 3px 12px 3px 0 !important; text-align: left; vertical-align: top;
   border: solid rgba(128, 128, 128, 0.3) !important; border-width: 0 0 1px !important; min-width: 4em }
 .scroll td:nth-child(2) { overflow-wrap: anywhere }

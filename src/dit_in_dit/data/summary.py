@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from dit_in_dit.reporting.images import Pixels, image_grid, side_by_side, to_pix
 OWN = {32: "emoji", 64: "pixels-64", 128: "pixels-128"}  # side in pixels -> preset
 FEW = 1000  # training images below which `small` is chosen (docs/presets.md)
 SURVEYED = 4096  # most images whose size is read, and most of each part that are searched for near pairs
+BETWEEN = 256  # images between two reports of the search for near pairs
 SIDE = 32  # longest side of an image that is compared, in pixels; larger ones are averaged down
 BLOCK = 2**26  # most distances in memory
 Decode = Callable[[Tensor], Tensor]
@@ -169,10 +170,19 @@ class NearPairs(NamedTuple):
 
 def near_pairs(source: Source, most: int = 8) -> NearPairs:
     """Search evenly spaced images of both parts; of an endless source, the first ones."""
+    *_, found = search_pairs(source, most)
+    assert isinstance(found, NearPairs)
+    return found
+
+
+def search_pairs(source: Source, most: int = 8) -> Iterator[tuple[int, int] | NearPairs]:
+    """As `near_pairs`: numbers of read and of all searched images, now and then, at last the pairs."""
     numbers = _spaced(source.train_size), _spaced(source.held_out_size)
     seen, copies, small = set[bytes](), [0, 0], list[Tensor]()
     for part, chosen in enumerate(numbers):
         for number in chosen:
+            if len(small) % BETWEEN == 0:
+                yield len(small), sum(map(len, numbers))
             image = _images(source, [number], held_out=part == 1)
             copies[part] += (content := image.numpy().tobytes()) in seen
             seen.add(content)
@@ -182,7 +192,7 @@ def near_pairs(source: Source, most: int = 8) -> NearPairs:
         distance, found = nearest(torch.cat(small[first:]), torch.cat(small[:first]))
         order = np.argsort(distance)[:most].tolist()
         pairs = [(float(distance[i]), numbers[1][i], numbers[0][found[i]]) for i in order]
-    return NearPairs((first, len(numbers[1])), (copies[0], copies[1]), pairs)
+    yield NearPairs((first, len(numbers[1])), (copies[0], copies[1]), pairs)
 
 
 def shrink(images: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ HISTORY = "history.json"  # {"changes": [{"step": 6, "keys": {KEY: [BEFORE, AFTE
 def create_run(run: Path, config: RunConfig) -> None:
     """Create the run's folder with its config; UserError when it holds a run already or cannot be written."""
     if (run / "config.yaml").exists():
-        raise UserError(f"{run} already holds a run: continue it with --resume, or choose another --out")
+        raise UserError(f"{run} already holds a run: continue it with --resume, or choose another folder")
     try:
         run.mkdir(parents=True, exist_ok=True)
         atomic.write_atomic(run / "config.yaml", to_yaml(config, meanings=True))

@@ -11,19 +11,27 @@ const { purpose, models } = await (await fetch("models.json")).json();
 const [first] = models, [channels, height, width] = first.shape;
 const worker = new Worker("worker.js", { type: "module" });
 let canvases = [];
+const ALL = "all"; // of the class menu
 
 /** The settings; those of the address (#class=1&seed=5) come before the run's own. */
 function makeControls() {
   const given = new URLSearchParams(location.hash.slice(1));
+  if (first.classes.length) $("class").append(element("option", { value: ALL, textContent: "all in turn" }));
   first.classes.forEach((name, value) => $("class").append(element("option", { value, textContent: name })));
   const shared = Object.keys(first.tables).filter((steps) => models.every((model) => steps in model.tables));
   shared.forEach((value) => $("steps").append(element("option", { value, textContent: value })));
   $("class").parentElement.hidden = !first.classes.length;
   $("guidance").parentElement.hidden = models.every((model) => model.null === null);
-  const defaults = { class: 0, seed: 0, count: 4, guidance: first.guidance, steps: first.steps };
+  const defaults = { class: ALL, seed: 0, count: 4, guidance: first.guidance, steps: first.steps };
   for (const [name, value] of Object.entries(defaults)) $(name).value = given.get(name) ?? value;
   if (!$("steps").value) $("steps").value = shared[0];
   $("controls").addEventListener("submit", (event) => { event.preventDefault(); start(); });
+}
+
+/** The class of each image; as in Python, all classes take turns. */
+function labels(count) {
+  const chosen = $("class").value;
+  return Array.from({ length: count }, (_, i) => (chosen === ALL ? i % first.classes.length : Number(chosen)));
 }
 
 function makeRows() {
@@ -38,7 +46,7 @@ function makeRows() {
 function start() {
   if (!$("controls").reportValidity()) return;
   const numbers = Object.fromEntries(["count", "guidance", "steps"].map((name) => [name, Number($(name).value)]));
-  const how = { ...numbers, label: Number($("class").value || 0), seed: $("seed").value };
+  const how = { ...numbers, labels: labels(numbers.count), seed: $("seed").value };
   const names = ["class", "seed", "count", "guidance", "steps"];
   history.replaceState(null, "", "#" + new URLSearchParams(names.map((name) => [name, $(name).value])));
   canvases = models.map((_, number) => {

@@ -14,7 +14,7 @@ function combine(row, terms) {
  *
  * @param network  async (x, t, y, count) -> prediction (count, C or 2C, H, W), Float32Array
  * @param model  an entry of models.json
- * @param how  steps, guidance and label, the same for all images
+ * @param how  steps and guidance, the same for all images, and their labels (N)
  * @param noise  Float32Array (N, C, H, W)
  * @param watch  called before each network call with its number, the number of calls, and x
  */
@@ -33,12 +33,12 @@ async function guided(network, model, how, x, time) {
   const [channels, height, width] = model.shape, image = channels * height * width, count = x.length / image;
   const inside = model.interval[0] <= time && time <= model.interval[1];
   if (how.guidance === 1 || model.null === null || !inside) {
-    return first(await network(x, time, Array(count).fill(how.label), count), count, image);
+    return first(await network(x, time, how.labels, count), count, image);
   }
   const twice = new Float32Array(2 * x.length);
   twice.set(x);
   twice.set(x, x.length);
-  const labels = [...Array(count).fill(how.label), ...Array(count).fill(model.null)];
+  const labels = [...how.labels, ...Array(count).fill(model.null)];
   const both = first(await network(twice, time, labels, 2 * count), 2 * count, image);
   const given = both.subarray(0, x.length), none = both.subarray(x.length);
   const led = model.guidance_channels * height * width;

@@ -13,7 +13,7 @@ from dit_in_dit.runs.folder import newest_manifest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-SLOW = ("fair-comparison", "look-inside")  # a minute each: only with -m docs
+SLOW = ("own-idea", "fair-comparison", "look-inside")  # half a minute to a minute each: only with -m docs
 
 
 def code(notebook):

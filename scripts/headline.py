@@ -2,8 +2,9 @@
 
 `python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
 models/*, writes results/headline.png and the differences.png beside each study's report, and puts each table between
-its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, detail, curve,
-search, goals or summary; the shipped models' marks say `models scores`. Run it again and nothing changes.
+its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, samples64,
+semantic, detail, curve, search, goals or summary; the shipped models' marks say `models scores`. Run it again and
+nothing changes.
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ METRICS = {
         "swd.8": "coarse SWD",
         "spectrum": "spectrum",
         "seam.8": "patch borders",
+    },
+    "samples64": {
+        "swd.64": "samples: finest SWD",
+        "swd.32": "next",
+        "swd.8": "coarsest",
+        "spectrum": "spectrum",
+        "seam.8": "patch borders",
+    },
+    "semantic": {
+        "classifier.accuracy": "recognised as their class",
+        "classifier.frechet": "Fréchet distance of the classifier's features",
     },
     "detail": {
         "detail.period@0.5": "known texture at t = 0.5: period",

@@ -88,6 +88,20 @@ def test_demo_names_its_pictures_at_the_end_and_can_run_twice(folder, tmp_path, 
     assert capsys.readouterr().out == first
 
 
+def test_demo_draws_the_subgroups_of_emoji_unless_a_config_is_named(folder, tmp_path):
+    tiny = [*TINY[2:], "--set", "model.num_classes=auto", "--device", "cpu"]
+    main(["demo", *tiny, "--out", str(tmp_path / "subgroups")])
+    config = from_yaml((tmp_path / "subgroups/config.yaml").read_text())
+    assert (config.data.source, config.model.num_classes, config.sample.guidance) == ("emoji:noto", 99, 2)
+    assert config.train.steps == 4  # --set comes after the demo's own choices
+    main(["demo", *tiny, "--set", f"data.source={folder}", "--out", str(tmp_path / "own")])
+    assert from_yaml((tmp_path / "own/config.yaml").read_text()).model.num_classes == 3
+    main(
+        ["demo", *TINY, "--set", "data.source=emoji", "--set", "model.num_classes=9", "--out", str(tmp_path / "named")]
+    )
+    assert from_yaml((tmp_path / "n/config.yaml").read_text()).sample.guidance == get("emoji").sample.guidance
+
+
 def test_resume_needs_no_other_option(trained, capsys):
     main(["train", "--resume", "--out", str(trained)])
     assert "4/4" in capsys.readouterr().err

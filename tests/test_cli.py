@@ -96,10 +96,9 @@ def test_demo_draws_the_subgroups_of_emoji_unless_a_config_is_named(folder, tmp_
     assert config.train.steps == 4  # --set comes after the demo's own choices
     main(["demo", *tiny, "--set", f"data.source={folder}", "--out", str(tmp_path / "own")])
     assert from_yaml((tmp_path / "own/config.yaml").read_text()).model.num_classes == 3
-    main(
-        ["demo", *TINY, "--set", "data.source=emoji", "--set", "model.num_classes=9", "--out", str(tmp_path / "named")]
-    )
-    assert from_yaml((tmp_path / "n/config.yaml").read_text()).sample.guidance == get("emoji").sample.guidance
+    named = ["demo", *TINY, "--set", "data.source=emoji", "--set", "model.num_classes=9"]
+    main([*named, "--out", str(tmp_path / "named")])
+    assert from_yaml((tmp_path / "named/config.yaml").read_text()).sample.guidance == get("emoji").sample.guidance
 
 
 def test_resume_needs_no_other_option(trained, capsys):

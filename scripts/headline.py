@@ -77,7 +77,7 @@ HEADLINE = {"nesting": "emoji", "nesting-mosaic": "mosaic"}  # the two studies t
 # The default nested model against a plain DiT with the same blocks: (study, data, arm).
 SUMMARY = (
     ("field", "emoji, 32x32", "nested, today"),
-    ("field-64", "emoji, 64x64", "nested, today"),
+    ("nesting-64", "emoji, 64x64", "nested"),
     ("field-fashion", "Fashion-MNIST, 32x32", "nested, today"),
     ("field-mosaic", "mosaic (made textures), 32x32", "nested, today"),
 )

@@ -24,7 +24,7 @@ from dit_in_dit.config.files import from_yaml, override, to_yaml
 from dit_in_dit.config.run import AUTO
 from dit_in_dit.data.groups import family_number
 from dit_in_dit.data.sources import SOURCES
-from dit_in_dit.data.summary import draw_classes, near_pairs, summarise_source
+from dit_in_dit.data.summary import NearPairs, draw_classes, near_pairs, search_pairs, summarise_source
 from dit_in_dit.model.nested import NestedDiT
 from dit_in_dit.runs.folder import read_config
 from dit_in_dit.training.loop import train
@@ -246,6 +246,9 @@ def test_copies_and_near_pairs_across_the_split_are_found_by_name(tmp_path, caps
         save(tmp_path / "set" / f"{name}.png", pixels)
     summary = summarise_source(str(tmp_path / "set"), {})
     found = near_pairs(summary.source)
+    *counts, last = search_pairs(summary.source)
+    assert isinstance(last, NearPairs)
+    assert counts == [(0, summary.source.train_size + summary.source.held_out_size)]  # few images: one report
     assert found.searched == (len(trained), len(held))
     assert found.copies == (1, 1)
     source = summary.source

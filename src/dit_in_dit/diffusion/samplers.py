@@ -17,14 +17,12 @@ from dit_in_dit.diffusion.objective import Predict
 from dit_in_dit.diffusion.path import Ddpm, convert, make_path
 from dit_in_dit.diffusion.schedulers import (
     PREDICTIONS,
-    check_timesteps,
     is_ddpm,
-    make_scheduler,
     matches_flow,
     next_sample,
     prediction_type,
     scheduler_option,
-    set_steps,
+    start_sampler,
     time_of,
 )
 from dit_in_dit.diffusion.variance import ancestral, split_prediction
@@ -70,9 +68,8 @@ def _calls(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each network call: times (N,), x_t, the prediction and the next x."""
     check_sampler(diffusion.path, how.sampler, how.steps)
-    path, scheduler = make_path(diffusion), make_scheduler(diffusion, how.sampler, how.spacing, how.shift(diffusion))
-    set_steps(scheduler, how.steps)
-    check_timesteps(scheduler, how.sampler)
+    path = make_path(diffusion)
+    scheduler = start_sampler(diffusion, how.sampler, how.steps, how.spacing, how.shift(diffusion))
     wanted = prediction_type(scheduler)
     stochastic, draw = SAMPLERS[how.sampler].stochastic, noise if callable(noise) else _one(noise)
     x = draw()

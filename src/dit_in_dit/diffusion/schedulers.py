@@ -19,7 +19,8 @@ from dit_in_dit.config.errors import UserError, did_you_mean, truncate
 from dit_in_dit.config.run import DiffusionConfig
 from dit_in_dit.config.samplers import SAMPLERS
 from dit_in_dit.config.time_shift import check_shift
-from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES, shift_time
+from dit_in_dit.diffusion.flow_solvers import SOLVERS, Levels, even_levels, multistep_levels
+from dit_in_dit.diffusion.path import DDPM_STEPS, QUANTITIES
 
 TIMES = "of diffusers 0.42"  # times of a sampler's steps, in every installed version
 PREDICTIONS = {"sample": "image", "epsilon": "noise", "v_prediction": "velocity", "flow_prediction": "velocity"}
@@ -32,7 +33,6 @@ RESHAPING = (  # options that change the noise levels of a scheduler
 )
 FULL = (None, -math.inf, "-inf")  # values of `lambda_min_clipped` that clip no step
 Steps = tuple[NDArray[Any], NDArray[Any] | None]  # timesteps, and noise levels if the class has any
-Levels = NDArray[np.float64] | None  # noise levels that a caller gives
 
 
 class Scheduler(Protocol):
@@ -68,6 +68,23 @@ def make_scheduler(diffusion: DiffusionConfig, sampler: str, spacing: str | None
         return deepcopy(_from_diffusers(scheduler, diffusion, spacing or rules.spacing, rules.stochastic, shift))
     check_shift("sample.time_shift", shift, diffusion.path, sampler)
     return _own_scheduler(scheduler, sampler, rules.stochastic)
+
+
+def start_sampler(diffusion: DiffusionConfig, sampler: str, steps: int, spacing: str | None, shift: float) -> Any:
+    """A new scheduler at the first of its steps: a solver of this package where it has one, without `diffusers`.
+
+    Raises:
+        UserError: as `make_scheduler`, or a user's scheduler sets no timesteps.
+    """
+    named = SAMPLERS[sampler].schedulers[diffusion.path]
+    if diffusion.path == "flow" and isinstance(named, str) and named in SOLVERS:
+        scheduler: Any = SOLVERS[named](shift)
+        scheduler.set_timesteps(steps)
+        return scheduler
+    scheduler = make_scheduler(diffusion, sampler, spacing, shift)
+    set_steps(scheduler, steps)
+    check_timesteps(scheduler, sampler)
+    return scheduler
 
 
 def _own_scheduler(create: Callable[[], Any], sampler: str, stochastic: bool) -> Any:
@@ -218,8 +235,7 @@ def _own_steps(scheduler: Any, steps: int, given: Levels) -> Steps | None:
 
 def _flow_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     total = scheduler.config.num_train_timesteps
-    even = np.linspace(total, total / steps, steps) / total
-    levels = shift_time(even if given is None else given, shift_of(scheduler)).astype(np.float32)
+    levels = even_levels(steps, shift_of(scheduler), given, total)
     return levels * np.float32(total), levels
 
 
@@ -229,14 +245,11 @@ def _heun_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
     return times, levels
 
 
-def _multistep(scheduler: Any, steps: int, given: Levels, *, straight: Callable[[NDArray[Any]], NDArray[Any]]) -> Steps:
-    """Steps on either path. On a straight path, `straight` picks `steps` levels from steps + 1 evenly spaced levels."""
+def _multistep(scheduler: Any, steps: int, given: Levels, *, ends_late: bool) -> Steps:
     config = scheduler.config
     total = config.num_train_timesteps
     if scheduler_option(scheduler, "use_flow_sigmas"):
-        levels = straight(np.linspace(1, 1 / total, steps + 1)) if given is None else given
-        sigmas = shift_time(levels, config.flow_shift)
-        sigmas[0] = min(sigmas[0], 1 - 1e-6)  # at 1 UniPC takes the logarithm of zero
+        sigmas = multistep_levels(steps, config.flow_shift, given, total, ends_late=ends_late)
         return (sigmas * total).astype(np.int64), sigmas
     times = _spaced(config.timestep_spacing, total, steps, config.steps_offset, last=False)
     left = scheduler.alphas_cumprod.cpu()
@@ -251,8 +264,8 @@ def _ddpm_steps(scheduler: Any, steps: int, given: Levels) -> Steps:
 SPACED: dict[str, Callable[[Any, int, Levels], Steps]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_steps,
     "FlowMatchHeunDiscreteScheduler": _heun_steps,
-    "DPMSolverMultistepScheduler": partial(_multistep, straight=lambda even: (1 - even)[:0:-1]),
-    "UniPCMultistepScheduler": partial(_multistep, straight=lambda even: even[:-1]),
+    "DPMSolverMultistepScheduler": partial(_multistep, ends_late=False),
+    "UniPCMultistepScheduler": partial(_multistep, ends_late=True),
     "DDIMScheduler": _ddpm_steps,
     "DDPMScheduler": _ddpm_steps,
 }

@@ -20,20 +20,22 @@ from conftest import small_model, with_train
 from dit_in_dit.cli import doctor as command
 from dit_in_dit.cli.options import Commands, Parser
 from dit_in_dit.config.errors import UserError
-from dit_in_dit.config.files import to_yaml
+from dit_in_dit.config.files import override, to_yaml
 from dit_in_dit.config.run import DataConfig, DiffusionConfig, RunConfig, SampleConfig
 from dit_in_dit.config.schema import keys
 from dit_in_dit.config.training import TrainConfig
+from dit_in_dit.data.sources import open_source
 from dit_in_dit.doctor.data_checks import expected_loss, forward_budget
 from dit_in_dit.doctor.doctor import DoctorReport, examine
 from dit_in_dit.doctor.observe import periodic_share, seam_peaks
 from dit_in_dit.runs import checkpoint
 from dit_in_dit.runs.folder import create_run, read_config
 from dit_in_dit.runs.tensors import load_tensors
+from dit_in_dit.training.batches import held_out_batch
 from dit_in_dit.training.loop import train
 
 CPU = torch.device("cpu")
-PLANTED = {"null class", "data range", "learning rate", "gate", "non-finite", "seams"}
+PLANTED = {"null class", "data range", "learning rate", "gate", "non-finite", "seams", "sampling start"}
 Edit = Callable[[dict[str, Tensor]], object]
 
 
@@ -232,6 +234,39 @@ def test_a_pattern_that_repeats_with_every_patch_is_found(run, tmp_path, kind):
 
     report = look(planted(run, tmp_path / "run", lambda weights: weights["outer_head.final.linear.bias"].add_(bias)))
     assert "patch" in only(report, "seams")
+
+
+@pytest.mark.parametrize(
+    ("clock", "time", "advice"),
+    [
+        ("dit", "logit_normal", "model.time_embed=ddt"),
+        ("ddt", "logit_normal", "raise diffusion.time_mean"),
+        ("dit", "uniform", "train longer"),
+    ],
+)
+def test_estimates_that_are_too_dark_where_sampling_starts_are_found(run, tmp_path, clock, time, advice):
+    def plant(weights: dict[str, Tensor]) -> None:
+        weights["outer_head.final.linear.bias"].sub_(0.2)  # of images of deviation 0.5
+
+    folder = planted(run, tmp_path / "run", plant)
+    config = override(read_config(folder), [f"model.time_embed={clock}", f"diffusion.time={time}"])
+    report = examine(config, CPU, folder)
+    finding = next(finding for finding in report.findings if finding.check == "sampling start")
+    assert finding.severity == "warning"
+    assert advice in finding.advice
+    measured = rows(report, "start of sampling")["mean less that of the images / deviation"]
+    assert max(measured.values()) < -0.2
+
+
+def test_the_mean_of_estimates_where_sampling_starts_is_measured(run, config):
+    report = look(run)
+    measured = rows(report, "start of sampling")["mean less that of the images / deviation"]
+    saved, source = checkpoint.Checkpoint.open(run), open_source(config.data, config.model)
+    held = held_out_batch(source, config.model, source.held_out_size)
+    with torch.no_grad():
+        predicted = saved.model(CPU)(held.noise, torch.ones(len(held.x)), held.y)  # at t = 1, x_t is the noise
+    expected = ((predicted - held.x).mean((0, 2, 3)) / held.x.std((0, 2, 3))).tolist()
+    assert list(measured.values()) == pytest.approx(expected, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ more findings

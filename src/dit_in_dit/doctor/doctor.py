@@ -76,7 +76,7 @@ def examine(config: RunConfig, device: torch.device, run: Path | None = None) ->
         report.sections.append(check_inside(patient, observations))
     del observations
     last = training_checks.check_training  # its probe changes the weights
-    for check in (model_checks.check_null_class, model_checks.check_seams, last):
+    for check in (model_checks.check_null_class, model_checks.check_sampling_start, model_checks.check_seams, last):
         report.sections.append(check(patient))
     if patient.trained and any(f.check == "learning rate" for f in report.findings):
         for section in report.sections[:-1]:

@@ -152,13 +152,13 @@ def periodic_share(errors: Tensor, period: int) -> float:
     return (repeats.square().mean() / errors.square().mean().clamp(min=1e-30)).sqrt().item()
 
 
-def estimates(patient: DoctorSubject) -> tuple[Tensor, Tensor]:
-    """Image estimates at t = `SEAM_TIME` of some held-out images, and those images, (M, C, H, W) each."""
+def estimates(patient: DoctorSubject, time: float, most: int = SEAM_IMAGES) -> tuple[Tensor, Tensor]:
+    """Image estimates at a time t of at most `most` held-out images, and those images, (M, C, H, W) each."""
     trainer = patient.trainer
-    count = min(SEAM_IMAGES, len(patient.held.x), forward_budget(patient.config, trainer.device))
+    count = min(most, len(patient.held.x), forward_budget(patient.config, trainer.device))
     keep = torch.linspace(0, len(patient.held.x) - 1, count).long()
     held, parts = Batch(*(column[keep] for column in patient.held)), []
     for x, noise, _, y, *_ in split_batch(held, trainer.device):
-        t = trainer.objective.path.snap(torch.full((len(x),), SEAM_TIME, device=trainer.device))
+        t = trainer.objective.path.snap(torch.full((len(x),), time, device=trainer.device))
         parts.append(trainer.objective.estimate(trainer.ema.model, x, noise, t, y)[1].cpu())
     return torch.cat(parts), held.x

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_in_dit.study.plan import read_plan, read_study_config, shipped_studies
 from dit_in_dit.study.statistics import Difference
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "headline.py"
@@ -21,6 +22,21 @@ def test_tables_in_the_docs_equal_the_result_files(page):
     text = page.read_text()
     assert len(headline.MARKS.findall(text)) == text.count("<!-- /") > 0  # every mark has its other
     assert headline.filled(text) == text
+
+
+KEPT = Path(__file__).parents[1] / "results" / "studies"
+AS_SHIPPED = ("field", "nesting", "nesting-64", "patches", "prediction")  # others were run with a smaller budget
+
+
+def test_a_kept_study_can_be_taken_up_again_by_its_command():
+    """`study run NAME --from results/studies/NAME` refuses the rows of another plan."""
+    assert set(AS_SHIPPED) <= set(shipped_studies())
+    studies = {name: name for name in AS_SHIPPED}
+    studies |= {path.parent.name: str(path) for path in KEPT.glob("*/study.yaml")}
+    kept = {name: study for name, study in studies.items() if (KEPT / name / "plan.json").exists()}
+    assert len(kept) > 15
+    other = [name for name, study in kept.items() if read_plan(KEPT / name).study != read_study_config(study)]
+    assert not other
 
 
 def test_a_changed_number_in_a_table_is_detected():

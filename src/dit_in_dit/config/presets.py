@@ -114,11 +114,9 @@ def _today(width: int, mlp_ratio: float) -> OuterConfig:
     return OuterConfig(width=width, num_heads=4, mlp_ratio=mlp_ratio, norm="rms", mlp="swiglu", rope="grid")
 
 
-# The best nested and the best plain model of the study `field`. The time embedding is smooth up to t = 1, where sampling
-# starts and logit-normal times hardly ever are (docs/lab-notebook.md, 21).
-_EMOJI = replace(
-    _EMOJI_2023, model=replace(_EMOJI_2023.model, outer=_today(160, 3.7), qk_norm=True, time_embed="ddt")
-)
+# The best nested and the best plain model of the study `field`. Their time embedding is smooth up to t = 1, where
+# sampling starts and logit-normal times hardly ever are (docs/lab-notebook.md, 21).
+_EMOJI = replace(_EMOJI_2023, model=replace(_EMOJI_2023.model, outer=_today(160, 3.7), qk_norm=True, time_embed="ddt"))
 _EMOJI_DIT = replace(
     _EMOJI,
     model=replace(_EMOJI.model, stages="outer*3", outer=_today(176, 4.6), inner=InnerConfig()),

@@ -232,8 +232,7 @@ def check_sampling_start(patient: DoctorSubject) -> CheckResult:
     section.rows["mean less that of the images / deviation"] = {
         f"channel {number}": value for number, value in enumerate(mean.tolist())
     }
-    # Samples keep about half of it. Runs whose time embedding is smooth up to t = 1 show 0.1; four standard errors are chance
-    # once in 30,000.
+    # Runs whose time embedding is smooth up to t = 1 show at most 0.1. Four standard errors: once in 30,000 by chance.
     far = (mean.abs() > 0.2) & (mean.abs() > 4 * error)
     if far.any():
         worst = mean[far][mean[far].abs().argmax()].item()

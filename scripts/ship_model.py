@@ -23,16 +23,18 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num", default="1000", help="images that are evaluated")
+    parser.add_argument("--metrics", default="pixels,classifier", help="as for `evaluate`")
+    parser.add_argument("--ema", help="which average of the weights, as for `export` (default: train.ema)")
     parser.add_argument("--licence", default="apache-2.0")
     options = parser.parse_args()
     out: Path = options.out
-    export_release(options.run, out, licence=options.licence)
+    export_release(options.run, out, averaged=options.ema or True, licence=options.licence)
     step = checkpoint.newest(out).folder.name
     with tempfile.TemporaryDirectory() as place:
         drawn, measured = Path(place) / "samples", Path(place) / "evaluation"
         command(["sample", str(out), "--num", "81", "--scale", "3", "--out", str(drawn)])
         shutil.copyfile(drawn / "grid.png", out / PICTURE)
-        command(["evaluate", str(out), "--num", options.num, "--out", str(measured)])
+        command(["evaluate", str(out), "--num", options.num, "--metrics", options.metrics, "--out", str(measured)])
         kept = out / "evaluation" / step
         kept.mkdir(parents=True)
         for name in KEPT:

@@ -264,6 +264,14 @@ def test_all_real_data_is_used_except_a_held_out_part(folder, folder_of_samples)
     assert named.about["part"] == "the training part"
 
 
+def test_images_of_several_styles_are_measured_in_the_first_style(folder_of_samples):
+    subject = files_subject(folder_of_samples[1])
+    both, noto = (reference(source, subject, 10) for source in ("emoji:noto+twemoji", "emoji:noto"))
+    assert both.about["part"] == "the training part in the first style"
+    assert both.about["images"] == noto.about["images"] > 1000
+    assert both.about["sha256"] == noto.about["sha256"]
+
+
 # ---------------------------------------------------------------------------------------- standard metrics
 
 FAKE = """

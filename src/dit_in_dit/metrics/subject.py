@@ -132,7 +132,14 @@ def _check_images(run: Path, channels: int, decode: ImageDecoder | None) -> None
 
 def _labels_in_random_order(source: Source) -> list[int]:
     """The labels of all images, so that samples get the class frequencies of the data."""
-    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(source.labels)]
+    labels = source.labels[_in_the_style_of_samples(source, len(source.labels))]
+    return [int(c) for c in generator(0, "evaluation", DRAWS["order"]).permutation(labels)]
+
+
+def _in_the_style_of_samples(source: Source, count: int) -> NDArray[np.int64]:
+    """Numbers of the training images that samples are like: all `count`, or those of the first of several styles."""
+    styles = source.styles
+    return np.arange(count, dtype=np.int64) if styles is None else np.flatnonzero(np.asarray(styles) == 0)
 
 
 def files_subject(path: Path) -> Subject:
@@ -173,16 +180,17 @@ def reference(against: str | Source | None, subject: Subject, wanted: int) -> Re
     elif against is not None and against != data.source:
         data = replace(data, source=against, held_out=0.1 if against.partition(":")[0] in NAMED else 0)
     source = against if isinstance(against, Source) else _open(data, subject.shape)
-    total = source.train_size
-    if total is None:
-        count = wanted
+    everything = "all images" if not source.held_out_size else "the training part"
+    if source.train_size is None:
+        total, count = None, wanted
         numbers = [shuffled_index(seed, i, None) for i in range(count)]
     else:
-        count = min(total, MOST_REAL)
+        usable = _in_the_style_of_samples(source, source.train_size)
+        everything += " in the first style" if source.styles is not None else ""
+        total, count = len(usable), min(len(usable), MOST_REAL)
         order = generator(0, "evaluation", DRAWS["order"]).permutation(total)
-        numbers = sorted(map(int, order[:count]))
+        numbers = sorted(map(int, usable[order[:count]]))
     train = _pixels(lambda i: source.train(numbers[i]))
-    everything = "all images" if not source.held_out_size else "the training part"
     about = {
         "data": data.source,
         "part": everything if total == count else f"{count} of {everything}",

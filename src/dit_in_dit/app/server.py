@@ -7,8 +7,6 @@ import secrets
 import socket
 import warnings
 from collections.abc import Callable
-from importlib import import_module
-from threading import Thread
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported: no request leaves the machine
@@ -61,7 +59,6 @@ def serve(library: Library, host: str = "127.0.0.1", port: int | None = None) ->
     _check_address(host, port)
     token = secrets.token_urlsafe(24) if needs_token(host) else ""
     page = build(library).queue(max_size=64)
-    Thread(target=lambda: import_module("diffusers"), daemon=True).start()  # 2 s that the first drawing need not wait
     try:
         _, address, _ = page.launch(
             server_name=f"[{host}]" if ":" in host else host,

@@ -3,8 +3,8 @@
 `python scripts/headline.py` reads plan.json, results.csv and curves.csv of results/studies/* and the evaluations of
 models/*, writes results/headline.png and the differences.png beside each study's report, and puts each table between
 its marks, `<!-- STUDY WHAT -->` and `<!-- /STUDY WHAT -->`, where WHAT is arms, errors, whole, samples, samples64,
-semantic, detail, curve, search, goals or summary; the shipped models' marks say `models scores`. Run it again and
-nothing changes.
+semantic, detail, curve, search, goals or summary; the shipped models' marks say `models scores` and `models64 scores`.
+Run it again and nothing changes.
 """
 
 from __future__ import annotations
@@ -92,14 +92,26 @@ GOALS = (
     ("nested, equal time", "at t = 0.5", "held_out.0.5.high", 5),
     ("nested, equal time", "finest SWD of samples", "swd.32", 10),
 )
-MODELS = ("emoji", "emoji-dit")
+MODELS = {"models": ("emoji", "emoji-dit"), "models64": ("emoji-64", "emoji-64-dit")}  # nested, and its plain twin
 SCORES = {
-    "swd.32": "finest SWD",
-    "swd.16": "middle SWD",
-    "spectrum": "spectrum, dB",
-    "seam.8": "patch borders",
-    "memorised": "memorised",
-    "repeated": "repeated",
+    "models": {
+        "swd.32": "finest SWD",
+        "swd.16": "middle SWD",
+        "spectrum": "spectrum, dB",
+        "seam.8": "patch borders",
+        "memorised": "memorised",
+        "repeated": "repeated",
+    },
+    "models64": {
+        "swd.64": "finest SWD",
+        "swd.32": "next",
+        "swd.8": "coarsest",
+        "spectrum": "spectrum, dB",
+        "seam.8": "patch borders",
+        "classifier.accuracy": "recognised",
+        "memorised": "memorised",
+        "repeated": "repeated",
+    },
 }
 MARKS = re.compile(r"<!-- ([\w-]+) (\w+) -->\n(.*?)<!-- /\1 \2 -->", re.DOTALL)
 
@@ -219,15 +231,15 @@ def search(study: str) -> str:
     return rows(heads, lines)
 
 
-def scores() -> str:
-    """What the shipped models' evaluations found."""
-    found = {}
-    for name in MODELS:
+def scores(pair: str) -> str:
+    """What the evaluations of a pair of shipped models found."""
+    found, metrics = {}, SCORES[pair]
+    for name in MODELS[pair]:
         (path,) = (ROOT / "models" / name / "evaluation").glob("*/metrics.json")
         found[name] = json.loads(path.read_text())["scores"]
-    lines = [[f"`{name}`", *(f"{scored[metric]['value']:.3g}" for metric in SCORES)] for name, scored in found.items()]
-    floors = [f"{found[MODELS[0]][metric]['floor']:.3g}" for metric in SCORES]
-    return rows(["", *SCORES.values()], [*lines, ["real against real", *floors]])
+    lines = [[f"`{name}`", *(f"{scored[metric]['value']:.3g}" for metric in metrics)] for name, scored in found.items()]
+    floors = [f"{found[MODELS[pair][0]][metric]['floor']:.3g}" for metric in metrics]
+    return rows(["", *metrics.values()], [*lines, ["real against real", *floors]])
 
 
 def verdict(change: Difference, wanted: int) -> str:
@@ -251,10 +263,10 @@ def summary() -> str:
 
 
 def draw_samples(path: Path) -> None:
-    """The first rows of samples of both shipped models, the same noise and classes one above the other."""
-    grids = [Image.open(ROOT / "models" / name / "samples.png") for name in reversed(MODELS)]
+    """The first rows of samples of both models of 64x64, the same noise and classes one above the other."""
+    grids = [Image.open(ROOT / "models" / name / "samples.png") for name in reversed(MODELS["models64"])]
     width, height = grids[0].size
-    part = height * ROWS_SHOWN // 9
+    part = height * ROWS_SHOWN // 10  # of ten
     sheet = Image.new("RGB", (width, 2 * part + 44), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (grid, name) in enumerate(zip(grids, ("plain DiT", "nested, equal MACs"), strict=True)):
@@ -286,10 +298,10 @@ def goals() -> str:
 
 def block(study: str, what: str) -> str:
     """The table between two marks; KeyError where there is no such study, or nothing of that name."""
-    whole = {"goals": goals, "scores": scores, "summary": summary}
+    whole = {"goals": goals, "summary": summary}
     if what in whole:
         return whole[what]()
-    tables = {"arms": arms, "curve": curve, "search": search}
+    tables = {"arms": arms, "curve": curve, "search": search, "scores": scores}
     return tables[what](study) if what in tables else changes(study, what)
 
 

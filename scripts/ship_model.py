@@ -14,6 +14,7 @@ from pathlib import Path
 from dit_in_dit.cli import main as command
 from dit_in_dit.interop.release import PICTURE, export_release, write_card
 from dit_in_dit.runs import checkpoint
+from dit_in_dit.runs.folder import read_config
 
 KEPT = ("metrics.json", "metrics.png", "nearest.png")  # of an evaluation; the images themselves can be drawn again
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num", default="1000", help="images that are evaluated")
+    parser.add_argument("--grid", default="81", help="images of the grid")
     parser.add_argument("--metrics", default="pixels,classifier", help="as for `evaluate`")
     parser.add_argument("--ema", help="which average of the weights, as for `export` (default: train.ema)")
     parser.add_argument("--licence", default="apache-2.0")
@@ -32,7 +34,8 @@ def main() -> None:
     step = checkpoint.newest(out).folder.name
     with tempfile.TemporaryDirectory() as place:
         drawn, measured = Path(place) / "samples", Path(place) / "evaluation"
-        command(["sample", str(out), "--num", "81", "--scale", "3", "--out", str(drawn)])
+        scale = "3" if max(read_config(out).model.image_size) <= 32 else "2"
+        command(["sample", str(out), "--num", options.grid, "--scale", scale, "--out", str(drawn)])
         shutil.copyfile(drawn / "grid.png", out / PICTURE)
         command(["evaluate", str(out), "--num", options.num, "--metrics", options.metrics, "--out", str(measured)])
         kept = out / "evaluation" / step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ from dit_in_dit.training.loop import train
 from test_cli import lines_of
 
 MODELS = Path(__file__).parents[1] / "models"
-SHIPPED = ("emoji", "emoji-dit")
+PAIRS = (("emoji", "emoji-dit"), ("emoji-64", "emoji-64-dit"))  # nested, and its plain twin
+SHIPPED = tuple(name for pair in PAIRS for name in pair)
 MOST_BYTES = 20e6
 
 
@@ -202,7 +204,7 @@ def test_pretrained_runs_are_listed_beside_presets_of_the_same_name(small, capsy
     main(["presets"])
     listed, trained = capsys.readouterr().out.split("\n\n")
     assert {line.split()[0] for line in trained.splitlines()[1:]} == {f"models/{name}" for name in SHIPPED}
-    assert set(SHIPPED) <= {line.split()[0] for line in listed.splitlines()}
+    assert set(PAIRS[0]) <= {line.split()[0] for line in listed.splitlines()}
 
 
 def test_doctor_skips_training_checks_for_a_run_that_has_only_weights(small, run):
@@ -239,21 +241,32 @@ def test_pretrained_models_are_complete_small_and_documented(name):
     assert all(warning in card for warning in metrics["warnings"])
 
 
-def test_the_pretrained_pair_has_equal_cost_and_training_examples():
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pretrained_pair_has_equal_cost_and_training_examples(pair):
     from dit_in_dit.inspection import cost
 
-    a, b = (read_config(MODELS / name) for name in SHIPPED)
+    a, b = (read_config(MODELS / name) for name in pair)
+    b = replace(b, train=replace(b.train, lr_scale=a.train.lr_scale))  # a plain model has no inner weights
     assert cost.macs(a.model)["total"] == pytest.approx(cost.macs(b.model)["total"], rel=0.02)
     assert a.model.blocks("inner")
     assert not b.model.blocks("inner")
     assert (a.data, a.train, a.diffusion, a.sample, a.seed) == (b.data, b.train, b.diffusion, b.sample, b.seed)
 
 
-def test_the_pretrained_pair_is_compared_in_one_table(capsys):
-    main(["compare", *SHIPPED])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_pretrained_pair_is_compared_in_one_table(capsys, pair):
+    main(["compare", *pair])
     table = capsys.readouterr().out
-    assert re.search(r"emoji@\d+ +emoji-dit@\d+", table)
+    assert re.search(rf"{pair[0]}@\d+ +{pair[1]}@\d+", table)
     assert "swd.32" in table
+
+
+def test_the_larger_pair_draws_classes_by_their_group(tmp_path):
+    words = ["--num", "2", "--steps", "4", "--classes", "animal-mammal,food-fruit", "--device", "cpu"]
+    main(["sample", "emoji-64", *words, "--out", str(tmp_path / "out")])
+    names = json.loads((tmp_path / "out/samples.json").read_text())
+    assert "animal-mammal" in json.dumps(names)
+    assert np.asarray(Image.open(tmp_path / "out/000001.png")).shape == (64, 64, 3)
 
 
 def test_pretrained_models_generate_emoji_on_a_white_background(tmp_path, monkeypatch):

@@ -70,6 +70,16 @@ def test_a_release_holds_the_averaged_weights_and_gives_the_samples_of_the_run(r
     assert {path.name for path in (tmp_path / "slim").iterdir()} == {"config.yaml", "checkpoints", "README.md"}
 
 
+def test_a_release_has_one_average(run_config, tmp_path):
+    config = with_train(run_config, ema_lengths=(0.1,), ema_snapshot_every=run_config.train.checkpoint_every)
+    for _ in train(config, tmp_path / "run", device="cpu"):
+        pass
+    assert (tmp_path / "run/averages").is_dir()
+    export_release(tmp_path / "run", tmp_path / "slim")
+    assert {path.name for path in (tmp_path / "slim").iterdir()} == {"config.yaml", "checkpoints", "README.md"}
+    assert drawn(tmp_path / "slim", tmp_path / "out").shape[0] == 4
+
+
 def test_cards_name_the_library_that_loads_the_folder(run, tmp_path):
     export_release(run, tmp_path / "slim")
     for folder in (tmp_path / "slim", *(MODELS / name for name in SHIPPED)):

@@ -14,11 +14,13 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from dit_in_dit.api.model import load
 from dit_in_dit.data.run_data import find_source
 from dit_in_dit.data.source import Source
+from dit_in_dit.reporting.images import to_image, to_pixels
 from dit_in_dit.runs import atomic
 
 ACROSS, DOWN, SIDE, MARGIN = 8, 5, 160, 24  # pictures, and pixels of one
@@ -26,9 +28,9 @@ ACROSS, DOWN, SIDE, MARGIN = 8, 5, 160, 24  # pictures, and pixels of one
 
 def real_images(source: Source, numbers: list[int]) -> list[tuple[Image.Image, str]]:
     """Held-out images with the names of their classes."""
-    drawn = [source.held_out(number) for number in numbers]
-    shades = [((image.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8) for image, _ in drawn]
-    return [(Image.fromarray(each), source.classes[y]) for each, (_, y) in zip(shades, drawn, strict=True)]
+    images, labels = zip(*(source.held_out(number) for number in numbers), strict=True)
+    pixels = to_pixels(torch.from_numpy(np.stack(images)))
+    return [(to_image(each), source.classes[y]) for each, y in zip(pixels, labels, strict=True)]
 
 
 def draw_sheet(pictures: list[Image.Image], first: int) -> bytes:

@@ -227,7 +227,8 @@ def check_sampling_start(patient: DoctorSubject) -> CheckResult:
     if not patient.trained or patient.config.diffusion.predict == "noise":  # noise at t = 1 tells nothing of the image
         return section
     images, real = observe.estimates(patient, 1.0, len(patient.held.x))
-    excess = (images - real).mean((2, 3)) / real.std((0, 2, 3))  # N C
+    deviation = real.std((0, 2, 3)).clamp(min=0.01)  # a channel may be constant
+    excess = (images - real).mean((2, 3)) / deviation  # N C
     mean, error = excess.mean(0), excess.std(0) / math.sqrt(len(excess))
     section.rows["mean less that of the images / deviation"] = {
         f"channel {number}": value for number, value in enumerate(mean.tolist())

@@ -54,7 +54,6 @@ def export_release(
     with atomic.folder(out) as beside:
         create_run(beside, saved.config)
         save(beside, saved.config, saved.step, {}, rounded, saved.classes)
-        shutil.rmtree(beside / "averages", ignore_errors=True)  # the copy holds one average
         results, figure = evaluation_of(run, saved.sha256(averaged=averaged))
         if figure:
             shutil.copyfile(figure, beside / SCORES)

@@ -52,7 +52,8 @@ def keep_snapshot(run: Path, state: Path, manifest: Mapping[str, Any], train: Tr
     if every and step % every == 0 and manifest["steady"]:
         lazy = LazyTensors(state)
         tensors = {name: lazy[name] for name in lazy if name.startswith(f"{AVERAGE_PREFIX}{LENGTH}")}
-        write_averages(run / FOLDER / f"{step:07d}", manifest, tensors)
+        if tensors:  # a release has none
+            write_averages(run / FOLDER / f"{step:07d}", manifest, tensors)
 
 
 def evaluation_folder(folder: Path, averaged: bool | str | None) -> Path:

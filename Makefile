@@ -1,7 +1,7 @@
 # make demo   from nothing to a trained small model and its pictures
 # make test   from nothing to all tests passed
-# make test-faults   killed, starved, fed garbage: every attack (make test tries a few of each), the backward pass of every choice
-#   compiled, and weights of XL
+# make test-full   every test, with what make test leaves out: every attack, the backward pass of every choice compiled,
+#   sharded twins of tests with two processes, and weights of XL; hours on two cores
 # make test-eval   from nothing to the feature networks compared with torch-fidelity (an environment of its own)
 # make docs   from nothing to the documentation site in build/site; a dead link or a public name without text fails
 # make test-docs   runs every command of the tutorials and how-to pages, with small budgets, the notebooks, and the page of
@@ -17,7 +17,7 @@ RUN := .venv/bin/python
 
 DEVICE_OUT ?= runs/device-check
 
-.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-faults check release docs
+.PHONY: demo device-check test test-docs test-eval test-lora test-track test-oldest test-full check release docs
 .DELETE_ON_ERROR:
 
 demo: .venv/core
@@ -27,8 +27,8 @@ demo: .venv/core
 test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
-test-faults: .venv/dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults tests/test_official.py tests/test_compile.py tests/test_option_sets.py tests/test_option_runs.py tests/test_study_workers.py tests/test_device_check.py --full -n auto --dist loadfile --timeout 900
+test-full: .venv/dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --full -n auto --dist loadfile --timeout 900
 
 # The page's packages, and a browser's driver: apart from dev, which needs neither. The browser is the system's Chromium.
 APP := .venv-app/bin/python

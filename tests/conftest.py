@@ -25,18 +25,21 @@ SHARDED = pytest.param(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="attack with every fault, not with a few (make test-faults)")
+    parser.addoption("--full", action="store_true", help="every test with every fault and choice (make test-full)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the pages of docs, unless -m names them: together they take minutes."""
+    """Leave out the pages of docs, unless -m names them: together they take minutes. Skip what is only for --full."""
     if "docs" not in config.getoption("-m"):
         items[:] = [item for item in items if not item.get_closest_marker("docs")]
+    for item in items if not config.getoption("--full") else ():
+        if item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.skip(reason="with --full"))
 
 
 @pytest.fixture
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether every fault is tried: `make test-faults`. Else a few of each, as part of `make test`."""
+    """Whether every fault is tried: `make test-full`. Else a few of each, as part of `make test`."""
     return bool(request.config.getoption("--full"))
 
 

@@ -249,7 +249,7 @@ def test_processes_share_the_averages(run_config, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
 def test_two_processes_keep_the_averages_of_one(parallel, run_config, full, tmp_path):
     if not full and parallel == "ddp":
-        pytest.skip("the fixed reduction covers it: make test-faults")
+        pytest.skip("the fixed reduction covers it: make test-full")
     config = several(run_config, parallel=parallel)
     run(config, tmp_path / "one")
     run(config, tmp_path / "many", until=2)

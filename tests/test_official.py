@@ -42,7 +42,7 @@ from dit_in_dit.sampling.numbered import sample
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "official_outputs.npz")
 CPU = torch.device("cpu")
-LARGE = "hundreds of megabytes there and back: with --full (make test-faults)"
+LARGE = "hundreds of megabytes there and back: with --full (make test-full)"
 
 
 def golden(name: str) -> Tensor:

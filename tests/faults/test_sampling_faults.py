@@ -170,7 +170,7 @@ def test_sampling_killed_repeatedly_within_an_image_is_continued(words, unbroken
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its processes in /proc")
 def test_one_process_continues_after_two_processes_were_killed(words, unbroken, tmp_path, start, full):
     if not full:
-        pytest.skip("make test-faults: its processes' starts take as long as all others")
+        pytest.skip("make test-full: its processes' starts take as long as all others")
     out = tmp_path / "drawn"
     command = [sys.executable, "-m", "dit_in_dit", *words, str(out)]
     lives = 0

@@ -281,7 +281,7 @@ def test_what_a_kill_in_the_write_leaves_is_good_and_resumes_exactly(config, tmp
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
 def test_two_processes_save_the_bits_of_synchronous_saves(config, tmp_path, parallel, full):
     if parallel == "ddp" and not full:
-        pytest.skip("make test-faults")
+        pytest.skip("make test-full")
     config = with_train(config, parallel=parallel)
     found = run_together(2, trained, config, tmp_path / "async", False)
     run_together(2, trained, with_train(config, save="sync"), tmp_path / "sync", False)

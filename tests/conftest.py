@@ -24,6 +24,14 @@ SHARDED = pytest.param(
 )
 
 
+def only_full(*values: object) -> object:
+    """A parameter of a test, or several, that only --full tries."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+SHARDED_FULL = pytest.param("fsdp", marks=[*SHARDED.marks, pytest.mark.full])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="every test with every fault and choice (make test-full)")
 

@@ -247,9 +247,8 @@ def test_processes_share_the_averages(run_config, tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_keep_the_averages_of_one(parallel, run_config, full, tmp_path):
-    if not full and parallel == "ddp":
-        pytest.skip("the fixed reduction covers it: make test-full")
+@pytest.mark.full  # test_processes_share_the_averages covers the fixed reduction
+def test_two_processes_keep_the_averages_of_one(parallel, run_config, tmp_path):
     config = several(run_config, parallel=parallel)
     run(config, tmp_path / "one")
     run(config, tmp_path / "many", until=2)
@@ -259,8 +258,6 @@ def test_two_processes_keep_the_averages_of_one(parallel, run_config, full, tmp_
     assert one.keys() == many.keys()
     states = [checkpoint.newest(tmp_path / name).state() for name in ("one", "many")]
     assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[0])
-    if not full:
-        return
     # A stop of two processes changes no bit.
     run_together(2, trained, config, tmp_path / "again", False)
     run_together(2, trained, config, tmp_path / "parts", False, 4)

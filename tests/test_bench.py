@@ -427,6 +427,7 @@ def test_the_cpu_suite_has_an_experiment_for_every_goal():
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_any_preset_is_compared_with_other_models(capsys, tmp_path):
     tiny = ["model.image_size=16", "model.patch_size=4", "model.outer.width=32", "train.batch_size=2"]
     words = [word for key in tiny for word in ("--set", key)]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from compiling import Counting, NoHostWait, losses, recorded
-from conftest import SHARDED, inputs, perturbed, small_model, with_train
+from conftest import SHARDED, inputs, only_full, perturbed, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import LeftOutWarning, UserError
 from dit_in_dit.config.files import config_hash, from_yaml, override, to_yaml
@@ -71,7 +71,7 @@ def two_processes(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
+@pytest.mark.parametrize("parallel", [only_full("ddp"), SHARDED])
 def test_two_processes_compile_each_kind_of_block_once(run_config, parallel):
     config = deep(run_config, parallel=parallel)
     found = run_together(2, two_processes, with_train(config, compile=True))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import SHARDED, with_train
+from conftest import SHARDED, SHARDED_FULL, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.run import DataConfig, DiffusionConfig
@@ -110,7 +110,7 @@ def _train_on_a_full_disk(config, out):
     return "saved"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED_FULL])
 def test_no_process_waits_for_parts_of_a_checkpoint_that_cannot_be_written(run_config, tmp_path, parallel):
     config = with_train(run_config, parallel=parallel, timeout=20)
     assert run_together(2, _train_on_a_full_disk, config, tmp_path / "run") == ["no room for the log"] * 2

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import SHARDED, small_model
+from conftest import SHARDED_FULL, only_full, small_model
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import override
@@ -339,7 +339,7 @@ def test_terms_of_a_config_alone_read_the_place_of_its_data(run_config, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["fixed", "ddp", SHARDED])
+@pytest.mark.parametrize("parallel", ["fixed", only_full("ddp"), SHARDED_FULL])
 def test_two_processes_train_on_features_like_one(run_config, whole, tmp_path, parallel):
     setting = "train.reduction=fixed" if parallel == "fixed" else f"train.parallel={parallel}"
     config = configured(run_config, whole, "train.accumulate=2", "train.steps=3", setting)

@@ -226,9 +226,8 @@ def _losses(kernels: Kernels, config: RunConfig, out: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_train_as_one_with_the_plain_formulas(tmp_path, parallel, full):
-    if not full and parallel == "ddp":
-        pytest.skip("with --full")
+@pytest.mark.full
+def test_two_processes_train_as_one_with_the_plain_formulas(tmp_path, parallel):
     config = RunConfig(
         model=replace(MODELS["affine"], image_size=(16, 16), num_classes=9),
         data=DataConfig(source="emoji"),

@@ -249,6 +249,7 @@ def test_timing_stays_in_its_budget_and_keeps_the_random_state():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.full
 def test_a_twin_by_time_takes_as_long_when_measured_again():
     config, like = run_of(wide("outer*2")), run_of(wide("outer*4 inner*2"))
     for _ in range(3):  # others may use the machine; the tolerance stays what it is

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import small_model, with_train
+from conftest import only_full, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.files import to_yaml
 from dit_in_dit.config.run import DataConfig, RunConfig
@@ -188,7 +188,7 @@ def base(run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return str(path)
 
 
-@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize("prune", [only_full(False), True])
 def test_a_diverged_trial_is_reported_as_diverged(prune, base, tmp_path):
     out = tmp_path / "study"
     plan = planned(small(base, seeds=[0, 1], prune=prune), out)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import SHARDED, inputs, perturbed, small_model, with_train
+from conftest import SHARDED, inputs, only_full, perturbed, small_model, with_train
 from dit_in_dit.attention_maps.figures import figures
 from dit_in_dit.attention_maps.findings import findings, not_shown
 from dit_in_dit.attention_maps.page import page
@@ -108,12 +108,14 @@ def test_a_run_with_random_frequencies_resumes_bit_for_bit(mixed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [{"parallel": "ddp"}, {"reduction": "fixed"}, pytest.param({"parallel": "fsdp"}, marks=SHARDED.marks)],
+    [
+        only_full({"parallel": "ddp"}),
+        only_full({"reduction": "fixed"}),
+        pytest.param({"parallel": "fsdp"}, marks=SHARDED.marks),
+    ],
     ids=str,
 )
-def test_two_processes_train_random_frequencies_and_shared_modulation(mixed, how, tmp_path, full):
-    if not full and "reduction" in how:
-        pytest.skip("with --full")
+def test_two_processes_train_random_frequencies_and_shared_modulation(mixed, how, tmp_path):
     config = with_train(mixed, **how)
     logs = [trained(with_train(config, parallel="ddp"), tmp_path / "alone")]
     logs += run_together(2, trained, config, tmp_path / "run")[:1]

@@ -82,7 +82,7 @@ def test_random_sets_of_options_compile_without_graph_breaks(group, full):
     if group and not full:
         pytest.skip("with --full")
     seeds, done = iter(range(10_000 + 1000 * group, 20_000)), 0
-    while done < (20 if full else 6):
+    while done < (20 if full else 3):
         try:
             model = built(next(seeds), small=not full)
         except UserError:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compiling import NoHostWait, losses, recorded
+from conftest import only_full
 from dit_in_dit.config import presets
 from dit_in_dit.config.files import override
 from dit_in_dit.config.run import RunConfig
@@ -53,7 +54,7 @@ def test_a_stopped_run_with_every_option_ends_with_the_same_bits(tmp_path):
     assert bits(tmp_path / "stopped") == (log, files)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", only_full("bfloat16")])
 def test_every_option_compiles_once_and_trains_as_without_compilation(backend, precision):
     run = config("train.recompute=none", f"train.precision={precision}")
     found = losses(override(run, ["train.compile=true"]), steps=3, counting=backend)
@@ -63,6 +64,7 @@ def test_every_option_compiles_once_and_trains_as_without_compilation(backend, p
     assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5 if precision == "float32" else 1e-2)
 
 
+@pytest.mark.full
 def test_replayed_steps_with_every_option_train_as_compiled_ones(backend, monkeypatch):
     monkeypatch.setattr(graphs, "capture", recorded)
     run = config("train.recompute=none", "train.precision=float32")

@@ -172,6 +172,7 @@ def test_every_command_takes_a_run_with_a_users_parts(run, settings, tmp_path, c
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_study_on_two_workers_takes_a_users_parts(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dit_in_dit.study.match.SECONDS_EACH", 0.1)  # step times, which this study does not need
     assert here("config", *settings) == 0

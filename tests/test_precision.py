@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autocast import CudaAutocast
-from conftest import inputs, perturbed, small_model, with_train
+from conftest import inputs, only_full, perturbed, small_model, with_train
 from dit_in_dit import cli, sample
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
@@ -217,7 +217,7 @@ def test_samples_in_half_precision_are_close_to_those_in_float32(half):
 
 
 @policies
-@pytest.mark.parametrize("name", ["dit-in-dit-s16", "emoji"])
+@pytest.mark.parametrize("name", [only_full("dit-in-dit-s16"), "emoji"])
 def test_doctor_examines_a_model_that_trains_in_bfloat16(name, policy, data, monkeypatch):
     config = shrunk(presets.get(name), data)
     config = replace(config, train=replace(config.train, precision="bfloat16"))

@@ -496,33 +496,26 @@ def test_the_option_from_says_how_many_trials_were_taken(base, tmp_path, capsys)
     assert f"2 trials taken from {rows}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("results.csv", "arm,seed\none,0\n", "is not the table of a study"),
-        (
-            "results.csv",
-            "arm,seed,state,step,metric,value,floor\none,0,done,8,held_out.0.2.high,much,\n",
-            "not the table",
-        ),
-        ("plan.json", "{}", "no plan of a study"),
-    ],
+UNREADABLE = (
+    ("results.csv", "arm,seed\none,0\n", "is not the table of a study"),
+    ("results.csv", "arm,seed,state,step,metric,value,floor\none,0,done,8,held_out.0.2.high,much,\n", "not the table"),
+    ("plan.json", "{}", "no plan of a study"),
 )
-def test_unreadable_rows_give_a_one_line_error(base, tmp_path, name, content, said):
-    finish(small(base), tmp_path / "first")
-    rows = kept(tmp_path / "first", tmp_path / "kept")
-    (rows / name).write_text(content)
-    (tmp_path / "again").mkdir()
-    with pytest.raises(UserError, match=said):
-        take_trials(rows, tmp_path / "again")
 
 
-def test_rows_of_another_study_are_refused(base, tmp_path):
+def test_rows_that_are_unreadable_or_of_another_study_are_refused_in_one_line(base, tmp_path):
     finish(small(base), tmp_path / "first")
     rows = kept(tmp_path / "first", tmp_path / "kept")
     planned(small(base, seeds=[3]), tmp_path / "other")
     with pytest.raises(UserError, match="another plan"):
         take_trials(rows, tmp_path / "other")
+    (tmp_path / "again").mkdir()
+    for name, content, said in UNREADABLE:
+        before = (rows / name).read_text()
+        (rows / name).write_text(content)
+        with pytest.raises(UserError, match=said):
+            take_trials(rows, tmp_path / "again")
+        (rows / name).write_text(before)
 
 
 STUDIES = Path(__file__).parents[1] / "results" / "studies"

@@ -102,6 +102,7 @@ def test_an_arm_with_wrong_targets_is_worse(base, tmp_path, monkeypatch):
     assert any("'wrong' is worse than 'right'" in sentence for sentence in summarise_study(study))
 
 
+@pytest.mark.full
 def test_more_steps_are_better(base, tmp_path):
     arms = {"short": {}, "long": {"train.steps": 200}}
     study = ran(base, tmp_path / "longer", arms, metrics=["held_out"], set=steps(60))

@@ -13,7 +13,7 @@ import torch
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import IntegrityError, OperationalError, PendingRollbackError
 
-from conftest import with_train
+from conftest import only_full, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import to_yaml
@@ -136,7 +136,7 @@ def test_an_error_other_than_an_outage_is_raised_unchanged():
     assert (flaky.calls, lines) == (1, [])
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [only_full(False), True])
 def test_a_study_whose_storage_often_fails_ends_with_the_same_results(base, tmp_path, after):
     def done(name: str, every: int) -> dict[str, Any]:
         out, url = tmp_path / name, f"sqlite:///{tmp_path / name}.db"

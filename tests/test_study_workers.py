@@ -207,6 +207,7 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
+@pytest.mark.full
 def test_a_short_outage_stops_no_worker_and_the_password_appears_nowhere(study, serial, tmp_path, server):
     out = tmp_path / "out"
     planned(study, out)

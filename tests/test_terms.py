@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
 
 import dit_in_dit as dd
-from conftest import SHARDED, inputs, perturbed, small_model, with_train
+from conftest import SHARDED_FULL, inputs, perturbed, small_model, with_train
 from dit_in_dit.cli import main
 from dit_in_dit.config.errors import UserError
 from dit_in_dit.config.files import config_hash, override, to_yaml
@@ -377,7 +377,7 @@ def test_terms_on_one_and_two_processes_give_the_same_bits_with_fixed_sums(run_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", SHARDED])
+@pytest.mark.parametrize("parallel", ["ddp", SHARDED_FULL])
 def test_two_processes_train_terms_like_one(run_config, tmp_path, parallel):
     config = with_terms(run_config, f"train.parallel={parallel}", "train.accumulate=2")
     run_together(1, trained, config, tmp_path / "alone", False)

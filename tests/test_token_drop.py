@@ -457,9 +457,8 @@ def test_token_dropping_has_the_same_bits_on_one_and_two_processes(long, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", SHARDED])
-def test_two_processes_train_as_one(long, parallel, tmp_path, full):
-    if not full and parallel == "ddp":
-        pytest.skip("with --full")
+@pytest.mark.full
+def test_two_processes_train_as_one(long, parallel, tmp_path):
     config = with_train(long, parallel=parallel, accumulate=2, token_drop_steps=3)
     logs = [trained(with_train(config, parallel="ddp"), tmp_path / "alone")]
     logs += run_together(2, trained, config, tmp_path / "run")[:1]

@@ -198,10 +198,8 @@ def small(folder: Path, steps: int, save: str) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("save", ["sync", "async"])
+@pytest.mark.parametrize("save", ["sync", pytest.param("async", marks=pytest.mark.full)])  # test_saving has some
 def test_a_repeatedly_killed_run_ends_like_an_uninterrupted_run(folder, tmp_path, full, save):
-    if save == "async" and not full:
-        pytest.skip("make test-full; a few points are in test_saving.py")
     inside, anywhere = (100, 50) if full else (4, 3)
     always = {"rename", "unlink", "fsync", "mkdir", "rmdir"} if full else {"rename", "unlink"}
     # So many that no life comes to the end, however fast the machine: only killed lives are counted.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,11 @@ SHARDED = pytest.param(
 def only_full(*values: object) -> object:
     """A parameter of a test, or several, that only --full tries."""
     return pytest.param(*values, marks=pytest.mark.full)
+
+
+def smallest_and_largest(names: Iterable[str]) -> list[object]:
+    """Presets as parameters of a test; the sizes between S and XL, which have the same parts, only with --full."""
+    return [only_full(name) if re.fullmatch(r"dit-(in-dit-)?[bl]\d+(-reference)?", name) else name for name in names]
 
 
 SHARDED_FULL = pytest.param("fsdp", marks=[*SHARDED.marks, pytest.mark.full])

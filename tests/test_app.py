@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dit_in_dit as dd
+from conftest import smallest_and_largest
 from dit_in_dit.app import data, design, drawing, inside, runs
 from dit_in_dit.app.drawing import ALL, Settings, Way, draw_way
 from dit_in_dit.app.events import guarded
@@ -177,7 +178,7 @@ def test_own_held_out_and_drawn_images_give_a_page_of_maps(emoji):
 # ------------------------------------------------------------------------------ design
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", smallest_and_largest(presets.NAMES))
 def test_a_preset_comes_back_from_its_fields(name):
     config = presets.get(name)
     values = {field.key: design.field_value(config, field) for field in design.fields()}

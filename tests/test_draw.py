@@ -14,7 +14,7 @@ import pytest
 from PIL import ImageFont
 
 import dit_in_dit as dd
-from conftest import small_model
+from conftest import small_model, smallest_and_largest
 from dit_in_dit.cli import main
 from dit_in_dit.config import presets
 from dit_in_dit.config.errors import UserError
@@ -89,7 +89,7 @@ def check_layout(svg: str) -> None:
         assert not overlap(area, place), (one, other)
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", smallest_and_largest(presets.NAMES))
 def test_every_preset_is_drawn_without_overlaps(name):
     model = presets.get(name).model
     boxes = [box for row in model_rows(model) if isinstance(row, tuple) for box in row]

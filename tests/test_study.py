@@ -470,43 +470,34 @@ def kept(out: Path, to: Path, without: str = "") -> Path:
 
 def test_a_study_takes_finished_trials_from_kept_rows_and_trains_the_others(base, tmp_path, capsys):
     study = small(base, metrics=["held_out", "pixels"])  # the latter have a protocol, which kept rows lack
+    path = tmp_path / "which.yaml"
+    path.write_text(yaml.safe_dump(to_dict(study)))
     finish(study, tmp_path / "first")
     rows = kept(tmp_path / "first", tmp_path / "kept", without="two,")
     again = tmp_path / "again"
-    again.mkdir()
-    assert take_trials(rows, again) == 1
+    main(["study", "run", str(path), "--from", str(rows), "--out", str(again)])
+    assert f"trials taken from {rows}: 1" in capsys.readouterr().out
     assert take_trials(rows, again) == 0
-    finish(study, again)
     first, second = results(tmp_path / "first"), results(again)
     assert {key: result.metrics for key, result in first.items()} == {key: r.metrics for key, r in second.items()}
     assert not (again / "runs/one-s0/log.jsonl").exists()
     assert (again / "runs/two-s0/log.jsonl").exists()
-    main(["study", "report", str(again)])
     assert (again / "results.csv").read_text() == (tmp_path / "first/results.csv").read_text()
     assert "1 were taken from kept rows" in (again / "report.md").read_text()
 
 
-def test_the_option_from_says_how_many_trials_were_taken(base, tmp_path, capsys):
-    study = small(base)
-    path = tmp_path / "which.yaml"
-    path.write_text(yaml.safe_dump(to_dict(study)))
-    finish(study, tmp_path / "first")
-    rows = kept(tmp_path / "first", tmp_path / "kept")
-    main(["study", "run", str(path), "--from", str(rows), "--out", str(tmp_path / "again")])
-    assert f"2 trials taken from {rows}" in capsys.readouterr().out
-
-
+STUDIES = Path(__file__).parents[1] / "results" / "studies"
 UNREADABLE = (
-    ("results.csv", "arm,seed\none,0\n", "is not the table of a study"),
-    ("results.csv", "arm,seed,state,step,metric,value,floor\none,0,done,8,held_out.0.2.high,much,\n", "not the table"),
+    ("results.csv", "arm,seed\nplain,0\n", "is not the table of a study"),
+    ("results.csv", "arm,seed,state,step,metric,value,floor\nplain,0,done,8,held_out.0.2.high,much,\n", "not the table"),
     ("plan.json", "{}", "no plan of a study"),
 )
 
 
 def test_rows_that_are_unreadable_or_of_another_study_are_refused_in_one_line(base, tmp_path):
-    finish(small(base), tmp_path / "first")
-    rows = kept(tmp_path / "first", tmp_path / "kept")
-    planned(small(base, seeds=[3]), tmp_path / "other")
+    rows = tmp_path / "kept"
+    shutil.copytree(STUDIES / "nesting", rows)
+    planned(small(base), tmp_path / "other")
     with pytest.raises(UserError, match="another plan"):
         take_trials(rows, tmp_path / "other")
     (tmp_path / "again").mkdir()
@@ -516,9 +507,6 @@ def test_rows_that_are_unreadable_or_of_another_study_are_refused_in_one_line(ba
         with pytest.raises(UserError, match=said):
             take_trials(rows, tmp_path / "again")
         (rows / name).write_text(before)
-
-
-STUDIES = Path(__file__).parents[1] / "results" / "studies"
 
 
 @pytest.mark.parametrize("name", [name for name in plans.shipped_studies() if (STUDIES / name / "plan.json").exists()])

@@ -209,25 +209,25 @@ def test_a_damaged_identity_file_gives_a_one_line_error(trained, tmp_path, capsy
     assert "another --out" in line
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *BAD_JSON,
-        json.dumps({"subject": {"name": "a"}, "protocol": [], "scores": {}}),
-        json.dumps({"subject": {"name": 3}, "protocol": {}, "scores": {}}),
-        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": ["fid"]}),
-        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": {"value": "small"}}}),
-        json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": 3}, "made with": []}),
-    ],
+NO_EVALUATIONS = (
+    *BAD_JSON,
+    json.dumps({"subject": {"name": "a"}, "protocol": [], "scores": {}}),
+    json.dumps({"subject": {"name": 3}, "protocol": {}, "scores": {}}),
+    json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": ["fid"]}),
+    json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": {"value": "small"}}}),
+    json.dumps({"subject": {"name": "a"}, "protocol": {}, "scores": {"fid": 3}, "made with": []}),
 )
-def test_a_file_that_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tmp_path, capsys, content):
+
+
+def test_a_file_that_is_no_evaluation_is_neither_compared_nor_put_on_a_card(trained, tmp_path, capsys):
     good, bad = tmp_path / "good", trained / "evaluation/0000006"
     main(["evaluate", str(trained), "-n", "4", "--out", str(good)])
     bad.mkdir(parents=True)
-    (bad / "metrics.json").write_text(content)
-    assert "metrics.json" in refused(capsys, "compare", good, bad)
-    export_release(trained, tmp_path / "given")
-    assert "have not been evaluated" in (tmp_path / "given/README.md").read_text()
+    for number, content in enumerate(NO_EVALUATIONS):
+        (bad / "metrics.json").write_text(content)
+        assert "metrics.json" in refused(capsys, "compare", good, bad), content
+        export_release(trained, tmp_path / f"given{number}")
+        assert "have not been evaluated" in (tmp_path / f"given{number}/README.md").read_text(), content
 
 
 def test_deeply_nested_evaluations_are_compared(tmp_path, capsys):

@@ -49,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.earlier:
         from dit_in_dit.study.exports import take_trials
 
-        print(f"{take_trials(options.earlier, options.out)} trials taken from {options.earlier}")
+        print(f"trials taken from {options.earlier}: {take_trials(options.earlier, options.out)}")
     plan = open_plan(options.out, lambda: plan_named(options, study, device), study)
     print_costs(plan)
     sys.stdout.flush()  # the table comes before the progress, also when stdout is a file
